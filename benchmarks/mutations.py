@@ -153,14 +153,14 @@ SESSION = [
     ),
     Fault(
         "one complaint is believed",
-        "splitnet/session/machine.py",
+        "splitnet/session/blame.py",
         "if len(complaints) > 1:",
         "if complaints:",
         ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "what a hop pushes is never doubted",
-        "splitnet/session/machine.py",
+        "splitnet/session/blame.py",
         "if len(refusing) == 2:",
         "if False:",
         ("tests/unit/session/test_session_machine.py",),

@@ -30,7 +30,7 @@ RESERVE_STEP = 256  # positions per row by which a reservation grows
 class RemoteLayer(CacheLayerMixin):
     """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
 
-    open_session: makes a session for a reservation of positions. scope: see `Session.use_scope`.
+    open_session: makes a session for a reservation of positions. scope: see `Session.use_namespace`.
     """
 
     is_sliding = False
@@ -283,7 +283,7 @@ class RemoteLayer(CacheLayerMixin):
         positions = self.reserved * self._rows_to_hold(batch)
         if self.session is None:
             self.session = self._open_session(positions)
-            self.session.use_scope(self._scope)
+            self.session.use_namespace(self._scope)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
             if self.taps:

@@ -23,9 +23,10 @@ from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session import events
 from splitnet.session.events import Phase, Recovered
-from splitnet.session.failover import RouteHop, Source
+from splitnet.session.failover import RouteHop
 from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
+from splitnet.session.prefix_lookup import PrefixSource
 from splitnet.session.requests import Request
 from splitnet.swarm.links import refusal
 from splitnet.swarm.plan import Needs, PlannedHop, Prediction, repaired_route, with_kept_hops
@@ -311,11 +312,11 @@ class SessionDriver:
         log, needs, stored = self.state.log, self.needs(self._prompt), self._stored
         row = log.only_row if log is not None else None
         if log is not None and row is not None:
-            stored = self._swarm.stored.positions(log.labels(row))
+            stored = self._swarm.prefix_index.positions(log.labels(row))
         records = {record.key.text: record for record in self._swarm.peers()} if stored else {}
         unusable = self._swarm.bans.unusable(records.values(), self._swarm.links)
-        self.state.sources = tuple(
-            Source(name, record.endpoint, (record.start, record.end), stored[name])
+        self.state.prefixes.sources = tuple(
+            PrefixSource(name, record.endpoint, (record.start, record.end), stored[name])
             for name, record in records.items()
             if name in stored and name not in unusable
         )

@@ -59,18 +59,20 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
-    """The caller is about to begin a text, whose first positions hops may have stored before, and wants no other row.
+class LookUpPrefix:
+    """The caller begins a text, drops all other rows, and asks which first positions of the text hops have stored.
 
-    part: those that it can do without the outputs of. encoded: gives them as the first link takes them. reach: of them.
-    `SessionState.recalled` says how many of them it need not submit, once the route is open. Ignored while something is
-    under way.
+    Ignored while requests are under way. Once the route is open, `PrefixLookup.hit` is the number of positions that the
+    caller need not submit.
+
+    part: the positions whose outputs the caller does not need. encoded: the payload of these positions, by the codec
+    of the first link. reach: see `Step`. logs: logs of these positions that exist, by the code of their codec.
     """
 
     part: Chunk
     encoded: Callable[[Codec], bytes]
     reach: int = 0
-    logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])  # by codec, what `log` need not make again
+    logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])
 
     def log(self, codec: Codec, hidden_size: int, salt: bytes | None) -> SentLog:
         """The log of these positions, with their labels. Raises CodecError: they cannot be encoded."""
@@ -183,7 +185,7 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Wish = Use | Recall | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
+Wish = Use | LookUpPrefix | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
 Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
 
 

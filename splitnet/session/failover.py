@@ -25,10 +25,10 @@ from splitnet.errors import (
 )
 from splitnet.session.events import Cause, NoRoute
 from splitnet.session.requests import ReplayRequest
-from splitnet.swarm.plan import PlannedHop
+from splitnet.swarm.plan import HeldBlocks, PlannedHop, blocks_text
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import CopyPages, Replay, Result, Step
+from splitnet.wire.messages import Replay, Result, Step
 from splitnet.wire.sent_log import SentLog
 
 
@@ -56,9 +56,9 @@ class RouteHop:
     relayed: bool = False
     relay_log: SentLog | None = None
     cached_positions: int = 0
-    recalled: bool = False
+    prefix_hit: bool = False
     stores: bool = False
-    asked: bool = False
+    asked_prefix: bool = False
     context: bytes = b""
     filled: bool = False
     weights: str = ""
@@ -81,30 +81,19 @@ class RouteHop:
         """The route is open; the hop may have lost the session since. wanted: positions that were sent before."""
         if not self.cached_positions:
             self.filled, self.adapter_version = False, 0
-        if not wanted or (self.recalled and self.cached_positions >= wanted):
+        if not wanted or (self.prefix_hit and self.cached_positions >= wanted):
             self.filled = True
         if not self.relayed:
             self.relay_log = None  # what the hop pushes itself would be missing in it
 
-    def copy_of(
-        self, session: bytes, number: int, source: Endpoint, labels: tuple[bytes, ...], *, rate: float | None
-    ) -> CopyPages:
-        """Asks for its pages, copied from a peer. rate: bytes per second; None: as fast as it comes, as long as to
-        compute them takes longer."""
-        return CopyPages(
-            session=session,
-            rate=rate or 1e12,
-            if_faster=rate is None,
-            number=number,
-            start=self.planned.start,
-            end=self.planned.end,
-            codec=self.codec.code,
-            context=self.context,
-            labels=labels,
-            source_key=source.key.raw,
-            source_address=source.address,
-            source_relays=source.relays,
-        )
+    def changed_weights(self, held: Sequence[HeldBlocks]) -> list[str]:
+        """Which blocks the hop holds in another format than the session had before, for people."""
+        start, end = self.blocks
+        return [
+            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {self.weights} that were {one.weights}"
+            for one in held
+            if one.start < end and one.end > start and one.weights != self.weights
+        ]
 
     def log_relayed(self, step: Step, result: Result) -> None:
         """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
@@ -116,21 +105,6 @@ class RouteHop:
                 self.relay_log.record(step.parts, step.forks, result.payload, step.reach, step.labels)
             except ProtocolError:  # its rows were filled by a replay that did not come this way
                 self.relay_log = None
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A peer that had stored so many of the first positions of a text, for all or some of its blocks."""
-
-    name: str
-    endpoint: Endpoint
-    blocks: tuple[int, int]
-    positions: int
-
-    def has_more(self, hop: RouteHop, positions: int) -> bool:
-        """Whether it may have so many positions of the blocks of another peer."""
-        covers = self.blocks[0] <= hop.blocks[0] and hop.blocks[1] <= self.blocks[1]
-        return covers and self.name != hop.name and self.positions >= positions
 
 
 class PeerSilent(PeerLost):
@@ -149,8 +123,6 @@ class RouteSetup:
         question: number of the route that is being planned; 0: none is.
         retry_at: when to plan again, as no route was found.
         opened_at: when all hops had opened the session.
-        copies: hops that copy pages from others, which have them; None: that was not looked at.
-        renamed: hops were told once more what their pages depend on, see `Open.context`.
     """
 
     began: float
@@ -162,8 +134,6 @@ class RouteSetup:
     question: int = 0
     retry_at: float = math.inf
     opened_at: float | None = None
-    copies: int | None = None
-    renamed: bool = False
 
     @property
     def silent(self) -> set[str]:
@@ -225,7 +195,7 @@ def next_refill(
         # The client cannot relay what a hop replays, as it does not know its parts.
         direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
         group = group[: direct + 1]
-        since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
+        since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)
         message = Replay(session, epoch, next_number(), group[-1].blocks[1], since)
         return group, [ReplayRequest(message, before.endpoint, group[-1].endpoint)]
     if before is not None and before.relay_log is not None:
@@ -234,7 +204,7 @@ def next_refill(
         # The client begins; if its steps pass hops that are filled, those compute them once more.
         log, to = sent, hops[0].endpoint
     until = group[-1].blocks[1]
-    since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
+    since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)
     # A hop may hold rows of a text before; all that are wanted are sent.
     steps = (
         Step(session, epoch, next_number(), parts, forks, until, log.codec, payload, reach=reach, labels=labels)

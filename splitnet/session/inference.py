@@ -19,9 +19,10 @@ from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
-from splitnet.session.events import Abandon, Distrust, Recall, Resize, Submit, UseAdapter
+from splitnet.session.events import Abandon, Distrust, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
+from splitnet.session.prefix_lookup import PrefixNamespace
 from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.session.standby import Present, Standby
 from splitnet.swarm.plan import Prediction
@@ -176,11 +177,12 @@ class Session(SessionDriver):
             reach: see `splitnet.wire.messages.Step`.
         """
         state = self.state
-        recalled = self._recall(hidden, parts, reach) if state.log is None or (forks is not None and not forks) else 0
-        self.open(len(hidden) - recalled)
-        if recalled:
-            hidden, forks = hidden[recalled:], None
-            parts = [Chunk(parts[0].row, recalled, len(hidden), parts[0].keep)]
+        begins_text = state.log is None or (forks is not None and not forks)
+        hit = self._look_up_prefix(hidden, parts, reach) if begins_text else 0
+        self.open(len(hidden) - hit)
+        if hit:
+            hidden, forks = hidden[hit:], None
+            parts = [Chunk(parts[0].row, hit, len(hidden), parts[0].keep)]
         if not state.under_way and state.log is not None:
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
@@ -204,24 +206,24 @@ class Session(SessionDriver):
         self.traffic.positions += offset
         return UnderWay(tuple(requests), began, repairs, alone)
 
-    def _recall(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
-        """Opens the route for a text that begins, and returns how many of its first positions the hops had stored."""
-        state, part = self.state, parts[0]
+    def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
+        """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
+        state, part, prefixes = self.state, parts[0], self.state.prefixes
         most = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
-        if state.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
-            state.recalled = state.reused = 0
+        if prefixes.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+            prefixes.hit = prefixes.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
-        recall, stored = Recall(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.stored
+        text, index = LookUpPrefix(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.prefix_index
         self._stored = {}
-        for name in tuple(stored.codecs) if not self.hops else ():
+        for name in tuple(index.codecs) if not self.hops else ():
             with suppress(SplitnetError):
-                log = recall.log(codec_by_name(name), state.hidden_size, state.salt)
-                recall.logs[log.codec] = log
-                self._stored |= stored.positions(log.labels(part.row))
-        self.feed(recall)
+                log = text.log(codec_by_name(name), state.hidden_size, prefixes.salt)
+                text.logs[log.codec] = log
+                self._stored |= index.positions(log.labels(part.row))
+        self.feed(text)
         self.open(len(hidden))
-        return state.recalled
+        return prefixes.hit
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
         """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
@@ -253,7 +255,7 @@ class Session(SessionDriver):
         labels = state.log.labels(row)
         for hop in self.hops:
             pages = len(labels) if hop.stores else 0
-            self._swarm.stored.note(labels, hop.name, pages, state.first_codec.name)
+            self._swarm.prefix_index.note(labels, hop.name, pages, state.first_codec.name)
         if self._standby_rate and self.standby is None:
             self.standby = Standby(self._swarm, self.id, self._standby_rate, self._present, state.next_number)
 
@@ -302,23 +304,24 @@ class Session(SessionDriver):
             raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: {MAX_TAPS} are the most")
         self.state.taps, self.state.tap_codec = tuple(inner), self._codecs.of_taps
 
-    def use_scope(self, scope: str) -> None:
-        """Has hops store keys and values of this session under names that sessions of another scope do not find;
-        before the first step. Not with `prefixes="off"`; with "shared" there is one scope."""
-        identity, generation = self._swarm.identity, self._swarm.stored.generation
-        self.state.shared = self._prefixes == "shared"
-        salt = b"shared" if self.state.shared else identity.derive(f"splitnet prefixes {generation} {scope}")
-        self.state.salt = None if self._prefixes == "off" else salt
+    def use_namespace(self, name: str) -> None:
+        """Sets the namespace of stored prefixes, before the first step; another namespace does not find the pages.
+
+        With `prefixes="off"` hops store no pages; with "shared" all names are one namespace.
+        """
+        generation, shared = self._swarm.prefix_index.generation, self._prefixes == "shared"
+        salt = b"shared" if shared else self._swarm.identity.derive(f"splitnet prefixes {generation} {name}")
+        self.state.prefixes.namespace = PrefixNamespace(salt, shared) if self._prefixes != "off" else None
 
     @property
-    def recalled(self) -> int:
-        """Positions of the present text that a hop had stored before, so that the client did not send them."""
-        return self.state.recalled
+    def prefix_hit(self) -> int:
+        """First positions of the text that at least one hop had stored, so that the client did not send them."""
+        return self.state.prefixes.hit
 
     @property
     def reused(self) -> int:
-        """Positions of the present text that no hop has computed for it."""
-        return self.state.reused
+        """First positions of the text that all hops had stored, so that no hop has computed them."""
+        return self.state.prefixes.reused
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
@@ -391,7 +394,7 @@ class Session(SessionDriver):
                 why = "answered with values that are not finite"
             except ProtocolError as error:
                 why = f"answered nonsense: {error}"
-            self._swarm.stored.distrust()
+            self._swarm.prefix_index.distrust()
             self.feed(Distrust(request, self.state.maker_of(tap), why))
             return None
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)

@@ -215,19 +215,19 @@ class MixedSession:
         return self.sessions[-1].passed if self.sessions else 0
 
     @property
-    def recalled(self) -> int:
+    def prefix_hit(self) -> int:
         """As of a `Session`, of the last route."""
-        return self.sessions[-1].recalled if self.sessions else 0
+        return self.sessions[-1].prefix_hit if self.sessions else 0
 
     @property
     def reused(self) -> int:
         """As of a `Session`, of the last route."""
         return self.sessions[-1].reused if self.sessions else 0
 
-    def use_scope(self, scope: str) -> None:
-        """As `Session.use_scope`."""
+    def use_namespace(self, name: str) -> None:
+        """As `Session.use_namespace`."""
         for session in self.sessions:
-            session.use_scope(scope)
+            session.use_namespace(name)
 
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]

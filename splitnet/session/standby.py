@@ -13,6 +13,7 @@ from typing import Final
 
 from splitnet.errors import SplitnetError
 from splitnet.session.failover import RouteHop
+from splitnet.session.prefix_lookup import copy_request
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.messages import MAX_LABELS, CopiedPages
@@ -128,14 +129,14 @@ class Standby:
                 behind.append((hop, copy, replica))
         for hop, copy, replica in behind:
             if copy.pages:
-                self._swarm.stored.note(labels, replica.name, copy.pages, present.codec)
+                self._swarm.prefix_index.note(labels, replica.name, copy.pages, present.codec)
             if (copy.number or copy.stuck) and now - copy.asked_at < ASK_AGAIN_S:
                 continue
             with self._lock:
                 copy.number, copy.asked_at = self._number(), now
                 copy.asked = labels[: copy.pages + PAGES_AT_ONCE]
             rate = max(1.0, self._rate / len(behind))
-            message = hop.copy_of(self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
+            message = copy_request(hop, self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
             self._swarm.links.send(replica.record.endpoint, message)
 
     def _replica(self, present: Present, index: int) -> PlannedHop | None:

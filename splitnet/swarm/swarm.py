@@ -27,7 +27,7 @@ from splitnet.swarm.links import Links
 from splitnet.swarm.measure import Measurements, Measurer
 from splitnet.swarm.peer_cache import Bans, PeerCache
 from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, StartPeer, blocks_text, peer_command
-from splitnet.swarm.stored import StoredPages
+from splitnet.swarm.prefix_index import PrefixIndex
 from splitnet.transport.addresses import peer_address
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
@@ -133,7 +133,7 @@ class Swarm:
         self.events = EventLog()
         self.was_covered = False  # all blocks were served at some time
         self.bans = Bans()
-        self.stored = StoredPages()
+        self.prefix_index = PrefixIndex()
         self.planner = Planner(self.measurements, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
