@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
-from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
+from splitnet.hf.decoding import Decoding, FamilyLoop, Outputs, Text
 from splitnet.hf.parameters import Request, refuse, too_long
-from splitnet.hf.remote_blocks import Exchange
+from splitnet.hf.remote_blocks import Exchange, PerThread
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.hf.side import SideCache, SideNetwork
 from splitnet.quant.device import end_threads
@@ -156,7 +157,7 @@ class RemoteCausalLM(RemoteModel):
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
-        self._local = _OfThread()
+        self._context = PerThread(_Context())
         self._family_loop = FamilyLoop(self, self.transformers_class)
 
     def generate(self, *args: Any, speculate: Any = AUTO, **kwargs: Any) -> Any:
@@ -202,7 +203,7 @@ class RemoteCausalLM(RemoteModel):
         for module in () if head is None else head.modules():  # PEFT may have wrapped it
             if isinstance(module, Head):
                 module.expect_changes()
-        kept_session = self._local.kept_session
+        kept_session = self._context.now.kept_session
         if kept_session is not None and given.get("cache") is kept_session.cache:
             del given["cache"]  # an output has it; the session knows how much of it fits
         if not caches or given.get("cache") is not None:
@@ -211,7 +212,7 @@ class RemoteCausalLM(RemoteModel):
             self._use_taps(own, drafts)
             if own.remote.bound is None:
                 own.remote.reserve(length)
-        with self._local.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
+        with self._context.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
             own_cache = caches and given.get("cache") is None
             return self._generate_with_own_cache(given, kept_session, length) if own_cache else self._generate(given)
 
@@ -238,7 +239,7 @@ class RemoteCausalLM(RemoteModel):
         length: that the text has at last, if that is known.
         """
         cache = kept_session.cache if kept_session else self.new_cache()
-        self._use_taps(cache, self._local.drafts)
+        self._use_taps(cache, self._context.now.drafts)
         given["cache"] = cache
         if kept_session and given.get("custom_generate") is not None:
             kept_session.remember(None)  # such a loop does not ask what is held
@@ -275,7 +276,7 @@ class RemoteCausalLM(RemoteModel):
             cache.remote.reserve(max_length)
         kept_session = CachedSession(cache, self._blocks.adapters, self._blocks.ropes)
         try:
-            with self._local.within(kept_session=kept_session):
+            with self._context.within(kept_session=kept_session):
                 yield cache
         finally:
             cache.close()
@@ -333,7 +334,7 @@ class RemoteCausalLM(RemoteModel):
         No caches are kept. Raises as a call of the model.
         """
         states: list[torch.Tensor] = []
-        with self._local.within(without_side=True), self._blocks.calling(seen=states.append):
+        with self._context.within(without_side=True), self._blocks.calling(seen=states.append):
             backbone_of(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states[0]
 
@@ -349,7 +350,7 @@ class RemoteCausalLM(RemoteModel):
         given = {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "use_cache": True}
         if "position_ids" in self._backbone_parameters:  # as `generate()` does
             given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with self._local.within(without_side=True):
+        with self._context.within(without_side=True):
             return self._seen_by(taps, cache, lambda: backbone_of(self)(**given), keep)[1]
 
     @torch.no_grad()
@@ -370,16 +371,16 @@ class RemoteCausalLM(RemoteModel):
 
     def beside_states(self, side: SideNetwork, states: torch.Tensor) -> AbstractContextManager[None]:
         """Within, this thread calls the model with a side network on states of `states_at`, and runs no blocks."""
-        return self._local.within(beside=(side, states))
+        return self._context.within(beside=(side, states))
 
     def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        if (beside := self._local.beside) is not None:
+        if (beside := self._context.now.beside) is not None:
             side, states = beside
             with self._blocks.calling(run=lambda hidden: hidden):  # for an output of the family's kind
                 output = super()._run_backbone(forward, given)
             hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
             return _with_hidden(output, hidden.to(output[0].dtype))
-        if (side := self.side) is None or self._local.without_side:
+        if (side := self.side) is None or self._context.now.without_side:
             return super()._run_backbone(forward, given)
         for former in ("past_key_values", "cache_params"):
             if given.get(former) is not None:
@@ -478,7 +479,7 @@ class RemoteCausalLM(RemoteModel):
         if wrapper is None:
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
         given, prefix = with_trained_prompt(wrapper, given)
-        with self._local.within(prefix=prefix, prefixed=given.get("cache")):
+        with self._context.within(prefix=prefix, prefixed=given.get("cache")):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _use_taps(self, cache: RemoteCache, drafts: Drafts | None) -> None:
@@ -517,13 +518,13 @@ class RemoteCausalLM(RemoteModel):
         client does for a token, so `Decoding` takes its place behind the prompt.
         """
         self._resume(input_ids, model_kwargs)
-        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._local.drafts
+        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._context.now.drafts
         others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
         others += [] if len(input_ids) == 1 else ["a batch"]
         others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
         others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
-        unprompted = not self._local.prefix and prompt_wrapper(self) is None and self.side is None
+        unprompted = not self._context.now.prefix and prompt_wrapper(self) is None and self.side is None
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
         required = drafts is not None and drafts.required
         if only_tokens and unprompted and not others and (fits or required):
@@ -558,9 +559,9 @@ class RemoteCausalLM(RemoteModel):
 
     def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
         """Within a session: keeps of its cache what fits the prompt, which is prepared by now."""
-        kept_session = self._local.resumed
+        kept_session = self._context.now.resumed
         if kept_session is not None and prepared.get("cache") is kept_session.cache:
-            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
+            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._context.now.prefix
             kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
             if self.side is not None and not self._side_fits(kept_session.cache):
                 kept_session.cache.remote.reset()
@@ -569,7 +570,7 @@ class RemoteCausalLM(RemoteModel):
         keep = given.get("logits_to_keep", 0)
         if not isinstance(keep, int) or given.get("labels") is not None:
             return 0
-        drafts = self._local.drafts
+        drafts = self._context.now.drafts
         if not keep or drafts is None or not drafts.drafter.taps:
             return keep
         size = self.config.get_text_config().hidden_size * len(drafts.drafter.taps)
@@ -579,8 +580,8 @@ class RemoteCausalLM(RemoteModel):
         keep = given.get("logits_to_keep")
         if given.get("labels") is not None and (isinstance(keep, torch.Tensor) or keep):
             return self._call_with_loss(forward, given)
-        prefix = self._local.prefix
-        if not prefix or given.get("cache") is not self._local.prefixed:  # none of the calls that generate
+        prefix = self._context.now.prefix
+        if not prefix or given.get("cache") is not self._context.now.prefixed:  # none of the calls that generate
             return super()._call_model(forward, given)
         if given.get("position_ids") is not None:  # the prefix comes before the first
             given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
@@ -646,27 +647,23 @@ def _with_hidden(output: Any, hidden: torch.Tensor, without: RemoteCache | None 
     return type(output)(**{**kept, "last_hidden_state": hidden})
 
 
-class _OfThread(threading.local):
-    """State of the calls of one thread."""
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What the calls of one thread work with.
 
-    def __init__(self) -> None:
-        self.kept_session: CachedSession | None = None  # that the next call of `generate()` would use
-        self.resumed: CachedSession | None = None  # that the call under way uses
-        self.prefix: Prefixes = ()  # keys and values that a trained prompt puts before the text that is being generated
-        self.prefixed: Any = None  # the cache of that text; None: it has none
-        self.drafts: Drafts | None = None
-        self.without_side = False  # calls run the blocks alone
-        self.beside: tuple[SideNetwork, torch.Tensor] | None = None  # see `RemoteCausalLM.beside_states`
+    kept_session: the session that the next call of `generate()` uses. resumed: the session that the call under way
+    uses. prefix: keys and values that a trained prompt puts before the text that is generated. prefixed: the cache of
+    this text; None: there is none. drafts: of the text. without_side: calls run the blocks without the side network.
+    beside: see `RemoteCausalLM.beside_states`.
+    """
 
-    @contextmanager
-    def within(self, **changes: Any) -> Iterator[None]:
-        """Sets some attributes for the time of a call."""
-        outer = {name: getattr(self, name) for name in changes}
-        vars(self).update(changes)
-        try:
-            yield
-        finally:
-            vars(self).update(outer)
+    kept_session: CachedSession | None = None
+    resumed: CachedSession | None = None
+    prefix: Prefixes = ()
+    prefixed: Any = None
+    drafts: Drafts | None = None
+    without_side: bool = False
+    beside: tuple[SideNetwork, torch.Tensor] | None = None
 
 
 class _Progress(StoppingCriteria):

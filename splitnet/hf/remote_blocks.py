@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Never
+from typing import Any, Generic, Never, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from splitnet.hf.parameters import check_positions, mask_of, reach_of, too_long
 from splitnet.session.local import Blocks, LocalSpan
 from splitnet.session.training import Passed, PassSession
 from splitnet.wire.messages import Chunk
+
+Fields = TypeVar("Fields", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,20 @@ class Call:
     seen: Callable[[torch.Tensor], None] | None = None
 
 
-_NO_CALL = Call()
+class PerThread(threading.local, Generic[Fields]):
+    """A frozen dataclass for each thread, with other fields for the time of a call."""
+
+    def __init__(self, initial: Fields) -> None:
+        self.now = initial
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """Replaces some fields for the time of a call."""
+        outer, self.now = self.now, replace(self.now, **changes)
+        try:
+            yield
+        finally:
+            self.now = outer
 
 
 @dataclass(slots=True)
@@ -147,7 +162,7 @@ class RemoteBlocks(nn.Module):
         self._make_passes = make_passes
         self.passes: dict[Blocks, PassSession] = {}  # by the range of blocks
         self._passing = threading.RLock()
-        self._local = threading.local()
+        self._local = PerThread(Call())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Boundary activations in and out, `[batch, seq, hidden]`; see `step` and `run_whole`."""
@@ -163,18 +178,12 @@ class RemoteBlocks(nn.Module):
 
     @property
     def call(self) -> Call:
-        """The one that the running thread is in."""
-        return getattr(self._local, "call", _NO_CALL)
+        """The call that the running thread is in."""
+        return self._local.now
 
-    @contextmanager
-    def calling(self, **changes: Any) -> Iterator[None]:
-        """Within, the running thread is in such a call; `changes` are those to the one around it."""
-        outer = self.call
-        self._local.call = replace(outer, **changes)
-        try:
-            yield
-        finally:
-            self._local.call = outer
+    def calling(self, **changes: Any) -> AbstractContextManager[None]:
+        """Within, calls of the running thread have these fields of `Call`, beside those of the call around them."""
+        return self._local.within(**changes)
 
     def begin(
         self,

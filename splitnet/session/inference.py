@@ -269,7 +269,7 @@ class Session(SessionDriver):
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         standby = self.standby
-        if not isinstance(message, CopiedPages) or standby is None or not standby.took(message):
+        if not isinstance(message, CopiedPages) or standby is None or not standby.received(message):
             super().deliver(source, message)
 
     def close(self) -> None:

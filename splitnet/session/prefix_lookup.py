@@ -30,8 +30,8 @@ WORTH_COPYING = 16 * PAGE  # positions that another peer must have beyond those 
 class PrefixNamespace:
     """The sessions that may find each other's stored pages.
 
-    salt: start of page labels, which peers do not know. shared: other keys may find the pages, where the owner of a peer
-    allows that.
+    salt: start of page labels; peers do not know it. shared: other keys may find the pages, where a peer's owner allows
+    that.
     """
 
     salt: bytes

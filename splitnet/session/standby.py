@@ -82,7 +82,7 @@ class Standby:
         self._closed = True
         self._changed.set()
 
-    def took(self, message: CopiedPages) -> bool:
+    def received(self, message: CopiedPages) -> bool:
         """Takes in the answer of a replica; False: it answers something else."""
         with self._lock:
             for copy in self._copies.values():
