@@ -24,8 +24,8 @@ LOOK_SHARE = 0.002  # a guess is made at every token if it takes at most this sh
 
 
 class Counts(NamedTuple):
-    """drafted: tokens that were sent as drafts. accepted: those of them that belong to a text now. tokens: all of texts
-    with a drafter, and the round trips through the blocks in which they came."""
+    """drafted: tokens that were sent as drafts. accepted: drafted tokens that the model chose. tokens: generated tokens
+    of texts with a drafter. round_trips: passes through the blocks that gave these tokens."""
 
     drafted: int
     accepted: int
@@ -34,7 +34,7 @@ class Counts(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """A token that was sent behind the text. place: in its window, from 0. before: the kind of the one before it."""
+    """A token that was sent behind the text. place: index in its window. before: kind of the previous draft."""
 
     token: int
     kind: int
@@ -43,48 +43,48 @@ class Drafted(NamedTuple):
 
 
 class DraftStats:
-    """What texts have shown of steps and of one drafter, with one model. Texts share it. Thread-safe.
+    """Statistics of the steps of one model and of the drafts of one drafter, over all texts. Thread-safe.
 
-    priors: by kind of guess: how often it is right at first.
+    priors: initial acceptance rate of each kind of guess.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
         self.drafted = 0  # tokens that were sent as drafts
-        self.accepted = 0  # those of them that belong to a text now
-        self.texts = 0  # that are being generated
-        self.tokens = self.round_trips = 0  # of texts with this drafter, behind their prompts
-        self.by_place: dict[int, list[int]] = {}  # in a window: how often a token there was compared, and right
+        self.accepted = 0  # drafted tokens that the model chose
+        self.texts = 0  # texts that are being generated
+        self.tokens = self.round_trips = 0  # of texts with this drafter, without their prompts
+        self.by_place: dict[int, list[int]] = {}  # by index in a window: drafts that were compared, and accepted
         self._own = [_Share(prior) for prior in priors]
-        self._following: dict[int, _Share] = {}  # by kind: of what is guessed behind such a guess, once that was seen
-        # What a plain step takes beyond its prediction, and by positions what one of more takes beyond its own and
-        # that: what slows plain steps down does not make others look fast.
+        self._following: dict[int, _Share] = {}  # by kind: guesses behind a guess of this kind, once observed
+        # Time of a plain step beyond its prediction; and, by positions, time of a longer step beyond its own prediction
+        # and beyond the excess of a plain step. So a cause that slows plain steps does not make longer ones look fast.
         self._plain_ms = MovingAverage(SHARE)
         self._more_ms: dict[int, MovingAverage] = {}
-        self._client_ms: dict[int, MovingAverage] = {}  # by positions: how long a step kept this process busy
-        self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # the first guess of a draft, a further one
-        self._saved = MovingAverage(SHARE, 1.0)  # round trips, by each draft that was made
+        self._client_ms: dict[int, MovingAverage] = {}  # by positions: time that a step kept this process busy
+        self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # of a draft's first guess, of a further guess
+        self._saved = MovingAverage(SHARE, 1.0)  # round trips that a draft saved
         self._lock = threading.RLock()
 
     def acceptance(self, kinds: Iterable[int]) -> float:
-        """Probability that a guess of such kinds is what the model chooses, if those before it were."""
+        """Probability that the model chooses a guess of these kinds, if it chose all guesses before."""
         shares = [self._own[kind] for kind in kinds]
         return sum(share.right for share in shares) / sum(share.tried for share in shares)
 
     def compared(self, kind: int, right: bool, before: int | None = None) -> None:
-        """A guess behind right ones was compared with the choice of the model. before: the kind of that before it."""
+        """Notes whether the model chose a guess, behind accepted guesses. before: kind of the guess before."""
         with self._lock:
             self._own[kind].add(right)
             if before is not None:
                 self._following.setdefault(before, _Share(self._own[before].value)).add(right)
 
     def sent(self, count: int) -> None:
-        """So many drafted tokens are under way."""
+        """Notes drafted tokens that were sent."""
         with self._lock:
             self.drafted += count
 
     @contextmanager
     def text(self) -> Iterator[None]:
-        """Within, a text is generated."""
+        """Counts a text while it is generated."""
         with self._lock:
             self.texts += 1
         try:
@@ -94,7 +94,7 @@ class DraftStats:
                 self.texts -= 1
 
     def received(self, tokens: int, *, drafted: bool) -> None:
-        """So many further tokens of a text came with one round trip, before which a draft was made, sent or not."""
+        """Notes the new tokens of one round trip. drafted: a draft was made before, whether it was sent or not."""
         with self._lock:
             self.tokens += tokens
             self.round_trips += 1
@@ -102,7 +102,7 @@ class DraftStats:
                 self._saved.add(tokens - 1)
 
     def verified(self, sent: Drafted, right: bool) -> None:
-        """As `compared`, of a token that was sent."""
+        """As `compared`, for a token that was sent."""
         with self._lock:
             self.accepted += right
             counts = self.by_place.setdefault(sent.place, [0, 0])
@@ -113,9 +113,9 @@ class DraftStats:
     def observe_latency(
         self, positions: int, elapsed_ms: float, client_ms: float, prediction: Callable[[int], Prediction]
     ) -> None:
-        """A step that was alone under way came back.
+        """Notes the times of a step during which nothing else was under way.
 
-        elapsed_ms: from sending it until its tokens were chosen. client_ms: how long that kept this process busy.
+        elapsed_ms: from sending the step until its tokens were chosen. client_ms: time that this process was busy.
         """
         with self._lock:
             self._client_ms.setdefault(positions, MovingAverage(SHARE)).add(client_ms)
@@ -130,7 +130,7 @@ class DraftStats:
                 self._more_ms.setdefault(positions, MovingAverage(SHARE, 0.0)).add(more_ms)
 
     def timed(self, guesses: Iterator[Guess], *, catches_up: bool) -> Iterator[Guess]:
-        """The guesses of a draft, whose time is noted. catches_up: before the first the drafter reads a prompt."""
+        """Measures the time of each guess. catches_up: the drafter reads a prompt before the first guess."""
         for place in itertools.count():
             began = time.perf_counter()
             guess = next(guesses, None)
@@ -143,19 +143,19 @@ class DraftStats:
 
     @property
     def knows_steps(self) -> bool:
-        """Whether a plain step was seen, which windows are compared with."""
+        """Whether a plain step was measured, which windows are compared with."""
         return 1 in self._client_ms
 
     def window(self, kind: int, prediction: Callable[[int], Prediction]) -> Window:
-        """The window that promises most behind such a guess."""
+        """The best window that begins with a guess of this kind."""
         return best_window(self._guessed(kind), self._pace(prediction))
 
     def best_length(self, guesses: Iterator[Guess], prediction: Callable[[int], Prediction]) -> int:
-        """How many of these guesses to send as one window."""
+        """Number of these guesses to send as one window."""
         return best_length((self._guessed(kind) for _, kind in guesses), self._pace(prediction))
 
     def drafts_pay(self, prediction: Callable[[int], Prediction]) -> bool:
-        """Whether a draft takes less time than drafts have saved, also those that promised too little to be sent."""
+        """Whether a draft takes less time than drafts have saved; drafts that were not sent count as well."""
         worth_ms = max(LOOK_SHARE, self._saved.value) * self._pace(prediction).latency_ms(1)
         return self._drafting_ms[0].value <= worth_ms
 
@@ -173,11 +173,11 @@ class DraftStats:
 
         @cache
         def slowest_hop_ms(positions: int) -> float:
-            # The time of more positions beyond the prediction is spent somewhere, at worst at the slowest hop.
+            # The excess time of a longer step may be spent at any hop, at worst at the slowest one.
             stage = prediction(positions).slowest_hop_ms + max(0.0, more_ms(positions))
             return max(stage, _nearest(self._client_ms, positions))
 
-        # A hop that is busy with texts of this client all the time does more positions of one at the expense of others.
+        # On a hop that texts of this client keep busy, longer steps of one text delay the other texts.
         busy = min(1.0, self.texts * slowest_hop_ms(1) / latency_ms(1))
         others = busy * max(0, self.texts - 1)
         return Pace(
@@ -188,7 +188,7 @@ class DraftStats:
 
 
 class _Share:
-    """How often guesses are right, of which later ones count more."""
+    """Acceptance rate of guesses; later guesses weigh more."""
 
     def __init__(self, prior: float) -> None:
         self.right, self.tried = prior * PRIOR_TOKENS, PRIOR_TOKENS
@@ -202,5 +202,5 @@ class _Share:
 
 
 def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
-    known = [*averages]  # another thread may add some
+    known = [*averages]  # a copy: another thread may add keys
     return averages[min(known, key=lambda one: abs(one - positions))].value if known else 0.0

@@ -27,17 +27,17 @@ MTP_SHARE = 0.25  # largest share of the free memory that "auto" uses for an MTP
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """Where drafts come from, and what decides how many of them are sent."""
+    """A source of drafts, and the statistics that decide how many drafts are sent."""
 
     drafter: Drafter
     stats: DraftStats
-    required: bool = True  # a text that cannot have drafts is refused
+    required: bool = True  # refuse texts for which drafts are impossible
 
 
 class Speculator:
-    """Makes drafts for the texts of a model, with the statistics of its earlier texts.
+    """Makes drafts for the texts of a model, with statistics of earlier texts.
 
-    model: a causal LM whose blocks are remote; checkpoint: that it was loaded from.
+    model: a causal LM with remote blocks. checkpoint: the checkpoint of this model.
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
@@ -49,12 +49,12 @@ class Speculator:
 
     @property
     def counts(self) -> Counts:
-        """What was drafted so far, by all drafters."""
+        """The sums of the counts of all drafters."""
         each = [(one.drafted, one.accepted, one.tokens, one.round_trips) for one in [*self._stats.values()]]
         return Counts(*map(sum, zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
 
     def drafts_by(self, speculate: Any) -> Drafts:
-        """Drafts for one text, see `RemoteCausalLM.generate`. Raises SplitnetError: nothing makes drafts so."""
+        """Drafts for one text, see `RemoteCausalLM.generate`. Raises SplitnetError: there is no such source."""
         if not isinstance(speculate, str):
             vocabulary = self._model.config.get_text_config().vocab_size
             return Drafts(DraftModel(speculate, vocabulary), self._stats_of(id(speculate), DraftModel.priors))
@@ -65,11 +65,11 @@ class Speculator:
         return Drafts(Combined(head, stats.acceptance), stats, required)
 
     def _stats_of(self, source: Any, priors: Sequence[float]) -> DraftStats:
-        """What texts with drafts from this source have shown."""
+        """Statistics of all texts with drafts from this source."""
         return self._stats.setdefault(source, DraftStats(priors))
 
     def _head(self, speculate: str) -> DraftHead | None:
-        """None: drafts are copies of the text. Raises SplitnetError: there is no such head."""
+        """The head that drafts; None: drafts are copies of the text. Raises SplitnetError: there is no such head."""
         with self._lock:
             if speculate not in self._heads:
                 self._heads[speculate] = self._load_head(speculate)
@@ -97,7 +97,7 @@ class Speculator:
         )
 
     def _mtp_if_cheap(self) -> DraftHead | None:
-        """The checkpoint's MTP layer, if it is on this machine, can be used, and takes little of the free memory."""
+        """The checkpoint's MTP layer if it is on this machine, can be used, and needs little of the free memory."""
         if (head := self._heads.get(MTP)) is not None:
             return head
         names, free = self._checkpoint.next_token_names, free_memory(self._model.device)
