@@ -56,7 +56,7 @@ SESSION = [
     Fault(
         "a relay log is kept while hops reach each other",
         "splitnet/session/failover.py",
-        "            self.relay_log = None  # what the hop pushes itself would be missing in it",
+        "            self.relay_log = None  # the log would lack what the hop sends directly",
         "            pass",
         ("tests/unit/session/test_session_machine.py",),
     ),

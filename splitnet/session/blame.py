@@ -184,6 +184,6 @@ def _feeder(hops: Sequence[RouteHop], hop: RouteHop, request: Request[Any] | Non
 
 
 def error_of(failure: Failure, source: Endpoint) -> SplitnetError:
-    """The exception that a peer's failure stands for; `PeerFailed` for codes without an exception."""
+    """The exception of a peer's failure; `PeerFailed` for codes without a class of exceptions."""
     kind = _ERROR_OF_CODE.get(failure.code, PeerFailed)
     return kind(f"the peer at {source.address} answered: {failure.text}")

@@ -1,4 +1,4 @@
-"""A session that generates: rows of positions whose KV caches live along a route of peers."""
+"""A session that generates: rows of positions with KV caches at the hops of a route."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from splitnet.wire.messages import (
 )
 from splitnet.wire.sent_log import PAGE
 
-ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
-THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
+ASK_S = 2.0  # between two questions to hops about the times of decode steps
+THROUGHPUT_STEPS = 8  # steps under way in a session that prefers throughput
 _POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)  # usual numbers: with these the size of a message grows a little
+_TIMING = Timing(500, 10_000, 500)  # usual values, which the size of a message depends on
 
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """A link of a route. bytes_per_token: of a decode step's message, without framing and encryption of ZeroMQ."""
+    """A link of a route. bytes_per_token: size of a decode step's message, without ZeroMQ's framing and encryption."""
 
     sender: str
     receiver: str
@@ -63,9 +63,10 @@ class LinkUse:
 
 @dataclass(frozen=True, slots=True)
 class UnderWay:
-    """New positions that were sent through the route.
+    """New positions under way on the route.
 
-    began: seconds of `time.perf_counter`. repairs: of the route, before. alone: nothing else was under way.
+    began: seconds of `time.perf_counter`. repairs: number of repairs of the route before. alone: nothing else was under
+    way.
     """
 
     requests: tuple[StepRequest, ...]
@@ -75,12 +76,12 @@ class UnderWay:
 
 
 class Session(SessionDriver):
-    """KV caches of some rows along a route. One thread uses a session at a time.
+    """KV caches of rows along a route. One thread uses a session at a time.
 
-    When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.session.machine`.
+    The session replaces dead hops and then gives the same tokens; see `splitnet.session.machine`.
 
-    options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows when
-    needed. blocks, progress_timeout_s: see `SessionDriver`.
+    options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows on demand.
+    blocks, progress_timeout_s: see `SessionDriver`.
     """
 
     def __init__(
@@ -107,11 +108,11 @@ class Session(SessionDriver):
         self._prefixes = options.prefixes
         self._standby_rate = options.standby_rate
         self.standby: Standby | None = None
-        self.passed = 0  # positions whose outputs were awaited and have come
+        self.passed = 0  # positions with received outputs
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What the last step met at each hop, as the last hop tells."""
+        """Times of the last step at each hop, as reported by the last hop."""
         return self.state.timings
 
     @property
@@ -125,14 +126,14 @@ class Session(SessionDriver):
         return self.state.taps
 
     def reserve(self, positions: int) -> None:
-        """Makes room for so many positions over all rows, on every hop.
+        """Reserves memory for `positions` over all rows, on every hop.
 
-        Raises PeerBusy: a hop has no memory for them, and the session goes on with what it has; or as `open`.
+        Raises PeerBusy: a hop has no memory, and the session keeps its former reservation. Also raises as `open`.
         """
         if positions <= self.state.reservation:
             return
         if self.hops:
-            self.open()  # only an open route keeps what it has when it cannot have more
+            self.open()  # only an open route keeps the former reservation after a refusal
         self.feed(Resize(positions))
         self._wait(lambda: self.state.is_settled)
         self._raise_if_broken()
@@ -144,15 +145,15 @@ class Session(SessionDriver):
 
         Args:
             hidden: `[positions, hidden]`, the positions of all parts in order.
-            parts: which rows they belong to, and how many of each row's outputs to return.
-            forks: rows to fork before, see `splitnet.wire.messages.Step`.
+            parts: the rows of the positions, and how many outputs of each row to return.
+            forks: rows to fork before the step, see `splitnet.wire.messages.Step`.
 
         Returns:
-            `[kept, hidden]` float32: the outputs that the parts keep, in order; behind the hidden states at the taps,
-            `[kept, (taps + 1) * hidden]`, see `use_taps`.
+            `[kept, hidden]` float32: the outputs that the parts keep, in order. With taps, the hidden states at the
+            taps stand before each output: `[kept, (taps + 1) * hidden]`, see `use_taps`.
 
         Raises:
-            PeerLost, CoverageError: a hop died or did not go on, and could not be replaced.
+            PeerLost, CoverageError: a hop died or made no progress, and could not be replaced.
             PeerFailed: two hops answered with the same error.
             ContextTooLong: the rows are longer than the model allows.
             SessionClosed: another thread has closed the session.
@@ -168,12 +169,12 @@ class Session(SessionDriver):
         step_positions: int | None = None,
         reach: int = 0,
     ) -> UnderWay:
-        """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` takes what it returns.
+        """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` must follow.
 
-        More may be sent before the first have come back; where they start says what the hops are to forget.
+        Further positions may be sent before the outputs arrive. Hops forget all positions from a part's start on.
 
         Args:
-            step_positions: of the steps that they are cut into; None: chosen.
+            step_positions: largest size of a step; None: chosen.
             reach: see `splitnet.wire.messages.Step`.
         """
         state = self.state
@@ -226,7 +227,7 @@ class Session(SessionDriver):
         return prefixes.hit
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
-        """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
+        """Waits for the outputs, in the order of sending; returns and raises as `step`."""
         outputs: list[torch.Tensor] = []
         for request in sent.requests:
             output = None
@@ -247,7 +248,7 @@ class Session(SessionDriver):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _note_stored(self, step: Step) -> None:
-        """The hops have stored the pages that end within a step."""
+        """Indexes the pages that hops have stored after a step, and starts the standby."""
         state = self.state
         row = state.log.only_row if state.log is not None else None
         if state.log is None or row is None:
@@ -278,11 +279,11 @@ class Session(SessionDriver):
         super().close()
 
     def abandon(self, sent: UnderWay) -> None:
-        """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
+        """Gives up the outputs. The next positions that are sent replace the abandoned ones at the hops."""
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """Has the blocks run with these parameters; once, before the first step. Raises PeerFailed: they do not fit."""
+        """Sets the adapter of the blocks; once, before the first step. Raises PeerFailed: the adapter does not fit."""
         state = self.state
         if adapter is state.adapter:
             return
@@ -293,10 +294,10 @@ class Session(SessionDriver):
             self.open()
 
     def use_taps(self, taps: Sequence[int]) -> None:
-        """Has the hidden states at some boundaries come with the outputs: those within the blocks, in rising order.
+        """Returns hidden states at boundaries together with the outputs; only boundaries within the blocks count.
 
-        Before the first step. Raises SplitnetError if they are too many. A later `open` raises PeerTooOld if peers of
-        some blocks do not send them.
+        Must come before the first step. Raises SplitnetError: too many boundaries. A later `open` raises PeerTooOld if
+        the peers of some blocks do not send hidden states.
         """
         start, end = self.state.blocks
         inner = sorted({tap for tap in taps if start < tap < end})
@@ -324,9 +325,9 @@ class Session(SessionDriver):
         return self.state.prefixes.reused
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
-        """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
+        """The keys and values of the first `length` positions of a row, without the row's trained prefix.
 
-        They are named and shaped as the prefix of an adapter, see `splitnet.blocks.adapters`. Raises as `step`.
+        For names and shapes, see the prefix in `splitnet.blocks.adapters`. Raises as `step`.
         """
         self.open()
         request = FetchRequest(FetchKV(self.id, self.state.epoch, self.state.next_number(), row, length))
@@ -339,7 +340,7 @@ class Session(SessionDriver):
         return tensors
 
     def step_positions(self, positions: int, prediction: Callable[[int], Prediction] | None = None) -> int:
-        """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
+        """The best size of steps for this number of positions; several steps flow through the hops at once."""
         if positions <= SIZES[0]:
             return positions
         if prediction is None:
@@ -370,7 +371,7 @@ class Session(SessionDriver):
         return uses
 
     def _improve_route(self) -> None:
-        """Before a step: moves to a better route if that pays."""
+        """Moves to a better route before a step, if the gain exceeds the cost."""
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in state.hops]
@@ -380,15 +381,15 @@ class Session(SessionDriver):
             self.open()
 
     def _decoded(self, request: StepRequest) -> torch.Tensor | None:
-        """What `step` returns; None: an answer was no use, and the step is done again."""
+        """The return value of `step`; None: an answer was unusable, and the step is done again."""
         result, hidden_size = request.result, self._swarm.facts.hidden_size
         assert result is not None
         states: list[torch.Tensor] = []
         for tap in (*self.state.taps, self.state.blocks[1]):
-            came = request.tapped.get(tap, result)  # where no position is kept, no states come
+            came = request.tapped.get(tap, result)  # without kept positions, hops send no states
             try:
                 values = codec_by_code(came.codec).decode(came.payload, request.kept, hidden_size)
-                if np.isfinite(values.numpy()).all():  # on few numbers a fifth of what torch takes
+                if np.isfinite(values.numpy()).all():  # for few numbers, a fifth of the time of torch
                     states.append(values)
                     continue
                 why = "answered with values that are not finite"
@@ -400,10 +401,10 @@ class Session(SessionDriver):
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
     def _learn_timings(self, positions: int, *, at_once: bool) -> None:
-        """After a decode step: notes what it met. Each hop is believed of itself alone.
+        """Notes the times of a decode step; a hop's times are taken from this hop only.
 
-        Any hop may have rewritten the timings of those before it in a result. So only the tail's own is taken from it;
-        the other hops are asked now and then, without waiting. at_once: the step took far longer than usual, so ask.
+        A hop may rewrite the timings of earlier hops in a result, so only the tail's timing is taken from the result.
+        The other hops are asked every `ASK_S`, without waiting. at_once: ask, because the step was unusually slow.
         """
         hops, timings = self.state.hops, self.state.timings
         if timings:
@@ -423,7 +424,7 @@ class Session(SessionDriver):
             return
         measurements = self._swarm.measurements
         blocks = hop.planned.end - hop.planned.start
-        # The cost model adds what reading so many positions takes.
+        # The cost model adds the time of reading the cached positions.
         held = self.state.log.positions if self.state.log is not None else 0
         block_ms = timing.compute_us / 1000 / blocks - PastCost(hop.planned.record.past_ms).at(positions, held)
         measurements.hop_seen(hop.name, positions, max(0.0, block_ms), timing.wait_us / 1000)
@@ -432,7 +433,7 @@ class Session(SessionDriver):
 
 
 def cut_into_steps(parts: Sequence[Chunk], limit: int) -> list[list[Chunk]]:
-    """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
+    """Cuts parts into steps of at most `limit` positions, which together keep the last `keep` of each part."""
     steps: list[list[Chunk]] = [[]]
     room = limit
     for row, start, length, keep in parts:

@@ -312,7 +312,7 @@ class SessionState:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
-                    # A hop that lost a step with replacements would not notice, and would store the replaced positions.
+                    # A hop does not notice the loss of a step that replaces positions, and would store the old ones.
                     sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
                     request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
@@ -582,7 +582,7 @@ class SessionState:
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:
-        """Goes on once all asked hops have answered or failed."""
+        """Continues once all asked hops have answered or failed."""
         if self._asked:
             return
         failed, self._failed = self._failed, {}
@@ -740,7 +740,7 @@ class SessionState:
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        """Drops all that is awaited from the former route."""
+        """Stops waiting for answers of the former route."""
         if self._replays:
             for hop in self.hops:
                 hop.relay_log = None  # the log may hold only a part of the replay

@@ -3,8 +3,8 @@
     ASKING ──> COPYING ──> ASKED
        └─────────────────────^
 
-`SessionState` reports each new text and each answer of a hop, and does what the events of this module say: ask the
-hops again (`AskAgain`), have hops copy pages (`CopyFrom`), or go on from the stored positions (`Settled`).
+`SessionState` reports each new text and each answer of a hop. The events of this module tell it to ask the hops again
+(`AskAgain`), to have hops copy pages (`CopyFrom`), or to continue from the stored positions (`Settled`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_LABELS, CopyPages, Opened
 from splitnet.wire.sent_log import PAGE, SentLog, digest
 
-WORTH_COPYING = 16 * PAGE  # positions that another peer must have beyond those of a hop: fewer are computed sooner
+WORTH_COPYING = 16 * PAGE  # least advantage of another peer, in positions: a hop computes fewer sooner than it copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class PrefixSource:
 class Stage(StrEnum):
     """How far the lookup on one route is.
 
-    ASKING: hops say what they have stored. COPYING: hops copy pages from other peers. ASKED: hops say what they have
-    stored after copying, or there is nothing to copy.
+    ASKING: hops report their stored pages. COPYING: hops copy pages from other peers. ASKED: hops report their pages
+    after copying, or there is nothing to copy.
     """
 
     ASKING = "asking"
@@ -66,7 +66,7 @@ class Stage(StrEnum):
 
 
 class AskAgain(NamedTuple):
-    """All hops must be opened again: what they say of their pages has changed."""
+    """The answers of the hops are out of date: all hops must be opened again."""
 
 
 class CopyFrom(NamedTuple):
@@ -165,14 +165,14 @@ class PrefixLookup:
         return row, log.labels(row)[:MAX_LABELS]
 
     def hop_opened(self, hop: RouteHop, message: Opened) -> None:
-        """A hop has said what it holds of the session."""
+        """A hop has answered `Open`."""
         hop.cached_positions, hop.prefix_hit = message.cached_positions, message.recalled and hop.asked_prefix
         if hop.prefix_hit:  # a hop that was not asked would still hold the prefix that it was asked for before
             hop.filled, hop.adapter_version = False, 0
         hop.stores = message.stores
 
     def all_opened(self, log: SentLog | None, excluded: Collection[str]) -> AskAgain | CopyFrom | Settled:
-        """All hops of `question` have answered, or all those of `CopyFrom`. excluded: names of unusable peers."""
+        """All hops have answered `Open`, or the requests of `CopyFrom`. excluded: names of unusable peers."""
         named = [hop.context for hop in self._hops]
         if any(named) and named != self._contexts():
             # A hop holds its weights otherwise than its record says. A second change on one route is not believed.
@@ -192,7 +192,7 @@ class PrefixLookup:
         return Settled(self._settle(log))
 
     def _copies(self, log: SentLog | None, excluded: Collection[str]) -> list[tuple[Endpoint, CopyPages]]:
-        """Requests to hops that lack pages, of which another peer has more."""
+        """Requests to copy pages, for hops that have fewer pages than another peer."""
         may_copy = self.namespace is not None and not self.shared
         row = log.only_row if log is not None and may_copy else None
         if log is None or row is None:
@@ -213,7 +213,7 @@ class PrefixLookup:
         return copies
 
     def _settle(self, log: SentLog | None) -> SentLog | None:
-        """The session goes on from the longest prefix that one hop has; the log fills the other hops."""
+        """The session continues from the longest prefix of a hop; the log fills the other hops."""
         text, self.text = self.text, None
         if text is None or log is None:
             return log
@@ -227,7 +227,7 @@ class PrefixLookup:
         return log if self.hit else None
 
     def _contexts(self) -> list[bytes]:
-        """Digests, hop by hop, of all that a hop's keys and values depend on besides the text."""
+        """For each hop, a digest of everything but the text that determines its keys and values."""
         if self._adapter is not None and not self._adapter_digest:
             self._adapter_digest = digest(*write_groups(self._adapter.within(*self._blocks)))
         codecs, names = [self._codec, *(hop.codec for hop in self._hops)], [self._model, self._adapter_digest]

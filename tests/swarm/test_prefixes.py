@@ -92,19 +92,19 @@ def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) 
 def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = swarm.model(), text(3 * PAGE + 9, seed=10)
     generate(model, ids)
-    recall, waited = Session._recall, list[int]()
+    look_up, waited = Session._look_up_prefix, list[int]()
 
     def is_filled(peer: Peer, session: Session) -> bool:
         held = peer.service.sessions.get(session.id)
         return held is not None and held.filling is not None and held.filling.done == 3
 
-    def recall_and_wait(session: Session, *given: Any) -> int:
-        waited.append(recall(session, *given))
+    def look_up_and_wait(session: Session, *given: Any) -> int:
+        waited.append(look_up(session, *given))
         for peer in swarm.peers:
             wait_until(lambda peer=peer: is_filled(peer, session))
         return waited[-1]
 
-    monkeypatch.setattr(Session, "_recall", recall_and_wait)
+    monkeypatch.setattr(Session, "_look_up_prefix", look_up_and_wait)
     assert torch.equal(
         model.generate(ids, speculate=None, **{**GREEDY, "max_new_tokens": 1}), generate(local, ids, max_new_tokens=1)
     )
