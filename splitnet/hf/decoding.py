@@ -1,9 +1,9 @@
-"""The loop that generates one text, with drafts or without, in the place of transformers' own.
+"""The loop that generates one text, with drafts or without, in place of transformers' loop.
 
-A drafted token is right if it is what the model chooses, greedily or by sampling, at that place. So every token is
-chosen as without drafts, from the same scores and with the same random numbers, and a seed gives the same text. For a
-draft that is certain of its token this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): it is accepted
-with the probability that the model gives it, and otherwise another is drawn from what the model gives to the others.
+A drafted token is accepted if the model chooses the same token, greedily or by sampling. Every token is chosen as
+without drafts, from the same scores and with the same random numbers, so a seed gives the same text. For greedy drafts
+this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): a draft is accepted with its probability by the
+model; otherwise another token is drawn from the model's distribution without the draft.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LONGEST = 1 << 20  # tokens; longer texts are not tried
 
 
 class Model(Protocol):
-    """A causal LM whose calls can be cut in two, see `splitnet.hf.causal_lm.RemoteCausalLM`."""
+    """A causal LM whose calls can be split into sending and receiving, see `splitnet.hf.causal_lm.RemoteCausalLM`."""
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
 
@@ -52,7 +52,7 @@ class Model(Protocol):
 
 
 class Outputs(NamedTuple):
-    """Of new positions. logits: `[seq, vocabulary]`. features: `[seq, len(taps) * hidden]`, see `DraftHead`."""
+    """Outputs of new positions. logits: `[seq, vocabulary]`. features: `[seq, len(taps) * hidden]`, see `DraftHead`."""
 
     logits: torch.Tensor
     features: torch.Tensor
@@ -62,8 +62,8 @@ class Outputs(NamedTuple):
 class _Sent:
     """Tokens under way.
 
-    exchange: None: they go through the model in one piece, once it is their turn. ids: `[1, seq]`: drafts, behind the
-    last token of the text if nothing else was under way. alone: nothing else was.
+    exchange: None: the tokens are sent later, in one call of the model. ids: `[1, seq]`: drafts, behind the last token
+    of the text if nothing else was under way. alone: nothing else was under way.
     """
 
     exchange: Exchange | None
@@ -74,14 +74,16 @@ class _Sent:
 
 
 class Text:
-    """The tokens so far, from the prompt `[1, seq]` on, and how the next one is chosen: as in transformers'
-    `generate()`, by the `LogitsProcessorList`, `StoppingCriteriaList` and `GenerationConfig` that it has prepared.
+    """The tokens of a text, beginning with the prompt `[1, seq]`, and the choice of the next token.
+
+    Tokens are chosen as in transformers' `generate()`, with its `LogitsProcessorList`, `StoppingCriteriaList` and
+    `GenerationConfig`.
     """
 
     def __init__(self, prompt: torch.Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
         self.tokens: list[int] = prompt[0].tolist()
         self.finished = False
-        self.most: int | None = config.max_length  # tokens that it may have
+        self.most: int | None = config.max_length  # largest number of tokens
         self._held = torch.empty(1, 2 * prompt.shape[1] + 256, dtype=prompt.dtype, device=prompt.device)
         self._held[:, : prompt.shape[1]] = prompt
         self._processor = processor
@@ -90,11 +92,11 @@ class Text:
         self.streamer = streamer
 
     def ids(self, start: int = 0) -> torch.Tensor:
-        """`[1, seq]`, from the token at `start` on."""
+        """The tokens from `start` on, `[1, seq]`."""
         return self._held[:, start : len(self.tokens)]
 
     def choose(self, logits: torch.Tensor) -> int:
-        """Takes the next token by its logits `[vocabulary]`."""
+        """Chooses and appends the next token from logits `[vocabulary]`."""
         scores = logits[None].to(torch.float32, copy=len(self._processor) > 0)  # processors may write into it
         scores = self._processor(self.ids(), scores)
         if self._samples:
@@ -113,7 +115,7 @@ class Text:
 
 
 class Decoding:
-    """One text on its way.
+    """The generation of one text.
 
     cache: holds the prompt, or embeddings in its place. text: ends with the prompt. drafts: None: one token at a time.
     """
@@ -131,14 +133,14 @@ class Decoding:
         self._cache = cache
         self._text = text
         self._drafts = drafts
-        # Columns of the cache before the first token: embeddings that the prompt began with.
+        # Columns of the cache before the first token: embeddings at the beginning of the prompt.
         self._offset = cache.remote.columns - len(text.tokens)
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_Sent] = deque()
-        self._drafted: deque[Drafted] = deque()  # tokens behind the text that were sent
-        self._imagined: Guess | None = None  # what was not sent, only to see whether it is right
-        self._unseen = 0  # tokens since the latest draft, if nothing of that was sent
+        self._drafted: deque[Drafted] = deque()  # tokens that were sent behind the text
+        self._imagined: Guess | None = None  # a guess that was not sent, to measure the acceptance rate
+        self._unseen = 0  # tokens since the latest draft, if none of its tokens was sent
         self._looked = False  # a draft was made in this turn
         self._begins = True  # no draft was made yet
         self._predictions: Callable[[int], Prediction] | None = None
@@ -146,9 +148,9 @@ class Decoding:
         self._chosen: dict[int, Window] = {}  # by the kind of the first guess
 
     def run(self, prompt: Outputs) -> torch.Tensor:
-        """Goes on until the text is finished, from the outputs of the last positions of the prompt.
+        """Generates until the text is finished. prompt: outputs of the last positions of the prompt.
 
-        Returns `[1, seq]`, the prompt and all further tokens. Raises SplitnetError: as a call of the model.
+        Returns `[1, seq]`, the prompt and all new tokens. Raises SplitnetError: as a call of the model.
         """
         with self._drafts.stats.text() if self._drafts is not None else nullcontext():
             if self._drafts is not None:
@@ -164,7 +166,7 @@ class Decoding:
         return self._text.ids()
 
     def _turn(self) -> None:
-        """Sends what can be sent, and takes in what comes back first."""
+        """Sends the next tokens and drafts, and handles the first outputs."""
         window, guesses = self._plan()
         if not self._under_way:
             self._send(guesses, whole=window.in_flight == 1)
@@ -198,7 +200,7 @@ class Decoding:
             )
 
     def _plan(self) -> tuple[Window, list[Guess]]:
-        """The best window now, and its guesses; where that is to send none, notes one to see whether it is right."""
+        """The best window and its guesses. If none should be sent, keeps one guess to measure the acceptance rate."""
         drafts, self._looked = self._drafts, False
         if drafts is None or not drafts.stats.knows_steps:
             return NO_DRAFTS, []
@@ -231,7 +233,7 @@ class Decoding:
         return Window(len(taken), 1), taken
 
     def _guesses(self) -> Iterator[Guess]:
-        """Of tokens behind the text and what is under way; fewer near the end: the model itself adds one at least."""
+        """Guesses behind the text and the drafts under way; fewer near the end, because the model adds a token."""
         if self._drafts is None:
             return
         bound = None if self._layer.bound is None else self._layer.bound - self._offset
@@ -243,7 +245,7 @@ class Decoding:
         yield from itertools.islice(timed, room)
 
     def _send(self, guesses: Sequence[Guess], *, whole: bool = False) -> None:
-        """Sends drafts behind what is under way, or else behind the last token of the text."""
+        """Sends drafts behind the drafts under way, or behind the last token of the text."""
         alone = not self._under_way
         ids = self._text.ids(len(self._text.tokens) - alone)
         before = self._drafted[-1].kind if self._drafted else None
@@ -269,7 +271,7 @@ class Decoding:
         return token
 
     def _goes_on_with(self, token: int) -> bool:
-        """Whether what was sent behind the text begins with this token, which belongs to the text now."""
+        """Whether the first draft under way equals this token, which was appended to the text."""
         if not self._drafted or self._drafts is None:
             return False
         sent = self._drafted.popleft()
@@ -277,7 +279,7 @@ class Decoding:
         return sent.token == token
 
     def _forget_drafts(self) -> None:
-        """What was sent behind the text counts no more; the cache holds what it shares with the text."""
+        """Abandons all drafts under way, and crops the cache to the text."""
         for sent in self._under_way:
             if sent.exchange is not None:
                 sent.exchange.abandon()
@@ -294,11 +296,11 @@ class Decoding:
 
 
 class FamilyLoop:
-    """transformers' loop with what a family adds to it: whether `Decoding` can take its place.
+    """Finds whether `Decoding` can replace transformers' loop for a family.
 
-    transformers asks a family's class before each call of the model, in `prepare_inputs_for_generation`, and after it.
-    Most classes do what transformers does. Of the others it is found by trying at which lengths of a text they do more
-    than hand over the last token, the cache and the mask. family: the transformers class of the model.
+    transformers calls methods of a family's class before each call of the model (`prepare_inputs_for_generation`) and
+    after. Most classes inherit these methods. For other classes, a trial finds the lengths of a text at which they do
+    more than pass the last token, the cache and the mask. family: the transformers class of the model.
     """
 
     def __init__(self, model: Any, family: Any) -> None:
@@ -306,7 +308,7 @@ class FamilyLoop:
         self._family = family
 
     def differs(self, prompt: int, most: int | None) -> list[str]:
-        """What the family does of its own while a text grows from `prompt` to `most` tokens; empty: nothing."""
+        """Deviations of the family while a text grows from `prompt` to `most` tokens; empty: none."""
         own = getattr(self._model, _PREPARES)
         if getattr(own, "__func__", None) is not getattr(type(self._model), _PREPARES):
             return [f"{_PREPARES} of the caller's"]
@@ -319,13 +321,13 @@ class FamilyLoop:
 
     @cached_property
     def _lengths(self) -> list[int]:
-        """Lengths of a text before whose last token the family does something of its own."""
+        """Lengths of a text at whose last token the family deviates from transformers' loop."""
         if getattr(self._family, _PREPARES) is getattr(GenerationMixin, _PREPARES):
             return []
         return [length for length in sorted(set(self._likely())) if not self._hands_over(length)]
 
     def _likely(self) -> Iterator[int]:
-        """Two short ones, and those around every number of the config."""
+        """Lengths to try: short ones, and those around every number of the config."""
         config = self._model.config.get_text_config()
         most = min(max_positions(config) or LONGEST, LONGEST)
         values = list(vars(config).values())
@@ -335,7 +337,7 @@ class FamilyLoop:
 
     @torch.no_grad()
     def _hands_over(self, length: int) -> bool:
-        """Whether it leaves it at the last token, behind what the cache holds."""
+        """Whether the family passes only the last token, behind the cached ones."""
         cache = self._model.new_cache()
         cache.remote.columns = length - 1
         ids = torch.zeros(1, length, dtype=torch.long, device=self._model.device)
