@@ -385,12 +385,8 @@ def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> 
         given = f"{heads} num_attention_heads and {kv_heads} num_key_value_heads of {size} numbers"
         _refuse(f"has {given} with the hidden_size {hidden}, which do not go together")
     others = (
-        "hidden_act",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "attention_bias",
-        "mlp_bias",
-        "initializer_range",
+        *("hidden_act", "rms_norm_eps", "max_position_embeddings"),
+        *("attention_bias", "mlp_bias", "initializer_range"),
     )
     config = LlamaConfig(
         hidden_size=hidden,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from scheduler.liveness import Finding, Verdict
 from splitnet.errors import (
@@ -39,16 +39,14 @@ _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Replace:
+class Replace(NamedTuple):
     """Hops must be replaced. lost: the error of each. cleared: names of peers whose bans were not deserved."""
 
     lost: dict[Endpoint, SplitnetError]
     cleared: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class OpenAgain:
+class OpenAgain(NamedTuple):
     """The same hops must be opened again. wrong: hops whose caches must be computed again."""
 
     cause: Cause
@@ -56,14 +54,14 @@ class OpenAgain:
     wrong: tuple[RouteHop, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RequestsFault:
+class RequestsFault(NamedTuple):
     """No hop is at fault: the caller gets the error."""
 
     error: SplitnetError
 
 
 Decision = Replace | OpenAgain | RequestsFault
+Requests = Collection[Request[Any]]
 
 
 @dataclass(slots=True)
@@ -71,6 +69,7 @@ class Faults:
     """Faults since the last answer, or since nothing was under way.
 
     Attributes:
+        hops: the route.
         attempts: routes that have failed.
         suspects: hops that may lose requests.
         strikes: by name of a peer, how often it had forgotten the session.
@@ -78,22 +77,16 @@ class Faults:
         refusing: by name of a hop, the names of peers that have refused what this hop sent on.
     """
 
+    hops: Sequence[RouteHop] = ()
     attempts: int = 0
     suspects: list[Endpoint] = field(default_factory=list[Endpoint])
     strikes: dict[str, int] = field(default_factory=dict[str, int])
     complaints: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
     refusing: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
-    def request_failed(
-        self,
-        hops: Sequence[RouteHop],
-        hop: RouteHop,
-        code: int,
-        error: SplitnetError,
-        request: Request[Any] | None = None,
-    ) -> Decision:
+    def request_failed(self, hop: RouteHop, code: int, error: SplitnetError, request: Request[Any] | None) -> Decision:
         """A hop has answered a request with a failure. request: None: a replay, or a request that is not known."""
-        feeder = _feeder(hops, hop, request)
+        feeder = self._feeder(hop, request)
         if feeder is not None and code in _MAY_BE_FEEDERS:
             refusing = self.refusing.setdefault(feeder.name, [])
             if code not in _LACKS_STATE or hop.name not in refusing:
@@ -105,20 +98,28 @@ class Faults:
         if code == FailureCode.BUSY:
             return Replace({hop.endpoint: error})
         if code in _LACKS_STATE:
-            return self._state_lacks(hops, hop, code, error)
+            return self._state_lacks(hop, code, error)
         return self.blame(hop, code, error)
 
-    def _state_lacks(self, hops: Sequence[RouteHop], hop: RouteHop, code: int, error: SplitnetError) -> Decision:
+    def _state_lacks(self, hop: RouteHop, code: int, error: SplitnetError) -> Decision:
         """A hop, or its next one, lacks what a request needs. First all are opened again; then one is replaced."""
         strikes = self.strikes[hop.name] = self.strikes.get(hop.name, 0) + 1
         if strikes == 1:
             # With any other code the hop holds a wrong state.
             wrong = (hop,) if code != FailureCode.UNKNOWN_SESSION else ()
             return OpenAgain(Cause.SESSION_LOST, str(error), wrong)
-        following = hops[hops.index(hop) + 1 :]
-        may_be_next = code == FailureCode.UNKNOWN_SESSION and strikes == 2 and _feeder(hops, hop) is not None
+        following = self.hops[self.hops.index(hop) + 1 :]
+        may_be_next = code == FailureCode.UNKNOWN_SESSION and strikes == 2 and self._feeder(hop) is not None
         lost = following[0] if may_be_next and following else hop
         return Replace({lost.endpoint: PeerFailed(str(error))})
+
+    def _feeder(self, hop: RouteHop, request: Request[Any] | None = None) -> RouteHop | None:
+        """The hop that sends another hop the input of a request; None: the client sends the input."""
+        hops, index = self.hops, self.hops.index(hop)
+        if isinstance(request, PassRequest) and request.is_on_way_back:
+            return hops[index + 1] if index + 1 < len(hops) and not hop.relayed else None
+        before = hops[index - 1] if index else None
+        return before if before is not None and not before.relayed else None
 
     def blame(self, hop: RouteHop, code: int, error: SplitnetError) -> Decision:
         """A hop has failed. If a second peer reports the same code, the request is at fault."""
@@ -140,21 +141,15 @@ class Faults:
             error = NotFinite(f"{error}; another peer says the same")
         return RequestsFault(error)
 
-    def judge(
-        self,
-        verdict: Verdict[Endpoint],
-        hops: Sequence[RouteHop],
-        filling: Sequence[RouteHop],
-        under_way: Collection[Request[Any]],
-    ) -> Decision:
+    def judge(self, verdict: Verdict[Endpoint], filling: Sequence[RouteHop], under_way: Requests) -> Decision:
         """A round of pings has found a fault. filling: hops that compute their caches from a log."""
-        endpoints, first = [hop.endpoint for hop in hops], [hop.endpoint for hop in filling]
+        endpoints, first = [hop.endpoint for hop in self.hops], [hop.endpoint for hop in filling]
         if verdict.finding is Finding.SILENT:
             return Replace({each: PeerSilent(f"the peer at {each.address} does not answer") for each in verdict.hops})
         if verdict.finding is Finding.FORGOTTEN:
-            hop = hops[endpoints.index(verdict.hops[0])]
+            hop = self.hops[endpoints.index(verdict.hops[0])]
             error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
-            return self.request_failed(hops, hop, FailureCode.UNKNOWN_SESSION, error)
+            return self.request_failed(hop, FailureCode.UNKNOWN_SESSION, error, None)
         if verdict.finding is Finding.STUCK:
             self.suspects = self.suspects or endpoints
             return self._replace_likeliest([*verdict.hops, *first], "has worked for too long without any progress")
@@ -165,22 +160,13 @@ class Faults:
         # One of the suspects loses messages, or keeps them.
         steps = [each for each in under_way if isinstance(each, StepRequest) and each.result]
         missing = [tap for step in steps for tap in step.taps if tap not in step.tapped]
-        owing = [next(hop.endpoint for hop in hops if hop.blocks[0] < tap <= hop.blocks[1]) for tap in missing]
+        owing = [next(hop.endpoint for hop in self.hops if hop.blocks[0] < tap <= hop.blocks[1]) for tap in missing]
         return self._replace_likeliest([*first, *owing, *verdict.hops], "loses what is sent to it")
 
     def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> Replace:
         where = next((each for each in likeliest if each in self.suspects), likeliest[0])
         self.suspects = [each for each in self.suspects if each != where] or [where]
         return Replace({where: PeerLost(f"the peer at {where.address} {what}")})
-
-
-def _feeder(hops: Sequence[RouteHop], hop: RouteHop, request: Request[Any] | None = None) -> RouteHop | None:
-    """The hop that sends another hop the input of a request; None: the client sends the input."""
-    index = hops.index(hop)
-    if isinstance(request, PassRequest) and request.is_on_way_back:
-        return hops[index + 1] if index + 1 < len(hops) and not hop.relayed else None
-    before = hops[index - 1] if index else None
-    return before if before is not None and not before.relayed else None
 
 
 def error_of(failure: Failure, source: Endpoint) -> SplitnetError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat, takewhile
 
 from splitnet.errors import (
@@ -24,12 +24,12 @@ from splitnet.errors import (
     TooLongForPeers,
     WrongKey,
 )
-from splitnet.session.events import Cause, NoRoute
+from splitnet.session.events import Cause, NoRoute, Recovered
 from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import HeldBlocks, PlannedHop, blocks_text
-from splitnet.wire.codecs import Codec
+from splitnet.wire.codecs import Codec, check_values
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Replay, Result, Step
+from splitnet.wire.messages import Forward, Replay, Result, Step
 from splitnet.wire.sent_log import SentLog
 
 
@@ -96,8 +96,18 @@ class RouteHop:
             if one.start < end and one.end > start and one.weights != self.weights
         ]
 
-    def log_relayed(self, step: Step, result: Result) -> None:
-        """Logs what the client relays. A log is complete only if it begins with the session's first positions."""
+    def relay(self, message: Step | Forward, result: Result, hidden_size: int) -> Step | Forward:
+        """The message to the next hop with this hop's output. Logs the output of a step; a log is complete only if it
+        begins with the session's first positions. Raises ProtocolError: the output cannot be used."""
+        if result.codec != self.codec.code:
+            raise ProtocolError(f"codec {result.codec} was not agreed upon")
+        check_values(result.codec, result.payload, message.positions, hidden_size)
+        if isinstance(message, Step):
+            self._log_relayed(message, result)
+        relayed = replace(message, codec=result.codec, payload=result.payload, boundary=result.end)
+        return replace(relayed, timings=result.timings)
+
+    def _log_relayed(self, step: Step, result: Result) -> None:
         begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
         if self.relay_log is None and begins and not any(part.start for part in step.parts):
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
@@ -141,6 +151,11 @@ class RouteSetup:
     def silent(self) -> set[str]:
         """Names of lost peers."""
         return {name for name, error in self.refused.items() if isinstance(error, PeerLost)}
+
+    def recovered(self, now: float) -> Recovered:
+        """The repair that ends with this setup."""
+        opened_ms = ((self.opened_at or now) - self.began) * 1000
+        return Recovered(tuple(self.reasons), opened_ms, (now - self.began) * 1000, self.cause)
 
     def refuse(self, name: str, error: SplitnetError) -> None:
         """Records that a peer does not take the session."""

@@ -279,10 +279,8 @@ class SessionState:
                     self._judge()
             case events.LinkFailed():
                 self._link_failed(event.endpoint, event.error)
-            case events.Planned():
-                self._planned(event)
-            case events.NoRoute():
-                self._no_route(event)
+            case events.Planned() | events.NoRoute():
+                self._route_answered(event)
             case events.Resize():
                 self._resize(event.reservation)
             case events.UseAdapter():
@@ -460,31 +458,26 @@ class SessionState:
         self._enter(Phase.PLANNING)
         self._effects.append(events.AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
 
-    def _planned(self, event: events.Planned) -> None:
+    def _route_answered(self, event: events.Planned | events.NoRoute) -> None:
         setup = self._setup
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
         setup.question = 0
-        if not any(hop.name in setup.excluded for hop in event.route):
+        if isinstance(event, events.NoRoute):
+            may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
+            if may_wait and self._now < setup.began + self._recovery_timeout_s:
+                setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
+                setup.retry_at = self._now + POLL_S
+            else:
+                self._fail(setup.explanation(event))
+        elif not any(hop.name in setup.excluded for hop in event.route):
             self._open_route(event.route, event.codecs)
-            return
-        self._faults.attempts += 1  # a planned hop was lost since the question
-        if self._faults.attempts > MAX_ATTEMPTS:
-            self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
         else:
-            self._ask_route(fresh=True, unban=False)
-
-    def _no_route(self, event: events.NoRoute) -> None:
-        setup = self._setup
-        if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
-            return
-        setup.question = 0
-        may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
-        if may_wait and self._now < setup.began + self._recovery_timeout_s:
-            setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
-            setup.retry_at = self._now + POLL_S
-        else:
-            self._fail(setup.explanation(event))
+            self._faults.attempts += 1  # a planned hop was lost since the question
+            if self._faults.attempts > MAX_ATTEMPTS:
+                self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
+            else:
+                self._ask_route(fresh=True, unban=False)
 
     # Opening the route.
 
@@ -499,7 +492,7 @@ class SessionState:
             self.first_codec = codecs[0]
         if self.prefixes.text is not None:
             self.log = self.prefixes.expected_log(self.first_codec)
-        self.hops, self.chunk_ms = hops, 0.0
+        self.hops, self._faults.hops, self.chunk_ms = hops, hops, 0.0
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
@@ -670,18 +663,16 @@ class SessionState:
             self._former_reservation = 0
         self._liveness.heard(self._now)
         if not self._in_flight:
-            self._faults = Faults()
+            self._faults = Faults(self.hops)
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
         if setup is not None and setup.reasons:
-            opened_ms = ((setup.opened_at or self._now) - setup.began) * 1000
-            total_ms = (self._now - setup.began) * 1000
-            self.recoveries.append(Recovered(tuple(setup.reasons), opened_ms, total_ms, setup.cause))
+            self.recoveries.append(recovered := setup.recovered(self._now))
             moved = setup.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
             route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
-            text = f"{what} after {total_ms:.0f} ms: {route}"
+            text = f"{what} after {recovered.total_ms:.0f} ms: {route}"
             self._note("rerouted" if moved else "repaired", text)
         if changes:
             what = " and ".join(changes)
@@ -736,7 +727,7 @@ class SessionState:
             self.log = None
         if self._former_reservation:
             self.reservation, self._former_reservation = self._former_reservation, 0
-        self._faults = Faults()
+        self._faults = Faults(self.hops)
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
@@ -812,7 +803,7 @@ class SessionState:
                 self._refill()
         elif request.done:
             self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
-            self._faults = Faults()
+            self._faults = Faults(self.hops)
 
     def _came_too_soon(self, request: StepRequest) -> bool:
         earlier = (each for number, each in self._in_flight.items() if number < request.number)
@@ -834,7 +825,7 @@ class SessionState:
             pass  # no request was sent in this epoch, or the route has ended
         elif failure.number in self._in_flight or failure.number in self._replays:
             request = self._in_flight.get(failure.number)
-            self._decide(self._faults.request_failed(self.hops, hop, failure.code, error, request))
+            self._decide(self._faults.request_failed(hop, failure.code, error, request))
 
     def _decide(self, decision: Decision) -> None:
         match decision:
@@ -880,18 +871,12 @@ class SessionState:
         if not isinstance(message, Step | Forward) or not hop.relayed or hop.planned.end != result.end:
             return
         try:
-            if result.codec != hop.codec.code:
-                raise ProtocolError(f"codec {result.codec} was not agreed upon")
-            check_values(result.codec, result.payload, message.positions, self.hidden_size)
+            relayed = hop.relay(replace(message, epoch=self.epoch), result, self.hidden_size)
         except ProtocolError as error:
             self._decide(self._faults.answered_nonsense(hop, error))
             return
-        if isinstance(message, Step):
-            hop.log_relayed(message, result)
         self._liveness.heard(self._now)
-        relayed = replace(message, epoch=self.epoch, codec=result.codec, payload=result.payload, boundary=result.end)
-        following = self.hops[self.hops.index(hop) + 1]
-        self.send(following.endpoint, replace(relayed, timings=result.timings))
+        self.send(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
 
     def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
         index, request = self.hops.index(hop), self._in_flight.get(gradient.number)
@@ -981,4 +966,4 @@ class SessionState:
             if verdict is not None and verdict.finding is Finding.SILENT:
                 self._unanswered(verdict.hops)
         elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
-            self._decide(self._faults.judge(verdict, self.hops, self._filling, self._in_flight.values()))
+            self._decide(self._faults.judge(verdict, self._filling, self._in_flight.values()))

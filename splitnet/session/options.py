@@ -28,14 +28,8 @@ KVForms = Literal["float16", "int8", "int8-int4", "int4"]
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` for the swarm, the client and the model."""
 RUNNING = (
-    "codec",
-    "dtype",
-    "device",
-    "recovery_timeout_s",
-    "any_weights",
-    "gradient_codec",
-    "local_blocks",
-    "local_weights",
+    *("codec", "dtype", "device", "recovery_timeout_s", "any_weights"),
+    *("gradient_codec", "local_blocks", "local_weights"),
 )
 """Keywords of every `from_pretrained` and `attach` for running the model."""
 GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # the same for a causal LM

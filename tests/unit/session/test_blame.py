@@ -37,10 +37,10 @@ OTHER = hop_of(3, 1)
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(FailureCode)), min_size=1, max_size=30))
 def test_each_failure_has_one_decision(failures: list[tuple[int, FailureCode]]) -> None:
-    faults = Faults()
+    faults = Faults(HOPS)
     for index, code in failures:
         hop = HOPS[index]
-        match faults.request_failed(HOPS, hop, code, PeerFailed(code.name)):
+        match faults.request_failed(hop, code, PeerFailed(code.name), None):
             case Replace(lost, _):
                 assert len(lost) == 1 and lost.keys() <= {each.endpoint for each in HOPS}
             case OpenAgain(cause, _, wrong):
@@ -50,7 +50,7 @@ def test_each_failure_has_one_decision(failures: list[tuple[int, FailureCode]]) 
 
 
 def test_two_peers_that_report_the_same_are_believed() -> None:
-    faults = Faults()
+    faults = Faults(HOPS)
     first = faults.blame(HOPS[1], FailureCode.NOT_FINITE, PeerFailed("no"))
     assert isinstance(first, Replace) and first.lost.keys() == {HOPS[1].endpoint}
     second = faults.blame(OTHER, FailureCode.NOT_FINITE, PeerFailed("no"))
@@ -58,23 +58,24 @@ def test_two_peers_that_report_the_same_are_believed() -> None:
 
 
 def test_unusable_answers_are_never_the_fault_of_the_request() -> None:
-    faults = Faults()
+    faults = Faults(HOPS)
     for hop in (HOPS[1], OTHER, HOPS[1]):
         assert isinstance(faults.answered_nonsense(hop, ValueError("size")), Replace)
 
 
 def test_a_feeder_is_replaced_once_two_peers_refuse_its_output() -> None:
-    faults, error = Faults(), PeerFailed("bad")
-    first = faults.request_failed(HOPS, HOPS[1], FailureCode.BAD_MESSAGE, error)
-    second = faults.request_failed([HOPS[0], OTHER, HOPS[2]], OTHER, FailureCode.BAD_MESSAGE, error)
+    faults, error = Faults(HOPS), PeerFailed("bad")
+    first = faults.request_failed(HOPS[1], FailureCode.BAD_MESSAGE, error, None)
+    faults.hops = [HOPS[0], OTHER, HOPS[2]]
+    second = faults.request_failed(OTHER, FailureCode.BAD_MESSAGE, error, None)
     assert isinstance(first, Replace) and first.lost.keys() == {HOPS[1].endpoint}
     assert isinstance(second, Replace) and second.lost.keys() == {HOPS[0].endpoint}
     assert set(second.cleared) == {HOPS[1].name, OTHER.name}
 
 
 def test_a_hop_that_forgets_is_opened_again_then_its_next_hop_is_replaced_then_the_hop() -> None:
-    faults, error = Faults(), PeerFailed("forgot")
-    found = [faults.request_failed(HOPS, HOPS[1], FailureCode.UNKNOWN_SESSION, error) for _ in range(3)]
+    faults, error = Faults(HOPS), PeerFailed("forgot")
+    found = [faults.request_failed(HOPS[1], FailureCode.UNKNOWN_SESSION, error, None) for _ in range(3)]
     assert found[0] == OpenAgain(Cause.SESSION_LOST, "forgot")
     lost = [[*each.lost] for each in found[1:] if isinstance(each, Replace)]
     assert lost == [[HOPS[2].endpoint], [HOPS[1].endpoint]]
@@ -82,21 +83,21 @@ def test_a_hop_that_forgets_is_opened_again_then_its_next_hop_is_replaced_then_t
 
 def test_a_busy_hop_is_replaced_at_once() -> None:
     error = PeerBusy("full")
-    assert Faults().request_failed(HOPS, HOPS[0], FailureCode.BUSY, error) == Replace({HOPS[0].endpoint: error})
+    assert Faults(HOPS).request_failed(HOPS[0], FailureCode.BUSY, error, None) == Replace({HOPS[0].endpoint: error})
 
 
 def test_silent_hops_are_replaced_together() -> None:
     silent = tuple(hop.endpoint for hop in HOPS[:2])
-    found = Faults().judge(Verdict(Finding.SILENT, silent), HOPS, [], [])
+    found = Faults(HOPS).judge(Verdict(Finding.SILENT, silent), [], [])
     assert isinstance(found, Replace) and tuple(found.lost) == silent
 
 
 @pytest.mark.parametrize("finding", [Finding.STUCK, Finding.IDLE])
 def test_suspects_are_replaced_one_after_the_other(finding: Finding) -> None:
-    faults, verdict = Faults(), Verdict(finding, tuple(hop.endpoint for hop in HOPS))
+    faults, verdict = Faults(HOPS), Verdict(finding, tuple(hop.endpoint for hop in HOPS))
     if finding is Finding.IDLE:
-        assert isinstance(faults.judge(verdict, HOPS, [], []), OpenAgain)
-    found = [faults.judge(verdict, HOPS, [], []) for _ in HOPS]
+        assert isinstance(faults.judge(verdict, [], []), OpenAgain)
+    found = [faults.judge(verdict, [], []) for _ in HOPS]
     lost = list(itertools.chain(*(each.lost.items() for each in found if isinstance(each, Replace))))
     assert [where for where, _ in lost] == [hop.endpoint for hop in HOPS]
     assert all(type(error) is PeerLost for _, error in lost)
