@@ -210,8 +210,8 @@ class Session(SessionDriver):
     def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
         """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
         state, part, prefixes = self.state, parts[0], self.state.prefixes
-        most = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
-        if prefixes.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+        most, salt = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE, prefixes.namespace.salt
+        if salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
             prefixes.hit = prefixes.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
@@ -219,7 +219,7 @@ class Session(SessionDriver):
         self._stored = {}
         for name in tuple(index.codecs) if not self.hops else ():
             with suppress(SplitnetError):
-                log = text.log(codec_by_name(name), state.hidden_size, prefixes.salt)
+                log = text.log(codec_by_name(name), state.hidden_size, salt)
                 text.logs[log.codec] = log
                 self._stored |= index.positions(log.labels(part.row))
         self.feed(text)
@@ -312,7 +312,7 @@ class Session(SessionDriver):
         """
         generation, shared = self._swarm.prefix_index.generation, self._prefixes == "shared"
         salt = b"shared" if shared else self._swarm.identity.derive(f"splitnet prefixes {generation} {name}")
-        self.state.prefixes.namespace = PrefixNamespace(salt, shared) if self._prefixes != "off" else None
+        self.state.prefixes.namespace = PrefixNamespace(salt if self._prefixes != "off" else None, shared)
 
     @property
     def prefix_hit(self) -> int:

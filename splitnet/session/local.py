@@ -183,9 +183,7 @@ class MixedSession:
             LocalSequences(stage) if isinstance(stage, LocalSpan) else open_session(reservation, stage)
             for stage in stages
         ]
-        self.sessions = [
-            stage for stage in self._stages if isinstance(stage, Session)
-        ]  # of the remote stages, in order
+        self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]  # of the remote stages
         self._ends = [stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages]
         self.taps: tuple[int, ...] = ()
         self._positions = 0

@@ -57,7 +57,7 @@ from splitnet.session import events
 from splitnet.session.blame import Decision, Faults, OpenAgain, Replace, RequestsFault, error_of
 from splitnet.session.events import TRANSITIONS, Cause, Phase, Recovered
 from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
-from splitnet.session.prefix_lookup import AskAgain, CopyFrom, PrefixLookup, Settled, Stage
+from splitnet.session.prefix_lookup import NO_PAGES, AskAgain, CopyFrom, PrefixLookup, Settled, Stage
 from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, undone_by
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
@@ -327,7 +327,7 @@ class SessionState:
 
     def _look_up(self, text: events.LookUpPrefix) -> None:
         may_begin = not self._in_flight and self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN)
-        if self.prefixes.namespace is not None and may_begin:
+        if self.prefixes.namespace.salt is not None and may_begin:
             self.prefixes.begin_text(text)
             self.log = None
             if self.is_open:
@@ -340,7 +340,7 @@ class SessionState:
         """
         if self.log is None:
             codec = self.first_codec
-            self.log = SentLog(codec.code, codec.bytes_per_position(self.hidden_size), self.prefixes.salt)
+            self.log = SentLog(codec.code, codec.bytes_per_position(self.hidden_size), self.prefixes.namespace.salt)
         longest = max((part.start + part.length for part in step.parts), default=0)
         if self._max_positions is not None and longest > self._max_positions:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
@@ -365,7 +365,8 @@ class SessionState:
     def _distrust(self, event: events.Distrust) -> None:
         """Replaces the sender of an unusable answer, then all hops involved; a third one is the request's fault."""
         request, where = event.request, event.source
-        request.result, self.prefixes.namespace = None, None  # pages may have been computed from wrong outputs
+        request.result = None
+        self.prefixes.namespace = NO_PAGES  # hops may have stored pages of wrong outputs
         self._put_under_way(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
         hop = self._hop_at(where)
@@ -538,7 +539,7 @@ class SessionState:
             context=hop.context,
             row=row,
             labels=labels,
-            shared=bool(hop.context) and self.prefixes.shared,
+            shared=bool(hop.context) and self.prefixes.namespace.shared,
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
@@ -547,7 +548,7 @@ class SessionState:
     @property
     def _has_pages(self) -> bool:
         """Whether hops are told labels: not those that refuse messages with fields that they do not know."""
-        return self.prefixes.namespace is not None and not any(
+        return self.prefixes.namespace.salt is not None and not any(
             hop.planned.record.version in STRICT_VERSIONS for hop in self.hops
         )
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from splitnet.blocks.adapters import Adapter, write_groups
 from splitnet.errors import SplitnetError
 from splitnet.session.events import LookUpPrefix
 from splitnet.session.failover import RouteHop
-from splitnet.wire.codecs import Codec, codec_by_name
+from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_LABELS, CopyPages, Opened
 from splitnet.wire.sent_log import PAGE, SentLog, digest
@@ -30,12 +30,15 @@ WORTH_COPYING = 16 * PAGE  # least advantage of another peer, in positions: a ho
 class PrefixNamespace:
     """The sessions that may find each other's stored pages.
 
-    salt: start of page labels; peers do not know it. shared: other keys may find the pages, where a peer's owner allows
-    that.
+    salt: start of page labels, which peers do not know; None: hops store no pages. shared: other keys may find the
+    pages, where the owner of a peer allows that.
     """
 
-    salt: bytes
+    salt: bytes | None = None
     shared: bool = False
+
+
+NO_PAGES = PrefixNamespace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,16 @@ class Settled(NamedTuple):
     log: SentLog | None
 
 
+@dataclass(slots=True, eq=False)
 class PrefixLookup:
     """The lookup of one session's text.
 
+    Args:
+        session, model, blocks, hidden_size: see `SessionState`.
+        number: returns the number of the next request.
+
     Attributes:
-        namespace: where pages are looked up and stored; set before the first use. None: hops store no pages.
+        namespace: where pages are looked up and stored; set before the first use.
         text: the new text that is being looked up; None: there is none.
         hit: first positions of the text that at least one hop had stored; the client does not send them.
         reused: first positions of the text that every hop had stored.
@@ -93,32 +101,22 @@ class PrefixLookup:
         stage: of the route that is being opened.
     """
 
-    def __init__(
-        self, session: bytes, model: str, blocks: tuple[int, int], hidden_size: int, number: Callable[[], int]
-    ) -> None:
-        self.namespace: PrefixNamespace | None = None
-        self.text: LookUpPrefix | None = None
-        self.hit = self.reused = 0
-        self.sources: tuple[PrefixSource, ...] = ()
-        self.stage = Stage.ASKING
-        self._session, self._model, self._blocks = session, model.encode(), blocks
-        self._hidden_size = hidden_size
-        self._number = number
-        self._hops: Sequence[RouteHop] = ()  # of the route that is being opened
-        self._codec = codec_by_name("none")  # of its first link
-        self._adapter: Adapter | None = None
-        self._adapter_digest = b""  # of the adapter; computed when it is needed first
-        self._renamed = False  # contexts have changed once on this route
-
-    @property
-    def salt(self) -> bytes | None:
-        """Start of the labels of pages; None: hops store no pages."""
-        return self.namespace.salt if self.namespace is not None else None
-
-    @property
-    def shared(self) -> bool:
-        """Whether other keys may find the pages."""
-        return self.namespace is not None and self.namespace.shared
+    session: bytes
+    model: str
+    blocks: tuple[int, int]
+    hidden_size: int
+    number: Callable[[], int]
+    namespace: PrefixNamespace = NO_PAGES
+    text: LookUpPrefix | None = None
+    hit: int = 0
+    reused: int = 0
+    sources: tuple[PrefixSource, ...] = ()
+    stage: Stage = Stage.ASKING
+    _hops: Sequence[RouteHop] = ()  # of the route that is being opened
+    _codec: Codec = field(init=False)  # of its first link
+    _adapter: Adapter | None = None
+    _adapter_digest: bytes = b""  # of the adapter; computed when it is needed first
+    _renamed: bool = False  # contexts have changed once on this route
 
     def use_adapter(self, adapter: Adapter) -> None:
         """Takes in the adapter of the session, on which keys and values depend."""
@@ -136,7 +134,7 @@ class PrefixLookup:
         """The log of the new text as if it had been sent: it has the labels, and fills hops that lack positions."""
         assert self.text is not None
         try:
-            return self.text.log(codec, self._hidden_size, self.salt)
+            return self.text.log(codec, self.hidden_size, self.namespace.salt)
         except SplitnetError:  # the step has the same fault, and reports it to the caller
             self.text = None
             return None
@@ -179,7 +177,7 @@ class PrefixLookup:
             if not self._renamed:
                 self._renamed = True
                 return AskAgain()
-            self.namespace = None
+            self.namespace = NO_PAGES
             for hop in self._hops:
                 hop.cached_positions = 0 if hop.prefix_hit else hop.cached_positions
         if self.stage is Stage.COPYING:
@@ -193,7 +191,7 @@ class PrefixLookup:
 
     def _copies(self, log: SentLog | None, excluded: Collection[str]) -> list[tuple[Endpoint, CopyPages]]:
         """Requests to copy pages, for hops that have fewer pages than another peer."""
-        may_copy = self.namespace is not None and not self.shared
+        may_copy = log is not None and self.namespace.salt is not None and not self.namespace.shared
         row = log.only_row if log is not None and may_copy else None
         if log is None or row is None:
             return []
@@ -208,7 +206,7 @@ class PrefixLookup:
             if covering:
                 source = max(covering, key=lambda each: each.positions)
                 wanted = labels[: source.positions // PAGE]
-                message = copy_request(hop, self._session, self._number(), source.endpoint, wanted, rate=None)
+                message = copy_request(hop, self.session, self.number(), source.endpoint, wanted, rate=None)
                 copies.append((hop.endpoint, message))
         return copies
 
@@ -229,8 +227,8 @@ class PrefixLookup:
     def _contexts(self) -> list[bytes]:
         """For each hop, a digest of everything but the text that determines its keys and values."""
         if self._adapter is not None and not self._adapter_digest:
-            self._adapter_digest = digest(*write_groups(self._adapter.within(*self._blocks)))
-        codecs, names = [self._codec, *(hop.codec for hop in self._hops)], [self._model, self._adapter_digest]
+            self._adapter_digest = digest(*write_groups(self._adapter.within(*self.blocks)))
+        codecs, names = [self._codec, *(hop.codec for hop in self._hops)], [self.model.encode(), self._adapter_digest]
         names += [f"{h.blocks} {h.weights} {c.name}".encode() for h, c in zip(self._hops, codecs, strict=False)]
         return [digest(*names[: end + 3]) for end in range(len(self._hops))]
 

@@ -21,9 +21,7 @@ from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
 MICRO_BATCHES_PER_HOP = 2  # of a batch, so that all hops compute most of the time
 MIN_POSITIONS = 64
-MAX_POSITIONS = (
-    512  # bounds of a micro-batch: smaller ones use devices badly, larger ones make hops wait for each other
-)
+MAX_POSITIONS = 512  # of a micro-batch: smaller ones use devices badly, larger ones make hops wait for each other
 LOSSY_GRADIENT_CODEC = "bf16"
 
 

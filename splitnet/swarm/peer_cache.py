@@ -221,9 +221,8 @@ class PeerCache:
         if len(self._records) <= LISTED:
             return self._records
         likely = self.likely(self._records, self._records, LISTED_LIKELY)
-        new = [
-            record for record in self._records if record.placed_at >= self._told_since
-        ]  # would be reported again otherwise
+        # New placements would be reported again otherwise.
+        new = [record for record in self._records if record.placed_at >= self._told_since]
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
 

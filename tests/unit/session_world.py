@@ -655,7 +655,7 @@ class World:
             SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
         )
         self.state.seen = self.seen
-        self.state.prefixes.namespace = PrefixNamespace(b"salt") if stores else None
+        self.state.prefixes.namespace = PrefixNamespace(b"salt" if stores else None)
         self.text: tuple[int, Values] | None = None
         """Of the caller, which has asked for what the hops hold of it: its row, its positions."""
         self.recalled = 0
@@ -828,7 +828,7 @@ class World:
         """Asks for what the hops hold of a text, and wants a route."""
         self.text, self.rows = (self.new_row_id(), tokens), {}
         most = (len(tokens) - 1) // PAGE * PAGE
-        if most and self.state.prefixes.namespace is not None:
+        if most and self.state.prefixes.namespace.salt is not None:
             self.feed(LookUpPrefix(Chunk(self.text[0], 0, most, 0), lambda codec: b"".join(tokens[:most])))
         self.feed(Use())
 
@@ -836,9 +836,8 @@ class World:
         """Sends what the hops do not hold of it, once the route is open; returns how much they do."""
         assert self.text is not None and self.state.is_open
         (row, tokens), self.text = self.text, None
-        recalled = (
-            self.state.prefixes.hit if (len(tokens) - 1) // PAGE and self.state.prefixes.namespace is not None else 0
-        )
+        finds = len(tokens) > PAGE and self.state.prefixes.namespace.salt is not None
+        recalled = self.state.prefixes.hit if finds else 0
         self.rows = {row: tokens[:recalled]} if recalled else {}
         self.restarts = not recalled
         self.recalled += recalled > 0

@@ -66,7 +66,7 @@ def begin(prefixes: PrefixLookup) -> SentLog:
 
 
 def ask(prefixes: PrefixLookup, hops: list[RouteHop], log: SentLog | None) -> list[tuple[int, tuple[bytes, ...]]]:
-    prefixes.begin_asking(hops, PLAIN, stores=prefixes.namespace is not None)
+    prefixes.begin_asking(hops, PLAIN, stores=prefixes.namespace.salt is not None)
     return [prefixes.question(hop, log) for hop in hops]
 
 
@@ -127,7 +127,7 @@ def test_a_hop_that_names_other_weights_each_time_is_not_believed() -> None:
         if weights == "int8":
             assert isinstance(found, AskAgain)
             ask(prefixes, hops, log)
-    assert found == Settled(None) and prefixes.namespace is None and not prefixes.hit
+    assert found == Settled(None) and prefixes.namespace.salt is None and not prefixes.hit
 
 
 def test_pages_are_named_by_all_that_they_depend_on() -> None:
@@ -144,7 +144,7 @@ def test_pages_are_named_by_all_that_they_depend_on() -> None:
 def test_without_a_namespace_hops_are_asked_for_nothing() -> None:
     prefixes, hops = lookup(), [hop_of(0), hop_of(1)]
     log = begin(prefixes)
-    prefixes.namespace = None
+    prefixes.namespace = PrefixNamespace()
     assert ask(prefixes, hops, log) == [(0, ())] * 2 and not any(hop.context for hop in hops)
     for hop in hops:
         prefixes.hop_opened(hop, opened(PAGE, stored=True))
