@@ -323,7 +323,7 @@ class SessionState:
             if self.is_open:
                 request.send(self)
         if self._in_flight:
-            self._use()  # a hop may have left since the caller found the route open
+            self._use()  # a hop may have left since the caller checked the route
 
     def _look_up(self, text: events.LookUpPrefix) -> None:
         may_begin = not self._in_flight and self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN)
@@ -379,9 +379,8 @@ class SessionState:
             if not lost or request.useless > 1:  # without other peers, the same hops return
                 self._decide(self._faults.believe(0, error))
                 return
-            self._forget_caches(
-                [each for each in self.hops if each not in lost]
-            )  # computed from the lost hops' outputs
+            # The other hops have computed their caches from outputs of the lost ones.
+            self._forget_caches([each for each in self.hops if each not in lost])
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
     def _resize(self, reservation: int) -> None:
@@ -635,14 +634,13 @@ class SessionState:
 
     def _refill(self) -> None:
         """Fills the next hops that lack their cache; once all are filled, opens the route."""
-        filling: list[RouteHop] = []
-        replays: list[ReplayRequest] = []
-        if self.log is not None:
+        filling, replays = list[RouteHop](), list[ReplayRequest]()
+        while self.log is not None and not replays:
             filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
-            while filling and not replays:  # these hops hold all positions that were sent
-                for each in filling:
-                    each.filled = True
-                filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
+            if not filling:
+                break
+            for each in filling if not replays else ():  # these hops hold all positions that were sent
+                each.filled = True
         if not filling:
             self._enter_open()
             return
@@ -941,7 +939,7 @@ class SessionState:
             self._asked[endpoint] = max(until, min(self._now + self._open_timeout_s(endpoint), longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
-        """Hops have not answered an `Open` or an adapter."""
+        """Records that hops have not answered an `Open` or an adapter."""
         for endpoint in hops:
             if self._asked.pop(endpoint, None) is not None and not self._awaits_copies:
                 text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
