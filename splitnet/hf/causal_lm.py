@@ -498,8 +498,8 @@ class RemoteCausalLM(RemoteModel):
         excluded += [] if caches else ["use_cache"]
         excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
         excluded += ["a side network"] if self.side is not None else []
-        text = "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
-        return refuse(excluded[0], text + "returned: leave out one of them") if excluded else None
+        text = "does not go together with speculate, which is for one sequence with a cache and plain tokens as output"
+        return refuse(excluded[0], f"{text}: leave out one of them") if excluded else None
 
     def _sample(
         self,

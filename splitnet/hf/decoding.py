@@ -317,7 +317,7 @@ class FamilyLoop:
                 return [f"{name} of the family"]
         last = LONGEST if most is None else most
         lengths = [length for length in self._lengths if prompt < length <= last]
-        return [f"a text of {lengths[0]} tokens, which the family treats in a way of its own,"] if lengths else []
+        return [f"a text of {lengths[0]} tokens, where the family's own loop differs,"] if lengths else []
 
     @cached_property
     def _lengths(self) -> list[int]:

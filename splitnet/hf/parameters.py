@@ -177,8 +177,8 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
     if bool((begins.sum(dim=1) + mask[:, 0] > 1).any()):
         raise refuse(
             "attention_mask",
-            "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
-            "count it",
+            "has padding between tokens, which peers do not support: pad on the right, or give position_ids that skip "
+            "the padding",
         )
 
 

@@ -675,7 +675,7 @@ class SessionState:
             self._note("rerouted" if moved else "repaired", text)
         if changes:
             what = " and ".join(changes)
-            self._note("weights", f"a session goes on with {what}, as nobody else holds them: it may get other tokens")
+            self._note("weights", f"a session continues with {what}, which no peer holds as before: tokens may differ")
         if self.reservation > self._opened_reservation:
             self._go_on()
 

@@ -110,8 +110,8 @@ class PeerCache:
         speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
         if not trusted:
             raise NotAuthorized(
-                f"{len(self._records)} peers serve {self.model_name}, and none of them is one that you trust: add "
-                "its key to your --trusted-peers file if you do"
+                f"{len(self._records)} peers serve {self.model_name}, and you trust none of them: add the keys of "
+                "trusted peers to your --trusted-peers file"
             )
         if not speaking:
             spoken = max(record.protocol for record in trusted)
@@ -171,7 +171,7 @@ class PeerCache:
                 self._silent = False
                 raise
             if not self._silent:
-                log.warning("%s Until it does, the %d peers known so far are used.", error, len(self._records))
+                log.warning("%s Until the directory answers, the %d known peers are used.", error, len(self._records))
             self._silent = True
         finally:
             self._asked_at = time.monotonic()

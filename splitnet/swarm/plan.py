@@ -26,7 +26,7 @@ KV_BITS = {"auto": 16, "float16": 16, "int8": 8, "int8-int4": 6, "int4": 4}  # l
 
 # Advice if no peer holds blocks in the session's format.
 ALIKE_AGAIN = (
-    "start a peer that holds them so (--weights, --dtype, --kv), or allow others, and other tokens (--any-weights)"
+    "start a peer with the former format (--weights, --dtype, --kv), or allow other formats and tokens (--any-weights)"
 )
 
 
@@ -324,8 +324,8 @@ def _held_otherwise(
         there = {record.dtype for record in records if record.start < end and record.end > start} - wanted
         if wanted and there:
             return OtherWeights(
-                f"blocks {blocks_text(start, end)} of {model_name} are held as {' or '.join(sorted(there))} by all who "
-                f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
+                f"blocks {blocks_text(start, end)} of {model_name} are held as {' or '.join(sorted(there))} by all "
+                f"peers that serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
             )
     return None
 
