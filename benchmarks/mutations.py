@@ -56,7 +56,7 @@ SESSION = [
     Fault(
         "a relay log is kept while hops reach each other",
         "splitnet/session/failover.py",
-        "            self.relay_log = None  # what the hop pushes itself would be missing in it",
+        "            self.relay_log = None  # the log would lack what the hop sends directly",
         "            pass",
         ("tests/unit/session/test_session_machine.py",),
     ),
@@ -153,14 +153,14 @@ SESSION = [
     ),
     Fault(
         "one complaint is believed",
-        "splitnet/session/machine.py",
+        "splitnet/session/blame.py",
         "if len(complaints) > 1:",
         "if complaints:",
         ("tests/unit/session/test_session_machine.py",),
     ),
     Fault(
         "what a hop pushes is never doubted",
-        "splitnet/session/machine.py",
+        "splitnet/session/blame.py",
         "if len(refusing) == 2:",
         "if False:",
         ("tests/unit/session/test_session_machine.py",),

@@ -42,9 +42,10 @@ from benchmarks.netlab.peers import LabPeers, even_spans
 from scheduler.speculation import LENGTHS, Guessed, Pace, Window, best_window, tokens_per_ms
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
+from splitnet.drafts.speculator import EAGLE, NAMES, OFF, Drafts, Speculator
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.hf.decoding import EAGLE, NAMES, OFF, Drafts, Experience, Speculator
 from splitnet.session.driver import Traffic
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock, gaps_s
@@ -95,14 +96,14 @@ class Known:
 class Watched(Speculator):
     """Also accepts drafters of known acceptance. latest: the statistics of the last text's drafter."""
 
-    latest: Experience | None = None
+    latest: DraftStats | None = None
 
     def drafts_by(self, speculate: Any) -> Drafts:
         if isinstance(speculate, Known):
-            drafts = Drafts(speculate, self._experience(speculate.arm, speculate.priors))
+            drafts = Drafts(speculate, self._stats_of(speculate.arm, speculate.priors))
         else:
             drafts = super().drafts_by(speculate)
-        self.latest = drafts.experience
+        self.latest = drafts.stats
         self.latest.drafted, self.latest.round_trips, self.latest.by_place = 0, 0, {}
         return drafts
 

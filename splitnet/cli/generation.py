@@ -18,11 +18,12 @@ from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import Connection
 from splitnet.cli.tables import table
+from splitnet.drafts.draft_stats import Counts
+from splitnet.drafts.speculator import EAGLE, NAMES, OFF
 from splitnet.errors import SplitnetError
 from splitnet.hf.adapters import load_adapter
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.decoding import EAGLE, NAMES, OFF, Counts
 from splitnet.logs import printable
 
 

@@ -14,10 +14,10 @@ from splitnet.errors import SplitnetError
 
 
 class DraftModel:
-    """A small causal LM of transformers with the same tokens, in this process, always takes what it finds likeliest.
+    """Greedy drafts by a small causal LM of transformers in this process, with the tokenizer of the large model.
 
-    vocabulary: how many tokens the large model knows. Raises SplitnetError: it knows others, or keeps states that
-    cannot be rewound.
+    vocabulary: size of the large model's vocabulary. Raises SplitnetError: the draft model has another vocabulary, or
+    keeps states that cannot be rewound.
     """
 
     priors = (0.6,)
@@ -39,7 +39,7 @@ class DraftModel:
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
-        # Where blocks keep states, it has the tokens as what came in.
+        # For models with recurrent states, the row keeps the tokens, from which states are computed again.
         self._row = SequenceCache(states=SequenceStates(states_per_block(config)) if has_states else None)
         self._one_by_one = has_states and family_of(config).one_by_one
 
@@ -61,7 +61,7 @@ class DraftModel:
             yield Guess(given[0], 0)
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[1, 1, vocabulary]`, after new tokens `[count]`."""
+        """Logits `[1, 1, vocabulary]` after new tokens `[count]`."""
         to_run = self._row.begin_pass(ids[:, None])[:, 0]
         pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
         logits = torch.empty(0)
@@ -73,7 +73,7 @@ class DraftModel:
         return logits
 
     def _keep_common(self, known: Sequence[int]) -> None:
-        """Crops the cache to what it shares with the text, less one token to go on from."""
+        """Crops the cache to the common prefix with the text, and leaves at least one token to run."""
         same = min(shared(self._cached, known), len(known) - 1)
         if same < len(self._cached):
             self._row.crop(same)

@@ -1,4 +1,4 @@
-"""What every source of drafts has in common."""
+"""The interface of all sources of drafts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor
 
 
 class Guess(NamedTuple):
-    """A token that may come next. kind: guesses of one kind are right about equally often."""
+    """A likely next token. kind: guesses of one kind are accepted about equally often."""
 
     token: int
     kind: int
 
 
 def shared(tokens: Sequence[int] | str, others: Sequence[int] | str) -> int:
-    """How many tokens (or characters) two texts begin with in common."""
+    """Length of the common prefix of two texts, in tokens or characters."""
     pairs = zip(tokens, others, strict=False)
     different = (place for place, (one, other) in enumerate(pairs) if one != other)
     return next(different, min(len(tokens), len(others)))
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on; follows one text at a time.
+    """Guesses the next tokens of one text at a time.
 
-    priors: by kind, how often a guess is right, before anything is known of the text. taps: boundaries of blocks whose
-    hidden states it takes as features, see `DraftHead`; (): none.
+    priors: expected acceptance rate of each kind of guess, before a text has been observed. taps: boundaries of blocks
+    whose hidden states are the drafter's features, see `DraftHead`; (): the drafter needs no features.
     """
 
     @property
@@ -36,14 +36,14 @@ class Drafter(Protocol):
     def taps(self) -> tuple[int, ...]: ...
 
     def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        """A new text, which begins with these tokens.
+        """Begins a text with these tokens.
 
-        features: `[positions, len(taps) * hidden]` of the last positions before the last token; None: there are none.
+        features: `[positions, len(taps) * hidden]` of the last positions before the last token; None: no features.
         """
 
     def observe(self, token: int, features: Tensor | None = None) -> None:
-        """The text goes on with `token`. features: `[len(taps) * hidden]` of the position before it."""
+        """Appends a token to the text. features: `[len(taps) * hidden]` of the position before the token."""
 
     def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
-        """Tokens that may follow the text and `pending`, which was drafted before; as many as are asked for."""
+        """Guesses, without end, of the tokens behind the text and `pending`, the drafts that are under way."""
         ...

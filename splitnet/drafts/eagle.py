@@ -1,11 +1,11 @@
-"""EAGLE heads: one or a few blocks at the client, which draft from the hidden states that come home.
+"""EAGLE heads: one or a few blocks at the client, which draft from the hidden states that hops return.
 
 EAGLE and EAGLE-2 (Li et al., arXiv:2401.15077, 2406.16858) take the last hidden state after the final norm and guess
-the next one, which the model's own head turns into tokens. EAGLE-3 (arXiv:2503.01840) takes hidden states of several
-depths and has a head of its own, for the tokens that are drafted at all (as FR-Spec, arXiv:2502.14856).
+the next one, which the model's head turns into tokens. EAGLE-3 (arXiv:2503.01840) takes hidden states of several depths
+and has its own head, for a smaller vocabulary (as FR-Spec, arXiv:2502.14856).
 
-Read are folders and ids of the hub with safetensors: EAGLE-3 as `speculators` writes it, as its authors and SpecForge
-do (LlamaForCausalLMEagle3), and EAGLE-1 and 2. Written is the format of `speculators`.
+Heads are read from folders and ids of the hub with safetensors: EAGLE-3 in the formats of `speculators` and of its
+authors and SpecForge (LlamaForCausalLMEagle3), EAGLE-1 and EAGLE-2. Heads are written in the format of `speculators`.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from splitnet.quant.linear import hold_weights
 
 MOST_LAYERS = 8
 MOST_TAPS = 8
-_MOST_SIZE = 1 << 20  # of any dimension, so that products of two are no more than torch can count
-_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length of a text
+_MOST_SIZE = 1 << 20  # largest dimension: torch can count the product of two
+_ROPES = ("default", "linear", "llama3", "yarn")  # RoPE types with frequencies that do not depend on the text's length
 _SPECULATORS = "speculators_model_type"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 _LEFT_OUT = ("t2d", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight", "embed_tokens.weight")
-"""Tensors that are not needed: the inverse of d2t, tables, and what is the model's own."""
+"""Tensors that are not needed: the inverse of d2t, tables, and tensors of the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a head is made; the names of the flags are those of `speculators`.
+    """The architecture of a head; the flags have the names of `speculators`.
 
-    layer: sizes and rotary embedding of its layers. first: EAGLE-1 or 2. extras: names of tensors that some heads have:
-    biases, norms of queries and keys, embeddings of its own, a head.
+    layer: sizes and rotary embedding of the layers. first: EAGLE-1 or 2. extras: names of optional tensors: biases,
+    norms of queries and keys, embeddings, a language model head.
     """
 
     layer: LlamaConfig
@@ -69,11 +69,11 @@ class Shape:
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""The number of a layer, queries `[..., heads, n, head size]`, keys and values of kv heads -> as queries."""
+"""Index of a layer, queries `[..., heads, n, head size]`, keys and values of the KV heads -> shape of the queries."""
 
 
 def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """New positions attend to what the cache holds and to each other; it takes them in."""
+    """New positions attend to the cache and to each other, and are appended to the cache."""
     count = keys.shape[1]
     every, all_values = cache.append(layer, keys[None], values[None])
     mask = None
@@ -83,8 +83,8 @@ def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, val
 
 
 class _Layer(nn.Module):
-    """A block of the families Llama and Qwen3. The first one of EAGLE-3 attends with embedding and features together,
-    the first one of EAGLE-1 without a norm."""
+    """A block of the families Llama and Qwen3. The first block of EAGLE-3 takes embedding and features together, the
+    first block of EAGLE-1 has no input norm."""
 
     def __init__(self, shape: Shape, index: int) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class _Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """A `DraftHead` whose tensors have the names that `speculators` gives them. It computes in float32."""
+    """A `DraftHead` whose tensors have the names of `speculators`. It computes in float32."""
 
     draft_vocabulary: Tensor | None
 
@@ -167,11 +167,11 @@ class EagleHead(nn.Module):
 
     @classmethod
     def open(cls, source: str | Path, model: Ends, *, trainable: bool = False) -> EagleHead:
-        """Reads a head from a folder or, if there is none of that name, from the hub.
+        """Reads a head from a folder or, if there is no such folder, from the hub.
 
-        trainable: its weights are kept in float32, as parameters; else in 16 bits, where kernels multiply with these.
+        trainable: weights are float32 parameters; otherwise they are held in 16 bits where kernels support that.
 
-        Raises ModelNotFound: there is none; SplitnetError: it is not for this model, or something of it is not known.
+        Raises ModelNotFound: there is no such head; SplitnetError: the head is for another model, or not supported.
         """
         store = SafetensorsStore.open(source, None)
         places = store.places()
@@ -206,9 +206,9 @@ class EagleHead(nn.Module):
 
     @torch.no_grad()
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
-        """`[n]` and `[n, len(taps) * hidden]`, or with `own` its outputs `[n, hidden]` -> its outputs, `[n, hidden]`.
+        """Tokens `[n]` and features `[n, len(taps) * hidden]`, or with `own` outputs `[n, hidden]` -> `[n, hidden]`.
 
-        Position t has the features of the model's position t and token t + 1. The cache has them afterwards.
+        Position t has the features of the model's position t and token t + 1, and is appended to the cache.
         """
         embedded, hidden = self.embed(tokens), self._numbers(features)
         if not own:
@@ -223,7 +223,7 @@ class EagleHead(nn.Module):
         return self._numbers(self.embed_tokens(tokens) if own else self.model.embed(tokens))
 
     def begin(self, features: Tensor) -> Tensor:
-        """What the layers take of the model's hidden states: `[..., n, len(taps) * hidden]` -> `[..., n, hidden]`."""
+        """The layers' input from the model's hidden states: `[..., n, len(taps) * hidden]` -> `[..., n, hidden]`."""
         if self.shape.first:
             return self._numbers(self.model.norm(features))
         if self.shape.norm_before_fc:
@@ -234,8 +234,8 @@ class EagleHead(nn.Module):
         return self.fc(features)
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The outputs of positions, `[..., n, hidden]`, by the embeddings of the tokens after them and what `begin` or
-        the head itself gives for them, both `[..., n, hidden]`."""
+        """The outputs `[..., n, hidden]` of positions. embedded: embeddings of the next tokens. hidden: output of
+        `begin` or of the head. Both `[..., n, hidden]`."""
         if self.shape.first:
             hidden = self.fc(torch.cat((embedded, hidden), dim=-1))
         for layer in self.layers:
@@ -261,8 +261,8 @@ class EagleHead(nn.Module):
         return cosines[start : start + count], sines[start : start + count]
 
     def save(self, folder: Path, verifier: str | None, architectures: Sequence[str]) -> None:
-        """Writes the head in bfloat16, in the format of `speculators`. verifier: hub id or path of the model, None if
-        others cannot open it. Raises SplitnetError: an EAGLE-1 head, which that format does not have."""
+        """Writes the head in bfloat16, in the format of `speculators`. verifier: hub id or path of the model; None:
+        others cannot open the model. Raises SplitnetError: EAGLE-1 and 2, which the format lacks."""
         if self.shape.first:
             raise SplitnetError("a head of EAGLE-1 or 2 has no place in the format of speculators: train a new one")
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
@@ -316,8 +316,8 @@ def _ids_of(offsets: Tensor, vocabulary: int) -> Tensor:
 
 
 def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: Ends) -> Shape:
-    """How a head is made, by its config and by the names of its tensors. Raises SplitnetError: see `EagleHead.open`;
-    other errors if a value is of another type."""
+    """The architecture of a head from its config and its tensors' names. Raises SplitnetError: see `EagleHead.open`;
+    other errors: a value has a wrong type."""
     check_values(values, "the config of the head")
     kind = values.get(_SPECULATORS)
     if kind not in (None, "eagle3"):
@@ -331,7 +331,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: Ends) -> Shap
     layer = _layer_of(told, model, own_embeddings=not first and "embed_tokens.weight" in tensors)
     taps: Any = values.get(_LAYER_IDS)
     if taps is None and not kind and isinstance(nested, Mapping):
-        # Those of SpecForge number the layers that give them, those of speculators and vLLM the layers that take them.
+        # SpecForge counts the layers whose outputs are taken, speculators and vLLM the layers whose inputs are taken.
         taps = [one + 1 for one in nested.get(_LAYER_IDS) or ()]
     blocks = model.num_blocks
     taps = (blocks,) if first else tuple(taps or (2, blocks // 2, blocks - 3))
@@ -385,12 +385,8 @@ def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> 
         given = f"{heads} num_attention_heads and {kv_heads} num_key_value_heads of {size} numbers"
         _refuse(f"has {given} with the hidden_size {hidden}, which do not go together")
     others = (
-        "hidden_act",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "attention_bias",
-        "mlp_bias",
-        "initializer_range",
+        *("hidden_act", "rms_norm_eps", "max_position_embeddings"),
+        *("attention_bias", "mlp_bias", "initializer_range"),
     )
     config = LlamaConfig(
         hidden_size=hidden,

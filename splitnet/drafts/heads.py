@@ -1,8 +1,8 @@
-"""Drafts by a head: one or few blocks at the client, which go on from the hidden states that come home.
+"""Drafts by a head: one or a few blocks at the client, whose input is the hidden states that hops return.
 
-Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty", arXiv:2401.15077, section 4.1. Heads
-of EAGLE and the blocks for multi-token prediction of DeepSeek-V3 (arXiv:2412.19437, section 2.2) differ in what they
-are made of, not in how they draft.
+Li et al., "EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty", arXiv:2401.15077, section 4.1. EAGLE
+heads and the blocks for multi-token prediction of DeepSeek-V3 (arXiv:2412.19437, section 2.2) have different layers,
+but draft in the same manner.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess, shared
 from splitnet.drafts.prompt_lookup import PromptLookup
 
-PIECE = 512  # positions that go through a head at once
+PIECE = 512  # most positions that a head runs at once, which bounds its memory
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-"""Bounds between kinds of guesses, by the probability that the head gives its likeliest token."""
+"""Bounds between kinds of guesses, by the head's probability of its likeliest token."""
 
 
 class DraftHead(Protocol):
-    """Guesses the token after the next one, from a position's features and the token that follows it.
+    """Guesses the token after the next one, from a position's features and the next token.
 
-    taps: boundaries whose hidden states are its features, each after that many blocks; the number of blocks stands for
-    the output of the last one, before the final norm. draft_vocabulary: `[draft vocabulary]`, ids of the tokens that it
-    knows; None: all.
+    taps: boundaries whose hidden states are the features, each as a number of blocks; the number of all blocks means
+    the output of the last block, before the final norm. draft_vocabulary: `[draft vocabulary]`, ids of the tokens that
+    the head knows; None: all tokens.
     """
 
     @property
@@ -37,10 +37,10 @@ class DraftHead(Protocol):
     def draft_vocabulary(self) -> Tensor | None: ...
 
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
-        """The outputs `[seq, hidden]` of further positions, at most `PIECE`, which are appended to the cache.
+        """The outputs `[seq, hidden]` of new positions, at most `PIECE`; appends the positions to the cache.
 
-        tokens: `[seq]`, each the one behind its position. features: `[seq, len(taps) * hidden]` of the model, or with
-        `own` `[seq, hidden]`, outputs of the head at the positions before.
+        tokens: `[seq]`, the token behind each position. features: `[seq, len(taps) * hidden]` of the model; with `own`
+        `[seq, hidden]`, the head's outputs at the previous positions.
         """
         ...
 
@@ -50,9 +50,10 @@ class DraftHead(Protocol):
 
 
 class HeadDrafter:
-    """Follows a text with a head, always takes what that finds likeliest.
+    """Greedy drafts by a head.
 
-    Positions whose features have come home are run with these; behind them, the head's own outputs stand for them.
+    Positions with features of the model are run with these; for later positions, the head's own outputs are the
+    features.
     """
 
     priors = tuple((low + high) / 2 for low, high in zip((0.0, *CONFIDENCES), (*CONFIDENCES, 1.0), strict=True))
@@ -63,13 +64,13 @@ class HeadDrafter:
         self._cache = SequenceCache()
         self._known: list[tuple[int, Tensor]] = []  # tokens and features of positions that were not run yet
         self._length = 0  # positions of the cache with features of the model
-        self._drafted: list[int] = []  # behind these; the cache may have them, too
-        self._outputs: list[Tensor] = []  # of the head, `[hidden]`: of the last such position, and of those drafted
+        self._drafted: list[int] = []  # tokens behind these positions; the cache may hold them, too
+        self._outputs: list[Tensor] = []  # of the head, `[hidden]`: at the last position with features, and at drafts
 
     def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._cache, self._length = SequenceCache(), 0
         self._drafted, self._outputs = [], []
-        # Of embeddings in the place of a prompt no token is known: such positions are left out.
+        # Embeddings in the place of a prompt have no tokens: their positions are left out.
         count = 0 if features is None else max(0, min(len(features), len(tokens) - 1))
         self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]
 
@@ -95,7 +96,7 @@ class HeadDrafter:
             self._go_on(token)
 
     def _catch_up(self) -> None:
-        """Runs the positions whose features have come home since the last draft."""
+        """Runs the positions whose features have arrived since the last draft."""
         if not self._known:
             return
         self._forget(0)
@@ -113,19 +114,19 @@ class HeadDrafter:
         self._drafted.append(token)
 
     def _forget(self, keep: int) -> None:
-        """All that was drafted, but for the first `keep` tokens."""
+        """Forgets all drafted tokens but the first `keep`."""
         if len(self._drafted) > keep:
             self._cache.crop(self._length + keep)
             del self._drafted[keep:], self._outputs[keep + 1 :]
 
 
-_COPIES = len(PromptLookup.priors)  # kinds of guesses that are copies, before those of the head
+_COPIES = len(PromptLookup.priors)  # kinds of guesses that are copies; the kinds of the head follow
 
 
 class Combined:
-    """Drafts by a head or copies of the text, each time those whose guesses of this kind have been right more often.
+    """Drafts by a head, or copies of the text where copies of this kind are accepted more often.
 
-    acceptance: how often guesses of some kinds are right.
+    acceptance: the acceptance rate of guesses of some kinds.
     """
 
     priors = (*PromptLookup.priors, *HeadDrafter.priors)

@@ -1,12 +1,12 @@
 """Drafts with the layer for multi-token prediction (MTP) that some checkpoints have behind their blocks.
 
-DeepSeek-V3 (arXiv:2412.19437), section 2.2: the embedding of a token and the hidden state of the position before it,
-each normalised, are projected to one hidden state, and a block of the model's own kind makes of it, and of those at
-earlier positions, one whose logits are of the token after the next. Embeddings and head are the model's.
+DeepSeek-V3 (arXiv:2412.19437), section 2.2: the embedding of a token and the hidden state of the previous position are
+normalised and projected to one hidden state. From this state and those of earlier positions, a block of the model's
+kind computes a state whose logits are of the token after the next. Embeddings and head are the model's.
 
-What families do was compared with transformers (`MtpModel`), vLLM (`*_mtp.py`) and SGLang (`*_nextn.py`, `*_mtp.py`).
-vLLM puts zeros in the place of the embedding at the first position of some families, as the others do not; so here. Of
-several layers, which two families have, the first is used for all drafted tokens, as by vLLM; with one layer all do so.
+The families were compared with transformers (`MtpModel`), vLLM (`*_mtp.py`) and SGLang (`*_nextn.py`, `*_mtp.py`). For
+some families vLLM replaces the embedding at the first position by zeros; the others and this module do not. Two
+families have several layers, of which the first drafts all tokens, as in vLLM.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from splitnet.errors import UnsupportedModel
 
 
 class Names(NamedTuple):
-    """Of tensors, but for `.weight`. {container}: of the list of blocks; {next}: the number behind that of the last
-    block; {index}: of a block in the layer; {last}: of the last one in it."""
+    """Names of tensors, without `.weight`. {container}: name of the list of blocks; {next}: the number of blocks;
+    {index}: index of a block in the layer; {last}: index of the layer's last block."""
 
-    block: str  # what the names of the tensors of a block begin with
+    block: str  # prefix of the names of a block's tensors
     embedding_norm: str
     hidden_norm: str
     projection: str
-    norm: str  # of what the block gives; empty: the model's own final norm
+    norm: str  # of the block's output; empty: the model's final norm
 
 
 _BEHIND = Names(
     *("{container}.{next}.", "{container}.{next}.enorm", "{container}.{next}.hnorm"),
     *("{container}.{next}.eh_proj", "{container}.{next}.shared_head.norm"),
 )
-"""As DeepSeek has it, and every GGUF file."""
+"""Names of DeepSeek, and of every GGUF file."""
 _BESIDE = Names("mtp.layers.{index}.", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
-"""As Qwen3-Next has it."""
+"""Names of Qwen3-Next."""
 _ERNIE = Names(
     *("model.mtp_block.0.", "model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0", ""),
 )
@@ -64,16 +64,16 @@ _NEMOTRON = Names(
     "mtp.layers.{last}.final_layernorm",
 )
 _SHARED = re.compile(r"(^|\.)(embed_tokens|shared_head\.head)\.")
-"""What some checkpoints repeat in the layer: it is the model's own."""
+"""Tensors of the model that some checkpoints repeat in the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """The MTP layer of a family.
 
-    attention, mlp: the kind of its block, where a config tells blocks apart and does not say it of the layer itself.
-    renamed: part of the names of its tensors -> of those in the model's own blocks. hidden_first: hidden states stand
-    before embeddings in what is projected. normed: it takes hidden states that are behind the model's final norm.
+    attention, mlp: the kind of the layer's block, for configs that list kinds of blocks without this layer. renamed:
+    part of the names of the layer's tensors -> part of the names in the model's blocks. hidden_first: the projection
+    takes hidden states before embeddings. normed: the layer takes hidden states behind the model's final norm.
     """
 
     names: Names = _BEHIND
@@ -87,7 +87,7 @@ class Layer:
 LAYERS: Mapping[str, Layer] = {
     "deepseek_v3": Layer(),
     "deepseek_v32": Layer(attention="indexed_attention"),
-    "ernie4_5_moe": Layer(names=_ERNIE),  # its end as in FastDeploy; vLLM and SGLang have no norm there
+    "ernie4_5_moe": Layer(names=_ERNIE),  # with a final norm as in FastDeploy; vLLM and SGLang have none
     "glm4_moe": Layer(),
     "glm4_moe_lite": Layer(),
     "glm_moe_dsa": Layer(attention="indexed_attention"),
@@ -99,35 +99,36 @@ LAYERS: Mapping[str, Layer] = {
         renamed=("pre_mlp_layernorm.", "post_attention_layernorm."),
     ),
     "nemotron_h": Layer(names=_NEMOTRON),
-    "qwen2": Layer(names=_MIMO, hidden_first=True, normed=False),  # MiMo, which is a Qwen2 otherwise; as in vLLM
+    "qwen2": Layer(names=_MIMO, hidden_first=True, normed=False),  # MiMo, whose blocks are those of Qwen2; as in vLLM
     "qwen3_5_moe_text": Layer(names=_BESIDE),
     "qwen3_5_text": Layer(names=_BESIDE),
     "qwen3_next": Layer(names=_BESIDE),
 }
-"""By family."""
+"""The MTP layer, by family."""
 
 
 class _Found(NamedTuple):
-    """The layer in a checkpoint: `whole` has its blocks behind those of the model. parts: field of `Names` -> name."""
+    """The layer of a checkpoint. whole: the checkpoint with the layer's blocks behind the model's. parts: field of
+    `Names` -> name of the tensor."""
 
     layer: Layer
     whole: Checkpoint
-    start: int  # of its blocks in `whole`
+    start: int  # index of the layer's first block in `whole`
     parts: dict[str, str]
 
 
-@torch.inference_mode(False)  # what is loaded is used outside of it, too
+@torch.inference_mode(False)  # the tensors are used outside of inference mode, too
 def mtp_head(checkpoint: Checkpoint, ends: Ends, weights: str | None = None) -> MtpHead | None:
-    """The MTP layer of a checkpoint, and nothing else of it, is read; None: it has none.
+    """Reads only the MTP layer of a checkpoint; None: the checkpoint has no such layer.
 
     Args:
         ends: of the client's part of the same checkpoint.
-        weights: what those of the block are held as, see `Span.load`.
+        weights: format of the block's weights, see `Span.load`.
 
     Raises:
-        UnsupportedModel: it cannot be used, the message says why.
+        UnsupportedModel: the layer cannot be used; the message has the reason.
         WeightsError, OutOfMemory: as `Span.load`.
-        SplitnetError: what is not on this machine cannot be had.
+        SplitnetError: tensors are not on this machine and cannot be fetched.
     """
     found = _find(checkpoint)
     if found is None:
@@ -138,7 +139,7 @@ def mtp_head(checkpoint: Checkpoint, ends: Ends, weights: str | None = None) -> 
 
 
 def mtp_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None, weights: str | None = None) -> int:
-    """Bytes that `mtp_head` takes with `dtype` as that of the client's part; 0: the checkpoint has no MTP layer.
+    """Bytes of memory that `mtp_head` needs; 0: the checkpoint has no MTP layer. dtype: of the client's part.
 
     Reads headers only. Raises as `mtp_head`.
     """
@@ -151,9 +152,9 @@ def mtp_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None, weights:
 
 
 class MtpHead:
-    """A `DraftHead`: an MTP layer. Threads may share it.
+    """A `DraftHead` of an MTP layer. Threads may share it.
 
-    Its outputs are behind its own final norm, as the hidden states that it takes are behind that of the model.
+    Its outputs are behind the layer's final norm, as its inputs are behind the model's.
     """
 
     draft_vocabulary = None
@@ -197,7 +198,7 @@ class MtpHead:
 
 
 def _find(checkpoint: Checkpoint) -> _Found | None:
-    """Where the layer is; None: there is none. Reads headers only. Raises UnsupportedModel: it is not as expected."""
+    """Finds the layer; None: there is none. Reads headers only. Raises UnsupportedModel: the layer is unknown."""
     further, count = checkpoint.next_token_names, checkpoint.num_blocks
     if not further:
         return None

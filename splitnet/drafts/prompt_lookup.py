@@ -1,4 +1,4 @@
-"""Drafts that are copies of earlier parts of the text."""
+"""Drafts that copy earlier parts of the text."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from splitnet.drafts.drafter import Guess
 
-LONGEST_NGRAM = 3  # tokens that are looked up
-LONGEST_MATCH = 16  # tokens before a place that are compared at most, to tell how sure it is
-LEARNING_MATCH = 3  # tokens before a place that must be the same for another token there to be taken for a new name
-RENAMED_WITHIN = 2048  # latest tokens in which a new name is looked for: the copy, not its source
-TIMES_FORGOTTEN = 3  # how often a token may lose its new name before it gets none any more
-TIMES_SEEN = 2  # how often a token must have become the same other one
+LONGEST_NGRAM = 3  # most tokens of the n-gram that is looked up
+LONGEST_MATCH = 16  # most tokens before a place that are compared to rate the place
+LEARNING_MATCH = 3  # equal tokens before a place that a replacement of a token needs to be learnt
+RENAMED_WITHIN = 2048  # latest tokens that are indexed again after a replacement: the copy, not its source
+TIMES_FORGOTTEN = 3  # a token that lost its replacement this often gets no other one
+TIMES_SEEN = 2  # how often a token must be replaced by the same other token before the replacement is drafted
 
 
 class PromptLookup:
-    """Drafts what followed the last tokens earlier in the text: no model, no time.
+    """Drafts the tokens that followed the last tokens earlier in the text; needs no model and hardly any time.
 
-    Saxena, "Prompt Lookup Decoding" (2023). The latest place where the last `LONGEST_NGRAM` tokens, or else fewer,
-    stood is taken; the more tokens before it are the same, too, the surer it is.
+    Saxena, "Prompt Lookup Decoding" (2023). The latest place with the last `LONGEST_NGRAM` tokens, or else with fewer,
+    is copied. The kind of a guess grows with the number of equal tokens before the place.
 
-    A copy with changes, such as edited code, is followed further: when the text has one other token than its source and
-    goes on like it, the one has become the other. From then on both count as the same token when places are compared,
-    and the new one is drafted. The source is followed as long as the text goes on like it, rather than looked up anew,
-    as the latest place would mostly be within the copy.
+    A copy with changes, such as edited code, is followed further: if a token differs from the source and the next ones
+    are equal, the new token replaces the old one. From then on both count as equal when places are compared, and the
+    new token is drafted. The source is followed as long as the text agrees with it; a new look-up would mostly find a
+    place within the copy.
     """
 
     priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
@@ -35,13 +35,13 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._renamed: dict[int, int] = {}  # what tokens have become
-        self._former: dict[int, int] = {}  # the same the other way round
-        self._seen: Counter[tuple[int, int]] = Counter()  # how often a token has become another
-        self._forgotten: Counter[int] = Counter()  # how often a token has lost its new name
-        self._places: dict[tuple[int, ...], int] = {}  # where the text went on after an n-gram, the last time
-        self._source: int | None = None  # the place that is copied from: where it goes on
-        self._suspect: tuple[int, int] | None = None  # a token of the source, and the latest, which came in its place
+        self._renamed: dict[int, int] = {}  # the replacement of each replaced token
+        self._former: dict[int, int] = {}  # the inverse of `_renamed`
+        self._seen: Counter[tuple[int, int]] = Counter()  # how often a token was replaced by another one
+        self._forgotten: Counter[int] = Counter()  # how often a token has lost its replacement
+        self._places: dict[tuple[int, ...], int] = {}  # index behind the last occurrence of an n-gram
+        self._source: int | None = None  # index of the next token of the source; None: there is no source
+        self._suspect: tuple[int, int] | None = None  # a token of the source, and the text's latest token in its place
 
     def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._tokens, self._places, self._source, self._suspect = [], {}, None, None
@@ -65,11 +65,11 @@ class PromptLookup:
         kind = (sum(same) if same and same[0] else 0).bit_length()
         copied = (self._tokens[index] for index in range(place, len(self._tokens)))
         renamed = (self._renamed.get(token, token) for token in copied)
-        # A text that repeats itself goes on doing so.
+        # A repetition is expected to go on.
         yield from (Guess(token, kind) for token in itertools.cycle(itertools.chain(renamed, pending)))
 
     def _follow(self, token: int) -> None:
-        """What a new token says of the place that is copied from."""
+        """Compares a new token with the source."""
         source = self._source
         if source is None:
             self._suspect = None
@@ -88,7 +88,7 @@ class PromptLookup:
             self._suspect = self._source = None
 
     def _learn(self) -> None:
-        """The text went on as its source after a token that was another: that may have a new name."""
+        """Learns a replacement: after one different token, the text agrees with its source."""
         if self._suspect is None:
             return
         former, new = self._suspect
@@ -101,7 +101,7 @@ class PromptLookup:
         self._suspect = None
 
     def _forget(self, former: int) -> None:
-        """It is not, or no longer, what it had become."""
+        """Drops the replacement of a token."""
         new = self._renamed.pop(former, None)
         if new is not None:
             del self._former[new], self._seen[former, new]
@@ -109,7 +109,7 @@ class PromptLookup:
             self._remember_latest()
 
     def _remember_latest(self) -> None:
-        """After names have changed: what a token was stays as it is, so only where the copy has new ones."""
+        """Indexes the latest tokens again after a replacement has changed; the source keeps its tokens."""
         for index in range(max(0, len(self._tokens) - RENAMED_WITHIN), len(self._tokens)):
             self._remember(index)
 
@@ -118,7 +118,7 @@ class PromptLookup:
             self._places[self._former_of(self._tokens[index - size : index])] = index
 
     def _place(self, tail: Sequence[int], pending: Sequence[int]) -> int | None:
-        """Where to copy from, behind the text and what is drafted already."""
+        """The index to copy from, behind the text and the pending drafts."""
         source = self._source
         if source is not None and source + len(pending) <= len(self._tokens):
             ahead = self._tokens[source : source + len(pending)]
@@ -134,7 +134,7 @@ class PromptLookup:
         return None
 
     def _same(self, tail: Sequence[int], place: int) -> list[bool]:
-        """Which tokens before `place` are those at the end of the text, from the last one back."""
+        """Which tokens before `place` equal the tokens at the end of the text, from the last token back."""
         before = self._former_of(self._tokens[max(0, place - len(tail)) : place])
         return [one == other for one, other in zip(reversed(before), reversed(self._former_of(tail)), strict=False)]
 

@@ -1,8 +1,8 @@
-"""What PEFT has put on a model: the adapter that the peers are to run its blocks with, and prompts that were trained.
+"""Reads PEFT's adapters and trained prompts from a model, for the peers.
 
-A prompt is embeddings before the input, or keys and values before the first position. PEFT hands the latter to a model
-as a cache that holds something already. Here they are taken out of the call and given to the peers as an adapter, as
-`splitnet.blocks.adapters` names its tensors, applies them and writes them into messages.
+A trained prompt is embeddings before the input, or keys and values before the first position. PEFT passes keys and
+values to a model as a filled cache. This module takes them out of the call; peers get them as an adapter, see
+`splitnet.blocks.adapters`.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ HARMLESS: Final = frozenset(
         *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
     }
 )
-"""Fields of a `LoraConfig` that say nothing of blocks by themselves, or nothing that their layers do not show."""
+"""Fields of a `LoraConfig` without effect on blocks, or with an effect that the layers show."""
 
 PROMPTS: Final = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT", "PREFIX_TUNING", "CARTRIDGE")
-"""PEFT's methods that train embeddings before a text, or keys and values."""
+"""PEFT's methods that train embeddings, or keys and values, before a text."""
 
 
 class LocalAdapters:
     """Collects the parameters of adapters."""
 
     def __init__(self) -> None:
-        self.outline: nn.Module | None = None  # the blocks, which LoRA is put on; None: there are none
-        self.configs: Mapping[str, Any] | None = None  # of what PEFT has put on layers, by the names of the adapters
+        self.outline: nn.Module | None = None  # outline of the blocks, to which PEFT adds layers
+        self.configs: Mapping[str, Any] | None = None  # PEFT's configs, by the names of the adapters
         self._latest: dict[tuple[str, ...], Adapter] = {}
-        # What `recent` has returned last, for what, and by what to tell that it still holds.
+        # The last call of `recent`: marks of the tensors, the tensors, the held adapter, and the result.
         self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None, Adapter | None] = ([], [], None, None)
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
-        """The tensors of the active adapter by their names, connected to what is trained. Raises as `check`."""
+        """The tensors of the active adapter by name, with gradients to the trained parameters. Raises as `check`."""
         tensors: dict[str, torch.Tensor] = {}
         for path, layer, names in self._active():
             parts = [part for name in names if (part := _parts(path, layer, name))]
             for end in parts[0] if parts else ():
                 each = [part[end] for part in parts]
-                # Several adapters add up, and so does one with all their ranks; factors are multiplied.
+                # The sum of low-rank adapters is one adapter with all their ranks; scaling factors are multiplied.
                 joined = torch.cat(each, dim=int(end == LORA_B)) if end in (LORA_A, LORA_B) else math.prod(each)
                 tensors[path + end] = cast("torch.Tensor", joined)
         for block, (keys, values) in enumerate(prefix):
@@ -84,7 +84,7 @@ class LocalAdapters:
         return tensors
 
     def adapter_of(self, parameters: dict[str, torch.Tensor]) -> Adapter | None:
-        """What peers are given; the same object as long as the values stay the same."""
+        """The adapter for the peers; the same object as long as the values are equal."""
         if not parameters:
             return None
         names = tuple(parameters)
@@ -98,7 +98,7 @@ class LocalAdapters:
         return self._latest[names]
 
     def current(self, held: Adapter | None, prefix: Prefixes = ()) -> Adapter | None:
-        """The adapter that is active now: `held` itself if that has the same values."""
+        """The active adapter; `held` if its values are equal."""
         adapter = self.adapter_of(self.parameters_for(prefix))
         if adapter is None or held is None or adapter.tensors.keys() != held.tensors.keys():
             return adapter
@@ -106,9 +106,9 @@ class LocalAdapters:
         return held if same else adapter
 
     def recent(self, held: Adapter | None, prefix: Prefixes) -> Adapter | None:
-        """As `current`, quickly, for every token: what torch does not count, by way of `.data`, is not seen.
+        """As `current`, but fast enough for every token: compares torch's version counters, which `.data` bypasses.
 
-        Of tensors that were made in `torch.inference_mode()` it counts nothing, so their values are compared.
+        Tensors of `torch.inference_mode()` have no counters, so their values are compared.
         """
         layers = [(layer, name) for _, layer, names in self._active() for name in names]
         tensors = [tensor for pair in prefix for tensor in pair]
@@ -124,13 +124,13 @@ class LocalAdapters:
         return adapter
 
     def check(self) -> None:
-        """Raises AdapterError if there is something on the blocks that peers do not do."""
+        """Raises AdapterError: peers cannot apply an adapter on the blocks."""
         for path, layer, names in self._active():
             for name in names:
                 _made(path, layer, name)
 
     def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
-        """The layers that have adapters which are switched on, and the names of these."""
+        """The layers with active adapters, and the names of these adapters."""
         if self.outline is None or "peft" not in sys.modules:
             return
         for name, config in (self.configs or {}).items():
@@ -142,14 +142,14 @@ class LocalAdapters:
 
 
 class _Kind(NamedTuple):
-    """How a layer of PEFT's travels. holders: its attributes that hold something by the name of an adapter. parts: by
-    the layer and that name, tensors by the end of their names."""
+    """The message form of a PEFT layer. holders: attributes of the layer that are dictionaries by adapter name. parts:
+    makes tensors, by the end of their names, from a layer and an adapter name."""
 
     holders: tuple[str, ...]
     parts: Callable[[Any, str], dict[str, torch.Tensor]]
 
     def made_of(self, layer: Any, name: str) -> Iterator[torch.Tensor]:
-        """The tensors that an adapter has in a layer; none: it has nothing there."""
+        """The tensors of an adapter in a layer; empty if the adapter does not change the layer."""
         for held in (getattr(layer, holder) for holder in self.holders):
             if held is not None and name in held:
                 yield held[name].weight if isinstance(held[name], nn.Module) else held[name]
@@ -157,7 +157,7 @@ class _Kind(NamedTuple):
 
 @cache
 def _kinds() -> dict[type, _Kind]:
-    """By the type of the layer: all that is linear in a layer's input travels as a low-rank pair."""
+    """Message forms by type of layer. All changes that are linear in the input are sent as a low-rank pair."""
     from peft.tuners import adalora, ia3, loha, lokr, lora, vera
 
     return {
@@ -171,7 +171,7 @@ def _kinds() -> dict[type, _Kind]:
 
 
 def _made(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """What travels of an adapter in a layer; nothing if its rank is 0. Raises AdapterError: peers do not do that."""
+    """The tensors of an adapter for a layer; none for rank 0. Raises AdapterError: peers cannot apply the adapter."""
     _check_layer(path, layer, name)
     parts = _kinds()[type(layer)].parts(layer, name)
     if LORA_A not in parts or 0 < len(parts[LORA_A]) <= MAX_RANK:
@@ -182,7 +182,7 @@ def _made(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """The same, of a layer that runs now."""
+    """As `_made`; also raises AdapterError: the layer is training with dropout."""
     rates = [getattr(layer, f"{each}_dropout", {}) for each in ("lora", "vera", "rank", "module")]
     dropouts = [each[name] for each in rates if name in each]
     if layer.training and any(getattr(one, "p", one if isinstance(one, float | int) else 0.0) > 0 for one in dropouts):
@@ -195,7 +195,7 @@ def _lora_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _adalora_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """Zhang et al., arXiv:2303.10512, section 3.1, as PEFT scales it."""
+    """Zhang et al., arXiv:2303.10512, section 3.1, with the scaling of PEFT."""
     scaling = layer.scaling[name] / (layer.ranknum[name] + 1e-5)
     return {LORA_A: layer.lora_A[name] * layer.lora_E[name], LORA_B: layer.lora_B[name] * scaling}
 
@@ -205,14 +205,14 @@ def _ia3_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _vera_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """Kopiczko et al., arXiv:2310.11454, section 3.1: shared matrices, of which a layer scales rows."""
+    """Kopiczko et al., arXiv:2310.11454, section 3.1: shared matrices, whose rows each layer scales."""
     a, b = layer.vera_A[name][:, : layer.in_features], layer.vera_B[name][: layer.out_features]
     return {LORA_A: layer.vera_lambda_d[name][:, None] * a, LORA_B: layer.vera_lambda_b[name][:, None] * b}
 
 
 def _loha_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """The Hadamard product of two low-rank matrices (Hyeon-Woo et al., arXiv:2108.06098) has the product of their
-    ranks: columns and rows of all pairs."""
+    """The Hadamard product of two low-rank matrices (Hyeon-Woo et al., arXiv:2108.06098). Its rank is the product of
+    the two ranks: it is made of the products of all pairs of columns, and of rows."""
     (b1, a1), (b2, a2) = (
         (getattr(layer, f"hada_w{one}_a")[name], getattr(layer, f"hada_w{one}_b")[name]) for one in (1, 2)
     )
@@ -221,8 +221,8 @@ def _loha_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def _lokr_parts(layer: Any, name: str) -> dict[str, torch.Tensor]:
-    """A Kronecker product (LyCORIS, arXiv:2309.14859). With w2 = b a: kron(w1, w2) = kron(w1, b) kron(1, a), or
-    kron(1, b) kron(w1, a), which has the lower rank where w1 has fewer rows than columns."""
+    """A Kronecker product (LyCORIS, arXiv:2309.14859). With w2 = b a: kron(w1, w2) = kron(w1, b) kron(1, a) =
+    kron(1, b) kron(w1, a). The latter has the lower rank if w1 has fewer rows than columns."""
 
     def of(factor: str) -> tuple[torch.Tensor, torch.Tensor]:
         if name not in (whole := getattr(layer, factor)):
@@ -255,14 +255,14 @@ _MORE_HARMLESS: Final = {
         }
     ),
 }
-"""As `HARMLESS`, by the class of other configs."""
+"""As `HARMLESS`, for other classes of configs."""
 
 
 def check_config(name: str, config: Any) -> None:
-    """Raises AdapterError if layers do not show all that an adapter is to do to blocks."""
+    """Raises AdapterError: a config has effects on blocks that the layers do not show."""
     import peft
 
-    if type(config) is peft.TrainableTokensConfig:  # of embeddings, which are here
+    if type(config) is peft.TrainableTokensConfig:  # of embeddings, which are local
         return
     known = {peft.LoraConfig: HARMLESS}
     known |= {getattr(peft, each): HARMLESS | names for each, names in _MORE_HARMLESS.items()}
@@ -272,7 +272,7 @@ def check_config(name: str, config: Any) -> None:
     for field in fields(config):
         usual = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(config, field.name)
-        # What is empty is switched off to PEFT, whichever way it is so.
+        # PEFT takes every empty value, such as None or [], as switched off.
         if field.name not in known[type(config)] and value != usual and (value or usual):
             raise AdapterError(
                 f"the adapter {name!r} has {field.name}={value!r}, which peers do not apply: leave it out of its "
@@ -281,7 +281,7 @@ def check_config(name: str, config: Any) -> None:
 
 
 def _adapted_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    """Layers with adapters in a part of the outline, by their paths. Raises AdapterError: there is something else."""
+    """Layers with adapters in a part of the outline, with their paths. Raises AdapterError: an unsupported layer."""
     for name, module in part.named_children():
         kind, where = type(module), f"{path}{name}"
         base: Any = module.base_layer if kind in _kinds() else module
@@ -302,7 +302,7 @@ def _adapted_layers(part: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_layer(path: str, layer: Any, name: str) -> None:
-    """Raises AdapterError if LoRA does more in a layer than to add the product of its two matrices."""
+    """Raises AdapterError: LoRA does more in a layer than add the product of its two matrices."""
     from peft.tuners.lora import Linear
 
     if type(layer) is not Linear:
@@ -313,15 +313,15 @@ def _check_layer(path: str, layer: Any, name: str) -> None:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether something is done when a module is called, besides what its class does."""
+    """Whether a call of a module runs hooks or a replaced `forward`."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
 def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
-    """Takes the prefix that PEFT has handed over out of what `model` is called with; empty if there is none.
+    """Takes PEFT's prefix out of the arguments of a call of `model`; empty if there is none.
 
-    Raises UnsupportedParameter: it is a cache of somebody else's; AdapterError: its method is not known here.
+    Raises UnsupportedParameter: the cache is not of PEFT; AdapterError: the method of PEFT is unknown.
     """
     name = next((name for name in ("cache", "past_key_values") if isinstance(given.get(name), DynamicCache)), None)
     if name is None or not given[name].get_seq_length():
@@ -343,7 +343,7 @@ def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
 
 
 def _calling_wrapper(model: Any) -> Any:
-    """The PEFT model around `model` that calls it, as what it hands over does not tell; None: there is none."""
+    """The PEFT model that calls `model`, found on the stack because the arguments do not show it; None: none."""
     if "peft" not in sys.modules:
         return None
     from peft import PeftModel
@@ -358,7 +358,7 @@ def _calling_wrapper(model: Any) -> Any:
 
 
 def _check_prompt(wrapper: Any) -> None:
-    """Raises AdapterError if what a trained prompt does is not known here."""
+    """Raises AdapterError: the method of a trained prompt is unknown."""
     kind = wrapper.active_peft_config.peft_type
     kind = getattr(kind, "value", kind)
     if kind not in PROMPTS:
@@ -366,13 +366,13 @@ def _check_prompt(wrapper: Any) -> None:
 
 
 def prefix_in(cache: DynamicCache) -> Prefixes:
-    """Keys and values in a cache, block by block; PEFT has the same ones for all rows, so those of the first."""
+    """Keys and values of a cache, block by block, from its first row: PEFT gives all rows the same ones."""
     layers: list[Any] = list(cache.layers)
     return tuple((layer.keys[0], layer.values[0]) for layer in layers)
 
 
 def prompt_wrapper(model: Any) -> Any:
-    """The PEFT model that generates with `model` and a prompt that was trained; None if there is none."""
+    """The PEFT model that generates with `model` and a trained prompt; None: there is none."""
     replaced = model.__dict__.get("prepare_inputs_for_generation")
     wrapper = getattr(replaced, "__self__", None)
     if wrapper is None or wrapper is model or not wrapper.active_peft_config.is_prompt_learning:
@@ -382,9 +382,9 @@ def prompt_wrapper(model: Any) -> Any:
 
 
 def with_trained_prompt(wrapper: Any, given: dict[str, Any]) -> tuple[dict[str, Any], Prefixes]:
-    """What `generate()` is to be called with: the trained prompt is put before the user's, or returned as a prefix.
+    """The arguments of `generate()` with a trained prompt before the user's, or with the trained prompt as a prefix.
 
-    PEFT's own way to do so changes the inputs of every step, by names of arguments that transformers has given up.
+    PEFT itself changes the inputs of every step, by former names of transformers' arguments.
     """
     model = wrapper.base_model
     model.__dict__.pop("prepare_inputs_for_generation", None)
@@ -403,7 +403,7 @@ def with_trained_prompt(wrapper: Any, given: dict[str, Any]) -> tuple[dict[str, 
         embeddings = model.get_input_embeddings()(input_ids)
     mask = given.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask.to(torch.long)
-    # The trained prompt comes first in the text, so behind the padding on the left.
+    # The trained prompt stands between the padding on the left and the text.
     padding = [int(pad) for pad in (mask.cumsum(1) == 0).sum(1).tolist()]
     given["inputs_embeds"] = _inserted(embeddings, prompt.to(embeddings.dtype), padding)
     given["attention_mask"] = _inserted(mask, mask.new_ones(prompt.shape[:2]), padding)
@@ -411,7 +411,7 @@ def with_trained_prompt(wrapper: Any, given: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _inserted(rows: torch.Tensor, inserted: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """`[batch, seq, ...]`: each row with another inserted at its place."""
+    """Inserts a row of `inserted` at its place into each row, `[batch, seq, ...]`."""
     pairs = zip(rows, inserted, places, strict=True)
     return torch.stack([torch.cat((row[:place], more, row[place:])) for row, more, place in pairs])
 
@@ -421,14 +421,14 @@ _MAX_CONFIG_BYTES = 1 << 20
 _MODEL = "base_model.model."
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _PAIRS: Final = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-"""Ends of names in the file: of the matrix that the input meets first, and of the other."""
+"""Ends of names in the file: of the matrix that is applied first -> of the second matrix."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """A model with the adapter in a folder, as PEFT returns it; with a side network, the model itself. Raises
-    AdapterError: it does not fit, or peers do not do what it does.
+    """Loads the adapter of a folder; returns PEFT's model, or with a side network the model itself. Raises
+    AdapterError: the adapter does not fit, or peers cannot apply it.
     """
     if not (folder / WEIGHTS_FILE).is_file():
         raise AdapterError(f"the adapter in {folder} has no {WEIGHTS_FILE}: save it with safe_serialization=True")
@@ -436,13 +436,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return _load(model, folder)
     except SplitnetError as error:
         raise AdapterError(f"the adapter in {folder} cannot be used, as {error}") from error
-    except Exception as error:  # PEFT and safetensors raise what they stumble over
+    except Exception as error:  # PEFT and safetensors raise any exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise AdapterError(f"the adapter in {folder} does not fit this model ({reason}): {_OTHER}") from error
 
 
 def check_served(model: Any, folder: Path) -> None:
-    """Raises AdapterError if what `load_adapter` returned does more than the model alone does with its adapter."""
+    """Raises AdapterError: servers cannot use the adapter of `load_adapter`, which changes prompts."""
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
         raise AdapterError(f"the adapter in {folder} puts vectors before prompts, which servers do not: use LoRA")
@@ -478,7 +478,7 @@ _OTHER: Final = "take an adapter for this model"
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """Raises ValueError or AdapterError: it is no config."""
+    """Reads a config. Raises ValueError or AdapterError: the file is no config."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise AdapterError(f"{path.name} is longer than configs are: {_OTHER}")
     values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
@@ -488,7 +488,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _config(values: dict[str, Any]) -> Any:
-    """Raises ValueError or AdapterError if PEFT is not to see it."""
+    """PEFT's config of these values. Raises ValueError or AdapterError: PEFT must not load the adapter."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -516,7 +516,7 @@ def _no_number(name: str) -> Never:
 
 
 def _check_saved_prompt(config: Any, shapes: Shapes) -> None:
-    """Raises AdapterError if the config is not that of the prompt in the file."""
+    """Raises AdapterError: the config does not fit the prompt in the file."""
     rows, width = shapes["prompt_embeddings"]
     tokens = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
     numbers = config.token_dim * (2 * config.num_layers if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else 1)
@@ -527,7 +527,7 @@ def _check_saved_prompt(config: Any, shapes: Shapes) -> None:
 
 
 def _check_tokens(config: Any, shapes: Shapes) -> None:
-    """Raises AdapterError if the config tells of more tokens of its own than there are."""
+    """Raises AdapterError: the config names more trained tokens than the file has."""
     named = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
     told = sum(len(each) for each in named.values()) if isinstance(named, dict) else len(named)
     there = sum(shape[0] for name, shape in shapes.items() if name.endswith("trainable_tokens_delta"))
@@ -536,9 +536,9 @@ def _check_tokens(config: Any, shapes: Shapes) -> None:
 
 
 def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
-    """Has a config of LoRA name the layers that have tensors, with their ranks, in the place of patterns.
+    """Replaces patterns in a LoRA config by the names of the layers with tensors, and by their ranks.
 
-    Raises AdapterError: they are not as the config says, or not of this model.
+    Raises AdapterError: the tensors do not fit the config or the model.
     """
     sizes = linear_layers(model)
     for path, module in model.named_modules():
@@ -562,7 +562,7 @@ def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
             f"it begins as {config.init_lora_weights!r}, which changes weights: convert it when it is saved "
             "(path_initial_model_for_weight_conversion)"
         )
-    config.init_lora_weights = False  # all is in the file
+    config.init_lora_weights = False  # the file has all weights
     config.target_modules, config.exclude_modules = set(ranks), None
     config.layers_to_transform = config.layers_pattern = None
     if not all(_PLAIN.fullmatch(key) for key in (*config.rank_pattern, *config.alpha_pattern)):
@@ -575,7 +575,7 @@ def _end_of(name: str) -> str:
 
 
 def _value_for(path: str, by_pattern: Mapping[str, Any], default: Any, patterns: Patterns) -> Any:
-    """As PEFT chooses it: of the first pattern that the end of the path matches."""
+    """The value that PEFT chooses: of the first pattern that matches the end of the path."""
     for key, value in by_pattern.items():
         pattern = rf"(.*\.)?({key})$"
         if re.match(pattern, path) if _PLAIN.fullmatch(key) else patterns.match(pattern, path):

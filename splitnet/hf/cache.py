@@ -1,7 +1,7 @@
-"""A transformers `Cache` that stands for the KV caches of the peers.
+"""A transformers `Cache` for KV caches that peers hold.
 
-transformers asks a cache for its length, crops it (speculative decoding), reorders its rows (beam search) and selects
-rows. Here lengths are counted, and reordering becomes forks that travel with the next step.
+transformers reads the length of a cache, crops the cache (speculative decoding), and reorders or selects its rows (beam
+search). This cache only counts lengths, and turns reordering into forks, which the next step sends.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ RESERVE_STEP = 256  # positions per row by which a reservation grows
 
 
 class RemoteLayer(CacheLayerMixin):
-    """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
+    """The only layer of a `RemoteCache`: rows of a batch with their left padding, and the session with their KV caches.
 
-    open_session: makes a session for a reservation of positions. scope: see `Session.use_scope`.
+    open_session: opens a session with a reservation of positions. scope: see `Session.use_namespace`.
     """
 
     is_sliding = False
@@ -43,21 +43,21 @@ class RemoteLayer(CacheLayerMixin):
         self._scope = scope
         self.columns = 0  # length of the padded batch
         self.taps: tuple[int, ...] = ()  # see `use_taps`
-        self.adapter: Adapter | None = None  # of the blocks, for the positions that are held
-        self.waited_ms = 0.0  # for peers, in all steps together
+        self.adapter: Adapter | None = None  # of the blocks, for the cached positions
+        self.waited_ms = 0.0  # total wait for peers
         self.session: ModelSession | None = None
-        self.reserve_step = RESERVE_STEP  # 1: for exactly what is to be computed
+        self.reserve_step = RESERVE_STEP  # 1: reserve exactly the positions that are computed
         self._open_session = open_session
         self._padding: list[int] = []
         self._rows: list[int] = []
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = self._reserved_rows = 0
-        self.bound: int | None = None  # columns that a text must stay within; None: more memory is asked for as needed
+        self.bound: int | None = None  # most columns of a text; None: the reservation grows on demand
         self._restart = True
         self.closed = False
-        self.changes = 0  # of the held positions
-        self.reach = self.alike = 0  # that of the first step, see its message, and how many columns have it
+        self.changes = 0  # number of changes of the cached positions
+        self.reach = self.alike = 0  # of the first step, see `Step`; columns with this reach
         self.side: SideCache | None = None  # of the side network, for the same positions
 
     @property
@@ -67,17 +67,18 @@ class RemoteLayer(CacheLayerMixin):
 
     @property
     def _current(self) -> list[int]:
-        """The row of the peers that each row of the batch goes on from."""
+        """For each row of the batch, the row at the peers that it continues."""
         return self._rows if self._sources is None else self._sources
 
     @property
     def arrangement(self) -> Arrangement:
-        """What its rows are, and their padding: with others, columns mean something else."""
+        """The rows and their padding, which determine the meaning of columns."""
         return tuple(self._current), tuple(self._padding)
 
     def use_taps(self, taps: Sequence[int]) -> None:
-        """Has the hidden states at these boundaries come with the outputs of every step, see `Exchange.tapped`: each
-        after so many blocks, 0: the embeddings. With others than before, the cache forgets what it holds.
+        """Returns hidden states at these boundaries with the outputs of every step, see `Exchange.tapped`.
+
+        A boundary is a number of blocks; 0: the embeddings. A change of boundaries empties the cache.
         """
         if tuple(taps) != self.taps:
             self.taps = tuple(taps)
@@ -93,13 +94,13 @@ class RemoteLayer(CacheLayerMixin):
 
         Args:
             mask: `[batch, columns]` bool for past and new columns; False is padding.
-            keep: how many of the last new columns are wanted back; 0 means all.
+            keep: number of last new columns whose outputs are needed; 0: all.
 
         Returns:
-            The session, the parts of the step (without positions, nothing is to be sent), and forks of rows before.
+            The session, the parts of the step (nothing is sent if they have no positions), and forks before the step.
 
         Raises:
-            UnsupportedParameter: padding that is not on the left, or not where it was.
+            UnsupportedParameter: padding is not on the left, or has changed.
             AdapterError: the cache holds keys and values of another adapter.
             PeerFailed: the adapter does not fit the blocks.
         """
@@ -130,7 +131,7 @@ class RemoteLayer(CacheLayerMixin):
         session = self._reserve(columns, batch)
         forks: list[Fork] | None = None
         if any(pad < columns for pad in padding):
-            # No forks at all drop the rows of before a reset.
+            # After a reset, an empty list of forks drops all rows at the peers.
             forks, self._restart = [] if self._restart else self._take_forks(), False
         parts: list[Chunk] = []
         for row, pad in zip(self._rows, padding, strict=True):
@@ -141,27 +142,27 @@ class RemoteLayer(CacheLayerMixin):
         return session, parts, forks
 
     def fitting(self, length: int, ropes: RopeLengths) -> int:
-        """How many columns have the rotary frequencies of a prompt of `length` positions."""
+        """Number of columns with the rotary frequencies of a prompt of `length` positions."""
         return min(self.columns, self.alike) if ropes.shortest(length) == self.reach else 0
 
     def mask(self, new: int) -> torch.Tensor:
-        """`[batch, columns]` bool for the columns that are held and new ones without padding."""
+        """`[batch, columns]` bool for the cached columns, and for new columns without padding."""
         columns = torch.arange(self.columns + new)
         return columns[None] >= torch.tensor(self._padding)[:, None]
 
     def reserve(self, columns: int, rows: int = 1, *, bounded: bool = False) -> None:
-        """With the next step, asks the peers for memory up to a length, and for rows, that are known in advance.
+        """Sets a length and a number of rows that are known in advance; the next step reserves memory for them.
 
-        bounded: the text stays within it until `grow` has got more.
+        bounded: the text must stay within the length until `grow` has reserved more.
         """
         self._reserved_columns = max(self._reserved_columns, columns)
         self._reserved_rows = max(self._reserved_rows, rows)
         self.bound = self._reserved_columns if bounded else None
 
     def grow(self, columns: int) -> bool:
-        """Asks the peers for memory up to a length now, in the middle of a text; False: they have none.
+        """Reserves memory up to a length at once, in the middle of a text; False: the peers have no memory.
 
-        Raises as `Session.reserve`, but no PeerBusy.
+        Raises as `Session.reserve`, except PeerBusy.
         """
         assert self.session is not None
         try:
@@ -172,7 +173,7 @@ class RemoteLayer(CacheLayerMixin):
         return True
 
     def give_up_room(self) -> None:
-        """After the peers did not take a session: a later call may need less."""
+        """Drops the reservation after peers have refused a session, because a later call may need less."""
         if self.session is not None and not self.session.hops:
             self.session.close()
             self.session, self._reserved_columns, self._reserved_rows = None, 0, 0
@@ -182,29 +183,29 @@ class RemoteLayer(CacheLayerMixin):
 
     @property
     def reserved(self) -> int:
-        """Positions that the peers keep free for each row."""
+        """Positions that peers reserve for each row."""
         return self.prefix_length + self._reserved_columns
 
     def fetch_kv(self, index: int) -> dict[str, torch.Tensor]:
-        """See `Session.fetch_kv`; of a row of the batch, without its padding. Raises ValueError: there is no such."""
+        """`Session.fetch_kv` for a row of the batch, without its padding. Raises ValueError: there is no such row."""
         if self.session is None or self._sources is not None or not 0 <= index < len(self._rows):
             raise ValueError(f"the cache holds no row {index}: run the model with it first")
         return self.session.fetch_kv(self._rows[index], self.columns - self._padding[index])
 
     def close(self) -> None:
-        """Frees the peers' memory; from any thread."""
+        """Frees the peers' memory. Any thread may call this."""
         self.closed = True
         if self.session is not None:
             self.session.close()
 
     def close_later(self) -> None:
-        """Has another thread free the peers' memory within a second. Waits for no lock, so finalizers may call it."""
+        """Frees the peers' memory within a second, in another thread. Takes no lock, so finalizers may call this."""
         self.closed = True
         if self.session is not None:
             self.session.close_later()
 
     def rewind(self, columns: int, padding: Sequence[int]) -> None:
-        """Keeps the first columns, with other padding: row by row the same positions come after it."""
+        """Keeps the first columns, with other padding; the positions of each row stay the same."""
         self.changes += 1
         if columns <= 0:
             self.reset()
@@ -222,7 +223,7 @@ class RemoteLayer(CacheLayerMixin):
         return self.columns + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` columns; the next step makes the peers forget them too."""
+        """Drops the last `-tokens_to_remove` columns; the next step drops them at the peers."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
         self.changes += 1
@@ -241,7 +242,7 @@ class RemoteLayer(CacheLayerMixin):
             self._select([index for index in range(self.batch) for _ in range(repeats)])
 
     def reset(self) -> None:
-        """Forgets all rows; the session and its reservation stay."""
+        """Drops all rows; keeps the session and its reservation."""
         self.changes += 1
         self.columns = 0
         self._rows, self._sources, self._padding, self._restart = [], None, [], True
@@ -261,7 +262,7 @@ class RemoteLayer(CacheLayerMixin):
             self.side = None if side is None else side.selected(chosen, self.arrangement)
 
     def _take_forks(self) -> list[Fork] | None:
-        """Rows as the peers must have them; the first that continues a row keeps its id, so nothing is copied."""
+        """Forks that give the peers the rows of the batch. The first successor of a row keeps its id: no copy."""
         if self._sources is None:
             return None
         forks: list[Fork] = []
@@ -274,7 +275,7 @@ class RemoteLayer(CacheLayerMixin):
 
     @property
     def prefix_length(self) -> int:
-        """Positions that stand before the first column of every row, from an adapter."""
+        """Positions of the adapter's prefix, before the first column of every row."""
         return self.adapter.prefix_length if self.adapter is not None else 0
 
     def _reserve(self, columns: int, batch: int) -> ModelSession:
@@ -283,12 +284,12 @@ class RemoteLayer(CacheLayerMixin):
         positions = self.reserved * self._rows_to_hold(batch)
         if self.session is None:
             self.session = self._open_session(positions)
-            self.session.use_scope(self._scope)
+            self.session.use_namespace(self._scope)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
             if self.taps:
                 self.session.use_taps(self.taps)
-            if self.closed:  # by another thread, which could not see the session
+            if self.closed:  # by another thread, before the session existed
                 self.session.close()
         else:
             try:
@@ -300,7 +301,7 @@ class RemoteLayer(CacheLayerMixin):
 
 
 class RemoteCache(Cache):
-    """What `generate()` gets as its cache: see `RemoteLayer`."""
+    """The cache of `generate()`, see `RemoteLayer`."""
 
     def __init__(self, open_session: Callable[[int], ModelSession], scope: str = "") -> None:
         self.remote = RemoteLayer(open_session, scope)
@@ -311,19 +312,19 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache cannot be used any more. From any thread; see `SessionDriver.close`."""
+        """Frees the peers' memory and ends the cache. Any thread may call this; see `SessionDriver.close`."""
         self.remote.close()
 
     def __del__(self) -> None:
-        # The collector may run this where its own thread holds a lock that closing takes.
+        # The garbage collector may run this in a thread that holds a lock which `close` takes.
         if not self.remote.closed:
             self.remote.close_later()
 
 
 class CachedSession:
-    """What `RemoteCausalLM.session()` keeps: a cache, and the tokens that it holds. The caller closes the cache.
+    """The cache of `RemoteCausalLM.session()` and its tokens. The caller closes the cache.
 
-    ropes: which lengths of a text the model's rotary frequencies tell apart.
+    ropes: lengths of texts at which the model's rotary frequencies change.
     """
 
     def __init__(self, cache: RemoteCache, adapters: LocalAdapters, ropes: RopeLengths) -> None:
@@ -333,12 +334,12 @@ class CachedSession:
         self._tokens: torch.Tensor | None = None
         self._padding: list[int] = []
         self._follows = False
-        self._changes = 0  # of the cache, when the tokens were noted: the caller has it, too
+        self._changes = 0  # of the cache at `remember`: the caller may change the cache, too
 
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, *, follows: bool) -> None:
-        """Crops the cache to what it shares with the next prompt `[rows, seq]`, less one token to go on from.
+        """Crops the cache to its common prefix with the next prompt `[rows, seq]`; leaves at least one token to run.
 
-        follows: whether rows of the cache will be those of the output, and hold its tokens alone.
+        follows: the rows of the cache will be the rows of the output, without other tokens.
         """
         layer, before = self.cache.remote, self._padding
         held = self._tokens if layer.changes == self._changes else None
@@ -354,14 +355,14 @@ class CachedSession:
         layer.rewind(min(columns, fitting), padding)
 
     def remember(self, tokens: torch.Tensor | None) -> None:
-        """Takes in what was generated since `resume`, `[rows, seq]`; None: it is not known."""
+        """Notes the tokens of the cache after a generation, `[rows, seq]`; None: unknown."""
         follows, self._follows = self._follows, False
         self._changes = self.cache.remote.changes
         self._tokens = tokens if follows else None
 
 
 def _shared(held: torch.Tensor, new: torch.Tensor) -> int:
-    """How many tokens two texts begin with in common."""
+    """Length of the common prefix of two texts, in tokens."""
     length = min(len(held), len(new))
     same = held[:length] == new[:length].to(held.device)
     return length if bool(same.all()) else int(same.int().argmin())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
-from splitnet.hf.decoding import AUTO, OFF, Decoding, Drafts, FamilyLoop, Outputs, Speculator, Text
+from splitnet.hf.decoding import Decoding, FamilyLoop, Outputs, Text
 from splitnet.hf.parameters import Request, refuse, too_long
-from splitnet.hf.remote_blocks import Exchange
+from splitnet.hf.remote_blocks import Exchange, PerThread
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.hf.side import SideCache, SideNetwork
 from splitnet.quant.device import end_threads
@@ -36,10 +37,10 @@ from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, tak
 from splitnet.swarm.swarm import Swarm
 
 _PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
-"""What `generate()` may hand to the model without its loop having to."""
+"""Arguments of the model with which `Decoding` can replace transformers' loop."""
 
-PROMPT_FEATURES = 512  # last positions of a prompt at most whose hidden states come home for a head that drafts
-PROMPT_FEATURE_VALUES = 2 << 20  # of these positions at most
+PROMPT_FEATURES = 512  # most last positions of a prompt whose hidden states are returned for a draft head
+PROMPT_FEATURE_VALUES = 2 << 20  # most values of these hidden states
 
 _TRANSFORMERS: Any = GenerationMixin
 _POSITIONAL = [
@@ -47,11 +48,11 @@ _POSITIONAL = [
     for name, parameter in inspect.signature(_TRANSFORMERS.generate).parameters.items()
     if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
 ]
-"""The parameters of transformers' `generate()` itself, in order; others are of its config or of `forward`."""
+"""The positional parameters of transformers' `generate()`, in order."""
 
 
 class AutoModelForCausalLM:
-    """Loads a model of which only embeddings, final norm and head are here; use `from_pretrained`."""
+    """Loads a model with local embeddings, final norm and head, and remote blocks; use `from_pretrained`."""
 
     def __init__(self) -> None:
         raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
@@ -59,36 +60,35 @@ class AutoModelForCausalLM:
     @classmethod
     @takes(*JOINING, *GENERATING)
     def from_pretrained(cls, model: str | Path, *, initial_peers: Sequence[str], **options: Any) -> RemoteCausalLM:
-        """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
+        """A causal LM of transformers, with all methods such as `generate()`, whose blocks run on peers of a swarm.
 
-        `peft.get_peft_model` puts adapters on it, and `loss.backward()` trains them; see docs/tuning.md.
+        `peft.get_peft_model` adds adapters, and `loss.backward()` trains them; see docs/tuning.md.
 
         Args:
             model: hub id or checkpoint folder; only the tensors outside the blocks are read.
             initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
-            identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
+            identity: the client's key, for private swarms; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
             swarm_key: of a closed swarm, or its file (see `splitnet key --swarm-key`).
             trusted_peers: file with the keys of the peers that may be used; None: any.
-            codec: how activations travel: "auto", or a name from `splitnet.wire.codecs.CODECS`.
+            codec: of activations: "auto", or a name from `splitnet.wire.codecs.CODECS`.
             dtype, device: of the local part; "auto": the best device that works, see `splitnet.blocks.device`.
-            recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
-            any_weights: whether to go on with weights held otherwise, such as int4 after float32, where nobody is left
-                who holds them as the session had them; else that raises OtherWeights. None: with the codec "auto" only.
-            prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
-                the least energy per token, as far as peers tell (docs/energy.md).
-            kv_at_least: "float16", "int8", "int8-int4" or "int4": peers that hold keys and values in fewer bits are not
-                used.
-            prefixes: "own": peers store keys and values of texts for later ones of the same key that begin alike;
-                "shared": also for keys that the owner of a peer has put in one group with it; "off": they store none.
-            standby: bytes per second, or such as "8MiB", with which replicas copy the keys and values of sessions, so
-                that one that takes the place of a hop need not compute them; None: none are copied.
-            energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
-            gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
-            local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
-                first as make tokens come soonest, in half of the free memory at most; None: none.
-            local_weights: what the weights of those and of the head are held as, such as "float16"; None: "auto", or as
-                stored with the codec "none".
+            recovery_timeout_s: how long to wait for other peers when blocks are suddenly not served.
+            any_weights: whether to continue with weights in another format, such as int4 after float32, when no peer
+                holds the session's format; otherwise that raises OtherWeights. None: only with the codec "auto".
+            prefer: "latency": the lowest latency per token; "throughput": the most tokens per second, for batches;
+                "energy": the least energy per token, as reported by peers (docs/energy.md).
+            kv_at_least: "float16", "int8", "int8-int4" or "int4": the coarsest format of keys and values on used peers.
+            prefixes: "own": peers store keys and values of a text for later texts with the same beginning and of the
+                same key; "shared": also for keys that the owner of a peer has put in one group; "off": no storage.
+            standby: bytes per second, or a text such as "8MiB", at which replicas copy the keys and values of sessions,
+                so that a replacement of a hop need not compute them; None: no copies.
+            energy_slowdown: with "energy", the largest allowed multiple of the fastest route's time; None: 1.5.
+            gradient_codec: of gradients; "auto": exact if the activations are exact, else "bf16".
+            local_blocks: blocks that this process runs, such as "0:10" or "0:2,28:30"; "auto": the number of first
+                blocks with the lowest latency per token, in at most half of the free memory; None: none.
+            local_weights: format of the weights of local blocks and of the head, such as "float16"; None: "auto", or
+                as stored with the codec "none".
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -109,11 +109,11 @@ def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausal
 def attached(
     checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO, *, headless: bool = False
 ) -> RemoteCausalLM:
-    """The same, with options whose device is one that was found.
+    """As `attach`, with options whose device was resolved.
 
-    speculate: where drafts will come from, see `RemoteCausalLM.generate`. What is asked for is loaded at once; "auto"
-    takes later what it can have. headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. Raises
-    SplitnetError: it cannot be loaded, or is not for this model.
+    speculate: the source of drafts, see `RemoteCausalLM.generate`. A named source is loaded at once, "auto" later.
+    headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. Raises SplitnetError: the source of drafts
+    cannot be loaded, or does not fit the model.
     """
     blocks, whole = remote_blocks(checkpoint, swarm, options), (0, checkpoint.num_blocks)
 
@@ -140,12 +140,12 @@ def attached(
 
 
 class RemoteCausalLM(RemoteModel):
-    """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
+    """Methods of a causal LM with remote blocks beyond its transformers class: sessions, and a cache."""
 
-    # `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept.
+    # `logits_to_keep` is allowed with `labels`: the loss is of all positions, the logits of the kept ones.
     loss_in_parts = True
 
-    ends: Ends  # what stands before and after the blocks
+    ends: Ends  # the layers before and after the blocks
     speculator: Speculator
     side: SideNetwork | None = None  # see `use_side`
 
@@ -154,29 +154,29 @@ class RemoteCausalLM(RemoteModel):
         cls.prepare_inputs_for_generation = _keeping_the_cache(family.prepare_inputs_for_generation)
 
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
-        """Sets what makes the session of a cache, for a budget of positions."""
+        """Sets the function that opens the session of a cache, with a reservation of positions."""
         self._open_session = open_session
-        self._local = _OfThread()
+        self._context = PerThread(_Context())
         self._family_loop = FamilyLoop(self, self.transformers_class)
 
     def generate(self, *args: Any, speculate: Any = AUTO, **kwargs: Any) -> Any:
         """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
 
-        With `return_dict_in_generate` they keep it for the cache of the output, until that is closed or collected.
-        Within `session()`, positions that the peers hold from calls before are not computed again; a call within a
-        call, by a stopping criterion or a streamer, is as one outside of the session. What is given is honoured or
-        refused by name, see docs/parameters.md.
+        With `return_dict_in_generate`, peers keep the memory of the output's cache until the cache is closed or
+        collected. Within `session()`, positions that peers hold from earlier calls are not computed again; a nested
+        call, by a stopping criterion or a streamer, does not use the session. Each argument is honoured, or refused by
+        name, see docs/parameters.md.
 
         Args:
-            speculate: where drafts of tokens come from, which the peers verify together, as many as pays; the text
-                stays the same. "prompt-lookup": from the text itself; "mtp": from the checkpoint's blocks for
-                multi-token prediction; "eagle=FOLDER": from an EAGLE head; or a small causal LM of transformers with
-                the same tokenizer. "auto": from the text and from "mtp", if it is there, fits the memory and pays.
-                "off", None: none. For one sequence at a time; "auto" makes none for others.
+            speculate: source of drafts, which peers verify in one step; their number follows from measured times, and
+                the text stays the same. "prompt-lookup": copies of the text; "mtp": the checkpoint's blocks for
+                multi-token prediction; "eagle=FOLDER": an EAGLE head; or a small causal LM of transformers with the
+                same tokenizer. "auto": copies of the text, and "mtp" if it exists, fits the memory and saves time.
+                "off", None: no drafts. For single sequences; "auto" makes no drafts for batches.
 
         Raises:
-            UnsupportedParameter: something is asked for that cannot be had with remote blocks.
-            SplitnetError: without beams, its `generated` holds the tokens so far, to go on from.
+            UnsupportedParameter: remote blocks cannot honour an argument.
+            SplitnetError: without beams, its `generated` holds the tokens of the text up to the error.
         """
         given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if len(given) < len(args) + len(kwargs):
@@ -184,7 +184,7 @@ class RemoteCausalLM(RemoteModel):
         for former in ("past_key_values", "cache_params"):
             if (cache := given.pop(former, None)) is not None:
                 given.setdefault("cache", cache)
-        # Texts come from tokenizers, on the CPU, wherever the model is.
+        # Tokenizers return tensors on the CPU.
         given = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in given.items()}
         request = Request(given, self.generation_config)
         request.check()
@@ -202,23 +202,23 @@ class RemoteCausalLM(RemoteModel):
         for module in () if head is None else head.modules():  # PEFT may have wrapped it
             if isinstance(module, Head):
                 module.expect_changes()
-        kept_session = self._local.kept_session
+        kept_session = self._context.now.kept_session
         if kept_session is not None and given.get("cache") is kept_session.cache:
-            del given["cache"]  # an output has it; the session knows how much of it fits
+            del given["cache"]  # the cache of an output of this session, which crops the cache itself
         if not caches or given.get("cache") is not None:
             kept_session = None
         if isinstance(own := given.get("cache"), RemoteCache):
             self._use_taps(own, drafts)
             if own.remote.bound is None:
                 own.remote.reserve(length)
-        with self._local.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
+        with self._context.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
             own_cache = caches and given.get("cache") is None
             return self._generate_with_own_cache(given, kept_session, length) if own_cache else self._generate(given)
 
     def _wanted_length(self, given: Mapping[str, Any]) -> int:
-        """How long a text with as many new tokens as are wanted is; 0: they are not said.
+        """Length of the text with all new tokens; 0: unknown.
 
-        Raises ContextTooLong if it ends beyond the model's context.
+        Raises ContextTooLong: the text ends beyond the model's context.
         """
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens, most = given.get("max_new_tokens"), self._blocks.max_positions
@@ -227,21 +227,21 @@ class RemoteCausalLM(RemoteModel):
             return 0
         length = prompt.shape[1] + new_tokens
         if most is not None and length - 1 > most:
-            if given.get("stopping_criteria"):  # which may end it before
+            if given.get("stopping_criteria"):  # may end the text earlier
                 return 0
             raise too_long(length, most)
         return length
 
     def _generate_with_own_cache(self, given: dict[str, Any], kept_session: CachedSession | None, length: int) -> Any:
-        """`generate()` in the cache of the session, or in one that lives as long as this call and its output.
+        """`generate()` in the cache of the session, or in a cache that lives as long as this call and its output.
 
-        length: that the text has at last, if that is known.
+        length: final length of the text; 0: unknown.
         """
         cache = kept_session.cache if kept_session else self.new_cache()
-        self._use_taps(cache, self._local.drafts)
+        self._use_taps(cache, self._context.now.drafts)
         given["cache"] = cache
         if kept_session and given.get("custom_generate") is not None:
-            kept_session.remember(None)  # such a loop does not ask what is held
+            kept_session.remember(None)  # a custom loop does not use cached positions
             cache.remote.reset()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         cache.remote.reserve(length)
@@ -266,51 +266,51 @@ class RemoteCausalLM(RemoteModel):
 
     @contextmanager
     def session(self, max_length: int | None = None) -> Iterator[RemoteCache]:
-        """Keeps the KV caches on the peers between calls of `generate()` by this thread.
+        """Keeps the KV caches on the peers between calls of `generate()` in this thread.
 
-        max_length: positions per row to reserve from the start, so that a later call cannot be refused.
+        max_length: positions per row to reserve at the start, so that no later call is refused.
         """
         cache = self.new_cache()
         if max_length is not None:
             cache.remote.reserve(max_length)
         kept_session = CachedSession(cache, self._blocks.adapters, self._blocks.ropes)
         try:
-            with self._local.within(kept_session=kept_session):
+            with self._context.within(kept_session=kept_session):
                 yield cache
         finally:
             cache.close()
 
     @property
     def headless(self) -> bool:
-        """Whether the checkpoint has no head: the model reads texts, and what it generates has no meaning."""
+        """Whether the checkpoint has no head: the model only reads texts; generated tokens are meaningless."""
         return isinstance(self.get_output_embeddings(), nn.Identity)
 
     def new_cache(self, scope: str = "") -> RemoteCache:
-        """An empty cache on the peers, for callers that pass `cache=` themselves. scope: a name for those whose texts
-        it is for: it goes on from stored prefixes of the same scope alone."""
+        """An empty cache on the peers, for callers that pass `cache=`. scope: name of the group of texts that may share
+        stored prefixes."""
         return RemoteCache(self._open_session, scope)
 
     def can_draft(self, prompt: int, new: int) -> bool:
-        """Whether `speculate` goes together with so many tokens and so many new ones: some families' texts do not."""
+        """Whether `speculate` works for a prompt and new tokens of these lengths; it does not for some families."""
         return not self._family_loop.differs(prompt, prompt + new)
 
     def fitting(self, cache: RemoteCache, length: int) -> int:
-        """How many positions per row a cache holds as a prompt of `length` tokens that begins with them has them.
+        """Number of cached positions per row that a prompt of `length` tokens with the same beginning can use.
 
-        Fewer than all where the rotary embedding depends on the length of a text.
+        Fewer than all if the rotary embedding depends on the length of a text.
         """
         return cache.remote.fitting(length, self._blocks.ropes)
 
     def pieces_of(self, length: int) -> AbstractContextManager[None]:
-        """Within, this thread calls the model with pieces of a text of `length` tokens, as if it were given at once."""
+        """A context in which this thread calls the model with pieces of a text of `length` tokens; same results."""
         return self._blocks.calling(length=length)
 
     @torch.no_grad()
     def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:
-        """Keys and values of a text in every block, as the peers compute them: what a trained prefix can begin as.
+        """Keys and values of a text in every block, computed by the peers, as initial values of a trained prefix.
 
         `[1, positions]` -> per block a pair `[kv heads, positions, head size]`, float32, on the CPU. Raises
-        UnsupportedModel: some blocks have none of their own.
+        UnsupportedModel: some blocks have no keys and values.
         """
         cache = self.new_cache()
         input_ids = input_ids.to(self.device)
@@ -328,12 +328,12 @@ class RemoteCausalLM(RemoteModel):
 
     @torch.no_grad()
     def last_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What the last block gives for whole texts, `[batch, seq]`, before the final norm: `[batch, seq, hidden]`.
+        """The output of the last block for whole texts, `[batch, seq]`, before the final norm: `[batch, seq, hidden]`.
 
         No caches are kept. Raises as a call of the model.
         """
         states: list[torch.Tensor] = []
-        with self._local.within(without_side=True), self._blocks.calling(seen=states.append):
+        with self._context.within(without_side=True), self._blocks.calling(seen=states.append):
             backbone_of(self)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return states[0]
 
@@ -341,23 +341,23 @@ class RemoteCausalLM(RemoteModel):
     def states_at(
         self, taps: Sequence[int], input_ids: torch.Tensor, mask: torch.Tensor, cache: RemoteCache, keep: int = 0
     ) -> torch.Tensor:
-        """Hidden states of whole texts, `[batch, seq]` with padding on the left, after so many blocks each, and behind
-        these what the final norm gives: `[batch, seq, (len(taps) + 1) * hidden]`. Raises as a call of the model.
+        """Hidden states of whole texts, `[batch, seq]` with padding on the left, at `taps`, then the output of the
+        final norm: `[batch, seq, (len(taps) + 1) * hidden]`. Raises as a call of the model.
 
-        cache: a new one. keep: how many last positions are wanted; 0: all.
+        taps: boundaries, as numbers of blocks. cache: a new cache. keep: number of last positions to return; 0: all.
         """
         given = {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "use_cache": True}
         if "position_ids" in self._backbone_parameters:  # as `generate()` does
             given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        with self._local.within(without_side=True):
+        with self._context.within(without_side=True):
             return self._seen_by(taps, cache, lambda: backbone_of(self)(**given), keep)[1]
 
     @torch.no_grad()
     def states_for_head(
         self, input_ids: torch.Tensor, mask: torch.Tensor, cache: RemoteCache, keep: int = 0
     ) -> torch.Tensor:
-        """The states of whole texts as the head takes them, a side network's addition included: `[batch, seq, hidden]`,
-        or the last `keep` positions. Arguments and errors are the same as in `states_at`."""
+        """The inputs of the head for whole texts, with the side network's addition: `[batch, seq, hidden]`, or the last
+        `keep` positions. Arguments and errors as in `states_at`."""
         if (side := self.side) is None:
             return self.states_at((), input_ids, mask, cache, keep)
         states = self.states_at(side.taps, input_ids, mask, cache)
@@ -365,21 +365,21 @@ class RemoteCausalLM(RemoteModel):
         return (states[..., -side.hidden_size :] + added)[:, -keep:]
 
     def use_side(self, side: SideNetwork) -> None:
-        """Has a side network add to what stands behind the final norm, from now on."""
-        object.__setattr__(self, "side", side.to(self.device))  # no part of the model, whose layers PEFT looks through
+        """Adds the output of a side network to the output of the final norm, from now on."""
+        object.__setattr__(self, "side", side.to(self.device))  # hidden from PEFT, which searches the model's modules
 
     def beside_states(self, side: SideNetwork, states: torch.Tensor) -> AbstractContextManager[None]:
-        """Within, this thread calls the model with a side network on states of `states_at`, and runs no blocks."""
-        return self._local.within(beside=(side, states))
+        """A context in which this thread runs a side network on states of `states_at`, and no blocks."""
+        return self._context.within(beside=(side, states))
 
     def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        if (beside := self._local.beside) is not None:
+        if (beside := self._context.now.beside) is not None:
             side, states = beside
-            with self._blocks.calling(run=lambda hidden: hidden):  # for an output of the family's kind
+            with self._blocks.calling(run=lambda hidden: hidden):  # gives an output of the family's class
                 output = super()._run_backbone(forward, given)
             hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
             return _with_hidden(output, hidden.to(output[0].dtype))
-        if (side := self.side) is None or self._local.without_side:
+        if (side := self.side) is None or self._context.now.without_side:
             return super()._run_backbone(forward, given)
         for former in ("past_key_values", "cache_params"):
             if given.get(former) is not None:
@@ -392,7 +392,7 @@ class RemoteCausalLM(RemoteModel):
             run = functools.partial(super()._run_backbone, forward, given | {"cache": cache, "use_cache": True})
             past = cache.remote.columns
             own = cache.remote.side.of_layers(past) if cache.remote.side is not None and past else side.new_cache()
-            cache.remote.side = None  # until the step is whole
+            cache.remote.side = None  # invalid until the step is complete
             output, states = self._seen_by(side.taps, cache, run)
             mask = cache.remote.mask(0).to(states.device)
             hidden = output[0] + side(states, None if bool(mask.all()) else mask.long(), own)
@@ -403,7 +403,7 @@ class RemoteCausalLM(RemoteModel):
                 cache.close()
 
     def _side_fits(self, cache: RemoteCache) -> bool:
-        """Whether the side network has seen what a cache holds."""
+        """Whether the side network has processed all positions of a cache."""
         held = cache.remote.side
         if held is None or held.network is not self.side or cache.remote.taps != held.network.taps:
             return False
@@ -412,7 +412,7 @@ class RemoteCausalLM(RemoteModel):
     def _seen_by(
         self, taps: Sequence[int], cache: RemoteCache, run: Callable[[], Any], keep: int = 0
     ) -> tuple[Any, torch.Tensor]:
-        """What the backbone gives in a step, and the states of its positions, see `states_at`."""
+        """The backbone's output of a step, and the hidden states of the positions, see `states_at`."""
         seen: list[torch.Tensor] = []
         cache.remote.use_taps(taps)
         with self._blocks.calling(seen=seen.append, keep=keep):
@@ -420,13 +420,13 @@ class RemoteCausalLM(RemoteModel):
         return output, torch.cat((*(seen if taps else ()), output[0]), dim=-1)
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
-        """The outputs of `[1, seq]` new tokens."""
+        """The outputs of new tokens `[1, seq]`."""
         if (ends := self._only_ends) is not None:
             return self._received(ends, self._blocks.begin(cache, ends.embed(input_ids)))
         return self._called(input_ids, cache, lambda hidden: self._blocks.begin(cache, hidden))
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
-        """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them. Raises as a call of the model."""
+        """Sends new tokens `[1, seq]` to the blocks; `receive` waits for the outputs. Raises as a call of the model."""
         if (ends := self._only_ends) is not None:
             return self._blocks.begin(cache, ends.embed(input_ids))
         sent: list[Exchange] = []
@@ -435,13 +435,13 @@ class RemoteCausalLM(RemoteModel):
             sent.append(self._blocks.begin(cache, hidden))
             return hidden
 
-        # The part behind the blocks is computed for nothing here; the head does not belong to the backbone.
+        # The layers behind the blocks run without need; the head, which is not in the backbone, does not run.
         with self._blocks.calling(run=begin):
             backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
 
     def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
-        """The outputs of tokens that were sent, in the order of sending. Raises as `send`."""
+        """The outputs of sent tokens, in the order of sending. Raises as `send`."""
         if (ends := self._only_ends) is not None:
             return self._received(ends, exchange)
         with exchange.rewound():
@@ -454,7 +454,7 @@ class RemoteCausalLM(RemoteModel):
     def _called(
         self, input_ids: torch.Tensor, cache: RemoteCache, begin: Callable[[torch.Tensor], Exchange]
     ) -> Outputs:
-        """The outputs of a call of the model, whose hidden states `begin` sends through the blocks."""
+        """The outputs of a call of the model; `begin` sends the hidden states through the blocks."""
         features: list[torch.Tensor] = []
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -469,7 +469,7 @@ class RemoteCausalLM(RemoteModel):
 
     @property
     def _only_ends(self) -> Ends | None:
-        """The ends, if they are all there is, and nobody watches calls of the model."""
+        """The ends, if the model has no other layers and no hook on its calls; else None."""
         watched = self._forward_hooks or self._forward_pre_hooks or self.side is not None
         return None if watched or not self.ends.are_all else self.ends
 
@@ -478,18 +478,18 @@ class RemoteCausalLM(RemoteModel):
         if wrapper is None:
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
         given, prefix = with_trained_prompt(wrapper, given)
-        with self._local.within(prefix=prefix, prefixed=given.get("cache")):
+        with self._context.within(prefix=prefix, prefixed=given.get("cache")):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _use_taps(self, cache: RemoteCache, drafts: Drafts | None) -> None:
-        """Has the hidden states that a drafter wants come home; the outputs of the last block do so by themselves."""
+        """Requests the hidden states that a drafter needs, except the last block's output, which is always returned."""
         if drafts is not None and (taps := drafts.drafter.taps):
             cache.remote.use_taps(() if taps == (self._blocks.num_blocks,) else taps)
 
     def _speculation_refused(
         self, by: Any, given: Mapping[str, Any], request: Request, caches: bool
     ) -> UnsupportedParameter | None:
-        """The error if `by` makes no drafts, or something does not go together with them."""
+        """The error if `by` makes no drafts, or another argument excludes drafts."""
         if isinstance(by, RemoteModel):
             return refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
         excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
@@ -498,8 +498,8 @@ class RemoteCausalLM(RemoteModel):
         excluded += [] if caches else ["use_cache"]
         excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
         excluded += ["a side network"] if self.side is not None else []
-        text = "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
-        return refuse(excluded[0], text + "returned: leave out one of them") if excluded else None
+        text = "does not go together with speculate, which is for one sequence with a cache and plain tokens as output"
+        return refuse(excluded[0], f"{text}: leave out one of them") if excluded else None
 
     def _sample(
         self,
@@ -511,19 +511,19 @@ class RemoteCausalLM(RemoteModel):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """transformers' `generate()` calls it for sequences without beams.
+        """Called by transformers' `generate()` for sequences without beams.
 
-        For a single one, of which only tokens are wanted, transformers' own loop takes longer than all else that a
-        client does for a token, so `Decoding` takes its place behind the prompt.
+        For a single sequence whose output is only tokens, `Decoding` replaces transformers' loop behind the prompt,
+        because transformers' loop takes longer than all other work of a client per token.
         """
         self._resume(input_ids, model_kwargs)
-        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._local.drafts
+        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._context.now.drafts
         others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
         others += [] if len(input_ids) == 1 else ["a batch"]
         others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
         others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
-        unprompted = not self._local.prefix and prompt_wrapper(self) is None and self.side is None
+        unprompted = not self._context.now.prefix and prompt_wrapper(self) is None and self.side is None
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
         required = drafts is not None and drafts.required
         if only_tokens and unprompted and not others and (fits or required):
@@ -557,10 +557,10 @@ class RemoteCausalLM(RemoteModel):
         return super()._assisted_decoding(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
-        """Within a session: keeps of its cache what fits the prompt, which is prepared by now."""
-        kept_session = self._local.resumed
+        """Within a session, crops the cache to its common prefix with the prepared prompt."""
+        kept_session = self._context.now.resumed
         if kept_session is not None and prepared.get("cache") is kept_session.cache:
-            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
+            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._context.now.prefix
             kept_session.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
             if self.side is not None and not self._side_fits(kept_session.cache):
                 kept_session.cache.remote.reset()
@@ -569,7 +569,7 @@ class RemoteCausalLM(RemoteModel):
         keep = given.get("logits_to_keep", 0)
         if not isinstance(keep, int) or given.get("labels") is not None:
             return 0
-        drafts = self._local.drafts
+        drafts = self._context.now.drafts
         if not keep or drafts is None or not drafts.drafter.taps:
             return keep
         size = self.config.get_text_config().hidden_size * len(drafts.drafter.taps)
@@ -579,8 +579,8 @@ class RemoteCausalLM(RemoteModel):
         keep = given.get("logits_to_keep")
         if given.get("labels") is not None and (isinstance(keep, torch.Tensor) or keep):
             return self._call_with_loss(forward, given)
-        prefix = self._local.prefix
-        if not prefix or given.get("cache") is not self._local.prefixed:  # none of the calls that generate
+        prefix = self._context.now.prefix
+        if not prefix or given.get("cache") is not self._context.now.prefixed:  # not a call of `generate()`
             return super()._call_model(forward, given)
         if given.get("position_ids") is not None:  # the prefix comes before the first
             given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
@@ -588,7 +588,7 @@ class RemoteCausalLM(RemoteModel):
             return forward(**given)
 
     def _call_with_loss(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """A call with labels that keeps some logits; the family's head and loss see some positions at a time."""
+        """A call with labels that keeps some logits; the family's head and loss run on some positions at a time."""
         if self.loss_function is not ForCausalLMLoss:
             raise refuse("logits_to_keep", "goes with labels where the loss is that of causal models: leave it out")
         labels, keep = given.pop("labels"), given.pop("logits_to_keep")
@@ -630,7 +630,7 @@ def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., 
         cache = kwargs.get("cache")
         inputs = prepare(*args, **kwargs)
         if isinstance(cache, RemoteCache) and inputs.get("cache") is None:
-            # The family has dropped it, and computes the whole text anew; the session on the peers stays.
+            # The family has dropped the cache to compute the whole text again; the session on the peers stays.
             cache.remote.reset()
             inputs["cache"] = cache
         return inputs
@@ -639,38 +639,34 @@ def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., 
 
 
 def _with_hidden(output: Any, hidden: torch.Tensor, without: RemoteCache | None = None) -> Any:
-    """The output of a backbone with other hidden states. without: a cache that it does not hand out."""
+    """The output of a backbone with other hidden states. without: a cache to leave out of the output."""
     if isinstance(output, tuple):
         return (hidden, *(value for value in output[1:] if without is None or value is not without))
     kept = {name: value for name, value in output.items() if without is None or value is not without}
     return type(output)(**{**kept, "last_hidden_state": hidden})
 
 
-class _OfThread(threading.local):
-    """State of the calls of one thread."""
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """The context of a thread's calls.
 
-    def __init__(self) -> None:
-        self.kept_session: CachedSession | None = None  # that the next call of `generate()` would use
-        self.resumed: CachedSession | None = None  # that the call under way uses
-        self.prefix: Prefixes = ()  # keys and values that a trained prompt puts before the text that is being generated
-        self.prefixed: Any = None  # the cache of that text; None: it has none
-        self.drafts: Drafts | None = None
-        self.without_side = False  # calls run the blocks alone
-        self.beside: tuple[SideNetwork, torch.Tensor] | None = None  # see `RemoteCausalLM.beside_states`
+    kept_session: the session that the next call of `generate()` uses. resumed: the session that the call under way
+    uses. prefix: keys and values that a trained prompt puts before the text that is generated. prefixed: the cache of
+    this text; None: there is none. drafts: of the text. without_side: calls run the blocks without the side network.
+    beside: see `RemoteCausalLM.beside_states`.
+    """
 
-    @contextmanager
-    def within(self, **changes: Any) -> Iterator[None]:
-        """Sets some attributes for the time of a call."""
-        outer = {name: getattr(self, name) for name in changes}
-        vars(self).update(changes)
-        try:
-            yield
-        finally:
-            vars(self).update(outer)
+    kept_session: CachedSession | None = None
+    resumed: CachedSession | None = None
+    prefix: Prefixes = ()
+    prefixed: Any = None
+    drafts: Drafts | None = None
+    without_side: bool = False
+    beside: tuple[SideNetwork, torch.Tensor] | None = None
 
 
 class _Progress(StoppingCriteria):
-    """Stops nothing: remembers the tokens so far."""
+    """A criterion that never stops, but keeps the latest tokens."""
 
     def __init__(self) -> None:
         self.tokens: torch.Tensor | None = None
@@ -680,7 +676,7 @@ class _Progress(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def extends(self, prompt: torch.Tensor) -> bool:
-        """Whether they begin with the prompt, row by row; beams do not."""
+        """Whether the tokens continue the prompt row by row, which beams do not."""
         return self.tokens is not None and self.tokens.shape[0] == prompt.shape[0]
 
 
@@ -691,9 +687,9 @@ class AutoTokenizer:
     def from_pretrained(model: str | Path, **options: Any) -> Any:
         """Loads the tokenizer of a GGUF file, folder or Hugging Face id, with options of transformers.
 
-        Raises OSError, ValueError, or of a GGUF file ModelNotFound: there is none.
+        Raises OSError, ValueError, or for a GGUF file ModelNotFound: there is no tokenizer.
         """
         if str(model).endswith(".gguf"):
             return GgufStore(model).tokenizer(**options)
-        # Left to itself, transformers asks the user whether code of the checkpoint may run.
+        # By default, transformers asks the user whether code of the checkpoint may run.
         return transformers.AutoTokenizer.from_pretrained(model, **{"trust_remote_code": False} | options)

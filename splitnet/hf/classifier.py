@@ -21,7 +21,7 @@ _LABELS = ("num_labels", "id2label", "label2id")
 
 
 class AutoModelForSequenceClassification:
-    """Loads a model of which only embeddings, final norm and head are here; use `from_pretrained`."""
+    """Loads a model with local embeddings, final norm and head, and remote blocks; use `from_pretrained`."""
 
     def __init__(self) -> None:
         raise OSError("use splitnet.AutoModelForSequenceClassification.from_pretrained(MODEL, initial_peers=[ADDR])")
@@ -40,17 +40,17 @@ class AutoModelForSequenceClassification:
     ) -> RemoteSequenceClassification:
         """The family's model for sequence classification, whose blocks run on the peers of a swarm.
 
-        A head that the checkpoint does not have (`score`) is a new one, as in transformers: train it.
+        If the checkpoint has no head (`score`), the head is new, as in transformers, and must be trained.
 
         Args:
             model: hub id or checkpoint folder, of a causal LM or of a model for sequence classification.
-            num_labels, id2label, label2id: the labels, as in transformers; None: those of the checkpoint's config.
+            num_labels, id2label, label2id: the labels, as in transformers; None: from the checkpoint's config.
             initial_peers, identity, revision, swarm_key, trusted_peers, options: see
                 `splitnet.AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ModelNotFound: there is no such model.
-            UnsupportedModel: transformers cannot classify with this family, or the checkpoint does not fit it.
+            UnsupportedModel: transformers has no classifier of this family, or the checkpoint does not fit.
             DirectoryError: no initial peer answers.
             ValueError: the labels contradict each other.
             TypeError: there is no such option.
@@ -74,9 +74,9 @@ def attached_classifier(
 
 
 class RemoteSequenceClassification(RemoteModel):
-    """What a classifier with remote blocks has beyond its transformers class.
+    """Methods of a classifier with remote blocks beyond its transformers class.
 
-    Every call is a pass over whole sequences. With a trained prompt, each row of a batch gives what it gives alone.
+    Every call is a pass over whole sequences. With a trained prompt, a row's result does not depend on the batch.
     """
 
     def forward(
@@ -89,10 +89,10 @@ class RemoteSequenceClassification(RemoteModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the transformers class, which takes the last token that is no padding for the whole sequence.
+        """As the transformers class, which classifies a sequence by its last token that is not padding.
 
-        PEFT looks for the name `past_key_values` before it passes a prefix, which never comes to here. Raises
-        ValueError: the token that would be taken is masked out.
+        PEFT needs the parameter name `past_key_values` to pass a prefix, which is taken out of the call before. Raises
+        ValueError: the last token is masked out.
         """
         if past_key_values is not None:
             kwargs["cache"] = past_key_values
@@ -107,10 +107,10 @@ class RemoteSequenceClassification(RemoteModel):
         return super().forward(**inputs, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def _check_last_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-        """Padding has no hidden state here, so a head that looked at it would see nothing, without an error."""
+        """Refuses a last token in the padding, which has no hidden state: the head would silently read zeros."""
         padding = self.config.pad_token_id
         if padding is None and len(input_ids) > 1:
-            return  # transformers refuses them
+            return  # transformers refuses batches without a pad token
         tokens = torch.ones_like(input_ids) if padding is None else input_ids != padding
         last = (torch.arange(input_ids.shape[1], device=input_ids.device) * tokens).argmax(dim=1, keepdim=True)
         if not attention_mask.gather(1, last).all():
@@ -125,9 +125,8 @@ def _padding_first(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Embeddings `[batch, seq, hidden]`, mask `[batch, seq]` and positions with all padding before the first token.
 
-    Of embeddings, which do not tell what is padding, transformers takes the last column; and PEFT puts a trained prompt
-    into the first columns, before padding on the left. positions: `[batch or 1, seq]`; None: they are counted without
-    the padding.
+    Embeddings do not show padding, so transformers reads the last column; and PEFT puts a trained prompt into the first
+    columns, before padding on the left. positions: `[batch or 1, seq]`; None: counted without the padding.
     """
     order = mask.bool().to(torch.uint8).argsort(dim=1, stable=True)
     mask = mask.gather(1, order)
@@ -139,7 +138,7 @@ def _padding_first(
 
 
 def _set_labels(config: PreTrainedConfig, labels: _Labels) -> None:
-    """Puts labels into a config; names in one direction hold in the other. Raises ValueError: they contradict."""
+    """Sets the labels of a config; derives one direction from the other. Raises ValueError: they contradict."""
     num_labels, id2label, label2id = labels
     if id2label is None and label2id is None:
         if num_labels is not None:

@@ -1,7 +1,7 @@
-"""What `generate()` and `forward()` may be given: each parameter is honoured, or refused with a sentence that names it.
+"""The parameters of `generate()` and `forward()`: each is honoured, or refused with a sentence that names it.
 
-The tables are the whole of it. `docs/parameters.md` shows them, and a test goes over every parameter that transformers
-has: what is not in the tables is refused.
+The tables are complete: other parameters are refused. `docs/parameters.md` shows the tables, and a test compares them
+with all parameters of transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HONOURED = "as in transformers"
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """why: it is refused, and what to do. unless: values that ask for nothing, besides None."""
+    """A refused parameter. why: the reason, and what to do. unless: values without effect, besides None."""
 
     why: str
     unless: tuple[str | bool, ...] = (False,)
@@ -59,7 +59,7 @@ GENERATION: Mapping[str, str | Refused] = {
     **_all("use_mtp speculation_type assistant_early_exit", _LAYERS),
     **_all("low_memory penalty_alpha dola_layers diversity_penalty num_beam_groups constraints force_words_ids", _HUB),
 }
-"""Of `GenerationConfig`."""
+"""The parameters of `GenerationConfig`."""
 
 FORWARD: Mapping[str, str | Refused] = {
     **_all("input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids", HONOURED),
@@ -72,7 +72,7 @@ FORWARD: Mapping[str, str | Refused] = {
     "is_causal": Refused("changes the attention inside the blocks: leave it out", unless=(True,)),
     **_all("encoder_hidden_states encoder_attention_mask", Refused("is attended to inside the blocks: leave it out")),
 }
-"""Of the `forward` of causal models."""
+"""The parameters of the `forward` of causal models."""
 
 _DEFAULTS = GenerationConfig._get_default_generation_params()
 _REFUSED = {
@@ -80,14 +80,14 @@ _REFUSED = {
     for name in vars(GenerationConfig()).keys() - {"_from_model_config"}
     if isinstance(rule := GENERATION.get(name, _UNKNOWN), Refused)
 }
-_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})  # it has used them, and hands them on all the same
-_EMBEDDED = frozenset({"token_type_ids"})  # backbones that have it in their signature embed it before the blocks
+_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})  # used by `generate()`, and passed on nevertheless
+_EMBEDDED = frozenset({"token_type_ids"})  # backbones with this name in their signature embed it before the blocks
 
 
 class Request:
-    """What a call of `generate()` asks for.
+    """The parameters of a call of `generate()`.
 
-    config: of the model, for parameters that neither the arguments nor a config among them name.
+    config: of the model, for parameters that are missing in the arguments and in a config among these.
     """
 
     def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -95,13 +95,13 @@ class Request:
         self._configs = [each for each in (given.get("generation_config"), config) if each is not None]
 
     def value(self, name: str) -> Any:
-        """Of a parameter of `GenerationConfig`."""
+        """The value of a parameter of `GenerationConfig`."""
         if name in self._given:
             return self._given[name]
         return next((value for one in self._configs if (value := getattr(one, name, None)) is not None), None)
 
     def check(self) -> None:
-        """Raises UnsupportedParameter if it cannot be had with remote blocks."""
+        """Raises UnsupportedParameter: remote blocks cannot honour a parameter."""
         for name, rule in _REFUSED.items():
             value = self.value(name)
             if value != _DEFAULTS.get(name):
@@ -109,7 +109,7 @@ class Request:
 
 
 def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]) -> None:
-    """The same for a call of a backbone.
+    """Raises UnsupportedParameter: remote blocks cannot honour an argument of a call of a backbone.
 
     config: of the model, with defaults of some parameters. explicit: names in the signature of the backbone.
     """
@@ -130,7 +130,7 @@ def refuse(name: str, why: str) -> UnsupportedParameter:
 
 
 def too_long(positions: int, most: int) -> ContextTooLong:
-    """The error of a sequence that has more positions than the model knows."""
+    """The error of a sequence that is longer than the model's context."""
     return ContextTooLong(
         f"{positions} positions are more than the model's context of {most}: "
         "shorten the prompt or lower --max-new-tokens"
@@ -138,7 +138,7 @@ def too_long(positions: int, most: int) -> ContextTooLong:
 
 
 def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
-    """`[batch, columns]` bool, on the CPU; False is padding. Raises UnsupportedParameter: it has another shape."""
+    """The mask `[batch, columns]` bool, on the CPU; False is padding. Raises UnsupportedParameter: wrong shape."""
     if given is None:
         return torch.ones(batch, columns, dtype=torch.bool)
     if not isinstance(given, torch.Tensor) or given.shape != (batch, columns):
@@ -148,12 +148,12 @@ def mask_of(given: Any, batch: int, columns: int) -> torch.Tensor:
 
 
 def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) -> None:
-    """Refuses positions other than those that the peers count: one after the other, without padding.
+    """Checks that positions are the consecutive ones that peers count, without padding.
 
-    positions: `[..., batch or 1, new]`; None: those that follow from the mask, `[batch, past + new]`.
-    past: columns that are cached. prefix: positions before the first column.
+    positions: `[..., batch or 1, new]`; None: the positions of the mask. mask: `[batch, past + new]`. past: cached
+    columns. prefix: positions before the first column.
 
-    Raises UnsupportedParameter: other positions, a hole in the mask that they do not pass over, or no new position.
+    Raises UnsupportedParameter: other positions, a hole in the mask that the positions do not skip, or no new position.
     """
     if mask.shape[1] == past:
         raise refuse("input_ids", "have no token: give one at least")
@@ -163,7 +163,7 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
         given, counted = positions.to("cpu"), mask.sum(dim=1, keepdim=True) - 1 + prefix
         if mask.shape[1] - past > 1:
             counted = (mask.long().cumsum(dim=1) - 1 + prefix)[:, past:]
-        if bool((given == counted).all()):  # padding included, as most often
+        if bool((given == counted).all()):  # the usual case: also equal at padding
             return
         padding = ~mask[:, past:]
         if bool(((given == counted) | padding).all()):
@@ -171,21 +171,22 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
         columns = torch.arange(past, mask.shape[1]) + prefix
         if not bool(((given == columns) | padding).all()):
             raise refuse("position_ids", "are counted by the peers, from the attention mask: leave them out")
-    if past:  # of what is cached, padding was on the left
+    if past:  # the padding of cached columns is on the left
         return
     begins = mask[:, 1:] & ~mask[:, :-1]
     if bool((begins.sum(dim=1) + mask[:, 0] > 1).any()):
         raise refuse(
             "attention_mask",
-            "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
-            "count it",
+            "has padding between tokens, which peers do not support: pad on the right, or give position_ids that skip "
+            "the padding",
         )
 
 
 def reach_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
-    """What transformers takes for the length of a text in a call, for `splitnet.wire.messages.Step.reach`.
+    """The text length from which transformers computes rotary frequencies, for `splitnet.wire.messages.Step.reach`.
 
-    positions: as in `check_positions`. columns: that the text then has, with padding and prefix. least: of the text.
+    positions: as in `check_positions`. columns: of the text after the call, with padding and prefix. least: least
+    length of the text.
     """
     if not ropes.matter:
         return 0

@@ -1,7 +1,7 @@
-"""One module that stands for all blocks of a model: peers run them, or this process some of them.
+"""The module in place of all blocks of a model, which peers run, or partly this process.
 
-New positions of rows whose keys and values the peers hold are steps, through which no gradient goes. Whole sequences,
-of which nothing is cached, are passes: for training, and for logits.
+New positions of rows with cached keys and values are steps, without gradients. Whole sequences without a cache are
+passes: for training, and for logits.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Never
+from typing import Any, Generic, Never, TypeVar
 
 import torch
 from torch import nn
@@ -26,15 +26,17 @@ from splitnet.session.local import Blocks, LocalSpan
 from splitnet.session.training import Passed, PassSession
 from splitnet.wire.messages import Chunk
 
+Fields = TypeVar("Fields", bound=Any)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What the blocks need to know of the call of the model that they are in.
+    """Context of a call of the model, for the blocks.
 
-    keep: how many last positions the head looks at; 0: all. length: of the text that the positions are a piece of, if
-    it is longer. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: is called in the place of the
-    backbone, with what calls that. seen: is given the features of steps, `[batch, kept, taps * hidden]`, and of whole
-    sequences the outputs.
+    keep: number of last positions that the head needs; 0: all. length: of the whole text, if the call has a piece of a
+    text. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: called in place of the backbone, with a
+    function that calls the backbone. seen: called with the features of steps, `[batch, kept, taps * hidden]`, or with
+    the outputs of whole sequences.
     """
 
     keep: int = 0
@@ -45,16 +47,29 @@ class Call:
     seen: Callable[[torch.Tensor], None] | None = None
 
 
-_NO_CALL = Call()
+class PerThread(threading.local, Generic[Fields]):
+    """A frozen dataclass for each thread, with other fields for the time of a call."""
+
+    def __init__(self, initial: Fields) -> None:
+        self.now = initial
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """Replaces some fields for the time of a call."""
+        outer, self.now = self.now, replace(self.now, **changes)
+        try:
+            yield
+        finally:
+            self.now = outer
 
 
 @dataclass(slots=True)
 class Exchange:
-    """New positions that were sent through the blocks, and where their outputs belong.
+    """New positions under way through the blocks, and the place of their outputs.
 
-    under_way: what the session awaits; None: no position was sent. hidden: what was sent, `[batch, seq, hidden]`.
-    new_mask: `[batch, seq]`; False is padding. past: columns of the cache before. tapped: after `finish`, if the cache
-    has taps: the hidden states there, `[batch, seq, taps * hidden]`, zero where the outputs are.
+    under_way: the session's requests; None: no position was sent. hidden: inputs, `[batch, seq, hidden]`. new_mask:
+    `[batch, seq]`; False is padding. past: columns of the cache before. tapped: after `finish`, if the cache has taps:
+    the hidden states at the taps, `[batch, seq, taps * hidden]`, zero where the outputs are zero.
     """
 
     layer: RemoteLayer
@@ -67,7 +82,7 @@ class Exchange:
     tapped: torch.Tensor | None = None
 
     def finish(self) -> torch.Tensor:
-        """Waits for the outputs, `[batch, seq, hidden]`: zero at padding, and where none is wanted.
+        """Waits for the outputs, `[batch, seq, hidden]`: zero at padding and at positions that are not kept.
 
         Raises PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
@@ -81,7 +96,7 @@ class Exchange:
             return self._with_taps(returned.view(*self.hidden.shape[:2], -1), self.new_mask)
         wanted = self.new_mask.clone()
         if any(part.keep != part.length for part in self.parts):
-            # Real positions counted from the right: the last `keep` of each row were returned.
+            # Peers return the last `keep` positions of each row, without padding.
             from_right = wanted.flip(1).cumsum(1).flip(1)
             rows = [row for row in range(len(wanted)) if bool(wanted[row].any())]
             for row, part in zip(rows, self.parts, strict=True):
@@ -91,7 +106,7 @@ class Exchange:
         return self._with_taps(output, wanted)
 
     def _with_taps(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """The outputs, which stand behind the hidden states at the session's taps; keeps those."""
+        """Splits the outputs from the hidden states at the session's taps, and keeps the latter."""
         if not self.layer.taps:
             return states
         size = self.hidden.shape[2]
@@ -102,17 +117,17 @@ class Exchange:
         return output
 
     def features(self, output: torch.Tensor) -> torch.Tensor:
-        """What a draft head takes: the hidden states at the taps; without taps, what `finish` gave."""
+        """The input of a draft head: the hidden states at the taps; without taps, the output of `finish`."""
         return output if self.tapped is None else self.tapped
 
     def abandon(self) -> None:
-        """The outputs are awaited no longer."""
+        """Gives up the outputs."""
         if self.under_way is not None:
             self.session.abandon(self.under_way)
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Within, the cache has the columns of before: transformers counts positions from there."""
+        """Resets the cache to its columns before, from which transformers counts positions."""
         columns, self.layer.columns = self.layer.columns, self.past
         try:
             yield
@@ -123,9 +138,9 @@ class Exchange:
 class RemoteBlocks(nn.Module):
     """All blocks of a model.
 
-    transformers calls it with hidden states alone, so all else stands around that call: see `calling`.
+    transformers calls this module with hidden states only. Further arguments come from the context, see `calling`.
 
-    stages: see `splitnet.session.local.load_stages`. make_passes: the session for passes through blocks of peers.
+    stages: see `splitnet.session.local.load_stages`. make_passes: opens the session for passes through remote blocks.
     """
 
     def __init__(
@@ -147,7 +162,7 @@ class RemoteBlocks(nn.Module):
         self._make_passes = make_passes
         self.passes: dict[Blocks, PassSession] = {}  # by the range of blocks
         self._passing = threading.RLock()
-        self._local = threading.local()
+        self._local = PerThread(Call())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Boundary activations in and out, `[batch, seq, hidden]`; see `step` and `run_whole`."""
@@ -163,18 +178,12 @@ class RemoteBlocks(nn.Module):
 
     @property
     def call(self) -> Call:
-        """The one that the running thread is in."""
-        return getattr(self._local, "call", _NO_CALL)
+        """The context of the running thread's call."""
+        return self._local.now
 
-    @contextmanager
-    def calling(self, **changes: Any) -> Iterator[None]:
-        """Within, the running thread is in such a call; `changes` are those to the one around it."""
-        outer = self.call
-        self._local.call = replace(outer, **changes)
-        try:
-            yield
-        finally:
-            self._local.call = outer
+    def calling(self, **changes: Any) -> AbstractContextManager[None]:
+        """A context manager that replaces fields of `Call` for the running thread."""
+        return self._local.within(**changes)
 
     def begin(
         self,
@@ -185,13 +194,13 @@ class RemoteBlocks(nn.Module):
         adapter: Adapter | None = None,
         reach: int = 0,
     ) -> Exchange:
-        """Sends new positions `[batch, seq, hidden]` behind what the cache holds.
+        """Sends new positions `[batch, seq, hidden]` behind the cached ones.
 
-        Without a mask none is padding, and they are computed as one by one: where rotary frequencies depend on the
-        length, each has those of its own.
+        Without a mask there is no padding, and the outputs equal single steps: if rotary frequencies depend on
+        the length, each position has the frequencies of its length.
 
-        mask: `[batch, columns]` bool for past and new columns; False is padding. keep: how many last positions are
-        wanted; 0: all. adapter, reach: of the positions, if there is a mask.
+        mask: `[batch, columns]` bool for past and new columns; False is padding. keep: number of last positions whose
+        outputs are needed; 0: all. adapter, reach: of the positions, if there is a mask.
 
         Raises:
             ValueError: the cache has taps where the model has no boundary.
@@ -225,13 +234,13 @@ class RemoteBlocks(nn.Module):
         return Exchange(layer, session, under_way, parts, hidden, new_mask, past)
 
     def step(self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: Call) -> torch.Tensor:
-        """The outputs of new positions, `[batch, seq, hidden]`; no gradient goes back through them.
+        """The outputs of new positions, `[batch, seq, hidden]`, without gradients.
 
-        mask, positions: what the caller has given for `attention_mask` and `position_ids`.
+        mask, positions: the caller's `attention_mask` and `position_ids`.
 
         Raises:
             UnsupportedParameter: the mask or the positions cannot be honoured.
-            AdapterError: the adapter does not fit the blocks, or is not that of the cache.
+            AdapterError: the adapter does not fit the blocks, or is not the adapter of the cache.
             ContextTooLong, PeerLost, PeerFailed, PeerBusy, CoverageError: see `begin`.
         """
         layer, (batch, new, _), prefix = cache.remote, hidden.shape, call.prefix
@@ -258,9 +267,9 @@ class RemoteBlocks(nn.Module):
         return output
 
     def run_whole(self, hidden: torch.Tensor, mask: Any, positions: Any, prefix: Prefixes) -> torch.Tensor:
-        """The outputs of whole sequences, `[batch, seq, hidden]`: zero at padding, wherever that is.
+        """The outputs of whole sequences, `[batch, seq, hidden]`: zero at padding, which may be anywhere.
 
-        Gradients go through, to the input and to the adapter; the arguments and errors are those of `step`.
+        Gradients go to the input and to the adapter. Arguments and errors as in `step`.
         """
         batch, new, _ = hidden.shape
         self._check_context(new)
@@ -287,7 +296,7 @@ class RemoteBlocks(nn.Module):
         return output
 
     def close(self) -> None:
-        """Frees what the peers keep of passes."""
+        """Frees the peers' memory of passes."""
         with self._passing:
             for passes in self.passes.values():
                 passes.close()
@@ -321,7 +330,7 @@ class RemoteBlocks(nn.Module):
             raise too_long(positions, self.max_positions)
 
     def _note_reach(self, layer: RemoteLayer, past: int, reach: int) -> None:
-        """How many columns are as those of a text that begins with all of them."""
+        """Counts the columns with the rotary frequencies of the whole text."""
         if not past or not self._lengths_matter:
             layer.reach, layer.alike = reach, layer.columns
         elif layer.alike >= past and reach:
@@ -331,7 +340,7 @@ class RemoteBlocks(nn.Module):
 
 
 class _NoBackward(torch.autograd.Function):
-    """Marks where gradients end, as keys and values on the peers record none."""
+    """Refuses gradients, because peers record none for cached keys and values."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -343,7 +352,7 @@ class _NoBackward(torch.autograd.Function):
 
 
 class _Pass(torch.autograd.Function):
-    """A pass through the blocks, with the way back."""
+    """A pass through remote blocks, forward and backward."""
 
     @staticmethod
     def forward(
@@ -360,7 +369,7 @@ class _Pass(torch.autograd.Function):
         by_name = dict(zip(names, parameters, strict=True))
         output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, reach=reach)
         ctx.names = names
-        ctx.devices = [parameter.device for parameter in parameters]  # outlines are on the CPU, wherever the model is
+        ctx.devices = [parameter.device for parameter in parameters]  # outlines are always on the CPU
         ctx.batch = _Kept(blocks, stage, batch) if keep else None
         return output.to(packed.device, packed.dtype)
 
@@ -378,7 +387,7 @@ class _Pass(torch.autograd.Function):
 
 @dataclass(slots=True, eq=False)
 class _Kept:
-    """What the peers keep for a way back; if that never comes, they are told."""
+    """State of the peers for a backward pass; without a backward pass, its end frees this state."""
 
     blocks: RemoteBlocks
     stage: Blocks

@@ -1,4 +1,4 @@
-"""What all transformers models with remote blocks have: the swarm, and what a call of them tells their blocks."""
+"""The base of all transformers models with remote blocks: the swarm, and the context of calls for the blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-MEMORY_SHARE = 0.5  # of what is free, for weights; caches and others need memory, too
+MEMORY_SHARE = 0.5  # of the free memory for weights of local blocks; caches and other processes need memory, too
 TIMED_STEPS = 5
 
 
@@ -57,13 +57,13 @@ def learn_manifest(
     expected: str | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> None:
-    """Finds the manifest of a model in a swarm, which all local files of the model fit.
+    """Finds in a swarm the manifest of a model that fits all local files of the model.
 
-    trusted: keys of the peers that may be asked; None: any. expected: the fingerprint of the model; None: that of the
-    only one which has its name and fits.
+    trusted: keys of the peers that may be asked; None: any. expected: the fingerprint of the model; None: there must be
+    only one fitting manifest with the model's name.
 
     Raises:
-        ModelNotFound: no peer gives one that fits, or several do.
+        ModelNotFound: no manifest fits, or several do.
         DirectoryError: the swarm does not answer.
     """
     swarm = swarm_key or OPEN
@@ -92,15 +92,15 @@ def learn_manifest(
 def choose_local_blocks(
     checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
 ) -> str | None:
-    """The first blocks, as `load_stages` takes them, with which tokens come soonest; None: none. At a tie, fewest.
+    """The range of first blocks, for `load_stages`, with the lowest latency per token; None: no blocks. Prefers fewer.
 
-    Raises CoverageError, PeerBusy: peers are missing for what the client has no memory for.
+    Raises CoverageError, PeerBusy: no peer runs the blocks for which the client lacks memory.
     """
     blocks = checkpoint.num_blocks
     size = block_bytes(checkpoint, None, weights, device)
     most = min(blocks, int(MEMORY_SHARE * free_memory(torch.device(device)) / size))
     encodings = LinkCodecs(swarm, codec).encodings
-    # Between the ends of spans every block more costs the same.
+    # Between the ends of spans, the cost is linear in the number of blocks.
     edges = {edge for record in swarm.peers() for edge in (record.start, record.end) if edge <= most}
     routes: dict[int, tuple[Needs, list[PlannedHop]]] = {}
     problem: CoverageError | PeerBusy | None = None
@@ -112,7 +112,7 @@ def choose_local_blocks(
             problem = error
     if problem and not routes:
         raise problem
-    # Planning measures, too: routes are compared by what is known when all are planned.
+    # Planning also measures, so routes are compared after the last plan.
     costs = {first: swarm.planner.cost_ms(needs, hops) if hops else 0.0 for first, (needs, hops) in routes.items()}
     block_ms = _block_ms(checkpoint, device, weights) if most else 0.0
     share = min(costs, key=lambda first: (first * block_ms + costs[first], first))
@@ -120,7 +120,7 @@ def choose_local_blocks(
 
 
 def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float:
-    """Of a decode step through the first block, here."""
+    """Ms of a decode step through the first block, in this process."""
     span = Span.load(checkpoint, 0, 1, device=device, weights=weights)
     row = span.new_row()
     hidden = torch.randn(1, span.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -133,15 +133,15 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
 
 
 class RemoteModel(PreTrainedModel):
-    """What a model with remote blocks has beyond its transformers class. Without more it uses no caches."""
+    """Methods of a model with remote blocks beyond its transformers class. This base uses no caches."""
 
     swarm: Swarm
     transformers_class: type[PreTrainedModel]
 
     def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm) -> None:
-        """Lets `blocks` know of the mask, the cache and the prefix of every call."""
+        """Passes the mask, the cache and the prefix of every call to `blocks`."""
         self.swarm = swarm
-        self.local_spans = blocks.local_spans  # the blocks `[start, end)` that run here and not on peers
+        self.local_spans = blocks.local_spans  # the blocks `[start, end)` of this process
         self._blocks = blocks
         blocks.adapters.outline = outline_in(self)
         self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)
@@ -150,20 +150,20 @@ class RemoteModel(PreTrainedModel):
 
     @property
     def training_bytes(self) -> tuple[int, int]:
-        """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
+        """Bytes that training and evaluation without a cache have sent and received on the client's links."""
         moved = [passes.traffic for passes in self._blocks.passes.values()]
         return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
 
     @property
     def training_joules(self) -> float:
-        """Energy that peers have spent on these passes; nan: not all of them tell their watts (docs/energy.md)."""
+        """Energy that peers have spent on these passes; nan: not all peers report their watts (docs/energy.md)."""
         return sum(passes.traffic.joules for passes in self._blocks.passes.values())
 
     @property
     def peft_config(self) -> Mapping[str, Any]:
-        """Of adapters on layers, by name: PEFT sets it when it has put the first one there.
+        """The configs of adapters on layers, by name. PEFT sets this with the first adapter.
 
-        Raises AdapterError when it is set: peers cannot run the blocks so.
+        Setting raises AdapterError: peers cannot run the adapter.
         """
         if self._blocks.adapters.configs is None:
             raise AttributeError("there are no adapters on this model")
@@ -179,19 +179,19 @@ class RemoteModel(PreTrainedModel):
         self._blocks.adapters.configs = None
 
     def close(self) -> None:
-        """Leaves the swarm."""
+        """Closes all sessions and leaves the swarm."""
         self._blocks.close()
         self.swarm.close()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UnsupportedModel: no blocks are here to write. PEFT's `save_pretrained` writes what was trained."""
+        """Raises UnsupportedModel: the blocks are on peers. PEFT's `save_pretrained` writes trained adapters."""
         raise UnsupportedModel(
             f"the blocks of {self.name_or_path} are on peers, so a checkpoint from here would lack them: keep "
             f"{self.name_or_path}, and save what was trained with peft_model.save_pretrained(FOLDER)"
         )
 
     def get_submodule(self, target: str) -> nn.Module:
-        # PEFT looks for the embeddings under this name, and then for a parameter of their size; codes are none.
+        # PEFT looks for embeddings by this name, then for a parameter of their size, which quantized ones lack.
         return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -211,11 +211,11 @@ class RemoteModel(PreTrainedModel):
         if cache is not None:
             given["cache"] = cache
         else:
-            # Otherwise transformers would make a local cache for blocks that aren't local.
+            # Otherwise transformers makes a local cache for remote blocks.
             given["use_cache"] = False
         call = self._blocks.call
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        # Where no block attends, the families' own generation leaves the mask out behind the prompt.
+        # Families without attention omit the mask after the prompt in their generation.
         no_masks_later = not has_attention(self.config)
 
         def run(hidden: Any) -> Any:
@@ -232,13 +232,13 @@ class RemoteModel(PreTrainedModel):
             return forward(**given)
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
-        """How many last positions the head looks at in such a call; 0: all."""
+        """Number of last positions that the head needs in a call; 0: all."""
         return 0
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
-        """The cache that a call uses; None: it is a pass over whole sequences. given: the caller's, if any.
+        """The cache of a call; None: a pass over whole sequences. given: the caller's cache, if any.
 
-        Raises TypeError: this model cannot use that.
+        Raises TypeError: this model cannot use the caller's cache.
         """
         if given is not None:
             raise TypeError("this model runs whole sequences, without a cache: leave out `cache`")
@@ -246,7 +246,7 @@ class RemoteModel(PreTrainedModel):
 
 
 def _stand_around(module: nn.Module, call: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
-    """Has calls of a module go through `call`, with its own `forward` and its arguments by name."""
+    """Replaces `forward` of a module by `call`, which gets the original `forward` and the arguments by name."""
     inner = module.forward
     signature = inspect.signature(inner)
     rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
@@ -266,12 +266,12 @@ Model = TypeVar("Model", bound=RemoteModel)
 
 
 def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) -> Model:
-    """Gives a shell the methods of `remote_class`, which come before those of its transformers class.
+    """Adds the methods of `remote_class` to a model, before the methods of its transformers class.
 
-    source: hub id or folder of the checkpoint; PEFT notes it in the adapters that it saves.
+    source: hub id or folder of the checkpoint, which PEFT writes into adapters.
     """
     original = type(model)
-    # transformers' Trainer looks its name up among those it knows, to tell how labels belong to positions.
+    # transformers' Trainer looks up the class's name to find whether labels are shifted.
     members = {"transformers_class": original, "_get_name": lambda _: original.__name__}
     model.__class__ = type(f"Remote{original.__name__}", (remote_class, original), members)
     assert isinstance(model, remote_class)
@@ -281,7 +281,7 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
 
 
 def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> RemoteBlocks:
-    """What stands in the place of the blocks of `checkpoint`: some of them are here, peers run the others."""
+    """The module in place of the blocks of `checkpoint`: local blocks, and remote ones that peers run."""
     local, device, weights = options.local_blocks, options.device, options.held_as
     if local == AUTO:
         local = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
@@ -296,7 +296,7 @@ def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptio
 
 @contextmanager
 def joined(model: str | Path, options: ConnectionOptions) -> Iterator[tuple[Checkpoint, Swarm]]:
-    """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
+    """Opens a checkpoint and joins its swarm; leaves the swarm if the `with` block raises.
 
     Raises ModelNotFound, UnsupportedModel, DirectoryError, KeyFileError: see `from_pretrained`.
     """

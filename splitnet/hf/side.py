@@ -1,7 +1,8 @@
-"""A network beside a model: it reads hidden states of some depths, and adds to what the last block gives.
+"""A side network: it reads hidden states of several depths, and adds its output to the last hidden state.
 
-Nothing goes back through the blocks, so it is trained on states that are computed once. Ladder side-tuning (Sung et
-al., arXiv:2206.06522) and parallel adapters on cached activations (Ouyang et al., PAC, arXiv:2408.10746).
+No gradient passes through the blocks, so the network is trained on states that are computed once. See ladder
+side-tuning (Sung et al., arXiv:2206.06522) and parallel adapters on cached activations (Ouyang et al., PAC,
+arXiv:2408.10746).
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from transformers.cache_utils import DynamicCache
 from splitnet.errors import AdapterError
 from splitnet.wire.messages import MAX_TAPS
 
-KIND = "SIDE"  # in the place of PEFT's `peft_type`
+KIND = "SIDE"  # the `peft_type` of side networks
 HEAD_SIZE = 32
-LARGEST = 4096  # width at most
+LARGEST = 4096  # largest width
 MOST_LAYERS = 32
 ROPE_THETA = 10000.0
 Arrangement = tuple[tuple[int, ...], tuple[int, ...]]  # see `RemoteLayer.arrangement`
 
 
 class SideNetwork(nn.Module):
-    """Layers of a narrow Llama between two linear layers; the last one begins as zero, so the model as it was.
+    """Layers of a narrow Llama between two linear layers. The last layer is initially zero, so the model is unchanged.
 
-    taps: boundaries whose hidden states it reads, each after so many blocks; behind these, what the final norm gives.
+    taps: boundaries whose hidden states are the input, each a number of blocks; the output of the final norm follows.
     """
 
     def __init__(self, hidden_size: int, taps: Sequence[int], width: int, layers: int) -> None:
@@ -61,9 +62,9 @@ class SideNetwork(nn.Module):
 
     @classmethod
     def beside(cls, hidden_size: int, blocks: int, width: int | None = None, layers: int = 2) -> SideNetwork:
-        """A new one for a model, which reads after a quarter, a half and three quarters of its blocks.
+        """A new side network, which reads after a quarter, a half and three quarters of the blocks.
 
-        width: None: a quarter of the model's. Raises AdapterError: of another width than there can be.
+        width: None: a quarter of the model's. Raises AdapterError: the width is impossible.
         """
         step = 2 * HEAD_SIZE
         chosen = width or max(step, hidden_size // 4 // step * step)
@@ -73,10 +74,10 @@ class SideNetwork(nn.Module):
         return cls(hidden_size, taps, chosen, layers)
 
     def forward(self, states: Tensor, mask: Tensor | None = None, cache: DynamicCache | None = None) -> Tensor:
-        """What it adds behind the final norm, `[batch, seq, hidden]`.
+        """The addition to the output of the final norm, `[batch, seq, hidden]`.
 
         states: `[batch, seq, (taps + 1) * hidden]`. mask: `[batch, columns]` of past and new columns, 0 is padding.
-        cache: of its own layers, which has the positions afterwards.
+        cache: of the side network's layers; the positions are appended.
         """
         parts = states.to(self.read.weight).unflatten(-1, (-1, self.hidden_size))
         inputs = self.read(functional.rms_norm(parts, (self.hidden_size,)).flatten(-2))
@@ -87,7 +88,7 @@ class SideNetwork(nn.Module):
         return DynamicCache(config=self.layers.config)
 
     def save(self, config: Path, weights: Path, base: str | None) -> None:
-        """base: hub id or path of the model that it was trained beside."""
+        """Writes the network. base: hub id or path of the model for which the network was trained."""
         values = {"peft_type": KIND, "base_model_name_or_path": base, "hidden_size": self.hidden_size}
         values |= {"taps": self.taps, "width": self.width, "layers": self.layers.config.num_hidden_layers}
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +96,7 @@ class SideNetwork(nn.Module):
 
     @classmethod
     def load(cls, values: Mapping[str, Any], weights: Path, hidden_size: int, blocks: int) -> SideNetwork:
-        """For a model of `hidden_size` and so many blocks. Raises AdapterError: it is for another, or no such."""
+        """Reads a network for a model with `hidden_size` and `blocks`. Raises AdapterError: it does not fit."""
         taps = values.get("taps")
         if not isinstance(taps, list) or len(taps) > MAX_TAPS or len({*taps}) < len(taps):
             raise AdapterError(f"its taps are {str(taps)[:80]}, where a list of different numbers is expected")
@@ -120,19 +121,19 @@ class SideNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class SideCache:
-    """Keys and values of a side network for what a `RemoteCache` holds. arrangement: of its rows, see there."""
+    """Keys and values of a side network for the positions of a `RemoteCache`. arrangement: of the cache's layer."""
 
     network: SideNetwork
     layers: DynamicCache
     arrangement: Arrangement
 
     def of_layers(self, columns: int) -> DynamicCache:
-        """Cropped to its first columns."""
+        """The layers' cache, cropped to the first columns."""
         if (more := self.layers.get_seq_length() - columns) > 0:
             self.layers.crop(-more)
         return self.layers
 
     def selected(self, rows: Sequence[int], arrangement: Arrangement) -> SideCache:
-        """For a `RemoteCache` after a selection of rows, which gave them `arrangement`."""
+        """The cache after a selection of rows; arrangement: after the selection."""
         self.layers.batch_select_indices(torch.tensor(rows, device=self.network.write.weight.device))
         return SideCache(self.network, self.layers, arrangement)

@@ -432,7 +432,7 @@ class Generation:
 
 
 def _passed(cache: RemoteCache) -> int:
-    return cache.session.passed + cache.session.recalled if cache.session is not None else 0
+    return cache.session.passed + cache.session.prefix_hit if cache.session is not None else 0
 
 
 def similar(lengths: Sequence[int], most: int) -> list[list[int]]:

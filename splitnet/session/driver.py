@@ -23,9 +23,10 @@ from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session import events
 from splitnet.session.events import Phase, Recovered
-from splitnet.session.failover import RouteHop, Source
+from splitnet.session.failover import RouteHop
 from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
+from splitnet.session.prefix_lookup import PrefixSource
 from splitnet.session.requests import Request
 from splitnet.swarm.links import refusal
 from splitnet.swarm.plan import Needs, PlannedHop, Prediction, repaired_route, with_kept_hops
@@ -39,8 +40,8 @@ from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
-USUAL_POSITIONS = 64  # of a step, where many are under way: a micro-batch, or a chunk of a prefill; else it is a token
-ROUND_S = 0.1  # all hops are asked within that
+USUAL_POSITIONS = 64  # of a step when several are under way: a micro-batch, or a chunk of a prefill
+ROUND_S = 0.1  # time within which all hops of a round are pinged
 EMBEDDINGS = codec_by_name("fp16")
 
 
@@ -48,12 +49,12 @@ class LinkCodecs:
     """Chooses codecs for the links of routes.
 
     Args:
-        name: of a codec for every link, or "auto" to choose by cost for each.
-        exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
-            what blocks add to embeddings, errors of integers grow.
+        name: of the codec of every link, or "auto" to choose a codec for each link by cost.
+        exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need that,
+            because blocks amplify the errors of integer codecs.
 
     Attributes:
-        vary: another route may have other codecs, and so other tokens.
+        vary: another route may have other codecs, and so give other tokens.
 
     Raises:
         CodecError: there is no such codec.
@@ -69,7 +70,7 @@ class LinkCodecs:
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
-        """What a planner needs to know of the codecs that a link may use."""
+        """Sizes and times of the codecs that a link may use, for the planner."""
         sizes = {name: codec.bytes_per_position(self._swarm.facts.hidden_size) for name, codec in CODECS.items()}
         if self.vary:
             return encodings_of(sizes)
@@ -78,11 +79,11 @@ class LinkCodecs:
 
     @property
     def of_taps(self) -> Codec:
-        """Of hidden states that hops send the client."""
+        """The codec of hidden states that hops send to the client."""
         return codec_by_name(DEFAULT_INT8 if self.vary else self._name)
 
     def along(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
-        """Of the links of a route, from the client to the first hop, and behind each hop."""
+        """The codecs of a route's links: from the client to the first hop, then behind each hop."""
         records, hidden = [hop.record for hop in route], self._swarm.facts.hidden_size
         first = self._choose(self._swarm.link(None, records[0]), records[0].codecs)
         if self._exact_embeddings and first.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden):
@@ -102,9 +103,9 @@ class LinkCodecs:
 
 
 class Routes:
-    """Routes for one session. Blocks: it reads the directory and measures links.
+    """Plans routes for one session. Calls block, because they read the directory and measure links.
 
-    any_weights: whether blocks may be held otherwise than a session needs them where no peer holds them so.
+    any_weights: whether blocks may be held in another format, where no peer holds them in the session's.
     """
 
     def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
@@ -116,10 +117,10 @@ class Routes:
         self._news = swarm.measurer.news
         self._route: list[PlannedHop] = []
         self._lost = False  # the latest plan replaces a route that was lost
-        self._planned: tuple[list[PlannedHop], float] = [], 0.0  # the latest, and ms of a step as predicted then
+        self._planned: tuple[list[PlannedHop], float] = [], 0.0  # the latest plan, and its predicted ms per step
 
     def answer(self, asked: events.AskRoute, needs: Needs) -> events.Planned | events.NoRoute:
-        """The route that was asked for, or why there is none."""
+        """The route that was asked for, or the reason why there is none."""
         swarm = self._swarm
 
         def route_for(needs: Needs) -> list[PlannedHop]:
@@ -145,7 +146,7 @@ class Routes:
         return events.Planned(asked.number, tuple(route), self._codecs.along(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
-        """Takes in the time of a decode step that had the route for itself."""
+        """Notes the time of a decode step during which nothing else was under way."""
         ratio = self.watch.step_took(elapsed_ms, positions, time.monotonic())
         if ratio is not None:
             self._swarm.measurements.prediction_came(tuple(hop.name for hop in self._route), ratio)
@@ -153,14 +154,14 @@ class Routes:
     def better(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
     ) -> events.Move | None:
-        """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
+        """A better route than `hops` whose gain exceeds the cost of the move; None: there is none, or no need.
 
-        cached: positions that new hops would have to be given. steps_left: decode steps that are expected at most.
+        cached: positions that new hops would have to compute. steps_left: largest expected number of decode steps.
         """
         swarm, watch = self._swarm, self.watch
         if self._route != list(hops):
             self._route = list(hops)
-            # By what was known when it was planned: until the first step facts may say that it has become slow.
+            # The prediction of the time of planning: facts that arrive before the first step may show a slow route.
             route, predicted_ms = self._planned
             known = route == self._route
             watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
@@ -204,8 +205,8 @@ class Routes:
 
 @dataclass(slots=True)
 class Traffic:
-    """What a session has moved so far. bytes_sent: by the client, headers included. joules: of peers, for whole
-    sequences and long prompts; nan: not all peers tell their watts."""
+    """Traffic of a session. bytes_sent: by the client, with headers. joules: spent by peers on whole sequences
+    and long prompts; nan: not all peers report their watts."""
 
     steps: int = 0
     positions: int = 0
@@ -216,7 +217,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """When a hop was asked first and last; what its link had carried then, and the links on which something waited."""
+    """Times of the first and the last ping of a hop; traffic of its link at the last ping, and of links with queues."""
 
     first_at: float
     at: float
@@ -227,13 +228,13 @@ class _Asked:
 class SessionDriver:
     """A session along a route of peers. One thread uses a session at a time.
 
-    Messages come in the transport's thread, which handles them and sends the effects, so that the client relays without
-    waiting for the thread that uses the session. That thread plans, which blocks.
+    The transport's thread handles messages and sends the effects, so that the client relays without waiting for the
+    thread that uses the session. Only the latter plans routes, because planning blocks.
 
     Args:
-        options: what the client asked for; `any_weights` None: if codecs vary with the route, too.
+        options: of the client. `any_weights` None: weights may vary where codecs vary.
         reservation, progress_timeout_s: see `SessionState`.
-        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+        blocks: that the peers run, `[start, end)`; None: all blocks.
         in_flight, energy_slowdown: see `splitnet.swarm.plan.Needs`.
     """
 
@@ -271,20 +272,20 @@ class SessionDriver:
         self._energy_slowdown = energy_slowdown
         self._kv_at_least = options.kv_at_least
         self._prompt = 0
-        self._stored: dict[str, int] = {}  # positions that peers have of a text that is about to begin
+        self._stored: dict[str, int] = {}  # positions of the new text that peers have stored, by name
         self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
         self._events: deque[events.Event] = deque()
-        self._asked: deque[events.AskRoute] = deque(maxlen=1)  # filled by any thread, emptied by the one that waits
+        self._asked: deque[events.AskRoute] = deque(maxlen=1)  # filled by any thread, emptied by the waiting thread
         self._handling = threading.RLock()
         self._is_handling = False
-        self._unanswered: dict[Endpoint, _Asked] = {}  # hops that were pinged, and have not answered since
+        self._unanswered: dict[Endpoint, _Asked] = {}  # pinged hops without an answer
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._until: Callable[[], bool] | None = None  # condition of `_wait`: its thread is woken for that alone
+        self._until: Callable[[], bool] | None = None  # condition of `_wait`, which wakes its thread
         self._wakes_at = math.inf
         swarm.links.register(self)
 
     def count_energy(self, answers: Iterable[Result | Gradient | None]) -> None:
-        """Adds the energy that hops have spent on what was answered, by what they tell of their time and watts."""
+        """Adds the energy that hops have spent on answers, from the times and watts that they report."""
         watts = [hop.planned.record.watts for hop in self.hops]
         for answer in answers:
             timings = answer.timings if answer is not None else ()
@@ -298,7 +299,7 @@ class SessionDriver:
         return self.state.hops
 
     def needs(self, prompt: int = 0) -> Needs:
-        """What the session wants of its route once it decodes; prompt: positions of the first step, if that counts."""
+        """Requirements of the route of a decoding session. prompt: positions of the first step; 0: it has no weight."""
         state, encodings = self.state, self._codecs.encodings
         positions, prompt = (1, prompt) if self._in_flight == 1 else (USUAL_POSITIONS, 0)
         steps = positions, self._in_flight, self._energy_slowdown, prompt
@@ -307,15 +308,15 @@ class SessionDriver:
         return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context, kv_at_least=kv)
 
     def _needs_of_new(self) -> Needs:
-        """What the session wants of a route that is planned now, whose peers may have stored some of its text."""
+        """Requirements of a new route, whose peers may have stored pages of the text."""
         log, needs, stored = self.state.log, self.needs(self._prompt), self._stored
         row = log.only_row if log is not None else None
         if log is not None and row is not None:
-            stored = self._swarm.stored.positions(log.labels(row))
+            stored = self._swarm.prefix_index.positions(log.labels(row))
         records = {record.key.text: record for record in self._swarm.peers()} if stored else {}
         unusable = self._swarm.bans.unusable(records.values(), self._swarm.links)
-        self.state.sources = tuple(
-            Source(name, record.endpoint, (record.start, record.end), stored[name])
+        self.state.prefixes.sources = tuple(
+            PrefixSource(name, record.endpoint, (record.start, record.end), stored[name])
             for name, record in records.items()
             if name in stored and name not in unusable
         )
@@ -324,19 +325,19 @@ class SessionDriver:
         return replace(needs, prompt=log.length(row), stored=stored) if stored and self._in_flight == 1 else needs
 
     def predictions(self) -> Callable[[int], Prediction]:
-        """What steps are expected to take on the route, by their positions."""
+        """Predicted times of steps on the route, by their positions."""
         return self._swarm.planner.predictions(self.needs(), [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
-        """Plans a route and reserves memory on it; called by the first step at the latest.
+        """Plans a route and reserves memory on its hops; the first step calls this if the caller has not.
 
-        prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
+        prompt: positions of the first step, to weigh the time to the first token in the choice of the route.
 
         Raises:
-            CoverageError: no peer serves some blocks; if one once did, nor after `recovery_timeout_s`.
+            CoverageError: no peer serves some blocks; if they were served before, also not within `recovery_timeout_s`.
             PeerBusy: no peer of some blocks has memory for the reservation.
-            NotAuthorized: the peers do not accept this client's key, or are not those that it trusts.
-            PeerLost: peers do not answer, nor are they replaced in time.
+            NotAuthorized: peers do not accept this client's key, or are not trusted.
+            PeerLost: peers do not answer, and are not replaced in time.
             SessionClosed: another thread has closed the session.
         """
         trusted = self._swarm.trusted
@@ -352,31 +353,30 @@ class SessionDriver:
         self._raise_if_broken()
 
     def close(self) -> None:
-        """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
+        """Frees the memory on all hops, from any thread; a thread that uses the session gets `SessionClosed`."""
         self._swarm.links.unregister(self)
         self.feed(events.Close())
 
     def close_later(self) -> None:
-        """Has another thread do so within a second; for finalizers, see `Links.close_later`."""
+        """Closes the session within a second, in another thread; for finalizers, see `Links.close_later`."""
         self._swarm.links.close_later(self)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
-        """Takes a message from the transport's thread."""
+        """Handles a message; called by the transport's thread."""
         self.traffic.bytes_received += len(getattr(message, "payload", b""))
         self.feed(events.Received(source, message))
 
     def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
-        """Takes from the transport's thread that a link of the client is lost or refused."""
+        """Handles the loss or refusal of a link of the client; called by the transport's thread."""
         self.feed(events.LinkFailed(endpoint, error))
 
     def feed(self, event: events.Event) -> None:
-        """Has the machine handle an event, and performs all effects of it; from any thread. Raises the first error of
-        an effect."""
+        """Handles an event and performs its effects. Any thread may call this. Raises the first error of an effect."""
         failure: Exception | None = None
         self._events.append(event)
         with self._handling:
             if self._is_handling:
-                return  # what is done about an event has caused another: it comes next
+                return  # an effect has caused this event: the outer call handles it next
             self._is_handling = True
             try:
                 while self._events:
@@ -429,8 +429,8 @@ class SessionDriver:
         self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
 
     def _wait(self, until: Callable[[], bool]) -> None:
-        """Waits for something, and plans meanwhile. Raises SessionClosed: another thread has closed the session."""
-        self._until = until  # before the first look: what happens after a look wakes this thread
+        """Waits for a condition, and plans meanwhile. Raises SessionClosed: another thread has closed the session."""
+        self._until = until  # set before the first check, so that later events wake this thread
         try:
             while True:
                 self._wakes_at = math.inf
@@ -455,10 +455,10 @@ class SessionDriver:
             self._until = None
 
     def _late(self) -> list[Endpoint]:
-        """The hops that have not answered because their own links carry something else.
+        """Hops without an answer whose pings wait behind other traffic, on their own link or on another one.
 
-        Or, for a while, because other links do: the uplink of a home is one queue, in which a ping may stand behind a
-        prompt; but then no peer answers quickly.
+        The uplink of a home is one queue, in which a ping may wait behind a prompt to another peer. This excuse is
+        bounded in time, and holds only if no peer answers quickly.
         """
         links, now = self._swarm.links, time.perf_counter()
         late: list[Endpoint] = []
@@ -468,7 +468,7 @@ class SessionDriver:
             passed = links.traffic(endpoint)
             if passed is None:
                 continue
-            # A tunnel confirms at once what goes into it.
+            # A tunnel confirms data before it has delivered them, so sent bytes prove nothing for hidden peers.
             carries = passed.has_received(asked.passed) or (not endpoint.hidden and passed.has_sent(asked.passed))
             if carries or self._stands_behind_others(endpoint, asked, passed):
                 late.append(endpoint)
@@ -481,7 +481,7 @@ class SessionDriver:
 
     def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: flow.Traffic) -> bool:
         links, now = self._swarm.links, time.perf_counter()
-        # The first time it may have arrived just now, or have been dropped by a full queue and sent again.
+        # After the first ping no check: it may have arrived a moment ago, or a full queue has dropped it.
         if asked.at > asked.first_at:
             quick = links.prober.quick_at >= asked.at - ROUND_S
             if quick or not passed.unsent or now - asked.first_at >= UPLINK_QUEUE_S:
@@ -490,7 +490,7 @@ class SessionDriver:
         return any(passed is not None and passed.has_sent(before) for before, passed in others)
 
     def _wait_for(self, requests: Sequence[Request[Any]]) -> None:
-        """Waits until all have what they asked for; raises the error of the first that has not."""
+        """Waits until all requests are done; raises the error of the first request that fails."""
         try:
             for request in requests:
                 self._wait(lambda request=request: request.done or request.error is not None)

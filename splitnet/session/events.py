@@ -1,4 +1,4 @@
-"""A session's phases, what happens to it, and what is to be done about it: the words of `SessionState.handle`."""
+"""The phases, the events and the effects of a session: the interface of `SessionState.handle`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Phase(StrEnum):
-    """Where a session stands.
+    """The state of a session's route.
 
-    NEW: no hop was asked yet. PLANNING: a route is being planned, or awaited where no peer serves some blocks. OPENING:
-    hops reserve memory and find out whether they reach each other. LOADING: hops take over the session's adapter.
-    REPLAYING: hops that lack the session's KV cache compute it from a log. OPEN: requests travel along the route.
-    BROKEN: hops are missing, and nothing is under way.
+    NEW: no hop was asked yet. PLANNING: a route is being planned, or awaited because no peer serves some blocks.
+    OPENING: hops reserve memory and connect to each other. LOADING: hops load the session's adapter. REPLAYING: hops
+    without the session's KV cache compute the cache from a log. OPEN: requests travel along the route. BROKEN: hops are
+    missing, and nothing is under way.
     """
 
     NEW = "new"
@@ -50,27 +50,29 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
     Phase.CLOSED: frozenset(),
 }
-"""Every change that can happen; `tests/unit/session/test_session_machine.py` compares it with what does happen."""
+"""All possible changes of phase; `tests/unit/session/test_session_machine.py` compares them with the observed ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """The caller wants an open route. Does nothing if there is one, or one is being made."""
+    """The caller needs an open route. Has no effect if the route is open, or being made."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
-    """The caller is about to begin a text, whose first positions hops may have stored before, and wants no other row.
+class LookUpPrefix:
+    """The caller begins a text, drops all other rows, and asks which first positions of the text hops have stored.
 
-    part: those that it can do without the outputs of. encoded: gives them as the first link takes them. reach: of them.
-    `SessionState.recalled` says how many of them it need not submit, once the route is open. Ignored while something is
-    under way.
+    Ignored while requests are under way. Once the route is open, `PrefixLookup.hit` is the number of positions that the
+    caller need not submit.
+
+    part: the positions whose outputs the caller does not need. encoded: the payload of these positions, by the codec
+    of the first link. reach: see `Step`. logs: logs of these positions that exist, by the code of their codec.
     """
 
     part: Chunk
     encoded: Callable[[Codec], bytes]
     reach: int = 0
-    logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])  # by codec, what `log` need not make again
+    logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])
 
     def log(self, codec: Codec, hidden_size: int, salt: bytes | None) -> SentLog:
         """The log of these positions, with their labels. Raises CodecError: they cannot be encoded."""
@@ -83,44 +85,44 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """The caller sends requests, in this order. A route must have stood; if it is broken by now, it is repaired."""
+    """The caller sends requests, in this order. There must have been an open route; a broken route is repaired."""
 
     requests: tuple[Request[Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """The caller sends the gradients of passes that went forward up the route."""
+    """The caller sends back the gradients of passes that have gone forward."""
 
     batch: Batch
-    adapter: int  # version that the passes run with; 0: none
+    adapter: int  # version of the adapter that the passes run with; 0: no adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """The caller awaits these requests no longer."""
+    """The caller gives up these requests."""
 
     numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """The caller wants KV memory for so many positions on every hop; never shrinks."""
+    """The caller needs KV memory for `reservation` positions on every hop; the memory never shrinks."""
 
     reservation: int
 
 
 @dataclass(frozen=True, slots=True)
 class UseAdapter:
-    """The caller wants the blocks to run with other parameters. Nothing may be cached or under way."""
+    """The caller sets the adapter of the blocks. Nothing may be cached or under way."""
 
     adapter: Adapter
-    for_passes: bool = False  # hops without a part of it get an empty one, as passes name a version for every hop
+    for_passes: bool = False  # hops without tensors get an empty adapter, because passes name a version for every hop
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """The caller leaves a route that works for a better one; ignored while something is under way."""
+    """The caller leaves a working route for a better one; ignored while requests are under way."""
 
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
@@ -128,7 +130,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Distrust:
-    """An answer that was accepted turned out to be wrong when it was decoded: the request is done again elsewhere."""
+    """An accepted answer cannot be decoded: the request is done again elsewhere."""
 
     request: StepRequest
     source: Endpoint
@@ -142,7 +144,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message came from a peer."""
+    """A message of a peer has arrived."""
 
     source: Endpoint
     message: Message
@@ -158,7 +160,7 @@ class LinkFailed:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A route, as the `AskRoute` of this number wanted it. codecs: of every link, one more than hops."""
+    """A route for the `AskRoute` with this number. codecs: of every link, one more than hops."""
 
     number: int
     route: tuple[PlannedHop, ...]
@@ -167,9 +169,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class NoRoute:
-    """No route answers the `AskRoute` of this number.
+    """There is no route for the `AskRoute` with this number.
 
-    present: names of all peers that the directory lists. was_covered: all blocks were served at some time.
+    present: names of all peers in the directory. was_covered: all blocks were served at some time.
     """
 
     number: int
@@ -183,7 +185,7 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Wish = Use | Recall | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
+Wish = Use | LookUpPrefix | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
 Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
 
 
@@ -197,17 +199,17 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class AskAlive:
-    """Ping a hop, naming the session; `Alive` follows if it answers."""
+    """Ping a hop about the session; `Alive` follows when the hop answers."""
 
     endpoint: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class AskRoute:
-    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. A newer question replaces it.
+    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. A newer `AskRoute` replaces this one.
 
-    kept: hops that stay if they can, in order. excluded: names of peers that must not be used. fresh: look into the
-    directory even if that was done a moment ago. unban: lift the bans of peers that answer now.
+    kept: hops that stay if possible, in order. excluded: names of peers that must not be used. fresh: read the
+    directory again, even if the last read is recent. unban: lift the bans of peers that answer.
     """
 
     number: int
@@ -219,7 +221,7 @@ class AskRoute:
 
 @dataclass(frozen=True, slots=True)
 class Ban:
-    """Plan without a peer for a while; `leaves`: it said that it goes away."""
+    """Plan without a peer for a while. leaves: the peer has announced its end."""
 
     name: str
     leaves: bool
@@ -227,14 +229,14 @@ class Ban:
 
 @dataclass(frozen=True, slots=True)
 class Unban:
-    """A ban was not deserved."""
+    """Lift the ban of a peer that was not at fault."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Tell people what has happened."""
+    """Report what has happened, for people."""
 
     kind: Kind
     text: str
@@ -247,9 +249,9 @@ Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
 class Cause(StrEnum):
     """Why a route was repaired.
 
-    LOST: a hop died, hangs, is cut off or answered nonsense. SESSION_LOST: a hop does not hold the session any more.
-    LEAVING: a hop has said that it is about to end or to move. BUSY: a hop ran out of memory. STALLED: all hops live,
-    but requests got lost between them. BETTER_ROUTE: nothing was lost.
+    LOST: a hop died, hangs, is unreachable or sent an unusable answer. SESSION_LOST: a hop has lost the session.
+    LEAVING: a hop is about to end or to move. BUSY: a hop ran out of memory. STALLED: all hops live, but requests were
+    lost between two hops. BETTER_ROUTE: nothing was lost.
     """
 
     LOST = "lost"
@@ -264,8 +266,8 @@ class Cause(StrEnum):
 class Recovered:
     """One repair of a route.
 
-    lost: why hops were replaced. opened_ms: until other peers were planned and had opened the session. total_ms: until
-    they had the cache, and requests were sent again. cause: of the first hop that was replaced.
+    lost: why hops were replaced. opened_ms: until the replacements had opened the session. total_ms: until they had the
+    cache, and requests were sent again. cause: of the first replacement.
     """
 
     lost: tuple[str, ...]

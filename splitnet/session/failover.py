@@ -1,14 +1,15 @@
-"""A session's route: its hops, a route that is being made, and how hops are filled with the KV cache.
+"""A session's route: its hops, the setup of a route, and the replays that fill hops with the KV cache.
 
-The peer before a hop has logged the encoded activations that it sent. A replacement gets that log: the same bytes give
-the same KV cache. Where that peer died too, the log of the nearest living sender stands in, at last the client's own.
+Each peer logs the encoded activations that it sends to the next hop. A replacement gets the log of the previous hop:
+the same bytes give the same KV cache. If the previous hop is dead, the replay begins at the nearest living sender
+before it, at worst at the client.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat, takewhile
 
 from splitnet.errors import (
@@ -23,32 +24,32 @@ from splitnet.errors import (
     TooLongForPeers,
     WrongKey,
 )
-from splitnet.session.events import Cause, NoRoute
+from splitnet.session.events import Cause, NoRoute, Recovered
 from splitnet.session.requests import ReplayRequest
-from splitnet.swarm.plan import PlannedHop
-from splitnet.wire.codecs import Codec
+from splitnet.swarm.plan import HeldBlocks, PlannedHop, blocks_text
+from splitnet.wire.codecs import Codec, check_values
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import CopyPages, Replay, Result, Step
+from splitnet.wire.messages import Forward, Replay, Result, Step
 from splitnet.wire.sent_log import SentLog
 
 
 @dataclass(slots=True, eq=False)
 class RouteHop:
-    """A peer with its blocks of the session; stays the same object as long as the peer runs them.
+    """A peer with its blocks of the session; the same object as long as the peer runs these blocks.
 
     Attributes:
-        codec: of its output, and so of its log: it never changes.
-        relayed: it does not reach its next hop, so the client relays its output.
-        relay_log: what the client has relayed; None if that is not all of it.
-        cached_positions: that it held of the session when it was opened last.
-        recalled: they are of pages that it had stored before.
-        stores: it stores pages of the session.
-        asked: for such pages, when it was opened last.
-        context: that it was opened with, see `Open`.
-        filled: it holds the KV cache that the session wants.
-        weights: what its blocks are held as, as its record or itself has said last.
-        adapter_version: of the adapter that it has taken over; 0: none.
-        lost: it was given up, and is not replaced yet.
+        codec: of the hop's output and of its log; never changes.
+        relayed: the client relays the hop's output, because the hop does not reach the next one.
+        relay_log: log of the relayed outputs; None: the log would be incomplete.
+        cached_positions: positions of the session that the hop held when it was opened last.
+        prefix_hit: the cached positions are of pages that the hop had stored before.
+        stores: the hop stores pages of the session.
+        asked_prefix: the last `Open` asked the hop for stored pages.
+        context: of the last `Open`.
+        filled: the hop holds the KV cache of the session.
+        weights: format of the blocks' weights, as last reported by the hop or its record.
+        adapter_version: of the adapter that the hop has loaded; 0: no adapter.
+        lost: the hop was given up and has no replacement yet.
     """
 
     planned: PlannedHop
@@ -56,9 +57,9 @@ class RouteHop:
     relayed: bool = False
     relay_log: SentLog | None = None
     cached_positions: int = 0
-    recalled: bool = False
+    prefix_hit: bool = False
     stores: bool = False
-    asked: bool = False
+    asked_prefix: bool = False
     context: bytes = b""
     filled: bool = False
     weights: str = ""
@@ -74,83 +75,66 @@ class RouteHop:
         self.weights = record.dtype
 
     def forget(self) -> None:
-        """What it holds of the session counts no more."""
+        """Makes the hop's state of the session invalid."""
         self.filled, self.adapter_version, self.relay_log = False, 0, None
 
     def opened(self, wanted: int) -> None:
-        """The route is open; the hop may have lost the session since. wanted: positions that were sent before."""
+        """All hops have opened the session; the hop may have lost its cache. wanted: positions of the client's log."""
         if not self.cached_positions:
             self.filled, self.adapter_version = False, 0
-        if not wanted or (self.recalled and self.cached_positions >= wanted):
+        if not wanted or (self.prefix_hit and self.cached_positions >= wanted):
             self.filled = True
         if not self.relayed:
-            self.relay_log = None  # what the hop pushes itself would be missing in it
+            self.relay_log = None  # the log would lack what the hop sends directly
 
-    def copy_of(
-        self, session: bytes, number: int, source: Endpoint, labels: tuple[bytes, ...], *, rate: float | None
-    ) -> CopyPages:
-        """Asks for its pages, copied from a peer. rate: bytes per second; None: as fast as it comes, as long as to
-        compute them takes longer."""
-        return CopyPages(
-            session=session,
-            rate=rate or 1e12,
-            if_faster=rate is None,
-            number=number,
-            start=self.planned.start,
-            end=self.planned.end,
-            codec=self.codec.code,
-            context=self.context,
-            labels=labels,
-            source_key=source.key.raw,
-            source_address=source.address,
-            source_relays=source.relays,
-        )
+    def changed_weights(self, held: Sequence[HeldBlocks]) -> list[str]:
+        """Which blocks the hop holds in another format than the session had before, for people."""
+        start, end = self.blocks
+        return [
+            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {self.weights} that were {one.weights}"
+            for one in held
+            if one.start < end and one.end > start and one.weights != self.weights
+        ]
 
-    def log_relayed(self, step: Step, result: Result) -> None:
-        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
+    def relay(self, message: Step | Forward, result: Result, hidden_size: int) -> Step | Forward:
+        """The message to the next hop with this hop's output. Logs the output of a step; a log is complete only if it
+        begins with the session's first positions. Raises ProtocolError: the output cannot be used."""
+        if result.codec != self.codec.code:
+            raise ProtocolError(f"codec {result.codec} was not agreed upon")
+        check_values(result.codec, result.payload, message.positions, hidden_size)
+        if isinstance(message, Step):
+            self._log_relayed(message, result)
+        relayed = replace(message, codec=result.codec, payload=result.payload, boundary=result.end)
+        return replace(relayed, timings=result.timings)
+
+    def _log_relayed(self, step: Step, result: Result) -> None:
         begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
         if self.relay_log is None and begins and not any(part.start for part in step.parts):
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:
                 self.relay_log.record(step.parts, step.forks, result.payload, step.reach, step.labels)
-            except ProtocolError:  # its rows were filled by a replay that did not come this way
+            except ProtocolError:  # a replay that the client did not relay has filled the rows
                 self.relay_log = None
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A peer that had stored so many of the first positions of a text, for all or some of its blocks."""
-
-    name: str
-    endpoint: Endpoint
-    blocks: tuple[int, int]
-    positions: int
-
-    def has_more(self, hop: RouteHop, positions: int) -> bool:
-        """Whether it may have so many positions of the blocks of another peer."""
-        covers = self.blocks[0] <= hop.blocks[0] and hop.blocks[1] <= self.blocks[1]
-        return covers and self.name != hop.name and self.positions >= positions
-
-
 class PeerSilent(PeerLost):
-    """A hop has not answered in time; if it does later, it was only far away."""
+    """A hop has not answered in time. A late answer shows that the hop lives."""
 
 
 @dataclass(slots=True)
 class RouteSetup:
-    """A route that is being made.
+    """The setup of a route.
 
     Attributes:
-        repairs: there was a route before.
-        reasons: why, for people.
-        refused: why peers do not take the session, by name, the latest last.
-        excluded: those of them that are not asked again while this route is made; later, bans count.
-        question: number of the route that is being planned; 0: none is.
-        retry_at: when to plan again, as no route was found.
+        began: time of the clock of `SessionState.handle`.
+        repairs: there was an open route before.
+        reasons: reasons of the repair, for people.
+        refused: errors of peers that do not take the session, by name, the latest last.
+        excluded: names of peers that are not asked again during this setup; afterwards only bans count.
+        question: number of the `AskRoute` without an answer; 0: there is none.
+        retry_at: when to plan again, because no route was found.
         opened_at: when all hops had opened the session.
-        copies: hops that copy pages from others, which have them; None: that was not looked at.
-        renamed: hops were told once more what their pages depend on, see `Open.context`.
     """
 
     began: float
@@ -162,40 +146,43 @@ class RouteSetup:
     question: int = 0
     retry_at: float = math.inf
     opened_at: float | None = None
-    copies: int | None = None
-    renamed: bool = False
 
     @property
     def silent(self) -> set[str]:
-        """Names of peers that were lost."""
+        """Names of lost peers."""
         return {name for name, error in self.refused.items() if isinstance(error, PeerLost)}
 
+    def recovered(self, now: float) -> Recovered:
+        """The repair that ends with this setup."""
+        opened_ms = ((self.opened_at or now) - self.began) * 1000
+        return Recovered(tuple(self.reasons), opened_ms, (now - self.began) * 1000, self.cause)
+
     def refuse(self, name: str, error: SplitnetError) -> None:
-        """Takes in why a peer does not take the session."""
+        """Records that a peer does not take the session."""
         self.refused.pop(name, None)
         self.refused[name] = error
         self.excluded.add(name)
 
     def may_wait(self, answer: NoRoute, *, grows: bool) -> bool:
-        """Whether a route may exist soon: other peers take the blocks of dead ones, or a network is back.
+        """Whether a route may exist soon: other peers take over the blocks of dead ones, or a network is repaired.
 
-        grows: the session has a route, which only has too little memory.
+        grows: the session has a route, which lacks memory only.
         """
         if not isinstance(answer.error, CoverageError | PeerBusy):
             return False
-        if isinstance(answer.error, TooLongForPeers) and not self.repairs:  # no peer that is there will ever have room
+        if isinstance(answer.error, TooLongForPeers) and not self.repairs:  # no present peer has enough memory in total
             return False
         silent = self.silent
         if silent == self.refused.keys() and (silent or answer.was_covered):
             return True
-        # Nothing is missing but peers that do not accept this client's key, or must not be used any more.
+        # All missing peers refuse this client's key, or are not trusted any more.
         forbidden = bool(self.refused) and all(
             isinstance(error, NotAuthorized) and not isinstance(error, WrongKey) for error in self.refused.values()
         )
         return self.repairs and not forbidden and not (grows and isinstance(answer.error, PeerBusy))
 
     def explanation(self, answer: NoRoute) -> SplitnetError:
-        """Why there is no route: the refusal of a peer that is there says more than that no other is."""
+        """Why there is no route. The refusal of a present peer explains more than the lack of other peers."""
         ignored = self.silent if self.repairs else set[str]()
         names = [name for name in reversed(self.refused) if name in answer.present and name not in ignored]
         return self.refused[names[0]] if names else answer.error
@@ -212,9 +199,9 @@ def cause_of(error: SplitnetError) -> Cause:
 def next_refill(
     hops: Sequence[RouteHop], sent: SentLog, session: bytes, epoch: int, next_number: Callable[[], int]
 ) -> tuple[list[RouteHop], list[ReplayRequest]]:
-    """The first hops in a row that are not filled, and the replays that fill them; both empty if all are filled.
+    """The first consecutive hops that are not filled, and the replays that fill them; both empty if all are filled.
 
-    sent: what the client itself has sent.
+    sent: log of what the client has sent.
     """
     first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
     if first is None:
@@ -222,20 +209,20 @@ def next_refill(
     group = list(takewhile(lambda hop: not hop.filled, hops[first:]))
     before = hops[first - 1] if first else None
     if before is not None and not before.relayed:
-        # The client cannot relay what a hop replays, as it does not know its parts.
+        # The client cannot relay a hop's replay, because the client does not know the parts of its steps.
         direct = len(list(takewhile(lambda hop: not hop.relayed, group[:-1])))
         group = group[: direct + 1]
-        since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
+        since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)
         message = Replay(session, epoch, next_number(), group[-1].blocks[1], since)
         return group, [ReplayRequest(message, before.endpoint, group[-1].endpoint)]
     if before is not None and before.relay_log is not None:
         log, to = before.relay_log, group[0].endpoint
     else:
-        # The client begins; if its steps pass hops that are filled, those compute them once more.
+        # The client begins. Filled hops on the path compute their positions once more.
         log, to = sent, hops[0].endpoint
     until = group[-1].blocks[1]
-    since = min(hop.cached_positions if hop.recalled else 0 for hop in group)
-    # A hop may hold rows of a text before; all that are wanted are sent.
+    since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)
+    # All rows are sent, because a hop may hold rows of an earlier text.
     steps = (
         Step(session, epoch, next_number(), parts, forks, until, log.codec, payload, reach=reach, labels=labels)
         for forks, (parts, payload, reach, labels) in zip(

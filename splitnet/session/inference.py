@@ -1,4 +1,4 @@
-"""A session that generates: rows of positions whose KV caches live along a route of peers."""
+"""A session that generates: rows of positions with KV caches at the hops of a route."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import Adapter, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
-from splitnet.session.events import Abandon, Distrust, Recall, Resize, Submit, UseAdapter
+from splitnet.session.events import Abandon, Distrust, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
+from splitnet.session.prefix_lookup import PrefixNamespace
 from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.session.standby import Present, Standby
 from splitnet.swarm.plan import Prediction
@@ -44,15 +45,15 @@ from splitnet.wire.messages import (
 )
 from splitnet.wire.sent_log import PAGE
 
-ASK_S = 2.0  # after so many seconds hops are asked for the times of decode steps
-THROUGHPUT_STEPS = 8  # how many steps a session that asks for throughput has under way
+ASK_S = 2.0  # between two questions to hops about the times of decode steps
+THROUGHPUT_STEPS = 8  # steps under way in a session that prefers throughput
 _POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)  # usual numbers: with these the size of a message grows a little
+_TIMING = Timing(500, 10_000, 500)  # usual values, which the size of a message depends on
 
 
 @dataclass(frozen=True, slots=True)
 class LinkUse:
-    """A link of a route. bytes_per_token: of a decode step's message, without framing and encryption of ZeroMQ."""
+    """A link of a route. bytes_per_token: size of a decode step's message, without ZeroMQ's framing and encryption."""
 
     sender: str
     receiver: str
@@ -62,9 +63,10 @@ class LinkUse:
 
 @dataclass(frozen=True, slots=True)
 class UnderWay:
-    """New positions that were sent through the route.
+    """New positions under way on the route.
 
-    began: seconds of `time.perf_counter`. repairs: of the route, before. alone: nothing else was under way.
+    began: seconds of `time.perf_counter`. repairs: number of repairs of the route before. alone: nothing else was under
+    way.
     """
 
     requests: tuple[StepRequest, ...]
@@ -74,12 +76,12 @@ class UnderWay:
 
 
 class Session(SessionDriver):
-    """KV caches of some rows along a route. One thread uses a session at a time.
+    """KV caches of rows along a route. One thread uses a session at a time.
 
-    When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.session.machine`.
+    The session replaces dead hops and then gives the same tokens; see `splitnet.session.machine`.
 
-    options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows when
-    needed. blocks, progress_timeout_s: see `SessionDriver`.
+    options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows on demand.
+    blocks, progress_timeout_s: see `SessionDriver`.
     """
 
     def __init__(
@@ -106,11 +108,11 @@ class Session(SessionDriver):
         self._prefixes = options.prefixes
         self._standby_rate = options.standby_rate
         self.standby: Standby | None = None
-        self.passed = 0  # positions whose outputs were awaited and have come
+        self.passed = 0  # positions with received outputs
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What the last step met at each hop, as the last hop tells."""
+        """Times of the last step at each hop, as reported by the last hop."""
         return self.state.timings
 
     @property
@@ -124,14 +126,14 @@ class Session(SessionDriver):
         return self.state.taps
 
     def reserve(self, positions: int) -> None:
-        """Makes room for so many positions over all rows, on every hop.
+        """Reserves memory for `positions` over all rows, on every hop.
 
-        Raises PeerBusy: a hop has no memory for them, and the session goes on with what it has; or as `open`.
+        Raises PeerBusy: a hop has no memory, and the session keeps its former reservation. Also raises as `open`.
         """
         if positions <= self.state.reservation:
             return
         if self.hops:
-            self.open()  # only an open route keeps what it has when it cannot have more
+            self.open()  # only an open route keeps the former reservation after a refusal
         self.feed(Resize(positions))
         self._wait(lambda: self.state.is_settled)
         self._raise_if_broken()
@@ -143,15 +145,15 @@ class Session(SessionDriver):
 
         Args:
             hidden: `[positions, hidden]`, the positions of all parts in order.
-            parts: which rows they belong to, and how many of each row's outputs to return.
-            forks: rows to fork before, see `splitnet.wire.messages.Step`.
+            parts: the rows of the positions, and how many outputs of each row to return.
+            forks: rows to fork before the step, see `splitnet.wire.messages.Step`.
 
         Returns:
-            `[kept, hidden]` float32: the outputs that the parts keep, in order; behind the hidden states at the taps,
-            `[kept, (taps + 1) * hidden]`, see `use_taps`.
+            `[kept, hidden]` float32: the outputs that the parts keep, in order. With taps, the hidden states at the
+            taps stand before each output: `[kept, (taps + 1) * hidden]`, see `use_taps`.
 
         Raises:
-            PeerLost, CoverageError: a hop died or did not go on, and could not be replaced.
+            PeerLost, CoverageError: a hop died or made no progress, and could not be replaced.
             PeerFailed: two hops answered with the same error.
             ContextTooLong: the rows are longer than the model allows.
             SessionClosed: another thread has closed the session.
@@ -167,20 +169,21 @@ class Session(SessionDriver):
         step_positions: int | None = None,
         reach: int = 0,
     ) -> UnderWay:
-        """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` takes what it returns.
+        """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` must follow.
 
-        More may be sent before the first have come back; where they start says what the hops are to forget.
+        Further positions may be sent before the outputs arrive. Hops forget all positions from a part's start on.
 
         Args:
-            step_positions: of the steps that they are cut into; None: chosen.
+            step_positions: largest size of a step; None: chosen.
             reach: see `splitnet.wire.messages.Step`.
         """
         state = self.state
-        recalled = self._recall(hidden, parts, reach) if state.log is None or (forks is not None and not forks) else 0
-        self.open(len(hidden) - recalled)
-        if recalled:
-            hidden, forks = hidden[recalled:], None
-            parts = [Chunk(parts[0].row, recalled, len(hidden), parts[0].keep)]
+        begins_text = state.log is None or (forks is not None and not forks)
+        hit = self._look_up_prefix(hidden, parts, reach) if begins_text else 0
+        self.open(len(hidden) - hit)
+        if hit:
+            hidden, forks = hidden[hit:], None
+            parts = [Chunk(parts[0].row, hit, len(hidden), parts[0].keep)]
         if not state.under_way and state.log is not None:
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
@@ -204,27 +207,27 @@ class Session(SessionDriver):
         self.traffic.positions += offset
         return UnderWay(tuple(requests), began, repairs, alone)
 
-    def _recall(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
-        """Opens the route for a text that begins, and returns how many of its first positions the hops had stored."""
-        state, part = self.state, parts[0]
-        most = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
-        if state.salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
-            state.recalled = state.reused = 0
+    def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
+        """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
+        state, part, prefixes = self.state, parts[0], self.state.prefixes
+        most, salt = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE, prefixes.namespace.salt
+        if salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+            prefixes.hit = prefixes.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
-        recall, stored = Recall(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.stored
+        text, index = LookUpPrefix(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.prefix_index
         self._stored = {}
-        for name in tuple(stored.codecs) if not self.hops else ():
+        for name in tuple(index.codecs) if not self.hops else ():
             with suppress(SplitnetError):
-                log = recall.log(codec_by_name(name), state.hidden_size, state.salt)
-                recall.logs[log.codec] = log
-                self._stored |= stored.positions(log.labels(part.row))
-        self.feed(recall)
+                log = text.log(codec_by_name(name), state.hidden_size, salt)
+                text.logs[log.codec] = log
+                self._stored |= index.positions(log.labels(part.row))
+        self.feed(text)
         self.open(len(hidden))
-        return state.recalled
+        return prefixes.hit
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
-        """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
+        """Waits for the outputs, in the order of sending; returns and raises as `step`."""
         outputs: list[torch.Tensor] = []
         for request in sent.requests:
             output = None
@@ -245,7 +248,7 @@ class Session(SessionDriver):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _note_stored(self, step: Step) -> None:
-        """The hops have stored the pages that end within a step."""
+        """Indexes the pages that hops have stored after a step, and starts the standby."""
         state = self.state
         row = state.log.only_row if state.log is not None else None
         if state.log is None or row is None:
@@ -253,7 +256,7 @@ class Session(SessionDriver):
         labels = state.log.labels(row)
         for hop in self.hops:
             pages = len(labels) if hop.stores else 0
-            self._swarm.stored.note(labels, hop.name, pages, state.first_codec.name)
+            self._swarm.prefix_index.note(labels, hop.name, pages, state.first_codec.name)
         if self._standby_rate and self.standby is None:
             self.standby = Standby(self._swarm, self.id, self._standby_rate, self._present, state.next_number)
 
@@ -267,7 +270,7 @@ class Session(SessionDriver):
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         standby = self.standby
-        if not isinstance(message, CopiedPages) or standby is None or not standby.took(message):
+        if not isinstance(message, CopiedPages) or standby is None or not standby.received(message):
             super().deliver(source, message)
 
     def close(self) -> None:
@@ -276,11 +279,11 @@ class Session(SessionDriver):
         super().close()
 
     def abandon(self, sent: UnderWay) -> None:
-        """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
+        """Gives up the outputs. The next positions that are sent replace the abandoned ones at the hops."""
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """Has the blocks run with these parameters; once, before the first step. Raises PeerFailed: they do not fit."""
+        """Sets the adapter of the blocks; once, before the first step. Raises PeerFailed: the adapter does not fit."""
         state = self.state
         if adapter is state.adapter:
             return
@@ -291,9 +294,9 @@ class Session(SessionDriver):
             self.open()
 
     def use_taps(self, taps: Sequence[int]) -> None:
-        """Has the hidden states at some boundaries come with the outputs: those within the blocks, in rising order.
+        """Returns hidden states at boundaries together with the outputs; only boundaries within the blocks count.
 
-        Before the first step. Raises SplitnetError if they are too many.
+        Must come before the first step. Raises SplitnetError: too many boundaries.
         """
         start, end = self.state.blocks
         inner = sorted({tap for tap in taps if start < tap < end})
@@ -301,28 +304,29 @@ class Session(SessionDriver):
             raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: {MAX_TAPS} are the most")
         self.state.taps, self.state.tap_codec = tuple(inner), self._codecs.of_taps
 
-    def use_scope(self, scope: str) -> None:
-        """Has hops store keys and values of this session under names that sessions of another scope do not find;
-        before the first step. Not with `prefixes="off"`; with "shared" there is one scope."""
-        identity, generation = self._swarm.identity, self._swarm.stored.generation
-        self.state.shared = self._prefixes == "shared"
-        salt = b"shared" if self.state.shared else identity.derive(f"splitnet prefixes {generation} {scope}")
-        self.state.salt = None if self._prefixes == "off" else salt
+    def use_namespace(self, name: str) -> None:
+        """Sets the namespace of stored prefixes, before the first step; another namespace does not find the pages.
+
+        With `prefixes="off"` hops store no pages; with "shared" all names are one namespace.
+        """
+        generation, shared = self._swarm.prefix_index.generation, self._prefixes == "shared"
+        salt = b"shared" if shared else self._swarm.identity.derive(f"splitnet prefixes {generation} {name}")
+        self.state.prefixes.namespace = PrefixNamespace(salt if self._prefixes != "off" else None, shared)
 
     @property
-    def recalled(self) -> int:
-        """Positions of the present text that a hop had stored before, so that the client did not send them."""
-        return self.state.recalled
+    def prefix_hit(self) -> int:
+        """First positions of the text that at least one hop had stored, so that the client did not send them."""
+        return self.state.prefixes.hit
 
     @property
     def reused(self) -> int:
-        """Positions of the present text that no hop has computed for it."""
-        return self.state.reused
+        """First positions of the text that all hops had stored, so that no hop has computed them."""
+        return self.state.prefixes.reused
 
     def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
-        """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
+        """The keys and values of the first `length` positions of a row, without the row's trained prefix.
 
-        They are named and shaped as the prefix of an adapter, see `splitnet.blocks.adapters`. Raises as `step`.
+        For names and shapes, see the prefix in `splitnet.blocks.adapters`. Raises as `step`.
         """
         self.open()
         request = FetchRequest(FetchKV(self.id, self.state.epoch, self.state.next_number(), row, length))
@@ -335,7 +339,7 @@ class Session(SessionDriver):
         return tensors
 
     def step_positions(self, positions: int, prediction: Callable[[int], Prediction] | None = None) -> int:
-        """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
+        """The best size of steps for this number of positions; several steps flow through the hops at once."""
         if positions <= SIZES[0]:
             return positions
         if prediction is None:
@@ -366,7 +370,7 @@ class Session(SessionDriver):
         return uses
 
     def _improve_route(self) -> None:
-        """Before a step: moves to a better route if that pays."""
+        """Moves to a better route before a step, if the gain exceeds the cost."""
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in state.hops]
@@ -376,30 +380,30 @@ class Session(SessionDriver):
             self.open()
 
     def _decoded(self, request: StepRequest) -> torch.Tensor | None:
-        """What `step` returns; None: an answer was no use, and the step is done again."""
+        """The return value of `step`; None: an answer was unusable, and the step is done again."""
         result, hidden_size = request.result, self._swarm.facts.hidden_size
         assert result is not None
         states: list[torch.Tensor] = []
         for tap in (*self.state.taps, self.state.blocks[1]):
-            came = request.tapped.get(tap, result)  # where no position is kept, no states come
+            came = request.tapped.get(tap, result)  # without kept positions, hops send no states
             try:
                 values = codec_by_code(came.codec).decode(came.payload, request.kept, hidden_size)
-                if np.isfinite(values.numpy()).all():  # on few numbers a fifth of what torch takes
+                if np.isfinite(values.numpy()).all():  # for few numbers, a fifth of the time of torch
                     states.append(values)
                     continue
                 why = "answered with values that are not finite"
             except ProtocolError as error:
                 why = f"answered nonsense: {error}"
-            self._swarm.stored.distrust()
+            self._swarm.prefix_index.distrust()
             self.feed(Distrust(request, self.state.maker_of(tap), why))
             return None
         return states[0] if len(states) == 1 else torch.cat(states, dim=1)
 
     def _learn_timings(self, positions: int, *, at_once: bool) -> None:
-        """After a decode step: notes what it met. Each hop is believed of itself alone.
+        """Notes the times of a decode step; a hop's times are taken from this hop only.
 
-        Any hop may have rewritten the timings of those before it in a result. So only the tail's own is taken from it;
-        the other hops are asked now and then, without waiting. at_once: the step took far longer than usual, so ask.
+        A hop may rewrite the timings of earlier hops in a result, so only the tail's timing is taken from the result.
+        The other hops are asked every `ASK_S`, without waiting. at_once: ask, because the step was unusually slow.
         """
         hops, timings = self.state.hops, self.state.timings
         if timings:
@@ -419,7 +423,7 @@ class Session(SessionDriver):
             return
         measurements = self._swarm.measurements
         blocks = hop.planned.end - hop.planned.start
-        # The cost model adds what reading so many positions takes.
+        # The cost model adds the time of reading the cached positions.
         held = self.state.log.positions if self.state.log is not None else 0
         block_ms = timing.compute_us / 1000 / blocks - PastCost(hop.planned.record.past_ms).at(positions, held)
         measurements.hop_seen(hop.name, positions, max(0.0, block_ms), timing.wait_us / 1000)
@@ -428,7 +432,7 @@ class Session(SessionDriver):
 
 
 def cut_into_steps(parts: Sequence[Chunk], limit: int) -> list[list[Chunk]]:
-    """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
+    """Cuts parts into steps of at most `limit` positions, which together keep the last `keep` of each part."""
     steps: list[list[Chunk]] = [[]]
     room = limit
     for row, start, length, keep in parts:

@@ -1,4 +1,4 @@
-"""A session whose blocks are partly here and partly on peers."""
+"""A session with some blocks in this process and the others on peers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Blocks = tuple[int, int]
 
 
 def parse_local_blocks(text: str, num_blocks: int) -> list[Blocks]:
-    """Ranges of blocks in a text such as `0:10` or `0:2,28:30`, in order; ranges that touch become one.
+    """Parses ranges of blocks such as `0:10` or `0:2,28:30`, in order; adjacent ranges become one.
 
-    Raises SplitnetError: it is no such text, or the model has no such blocks.
+    Raises SplitnetError: the text has another form, or the model has no such blocks.
     """
     ranges: list[Blocks] = []
     for piece in text.split(","):
@@ -56,11 +56,11 @@ def parse_local_blocks(text: str, num_blocks: int) -> list[Blocks]:
 def load_stages(
     checkpoint: Checkpoint, blocks: str | None, *, device: str = "cpu", weights: str | None = None
 ) -> list[LocalSpan | Blocks]:
-    """What runs a model, in order: spans that are here, of which it reads the weights, and ranges that peers run.
+    """The stages of a model, in order: local spans, whose weights are loaded, and ranges that peers run.
 
     Args:
-        blocks: those that are here, as in `0:10` or `0:2,28:30`; None: none.
-        weights: what they are held as, see `splitnet.quant.choose`; None: as they are stored.
+        blocks: the local blocks, such as `0:10` or `0:2,28:30`; None: none.
+        weights: format of their weights, see `splitnet.quant.choose`; None: as stored.
 
     Raises:
         SplitnetError: the model has no such blocks.
@@ -79,7 +79,7 @@ def load_stages(
 
 
 class LocalSpan:
-    """A span that several sessions of this process share: it runs for one at a time."""
+    """A span that the sessions of this process share; it runs for one session at a time."""
 
     def __init__(self, span: Span) -> None:
         self.start, self.end = span.start, span.end
@@ -92,7 +92,7 @@ class LocalSpan:
             return self.span.forward(hidden, parts, taps).float()
 
     def fit(self, adapter: Adapter) -> Adapter | None:
-        """The part of an adapter for these blocks, on their device; None: it has none. Raises AdapterError."""
+        """The adapter's tensors for these blocks, on their device; None: there are none. Raises AdapterError."""
         tensors = adapter.within(self.start, self.end)
         if not tensors:
             return None
@@ -104,13 +104,13 @@ class LocalSpan:
     def sequences(
         self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None, reach: int = 0
     ) -> torch.Tensor:
-        """Whole sequences, with a graph where torch records one: see `Span.sequences`."""
+        """Runs whole sequences, with a graph if torch records one: see `Span.sequences`."""
         with self._lock:
             return self.span.sequences(hidden, lengths, adapter, reach).to(hidden.device, hidden.dtype)
 
 
 class LocalSequences:
-    """The KV caches of one session in a local span. One thread uses them at a time."""
+    """The KV caches of one session in a local span. One thread at a time."""
 
     def __init__(self, span: LocalSpan) -> None:
         self._span = span
@@ -123,16 +123,15 @@ class LocalSequences:
         self._taps = sorted({tap for tap in taps if self._span.start < tap < self._span.end})
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """Before the first step. Raises AdapterError if it does not fit the blocks."""
+        """Sets the adapter, before the first step. Raises AdapterError: the adapter does not fit the blocks."""
         self._adapter = self._span.fit(adapter)
 
     def step(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, reach: int = 0
     ) -> torch.Tensor:
-        """Runs new positions, `[positions, hidden]` -> `[positions, (taps + 1) * hidden]` in float32, whatever `keep`
-        says.
+        """Runs new positions, `[positions, hidden]` -> `[positions, (taps + 1) * hidden]` float32, ignoring `keep`.
 
-        What the rows hold from a part's start on is forgotten before. The arguments are those of a `Step`.
+        Drops the positions of the rows from each part's start on. For the arguments, see `Step`.
         """
         if forks is not None:
             self._rows = fork_rows(self._rows, forks, lambda row: row.fork())
@@ -146,7 +145,7 @@ class LocalSequences:
         return self._span.run(hidden, span_parts, self._taps)
 
     def close(self) -> None:
-        """Forgets all rows."""
+        """Drops all rows."""
         self._rows = {}
 
     close_later = close
@@ -164,17 +163,17 @@ class Piece:
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
     reach: int
-    stage: int = 0  # where they are: the first that they have not passed
+    stage: int = 0  # index of the next stage
     tapped: list[torch.Tensor] = field(default_factory=list[torch.Tensor])  # `[positions, states * hidden]`, in order
-    sent: tuple[Session, UnderWay] | None = None  # through the route of that stage
+    sent: tuple[Session, UnderWay] | None = None  # what is under way on the route of this stage
 
 
 class MixedSession:
-    """Rows of positions whose KV caches are here for some blocks, and along routes of peers for the others.
+    """Rows of positions with KV caches in this process for some blocks, and along routes of peers for the others.
 
-    What `Session` is for a chain this is for a whole model. One thread uses it at a time.
+    Has the methods of `Session`, for a whole model. One thread uses a session at a time.
 
-    open_session: makes the session for a range of blocks that peers run, with a reservation of positions.
+    open_session: opens the session of a range of remote blocks, with a reservation of positions.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class MixedSession:
             LocalSequences(stage) if isinstance(stage, LocalSpan) else open_session(reservation, stage)
             for stage in stages
         ]
-        self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]  # those on peers, in order
+        self.sessions = [stage for stage in self._stages if isinstance(stage, Session)]  # of the remote stages
         self._ends = [stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages]
         self.taps: tuple[int, ...] = ()
         self._positions = 0
@@ -203,7 +202,7 @@ class MixedSession:
 
     @property
     def traffic(self) -> Traffic:
-        """Of all routes together."""
+        """The sum over all routes."""
         moved = [session.traffic for session in self.sessions]
         sent, received = sum(each.bytes_sent for each in moved), sum(each.bytes_received for each in moved)
         steps, joules = sum(each.steps for each in moved), sum(each.joules for each in moved)
@@ -211,29 +210,29 @@ class MixedSession:
 
     @property
     def passed(self) -> int:
-        """As of a `Session`, of the last route; 0: all blocks are here."""
+        """As `Session.passed`, of the last route; 0: all blocks are local."""
         return self.sessions[-1].passed if self.sessions else 0
 
     @property
-    def recalled(self) -> int:
-        """As of a `Session`, of the last route."""
-        return self.sessions[-1].recalled if self.sessions else 0
+    def prefix_hit(self) -> int:
+        """As `Session.prefix_hit`, of the last route."""
+        return self.sessions[-1].prefix_hit if self.sessions else 0
 
     @property
     def reused(self) -> int:
-        """As of a `Session`, of the last route."""
+        """As `Session.reused`, of the last route."""
         return self.sessions[-1].reused if self.sessions else 0
 
-    def use_scope(self, scope: str) -> None:
-        """As `Session.use_scope`."""
+    def use_namespace(self, name: str) -> None:
+        """As `Session.use_namespace`."""
         for session in self.sessions:
-            session.use_scope(scope)
+            session.use_namespace(name)
 
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
 
     def predictions(self) -> Callable[[int], Prediction]:
-        """As `Session.predictions`, of what is not here."""
+        """As `Session.predictions`, for the remote blocks."""
         of_parts = [session.predictions() for session in self.sessions]
 
         def prediction(positions: int) -> Prediction:
@@ -244,12 +243,12 @@ class MixedSession:
         return prediction
 
     def reserve(self, positions: int) -> None:
-        """As `Session.reserve`; blocks that are here take memory as positions come."""
+        """As `Session.reserve`; local blocks allocate memory with each position."""
         for session in self.sessions:
             session.reserve(positions)
 
     def use_adapter(self, adapter: Adapter) -> None:
-        """As `Session.use_adapter`; raises AdapterError, too, if it does not fit the blocks that are here."""
+        """As `Session.use_adapter`; also raises AdapterError: the adapter does not fit the local blocks."""
         for stage in self._stages:
             stage.use_adapter(adapter)
 
@@ -262,7 +261,7 @@ class MixedSession:
     def begin(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, reach: int = 0
     ) -> list[Piece]:
-        """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
+        """As `Session.begin`; cuts a long prefill into pieces, so that peers and local blocks run in parallel."""
         sent: list[Piece] = []
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
@@ -311,7 +310,7 @@ class MixedSession:
 
     @contextmanager
     def _abandoning(self, sent: list[Piece]) -> Iterator[None]:
-        """After an error nothing is under way any more."""
+        """Abandons all pieces after an error."""
         try:
             yield
         except BaseException:
@@ -319,11 +318,11 @@ class MixedSession:
             raise
 
     def _go_on(self, piece: Piece) -> None:
-        """Runs the stages that are here, up to the next that is not."""
+        """Runs local stages up to the next remote one, and sends the piece there."""
         while piece.stage < len(self._stages):
             stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
             if isinstance(stage, Session):
-                # Of all but the last stage all positions come back: other blocks need them.
+                # Stages before the last one return all positions, because later blocks need them.
                 parts = piece.parts if last else [part._replace(keep=part.length) for part in piece.parts]
                 size = len(piece.hidden)
                 sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
@@ -332,7 +331,7 @@ class MixedSession:
             self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.reach))
 
     def _pass(self, piece: Piece, output: torch.Tensor) -> None:
-        """A stage has given its output, and before it in each row the hidden states at its taps."""
+        """Takes in the output of a stage. In each row the hidden states at taps stand before the output."""
         last, size = piece.stage + 1 == len(self._stages), piece.hidden.shape[1]
         if last and isinstance(self._stages[-1], LocalSequences):
             output = kept_rows(piece.parts, output)

@@ -2,16 +2,17 @@
 
     NEW ──> PLANNING ──> OPENING ──> LOADING ──> REPLAYING ──> OPEN
                ^            │           │            │          │
-               └────────────┴───────────┴────────────┴──────────┘  a hop is lost, or a better route is there
+               └────────────┴───────────┴────────────┴──────────┘  a hop is lost, or a better route exists
     any ──> BROKEN  no route: the next use tries again, with the hops that are left
     any ──> CLOSED
 
-A hop that fails in any way counts as dead: it is banned and replaced. Other peers are planned for just the lost blocks,
-the route is opened again in a new epoch (messages of the old one are dropped), logs fill the replacements (see
+A hop that fails in any manner counts as dead: it is banned and replaced. Other peers are planned for the lost blocks
+only, the route is opened again in a new epoch (messages of older epochs are dropped), logs fill the replacements (see
 `splitnet.session.failover`), and requests under way are sent again. A cache that may be wrong is computed again, never
-used. Waiting is bounded by progress: by how long nothing came, not by totals.
+used. Waits are bounded by the time without progress, not by the total time.
 
-The model is the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
+`splitnet.session.prefix_lookup` looks up stored pages, and `splitnet.session.blame` decides who caused a failure.
+The models are the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,6 @@ from scheduler.liveness import (
     Alive,
     Finding,
     Liveness,
-    Verdict,
     silence_s,
 )
 from splitnet.blocks.adapters import Adapter, counted_down, write_groups
@@ -42,7 +42,6 @@ from splitnet.errors import (
     AdapterError,
     ContextTooLong,
     NotAuthorized,
-    NotFinite,
     OtherWeights,
     PeerBusy,
     PeerFailed,
@@ -52,12 +51,13 @@ from splitnet.errors import (
     SessionClosed,
     SessionLost,
     SplitnetError,
-    WrongSwarm,
 )
 from splitnet.session import events
+from splitnet.session.blame import Decision, Faults, OpenAgain, Replace, RequestsFault, error_of
 from splitnet.session.events import TRANSITIONS, Cause, Phase, Recovered
-from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, Source, cause_of, next_refill
-from splitnet.session.requests import PassRequest, ReplayRequest, Request, StepRequest, check_beside, undone_by
+from splitnet.session.failover import PeerSilent, RouteHop, RouteSetup, cause_of, next_refill
+from splitnet.session.prefix_lookup import NO_PAGES, AskAgain, CopyFrom, PrefixLookup, Settled, Stage
+from splitnet.session.requests import ReplayRequest, Request, StepRequest, check_beside, undone_by
 from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_values, codec_by_name
@@ -79,73 +79,39 @@ from splitnet.wire.messages import (
     Timing,
 )
 from splitnet.wire.messages import Adapter as AdapterMessage
-from splitnet.wire.sent_log import PAGE, SentLog, digest
+from splitnet.wire.sent_log import SentLog
 
-POLL_S = 0.5  # between two plans where no peer serves some blocks
-COPY_S = 20.0  # hops get pages from others for this time at most
-WORTH_COPYING = 16 * PAGE  # positions that another peer must have beyond those of a hop
-MAX_ATTEMPTS = 8  # routes that may fail before an answer comes on one
+POLL_S = 0.5  # between two plans while no peer serves some blocks
+COPY_S = 20.0  # longest wait for hops that copy pages from other peers
+MAX_ATTEMPTS = 8  # routes that may fail before an answer arrives on one
 _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
-"""Errors of peers that are not at fault, but of no use for this session."""
-_FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
-"""A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
-_OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG, FailureCode.NOT_FINITE)
-"""A hop says so rightly if its feeder sends on something else than it should."""
-_ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
-    FailureCode.BUSY: PeerBusy,
-    FailureCode.WRONG_MODEL: WrongSwarm,
-    FailureCode.TOO_LONG: ContextTooLong,
-    FailureCode.UNKNOWN_SESSION: SessionLost,
-    FailureCode.OUT_OF_ORDER: SessionLost,
-    FailureCode.STALE_EPOCH: SessionLost,
-    FailureCode.LEAVING: PeerLeaving,
-}
-
-
-@dataclass(slots=True)
-class _Faults:
-    """Faults since an answer came, or since nothing was under way.
-
-    attempts: routes that have failed. suspects: hops that may lose requests. strikes: how often peers had forgotten the
-    session, by name. complaints: peers by the failure that they have answered with; 0: an answer that cannot be used.
-    refusing: peers that have refused what a hop sent on, by its name.
-    """
-
-    attempts: int = 0
-    suspects: list[Endpoint] = field(default_factory=list[Endpoint])
-    strikes: dict[str, int] = field(default_factory=dict[str, int])
-    complaints: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
-    refusing: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+"""Errors of peers that are not at fault, but cannot be used for this session."""
 
 
 class SessionState:
-    """A session: its route, the requests under way on it, and the answer to each event.
+    """A session: its route, the requests under way on the route, and the effects of each event.
 
     Args:
         model: fingerprint of the weights.
         blocks: `[start, end)`, which the hops run.
         reservation: positions of KV cache to reserve on every hop, over all rows.
         progress_timeout_s: how long hops may work without any progress.
-        recovery_timeout_s: how long to wait for other peers when some blocks are not served any more.
-        any_weights: whether weights may be held otherwise than before, if no peer holds them so.
-        answer_s: in which time a hop that lives answers a ping.
+        recovery_timeout_s: how long to wait for other peers when some blocks are suddenly not served.
+        any_weights: whether blocks may be held in another format than before, if no peer holds them as before.
+        answer_s: the time within which a live hop answers a ping.
 
     Attributes:
-        held: what the weights of blocks are held as, on the last route that stood; empty: none has.
-        first_codec: of the client's own link to the first hop.
-        log: what the client itself has sent; None before the first step.
+        held: formats of the weights of all blocks on the last open route; empty before the first one.
+        first_codec: codec of the link from the client to the first hop.
+        log: what the client has sent; None before the first step.
         error: why there is no route, until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
         taps: boundaries at which hops send the client hidden states, in rising order; set before the first use.
-        tap_codec: of these.
-        timings: of the last step, hop by hop, as the tail says.
-        chunk_ms: predicted time of a chunk of a replay, set by the driver during one; 0: not known.
-        usual_ms: usual time of a decode step, set by the driver; 0: not known.
-        salt: of the labels of pages, set before the first use; None: hops store none.
-        shared: pages are shared with other keys, where the owners of peers let them.
-        recalled: positions of the text that a hop had stored before, so that it goes on behind them.
-        reused: those that all hops had stored.
-        sources: peers that may have stored pages of the text, set by the driver.
+        tap_codec: codec of these hidden states.
+        timings: of the last step, hop by hop, as reported by the tail.
+        chunk_ms: predicted time of a chunk of a replay, which the driver sets during a replay; 0: unknown.
+        usual_ms: usual time of a decode step, set by the driver; 0: unknown.
+        prefixes: the lookup of stored pages.
     """
 
     def __init__(
@@ -181,10 +147,6 @@ class SessionState:
         self.tap_codec: Codec = codec_by_name("none")
         self.timings: tuple[Timing, ...] = ()
         self.chunk_ms = self.usual_ms = 0.0
-        self.salt: bytes | None = None
-        self.shared = False
-        self.recalled = self.reused = 0
-        self.sources: tuple[Source, ...] = ()
         self._model = model
         self._max_positions = max_positions
         self._progress_timeout_s = progress_timeout_s
@@ -192,34 +154,32 @@ class SessionState:
         self._any_weights = any_weights
         self._answer_s = answer_s
         self.next_number = itertools.count(1).__next__
+        self.prefixes = PrefixLookup(session, model, blocks, hidden_size, self.next_number)
         self._now = 0.0
         self._effects: list[events.Effect] = []
         self._in_flight: dict[int, Request[Any]] = {}
-        self._faults = _Faults()
+        self._faults = Faults()
         self._liveness = Liveness(answer_s)
         self._setup: RouteSetup | None = None
-        self._has_stood = False  # there was a route before
-        # Hops that are to answer an `Open` or an adapter, and until when; those that were asked and cannot.
+        self._has_stood = False  # there was an open route before
+        # Hops that must answer an `Open` or an adapter, with the deadline; hops that were asked and have failed.
         self._asked: dict[Endpoint, float] = {}
         self._failed: dict[Endpoint, SplitnetError] = {}
-        # Peers that were sent an `Open`, for which blocks, and no `Close` since.
+        # Peers that were sent an `Open` and no `Close` since, with the blocks.
         self._members: dict[Endpoint, tuple[int, int]] = {}
-        # Hops that were opened without a next hop, as they do not reach it.
+        # Hops that were opened without a next hop, because they do not reach it.
         self._relays: set[Endpoint] = set()
         # Replays under way, and the hops that they fill.
         self._replays: dict[int, ReplayRequest] = {}
         self._filling: list[RouteHop] = []
-        # The names of hops that were given up as they did not answer in time.
+        # Names of hops that were given up because they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
-        # Names of peers that do not send hidden states where this session wants them.
         self._for_passes = False
-        self._recall: events.Recall | None = None  # whose positions the log has, although they were not submitted
-        self._adapter_label: tuple[int, bytes] = 0, b""  # with the version that it is of
-        self._opened_reservation = 0  # what the hops were asked to reserve when the route was opened
-        self._former_reservation = 0  # before a resize that no route stands with yet; 0: there is none
+        self._opened_reservation = 0  # that the hops were asked for when the route was opened
+        self._former_reservation = 0  # before a resize that no open route has yet; 0: there is no such resize
 
     def __str__(self) -> str:
-        """What it does now, for people."""
+        """The phase and its cause, for people."""
         setup = self._setup
         if setup is None:
             return str(self.phase)
@@ -233,12 +193,12 @@ class SessionState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is being made or loaded."""
+        """Whether no route is being made or loaded."""
         return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED)
 
     @property
     def under_way(self) -> int:
-        """Requests that are not answered."""
+        """Number of requests without an answer."""
         return len(self._in_flight)
 
     @property
@@ -248,7 +208,7 @@ class SessionState:
 
     @property
     def tail(self) -> Endpoint:
-        """The hop that runs the last of the blocks."""
+        """The hop that runs the last block."""
         return self.hops[-1].endpoint
 
     def endpoints(self) -> list[Endpoint]:
@@ -260,13 +220,13 @@ class SessionState:
         return next(hop.endpoint for hop in self.hops if hop.blocks[0] < boundary <= hop.blocks[1])
 
     def adapted_hops(self) -> dict[Endpoint, dict[str, Tensor]]:
-        """Hops with a part of the adapter, and that part."""
+        """Hops whose blocks have tensors of the adapter, with these tensors."""
         parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
         return {each: part for each, part in parts.items() if part}
 
     @property
     def wake_at(self) -> float:
-        """When a `Tick` is due, in seconds of the clock of `handle`."""
+        """When the next `Tick` is due, in seconds of the clock of `handle`."""
         times = list(self._asked.values())
         setup = self._setup  # read once: another thread may handle an event meanwhile
         if setup is not None:
@@ -276,13 +236,13 @@ class SessionState:
         return min(times, default=math.inf)
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
-        """Has a message sent; for requests."""
-        if isinstance(message, Step) and message.labels and self.salt is None:
+        """Sends a message, without the labels that the hops must not get; for requests."""
+        if isinstance(message, Step) and message.labels and not self.prefixes.namespace.stores_pages:
             message = replace(message, labels=())
         self._effects.append(events.Send(endpoint, message))
 
     def handle(self, event: events.Event, now: float) -> list[events.Effect]:
-        """Takes in an event, and returns what is to be done, in order. now: seconds of a clock that never goes back."""
+        """Handles an event, and returns its effects in order. now: seconds of a clock that never goes back."""
         self._now, self._effects = now, []
         match event:
             case _ if self.phase is Phase.CLOSED:
@@ -302,28 +262,27 @@ class SessionState:
                     self._in_flight.pop(number, None)
             case events.Use():
                 self._use()
-            case events.Recall():
-                self._begin_text(event)
+            case events.LookUpPrefix():
+                self._look_up(event)
             case events.Tick():
                 self._tick()
             case Alive():
                 if event.late:
                     self._wait_longer(event.endpoint)
                 elif (name := self._silenced.pop(event.endpoint, None)) is not None:
-                    self._effects.append(events.Unban(name))  # it was not dead, but far away
+                    self._effects.append(events.Unban(name))  # the hop lives, but is far away
                 if self._liveness.answered(event):
                     self._judge()
             case events.LinkFailed():
                 self._link_failed(event.endpoint, event.error)
-            case events.Planned():
-                self._planned(event)
-            case events.NoRoute():
-                self._no_route(event)
+            case events.Planned() | events.NoRoute():
+                self._route_answered(event)
             case events.Resize():
                 self._resize(event.reservation)
             case events.UseAdapter():
                 if event.adapter is not self.adapter:
                     self.adapter, self._for_passes = event.adapter, event.for_passes
+                    self.prefixes.use_adapter(event.adapter)
                     self.adapter_version += 1
                     if self.is_open:
                         self._load_adapter()
@@ -335,7 +294,7 @@ class SessionState:
                 self._close()
         return self._effects
 
-    # What the caller wants.
+    # Events of the caller.
 
     def _use(self) -> None:
         if self.phase in (Phase.NEW, Phase.BROKEN):
@@ -347,11 +306,13 @@ class SessionState:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
-                    # A hop that had lost a step which replaces others could not tell, and would store what it replaces.
+                    # A hop does not notice the loss of a step that replaces positions, and would store the old ones.
                     sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
                     request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
-                    sure &= self.salt is not None and len(labels) + len(request.message.parts) <= MAX_LABELS
+                    sure &= (
+                        self.prefixes.namespace.stores_pages and len(labels) + len(request.message.parts) <= MAX_LABELS
+                    )
                     request.message = replace(request.message, labels=labels if sure else ())
                 except SplitnetError as error:
                     request.error = error
@@ -360,45 +321,24 @@ class SessionState:
             if self.is_open:
                 request.send(self)
         if self._in_flight:
-            self._use()  # a hop may have left since the caller found the route open
+            self._use()  # a hop may have left since the caller checked the route
 
-    def _begin_text(self, event: events.Recall) -> None:
-        if self.salt is None or self._in_flight or self.phase not in (Phase.NEW, Phase.OPEN, Phase.BROKEN):
-            return
-        self._recall, self.log, self.recalled, self.reused = event, None, 0, 0
-        if self.is_open:
-            self._go_on()
-
-    def _expect(self, recall: events.Recall) -> None:
-        """Logs what hops may have stored before, so that its labels are known, and hops that lack it can be filled."""
-        try:
-            self.log = recall.log(self.first_codec, self.hidden_size, self.salt)
-        except SplitnetError:  # the step has the same fault, and says so to the caller
-            self._recall = self.log = None
-
-    def _settle_recall(self, recall: events.Recall) -> None:
-        """All hops have said what they hold of a text: the log keeps the most that one has, and fills the others."""
-        assert self.log is not None
-        self._recall = None
-        for hop in self.hops:
-            if not hop.recalled:
-                hop.cached_positions = 0
-        most = len(self.log.labels(recall.part.row)) * PAGE
-        self.recalled = min(most, max(hop.cached_positions for hop in self.hops)) // PAGE * PAGE
-        self.reused = min(self.recalled, min(hop.cached_positions for hop in self.hops))
-        if self.recalled:
-            self.log.crop(recall.part.row, self.recalled)
-        else:
+    def _look_up(self, text: events.LookUpPrefix) -> None:
+        may_begin = not self._in_flight and self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN)
+        if self.prefixes.namespace.stores_pages and may_begin:
+            self.prefixes.begin_text(text)
             self.log = None
-
-    def _new_log(self) -> SentLog:
-        return SentLog(self.first_codec.code, self.first_codec.bytes_per_position(self.hidden_size), self.salt)
+            if self.is_open:
+                self._go_on()
 
     def _record(self, step: Step) -> tuple[bytes, ...]:
-        """Logs a step, and returns the labels of its pages. Steps that hops would rightly refuse are refused here, so a
-        hop that refuses others is wrong."""
+        """Logs a step, and returns the labels of its pages.
+
+        Refuses all steps that an honest hop refuses, so that a hop which refuses a recorded step is at fault.
+        """
         if self.log is None:
-            self.log = self._new_log()
+            codec = self.first_codec
+            self.log = SentLog(codec.code, codec.bytes_per_position(self.hidden_size), self.prefixes.namespace.salt)
         longest = max((part.start + part.length for part in step.parts), default=0)
         if self._max_positions is not None and longest > self._max_positions:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
@@ -411,7 +351,7 @@ class SessionState:
         return labels
 
     def _replaces(self, step: Step) -> bool:
-        """Whether hops hold other positions now in the place of those of a step."""
+        """Whether a step overwrites positions that hops hold."""
         log = self.log
         return log is not None and any(part.start < log.length(part.row) for part in step.parts)
 
@@ -421,9 +361,10 @@ class SessionState:
         self._in_flight[request.number] = request
 
     def _distrust(self, event: events.Distrust) -> None:
-        """Replaces the sender of a useless answer; on a second one all hops involved; on a third the error is real."""
+        """Replaces the sender of an unusable answer, then all hops involved; a third one is the request's fault."""
         request, where = event.request, event.source
-        request.result, self.salt = None, None  # pages may have been computed from what was wrong
+        request.result = None
+        self.prefixes.namespace = NO_PAGES  # hops may have stored pages of wrong outputs
         self._put_under_way(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
         hop = self._hop_at(where)
@@ -433,17 +374,15 @@ class SessionState:
         else:
             lost = [each for each in self.hops if each.name in request.makers]
             request.useless += 1
-            if not lost or request.useless > 1:  # where no other peer serves their blocks, the same ones come again
-                self._believe(0, error)
+            if not lost or request.useless > 1:  # without other peers, the same hops return
+                self._decide(self._faults.believe(0, error))
                 return
-            for each in self.hops:  # what those that stay have computed was made of what these sent on
-                if each not in lost:
-                    each.forget()
-                    self._leave(each.endpoint)
+            # The other hops have computed their caches from outputs of the lost ones.
+            self._forget_caches([each for each in self.hops if each not in lost])
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
     def _resize(self, reservation: int) -> None:
-        """The route is opened anew: a hop that has lost the session meanwhile is found out before it computes."""
+        """Opens the route again: so a hop that has lost the session is found before it computes."""
         self.refusal = None
         if reservation > self.reservation:
             self._former_reservation = self._former_reservation or self.reservation
@@ -470,10 +409,11 @@ class SessionState:
     def _begin_setup(self) -> RouteSetup:
         if self._setup is None:
             self._setup = RouteSetup(self._now, repairs=self._has_stood)
+            self.prefixes.begin_route()
         return self._setup
 
     def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause, reason: str = "") -> None:
-        """Makes the route whole without the lost hops; if nothing waits for it, with the next use."""
+        """Repairs the route without the lost hops; at once if requests wait, else with the next use."""
         idle = self.is_open and not self._in_flight
         setup = self._begin_setup()
         if not setup.reasons:
@@ -486,7 +426,7 @@ class SessionState:
             self._stop_waiting()
             self._enter(Phase.BROKEN)
             return
-        # A hop that refuses while the route is opened is left out, and waited for in time.
+        # A refusal while the route is opened is no failed attempt: the hop is left out, and its time is bounded.
         self._faults.attempts += self.phase is not Phase.OPENING
         if self._faults.attempts > MAX_ATTEMPTS:
             self._fail(next(iter(lost.values()), PeerLost("the route fails again and again: try again later")))
@@ -494,7 +434,7 @@ class SessionState:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Opens the hops that are left, if they make a whole route; otherwise has one planned."""
+        """Opens the hops that are left if they serve all blocks; otherwise asks for a plan."""
         setup = self._begin_setup()
         self._stop_waiting()
         if self.phase is Phase.BROKEN:
@@ -516,48 +456,41 @@ class SessionState:
         self._enter(Phase.PLANNING)
         self._effects.append(events.AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
 
-    def _planned(self, event: events.Planned) -> None:
+    def _route_answered(self, event: events.Planned | events.NoRoute) -> None:
         setup = self._setup
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
         setup.question = 0
-        if not any(hop.name in setup.excluded for hop in event.route):
+        if isinstance(event, events.NoRoute):
+            may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
+            if may_wait and self._now < setup.began + self._recovery_timeout_s:
+                setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
+                setup.retry_at = self._now + POLL_S
+            else:
+                self._fail(setup.explanation(event))
+        elif not any(hop.name in setup.excluded for hop in event.route):
             self._open_route(event.route, event.codecs)
-            return
-        self._faults.attempts += 1  # it was lost meanwhile
-        if self._faults.attempts > MAX_ATTEMPTS:
-            self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
         else:
-            self._ask_route(fresh=True, unban=False)
+            self._faults.attempts += 1  # a planned hop was lost since the question
+            if self._faults.attempts > MAX_ATTEMPTS:
+                self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
+            else:
+                self._ask_route(fresh=True, unban=False)
 
-    def _no_route(self, event: events.NoRoute) -> None:
-        setup = self._setup
-        if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
-            return
-        setup.question = 0
-        may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
-        if may_wait and self._now < setup.began + self._recovery_timeout_s:
-            setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
-            setup.retry_at = self._now + POLL_S
-        else:
-            self._fail(setup.explanation(event))
-
-    # Opening it.
+    # Opening the route.
 
     def _open_route(self, route: Sequence[PlannedHop], codecs: Sequence[Codec]) -> None:
-        """Opens all hops in a new epoch; those that run the same blocks as before keep their caches."""
+        """Opens all hops in a new epoch; hops that run the same blocks as before keep their caches."""
         before = {(hop.endpoint, hop.blocks): hop for hop in self.hops if not hop.lost}
         hops: list[RouteHop] = []
         for index, planned in enumerate(route):
             hop = before.get((planned.record.endpoint, (planned.start, planned.end)))
             hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
-        if self._recall is not None:
-            self.log = None
-        if self.log is None and codecs:
+        if codecs and (self.log is None or self.prefixes.text is not None):
             self.first_codec = codecs[0]
-        if self._recall is not None:
-            self._expect(self._recall)
-        self.hops, self.chunk_ms = hops, 0.0
+        if self.prefixes.text is not None:
+            self.log = self.prefixes.expected_log(self.first_codec)
+        self.hops, self._faults.hops, self.chunk_ms = hops, hops, 0.0
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
@@ -568,9 +501,10 @@ class SessionState:
         self._open_hops()
 
     def _open_hops(self) -> None:
-        """Asks all hops, in an epoch of its own: so no answer is taken for that to another question."""
+        """Asks all hops in a new epoch, so that no answer belongs to an earlier question."""
         self.epoch += 1
-        self._begin_setup().copies = None if self._begin_setup().copies is None else 0
+        self._begin_setup()
+        self.prefixes.begin_asking(self.hops, self.first_codec)
         self._opened_reservation = self.reservation
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
         self._liveness.heard(self._now)
@@ -582,9 +516,7 @@ class SessionState:
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
         taps = self._taps_of(hop)
-        hop.context = self._context(index) if self.salt is not None else b""
-        row = self.log.only_row if self.log is not None and (self._recall is not None or not hop.filled) else None
-        asks = hop.asked = row is not None and bool(hop.context)
+        row, labels = self.prefixes.question(hop, self.log)
         message = Open(
             session=self.session,
             epoch=self.epoch,
@@ -601,55 +533,40 @@ class SessionState:
             taps=taps,
             tap_codec=self.tap_codec.code if taps else 0,
             context=hop.context,
-            row=row if asks and row is not None else 0,
-            labels=self.log.labels(row)[:MAX_LABELS] if asks and self.log is not None and row is not None else (),
-            shared=self.shared and bool(hop.context),
+            row=row,
+            labels=labels,
+            shared=bool(hop.context) and self.prefixes.namespace.shared,
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
 
-    def _context(self, index: int) -> bytes:
-        """All that the keys and values of a hop depend on besides the text."""
-        if self.adapter is not None and self._adapter_label[0] != self.adapter_version:
-            parts = write_groups(self.adapter.within(*self.blocks))
-            self._adapter_label = self.adapter_version, digest(*parts)
-        codecs = [self.first_codec, *(hop.codec for hop in self.hops)]
-        hops = [
-            f"{hop.blocks} {hop.weights} {codec.name}"
-            for hop, codec in zip(self.hops[: index + 1], codecs, strict=False)
-        ]
-        return digest(self._model.encode(), self._adapter_label[1], *(hop.encode() for hop in hops))
-
     def _taps_of(self, hop: RouteHop) -> tuple[int, ...]:
         return tuple(tap for tap in self.taps if hop.planned.start < tap <= hop.planned.end)
 
     def _open_timeout_s(self, endpoint: Endpoint) -> float:
-        """Longer where round trips are: a link may have to be made, to the hop and from it to the next one."""
+        """Grows with the round trip: the client may have to connect to the hop, and the hop to the next hop."""
         return OPEN_TIMEOUT_S + 2 * (self._answer_s(endpoint) - ANSWER_S)
 
     def _opened(self, hop: RouteHop, message: Opened) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
             hop.relayed |= not message.next_reachable
-            hop.cached_positions, hop.recalled = message.cached_positions, message.recalled and hop.asked
-            if hop.recalled:  # unasked, it would still hold what it was asked for before
-                hop.filled, hop.adapter_version = False, 0
-            hop.stores = message.stores
+            self.prefixes.hop_opened(hop, message)
             hop.weights = message.weights or hop.weights
-            if not self._any_weights and (changes := self._changes_of_weights(hop)):
+            if not self._any_weights and (changes := hop.changed_weights(self.held)):
                 what = " and ".join(changes)
                 text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
                 self._failed[hop.endpoint] = OtherWeights(text)
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:
-        """Goes on once no hop is to answer any more."""
+        """Continues once all asked hops have answered or failed."""
         if self._asked:
             return
         failed, self._failed = self._failed, {}
         busy = [error for error in failed.values() if isinstance(error, PeerBusy)]
         if self._former_reservation and self._has_stood and busy and len(busy) == len(failed):
-            # Nobody lost anything: the route stands with what it had.
+            # The hops keep the former reservation, so the route stays open with it.
             self.reservation, self._former_reservation, self.refusal = self._former_reservation, 0, busy[0]
             self._go_on()
             return
@@ -664,70 +581,31 @@ class SessionState:
                 self._refill()
 
     def _all_opened(self) -> None:
-        """All hops have opened the session. If some do not reach their next hop, all are told who is relayed."""
+        """All hops have opened the session. If the relayed hops have changed, all hops are opened again."""
         if self._relays != {hop.endpoint for hop in self.hops if hop.relayed}:
             self._open_hops()
             return
         setup = self._begin_setup()
-        if any(hop.context and hop.context != self._context(index) for index, hop in enumerate(self.hops)):
-            # A hop holds its weights otherwise than its record said. One that says something else each time is not
-            # believed.
-            if not setup.renamed:
-                setup.renamed = True
+        match self.prefixes.all_opened(self.log, setup.excluded):
+            case AskAgain():
                 self._open_hops()
                 return
-            self.salt = None
-            for hop in self.hops:
-                hop.cached_positions = 0 if hop.recalled else hop.cached_positions
-        if setup.copies is None:
-            setup.copies = self._ask_copies()
-            if setup.copies:
+            case CopyFrom(requests):
+                for endpoint, message in requests:
+                    self._asked[endpoint] = self._now + COPY_S
+                    self.send(endpoint, message)
                 return
-        elif setup.copies:  # they have answered: how much they hold now, they say when they are opened again
-            self._open_hops()
-            return
+            case Settled(log):
+                self.log = log
         setup.opened_at = self._now
-        if self._recall is not None:
-            self._settle_recall(self._recall)
         for hop in self.hops:
             hop.opened(self.log.positions if self.log is not None else 0)
         self._load_adapter()
 
-    def _ask_copies(self) -> int:
-        """Has hops copy pages that they lack from other peers; returns how many hops were asked."""
-        log = self.log
-        row = log.only_row if log is not None and self.salt is not None and not self.shared else None
-        if log is None or row is None:
-            return 0
-        labels, excluded = log.labels(row)[:MAX_LABELS], self._begin_setup().excluded
-        for hop in self.hops:
-            held = hop.cached_positions if hop.recalled else 0
-            lacks = hop.recalled or not hop.cached_positions
-            if not hop.stores or not hop.context or not lacks or (self._recall is None and hop.filled):
-                continue
-            living = (each for each in self.sources if each.name not in excluded)
-            covering = [each for each in living if each.has_more(hop, held + WORTH_COPYING)]
-            if covering:
-                source = max(covering, key=lambda each: each.positions)
-                self._asked[hop.endpoint] = self._now + COPY_S
-                wanted = labels[: source.positions // PAGE]
-                message = hop.copy_of(self.session, self.next_number(), source.endpoint, wanted, rate=None)
-                self.send(hop.endpoint, message)
-        return len(self._asked)
-
-    def _changes_of_weights(self, hop: RouteHop) -> list[str]:
-        """Which blocks a hop holds otherwise than the session had them, for people."""
-        start, end = hop.blocks
-        return [
-            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {hop.weights} that were {one.weights}"
-            for one in self.held
-            if one.start < end and one.end > start and one.weights != hop.weights
-        ]
-
     # Loading the adapter, and replaying.
 
     def _load_adapter(self) -> None:
-        """Sends the hops that lack it their parts of the adapter, which are empty where passes alone need one."""
+        """Sends each hop that lacks the adapter its tensors; none, where only passes need a version of the adapter."""
         self._enter(Phase.LOADING)
         self._liveness.heard(self._now)
         for hop in self.hops:
@@ -740,17 +618,16 @@ class SessionState:
         self._if_all_answered()
 
     def _refill(self) -> None:
-        """Has the next hops filled; once all are, the route stands."""
-        filling: list[RouteHop] = []
-        replays: list[ReplayRequest] = []
-        if self.log is not None:
+        """Fills the next hops that lack their cache; once all are filled, opens the route."""
+        filling, replays = list[RouteHop](), list[ReplayRequest]()
+        while self.log is not None and not replays:
             filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
-            while filling and not replays:  # they hold all that was sent to them
-                for each in filling:
-                    each.filled = True
-                filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
+            if not filling:
+                break
+            for each in filling if not replays else ():  # these hops hold all positions that were sent
+                each.filled = True
         if not filling:
-            self._stands()
+            self._enter_open()
             return
         self._enter(Phase.REPLAYING)
         self._liveness.heard(self._now)
@@ -759,40 +636,38 @@ class SessionState:
         for replay in replays:
             replay.send(self)
 
-    def _stands(self) -> None:
-        """The route is whole: what is under way is sent again."""
+    def _enter_open(self) -> None:
+        """The route is complete: sends the requests under way again."""
         setup, self._setup = self._setup, None
         self._has_stood = True
-        changes = [change for hop in self.hops for change in self._changes_of_weights(hop)]
+        changes = [change for hop in self.hops for change in hop.changed_weights(self.held)]
         self.held = tuple(HeldBlocks(*hop.blocks, hop.weights) for hop in self.hops)
         self._enter(Phase.OPEN)
         if self.reservation == self._opened_reservation:
             self._former_reservation = 0
         self._liveness.heard(self._now)
         if not self._in_flight:
-            self._faults = _Faults()
+            self._faults = Faults(self.hops)
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
         if setup is not None and setup.reasons:
-            opened_ms = ((setup.opened_at or self._now) - setup.began) * 1000
-            total_ms = (self._now - setup.began) * 1000
-            self.recoveries.append(Recovered(tuple(setup.reasons), opened_ms, total_ms, setup.cause))
+            self.recoveries.append(recovered := setup.recovered(self._now))
             moved = setup.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
             route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
-            text = f"{what} after {total_ms:.0f} ms: {route}"
+            text = f"{what} after {recovered.total_ms:.0f} ms: {route}"
             self._note("rerouted" if moved else "repaired", text)
         if changes:
             what = " and ".join(changes)
-            self._note("weights", f"a session goes on with {what}, as nobody else holds them: it may get other tokens")
+            self._note("weights", f"a session continues with {what}, which no peer holds as before: tokens may differ")
         if self.reservation > self._opened_reservation:
             self._go_on()
 
-    # The end of a hop, or of the route.
+    # Losing a hop, or the route.
 
     def _give_up(self, endpoint: Endpoint, error: SplitnetError) -> None:
-        """A hop is lost, or did not take the session."""
+        """Records that a hop is lost, or refuses the session."""
         setup = self._begin_setup()
         hop = self._hop_at(endpoint)
         self._leave(endpoint)
@@ -812,17 +687,17 @@ class SessionState:
             self._note("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
 
     def _leave(self, endpoint: Endpoint) -> None:
-        """Has a peer forget the session."""
+        """Closes the session at a peer."""
         if self._members.pop(endpoint, None) is not None:
             self.send(endpoint, Close(self.session))
 
     def _fail(self, error: SplitnetError) -> None:
-        """There is no route for now: what waits gets the error."""
+        """There is no route: all requests under way get the error."""
         setup = self._setup
         if setup is not None and setup.repairs:
             self._note("failed", f"a route could not be repaired: {error}")
         for name, refused in setup.refused.items() if setup is not None else ():
-            if not isinstance(refused, PeerLost):  # it may have been right, as nothing else did better
+            if not isinstance(refused, PeerLost):  # the refusal may be right, because no other peer did better
                 self._effects.append(events.Unban(name))
         self._end_requests(error)
         self._enter(Phase.BROKEN)
@@ -832,18 +707,18 @@ class SessionState:
         for request in self._in_flight.values():
             request.error = error
         self._in_flight, self._setup = {}, None
-        if self._recall is not None:
-            self._recall = self.log = None
+        if self.prefixes.abandon():
+            self.log = None
         if self._former_reservation:
             self.reservation, self._former_reservation = self._former_reservation, 0
-        self._faults = _Faults()
+        self._faults = Faults(self.hops)
         self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        """Awaits no answers from the former route."""
+        """Stops waiting for answers of the former route."""
         if self._replays:
             for hop in self.hops:
-                hop.relay_log = None  # it may be a part of what was to be replayed
+                hop.relay_log = None  # the log may hold only a part of the replay
         self._asked, self._failed, self._replays, self._filling = {}, {}, {}, []
         self._liveness.stop()
 
@@ -858,17 +733,16 @@ class SessionState:
             assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
             self.phase = phase
 
-    # What comes from peers.
+    # Messages of peers.
 
     def _received(self, source: Endpoint, message: Message) -> None:
         hop = self._hop_at(source)
         if isinstance(message, CopiedPages):
-            copies = self._setup is not None and bool(self._setup.copies)
-            if hop is not None and copies and self._asked.pop(source, None) is not None:
+            if hop is not None and self._awaits_copies and self._asked.pop(source, None) is not None:
                 self._if_all_answered()
             return
         if hop is None or getattr(message, "epoch", None) != self.epoch:
-            return  # of a hop that is no longer on the route, or of an epoch that is no more
+            return  # of a former hop, or of an earlier epoch
         match message:
             case Failure():
                 self._failure(hop, message)
@@ -891,16 +765,13 @@ class SessionState:
         if request is None:
             return
         if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):
-            # Hops compute in order, so an earlier step was lost, and they may have gone on from what it was to replace.
-            for each in self.hops:
-                each.forget()
-                self._leave(each.endpoint)
-            self._reopen({}, Cause.STALLED, "a step was lost on its way")
+            # Hops compute in order, so an earlier step was lost, and hops may have used positions that it replaces.
+            self._decide(OpenAgain(Cause.STALLED, "a step was lost on its way", tuple(self.hops)))
             return
         try:
             taken = request.take(hop.endpoint, message, self)
         except (ProtocolError, AdapterError) as error:
-            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            self._decide(self._faults.answered_nonsense(hop, error))
             return
         if not taken:
             return
@@ -916,7 +787,7 @@ class SessionState:
                 self._refill()
         elif request.done:
             self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
-            self._faults = _Faults()
+            self._faults = Faults(self.hops)
 
     def _came_too_soon(self, request: StepRequest) -> bool:
         earlier = (each for number, each in self._in_flight.items() if number < request.number)
@@ -925,114 +796,71 @@ class SessionState:
     def _failure(self, hop: RouteHop, failure: Failure) -> None:
         error = error_of(failure, hop.endpoint)
         if failure.code == FailureCode.LEAVING:
-            self._lose(hop, error)
+            self._lose(hop.endpoint, error)
         elif not failure.number:
             if self._asked.pop(hop.endpoint, None) is None:
                 return
             if self.phase is Phase.LOADING and not isinstance(error, PeerBusy):
-                self._blame(hop, failure.code, error)
+                self._decide(self._faults.blame(hop, failure.code, error))
                 return
             self._failed[hop.endpoint] = error
             self._if_all_answered()
         elif self.phase not in (Phase.OPEN, Phase.REPLAYING):
-            pass  # nothing was sent yet in this epoch that it could be about, or the route that it is about is no more
+            pass  # no request was sent in this epoch, or the route has ended
         elif failure.number in self._in_flight or failure.number in self._replays:
-            self._request_failed(hop, failure.code, error, self._in_flight.get(failure.number))
+            request = self._in_flight.get(failure.number)
+            self._decide(self._faults.request_failed(hop, failure.code, error, request))
 
-    def _request_failed(
-        self, hop: RouteHop, code: int, error: SplitnetError, request: Request[Any] | None = None
-    ) -> None:
-        feeder = self._feeder(hop, request)
-        if feeder is not None and code in _OF_WHAT_CAME:
-            refusing = self._faults.refusing.setdefault(feeder.name, [])
-            if code not in _FORGETFUL or hop.name not in refusing:
-                refusing.append(hop.name)
-            if len(refusing) == 2:  # if another takes its place and is refused as well, the hop that refuses is wrong
-                self._faults.complaints.setdefault(code, []).append(hop.name)
-                self._effects += [events.Unban(name) for name in refusing]
-                text = f"what the peer at {feeder.endpoint.address} sends on is refused twice: {error}"
-                self._lose(feeder, PeerFailed(text))
-                return
-        if code == FailureCode.BUSY:
-            self._lose(hop, error)
-        elif code in _FORGETFUL:
-            self._forgot(hop, code, error)
-        else:
-            self._blame(hop, code, error)
+    def _decide(self, decision: Decision) -> None:
+        match decision:
+            case Replace(lost, cleared):
+                self._effects += [events.Unban(name) for name in cleared]
+                if len(lost) == 1:
+                    self._lose(*next(iter(lost.items())))
+                else:
+                    self._reopen(lost, Cause.LOST)
+            case OpenAgain(cause, reason, wrong):
+                self._forget_caches(wrong)
+                self._reopen({}, cause, reason)
+            case RequestsFault(error):
+                self._begin_setup()
+                self._fail(error)
 
-    def _forgot(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        """A hop, or its next one, lacks what a request needs. First all are opened again; after that one is wrong."""
-        strikes = self._faults.strikes[hop.name] = self._faults.strikes.get(hop.name, 0) + 1
-        if strikes == 1:
-            if code != FailureCode.UNKNOWN_SESSION:  # it holds something else than it should
-                hop.forget()
-                self._leave(hop.endpoint)
-            self._reopen({}, Cause.SESSION_LOST, str(error))
-            return
-        following = self.hops[self.hops.index(hop) + 1 :]
-        may_be_next = code == FailureCode.UNKNOWN_SESSION and strikes == 2 and self._feeder(hop) is not None
-        self._lose(following[0] if may_be_next and following else hop, PeerFailed(str(error)))
+    def _forget_caches(self, hops: Sequence[RouteHop]) -> None:
+        """Makes hops compute their caches again."""
+        for hop in hops:
+            hop.forget()
+            self._leave(hop.endpoint)
 
-    def _feeder(self, hop: RouteHop, request: Request[Any] | None = None) -> RouteHop | None:
-        """The hop that pushes to another what a request needs; None: the client sends it."""
-        index = self.hops.index(hop)
-        if isinstance(request, PassRequest) and request.is_on_way_back:
-            return self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
-        before = self.hops[index - 1] if index else None
-        return before if before is not None and not before.relayed else None
-
-    def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
-        """A hop has failed. If another says the same, the fault is the request's own, and the caller's."""
-        if code:
-            complaints = self._faults.complaints.setdefault(code, [])
-            complaints.append(hop.name)
-            if len(complaints) > 1:
-                self._believe(code, error)
-                return
-        self._lose(hop, error)
-
-    def _believe(self, code: int, error: SplitnetError) -> None:
-        names = self._faults.complaints.pop(code, [])
-        if code == FailureCode.NOT_FINITE and len(set(names)) > 1:
-            error = NotFinite(f"{error}; another peer says the same")
-        self._begin_setup()
-        self._fail(error)
-
-    def _lose(self, hop: RouteHop, error: SplitnetError) -> None:
-        if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
-            self._failed[hop.endpoint] = error
+    def _lose(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        if self.phase is Phase.OPENING and self._asked.pop(endpoint, None) is not None:
+            self._failed[endpoint] = error
             self._if_all_answered()
         else:
-            self._reopen({hop.endpoint: error}, cause_of(error))
+            self._reopen({endpoint: error}, cause_of(error))
 
     def _link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
         hop = self._hop_at(endpoint)
         setup = self._setup
         if hop is not None:
-            self._lose(hop, error)
+            self._lose(hop.endpoint, error)
         elif setup is not None and endpoint.key.text in setup.refused and isinstance(error, NotAuthorized):
-            # A key that is taken away ends the connection first, and is refused when that is made anew.
+            # A peer ends the connection of a withdrawn key first, and refuses the key at the next connection.
             setup.refused[endpoint.key.text] = error
 
     def _relay(self, hop: RouteHop, result: Result) -> None:
-        """The client stands between two hops that do not reach each other."""
+        """Sends the output of a hop on to the next hop, which the hop does not reach."""
         request = self._replays.get(result.number) or self._in_flight.get(result.number)
         message = request.message if request is not None else None
         if not isinstance(message, Step | Forward) or not hop.relayed or hop.planned.end != result.end:
             return
         try:
-            if result.codec != hop.codec.code:
-                raise ProtocolError(f"codec {result.codec} was not agreed upon")
-            check_values(result.codec, result.payload, message.positions, self.hidden_size)
+            relayed = hop.relay(replace(message, epoch=self.epoch), result, self.hidden_size)
         except ProtocolError as error:
-            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            self._decide(self._faults.answered_nonsense(hop, error))
             return
-        if isinstance(message, Step):
-            hop.log_relayed(message, result)
         self._liveness.heard(self._now)
-        relayed = replace(message, epoch=self.epoch, codec=result.codec, payload=result.payload, boundary=result.end)
-        following = self.hops[self.hops.index(hop) + 1]
-        self.send(following.endpoint, replace(relayed, timings=result.timings))
+        self.send(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
 
     def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
         index, request = self.hops.index(hop), self._in_flight.get(gradient.number)
@@ -1042,22 +870,22 @@ class SessionState:
         try:
             check_values(gradient.codec, gradient.payload, request.message.positions, self.hidden_size)
         except ProtocolError as error:
-            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            self._decide(self._faults.answered_nonsense(hop, error))
             return
         self._liveness.heard(self._now)
         self.send(before.endpoint, gradient)
 
-    # What does not come.
+    # Silence.
 
     @property
     def _awaits_hops(self) -> bool:
-        """Whether silence means something."""
+        """Whether hops must send something, so that silence is a fault."""
         under_way = self.phase is Phase.OPEN and bool(self._in_flight)
         return under_way or bool(self._opening) or self.phase in (Phase.LOADING, Phase.REPLAYING)
 
     @property
     def _opening(self) -> list[Endpoint]:
-        """Hops that have not answered their `Open`, without those to which the client may still look for a way."""
+        """Hops that have not answered their `Open`. Hidden hops are left out: the client may still look for a path."""
         return [each for each in self._asked if not each.hidden] if self.phase is Phase.OPENING else []
 
     @property
@@ -1084,74 +912,42 @@ class SessionState:
                 self._liveness.ask(asked, self._now)
                 self._effects += [events.AskAlive(endpoint) for endpoint in asked]
 
+    @property
+    def _awaits_copies(self) -> bool:
+        return self._setup is not None and self.prefixes.stage is Stage.COPYING
+
     def _wait_longer(self, endpoint: Endpoint) -> None:
-        """An `Open` waits behind other traffic of the link."""
+        """Extends the deadline of an `Open` that waits behind other traffic of its link."""
         until, setup = self._asked.get(endpoint), self._setup
         if self.phase is Phase.OPENING and until is not None and setup is not None:
             longest = setup.began + MAX_QUEUE_S
             self._asked[endpoint] = max(until, min(self._now + self._open_timeout_s(endpoint), longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
-        """Hops have not answered an `Open` or an adapter."""
-        copies = self._setup is not None and bool(self._setup.copies)
+        """Records that hops have not answered an `Open` or an adapter."""
         for endpoint in hops:
-            if self._asked.pop(endpoint, None) is not None and not copies:
+            if self._asked.pop(endpoint, None) is not None and not self._awaits_copies:
                 text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
                 self._failed[endpoint] = PeerSilent(text)
         self._if_all_answered()
 
     def _judge(self) -> None:
-        """A round of pings is over."""
+        """Judges a round of pings that is over."""
         if not self._awaits_hops:
             self._liveness.stop()
             return
         decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
         number = 0 if self._replays else min(self._in_flight, default=0)
-        # A hop may compute a decode step in one part, others position by position.
+        # A hop may compute a decode step at once, and other steps position by position.
         parts = self.log.positions if self.log is not None else 0
         if self.phase is Phase.OPEN:
             sizes = (1 if each.decodes else getattr(each.message, "positions", 1) for each in self._in_flight.values())
             parts = sum(sizes)
         verdict = self._liveness.verdict(number, parts, progress_s, self._now)
         if self.phase is Phase.OPENING:
-            # Those that live may have to reach their next hops, or hold nothing yet.
+            # A live hop may still be connecting to its next hop, or hold nothing yet.
             if verdict is not None and verdict.finding is Finding.SILENT:
                 self._unanswered(verdict.hops)
         elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
-            self._act_on(verdict)
-
-    def _act_on(self, verdict: Verdict[Endpoint]) -> None:
-        if verdict.finding is Finding.SILENT:
-            errors = {each: PeerSilent(f"the peer at {each.address} does not answer") for each in verdict.hops}
-            self._reopen(dict(errors), Cause.LOST)
-        elif verdict.finding is Finding.FORGOTTEN:
-            hop = self._hop_at(verdict.hops[0])
-            if hop is not None:
-                error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
-                self._request_failed(hop, FailureCode.UNKNOWN_SESSION, error)
-        elif verdict.finding is Finding.STUCK:
-            self._faults.suspects = self._faults.suspects or self.endpoints()
-            likeliest = [*verdict.hops, *(hop.endpoint for hop in self._filling)]
-            self._replace_likeliest(likeliest, "has worked for too long without any progress")
-        elif not self._faults.suspects:
-            # All live, and the requests are at none of them. Opened again, hops find out whether they reach each other.
-            self._faults.suspects = self.endpoints()
-            self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
-        else:
-            # One of those that were there at the first time loses messages, or keeps them.
-            steps = [each for each in self._in_flight.values() if isinstance(each, StepRequest) and each.result]
-            owing = [self.maker_of(tap) for step in steps for tap in step.taps if tap not in step.tapped]
-            likeliest = [*(hop.endpoint for hop in self._filling), *owing, *verdict.hops]
-            self._replace_likeliest(likeliest, "loses what is sent to it")
-
-    def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> None:
-        where = next((each for each in likeliest if each in self._faults.suspects), likeliest[0])
-        self._faults.suspects = [each for each in self._faults.suspects if each != where] or [where]
-        self._reopen({where: PeerLost(f"the peer at {where.address} {what}")}, Cause.LOST)
-
-
-def error_of(failure: Failure, source: Endpoint) -> SplitnetError:
-    """The exception that a peer's answer means; any code that has none of its own is `PeerFailed`."""
-    kind = _ERROR_OF_CODE.get(failure.code, PeerFailed)
-    return kind(f"the peer at {source.address} answered: {failure.text}")
+            self._decide(self._faults.judge(verdict, self._filling, self._in_flight.values()))

@@ -1,4 +1,4 @@
-"""How a client reaches a swarm and runs a model through it: options from the command line down to the session."""
+"""Options of a client: how it joins a swarm and runs a model, from the command line to the session."""
 
 from __future__ import annotations
 
@@ -26,18 +26,12 @@ Preference = Literal["latency", "throughput", "energy"]
 Prefixes = Literal["own", "shared", "off"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
-"""Keywords of every `from_pretrained` that say which swarm, which client, and which model."""
+"""Keywords of every `from_pretrained` for the swarm, the client and the model."""
 RUNNING = (
-    "codec",
-    "dtype",
-    "device",
-    "recovery_timeout_s",
-    "any_weights",
-    "gradient_codec",
-    "local_blocks",
-    "local_weights",
+    *("codec", "dtype", "device", "recovery_timeout_s", "any_weights"),
+    *("gradient_codec", "local_blocks", "local_weights"),
 )
-"""Keywords of every `from_pretrained` and `attach` that say how the model runs."""
+"""Keywords of every `from_pretrained` and `attach` for running the model."""
 GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # the same for a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,24 +39,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
-    """Keywords of `from_pretrained` and `attach`, and options of commands; each takes some of them.
+    """Keywords of `from_pretrained` and `attach`, and options of commands; each caller takes a subset.
 
     Attributes:
         initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
         lan: without `initial_peers`, look for the swarm on the local network.
         identity: the key of this client.
-        key_file: the file of that key, where `identity` is None; None: the user's own.
+        key_file: the file of the client's key, where `identity` is None; None: the user's own.
         swarm_key: of a closed swarm, or its file.
         trusted_peers: file with the keys of the peers that may be used; None: any.
-        invite: file of an invitation, of which addresses, swarm key and key are taken.
-        model_id: fingerprint that the model must have; None: as the invitation says, or any.
+        invite: file of an invitation with addresses, swarm key and key.
+        model_id: required fingerprint of the model; None: that of the invitation, or any.
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
             energy_slowdown, kv_at_least, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        SplitnetError: a preference that cannot be.
+        SplitnetError: an impossible combination or value.
     """
 
     initial_peers: Sequence[str] = ()
@@ -116,13 +110,13 @@ class ConnectionOptions:
 
     @property
     def standby_rate(self) -> float:
-        """Bytes per second that replicas copy; 0: none do."""
+        """Bytes per second that replicas copy; 0: no replica copies."""
         return float(parse_bytes(self.standby) if isinstance(self.standby, str) else self.standby or 0)
 
     @property
     def held_as(self) -> str | None:
-        """Weight format of local blocks and of the head: as asked for, else AUTO, or None (as stored) if exact."""
-        from splitnet.wire.codecs import EXACT  # numpy and torch, which a command's help does without
+        """Weight format of local blocks and the head: the given one, else AUTO; with an exact codec None: as stored."""
+        from splitnet.wire.codecs import EXACT  # imports numpy and torch, which the help of commands does not need
 
         return self.local_weights or (None if self.codec == EXACT else AUTO)
 
@@ -134,22 +128,22 @@ class ConnectionOptions:
         return SwarmKey.load(Path(key)) if isinstance(key, str | Path) else key
 
     def load_trusted(self) -> AuthorizedKeys | None:
-        """The keys of the peers that may be used; None: any. Raises KeyFileError: their file cannot be used."""
+        """The keys of the peers that may be used; None: any. Raises KeyFileError: the file cannot be used."""
         from splitnet.security.identity import AuthorizedKeys
 
         return None if self.trusted_peers is None else AuthorizedKeys(Path(self.trusted_peers))
 
     @classmethod
     def of(cls, keywords: dict[str, Any], known: Sequence[str] = GENERATING, *others: str) -> ConnectionOptions:
-        """The options that keywords give, with the device that is found here for the one that they ask for.
+        """The options of keywords, with the device resolved to one of this machine.
 
         Args:
-            known: the keywords that the caller takes.
-            others: those that it takes besides, and that are no options.
+            known: keywords of the caller that are options.
+            others: keywords of the caller that are no options.
 
         Raises:
-            TypeError: there is no such option; names the one that is probably meant.
-            SplitnetError: there is no such device here, or it does not work; or a value that cannot be.
+            TypeError: there is no such option; the message names the closest one.
+            SplitnetError: the device is missing or does not work, or a value is impossible.
         """
         for name in keywords:
             if name not in known:
@@ -161,7 +155,7 @@ class ConnectionOptions:
 
 
 def takes(*names: str) -> Callable[[Function], Function]:
-    """Shows these options in the signature of a function in the place of its `**options`."""
+    """Replaces `**options` by these options in the signature of a function."""
 
     def shown(function: Function) -> Function:
         signature = inspect.signature(function)

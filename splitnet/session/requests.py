@@ -1,4 +1,4 @@
-"""What a session has under way: what was sent, what has come of it, and how it is sent again on another route."""
+"""The requests of a session, with their answers; a request can be sent again on another route."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from splitnet.wire.messages import (
 
 
 class Route(Protocol):
-    """The open route, as far as requests need it; see `splitnet.session.machine.SessionState`."""
+    """The part of an open route that requests use; see `splitnet.session.machine.SessionState`."""
 
     epoch: int
     hidden_size: int
@@ -57,12 +57,12 @@ Sent = TypeVar("Sent", Step, Forward, Step | Replay, FetchKV)
 
 @dataclass(slots=True, eq=False)
 class Request(ABC, Generic[Sent]):
-    """Something that was asked for.
+    """A request of the caller, or a replay.
 
     Attributes:
-        message: that was sent for it.
-        error: why no answer will come any more.
-        predicted_ms: what it is predicted to take; 0: not known.
+        message: of the request.
+        error: why the request has failed; None: it has not.
+        predicted_ms: predicted time; 0: unknown.
     """
 
     message: Sent
@@ -72,7 +72,7 @@ class Request(ABC, Generic[Sent]):
 
     @property
     def number(self) -> int:
-        """That its answers name."""
+        """The number that answers refer to."""
         return self.message.number
 
     @property
@@ -81,29 +81,29 @@ class Request(ABC, Generic[Sent]):
 
     @property
     def decodes(self) -> bool:
-        """Whether it is so small that an answer is due soon."""
+        """Whether the request is a decode step, whose answer is due soon."""
         return False
 
     @abstractmethod
     def send(self, route: Route) -> None:
-        """Sends it in the route's epoch; earlier answers count no more."""
+        """Sends the request in the route's epoch, and drops earlier answers."""
 
     @abstractmethod
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        """Takes an answer in; tells whether it was one. Raises ProtocolError, AdapterError: it is not what was asked
-        for."""
+        """Handles a message; returns whether the message was an answer. Raises ProtocolError, AdapterError: the answer
+        cannot be used."""
 
 
 @dataclass(slots=True, eq=False)
 class StepRequest(Request[Step]):
-    """New positions: `kept` of them come back from the tail.
+    """New positions; the tail returns `kept` outputs.
 
     Attributes:
-        taps: boundaries at which their hidden states come from the hops that compute them, in rising order.
-        tapped: those that have come, by boundary.
-        makers: names of the hops of the route when an answer was useless for the first time; empty: no answer was.
-        useless: number of useless answers after the first.
-        replaces: it takes the place of positions that were sent before.
+        taps: boundaries at which hops return hidden states, in rising order.
+        tapped: received hidden states, by boundary.
+        makers: names of the route's hops at the first unusable answer; empty: all answers were usable.
+        useless: number of unusable answers after the first.
+        replaces: the step overwrites positions that were sent before.
     """
 
     kept: int
@@ -143,21 +143,21 @@ class StepRequest(Request[Step]):
 def check_beside(step: Step, under_way: Collection[StepRequest]) -> None:
     """Raises SplitnetError for a step that must not be sent while these requests are under way."""
     if step.forks and under_way:
-        # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
+        # A hop does not fork rows twice, so a step that was lost before the fork could not be repeated.
         raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
     starts = {part.row: part.start for part in step.parts}
     for request in under_way:
         parts = request.message.parts
         if any(part.start < starts.get(part.row, 0) < part.start + part.length for part in parts):
-            # Were it lost, its first positions, which this one builds on, would not be sent again.
+            # If the older step were lost, its first positions, which the new step needs, would not be sent again.
             raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
         if len({starts.get(part.row, MAX_POSITIONS) < part.start + part.length for part in parts}) > 1:
-            # It would end, and with it what the steps of its other rows build on.
+            # The older step would be dropped, and with it positions of other rows that later steps need.
             raise SplitnetError("a step was to undo some rows of one under way: wait for that, or undo all its rows")
 
 
 def undone_by(step: Step, under_way: Iterable[StepRequest]) -> list[StepRequest]:
-    """Steps under way that a new one undoes, as it begins before their end; sent again, they would build on it."""
+    """Steps under way that a new step undoes because it begins before their end. They must not be sent again."""
     starts = {part.row: part.start for part in step.parts}
     rows = {fork.row for fork in step.forks} if step.forks is not None else None
     return [
@@ -173,7 +173,7 @@ def undone_by(step: Step, under_way: Iterable[StepRequest]) -> list[StepRequest]
 
 @dataclass(slots=True, eq=False)
 class ReplayRequest(Request[Step | Replay]):
-    """A part of a log that is sent again: by the client, or by a hop that is asked to. `last` answers."""
+    """A part of a log that is replayed by the client, or by a hop that is asked. The hop `last` answers."""
 
     to: Endpoint
     last: Endpoint
@@ -192,38 +192,38 @@ class ReplayRequest(Request[Step | Replay]):
         elif isinstance(message, Result) and source == self.to:
             if not getattr(self.message, "since", 0):
                 raise ProtocolError("it has nothing to replay")
-            self.ended = True  # nothing but what the next hops hold already
+            self.ended = True  # the next hops hold all positions of the log
         return self.ended
 
 
-KV_WIDTH = 8  # so many times the hidden size the keys of a position have at most, and so the values
-PART_BYTES = 1024  # that a part counts as, besides its payload; and that a tensor takes, besides its numbers, at most
+KV_WIDTH = 8  # largest width of a position's keys, and of its values, in hidden sizes
+PART_BYTES = 1024  # counted for each message besides its payload; most bytes of a tensor besides its numbers
 
 
 def most_bytes(sizes: Iterable[int]) -> int:
-    """What tensors of these sizes, in bytes, take in messages at most."""
+    """Most bytes of messages with tensors of these sizes in bytes."""
     return sum(size + 2 * PART_BYTES for size in sizes)
 
 
 @dataclass(slots=True)
 class FromHops:
-    """What several hops send, each in one or several messages."""
+    """Data of several hops, each in one or several messages."""
 
     parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
-    _left: dict[Endpoint, int] = field(default_factory=dict)  # bytes that may still come, of hops that are not done
+    _left: dict[Endpoint, int] = field(default_factory=dict)  # bytes that each unfinished hop may still send
     _remaining: dict[Endpoint, int] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
-        """Whether all that is expected has come."""
+        """Whether all expected data have arrived."""
         return not self._left
 
     def begin(self, expected: Mapping[Endpoint, int]) -> None:
-        """Forgets earlier parts; these hops will send something, each so many bytes at most."""
+        """Drops earlier parts. expected: hops that will send data, with their largest number of bytes."""
         self.parts, self._left, self._remaining = {}, dict(expected), {}
 
     def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
-        """Takes a part in; False if nothing of this hop is missing. Raises ProtocolError: a part that was not due."""
+        """Adds a part; False if no part of this hop is missing. Raises ProtocolError: the part is not due."""
         if source not in self._left:
             return False
         if message.remaining != self._remaining.get(source, message.remaining + 1) - 1:
@@ -240,7 +240,7 @@ class FromHops:
 
 @dataclass(slots=True, eq=False)
 class PassRequest(Request[Forward]):
-    """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
+    """A pass over whole sequences: its output, and after `Backward` its gradients."""
 
     result: Result | None = None
     back: BackwardState | None = None
@@ -252,7 +252,7 @@ class PassRequest(Request[Forward]):
 
     @property
     def is_on_way_back(self) -> bool:
-        """Whether all hops have done the pass forward, and a gradient may be under way."""
+        """Whether the forward pass is done and a gradient may be under way."""
         return self.back is not None and self.result is not None
 
     def send(self, route: Route) -> None:
@@ -281,7 +281,7 @@ class PassRequest(Request[Forward]):
 
 @dataclass(slots=True)
 class BackwardState:
-    """What a pass goes back with: its batch, and the encoded gradient by the output."""
+    """The batch of a backward pass, and the encoded gradient by the output."""
 
     batch: Batch
     codec: int
@@ -292,18 +292,19 @@ class BackwardState:
 class Batch:
     """Passes that go back together.
 
-    Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
+    Hops sum the gradients by the adapter in the order of the passes, so all passes are done, or repeated, together.
 
     Attributes:
-        sums: parts of the gradients by the adapter, until all parts of a hop are here and sound.
+        sums: parts of the gradients by the adapter, until all parts of a hop have arrived and are valid.
         by_adapter: the gradients by the adapter, by the name of the tensor.
+        sent: number of passes that were sent back, in order; 0 again when they are repeated.
     """
 
     passes: list[PassRequest]
     sums: FromHops = field(default_factory=FromHops)
     by_adapter: dict[str, Tensor] = field(default_factory=dict)
-    sent: int = 0  # how many of the passes have been sent back, in order; 0 again when they are repeated
-    _adapted: dict[Endpoint, dict[str, Tensor]] = field(default_factory=dict)  # hops with their parts of the adapter
+    sent: int = 0
+    _adapted: dict[Endpoint, dict[str, Tensor]] = field(default_factory=dict)  # the adapter's tensors by hop
 
     @property
     def done(self) -> bool:
@@ -311,7 +312,7 @@ class Batch:
         return came and not self.sums.parts
 
     def take_part(self, source: Endpoint, message: AdapterGradient) -> bool:
-        """As `Request.take`: a part of the gradients by the adapter."""
+        """As `Request.take`, for a part of the gradients by the adapter."""
         if not self.sums.take(source, message):
             return False
         if not message.remaining:
@@ -328,8 +329,8 @@ class Batch:
         return True
 
     def go_back(self, adapter: int, route: Route) -> None:
-        """Sends the gradients by the output up the route; on another route, or with another adapter meanwhile, the
-        passes are done again before.
+        """Sends the gradients by the output back. After a change of route or adapter, the passes run forward again
+        before.
         """
         if all(each.message.epoch == route.epoch and each.message.adapter == adapter for each in self.passes):
             self.send_ready(route)
@@ -339,7 +340,7 @@ class Batch:
             each.send(route)
 
     def send_ready(self, route: Route) -> None:
-        """Sends back what can go back, in order."""
+        """Sends back the passes with outputs, in order."""
         last = self.passes[-1]
         while self.sent < len(self.passes) and (result := self.passes[self.sent].result) is not None:
             forward, back, since = self.passes[self.sent].message, self.passes[self.sent].back, self.passes[0].number
@@ -355,7 +356,7 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class FetchRequest(Request[FetchKV]):
-    """Keys and values of a row, from every hop."""
+    """Fetches the keys and values of a row from every hop."""
 
     found: FromHops = field(default_factory=FromHops)
     sent: bool = False

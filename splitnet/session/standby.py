@@ -1,5 +1,5 @@
-"""Copies of a session's keys and values at replicas, made in the background: one of them takes the place of a hop that
-dies, and computes only what was not copied yet.
+"""Copies a session's keys and values to replicas in the background. A replica that replaces a dead hop computes only
+positions that were not copied.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from typing import Final
 
 from splitnet.errors import SplitnetError
 from splitnet.session.failover import RouteHop
+from splitnet.session.prefix_lookup import copy_request
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.messages import MAX_LABELS, CopiedPages
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0  # how often hops are compared with their replicas
-ASK_AGAIN_S: Final = 15.0  # a replica that has not answered is asked again
-PLAN_S: Final = 30.0  # for this time a replica is kept, or none is looked for again
-PAGES_AT_ONCE: Final = 128  # that a replica is asked for, beyond those that it has
+LOOK_S: Final = 1.0  # interval at which hops are compared with their replicas
+ASK_AGAIN_S: Final = 15.0  # after which a replica without an answer is asked again
+PLAN_S: Final = 30.0  # interval at which the replica of a hop is planned again
+PAGES_AT_ONCE: Final = 128  # most pages of one request, which bounds the loss if the replica dies
 
 
 @dataclass(slots=True)
 class _Copy:
-    """What a replica of a hop has. replica: None: there is none."""
+    """The pages at the replica of a hop. replica: None: no peer can replace the hop."""
 
     replica: PlannedHop | None
     planned_at: float
     pages: int = 0
-    last: bytes = b""  # label of the last of them
-    stuck: bool = False  # the last request has brought nothing
-    number: int = 0  # of the request that is open; 0: none is
+    last: bytes = b""  # label of the last page
+    stuck: bool = False  # the last request has copied no page
+    number: int = 0  # of the open request; 0: there is none
     asked_at: float = 0.0
-    asked: tuple[bytes, ...] = ()  # the labels of its pages
+    asked: tuple[bytes, ...] = ()  # labels of the request
 
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The route of a session now, and the labels of the pages of its text."""
+    """The present route of a session, and the labels of its text's pages."""
 
     hops: Sequence[RouteHop]
     labels: tuple[bytes, ...]
@@ -50,9 +51,9 @@ class Present:
 
 
 class Standby:
-    """Has replicas copy the pages of each hop, `rate` bytes per second in all; close it when done.
+    """Asks replicas to copy the pages of each hop, at `rate` bytes per second in total. Must be closed.
 
-    present: how the session is now; None: there is nothing to copy. It is called from a thread of this object.
+    present: returns the present route; None: there is nothing to copy. Called from the thread of this object.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class Standby:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends it without waiting; from any thread."""
+        """Ends the thread without waiting. Any thread may call this."""
         self._closed = True
         self._changed.set()
 
-    def took(self, message: CopiedPages) -> bool:
-        """Takes in the answer of a replica; False: it answers something else."""
+    def received(self, message: CopiedPages) -> bool:
+        """Handles the answer of a replica; False: the message answers another request."""
         with self._lock:
             for copy in self._copies.values():
                 if copy.number == message.number:
@@ -128,18 +129,18 @@ class Standby:
                 behind.append((hop, copy, replica))
         for hop, copy, replica in behind:
             if copy.pages:
-                self._swarm.stored.note(labels, replica.name, copy.pages, present.codec)
+                self._swarm.prefix_index.note(labels, replica.name, copy.pages, present.codec)
             if (copy.number or copy.stuck) and now - copy.asked_at < ASK_AGAIN_S:
                 continue
             with self._lock:
                 copy.number, copy.asked_at = self._number(), now
                 copy.asked = labels[: copy.pages + PAGES_AT_ONCE]
             rate = max(1.0, self._rate / len(behind))
-            message = hop.copy_of(self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
+            message = copy_request(hop, self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
             self._swarm.links.send(replica.record.endpoint, message)
 
     def _replica(self, present: Present, index: int) -> PlannedHop | None:
-        """The peer that a repair would take for a hop, if it is one for all of its blocks, held alike."""
+        """The peer that a repair would choose for a hop, if one peer holds all its blocks in the same format."""
         hops = present.hops
         before = hops[index - 1].planned.record if index else None
         behind = hops[index + 1].planned.record if index + 1 < len(hops) else None

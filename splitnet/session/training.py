@@ -1,4 +1,4 @@
-"""Passes over whole sequences along a route, forward and back: for training, and for logits without a cache."""
+"""Forward and backward passes over whole sequences along a route: for training, and for logits without a cache."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, are_finite, codec_by_code, codec_by_name, encode_finite
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
-MICRO_BATCHES_PER_HOP = 2  # that a batch is cut into, so that all hops have something to do most of the time
+MICRO_BATCHES_PER_HOP = 2  # of a batch, so that all hops compute most of the time
 MIN_POSITIONS = 64
-MAX_POSITIONS = 512  # of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other
+MAX_POSITIONS = 512  # of a micro-batch: smaller ones use devices badly, larger ones make hops wait for each other
 LOSSY_GRADIENT_CODEC = "bf16"
 
 
 @dataclass(slots=True)
 class Passed:
-    """A batch that went through the blocks, with what the way back needs."""
+    """A batch after its forward pass, with the state that its backward pass needs."""
 
     passes: list[PassRequest]
     adapter: Adapter | None
 
 
 class PassSession(SessionDriver):
-    """A route for whole sequences, of which no KV caches are kept. One thread uses it at a time.
+    """A route for whole sequences without KV caches. One thread uses it at a time.
 
-    A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, those that
-    were under way, or had gone forward and not back, are done again: the same bytes give the same gradients.
+    A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, micro-batches
+    under way or before their backward pass are repeated: the same bytes give the same gradients.
 
     options, blocks: see `splitnet.session.driver.SessionDriver`.
     """
@@ -64,18 +64,19 @@ class PassSession(SessionDriver):
         """Runs sequences through all blocks.
 
         Args:
-            hidden: `[positions, hidden]`: the sequences one after the other; lengths: positions of each.
-            keep: `backward` may follow; call `forget` if it does not.
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each sequence.
+            keep: `backward` or `forget` will follow.
             reach: see `splitnet.wire.messages.Forward`.
 
         Returns:
-            `[positions, hidden]` float32, and what `backward` needs.
+            `[positions, hidden]` float32, and the argument of `backward`.
 
         Raises:
             PeerLost, CoverageError, PeerFailed, PeerBusy, ContextTooLong: as in `Session.step`.
             AdapterError: the adapter does not fit the blocks.
-            NotFinite: `hidden` or the adapter holds inf or NaN, or two peers of the same blocks find that the output
-                does, though all else is finite.
+            NotFinite: `hidden` or the adapter holds inf or NaN, or two peers of the same blocks compute inf or NaN from
+                finite values.
         """
         self._use(adapter)
         while self._forgotten:
@@ -98,13 +99,14 @@ class PassSession(SessionDriver):
         return torch.cat([self._decode(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Gradients of a loss by what `forward` was given, with `keep`; raises what that does. A batch goes back once.
+        """Gradients of a loss by the inputs of `forward`, once per batch. Raises as `forward`.
 
         Args:
+            batch: of `forward` with `keep`.
             gradient: `[positions, hidden]`, of the loss by the output.
 
         Returns:
-            The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
+            The gradient by `hidden`, `[positions, hidden]` float32, and the gradients by the adapter's tensors.
         """
         self.forget(batch)
         self._use(batch.adapter)
@@ -121,14 +123,14 @@ class PassSession(SessionDriver):
         return by_input, together.by_adapter
 
     def forget(self, batch: Passed) -> None:
-        """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
+        """Gives up the backward pass of a batch; peers free its memory at the next pass. Any thread may call this."""
         self._forgotten.append([request.number for request in batch.passes])
 
     def _version(self, adapter: Adapter | None) -> int:
         return self.state.adapter_version if adapter is not None else 0
 
     def _use(self, adapter: Adapter | None) -> None:
-        """Has a route open whose blocks run with an adapter; nothing is sent if they do already."""
+        """Opens a route whose blocks run with an adapter; sends the adapter only if it has changed."""
         if adapter is not None and adapter is not self.state.adapter:
             if not are_finite(adapter.tensors.values()):
                 raise NotFinite("the adapter holds inf or NaN: go back to an earlier state of it")
@@ -154,7 +156,7 @@ class PassSession(SessionDriver):
         return codec_by_code(answer.codec).decode(answer.payload, *size)
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The sequences in groups that fill the hops well; no sequence is cut."""
+        """Groups sequences into micro-batches; no sequence is cut."""
         wanted = -(-sum(lengths) // (MICRO_BATCHES_PER_HOP * len(self.hops)))
         most = min(MAX_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
         limit = min(max(wanted, MIN_POSITIONS), most)

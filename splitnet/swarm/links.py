@@ -1,4 +1,4 @@
-"""A client's links to peers: what sessions send goes out over them, and what peers say is handed to its session."""
+"""A client's links to peers: they send the messages of sessions, and deliver messages of peers to sessions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from splitnet.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_LINKS = 160  # at the same time; each takes four file descriptors, and processes often may have 1,024
-KEEP_UNREACHED_S = 15.0  # a link that is lost, or never came up, is tried so long after its last use
-QUEUES_S = 0.05  # how long the queues of links are kept: many sessions ask at the same time
-BUSY_BYTES = 2 * PROBE_BYTES  # more than what measuring a link alone puts on it
+MAX_LINKS = 160  # at the same time; each takes four file descriptors, of which a process often has 1,024
+KEEP_UNREACHED_S = 15.0  # time after its last use for which a lost or unconnected link is tried again
+QUEUES_S = 0.05  # validity of the queues of links, because many sessions ask at the same time
+BUSY_BYTES = 2 * PROBE_BYTES  # unsent bytes of a busy link: more than a measurement of the link sends
 
 
 class Subscriber(Protocol):
-    """Gets messages and errors for a session, from the transport's thread."""
+    """Receives the messages and errors of a session, in the transport's thread."""
 
     id: bytes
 
@@ -54,13 +54,13 @@ class Subscriber(Protocol):
 
 
 class Links:
-    """Thread-safe; close it when done.
+    """The links of a client. Thread-safe. Must be closed.
 
-    A session uses a link from its `Open` on until its `Close`, or until it is unregistered; other links are closed when
-    nothing was sent over them for a minute.
+    A session uses a link from its `Open` until its `Close`, or until the session is unregistered; other links are
+    closed a minute after their last message.
 
-    most: links at the same time. keep_unused_s: how long a link that no session has used outlives its last message, see
-    `LinkPool`. on_answer: takes what answers a question that belongs to no session, see `splitnet.directory.ask`.
+    most: links at the same time. keep_unused_s: time after its last message for which a link without a session is kept,
+    see `LinkPool`. on_answer: handles answers that belong to no session, see `splitnet.directory.ask`.
     """
 
     def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:
@@ -104,13 +104,13 @@ class Links:
             session.close()
 
     def register(self, session: Subscriber) -> None:
-        """Hands over what comes for a session from now on."""
+        """Delivers the messages of a session from now on."""
         with self._lock:
             self._sessions[session.id] = session
             self._used[session.id] = set()
 
     def unregister(self, session: Subscriber) -> None:
-        """Hands over nothing any more; the session uses no link from now on."""
+        """Stops delivering messages to a session, and releases its links."""
         with self._lock:
             self._sessions.pop(session.id, None)
             used = self._used.pop(session.id, set())
@@ -118,15 +118,15 @@ class Links:
             self.pool.release(endpoint)
 
     def close_later(self, session: Subscriber) -> None:
-        """Has another thread close a session within a second. The collector of garbage may call it at any moment."""
-        # SimpleQueue.put is reentrant; everything else here may wait for a lock that this very thread holds.
+        """Closes a session within a second, in another thread. The garbage collector may call this at any moment."""
+        # SimpleQueue.put is reentrant; all other calls may wait for a lock that the same thread holds.
         self._ended.put(session)
         self._transport.tick_soon()
 
     def send(self, endpoint: Endpoint, message: Message) -> int:
-        """Sends a message and returns its size in bytes; 0 if the number of links does not allow it.
+        """Sends a message and returns its size in bytes; 0: there are too many links.
 
-        The session of the message learns of that by `Subscriber.link_failed`.
+        In this case `Subscriber.link_failed` of the message's session is called.
         """
         if not self._keep_open(endpoint, message):
             many = f"this client has {self._most} links in use: close sessions, or share the work among processes"
@@ -137,33 +137,33 @@ class Links:
         return sum(map(len, frames))
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
+        """State of the link to a peer; for a minute after the end of a failed link, the kind of its failure."""
         return self.pool.state(endpoint)
 
     def is_connecting(self, endpoint: Endpoint) -> bool:
-        """Whether somebody has taken the connection, and the handshake is under way."""
+        """Whether the connection was accepted and the handshake is under way."""
         return self.state(endpoint) is LinkState.CONNECTING and self._transport.is_taken(endpoint)
 
     def traffic(self, endpoint: Endpoint) -> Traffic | None:
-        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        """The traffic of a link since its start; None: the link is not up, or the system does not report traffic."""
         return self._transport.traffic(endpoint)
 
     def queues(self) -> dict[Endpoint, Traffic]:
-        """The links with unconfirmed bytes, as of a moment ago; none if the system does not tell."""
+        """The links with unconfirmed bytes, at most `QUEUES_S` old; empty if the system does not report them."""
         now = time.monotonic()
         if now - self._queues[0] > QUEUES_S:
             self._queues = now, self._transport.queues()
         return self._queues[1]
 
     def is_busy(self, endpoint: Endpoint) -> bool:
-        """Whether a ping to a peer may wait behind what is sent to it, or to others over the same way up."""
+        """Whether a ping to a peer may wait behind other bytes of its link, or of other links on the same uplink."""
         passed = self.traffic(endpoint)
         if passed is None or not passed.unsent:
             return False
         return passed.unsent > BUSY_BYTES or bool(self.queues().keys() - {endpoint})
 
     def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
-        """Keeps the link for a message open; False if there are too many others."""
+        """Keeps the link of a message open; False: there are too many other links."""
         used = self._used.get(getattr(message, "session", b""), set())
         if isinstance(message, Open | Close):
             with self._lock:
@@ -236,7 +236,7 @@ class Links:
 
 
 def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
-    """The error of a link whose keys do not fit."""
+    """The error of a link with a wrong or refused key."""
     if state is LinkState.WRONG_KEY:
         return WrongKey(
             f"what answers at {endpoint.address} ends the handshake as if it has another key than the record of the "

@@ -1,4 +1,4 @@
-"""Peers and links as a client plans with them: records, corrected by what was measured, and what to measure next."""
+"""Facts about peers and links for a client's plans: records, corrected by measurements; and what to measure next."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ from splitnet.wire.messages import LoadReport
 
 log = logging.getLogger(__name__)
 
-TRUST_S = 60.0  # how long measured times of a hop count more than its record
-STEPS = 3  # of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop
-REMEASURE_S = 30.0
-KEPT_NETWORKS = 8  # a session asks for links of peers that it plans with, of its hops, and of those around each
+TRUST_S = 60.0  # age up to which measured times of a hop are preferred to its record
+STEPS = 3  # steps of the median, because one step may wait for a busy processor
+REMEASURE_S = 30.0  # age from which the round trip of a link is measured again
+KEPT_NETWORKS = 8  # sets of peers whose links are kept: candidates of a plan, hops, the neighbours of each hop
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9
-"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
+"""Peers that are measured again while sessions are open: any peers, and peers that are most likely on routes.
 
-Before a route is planned anew, as the present one seems slow, it is one of each block at least.
+Before a slow route is planned again, at least one likely peer of each block is measured.
 """
 PINGS_PER_MINUTE = 256
-ENDS_PINGS = 32  # of these, to the ends of a route: two, and up to eight that measure the bandwidth, to each
+ENDS_PINGS = 32  # reserved for the ends of a route: two pings, and up to eight for the bandwidth, to each
 _PROBE_PINGS = 8
-PROBE_AGAIN_S = 180.0  # after so long the bandwidth of a link is measured again: it takes 128 KiB and more
-SUSPECTED_AGAIN_S = 25.0  # if steps stay slow
-IN_USE_S = 300.0  # so long after a plan another session is expected, which should not wait for the directory
-MAX_AGE_S = 90.0  # a link that was measured longer ago counts as not measured
+PROBE_AGAIN_S = 180.0  # age from which the bandwidth of a link is measured again, which takes 128 KiB or more
+SUSPECTED_AGAIN_S = 25.0  # the same while steps stay slow
+IN_USE_S = 300.0  # time after a plan for which records are kept fresh for the next session
+MAX_AGE_S = 90.0  # age from which a measured link counts as not measured
 KEPT_LINKS = 256
-SETTLE_S = 300.0  # a place is found anew from the links of so long ago at most: one may have moved
-SETTLE_LINKS = 32  # but from so many at least
+SETTLE_S = 300.0  # age of the oldest links from which the place is computed, because a device may move
+SETTLE_LINKS = 32  # least number of these links, of any age
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class NetworkCoordinates:
-    """Measured links to peers by key text, and the coordinate that they make. Thread-safe. clock: seconds."""
+    """Measured links to peers by key text, and the client's network coordinate. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -78,19 +78,19 @@ class NetworkCoordinates:
 
     @property
     def place(self) -> Place:
-        """As of now; an error of 1 and more says that it is not known yet."""
+        """The client's place. An error of 1 or more means that the place is unknown."""
         with self._lock:
             return Place(self._coordinate, self._bytes_per_ms)
 
     @property
     def links(self) -> dict[str, Link]:
-        """Links that were measured lately, the latest last; with 0 bytes per ms those of unknown bandwidth."""
+        """Recently measured links, the latest last; 0 bytes per ms: unknown bandwidth."""
         oldest = self._clock() - MAX_AGE_S
         with self._lock:
             return {key: link for key, (at, link, _) in self._links.items() if at >= oldest}
 
     def measured(self, record: PeerRecord, link: Link) -> None:
-        """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
+        """Notes a measured link to a peer; with an unmeasured bandwidth (0), the former bandwidth is kept."""
         other = place_of(record).coordinate
         with self._lock:
             _, former, _ = self._links.get(record.key.text, (0.0, link, other))
@@ -100,7 +100,7 @@ class NetworkCoordinates:
             self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
 
     def settle(self) -> None:
-        """Finds the place anew from the latest links, for a device that measures many at a time."""
+        """Computes the place from the latest links, for a device that measures many links at a time."""
         oldest = self._clock() - SETTLE_S
         with self._lock:
             links = list(self._links.values())
@@ -125,7 +125,7 @@ class Latest(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         facts = (args, kwargs)
-        made = self._made  # replaced as a whole, so that other threads may do so meanwhile
+        made = self._made  # replaced as a whole, so that threads need no lock
         found = next((each for each in made if each[0] == facts), None)
         if found is None:
             found = facts, self._make(*args, **kwargs)
@@ -139,20 +139,20 @@ class _Seen:
     """The latest decode steps that a hop has run for this client."""
 
     at: float
-    positions: int = 1  # of the last one; most have the same number
+    positions: int = 1  # of the last step; most steps have the same number
     block_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
     wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
 class Measurements:
-    """What a client has measured of peers and links. Thread-safe. clock: seconds."""
+    """A client's measurements of peers and links. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.answers = Answers()  # which peers answered when their links were measured
+        self.answers = Answers()  # peers that have answered measurements
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
-        self._loads: dict[str, tuple[float, LoadReport]] = {}  # with the time at which it was told
+        self._loads: dict[str, tuple[float, LoadReport]] = {}  # with the time of the report
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._probed: dict[str, float] = {}  # when the bandwidth of the link was measured
         self._predictions = PredictionErrors()
@@ -161,11 +161,11 @@ class Measurements:
 
     @property
     def now_s(self) -> float:
-        """By its clock."""
+        """The present time of the clock, in seconds."""
         return self._clock()
 
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
-        """Takes in what a decode step of `positions` met at a hop: ms per block, and ms until its pass began."""
+        """Notes the times of a decode step of `positions` at a hop: ms per block, and ms until its pass began."""
         now = self._clock()
         with self._lock:
             seen = self._hops.get(key)
@@ -177,18 +177,18 @@ class Measurements:
         self.answers.stepped(key, now)
 
     def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
-        """Takes in the round trip between two hops."""
+        """Notes the round trip between two hops."""
         with self._lock:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
     def prediction_came(self, route: Hashable, ratio: float) -> None:
-        """Takes in by what factor a route was slower than predicted."""
+        """Notes the ratio of a route's time and its prediction."""
         with self._lock:
             self._predictions.came(route, ratio)
 
     @property
     def prediction_error(self) -> float:
-        """By what factor routes have been slower than predicted lately, at least 1."""
+        """Factor by which recent routes were slower than predicted, at least 1."""
         with self._lock:
             return self._predictions.error
 
@@ -198,7 +198,7 @@ class Measurements:
         return [_corrected(record, hops.get(record.key.text), loads.get(record.key.text)) for record in records]
 
     def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
-        """The peers, by name, of which measurements or load reports differ from their records."""
+        """The peers with measurements or load reports, by name, with their records corrected."""
         hops, loads = self._seen_lately()
         names = (hops.keys() | loads.keys()) & records.keys()
         return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
@@ -210,7 +210,7 @@ class Measurements:
             return hops, {key: told for key, (at, told) in self._loads.items() if at >= oldest}
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
-        """All links, the client's own among them."""
+        """All links, with the client's own links."""
         network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
         names = {record.key.text for record in records}
         oldest = self._clock() - TRUST_S
@@ -221,12 +221,12 @@ class Measurements:
         return network.with_links(between) if between else network
 
     def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
-        """The peers, without those named `exclude`, whose link was never tried to be measured."""
+        """The peers whose links were never asked for a measurement, without the names in `exclude`."""
         known = self.answers.asked_s().keys() | set(exclude)
         return [record for record in records if record.key.text not in known]
 
     def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
-        """The peers that answer, and to which the bandwidth was not measured within `again_s`."""
+        """The answering peers whose bandwidth was not measured within `again_s`."""
         oldest = self._clock() - again_s
         with self._lock:
             known = {key for key, at in self._probed.items() if at >= oldest}
@@ -234,11 +234,11 @@ class Measurements:
         return [record for record in records if record.key.text not in known]
 
     def silent(self, *, lately: bool = False) -> set[str]:
-        """Names of peers that did not answer when their links were measured; lately: only those tried a moment ago."""
+        """Names of peers that did not answer the last measurement; lately: only of recent measurements."""
         return self.answers.silent(self._clock(), lately=lately)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
-        """The peers whose link was not tried to be measured for so long; the one tried longest ago first."""
+        """The peers whose last measurement, answered or not, is older than `age_s`; the oldest first."""
         oldest = self._clock() - age_s
         asked_s = self.answers.asked_s()
         tried = [(asked_s.get(record.key.text, -math.inf), record) for record in records]
@@ -250,7 +250,7 @@ class Measurements:
         links: Mapping[Endpoint, Link],
         loads: Mapping[Endpoint, LoadReport] | None = None,
     ) -> None:
-        """Takes in which links were tried, those that were measured (0 bytes per ms: not), and loads of peers."""
+        """Notes a measurement: the peers that were asked, measured links (0 bytes per ms: unmeasured), and loads."""
         now = self._clock()
         with self._lock:
             for endpoint, record in tried.items():
@@ -287,7 +287,7 @@ def _corrected(record: PeerRecord, seen: _Seen | None, told: LoadReport | None) 
     told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)
     usual_ms = _usual(seen.block_ms, told_ms)
     factor = usual_ms / told_ms
-    # More positions take no less than was seen, even of a peer that says that they take no time.
+    # More positions take at least the measured time, even if the peer reports none.
     block_ms = tuple(
         max(ms * factor, usual_ms if size >= seen.positions + peer.batch else 0.0)
         for size, ms in zip(PASS_SIZES, peer.speed.block_ms, strict=True)
@@ -297,16 +297,16 @@ def _corrected(record: PeerRecord, seen: _Seen | None, told: LoadReport | None) 
 
 
 def _usual(seen: Sequence[float], told: float) -> float:
-    """The median; before there are `STEPS` values, what the hop says is one of them."""
+    """The median of the measured values; with fewer than `STEPS` values, the reported value is added."""
     return median_low(seen if len(seen) == STEPS else [told, *seen])
 
 
 @dataclass(eq=False)
 class Measurer:
-    """Keeps measurements and records fresh, in the background while they are in use. Thread-safe; close it when done.
+    """Keeps measurements and records fresh in the background while they are in use. Thread-safe. Must be closed.
 
-    links: of the client. While sessions use some, known ones are measured again and again. likely: of all peers and
-    some of them so many of the latter through which routes most likely go; True: at least one for each block.
+    links: of the client; measured repeatedly while sessions are open. likely: chooses, from all peers and a subset, a
+    number of the subset's peers that are most likely on routes; True: at least one for each block.
     """
 
     known: PeerCache
@@ -316,9 +316,9 @@ class Measurer:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self.news = 0  # counts up when facts were refreshed
+        self.news = 0  # number of refreshes of the facts
         self._used_at = -math.inf
-        self._pinged_at: deque[float] = deque()  # once for each ping to a peer that answers: to others nothing is sent
+        self._pinged_at: deque[float] = deque()  # per ping; silent peers do not count: nothing is sent
         self._counting = threading.Lock()
         self._closing = threading.Event()
         self._look = threading.Event()
@@ -328,31 +328,31 @@ class Measurer:
         self._watcher.start()
 
     def stop(self) -> None:
-        """Begins nothing in the background any more."""
+        """Stops the work in the background."""
         self._closing.set()
         self._look.set()
 
     def close(self) -> None:
-        """Ends the thread, after the answers that it waits for."""
+        """Ends the thread, after the answers that the thread awaits."""
         self.stop()
         self._watcher.join(ANSWER_S)
 
     def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
-        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case.
+        """Refreshes the facts soon, in the background, and measures the links to `suspects`.
 
-        probe: steps stay slow, and no fact says why: the bandwidth is measured unless that was a moment ago.
+        probe: also measure the bandwidth, unless it was measured a moment ago: steps stay slow for an unknown reason.
         """
         self._suspects, self._suspects_probed_s = suspects, SUSPECTED_AGAIN_S if probe else PROBE_AGAIN_S
         self._look.set()
 
     def used(self) -> None:
-        """Somebody plans with the facts, or may have to."""
+        """Notes that the facts are in use, or soon may be."""
         self._used_at = self.clock()
 
     def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
-        """If few links are known, measures links to peers that were never tried, without those in `exclude`.
+        """Measures links to unmeasured peers if few links are known, without the names in `exclude`.
 
-        The first are any peers, which tell the client's place; the others those through which routes most likely go.
+        The first peers are arbitrary and give the client's place; the others are most likely on routes.
         """
         anyone, *likely = measured_first(len(records))
         if len(self.measurements.network_coordinates.links) < anyone:
@@ -362,15 +362,15 @@ class Measurer:
                 self.look_at(self.likely(records, self.measurements.unknown(records, exclude), count, False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
-        """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
+        """Measures the round trips to these peers in order, until the pings of this minute are used up."""
         self.measure((), records[: max(0, self._pings_left() - ENDS_PINGS) // 2])
 
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
     ) -> bool:
-        """Measures the links to the first of these peers, of `records` the bandwidth too, after `again_s` again.
+        """Measures the links to these peers in order, until the pings of this minute are used up.
 
-        As far as a minute has pings for that; whether it had any.
+        For `records` also the bandwidth, if it is older than `again_s`. Returns whether any peer was measured.
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
@@ -384,13 +384,13 @@ class Measurer:
         return bool(chosen)
 
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
-        """Nobody is silent because what waits on the way to it holds up a ping."""
+        """Notes results. A peer on a busy link does not count as silent, because its ping may wait in a queue."""
         told = {each: record for each, record in tried.items() if each in links or not self.links.is_busy(each)}
         loads = {each: load for each in tried.keys() & links.keys() if (load := self.links.prober.loads.get(each))}
         self.measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
-        """In this minute; other threads that measure may have overdrawn it."""
+        """Pings left in this minute; other threads may have exceeded the limit."""
         now = self.clock()
         with self._counting:
             while self._pinged_at and now - self._pinged_at[0] > 60.0:
@@ -404,7 +404,7 @@ class Measurer:
     def _some_likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
-        """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
+        """Some peers that are likely on routes. everywhere: one of each block, before a route is planned."""
         count = self._at_once(LIKELY_PER_MINUTE)
         likely = self.likely(records, among, count, True)
         return likely if everywhere else random.sample(likely, min(len(likely), count))
@@ -413,7 +413,7 @@ class Measurer:
         return round(per_minute * self.known.look_s / 60)
 
     def _watch(self) -> None:
-        """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
+        """Keeps records fresh, and links while sessions are open, so that sessions find better routes."""
         while True:
             self._look.wait(self.known.look_s)
             if self._closing.is_set():
@@ -435,7 +435,7 @@ class Measurer:
                     self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
                     self.look_at(self._some_likely(records, self.measurements.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
-                else:  # so that the next session need not wait for that either
+                else:  # so that the next session does not wait for measurements
                     self.look_at(self._some_likely(records, self.measurements.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

@@ -1,4 +1,4 @@
-"""The models of a swarm, as its directory has them."""
+"""Lists the models of a swarm from its directory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord, facts_of
 from splitnet.swarm.plan import peer_command
 
-MAX_MODELS: Final = 64  # that are listed: anybody can announce some
-_AT_ONCE = 8  # whose peers are looked up
+MAX_MODELS: Final = 64  # most models in the list, because anyone can announce models
+_AT_ONCE = 8  # models whose peers are looked up at the same time
 
 
 @dataclass(frozen=True)
 class SwarmModel:
-    """A model that peers serve, or that gateways are asked for; what it is called is what some of them claim.
+    """A model that peers serve, or that users request from gateways. The name is a claim of peers or gateways.
 
-    records: of its peers. demand: tokens per second that gateways are asked for, as they claim.
+    records: of the model's peers. demand: tokens per second that users request, as claimed by gateways.
     """
 
     fingerprint: str
@@ -33,16 +33,16 @@ class SwarmModel:
 
     @property
     def replicas(self) -> list[int]:
-        """How many peers serve each block."""
+        """Number of peers that serve each block."""
         return coverage(map(facts_of, filter(lambda one: one.serves, self.records)), self.num_blocks)
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """Ranges of blocks `[start, end)` that nobody serves."""
+        """Ranges of blocks `[start, end)` that no peer serves."""
         return missing_blocks(map(facts_of, filter(lambda one: one.serves, self.records)), self.num_blocks)
 
     def commands(self, way: Sequence[str]) -> list[str]:
-        """The commands that start a peer for each range that is missing; way: the arguments that join the swarm."""
+        """The commands that start a peer for each missing range; way: the arguments that join the swarm."""
         return [peer_command(self.name, way, *hole) for hole in self.missing]
 
     def as_json(self, way: Sequence[str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class SwarmModel:
 
 
 def models_of(directory: SwarmDirectory) -> list[SwarmModel]:
-    """The models of a swarm, the most wanted first, at most 64. Raises DirectoryError."""
+    """The models of a swarm, in order of demand, at most `MAX_MODELS`. Raises DirectoryError."""
     listed, demand = directory.models(), demand_of(directory)
     chosen = list(dict.fromkeys([*demand, *sorted(listed, key=lambda model: listed[model])]))[:MAX_MODELS]
     with ThreadPoolExecutor(_AT_ONCE) as pool:

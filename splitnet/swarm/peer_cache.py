@@ -1,7 +1,7 @@
-"""Which peers serve the client's model, as the directory said last; also while it says nothing.
+"""The peers that serve the client's model, from the last answer of the directory, also while the directory is silent.
 
-The directory is read as a whole at first and then seldom, as that takes megabytes among many peers. In between peers
-are asked what has changed, another one each time: none can forge a record, and what one leaves out the next one tells.
+The whole directory is read at first and then seldom, because with many peers that takes megabytes. In between, peers
+are asked for changes, another peer each time: no peer can forge a record, and the next peer reports what one omits.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
 log = logging.getLogger(__name__)
 
 LOOK_S = 10.0  # interval of questions while the client is in use, or no peer answers
-SLOWER = 2
-FEW_RECORDS = 32  # the interval grows with the number of records beyond this, at most twofold
-RECORDS_MAX_AGE_S = 20.0  # a caller that needs younger records waits for an answer: some round trips
-READ_S: Final = 600.0  # interval of reading everything; beyond `FEW_RECORDS` it grows in proportion, as the effort does
-REST_S: Final = 30.0  # a directory that was not read for so long rests until it is
-BYTES_PER_MINUTE: Final = 30_000  # of questions about changes and their answers, without those when a peer is silent
-MESSAGE_BYTES: Final = 400  # a question and its answer, without records
-LEAST_BYTES: Final = 3000  # an answer may have so many in any case: some records
-LISTED: Final = 256  # records that are named in a question
-LISTED_LIKELY: Final = 192  # of these are for routes most likely; the others were not heard of for longest
-CLOCKS_S: Final = 60.0  # by which the clocks of peers may differ
-UNHEARD_S: Final = 1800.0  # an expired record that no peer confirms does not count after that
+SLOWER = 2  # largest factor by which many records make the interval longer
+FEW_RECORDS = 32  # the interval grows with the number of records beyond this number
+RECORDS_MAX_AGE_S = 20.0  # a caller that needs newer records waits for an answer, some round trips
+READ_S: Final = 600.0  # interval of whole reads; beyond `FEW_RECORDS` it grows in proportion, as the traffic does
+REST_S: Final = 30.0  # time without a read after which the directory rests until the next read
+BYTES_PER_MINUTE: Final = 30_000  # of questions about changes and their answers, without repeats after a silent peer
+MESSAGE_BYTES: Final = 400  # of a question and its answer, without records
+LEAST_BYTES: Final = 3000  # smallest limit of an answer: room for some records
+LISTED: Final = 256  # most records that a question names
+LISTED_LIKELY: Final = 192  # most of these that are chosen as likely on routes; the others were confirmed longest ago
+CLOCKS_S: Final = 60.0  # largest difference between the clocks of peers
+UNHEARD_S: Final = 1800.0  # time after which an expired record without confirmation is dropped
 NEVER: Final = 1e11
-ARRIVE_S: Final = REFRESH_S + DIRECTORY_ANSWER_S  # a peer that serves has announced itself in this time
+ARRIVE_S: Final = REFRESH_S + DIRECTORY_ANSWER_S  # time within which a serving peer has announced itself
 ARRIVE_LOOK_S: Final = 1.0
 
 Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]]
@@ -55,12 +55,12 @@ class LinkStates(Protocol):
 
 @dataclass(eq=False)
 class PeerCache:
-    """The records of a model's peers, as they were read or told last. Thread-safe.
+    """The latest records of a model's peers. Thread-safe.
 
     Args:
-        trusted: keys of the peers that count; None: any.
-        peers: asks them what has changed; None: everything is read each time.
-        likely: of all peers and some of them so many of the latter through which routes most likely go.
+        trusted: keys of the peers that may be used; None: any.
+        peers: asks peers for changes; None: each look reads the whole directory.
+        likely: chooses, from all peers and a subset, this number of the subset's peers that are most likely on routes.
     """
 
     directory: SwarmDirectory
@@ -72,29 +72,29 @@ class PeerCache:
     likely: Likely = lambda _, some, count: some[:count]
 
     def __post_init__(self) -> None:
-        # By key, those of peers that have left, too; when a peer was last confirmed, Unix time in seconds.
+        # Records by key, also of peers that have left; Unix times of the last confirmations.
         self._held: dict[PublicKey, PeerRecord] = {}
         self._heard_at: dict[PublicKey, float] = {}
         self._records: list[PeerRecord] = []
         self._asked_at = self._read_at = -math.inf
-        self._told_since = 0.0  # of all that are where they are since before that it was told; Unix time in seconds
+        self._told_since = 0.0  # all placements before this Unix time have been reported
         self._asked_last: Endpoint | None = None
         self._asks_linked = False
-        self._silent = False  # nobody answered the last time, though there are peers to go on with
+        self._silent = False  # no peer answered the last question; the known records are used
         self._asking = threading.Lock()
-        self._awaited_until: float | None = None  # the first record, where the swarm has other models only
+        self._awaited_until: float | None = None  # end of the wait for a first record, in a swarm with other models
 
     def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; asked for again after 20 to 30 s, or at once if `fresh`.
+        """Peers that serve this model and speak this protocol; asks again after 20 to 30 s, or at once if `fresh`.
 
-        While no peer answers, that is tried every 10 s. Meanwhile the last records count, until they expire; those of
-        peers to which a link is up count longer. whole: the directory is read, unless that was 10 s ago at most.
+        While no peer answers, the question is repeated every 10 s, and the known records are used until they expire, or
+        longer while a link to the peer is up. whole: read the directory, unless the last read was within 10 s.
 
         Raises:
             DirectoryError: the directory does not answer, and no peer is known.
-            WrongSwarm: the swarm serves other weights only, after `ARRIVE_S` too.
+            WrongSwarm: the swarm serves only other weights, also after `ARRIVE_S`.
             ProtocolVersionError: all peers speak another protocol.
-            NotAuthorized: there are peers, of which none is trusted.
+            NotAuthorized: no peer is trusted.
         """
         if self._is_due(fresh or whole):
             self._ask_once(whole)
@@ -108,8 +108,8 @@ class PeerCache:
         speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
         if not trusted:
             raise NotAuthorized(
-                f"{len(self._records)} peers serve {self.model_name}, and none of them is one that you trust: add "
-                "its key to your --trusted-peers file if you do"
+                f"{len(self._records)} peers serve {self.model_name}, and you trust none of them: add the keys of "
+                "trusted peers to your --trusted-peers file"
             )
         if not speaking:
             spoken = max(record.protocol for record in trusted)
@@ -121,20 +121,20 @@ class PeerCache:
 
     @property
     def look_s(self) -> float:
-        """How often the directory is to be asked while the client is in use."""
+        """Interval, in seconds, of questions to the directory while the client is in use."""
         return LOOK_S * min(max(len(self._records) / FEW_RECORDS, 1.0), SLOWER)
 
     @property
     def is_old(self) -> bool:
-        """Whether to ask again in the background, so that nobody has to wait for that before the next look."""
+        """Whether to ask again in the background, so that the next look does not wait."""
         return time.monotonic() - self._asked_at > min(LOOK_S, self.look_s - LOOK_S / 2)
 
     def find(self, key: PublicKey) -> PeerRecord | None:
-        """The record of a peer, as it was read last."""
+        """The latest record of a peer."""
         return next((record for record in self._records if record.key == key), None)
 
     def trusts(self, key: PublicKey) -> bool:
-        """Whether the peer with this key counts."""
+        """Whether the peer with this key may be used."""
         return self.trusted is None or self.trusted.allows(key.curve_raw)
 
     def _is_due(self, fresh: bool) -> bool:
@@ -146,7 +146,7 @@ class PeerCache:
     def _ask_once(self, whole: bool) -> None:
         """Asks, unless another thread has just asked."""
         asked_at = self._asked_at
-        # An answer that does not come takes seconds: only one of all threads waits for the answer.
+        # A missing answer takes seconds, so only one thread waits for the answer.
         if self._asking.acquire(blocking=not self._silent):
             try:
                 if self._asked_at == asked_at:
@@ -169,7 +169,7 @@ class PeerCache:
                 self._silent = False
                 raise
             if not self._silent:
-                log.warning("%s Until it does, the %d peers known so far are used.", error, len(self._records))
+                log.warning("%s Until the directory answers, the %d known peers are used.", error, len(self._records))
             self._silent = True
         finally:
             self._asked_at = time.monotonic()
@@ -183,7 +183,7 @@ class PeerCache:
         self._told_since, self._read_at = began - CLOCKS_S, time.monotonic()
 
     def _hear_changes(self) -> bool:
-        """Asks a peer for changes; False: no peer can be asked, or answers, or it is time to read everything."""
+        """Asks a peer for changes; False: no peer can be asked, no peer answers, or a whole read is due."""
         read_s = READ_S * max(len(self._records) / FEW_RECORDS, 1.0)
         if self.peers is None or not self._records or time.monotonic() - self._read_at > read_s:
             return False
@@ -196,7 +196,7 @@ class PeerCache:
             return False
         suspects = self._take_in(listed, heard)
         if suspects:
-            # One alone could leave out any peer. If no other is left, those are asked that it has left out.
+            # A second peer must confirm, because a peer may omit others. If none is left, the omitted ones are asked.
             teller, named = self._asked_last, {record.endpoint for record in suspects}
             others = self._others_to_ask({teller, *named})
             second = self._hear_from(others or self._others_to_ask({teller}), suspects, NEVER)
@@ -214,11 +214,12 @@ class PeerCache:
         return True
 
     def _listed(self) -> Sequence[PeerRecord]:
-        """The records that are named in a question, those first that are needed most."""
+        """The records that a question names, the most important first."""
         if len(self._records) <= LISTED:
             return self._records
         likely = self.likely(self._records, self._records, LISTED_LIKELY)
-        new = [record for record in self._records if record.placed_at >= self._told_since]  # they would be told again
+        # New placements would be reported again otherwise.
+        new = [record for record in self._records if record.placed_at >= self._told_since]
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
 
@@ -235,7 +236,7 @@ class PeerCache:
         return list(told.values())
 
     def _askable(self, excluded: Collection[Endpoint | None]) -> tuple[list[Endpoint], list[Endpoint]]:
-        """Peers that can be asked what has changed: those to which a link is up, and all that can be connected to."""
+        """Peers that can be asked what has changed: peers with a link, and all peers that can be connected to."""
         known = [
             record.endpoint
             for record in self._records
@@ -245,7 +246,7 @@ class PeerCache:
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
     def _one_to_ask(self) -> list[Endpoint]:
-        """In turns a peer with a link and any one: those with a link may collude. Not the one of last time."""
+        """A random peer other than the last one; every second time one with a link. Linked peers alone may collude."""
         linked, known = self._askable({self._asked_last})
         if not known:
             linked, known = self._askable(())
@@ -254,12 +255,12 @@ class PeerCache:
         return [random.choice(choice)] if choice else []
 
     def _others_to_ask(self, excluded: Collection[Endpoint | None]) -> list[Endpoint]:
-        """One with a link and any one at once, so that a silent one delays nothing."""
+        """A random peer with a link and a random peer, asked at once, so that a silent one delays nothing."""
         linked, known = self._askable(excluded)
         return list(dict.fromkeys(random.choice(some) for some in (linked, known) if some))
 
     def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[Changes]) -> list[PeerRecord]:
-        """Takes in answers; returns the listed records that are void, and that no answer confirms."""
+        """Applies answers; returns the listed records that have expired and that no answer confirms."""
         for record in (record for changes in heard for record in changes.records):
             held = self._held.get(record.key)
             if held is None or record.issued_at > held.issued_at:
@@ -274,18 +275,18 @@ class PeerCache:
         return suspects
 
     def _keep(self, counts: Callable[[PeerRecord], bool]) -> None:
-        """Keeps the records that still count."""
+        """Drops all records for which `counts` is false."""
         self._held = {key: record for key, record in self._held.items() if counts(record)}
         self._heard_at = {key: at for key, at in self._heard_at.items() if key in self._held}
         self._records = [record for record in self._held.values() if not record.has_left]
 
     def _void_at(self, record: PeerRecord) -> float:
-        """Until when a record counts, by itself or by later confirmations of its peer; Unix time in seconds."""
+        """Unix time in seconds at which a record expires, with later confirmations of its peer."""
         return max(record.expires_at, self._heard_at.get(record.key, 0.0) + record.ttl_s)
 
     def _may_arrive(self) -> bool:
-        """Whether to wait for the first record of this model, where the swarm has other models: a peer that has just
-        started announces itself later than others see its swarm. Raises WrongSwarm: no record came in `ARRIVE_S`."""
+        """Whether to wait for the first record of this model, in a swarm with other models: a new peer joins the swarm
+        before it announces itself. Raises WrongSwarm: no record has arrived within `ARRIVE_S`."""
         models = self.directory.models()
         others = ", ".join(sorted({name for key, name in models.items() if key != self.fingerprint}))
         now = time.monotonic()
@@ -303,14 +304,14 @@ class PeerCache:
 
 @dataclass(frozen=True, slots=True)
 class _Ban:
-    """left_at: the `placed_at` of the span that the peer was leaving, if it said so."""
+    """A ban. left_at: `placed_at` of the span that the peer has announced to leave; None: no such announcement."""
 
     until: float
     left_at: float | None
 
 
 class Bans:
-    """Which peers a client does not plan with, and for how long, by key text. Thread-safe. clock: seconds."""
+    """Peers that a client does not plan with, by the text of their keys. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -318,7 +319,7 @@ class Bans:
         self._bans: dict[str, _Ban] = {}
 
     def add(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
-        """Bans a peer that failed; left: its record, if it said that it goes away."""
+        """Bans a failed peer. left: record of a peer that has announced to leave."""
         ban = _Ban(self._clock() + seconds, left.placed_at if left else None)
         with self._lock:
             self._bans[key] = ban
@@ -328,14 +329,14 @@ class Bans:
             self._bans.pop(key, None)
 
     def keys(self) -> set[str]:
-        """Peers that are banned now."""
+        """The banned peers."""
         return set(self._present())
 
     def unusable(self, records: Iterable[PeerRecord], links: LinkStates, exclude: Collection[str] = ()) -> set[str]:
-        """Names of the peers that no route may go through now: banned ones, and those that do not serve.
+        """Names of peers that routes must avoid: banned peers, and peers that do not serve.
 
-        A record outlives a killed peer, so one whose link has failed is left out until that is up, or some time after
-        it was closed.
+        A record outlives a killed peer, so a peer with a failed link is left out until the link is up, or for some time
+        after the link was closed.
         """
         banned = self.keys() | set(exclude)
         return {
@@ -345,7 +346,7 @@ class Bans:
         }
 
     def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
-        """Banned peers that may serve again, if they answer: those that did not go away, or have come back since."""
+        """Banned peers that may serve again if they answer: they have not left, or have returned."""
         banned = self._present()
         serving = [record for record in records if record.serves and record.key.text in banned]
         return [record for record in serving if banned[record.key.text].left_at != record.placed_at]

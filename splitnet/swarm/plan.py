@@ -1,4 +1,4 @@
-"""Routes for a client's sessions, from what was measured."""
+"""Plans routes for a client's sessions from records and measurements."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
 from splitnet.swarm.measure import Latest, Measurements
 from splitnet.wire.kv_forms import KV_BITS
 
-EXACT_PEERS = LIMIT  # among more peers than this the search is over the likeliest ones
-KEPT_CROWDS = 2  # of the records that were read last, and of those before, with which another thread may still plan
-StartPeer = Callable[[int, int], str]  # gives the command that starts a peer for the blocks `[start, end)`
+EXACT_PEERS = LIMIT  # with more peers, the search uses the likeliest ones only
+KEPT_CROWDS = 2  # of the latest records, and of the previous ones, with which another thread may still plan
+StartPeer = Callable[[int, int], str]  # returns the command that starts a peer for the blocks `[start, end)`
 
-# What to do if nobody holds blocks as a session had them.
+# Advice if no peer holds blocks in the session's format.
 ALIKE_AGAIN = (
-    "start a peer that holds them so (--weights, --dtype, --kv), or allow others, and other tokens (--any-weights)"
+    "start a peer with the former format (--weights, --dtype, --kv), or allow other formats and tokens (--any-weights)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedHop:
-    """A peer of a route with the blocks `[start, end)` that it runs."""
+    """A peer of a route, which runs the blocks `[start, end)`."""
 
     record: PeerRecord
     start: int
@@ -43,9 +43,9 @@ class PlannedHop:
 
 
 def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -> list[PlannedHop]:
-    """The route with those hops that it shares with the present one.
+    """The route, with the objects of `present` for hops of both routes.
 
-    A record changes with every refresh; a peer that runs the same blocks as before is the same hop.
+    A record changes with every refresh; a peer with the same blocks as before is the same hop.
     """
     known = {(hop.name, hop.record.address, hop.start, hop.end): hop for hop in present}
     return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
@@ -61,9 +61,9 @@ def repaired_route(
     blocks: tuple[int, int],
     plan: Callable[..., list[PlannedHop]],
 ) -> list[PlannedHop]:
-    """A route with the hops that are left of a former one: others are planned for just the blocks between them.
+    """A route with the kept hops of a former one: other peers are planned only for the blocks between them.
 
-    plan: as `Swarm.plan`. Raises CoverageError, PeerBusy: as that does, even for a route without them.
+    plan: as `Swarm.plan`. Raises CoverageError, PeerBusy: as `plan`; there is no route without the kept hops either.
     """
     try:
         used = set(excluded) | {hop.name for hop in kept}
@@ -83,12 +83,12 @@ def repaired_route(
     except (CoverageError, PeerBusy):
         if not kept:
             raise
-        # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+        # A kept hop may be able to run more blocks. It then computes its cache again: one cache per session.
         return with_kept_hops(plan(blocks=blocks, exclude=excluded, holders={hop.name for hop in kept}), kept)
 
 
 class HeldBlocks(NamedTuple):
-    """Blocks `[start, end)` whose weights are held as `weights`, see `PeerRecord.dtype`."""
+    """Blocks `[start, end)` with weights in the format `weights`, see `PeerRecord.dtype`."""
 
     start: int
     end: int
@@ -97,15 +97,14 @@ class HeldBlocks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a session wants of a route.
+    """The requirements of a session on its route.
 
-    kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: to cover, [start, end).
-    positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
-    energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
-    asks for the fastest. prompt: positions before the first token. held: formats that weights must be held in; other
-    blocks may have any. context: positions that the session holds then, the prompt among them.
-    stored: positions of the prompt that peers need not compute, by name. kv_at_least: of `KV_BITS`: what keys and
-    values are held as at least.
+    kv_positions: must be free on every hop. encodings: codecs that a link may use. blocks: to cover, `[start, end)`.
+    positions: of a usual step. in_flight: steps under way at the same time; 1: minimize latency. energy_slowdown:
+    minimize energy among routes that take at most this multiple of the fastest route's time; None: minimize time.
+    prompt: positions before the first token. held: required formats of weights; other blocks may have any format.
+    context: positions that the session will hold, with the prompt. stored: positions of the prompt that peers need not
+    compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of keys and values.
     """
 
     kv_positions: int
@@ -123,7 +122,8 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Of a step. latency_ms: until its outputs are here. slowest_hop_ms: how long the slowest hop or link is busy."""
+    """Predicted times of a step. latency_ms: until its outputs arrive. slowest_hop_ms: that the slowest hop or link is
+    busy."""
 
     latency_ms: float
     slowest_hop_ms: float
@@ -133,7 +133,7 @@ class Prediction:
 class Planner:
     """Plans routes over the blocks of one model.
 
-    model_name, start_peer: for errors. look: gives the records of all peers as they are now.
+    model_name, start_peer: for errors. look: returns the latest records of all peers.
     """
 
     measurements: Measurements
@@ -144,7 +144,7 @@ class Planner:
     def __post_init__(self) -> None:
         self._start_peer = self.start_peer or partial(peer_command, self.model_name, ())
         self._random = random.Random()
-        self.crowd = Latest(_crowd_of, KEPT_CROWDS)  # the index of many records, and these by name
+        self.crowd = Latest(_crowd_of, KEPT_CROWDS)  # the index of many records, and the records by name
 
     def plan(
         self,
@@ -159,18 +159,18 @@ class Planner:
     ) -> list[PlannedHop]:
         """The best route through the peers of `records` over the blocks `[start, end)`.
 
-        The index of very many records is kept for the next plan with the same ones.
+        The index of many records is kept for the next plan with the same records.
 
         Args:
             exclude: names of peers that must not be used.
-            holders: peers that hold the session already, so that it needs no more room there.
-            restricted: there are more peers, which may not be used; for the error.
+            holders: names of peers that hold the session, which needs no more memory there.
+            restricted: other peers exist, but may not be used; for the error.
 
         Raises:
-            CoverageError: no usable peer serves some blocks; names them.
-            OtherWeights: no peer holds them as they must be.
-            PeerBusy: they are served, but no peer has memory for the session; TooLongForPeers: nor would one without
-                other sessions.
+            CoverageError: no usable peer serves some blocks, which the message names.
+            OtherWeights: no peer holds some blocks in the required format.
+            PeerBusy: no peer of some blocks has free memory for the session.
+            TooLongForPeers: no peer of some blocks has enough memory for the session, even without other sessions.
         """
         source, target = _names(ends)
         everyone, alike = records, _held_alike(records, needs.held, blocks)
@@ -227,7 +227,7 @@ class Planner:
         *,
         everywhere: bool = True,
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
-        """The peers to plan with, holders in any case, and all records by name; see `CandidateIndex.near`."""
+        """The likeliest peers, with all holders, and all records by name; see `CandidateIndex.near`."""
         crowd, by_name = self.crowd(tuple(records))
         corrected = self.measurements.corrected(by_name)
         present = [name for name in dict.fromkeys((*holders, *needs.stored)) if name in by_name and name not in exclude]
@@ -250,7 +250,7 @@ class Planner:
         return [*likely, *(corrected[name] for name in present if name not in chosen)], by_name
 
     def predictions(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Prediction]:
-        """What steps through `hops` take, by their positions and by what is known now."""
+        """Predicted times of steps through `hops`, by their positions, from the present facts."""
         cost_ms = self._costs(needs, hops)
 
         @cache
@@ -261,16 +261,16 @@ class Planner:
         return prediction
 
     def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
-        """Ms of a usual step through `hops` by what is known now."""
+        """Predicted ms of a usual step through `hops`, from the present facts."""
         return self._costs(needs, hops, needs.prompt)(needs.positions, needs.in_flight)
 
     def token_joules(self, hops: Sequence[PlannedHop]) -> list[float | None]:
-        """Joules of a decoded token at each of `hops`, by what is known now; None where it is not known."""
+        """Joules of a decoded token at each of `hops`, from the present facts; None: unknown."""
         named, peers, _ = self._facts(hops)
         return [hop_joules(peers[hop.peer], hop.end - hop.start) for hop in named]
 
     def _costs(self, needs: Needs, hops: Sequence[PlannedHop], prompt: int = 0) -> Callable[[int, int], float]:
-        """Ms of steps through `hops`, by their positions and by how many are under way."""
+        """Ms of steps through `hops`, by their positions and by the number of steps under way."""
         named, peers, network = self._facts(hops)
         given: dict[str, Any] = {"encodings": needs.encodings, "prompt": prompt, "context": needs.context}
         return lambda positions, in_flight: route_ms(
@@ -278,16 +278,16 @@ class Planner:
         )
 
     def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
-        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        """Ms until `hops` hold the KV cache of `cached` positions; `before` (None: the client) sends the positions."""
         named, peers, network = self._facts([before, *hops] if before else hops)
         moved, source = (named[1:], before.name) if before else (named, CLIENT)
         return move_ms(moved, peers, network, cached=cached, encodings=needs.encodings, source=source)
 
     def _facts(self, hops: Sequence[PlannedHop]) -> tuple[list[Hop], dict[str, Peer], Network]:
-        """Hops, with what they say of themselves now; of those that say nothing any more, what they said before."""
+        """Hops with their present facts; hops without a present record keep their former record."""
         try:
             now = self.look()
-        except SplitnetError:  # they may live all the same
+        except SplitnetError:  # the hops may live nevertheless
             now = []
         planned = {hop.name: hop.record for hop in hops}
         known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
@@ -296,7 +296,7 @@ class Planner:
 
 
 def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[CandidateIndex, Mapping[str, PeerRecord]]:
-    """What the records say of the peers, and the records by name."""
+    """The index of the records' peers, and the records by name."""
     crowd = CandidateIndex([facts_of(record) for record in records], Network(places=places_of(records)))
     return crowd, {record.key.text: record for record in records}
 
@@ -304,7 +304,7 @@ def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[CandidateIndex, Mapping[
 def _held_alike(
     records: Sequence[PeerRecord], held: Sequence[HeldBlocks], blocks: tuple[int, int]
 ) -> dict[str, tuple[int, int]]:
-    """The longest range of the blocks that each peer holds as they must be, by name; empty if any form will do."""
+    """The longest range of blocks that each peer holds in the required format, by name; empty: any format will do."""
     alike: dict[str, tuple[int, int]] = {}
     for record in records if held else ():
         start, end = (min(max(edge, blocks[0]), blocks[1]) for edge in (record.start, record.end))
@@ -317,14 +317,14 @@ def _held_alike(
 def _held_otherwise(
     missing: Sequence[tuple[int, int]], held: Sequence[HeldBlocks], records: Sequence[PeerRecord], model_name: str
 ) -> OtherWeights | None:
-    """The error if peers serve the missing blocks, but hold them otherwise; None: that is not why."""
+    """The error if peers serve the missing blocks in another format; None: the cause is another one."""
     for start, end in missing:
         wanted = {one.weights for one in held if one.start < end and one.end > start}
         there = {record.dtype for record in records if record.start < end and record.end > start} - wanted
         if wanted and there:
             return OtherWeights(
-                f"blocks {blocks_text(start, end)} of {model_name} are held as {' or '.join(sorted(there))} by all who "
-                f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
+                f"blocks {blocks_text(start, end)} of {model_name} are held as {' or '.join(sorted(there))} by all "
+                f"peers that serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
             )
     return None
 
@@ -332,7 +332,7 @@ def _held_otherwise(
 def _too_long(
     records: Sequence[PeerRecord], positions: int, blocks: tuple[int, int], model_name: str
 ) -> TooLongForPeers | None:
-    """The error if some blocks are served only by peers that could not hold so many positions without others."""
+    """The error if all peers of some blocks lack memory for these positions, even without other sessions."""
     peers = [facts_of(record) for record in records]
     short = missing_blocks([peer for peer in peers if not 0 < peer.kv_capacity < positions], blocks[1], blocks[0])
     if not short:
@@ -348,7 +348,7 @@ def _too_long(
 def _held_coarser(
     missing: Sequence[tuple[int, int]], wanted: str, coarser: Sequence[PeerRecord], model_name: str
 ) -> CoverageError | None:
-    """The error if peers serve the missing blocks, but hold keys and values in fewer bits; None: that is not why."""
+    """The error if peers serve the missing blocks with coarser keys and values; None: the cause is another one."""
     for start, end in missing:
         if held := {record.kv for record in coarser if record.start < end and record.end > start}:
             least = min(held, key=lambda kv: KV_BITS.get(kv, (0, 0)))
@@ -376,7 +376,7 @@ def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:
 def no_route_error(
     error: NoRoute, model_name: str, start_peer: StartPeer, *, restricted: bool = False
 ) -> CoverageError | PeerBusy:
-    """What it means for a session; restricted: there are more peers, which may not be used."""
+    """The error of a session without a route. restricted: other peers exist, but may not be used."""
     if not error.missing:
         return PeerBusy(
             f"the peers of blocks {_ranges(error.full)} of {model_name} have no free KV memory for this session: "

@@ -1,4 +1,4 @@
-"""A client's connection to the peers of one model: the peers, the links to them, routes, and what people are shown."""
+"""A client's connection to the peers of one model: records, links, routes, and reports for people."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from splitnet.swarm.links import Links
 from splitnet.swarm.measure import Measurements, Measurer
 from splitnet.swarm.peer_cache import Bans, PeerCache
 from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, StartPeer, blocks_text, peer_command
-from splitnet.swarm.stored import StoredPages
+from splitnet.swarm.prefix_index import PrefixIndex
 from splitnet.transport.addresses import peer_address
 from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-SHOWN_ADDRESSES = 2  # with which a command that people copy joins a swarm
-SHORT_KEY = 9  # characters of a key that are enough for people to tell peers apart
+SHOWN_ADDRESSES = 2  # most addresses in a command that people copy to join a swarm
+SHORT_KEY = 9  # characters of a key that suffice for people to distinguish peers
 KEPT_EVENTS = 256
 
 Kind = Literal[
     "lost", "leaving", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
 ]
-"""Of routes: a hop was lost, or hands the session over; the route is repaired, or changed for a better one; a repair
-failed; a peer did not take a session; weights are held otherwise. Of peers: they joined, stopped answering, answer
-again, left, serve other blocks.
+"""Of routes: a hop was lost, or is leaving; the route was repaired, or replaced by a better one; a repair failed; a
+peer refused a session; weights have another format. Of peers: they joined, stopped answering, answer again, left,
+serve other blocks.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened to a peer or a route.
+    """An event of a peer or a route.
 
-    number: counts up from 1. at: Unix time in seconds. text: one sentence, which may quote peers.
+    number: from 1, rising by 1. at: Unix time in seconds. text: one sentence, which may quote peers.
     """
 
     number: int
@@ -70,27 +70,27 @@ class EventLog:
         self._lock = threading.Lock()
 
     def note(self, kind: Kind, text: str) -> None:
-        """Takes in that something happened just now."""
+        """Appends an event with the present time."""
         with self._lock:
             self._last += 1
             self._events.append(Event(self._last, self._clock(), kind, text))
 
     def since(self, number: int) -> list[Event]:
-        """Those after the event with this number, as far as they are kept; 0: all."""
+        """The kept events after the event with this number; 0: all."""
         with self._lock:
             return [event for event in self._events if event.number > number]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a client must know of the model to use its swarm."""
+    """The facts of a model that a client needs to use the model's swarm."""
 
     fingerprint: str
     name: str
     num_blocks: int
     hidden_size: int
     max_positions: int | None
-    source: str = ""  # hub id, folder or file on this machine; empty: none is known
+    source: str = ""  # hub id, folder or file on this machine; empty: unknown
 
     @classmethod
     def of(cls, checkpoint: Any) -> ModelFacts:
@@ -99,13 +99,13 @@ class ModelFacts:
 
 
 class Swarm:
-    """All peers of one model, seen from a client. Thread-safe; close it when done.
+    """All peers of one model, for a client. Thread-safe. Must be closed.
 
     Args:
-        initial_peers: addresses that any peer of the swarm prints, multiaddrs or `tcp://HOST:PORT?key=...`.
-        identity: the client's key; None makes one that lives as long as this object.
+        initial_peers: addresses as printed by peers of the swarm, multiaddrs or `tcp://HOST:PORT?key=...`.
+        identity: the client's key; None: a new key for the life of this object.
         trusted: keys of the peers that may be used; None: any.
-        way: the arguments with which commands join the swarm; None: with these addresses.
+        way: the arguments with which commands join the swarm; None: `initial_peers`.
 
     Raises:
         DirectoryError: none of `initial_peers` answers.
@@ -132,7 +132,7 @@ class Swarm:
         self.events = EventLog()
         self.was_covered = False  # all blocks were served at some time
         self.bans = Bans()
-        self.stored = StoredPages()
+        self.prefix_index = PrefixIndex()
         self.planner = Planner(self.measurements, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
@@ -151,7 +151,7 @@ class Swarm:
         return peer_command(self.facts.source or self.facts.name, self.way, start, end)
 
     def close(self) -> None:
-        """Closes all sessions and leaves."""
+        """Closes all sessions and leaves the swarm."""
         self.measurer.stop()
         self.links.close()
         self.directory.close()
@@ -165,7 +165,7 @@ class Swarm:
         self.close()
 
     def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; arguments and errors are those of `PeerCache.look`."""
+        """Peers that serve this model and speak this protocol; for arguments and errors, see `PeerCache.look`."""
         return self._known.look(fresh=fresh, whole=whole)
 
     def plan(
@@ -182,10 +182,10 @@ class Swarm:
         """The best route for a session.
 
         Args:
-            blocks: the part `[start, end)` of the model to plan; None: all that the session needs.
+            blocks: `[start, end)` to plan; None: all blocks that the session needs.
             ends, exclude, holders: see `Planner.plan`.
-            fresh: ask for the peers even if that was done a moment ago.
-            whole: read all of the directory for it; else that is done if there is no route.
+            fresh: ask for the peers again, even if the last answer is recent.
+            whole: read the whole directory before planning; otherwise only if there is no route.
 
         Raises CoverageError, PeerBusy: as `Planner.plan`.
         """
@@ -210,13 +210,13 @@ class Swarm:
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, whole=True)
 
     def ban(self, key: str, *, leaves: bool = False, seconds: float = BAN_S) -> None:
-        """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
+        """Plans without a peer for a while. leaves: the peer has announced to leave, so its answers prove nothing."""
         self.bans.add(key, self._known.find(PublicKey.parse(key)) if leaves else None, seconds=seconds)
 
     def unban_living(self) -> None:
-        """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks.
+        """Lifts the bans of peers that answer: they were slow or unreachable, or have moved and serve other blocks.
 
-        Peers that could not be connected to are tried again as well.
+        Also tries peers again whose links have failed.
         """
         records = self.peers(fresh=True)
         tried = {record.endpoint for record in self.bans.may_be_unbanned(records)}
@@ -225,13 +225,13 @@ class Swarm:
             self.bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
-        """The link between two peers, or the client (None) and a peer: as measured, predicted, or assumed."""
+        """The measured, predicted or assumed link between two peers, or between the client (None) and a peer."""
         records = [record for record in (sender, receiver) if record is not None]
         names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
         return self.measurements.network(records).link(*names)
 
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
-        """Asks a peer for a sign of life; the future stays undone if none comes.
+        """Pings a peer; the future stays undone without an answer.
 
         session: id of a session to ask about.
         """
@@ -240,7 +240,7 @@ class Swarm:
     def likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
-        """So many of the peers `among` all that routes most likely go through; `everywhere`: at least one per block."""
+        """The `count` peers of `among` that are most likely on routes. everywhere: at least one per block."""
         hidden = self.facts.hidden_size
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
@@ -249,7 +249,7 @@ class Swarm:
         return [by_name[peer.id] for peer in peers]
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
-        """The peers, and the names of those that a route must not go through."""
+        """The peers, and the names of peers that routes must avoid."""
         present = self.peers(fresh=fresh, whole=whole)
         self.measurer.measure_first(present, self.bans.keys() | set(exclude))
         return present, self.bans.unusable(present, self.links, exclude)
@@ -257,7 +257,7 @@ class Swarm:
 
 @dataclass(frozen=True)
 class _Searcher:
-    """Plans and measures for the search of a route, see `Searcher`, with one reading of the records."""
+    """Plans and measures for the search of a route, see `Searcher`, with one snapshot of the records."""
 
     swarm: Swarm
     records: Sequence[PeerRecord]
@@ -289,7 +289,7 @@ class _Searcher:
                 return None
             raise
         own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-        # To unreachable peers a way may have to be found first.
+        # Unreachable peers may need time until a path to them is found.
         newcomers = [hop.name for hop in route if hop.name not in holders and not hop.record.endpoint.hidden]
         return Found(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
 
@@ -306,7 +306,7 @@ class _Searcher:
     def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         if likely:
             return _names(self.swarm.likely(self.records, self._of(among), count))
-        # Peers whose keys have cost work come first.
+        # Peers with a proof of work for their keys come first.
         drawn = random.sample(sorted(among), len(among))
         return sorted(drawn, key=lambda name: not self.by_name[name].is_proven)[:count]
 
@@ -322,7 +322,7 @@ def _names(records: Iterable[PeerRecord]) -> list[str]:
 class Overview:
     """The peers of a model, in the order of their blocks.
 
-    missing: ranges of blocks `[start, end)` that neither peers nor the client itself serve.
+    missing: ranges of blocks `[start, end)` that neither peers nor the client serve.
     """
 
     facts: ModelFacts
@@ -332,7 +332,7 @@ class Overview:
 
     @classmethod
     def of(cls, swarm: Swarm, records: Iterable[PeerRecord], local: Iterable[tuple[int, int]] = ()) -> Overview:
-        """Of the peers that are there, for a client that runs the blocks `local` itself."""
+        """The overview for a client that runs the blocks `local` itself."""
         ordered = tuple(sorted(records, key=lambda record: (record.start, record.end, record.key.text)))
         serving = [facts_of(record) for record in ordered if record.serves]
         serving += [Peer(CLIENT, start, end, Speed.of(0.0, 0.0)) for start, end in local]
@@ -340,7 +340,7 @@ class Overview:
         return cls(swarm.facts, ordered, tuple(missing), swarm.start_peer)
 
     def advice(self) -> list[str]:
-        """What to do about each range of blocks that nobody serves."""
+        """Advice, one sentence for each range of missing blocks."""
         what = "blocks {} are served by nobody: start a peer with `{}`"
         return [what.format(blocks_text(*hole), self.start_peer(*hole)) for hole in self.missing]
 
@@ -361,18 +361,18 @@ def short_key(key: str) -> str:
 
 
 def reached(record: PeerRecord) -> str:
-    """How a peer is reached, for people: at its address, or through how many helpers."""
+    """The path to a peer, for people: direct, or the number of helpers."""
     count = len(record.relays)
     return "direct" if not count else f"{count} helper{'s' * (count > 1)}"
 
 
 def token_ms(record: PeerRecord) -> float:
-    """Ms that a decode step of one token takes in all blocks of a peer."""
+    """Ms of a decode step of one token in all blocks of a peer."""
     return record.block_ms[0] * (record.end - record.start)
 
 
 def token_joules(record: PeerRecord) -> float | None:
-    """Joules of a decoded token in all blocks of a peer; None where they are not known."""
+    """Joules of a decoded token in all blocks of a peer; None: unknown."""
     return hop_joules(facts_of(record), record.end - record.start)
 
 

@@ -1,4 +1,4 @@
-"""Links to peers, opened to see how each answers."""
+"""Opens links to peers to test whether and how they answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True, slots=True)
 class PeerAnswer:
-    """How a peer answers. state: of the link to it. rtt_ms: None: it does not answer. way: how it is reached."""
+    """The answer of a peer. state: of the link. rtt_ms: None: no answer. way: the path to the peer."""
 
     state: LinkState
     rtt_ms: float | None
@@ -33,7 +33,7 @@ class PeerAnswer:
 
 
 class PeerLinks:
-    """Links as a client has them, within a `with`. identity: the key to show. prober: asks peers for signs of life."""
+    """Links to peers for a short test; a context manager. identity: the key of the client. prober: pings peers."""
 
     def __init__(self, identity: Identity) -> None:
         self._changed = threading.Condition()
@@ -52,7 +52,7 @@ class PeerLinks:
         self._transport.close()
 
     def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
-        """Connects to peers and pings them, all at once; takes a few seconds if one is silent."""
+        """Connects to all peers at once and pings them; takes a few seconds if a peer is silent."""
         first = {endpoint: self.prober.ping(endpoint) for endpoint in endpoints}
 
         def is_settled(endpoint: Endpoint) -> bool:
@@ -61,7 +61,7 @@ class PeerLinks:
 
         self._wait_until_all(endpoints, is_settled, TRIAL_ANSWER_S)
         late = [each for each in endpoints if not is_settled(each) and self._transport.is_taken(each)]
-        if late:  # where round trips are long
+        if late:  # peers with long round trips
             least_s = 0.0 if any(ping.done() for ping in first.values()) else MAX_ANSWER_S
             longest_s = max(self.prober.answer_limit_s(each, least_s, FIRST_TRIPS) for each in late)
             self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
@@ -74,10 +74,10 @@ class PeerLinks:
         return answers
 
     def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
-        """Asks peers that answer to connect to an address, as they do to the next hop of a session.
+        """Asks answering peers to connect to an address, as to the next hop of a session.
 
         Returns:
-            By the text of their keys whether they could; those that had no room for a session are left out.
+            Whether each peer could connect, by the text of its key; peers without memory for a session are left out.
         """
         sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
         for record in records:

@@ -10,7 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from scheduler.speculation import Window
-from splitnet.hf.decoding import Experience
+from splitnet.drafts.draft_stats import DraftStats
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -22,10 +22,10 @@ def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
 
 def force_window(monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
     """Has drafts sent in such windows, whatever would pay."""
-    monkeypatch.setattr(Experience, "knows_steps", True)
-    monkeypatch.setattr(Experience, "window", lambda *_: window)
+    monkeypatch.setattr(DraftStats, "knows_steps", True)
+    monkeypatch.setattr(DraftStats, "window", lambda *_: window)
     monkeypatch.setattr(
-        Experience, "best_length", lambda _, guesses, __: sum(1 for _ in itertools.islice(guesses, window.length))
+        DraftStats, "best_length", lambda _, guesses, __: sum(1 for _ in itertools.islice(guesses, window.length))
     )
 
 

@@ -58,7 +58,7 @@ def recalled(model: Any, ids: torch.Tensor, expected: torch.Tensor, **options: A
     """Generates in a session of its own, and tells how much of the text the hops had stored."""
     with model.session() as cache:
         assert torch.equal(generate(model, ids, **options), expected)
-        return cache.session.recalled
+        return cache.session.prefix_hit
 
 
 def forget(peer: Peer, *, every: int = 1) -> None:
@@ -148,7 +148,7 @@ def test_a_hop_that_dies_after_a_recall_is_replaced(
         recalled(model, one, generate(own_local, one), speculate=None)
         with model.session() as cache:
             first = generate(model, two, max_new_tokens=4, speculate=None)
-            assert cache.session.recalled == 3 * PAGE
+            assert cache.session.prefix_hit == 3 * PAGE
             of_session(swarm, cache.session, index).close()
             assert torch.equal(generate(model, first, max_new_tokens=8, speculate=None), expected)
             assert len(repairs(cache.session)) == 1
@@ -164,7 +164,7 @@ def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
                 forget(of_session(swarm, cache.session, 1))
             cache.reset()
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
-            assert cache.session.recalled == [0, 3 * PAGE, 4 * PAGE, 3 * PAGE][number]
+            assert cache.session.prefix_hit == [0, 3 * PAGE, 4 * PAGE, 3 * PAGE][number]
         assert not repairs(cache.session)
 
 
@@ -265,7 +265,7 @@ def test_hops_that_do_not_reach_each_other(
                 forget(swarm.peers[1])
             with model.session() as cache:
                 assert torch.equal(generate(model, ids, speculate=None), generate(own_local, ids))
-                assert cache.session.recalled == (3 * PAGE if number else 0)
+                assert cache.session.prefix_hit == (3 * PAGE if number else 0)
                 assert [hop.relayed for hop in cache.session.hops] == [True, True, False]
 
 

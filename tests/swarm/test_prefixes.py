@@ -84,7 +84,7 @@ def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) 
         before = [computed(peer) for peer in swarm.peers]
         with model.session() as cache:
             assert torch.equal(generate(model, ids), generate(local, ids))
-            assert cache.session is not None and cache.session.recalled == known
+            assert cache.session is not None and cache.session.prefix_hit == known
         new = [computed(peer) - each for peer, each in zip(swarm.peers, before, strict=True)]
         assert new == [ids.shape[1] - known + GREEDY["max_new_tokens"] - 1] * len(new)
 
@@ -92,19 +92,19 @@ def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) 
 def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = swarm.model(), text(3 * PAGE + 9, seed=10)
     generate(model, ids)
-    recall, waited = Session._recall, list[int]()
+    look_up, waited = Session._look_up_prefix, list[int]()
 
     def is_filled(peer: Peer, session: Session) -> bool:
         held = peer.service.sessions.get(session.id)
         return held is not None and held.filling is not None and held.filling.done == 3
 
-    def recall_and_wait(session: Session, *given: Any) -> int:
-        waited.append(recall(session, *given))
+    def look_up_and_wait(session: Session, *given: Any) -> int:
+        waited.append(look_up(session, *given))
         for peer in swarm.peers:
             wait_until(lambda peer=peer: is_filled(peer, session))
         return waited[-1]
 
-    monkeypatch.setattr(Session, "_recall", recall_and_wait)
+    monkeypatch.setattr(Session, "_look_up_prefix", look_up_and_wait)
     assert torch.equal(
         model.generate(ids, speculate=None, **{**GREEDY, "max_new_tokens": 1}), generate(local, ids, max_new_tokens=1)
     )
@@ -120,7 +120,7 @@ def test_what_a_hop_lacks_comes_from_the_hop_before(swarm: LocalSwarm, local: An
     before = [computed(peer) for peer in swarm.peers]
     with model.session() as cache:
         assert torch.equal(generate(model, ids), generate(local, ids))
-        assert cache.session is not None and cache.session.recalled == 4 * PAGE
+        assert cache.session is not None and cache.session.prefix_hit == 4 * PAGE
     first, second, third = (computed(peer) - each for peer, each in zip(swarm.peers, before, strict=True))
     assert first == third == 9 + GREEDY["max_new_tokens"] - 1
     assert second == first + 4 * PAGE
@@ -132,7 +132,7 @@ def test_keys_do_not_find_pages_of_others(swarm: LocalSwarm) -> None:
         model = swarm.model(identity=Identity.generate())
         with model.session() as cache:
             generate(model, ids)
-            assert cache.session is not None and cache.session.recalled == 0
+            assert cache.session is not None and cache.session.prefix_hit == 0
 
 
 def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
@@ -140,7 +140,7 @@ def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
     for _ in range(2):
         with model.session() as cache:
             generate(model, ids)
-            assert cache.session is not None and cache.session.recalled == 0
+            assert cache.session is not None and cache.session.prefix_hit == 0
 
 
 def test_a_replica_takes_over_with_the_pages_that_it_has_copied(node: Directory, own_long: Path) -> None:
@@ -182,7 +182,7 @@ def test_pages_come_from_a_replica_where_that_is_faster(
         with model.session() as cache:
             again = generate(model, ids)
             assert isinstance(cache.session, Session) and cache.session.hops[1].name == _name(replica)
-            assert cache.session.recalled == 20 * PAGE
+            assert cache.session.prefix_hit == 20 * PAGE
         assert torch.equal(first, again) and torch.equal(first, generate(local, ids))
         assert computed(replica) == 9 + GREEDY["max_new_tokens"] - 1
 
@@ -295,7 +295,7 @@ def test_what_was_stored_beside_a_hop_that_lied_is_not_used(node: Directory, own
             assert cache.session.recoveries
         with model.session() as cache:
             assert torch.equal(generate(model, ids), expected)
-            assert isinstance(cache.session, Session) and cache.session.recalled == 0
+            assert isinstance(cache.session, Session) and cache.session.prefix_hit == 0
 
 
 @pytest.mark.parametrize("options", [{"prefixes": "off"}, {"prefixes": "shared"}, {"standby": 0}, {"standby": "much"}])

@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from scheduler.speculation import Window
 from splitnet.directory.dht import Directory
+from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.drafts.mtp import MtpHead
+from splitnet.drafts.speculator import Drafts
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.decoding import Drafts, Experience
 from splitnet.session.inference import Session
 from splitnet.tools.bench.backends import Clock
 from tests.swarm.generation import After, Collector, force_window
@@ -220,7 +221,7 @@ def test_hops_that_die_again_and_again_with_windows_under_way(
     chosen = options(max_new_tokens=6 * kills + 6)
     expected = local.generate(repeating(), **chosen)
     drafter = FollowingHead(expected[0].tolist())
-    experience = Experience(drafter.priors)
+    experience = DraftStats(drafter.priors)
     with dht_node() as node, local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
         model = swarm.model()
         monkeypatch.setattr(model.speculator, "drafts_by", lambda _: Drafts(drafter, experience))
@@ -296,8 +297,8 @@ def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
         assert remote.speculator.counts.drafted > 0
         assert isinstance(remote.speculator._head("auto"), MtpHead)
         remote.speculator._heads.clear()
-        monkeypatch.setattr("splitnet.hf.decoding.MTP_SHARE", 0.0)
+        monkeypatch.setattr("splitnet.drafts.speculator.MTP_SHARE", 0.0)
         assert remote.speculator._head("auto") is None
-        monkeypatch.setattr("splitnet.hf.decoding.mtp_head", lambda checkpoint, ends: None)
+        monkeypatch.setattr("splitnet.drafts.speculator.mtp_head", lambda checkpoint, ends: None)
         with pytest.raises(SplitnetError, match="has no layer for multi-token prediction"):
             remote.generate(repeating(), speculate="mtp", **options())

@@ -33,11 +33,11 @@ from splitnet.session.events import (
     Effect,
     Event,
     LinkFailed,
+    LookUpPrefix,
     NoRoute,
     Note,
     Phase,
     Planned,
-    Recall,
     Received,
     Send,
     Submit,
@@ -46,6 +46,7 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.machine import SessionState
+from splitnet.session.prefix_lookup import PrefixNamespace
 from splitnet.session.requests import BackwardState, Batch, PassRequest, StepRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import codec_by_name
@@ -651,7 +652,7 @@ class World:
             SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
         )
         self.state.seen = self.seen
-        self.state.salt = b"salt" if stores else None
+        self.state.prefixes.namespace = PrefixNamespace(b"salt" if stores else None)
         self.text: tuple[int, Values] | None = None
         """Of the caller, which has asked for what the hops hold of it: its row, its positions."""
         self.recalled = 0
@@ -824,15 +825,16 @@ class World:
         """Asks for what the hops hold of a text, and wants a route."""
         self.text, self.rows = (self.new_row_id(), tokens), {}
         most = (len(tokens) - 1) // PAGE * PAGE
-        if most and self.state.salt is not None:
-            self.feed(Recall(Chunk(self.text[0], 0, most, 0), lambda codec: b"".join(tokens[:most])))
+        if most and self.state.prefixes.namespace.salt is not None:
+            self.feed(LookUpPrefix(Chunk(self.text[0], 0, most, 0), lambda codec: b"".join(tokens[:most])))
         self.feed(Use())
 
     def send_text(self, keep: int = 1) -> int:
         """Sends what the hops do not hold of it, once the route is open; returns how much they do."""
         assert self.text is not None and self.state.is_open
         (row, tokens), self.text = self.text, None
-        recalled = self.state.recalled if (len(tokens) - 1) // PAGE and self.state.salt is not None else 0
+        finds = len(tokens) > PAGE and self.state.prefixes.namespace.salt is not None
+        recalled = self.state.prefixes.hit if finds else 0
         self.rows = {row: tokens[:recalled]} if recalled else {}
         self.restarts = not recalled
         self.recalled += recalled > 0

@@ -28,8 +28,8 @@ from splitnet.checkpoint.transfer.held import make_folder
 from splitnet.drafts.heads import Combined, HeadDrafter
 from splitnet.drafts.mtp import LAYERS, MtpHead, mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
+from splitnet.drafts.speculator import Speculator
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.hf.decoding import Speculator
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.model_ends import model_ends
 from tests.unit.mtp_checkpoints import PUBLISHED, mtp_checkpoint, states_of
@@ -357,7 +357,7 @@ def test_auto_takes_it_where_it_is_here_and_small(kind: str, tmp_path: Path, mon
     drafts = Speculator(model, checkpoint).drafts_by("auto")
     assert isinstance(drafts.drafter, Combined) and drafts.drafter.taps == (3,) and not drafts.required
     least = 4 * mtp_bytes(checkpoint, torch.float32)
-    monkeypatch.setattr("splitnet.hf.decoding.free_memory", lambda device: least - 1)
+    monkeypatch.setattr("splitnet.drafts.speculator.free_memory", lambda device: least - 1)
     assert isinstance(Speculator(model, checkpoint).drafts_by("auto").drafter, PromptLookup)
     speculator = Speculator(model, checkpoint)
     assert isinstance(speculator.drafts_by("mtp").drafter, Combined)

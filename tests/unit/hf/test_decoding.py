@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, Guessed, Window, best_window, tokens_per_ms
+from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
+from splitnet.drafts.speculator import Drafts
 from splitnet.hf import decoding
-from splitnet.hf.decoding import MOST_TEXTS, Decoding, Drafts, Experience
+from splitnet.hf.decoding import MOST_TEXTS, Decoding
 from splitnet.swarm.plan import Prediction
 from tests.unit.hf.chains import VOCABULARY, Chain, Clock, continued, feature, text_of
 
@@ -60,7 +62,7 @@ class Scripted:
             yield Guess(true if right else (true + 1) % VOCABULARY, kind)
 
 
-class Forced(Experience):
+class Forced(DraftStats):
     """Takes windows as it is told, whatever would pay; None: as the rule says."""
 
     def __init__(self, windows: Sequence[Window | None]) -> None:
@@ -136,13 +138,13 @@ def test_whatever_is_drafted_and_sent_the_text_is_the_same(
         text = text_of(prompt, len(prompt) + new, stop=[stops])
         limit = None if room is None else before + max(len(prompt) + room, ends - 1)
         chain.most = len(prompt) + new - 1 if limit is None else min(len(prompt) + new - 1, limit - before)
-        drafter, experience = Scripted(chain, true, script), Forced(windows)
-        decoded = Decoding(chain, chain.cache, text, Drafts(drafter, experience), limit).run(chain.prompted)
+        drafter, stats = Scripted(chain, true, script), Forced(windows)
+        decoded = Decoding(chain, chain.cache, text, Drafts(drafter, stats), limit).run(chain.prompted)
     assert decoded[0].tolist() == true[:ends] == drafter.text
     assert not chain.under_way  # all were awaited, or were told to be of no use
     assert chain.layer.columns == before + ends - 1 and chain.held[: ends - 1] == true[: ends - 1]
-    assert experience.tokens == ends - len(prompt) - 1 and experience.round_trips <= experience.tokens
-    assert experience.accepted == sum(right for _, right in experience.by_place.values()) <= experience.drafted
+    assert stats.tokens == ends - len(prompt) - 1 and stats.round_trips <= stats.tokens
+    assert stats.accepted == sum(right for _, right in stats.by_place.values()) <= stats.drafted
 
 
 class Known:
@@ -175,7 +177,7 @@ def speeds(
     share: float, delay_ms: float, pass_ms: Callable[[int], float], told_ms: Callable[[int], float] | None = None
 ) -> tuple[float, float, float]:
     """Tokens/ms over such links without drafts, with drafts that are so often right, and as foretold."""
-    experience, clock = Experience(Known.priors), Clock()
+    stats, clock = DraftStats(Known.priors), Clock()
     taken_s = {"none": 0.0, "drafts": 0.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "time", clock)
@@ -183,12 +185,12 @@ def speeds(
         for arm, true in itertools.product(taken_s, TRUE):
             prompt = true[:4]
             chain = Chain(prompt, delay_ms=delay_ms, pass_ms=pass_ms, told_ms=told_ms, clock=clock)
-            drafts = Drafts(Known(true, share), experience) if arm == "drafts" else None
+            drafts = Drafts(Known(true, share), stats) if arm == "drafts" else None
             began = clock.now
             Decoding(chain, chain.cache, text_of(prompt, len(true)), drafts).run(chain.prompted)
             taken_s[arm] += clock.now - began
-        pace = experience._pace(chain.predictions())
-    tried, right = (sum(values) for values in zip((0, 0), *experience.by_place.values(), strict=True))
+        pace = stats._pace(chain.predictions())
+    tried, right = (sum(values) for values in zip((0, 0), *stats.by_place.values(), strict=True))
     seen = Guessed(right / tried, right / tried)
     window = best_window(seen, pace)
     foretold = tokens_per_ms(window, seen, pace) if window.length else 1 / pace.latency_ms(1)
@@ -240,15 +242,15 @@ def test_drafts_that_are_mostly_wrong_are_not_slower_than_none(
 
 @pytest.mark.parametrize("required", [True, False])
 def test_with_many_texts_at_once_only_drafts_that_were_asked_for_are_sent(required: bool) -> None:
-    true, experience, clock = TRUE[0], Experience(Known.priors), Clock()
+    true, stats, clock = TRUE[0], DraftStats(Known.priors), Clock()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as texts:
         patch.setattr(decoding, "time", clock)
         for others in (MOST_TEXTS - 1, MOST_TEXTS):
-            while experience.texts < others:
-                texts.enter_context(experience.text())
-            before = experience.drafted
+            while stats.texts < others:
+                texts.enter_context(stats.text())
+            before = stats.drafted
             chain = Chain(true[:4], delay_ms=60.0, pass_ms=quick, clock=clock)
-            drafts = Drafts(Known(true, 1.0), experience, required)
+            drafts = Drafts(Known(true, 1.0), stats, required)
             decoded = Decoding(chain, chain.cache, text_of(true[:4], len(true)), drafts).run(chain.prompted)
             assert decoded[0].tolist() == true
-            assert (experience.drafted > before) is (required or others < MOST_TEXTS)
+            assert (stats.drafted > before) is (required or others < MOST_TEXTS)

@@ -34,8 +34,8 @@ class FakeSession:
     def reserve(self, positions: int) -> None:
         self.reservation = max(self.reservation, positions)
 
-    def use_scope(self, scope: str) -> None:
-        assert not scope
+    def use_namespace(self, name: str) -> None:
+        assert not name
 
     def use_adapter(self, adapter: Adapter) -> None:
         self.adapter = adapter

@@ -34,8 +34,8 @@ from peers.queue import WorkQueue
 from peers.sessions import MemoryAccount, SessionTable
 from scheduler.batching import Load
 from splitnet.cli.arguments import parse_host_port
+from splitnet.drafts.draft_stats import Counts
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.hf.decoding import Counts
 from splitnet.security.identity import Identity
 from splitnet.serve.admission import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
 from splitnet import errors
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.session import events, failover, machine
+from splitnet.session import events, failover, prefix_lookup
 from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.machine import POLL_S
 from splitnet.wire import sent_log
@@ -37,7 +37,7 @@ MANY = settings(deadline=None, suppress_health_check=SLOW)
 @pytest.fixture(scope="module", autouse=True)
 def small_pages() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (machine, sent_log):
+        for module in (prefix_lookup, sent_log):
             patch.setattr(module, "PAGE", PAGE)
         yield
 

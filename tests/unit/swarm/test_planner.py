@@ -84,7 +84,7 @@ def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> Non
     others = [record(0, 6, dtype="int4"), record(2, 6, dtype="int8/float32"), record(0, 2)]
     with pytest.raises(OtherWeights) as raised:
         plan(others, held((0, 6, "float32")))
-    assert "blocks 2..5 of a-model are held as int4 or int8/float32 by all who serve them" in str(raised.value)
+    assert "blocks 2..5 of a-model are held as int4 or int8/float32 by all peers that serve them" in str(raised.value)
     assert "were held as float32 in this session" in str(raised.value) and "--any-weights" in str(raised.value)
     with pytest.raises(CoverageError, match="served by nobody"):
         plan(others[2:], held((0, 6, "float32")))

@@ -28,11 +28,11 @@ from scheduler.speculation import (
 )
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.draft_model import DraftModel
+from splitnet.drafts.draft_stats import Drafted, DraftStats
 from splitnet.drafts.drafter import Drafter, Guess
 from splitnet.drafts.heads import Combined, HeadDrafter
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
-from splitnet.hf.decoding import Drafted, Experience
 from splitnet.swarm.plan import Prediction
 from tests.unit.random_models import HYBRIDS, random_config
 
@@ -357,67 +357,67 @@ class TestHeadDrafter:
 
 
 class TestCombined:
-    def drafts(self, experience: Experience, text: list[int]) -> Iterator[Guess]:
-        drafter = Combined(CountingHead(), experience.acceptance)
+    def drafts(self, stats: DraftStats, text: list[int]) -> Iterator[Guess]:
+        drafter = Combined(CountingHead(), stats.acceptance)
         drafter.begin(text[:-1], torch.zeros(len(text) - 2, 1))
         drafter.observe(text[-1], torch.zeros(1))
         return drafter.draft([])
 
     def test_copies_that_are_surely_right_come_first(self) -> None:
         text = [*range(10, 30), 1, 2, *range(10, 28)]
-        assert [token for token, _ in itertools.islice(self.drafts(Experience(Combined.priors), text), 2)] == [28, 29]
+        assert [token for token, _ in itertools.islice(self.drafts(DraftStats(Combined.priors), text), 2)] == [28, 29]
 
     def test_the_head_drafts_where_copies_are_unsure_or_there_are_none(self) -> None:
-        experience = Experience(Combined.priors)
-        assert next(self.drafts(experience, [1, 2, 3])).token == 4
-        guess = next(self.drafts(experience, [1, 2, 30, 7, 1]))
+        stats = DraftStats(Combined.priors)
+        assert next(self.drafts(stats, [1, 2, 3])).token == 4
+        guess = next(self.drafts(stats, [1, 2, 30, 7, 1]))
         assert guess.token == 2 and guess.kind >= len(PromptLookup.priors)
 
     def test_copies_that_were_wrong_are_left(self) -> None:
-        experience = Experience(Combined.priors)
+        stats = DraftStats(Combined.priors)
         text = [*range(10, 30), 1, 2, *range(10, 28)]
-        copied = next(self.drafts(experience, text))
+        copied = next(self.drafts(stats, text))
         assert copied.kind < len(PromptLookup.priors)
         for _ in range(30):
-            experience.compared(copied.kind, False)
-        assert next(self.drafts(experience, text)).kind >= len(PromptLookup.priors)
+            stats.compared(copied.kind, False)
+        assert next(self.drafts(stats, text)).kind >= len(PromptLookup.priors)
 
 
-class TestExperience:
+class TestDraftStats:
     @staticmethod
     def prediction(positions: int) -> Prediction:
         return Prediction(latency_ms=80.0 + positions, slowest_hop_ms=5.0)
 
     def test_nothing_is_drafted_before_a_plain_step_was_seen(self) -> None:
-        experience = Experience([0.9])
-        assert not experience.knows_steps
-        experience.took(1, 100.0, 2.0, self.prediction)
-        assert experience.knows_steps and experience.window(0, self.prediction) != NO_DRAFTS
+        stats = DraftStats([0.9])
+        assert not stats.knows_steps
+        stats.observe_latency(1, 100.0, 2.0, self.prediction)
+        assert stats.knows_steps and stats.window(0, self.prediction) != NO_DRAFTS
 
     def test_acceptance_is_learned_by_kind(self) -> None:
-        experience = Experience([0.5, 0.5])
+        stats = DraftStats([0.5, 0.5])
         for _ in range(100):
-            experience.compared(0, True, 0)
-            experience.compared(1, False, 1)
-        assert experience.acceptance([0]) > 0.95 and experience.acceptance([1]) < 0.05
-        assert 0.45 < experience.acceptance([0, 1]) < 0.55
-        experience.took(1, 100.0, 2.0, self.prediction)
-        assert experience.window(0, self.prediction).length > 0
-        assert experience.window(1, self.prediction) == NO_DRAFTS
+            stats.compared(0, True, 0)
+            stats.compared(1, False, 1)
+        assert stats.acceptance([0]) > 0.95 and stats.acceptance([1]) < 0.05
+        assert 0.45 < stats.acceptance([0, 1]) < 0.55
+        stats.observe_latency(1, 100.0, 2.0, self.prediction)
+        assert stats.window(0, self.prediction).length > 0
+        assert stats.window(1, self.prediction) == NO_DRAFTS
 
     def test_long_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
-        experience = Experience([0.7])
-        experience.took(1, 100.0, 2.0, self.prediction)
-        length = experience.window(0, self.prediction).length
+        stats = DraftStats([0.7])
+        stats.observe_latency(1, 100.0, 2.0, self.prediction)
+        length = stats.window(0, self.prediction).length
         for _ in range(50):
             for positions in range(2, 17):
-                experience.took(positions, 100.0 * positions, 2.0, self.prediction)
-        assert length > 1 and experience.window(0, self.prediction).length <= 1
+                stats.observe_latency(positions, 100.0 * positions, 2.0, self.prediction)
+        assert length > 1 and stats.window(0, self.prediction).length <= 1
 
     def test_a_client_that_is_slow_itself_sends_fewer_windows(self) -> None:
-        quick, slow = Experience([0.95]), Experience([0.95])
-        quick.took(1, 400.0, 2.0, lambda positions: Prediction(400.0, 2.0))
-        slow.took(1, 400.0, 200.0, lambda positions: Prediction(400.0, 2.0))
+        quick, slow = DraftStats([0.95]), DraftStats([0.95])
+        quick.observe_latency(1, 400.0, 2.0, lambda positions: Prediction(400.0, 2.0))
+        slow.observe_latency(1, 400.0, 200.0, lambda positions: Prediction(400.0, 2.0))
         many = quick.window(0, lambda positions: Prediction(400.0, 2.0))
         few = slow.window(0, lambda positions: Prediction(400.0, 2.0))
         assert many.in_flight > few.in_flight
@@ -428,53 +428,53 @@ class TestExperience:
         def prediction(positions: int) -> Prediction:
             return Prediction(80.0 + 20.0 * positions, 20.0 * positions)
 
-        experience = Experience([0.6])
-        experience.took(1, 100.0, 2.0, prediction)
-        assert experience.window(0, prediction) != NO_DRAFTS
+        stats = DraftStats([0.6])
+        stats.observe_latency(1, 100.0, 2.0, prediction)
+        assert stats.window(0, prediction) != NO_DRAFTS
         with ExitStack() as texts:
             for _ in range(8):
-                texts.enter_context(experience.text())
-            assert experience.window(0, prediction) == NO_DRAFTS
-            idle = Experience([0.6])
-            idle.took(1, 100.0, 2.0, self.prediction)
+                texts.enter_context(stats.text())
+            assert stats.window(0, prediction) == NO_DRAFTS
+            idle = DraftStats([0.6])
+            idle.observe_latency(1, 100.0, 2.0, self.prediction)
             assert idle.window(0, self.prediction) != NO_DRAFTS
-        assert experience.window(0, prediction) != NO_DRAFTS
+        assert stats.window(0, prediction) != NO_DRAFTS
 
     def test_it_counts_where_in_a_window_guesses_are_right(self) -> None:
-        experience = Experience([0.5])
-        experience.verified(Drafted(7, 0, 0, None), True)
-        experience.verified(Drafted(8, 0, 1, 0), False)
-        experience.verified(Drafted(9, 0, 0, None), True)
-        assert experience.by_place == {0: [2, 2], 1: [1, 0]} and experience.accepted == 2
+        stats = DraftStats([0.5])
+        stats.verified(Drafted(7, 0, 0, None), True)
+        stats.verified(Drafted(8, 0, 1, 0), False)
+        stats.verified(Drafted(9, 0, 0, None), True)
+        assert stats.by_place == {0: [2, 2], 1: [1, 0]} and stats.accepted == 2
 
     def test_a_drafter_that_takes_longer_than_it_saves_is_seldom_asked(self) -> None:
-        experience = Experience([0.5])
-        experience.took(1, 100.0, 2.0, self.prediction)
-        experience._drafting_ms[0].add(3.0)
+        stats = DraftStats([0.5])
+        stats.observe_latency(1, 100.0, 2.0, self.prediction)
+        stats._drafting_ms[0].add(3.0)
         for _ in range(100):  # one draft in three brings a token
             for tokens in (2, 1, 1):
-                assert experience.drafts_pay(self.prediction)
-                experience.came(tokens, drafted=True)
+                assert stats.drafts_pay(self.prediction)
+                stats.received(tokens, drafted=True)
         for _ in range(30):
-            experience.came(1, drafted=True)
-        assert not experience.drafts_pay(self.prediction)
-        experience.came(1, drafted=False)
-        experience.came(2, drafted=True)
-        assert experience.drafts_pay(self.prediction)
+            stats.received(1, drafted=True)
+        assert not stats.drafts_pay(self.prediction)
+        stats.received(1, drafted=False)
+        stats.received(2, drafted=True)
+        assert stats.drafts_pay(self.prediction)
 
     def test_a_drafter_that_takes_no_time_is_always_asked(self) -> None:
-        experience = Experience([0.5])
-        experience.took(1, 100.0, 2.0, self.prediction)
+        stats = DraftStats([0.5])
+        stats.observe_latency(1, 100.0, 2.0, self.prediction)
         for _ in range(100):
-            experience.came(1, drafted=True)
-        assert experience.drafts_pay(self.prediction)
+            stats.received(1, drafted=True)
+        assert stats.drafts_pay(self.prediction)
 
     def test_the_reading_of_a_prompt_is_not_the_time_of_a_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = itertools.count()
-        monkeypatch.setattr("splitnet.hf.decoding.time.perf_counter", lambda: float(next(now)))
-        experience = Experience([0.5])
+        monkeypatch.setattr("splitnet.drafts.draft_stats.time.perf_counter", lambda: float(next(now)))
+        stats = DraftStats([0.5])
         guesses = [Guess(1, 0), Guess(2, 0)]
-        assert list(experience.timed(iter(guesses), catches_up=True)) == guesses
-        assert [average.value for average in experience._drafting_ms] == [0.0, 1000.0]
-        assert list(experience.timed(iter(guesses), catches_up=False)) == guesses
-        assert [average.value for average in experience._drafting_ms] == [1000.0, 1000.0]
+        assert list(stats.timed(iter(guesses), catches_up=True)) == guesses
+        assert [average.value for average in stats._drafting_ms] == [0.0, 1000.0]
+        assert list(stats.timed(iter(guesses), catches_up=False)) == guesses
+        assert [average.value for average in stats._drafting_ms] == [1000.0, 1000.0]

@@ -1,4 +1,4 @@
-"""Which peers have stored pages of keys and values, as the sessions of this client have seen."""
+"""An index of the peers that have stored pages of keys and values, filled by the sessions of this client."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from typing import Final
 
 from splitnet.wire.sent_log import PAGE
 
-MOST_LABELS: Final = 1 << 18  # those used last
+MOST_LABELS: Final = 1 << 18  # entries of the index; the least recently used are dropped first
 
 
-class StoredPages:
-    """Peers by the label of a page, see `splitnet.wire.sent_log`. A peer may have dropped it since. Thread-safe."""
+class PrefixIndex:
+    """Peers by the label of a page, see `splitnet.wire.sent_log`. A peer may have dropped the page since. Thread-safe.
+
+    Attributes:
+        generation: part of the salt of labels. A new generation finds no page that an earlier one stored.
+        codecs: names of the codecs of the first link, on which labels depend, of all sessions with indexed pages.
+    """
 
     def __init__(self) -> None:
         self._peers: OrderedDict[bytes, set[str]] = OrderedDict()
         self._lock = threading.Lock()
-        self.generation = 0  # a part of the salt of labels: with another, no page of before is found
-        self.codecs: set[str] = set()  # of the first link of sessions whose pages are known: labels depend on it
+        self.generation = 0
+        self.codecs: set[str] = set()
 
     def note(self, labels: Sequence[bytes], peer: str, pages: int, codec: str) -> None:
-        """A peer has the first `pages` of a text, and no others of it."""
+        """Notes that a peer has stored exactly the first `pages` pages of a text."""
         with self._lock:
             self.codecs.add(codec)
             for index, label in enumerate(labels):
@@ -36,13 +41,13 @@ class StoredPages:
                 self._peers.popitem(last=False)
 
     def distrust(self) -> None:
-        """A hop has lied. What others have computed from its outputs, and stored, is not used any more."""
+        """Gives up all stored pages after a hop has lied: other peers may have computed pages from its outputs."""
         with self._lock:
             self.generation = secrets.randbits(64)
             self._peers.clear()
 
     def positions(self, labels: Sequence[bytes]) -> dict[str, int]:
-        """How many of the first positions of a text each peer has stored."""
+        """Number of first positions of a text that each peer has stored, by the peer's name."""
         found: dict[str, int] = {}
         with self._lock:
             for index, label in enumerate(labels):
