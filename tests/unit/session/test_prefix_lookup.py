@@ -133,7 +133,7 @@ def test_a_hop_that_names_other_weights_each_time_is_not_believed() -> None:
 def test_pages_are_named_by_all_that_they_depend_on() -> None:
     contexts: set[bytes] = set()
     for model, weights, codec in itertools.product(("a", "b"), ("float32", "int8"), ("none", "fp16")):
-        prefixes = PrefixLookup(SID, model, (0, 2), 1, itertools.count(1).__next__)
+        prefixes = PrefixLookup(SID, model, (0, 2), 1, itertools.count(1).__next__, PrefixNamespace(b"salt"))
         hops = [hop_of(0), hop_of(1)]
         hops[0].weights = weights
         prefixes.begin_asking(hops, codec_by_name(codec))
