@@ -1,11 +1,11 @@
-"""How many tokens of a greedy continuation through three peers are those of plain transformers; prints Markdown.
+"""Greedy tokens through three peers, compared with plain transformers; prints Markdown.
 
     python -m benchmarks.agreement CHECKPOINT [--tokens 64] [--peers 3] [--codec NAME ...]
 
-Each prompt is continued greedily by plain transformers and by the peers (processes on this machine, every link with
-the codec under test). Two numbers per prompt: how many tokens are the same before the first one that differs, and how
-many of the reference's tokens the peers would choose themselves, each time after the reference's text so far. The
-second says more of the codec: after one token that differs both texts go their own ways, and both can be good.
+Each prompt is continued greedily by plain transformers and by the peers (processes on this machine, every link with the
+codec under test). Two numbers per prompt: how many tokens are the same before the first difference, and how many of the
+reference's tokens the peers would choose themselves, each time after the reference's text so far. The second number
+says more about the codec, because both texts diverge after one different token, and both can be good.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPTS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What plain transformers makes of a prompt: all token ids, `[1, prompt + new]`."""
+    """The continuation of a prompt by plain transformers: all token ids, `[1, prompt + new]`."""
 
     ids: torch.Tensor
     prompt: int
@@ -42,14 +42,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the new tokens, how many are the same before the first other one, and how many when led by the reference."""
+    """Equal new tokens before the first difference, and equal choices after the reference's text."""
 
     from_start: int
     led: int
 
 
 def continue_greedily(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """`[1, prompt]` -> `[1, prompt + tokens]`, going on over ends of text."""
+    """`[1, prompt]` -> `[1, prompt + tokens]`, past any end token."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -61,7 +61,7 @@ def continue_greedily(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tenso
 
 
 def compare(model: Any, reference: Reference) -> Agreement:
-    """How far a model goes with a reference."""
+    """The agreement of a model with a reference."""
     new = reference.ids.shape[1] - reference.prompt
     own = continue_greedily(model, reference.ids[:, : reference.prompt], new)
     same = (own == reference.ids)[0, reference.prompt :]

@@ -1,9 +1,9 @@
-"""Honest clients beside every attack that is known, against a swarm and a gateway of real daemons on this machine.
+"""Honest clients during every known attack, against a swarm and a gateway of real daemons on this machine.
 
 Two daemons serve each half of the model, and a gateway serves it over HTTP. Honest clients compare every answer with
-that of plain transformers: first alone, then beside one attack after another, then alone again. Each attack of
-tests/attacks has one key and a process of its own, which gives way to the others. Tells what the slowest twentieth of
-the honest tokens took, as a multiple of the undisturbed, and the most memory that a process of the swarm held.
+that of plain transformers: first alone, then during one attack after another, then alone again. Each attack of
+tests/attacks has one key and a separate process of low priority. Prints the duration of the slowest twentieth of the
+honest tokens, as a multiple of the undisturbed one, and the most memory of a process of the swarm.
 
     make attack [MINUTES=10] [MODEL=...]
 """
@@ -48,7 +48,7 @@ from splitnet.wire.endpoints import Endpoint
 from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights
 
 CLIENTS = 1
-"""Besides the gateway's: with the attacker there is enough to do for two cores."""
+"""Besides the gateway's: together with the attacker they keep two cores busy."""
 HALVES = 2
 REPLICAS = 2
 KV_MEMORY = "128MiB"
@@ -58,21 +58,21 @@ LOOK_S = 0.2
 CALM_S = 45.0
 START_TIMEOUT_S = 120.0
 MOST_SLOWER = 1.5
-"""Times as slow as undisturbed the slowest twentieth of an honest client's tokens may become."""
+"""Limit of the slowest twentieth of an honest client's tokens, as a multiple of the undisturbed one."""
 MOST_GROWTH_MIB = 512
-"""What a process may take more than undisturbed. Of a daemon: KV and training memory, and 128 MiB of waiting steps."""
+"""Limit of additional memory of a process. Of a daemon: KV and training memory, and 128 MiB of waiting steps."""
 LONG_PASSES = "passes as long as the context"
 LONG_PASS = 2048
-"""Positions. What going back through them takes is in no account, see `pass_mib`."""
+"""Positions. No account includes the memory of their backward pass, see `pass_mib`."""
 REQUESTS = 16
-"""Of the gateway, at a time: it keeps a thread for each."""
+"""Concurrent requests to the gateway, which keeps a thread for each."""
 MOST_DESCRIPTORS, MOST_THREADS = 16, 4
-"""More than undisturbed, in the end; besides `REQUESTS`."""
+"""Limits of additional descriptors and threads at the end; besides `REQUESTS`."""
 
 
 @dataclass
 class Phase:
-    """What was seen while something happened."""
+    """Observations during a phase."""
 
     name: str
     answers: int = 0
@@ -82,18 +82,18 @@ class Phase:
     gateway_s: list[float] = field(default_factory=list)
     most_mib: dict[str, float] = field(default_factory=dict)
     least: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Descriptors and threads of each process, the fewest: links to peers that are being measured come and go."""
+    """Fewest descriptors and threads of each process, because links under measurement open and close."""
     attacker_cores: float = 0.0
-    """Processor time of the attacker, per second."""
+    """Processor seconds of the attacker per second."""
 
     @property
     def slow_ms(self) -> float:
-        """What 95 of 100 tokens took at most."""
+        """The 95th percentile of token times."""
         return statistics.quantiles(self.token_ms, n=20)[-1] if len(self.token_ms) > 20 else float("nan")
 
 
 class TokenTimes:
-    """A streamer of `generate()` that notes what each token after the first took, in the phase that is then."""
+    """A streamer of `generate()` that records the time of each token after the first in the present phase."""
 
     def __init__(self, phase: Callable[[], Phase]) -> None:
         self._phase = phase
@@ -114,7 +114,7 @@ class TokenTimes:
 
 
 class Honest:
-    """Clients with a key each, in threads, that ask and compare until they are told to stop."""
+    """Clients with a key each, in threads, that ask and compare until they are stopped."""
 
     def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
         self.phase = Phase("none")
@@ -149,7 +149,7 @@ class Honest:
                     max_new_tokens=question.answer.shape[1] - question.prompt.shape[1],
                     do_sample=False,
                     speculate=None,
-                    streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one and end in the next
+                    streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one phase and end in the next
                 )
             except SplitnetError as error:
                 phase.errors.append(str(error))
@@ -159,7 +159,7 @@ class Honest:
 
 
 class Reader:
-    """Asks the gateway for a few tokens again and again, with an API key of its own."""
+    """Repeatedly asks the gateway for a few tokens, with a separate API key."""
 
     def __init__(self, url: str, key: str) -> None:
         self.phase = Phase("none")
@@ -201,7 +201,7 @@ class Reader:
 
 
 class Watcher:
-    """Looks again and again at what each process of the swarm holds."""
+    """Repeatedly measures the memory, descriptors and threads of each process of the swarm."""
 
     def __init__(self, processes: dict[str, psutil.Process]) -> None:
         self.phase = Phase("none")
@@ -229,14 +229,14 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Target:
-    """What an attacker knows.
+    """The knowledge of an attacker.
 
     Attributes:
         addresses: of nodes of the DHT.
         peer: a daemon's, which serves `blocks` and has memory for `free_positions`.
         facts: of the model.
         url: of the gateway.
-        key: for the API, which is the attacker's own.
+        key: the attacker's own API key.
     """
 
     addresses: list[str]
@@ -249,7 +249,7 @@ class Target:
 
 
 def compute(seconds: float) -> int:
-    """Keeps one core busy and is connected to nothing: what others lose beside it, they lose to the machine."""
+    """Keeps one core busy without connections, as a baseline: others lose this much to the shared machine."""
     until, rounds = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         rounds += sum(range(10_000)) > 0
@@ -309,7 +309,7 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "helpers that take no calls": lambda at, seconds: relay.hostile_helpers("TakesNoCalls", seconds),
     "helpers that let nobody stay": lambda at, seconds: relay.hostile_helpers("Drops", seconds),
     "questions about nothing": lambda at, seconds: directory.ask_of_nothing(at.peer, seconds=seconds),
-    # Last, as what they have announced outlives them.
+    # Last, because the announced records outlast the attack.
     "records without end": lambda at, seconds: directory.flood_records(
         at.addresses, at.facts.fingerprint, seconds=seconds
     ),
@@ -327,7 +327,7 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
 
 @contextmanager
 def serving(model: str, address: str, keys: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A gateway that serves, and its URL."""
+    """A running gateway, and its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -355,7 +355,7 @@ def is_up(url: str) -> bool:
 
 
 def pass_phase(phase: Phase, seen: Sequence[Any], seconds: float) -> Phase:
-    """Notes for some seconds what is seen as of this phase."""
+    """Records observations of this phase for some seconds."""
     for one in seen:
         one.phase = phase
     time.sleep(seconds)
@@ -392,7 +392,7 @@ def report(phase: Phase, calm: Phase) -> None:
 
 
 def children_cpu_s() -> float:
-    """Processor time of the child processes that have ended."""
+    """Processor time of ended child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -404,9 +404,11 @@ def report_left(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, 
 
 
 def pass_mib(checkpoint: Checkpoint, blocks: int) -> float:
-    """What the way back of one long sequence takes of a daemon besides its accounts; one pass is computed at a time.
+    """MiB that the backward pass of one long sequence takes in a daemon outside its accounts; one pass is computed at a
+    time.
 
-    That is what is kept of all blocks within the bound, what is saved of one block more, and the scores of attention.
+    That is the kept tensors of all blocks within the limit, the saved tensors of one more block, and the scores of
+    attention.
     """
     passes = SpanPasses(Span.load(checkpoint, 0, 1, weights="float32"))
     hidden = torch.zeros(LONG_PASS, checkpoint.hidden_size)
@@ -416,7 +418,7 @@ def pass_mib(checkpoint: Checkpoint, blocks: int) -> float:
 
 
 def failures_of(phases: Sequence[Phase], calm: Phase, pass_mib: float) -> list[str]:
-    """What did not hold; `pass_mib`: what long passes may take of a daemon, which keeps it for a while."""
+    """The failed checks; `pass_mib`: what long passes may take in a daemon, which keeps it for a while."""
     failures: list[str] = []
     most_growth = dict.fromkeys(calm.most_mib, float(MOST_GROWTH_MIB))
     for phase in phases:
@@ -444,7 +446,7 @@ def main() -> int:
     parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id; the demo's if not given")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", nargs="+", choices=ATTACKS, help="these attacks alone")
-    parser.add_argument("--attack", choices=ATTACKS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--attack", choices=ATTACKS, help=argparse.SUPPRESS)  # in a separate process
     parser.add_argument("--target", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -452,7 +454,7 @@ def main() -> int:
     folder = arguments.checkpoint or str(demo_checkpoint())
     checkpoint = Checkpoint.open(folder)
     if arguments.attack:
-        os.nice(10)  # its work is done elsewhere, where swarms are
+        os.nice(10)  # its work should not slow the swarm, which in reality runs on other machines
         given = json.loads(arguments.target)
         peer = Endpoint(given["peer"], PublicKey.parse(given["peer_key"]))
         target = Target(
@@ -518,7 +520,7 @@ def main() -> int:
                 except subprocess.TimeoutExpired:
                     one.kill()
                     said = "ended, as it did not end by itself"
-            if one.returncode > 0:  # not one that was ended here, while it waited for its last answers
+            if one.returncode > 0:  # negative for a process that was ended here while it waited for its last answers
                 phases[-1].errors.append(said.strip().splitlines()[-1][:200] if said.strip() else "it ended early")
             phases[-1].attacker_cores = (children_cpu_s() - computed_s) / (time.monotonic() - began)
             report(phases[-1], calm)

@@ -1,13 +1,13 @@
-"""Bytes on the wire of what a client sends and receives besides its sessions: pings, probes, and the directory.
+"""Bytes of a client on the wire outside its sessions: pings, probes, and the directory.
 
-Counts what passes the loopback device, with the headers of TCP and IP: run it where nothing else uses that, as in a
-network of its own (Linux):
+Counts the traffic of the loopback device, with the headers of TCP and IP: run it where no other program uses the
+loopback device, as in a separate network namespace (Linux):
 
     unshare -rn sh -c 'ip link set lo up; exec python -m benchmarks.client_bytes [--nodes 8] [--peers 100]'
 
-With `--minutes` it counts instead what a whole client takes in each of so many minutes. It joins through one of the
-`--peers`, which only answer, plans a route, and keeps its links as a session does: nothing is computed. `--busy`: every
-record tells another load every 15 s, else none ever.
+With `--minutes` it counts the traffic of a whole client in each of this many minutes instead. The client joins through
+one of the `--peers`, which only answer, plans a route, and keeps its links as a session does, without any computation.
+`--busy`: every record reports another load every 15 s; otherwise loads never change.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def minutes(count: int, number: int, *, busy: bool) -> None:
 
 
 class IdleSession:
-    """Has a route, and nothing to do."""
+    """A session with a route and without work."""
 
     id = bytes(range(16))
 
@@ -176,7 +176,9 @@ class IdleSession:
 
 
 class AnsweringPeers:
-    """Peers that answer pings and tell of each other, and compute nothing; each has a port and a key of its own."""
+    """Peers that answer pings and report each other's records, without computation; each has a separate port and
+    key.
+    """
 
     def __init__(self, count: int, *, busy: bool) -> None:
         self._busy = busy
@@ -203,15 +205,15 @@ class AnsweringPeers:
             thread.start()
 
     def records(self, model: str, depth: int) -> list[PeerRecord]:
-        """What each knows of the directory."""
+        """The records that every peer knows."""
         return list(self._records.values()) if model else []
 
     def send(self, destination: Connection, message: Message) -> None:
-        """For the service of the directory."""
+        """Sends an answer of the directory's service."""
         self._ready.put((destination, message))
 
     def take_counts(self) -> tuple[Counter[str], Counter[str]]:
-        """Messages that came, and bytes of the messages of each kind; since the last call."""
+        """Received messages, and bytes of messages by kind, since the last call."""
         counts, self._counts = self._counts, (Counter(), Counter())
         return counts
 
@@ -225,7 +227,7 @@ class AnsweringPeers:
     def _listen(self, identity: Identity) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.ROUTER)
         socket.curve_server, socket.curve_secretkey = True, identity.curve_secret
-        socket.heartbeat_ivl = socket.heartbeat_timeout = 10_000  # as of `splitnet.transport.transport`
+        socket.heartbeat_ivl = socket.heartbeat_timeout = 10_000  # as in `splitnet.transport.transport`
         socket.bind("tcp://127.0.0.1:*")
         self._poller.register(socket, zmq.POLLIN)
         return socket
@@ -238,7 +240,7 @@ class AnsweringPeers:
             self._records[identity.public.raw] = PeerRecord.unpack(record.pack(identity))
 
     def _keep(self) -> None:
-        """Every 15 s each peer tells its record again."""
+        """Each peer announces its record again every 15 s."""
         at, step = 0, max(len(self._identities) // 15, 1)
         while not self._closing.wait(1.0):
             self._renew(range(at, min(at + step, len(self._identities))))
@@ -302,10 +304,10 @@ def record_of(key: Identity, **facts: object) -> PeerRecord:
 
 
 def passed(work: Callable[[], object]) -> float:
-    """Bytes that pass the loopback device meanwhile."""
+    """Bytes through the loopback device during `work`."""
     before = counted()
     work()
-    time.sleep(0.2)  # what is acknowledged late counts too
+    time.sleep(0.2)  # late acknowledgements count, too
     return float(counted() - before)
 
 

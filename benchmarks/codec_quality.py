@@ -1,9 +1,9 @@
-"""What each codec costs in quality, bytes and time on the boundary activations of a real model; prints Markdown.
+"""The cost of each codec in quality, bytes and time, on the boundary activations of a real model; prints Markdown.
 
     python -m benchmarks.codec_quality CHECKPOINT [--text FILE] [--cuts 10 20] [--cuts 5 25] [--tokens 1024]
 
-The model runs whole; at each cut the output of the block before it is encoded and decoded by the codec under test, as
-between two peers. Each result is compared with the same model without codecs.
+The model runs whole; at each cut the codec under test encodes and decodes the output of the block before it, as between
+two peers. Each result is compared with the same model without codecs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VARIED_TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 
 @dataclass(frozen=True)
 class Quality:
-    """How far a model with codecs at its cuts is from the exact model, over all positions of a text."""
+    """The distance of a model with codecs at its cuts from the exact model, over all positions of a text."""
 
     divergence: float
     """Mean Kullback-Leibler divergence of the next-token distribution from the exact one, in nats."""
@@ -37,7 +37,7 @@ class Quality:
 
 
 class Comparison:
-    """A model on one text, and its exact answer."""
+    """A model on one text, and its exact output."""
 
     def __init__(self, checkpoint: Path | str, text: str, tokens: int) -> None:
         opened = Checkpoint.open(checkpoint)

@@ -1,11 +1,11 @@
-"""What a decode step costs in a family's own code and compiled, for families with compiled steps; prints Markdown.
+"""The cost of a decode step in a family's own code and compiled, for families with compiled steps; prints Markdown.
 
     python -m benchmarks.compiled_steps [--families cohere gemma2] [--weights int8] [--hidden 512] [--blocks 6]
                                         [--context 64]
 
-Models are random; both ways run in turns through the same blocks, with one thread, behind --context positions. The
-fastest of all steps is told, and the median. Latent attention has heads and latents of the sizes that DeepSeek-V3 has.
-Difference: the largest of outputs, as a part of the largest output.
+Models are random. Both versions run in turns through the same blocks, with one thread, after --context positions. The
+table has the fastest of all steps, and the median. Latent attention has the sizes of heads and latents of DeepSeek-V3.
+Difference: the largest between the outputs, as a share of the largest output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LATENTS = {
 
 
 def load(family: str, folder: Path, arguments: argparse.Namespace) -> Span | None:
-    """All blocks of a random model; None: it has no compiled steps with such weights."""
+    """All blocks of a random model; None: the family has no compiled steps with these weights."""
     sizes = SIZES.get(family, {})
     if "kv_lora_rank" in sizes:
         sizes = _LATENTS if arguments.weights in INTEGERS else {**_LATENTS, "first_k_dense_replace": arguments.blocks}

@@ -1,9 +1,9 @@
-"""A batch of embeddings against the prefill of one prompt of as many tokens, through the same peers; prints Markdown.
+"""A batch of embeddings against the prefill of one prompt of equal length, through the same peers; prints Markdown.
 
     python -m benchmarks.embeddings CHECKPOINT [--texts 64] [--tokens 128] [--prompt 2048] [--weights auto] [--rounds 5]
 
 Two daemons of one thread each have half of the blocks each, on this machine. The gateway is asked for embeddings of
-`--texts` texts of `--tokens` random tokens, and in turns for one token behind a prompt of `--prompt` random tokens.
+`--texts` texts of `--tokens` random tokens, and in turns for one token after a prompt of `--prompt` random tokens.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Mixtures of experts and hybrids as they are published, with random weights, over daemons on this machine.
+"""Published shapes of mixtures of experts and hybrids, with random weights, over daemons on this machine.
 
     python -m benchmarks.experts --shape qwen3-30b-fp8 [--blocks 9] [--peers 3] [--threads 2] [--rounds 3]
                                  [--context 100 8000] [--clients 1 8] [--prefill 512] [--tokens 48]
 
-The checkpoint has the sizes of the model that its name says, but fewer blocks and a small vocabulary, and is written
-anew (`--keep FOLDER` keeps it). Tells the bytes of the blocks in the files, and what the daemons hold above libraries;
-then, for every case, tokens per second and ms per token. "Of bandwidth" is the time that the machine needs to read the
-bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon has, before
-or after the rounds, whichever was faster, as a part of the ms per token. `--in-process` also runs all blocks as one
-span in this process, without hops; `--sequences N` tells what N more sequences of each context take in the daemons,
-and `--drafts` compares answers with and without drafts.
+The checkpoint has the sizes of the named model, but fewer blocks and a small vocabulary, and is generated (`--keep
+FOLDER` keeps it). Prints the bytes of the blocks in the files, and the memory of the daemons above libraries; then, for
+every case, tokens per second and ms per token. "Of bandwidth" is the share of the ms per token that the machine needs
+to read the bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon,
+before or after the rounds, whichever was faster. `--in-process` also runs all blocks as one span in this process,
+without hops; `--sequences N` prints the memory of N more sequences of each context in the daemons, and `--drafts`
+compares answers with and without drafts.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Shape:
     Attributes:
         family: its `model_type`.
         config: values of its config.
-        store: gives the tensors of a linear layer, by the end of their names.
+        store: returns the tensors of a linear layer, by the end of their names.
         quantization: the config's `quantization_config`.
-        chosen: experts that a token reads.
-        experts: that there are.
-        stacked: gives the tensors of all experts at once, where they are stored so.
+        chosen: number of experts that a token reads.
+        experts: number of experts.
+        stacked: returns the tensors of all experts at once, for checkpoints that store them so.
     """
 
     family: str
@@ -110,7 +110,7 @@ FOUR_BITS = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size"
 
 
 def compressed(format: str, kind: str) -> dict[str, Any]:
-    """The config of weights of four bits, as compressed-tensors has it."""
+    """The config of four-bit weights in the format of compressed-tensors."""
     return {
         "quant_method": "compressed-tensors",
         "format": format,
@@ -197,10 +197,10 @@ def write(shape: Shape, blocks: int, folder: Path) -> None:
 
 
 def block(shape: Shape, config: Any, kind: str, norm: Callable[..., torch.Tensor]) -> Tensors:
-    """The tensors of one block, by the rest of their names."""
+    """The tensors of one block, by the last part of their names."""
     hidden, size = config.hidden_size, config.head_dim
     next_ = shape.family == "qwen3_next"
-    one = 0.0 if next_ else 1.0  # of norms that add one
+    one = 0.0 if next_ else 1.0  # norms of this family add one
     tensors = {f"{name}_layernorm.weight": norm(hidden, one) for name in ("input", "post_attention")}
 
     def add(path: str, found: Tensors) -> None:
@@ -249,7 +249,7 @@ def block(shape: Shape, config: Any, kind: str, norm: Callable[..., torch.Tensor
 
 
 def bytes_read(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int]:
-    """Bytes of the blocks in the files, and those that a token reads of blocks and head."""
+    """Bytes of the blocks in the files, and bytes of blocks and head that a token reads."""
     in_files = read = 0
     for tensors in checkpoint.block_tensors:
         facts = checkpoint.store.facts([tensor.name for tensor in tensors])
@@ -261,7 +261,7 @@ def bytes_read(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int]:
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes per second of a sum over a long vector; the fastest of some."""
+    """Bytes per second of a sum over a long vector; the fastest of several."""
     torch.set_num_threads(threads)
     vector = torch.ones(READ_BYTES // 4)
     times: list[float] = []
@@ -273,7 +273,7 @@ def bandwidth(threads: int) -> float:
 
 
 def libraries_bytes() -> int:
-    """Memory of a process that has only imported what a daemon imports."""
+    """Memory of a process that has only imported a daemon's modules."""
     code = "import peers.server, splitnet.cli.generation; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
@@ -332,7 +332,7 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
         found = measure(
             {"swarm": arm}, cases_of(arguments), rounds=arguments.rounds, progress=progress.update, warm_up=1
         )
-    speed = max(speed, bandwidth(arguments.threads))  # the machine is not always as fast
+    speed = max(speed, bandwidth(arguments.threads))  # the machine's speed varies
     print(f"Memory is read at {speed / 2**30:.1f} GiB/s with {arguments.threads} threads.")
     report(found, read / speed * 1000)
     for context in arguments.context if arguments.sequences else []:
@@ -340,21 +340,21 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     if arguments.drafts:
         report_drafts(model, arguments.tokens, arguments.rounds)
     if arguments.in_process:
-        daemons.__exit__(None, None, None)  # there may not be memory for both
+        daemons.__exit__(None, None, None)  # the memory may not suffice for both
         blocks_ms = decode_ms(checkpoint, arguments.tokens)
         of_blocks = read - checkpoint.store.facts(["lm_head.weight"])["lm_head.weight"].nbytes
         print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
 
 
 def report_memory(model: RemoteCausalLM, daemons: LocalSwarm, sizes: ModelSizes, context: int, many: int) -> None:
-    """Tells by how much the daemons grow with sequences that are all open at once, and what records say of it."""
+    """Prints the daemons' growth with concurrent sequences, and the memory by their records."""
     prompt = torch.randint(VOCABULARY, (1, context))
     with ExitStack() as open_sessions:
         used: list[int] = []
         for index in range(many + 1):
             open_sessions.enter_context(model.session())
             model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)
-            if index in (0, many):  # the first also takes what passes need, which stays
+            if index in (0, many):  # the first also allocates memory for passes, which stays
                 used.append(sum(psutil.Process(process.pid).memory_full_info().uss for process in daemons.processes))
     states = sizes.num_blocks * sizes.state_bytes / MIB
     told = sizes.num_blocks * sizes.kv_bytes * (context + 2) / MIB + states

@@ -1,12 +1,12 @@
-"""How long text stands still when a hop is lost, and whether it goes on with the same tokens.
+"""How long a text pauses when a hop is lost, and whether it continues with the same tokens.
 
 Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; root on Linux). One
-answer is generated undisturbed, then again, and after some tokens something happens to the first, middle or last hop:
+answer is generated undisturbed, then again with trouble at the first, middle or last hop after some tokens:
 
     kill    its program dies (kill -9)
     hang    its program stops (SIGSTOP)
-    cut     its host loses the network, and nobody is told
-    link    it loses the link to whoever sends to it, and nothing else
+    cut     its host loses the network, without notice to others
+    link    it loses only the link to the hop that sends to it
     slow    its program gets one hundredth of the time
     leave   its program is told to end (SIGTERM)
 
@@ -42,7 +42,7 @@ TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 HOPS = ("first", "middle", "last")
 NEW_TOKENS = 40
 AFTER = 16
-"""Tokens before the trouble, so that the client knows what a step usually takes."""
+"""Tokens before the trouble, so that the client knows the usual time of a step."""
 SLOW_CYCLE_S = 0.1
 SLOW_SHARE = 0.01
 
@@ -55,13 +55,13 @@ class Run:
     """From the trouble to the next token."""
     usual_ms: float
     lost_ms: float
-    """By how much all tokens after the trouble took longer than usual."""
+    """Additional time of all tokens after the trouble."""
     repairs: list[Recovered]
     same: bool
 
     @property
     def found_ms(self) -> float:
-        """Until the repair began; only where one step has it all."""
+        """Until the repair began; only if one step contains the whole repair."""
         return self.to_next_ms - sum(repair.total_ms for repair in self.repairs) - self.usual_ms
 
 
@@ -88,7 +88,7 @@ def main() -> int:
     spans = {f"{name}{twin}": (edges[index], edges[index + 1]) for twin in "ab" for index, name in enumerate(HOPS)}
     try:
         with Lab(["client", *spans], delay_ms=arguments.delay) as lab, lab.inside("client"):
-            # The DHT has a node of its own here, since any of the daemons may die.
+            # The DHT has a separate node here, because any of the daemons may die.
             directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             with LabPeers(lab, arguments.checkpoint, spans, options, join=directory.addresses[0]) as peers:
                 print_header()
@@ -117,7 +117,7 @@ def disturbed(
     index: int,
     codec: str,
 ) -> Run:
-    """Generates an answer undisturbed and one with trouble at the hop `index`; all is well again at the end."""
+    """Generates an undisturbed answer and one with trouble at the hop `index`; at the end the trouble is undone."""
     began: list[float] = []
     with Swarm(ModelFacts.of(checkpoint), directory.addresses) as swarm:
         model = attach(checkpoint, swarm, codec=codec)
@@ -150,7 +150,7 @@ def disturbed(
 
 @contextmanager
 def ending() -> Iterator[list[Callable[[], None]]]:
-    """Collects what must be done at the end."""
+    """Collects actions for the end."""
     actions: list[Callable[[], None]] = []
     try:
         yield actions

@@ -1,8 +1,8 @@
-"""What one client's load does to another client's tokens: one daemon of one thread, clients in processes of their own.
+"""The effect of one client's load on another client's tokens: one daemon of one thread, clients in separate processes.
 
-The client that is measured has one session, which decodes one token after the other. Beside it are, in turns, nobody,
-another such client, one with 64 sessions, one that sends long prompts, and one that trains. The last column is in times
-of what it has beside an equal client.
+The measured client has one session, which decodes one token after the other. In turns it runs alone, next to an equal
+client, a client with 64 sessions, a client with long prompts, and a client that trains. The last column is a multiple
+of the time next to an equal client.
 
     python -m benchmarks.fairness CHECKPOINT [--seconds 10] [--think 0 10] [--rounds 2]
 """
@@ -73,7 +73,7 @@ def main() -> None:
 def measure(
     endpoint: Endpoint, facts: ModelFacts, load: str, seconds: float, think_s: float
 ) -> tuple[list[float], float]:
-    """Ms of each token of a client beside a load, thinking included, and what the load got done per second."""
+    """Ms of each token of a client next to a load, including thinking, and the load's work per second."""
     with beside(endpoint, facts, load, seconds + WARM_UP_S) as done, fairness.Client(endpoint, facts) as client:
         session, answer = client.open(4096)
         assert isinstance(answer, Opened), answer
@@ -89,7 +89,7 @@ def measure(
 
 @contextmanager
 def beside(endpoint: Endpoint, facts: ModelFacts, load: str, seconds: float) -> Iterator[Any]:
-    """Runs a load in another process; gives what it got done, once it has ended."""
+    """Runs a load in another process. Yields its amount of work, which is set when the load has ended."""
     chosen = LOADS[load]
     if chosen is None:
         yield None

@@ -1,8 +1,8 @@
-"""Frames that were messages once, at a peer, a client and a node of the DHT: do they live, and what do they hold?
+"""Mutated frames against a peer, a client and a node of the DHT: whether they survive, and their memory.
 
-Each is a process of its own on this machine, with a small random model. Frames are honest ones with bytes changed, cut,
-joined and sent again (`tests/attacks/frames.py`, `hop.py`, `requests.py`). The node's functions are also called
-without a network between, which is faster.
+Each target is a separate process on this machine, with a small random model. Frames are honest ones, changed, cut,
+joined and sent again (`tests/attacks/frames.py`, `hop.py`, `requests.py`). The node's functions are also called without
+a network, which is faster.
 
     python -m benchmarks.frames [--seconds 60] [--at peer client node functions port]
 """
@@ -37,11 +37,11 @@ from tests.unit.random_models import random_checkpoint
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LOOK_S = 0.2
 BEGINS_S = 5.0
-"""After which what a process holds counts as before: imports and first answers are done."""
+"""Seconds after which a process's memory counts as the baseline: imports and first answers are done."""
 
 
 class Watched:
-    """A process and its children while they are attacked: the most memory they held, early and in all."""
+    """A process and its children under attack: their largest memory, early and in total."""
 
     def __init__(self, pid: int) -> None:
         self.early_mib = self.most_mib = 0.0
@@ -139,7 +139,7 @@ def node_process() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 def _in_child(
     at: str, attacked: Callable[..., None], arguments: tuple[Any, ...], announce: Callable[[], None] | None = None
 ) -> None:
-    """Runs what is attacked in a process that counts what comes."""
+    """Runs the attack in a process that counts the messages."""
     context = multiprocessing.get_context("spawn")
     heard = context.Value("q", 0, lock=False)
     process = context.Process(target=attacked, args=(*arguments, heard))

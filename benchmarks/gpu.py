@@ -1,11 +1,11 @@
-"""How fast a span decodes and prefills on a GPU, by what its weights are held as; prints Markdown.
+"""The speed of a span's decode steps and prefill on a GPU, by the format of its weights; prints Markdown.
 
     python -m benchmarks.gpu MODEL [--device auto] [--blocks 0:8] [--kinds bfloat16 int8 int4]
 
-A decode step is one position of one session. "bandwidth" is what a copy within the device's memory reaches, of which a
-step has to read all weights once; "graph" tells how many sessions a step may have that is replayed from CUDA graphs.
-Times are those of events on the device, or by the clock after it has finished; the median counts. Without a GPU there
-is nothing to measure.
+A decode step is one position of one session. "bandwidth" is the rate of a copy within the device's memory; a step has
+to read all weights once at this rate. "graph" is the number of sessions that a step replayed from CUDA graphs may have.
+Times come from events on the device, or from the clock after it has finished; the median counts. The benchmark needs a
+GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADER = "| kind | ms/token | bytes | share of bandwidth | prefill tokens/s | gr
 
 
 def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of `work` on the device."""
+    """Ms of `work` on the device."""
     seconds_after_work(device)
     watch = Stopwatch(device)
     work()
@@ -39,7 +39,7 @@ def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def bytes_per_ms(device: torch.device) -> float:
-    """What copying reads and writes."""
+    """Bytes that a copy reads and writes per ms."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [milliseconds(device, lambda: target.copy_(source)) for _ in range(COPIES)]

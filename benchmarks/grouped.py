@@ -1,11 +1,11 @@
-"""How fast weights in the codes of checkpoints are read: products of a few rows; prints Markdown.
+"""The speed of products of a few rows with weights in the codes of checkpoints; prints Markdown.
 
     python -m benchmarks.grouped [--threads 1 2] [--rows 1 8] [--rounds 20] [--shape 4096 4096] [--layouts Q4_K MXFP4]
     python -m benchmarks.grouped --paths avx512 avx2 --shape 5632 2048
 
-Each layout has so many different matrices that they fit no cache. "GB/s" is of the bytes held, "of bandwidth" relative
-to what sums over parts of a long vector read in the same rounds. Paths take turns. Of a round the fastest product
-counts, and the fastest sum; of the rounds, the median. Codes are random.
+Each layout has enough different matrices to exceed every cache. "GB/s" counts the held bytes; "of bandwidth" is
+relative to sums over parts of a long vector in the same rounds. Paths run in turns. Each round counts its fastest
+product and its fastest sum; the result is the median of the rounds. Codes are random.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def hold(layout: Layout, arguments: argparse.Namespace) -> list[BlockQuantWeight
 
 
 def time_layout(layout: Layout, cases: Sequence[Case], arguments: argparse.Namespace) -> list[str]:
-    """The cells of a row: GB/s and part of the bandwidth."""
+    """The cells of a row: GB/s and share of the bandwidth."""
     held: dict[bool, list[BlockQuantWeight]] = {}
     taken: dict[Case, list[float]] = {case: [] for case in cases}
     shares: dict[Case, list[float]] = {case: [] for case in cases}

@@ -1,7 +1,7 @@
-"""How speed changes with the number of hops, the length of the context, and the number of clients.
+"""Speed by the number of hops, the length of the context, and the number of clients.
 
-Daemons of one thread each share the blocks of a checkpoint evenly, on this machine; clients generate as
-`splitnet bench` has them do. Codecs take turns, round by round. Prints a table and draws a picture for each part.
+Daemons of one thread each share the blocks of a checkpoint evenly, on this machine; clients generate as in `splitnet
+bench`. Codecs run in turns, round by round. Prints a table and draws a picture for each part.
 
     python -m benchmarks.growth CHECKPOINT [--part hops context clients] [--rounds 3] [--codecs none int8]
 """
@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 class Point(NamedTuple):
-    """Where on the axis a case stands."""
+    """The position of a case on the axis."""
 
     at: int
     measured: Measured
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def by_hops(arguments: argparse.Namespace) -> tuple[str, list[Point]]:
-    """One swarm after the other, as a machine has no room for all of them at once."""
+    """One swarm after the other, because a machine has no room for all of them at the same time."""
     case = Case(arguments.tokens, decodes=True)
     return "hops", [Point(hops, each) for hops in arguments.hops for each in measured(arguments, hops, [case])]
 
@@ -92,7 +92,7 @@ PARTS = {"hops": by_hops, "context": by_context, "clients": by_clients}
 
 
 def measured(arguments: argparse.Namespace, peers: int, cases: Sequence[Case]) -> list[Measured]:
-    """Runs cases through a swarm of so many peers, with each codec."""
+    """Runs cases through a swarm of this many peers, with each codec."""
     checkpoint = Checkpoint.open(arguments.checkpoint)
     check_room(cases, checkpoint.max_positions)
     with arms(checkpoint, peers, arguments.codecs) as by_codec, StageProgress() as progress:
@@ -122,13 +122,13 @@ def print_table(axis: str, points: Sequence[Point]) -> None:
 
 
 def spreads(point: Point, codec: str) -> list[Spread]:
-    """Of all columns."""
+    """Spreads of all columns."""
     of_all = point.measured.spreads(codec)
     return [of_all[figure] for figure in COLUMNS.values()]
 
 
 def draw(axis: str, points: Sequence[Point], path: Path) -> None:
-    """Writes a PNG: tokens per second, and how long a token takes, each as its median with its range."""
+    """Writes a PNG: tokens per second, and ms per token, each as its median with its range."""
     from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
 
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -1,16 +1,16 @@
-"""What a decode token costs beyond reading weights, by part: its blocks, what hops add, the client and its head.
+"""The cost of a decode token beyond reading weights, by part: its blocks, the hops, the client and its head.
 
-Two routes through the same blocks take turns, on loopback with CURVE on: one peer with all of them, and several peers
-with a part each. Each peer is a process of its own. Of every token the client knows the time that it took and the time
-that the devices spent on it (steps and results carry it); the rest is what the hops and the client add: codecs,
-messages, sockets, encryption, threads and dispatch. The difference between the routes, per additional peer, is what one
-hop adds. Then whole tokens are generated through the longer route: what is not spent in its steps is the client's.
+Two routes through the same blocks run in turns, on loopback with CURVE on: one peer with all blocks, and several peers
+with a part each. Each peer is a separate process. For every token the client knows its total time and the time of the
+devices (steps and results carry it); the rest is added by the hops and the client: codecs, messages, sockets,
+encryption, threads and dispatch. The difference between the routes, per additional peer, is the cost of one hop. Then
+whole tokens are generated through the longer route; time outside of their steps is the client's.
 
     python -m benchmarks.hop CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
     python -m benchmarks.hop --random 0.5b [--weights int8] ...
 
-Every token gives the blocks the same activations. "Reading" is the time that one thread needs to read so many bytes as
-the weights take (a sum over a long vector; the fastest of some before and after), of the blocks and of the head.
+Every token gives the blocks the same activations. "Reading" is the time in which one thread reads as many bytes as the
+weights of the blocks and the head have (a sum over a long vector; the fastest of several before and after).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> None:
 
 
 def report_reading(model: RemoteCausalLM, checkpoint: Checkpoint, weights: str | None, speed: float) -> None:
-    """Tells the bytes of blocks and head, and the time to read them at so many bytes per second."""
+    """Prints the bytes of blocks and head, and the time to read them at this rate."""
     block = Span.load(checkpoint, 0, 1, weights=weights)
     head: Any = model.get_output_embeddings()
     held = head.held if isinstance(head, QuantizedLinear) else head
@@ -144,7 +144,7 @@ def report(rounds: dict[int, list[Token]]) -> None:
 
 
 def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
-    """Generates answers, and tells what a token takes in steps through the hops, in norm and head, and besides."""
+    """Generates answers, and prints the ms of a token in steps through the hops, in norm and head, and in the rest."""
     timed = [Timed(Session, "begin"), Timed(Session, "finish"), Timed(Ends, "logits")]
     prompt = torch.randint(model.config.vocab_size, (1, 8))
     totals: list[float] = []
@@ -172,7 +172,7 @@ def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
 
 
 class Timed:
-    """Notes how long each call of a method takes, in ms."""
+    """Records the duration of each call of a method, in ms."""
 
     def __init__(self, owner: type, name: str) -> None:
         self.ms: list[float] = []

@@ -1,10 +1,10 @@
-"""How many instructions the kernels for ARM take for a weight, counted under emulation; prints Markdown.
+"""Instructions of the kernels for ARM per weight, counted under emulation; prints Markdown.
 
     python -m benchmarks.instructions [--inputs 512]
 
-It takes aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user). What
-a product with three tiles takes more than one with two is divided by the weights of a tile, so that the rest of the
-program does not count. How long an instruction takes is not known by that.
+Requires aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user). The
+additional instructions of a product with three tiles over one with two are divided by the weights of a tile, so that
+the rest of the program does not count. The counts do not show how long an instruction takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def instructions(program: Path, path: str, layout: tuple[int, ...], inputs: int, tiles: int) -> int:
-    """That the whole program executes."""
+    """Instructions that the whole program executes."""
     numbers = [str(number) for number in (*layout, inputs, tiles)]
     command = ["qemu-aarch64", "-cpu", "max", "-one-insn-per-tb", "-d", "exec,nochain", str(program), path, *numbers]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:

@@ -1,10 +1,10 @@
-"""How soon `splitnet generate` says its first word, joined through a node of the DHT and through a peer's own port.
+"""Time to the first word of `splitnet generate`, joined through a node of the DHT and through a peer's own port.
 
     python -m benchmarks.joining CHECKPOINT [--rounds 5]
 
-One daemon serves the whole model; commands that join by either of its addresses run in turns, each as a process of its
-own that generates one token. Prints Markdown: seconds from the start of the process until the first byte of text and
-until its end, and seconds of processor time, with those of its children.
+One daemon serves the whole model; commands that join with either of its addresses run in turns, each as a separate
+process that generates one token. Prints Markdown: seconds from the start of the process until the first byte of text
+and until its end, and seconds of processor time, including its children.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ START_S = 120.0
 
 
 def main() -> None:
-    """Runs it."""
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def first_word(checkpoint: str, address: str, folder: Path) -> tuple[float, float, float]:
-    """Seconds until the first byte of text and until the end, and of processor time, of one command."""
+    """Seconds until the first byte of text, until the end, and of processor time, of one command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
     command = [*SPLITNET, "generate", checkpoint, "Hello", "--max-new-tokens", "1", "--join", address]

@@ -1,9 +1,9 @@
-"""Ten owners with different labels tune one adapter together; two drop out, and one lies.
+"""Ten owners with different labels tune one adapter together; two owners drop out, and one lies.
 
 Three daemons, a coordinator and the owners are hosts of an emulated network (see docs/netlab.md). The examples of a
-file with labels are sorted by label, cut into three pieces per owner, and dealt out, so that an owner has some labels
-alone. After a quarter of the rounds two owners are killed. The liar sends its gradients times -20. Beside: one owner
-with all data, and some of the owners alone, take as many steps.
+file with labels are sorted by label, cut into three pieces per owner, and dealt out, so that an owner has only some
+labels. After a quarter of the rounds two owners are killed. The liar sends its gradients times -20. For comparison, one
+owner with all data, and some of the owners alone, take the same number of steps.
 
     sudo .venv/bin/python -m benchmarks.joint_tuning CHECKPOINT TRAIN.jsonl TEST.jsonl [--steps 100] [--delay 20]
         [--alone 3] [--output DIR] [--tune "--method side --lr 6e-4"] [--round "--liars 1"]
@@ -63,7 +63,7 @@ def main() -> None:
         Lab((*PEERS, "coordinator", *names), delay_ms=arguments.delay) as lab,
         LabPeers(lab, arguments.checkpoint, spans) as peers,
     ):
-        # Ten more nodes of the DHT would have two cores to share with what is measured.
+        # Ten more nodes of the DHT would share two cores with the measured processes.
         address = re.findall(r'--join "(tcp://[^\s"]+)', peers.log(PEERS[0]))[0]
         trial = Trial(arguments, lab, output, ["--join", address, "--no-lan"])
         trial.joint(names, parts, "")
@@ -92,7 +92,7 @@ def dealt(train: Path, output: Path, seed: int) -> list[Path]:
 
 
 class Trial:
-    """Commands in the hosts of a lab. join: the arguments with which they join the swarm."""
+    """Commands in the hosts of a lab. join: their arguments to join the swarm."""
 
     def __init__(self, arguments: argparse.Namespace, lab: Lab, output: Path, join: Sequence[str]) -> None:
         self._arguments, self._lab, self._output, self._join = arguments, lab, output, join
@@ -138,7 +138,9 @@ class Trial:
         )
 
     def joint(self, names: Sequence[str], parts: Sequence[Path], alone: str) -> None:
-        """All owners together, or one alone in a round of this name: it may lack labels of the held-out examples."""
+        """All owners together, or one alone in a round of this name, because it may lack labels of the held-out
+        examples.
+        """
         given, began, name = self._arguments, time.monotonic(), alone or "joint"
         start = ["round", "start", name, given.checkpoint, "--output", str(self._output / f"round-{name}")]
         start += ["--owners", str(len(names)), *given.round.split()]
@@ -152,7 +154,8 @@ class Trial:
             more += ["--eval", str(given.test), *starts] if not number else []
             lie = number == LIAR and not alone
             owners.append(self._train(host, part, alone or host, given.batch_size, *more, lie=lie))
-            self._await(alone or host, "trained parameters", owners[-1])  # one after the other: all share this machine
+            # One after the other, because all share this machine.
+            self._await(alone or host, "trained parameters", owners[-1])
         self._await(f"round-{name}", f"round {max(1, given.steps // 4)} of", coordinator)
         dropped = () if alone else DROPPED
         for number in dropped:

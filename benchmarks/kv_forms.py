@@ -1,17 +1,17 @@
-"""What each form of KV caches costs and gives on a model: bytes, speed, and how far answers are off, in Markdown.
+"""Each format of KV caches on a model: bytes, speed, and the error of answers, in Markdown.
 
     python -m benchmarks.kv_forms CHECKPOINT [--text FILE] [--behind 512 8192] [--speed 8192 32768] [--threads 2]
                                              [--save FILE]
     python -m benchmarks.kv_forms --families gpt_neox falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192]
 
 Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
-next-token distributions are compared with those of the same steps with float32 KV caches. Speed: decode steps through
-all blocks, forms by turns, behind so many positions that are filled with noise, not computed; the median of their
-times. --save writes the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
+next-token distributions are compared with the distributions of the same steps with float32 KV caches. Speed: decode
+steps through all blocks, formats in turns, after this many positions of noise; the median of their times. --save writes
+the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
 
-With --families, quality alone, of small models of these families (3 blocks, 4 heads of 64 numbers, a word is a byte),
-which are trained first on the rest of the text, some minutes each. "Bits per byte" is what they know of the compared
-positions; 8 is nothing.
+With --families, only the quality of small models of these families (3 blocks, 4 heads of 64 numbers, a token is a
+byte), which are first trained on the rest of the text, some minutes each. "Bits per byte" measures their prediction of
+the compared positions; an untrained model has 8.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ COMPARED, PASS, STEP = 256, 512, 16
 FILLED_AT_ONCE = 2048
 HEAD = 64
 FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt_neox": {},  # each head has keys and values of its own
+    "gpt_neox": {},  # each head has separate keys and values
     "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},  # one head of keys and values
     "bloom": {},  # slopes
     "qwen3": {},  # groups of heads, keys are normed
-    "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 512},  # windows in turn, capped scores
-    # windows in turn, sinks, experts
+    "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 512},  # alternating windows, capped scores
+    # Alternating windows, sinks, experts.
     "gpt_oss": {"sliding_window": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
 TRAINED = ((600, 4, 256), (10, 1, 2048))  # steps, texts, positions
 
 
 def with_form(span: Span, kv: str) -> Span:
-    """The same blocks, with the same weights in memory, and rows of another form."""
+    """The same blocks, with the same weights in memory, and rows in another format."""
     backbone = share_blocks(span._backbone, span._container, span.start, span.end)
     own = {"weights": span.weights, "windows": span._windows, "packs": span._packs, "whole": span}
     return Span(backbone, span._container, span.start, span.end, **own, kv=kv)
 
 
 def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> None:
-    """Saves a small model of the family for so many positions in `folder`, trained on `text`."""
+    """Trains a small model of the family on `text`, for this many positions, and saves it in `folder`."""
     torch.manual_seed(0)
     sizes = {"max_position_embeddings": positions, "num_key_value_heads": 2}
     own = {"head_dim": HEAD} if family in ("qwen3", "gemma2", "gpt_oss") else {}
@@ -91,7 +91,7 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
 
 
 def compare(spans: dict[str, Span], model: Any, ids: torch.Tensor, before: str) -> None:
-    """Prints how far the answers of each form are from those of the first."""
+    """Prints the distance of each format's answers from those of the first format."""
     expected = log_probabilities(spans[KINDS[0]], model, ids)
     told = -float(expected[:-1].gather(1, ids[1 - COMPARED :, None]).mean()) / math.log(2)
     for kv in KINDS[1:]:
@@ -102,7 +102,7 @@ def compare(spans: dict[str, Span], model: Any, ids: torch.Tensor, before: str) 
 
 
 def compare_families(families: Sequence[str], text: bytes, behind: Sequence[int]) -> None:
-    """Trains each, and prints how far its answers are off with each form."""
+    """Trains each family, and prints the errors of its answers with each format."""
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     ids, rest = data[: max(behind)], data[max(behind) :]
     print("| family | positions | form | KL (nats) | top-1 | bits per byte |\n|---|---|---|---|---|---|", flush=True)
@@ -117,12 +117,12 @@ def compare_families(families: Sequence[str], text: bytes, behind: Sequence[int]
 
 
 class _Seen(Exception):
-    """The first block is reached."""
+    """Raised when the first block is reached."""
 
 
 @torch.inference_mode()
 def before_blocks(blocks: nn.ModuleList, model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What comes into the first block, `[positions, hidden]`."""
+    """The input of the first block, `[positions, hidden]`."""
     seen: list[torch.Tensor] = []
 
     def see(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def before_blocks(blocks: nn.ModuleList, model: Any, ids: torch.Tensor) -> torch
 
 @torch.inference_mode()
 def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Of the last `COMPARED` positions, `[positions, words]`."""
+    """Log probabilities of the last `COMPARED` positions, `[positions, words]`."""
     blocks: Any = model.base_model.get_submodule(span._container)
     hidden = before_blocks(blocks, model, ids)
     row, outputs = span.new_row(len(ids)), list[torch.Tensor]()
@@ -153,7 +153,7 @@ def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor
 
 @torch.inference_mode()
 def filled_row(span: Span, positions: int, room: int) -> SequenceCache:
-    """A row with noise of so many positions."""
+    """A row with this many positions of noise."""
     row = span.new_row(room)
     span.forward(torch.zeros(1, span.hidden_size), [Chunk(row, 0, 1)])
     shapes = row.shapes()
@@ -170,7 +170,7 @@ def filled_row(span: Span, positions: int, room: int) -> SequenceCache:
 
 
 def milliseconds(spans: dict[str, Span], positions: int, steps: int) -> dict[str, float]:
-    """Medians of decode steps, which forms make by turns."""
+    """Median ms of decode steps, with formats in turns."""
     rows = {kv: filled_row(span, positions, positions + steps) for kv, span in spans.items()}
     times: dict[str, list[float]] = {kv: [] for kv in spans}
     for index in range(steps):

@@ -1,19 +1,19 @@
-"""A long prompt over long links, against the least that these hops could take.
+"""A long prompt over long links, compared with a lower bound for these hops.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md).
-The prompt is cut into steps that flow through the hops one after the other. The bound is the first step's way through
-all links and hops, and then the remaining steps at the hop that takes longest for them; what a step takes at a hop is
-what the daemon measured in the same prefill.
+The prompt is cut into steps that flow through the hops one after the other. The bound is the time of the first step
+through all links and hops, plus the remaining steps at the slowest hop; a step's time at a hop is what the daemon
+measured in the same prefill.
 
     sudo .venv/bin/python -m benchmarks.long_prefill CHECKPOINT [--tokens 4096] [--delay 20] [--rate 100]
                                                      [--weights float32] [--codec auto] [--sizes 0 128 256 512]
     .venv/bin/python -m benchmarks.long_prefill FILE.gguf --here 3 [--tokens 8192] [--decode 16] [--llama FOLDER]
 
-With `--here` so many daemons of one thread run on this machine, without a lab. With `--llama` the same prompt goes
-through llama.cpp, whose programs `llama-bench` and `ggml-rpc-server` are in FOLDER: one thread for one peer, or so many
-RPC servers of one thread, its flash attention and float16 keys and values. A GGUF file that allows fewer positions is
-copied, with more of them in its header: the text would be no good, the times are the same. CPU seconds are those of all
-daemons or of llama.cpp, which others that use the machine change less than the time.
+With `--here` this many daemons of one thread run on this machine, without a lab. With `--llama` the same prompt runs
+through llama.cpp, whose programs `llama-bench` and `ggml-rpc-server` are in FOLDER: one thread for one peer, or this
+many RPC servers of one thread, with flash attention and float16 keys and values. A GGUF file with a shorter limit of
+positions is copied with a longer one in its header: its text would be bad, but its times are the same. CPU seconds are
+those of all daemons or of llama.cpp; other programs on the machine change them less than the time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def with_room(path: str, positions: int, folder: Path) -> str:
-    """A checkpoint, or a copy of a GGUF file that allows so many positions."""
+    """A checkpoint, or a copy of a GGUF file that allows this many positions."""
     if not path.endswith(".gguf") or Checkpoint.open(path).config.max_position_embeddings >= positions:
         return path
     copy = shutil.copy(path, folder)
@@ -113,7 +113,7 @@ def cpu_s(processes: Sequence[psutil.Process]) -> float:
 
 
 def measure_llama(path: str, arguments: argparse.Namespace) -> None:
-    """The prompt, and decode steps behind it, with llama-bench."""
+    """Measures the prompt, and decode steps after it, with llama-bench."""
     command = [f"{arguments.llama}/llama-bench", "-m", path, "-t", "1", "-fa", "1"]
     command += ["-r", "1", "-o", "json", "--no-warmup"]
     with ExitStack() as stack:
@@ -129,7 +129,7 @@ def measure_llama(path: str, arguments: argparse.Namespace) -> None:
             stack.callback(process.terminate)
             addresses.append(f"127.0.0.1:{port}")
         if addresses:
-            time.sleep(1)  # they say nothing when they listen
+            time.sleep(1)  # RPC servers do not report when they listen
             command += ["--rpc", ",".join(addresses), "-ngl", "99"]
         runs = (
             ["-p", str(arguments.tokens), "-n", "0"],
@@ -177,9 +177,10 @@ def measure(swarm: Swarm, arguments: argparse.Namespace) -> None:
 def prefill(
     swarm: Swarm, positions: int, size: int, arguments: argparse.Namespace
 ) -> tuple[int, str, float, float, float, float]:
-    """Size of the steps, codecs of the links, seconds until the output is there, the least that they could be, and the
-    median seconds of decode steps; last the CPU seconds of the daemons for the prompt."""
-    hidden = torch.randn(positions, swarm.facts.hidden_size)  # others than before: nothing is stored of it
+    """Size of the steps, codecs of the links, seconds until the output arrives, the lower bound, and the median seconds
+    of decode steps; last the CPU seconds of the daemons for the prompt.
+    """
+    hidden = torch.randn(positions, swarm.facts.hidden_size)  # new values each time, so that no stored prefix matches
     session = Session(swarm, ConnectionOptions(codec=arguments.codec), reservation=len(hidden) + arguments.decode)
     chosen: Any = mock.patch.object(Session, "step_positions", lambda *_: size) if size else nullcontext()
     try:
@@ -206,7 +207,7 @@ def prefill(
 def bound_s(
     first: int, timings: Sequence[Sequence[Timing]], codecs: Sequence[str], hidden: int, arguments: argparse.Namespace
 ) -> float:
-    """The first step through all links and hops, and the others at the hop that takes longest for them, in seconds."""
+    """Seconds of the first step through all links and hops, plus the other steps at the slowest hop."""
     bytes_per_s = arguments.rate * 1e6 / 8
     links_s = (len(codecs) + 1) * arguments.delay / 1000
     if bytes_per_s:

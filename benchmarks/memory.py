@@ -1,12 +1,12 @@
-"""Memory of daemons with spans of different length, and of a client, next to the whole model; prints Markdown.
+"""Memory of daemons with spans of different length, and of a client, compared with the whole model; prints Markdown.
 
     python -m benchmarks.memory CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16] [--weights int8]
 
 One daemon runs at a time, as `splitnet peer` starts it; it is measured when it serves and has computed (it times its
-blocks first). The columns, in MiB: bytes of the weights; resident memory (RSS); how much that is above a process that
-has only imported the libraries; the part of it that no other process shares (USS, which depends on what else runs with
-the same libraries); the peak of what the process has allocated itself (anonymous memory, looked at every 5 ms); and
-the peak of resident memory, which counts the pages of mapped checkpoint files too. Linux only.
+blocks first). The columns, in MiB: bytes of the weights; resident memory (RSS); its difference to a process that has
+only imported the libraries; the unshared part (USS, which depends on other processes with the same libraries); the peak
+of the process's own allocations (anonymous memory, sampled every 5 ms); and the peak of resident memory, which includes
+mapped pages of checkpoint files. Linux only.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ COLUMNS = "weights | resident | above libraries | unique | peak allocated | peak
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes."""
+    """Memory of one process, in bytes."""
 
     resident: int
     unique: int
@@ -79,7 +79,7 @@ class Memory:
 
 
 class Watch:
-    """Looks at a process until it is asked for what it has seen."""
+    """Samples a process's memory until the result is requested."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -99,7 +99,7 @@ class Watch:
             try:
                 self._peak = max(self._peak, self._status("RssAnon:"))
             except (OSError, StopIteration):
-                return  # the process has ended, which who started it will find
+                return  # the process has ended; its owner will notice
 
     def _status(self, field: str) -> int:
         lines = Path(f"/proc/{self._pid}/status").read_text().splitlines()
@@ -108,7 +108,7 @@ class Watch:
 
 @contextmanager
 def daemon(checkpoint: str, blocks: int, dtype: str, weights: str) -> Iterator[tuple[Watch, str]]:
-    """A serving daemon of the first blocks, and where to join it."""
+    """A serving daemon of the first blocks, and the address to join it with."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [sys.executable, "-m", "splitnet", "peer", checkpoint, "--blocks", f"0:{blocks}", "--threads", "1"]
@@ -128,7 +128,7 @@ def daemon(checkpoint: str, blocks: int, dtype: str, weights: str) -> Iterator[t
 
 
 def memory_of(script: str, *arguments: str) -> Memory:
-    """Of a Python process that has run `script`."""
+    """Memory of a Python process that has run `script`."""
     command = [sys.executable, "-c", f"import sys\n{script}{THEN_WAIT}", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdin is not None and process.stdout is not None

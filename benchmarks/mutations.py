@@ -1,11 +1,11 @@
-"""Plants faults in the product, one at a time, and looks whether tests find each.
+"""Plants faults in the product, one at a time, and reports whether the tests find each.
 
     .venv/bin/python -m benchmarks.mutations [--only TEXT] [--all [ARGUMENTS]] [--limit-s 600] [--check]
 
-Each fault is a plausible one that tells nobody: a bound that is off by one, a missing check, a comparison turned round,
-a lost release, a wrong unit. It is planted in a copy of the checkout, where the tests that concern it run up to the
-first failure; with --all those of `make test`, or of pytest with other arguments. Prints a table: the fault, whether it
-was found, by which test, after how many seconds. Ends with 1 if one was not found.
+Each fault is plausible and silent: a limit that is off by one, a missing check, a reversed comparison, a missing
+release, a wrong unit. It is planted in a copy of the checkout, where the related tests run up to the first failure;
+with --all, the tests of `make test`, or of pytest with other arguments. Prints a table: the fault, whether it was
+found, by which test, after how many seconds. Exits with 1 if one was not found.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PACKAGES = ("scheduler", "splitnet", "peers")
 
 
 class Fault(NamedTuple):
-    """What is planted: `old` becomes `new` in a file; tests: the files of tests that concern it."""
+    """A fault: `old` becomes `new` in a file; tests: the files of related tests."""
 
     what: str
     file: str
@@ -720,7 +720,7 @@ FAULTS = [*SESSION, *SCHEDULER, *DIRECTORY, *WEIGHTS, *SERVE]
 
 
 def place_of(fault: Fault) -> Path | None:
-    """The file that holds the old text once: the named one, or the only other that does; None: there is none."""
+    """The file that contains the old text once: the named one, or the only other such file; None if there is none."""
     named = ROOT / fault.file
     if named.is_file() and named.read_text().count(fault.old) == 1:
         return named
@@ -729,7 +729,7 @@ def place_of(fault: Fault) -> Path | None:
 
 
 def check(faults: Sequence[Fault]) -> dict[Fault, Path]:
-    """Where each fault belongs. Ends the process if the table is out of date."""
+    """The file of each fault. Ends the process if the table is out of date."""
     places = {fault: place_of(fault) for fault in faults}
     wrong = [f"{fault.what}: what it replaces does not stand once in one file" for fault in faults if not places[fault]]
     wrong += [f"{fault.what}: no {test}" for fault in faults for test in fault.tests if not (ROOT / test).is_file()]
@@ -752,7 +752,7 @@ def copy_checkout(target: Path) -> None:
 
 @contextmanager
 def planted(fault: Fault, file: Path) -> Iterator[None]:
-    """A file of the copy has the fault meanwhile."""
+    """The file of the copy has the fault during the `with`."""
     sound = file.read_text()
     file.write_text(sound.replace(fault.old, fault.new))
     try:
@@ -762,7 +762,7 @@ def planted(fault: Fault, file: Path) -> Iterator[None]:
 
 
 def run_tests(folder: Path, arguments: Sequence[str], limit_s: float) -> tuple[str, str]:
-    """Whether tests fail in a copy: "yes", "no", or that they did not end in time; and the end of what they say."""
+    """Whether tests fail in a copy: "yes", "no", or a note about the timeout; and the end of their output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *arguments]
     environment = os.environ | {"PYTHONPATH": str(folder), "TESTS_WITHOUT_SHRINKING": "1"}
     process = subprocess.Popen(

@@ -1,16 +1,17 @@
-"""Which hosts behind routers reach each other, and how.
+"""Which hosts behind routers reach each other, by which method.
 
 Two hosts of every pair of kinds of routers, and a public helper, are on an emulated network (docs/netlab.md; root on
-Linux). Each host is connected to the helper, which sees its public address and port and tells the other. Then they try:
+Linux). Each host is connected to the helper, which sees its public address and port and reports it to the other. Then
+they try:
 
 1. the first calls the second, which listens at the port from which it is connected to the helper;
 2. the second calls the first;
 3. both call each other at once from those ports (TCP simultaneous open);
-4. the same, and both listen at those ports meanwhile: a call comes from another port where a router chose a new one.
+4. the same, while both listen at those ports: a call comes from another port if a router chose a new one.
 
     sudo .venv/bin/python -m benchmarks.nat_matrix [--delay 10] [--at-once 8]
 
-Takes about half a minute. A way is a function of the lab, the two hosts and the helper: add yours to WAYS.
+Takes about half a minute. A method is a function of the lab, the two hosts and the helper: add yours to WAYS.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.netlab import NAMED, Lab, LabError
 
 Endpoint = tuple[str, int]
 Way = Callable[[Lab, str, str, str], bool]
-"""Whether two hosts, named in this order, get a connection with the help of a third."""
+"""Whether two hosts, named in this order, connect with the help of a third."""
 
 HELPER = "helper"
 PUBLIC = "public"
@@ -43,20 +44,20 @@ _GREETING = b"hello"
 
 @dataclass(frozen=True)
 class Side:
-    """What a host knows after it was introduced."""
+    """A host's state after the introduction."""
 
     host: str
     local: Endpoint
-    """From where it is connected to the helper."""
+    """Its local address of the connection to the helper."""
     remote: Endpoint
-    """From where the helper sees the other."""
+    """The other host's address, as the helper sees it."""
     helper: socket.socket
-    """The connection; the helper says on it when to begin."""
+    """The connection on which the helper signals the start."""
 
 
 @contextmanager
 def introduced(lab: Lab, first: str, second: str, helper: str) -> Iterator[tuple[Side, Side]]:
-    """Both hosts as the helper has introduced them to each other and said "begin"."""
+    """Both hosts after the helper has introduced them to each other and sent "begin"."""
     with ExitStack() as stack:
         with lab.inside(helper):
             server = stack.enter_context(socket.create_server((lab.address(helper), 0)))
@@ -80,7 +81,7 @@ def introduced(lab: Lab, first: str, second: str, helper: str) -> Iterator[tuple
 
 
 def reusable(address: Endpoint) -> socket.socket:
-    """A TCP socket bound to an address that others of the same host may be bound to as well."""
+    """A TCP socket bound to an address that other sockets of the host may share."""
     opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -89,7 +90,7 @@ def reusable(address: Endpoint) -> socket.socket:
 
 
 def first_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
-    """The second one listens where the helper sees it."""
+    """The second host listens at the address that the helper sees."""
     with introduced(lab, first, second, helper) as (caller, listener):
         with lab.inside(second):
             listening = reusable(listener.local)
@@ -111,7 +112,7 @@ def first_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
 
 
 def second_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
-    """As `first_calls`, the other way round."""
+    """`first_calls` with exchanged hosts."""
     return first_calls(lab, second, first, helper)
 
 
@@ -122,12 +123,12 @@ def both_call(lab: Lab, first: str, second: str, helper: str, *, listen: bool = 
 
 
 def both_call_and_listen(lab: Lab, first: str, second: str, helper: str) -> bool:
-    """As `both_call`, but whoever calls from elsewhere is heard, too."""
+    """As `both_call`, but both also accept calls from other ports."""
     return both_call(lab, first, second, helper, listen=True)
 
 
 def _call(lab: Lab, side: Side, listen: bool) -> bool:
-    """Calls until it is connected with the other, which does the same; whether that came about in time."""
+    """Calls until it is connected with the other host, which does the same. Returns whether that happened in time."""
     side.helper.recv(len(b"begin"))
     deadline = time.monotonic() + WAIT_S
     with lab.inside(side.host), reusable(side.local) as listening:
@@ -143,7 +144,7 @@ def _call(lab: Lab, side: Side, listen: bool) -> bool:
                     connection, _ = listening.accept()
                 elif decided and not calling.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     connection = calling
-                else:  # refused: the other has not begun, or its router says no
+                else:  # refused: the other has not begun, or its router refuses
                     time.sleep(_AGAIN_S)
                     continue
                 with connection:
@@ -162,7 +163,7 @@ def greets(connection: socket.socket) -> bool:
 
 
 def is_greeted(connection: socket.socket) -> bool:
-    """Whether a greeting comes."""
+    """Whether a greeting arrives."""
     return connection.recv(len(_GREETING)) == _GREETING
 
 

@@ -1,11 +1,11 @@
-"""By which way splitnet reaches a peer behind each kind of router from behind each kind, how soon, and how it carries.
+"""By which method splitnet reaches a peer behind each kind of router from each kind, how soon, and at what speed.
 
     sudo .venv/bin/python -m benchmarks.nat_ways [--delay 10] [--rate 100]
 
 A caller, a peer that is hidden unless it is public, and a public helper are on an emulated network (docs/netlab.md;
-root on Linux). One pair is measured after the other: the first message there and back, which begins through the helper;
-when the best way took over; then 700 bytes there and back (median of 9), and 8 MiB there. Better ways are off in the
-last rows. Takes a minute and a half.
+root on Linux). Pairs are measured one after the other: the first message there and back, which begins through the
+helper; when the best method took over; then 700 bytes there and back (median of 9), and 8 MiB there. In the last rows,
+better methods are disabled. Takes a minute and a half.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Reached:
     """How a peer was reached.
 
     Attributes:
-        first_ms: until the first message has come back.
-        best_ms: until the best way was there, from the same beginning.
+        first_ms: until the first message has returned.
+        best_ms: until the best method was established, from the same beginning.
     """
 
     way: Way
@@ -58,7 +58,7 @@ class Reached:
 
 
 def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True) -> Reached:
-    """What the first of two hosts, the caller, finds when it reaches the second with the help of a third.
+    """What the first of two hosts, the caller, measures when it reaches the second with the help of a third.
 
     Args:
         hidden: the second is reached through the helper at first; else it listens at its public address.
@@ -91,7 +91,7 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
             best_ms = (time.perf_counter() - began) * 1000
         way = tunnels.way(endpoint)
         round_trip_ms = statistics.median(ask(SMALL) for _ in range(SMALL_TIMES))
-        ask(LARGE, LARGE_TIMES)  # TCP finds out what the links carry
+        ask(LARGE, LARGE_TIMES)  # TCP learns the rate of the links
         large_ms = ask(LARGE, LARGE_TIMES)
         mbit_per_s = LARGE * LARGE_TIMES * 8 / 1000 / large_ms
         return Reached(way, first_ms, first_ms if way is Way.RELAYED else best_ms, round_trip_ms, mbit_per_s)
@@ -115,7 +115,7 @@ def _peer(stack: ExitStack, lab: Lab, host: str) -> _Peer:
         transport.send(source, [ANSWER])
 
     identity = Identity.generate()
-    with lab.inside(host):  # threads stay where they begin
+    with lab.inside(host):  # threads stay in the host where they begin
         tunnels = Tunnels(identity)
         transport = Transport(identity, on_message=answer, listen="tcp://0.0.0.0:0", tunnels=tunnels)
         stack.callback(transport.close)

@@ -1,14 +1,14 @@
 """How long a client takes to plan the best route through a large swarm.
 
-Peers with random speeds, queues and spans stand at random places and have measured 16 links each; the client has
-measured 32. "Warm": the same facts as before, as when a session is opened or repaired. "Cold": the facts are new, so
-that the table of all links is filled first. "Candidates": the 300 likeliest are chosen first, as clients do among more
-than so many peers; "all": the route is searched over all, which above 2,000 peers is left out. Processor time of this
-process, so that others on the machine disturb little.
+Peers with random speeds, queues and spans are at random places and have measured 16 links each; the client has measured
+32. "Warm": the facts are unchanged, as when a session is opened or repaired. "Cold": the facts are new, so that the
+table of all links is filled first. "Candidates": the 300 likeliest peers are chosen first, as clients do in larger
+swarms; "all": the route is searched over all peers, up to 2,000. Times are processor time of this process, so that
+other programs on the machine matter little.
 
-With --client what a client does: its own `Planner` plans with signed records, 300 tokens of a prompt and 128 measured
-links. "Cold": the first time with these records; "one changed": a record was renewed since; "in a session": its own
-steps told something new of two hops and of the link between them; "without some": two peers must not be used.
+With --client, the planning of a client: its `Planner` plans with signed records, 300 prompt tokens and 128 measured
+links. "Cold": the first time with these records; "one changed": one record was renewed since; "in a session": its own
+steps gave new facts about two hops and the link between them; "without some": two peers must not be used.
 
     python -m benchmarks.planning [--client] [--peers 1000] [--blocks 80] [--rounds 30]
 """
@@ -122,7 +122,7 @@ def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
 
 
 class Client:
-    """One that has measured some links. hops: of its last route."""
+    """A client that has measured some links. hops: of its last route."""
 
     def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
         self.records = [PeerRecord.unpack(data) for data in packed]
@@ -170,7 +170,7 @@ def swarm(
     peers: list[Peer] = []
     for number, name in enumerate(names):
         blocks = choices.randint(shortest, min(longest, num_blocks))
-        # The first ones cover the model, so that there is a route.
+        # The first peers cover the model, so that there is a route.
         start = min(number * shortest, num_blocks - blocks) if number * shortest < num_blocks else None
         start = choices.randint(0, num_blocks - blocks) if start is None else start
         per_block = choices.lognormvariate(0.0, 1.0)

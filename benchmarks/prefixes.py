@@ -1,19 +1,19 @@
-"""Agents that send the same long prefixes again and again, with the store of prefixes and without; prints Markdown.
+"""Agents that repeatedly send the same long prefixes, with and without the prefix store; prints Markdown.
 
     python -m benchmarks.prefixes CHECKPOINT [--requests 200] [--tool-tokens 7000] [--in-flight 3] [--weights float32]
 
 Three daemons with a third of the blocks each, one thread each, and `splitnet serve`, which keeps no sessions. Each of
-`--agents` sends one of `--tool-sets` texts as its system prompt, and a history that grows by what it asks, what it is
-told, and the model's own answers; after `--turns` it begins anew. Half-way all daemons end (SIGTERM) and start again on
-the same ports. Then the same is asked of daemons with `--prefix-store off`: every request, or each `--off-every`th, all
-of which must have the same greedy text. Links have no codec. Last, one at a time and in turns, questions behind a known
-prefix and alone.
+`--agents` sends one of `--tool-sets` texts as its system prompt, and a history that grows by its questions, the tools'
+answers, and the model's answers; after `--turns` it begins anew. Half-way all daemons end (SIGTERM) and start again on
+the same ports. Then daemons with `--prefix-store off` answer the same: every request, or each `--off-every`th, and the
+greedy texts must be equal. Links have no codec. Last, one at a time and in turns, questions after a known prefix and
+alone.
 
     python -m benchmarks.prefixes CHECKPOINT --kill 1000 8000 [--rounds 3] [--standby 16MiB]
 
-Instead, kill -9 of the middle hop of three, of which there is a second one, at so many positions: how long text stands
-still, with the keys and values of the prompt at the second one (warm) and without (cold), and, with `--standby SIZE`,
-where it copies them meanwhile; another text is generated beside it. Tokens must be those of the text undisturbed.
+Instead, kill -9 of the middle hop of three, which has a replica, at these positions: how long the text pauses with the
+keys and values of the prompt at the replica (warm), without them (cold), and, with `--standby SIZE`, with ongoing
+copies. Another text is generated meanwhile. Tokens must equal those of the undisturbed text.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ VERBS = ("read", "list", "find", "move", "copy", "open", "close", "send", "count
 NOUNS = ("file", "table", "invoice", "letter", "ticket", "order", "branch", "photo", "sensor", "route", "account")
 KINDS = ("string", "number", "boolean", "array")
 AFTER = 120  # tokens before a hop is killed, while its keys and values are copied
-MORE = 16  # tokens behind that
+MORE = 16  # tokens after the kill
 Messages = list[Any]
 
 
 @dataclass
 class Request:
-    """What an agent has asked, and what came."""
+    """A request of an agent, and its result."""
 
     messages: Messages
     stream: Stream
@@ -75,7 +75,7 @@ class Request:
 
 @dataclass
 class Agent:
-    """Sends a text with tools, and a history that begins anew after some turns."""
+    """Sends a text with tools, and a history that restarts after some turns."""
 
     system: str
     turns: int
@@ -92,7 +92,7 @@ class Agent:
 
 
 def main() -> int:
-    """Runs it; 1 if an answer was another."""
+    """Runs the benchmark; returns 1 if an answer differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--requests", type=int, default=200)
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--standby", help="with --kill: bytes per second that the second peer copies")
     arguments = parser.parse_args()
     arguments.streams = arguments.in_flight
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the daemons end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the daemons end with this process
     torch.set_num_threads(1)
     print(f"{processor()}, weights {arguments.weights}, codec none\n")
     with tempfile.TemporaryDirectory(prefix="splitnet-prefixes-") as folder:
@@ -128,8 +128,9 @@ def main() -> int:
 def daemons(
     folder: Path, arguments: argparse.Namespace, names: Sequence[str], options: Sequence[str] = ()
 ) -> Iterator[dict[str, Peer]]:
-    """Daemons by name, such as `0` and `1b`, each with a third of the blocks and a folder of its own, which has its
-    key, its cache and its port of the last time."""
+    """Daemons by name, such as `0` and `1b`, each with a third of the blocks and a separate folder for its key, its
+    cache and its last port.
+    """
     spans = list(even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, ("0", "1", "2")).values())
     folders: dict[str, Path] = {}
     for name in names:
@@ -147,7 +148,7 @@ def daemons(
 
 @contextmanager
 def daemon(own: Path, arguments: argparse.Namespace, span: tuple[int, int], options: Sequence[str]) -> Iterator[Peer]:
-    """A daemon, with a folder for this run in that of all its runs."""
+    """A daemon, with a folder for this run inside the folder of all its runs."""
     home = own.parent
     port = home / "port"
     more = ["--key-file", str(home / "key"), "--kv-memory", arguments.kv_memory, *options]
@@ -158,7 +159,7 @@ def daemon(own: Path, arguments: argparse.Namespace, span: tuple[int, int], opti
 
 
 def trace(folder: Path, arguments: argparse.Namespace) -> int:
-    """Runs all arms, and prints what came."""
+    """Runs all arms, and prints the results."""
     tokenizer = Checkpoint.open(arguments.checkpoint).tokenizer()
     tools = [tool_set(number, arguments.tool_tokens, tokenizer) for number in range(arguments.tool_sets)]
     agents = [
@@ -192,7 +193,7 @@ def trace(folder: Path, arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def running(folder: Path, arguments: argparse.Namespace, store: str) -> Iterator[tuple[list[Peer], str]]:
-    """Three daemons and a gateway, with a store of prefixes or without."""
+    """Three daemons and a gateway, with the prefix store or without."""
     options = ("--prefix-store", "off") if store == "off" else ("--prefix-store", arguments.disk)
     with daemons(folder / store, arguments, ("0", "1", "2"), options) as peers:
         address = peers["0"].address_file.read_text().strip()
@@ -201,7 +202,7 @@ def running(folder: Path, arguments: argparse.Namespace, store: str) -> Iterator
 
 
 def tool_set(number: int | str, tokens: int, tokenizer: Any) -> str:
-    """Descriptions of tools, of about so many tokens."""
+    """Descriptions of tools, of about this many tokens."""
     draw, text = random.Random(f"tools {number}"), f"You are assistant {number}. You may call these tools:\n"
     while len(tokenizer(text).input_ids) < tokens:
         for _ in range(5):
@@ -215,7 +216,7 @@ def tool_set(number: int | str, tokens: int, tokenizer: Any) -> str:
 
 
 async def play(url: str, agents: Sequence[Agent], each: int, arguments: argparse.Namespace) -> list[Request]:
-    """So many requests of each agent, one after the other; of all agents some at a time."""
+    """`each` requests of each agent, one after the other; some agents at the same time."""
     places, came = asyncio.Semaphore(arguments.in_flight), list[Request]()
 
     async def go_on(client: AsyncOpenAI, model: str, agent: Agent) -> None:
@@ -232,7 +233,7 @@ async def play(url: str, agents: Sequence[Agent], each: int, arguments: argparse
 
 
 async def repeat(url: str, requests: Sequence[Request], arguments: argparse.Namespace) -> list[Request]:
-    """The same requests, some at a time."""
+    """The same requests, some at the same time."""
     places = asyncio.Semaphore(arguments.in_flight)
 
     async def once_more(client: AsyncOpenAI, model: str, request: Request) -> Request:
@@ -245,7 +246,7 @@ async def repeat(url: str, requests: Sequence[Request], arguments: argparse.Name
 
 
 async def compare(url: str, tools: str, arguments: argparse.Namespace) -> None:
-    """Tells the time to the first token of questions behind a known prefix beside that of questions alone."""
+    """Prints the time to the first token of questions after a known prefix and of questions alone."""
     for length in arguments.question_words:
         times: dict[str, list[float]] = {tools: [], "You are kind.": []}
         async with client_of(url) as client:
@@ -289,7 +290,7 @@ async def ask(client: AsyncOpenAI, model: str, messages: Messages, tokens: int) 
 
 
 def work_of(peers: Sequence[Peer]) -> float:
-    """Positions that the peers have computed, mean."""
+    """Mean number of positions that the peers have computed."""
     kinds = ("decode", "prefill", "replay")
     return statistics.fmean(
         sum(one.metric(f'splitnet_peer_tokens_total{{kind="{kind}"}}') for kind in kinds) for one in peers
@@ -297,7 +298,7 @@ def work_of(peers: Sequence[Peer]) -> float:
 
 
 def show(name: str, requests: Sequence[Request], peers: Sequence[Peer], began: float) -> None:
-    """A row of the table: memory and disk are of all daemons together."""
+    """A row of the table: memory and disk are totals of all daemons."""
     times = [request.ttft_ms for request in requests]
     prompts, cached = (sum(getattr(each, name) for each in requests) for name in ("prompt", "cached"))
     resident = sum(psutil.Process(one.process.pid).memory_info().rss for one in peers)
@@ -314,7 +315,7 @@ def show(name: str, requests: Sequence[Request], peers: Sequence[Peer], began: f
 
 @dataclass(frozen=True)
 class Death:
-    """A hop was lost in an answer. Times in ms; usual: per token before."""
+    """The loss of a hop in an answer. Times in ms; usual: per token before the loss."""
 
     pause: float
     usual: float
@@ -326,7 +327,7 @@ class Death:
 
 
 def kill(folder: Path, arguments: argparse.Namespace) -> int:
-    """Has the middle hop die in answers behind prompts of given lengths, and prints what that cost."""
+    """Kills the middle hop in answers after prompts of given lengths, and prints the cost."""
     arguments.checkpoint = with_room(arguments.checkpoint, max(arguments.kill) + AFTER + MORE, folder)
     tokenizer, wrong = Checkpoint.open(arguments.checkpoint).tokenizer(), 0
     columns = ["positions", "the other peer is", "ms to the next token, median (range)", "planned, opened", "filled"]
@@ -367,7 +368,7 @@ def report(positions: int, kind: str, deaths: Sequence[Death]) -> None:
 def death(
     peers: dict[str, Peer], arguments: argparse.Namespace, client: Identity, prompt: torch.Tensor, kind: str
 ) -> Death:
-    """Generates undisturbed, through the peer that takes over if it is to be warm, and once more with a death."""
+    """Generates undisturbed (for a warm start through the replica), and once more with a death."""
     checkpoint = Checkpoint.open(arguments.checkpoint)
     facts, join = ModelFacts.of(checkpoint), [peers["0"].address_file.read_text().strip()]
     with GuidedSwarm(facts, join, identity=client) as swarm, GuidedSwarm(facts, join) as others:

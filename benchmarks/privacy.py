@@ -1,19 +1,20 @@
-"""How many tokens of a text can be read from the activations between two blocks; prints Markdown.
+"""How many tokens of a text can be recovered from the activations between two blocks; prints Markdown.
 
     python -m benchmarks.privacy CHECKPOINT [--text FILE] [--tokens 512] [--searched 64] [--cuts 0 2 28] [--codec int8]
 
-The attacker sees the activations before a block (the cut), as a peer does that serves it, and has the checkpoint, as
-every peer may have. Four attacks:
+The attacker sees the activations before a block (the cut), like the peer that serves the block, and has the checkpoint,
+like every peer. Four attacks:
 
 - nearest embedding: the token whose input embedding is nearest to the activation, by angle and by distance;
 - linear probe: ridge regression from activations to embeddings, fitted on other texts, then the nearest by angle;
-- search: position by position, the attacker computes the first blocks himself for candidates behind what he has read
-  so far, and takes the one whose activation is nearest. Candidates come in the order in which the model and the probe
-  expect them, and he stops at one that is nearer than `NEAR`. He is told the first token: every chat begins with the
-  same one, and its activation is dominated by the few channels of an attention sink, in which tokens hardly differ;
-- logit lens: the final norm and the head on the activation, which tells the token that the model will choose next.
+- search: position by position, the attacker computes the first blocks for candidates after the recovered text, and
+  takes the candidate with the nearest activation. Candidates are ordered by the expectations of the model and the
+  probe, and the search stops at one that is nearer than `NEAR`. The attacker knows the first token: every chat begins
+  with the same one, and its activation is dominated by the few channels of an attention sink, in which tokens hardly
+  differ;
+- logit lens: the final norm and the head on the activation, which give the token that the model will choose next.
 
-With a codec, the text goes through it before the first block and at the cut; the attacker ignores that.
+With a codec, the text passes it before the first block and at the cut; the attacker ignores that.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ CUTS = [0, 1, 2, 3, 5, 10, 20, 28, 29, 30]
 NEAR = 0.05
 """Distance, relative to the activation, below which the search takes a candidate without trying the others."""
 CHUNKS = (32, 96, 384, 1536)
-"""How many candidates are tried at a time; the last size repeats."""
+"""Numbers of candidates that are tried together; the last size repeats."""
 PROBE_SEQUENCES, PROBE_LENGTH = 24, 512
-"""What the probe is fitted on: so many sequences of other text, and half as many of random tokens."""
+"""Training data of the probe: this many sequences of other text, and half as many of random tokens."""
 
 
 class FirstBlocks:
     """The embeddings and the blocks before a cut."""
 
     def __init__(self, checkpoint: str, cut: int) -> None:
-        # A model without blocks is none to transformers: cut 0 has one and does not use it.
+        # Transformers rejects a model without blocks: cut 0 has one block and does not use it.
         self._decoder: Any = AutoModel.from_pretrained(checkpoint, num_hidden_layers=max(cut, 1), dtype=torch.float32)
         self._decoder.eval().norm = torch.nn.Identity()
         self._cut = cut
 
     def candidates(self, tokens: torch.Tensor, position: int, cache: DynamicCache) -> torch.Tensor:
-        """What each of `tokens` would be at `position`, after what the cache holds: `[tokens, hidden]`."""
+        """The activation of each of `tokens` at `position`, after the positions in the cache: `[tokens, hidden]`."""
         if not self._cut:
             return self._decoder.get_input_embeddings()(tokens)
         count = len(tokens)
-        # All in one row: each sees what came before and itself, and none the others.
+        # All in one row: each token attends to earlier positions and itself, and not to the other candidates.
         sees = torch.cat([torch.ones(count, position, dtype=torch.bool), torch.eye(count, dtype=torch.bool)], dim=1)
         output = self._decoder(
             input_ids=tokens[None],
@@ -70,7 +71,7 @@ class FirstBlocks:
         return output.last_hidden_state[0]
 
     def extend(self, token: int, position: int, cache: DynamicCache) -> None:
-        """Puts a token into the cache."""
+        """Adds a token to the cache."""
         if self._cut:
             self._decoder(
                 input_ids=torch.tensor([[token]]),
@@ -82,7 +83,7 @@ class FirstBlocks:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the attacker learned at a cut from texts of his own."""
+    """Facts that the attacker learned at a cut from other texts."""
 
     mean: torch.Tensor
     scale: torch.Tensor
@@ -91,13 +92,13 @@ class Fitted:
     """Of the linear probe, `[hidden + 1, hidden]`."""
 
     def embedding_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[seq, hidden]` activations -> embeddings as the probe reads them."""
+        """`[seq, hidden]` activations -> embeddings by the probe."""
         return _with_one((rows - self.mean) / self.scale) @ self.weights
 
 
 @dataclass(frozen=True)
 class Search:
-    """What came of a search."""
+    """The result of a search."""
 
     recovered: float
     tried: list[int]
@@ -105,13 +106,13 @@ class Search:
 
 
 class Attacker:
-    """Has the whole checkpoint and some texts of his own."""
+    """An attacker with the whole checkpoint and some texts."""
 
     def __init__(self, checkpoint: str, tokenizer: Any) -> None:
         self._checkpoint = checkpoint
         self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.embeddings: torch.Tensor = self.model.get_input_embeddings().weight.detach()
-        # At most as long as is surely enough: a token has far fewer characters.
+        # Certainly enough text: a token has far fewer characters.
         text = "\n".join(pydoc_data.topics.topics.values())[: 16 * PROBE_SEQUENCES * PROBE_LENGTH]
         ids = tokenizer(text, return_tensors="pt").input_ids[0]
         self._texts = list(ids[: PROBE_SEQUENCES * PROBE_LENGTH].split(PROBE_LENGTH))
@@ -124,7 +125,7 @@ class Attacker:
         return self.model.get_decoder().layers
 
     def activations(self, embeds: torch.Tensor, cuts: Sequence[int]) -> dict[int, torch.Tensor]:
-        """What there is before each cut of a text, `[seq, hidden]`, given its embeddings."""
+        """The activations before each cut of a text, `[seq, hidden]`, from its embeddings."""
         before = {0: embeds}
 
         def keep(cut: int) -> Callable[..., None]:
@@ -143,14 +144,14 @@ class Attacker:
         """Fits the probes of all cuts."""
         found = [self.activations(self.embeddings[ids], cuts) for ids in self._texts]
         wanted = normalize(self.embeddings[torch.cat([ids[1:] for ids in self._texts])], dim=1)
-        # The first position is where attention rests: its activation is like no other.
+        # The first position is an attention sink with an unusual activation.
         return {cut: _fit(torch.cat([each[cut][1:] for each in found]), wanted) for cut in cuts}
 
     def search(self, seen: torch.Tensor, cut: int, fitted: Fitted, truth: Sequence[int]) -> Search:
-        """Reads a text from its activations `seen`, `[seq, hidden]`, by trying tokens.
+        """Recovers a text from its activations `seen`, `[seq, hidden]`, by trying tokens.
 
         Args:
-            truth: gives the first token; the others only count what was read rightly.
+            truth: gives the first token; the others only serve to count right tokens.
         """
         first = FirstBlocks(self._checkpoint, cut)
         own, language = DynamicCache(), DynamicCache()
@@ -174,7 +175,7 @@ class Attacker:
         return Search(right / len(tried), tried)
 
     def next_tokens(self, rows: torch.Tensor) -> torch.Tensor:
-        """The token that the head takes `rows` for."""
+        """The tokens that the head predicts from `rows`."""
         return self.model.get_output_embeddings()(self.model.get_decoder().norm(rows)).argmax(-1)
 
 
@@ -195,7 +196,7 @@ def _similarity(rows: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _interleaved(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """All tokens, those first that stand in front in either order."""
+    """All tokens, ordered by their better rank in the two orders."""
     rank = torch.empty_like(one)
     rank[one] = torch.arange(len(one))
     rank_of_other = torch.empty_like(other)
@@ -216,7 +217,7 @@ def _share(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def print_row(ids: torch.Tensor, searched: int, cut: int, codec: Codec, attacker: Attacker, fitted: Fitted) -> None:
-    """All attacks on one text at one cut."""
+    """Prints the results of all attacks on one text at one cut."""
 
     def carried(rows: torch.Tensor) -> torch.Tensor:
         return codec.decode(codec.encode(rows), *rows.shape)
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--codec", action="append", choices=list(CODECS), help="may be repeated (default: none, int8)")
     arguments = parser.parse_args()
 
-    logging.set_verbosity_error()  # of the blocks that a cut leaves out
+    logging.set_verbosity_error()  # hides warnings about blocks that a cut leaves out
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     text = arguments.text.read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[0, : arguments.tokens]

@@ -1,12 +1,12 @@
-"""Guards the speed of decoding on the processor at hand, in a minute: prints Markdown, and fails below its bounds.
+"""Checks the speed of decoding on this processor in a minute: prints Markdown, and fails below its limits.
 
     python -m benchmarks.quick [--threads 1] [--rounds 24]
 
-All ways take turns in one process, so that neither the machine nor its load matters: blocks of a random model with
-their weights in each form, the same blocks in transformers' own code and float32, and sums over as many bytes as a form
-holds. Of each, the median counts. Bounds: no form is slower than transformers, nor than a form of more bytes. Where
-whole steps are compiled (AVX512), weights that do not fit the caches are read at 65 % of the bandwidth of the sums or
-more: those in a cache are bound by arithmetic, on each processor elsewhere.
+All variants run in turns in one process, so that neither the machine nor its load matters: blocks of a random model
+with weights in each format, the same blocks in transformers' own code and float32, and sums over as many bytes as a
+format holds. The median of each counts. Limits: no format is slower than transformers, nor than a format with more
+bytes. Where whole steps are compiled (AVX512), weights that exceed the caches are read at 65 % of the bandwidth of the
+sums or more. Weights in a cache are limited by arithmetic, at a different speed on each processor.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ SIZES: dict[str, int] = {
 }
 CONTEXT = 32
 SLOWEST = 1.0
-"""Times as fast as transformers."""
+"""Least speed, as a multiple of transformers'."""
 
 SAME = 1.05
-"""How much longer a form may take than a larger one."""
+"""Most time of a format, as a multiple of a larger one's."""
 
 LEAST_BANDWIDTH = 0.65
 TRIES = 3
-"""A busy moment is no fault: what is below its bound each time is."""
+"""A value fails only if it is below its limit in each try, because the machine may be busy."""
 
 READ_PARTS = 16
 
@@ -59,7 +59,7 @@ def held_bytes(span: Span) -> int:
 
 
 def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
-    """Decodes one position behind a context."""
+    """Decodes one position after a context."""
     row = span.new_row(len(hidden))
     span.forward(hidden[:CONTEXT], [Chunk(row, 0, CONTEXT)])
 
@@ -115,13 +115,13 @@ def main() -> None:
 
 
 def cache_bytes() -> int:
-    """Of the largest cache, as Linux tells it; else 64 MiB."""
+    """Bytes of the largest cache, as Linux reports it; else 64 MiB."""
     told = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in told if size.endswith("K")), default=64 << 20)
 
 
 def compare(ways: dict[str, Callable[[], object]], sizes: dict[str, int], rounds: int) -> set[str]:
-    """Prints the table; returns what is below its bound."""
+    """Prints the table. Returns the variants below their limits."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, step in ways.items():

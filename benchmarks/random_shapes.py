@@ -1,4 +1,4 @@
-"""Checkpoints in the shape of published models, with random weights: as fast as those, and nothing to download."""
+"""Checkpoints in the shape of published models, with random weights: equally fast, without a download."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model of Llama's kind; `tied`: head and embedding are one matrix."""
+    """Sizes of a Llama model; `tied`: head and embedding are one matrix."""
 
     hidden: int
     middle: int
@@ -36,7 +36,7 @@ SHAPES = {
 
 @contextmanager
 def random_model(shape: Shape, blocks: int | None = None) -> Iterator[Path]:
-    """A checkpoint in bfloat16, with fewer blocks if told so; all of its blocks have the same random weights."""
+    """A checkpoint in bfloat16, with fewer blocks on request; all of its blocks have the same random weights."""
     hidden, middle = shape.hidden, shape.middle
     config = LlamaConfig(
         hidden_size=hidden,

@@ -1,18 +1,18 @@
-"""Whether a simulated swarm does what the same swarm of real daemons and clients does.
+"""Whether a simulated swarm behaves like the same swarm of real daemons and clients.
 
 Daemons of `splitnet peer` and clients are hosts of an emulated network (see docs/netlab.md; for root on Linux) with
-unequal delays and rates. All join through one more daemon, which is too slow to be on a route, as nodes of a DHT would
-keep the cores busy. Each daemon has a few blocks of a tiny random model, and is held to the speed of the device that it
-stands for (`netlab/slowed.py`). Prompts, lengths of answers and times are those that the simulator draws. By a
-seeded schedule daemons are killed, lost together with their hosts, or leave, and come back. Then the simulator is given
-the same devices, links, blocks, requests and losses, and both are compared: times to the first token and per token, and
-the load of each peer.
+unequal delays and rates. All join through one more daemon, which is too slow for any route, because nodes of a DHT
+would keep the cores busy. Each daemon has a few blocks of a tiny random model, and is slowed to the speed of its
+simulated device (`netlab/slowed.py`). Prompts, lengths of answers and times are drawn by the simulator. By a seeded
+schedule daemons are killed, lost together with their hosts, or leave, and return. Then the simulator gets the same
+devices, links, blocks, requests and losses, and both are compared: times to the first token and per token, and the load
+of each peer.
 
     sudo .venv/bin/python -m benchmarks.reality [--minutes 10] [--peers 24] [--clients 10] [--output reality.json]
 
-It refuses to compare if the cores of this machine were busy for more than 60% of the time: then daemons were late. Time
-of niced programs does not count, as they yield: daemons and clients get a raised priority. Linux counts what runs under
-SCHED_IDLE alone as busy, so run such programs as `chrt --idle 0 nice -n 19 PROGRAM`.
+The comparison is refused if the cores of this machine were busy for more than 60% of the time, because daemons were
+late then. Time of niced programs does not count, because they yield: daemons and clients get a raised priority. Linux
+counts programs that run only under SCHED_IDLE as busy, so run such programs as `chrt --idle 0 nice -n 19 PROGRAM`.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ from simulator.world import BYTES_PER_MS, KINDS, Device, Request, Settings, Worl
 SHAPE = Shape(hidden=128, middle=256, blocks=24, heads=4, kv_heads=2, vocabulary=512)
 SPAN_BLOCKS = (5, 12)
 DECODE_MS = (3.0, 18.0)
-"""Of a block; prefill takes a `PREFILL_SHARE` of that per position."""
+"""Ms of a block; a position of a prefill takes the share `PREFILL_SHARE` of that."""
 PREFILL_SHARE = 1 / 15
 EXTENT_MS = 40.0
-"""Hosts are in a square; the way from one side to the other takes so long."""
+"""Hosts are in a square whose side a message crosses in this time."""
 ACCESS_MS = (0.5, 6.0)
 RATE_MBIT = (20.0, 200.0)
 SHARE_OF_PROMPT, SHARE_OF_OUTPUT = 0.5, 0.4
@@ -66,7 +66,7 @@ MOST_PROMPT, MOST_OUTPUT = 1200, 300
 REQUEST_EVERY_S = 4.0
 LONG_REQUEST_EVERY_S = 18.0
 FIRST = "first"
-"""The host of a daemon through which all others join; it is too slow to be on any route."""
+"""The host of a daemon through which all others join; it is too slow for any route."""
 FIRST_SPAN, FIRST_SPEED = (0, 1), Speed.of(1000.0, 100.0)
 CHANGE_EVERY_S, CHANGED_S = 60.0, 40.0
 LINK_FACTOR, DEVICE_FACTOR = 10.0, 6.0
@@ -75,19 +75,19 @@ AWAY_S = (20.0, 60.0)
 DRAIN_S = 15.0
 PATIENCE_S = 30.0
 SETTLE_S = 50.0
-"""Until all peers have measured each other and told what they saw."""
+"""Seconds until all peers have measured each other and published the results."""
 LAST_S = 60.0
-"""For answers that are under way when the time is over."""
+"""Seconds for answers that are running at the end."""
 OPTIONS = ("minutes", "peers", "clients", "seed", "no_losses", "changes", "no_replans")
 PRIORITY = -10
 MOST_BUSY = 0.6
 SEEDS = 5
-"""The simulator draws with so many seeds what is luck in both: the choice among routes that are about as good."""
+"""Seeds of the simulator for the part of both that is chance: the choice among near-equal routes."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A daemon ends. how: "kill" (its program dies), "lost" (with its host), "leave"."""
+    """The end of a daemon. how: "kill" (its program dies), "lost" (with its host), "leave"."""
 
     host: str
     at_s: float
@@ -97,7 +97,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Swarm:
-    """What both are given. one_way_ms, mbit: by index in `hosts`, which are peers and then clients."""
+    """The swarm that both run. one_way_ms, mbit: by index in `hosts`, which are peers and then clients."""
 
     peers: list[str]
     clients: list[str]
@@ -118,7 +118,7 @@ class Swarm:
 
 @dataclass(frozen=True)
 class Life:
-    """A daemon from its first to its last service; busy_s: of its device in that time."""
+    """A daemon from its first to its last service; busy_s: busy seconds of its device."""
 
     host: str
     from_s: float
@@ -129,7 +129,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a session met. Times in ms; 0: there were no such tokens."""
+    """Observations of a session. Times in ms; 0: there were no such tokens."""
 
     ttft_ms: float
     token_ms: float
@@ -222,7 +222,7 @@ def log_uniform(rng: np.random.Generator, bounds: tuple[float, float], count: in
 
 
 def settings_of(seconds: float, count: int, peers: int, seed: int) -> Settings:
-    """As real peers and clients are set, and without what the emulated network does not do."""
+    """Settings like those of real peers and clients, without effects that the emulated network lacks."""
     return Settings(
         peers=peers,
         clients=count,
@@ -244,7 +244,7 @@ def settings_of(seconds: float, count: int, peers: int, seed: int) -> Settings:
 def draw_questions(
     rng: np.random.Generator, seconds: float, clients: Sequence[str], *, long: bool
 ) -> dict[str, list[Question]]:
-    """long: all answers are the longest."""
+    """long: all answers have the largest length."""
     count = round(seconds / (LONG_REQUEST_EVERY_S if long else REQUEST_EVERY_S))
     questions: dict[str, list[Question]] = {client: [] for client in clients}
     for number, request in enumerate(draw_requests(rng, settings_of(seconds, count, 1, 0), 0)):
@@ -257,7 +257,7 @@ def draw_questions(
 
 
 def draw_losses(rng: np.random.Generator, seconds: float, spans: Mapping[str, tuple[int, int]]) -> list[Loss]:
-    """Of peers without which all blocks are still served by two."""
+    """Losses of peers whose blocks still have two other peers each."""
     losses: list[Loss] = []
     for at_s in np.arange(LOSS_EVERY_S / 2, seconds, LOSS_EVERY_S):
         away = {loss.host for loss in losses if loss.at_s - 5 <= at_s < loss.back_s + 20}
@@ -277,7 +277,7 @@ def draw_losses(rng: np.random.Generator, seconds: float, spans: Mapping[str, tu
 
 
 def measure(swarm: Swarm, options: dict[str, Any], output: Path) -> dict[str, Any]:
-    """What real daemons and clients do: sessions, lives, and how busy the machine was; also written as JSON."""
+    """Results of real daemons and clients: sessions, lives, and the load of the machine; also written as JSON."""
     os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
     say(f"{len(swarm.peers)} peers, {sum(map(len, swarm.questions.values()))} sessions, {len(swarm.losses)} losses")
     with (
@@ -335,7 +335,7 @@ def run(swarm: Swarm, lab: Lab, nursery: Nursery, peers: SlowedPeers, folder: st
     churn.end()
     changes.end()
     now = psutil.cpu_times()
-    # What is niced, or runs under SCHED_IDLE, yields to all others at once.
+    # Niced programs, and those under SCHED_IDLE, yield to all others at once.
     idle = sum(getattr(now, kind) - getattr(machine, kind) for kind in ("idle", "iowait", "nice"))
     cores = psutil.cpu_count() or 1
     lives = [life for host in swarm.peers for life in churn.lives(host, before[host].busy_s, ended_s)]
@@ -378,7 +378,7 @@ class Churn:
             thread.join()
 
     def lives(self, host: str, before_s: float, ended_s: float) -> list[Life]:
-        """Of the daemons of a host, the first of which had been busy for so long before."""
+        """Lives of a host's daemons; the first daemon was busy for `before_s` seconds earlier."""
         busy = [meter.measured.busy_s for meter in self._peers.meters(host)]
         busy[0] -= before_s
         spans = self._spans[host]
@@ -425,11 +425,11 @@ class Churn:
 
 
 class Changes:
-    """Makes the link, or the device, that most sessions use slow for a while, in a thread.
+    """Slows the link, or the device, that most sessions use, for a while, in a thread.
 
     Attributes:
-        routes: hosts by session, as they are now.
-        happened: what, from when, until when.
+        routes: hosts by session, at present.
+        happened: the change, its begin, its end.
     """
 
     def __init__(self, lab: Lab, peers: SlowedPeers, swarm: Swarm, began: float) -> None:
@@ -498,7 +498,7 @@ def hosts_of(hop: Sequence[Any], hosts: Mapping[str, str]) -> str:
 
 
 def own_cpu_s() -> float:
-    """Of this process and all that it has started."""
+    """CPU seconds of this process and all its descendants."""
     total = 0.0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         try:
@@ -513,7 +513,7 @@ def own_cpu_s() -> float:
 
 
 class GivenPlacing:
-    """Each device has its blocks, by its id, and keeps them."""
+    """Each device has given blocks, by its id, and keeps them."""
 
     check_s = 1e9
     announces_joining = False
@@ -532,10 +532,10 @@ class GivenPlacing:
 
 
 class GivenGeography(Geography):
-    """Latencies and bandwidths that are given.
+    """Given latencies and bandwidths.
 
     Args:
-        one_way_ms: between all devices, `[devices, devices]`, the same both ways.
+        one_way_ms: between all devices, `[devices, devices]`, symmetric.
         bytes_per_ms: of each device's link, up and down.
     """
 
@@ -551,7 +551,7 @@ class GivenGeography(Geography):
 
 
 def simulate(swarm: Swarm, lives: Sequence[Life], seed: int) -> tuple[list[Seen], list[float]]:
-    """What the sessions meet in the simulator, and the busy seconds of the lives."""
+    """The observations of sessions in the simulator, and the busy seconds of the lives."""
     order = sorted(range(len(lives)), key=lambda index: lives[index].from_s)
     ordered = [lives[index] for index in order]
     index_of = {host: index for index, host in enumerate(swarm.hosts)}
@@ -666,7 +666,7 @@ def report(
 
 
 def report_changes(measured: Mapping[str, Any]) -> None:
-    """How soon sessions leave a link or a device that has become slow, and how fast they are."""
+    """How soon sessions leave a link or a device that has become slow, and their speed."""
     hosts, answers = measured["addresses"], [answer for answer in measured["answers"] if len(answer["times_s"]) > 1]
     print("\n| slow for 40 s | used it then | left it | half had left after, s | began on it | left it |")
     print("|---|---|---|---|---|---|")
@@ -709,12 +709,12 @@ def report_changes(measured: Mapping[str, Any]) -> None:
 
 
 def gaps(answer: Mapping[str, Any], since_s: float, until_s: float) -> list[float]:
-    """Ms from token to token, of those that came in a time."""
+    """Ms between tokens that arrived in this interval."""
     return [(b - a) * 1000 for a, b in itertools.pairwise(answer["times_s"]) if since_s < b <= until_s]
 
 
 def uses(hops: Sequence[Sequence[Any]], slow: Sequence[str], hosts: Mapping[str, str]) -> bool:
-    """Whether a route goes over a link of two hosts, or through a host."""
+    """Whether a route uses a link between two hosts, or a host."""
     names = [hosts_of(hop, hosts) for hop in hops]
     return (slow[0], slow[-1]) in list(itertools.pairwise(names)) if len(slow) == 2 else slow[0] in names
 

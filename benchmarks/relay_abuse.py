@@ -1,10 +1,10 @@
-"""Members that are served through a helper, beside strangers who abuse it (tests/attacks/relay.py), over loopback.
+"""Members that use a helper while strangers abuse it (tests/attacks/relay.py), over loopback.
 
     python -m benchmarks.relay_abuse [--seconds 8]
 
-The helper, a hidden peer, a member that calls it, and the strangers are processes of their own. For each attack: what a
-message of 700 bytes there and back through the helper took (median and 99th percentile), the most memory and the most
-descriptors of the helper, and a new call of another member meanwhile: until its first message is back.
+The helper, a hidden peer, a member that calls it, and the strangers are separate processes. For each attack: the round
+trip of a message of 700 bytes through the helper (median and 99th percentile), the most memory and the most descriptors
+of the helper, and the time of a new call of another member until its first message returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.attacks.transport import in_background
 
 LOOK_S = 0.05
 PAUSE_S = 0.02
-"""Between two messages of the member, as between two tokens."""
+"""Seconds between two messages of the member, as between two tokens."""
 
 
 def help_others() -> None:
@@ -51,7 +51,7 @@ def started(module: str, *arguments: str) -> tuple[subprocess.Popen[str], list[s
 
 
 class Watch:
-    """The most that a process has of memory and descriptors while a block runs."""
+    """The largest memory and number of descriptors of a process during a `with` block."""
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
@@ -92,7 +92,7 @@ def measure(seconds: float) -> None:
                 figures = times(member, endpoint, seconds)
             else:
                 with in_background(attack, relay, seconds=seconds + 5):
-                    time.sleep(2.0)  # it imports, and gets going
+                    time.sleep(2.0)  # the attacker imports modules, and begins
                     figures = times(member, endpoint, seconds)
         median, slow, first = figures
         figures = f"{median:.2f} | {slow:.1f} | {first:.0f} | {watch.most_mib:.0f} | {watch.most_fds}"
@@ -109,7 +109,7 @@ def measure(seconds: float) -> None:
 
 
 def times(member: Caller, endpoint: Endpoint, seconds: float) -> tuple[float, float, float]:
-    """Of round trips, the median and the slowest hundredth, and what the first of another member takes; ms."""
+    """Round trips in ms: the median, the slowest hundredth, and the first one of another member."""
     until, found = time.monotonic() + seconds, list[float]()
     while time.monotonic() < until:
         found.append(member.round_trip_ms(SMALL))

@@ -1,9 +1,9 @@
-"""Writes a GGUF file again with its matrices in another type.
+"""Rewrites a GGUF file with its matrices in another type.
 
     python -m benchmarks.requantise model-F16.gguf model-Q4_K.gguf Q4_K
 
-The `gguf` package quantises to types with blocks of 32 only. The k-quants are made here by rounding to the range of
-each group, without the search for the best scale that llama.cpp does, so quality measured on them is a lower bound.
+The `gguf` package quantises only to types with blocks of 32. The k-quants are made here by rounding to the range of
+each group, without llama.cpp's search for the best scale, so quality measured on them is a lower bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 BLOCK = 256
 INSTEAD = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
-"""What llama.cpp takes for rows that are no multiple of 256 long."""
+"""The types that llama.cpp uses for rows whose length is no multiple of 256."""
 
 
 def fitting(kind: Type, inputs: int) -> Type:
@@ -33,7 +33,7 @@ def fitting(kind: Type, inputs: int) -> Type:
 
 
 def quantised(weight: Floats, kind: Type) -> npt.NDArray[Any]:
-    """The bytes of rows `[..., inputs]` of a type that `fitting` gave."""
+    """The bytes of rows `[..., inputs]`, in a type that `fitting` returned."""
     if kind not in _K_QUANTS:
         return gguf.quantize(weight, kind)
     blocks = _K_QUANTS[kind](weight.reshape(-1, BLOCK).astype(np.float32))
@@ -51,7 +51,7 @@ def _rounded(numbers: Floats, units: Floats, most: int) -> Floats:
 
 
 def _packed(codes: npt.NDArray[Any], run: int, width: int, per_byte: int) -> Bytes:
-    """Codes of which `run` lie in the lowest bits of `run` bytes, the next in the next bits, and so on."""
+    """Packs codes: `run` codes in the lowest bits of `run` bytes, the next in the next bits, and so on."""
     fields = (
         codes.reshape(len(codes), -1, per_byte, run) << np.arange(0, per_byte * width, width).astype(np.uint8)[:, None]
     )
@@ -69,7 +69,7 @@ def _q6_k(blocks: Floats) -> Bytes:
 
 
 def _with_zeros(blocks: Floats, bits: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The heads of blocks (units and steps) and their codes, of Q4_K and Q5_K."""
+    """The headers of blocks (units and steps) and their codes, of Q4_K and Q5_K."""
     groups = blocks.reshape(len(blocks), 8, 32)
     lowest = np.minimum(groups.min(axis=2), 0)
     scales = (groups.max(axis=2) - lowest) / (2**bits - 1)
@@ -101,7 +101,7 @@ _K_QUANTS = {Type.Q4_K: _q4_k, Type.Q5_K: _q5_k, Type.Q6_K: _q6_k}
 
 
 def requantise(source: Path, target: Path, kind: Type) -> None:
-    """Copies a single GGUF file; matrices and experts become of type `kind`, as far as their rows fit it."""
+    """Copies a single GGUF file; matrices and experts become `kind`, as far as their rows fit it."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for key, field in reader.fields.items():

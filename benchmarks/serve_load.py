@@ -1,17 +1,17 @@
-"""A minute of concurrent streams through `splitnet serve`, one peer of which is killed in the middle; prints Markdown.
+"""A minute of concurrent streams through `splitnet serve`, with one peer killed in the middle; prints Markdown.
 
     python -m benchmarks.serve_load CHECKPOINT [--streams 16] [--seconds 60] [--tokens 48] [--weights float32]
 
-Four daemons share the model, the middle blocks twice; each of `--streams` clients of OpenAI's own package asks for one
-greedy chat after the other, each with a prompt of its own. Half-way one of the two peers with the same blocks that has
-sessions gets SIGKILL. Every answer must be, token for token, what the same prompt gave when it was asked alone before;
-at the end no peer may hold a session. With other weights than float32 answers may differ after the kill, as passes are
-rounded in other ways then.
+Four daemons share the model, the middle blocks twice; each of `--streams` clients of OpenAI's own package requests one
+greedy chat after the other, each with a different prompt. Half-way, one of the two peers with the same blocks that has
+sessions gets SIGKILL. Every answer must equal, token for token, the answer to the same prompt alone before; at the end
+no peer may hold a session. With weights other than float32 answers may differ after the kill, because the rounding of
+passes differs.
 
     sudo .venv/bin/python -m benchmarks.serve_load CHECKPOINT --speculate off auto --streams 8 --delay 20 --seconds 20
 
-Instead, gateways with such drafts in turns, `--rounds` times, over three daemons with a third of the blocks each on an
-emulated network of 100 Mbit/s (docs/netlab.md); nobody is killed. Prints tokens/s of all streams together.
+Instead, gateways with these drafts in turns, `--rounds` times, over three daemons with a third of the blocks each on an
+emulated network of 100 Mbit/s (docs/netlab.md), without a kill. Prints tokens/s of all streams together.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FREED_S = 30.0
 
 @dataclass
 class Stream:
-    """One answer: when it was asked for, when each token came (seconds), and its text."""
+    """One answer: the time of the request, the time of each token (seconds), and the text."""
 
     topic: str
     asked_at: float
@@ -60,7 +60,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Peer:
-    """A daemon, and where it tells its metrics."""
+    """A daemon, and its metrics."""
 
     process: subprocess.Popen[bytes]
     address_file: Path
@@ -68,11 +68,11 @@ class Peer:
 
     @property
     def port(self) -> str:
-        """Where it takes activations."""
+        """The port for activations."""
         return self._said(r" at tcp://[^:]+:(\d+)")
 
     def metric(self, name: str) -> float:
-        """A figure that it tells; `name` with its labels."""
+        """A figure of its metrics; `name` includes the labels."""
         with urllib.request.urlopen(self._said(r"(http://[^/]+/metrics)")) as reply:
             found = re.search(rf"^{re.escape(name)} (\S+)$", reply.read().decode(), re.MULTILINE)
         assert found is not None, f"no metric {name}"
@@ -85,7 +85,7 @@ class Peer:
 
 
 def main() -> int:
-    """Runs it; 1 if an answer was lost or wrong, or a session was left."""
+    """Runs the benchmark; returns 1 if an answer was lost or wrong, or a session was left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--streams", type=int, default=16)
@@ -117,7 +117,7 @@ def peer(
     options: Sequence[str] = (),
     cache: Path | None = None,
 ) -> Iterator[Peer]:
-    """A daemon, once it serves; with more `options`, and a cache folder of its own."""
+    """A serving daemon, with additional `options` and a separate cache folder."""
     number = len(before)
     address_file, log = folder / f"address{number}", folder / f"log{number}"
     command = [sys.executable, "-m", "splitnet", "peer", arguments.checkpoint, "--blocks", f"{span[0]}:{span[1]}"]
@@ -142,7 +142,7 @@ def peer(
 
 @contextmanager
 def gateway(folder: Path, arguments: argparse.Namespace, address: str, speculate: str = "auto") -> Iterator[str]:
-    """`splitnet serve`; gives its URL."""
+    """Runs `splitnet serve`; yields its URL."""
     command = [sys.executable, "-m", "splitnet", "serve", arguments.checkpoint, "--join", address, "--port", "0"]
     command += ["--keep-sessions", "0", "--max-requests", str(arguments.streams), "--codec", "none"]
     command += ["--local-weights", arguments.weights, "--speculate", speculate]
@@ -161,7 +161,7 @@ def gateway(folder: Path, arguments: argparse.Namespace, address: str, speculate
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Tokens/s of all streams by what makes drafts, in turns."""
+    """Compares tokens/s of all streams by the source of drafts, in turns."""
     hosts = ("first", "middle", "last")
     spans = even_spans(Checkpoint.open(arguments.checkpoint).num_blocks, hosts)
     options = ("--threads", "1", "--weights", arguments.weights)
@@ -192,7 +192,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 async def speed(url: str, arguments: argparse.Namespace) -> float:
-    """Tokens/s of streams that keep asking, until the last of them has its answer."""
+    """Tokens/s of streams that ask continuously, until the last of them has its answer."""
     client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     done: list[Stream] = []
@@ -208,7 +208,7 @@ async def speed(url: str, arguments: argparse.Namespace) -> float:
 
 
 async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace) -> int:
-    """Asks alone, then together; prints what came of it."""
+    """Asks alone, then together; prints the results."""
     client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     topics = [TOPICS[index % len(TOPICS)] + "!" * (index // len(TOPICS)) for index in range(arguments.streams)]
@@ -272,7 +272,7 @@ async def ask(client: AsyncOpenAI, model: str, topic: str, tokens: int) -> Strea
 
 
 async def sessions_left(peers: Sequence[Peer]) -> float:
-    """Sessions on peers, once there are none or after a while."""
+    """Sessions on peers, when there are none or after a while."""
     deadline = time.monotonic() + FREED_S
     while True:
         left = sum(one.metric("splitnet_peer_sessions") for one in peers)
@@ -282,7 +282,7 @@ async def sessions_left(peers: Sequence[Peer]) -> float:
 
 
 def print_table(done: Sequence[Stream], killed_at: float, elapsed: float) -> None:
-    """Latencies of all answers, and of those that were under way when the peer was killed."""
+    """Prints latencies of all answers, and of the answers that were running when the peer was killed."""
     hit = [stream for stream in done if stream.asked_at < killed_at < stream.came_at[-1]]
     others = [stream for stream in done if stream not in hit]
     events = sum(len(stream.came_at) for stream in done)

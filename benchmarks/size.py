@@ -1,9 +1,9 @@
-"""Counts the house: files, lines, forwarders, modules with one importer, namesakes, and what one token passes.
+"""Code metrics: files, lines, forwarders, modules with one importer, namesakes, and the path of one token.
 
     .venv/bin/python -m benchmarks.size [ROOT] [--trace] [--list]
 
-ROOT: another checkout to count, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those that its
-pyproject.toml names, and the simulator, which is told apart. No figure makes it fail.
+ROOT: another checkout to measure, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those in its
+pyproject.toml, and the simulator, which has a separate row. No figure makes it fail.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Module:
-    """A module of the product; `importers`: the modules of the product that import it, in functions, too."""
+    """A module of the product; `importers`: modules of the product that import it, including imports in functions."""
 
     def __init__(self, root: Path, file: Path) -> None:
         self.file, self.path = file, file.relative_to(root)
@@ -47,16 +47,18 @@ class Module:
         self.functions = [node for node in self.nodes if isinstance(node, Function)]
         self.classes = [node.name for node in self.nodes if isinstance(node, ast.ClassDef)]
         self.forwarders = [function.name for function in self.functions if is_forwarder(function)]
-        self.code: set[int] = set()  # the lines that hold more than blanks, comments and strings that stand alone
+        self.code: set[int] = set()  # numbers of lines, without blank lines, comments, docstrings and imports
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
             if token.type not in NO_CODE:
                 self.code.update(range(token.start[0], token.end[0] + 1))
         for node in self.nodes:
-            if is_text(node):
+            if is_text(node) or isinstance(node, ast.Import | ast.ImportFrom):
                 self.code.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
 
     def imports(self) -> Iterable[tuple[str, str]]:
-        """For `from a import b` a.b, which may be a module, and a, which is one otherwise; no import is relative."""
+        """For `from a import b`: a.b, which may be a module, and a, which is the module otherwise; no import is
+        relative.
+        """
         for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((alias.name, "") for alias in node.names)
@@ -72,8 +74,9 @@ def is_text(node: ast.AST) -> TypeGuard[ast.Expr]:
 
 
 def is_forwarder(function: Function) -> bool:
-    """Whether a method only passes on: its body, a docstring aside, is one statement that returns or calls
-    `self.part.name`, with nothing but its own parameters (`self` may be among them; some may be left out)."""
+    """Whether a method only forwards: its body, without a docstring, is one statement that returns or calls
+    `self.part.name` with only its own parameters (`self` may be among them; some may be left out).
+    """
     body = [statement for statement in function.body if not is_text(statement)]
     if len(body) != 1 or not isinstance(body[0], ast.Return | ast.Expr):
         return False
@@ -123,7 +126,7 @@ def row(modules: list[Module]) -> list[str]:
 
 
 def print_table(root: Path, with_list: bool) -> None:
-    """Markdown: a row per folder, then sums, then what only the whole has."""
+    """Prints Markdown: a row per folder, then sums, then figures of the whole."""
     modules = read(root)
     rows: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
@@ -150,9 +153,10 @@ def print_table(root: Path, with_list: bool) -> None:
 
 
 def print_trace(root: Path) -> None:
-    """What of the product one token of `generate()` passes on the client and three peers, all in this process.
+    """The product's code that one token of `generate()` runs on the client and three peers, all in this process.
 
-    Of thirty tokens the one with the fewest files: what runs now and then is no part of it."""
+    Uses the token with the fewest files out of thirty, because occasional code does not count.
+    """
     os.environ |= {"SPLITNET_CONFIG": os.devnull, "SPLITNET_LAN": "false", "SPLITNET_DEVICE": "cpu"}
     os.environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     sys.path[0] = str(root)
@@ -180,7 +184,9 @@ def print_trace(root: Path) -> None:
         with tests[0].local_swarm(made, tests[0].SPANS) as swarm:
             sys.setprofile(on_event)
             ids = torch.arange(5, 13)[None]
-            swarm.model().generate(ids, max_new_tokens=40, eos_token_id=None, logits_processor=[end_token])
+            swarm.model().generate(
+                ids, max_new_tokens=40, eos_token_id=None, speculate="off", logits_processor=[end_token]
+            )
             sys.setprofile(None)
     token = min(tokens[10:], key=lambda each: (len({call[0] for call in each}), each.total()))
     functions = [name for _, _, name in token if name.isidentifier() or name == "<lambda>"]

@@ -1,11 +1,11 @@
-"""A swarm under trouble for minutes: is a token ever wrong or lost, does anything leak, is what is lost made good?
+"""A swarm under trouble for minutes: whether tokens are wrong or lost, memory leaks, and lost blocks are replaced.
 
 Eight daemons with memory for twelve blocks each and four clients are hosts of an emulated network (see docs/netlab.md;
-for root on Linux). Every few seconds something happens to a daemon: kill -9 and a new start, SIGTERM and a new start,
-SIGSTOP for a while, or its host is cut off for a while. Once, all daemons that serve some block are killed and stay
-away, so that others must move. The clients compare each answer with that of plain transformers; drafts help with every
-second one. One more client trains: it compares the gradients of a LoRA with PEFT's on plain transformers. Prompts are
-those whose likeliest tokens stand out, so that rounding in batches of different sizes cannot change a token.
+for root on Linux). Every few seconds a daemon has trouble: kill -9 and a restart, SIGTERM and a restart, SIGSTOP for a
+while, or its host is cut off for a while. Once, all daemons of some block are killed and stay away, so that others must
+move. The clients compare each answer with that of plain transformers; every second answer uses drafts. One more client
+trains: it compares the gradients of a LoRA with PEFT's on plain transformers. Only prompts whose likeliest tokens stand
+out are used, so that rounding in batches of different sizes cannot change a token.
 
     sudo make soak [MINUTES=10] [MODEL=...]
 """
@@ -50,24 +50,24 @@ PEERS = 8
 CLIENTS = 4
 BLOCKS_PER_PEER = 12
 LASTING = 2
-"""Daemons that are never killed, so that what they leak shows."""
+"""Daemons that are never killed, so that their leaks become visible."""
 NEW_TOKENS = 32
 PROMPTS = 12
 MIN_MARGIN = 0.01
-"""Of logits: far more than rounding changes."""
+"""Least difference of logits: far more than rounding changes."""
 PAUSE_S = (2.0, 6.0)
 TROUBLE_S = (3.0, 12.0)
 AWAY_S = 150.0
-"""How long the daemons that all serve some block stay away: longer than their records live."""
+"""How long all daemons of some block stay away: longer than their records live."""
 WAIT_S = 240.0
 """How long clients wait for coverage."""
 MAX_GROWTH_MIB = 64
 MAX_GRADIENT_ERROR = 1e-3
-"""Of the largest value of a tensor: codec none, sums in another order."""
+"""Relative to the largest value of a tensor: codec none, sums in another order."""
 
 LOOK_S = 0.25
 GAP_S = 1.0
-"""Without a token for so long is worth a line."""
+"""A pause of this length without any token is reported."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Question:
     prompt: torch.Tensor
     answer: torch.Tensor
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Of the loss of the answer by a LoRA, by name."""
+    """Gradients of a LoRA by the loss of the answer, by name."""
 
 
 @dataclass
 class Tally:
-    """What the clients saw."""
+    """The clients' results."""
 
     answers: int = 0
     tokens: int = 0
@@ -91,33 +91,33 @@ class Tally:
     repairs_ms: list[float] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
     gradients: int = 0
-    """Passes forward and back whose gradients were right."""
+    """Forward and backward passes with right gradients."""
 
 
 @dataclass
 class Gap:
-    """A time in which nobody got a token."""
+    """A time without any token."""
 
     began_s: float
-    """Since the soak began."""
+    """Since the begin of the soak."""
     length_s: float = 0.0
     doing: Counter[str] = field(default_factory=Counter)
-    """What sessions did meanwhile, by the quarter of a second."""
+    """Activities of sessions during the gap, one sample per quarter of a second."""
 
 
 class TokenClock:
-    """When anybody got a token last, and what sessions did while nobody did."""
+    """The time of the latest token, and the sessions' activities during gaps."""
 
     def __init__(self) -> None:
         self.gaps: list[Gap] = []
         self.sessions: dict[int, Any] = {}
-        """By client, the one that is used."""
+        """The present session of each client."""
         self._began = self._last = time.monotonic()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
 
     def put(self, value: Any) -> None:
-        """As a streamer of `generate()`."""
+        """Like a streamer of `generate()`."""
         self._last = time.monotonic()
 
     def end(self) -> None:
@@ -147,7 +147,7 @@ class TokenClock:
 
 
 class Clients:
-    """Threads that ask and compare until they are told to stop."""
+    """Threads that ask and compare until they are stopped."""
 
     def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
         self.tally = Tally()
@@ -173,7 +173,7 @@ class Clients:
             thread.start()
 
     def stop(self) -> None:
-        """Waits for the answers that are under way, and leaves."""
+        """Waits for running answers, and leaves."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -231,7 +231,7 @@ class Clients:
 
 
 class Trouble:
-    """What happens to the daemons."""
+    """The daemons' trouble."""
 
     def __init__(self, lab: Lab, peers: LabPeers, seed: int) -> None:
         self.happened: Counter[str] = Counter()
@@ -243,7 +243,7 @@ class Trouble:
         self._ends = threading.Event()
 
     def one(self) -> None:
-        """Begins some trouble, unless two daemons have some."""
+        """Begins some trouble, unless two daemons have trouble."""
         self._busy = {host: thread for host, thread in self._busy.items() if thread.is_alive()}
         if len(self._busy) >= 2:
             return
@@ -260,7 +260,7 @@ class Trouble:
             self._begin(host, "kill", AWAY_S)
 
     def end(self) -> None:
-        """All is well again."""
+        """Ends all trouble."""
         self._ends.set()
         for thread in self._busy.values():
             thread.join()
@@ -293,7 +293,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds, or the most that it has held for a while."""
+    """The resources of a process, or their maximum over a while."""
 
     rss_mib: float
     threads: int
@@ -352,7 +352,7 @@ def soak(
     questions: Sequence[Question],
     arguments: argparse.Namespace,
 ) -> list[str]:
-    """Runs it and returns what was wrong."""
+    """Runs the soak and returns the failures."""
     failures: list[str] = []
     lasting = list(lab.hosts[1 : 1 + LASTING])
     clients = Clients(checkpoint, directory.addresses, questions)
@@ -430,7 +430,7 @@ def lose_blocks(
     trouble: Trouble,
     choices: random.Random,
 ) -> float:
-    """Kills all daemons that serve some block; seconds until others have moved there."""
+    """Kills all daemons of some block. Returns the seconds until others have moved there."""
     records = [record for record in directory.peers(checkpoint.fingerprint) if record.serves]
     hosts = {record.key.text: peers.host_of(record) for record in records}
     lasting = lab.hosts[1 : 1 + LASTING]
@@ -461,7 +461,7 @@ def lose_blocks(
 
 
 def wait_for_free_kv(checkpoint: Checkpoint, directory: Directory) -> int:
-    """Sessions that are still on daemons when they should all have ended."""
+    """Sessions that are still on daemons after all should have ended."""
     deadline = time.monotonic() + 2 * DEFAULT_TTL_S
     while True:
         left = sum(record.sessions for record in directory.peers(checkpoint.fingerprint))
@@ -473,10 +473,10 @@ def wait_for_free_kv(checkpoint: Checkpoint, directory: Directory) -> int:
 def compared(
     seen: Sequence[tuple[float, dict[str, Sample]]], began: float, now: float, at_end: dict[str, Sample]
 ) -> tuple[dict[str, Sample], dict[str, Sample]]:
-    """The most that processes held in the third quarter of the time, and what they hold at the end.
+    """The most that processes held in the third quarter of the time, and their holdings at the end.
 
-    By then the daemons serve the blocks that they stay with and have met every size of message: what they took until
-    then says nothing of leaks, and takes the longer, the slower the machine.
+    By then the daemons have settled on their blocks and have met every size of message. Earlier growth says nothing
+    about leaks, and takes longer on slower machines.
     """
     half, last = (began + share * (now - began) for share in (0.5, 0.75))
     before = dict(at_end)
@@ -532,7 +532,7 @@ def gradients_of(tuned: Any) -> dict[str, torch.Tensor]:
 
 
 def worst_error(tuned: Any, wanted: dict[str, torch.Tensor]) -> float:
-    """The largest difference from wanted gradients, as a share of the largest value of the tensor."""
+    """The largest difference from the expected gradients, as a share of the largest value of the tensor."""
     got = gradients_of(tuned)
     if got.keys() != wanted.keys():
         return float("inf")

@@ -1,22 +1,22 @@
-"""What drafts are worth over long links: answers by several drafters in turns, the first of which is the baseline.
+"""The gain of drafts over long links: answers with several drafters in turns; the first one is the baseline.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md).
-With --local-blocks the client runs some blocks itself; peers whose blocks it has all have nothing to do then. All
-answers are greedy.
+With --local-blocks the client runs some blocks itself; a peer whose blocks are all local is idle then. All answers are
+greedy.
 
     sudo .venv/bin/python -m benchmarks.speculation CHECKPOINT [--arms off auto eagle=FOLDER known=0.8]
         [--texts repeating ordinary] [--delay 20 60] [--weights float32 int4] [--json FILE]
 
-An arm is what --speculate takes, or `known=P`, or `known=P/MS`: a drafter that knows the answer of the baseline, makes
-every guess right with the probability P, and takes MS for it. Its speed is compared with what `scheduler.speculation`
-foretells for the acceptance that was seen and the pace that was measured. Use answers of 256 tokens for that: at the
-end of a text windows are cut.
+An arm is a value of --speculate, or `known=P`, or `known=P/MS`: a drafter that knows the answer of the baseline, makes
+every guess right with the probability P, and takes MS for it. Its speed is compared with the prediction of
+`scheduler.speculation` for the measured acceptance and pace. Use answers of 256 tokens for that, because windows are
+cut at the end of a text.
 
 Columns: "times as fast" as the baseline: median of the rounds (range). "per trip": new tokens per round trip. "right":
-share of right ones among the guesses at the first places of a window, of those that were compared. "bytes": per
-new token, over all links: what the client sent and received, and messages of one position between peers.
-"links": tokens/s of the four links alone with as many tokens per trip, one trip after the other. "links + compute": the
-same with what the median step of the baseline takes beyond its links; for a plain chain it is that step.
+share of right guesses at the first places of a window, of the compared guesses. "bytes": per new token, over all links:
+sent and received by the client, and messages of one position between peers. "links": tokens/s of the four links alone
+with as many tokens per trip, one trip after the other. "links + compute": the same plus the compute time of the
+baseline's median step; for a plain chain it is that step.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ LINKS = len(PEERS) + 1
 DATA = Path(__file__).parent / "data"
 TEXTS = {"repeating": DATA / "repeating_prompts.json", "ordinary": DATA / "ordinary_prompts.json"}
 EXACT = ("float32", "float16")
-"""Weights whose products do not depend on how many positions share a pass, but for the order of sums."""
+"""Weights whose products depend on the number of positions in a pass only through the order of sums."""
 KNOWN = "known="
 WAYS = ("bytes_sent", "bytes_received")
-PLACES = 6  # of a window that are shown
+PLACES = 6  # places of a window that are shown
 HEADER = (
     "| text | arm | tokens/s | times as fast | per trip | right | drafted | bytes | links | links + compute | same |"
 )
@@ -94,7 +94,7 @@ class Known:
 
 
 class Watched(Speculator):
-    """Takes drafters of known acceptance, too. latest: the experience of the last text's drafter, with its counts."""
+    """Also accepts drafters of known acceptance. latest: the statistics of the last text's drafter."""
 
     latest: DraftStats | None = None
 
@@ -110,15 +110,15 @@ class Watched(Speculator):
 
 @dataclass
 class Answer:
-    """By one arm. by_place: guesses at each place of a window that were compared, and those that were right."""
+    """An answer of one arm. by_place: compared guesses at each place of a window, and right ones."""
 
     text: str
     arm: str
     tokens: list[int]
     seconds: float  # from the first token to the last
-    step_ms: float  # median from one token to the next
-    moved_bytes: int  # over all links, behind the first token
-    same: bool  # as that of the baseline
+    step_ms: float  # median between tokens
+    moved_bytes: int  # over all links, after the first token
+    same: bool  # as the baseline's answer
     round_trips: int
     drafted: int = 0
     by_place: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
@@ -129,7 +129,7 @@ class Answer:
 
     @property
     def new(self) -> int:
-        """Tokens after the first one, which the prompt gives."""
+        """Tokens after the first one, which comes with the prompt."""
         return len(self.tokens) - 1
 
 
@@ -181,7 +181,7 @@ def main() -> int:
 
 
 def prompts(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """`[1, seq]` by the name of the text; those that repeat their prompts are no chats."""
+    """Prompts `[1, seq]` by the name of the text; texts that repeat their prompts are no chats."""
     tokenizer, found = checkpoint.tokenizer(), dict[str, torch.Tensor]()
     for texts in arguments.texts:
         for name, prompt in json.loads(TEXTS.get(texts, Path(texts)).read_text()).items():
@@ -197,7 +197,7 @@ def prompts(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, 
 
 
 def measure(model: RemoteCausalLM, checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Answer]:
-    """Answers all prompts with all arms in turns, of which the baseline is always the first."""
+    """Answers all prompts with all arms in turns; the baseline is always the first."""
     model.speculator = watched = Watched(model, checkpoint)
     sources: dict[str, Any] = {arm: arm for arm in arguments.arms}
     for arm in arguments.arms:
@@ -205,7 +205,7 @@ def measure(model: RemoteCausalLM, checkpoint: Checkpoint, arguments: argparse.N
             sources[arm] = load_whole(Checkpoint.open(arm), "auto")
     answers, true = list[Answer](), list[int]()
     for number, (name, prompt) in enumerate(prompts(checkpoint, arguments).items()):
-        for turn in range(-1 if number == 0 else 0, arguments.rounds):  # -1 warms up
+        for turn in range(-1 if number == 0 else 0, arguments.rounds):  # -1: warm-up
             others = arguments.arms[1:] if turn % 2 else arguments.arms[:0:-1]
             for arm in (arguments.arms[0], *others):
                 speculate = Known(arm, true, seed=number) if arm.startswith(KNOWN) else sources[arm]
@@ -220,7 +220,7 @@ def measure(model: RemoteCausalLM, checkpoint: Checkpoint, arguments: argparse.N
 def answered(
     model: RemoteCausalLM, watched: Watched, speculate: Any, prompt: torch.Tensor, most: int
 ) -> dict[str, Any]:
-    """What is known of an answer by itself, of at most so many tokens."""
+    """The measurements of one answer of at most this many tokens."""
 
     def note(count: int) -> None:
         if count == 1 and cache.session is not None:
@@ -250,7 +250,7 @@ def answered(
 
 
 def show(answers: Sequence[Answer], arms: Sequence[str], delay_ms: float) -> bool:
-    """Prints the tables; returns whether all texts are those of the baseline."""
+    """Prints the tables; returns whether all texts equal those of the baseline."""
     texts, of = dict.fromkeys(answer.text for answer in answers), defaultdict[tuple[str, str], list[Answer]](list)
     for answer in answers:
         of[answer.text, answer.arm].append(answer)
@@ -306,14 +306,14 @@ def _row(text: str, own: Sequence[Answer], base: Sequence[Answer], times: str, d
 
 
 def _compared(own: Sequence[Answer]) -> list[tuple[int, int]]:
-    """By place in the window: how many guesses were right, of how many."""
+    """By place in the window: the number of right guesses, and of compared ones."""
     places = sorted({place for answer in own for place in answer.by_place})
     counts = [[answer.by_place.get(place, (0, 0)) for answer in own] for place in places]
     return [(sum(right for _, right in each), sum(tried for tried, _ in each)) for each in counts]
 
 
 def _foretold(answer: Answer, acceptance: float) -> tuple[float, Window]:
-    """Tokens/s by the rule, and the window that it takes for guesses that are all as often right."""
+    """The predicted tokens/s, and the predicted window, for guesses with equal acceptance."""
     pace = Pace(lambda n: answer.latency_ms[n - 1], lambda n: answer.slowest_hop_ms[n - 1], *answer.drafting_ms)
     guess = Guessed(acceptance, acceptance)
     window = best_window(guess, pace)

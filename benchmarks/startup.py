@@ -1,17 +1,17 @@
-"""How soon a peer, a client and a swarm of both are ready, and what a peer takes beside its blocks; prints Markdown.
+"""Start-up times of a peer, a client and a swarm of both, and a peer's memory besides its blocks; prints Markdown.
 
     python -m benchmarks.startup [CHECKPOINT] [--blocks 0:10] [--rounds 3]
     python -m benchmarks.startup [CHECKPOINT] --lean PYTHON [--rounds 5]
 
-Of several rounds the least of each figure is told, as others who use the machine only add to it. All is timed from the
-start of the Python process. The first table is of one process that does what `splitnet peer` does: what ends when, in
-seconds, and its resident memory then, in MiB. What overlaps is told as it ends. The second table is of the commands
-themselves: `peer` until it serves, `generate` through three peers until its first word, and `demo` (three peers and a
-client, started together) until its first word. The page cache is warm from the second round on. Linux only.
+The least value of several rounds is reported, because other users of the machine only add to it. All times count from
+the start of the Python process. The first table is of one process that does the same as `splitnet peer`: the end of
+each stage in seconds, and the resident memory at that time, in MiB. Overlapping stages are listed by their ends. The
+second table is of the commands themselves: `peer` until it serves, `generate` through three peers until its first word,
+and `demo` (three peers and a client, started together) until its first word. The page cache is warm from the second
+round on. Linux only.
 
-With `--lean` there is one other table: `generate` until its first word, through three peers, by the kind of address
-that it joins with, and by the Python of an environment that has no hivemind. Medians, in turns, after a round that does
-not count.
+With `--lean` there is only another table: `generate` until its first word, through three peers, by the kind of address
+to join with, and with the Python of an environment without hivemind. Medians, in turns, after a warm-up round.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def stages_of_peer(checkpoint: str, blocks: str) -> list[tuple[str, float, float]]:
-    """What ends when in the start of a peer: name, seconds, bytes resident."""
+    """The stages of the start of a peer: name, seconds at the end, resident bytes."""
     ended = subprocess.run(
         [sys.executable, "-c", PEER, checkpoint, blocks], stdout=subprocess.PIPE, text=True, check=True, timeout=120
     )
@@ -128,7 +128,7 @@ def stages_of_peer(checkpoint: str, blocks: str) -> list[tuple[str, float, float
 
 
 def peer_command(checkpoint: str, blocks: str) -> tuple[float, dict[str, float]]:
-    """Seconds until a peer serves, and the bytes that it takes then."""
+    """Seconds until a peer serves, and its memory in bytes then."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [*SPLITNET, "peer", checkpoint, "--blocks", blocks, "--listen", "tcp://127.0.0.1:0", *ONE_THREAD]
@@ -149,7 +149,7 @@ def peer_command(checkpoint: str, blocks: str) -> tuple[float, dict[str, float]]
 
 
 def resident_of(pid: int, checkpoint: str) -> dict[str, float]:
-    """Resident bytes of a process, and how much of it is mapped from where."""
+    """Resident bytes of a process, and the mapped bytes by their origin."""
     mapped: Counter[str] = Counter()
     for region in psutil.Process(pid).memory_maps():
         if not region.path.startswith("/"):
@@ -161,14 +161,14 @@ def resident_of(pid: int, checkpoint: str) -> dict[str, float]:
 
 
 def first_word_of_generate(checkpoint: str) -> float:
-    """Seconds until `splitnet generate` prints, through three peers that run."""
+    """Seconds until `splitnet generate` prints, through three running peers."""
     with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
         address = swarm.wait()
         return first_output(["generate", checkpoint, "What do bees eat?", "--join", address, "--device", "cpu"], "")
 
 
 def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds until the first word of each way to join."""
+    """Seconds until the first word, by the method of joining."""
     has = subprocess.run([lean, "-c", "import hivemind"], stderr=subprocess.DEVNULL).returncode == 0
     if has:
         raise SystemExit(f"{lean} has hivemind: name the Python of an environment that has not")
@@ -190,12 +190,12 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
 
 
 def first_word_of_demo(checkpoint: str) -> float:
-    """Seconds until `splitnet demo` prints the first word of the answer, which comes after the question."""
+    """Seconds until `splitnet demo` prints the first word of the answer, which follows the question."""
     return first_output(["demo", checkpoint, "--prompt", "What do bees eat?", "--device", "cpu"], r"eat\?\s+")
 
 
 def first_output(arguments: list[str], after: str, python: str = sys.executable) -> float:
-    """Seconds until a command prints a letter after what matches `after`."""
+    """Seconds until a command prints a letter after a match of `after`."""
     began = time.monotonic()
     with subprocess.Popen(
         [python, *SPLITNET[1:], *arguments, "--max-new-tokens", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -1,12 +1,12 @@
-"""A GGUF file in several types of weights, held as they are stored: bytes, speed and quality; prints Markdown.
+"""A GGUF file in several types of weights, held as stored: bytes, speed and quality; prints Markdown.
 
     python -m benchmarks.stored_types MODEL.gguf [--types Q8_0 Q6_K Q5_K Q4_K Q4_0] [--threads 1 2] [--rounds 5]
                                       [--steps 16] [--tokens 1024]
 
-The file is written again in each type (`benchmarks/requantise.py`); its own types come first. All are in memory
-together and timed in turns, as in `benchmarks/weights.py`, whose columns these are. "KL as held" compares the
-next-token distributions over a text with those of the numbers that the same file stands for, which is what holding
-loses; "KL to the source" with those of the given file's numbers, which is what the type loses.
+The file is rewritten in each type (`benchmarks/requantise.py`); its own types come first. All are in memory together
+and timed in turns, with the columns of `benchmarks/weights.py`. "KL as held" compares the next-token distributions over
+a text with distributions by the exact numbers of the same file, which is the loss of holding; "KL to the source" with
+distributions by the given file's numbers, which is the loss of the type.
 """
 
 from __future__ import annotations

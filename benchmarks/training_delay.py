@@ -1,8 +1,8 @@
-"""How long a token waits at the peers for somebody else's training.
+"""How long a token waits at the peers for another client's training.
 
 A client decodes through three daemons of one thread each, in turns alone and while another client trains LoRA on them.
-Of every token each hop tells how long it waited for the device. What docs/tuning.md promises is one block over one
-micro-batch, forward or backward; that is measured here, too.
+For every token each hop reports its wait for the device. docs/tuning.md promises a limit of one block over one
+micro-batch, forward or backward; that time is measured here, too.
 
     python -m benchmarks.training_delay CHECKPOINT [--tokens 200] [--rounds 3]
 """
@@ -32,12 +32,12 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import Chunk
 
 MICRO_BATCH = tuning.ROWS * tuning.COLUMNS // (2 * tuning.PEERS) // tuning.COLUMNS * tuning.COLUMNS
-"""Positions of one micro-batch of the training that goes on."""
+"""Positions of one micro-batch of the concurrent training."""
 
 
 @dataclass
 class Seen:
-    """In ms, of all tokens."""
+    """Ms of all tokens."""
 
     waits: list[float] = field(default_factory=list)
     """At each hop."""
@@ -95,7 +95,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 @contextmanager
 def training(checkpoint: str, address: str) -> Iterator[None]:
-    """Another process trains, from its first step on."""
+    """Another process trains; yields after its first step."""
     command = [sys.executable, "-m", "benchmarks.training_delay", checkpoint, "--train", address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -118,7 +118,7 @@ def train(folder: str, address: str) -> None:
 
 
 def block_ms(folder: str) -> tuple[float, float]:
-    """What a block takes over a micro-batch, forward and backward."""
+    """Ms of a block over a micro-batch, forward and backward."""
     span = Span.load(Checkpoint.open(folder), 0, 1)
     passes = SpanPasses(span)
     hidden = torch.randn(MICRO_BATCH, span.hidden_size)
@@ -131,7 +131,7 @@ def block_ms(folder: str) -> tuple[float, float]:
         passes.backward(hidden, lengths, hidden, None, 0, 1)
         forward.append((ended - began) * 1000)
         backward.append((time.perf_counter() - ended) * 1000)
-    # Going back computes the block again first, and lets others in before the gradient.
+    # The backward pass computes the block again first, and lets other work in before the gradient.
     return statistics.median(forward), statistics.median(backward) - statistics.median(forward)
 
 

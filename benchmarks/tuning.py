@@ -95,13 +95,13 @@ def batches_of(folder: str) -> list[dict[str, torch.Tensor]]:
 
 
 def adapted(model: Any, method: str) -> Any:
-    """The model with a new adapter, the same one every time, as `splitnet tune` begins it."""
+    """The model with a new adapter, always the same, initialized as in `splitnet tune`."""
     torch.manual_seed(0)
     wrapped: Any = get_peft_model(model, METHODS[method](model.name_or_path))
     if method == PREFIX:
         begin_prefix(wrapped, text_as_prefix(model.name_or_path))
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:  # begins with zeros, by which the gradient of A would be zero
+        if "lora_B" in name:  # zeros would make the gradient of A zero
             torch.nn.init.normal_(parameter, std=0.02)
     return wrapped
 
@@ -116,7 +116,7 @@ def text_as_prefix(folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As `splitnet tune` has it computed."""
+    """The loss, as `splitnet tune` computes it."""
     return model(**batch, **({"logits_to_keep": 1} if getattr(model, "loss_in_parts", False) else {})).loss
 
 
@@ -218,14 +218,14 @@ def compare_speed(
 
 
 def tokens_per_s(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Of two training steps."""
+    """Tokens per second of two training steps."""
     began = time.perf_counter()
     curve(model, batches, 2)
     return 2 * ROWS * COLUMNS / (time.perf_counter() - began)
 
 
 def free(wrapped: Any, method: str) -> None:
-    """Takes an adapter off a model that is used again."""
+    """Removes an adapter from a model that is reused."""
     if method == "LoRA":
         wrapped.unload()
 

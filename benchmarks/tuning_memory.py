@@ -1,6 +1,6 @@
-"""Memory that fine-tuning takes: of the client, of each peer, and of one process that trains the whole model with PEFT.
+"""Memory of fine-tuning: in the client, in each peer, and in one process that trains the whole model with PEFT.
 
-Each is a process of its own that takes two steps; what counts is the most that it held, above what it held before.
+Each is a separate process that takes two steps; the result is its largest memory, above its memory before.
 
     python -m benchmarks.tuning_memory CHECKPOINT [--rows 8] [--columns 256] [--vocabulary 152000]
 """
@@ -70,7 +70,7 @@ def enlarge(checkpoint: str, folder: str, vocabulary: int) -> None:
 
 
 def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, float]:
-    """MiB before training, and what it adds, in a new process."""
+    """MiB before training, and the increase, in a new process."""
     command = [sys.executable, "-m", "benchmarks.tuning_memory", *arguments, "--only", method, address]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, added = map(float, printed.split())
@@ -78,7 +78,7 @@ def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, flo
 
 
 def train(folder: str, method: str, address: str, rows: int, columns: int) -> None:
-    """Two steps; prints MiB before them, and what they add."""
+    """Two steps; prints MiB before them, and the increase."""
     if address == "-":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
@@ -93,7 +93,7 @@ def train(folder: str, method: str, address: str, rows: int, columns: int) -> No
 
 
 def reset(pid: int | str = "self") -> float:
-    """MiB that a process holds now; its peak counts from here on (Linux)."""
+    """MiB that a process holds at present; resets its peak (Linux)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return peak(pid)
 

@@ -1,8 +1,8 @@
 """Methods of fine-tuning on three tasks: accuracy, seconds, bytes and memory, and LoRA with PEFT in one process.
 
 Three daemons of one thread each serve a third of the model each. Parts: `runs` trains with `splitnet tune`; `alone`
-trains with PEFT in one process; `seconds` takes steps of all methods in turns, on a machine that does nothing else;
-`table` prints what the folder holds. What is there is not run again. The task `glosses` is made of WordNet 3.0
+trains with PEFT in one process; `seconds` takes steps of all methods in turns, on an otherwise idle machine; `table`
+prints the results in the folder. Existing results are not computed again. The task `glosses` is made of WordNet 3.0
 (the package wordnet-base of Debian and Ubuntu).
 
     python -m benchmarks.tuning_tasks MODEL --output DIR [--tasks intents promoters glosses] [--methods lora side ...]
@@ -57,7 +57,7 @@ OPTIONS = {ZEROTH: ["--method", "prompt", "--tokens", "2", "--zeroth-order", "--
 PARTS = ["runs", "alone", "seconds", "table"]
 CLASSES = {4: "act", 5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 18: "person", 20: "plant"}
 """Lexicographer files of WordNet's nouns, by their numbers: lexnames(5WN)."""
-PER_CLASS = 300  # glosses, the last 50 of them held out
+PER_CLASS = 300  # glosses; the last 50 are held out
 HELD_OUT = 50
 LENGTHS = range(20, 121)  # characters of a gloss
 
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def write_task(task: str, output: Path, wordnet: Path) -> None:
-    """Writes `TASK.train.jsonl` and `TASK.test.jsonl` for `splitnet tune`, if they are not there."""
+    """Writes `TASK.train.jsonl` and `TASK.test.jsonl` for `splitnet tune`, if they do not exist."""
     if (output / f"{task}.test.jsonl").exists():
         return
     if task == "glosses":
@@ -109,11 +109,11 @@ def write_task(task: str, output: Path, wordnet: Path) -> None:
 
 
 def glosses(nouns: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """What nouns mean, without examples of their use, with the class of each; as many of each class."""
+    """Glosses of nouns, without examples of their use, with the class of each; equally many of each class."""
     found: dict[str, set[str]] = defaultdict(set)
     for line in nouns.read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):
-            continue  # of the licence
+            continue  # a line of the licence
         fields, _, gloss = line.partition(" | ")
         label = CLASSES.get(int(fields.split()[1]))
         text = re.sub(r'"[^"]*"?', "", gloss).strip(" ;:")
@@ -135,7 +135,7 @@ def glosses(nouns: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def rows_of(checkpoint: Checkpoint, task: str, output: Path) -> tuple[list[Encoded], list[Encoded], list[int], int]:
-    """Rows to train on, held-out ones, the first token of each label, and the token of padding."""
+    """Training rows, held-out rows, the first token of each label, and the padding token."""
     train, test = (read_examples(output / f"{task}.{part}.jsonl") for part in ("train", "test"))
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, 1024, template=TEMPLATE, labels=train.labels)
@@ -143,7 +143,7 @@ def rows_of(checkpoint: Checkpoint, task: str, output: Path) -> tuple[list[Encod
 
 
 def run_method(model: str, task: str, method: str, seeds: Sequence[int], output: Path) -> None:
-    """Trains with new daemons, and keeps the memory of all processes: MiB before, and by what it grew at most."""
+    """Trains with new daemons, and saves the memory of all processes: MiB before, and the largest increase."""
     left = [seed for seed in seeds if not (output / f"{task}-{method}-{seed}" / "memory.json").exists()]
     if not left:
         return
@@ -165,7 +165,7 @@ def run_method(model: str, task: str, method: str, seeds: Sequence[int], output:
 
 
 def watched(command: Sequence[str], begun: Path) -> tuple[float, float]:
-    """Runs a command; MiB that it held when a file appeared, and by what that grew at most."""
+    """Runs a command. Returns its MiB when a file appeared, and the largest increase."""
     held = most = 0.0
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -174,7 +174,7 @@ def watched(command: Sequence[str], begun: Path) -> tuple[float, float]:
                 held = reset(process.pid)
             most = peak(process.pid)
         except (StopIteration, OSError):
-            pass  # it has just ended
+            pass  # the process has just ended
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} has ended with {process.returncode}")
@@ -189,7 +189,7 @@ def run_alone(model: str, task: str, seed: int, output: Path) -> None:
 
 
 def alone(checkpoint: Checkpoint, settings: Settings) -> Any:
-    """The whole model in this process, with the same new LoRA that `splitnet tune` begins with."""
+    """The whole model in this process, with the same new LoRA as in `splitnet tune`."""
     torch.manual_seed(settings.seed)
     return with_new_adapter(
         load_whole(checkpoint, torch.float32),
@@ -226,7 +226,7 @@ def train_alone(model: str, task: str, seed: int, output: Path) -> None:
 
 
 def measure_seconds(model: str, task: str, methods: Sequence[str], output: Path, rounds: int) -> None:
-    """Keeps seconds per step, medians of steps in turns, and those of the hidden states of all rows to train on."""
+    """Saves seconds per step, medians of steps in turns, and the seconds for the hidden states of all training rows."""
     torch.set_num_threads(2)
     checkpoint = Checkpoint.open(model)
     rows, _, _, pad = rows_of(checkpoint, task, output)
@@ -269,7 +269,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(folder: Path) -> float:
-    """That of the end."""
+    """Accuracy at the end."""
     return next(line["eval_accuracy"] for line in reversed(lines_of(folder)) if "eval_accuracy" in line)
 
 
@@ -277,7 +277,7 @@ HEADS = "task|method|steps|accuracy|seconds|an epoch, s|MB sent|received|client,
 
 
 def print_table(tasks: Sequence[str], methods: Sequence[str], output: Path) -> None:
-    """A row for each task and method, as far as they were run; `?` is what was not. Evaluations are not counted."""
+    """Prints a row for each task and method that were run; `?`: not run. Evaluations are not counted."""
     print(f"|{HEADS}|")
     print("|---" * len(HEADS.split("|")) + "|")
     for task in tasks:
@@ -302,7 +302,7 @@ def print_table(tasks: Sequence[str], methods: Sequence[str], output: Path) -> N
 
 
 def moved(folder: Path, share: float) -> list[str]:
-    """MB sent and received in all steps, and for the hidden states of rows to train on: that share of all rows."""
+    """MB sent and received in all steps, and for the hidden states of training rows: that share of all rows."""
     lines = [line for line in lines_of(folder) if "sent_bytes" in line]
     totals = (
         sum(line[key] * (share if line["step"] == -1 else 1) for line in lines)

@@ -1,12 +1,12 @@
-"""How fast another checkout of splitnet is beside this one, in turns; prints Markdown.
+"""The speed of another checkout of splitnet compared with this one, in turns; prints Markdown.
 
     git worktree add /tmp/before COMMIT && (cd /tmp/before && python setup.py build_ext --inplace)
     python -m benchmarks.turns CHECKPOINT /tmp/before [--weights float32 int8 int4] [--rounds 5]
 
 Three daemons of each checkout serve a third of the model each, one thread each, and one client of each measures: a
-decode step, the prefill of a prompt, eight answers at a time, a step of LoRA. Then a peer is started until it
-serves, and `splitnet generate` until its first word. Medians; a ratio above 1: this checkout takes longer. Only what
-both have is used: the commands and the public API.
+decode step, the prefill of a prompt, eight concurrent answers, a step of LoRA. Then a peer is started until it serves,
+and `splitnet generate` until its first word. Medians; a ratio above 1: this checkout takes longer. Uses only features
+of both checkouts: the commands and the public API.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Daemon:
 
 
 class Client:
-    """A process that measures what it is asked for."""
+    """A process that measures on request."""
 
     def __init__(self, root: Path, work: str, checkpoint: str, address: str) -> None:
         words = [sys.executable, __file__, "--client", checkpoint, address]
@@ -80,7 +80,7 @@ class Client:
         )
 
     def measure(self, what: str) -> float:
-        """Ms."""
+        """Ms of the measurement."""
         assert self._process.stdin and self._process.stdout
         print(what, file=self._process.stdin, flush=True)
         return float(json.loads(self._process.stdout.readline()))
@@ -91,7 +91,7 @@ class Client:
 
 
 def serve_measurements(checkpoint: str, address: str) -> None:
-    """The client's side: one question per line of standard input."""
+    """The client's side: one request per line of standard input."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -182,7 +182,7 @@ def main() -> None:
                 for turn in range(arguments.rounds + 1):
                     for index in (0, 1) if turn % 2 else (1, 0):
                         times[index].append(clients[index].measure(what))
-                print_row(f"{weights}, {what}", times[0][1:], times[1][1:])  # the first ones are warm-ups
+                print_row(f"{weights}, {what}", times[0][1:], times[1][1:])  # without warm-ups
             if weights == arguments.weights[0]:
                 starts: list[list[float]] = [[], []]
                 words: list[list[float]] = [[], []]

@@ -1,10 +1,10 @@
-"""What distance costs: a chain of peers far from each other, beside a star with the client in the middle of every hop.
+"""The cost of distance: a chain of distant peers, compared with a star that passes the client at every hop.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md),
-with the same delay between any two. In the chain a token crosses one link more than there are peers. Where two peers
-cannot reach each other the client carries, so cutting the links between peers makes a star, which crosses two links per
-peer. Both are compared with the least that is possible: the delay of these links and what the devices compute. To open
-a star takes up to 3 s more, for which peers try to reach each other; the time to the first token has that in it.
+with the same delay between any two. In the chain a token crosses one link more than there are peers. If two peers
+cannot reach each other, the client relays, so cutting the links between peers makes a star, which crosses two links per
+peer. Both are compared with the lower bound: the delay of these links and the compute time of the devices. Opening a
+star takes up to 3 s longer, in which peers try to reach each other; the time to the first token includes this.
 
     sudo .venv/bin/python -m benchmarks.wan_chain CHECKPOINT [--delay 20] [--rate 100] [--codecs none int8]
 """
@@ -38,18 +38,18 @@ CONTEXT = 128
 ROOM = 1024
 GENERATED = 20
 SETTLE_S = 60.0
-"""A link that was open counts as lost after missed heartbeats, 15 s at most; one that was cut has to be made again."""
+"""An open link counts as lost after missed heartbeats, 15 s at most; a cut one has to be made again."""
 
 
 @dataclass
 class Seen:
-    """What was measured of one way to connect the hosts, in ms."""
+    """Measurements of one way to connect the hosts, in ms."""
 
     rounds: list[StepTimes] = field(default_factory=list[StepTimes])
     open_ms: list[float] = field(default_factory=list[float])
     first_token_ms: list[float] = field(default_factory=list[float])
     generated_ms: list[float] = field(default_factory=list[float])
-    """Between tokens of `generate()`: the client's own embedding, head and choice included."""
+    """Between tokens of `generate()`, including the client's embedding, head and choice."""
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def measure(shape: str, swarm: GuidedSwarm, checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
-    """Measures the codecs in turns, so that what else this machine does meets all of them."""
+    """Measures the codecs in turns, so that disturbances of this machine affect all codecs."""
     await_shape(shape, swarm)
     ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids[:, :CONTEXT]
     hidden = torch.randn(CONTEXT, swarm.facts.hidden_size)
@@ -113,7 +113,7 @@ def measure(shape: str, swarm: GuidedSwarm, checkpoint: Checkpoint, arguments: a
 
 
 def await_shape(shape: str, swarm: GuidedSwarm) -> None:
-    """Waits until peers have found out which of them they can reach."""
+    """Waits until peers know which of them they can reach."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         session = Session(swarm, ConnectionOptions(), reservation=ROOM)
@@ -128,7 +128,7 @@ def await_shape(shape: str, swarm: GuidedSwarm) -> None:
 
 
 def is_shape(shape: str, session: Session) -> bool:
-    """Whether the client carries between all hops, or between none."""
+    """Whether the client relays between all hops, or between none."""
     return [hop.relayed for hop in session.hops] == [shape == "star"] * (len(PEERS) - 1) + [False]
 
 

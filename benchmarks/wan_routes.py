@@ -1,20 +1,20 @@
-"""Whether clients choose the route that is the fastest when all are measured, and follow when that changes.
+"""Whether clients choose the route that measurements show to be the fastest, and follow when that changes.
 
 Five daemons and a client are hosts of an emulated network (see docs/netlab.md) at 5, 20 and 60 ms from each other. Each
 block has two replicas: a and b have a half of the model each; c, d and e a third. Every order of peers that can run all
-blocks is measured, in turns: decode steps through sessions whose route is given. Where two peers of an order both have
-some blocks, they share them evenly, or as a client has chosen: the devices are equally fast. Beside that stands what
-new clients choose by themselves. All of this three times:
+blocks is measured, in turns: decode steps through sessions with a given route. If two peers of an order share some
+blocks, they divide these blocks evenly, or as a client has chosen: the devices are equally fast. The choices of new
+clients are measured as well. All of this three times:
 
-1. as it is;
-2. the link between the first two peers of the fastest route has become slow;
-3. that is as before, but other sessions generate through the last peer of the fastest route.
+1. unchanged;
+2. after the link between the first two peers of the fastest route has become slow;
+3. with the fast link again, but other sessions generate through the last peer of the fastest route.
 
-Each change comes while a session generates that has begun on the fastest route, and shows when and where it moves.
+Each change happens while a session generates that has begun on the fastest route, and shows when and where it moves.
 
     sudo .venv/bin/python -m benchmarks.wan_routes CHECKPOINT [--rounds 3] [--tokens 12] [--clients 5]
 
-Takes about 12 minutes, and wants a machine that does nothing else.
+Takes about 12 minutes, and needs an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ SLOW_MS = 120.0
 CROWD_MS = 5.0
 """From the crowd's host to all others."""
 CODEC = "none"
-"""Without loss, so that the tokens of a session that moved can be compared."""
+"""Lossless, so that the tokens of a moved session can be compared."""
 CONTEXT = 16
 ROOM = 512
 FACTS_S = 20.0
-"""Peers look around and tell what they see every 15 s; until then new clients plan with what was before."""
+"""Peers measure and publish every 15 s; until then new clients plan with earlier facts."""
 BEFORE, AFTER, MOST = 20, 30, 250
-"""Tokens of the running session: before the network changes, after it moved, and in all."""
+"""Tokens of the running session: before the network changes, after its move, and in total."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one state of the network."""
+    """Figures of one state of the network."""
 
     name: str
     measured: Mapping[Route, list[float]]
@@ -101,28 +101,28 @@ class Figures:
 
 @dataclass(frozen=True)
 class Followed:
-    """What a running session did when the network changed."""
+    """The reaction of a running session to a change of the network."""
 
     name: str
     before: Route
     after: Route
     before_ms: float
     changed_ms: float
-    """Per token from the change until it moved, or to the end."""
+    """Per token from the change until the move, or to the end."""
     moved_s: float | None
     """After the change; None: it did not move."""
     after_ms: float
     pause_ms: float
-    """The token with the move."""
+    """The token during the move."""
     same: bool
 
 
 class Bench:
-    """The lab with everything in it, seen from the client.
+    """The complete lab, from the client's view.
 
     Args:
         lab: with the peers running.
-        swarm: for routes that are given.
+        swarm: for given routes.
         checkpoint: the model.
         arguments: of the command line.
     """
@@ -153,7 +153,7 @@ class Bench:
         self._delays[(a, b) if (a, b) in DELAYS_MS else (b, a)] = ms
 
     def measure(self, name: str) -> Figures:
-        """What new clients choose now, and how long all routes take, in turns."""
+        """The choices of new clients, and the time of all routes, in turns."""
         chosen, predicted = self._choices()
         orders = {order_of(route) for route in chosen}
         evenly = [route for route in all_routes(self._checkpoint.num_blocks) if order_of(route) not in orders]
@@ -166,7 +166,7 @@ class Bench:
                 session = Session(self._swarm, ConnectionOptions(codec=CODEC), reservation=ROOM)
                 try:
                     measured[route].append(measure_steps(session, hidden, self._arguments.tokens).mean_ms)
-                except RouteChanged as error:  # one of some rounds
+                except RouteChanged as error:  # only some rounds may fail
                     print(f"left out: {error}", file=sys.stderr)
                 finally:
                     session.close()
@@ -175,12 +175,12 @@ class Bench:
         return Figures(name, measured, {route: self._distance(route) for route in routes}, predicted, chosen)
 
     def expect(self) -> None:
-        """Generates undisturbed what the running sessions will be compared with."""
+        """Generates undisturbed the expected text of the running sessions."""
         self._swarm.route = None
         self._expected = generate(attach(self._checkpoint, self._swarm, codec=CODEC), self._prompt, MOST, Clock())
 
     def follow(self, name: str, route: Route, change: Callable[[], None]) -> Followed:
-        """Has a session generate along `route`, changes the network meanwhile, and goes on until it has moved."""
+        """Has a session generate along `route`, changes the network meanwhile, and continues until it has moved."""
         with GuidedSwarm(self._facts, list(self._peers.addresses.values())) as swarm:
             swarm.route = self._planned(route)
             model = attach(self._checkpoint, swarm, codec=CODEC)
@@ -192,7 +192,7 @@ class Bench:
                     nonlocal moved_at
                     assert cache.session is not None
                     if count == BEFORE:
-                        swarm.route = None  # from here it is on its own
+                        swarm.route = None  # from here on the session plans by itself
                         change()
                     if cache.session.recoveries and not moved_at:
                         moved_at = count
@@ -221,13 +221,15 @@ class Bench:
                 )
 
     def crowd(self, host: str) -> Crowd:
-        """Sessions that will generate through the peer of a host."""
+        """Sessions that generate later through the peer of a host."""
         join = list(self._peers.addresses.values())
         address = self._records[host].address
         return Crowd(self.lab, "crowd", self._arguments.checkpoint, join, address, self._arguments.crowd)
 
     def _choices(self) -> tuple[Counter[Route], dict[Route, float]]:
-        """What new clients choose, and how long a step takes on each route by what the first of them knows."""
+        """The choices of new clients, and the predicted time of a step on each route by the facts of the first
+        client.
+        """
         chosen: Counter[Route] = Counter()
         costs: dict[Route, float] = {}
         for _ in range(self._arguments.clients):
@@ -329,7 +331,7 @@ def all_routes(num_blocks: int) -> list[Route]:
 
 
 def shared_evenly(order: Sequence[str], spans: Mapping[str, tuple[int, int]], num_blocks: int) -> Route | None:
-    """The route through peers in this order, each with a block at least; None if they cannot run all blocks."""
+    """The route through peers in this order, each with at least one block; None if they cannot run all blocks."""
     if spans[order[0]][0] > 0 or spans[order[-1]][1] < num_blocks:
         return None
     pairs = list(itertools.pairwise(order))

@@ -1,8 +1,8 @@
-"""What a way to a hidden peer costs: round trips of messages over loopback, direct, through a helper, and without it.
+"""The cost of each path to a hidden peer: round trips of messages over loopback, direct, through a helper, and without.
 
     python -m benchmarks.ways [--rounds 5]
 
-The caller, the hidden peer and the helper are three processes. Turns of all ways follow each other, and medians count.
+The caller, the hidden peer and the helper are three processes. All paths run in turns, and medians count.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""What each kind of weights costs in memory, time and quality, for a span of all blocks; prints Markdown.
+"""The cost of each format of weights in memory, time and quality, for a span of all blocks; prints Markdown.
 
     python -m benchmarks.weights CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
                                  [--tokens 1024]
     python -m benchmarks.weights --random-1b
     python -m benchmarks.weights --random-half-b [--blocks 4] [--kinds bfloat16 int4/bfloat16 Q4_K/bfloat16]
 
-All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
-median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
-(a sum over a long vector, the fastest of the same rounds) as a part of the fastest token: decoding can reach 100% at
-best, unless the weights stay in a cache. On a machine that others use, --cpu-time counts what one thread computed, not
-what it waited for a processor; caches and memory are still shared. "Of bfloat16" is the speed of a prefill as a part of
-that with bfloat16 weights in the same round, the median of all rounds.
+All formats are in memory together and are timed in turns, so that a disturbance of the machine affects all of them. The
+table has the median and the fastest of all tokens. "Of bandwidth" is the time that the machine needs to read the same
+number of bytes (a sum over a long vector, the fastest of the same rounds) as a share of the fastest token: decoding can
+reach 100% at best, unless the weights stay in a cache. On a shared machine, --cpu-time counts the computation of one
+thread without its waits for a processor; caches and memory are still shared. "Of bfloat16" is the speed of a prefill as
+a share of that with bfloat16 weights in the same round, the median of all rounds.
 
-Besides what --weights takes, a kind may be a layout that checkpoints have (those of benchmarks/grouped.py, such as Q4_K
+Besides the values of --weights, a format may be a layout of checkpoints (from benchmarks/grouped.py, such as Q4_K
 or MXFP4), with random codes.
 
-Quality is that of the next-token distributions over a text, against those with float32 weights. A model with random
-weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: of Qwen2 0.5B) has none.
+Quality compares the next-token distributions over a text with the distributions of float32 weights. A model with random
+weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: of Qwen2 0.5B) has no quality.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ READ_BYTES = 2**29
 
 @dataclass
 class Times:
-    """Of one kind with one number of threads: of every token, and of every pass of `PREFILL` positions."""
+    """Times of one format with one number of threads: of every token, and of every pass of `PREFILL` positions."""
 
     decode_ms: list[float] = field(default_factory=list)
     prefill_ms: list[float] = field(default_factory=list)
@@ -62,7 +62,9 @@ class Times:
 
 @dataclass(frozen=True)
 class Quality:
-    """Against float32: mean divergence in nats, share of positions with the same most likely token; and perplexity."""
+    """Compared with float32: mean divergence in nats, share of positions with the same likeliest token; and
+    perplexity.
+    """
 
     divergence: float
     top1: float
@@ -70,7 +72,7 @@ class Quality:
 
 
 class Blocks(nn.Module):
-    """A span in the place of a model's blocks."""
+    """A span in place of a model's blocks."""
 
     def __init__(self, span: Span) -> None:
         super().__init__()
@@ -82,20 +84,20 @@ class Blocks(nn.Module):
 
 
 def load(checkpoint: Checkpoint, kind: str) -> Span:
-    """All blocks; they compute in float32, but for weights that are bfloat16, and as told after a slash."""
+    """All blocks. They compute in float32, except for bfloat16 weights, or in the type after a slash."""
     weights, _, dtype = kind.partition("/")
     dtype = dtype or ("bfloat16" if weights == "bfloat16" else "float32")
     if weights in KINDS:
         return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=weights)
     span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype)
     hold_random_codes(span, LAYOUTS[weights])
-    held = span.view(0, checkpoint.num_blocks)  # which counts its bytes and describes its steps anew
+    held = span.view(0, checkpoint.num_blocks)  # counts the bytes and describes the steps anew
     span._lean = None
     return held
 
 
 def hold_random_codes(span: Span, layout: Layout) -> None:
-    """Gives all linear layers of a span weights in random codes."""
+    """Replaces the weights of all linear layers of a span by random codes."""
     backbone: Any = span._backbone
     for path, layer in list(backbone.named_modules()):
         if isinstance(layer, nn.Linear):
@@ -104,14 +106,14 @@ def hold_random_codes(span: Span, layout: Layout) -> None:
 
 
 Measured = dict[str, dict[int, Times]]
-"""By kind, and by number of threads."""
+"""By format, and by number of threads."""
 
 
 class Stopwatch:
-    """Times spans.
+    """Measures times of spans.
 
     Args:
-        clock: gives seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -120,7 +122,7 @@ class Stopwatch:
     def measure(
         self, spans: dict[str, Span], threads: Sequence[int], rounds: int, steps: int
     ) -> tuple[Measured, dict[int, list[float]]]:
-        """Times of all kinds in turns, and the ms to read a MiB, by number of threads."""
+        """Times of all formats in turns, and the ms to read a MiB, by number of threads."""
         times: Measured = {kind: {count: Times() for count in threads} for kind in spans}
         reads: dict[int, list[float]] = {count: [] for count in threads}
         hidden = torch.randn(PREFILL, next(iter(spans.values())).hidden_size)
@@ -153,7 +155,7 @@ class Stopwatch:
 
 
 def log_probabilities(checkpoint: Checkpoint, span: Span, ids: torch.Tensor) -> torch.Tensor:
-    """`[positions, vocabulary]`, of the next tokens."""
+    """Log probabilities of the next tokens, `[positions, vocabulary]`."""
     client_part: Any = load_client_part(checkpoint, Blocks(span), dtype="float32")
     with torch.inference_mode():
         return client_part(ids, use_cache=False).logits[0].float().log_softmax(-1)
@@ -168,7 +170,7 @@ def quality_of(found: torch.Tensor, exact: torch.Tensor, ids: torch.Tensor) -> Q
 
 
 def qualities(checkpoint: Checkpoint, kinds: Sequence[str], tokens: int) -> dict[str, Quality]:
-    """Of each kind, on the first tokens of the text."""
+    """The quality of each format, on the first tokens of the text."""
     text = VARIED_TEXT.read_text(encoding="utf-8")
     ids = checkpoint.tokenizer()(text, return_tensors="pt").input_ids[:, :tokens]
     exact = log_probabilities(checkpoint, load(checkpoint, "float32"), ids)
@@ -221,8 +223,8 @@ def main() -> None:
         parser.error("--cpu-time is that of one thread: add --threads 1")
     if arguments.blocks is not None and arguments.checkpoint is not None:
         parser.error("--blocks is for random models: a checkpoint has its own")
-    # Not in the main thread: there the C library gives the memory of each pass back to the system. And all in one
-    # thread: OpenMP has threads for each that computes, and where these are more than cores, they are slow to begin.
+    # Not in the main thread, where the C library returns the memory of each pass to the system. All in one thread,
+    # because OpenMP has threads for each computing thread, and more threads than cores are slow to start.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(run, arguments).result()
 

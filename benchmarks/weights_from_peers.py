@@ -1,10 +1,10 @@
-"""How fast a new peer without files gets its blocks from three others, beside what the links allow.
+"""How fast a new peer without files fetches its blocks from three others, compared with the limit of the links.
 
     sudo .venv/bin/python -m benchmarks.weights_from_peers CHECKPOINT [--up 40] [--down 100] [--delay 10]
 
-Three daemons on hosts of an emulated network (docs/netlab.md) serve a third of the model each and share all of it.
-A fourth host, whose cache is empty, starts a peer for all blocks. The time is that of the fetch: from the question who
-has what to the last piece, verified and on the disk. What the links allow is the lesser of its downlink and the sum of
+Three daemons on hosts of an emulated network (docs/netlab.md) serve a third of the model each and share all of it. A
+fourth host, whose cache is empty, starts a peer for all blocks. The time is that of the fetch: from asking the peers
+for their pieces to the last piece, verified and on the disk. The limit is the lesser of its downlink and the sum of
 their uplinks; headers of TCP and IP take 3.5 % of it.
 """
 
@@ -69,7 +69,7 @@ def fetch(model: str, address: str, listen: str, blocks: int) -> None:
     options = PeerOptions(
         initial_peers=[address], wish=SpanWish((0, blocks)), listen=listen, weights="auto", device="cpu"
     )
-    # What the name of a folder or file is here is no matter: it is looked up among the models of the swarm.
+    # The local name of a folder or file does not matter: it is looked up among the models of the swarm.
     peer = Peer.start(model, options, progress=report)
     try:
         assert peer._fetcher is not None

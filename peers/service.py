@@ -690,7 +690,7 @@ class SessionService:
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
-        session.weights = self.served.weights if message.asks_weights else ""
+        session.weights = self.served.weights
         session.taps = Taps(message.taps, codec_by_code(message.tap_codec)) if message.taps else None
         self._look_for_pages(session, message, now)
         self._opening.reach(session, next_hop_of(message), now, again=again)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
-DECODE_POSITIONS: Final = 16  # a step with at most so many decodes: a token per row, or a window of drafts
+# A step with at most this many positions is a decode step: a token per row, or a window of drafts.
+DECODE_POSITIONS: Final = 16
 PASS_POSITIONS: Final = 512  # most positions of a pass, and of a step of a replay
-MAX_PASSED_OVER: Final = 4  # passes that may leave out a step that is ready; then one is made for it
+MAX_PASSED_OVER: Final = 4  # passes that may leave out a ready step; the next pass then includes it
 
 
 class Waiting(Protocol):
-    """remaining: positions of a step that are still to run, at least 1. blocks: that it goes through, [start, end)."""
+    """remaining: positions of a step that have not run, at least 1. blocks: of the step, [start, end)."""
 
     @property
     def remaining(self) -> int: ...
@@ -22,21 +23,21 @@ class Waiting(Protocol):
 
 
 UNSENT_BYTES: Final = 1 << 20
-"""While more waits for the way to the next hop, no prompt is computed that goes there: which of them is sent next can
-still be chosen, and tokens need not wait behind them all."""
+"""While more bytes wait for the link to the next hop, no further prompt for that hop is computed: the peer can still
+choose the next prompt to send, and tokens wait behind fewer prompts."""
 
 W = TypeVar("W", bound=Waiting)
 
 
 def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_POSITIONS) -> dict[W, int]:
-    """The steps of the next pass, with how many positions of each.
+    """The steps of the next pass, with the number of positions of each.
 
     Decode comes first, so that a token never waits for more than one pass of prefill; then prefill fills the pass up.
-    All of a pass goes through the same blocks. A step that `MAX_PASSED_OVER` passes left out leads the next one, and
-    half of that is kept for it.
+    All steps of a pass go through the same blocks. A step that `MAX_PASSED_OVER` passes left out leads the next pass,
+    with half of its positions reserved.
 
     waiting: at most one step of each session, hashed by identity; the one that has waited longest comes first.
-    passed_over: passes that have left out the first of them.
+    passed_over: passes that have left out the first step of `waiting`.
     """
     decode = [step for step in waiting if step.remaining <= DECODE_POSITIONS]
     prefill = [step for step in waiting if step.remaining > DECODE_POSITIONS]
@@ -57,14 +58,14 @@ def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_
     return counts
 
 
-SIZES: Final = (64, 128, 256, 512)  # positions of a step: smaller ones use devices badly, larger ones make hops wait
+SIZES: Final = (64, 128, 256, 512)  # positions of a step: smaller steps use devices badly, larger ones make hops wait
 
 
 def best_step(positions: int, latency_ms: Callable[[int], float], slowest_hop_ms: Callable[[int], float]) -> int:
-    """The size of steps with which `positions` positions are through soonest, the largest of those that are as good.
+    """The size of steps with which `positions` positions are done soonest; among equals the largest.
 
-    latency_ms: of a step through the route, by its positions.
-    slowest_hop_ms: by how much a step behind it comes later: what it keeps the slowest hop or link busy for.
+    latency_ms: of a step through the route, by its positions. slowest_hop_ms: for which a step occupies the slowest hop
+    or link, and so delays the next step.
     """
 
     def prefill_ms(size: int) -> float:
@@ -88,20 +89,21 @@ class MovingAverage:
         self._share = share
 
     def add(self, value: float) -> float:
-        """Takes in the latest value; returns the average."""
+        """Adds the latest value. Returns the average."""
         self.value += (self._share if self._begun else 1.0) * (value - self.value)
         self._begun = True
         return self.value
 
 
-OWN_WAIT = 0.1  # how long the next one is waited for, as a part of the time that the work takes
-SHARED_WAIT = 3.0  # how much longer, as a part of the time in which it had no processor, as others use it meanwhile
+OWN_WAIT = 0.1  # wait for the next source, as a part of the duration of the work
+# Additional wait, as a multiple of the time without a processor, because others use the processor meanwhile.
+SHARED_WAIT = 3.0
 LATELY_S = 1.0  # a source that has brought work within this time may bring more
 _LEARNING = 0.1
 
 
 class BatchingDelay:
-    """How long to wait for more work. Used by one thread at a time; `left` may be called by any."""
+    """How long to wait for more work. For one thread at a time, except that any thread may call `left`."""
 
     def __init__(self) -> None:
         self._took_s = MovingAverage(_LEARNING)
@@ -109,7 +111,7 @@ class BatchingDelay:
         self._seen: dict[Hashable, float] = {}
 
     def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
-        """Work of these sources was done together in `took_s` seconds; for `computed_s` its thread had a processor."""
+        """Records a pass of these sources that took `took_s`; its thread had a processor for `computed_s`."""
         self._took_s.add(took_s)
         self._delayed_s.add(max(0.0, took_s - computed_s))
         self._seen.update(dict.fromkeys(sources, now))
@@ -121,24 +123,25 @@ class BatchingDelay:
         self._seen.pop(source, None)
 
     def delay_s(self, ready: int) -> float:
-        """Seconds to wait, at most what the work takes, if so many sources are ready; 0: no more are expected."""
+        """Seconds to wait if `ready` sources are ready, at most the duration of the work; 0: no more are expected."""
         if ready >= len(self._seen):
             return 0.0
         took_s = self._took_s.value
-        # Until half of those expected are there: of one group the processors of a machine would wait for each other.
+        # Only until half of the expected sources are ready: otherwise all processors of a machine would wait for each
+        # other.
         shared = SHARED_WAIT * self._delayed_s.value if 2 * ready < len(self._seen) else 0.0
         return min(OWN_WAIT * took_s + shared, took_s)
 
 
 HALF_LIFE_S = 10.0
-_WINDOW_MS = 1000 * HALF_LIFE_S / math.log(2)  # the time of which what fades so is the average
+_WINDOW_MS = 1000 * HALF_LIFE_S / math.log(2)  # effective length, in ms, of an average with this half-life
 SHARE = 0.2  # weight of the latest pass in the average
 
 
 class Load:
-    """How busy a device has been: averages over recent passes, which fade while nothing happens.
+    """How busy a device has been: averages over recent passes, which fade while the device is idle.
 
-    Clients plan with them for half a minute, of which what waits at the moment of publishing says nothing.
+    Clients plan with these values for half a minute, so the queue at the moment of publishing says too little.
     """
 
     def __init__(self) -> None:
@@ -148,10 +151,10 @@ class Load:
         self.last_at = 0.0  # when the last pass began, in seconds
 
     def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int], took_ms: float = 0.0) -> None:
-        """Takes in a pass that lasted `took_ms`.
+        """Records a pass that lasted `took_ms`.
 
-        waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
-        others: for each decode step in it, the positions that belong to other sessions.
+        waits_ms: of the decode steps that began in the pass; prefill yields to decode, so its waits say nothing.
+        others: for each decode step, the positions of other sessions in the pass.
         """
         fade = self._fade(now)
         self._wait_ms.value *= fade
@@ -166,8 +169,8 @@ class Load:
     def at(self, now: float) -> tuple[float, float]:
         """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step.
 
-        Where hardly any steps came, a step that comes at any time finds a pass under way, of which a mean of
-        (sum of squares of passes) / (twice the time) is still to go.
+        If few steps were observed, a step that arrives at any time finds a running pass with a mean remainder of (sum
+        of squares of passes) / (twice the time).
         """
         fade = self._fade(now)
         return max(self._wait_ms.value, self._squares / _WINDOW_MS / 2) * fade, self._batch.value * fade

@@ -1,4 +1,4 @@
-"""Which peers are worth planning with, where a swarm has too many for a table of all links between them."""
+"""The choice of peers to plan with, for swarms that are too large for a table of all links between peers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import PROMPT_SHARE, Encoding, past_ms
 from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, Peer, Place
 
-LIMIT: Final = 300  # searched in some 5 ms on one CPU core; what more peers would add: docs/simulation.md
-ANCHORS: Final = 8  # places around which a chain might run
-KEPT_PARTS: Final = 8  # of a model, of which a crowd remembers who serves each block
-FULL_MS: Final = 1e9  # what a peer without memory for the session seems to cost: behind all others, but before nobody
+# Peers. A search over them takes some 5 ms on one CPU core; docs/simulation.md measures the gain of more peers.
+LIMIT: Final = 300
+ANCHORS: Final = 8  # points around which a chain might run
+KEPT_PARTS: Final = 8  # ranges of blocks for which an index caches who serves each block
+FULL_MS: Final = 1e9  # cost of a peer without memory for the session: ranked after all other peers, but still listed
 
 
 def measured_first(peers: int) -> tuple[int, ...]:
-    """To how many of so many peers a client measures its links before its first plan, in rounds (docs/scheduling.md).
+    """The numbers of peers, by rounds, to which a client measures its links before its first plan (docs/scheduling.md).
 
-    First to any, which tell where it stands; then twice to likely ones, as seen from there. Each takes 2 KB.
+    The first round measures links to any peers, which locates the client; two more measure links to likely peers. Each
+    measurement takes 2 KB.
     """
     likely = min(16 + peers // 120, 34)
     return 32, likely, likely
 
 
 class CandidateIndex:
-    """The peers of a swarm, prepared once for many plans. Of `network` only the places are used."""
+    """The peers of a swarm, prepared once for many plans. Only the places of `network` are used."""
 
     def __init__(self, peers: Sequence[Peer], network: Network) -> None:
         self._peers = list(peers)
@@ -53,7 +55,7 @@ class CandidateIndex:
         self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
 
     def corrected(self, peers: Iterable[Peer]) -> CandidateIndex:
-        """The same index with other facts of some of its peers. Raises ValueError if one serves other blocks."""
+        """A copy of the index with new facts about some peers. Raises ValueError if a peer's blocks differ."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
         indices: list[int] = []
@@ -85,15 +87,15 @@ class CandidateIndex:
     ) -> list[Peer]:
         """At most `limit` peers for a chain over the blocks [start, end), in the order of the index.
 
-        Every block that some peer could run keeps such a peer, and every block that only full peers serve keeps one of
-        those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for
-        that, unless they need not stand `everywhere`. Peers in `exclude` are left out.
+        Each block keeps a peer that could run it; a block that only full peers serve keeps a full one, so that
+        `best_route` reports the same missing blocks. With `everywhere`, `limit` is raised to one peer per block for
+        this. Peers in `exclude` are left out.
 
-        A peer is judged by the cheapest chain through it, predicted roughly and in time linear in the number of peers:
-        the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
-        pays its own queue and passes and the way from the anchor to itself and back.
+        A peer is rated by the cheapest chain through it, predicted roughly and in time linear in the number of peers:
+        the chain runs around one of a few anchors (its two ends, and places far from each other), and a hop costs its
+        queue, its passes and the way from the anchor to the peer and back.
 
-        outside: known places that the chain comes from and goes to. Other arguments as for `best_route`.
+        outside: known places where the chain begins and ends. Other arguments: see `best_route`.
         """
         first, end = blocks
         present = (self._start < end) & (self._end > first)
@@ -111,10 +113,10 @@ class CandidateIndex:
         return [self._peers[index] for index in map(int, np.flatnonzero(present))]
 
     def beside_silent(self, silent: Collection[str], answered: Collection[str]) -> set[str]:
-        """Peers that are likely silent, too: those to which two silent peers are nearer than all that answered.
+        """Peers that are probably silent, too: two silent peers are nearer to them than every peer that answered.
 
-        One peer is often lost alone; but a site loses its power, and a region its link. Peers without a known place are
-        not among them, and none are unless some answered.
+        A single peer is often lost alone, but a site may lose its power, and a region its link. Peers without a known
+        place are never returned, and no peers at all if none answered.
         """
         lost, alive = (
             self._vectors[
@@ -141,7 +143,7 @@ class CandidateIndex:
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
         compute = block * (ends - starts) + fixed
 
-        # About how many ms the cheapest chain takes that goes through each of the peers `[peers]`.
+        # Approximate ms of the cheapest chain through each of the peers `[peers]`.
         through = np.full(len(compute), np.inf)
         of_block = np.maximum(ends - starts, 1)
         least = _LeastOfBlocks(starts, ends, end - first)
@@ -155,7 +157,7 @@ class CandidateIndex:
             outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
             through = np.minimum(through, outer + before[-1] - (before[ends] - before[starts]) + hop)
 
-        # The best of each block come first, so that no part of the model is left out.
+        # The best peers of each block come first, so that every block keeps some.
         others = np.ones(len(through), dtype=bool)
         few = max(1, limit // (2 * (end - first)))
         serving, begins = self._by_block(starts, ends, blocks)
@@ -171,7 +173,7 @@ class CandidateIndex:
         return chosen
 
     def _by_block(self, starts: Integers, ends: Integers, blocks: tuple[int, int]) -> tuple[Integers, Integers]:
-        """The peers of each block, one block after the other, and where each block's peers begin in that row."""
+        """The peers of each block, block by block in one array, and where each block's peers begin in that array."""
         found = self._serving.get(blocks)
         if found is None:
             rows = [np.flatnonzero((starts <= block) & (block < ends)) for block in range(blocks[1] - blocks[0])]
@@ -183,9 +185,9 @@ class CandidateIndex:
 
 
 class _LeastOfBlocks:
-    """Finds the least of values of spans `[start, end)` over each of `count` blocks.
+    """Finds the least value among the spans `[start, end)` that contain each of `count` blocks.
 
-    Each span is covered by two of its length's greatest power of two, so that a value is looked at twice only.
+    Two ranges of the greatest power of two that fits cover each span, so that each value is read only twice.
     """
 
     def __init__(self, starts: Integers, ends: Integers, count: int) -> None:
@@ -208,7 +210,7 @@ class _LeastOfBlocks:
 
 
 def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floats:
-    """As `scheduler.cost.block_ms` says, of all peers."""
+    """`scheduler.cost.block_ms` for all peers."""
     token_ms = _speed_at(speed, positions + batch)
     if not prompt:
         return token_ms
@@ -217,7 +219,7 @@ def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floa
 
 
 def _speed_at(speed: Floats, positions: Floats) -> Floats:
-    """As `Speed.at` says, of all peers."""
+    """`Speed.at` for all peers."""
     sizes = np.array(PASS_SIZES, dtype=np.float64)
     above = np.searchsorted(sizes, positions).clip(1, len(sizes) - 1)
     low, high = sizes[above - 1], sizes[above]
@@ -228,7 +230,7 @@ def _speed_at(speed: Floats, positions: Floats) -> Floats:
 
 
 def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], prompt: int) -> Floats:
-    """As `scheduler.cost.occupied_ms` says, of links with these rates."""
+    """`scheduler.cost.occupied_ms` for links with these rates."""
     step_ms = np.minimum.reduce(
         [each.step_ms + positions * (each.position_ms + each.bytes_per_position / rates) for each in encodings]
     )
@@ -236,7 +238,7 @@ def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], pr
 
 
 def _spread_out(vectors: Floats, among: Flags, first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
-    """The points in `first`, then those `among` all that are far from the ones before, each with its distances to all.
+    """The points in `first`, then points of `among` that are far from the earlier ones, each with its distances to all.
 
     Source: Gonzalez, 1985 (farthest-first traversal).
     """
@@ -251,12 +253,12 @@ def _spread_out(vectors: Floats, among: Flags, first: Sequence[Floats]) -> list[
 
 
 def _distances(vectors: Floats, point: Floats) -> Floats:
-    """From the points `[DIMENSIONS, points]` to one."""
+    """Distances from the points `[DIMENSIONS, points]` to one point."""
     return np.sqrt(_squares(vectors, point[:, None])[:, 0])
 
 
 def _squares(vectors: Floats, others: Floats) -> Floats:
-    """Of the distances from the points `[DIMENSIONS, points]` to others: `[points, others]`."""
+    """Squared distances from the points `[DIMENSIONS, points]` to others: `[points, others]`."""
     squares = np.zeros((vectors.shape[1], others.shape[1]))
     for mine, theirs in zip(vectors, others, strict=True):
         squares += (mine[:, None] - theirs) ** 2
@@ -266,10 +268,11 @@ def _squares(vectors: Floats, others: Floats) -> Floats:
 def ms_per_block(
     span: tuple[int, int], num_blocks: int, start: Integers, end: Integers, block_ms: Floats, latency_ms: Floats
 ) -> Floats:
-    """What each block costs that a chain gains when it goes on to each of the others `[peers]`; inf: it gains none.
+    """Ms per block that a chain gains when it continues to each of the other peers `[peers]`; inf: no gain.
 
-    span: of the peer that the chain has come to, [start, end). To a peer of the last blocks chains come, instead.
-    start, end: of the others. block_ms: of one block and token. latency_ms: of the links to them.
+    span: of the peer that the chain has reached, [start, end). For the peer of the last blocks, the chain arrives from
+    the others instead. start, end: of the others. block_ms: of one block and token. latency_ms: of the links to the
+    others.
     """
     if span[1] < num_blocks:
         gained = np.where(start <= span[1], end - span[1], 0)
@@ -280,7 +283,7 @@ def ms_per_block(
 
 
 def by_use(own: Peer, others: Sequence[Peer], num_blocks: int, network: Network) -> list[Peer]:
-    """Those of the others to which a chain may go on, the most useful first, by what is known of links now."""
+    """The peers to which a chain may continue, the most useful first, by the links known at this time."""
     costs = ms_per_block(
         (own.start, own.end),
         num_blocks,

@@ -19,16 +19,16 @@ class Encoding:
     name: str
     bytes_per_position: float  # encoded
     step_ms: float = 0.0  # to encode and decode any step
-    position_ms: float = 0.0  # more per position
+    position_ms: float = 0.0  # added per position
 
     def ms(self, positions: float, bytes_per_ms: float) -> float:
-        """Ms to get a step of so many positions over a link, without its latency."""
+        """Ms to send a step of this many positions over a link, without its latency."""
         per_position = self.position_ms + self.bytes_per_position / bytes_per_ms
         return self.step_ms + positions * per_position
 
 
 CODING_MS: Final[Mapping[str, tuple[float, float]]] = {"none": (0.0, 0.0001), "int8": (0.24, 0.0029)}
-"""(step_ms, position_ms) of the codecs whose loss does not show in the text: only these are chosen without being asked.
+"""(step_ms, position_ms) of the codecs whose loss does not show in the text. Only these are chosen automatically.
 
 Measured on one CPU core with 576 values: between two passes, with cold caches, int8 adds 0.24 ms to a hop
 (docs/benchmarks.md); the rest is the time for 512 positions at once (docs/codecs.md).
@@ -36,7 +36,7 @@ Measured on one CPU core with 576 values: between two passes, with cold caches, 
 
 
 def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...]:
-    """The codecs that may be chosen, of those with these sizes. Raises ValueError if there are none."""
+    """The encodings that may be chosen automatically, with these sizes. Raises ValueError: there are none."""
     known = [Encoding(name, size, *CODING_MS[name]) for name, size in bytes_per_position.items() if name in CODING_MS]
     if not known:
         raise ValueError(f"no codec to choose from: {', '.join(bytes_per_position) or 'none'}")
@@ -44,44 +44,45 @@ def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...
 
 
 def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -> str:
-    """The codec of a link over which as many positions come in one prefill as in single decode steps.
+    """The codec for a link that carries as many positions in one prefill as in single decode steps.
 
-    bytes_per_position: of an encoded position, by the codecs that both ends know. bytes_per_ms: bandwidth of the link;
-    a link that was not measured counts as slow. Raises ValueError if none of the codecs may be chosen.
+    bytes_per_position: the size of an encoded position, for the codecs that both ends know. bytes_per_ms: bandwidth of
+    the link; a link that was not measured counts as slow. Raises ValueError if none of the codecs may be chosen
+    automatically.
     """
     return soonest(encodings_of(bytes_per_position), bytes_per_ms).name
 
 
 def soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
-    """Which of them `choose_codec` takes."""
+    """The encoding that `choose_codec` chooses."""
     return min(encodings, key=lambda encoding: encoding.ms(2, bytes_per_ms))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWork:
-    """What a pass through one block of a model has to do."""
+    """The work of a pass through one block of a model."""
 
     dense_bytes: float  # weights that every pass reads
     flops: float  # floating-point operations per position
     expert_bytes: float = 0.0  # weights of all experts
-    expert_share: float = 1.0  # of which a position uses this part
-    cache_bytes: float = 0.0  # keys and values of a session; a pass reads those of one for each position
-    sessions: int = 1  # but of so many at most
+    expert_share: float = 1.0  # part of the experts' weights that one position uses
+    cache_bytes: float = 0.0  # keys and values of a session; a pass reads the cache of one session per position
+    sessions: int = 1  # largest number of sessions whose caches a pass reads
 
     def bytes_read(self, positions: int) -> float:
-        """By a pass of so many positions; at worst each of them uses other experts."""
+        """Bytes that a pass of this many positions reads; at worst each position uses different experts."""
         used = min(1.0, positions * self.expert_share)
         return self.dense_bytes + used * self.expert_bytes + min(positions, self.sessions) * self.cache_bytes
 
 
 def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Speed:
-    """The speed of a device that does nothing but read and multiply, both at the same time.
+    """The speed of a device that only reads and multiplies, both at the same time.
 
-    That is the roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for
-    multicore architectures", 2009): a pass takes as long as the slower of the two. It is a bound, so give it what the
-    device achieves.
+    This is the roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for
+    multicore architectures", 2009): a pass takes as long as the slower of the two. The model is a bound, so pass the
+    rates that the device achieves.
 
-    bytes_per_ms: of memory that is read. flops_per_ms: in the type of the weights. ValueError: one is not positive.
+    bytes_per_ms: reading memory. flops_per_ms: in the type of the weights. Raises ValueError if one is not positive.
     """
     if bytes_per_ms <= 0 or flops_per_ms <= 0:
         raise ValueError("a device reads and multiplies at more than nothing")
@@ -91,17 +92,18 @@ def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Sp
 
 
 PROMPT_SHARE: Final = 0.03
-"""Weight of a ms of the prompt beside a ms of each token. For answers of 100 tokens 0.01 would do; with 0.03 the first
-token comes a seventh sooner, and each token 2% later (docs/simulation.md)."""
+"""Weight of a ms of the prompt against a ms of each token. For answers of 100 tokens 0.01 would suffice; with 0.03 the
+first token comes a seventh sooner, and each token 2% later (docs/simulation.md)."""
 
-UNKNOWN_WATTS: Final = 300.0  # of a peer that does not say; more than most devices draw, as nothing unknown is free
+# Of a peer that does not state its power: more than most devices draw, so that an unknown power is not free.
+UNKNOWN_WATTS: Final = 300.0
 
 
 def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
     """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share.
 
-    prompt: positions before, in passes of their own, of which `PROMPT_SHARE` counts. context: that the session holds
-    then, the prompt among them.
+    prompt: positions of an earlier prefill in separate passes, which count with `PROMPT_SHARE`. context: positions that
+    the session holds then, including the prompt.
     """
     token_ms = peer.speed.at(positions + peer.batch)
     prompt = max(0, prompt - peer.stored)
@@ -112,7 +114,7 @@ def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> f
 
 
 def past_ms(peer: Peer, positions: int, prompt: int, context: int) -> float:
-    """The part of `block_ms` for reading what the session holds; passes of the prompt have half of that before them."""
+    """The part of `block_ms` for reading the session's cache; a prompt's passes read half of the prompt on average."""
     token_ms = peer.past.at(positions, context)
     if not prompt:
         return token_ms
@@ -126,7 +128,7 @@ def hop_ms(peer: Peer, blocks: int, positions: int, prompt: int = 0, context: in
 
 
 def block_joules(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
-    """Joules for `positions` new positions through one block of `peer`: their part of a pass that others share."""
+    """Joules for `positions` new positions through one block of `peer`: their part of a shared pass."""
     watts = peer.watts or UNKNOWN_WATTS
     alone_ms = block_ms(peer, positions)
     share = positions / (positions + peer.batch)
@@ -134,17 +136,17 @@ def block_joules(peer: Peer, positions: int, prompt: int = 0, context: int = 0) 
 
 
 def hop_joules(peer: Peer, blocks: int, positions: int = 1) -> float | None:
-    """Joules of a step at a hop; None if it is not known what the peer draws."""
+    """Joules of a step at a hop; None if the peer's power is not known."""
     return blocks * block_joules(peer, positions) if peer.watts else None
 
 
 def transfer_ms(link: Link, positions: int, encodings: Sequence[Encoding], prompt: int = 0) -> float:
-    """Ms from the first byte encoded to the last one decoded, with the codec that takes least."""
+    """Ms from the first encoded byte to the last decoded one, with the fastest codec."""
     return link.latency_ms + occupied_ms(link, positions, encodings, prompt)
 
 
 def occupied_ms(link: Link, positions: int, encodings: Sequence[Encoding], prompt: int = 0) -> float:
-    """Ms for which a step keeps the link and its two ends busy; the latency is not part of it."""
+    """Ms for which a step occupies the link and its two ends, without the latency."""
     step_ms = min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings)
     return step_ms + (PROMPT_SHARE * occupied_ms(link, prompt, encodings) if prompt else 0.0)
 
@@ -162,13 +164,13 @@ def route_ms(
     source: str = CLIENT,
     target: str = CLIENT,
 ) -> float:
-    """Ms until `in_flight` steps of `positions` positions, sent at the same time, came back to the client.
+    """Ms until `in_flight` steps of `positions` positions, sent at the same time, are back at the client.
 
-    The first takes the sum of all hops and links. Each further one is behind it by the slowest stage: a hop, or a link.
-    With a `prompt` of so many positions its share counts, see `PROMPT_SHARE`; with a `context`, what reading it takes,
-    see `block_ms`.
+    The first step takes the sum of all hops and links. The slowest stage, a hop or a link, delays each further step. A
+    `prompt` of this many positions counts with `PROMPT_SHARE`; a `context` adds the time for reading it, see
+    `block_ms`.
 
-    encodings: the codecs that a link may use. source, target: peers in place of the client, for a part of a route.
+    encodings: the codecs that a link may use. source, target: peers that replace the client, for a part of a route.
     """
     names = [source, *(hop.peer for hop in hops), target]
     links = [network.link(sender, receiver) for sender, receiver in pairwise(names)]
@@ -187,9 +189,10 @@ def move_ms(
     encodings: Sequence[Encoding],
     source: str = CLIENT,
 ) -> float:
-    """Ms until new hops in a row hold the KV cache of `cached` positions, and the client knows.
+    """Ms until consecutive new hops hold the KV cache of `cached` positions, and the client knows.
 
-    It is replayed in chunks that fill a pass, so the hops work on it at the same time. source: the hop before them.
+    The cache is replayed in chunks that fill a pass, so that the hops work at the same time. source: the sender to the
+    first hop.
     """
     chunks = max(1, ceil(cached / PASS_POSITIONS))
     positions = ceil(cached / chunks)

@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from scheduler.batching import PASS_POSITIONS
 
-PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions in a pass through the blocks at which a peer's speed is stated
-MAX_WATTS: Final = 1e5  # that a peer may say it draws
+PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions of a pass through the blocks at which a peer states its speed
+MAX_WATTS: Final = 1e5  # highest power that a peer may state
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Ms per block of one pass, by the positions in it: the decode tokens of a batch, or a chunk of a prefill.
+    """Ms per block of one pass, by the number of its positions: the decode tokens of a batch, or a chunk of a prefill.
 
-    block_ms: at each of `PASS_SIZES` (else ValueError); linear between two, beyond the last in proportion.
+    block_ms: at each of `PASS_SIZES` (else ValueError). Between two sizes the ms are interpolated linearly; beyond the
+    last size they grow in proportion.
     """
 
     block_ms: tuple[float, ...]
@@ -35,7 +36,7 @@ class Speed:
 
     @classmethod
     def of(cls, decode_ms: float, prefill_ms: float) -> Speed:
-        """Of a device that takes `decode_ms` to read a block's weights, and `prefill_ms` of arithmetic per position."""
+        """The speed of a device that reads a block's weights in `decode_ms` and computes a position in `prefill_ms`."""
         return cls(tuple(max(decode_ms, size * prefill_ms) for size in PASS_SIZES))
 
     def at(self, positions: float) -> float:
@@ -49,21 +50,22 @@ class Speed:
         return self.block_ms[above - 1] * (1 - share) + self.block_ms[above] * share
 
 
-CONTEXTS: Final = (1024, 8192, 32768)  # positions that a row holds, at which it is stated what reading them takes
+CONTEXTS: Final = (1024, 8192, 32768)  # positions in a row at which a peer states what reading them takes
 
 
 @dataclass(frozen=True, slots=True)
 class PastCost:
-    """How much longer a pass through one block takes because it reads the keys and values of positions before it.
+    """Additional ms of a pass through one block for reading the keys and values of earlier positions.
 
-    ms: of one position and of `PASS_POSITIONS`, behind as many positions as `CONTEXTS` says, as far as that is known.
-    Linear between two, beyond the last in proportion; if nothing is known, nothing.
+    ms: for a pass of one position and a pass of `PASS_POSITIONS`, at each of the `CONTEXTS` that were measured. Between
+    two contexts the ms are interpolated linearly; beyond the last one they grow in proportion. Empty: unknown, counted
+    as 0.
     """
 
     ms: tuple[tuple[float, float], ...] = ()
 
     def at(self, positions: float, context: float) -> float:
-        """Of a pass of `positions` behind `context` positions, all of one row."""
+        """Ms for a pass of `positions` after `context` positions, all of one row."""
         if not self.ms or context <= 0:
             return 0.0
         above = min(bisect_left(CONTEXTS, context), len(self.ms) - 1)
@@ -87,12 +89,12 @@ class Peer:
     speed: Speed  # observed
     queue_ms: float = 0.0  # wait of a step until its pass starts
     batch: float = 0.0  # positions of other sessions that share the pass of a decode step
-    kv_free: int = 0  # positions that new sessions may still take
+    kv_free: int = 0  # positions that new sessions may still reserve
     watts: float = 0.0  # drawn while it computes; 0: not known
-    sending_ms: float = 0.0  # for which the output of a position occupies its way up; 0: not known
+    sending_ms: float = 0.0  # for which the output of a position occupies the peer's uplink; 0: not known
     past: PastCost = UNKNOWN_PAST
-    kv_capacity: int = 0  # positions that one session may take if there are no others; 0: not known
-    stored: int = 0  # positions of the session's prompt that it need not compute
+    kv_capacity: int = 0  # positions that one session may reserve on an idle peer; 0: not known
+    stored: int = 0  # positions of the session's prompt that the peer need not compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Hops that cover all blocks in order, no peer twice. cost_ms: by the objective that it was planned for."""
+    """Hops that cover all blocks in order and visit each peer once. cost_ms: by the objective of the plan."""
 
     hops: tuple[Hop, ...]
     cost_ms: float
@@ -125,7 +127,7 @@ def coverage(peers: Iterable[Peer], num_blocks: int) -> list[int]:
 
 
 def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
-    """The ranges [start, end) of blocks that no peer serves, in order; of the blocks from `first` on."""
+    """The ranges [start, end) of blocks that no peer serves, in order, from block `first` on."""
     ranges: list[tuple[int, int]] = []
     for block, replicas in enumerate(coverage(peers, num_blocks)):
         if replicas or block < first:
@@ -138,9 +140,9 @@ def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> li
 
 
 def most_positions(peers: Sequence[Peer], blocks: tuple[int, int], held: Callable[[Peer], int]) -> int:
-    """The longest session that fits into a peer for each of the blocks [start, end), of which all are served.
+    """The longest session that fits into a peer for each of the blocks [start, end). Every block needs a peer.
 
-    held: for how many positions a peer has memory.
+    held: the number of positions for which a peer has memory.
     """
     return min(max(held(peer) for peer in peers if peer.start <= block < peer.end) for block in range(*blocks))
 
@@ -148,7 +150,7 @@ def most_positions(peers: Sequence[Peer], blocks: tuple[int, int], held: Callabl
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-CLIENT: Final = ""  # stands for the client where a peer's id is expected
+CLIENT: Final = ""  # the client's id, where a peer's id is expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,39 +161,42 @@ class Link:
     bytes_per_ms: float
 
 
-UNMEASURED: Final = Link(100.0, 1250.0)  # an unknown link: across the world, 10 Mbit/s, so that measured links win
+# A link that was not measured: across the world, 10 Mbit/s, so that routes prefer measured links.
+UNMEASURED: Final = Link(100.0, 1250.0)
 
 
 DIMENSIONS: Final = 3
-TUNING: Final = 0.25  # the constants c_e and c_c of the paper: how far one measurement moves the error and the place
-PASSES: Final = 5  # how often a new device goes through the round trips that it has measured; with one it stops short
+TUNING: Final = 0.25  # the paper's constants c_e and c_c: how far one measurement moves the error and the coordinate
+PASSES: Final = 5  # rounds over the measured round trips for a new device; a single round stops short of its position
 MIN_HEIGHT_MS: Final = 0.01
 MAX_ERROR: Final = 1.5
 
-MOST_OFF_MS: Final = 1000.0  # no prediction counts as more wrong: no two devices on Earth are farther apart
-CONTRADICTION: Final = 2.0  # farther apart than so many times the way over a device that has measured both,
-CONTRADICTION_MS: Final = 50.0  # and by so much more, two devices cannot be: one is not where it says
+MOST_OFF_MS: Final = 1000.0  # largest prediction error that counts: no two devices on Earth are farther apart
+CONTRADICTION: Final = 2.0
+CONTRADICTION_MS: Final = 50.0
+"""Two devices contradict each other if their distance exceeds `CONTRADICTION` times the path over a device that has
+measured both, plus `CONTRADICTION_MS`: one of the two states a wrong position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
-    """Where a device stands in a space of round-trip times, so that the delay between any two can be predicted.
+    """The position of a device in a space of round-trip times, which predicts the delay between any two devices.
 
     Vivaldi with height vectors (Dabek, Cox, Kaashoek and Morris: "Vivaldi: A Decentralized Network Coordinate System",
     SIGCOMM 2004, sections 3 and 5.4).
     """
 
     vector: tuple[float, ...] = (0.0,) * DIMENSIONS  # in ms
-    height_ms: float = MIN_HEIGHT_MS  # of the access link, which every way to the device passes
-    error: float = 1.0  # expected relative error of round trips predicted from here; 1 and more: nothing is known yet
+    height_ms: float = MIN_HEIGHT_MS  # of the access link, which every path to the device includes
+    error: float = 1.0  # expected relative error of round trips predicted from here; 1 and more: nothing is known
 
     def rtt_ms(self, other: Coordinate) -> float:
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
 
     def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
-        """This place after a round trip of `rtt_ms` to `other` was measured.
+        """The coordinate after a round trip of `rtt_ms` to `other`.
 
-        direction: where to go if both stand at the same point; `DIMENSIONS` numbers, best random ones.
+        direction: where to move if both are at the same point; `DIMENSIONS` numbers, preferably random.
         """
         rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
         predicted = self.rtt_ms(other)
@@ -203,10 +208,10 @@ class Coordinate:
         apart = math.hypot(*away)
         force = share * max(-MOST_OFF_MS, min(MOST_OFF_MS, rtt_ms - predicted))
         if apart < 1e-6:
-            # From the same point it can only be pushed away, in any direction.
+            # From the same point the coordinate can only be pushed away, in any direction.
             away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
         else:
-            push = max(force, -apart)  # not past the other: beyond it, going on would lead away
+            push = max(force, -apart)  # stop at the other coordinate: beyond it, further movement would lead away
         vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
@@ -214,11 +219,12 @@ class Coordinate:
 
 
 def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[float, ...]) -> Coordinate:
-    """Where a device stands that has measured round trips in ms to others, each with the place of the other.
+    """The coordinate of a device, from the coordinates of other devices and its round trips to them in ms.
 
-    It begins where the nearest stands, as from the middle of the space it may not come to a far corner of it, and goes
-    through all of them several times. Its error is the median over them, and more if they are few. Others that do not
-    know their own places do not count, unless all are such; nor do those whose places most of them contradict.
+    The search begins at the nearest device, because from the middle of the space it may not reach a far corner, and
+    passes over all devices several times. The error is the median over the devices, and larger if the devices are few.
+    Devices with unknown coordinates are ignored, unless all devices are such; devices whose coordinates contradict most
+    of the others are ignored, too.
 
     direction: see `Coordinate.moved`.
     """
@@ -235,7 +241,7 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
 
 
 def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[Coordinate, float]]:
-    """Without those that say that they stand where most of the others cannot be as near as they are."""
+    """Devices whose stated coordinates agree with the round trips to most other devices; all, if none does."""
     vectors = np.array([other.vector for other, _ in measured])
     heights = np.array([other.height_ms for other, _ in measured])
     rtt_ms = np.array([rtt_ms for _, rtt_ms in measured])
@@ -247,7 +253,7 @@ def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one device says of all its links at once. bytes_per_ms: the best it has seen; 0: it has seen none."""
+    """A device's statement about all its links. bytes_per_ms: its highest measured bandwidth; 0: none measured."""
 
     coordinate: Coordinate
     bytes_per_ms: float
@@ -256,8 +262,8 @@ class Place:
 class Network:
     """Links by (sender, receiver). Immutable.
 
-    A link that was measured is taken as it is. Between two devices whose places are known the latency is predicted from
-    their coordinates and raised by their errors, and the bandwidth is the smaller of the two. Any other link counts as
+    A measured link is used unchanged. Between two devices with known places, the latency is predicted from their
+    coordinates and raised by their errors, and the bandwidth is the smaller of the two. Any other link counts as
     `unmeasured`.
     """
 
@@ -294,7 +300,7 @@ class Network:
         return network
 
     def table(self, ids: Sequence[str]) -> LinkTable:
-        """All links between these devices; the last tables are kept."""
+        """All links between these devices. The last two tables are cached."""
         return self._table(tuple(ids))
 
     def _fill_table(self, ids: tuple[str, ...]) -> LinkTable:
@@ -326,7 +332,7 @@ class Network:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkTable:
-    """Links between devices in their order, `[senders, receivers]`. Not to be written to."""
+    """Links between devices in their order, `[senders, receivers]`. Read-only."""
 
     latency_ms: Floats
     ms_per_byte: Floats

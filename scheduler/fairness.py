@@ -1,12 +1,13 @@
-"""Which client's work a device does next when several want it: deficit round robin over device time.
+"""The order in which a device serves the work of several clients: deficit round robin over device time.
 
-M. Shreedhar and G. Varghese, "Efficient Fair Queuing using Deficit Round Robin", SIGCOMM 1995. What work costs is known
-when it is done: so a key may begin while its balance is positive, and what its work took is taken off afterwards, also
-below zero. A round adds the same to the balances of all, per weight; it comes when no key that has work may begin.
+M. Shreedhar and G. Varghese, "Efficient Fair Queuing using Deficit Round Robin", SIGCOMM 1995. The cost of work is
+known only afterwards: a key may begin while its balance is positive, and the time of its work is charged afterwards,
+also below zero. A round adds the same amount, per weight, to the balances of all keys; a round begins when no key with
+work may begin.
 
-A device can do nothing else while a piece of work runs, and a key with one session has no work between two of its
-tokens. So the pieces of a key that has had more than another are short while that one is active, and do not begin just
-before it is expected back.
+A device runs one piece of work at a time, and a key with one session has no work between two of its tokens. Therefore
+the pieces of a key that has used more device time than another active key are short, and do not begin just before that
+other key is expected back.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from scheduler.batching import DECODE_POSITIONS, MovingAverage, Waiting
 
-CREDIT_S: Final = 0.05  # seconds of device time, per weight, that a key may have left from former rounds
+CREDIT_S: Final = 0.05  # seconds of device time, per weight, that a key may keep from earlier rounds
 BULK_COST: Final = 4.0
 """Price of a second of prefill or training when other keys are active: decode steps of several keys share a pass at
 about the price of one, so work that does not share leaves them four fifths of the time."""
 
-CHUNK_S: Final = 0.05  # a pass of prefill and a piece of training take about so long when another key is active
-SLACK: Final = 1.2  # how much longer than with one step of each key a decode pass may take for more of them
+CHUNK_S: Final = 0.05  # seconds of a pass of prefill or a piece of training while another key is active
+SLACK: Final = 1.2  # a decode pass may take this many times as long, for further steps, as with one step of each key
 AHEAD_S: Final = 2.0
-"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. A key
-lets others have as much of its own turns, and from then on half of them."""
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may borrow from the turns of other keys. Each
+key lends the same amount of its turns, and half of them afterwards."""
 
-LATELY_S: Final = (1.0, 5.0)  # s; a key without work is active for twice its usual time away, within these bounds
-FORGET_S: Final = 60.0  # a key without work for so long begins anew
+LATELY_S: Final = (1.0, 5.0)  # s; a key without work is active for twice its usual absence, within these bounds
+FORGET_S: Final = 60.0  # a key without work for this time loses its account
 _ROUND_S: Final = 0.001
 _LEARNING: Final = 0.2
-_EARLY: Final = 0.8  # a key may come back after such a part of its usual time
-_LATE: Final = 0.3  # a key that is late by more than this part of its usual time, or of the waiting work, is given up
-_WORTH: Final = 0.8  # part of the time that a piece of work takes, for which it waits for another key at most
+_EARLY: Final = 0.8  # a key may return after this part of its usual absence
+# A key is given up if it is late by more than this part of its usual absence and of the waiting work.
+_LATE: Final = 0.3
+_WORTH: Final = 0.8  # a piece of work waits for another key for at most this part of the duration of the work
 K = TypeVar("K", bound=Hashable)
 
 
 class _Account:
-    """balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
-    run. away: seconds from the end of its last work to its next. ahead: of others' turns that it has had by `ahead_at`,
-    less what it was allowed since. let: of its own turns that others have had, less what it had itself since.
+    """balance: seconds of device time, per weight, without the rounds since. present: pieces of work that wait or run.
+    away: seconds from the end of the key's last work to its next. ahead: borrowed from turns of others until
+    `ahead_at`, less the allowance since. let: lent from its own turns, less what the key used itself since.
     """
 
     __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "let", "present", "seen_at")
@@ -63,22 +65,22 @@ class _Account:
 
 
 class FairShares(Generic[K]):
-    """The balances of keys. No clock: `now` is in seconds. Each call takes time in proportion to active keys.
+    """The balances of keys. No clock: `now` is in seconds. Each call takes time in proportion to the active keys.
 
-    weight: of a key: in which proportion keys share the device.
+    weight: returns the weight of a key; keys share the device in proportion to their weights.
     """
 
     def __init__(self, weight: Callable[[K], float] = lambda key: 1.0) -> None:
         self._weight = weight
-        self._accounts: OrderedDict[K, _Account] = OrderedDict()  # the one seen last stands at the end
+        self._accounts: OrderedDict[K, _Account] = OrderedDict()  # the most recently seen key is last
         self._present: set[K] = set()
-        self._rounds_s = 0.0  # what all rounds have added
+        self._rounds_s = 0.0  # the sum of all rounds
 
     def __len__(self) -> int:
         return len(self._accounts)
 
     def came(self, key: K, now: float) -> None:
-        """A piece of work of `key` waits from now on."""
+        """Adds a waiting piece of work of `key`."""
         account = self._accounts.get(key)
         if account is None:
             account = self._accounts[key] = _Account(CREDIT_S - self._rounds_s, now)
@@ -89,7 +91,7 @@ class FairShares(Generic[K]):
         self._seen(key, account, now)
 
     def left(self, key: K, now: float) -> None:
-        """A piece of its work is done, or was given up."""
+        """Removes a piece of work that is done or was given up."""
         account = self._accounts[key]
         account.present -= 1
         if not account.present:
@@ -102,9 +104,10 @@ class FairShares(Generic[K]):
         return len(self._present) + len(list(islice(self._absent(now), 2))) > 1
 
     def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
-        """Takes off what work of `key` took of the device's time; `bulk`: prefill or training.
+        """Charges `key` for the device time of its work; `bulk`: prefill or training.
 
-        Nothing while no other key is active, but then no credit is left beside a key that becomes active.
+        While no other key is active, the work is free, but the key then keeps no credit against a key that becomes
+        active.
         """
         account = self._accounts.get(key)
         if account is not None:
@@ -116,15 +119,15 @@ class FairShares(Generic[K]):
             account.balance = balance - self._rounds_s
 
     def may_go_ahead(self, key: K, now: float) -> bool:
-        """Whether `key` may have a turn of another that lets it: it has had few of them lately."""
+        """Whether `key` has borrowed little enough lately to borrow a turn of another key."""
         return self._ahead(self._accounts[key], now) < AHEAD_S
 
     def lets_others(self, key: K) -> bool:
-        """Whether others may have a turn of `key`: it has let them have few, or as many of its own since."""
+        """Whether `key` still lends turns: it has lent few, or has since used the same time itself."""
         return self._accounts[key].let < AHEAD_S
 
     def had_turn(self, key: K, of: K, seconds: float, now: float) -> None:
-        """So much of the device's time the prefill of `key` had in a turn `of` a key, which is charged for it."""
+        """Records that the prefill of `key` ran for `seconds` in a turn of `of`, which is charged for the time."""
         account, payer = self._accounts.get(key), self._accounts.get(of)
         if payer is not None:
             let_s = seconds / self._weight(of)
@@ -141,19 +144,19 @@ class FairShares(Generic[K]):
         return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
 
     def may_join(self, key: K) -> bool:
-        """Whether a decode step of `key` belongs in the next pass: it has had hardly more than those that may begin."""
+        """Whether a decode step of `key` may join the next pass: its use hardly exceeds that of keys that may begin."""
         return self._balance(self._accounts[key]) > -CREDIT_S
 
     def begin_rounds(self, first: K) -> None:
-        """As many as it takes until the first of those that have work may begin."""
+        """Adds rounds until the first of the keys with work may begin."""
         short_s = -self._balance(self._accounts[first])
         if short_s >= 0:
             self._rounds_s += short_s + _ROUND_S
 
     def awaited(self, first: K, takes_s: float, now: float) -> tuple[K, float] | None:
-        """The key that `first` waits for, and how many seconds at most: it has had less and is expected soon.
+        """The key that `first` waits for, and the longest wait in seconds: it has used less and is expected soon.
 
-        None: `first`, which of all that have work has had least, begins now. Its work would take `takes_s`.
+        None: `first`, which has used least of all keys with work, begins at once. Its work would take `takes_s`.
         """
         own = self._balance(self._accounts[first])
         for key, account in self._absent(now):
@@ -165,14 +168,14 @@ class FairShares(Generic[K]):
         return None
 
     def quiet_s(self, now: float) -> float:
-        """Seconds for which no active key that has no work now is expected; 0: one may come at any time."""
+        """Seconds during which no active key without work is expected; 0: one may come at any time."""
         return min((max(0.0, _EARLY * it.away.value - (now - it.left_at)) for _, it in self._absent(now)), default=0.0)
 
     def _balance(self, account: _Account) -> float:
         return min(CREDIT_S, account.balance + self._rounds_s)
 
     def _absent(self, now: float) -> Iterator[tuple[K, _Account]]:
-        """Active keys that have no work now."""
+        """Active keys without work."""
         for key, account in reversed(self._accounts.items()):
             if now - account.seen_at > LATELY_S[1]:
                 return
@@ -190,7 +193,8 @@ class FairShares(Generic[K]):
 class Owned(Waiting, Protocol):
     """A step of a client.
 
-    total: positions that it began with. owner: the key. left: positions of its reservation that come now or later.
+    total: positions that the step began with. owner: the client's key. left: positions of the session's reservation
+    that are still to come.
     """
 
     @property
@@ -209,20 +213,21 @@ W = TypeVar("W", bound=Owned)
 class FairPasses(Generic[W]):
     """The passes of several keys. No clock: `now` is in seconds.
 
-    pass_s: seconds that a pass of so many positions takes. weight: see `FairShares`.
+    pass_s: seconds of a pass, by its number of positions. weight: see `FairShares`.
     """
 
     def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
-        self.shares = FairShares[Any](weight)  # what keys have had
+        self.shares = FairShares[Any](weight)  # the device time that each key has used
         self._pass_s = pass_s
-        self._turn_of: dict[Hashable, Hashable] = {}  # in whose turn a key's prefill runs, if that is another's
+        # The key in whose turn a key's prefill runs, if that is another key.
+        self._turn_of: dict[Hashable, Hashable] = {}
 
     def chunk_s(self, now: float) -> float:
-        """How long a piece of prefill or of a pass over whole sequences may take, in seconds."""
+        """Seconds that a piece of prefill or of a pass over whole sequences may take."""
         return max(CHUNK_S, 2 * self._pass_s(1), self.shares.quiet_s(now))
 
     def positions_within(self, seconds: float) -> int:
-        """The most positions of which a pass takes so long, at least one."""
+        """The most positions that a pass computes in this time, at least one."""
         low, high = 1, 1 << 16
         while low < high:
             middle = (low + high + 1) // 2
@@ -230,11 +235,11 @@ class FairPasses(Generic[W]):
         return low
 
     def prefill_turn(self, waiting: Sequence[W], first: Hashable, now: float) -> list[W]:
-        """The steps of which prefill runs in a turn of `first`: its own, or one of another key that has less to come.
+        """Steps whose prefill runs in a turn of `first`: its own, or a step of another key with a shorter prompt.
 
-        Prompts that share a device in turns are all done late. With the shortest first (Schrage 1968) half of them are
-        done in a fraction of the time, and hardly one later. Decoding gets the same: `first` pays, and no key goes
-        ahead for long, nor lets all others have its turns. `waiting`: at most one step of each session.
+        If prompts share a device in turns, all prompts are done late. With the shortest first (Schrage 1968), half of
+        them are done in a fraction of the time, and hardly one later. Decoding gains as much: `first` pays, no key
+        borrows for long, and no key lends all its turns. `waiting`: at most one step of each session.
         """
         own = [step for step in waiting if step.owner == first]
         self._turn_of = {}
@@ -251,10 +256,10 @@ class FairPasses(Generic[W]):
     def decode_pass(
         self, waiting: Sequence[W], ranked: Sequence[Hashable], max_positions: int, now: float
     ) -> dict[W, int]:
-        """A decode step of each key that may join, more of all in turns, then prefill, as long as they cost little.
+        """A decode step of each key that may join, then further decode steps in turns and prefill, if they cost little.
 
-        waiting: at most one step of each session; the first key of `ranked` decodes.
-        ranked: their keys; the one that has had least comes first.
+        waiting: at most one step of each session; the first key of `ranked` decodes. ranked: the keys of the steps, the
+        key that has used least first.
         """
         self._turn_of = {}
         steps: dict[Hashable, list[W]] = {key: [] for key in ranked}
@@ -284,7 +289,7 @@ class FairPasses(Generic[W]):
         return counts
 
     def ran(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
-        """Charges a pass to the keys whose positions it had; prefill that joined decode as in a piece of its own."""
+        """Charges a pass to the keys of its positions. Prefill that joined decode costs as much as without decode."""
         decode = [(step, count) for step, count in chosen if step.total <= DECODE_POSITIONS]
         bulk = [(step, count) for step, count in chosen if step.total > DECODE_POSITIONS]
         bulk_s = seconds if bulk else 0.0

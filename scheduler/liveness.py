@@ -1,6 +1,6 @@
-"""Whether a peer lives: every threshold that says so, and what rounds of pings say of the hops of a route.
+"""Whether a peer lives: all thresholds of clients, peers and their directory, and what pings show about a route's hops.
 
-The thresholds of clients, peers and their directory stand in one table. Times are in seconds.
+Times are in seconds.
 """
 
 from __future__ import annotations
@@ -13,56 +13,59 @@ from typing import Final, Generic, TypeVar
 
 # A ping over any link.
 
-ANSWER_S: Final = 1.0  # a peer that answers no ping in this time is silent; but see `ANSWER_TRIPS`
+ANSWER_S: Final = 1.0  # a peer that does not answer a ping in this time is silent; see `ANSWER_TRIPS` for long links
 FIRST_ANSWER_S: Final = 3.0
-"""The first ping of a link whose connection was taken: five to six round trips, one of them TCP's. Until any peer has
-answered, a connection may take this time, too."""
+"""For the first ping of a new connection: five to six round trips, one of them TCP's. Until any peer has answered,
+opening a connection may take this time, too."""
 
-ANSWER_TRIPS: Final = 3  # where round trips are long, a link that is up gives an answer in this many of the latest ones
-TAKEN_TRIPS: Final = 2  # and a connection is taken in this many
-FIRST_TRIPS: Final = 7  # and the first ping of a link is answered in this many
-MAX_ANSWER_S: Final = 12.0  # no answer is waited for longer, as peers decide how late they answer
-TRIAL_ANSWER_S: Final = 5.0  # of a peer that is tried out: more than a handshake, and than it waits for its next hop
+# On a link with long round trips, a ping is answered within this many of the latest round trips,
+ANSWER_TRIPS: Final = 3
+TAKEN_TRIPS: Final = 2  # a connection is accepted within this many,
+FIRST_TRIPS: Final = 7  # and the first ping is answered within this many.
+MAX_ANSWER_S: Final = 12.0  # longest wait for any answer, because a peer controls how late it answers
+TRIAL_ANSWER_S: Final = 5.0  # for a peer on trial: longer than a handshake, and than its own wait for its next hop
 
 # The hops of a session.
 
-MIN_SILENCE_S: Final = 0.25  # hops are pinged after at least this time without an answer to a request
-MAX_SILENCE_S: Final = 2.0  # and after at most this time, if the step is not predicted to take long
-SILENT_STEPS: Final = 5.0  # between these bounds they are pinged after so many times what a step usually takes
-PREDICTED_TIMES: Final = 2.0  # a long step is given so many times what it is predicted to take before hops are pinged
+MIN_SILENCE_S: Final = 0.25  # hops are pinged after at least this time without an answer to a request,
+MAX_SILENCE_S: Final = 2.0  # and after at most this time, unless the step is predicted to take long.
+SILENT_STEPS: Final = 5.0  # between these bounds hops are pinged after this many times the usual duration of a step
+PREDICTED_TIMES: Final = 2.0  # before a long step, hops are pinged only after this many times its predicted duration
 LOST_S: Final = MAX_SILENCE_S + ANSWER_S  # a peer that gave no sign of life for this time may be lost, or hangs
-OPEN_TIMEOUT_S: Final = 10.0  # a hop that lives answers `Open` in this time; it may have to reach its next hop before
-UPLINK_QUEUE_S: Final = 10.0  # longest silence of a hop that is put down to what the client's uplink sends to others
-MAX_QUEUE_S: Final = 120.0  # longest wait for a peer that says that its queue is long, or whose link is busy
+OPEN_TIMEOUT_S: Final = 10.0  # a live hop answers `Open` in this time, which may include reaching its next hop
+UPLINK_QUEUE_S: Final = 10.0  # longest silence of a hop that the client's own traffic to other peers may explain
+MAX_QUEUE_S: Final = 120.0  # longest wait for a peer that reports a long queue, or whose link is busy
 DECODE_PROGRESS_S: Final = 30.0  # a hop that works on a decode step for this time without progress counts as lost
 PROGRESS_TIMEOUT_S: Final = 120.0  # the same for a prefill
 PASS_PROGRESS_S: Final = 600.0  # the same for passes over whole sequences
-IDLE_CHECKS: Final = 2  # rounds of pings in which no hop has work of the session: what was under way was lost
-RECOVERY_TIMEOUT_S: Final = 30.0  # how long a session waits for other peers when some blocks are not served any more
+IDLE_CHECKS: Final = 2  # rounds of pings in which no hop has work of the session, until its messages count as lost
+RECOVERY_TIMEOUT_S: Final = 30.0  # how long a session waits for other peers when some blocks have no peer
 
 # Which peers routes avoid.
 
-BAN_S: Final = 30.0  # a peer that failed in a session is not planned with for this time
-UNBAN_S: Final = 0.5  # a banned peer that answers in this time is planned with again, if no other serves its blocks
+BAN_S: Final = 30.0  # a peer that failed in a session is not used in plans for this time
+UNBAN_S: Final = 0.5  # a banned peer that answers in this time is used again, if its blocks have no other peer
 SILENT_S: Final = 60.0
-"""A peer that was late, or whose link has failed, is avoided for this time. One that never answered may not exist, and
-is avoided until it answers."""
+"""A peer that was late, or whose link has failed, is avoided for this time. A peer that never answered may not exist,
+and is avoided until it answers."""
 
 # Peers that are asked for records.
 
 DIRECTORY_ANSWER_S: Final = 4.0  # a peer answers a question about records in this time
-DIRECTORY_SOON_S: Final = 1.0  # others are asked, too, if one has not told in this time what has changed
-DIRECTORY_OTHERS_S: Final = 1.0  # others are waited for this time after the first answer; later ones count next time
-DIRECTORY_DOWN_S: Final = 0.5  # a peer to which no link comes up in this time is not waited for if others answer
+DIRECTORY_SOON_S: Final = 1.0  # other peers are asked, too, if a peer has not reported changes in this time
+# How long to wait for other peers after the first answer; later answers count at the next refresh.
+DIRECTORY_OTHERS_S: Final = 1.0
+DIRECTORY_DOWN_S: Final = 0.5  # a peer whose link is not up in this time is not waited for, if others answer
 
-# What peers think of each other, and of clients.
+# How peers judge each other, and clients.
 
-HOLDER_LOST_S: Final = 2.5  # a watched peer that has not answered for this time, and whose link is lost, is gone
-HOLDER_SILENT_S: Final = 6.0  # the same, whatever its link says
+# A watched peer that has not answered for this time, and whose link is lost, counts as gone.
+HOLDER_LOST_S: Final = 2.5
+HOLDER_SILENT_S: Final = 6.0  # the same, for any state of its link
 CLIENT_LOST_S: Final = 30.0  # the sessions of a client whose connection has ended are kept for this time
-STUCK_S: Final = 60.0  # no pass waits for a link that accepted no bytes for this time; clients wait `MAX_QUEUE_S`
-STALLED_S: Final = 30.0  # a connection ends on which bytes wait and the other side has accepted none for this time
-SOURCE_SILENT_S: Final = 15.0  # a source of weights that sends nothing for this time is not waited for
+STUCK_S: Final = 60.0  # passes do not wait for a link that accepted no bytes for this time; clients wait `MAX_QUEUE_S`
+STALLED_S: Final = 30.0  # a connection ends if bytes wait on it and the other side has accepted none for this time
+SOURCE_SILENT_S: Final = 15.0  # a source of weights that sends nothing for this time is given up
 
 Hop = TypeVar("Hop", bound=Hashable)
 
@@ -72,48 +75,49 @@ class Alive(Generic[Hop]):
     """A hop has answered a ping, or is about to."""
 
     endpoint: Hop
-    queue_ms: float  # how long its device has something to do, for any session
-    holds: bool | None = None  # it knows the session; None: a peer of version 0.1.0, which does not say
-    waiting: int = 0  # steps and passes of the session that wait or run there; 1 for all on its way to the next hop
+    queue_ms: float  # how long its device has work, for any session
+    holds: bool = True  # it knows the session
+    waiting: int = 0  # steps and passes of the session that wait or run there; 1 for all in transit to the next hop
     done: int = 0  # positions of the session computed there so far; only grows
-    last: int = 0  # highest number of a step or pass of the session's epoch that was finished there
-    late: bool = False  # it has not answered, but its link carries something, behind which the ping or the pong waits
+    last: int = 0  # highest number of a finished step or pass of the session's epoch
+    late: bool = False  # it has not answered, but its link carries data that delays the ping or the pong
 
 
 class Finding(Enum):
-    """What a round of pings says."""
+    """The result of a round of pings."""
 
     SILENT = "silent"  # hops do not answer
     FORGOTTEN = "forgotten"  # hops do not hold the session
-    IDLE = "idle"  # all hops live, and none has anything of the session to do
-    STUCK = "stuck"  # hops have something to do, and it does not go on
+    IDLE = "idle"  # all hops live, and none has work of the session
+    STUCK = "stuck"  # hops have work of the session, without progress
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict(Generic[Hop]):
     finding: Finding
-    hops: tuple[Hop, ...] = ()  # those that it concerns, the likeliest first
+    hops: tuple[Hop, ...] = ()  # the hops concerned, the likeliest first
 
 
 def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
-    """How long to wait for an answer before asking, by what such a step usually and this one is predicted to take.
-    0: not known."""
+    """Seconds to wait for an answer before pinging, by the usual duration and the predicted duration of the step; 0:
+    not known.
+    """
     usual_s = SILENT_STEPS * usual_ms / 1000
     silent_s = min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
     return max(silent_s, PREDICTED_TIMES * predicted_ms / 1000)
 
 
 class Liveness(Generic[Hop]):
-    """Rounds of pings, and what follows from their answers. `answer_s`: in which time a hop that lives answers."""
+    """Rounds of pings, and the conclusions from their answers. answer_s: seconds in which a live hop answers."""
 
     def __init__(self, answer_s: Callable[[Hop], float] = lambda _: ANSWER_S) -> None:
         self._answer_s = answer_s
         self._heard_at = 0.0
         self._progress_at = 0.0
         self._marks: dict[Hop, tuple[int, int]] = {}
-        self._stragglers: dict[Hop, tuple[int, int]] = {}  # what was answered after the round in which it was asked
+        self._stragglers: dict[Hop, tuple[int, int]] = {}  # answers that arrived after their round
         self._answers: dict[Hop, Alive[Hop] | None] = {}
-        self._until: dict[Hop, float] = {}  # by when each has to answer
+        self._until: dict[Hop, float] = {}  # deadline of each answer
         self._idle_checks = 0
         self._moves = 0
         self._rounds = 0
@@ -123,28 +127,28 @@ class Liveness(Generic[Hop]):
         return bool(self._answers)
 
     def heard(self, now: float) -> None:
-        """Something has come of what is awaited."""
+        """Records that an awaited message has arrived."""
         self._heard_at = self._progress_at = now
         self._idle_checks = self._moves = self._rounds = 0
         self._marks, self._stragglers = {}, {}
         self.stop()
 
     def stop(self) -> None:
-        """A round that is under way counts no more."""
+        """Cancels the current round."""
         self._answers, self._until = {}, {}
 
     def wake_at(self, silent_s: float) -> float:
         return self._due_at if self._answers else self._heard_at + silent_s
 
     def ask(self, hops: Sequence[Hop], now: float) -> None:
-        """A round begins: these hops are pinged now. From the first one on they have to show progress."""
+        """Begins a round: these hops are pinged at `now`. The time without progress counts from the first round on."""
         self._progress_at = self._progress_at if self._rounds else now
         self._rounds += 1
         self._answers = dict.fromkeys(hops)
         self._until = {hop: now + self._answer_s(hop) for hop in hops}
 
     def answered(self, answer: Alive[Hop]) -> bool:
-        """Takes an answer in; tells whether the round is over."""
+        """Records an answer. Returns whether the round is over."""
         if answer.endpoint in self._answers:
             self._answers[answer.endpoint] = answer
             return None not in self._answers.values()
@@ -162,10 +166,10 @@ class Liveness(Generic[Hop]):
         return min(waiting, default=math.inf)
 
     def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict[Hop] | None:
-        """Ends a round; None: there is nothing to do but to wait.
+        """Ends a round and returns its result; None: the session keeps waiting.
 
-        number: the lowest that is awaited; 0: not of a step or pass. parts: in how many each hop may compute it;
-        progress beyond that is made up. progress_s: how long hops may work on something without any progress.
+        number: of the earliest awaited step or pass; 0: none. parts: most parts in which each hop may compute it;
+        progress beyond these is false. progress_s: longest time that hops may work without any progress.
         """
         answers, until = self._answers, self._until
         self.stop()
@@ -174,7 +178,7 @@ class Liveness(Generic[Hop]):
         if silent:
             return Verdict(Finding.SILENT, silent)
         told = [answer for answer in answers.values() if answer is not None]
-        forgotten = tuple(answer.endpoint for answer in told if answer.holds is False)
+        forgotten = tuple(answer.endpoint for answer in told if not answer.holds)
         if forgotten:
             return Verdict(Finding.FORGOTTEN, forgotten)
         in_time = {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
@@ -185,28 +189,25 @@ class Liveness(Generic[Hop]):
         self._moves += moved
         if moved and self._moves <= len(told) * (parts + 1):
             self._progress_at = now
-        # A peer of version 0.1.0 says only whether its device is busy, for any session.
-        works = [
-            answer.late or (answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0) for answer in told
-        ]
+        works = [answer.late or answer.waiting > 0 for answer in told]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
-        behind = [
-            answer.endpoint for answer in told if answer.late or (answer.holds is not None and answer.last < number)
-        ]
+        behind = [answer.endpoint for answer in told if answer.late or answer.last < number]
         if self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
-            # The hop that did not get it or keeps it, then those that should have sent it, then others from the tail.
+            # First the hop that did not receive the step or keeps it, then the hops that should have sent it, then
+            # others from the tail.
             order = [answer.endpoint for answer in reversed(told)]
             if behind:
                 at = [answer.endpoint for answer in told].index(behind[0])
                 order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
             return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
-        # An overloaded peer says so, and is given the time; one that only says so, not for ever.
+        # An overloaded peer reports its queue and gets more time, within a limit, because the report may be false.
         queued_s = max((MAX_QUEUE_S if answer.late else answer.queue_ms / 1000 for answer in told), default=0.0)
         limit_s = min(max(progress_s, PREDICTED_TIMES * queued_s), max(progress_s, MAX_QUEUE_S))
         if any(works) and now - self._progress_at >= limit_s:
             self._progress_at = now
             stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
-            # If those are done with it, it is on its way: they are slow to send it on, or the next does not take it.
+            # If the busy hops have finished it, it is in transit: they are slow to send it, or the next hop does not
+            # accept it.
             return Verdict(Finding.STUCK, tuple([hop for hop in stuck if hop in behind] or [*stuck, *behind[:1]]))
         return None

@@ -1,17 +1,17 @@
-"""Which model a peer should serve, where it may serve any of several.
+"""Which model a peer should serve, if it may serve several.
 
-Each peer decides for itself, by how much models are asked for and by the cost model that places blocks within one:
+Each peer decides for itself, by the demand for models and the cost model that places blocks within one:
 
-- A model is worth the tokens per second that are asked of it, if peers serve all of its blocks. One that lacks blocks
-  is worth half of that, times the share that is served: peers that fill it one after the other each gain.
-- Where that stays the same the ms count that tokens wait: each waits for the weakest block of its model
-  (`scheduler.placement.rates`). A move to a model that is busy must take a share of them away, and make up for the time
-  that it costs.
-- A peer never leaves a block of a model in use, unless others serve it of which one has a lower id: as within a model,
-  with however stale views, every block keeps the lowest of those that leave it at once (`scheduler.peer_moves`).
+- A model is worth its demand in tokens per second, if all of its blocks have peers. A model that lacks blocks is worth
+  half of that, times the share of blocks that have peers: so each peer that fills it gains.
+- Where the worth stays the same, the waiting time of tokens counts: each waits for the weakest block of its model
+  (`scheduler.placement.rates`). A move to a busy model must remove a share of the waiting, and repay its own cost.
+- A peer leaves a block of a model in use only if other peers serve it, one of them with a lower id. As within a model,
+  every block then keeps the lowest of the peers that leave it at once, however stale the views
+  (`scheduler.peer_moves`).
 
-Each move raises what the models are worth, or at the same worth takes a share of the waiting away. So peers that move
-one after the other do not go back and forth while the demand stays the same.
+Each move raises the worth of the models, or at the same worth removes a share of the waiting. So peers that move one
+after the other do not go back and forth while the demand stays the same.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from scheduler.placement import Spans, sum_per_block
 
 SMOOTHED_S: Final = 60.0
 LEAST_DEMAND: Final = 0.01  # tokens per second that count as demand
-BUSY: Final = 0.3  # of the time the weakest block of a model computes, if it is busy
+BUSY: Final = 0.3  # a model is busy if its weakest block computes for this share of the time
 
 
 class DecayingRate:
-    """Events per second, smoothed: each counts less and less, to a third after a minute."""
+    """Events per second, smoothed: the weight of an event falls to a third within a minute."""
 
     def __init__(self) -> None:
         self._count, self._at_s = 0.0, -math.inf
@@ -50,10 +50,10 @@ class DecayingRate:
 
 @dataclass(frozen=True)
 class Offered:
-    """A model as a peer sees it that may serve it.
+    """A model, as seen by a peer that may serve it.
 
-    others: that serve it, or are on their way to it. own: the peer itself with the blocks and the speed that it has
-    there, or would have. demand: tokens per second that are asked for. in_use: somebody has asked in the last minutes.
+    others: peers that serve it, or move to it. own: the peer itself, with its actual or possible blocks and speed.
+    demand: tokens per second. in_use: a client has asked for the model in the last minutes.
     """
 
     id: str
@@ -64,18 +64,18 @@ class Offered:
     in_use: bool = False
 
     def worth(self, *, with_own: bool) -> float:
-        """The share of the demand that is served."""
+        """The part of the demand that counts as served, 0 to 1."""
         served = sum(map(bool, coverage(self._peers(with_own), self.num_blocks)))
         return 1.0 if served == self.num_blocks else served / self.num_blocks / 2
 
     def wait_ms(self, *, with_own: bool) -> float:
-        """That a token waits for the weakest block; 0 if a block is served by nobody."""
+        """Ms that a token waits for the weakest block; 0 if a block has no peer."""
         weakest = float(self._rates(self._peers(with_own)).min())
         return 1e6 / weakest if weakest else 0.0
 
     @property
     def can_spare_own(self) -> bool:
-        """Whether others serve all blocks, and at each of the peer's own blocks one of them has a lower id."""
+        """Whether other peers serve all blocks, and each of the peer's own blocks has one with a lower id."""
         own = slice(self.own.start, self.own.end)
         lower = self._rates([peer for peer in self.others if peer.id < self.own.id])
         return bool(self._rates(self.others).all() and lower[own].all())
@@ -89,8 +89,10 @@ class Offered:
 
 
 def first_model(offered: Sequence[Offered]) -> str:
-    """The model that a new peer should serve: of those that nobody asks for one that lacks blocks, or is slow. Raises
-    ValueError if there is none."""
+    """The model that a new peer should serve; without demand, a model that lacks blocks or is slow.
+
+    Raises ValueError if there is none.
+    """
 
     def gain(model: Offered) -> tuple[float, float, str]:
         demand = model.demand + LEAST_DEMAND
@@ -105,9 +107,9 @@ def first_model(offered: Sequence[Offered]) -> str:
 def better_model(
     here: Offered, others: Sequence[Offered], *, settled_s: float = np.inf, sessions: int = 0
 ) -> str | None:
-    """The model that a peer should serve in the place of the one that it serves; None: it stays. See this module.
+    """The model that a peer should serve instead of its present one; None: it stays. See this module's docstring.
 
-    settled_s: since it last moved or joined. sessions: open ones, which would be replayed elsewhere.
+    settled_s: since the peer last moved or joined. sessions: open ones, which would be replayed elsewhere.
     """
     can_spare = here.can_spare_own
     if here.in_use and not can_spare:

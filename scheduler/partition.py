@@ -1,6 +1,6 @@
 """How to cut a model over devices that are all known beforehand, for `splitnet plan`.
 
-`scheduler/placement.py` is for a swarm that grows peer by peer.
+`scheduler/placement.py` is for swarms that grow peer by peer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from scheduler.batching import SIZES
 from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
 from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, Network, Peer, Route, Speed
 
-EXACT_DEVICES: Final = 15  # at most, for the optimum: a tenth of a second, and three times that for each more
+# Most devices for which the optimum is computed: a tenth of a second, tripled by each further device.
+EXACT_DEVICES: Final = 15
 STARTS: Final = 8
 MAX_CHAINS: Final = 60_000
-"""Local searches begin with each of `STARTS` devices, and then near the best chain so far, until so many chains have
-been looked at: some tenths of a second."""
+"""Local searches begin with each of `STARTS` devices, then near the best chain so far, up to `MAX_CHAINS` examined
+chains: some tenths of a second."""
 
 _FORBIDDEN_LINK: Final = 1e9
 _MISSING_BLOCK: Final = 1e10
@@ -31,22 +32,22 @@ _SMALL: Final = 1e-9
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Problem:
-    """What is to be cut, and what it costs in ms, `[devices]`.
+    """The model to cut, and its costs in ms, `[devices]`.
 
-    links: `[devices + 1, devices + 1]` from sender to receiver; the last row and column are the client's; infinite
+    links: `[devices + 1, devices + 1]` from sender to receiver; the last row and column belong to the client; infinite
     where a link must not be used.
     """
 
     num_blocks: int
-    capacity: Integers  # for how many blocks a device has memory
+    capacity: Integers  # blocks for which a device has memory
     block: Floats  # of one block
-    hop: Floats  # what being in the chain costs beside blocks and links
+    hop: Floats  # cost of a hop in addition to blocks and links
     links: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Devices in the order of the chain, the blocks of each, and what a step costs in ms."""
+    """Devices in the order of the chain, the number of blocks of each, and the cost of a step in ms."""
 
     devices: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -54,7 +55,7 @@ class Chain:
 
 
 def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: int = EXACT_DEVICES) -> Chain | None:
-    """The cheapest chain; None if none holds all blocks. Of equally cheap ones one with the fewest devices.
+    """The cheapest chain; None if no chain holds all blocks. Among equally cheap chains, one with the fewest devices.
 
     everyone, exact_devices: see `fastest_partition`.
     """
@@ -82,9 +83,9 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
 
 
 def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
-    """The blocks of each device `[cases, devices]` and those that remain `[cases]`, for sets of devices likewise.
+    """The blocks of each device `[cases, devices]` and the remaining blocks `[cases]`, for sets of devices.
 
-    Remaining blocks have no room. Fewer than none remain if a set has more devices than there are blocks.
+    Remaining blocks have no room. Their number is negative if a set has more devices than there are blocks.
     """
     by_speed = np.argsort(problem.block, kind="stable")
     room = np.where(members, problem.capacity - 1, 0)[:, by_speed]
@@ -97,13 +98,13 @@ def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
 
 
 def _work(problem: Problem, members: Flags) -> Floats:
-    """What the blocks of sets of devices cost `[cases]`, with a fine where they do not fit."""
+    """Cost of the blocks of sets of devices `[cases]`, with a penalty where the blocks do not fit."""
     blocks, remaining = _shared_out(problem, members)
     return blocks @ problem.block + members @ problem.hop + np.abs(remaining) * _MISSING_BLOCK
 
 
 def _cost(problem: Problem, links: Floats, orders: Integers) -> Floats:
-    """What chains of the same length cost `[cases]`; orders: `[cases, length]`."""
+    """Costs of chains of the same length `[cases]`; orders: `[cases, length]`."""
     members = np.zeros((len(orders), len(problem.capacity)), dtype=bool)
     np.put_along_axis(members, orders, True, axis=1)
     path = links[-1, orders[:, 0]] + links[orders[:, -1], -1] + links[orders[:, :-1], orders[:, 1:]].sum(axis=1)
@@ -111,13 +112,13 @@ def _cost(problem: Problem, links: Floats, orders: Integers) -> Floats:
 
 
 def _exact(problem: Problem, everyone: bool) -> list[int] | None:
-    """The optimum over all subsets and their orders; None if none is feasible."""
+    """The optimum over all subsets and their orders; None if no chain is feasible."""
     count = len(problem.capacity)
     sets = np.arange(1 << count)
     members = (sets[:, None] >> np.arange(count) & 1).astype(bool)
     sizes = members.sum(axis=1)
     links = problem.links[:-1, :-1]
-    path = np.full((len(sets), count), np.inf)  # of the links from the client through the set to its last device
+    path = np.full((len(sets), count), np.inf)  # cost of the links from the client through the set to its last device
     previous = np.zeros((len(sets), count), dtype=np.int64)
     path[1 << np.arange(count), np.arange(count)] = problem.links[-1, :-1]
     for size in range(2, count + 1):
@@ -145,9 +146,9 @@ def _exact(problem: Problem, everyone: bool) -> list[int] | None:
 
 
 def _searched(problem: Problem, everyone: bool) -> list[int] | None:
-    """The best end of many local searches, an iterated local search (Lourenço, Martin and Stützle, 2003).
+    """The best result of many local searches, an iterated local search (Lourenço, Martin and Stützle, 2003).
 
-    None if none is feasible. The same for the same problem.
+    None if no chain is feasible. Deterministic.
     """
     links = np.minimum(problem.links, _FORBIDDEN_LINK)
     count = len(problem.capacity)
@@ -170,7 +171,7 @@ def _searched(problem: Problem, everyone: bool) -> list[int] | None:
 
 
 def _local_optimum(problem: Problem, links: Floats, order: list[int], everyone: bool) -> tuple[list[int], float, int]:
-    """A chain that no single change makes cheaper, its cost, and how many chains were looked at on the way."""
+    """A chain that no single change makes cheaper, its cost, and how many chains were examined."""
     cost = float(_cost(problem, links, np.array([order]))[0])
     looked_at = 1
     while True:
@@ -191,7 +192,7 @@ def _local_optimum(problem: Problem, links: Floats, order: list[int], everyone: 
 
 
 def _shaken(order: list[int], count: int, everyone: bool, rng: random.Random) -> list[int]:
-    """The chain with a few devices put elsewhere, left out or put in."""
+    """The chain with a few devices moved, removed or inserted."""
     shaken = list(order)
     for _ in range(rng.randint(1, 3)):
         others = [device for device in range(count) if device not in shaken]
@@ -206,7 +207,7 @@ def _shaken(order: list[int], count: int, everyone: bool, rng: random.Random) ->
 
 
 def _same_devices(order: list[int]) -> Integers:
-    """Chains of the same devices with some of them, in a row, elsewhere or the other way round `[cases, length]`."""
+    """Chains of the same devices with a run of neighbours moved or reversed, `[cases, length]`."""
     found: list[list[int]] = []
     for start in range(len(order)):
         for end in range(start + 1, len(order) + 1):
@@ -218,7 +219,7 @@ def _same_devices(order: list[int]) -> Integers:
 
 
 def _other_devices(order: list[int], count: int) -> list[Integers]:
-    """Chains with one device less, one exchanged, and one more; each `[cases, length]`."""
+    """Chains with one device removed, one exchanged, and one inserted; each `[cases, length]`."""
     others = [device for device in range(count) if device not in order]
     places = range(len(order))
     less = [order[:place] + order[place + 1 :] for place in places] if len(order) > 1 else []
@@ -227,7 +228,7 @@ def _other_devices(order: list[int], count: int) -> list[Integers]:
     return [np.array(group, dtype=np.int64) for group in (less, exchanged, more)]
 
 
-HOP_MS: Final = 0.9  # added by a hop beside blocks, codecs, links: messages, threads, dispatch (docs/benchmarks.md)
+HOP_MS: Final = 0.9  # ms of a hop beside blocks, codecs and links: messages, threads, dispatch (docs/benchmarks.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,7 @@ class Device:
     """A device that could be a peer."""
 
     id: str
-    max_blocks: int  # for which it has memory
+    max_blocks: int  # blocks for which it has memory
     speed: Speed
     hop_ms: float = HOP_MS
     watts: float = 0.0  # drawn while it computes; 0: not known
@@ -245,7 +246,7 @@ class Device:
 
 
 class DoesNotFit(Exception):
-    """The devices have memory for too few blocks; `missing`: how many more they would have to hold."""
+    """The devices have memory for too few blocks. missing: blocks that do not fit."""
 
     def __init__(self, missing: int) -> None:
         super().__init__(f"the devices lack memory for {missing} blocks")
@@ -261,14 +262,14 @@ def fastest_partition(
     everyone: bool = False,
     exact_devices: int = EXACT_DEVICES,
 ) -> Route:
-    """The chain through which a single token goes soonest, from the client and back to it. Its cost is that time in ms.
+    """The chain through which a single token goes fastest, from the client and back to it. Its cost is that time in ms.
 
-    The optimum, if no more than `exact_devices` devices have memory for a block; else the result of a local search.
+    The optimum, if at most `exact_devices` devices have memory for a block; else the result of a local search.
 
     everyone: all devices with memory for a block take part, even where fewer would be faster.
 
     Raises DoesNotFit if the model is too big for all devices together, and ValueError if two devices have the same id,
-    or there are more devices than blocks and `everyone` is to take part.
+    or `everyone` is set and there are more devices than blocks.
     """
     problem = _problem(devices, num_blocks, network, encodings, 1)
     chain = cheapest_order(problem, everyone=everyone, exact_devices=exact_devices)
@@ -286,9 +287,10 @@ def widest_partition(
     positions: int = 1,
     exact_devices: int = EXACT_DEVICES,
 ) -> Route:
-    """The chain whose slowest stage, a device or a link, is the fastest: many steps under way flow at its pace.
+    """The chain with the fastest slowest stage, a device or a link, which sets the pace of many concurrent steps.
 
-    Of chains that are equal in this the one through which a step goes soonest. The optimum, as in `fastest_partition`.
+    Among chains with equal slowest stages, the one through which a step goes fastest. The optimum, as in
+    `fastest_partition`.
 
     positions: of a step, the tokens of sessions that share a pass.
 
@@ -302,13 +304,13 @@ def widest_partition(
     paces = np.unique(np.concatenate([stages.ravel(), busy.ravel()]))
 
     def within(pace: float) -> Chain | None:
-        """The fastest chain no stage of which takes longer than this."""
+        """The fastest chain on which no stage takes longer than `pace`."""
         at_pace = np.floor((pace - problem.hop + _SMALL) / np.maximum(problem.block, _SMALL)).clip(0, num_blocks)
         capacity = np.minimum(problem.capacity, at_pace.astype(np.int64))
         links = np.where(busy <= pace + _SMALL, problem.links, np.inf)
         return cheapest_order(replace(problem, capacity=capacity, links=links), exact_devices=exact_devices)
 
-    low, high = 0, len(paces) - 1  # the slowest stage of all allows every chain
+    low, high = 0, len(paces) - 1  # the slowest of all stages allows every chain
     best = within(float(paces[high]))
     while low < high:
         middle = (low + high) // 2
@@ -330,10 +332,11 @@ def tokens_per_s(
     sessions: int = 1,
     client_ms: float = 0.0,
 ) -> float:
-    """Tokens per second of all sessions together, when each gets one token after the other and none ever stops.
+    """Tokens per second of all sessions together, if each session decodes one token after the other without pause.
 
-    Sessions go round in groups that share each pass; the best number of groups counts. A round lasts as long as the
-    trip of a group, or as all groups take at the slowest stage. client_ms: between a token's arrival and the next step.
+    Sessions are divided into groups that share each pass, with the best number of groups. A round takes the trip time
+    of a group, or the time of all groups at the slowest stage, if that is longer. client_ms: between a token's arrival
+    and the next step.
     """
     best = 0.0
     for groups in range(1, sessions + 1):
@@ -356,9 +359,9 @@ def first_token_ms(
     prompt: int,
     client_ms: float = 0.0,
 ) -> float:
-    """Ms until the first token of a prompt that is cut into equal steps, of the size among `SIZES` that is best.
+    """Ms until the first token of a prompt, cut into equal steps of the best size among `SIZES`.
 
-    On average they have half of it before them, which they read.
+    The average step reads half of the prompt as context.
     """
     route = partial(route_ms, hops, peers, network, encodings=encodings, context=prompt // 2)
     counts = {-(-prompt // size) for size in SIZES}
@@ -368,7 +371,7 @@ def first_token_ms(
 def _problem(
     devices: Sequence[Device], num_blocks: int, network: Network, encodings: Sequence[Encoding], positions: int
 ) -> Problem:
-    """Raises what `fastest_partition` does."""
+    """Raises DoesNotFit and ValueError as `fastest_partition` does."""
     if len({device.id for device in devices}) != len(devices):
         raise ValueError("the ids of the devices differ")
     if (missing := num_blocks - sum(device.max_blocks for device in devices)) > 0:

@@ -1,21 +1,21 @@
 """Which peer should move to other blocks, and where to.
 
-All peers ask this of the same public facts, and only the one that is named moves: so they move one after the other
-without a lock. Their views of each other may be stale, though. What keeps two of them from leaving a block at once:
+All peers evaluate the same public facts, and only the peer that the result names moves: peers move one after the other
+without a lock. Their views may be stale, though. Two rules keep peers from leaving a block at the same time:
 
-- The peer with the lowest id of those that serve a block never leaves it, and relies on no promise: with however stale
-  views, peers that move at once leave every block its lowest. (A peer leaves only blocks at which it has seen a lower
-  id. The lowest id that ever served a block never saw one.) This does not help against peers that die.
-- Where a model lacks blocks and no such peer can help, the lowest may move too: a move with `confirm`. It must be
-  announced first (`moving`), held until the records of all that could leave one of the same blocks are younger than the
-  announcement, and done only if it is still named then. Of peers that leave a block, the last one to announce sees all
-  the others.
+- Among the peers of a block, the one with the lowest id never leaves. This needs no promise: however stale the views
+  are, every block keeps the lowest of the peers that move at once. (A peer leaves only blocks at which it has seen a
+  lower id. The lowest id that ever served a block never saw one.) The rule does not help against peers that die.
+- Where a model lacks blocks and no other peer can help, a lowest peer may move too: a move with `confirm`. The peer
+  must announce it first (`moving`), hold it until the records of all peers that could leave one of the same blocks are
+  younger than the announcement, and move only if it is still named then. Among peers that leave a block, the last one
+  to announce sees all the others.
 
-Which peer fills a hole depends only on the spans of peers, not on speeds: these change with every record, so that each
-peer could name another one, or none could watch those whose blocks it is to take over.
+Which peer fills a hole depends only on the spans of peers, not on speeds. Speeds change with every record, so that each
+peer could name another one, or none could watch the peers whose blocks it should take over.
 
-Moves end: each leaves fewer blocks without a peer, or brings spare replicas nearer to them, or lifts some of the
-weakest blocks above all that it weakens.
+The moves come to an end: each leaves fewer blocks without a peer, or brings spare replicas nearer to such blocks, or
+lifts some of the weakest blocks above all blocks that it weakens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ import numpy as np
 from scheduler.facts import Floats, Integers, Peer
 from scheduler.placement import Spans, best_span, fewest_hops, rates, sum_per_block
 
-MIN_GAIN: Final = 0.2  # a move must lift blocks that are weaker than the weakest by less than this share beyond that
-SETTLE_S: Final = 300.0  # how long a peer stays where it is, unless blocks are served by nobody
-HORIZON_S: Final = 600.0  # for so long a move is expected to do good; in this time it must make up for what it costs
-LOAD_S: Final = 30.0  # how long a peer serves nothing while it moves, if it does not say
-REPLAY_S: Final = 1.0  # a session waits so long for its replay when a peer leaves (1,000 positions, docs/benchmarks.md)
+MIN_GAIN: Final = 0.2  # a move must lift blocks beyond 1 + this share of the weakest block's throughput
+SETTLE_S: Final = 300.0  # how long a peer stays after a move, unless some blocks have no peer
+HORIZON_S: Final = 600.0  # seconds for which the gain of a move counts; within this time it must repay its cost
+LOAD_S: Final = 30.0  # how long a moving peer serves nothing, unless it states another time
+# How long a session waits for its replay when a peer leaves (1,000 positions, docs/benchmarks.md).
+REPLAY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,15 @@ class Move:
     peer: str
     start: int
     end: int
-    confirm: bool = False  # announced, held and named again before it is done, see this module
+    confirm: bool = False  # announce, hold and check again before the move, see this module's docstring
 
 
 @dataclass(frozen=True, slots=True)
 class Willingness:
-    """What moving would mean to each peer, by id; the defaults hold for those that are not named."""
+    """What moving would cost each peer, by id; a peer that is missing has the default."""
 
-    sessions: Mapping[str, int] = field(default_factory=dict[str, int])  # open ones, which must be replayed elsewhere
+    # Open sessions, which must be replayed elsewhere.
+    sessions: Mapping[str, int] = field(default_factory=dict[str, int])
     load_s: Mapping[str, float] = field(default_factory=dict[str, float])  # from leaving a span to serving the new one
     settled_s: Mapping[str, float] = field(default_factory=dict[str, float])  # since the peer last moved or joined
 
@@ -64,19 +66,19 @@ def best_move(
     moving: Mapping[str, tuple[int, int]] | None = None,
     min_gain: float = MIN_GAIN,
 ) -> Move | None:
-    """The one move that improves the swarm most; None if none is worth it. The same for the same facts in any order.
+    """The one move that improves the swarm most; None if no move pays. The order of the facts does not matter.
 
-    Where blocks are served by nobody, the model cannot be used: as many of them as possible are filled at once, at any
-    cost. Otherwise the throughput of the weakest block counts (as in `choose_span`). A move must raise weak blocks,
-    those with less than 1 + `min_gain` times the throughput of the weakest, beyond that mark, and leave all others
-    there. Lifting only some of them earns that share of the gain, as others must follow. What is gained within
-    `HORIZON_S` must exceed the tokens lost while the peer loads and its sessions are replayed (at worst, the swarm
-    waits for each).
+    While some blocks have no peer, the model cannot be used: a move fills as many of them as possible, at any cost.
+    Otherwise the throughput of the weakest block counts (as in `choose_span`). A move must raise weak blocks, which
+    have less than 1 + `min_gain` times the throughput of the weakest, beyond that mark, and leave all other blocks
+    above it. Lifting only some of the weak blocks earns that share of the gain, because other peers must follow. The
+    gain within `HORIZON_S` must exceed the tokens lost while the peer loads and its sessions are replayed (at worst,
+    the swarm waits for each).
 
-    max_blocks: for how many blocks a peer has memory. Peers that are not in it stay where they are.
-    moving: peers that have announced a move or are on it, and where to. They do not count as serving their old blocks,
-        only as soon serving the new ones. While there are any, others move only to blocks that nobody serves. A peer
-        that asks about its own announced move leaves itself out.
+    max_blocks: blocks for which a peer has memory. A peer that is missing stays where it is.
+    moving: peers that have announced a move or are moving, and their new spans. They count as peers of their new
+        blocks only. While there are any, other peers move only to blocks without a peer. A peer that asks about its
+        own announced move leaves itself out.
 
     Raises ValueError if two peers have the same id, or num_blocks is less than 1.
     """
@@ -95,10 +97,10 @@ def best_move(
 
 
 class _View:
-    """The facts as arrays: of the peers that serve, in the order of their ids, and of each block.
+    """The facts as arrays: by serving peer, in the order of ids, and by block.
 
     length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
-    planned, replicas: tokens per 1000 s and peers of each block once all moves under way are done.
+    planned, replicas: tokens per 1000 s and peers of each block after all current moves.
     """
 
     def __init__(self, serving: Spans, arriving: Spans, max_blocks: Mapping[str, int], num_blocks: int) -> None:
@@ -119,12 +121,12 @@ class _View:
                 self.lowest[peer] = True
 
     def without(self, peer: int) -> Spans:
-        """Everyone else, where they will be."""
+        """All other peers, at their spans after all current moves."""
         return self.all.of_some(np.delete(np.arange(len(self.all.ids)), peer))
 
 
 def _fill(view: _View) -> Move | None:
-    """Sends a peer that is nowhere the lowest to where it fills most; of several the one with the most replicas."""
+    """Moves a peer that is nowhere the lowest to where it fills most blocks; of equals, the one with most replicas."""
     free = np.flatnonzero(~view.lowest & (view.length > 0))
     if not len(free):
         return None
@@ -137,10 +139,11 @@ def _fill(view: _View) -> Move | None:
 
 
 def _shift(view: _View) -> Move | None:
-    """Moves a peer although it is the lowest somewhere, as the model cannot be used without.
+    """Moves a peer although it is the lowest at some block, because the model cannot be used otherwise.
 
-    All that it leaves has another replica. Blocks that it takes along are not served while it moves. If no move fills
-    a hole, one that brings spare replicas nearer to a hole: a row of such moves shifts spare memory to where it lacks.
+    Every block that the peer leaves has another replica. Blocks of both the old and the new span have no peer during
+    the move. If no move fills a hole, the move that brings spare replicas nearer to a hole: consecutive moves shift
+    spare memory to the hole.
     """
     served = sum_per_block(view.serving.start, view.serving.end, np.ones(len(view.rate)), view.num_blocks)
     planned = view.replicas
@@ -148,7 +151,7 @@ def _shift(view: _View) -> Move | None:
     nothing = view.num_blocks + 1
     best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False
     found: Move | None = None
-    # `_fill` has found no peer that is nowhere the lowest, so these are at most as many as there are blocks.
+    # `_fill` found no peer that is nowhere the lowest, so there are at most as many of these peers as blocks.
     for peer in map(int, np.flatnonzero(view.length > 0)):
         length = int(view.length[peer])
         starts = np.arange(view.num_blocks - length + 1)
@@ -167,7 +170,7 @@ def _shift(view: _View) -> Move | None:
 
 
 def _distance_to_holes(replicas: Floats) -> Integers:
-    """How far the block with a spare replica that is nearest to a hole is from it, `[cases, blocks]` -> `[cases]`."""
+    """Distance from a hole to the nearest block with a spare replica, `[cases, blocks]` -> `[cases]`."""
     cases, num_blocks = replicas.shape
     nearest = np.full(cases, num_blocks)
     last_hole, last_spare = np.full(cases, -num_blocks), np.full(cases, -num_blocks)
@@ -180,7 +183,7 @@ def _distance_to_holes(replicas: Floats) -> Integers:
 
 
 def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move | None:
-    """The move of a peer that is nowhere the lowest that gains most for the weakest blocks, after its cost."""
+    """Among peers that are nowhere the lowest, the move with the largest gain for the weakest blocks, less its cost."""
     ids, now = view.serving.ids, view.planned
     settled = np.array([willingness.settled_s.get(peer, np.inf) >= SETTLE_S for peer in ids], dtype=bool)
     movers = np.flatnonzero(~view.lowest & (view.length > 0) & settled)
@@ -193,7 +196,7 @@ def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move |
     new_rate = rates(view.serving.work_ms[movers], length, view.serving.sending_ms[movers])
     least = _range_minima(now)
     raised = (now < mark) & (now + new_rate[:, None] >= mark)
-    raised_before = np.zeros((len(movers), view.num_blocks + 1), dtype=np.int64)  # of the blocks before a boundary
+    raised_before = np.zeros((len(movers), view.num_blocks + 1), dtype=np.int64)  # raised blocks before each boundary
     np.cumsum(raised, axis=1, out=raised_before[:, 1:])
     rows = np.arange(len(movers))
 
@@ -204,11 +207,12 @@ def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move |
 
     score = np.full((len(movers), view.num_blocks), -np.inf)
     for start in range(view.num_blocks):
-        # Ranges that are reversed are empty: their minimum is infinite, and nothing is lifted in them.
+        # Reversed ranges are empty: their minimum is infinite, and no block in them is lifted.
         end = np.minimum(start + length, view.num_blocks)
         left = np.minimum(least[old_start, np.minimum(old_end, start)], least[np.maximum(old_start, end), old_end])
         kept = least[np.maximum(old_start, start), np.minimum(old_end, end)]
-        before = np.minimum(end, old_start)  # of the new blocks those in front of the old span, and those behind it
+        # Boundaries between the new blocks before the old span, and those after it.
+        before = np.minimum(end, old_start)
         behind = np.maximum(start, old_end)
         lifted = np.maximum(raised_before[rows, before] - raised_before[:, start], 0)
         lifted += np.maximum(raised_before[rows, end] - raised_before[rows, behind], 0)
@@ -233,7 +237,7 @@ def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move |
 
 
 def _range_minima(values: Floats) -> Floats:
-    """The least of values[i:j] for each [i, j]; infinite if there is none."""
+    """The least of values[i:j] for each [i, j]; infinite for an empty range."""
     count = len(values)
     minima = np.full((count + 1, count + 1), np.inf)
     for start in range(count):

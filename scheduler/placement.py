@@ -12,9 +12,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from scheduler.facts import PASS_SIZES, Floats, Integers, Peer, Speed
 
-BLOCKS_SHARE: Final = 0.6  # of a device's memory, if nothing is asked for; the rest is for KV caches and the system
-NEAR_EQUAL: Final = 0.1  # throughputs that differ by less than this share count as equal: the length of chains decides
-SLOWER_POWER: Final = 2  # a peer n times as slow as a new one, way included, counts n to this power times less
+BLOCKS_SHARE: Final = 0.6  # of a device's memory, by default; the rest is for KV caches and the system
+# Throughputs that differ by less than this share count as equal, so that the length of chains decides.
+NEAR_EQUAL: Final = 0.1
+# A peer that is n times as slow as the new one, including its link, counts 1 / n to this power.
+SLOWER_POWER: Final = 2
 _FASTEST_BLOCK_MS = 1e-5
 
 
@@ -27,19 +29,19 @@ def choose_span(
 ) -> tuple[int, int]:
     """The span [start, end) of `max_blocks` blocks (all, if the model has fewer) where a new peer helps most.
 
-    1. Coverage: a span with as many blocks that nobody serves as can be.
+    1. Coverage: the span with the most blocks that no other peer serves.
     2. Throughput: a swarm is as fast as its weakest block. The weakest block of the span has the lowest throughput;
        between (nearly) equal ones the next weakest decides, and so on. (The rule of Petals, Borzunov et al., 2023.)
-    3. Latency: a span that fits those of the others, so that chains through it have the fewest hops. Then the lower
-       start.
+    3. Latency: a span that matches the spans of other peers, so that chains through it have the fewest hops. Then the
+       lower start.
 
     The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new one, or far from
-    it, count less: no chain takes them where there is one that is faster, or nearer. So fast peers spread over the
-    whole model among themselves, slow ones go where there is little, and those of each region serve all of the model if
-    they can.
+    it, count less, because no chain uses them where a faster or nearer peer exists. So fast peers spread over the whole
+    model among themselves, slow ones go to blocks with little throughput, and the peers of each region serve all of the
+    model if they can.
 
-    own_ms: `block_ms` of the new peer; None: not known, so that all others count in full.
-    away_ms: one way from the new peer to others, by their ids; those that are not in it count as near.
+    own_ms: `block_ms` of the new peer; None: not known, so that all others count in full. away_ms: one way from the new
+    peer to others, by their ids; a peer that is missing counts as near.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
     """
@@ -52,7 +54,7 @@ def choose_span(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Spans:
-    """Peers as arrays; those that serve no block of the model are left out.
+    """Peers as arrays, without peers that serve no block of the model.
 
     start, end: within 0 .. num_blocks. work_ms: see `work_ms`. sending_ms: see `Peer`.
     """
@@ -89,7 +91,7 @@ class Spans:
 
     @property
     def rate(self) -> Floats:
-        """What each peer gives to each of its blocks, see `rates`."""
+        """The throughput of each peer at each of its blocks, see `rates`."""
         return rates(self.work_ms, self.end - self.start, self.sending_ms)
 
     @property
@@ -98,35 +100,35 @@ class Spans:
 
 
 def work_ms(speed: Speed) -> float:
-    """Of one block for a token of an answer, that shares its pass with another, and a position of the prompt for it."""
+    """Ms of one block for a token, in a pass with one other token, and for a position of the prompt."""
     return speed.at(2) / 2 + speed.at(PASS_SIZES[-1]) / PASS_SIZES[-1]
 
 
 def block_ms(work_ms: Floats | float, blocks: Integers | int, sending_ms: Floats | float) -> Floats:
-    """Ms per block of a token and a position of a prompt: the blocks, or sending both, whichever takes longer."""
+    """Ms per block of a token and a position of a prompt: to compute them, or to send both, whichever takes longer."""
     return np.maximum(np.maximum(work_ms, _FASTEST_BLOCK_MS), 2.0 * sending_ms / blocks)
 
 
 def rates(work_ms: Floats, blocks: Integers, sending_ms: Floats) -> Floats:
     """Tokens per 1000 s of peers, each with the position of a prompt.
 
-    A token that a peer takes passes its whole span, so that its time is divided among its blocks. That is exact if all
-    chains use whole spans, and else too low, as chains may leave the busy part of a span to others.
+    A token passes the whole span of a peer, so the peer's time is divided among its blocks. That is exact if all chains
+    use whole spans. Otherwise it is too low, because chains may leave the busy part of a span to other peers.
 
-    Whole numbers, at least 1: so sums are exact, and equal in whatever order the peers are known.
+    Whole numbers, at least 1, so that sums are exact and do not depend on the order of the peers.
     """
     return np.maximum(1.0, np.rint(1e6 / (block_ms(work_ms, blocks, sending_ms) * blocks)))
 
 
 def sum_per_block(start: Integers, end: Integers, values: Floats, num_blocks: int) -> Floats:
-    """For each block the sum of the values of the spans that hold it; exactly 0 if none does."""
+    """For each block the sum of the values of the spans that contain it; exactly 0 without such spans."""
     return _Flow(start, end, values, num_blocks).throughput
 
 
 def best_span(
     spans: Spans, num_blocks: int, length: int, own_ms: float | None = None, away_ms: Floats | float = 0.0
 ) -> tuple[int, int]:
-    """`choose_span` for peers that are arrays already. away_ms: `[peers]`."""
+    """`choose_span` for peers in arrays. away_ms: `[peers]`."""
     flow = _Flow(spans.start, spans.end, spans.rate, num_blocks)
     counted = flow.throughput
     if own_ms is not None:
@@ -147,22 +149,23 @@ def fewest_hops(starts: Integers, length: int, spans: Spans, num_blocks: int) ->
 
 
 class _Flow:
-    """How tokens flow through the spans, if at each block they choose among its peers in proportion to their rates."""
+    """The flow of tokens through the spans, if each block chooses among its peers in proportion to their rates."""
 
     def __init__(self, start: Integers, end: Integers, rate: Floats, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         width = num_blocks + 1
         table = np.bincount(start * width + end, weights=rate, minlength=width * width)[: width * width]
-        table = table.reshape(width, width)  # [start, end]; sums only, as differences would leave noise in holes
-        self._by_end = table.cumsum(axis=0)  # [block, end]: of the peers that start at or before a block
-        self._by_start = table[:, ::-1].cumsum(axis=1)[:, ::-1]  # [start, block]: that end at or behind it
+        table = table.reshape(width, width)  # [start, end]; sums only, because differences would leave noise in holes.
+        self._by_end = table.cumsum(axis=0)  # [block, end]: of the peers that start at or before a block.
+        # [start, block]: of the peers that end at or after a block.
+        self._by_start = table[:, ::-1].cumsum(axis=1)[:, ::-1]
         blocks = np.arange(num_blocks)
         self.throughput: Floats = self._by_end[:, ::-1].cumsum(axis=1)[:, ::-1][blocks, blocks + 1]
 
     def hops(self, length: int) -> tuple[Floats, Floats]:
-        """Mean hops of chains over the blocks before each boundary, and over those from it on.
+        """Mean hops of chains over the blocks before each boundary, and over the blocks after it.
 
-        Blocks that nobody serves count as served by peers with `length` blocks each, which are still to come.
+        Blocks without a peer count as served by future peers with `length` blocks each.
         """
         before, after = np.zeros(self.num_blocks + 1), np.zeros(self.num_blocks + 1)
         covered = self.throughput > 0
@@ -183,6 +186,6 @@ class _Flow:
         return before, after
 
     def shortest(self, starts: Integers, length: int) -> int:
-        """Of these starts of spans the one with which chains have the fewest hops."""
+        """Among these starts of spans, the one with which chains have the fewest hops."""
         before, after = self.hops(length)
         return int(starts[np.round(before[starts] + after[starts + length], 6).argmin()])

@@ -13,57 +13,57 @@ from typing import Final, TypeVar
 from scheduler.batching import MovingAverage
 
 DISAPPOINTING: Final = 1.5
-"""A route has become slow if a step takes so many times as long as expected, see `RouteWatch.expected_ms`.
+"""A route has become slow if a step takes this many times as long as expected, see `RouteWatch.expected_ms`.
 
-Other routes are not left: what is told of better ones is old, others that read it go there too, and a move has a
-context computed again by peers that others wait for (docs/scheduling.md).
+Sessions do not leave other routes: records of better routes are old, other sessions read them and move there too, and a
+move makes peers that serve others compute a context again (docs/scheduling.md).
 """
 
 WORTHWHILE: Final = 0.75  # a new route must cost at most this share of the present one
-MOVE_COUNTS: Final = 4.0  # weight of what a move takes: the session waits, and so do others at its new hops
+MOVE_COUNTS: Final = 4.0  # weight of the duration of a move: the session waits, and so do the sessions at its new hops
 
 
 def has_become_slow(current_ms: float, expected_ms: float) -> bool:
-    """Whether a route may be left at all. Cost of a step now, and as it was to be expected (0: not known)."""
+    """Whether a session may leave its route. current_ms: cost of a step at present. expected_ms: 0: not known."""
     return current_ms >= DISAPPOINTING * expected_ms
 
 
 def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, expected_ms: float) -> bool:
-    """Whether a route has become slow, and the steps that are left save far more than the move takes.
+    """Whether a route has become slow, and the remaining steps save far more than the move takes.
 
     current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
-    expected_ms: of a step on the present one, see `RouteWatch`; 0: not known.
+    expected_ms: of a step on the present route, see `RouteWatch`; 0: not known.
     """
     if not has_become_slow(current_ms, expected_ms) or new_ms > WORTHWHILE * current_ms:
         return False
     return (current_ms - new_ms) * steps_left > MOVE_COUNTS * move_ms
 
 
-PAUSE_S: Final = 1.0  # between two looks for a better route
-SUSPECTED_AGAIN_S: Final = 10.0  # how often the links of a route that is slow for no known reason are measured again
-RECENT_S: Final = 60.0  # what steps took longer ago says nothing of now
+PAUSE_S: Final = 1.0  # shortest time between two looks for a better route
+SUSPECTED_AGAIN_S: Final = 10.0  # how often the links of an unexplainedly slow route are measured again
+RECENT_S: Final = 60.0  # seconds for which the times of steps count
 SURPRISE: Final = 2.0
-SURPRISE_MS: Final = 20.0  # with both, a step is so slow that another route is looked for now
-SHARE: Final = 0.2  # weight of the latest step in what is usual
-TRIAL_STEPS: Final = 8  # after so many steps on a route it is known whether it is as fast as predicted
-RECENT_STEPS: Final = 8  # their median is what the route costs now: where others use the devices, a few are soon slow
-PREDICTIONS: Final = 4  # the slowest but one of so many routes tells by what factor a client's predictions are too good
+SURPRISE_MS: Final = 20.0  # a step that exceeds the usual time by both is a reason to look for another route at once
+SHARE: Final = 0.2  # weight of the latest step in the usual time
+TRIAL_STEPS: Final = 8  # steps on a route until its speed is compared with the prediction
+# Steps whose median is the present cost of a route; on shared devices a few steps are soon slow.
+RECENT_STEPS: Final = 8
+PREDICTIONS: Final = 4  # routes in a client's error of prediction, which is the second largest of their factors
 MAX_ERROR: Final = 20.0
 
 
 class PredictionErrors:
-    """By what factor routes are slower than predicted, from the latest of a client; not thread-safe.
+    """How many times as slow as predicted a client's latest routes are; not thread-safe.
 
-    Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
-    faster than it will be once it is; without this sessions would never come to rest. A single slow route says nothing
-    of others.
+    Where devices share something that records do not show (a machine, a radio), every idle peer looks faster than it is
+    in use; without this correction sessions would move for ever. A single slow route says nothing about others.
     """
 
     def __init__(self) -> None:
         self._ratios: dict[Hashable, float] = {}
 
     def came(self, route: Hashable, ratio: float) -> None:
-        """Takes in by what factor a route was slower than predicted; of one that is known already the latest counts."""
+        """Records how many times as slow as predicted a route was; for a known route, the latest value counts."""
         self._ratios.pop(route, None)
         self._ratios[route] = ratio
         if len(self._ratios) > PREDICTIONS:
@@ -71,7 +71,7 @@ class PredictionErrors:
 
     @property
     def error(self) -> float:
-        """At least 1; what is not known yet counts as right."""
+        """At least 1; unknown routes count as correctly predicted."""
         ratios = [*self._ratios.values(), *(1.0 for _ in range(PREDICTIONS - len(self._ratios)))]
         return min(max(1.0, sorted(ratios)[-2]), MAX_ERROR)
 
@@ -84,10 +84,11 @@ class Look:
 
 
 class RouteWatch:
-    """What decode steps take on the present route, beside what was predicted, and whether to leave it.
+    """The times of decode steps on the present route, compared with the prediction, and whether to leave the route.
 
-    former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now; 0:
-    it was not. surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
+    former_ms: ms of a step before a hop was lost, expected or at best, if that was less than on the present route; 0:
+    else. surprised: a step took far longer than usual, or the route has become slow, since the caller set this to
+    False.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,8 @@ class RouteWatch:
         self.former_ms = 0.0
         self.usual = MovingAverage(SHARE)  # ms of a step, over all routes; 0 before the first
         self._predicted_ms = 0.0
-        self.expected_ms = 0.0  # of a step, as predicted when the route was chosen or as it was at first; 0: unknown
+        # Ms of a step, as predicted or as first measured on this route, whichever is less; 0: unknown.
+        self.expected_ms = 0.0
         self._ratio = math.inf
         self._trial_ms: list[float] = []
         self._is_tried = False
@@ -105,7 +107,7 @@ class RouteWatch:
         self._is_unexplained = False
 
     def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
-        """Steps go along another route from now on. lost: not as that is better, but as hops of the former are gone."""
+        """Steps use another route from here on. lost: because hops of the former route are gone."""
         best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
         former_ms = self.former_ms or max(self.expected_ms, best_ms)
         self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
@@ -115,16 +117,17 @@ class RouteWatch:
         self._recent_ms.clear()
 
     def present_ms(self, cost_ms: float) -> float:
-        """Of a step on the present route now: what the last ones took, or what the facts say; 0: it is too new to say.
+        """Ms of a step on the present route: measured recently, or else by the facts (`cost_ms`); 0: too new.
 
-        Facts alone move no session from a route that it has just come to: that others move makes devices busy, too.
+        Facts alone do not move a session from a route that it has just taken: the moves of other sessions make devices
+        busy, too.
         """
         if len(self._recent_ms) == RECENT_STEPS:
             return median(self._recent_ms)
         return cost_ms if self._is_tried else 0.0
 
     def is_slow(self, step_ms: float) -> bool:
-        """Whether the route may be left if a step takes so long: it has become slow, or is what a loss has left."""
+        """Whether a session may leave a route with such steps: it is slow, or replaced a faster one after a loss."""
         return has_become_slow(step_ms, self.expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
     def may_look(self, now_s: float, *, news: bool) -> bool:
@@ -132,11 +135,11 @@ class RouteWatch:
         return (news or self.surprised or self._is_unexplained) and now_s - self._looked_s >= PAUSE_S
 
     def look(self, now_s: float, known_ms: float, *, news: bool, ends_silent: bool) -> Look:
-        """What to do about the route now.
+        """What to do about the route at this time.
 
-        The client's own links are measured first; hops tell of the other links after some seconds.
+        The client's own links are measured first; records of the hops show the other links some seconds later.
 
-        known_ms: of a step, as the facts say. ends_silent: one of the hops beside the client does not answer.
+        known_ms: of a step, by the facts. ends_silent: a hop next to the client does not answer.
         """
         surprised, self.surprised = self.surprised, False
         self._forget_old(now_s)
@@ -159,14 +162,14 @@ class RouteWatch:
         *,
         shares_links: bool = False,
     ) -> float | None:
-        """Ms of a step on another route, if it pays to leave the present one for it; else None.
+        """Ms of a step on another route, if leaving the present route pays; else None.
 
-        What is known of the present route was seen; what is known of the other was told, and may be too good. A route
-        that was taken after a loss is left for one that is as good as the lost one.
+        Facts about the present route were observed; facts about the other were reported, and may be too good. After a
+        loss, a session leaves its new route for a route as good as the lost one.
 
-        known_ms: of a step on the present route, as the facts say; predicted_ms: on the other. error: see
-        `PredictionErrors`. move_ms, steps_left: see `move_pays`. shares_links: whether the routes have a link in
-        common, which may be what is slow for no known reason.
+        known_ms: of a step on the present route, by the facts; predicted_ms: on the other. error: see
+        `PredictionErrors`. move_ms, steps_left: see `move_pays`. shares_links: whether the routes have a common link,
+        which may be the unknown cause of slowness.
         """
         current_ms, new_ms = self.present_ms(known_ms), predicted_ms * error
         if self._is_unexplained and shares_links:
@@ -180,11 +183,13 @@ class RouteWatch:
             self._recent_ms.clear()
 
     def step_took(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
-        """Takes in a step; returns by what factor the route is slower than predicted, once known and when it is less.
+        """Records a step. Returns the route's slowdown against the prediction, when first known or when it decreases.
 
-        A route may be slow at first, while contexts of others that have moved are computed: its best counts.
+        A route may be slow at first, while its hops compute the contexts of other moved sessions: its best value
+        counts.
 
-        positions: in the step; only steps of one position tell what the route costs now. now_s: when it was done.
+        positions: in the step; only steps of one position show the present cost of the route. now_s: when the step was
+        done.
         """
         self._forget_old(now_s)
         self._stepped_s = now_s

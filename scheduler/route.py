@@ -17,43 +17,44 @@ from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, LinkTable, Net
 
 MAX_PROGRAMMES: Final = 256
 MAX_TRANSITIONS: Final = 2_000_000_000
-"""How often the dynamic programme may run, and how many (block, peer, peer) it may look at in all those runs: a few
-seconds at most. After that the best route found so far is taken, which may not be the optimum."""
+"""Runs of the dynamic programme, and (block, peer, peer) triples that it examines in all those runs: a few seconds at
+most. At these limits the search ends with the best route found, which may not be the optimum."""
 
 MAX_STAGES: Final = 64
 EXACT_STAGES_PEERS: Final = 64
 COARSE: Final = 0.05
-"""How many slowest stages are tried when several steps are under way; in swarms of more than so many peers only those
-that are faster by this share, so that the chain found may cost that share more than the best one."""
+"""`MAX_STAGES` limits the slowest stages that are tried when several steps are under way. In swarms of more than
+`EXACT_STAGES_PEERS` peers each next stage is faster by the share `COARSE`, so that the chain found may cost that share
+more than the best one."""
 
 Path = list[int]  # for each block the index of the peer that runs it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkCosts:
-    """What a step costs on the links that a route may take, read from a table of all links `[devices, devices]`."""
+    """Costs of a step on the links of a route, read from a table of all links `[devices, devices]`."""
 
     table: Floats
     source: int  # the first sender
-    members: Integers  # where the peers stand in the table `[peers]`
+    members: Integers  # indices of the peers in the table, `[peers]`
     target: int  # the last receiver
 
     @property
     def first(self) -> Floats:
-        """From the source `[peers]`."""
+        """Costs from the source `[peers]`."""
         return self.table[self.source, self.members]
 
     @property
     def leave(self) -> Floats:
-        """To the target `[peers]`."""
+        """Costs to the target `[peers]`."""
         return self.table[self.members, self.target]
 
     def between(self, senders: Integers, receivers: Integers) -> Floats:
-        """`[senders, receivers]`, a copy."""
+        """Costs `[senders, receivers]`, a copy."""
         return self.table.take(self.members[senders], axis=0).take(self.members[receivers], axis=1)
 
     def along(self, path: Path) -> Floats:
-        """The links of a path in order, from source to target."""
+        """Costs of the links of a path in order, from source to target."""
         stations = [self.source, *(int(self.members[peer]) for peer, _ in groupby(path)), self.target]
         return self.table[stations[:-1], stations[1:]]
 
@@ -67,13 +68,13 @@ class Costs:
     block: Floats  # of one block
     queue: Floats  # before the first block
     links: LinkCosts  # from sending to arrival
-    busy: LinkCosts  # how long the links are occupied by a step
+    busy: LinkCosts  # how long a step occupies the links
 
 
 def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
-    """The path on which `in_flight` steps, sent at the same time, are done soonest. Some peer must serve every block.
+    """The path on which `in_flight` steps, sent at the same time, are done soonest. Every block needs a peer.
 
-    A path takes the sum of its costs for the first step, and its slowest stage for each further one.
+    The first step takes the sum of a path's costs; each further step takes the path's slowest stage.
     """
     path = _best_path(costs, num_blocks, np.inf)
     if in_flight == 1:
@@ -137,13 +138,13 @@ def _slowest_of(costs: Costs, path: Path) -> float:
 
 
 def _least_sum(costs: Costs, serves: Flags) -> tuple[float, Path]:
-    """The path with the least sum and that sum, when peers may be visited again; infinite if there is none."""
+    """The path with the least sum and that sum, where a path may visit a peer again; infinite if there is none."""
     num_peers, num_blocks = serves.shape
     runners = [np.flatnonzero(serves[:, block]) for block in range(num_blocks)]
     if any(len(peers) == 0 for peers in runners):
         return np.inf, []
-    follower = np.zeros((num_blocks, num_peers), dtype=np.int64)  # who runs block b after this peer ran block b - 1
-    run = np.full(num_peers, np.inf)  # the cost from here to the end when the peer runs this block
+    follower = np.zeros((num_blocks, num_peers), dtype=np.int64)  # the peer of block b if this peer ran block b - 1
+    run = np.full(num_peers, np.inf)  # the cost from here to the end if the peer runs this block
     run[runners[-1]] = costs.block[runners[-1]] + costs.links.leave[runners[-1]]
     for block in range(num_blocks - 1, 0, -1):
         senders, receivers = runners[block - 1], runners[block]
@@ -166,10 +167,10 @@ def _least_sum(costs: Costs, serves: Flags) -> tuple[float, Path]:
 
 
 def _least_capped_sum(costs: Costs, serves: Flags, slowest: float) -> tuple[float, Path]:
-    """As `_least_sum`, of the paths on which no stage takes longer than `slowest`."""
+    """`_least_sum` over the paths on which no stage takes longer than `slowest`."""
     num_peers, num_blocks = serves.shape
     links, busy = costs.links, costs.busy
-    # entry[b][p]: what is left to pay when p's visit begins at block b. onward[b][p]: when it has ended before b.
+    # entry[b][p]: the remaining cost when p's visit begins at block b. onward[b][p]: when it has ended before b.
     entry = np.full((num_blocks + 1, num_peers), np.inf)
     onward = np.full((num_blocks + 1, num_peers), np.inf)
     leave_at = np.zeros((num_blocks, num_peers), dtype=np.int64)
@@ -208,7 +209,7 @@ def _least_capped_sum(costs: Costs, serves: Flags, slowest: float) -> tuple[floa
 
 
 def _second_visit(path: Sequence[int]) -> tuple[int, int] | None:
-    """A peer that the path visits twice and the first block that another runs in between, if there is one."""
+    """A peer that the path visits twice, and the first block between that another peer runs, or None."""
     left_at: dict[int, int] = {}
     for block, (previous, peer) in enumerate(pairwise(path), start=1):
         if previous != peer:
@@ -219,7 +220,7 @@ def _second_visit(path: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _without_second_visits(path: Sequence[int]) -> Path:
-    """The path with everything between two visits of a peer given to that peer, whose span holds it all."""
+    """The path with all blocks between two visits of a peer given to that peer, whose span contains them."""
     repaired = list(path)
     while (visit := _second_visit(repaired)) is not None:
         peer, block = visit
@@ -228,17 +229,17 @@ def _without_second_visits(path: Sequence[int]) -> Path:
     return repaired
 
 
-ENERGY_SLOWDOWN: Final = 1.5  # how many times as long as on the fastest route a step may take, if nobody says otherwise
-MAX_WEIGHTS: Final = 8  # how many weights are tried; in random swarms four were the most that it took
-_ENERGY_ALONE: Final = 1e6  # weight of energy in the first chain: of equally thrifty ones it is the fastest
+ENERGY_SLOWDOWN: Final = 1.5  # how many times as long as on the fastest route a step may take, by default
+MAX_WEIGHTS: Final = 8  # how many weights are tried; random swarms needed at most four
+_ENERGY_ALONE: Final = 1e6  # weight of energy in the first chain: among chains with equal energy the fastest one wins
 _SMALL: Final = 1e-9
 
 
 def thriftiest_chain(costs: Costs, joules: Floats, num_blocks: int, slowdown: float) -> Path:
     """The path with the least joules on which a step takes at most `slowdown` times as long as on the fastest.
 
-    A chain that no weight makes the cheapest is not found, though it may have a little less energy. What is found keeps
-    the bound, and has no more energy than the fastest chain.
+    A chain that is the cheapest for no weight is not found, though it may need a little less energy. The chain found
+    meets the bound, and needs no more energy than the fastest chain.
 
     joules: of one block `[peers]`.
     """
@@ -274,8 +275,8 @@ NEAR_EQUAL: Final = 0.05  # routes that cost at most this share more than the be
 class NoRoute(Exception):
     """No chain of peers runs all blocks.
 
-    missing: ranges [start, end) of blocks that nobody serves (of the peers that were not excluded).
-    full: ranges of blocks whose peers have no KV positions left for this session.
+    missing: ranges [start, end) of blocks that no peer serves (excluded peers do not count). full: ranges of blocks
+    whose peers have too few free KV positions for this session.
     """
 
     def __init__(self, missing: list[tuple[int, int]], full: list[tuple[int, int]]) -> None:
@@ -303,15 +304,15 @@ def best_route(
 ) -> Route:
     """The route over the blocks [start, end) on which `in_flight` steps of `positions` positions are done soonest.
 
-    One step in flight asks for the least latency, as chat does; several for throughput, as batches and training do.
-    With `energy_slowdown` the one with the least energy for a step, see `thriftiest_chain`.
+    One step in flight minimizes latency, for chat; several maximize throughput, for batches and training.
+    `energy_slowdown` selects the route with the least energy per step instead, see `thriftiest_chain`.
 
     Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
-    near-equal routes is random, so that clients that know the same facts spread; without it the best one is returned.
+    near-equal routes is random, so that clients with the same facts spread; without it the best route is returned.
 
     encodings: the codecs that a link may use. source, target: the sender to the first hop, and the last receiver.
-    prompt: positions that come before the first token, which count with `PROMPT_SHARE`.
-    context: positions that the session then holds, see `scheduler.cost.block_ms`.
+    prompt: positions before the first token, which count with `PROMPT_SHARE`. context: positions that the session then
+    holds, see `scheduler.cost.block_ms`.
 
     Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.
     """
@@ -327,16 +328,17 @@ def best_route(
         missing = missing_blocks(present, end, first)
         raise NoRoute(missing, [] if missing else unserved)
     usable = [peer for peer in usable if peer.start < end and peer.end > first]
-    names = tuple(sorted({CLIENT, source, target, *by_id}))  # of all peers, so that the table is filled once
+    names = tuple(sorted({CLIENT, source, target, *by_id}))  # all peers, so that the table is filled once
     index = {name: position for position, name in enumerate(names)}
     members = np.array([index[peer.id] for peer in usable])
     table = network.table(names)
     transfer, occupied = _link_costs(table, positions, prompt, tuple(encodings))
     ends = index[source], members, index[target]
     # Raising the cost of each peer by a random share of at most NEAR_EQUAL makes the choice among near-equal routes
-    # random, and the one chosen costs at most that share more than the best.
+    # random. The chosen route costs at most that share more than the best one.
     raised = np.array([1.0 + NEAR_EQUAL * rng.random() if rng else 1.0 for _ in usable])
-    noise = raised if energy_slowdown is None else 1.0  # else it is the energy that is raised: the bound on ms holds
+    # With an energy objective the energy is raised instead, so that the bound on ms holds.
+    noise = raised if energy_slowdown is None else 1.0
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
         end=np.array([peer.end for peer in usable]) - first,

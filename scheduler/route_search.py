@@ -1,6 +1,6 @@
-"""The search for a route past silent peers: which peers are asked before they are used, and which the next plan avoids.
+"""The search for a route around silent peers: which peers are pinged before use, and which peers the next plan avoids.
 
-Peers go by their names, times are in seconds.
+Peers are identified by name. Times are in seconds.
 """
 
 from __future__ import annotations
@@ -14,30 +14,36 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from scheduler.liveness import LOST_S, SILENT_S
 
-MAX_PROBED_ROUTES: Final = 4  # plans, as links to the ends were not measured yet or hops were silent
-MANY_SILENT: Final = 2  # if so many do not answer, hops without a sign of life for `LOST_S` are asked before use
+# Plans per search; a plan is repeated while links to its ends are unmeasured or hops are silent.
+MAX_PROBED_ROUTES: Final = 4
+# From this many silent peers on, hops without a sign of life for `LOST_S` are pinged before use.
+MANY_SILENT: Final = 2
 
-ASKED_BESIDE: Final = 4  # peers beside silent ones are left out; so many are asked, as only they may serve a block
-PINGED_AT_ONCE: Final = 96  # unknown peers, if those of a planned route do not answer: many may not exist
-KEPT_ASKED: Final = 4096  # of so many peers it is known when they were asked; records of ever new peers cost no memory
+# Peers near silent ones are left out; this many are pinged, because a block may have no other peer.
+ASKED_BESIDE: Final = 4
+# Unknown peers that are pinged if those of a planned route do not answer: many records may be of peers that do not
+# exist.
+PINGED_AT_ONCE: Final = 96
+# Peers whose last ping is remembered, so that records of ever new peers do not fill the memory.
+KEPT_ASKED: Final = 4096
 
 
 class Answers:
-    """Which peers a client has asked for a sign of life, when, and which of them answered. Thread-safe.
+    """Which peers a client has pinged, when, and which of them answered. Thread-safe.
 
-    silent_s: for how long a peer that has answered before counts as silent.
+    silent_s: how long a peer that has answered before counts as silent.
     """
 
     def __init__(self, silent_s: float = SILENT_S) -> None:
         self._silent_s = silent_s
-        self._asked_s: dict[str, float] = {}  # the one that was asked longest ago comes first
-        self._silent: set[str] = set()  # peers that did not answer the last time
+        self._asked_s: dict[str, float] = {}  # ordered by time, the oldest first
+        self._silent: set[str] = set()  # peers that did not answer the latest ping
         self._heard: set[str] = set()  # peers that have ever answered
         self._stepped_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def asked(self, name: str, now_s: float, *, answered: bool) -> list[str]:
-        """Takes in that a peer was asked. Returns the names of peers that are forgotten for it."""
+        """Records that a peer was pinged. Returns the names of the peers whose pings are forgotten to make room."""
         with self._lock:
             self._asked_s.pop(name, None)
             self._asked_s[name] = now_s
@@ -58,14 +64,14 @@ class Answers:
             self._stepped_s[name] = now_s
 
     def asked_s(self) -> dict[str, float]:
-        """When each peer was asked last, the one that was asked longest ago first."""
+        """When each peer was last pinged, the oldest first."""
         with self._lock:
             return dict(self._asked_s)
 
     def silent(self, now_s: float, *, lately: bool = False) -> set[str]:
-        """Peers that did not answer when they were asked last: perhaps there are none such.
+        """Peers that did not answer the latest ping.
 
-        lately: only those that were asked within `SILENT_S`; else also those that never answered.
+        lately: only peers that were pinged within `SILENT_S`; else also peers that never answered.
         """
         oldest_s = now_s - (SILENT_S if lately else self._silent_s)
         with self._lock:
@@ -73,14 +79,14 @@ class Answers:
             return never | {name for name in self._silent if self._asked_s[name] >= oldest_s}
 
     def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Peers that were silent when they were asked since then, and others from which something came since then."""
+        """Peers that did not answer pings since `since_s`, and other peers that answered or sent a step since then."""
         with self._lock:
             asked = {name for name, at_s in self._asked_s.items() if at_s >= since_s}
             stepped = {name for name, at_s in self._stepped_s.items() if at_s >= since_s}
             return asked & self._silent, (stepped | asked) - self._silent
 
     def unheard(self, names: Iterable[str], since_s: float) -> list[str]:
-        """Those of the peers that were not asked since then, and through which no step came."""
+        """The peers that since then were not pinged and sent no step."""
         _, heard = self.met_since(since_s)
         with self._lock:
             return [name for name in names if name not in heard and self._asked_s.get(name, -math.inf) < since_s]
@@ -94,29 +100,29 @@ class Found(Generic[Route]):
     """A route that was planned."""
 
     route: Route
-    unmeasured: Sequence[str]  # ends whose link to the client is to be measured before use, unless they are silent
-    newcomers: Sequence[str]  # its hops that can be asked, and do not hold the session
+    unmeasured: Sequence[str]  # ends whose link to the client must be measured before use, unless they are silent
+    newcomers: Sequence[str]  # hops of the route that can be pinged and do not hold the session
 
 
 class Searcher(Protocol[Route]):
-    """A client that searches."""
+    """A client that searches a route."""
 
     @property
     def now_s(self) -> float: ...
 
     @property
     def names(self) -> AbstractSet[str]:
-        """Of all peers that have records."""
+        """The names of all peers that have records."""
         ...
 
     def plan(self, left_out: frozenset[str]) -> Found[Route] | None:
-        """The best route without these peers, or None. Raises the reason if there is none although all may be used."""
+        """The best route without these peers, or None. Raises the reason if there is no route through any peers."""
         ...
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
-        """Asks peers, as many as the client still may; some may be in both. None: it may ask no more.
+        """Pings as many peers as the client still may; `ends` and `others` may overlap. None: no pings are left.
 
-        Returns those of the ends whose links are known now.
+        Returns the ends whose links are measured then.
         """
         ...
 
@@ -125,7 +131,7 @@ class Searcher(Protocol[Route]):
         ...
 
     def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
-        """So many of these peers: those through which routes most likely go, or any."""
+        """This many of the peers in `among`: the likeliest on routes (`likely`), or any."""
         ...
 
 
@@ -138,20 +144,20 @@ def searched_route(
     alive: Collection[str],
     since_s: float,
 ) -> Route:
-    """The best route whose hops live, as far as that can be known before it is used.
+    """The best route whose hops live, as far as pings can show before it is used.
 
-    Links that the client would use are measured before it does; and where other peers are silent, all hops are asked.
-    If these are silent, too, peers that stand near are left out of the next plan, and others are measured with it:
-    among many that do not exist few are found one by one.
+    Links that the client would use are measured before use; where other peers are silent, all hops are pinged. If hops
+    are silent, too, the next plan leaves out peers near them, and other peers are pinged together with it: one by one,
+    the few live peers among many that do not exist are rarely found.
 
-    excluded: peers that no route may go through. given_up: peers that are not used for a while, as they were lost.
-    alive: peers that are known to live. since_s: answers since then tell of a region that is silent now.
+    excluded: peers that no route may use. given_up: lost peers that are not used for a while. alive: peers that are
+    known to live. since_s: answers since then show which region is silent at this time.
 
-    Raises what `Searcher.plan` does.
+    Raises what `Searcher.plan` raises.
     """
 
     def plan(beside: set[str]) -> Found[Route]:
-        """Through peers that have answered, if there are enough of them. beside: peers that stand near silent ones."""
+        """Plans through peers that have answered, if these suffice. beside: peers near silent ones."""
         silent = frozenset(answers.silent(searcher.now_s)).difference(excluded)
         for left_out in dict.fromkeys((silent | beside, silent, frozenset[str]())):
             if (found := searcher.plan(left_out)) is not None:
@@ -159,12 +165,12 @@ def searched_route(
         raise AssertionError("a plan without a route says why")
 
     def elsewhere() -> tuple[set[str], list[str]]:
-        """Peers that are likely silent, as those are that stand near, and the peers to ask with the next route.
+        """Peers that are probably silent, because they are near silent ones, and the peers to ping with the next route.
 
-        These are a few of the former, and others that routes likely go through; any others until one has answered.
+        The latter are a few of the former, and likely peers of routes; any peers until one has answered.
         """
         silent, heard = answers.met_since(since_s)
-        heard = heard.difference(excluded)  # steps came from a hop until it was lost
+        heard = heard.difference(excluded)  # a lost hop sent steps until it was lost
         beside = searcher.beside_silent(silent, heard.union(alive))
         unasked = searcher.names - {*answers.silent(searcher.now_s), *heard, *excluded}
         strangers = unasked - answers.asked_s().keys() - beside
@@ -188,6 +194,6 @@ def searched_route(
         if beside or any(name in silent for name in (*ends, *suspects)):
             beside, others = elsewhere()
         elif not measured:
-            break  # all live, or nothing could be learnt
+            break  # all live, or no link could be measured
         found = plan(beside)
     return found.route

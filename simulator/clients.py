@@ -1,4 +1,4 @@
-"""A client: where it stands, the links that it has measured, what its session met, and the routes that it asks for."""
+"""A client: its place, its measured links, the observations of its session, and its requests for routes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
 
 ENDS_PINGS: Final = 20
-"""That the two ends of a route take."""
+"""Pings per minute that are reserved for the two ends of a route."""
 
 PING_TRIPS: Final = CONNECT_TRIPS + 2
-"""Round trips that measuring a link takes which has to be opened for it."""
+"""Round trips of a measurement that includes opening the link."""
 
 
 SHARE: Final = 0.5
-"""Weight of the latest token in the averages of what a session met."""
+"""Weight of the latest token in the averages of a session's observations."""
 
 
 def _idle(_: str) -> tuple[float, float]:
@@ -39,22 +39,22 @@ def _idle(_: str) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class Client:
-    """number: in the geography. links: both ways between the client and the peers that it has measured.
+    """number: in the geography. links: measured links between the client and peers, in both directions.
 
-    answers: which peers answered when it measured its links. told: how busy they said that they were then.
-    load_of: ms that a step waits at a peer now, and positions of others that share its pass.
+    answers: which peers answered the measurements. told: their load, as reported then. load_of: ms that a step waits at
+    a peer at present, and positions of others in its pass.
     """
 
     number: int
     place: Place
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
     answers: Answers = field(default_factory=lambda: Answers(silent_s=math.inf))
-    """In the short life of a simulated client no peer comes back."""
+    """Never expires: in the short life of a simulated client no peer returns."""
     told: dict[str, LoadReport] = field(default_factory=dict[str, LoadReport])
     load_of: Callable[[str], tuple[float, float]] = _idle
 
     def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
-        """Measures links, each up to 10% too long; how many ms that takes, with connecting. luck: from 0 to 1."""
+        """Measures links, each up to 10% too long. Returns the ms for it, with connecting. luck: random, 0 to 1."""
         took_ms = 0.0
         for name in names:
             number = world.number_of[name]
@@ -76,14 +76,14 @@ class Client:
         return took_ms
 
     def corrected(self, record: Record) -> Peer | None:
-        """A peer as it was when it was measured, if that is later than what it has published."""
+        """The facts of a peer when it was measured, if that is later than its record; else None."""
         told = self.told.get(record.peer.id)
         if told is None or told.at <= record.published_s:
             return None
         return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
     def likely(self, world: World, view: View, limit: int, exclude: Collection[str]) -> list[str]:
-        """So many of the peers that its routes most likely go through."""
+        """The `limit` peers that its routes use most likely."""
         near = view.idle_crowd.near(
             [self.place],
             (0, world.settings.num_blocks),
@@ -96,7 +96,7 @@ class Client:
         return [peer.id for peer in near]
 
     def pings_left(self, now_s: float) -> int:
-        """In this minute, beside those for the ends of a route; a silent peer costs none."""
+        """Pings left in this minute, without those for the ends of a route. A silent peer costs none."""
         _, answered = self.answers.met_since(now_s - 60.0)
         return max(0, PINGS_PER_MINUTE - ENDS_PINGS - 2 * len(answered))
 
@@ -109,7 +109,7 @@ def new_client(
     now_s: float = 0.0,
     load_of: Callable[[str], tuple[float, float]] = _idle,
 ) -> Client:
-    """A client that measured its links to random peers, and then to those that its routes most likely go through."""
+    """A client that has measured its links to random peers, and then to likely peers of its routes."""
     settings, count = world.settings, len(view.peers)
     anyone, *likely = measured_first(count) if settings.probes is None else settings.probes
     client = Client(number, Place(Coordinate(), float(world.geography.up[number])), load_of=load_of)
@@ -135,7 +135,7 @@ def new_client(
 
 @dataclass(slots=True)
 class SeenHop:
-    """What a session met at a hop, averaged over its last tokens: ms per block of a pass, and ms until it began."""
+    """Observations of a session at a hop, averaged over its latest tokens: ms per block of a pass, ms of waiting."""
 
     block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
     wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
@@ -143,12 +143,11 @@ class SeenHop:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to plan. blocks: [start, end). source, target: the client, or the peers beside a part of a route.
+    """A request for a plan. blocks: [start, end). source, target: the client, or the peers next to a part of a route.
 
-    exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
-    prompt: positions that come before the first token.
-    present: the route that the session has, if it asks for a better one. cached: positions that new hops would have to
-    be given. seen: what the session met at its hops; latencies: and between them.
+    exclude: peers that must not be used. kv_needed: free positions that each hop needs. prompt: positions before the
+    first token. present: the session's present route, if it asks for a better one. cached: positions that new hops
+    would have to replay. seen: observations at the hops of the session; latencies: between them.
     """
 
     client: Client
@@ -167,10 +166,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A route. token_ms: what a token is expected to take; 0: not known. asked_ms: time that the plan itself took.
+    """A planned route. token_ms: predicted ms of a token; 0: not known. asked_ms: duration of the planning.
 
-    present_ms: what a token is expected to take on the present route; 0: not known. move_ms: what it takes to leave
-    that for this one.
+    present_ms: predicted ms of a token on the present route; 0: not known. move_ms: duration of the move to this route.
     """
 
     hops: list[Hop]

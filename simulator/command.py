@@ -1,6 +1,6 @@
-"""`splitnet simulate`: a swarm that exists only in numbers; tables and a chart of what became of its clients.
+"""`splitnet simulate`: simulates a swarm and shows its clients' results in tables and a chart.
 
-What is heavy is imported when it is used: `splitnet --help` reads this file.
+Heavy modules are imported where they are used, because `splitnet --help` imports this file.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 in_world = box("World")
 PLANNED_CLIENTS = 50
-"""With --coordinates; each is planned for in every way."""
+"""For --coordinates; routes of each client are planned with every method."""
 
 
 def simulate(
-    peers: Annotated[int, in_world(min=1, help="Peers that are there at any time, on average.")] = 1000,
-    clients: Annotated[int, in_world(min=1, help="Clients that come one after the other.")] = 1000,
+    peers: Annotated[int, in_world(min=1, help="Mean number of live peers.")] = 1000,
+    clients: Annotated[int, in_world(min=1, help="Clients that arrive one after the other.")] = 1000,
     rate: Annotated[
         float | None,
-        in_world(min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's."),
+        in_world(min=0.01, max=1e6, help="Clients per peer and hour; by default 10, or the scenario's."),
     ] = None,
     scenario: Annotated[
         str | None,
@@ -45,25 +45,25 @@ def simulate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="`all`: compare splitnet with every rule of others and with an oracle, world by world."),
+        typer.Option(help="`all`: compare splitnet with all other policies and with an oracle, world by world."),
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="A policy, `baselines` (as without this option), or `ablations`; may be given often."),
+        typer.Option(help="A policy, `baselines` (the default), or `ablations`; repeat for several."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first world.")] = 1,
-    worlds: Annotated[int, typer.Option(min=1, help="How many worlds; their sessions are taken together.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first world.")] = 1,
+    worlds: Annotated[int, typer.Option(min=1, help="Number of worlds; their sessions are pooled.")] = 1,
     blocks: Annotated[int, in_world(min=1, help="Blocks of the model.")] = 80,
     hidden: Annotated[int, in_world(min=1, help="Hidden size of the model.")] = 8192,
     uptime: Annotated[float, in_world(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
     latencies: Annotated[
         Path | None,
-        in_world(help="A file of round trips in ms, measured between the nodes of some network: a square table."),
+        in_world(help="A file with a square table of round trips in ms between the nodes of a network."),
     ] = None,
     coordinates: Annotated[
-        bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")
+        bool, typer.Option("--coordinates", help="Print errors of coordinates and costs of candidates, instead.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="A folder for results.json, made if it is not there.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A folder for results.json, created if missing.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
@@ -79,16 +79,16 @@ def simulate(
             "--plot": plot, "--worlds": worlds > 1,
         }  # fmt: skip
         if given := [option for option, value in unused.items() if value]:
-            raise SplitnetError(f"--coordinates says nothing of sessions: leave out {', '.join(given)}")
+            raise SplitnetError(f"--coordinates simulates no sessions: leave out {', '.join(given)}")
     if against not in (None, "all") or (against and policy):
-        raise SplitnetError("--against takes `all`, and no --policy beside it")
+        raise SplitnetError("--against takes only `all`, without --policy")
     if scenario is not None and scenario not in SCENARIOS:
         raise SplitnetError(f"unknown scenario {scenario}: use {', '.join(SCENARIOS)}")
     names: list[str] = [*AGAINST] if against else _policies(policy or ["baselines"])
     chosen: dict[str, Any] = {"sessions_per_peer_hour": 10.0, **(SCENARIOS[scenario] if scenario else {})}
     if rate is not None:
         if chosen.get("burst"):
-            raise SplitnetError("in a burst all clients come at once: --rate says nothing")
+            raise SplitnetError("in a burst all clients arrive at once: leave out --rate")
         chosen["sessions_per_peer_hour"] = rate
     settings = Settings(
         peers=peers,
@@ -117,14 +117,14 @@ def simulate(
     _print_table(outcomes, figures, title, against=bool(against))
     if results:
         told = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
-        text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # a path is one
+        text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # `Path` is written as text
         results.write_text(text + "\n", encoding="utf-8")
     if plot:
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
 
 def _make_way_for(*files: Path | None) -> None:
-    """Makes folders, and sees whether files can be written, before anything is computed for them."""
+    """Makes folders, and checks that files can be written, before the computation."""
     for file in files:
         if file is None:
             continue
@@ -139,7 +139,7 @@ def _make_way_for(*files: Path | None) -> None:
 
 
 def _for_json(value: Any) -> Any:
-    """JSON has no infinity, and no value that is not a number."""
+    """Replaces infinity and NaN, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _for_json(item) for key, item in cast("dict[str, Any]", value).items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -159,7 +159,7 @@ def _policies(wanted: list[str]) -> list[str]:
 
 
 def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
-    """What became of each policy in each world. One world after the other, so that only one is in memory."""
+    """The results of each policy in each world. One world after the other, so that only one is in memory."""
     from simulator.outcome import simulate as simulate_policy
     from simulator.policies import POLICIES
     from simulator.world import World
@@ -185,21 +185,21 @@ COLUMNS: Final[Sequence[tuple[str, str, str]]] = (
     ("hops", "hops_mean", ".1f"), ("load\nGini", "utilisation_gini", ".2f"), ("\nmax", "utilisation_max", ".2f"),
     ("peer\nmoves", "peer_moves", ".0f"), ("session\nmoves", "session_moves", ".0f"), ("repairs", "repairs", ".0f"),
 )  # fmt: skip
-"""Heading, figure and form of each column."""
+"""Heading, figure and format of each column."""
 COMPARED: Final = COLUMNS[:6]
 
 
 def _print_table(
     outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str, *, against: bool
 ) -> None:
-    """A row for each policy; `against`: with differences to our own."""
+    """One row per policy; `against`: with differences to our own."""
     from simulator.outcome import differences
     from simulator.policies import POLICIES
 
     several = len(next(iter(outcomes.values()))) > 1
     if against:
         title += "; in brackets the difference to own in the same worlds"
-        title += ", with 95% intervals" if several else ": of one world, which is luck"
+        title += ", with 95% intervals" if several else ", from a single world"
     columns = COMPARED if against else COLUMNS
     rows: list[list[str]] = []
     for name, row in figures.items():
@@ -246,13 +246,13 @@ PANELS: Final[Sequence[tuple[str, Sequence[str]]]] = (
     ("time per token, ms: p50 | p95 (log)", ("token_p50_ms", "token_p95_ms")),
     ("failed sessions", ("failed",)),
 )
-"""Titles, and the two figures from and to which a line goes, or the one that a bar shows."""
+"""Titles, and the two figures between which a line is drawn, or the one figure of a bar."""
 
 
 def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
+    """An SVG document: a row for each policy, a panel for each quantity, splitnet's policies coloured."""
     from matplotlib import rc_context  # pyright: ignore[reportUnknownVariableType]
-    from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
+    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
     from simulator.policies import POLICIES
 
@@ -263,7 +263,7 @@ def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
     for axes, (quantity, shown) in zip(panels, PANELS, strict=True):
         axes.set_title(quantity, fontsize="medium")
         axes.set_yticks(range(len(labels)), labels)
-        axes.margins(x=0.4)  # for the numbers behind
+        axes.margins(x=0.4)  # room for the numbers
         if len(shown) > 1:
             axes.set_xscale("log")
         for row, (label, values) in enumerate(zip(labels, figures.values(), strict=True)):

@@ -1,4 +1,4 @@
-"""What peers have published, what clients see of it, and the names under which real clients know the peers."""
+"""The records that peers have published, the view of clients, and the keys and addresses of the simulated peers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NUMBER_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a peer says of itself.
+    """A peer's record.
 
-    number: of the device. links: that it measured to others, by their ids. sessions: that it holds. settled_at_s: since
-    when it serves its blocks.
+    number: of the device. links: measured to others, by their ids. sessions: open ones. settled_at_s: when it began to
+    serve its blocks.
     """
 
     number: int
@@ -46,7 +46,7 @@ class Record:
 
     @property
     def size_bytes(self) -> int:
-        """Of the facts, packed: without the address, the signature and what describes the model."""
+        """Size of the packed facts, without the address, the signature and the description of the model."""
         own = 2 + len(self.peer.speed.block_ms) + 3 + len(self.place.coordinate.vector) + 3 + 2
         return ID_BYTES + own * NUMBER_BYTES + len(self.links) * (ID_BYTES + 2 * NUMBER_BYTES)
 
@@ -56,7 +56,7 @@ class View:
 
     Attributes:
         peers, numbers, start, end, kv_free: of all records, in one order.
-        arriving: peers that are on their way to other blocks, with those.
+        arriving: peers that are moving to other blocks, with their new blocks.
         at_s: when the directory was read.
     """
 
@@ -73,32 +73,32 @@ class View:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Where each peer stands in the order."""
+        """The index of each peer in this order."""
         return {peer.id: position for position, peer in enumerate(self.peers)}
 
     @cached_property
     def idle_peers(self) -> list[Peer]:
-        """All peers as if they had nothing to do."""
+        """All peers without load."""
         return [replace(peer, queue_ms=0.0, batch=0.0) for peer in self.peers]
 
     @cached_property
     def serving(self) -> list[Integers]:
-        """For each block the peers that serve it."""
+        """For each block the indices of the peers that serve it."""
         return [np.flatnonzero((self.start <= block) & (block < self.end)) for block in range(self.num_blocks)]
 
     @cached_property
     def decode_ms(self) -> Floats:
-        """Of one block and position, without load."""
+        """Ms of one block and position, without load."""
         return np.array([peer.speed.at(1) for peer in self.peers])
 
     @cached_property
     def places(self) -> Network:
-        """The coordinates of all peers, and no measured link."""
+        """The coordinates of all peers, without measured links."""
         return Network(places={name: record.place for name, record in self.records.items()})
 
     @cached_property
     def idle_crowd(self) -> CandidateIndex:
-        """All peers as if they had nothing to do, prepared for the choice of some of them."""
+        """All peers without load, prepared for the choice of candidates."""
         return CandidateIndex(self.idle_peers, self.places)
 
     @cached_property
@@ -107,14 +107,14 @@ class View:
         return points_of([record.place.coordinate for record in self.records.values()])
 
     def links_behind(self, block: int) -> tuple[Integers, Integers, Floats]:
-        """Senders, receivers and ms one way of all links that are told of by peers that serve up to this block."""
+        """Senders, receivers and one-way ms of all published links from peers whose span ends at this block."""
         ends, senders, receivers, latency_ms = self._links
         links = slice(*np.searchsorted(ends, [block, block + 1]))
         return senders[links], receivers[links], latency_ms[links]
 
     @cached_property
     def _links(self) -> tuple[Integers, Integers, Integers, Floats]:
-        """Of all links that were told of: up to which block the sender serves, in that order, then as above."""
+        """All published links, sorted by the end of the sender's span: ends, then senders, receivers, ms as above."""
         told = sorted(
             (record.peer.end, self.index[record.peer.id], self.index[name], link.latency_ms)
             for record in self.records.values()
@@ -126,7 +126,7 @@ class View:
 
     @cached_property
     def spans(self) -> Spans:
-        """All peers as the placement sees them."""
+        """All peers, as the placement needs them."""
         return Spans.of(self.peers, self.num_blocks)
 
 
@@ -144,7 +144,7 @@ class Directory:
         self._arriving.pop(record.peer.id, None)
 
     def announce(self, peer: Peer, until_s: float) -> None:
-        """That a peer is on its way to the blocks that are named."""
+        """Announces that a peer is moving to the blocks of `peer`."""
         self.withdraw(peer.id)
         self._arriving[peer.id] = peer, until_s
 
@@ -162,13 +162,13 @@ class Directory:
 
 
 def points_of(places: Sequence[Coordinate]) -> tuple[Floats, Floats]:
-    """Their vectors `[places, DIMENSIONS]` and heights."""
+    """Vectors `[places, DIMENSIONS]` and heights of these places."""
     vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
     return vectors, np.array([place.height_ms for place in places])
 
 
 def one_way_ms(place: Coordinate, vectors: Floats, heights: Floats) -> Floats:
-    """From one place to those points, as predicted."""
+    """Predicted one-way ms from one place to these points."""
     apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
     return (apart + heights + place.height_ms) / 2
 
@@ -177,7 +177,7 @@ MODEL = "5eed" * 8
 
 
 class Identities:
-    """Keys, addresses and records of devices by their ids; the same device always gets the same."""
+    """Keys, addresses and records of devices by their ids; constant for each device."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
@@ -189,7 +189,7 @@ class Identities:
         return Endpoint(_address(device), self._key(device))
 
     def device(self, name: str) -> str:
-        """Whose key, which was given out before, that is."""
+        """The device of a key that was issued before."""
         return self._ids[name]
 
     def hop(self, hop: Hop, record: Record) -> PlannedHop:
@@ -223,11 +223,11 @@ class Identities:
 
 
 def device_at(endpoint: Endpoint) -> str:
-    """The id of the device that listens there."""
+    """The id of the device at this endpoint."""
     return IPv6Address(endpoint.address.removeprefix("tcp://[").removesuffix("]:1")).packed.lstrip(b"\0").decode()
 
 
 def _address(device: str) -> str:
-    """Endpoints name IP addresses only: the id of at most 16 bytes is one."""
+    """Endpoints name IP addresses only, so the id of at most 16 bytes becomes one."""
     packed = device.encode().rjust(16, b"\0")
     return f"tcp://[{IPv6Address(packed)}]:1"

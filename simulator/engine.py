@@ -1,4 +1,4 @@
-"""The discrete-event simulation: every pass at every peer and every message between them is an event of its own."""
+"""The discrete-event simulation: every pass at every peer and every message between peers is an event."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ from splitnet.wire.messages import Close as CloseMessage
 from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 DRAIN_S: Final = 600.0
-"""How long sessions may still run when no more clients come; those that still run then have failed."""
+"""How long sessions may run after the last arrival; sessions that run longer have failed."""
 
 EVENTS_PER_REPORT: Final = 20_000
 
 RETRY_MS: Final = 2000.0
-"""A client whose session was given up tries again after this time."""
+"""A client whose session was given up retries after this time."""
 
 
 class Simulation:
-    """A world in which clients route, and peers choose blocks, by one policy. Times in ms.
+    """A world in which clients choose routes, and peers choose blocks, by one policy. Times in ms.
 
     Attributes:
-        sessions: of all clients that have come so far. running: how many have not ended.
-        tokens_in_time: that clients got while others still came.
-        membership: all peers. nodes: those that have joined so far, by id.
-        events: what is still to happen, and the clock.
+        sessions: of all clients that have arrived. running: number of sessions that have not ended.
+        tokens_in_time: tokens that clients received during the arrival of clients.
+        membership: all peers. nodes: peers that have joined, by id.
+        events: planned events, and the clock.
     """
 
     def __init__(self, world: World, routing: Routing, placing: Placing) -> None:
@@ -70,7 +70,7 @@ class Simulation:
         self.events = Events()
         self.membership = Membership(world, placing, self.events, self._leaving)
         self.nodes = self.membership.nodes
-        # Streams of their own, so that a policy's choices do not change what the network does to its peers.
+        # Separate streams, so that a policy's choices do not change the network's effect on its peers
         self._rng = np.random.default_rng([world.settings.seed, 3])
         choices = random.Random(world.settings.seed + 1)
         self._identities = Identities(world.settings.num_blocks)
@@ -83,7 +83,7 @@ class Simulation:
             self.events.at(request.at_s * 1000, self._come, request)
 
     def run(self) -> Iterator[float]:
-        """Runs to the end; says from time to time which share of the clients has come, at most 1."""
+        """Runs to the end. Yields from time to time the share of the clients that have arrived, at most 1."""
         coming_ends = self.world.settings.duration_s * 1000
         while self.events.next_before(coming_ends + DRAIN_S * 1000):
             if self.events.done % EVENTS_PER_REPORT == 0:
@@ -93,7 +93,7 @@ class Simulation:
         for session, driver in zip(self.sessions, self._drivers, strict=True):
             if session.state == RUNNING:
                 driver.end(FAILED)
-        while self.calls.under_way:  # peers are still told that sessions have ended
+        while self.calls.under_way:  # peers still receive the end of sessions
             self.events.next_before(math.inf)
         self.membership.close()
 
@@ -118,7 +118,7 @@ class Simulation:
 
 
 class Driver:
-    """Does what the machine of a session asks for, and what its client does beside. Times in ms."""
+    """Performs the effects of a session's machine, and simulates the rest of its client. Times in ms."""
 
     def __init__(self, session: Session, simulation: Simulation) -> None:
         session.feed = self.feed
@@ -129,16 +129,16 @@ class Driver:
         self._handling = False
         self._wakes_ms = math.inf
         self._requests: tuple[StepRequest, ...] = ()
-        """Submitted last, at `_sent_ms`; there were `_sent_repairs` then."""
+        """The latest submission, at `_sent_ms`, after `_sent_repairs` recoveries."""
         self._sent_ms = 0.0
         self._sent_repairs = 0
         self._looked_ms = 0.0
         self._retries = False
         self._lost = False
-        """The route that was planned last is not better than the former, but takes its place."""
+        """Whether the latest planned route replaces a lost one, rather than being better."""
 
     def feed(self, event: Event) -> None:
-        """Has the machine handle an event, and does what follows from it."""
+        """Passes an event to the machine, and performs the effects."""
         self._pending.append(event)
         if self._handling:
             return
@@ -155,7 +155,7 @@ class Driver:
         self._arm()
 
     def end(self, state: str) -> None:
-        """Ends it, and gives back what it has reserved."""
+        """Ends the session and releases its reservations."""
         self._session.state = state
         self._simulation.running -= 1
         self._session.ended_ms = self._simulation.events.now
@@ -169,7 +169,7 @@ class Driver:
             self._simulation.events.at(wakes_ms, self._wake, wakes_ms)
 
     def _due_ms(self) -> float:
-        """When the machine wants a tick; a hair later, so that the time in seconds is not before it."""
+        """When the machine wants a tick, slightly later, so that the time in seconds is not before it."""
         return self._session.machine.wake_at * 1000 + 1e-6
 
     def _wake(self, planned_ms: float) -> None:
@@ -213,7 +213,7 @@ class Driver:
             self.feed(event)
 
     def _follow_route(self, epoch: int) -> None:
-        """Takes over the route that the machine opens."""
+        """Switches to the route that the machine opens."""
         simulation, session, number = self._simulation, self._session, self._session.client.number
         if session.route is not None and session.route.epoch == epoch:
             return
@@ -239,11 +239,11 @@ class Driver:
         self._simulation.traffic.send(parcel)
 
     def _go_on(self) -> None:
-        """Takes what has come, and asks for more."""
+        """Takes results, and submits the next step."""
         machine = self._session.machine
         if machine.phase is Phase.BROKEN:
             self._requests = ()
-            if machine.error is None:  # a hop was lost while nothing was under way
+            if machine.error is None:  # a hop was lost while no request was under way
                 self.feed(Use())
             else:
                 self._try_later()
@@ -291,7 +291,7 @@ class Driver:
             self.end(FINISHED)
 
     def _moves(self) -> bool:
-        """Looks for a better route between two tokens, when it is time to, and goes over to it if that pays."""
+        """Looks for a better route between two tokens, when due, and moves to it if that pays."""
         simulation, session, planning = self._simulation, self._session, self._simulation.planning
         now = simulation.events.now
         due = now - self._looked_ms >= simulation.world.settings.replan_s * 1000

@@ -1,4 +1,4 @@
-"""Where devices are, and how long messages take between them."""
+"""The places of devices, and the latencies of messages between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scheduler.facts import Link, LinkTable, Network
 from splitnet.errors import SplitnetError
 
 CITIES: Final[Sequence[tuple[float, float, float]]] = (
-    # latitude, longitude, share of the devices
+    # Latitude, longitude, share of the devices
     (40.7, -74.0, 7), (42.4, -71.1, 2), (38.9, -77.0, 3), (33.7, -84.4, 2), (25.8, -80.2, 2), (41.9, -87.6, 3),
     (32.8, -96.8, 3), (39.7, -105.0, 1), (47.6, -122.3, 3), (37.5, -122.2, 5), (34.1, -118.2, 4), (43.7, -79.4, 3),
     (45.5, -73.6, 1), (19.4, -99.1, 2), (4.7, -74.1, 1), (-23.6, -46.6, 4), (-34.6, -58.4, 2), (-33.4, -70.7, 1),
@@ -28,7 +28,7 @@ CITIES: Final[Sequence[tuple[float, float, float]]] = (
     (31.2, 121.5, 4), (39.9, 116.4, 4), (37.6, 127.0, 3), (35.7, 139.7, 5), (34.7, 135.5, 2), (-33.9, 151.2, 2),
     (-37.8, 145.0, 1), (-36.8, 174.8, 1),
 )  # fmt: skip
-"""Rounded places and rough shares, made up for the simulator: what matters is that continents and coasts exist."""
+"""Rounded places and rough shares, generated for the simulator: only continents and coasts matter."""
 
 NETWORKS_PER_CITY: Final = 4
 EARTH_KM: Final = 6371.0
@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a device is connected. delay_ms: one way, of its access link. Rates in bytes per ms."""
+    """The connection of a device. delay_ms: one way, of its access link. Rates in bytes per ms."""
 
     delay_ms: float
     up_bytes_per_ms: float
@@ -47,10 +47,10 @@ class Access:
 
 
 class Geography:
-    """One-way latencies and bandwidths between devices, by their number. No table of pairs of devices is kept.
+    """One-way latencies and bandwidths between devices, by their number, without a table of pairs of devices.
 
-    The way between two access networks is longer than the great circle by a factor of its own, and some take a long
-    way round; so going by a third device is sometimes shorter (as on the Internet: Savage et al., 1999).
+    The path between two access networks is longer than the great circle by a factor of the pair, and some paths have a
+    detour; so a path through a third device is sometimes shorter (as on the Internet: Savage et al., 1999).
     """
 
     def __init__(self, rng: np.random.Generator, accesses: Sequence[Access]) -> None:
@@ -84,13 +84,13 @@ class Geography:
         self._delay = [float(delay) for delay in self.delay]
 
     def is_european(self, device: int) -> bool:
-        """Whether it stands between the Atlantic and the Urals."""
+        """Whether the device is between the Atlantic and the Urals."""
         x, y, z = self._points[device]
         latitude, longitude = math.degrees(math.asin(z)), math.degrees(math.atan2(y, x))
         return latitude > 36.0 and -12.0 < longitude < 45.0
 
     def one_way_ms(self, sender: int, receiver: int) -> float:
-        """Latency between two devices, the same both ways; without jitter."""
+        """Latency between two devices, the same in both directions, without jitter."""
         chord = math.dist(self._points[sender], self._points[receiver])
         kilometres = 2 * EARTH_KM * math.asin(min(1.0, chord / 2))
         here, there = self._network_of[sender], self._network_of[receiver]
@@ -98,7 +98,7 @@ class Geography:
         return self._delay[sender] + self._delay[receiver] + way
 
     def link(self, sender: int, receiver: int) -> Link:
-        """The link between two devices: as fast as the sender's way up and the receiver's way down allow."""
+        """The link between two devices: as fast as the sender's uplink and the receiver's downlink allow."""
         return Link(self.one_way_ms(sender, receiver), float(min(self.up[sender], self.down[receiver])))
 
     def one_way_from(self, sender: int, receivers: NDArray[np.int64]) -> Floats:
@@ -115,10 +115,10 @@ class Geography:
 
 
 class MeasuredGeography(Geography):
-    """Round trips that were measured between the nodes of some network; each device is at one of them.
+    """Round trips measured between the nodes of a network. Each device is at one node.
 
     Args:
-        rtt_ms: `[nodes, nodes]`, see `read_latencies`. With more devices than nodes, some share one.
+        rtt_ms: `[nodes, nodes]`, see `read_latencies`. With more devices than nodes, some devices share a node.
     """
 
     def __init__(self, rng: np.random.Generator, accesses: Sequence[Access], rtt_ms: Floats) -> None:
@@ -127,7 +127,7 @@ class MeasuredGeography(Geography):
         self._way_ms = rtt_ms / 2
 
     def is_european(self, device: int) -> bool:
-        raise SplitnetError("of measured latencies it is not known where the devices are: leave the scenario dark out")
+        raise SplitnetError("measured latencies do not show where the devices are: leave out the scenario dark")
 
     def one_way_ms(self, sender: int, receiver: int) -> float:
         way = self._way_ms[self._node_of[sender], self._node_of[receiver]]
@@ -139,13 +139,13 @@ class MeasuredGeography(Geography):
 
 
 def read_latencies(path: Path) -> Floats:
-    """Round trips in ms, `[nodes, nodes]`, from a text file of as many lines with as many numbers.
+    """Round trips in ms, `[nodes, nodes]`, from a text file with a square table of numbers.
 
-    Of two that differ by direction their mean counts. What is 0 or less was not measured, and is what the best way over
-    a third node takes.
+    Round trips that differ by direction are averaged. Values of 0 or less were not measured, and are replaced by the
+    shortest path through a third node.
 
     Raises:
-        SplitnetError: the file does not have that, or says nothing about some pair.
+        SplitnetError: the file has no such table, or no path between some pair.
     """
     try:
         lines = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -154,9 +154,9 @@ def read_latencies(path: Path) -> Floats:
             raise ValueError(f"{len(rows)} lines, one of them with {len(odd)} numbers")
         rtt_ms = np.array(rows, dtype=np.float64)
         if not rows or not np.isfinite(rtt_ms).all():
-            raise ValueError("something in it is infinite or no number" if rows else "it is empty")
+            raise ValueError("a value is infinite or no number" if rows else "it is empty")
     except (OSError, ValueError) as error:
-        raise SplitnetError(f"{path} has no table of round trips, as many lines as numbers in each: {error}") from error
+        raise SplitnetError(f"{path} has no square table of round trips: {error}") from error
     rtt_ms = np.where(rtt_ms > 0, rtt_ms, np.inf)
     rtt_ms = np.where(np.isinf(rtt_ms + rtt_ms.T), np.minimum(rtt_ms, rtt_ms.T), (rtt_ms + rtt_ms.T) / 2)
     np.fill_diagonal(rtt_ms, 0.0)
@@ -164,13 +164,13 @@ def read_latencies(path: Path) -> Floats:
     by_others = [(rtt_ms[here] + rtt_ms[:, there]).min() for here, there in missing]
     for (here, there), way_ms in zip(missing, by_others, strict=True):
         if math.isinf(way_ms):
-            raise SplitnetError(f"{path} does not tell how far nodes {here + 1} and {there + 1} are apart")
+            raise SplitnetError(f"{path} has no path between the nodes {here + 1} and {there + 1}")
         rtt_ms[here, there] = way_ms
     return rtt_ms
 
 
 class TrueNetwork(Network):
-    """A network in which every link is known as it is, which no real client has. number_of: devices by their names."""
+    """A network in which all true links are known, unlike for any real client. number_of: devices by their names."""
 
     def __init__(self, geography: Geography, number_of: dict[str, int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Devices that join, choose their blocks, publish what they know of themselves, move to other blocks, and leave."""
+"""Devices that join, choose their blocks, publish their facts, move to other blocks, and leave."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from simulator.world import USED_SLOWER, Device, Events, World, device_id, measu
 
 
 class Placing(Protocol):
-    """Chooses blocks for peers, and sometimes others. check_s: mean time after which a peer asks for others.
+    """Chooses blocks for peers, and new blocks later. check_s: mean interval at which a peer asks for new blocks.
 
-    announces_joining: whether a device that joins tells the others before it has loaded its blocks.
+    announces_joining: whether a joining device announces itself before it has loaded its blocks.
     """
 
     check_s: float
     announces_joining: bool
 
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
-        """Spans of the devices that are there from the start, as if they had joined one after the other."""
+        """Spans of the devices that exist from the start, as if they had joined one after the other."""
         ...
 
     def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
-        """The span of a device that joins those in view. place: where it believes that it stands."""
+        """The span of a device that joins the peers in view. place: its own estimate."""
         ...
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
@@ -41,12 +41,12 @@ class Placing(Protocol):
 
 
 class OwnPlacing:
-    """`choose_span` for those that join, and `best_move` for those that are there.
+    """`choose_span` for joining peers, and `best_move` for present ones.
 
-    A move that `best_move` wants confirmed is done when two looks at different views name it; what was announced in
-    between is part of the views.
+    A move that `best_move` wants confirmed is done when two different views name it. The views include earlier
+    announcements.
 
-    by_distance: whether peers count less the farther they are from one that joins.
+    by_distance: whether distant peers count less for a joining one.
     """
 
     announces_joining = False
@@ -114,18 +114,18 @@ class OwnPlacing:
 
 
 MEASURED_LINKS: Final = 16
-"""Links that a record holds at most."""
+"""Most links in a record."""
 
 USEFUL_PROBES: Final = 8
-"""To so many peers to which a chain may go on from it, the most useful of those that it has not measured yet, a peer
-measures its link each time before it publishes; and to half as many random ones. All of them tell where it stands.
+"""A peer measures its links to this many unmeasured peers, the most useful ones to which a chain may continue, before
+each publication, and to half as many random ones. These measurements also improve its coordinate.
 """
 
 FIRST_PROBES: Final = 32
 """The same when it begins to serve blocks."""
 
 FOUNDING_PROBES: Final = 256
-"""The same of peers that are there from the start, and have been for hours."""
+"""The same for peers that exist from the start, which have served for hours."""
 
 JOIN_PROBES: Final = 32
 """Round trips that a device measures before it joins."""
@@ -137,7 +137,7 @@ class Membership:
     leaving: called when a peer stops serving sessions, unless it is silent.
 
     Attributes:
-        nodes: of all devices that have joined so far, by id.
+        nodes: by id, of all devices that have joined.
         view: the facts that clients have.
         moves: how often peers changed their blocks.
         record_bytes: size of the largest record.
@@ -157,7 +157,7 @@ class Membership:
         self._num_blocks = world.settings.num_blocks
         self._records_per_look = max(1, round(world.settings.look_s / world.settings.refresh_s))
         self._directory = Directory(world.settings.record_ttl_s, world.settings.num_blocks)
-        # Streams of their own, so that the choices of one part do not change what happens in the others.
+        # Separate streams, so that the choices of one part do not change the events of the others.
         self._rng = np.random.default_rng([world.settings.seed, 1])
         self.view: View = self._directory.view(0.0)
         self._place_founders()
@@ -165,7 +165,7 @@ class Membership:
         self._events.at(self._settings.view_s * 1000, self._read_directory, None)
 
     def close(self) -> None:
-        """Ends the accounts of those that still serve."""
+        """Adds the last serving time of the peers that still serve."""
         for node in self.nodes.values():
             if node.serves:
                 node.account(self._events.now)
@@ -187,7 +187,7 @@ class Membership:
                 self._events.at(device.joins_s * 1000, self._join, device)
 
     def _draws(self, count: int, times: int) -> list[int]:
-        """So many numbers below `count`; none if that is 0."""
+        """`times` random numbers below `count`; none if count is 0."""
         drawn: list[int] = self._rng.integers(0, count, times).tolist() if count else []
         return drawn
 
@@ -254,7 +254,7 @@ class Membership:
         self._events.at(self._events.now + self._settings.refresh_s * 1000, self._publish, node)
 
     def _look_around(self, node: Node, count: int) -> None:
-        """Measures its links to so many of the most useful peers, and to half as many random ones for its place."""
+        """Measures links to `count` of the most useful peers, and to half as many random ones for the coordinate."""
         view, half = self.view, max(1, count // 2)
         likely = (self.nodes[view.peers[index].id] for index in self._useful(node))
         useful = [other.number for other in islice((each for each in likely if self._can_ask(node, each)), count)]
@@ -275,7 +275,7 @@ class Membership:
         return other.serves and other is not node
 
     def _useful(self, node: Node) -> Iterator[int]:
-        """Where in the view those stand whose links it has not measured, those that seem the most useful first."""
+        """Indices in the view of peers with unmeasured links, the most useful ones first."""
         view = self.view
         beside = self._beside(node)
         serving = beside[~self._measured(node, beside)]
@@ -284,11 +284,11 @@ class Membership:
         return map(int, serving[costs.argsort(kind="stable")])
 
     def _measured(self, node: Node, indices: Integers) -> NDArray[np.bool_]:
-        """To which of these in the view it has measured its link."""
+        """Whether the node has measured its link to each of these peers of the view."""
         return np.isin(self.view.numbers[indices], list(node.latency_ms))
 
     def _useful_links(self, node: Node) -> dict[str, Link]:
-        """Those of the links that it has measured that a record has room for, the most useful ones."""
+        """The most useful of its measured links, as many as fit a record."""
         view = self.view
         beside = self._beside(node)
         serving = beside[self._measured(node, beside)]
@@ -298,7 +298,7 @@ class Membership:
         return {device_id(number): self._world.geography.link(node.number, number) for number in numbers}
 
     def _beside(self, node: Node) -> Integers:
-        """Peers that serve the block behind its last one, or, of the last blocks, the one before its first one."""
+        """Peers that serve the block after its last one, or, for the last blocks, the block before its first one."""
         if node.end < self._num_blocks:
             return self.view.serving[node.end]
         return self.view.serving[node.start - 1] if node.start else np.zeros(0, dtype=np.int64)

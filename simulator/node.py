@@ -1,4 +1,4 @@
-"""A peer that runs: its queue, its passes, its KV memory, what it knows of itself; and the routes through peers."""
+"""A running peer: its queue, its passes, its KV memory and its records; and the routes through peers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ Hops = list[tuple["Node", int, int]]
 
 @dataclass(slots=True)
 class Wire:
-    """What it costs to get a step from one device to the next, directly or by way of the client.
+    """The cost of sending a step from one device to the next, directly or through the client.
 
-    token_ms: of one position, without the latency. stations: numbers of the devices that a step passes, the last of
-    which it ends at; links: between these; encodings: one of each. last_ms: when the last thing that was sent on each
-    arrives.
+    token_ms: of one position, without the latency. stations: numbers of the devices along the wire, including both
+    ends; links: between them; encodings: one of each link. last_ms: arrival time of the latest transfer over each link.
     """
 
     latency_ms: float
@@ -35,7 +34,7 @@ class Wire:
     last_ms: list[float]
 
     def in_order(self, index: int, arrival_ms: float) -> float:
-        """When something arrives over a link: nothing overtakes what was sent before it."""
+        """The arrival time of a transfer over a link, which cannot overtake earlier transfers."""
         self.last_ms[index] = max(self.last_ms[index], arrival_ms)
         return self.last_ms[index]
 
@@ -44,7 +43,7 @@ class Wire:
 class Route:
     """The hops of a session in one epoch.
 
-    client: its number. reserved: positions that the session has room for. wires: before each hop, and after the last.
+    client: its number. reserved: positions that the session has reserved. wires: before each hop, and after the last.
     """
 
     client: int
@@ -55,16 +54,16 @@ class Route:
 
 
 MIN_WAIT_MS: Final = 0.1
-"""Time must go on, or what is waited for would never be late."""
+"""Time must advance, or an awaited event would never be late."""
 
 
 @dataclass(slots=True, eq=False)
 class Parcel:
-    """New positions of a session on their way through the hops.
+    """New positions of a session in transit through the hops.
 
-    number: of the request. hop: at which they are, or to which they go. last_hop: at which they end. start: position of
-    the first. keep: how many come back. final: the client is told when they are done. remaining: positions that this
-    hop has still to run. follows: it came while others of its session waited there.
+    number: of the request. hop: index of the current or the next hop. last_hop: index of the final hop. start: first
+    position. keep: number of outputs that return to the client. final: the client is notified at the end. remaining:
+    positions that this hop has still to run. follows: it arrived while others of its session waited there.
     """
 
     route: Route
@@ -83,7 +82,7 @@ class Parcel:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """That they go through where they are."""
+        """The blocks that the parcel runs through at its hop."""
         _, start, end = self.route.hops[self.hop]
         return start, end
 
@@ -93,12 +92,12 @@ class Parcel:
 
     @property
     def left(self) -> int:
-        """Positions that its session has reserved and that come now or later."""
+        """Positions of the session's reservation that are still to come."""
         return self.route.reserved - self.start - self.positions + self.remaining
 
     @property
     def owner(self) -> int:
-        """Each client has a key of its own."""
+        """Each client has a separate key."""
         return self.route.client
 
 
@@ -106,9 +105,9 @@ class Parcel:
 class Held:
     """A session at a peer.
 
-    client: number of the client, which has one session. budget: positions that are reserved. cached: that are there.
-    waiting: parcels that wait or run. done: positions computed so far. last: highest number of a request of the epoch
-    that is finished. sending: parcels on their way to the next hop.
+    client: number of the client, which has one session. reservation: reserved positions. cached: positions in the KV
+    cache. waiting: parcels that wait or run. done: positions computed so far. last: highest number of a finished
+    request of the epoch. sending: parcels in transit to the next hop.
     """
 
     client: int
@@ -124,7 +123,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A client that a device waits for, None: more work of any; and since when."""
+    """The client that a device waits for (None: any client), and the beginning of the wait."""
 
     key: int | None
     since_ms: float
@@ -134,12 +133,12 @@ class Node:
     """A device that serves the blocks [start, end) at a time.
 
     Attributes:
-        generation: how often it has changed or lost its blocks; what was under way before is lost.
-        latency_ms: of the links to other peers that it has measured, by number. links: those that it tells of.
-        published: how many records since it began to serve its blocks.
+        generation: how often it has changed or lost its blocks; earlier passes are void.
+        latency_ms: of its measured links to other peers, by number. links: its published ones.
+        published: records since it began to serve its blocks.
         slower: factor to the time of a pass, while its owner works with the device.
         sending_ms: see `Peer`.
-        awaited: it has work, and waits for more.
+        awaited: set while it has work and waits for more.
     """
 
     def __init__(
@@ -182,19 +181,19 @@ class Node:
         self._gathers_from, self._gathers_until_ms = 0, 0.0
 
     def block_ms(self, positions: int) -> float:
-        """Of a pass through one block now."""
+        """Ms of a pass through one block at present."""
         return self.device.speed.at(positions) * self.slower
 
     def _pass_s(self, positions: int) -> float:
         return self.block_ms(positions) * (self.end - self.start) / 1000
 
     def begin(self, now_ms: float) -> None:
-        """Serves from now on."""
+        """Begins to serve."""
         self.serves = True
         self.served_since_ms = now_ms
 
     def stop(self, now_ms: float) -> list[Held]:
-        """Serves no more, and forgets everything; returns what it held."""
+        """Stops serving and clears all state. Returns the sessions that it held."""
         lost = list(self.sessions.values())
         self.sessions.clear()
         if self.serves:
@@ -209,12 +208,12 @@ class Node:
         return lost
 
     def account(self, now_ms: float) -> None:
-        """Counts the time for which it has served."""
+        """Adds the serving time since the last call."""
         self.served_ms += now_ms - self.served_since_ms
         self.served_since_ms = now_ms
 
     def open(self, client: int, epoch: int, blocks: tuple[int, int], reservation: int) -> FailureCode | None:
-        """Takes the session of a client in, or opens it in a newer epoch; or says why not."""
+        """Opens the session of a client, or moves it to a newer epoch. Returns the reason of a refusal, or None."""
         if not self.serves or not self.start <= blocks[0] < blocks[1] <= self.end:
             return FailureCode.WRONG_BLOCKS
         held = self.sessions.get(client)
@@ -231,14 +230,14 @@ class Node:
         return None
 
     def release(self, client: int) -> None:
-        """Gives the memory of a session back, if it is still there."""
+        """Releases the memory of a session, if the peer holds it."""
         held = self.sessions.pop(client, None)
         if held is not None:
             self.kv_used -= held.reservation
             self._delay.left(client)
 
     def _heads(self, held: bool) -> list[Parcel]:
-        """The first of every session, for which its others wait; if `held`, without prompts that would go on."""
+        """The first parcel of each session, before its other parcels; if `held`, without prompts for a next hop."""
         heads: dict[int, Parcel] = {}
         for parcel in sorted(self.ready, key=lambda parcel: (parcel.arrived_ms, parcel.number)):
             heads.setdefault(parcel.owner, parcel)
@@ -250,20 +249,20 @@ class Node:
         ]
 
     def arrived(self, parcel: Parcel, now_ms: float) -> None:
-        """A parcel waits from now on."""
+        """Adds an arrived parcel."""
         parcel.arrived_ms = now_ms
         self.ready.append(parcel)
         self._fair.shares.came(parcel.owner, now_ms / 1000)
 
     def left(self, parcel: Parcel, now_ms: float) -> None:
-        """A parcel that has arrived is done, or was given up."""
+        """Removes an arrived parcel that is done or was given up."""
         self._fair.shares.left(parcel.owner, now_ms / 1000)
 
     def next_pass(self, now_ms: float, sent_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
-        """Parcels that run now, with how many positions of each, and for how many ms.
+        """The parcels of the next pass, with the number of positions of each, and the ms of the pass.
 
-        No parcel: for so many ms the node waits for others, see `awaited`.
-        sent_ms: when all is sent that waits for its way up.
+        Without parcels, the ms for which the node waits for others, see `awaited`. sent_ms: when the uplink's queue
+        will be sent.
         """
         now = now_ms / 1000
         shares = self._fair.shares
@@ -315,7 +314,7 @@ class Node:
         return taken, took_ms
 
     def _gathers_ms(self, now_ms: float) -> float:
-        """For how long it still waits for more work before it looks what runs, as real peers do: while more comes."""
+        """Ms of further waiting for work before the next pass. As real peers, it waits longer when more arrives."""
         ready = len({parcel.owner for parcel in self.ready})
         if not self._gathered and ready > self._gathers_from:
             delay_ms = self._delay.delay_s(ready) * 1000
@@ -331,7 +330,7 @@ class Node:
         return counts
 
     def ran(self, taken: list[tuple[Parcel, int]], took_ms: float, now_ms: float) -> None:
-        """A pass has ended."""
+        """Records the end of a pass."""
         self.running = False
         self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
         if sum(count for _, count in taken) <= DECODE_POSITIONS * len(taken):
@@ -339,11 +338,11 @@ class Node:
             self._delay.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
-        """Ms that a step waits, and positions of others that share its pass: see `scheduler/batching.py`."""
+        """Ms that a step waits, and positions of others in its pass: see `scheduler/batching.py`."""
         return self._load.at(now_ms / 1000)
 
     def record(self, now_ms: float) -> Record:
-        """What it publishes, as real peers tell it: see `peers/server.py`."""
+        """Its record, as real peers publish it: see `peers/server.py`."""
         wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,

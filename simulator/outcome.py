@@ -1,6 +1,6 @@
-"""What becomes of the clients of a world under a policy, in figures; and what it costs a route that little is known.
+"""The results of clients under a policy, and the extra cost of routes that are planned with little knowledge.
 
-The latter is judged with the facts with which a world begins, in which no peer is busy, and by the links as they are.
+The latter is measured at the start of a world, when no peer is busy, with the true links.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ T_QUANTILES: Final = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.2
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one policy in one or more worlds.
+    """Results of one policy in one or more worlds.
 
-    ttft_ms: from the client's wish for a route to the first token, of sessions that got one. token_ms: mean time
-    between tokens, of each session with two or more. hops: of each session that has finished. utilisation: of each
-    peer, the share of the time in which it served that it was busy. tokens: in time_s, which is how long clients came.
-    predicted: what the plan said of the time per token, as a share of what it was; of sessions that kept their route.
+    ttft_ms: from the client's request for a route to the first token, of sessions that got one. token_ms: mean time
+    between tokens, of each session with two or more. hops: of each finished session. utilisation: of each peer, the
+    busy share of its serving time. tokens: received within time_s, the time in which clients arrive. predicted:
+    predicted time per token as a share of the actual one, of sessions that kept their route.
     """
 
     sessions: int
@@ -58,12 +58,12 @@ class Outcome:
 
     @property
     def goodput(self) -> float:
-        """Tokens per second that clients got."""
+        """Tokens per second that clients received."""
         return self.tokens / self.time_s
 
     @property
     def gini(self) -> float:
-        """How uneven the peers are busy: 0, all alike; 1, one does everything."""
+        """Inequality of the peers' load: 0, all are equally busy; 1, one peer does all work."""
         busy = np.sort(np.array(self.utilisation))
         if not len(busy) or busy.sum() == 0:
             return 0.0
@@ -71,7 +71,7 @@ class Outcome:
         return float((2 * ranks - len(busy) - 1) @ busy / (len(busy) * busy.sum()))
 
     def figures(self) -> dict[str, float]:
-        """What there is to compare; not a number where nothing was there to measure."""
+        """The figures to compare; NaN if no value was measured."""
         return {
             "ttft_p50_s": percentile(self.ttft_ms, 50) / 1000,
             "ttft_p95_s": percentile(self.ttft_ms, 95) / 1000,
@@ -93,12 +93,12 @@ class Outcome:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Not a number if there are no values."""
+    """NaN if there are no values."""
     return float(np.percentile(values, percent)) if len(values) else float("nan")
 
 
 def outcome_of(simulation: Simulation) -> Outcome:
-    """Of a simulation that has ended."""
+    """The outcome of a simulation that has ended."""
     sessions = simulation.sessions
     finished = [session for session in sessions if session.state == FINISHED]
     several = [session for session in sessions if session.tokens > 1]
@@ -127,9 +127,9 @@ def outcome_of(simulation: Simulation) -> Outcome:
 
 
 def simulate(world: World, policy: str, progress: Callable[[float], None] | None = None) -> Outcome:
-    """What becomes of the clients of a world under a policy, one of `POLICIES`; the same arguments give the same.
+    """Simulates the clients of a world under a policy, one of `POLICIES`; deterministic.
 
-    progress: told from time to time which share of the clients has come.
+    progress: called from time to time with the share of the clients that have arrived.
     """
     chosen = POLICIES[policy]
     world = world.under(**chosen.rules)
@@ -141,7 +141,7 @@ def simulate(world: World, policy: str, progress: Callable[[float], None] | None
 
 
 def pooled(outcomes: Sequence[Outcome]) -> Outcome:
-    """The same policy in several worlds, as if all their sessions were of one."""
+    """The results of one policy in several worlds, pooled as if of one world."""
     totals: dict[str, Any] = {}
     for field in fields(Outcome):
         first, *others = (getattr(outcome, field.name) for outcome in outcomes)
@@ -151,10 +151,10 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def differences(outcomes: Sequence[Outcome], others: Sequence[Outcome], figure: str) -> tuple[float, float, float]:
-    """By what share a figure of `outcomes` exceeds that of `others` in the same worlds: mean, and 95% interval.
+    """The share by which a figure of `outcomes` exceeds that of `others` in the same worlds: mean, and 95% interval.
 
-    The mean of the ratios is geometric. A world in which one of the two is 0 or nothing does not count; an interval of
-    less than two worlds is not a number.
+    The mean of the ratios is geometric. A world in which one of the two is 0 or missing does not count; an interval
+    over less than two worlds is NaN.
     """
     pairs = [(one.figures()[figure], other.figures()[figure]) for one, other in zip(outcomes, others, strict=True)]
     ratios = np.log([one / other for one, other in pairs if one > 0 and other > 0])
@@ -171,10 +171,10 @@ def differences(outcomes: Sequence[Outcome], others: Sequence[Outcome], figure: 
 PAIRS: Final = 20_000
 
 EXACT_PEERS: Final = 2000
-"""Above that a table of all links takes gigabytes: routes over all peers are left out."""
+"""Above this, a table of all links takes gigabytes, and routes over all peers are left out."""
 
 NARROW: Final = BestOptions(spread=False)
-"""As clients plan."""
+"""As real clients plan."""
 
 PLANS: Final = (
     ("all links known, of all peers", BestOptions(limit=EVERYBODY, true_links=True, spread=False)),
@@ -189,7 +189,7 @@ PLANS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class CoordinateError:
-    """Relative errors of round trips predicted between peers. fell_short: share of pairs predicted too near."""
+    """Relative errors of predicted round trips between peers. fell_short: share of pairs predicted too near."""
 
     median: float
     p90: float
@@ -198,9 +198,9 @@ class CoordinateError:
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:
-    """Of one way to plan. excess: by how much a token takes longer than with the first way of all, for each client.
+    """Quality of one planning method. excess: by which share a token is slower than with the first method, per client.
 
-    plan_ms: median of the time that a plan took.
+    plan_ms: median duration of a plan.
     """
 
     name: str
@@ -209,9 +209,9 @@ class PlanQuality:
 
 
 def coordinate_error(world: World) -> CoordinateError:
-    """Over random pairs of the peers that are there from the start. Raises SplitnetError if there are no two."""
+    """Errors over random pairs of the initial peers. Raises SplitnetError if there are fewer than two peers."""
     if len(world.coordinates) < 2:
-        raise SplitnetError("one peer is nowhere: simulate two and more")
+        raise SplitnetError("a single peer has no distances: simulate at least two")
     rng = np.random.default_rng([world.settings.seed, 4])
     here, there = rng.integers(0, len(world.coordinates), (2, PAIRS))
     here, there = here[here != there], there[here != there]
@@ -225,9 +225,9 @@ def coordinate_error(world: World) -> CoordinateError:
 
 
 def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> Iterator[PlanQuality]:
-    """For the first clients of a world each way of `PLANS` that the swarm is small enough for, and a random route.
+    """Qualities for the first clients of a world: all methods of `PLANS` that fit the swarm's size, and a random route.
 
-    clock: gives the time in seconds, to measure how long planning takes.
+    clock: returns the time in seconds, to measure the duration of planning.
 
     Raises CoverageError if the peers do not serve all blocks.
     """

@@ -1,9 +1,9 @@
-"""The rules of Petals, written anew after its paper and its documentation of behaviour, as something to compare with.
+"""The rules of Petals, rewritten from its paper and its documented behaviour, for comparison.
 
 Borzunov et al., "Distributed Inference and Fine-tuning of Large Language Models Over The Internet" (NeurIPS 2023),
-section 3 and appendix; numbers that the paper does not give are those of its program in November 2026
+section 3 and appendix. Numbers that the paper does not give come from the program in November 2026
 (bigscience-workshop/petals): 18 ms overhead per hop, 150 ms for a link that was not measured, 10 s for a server without
-free cache, and rebalancing below 75% of the throughput that could be.
+free cache, and rebalancing below 75% of the possible throughput.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ Integers = NDArray[np.int64]
 class PetalsRouting:
     """The shortest path over servers, each used to the end of its blocks.
 
-    push: servers send to each other, and a link costs what the sending server has measured, or `UNKNOWN_MS`; without
-    it everything goes through the client, which knows the round trip to each server exactly, which is more than Petals'
-    own client measures. Load is not a part of the costs.
+    push: servers send to each other, and a link costs the latency that the sending server has measured, or
+    `UNKNOWN_MS`. Without it all activations pass through the client, which knows the round trip to each server exactly,
+    unlike Petals' own client. The costs ignore load.
     """
 
     replans = False
@@ -97,9 +97,9 @@ class PetalsRouting:
         first: int,
         end: int,
     ) -> tuple[dict[int, int], float]:
-        """As above; the server after server i stands at the number of boundaries + i."""
+        """As above; the entry at the number of boundaries + i is the server after server i."""
         following: dict[int, int] = {}
-        left = np.where(view.end >= end, one_way, np.inf)  # from when a server has run its last block
+        left = np.where(view.end >= end, one_way, np.inf)  # from the end of a server's last block on
         base = num_boundaries(view)
 
         def enter(block: int) -> tuple[Integers, Floats]:
@@ -147,15 +147,15 @@ class PetalsRouting:
 
 
 def num_boundaries(view: View) -> int:
-    """Of the blocks of the model, both ends included."""
+    """The number of boundaries between blocks, including both ends of the model."""
     return view.num_blocks + 1
 
 
 class PetalsPlacing:
-    """A server joins where throughput is lowest, and moves if the swarm could then be balanced so that it gains enough.
+    """A server joins where throughput is lowest, and moves if rebalancing could raise the throughput enough.
 
-    The throughput of a server is the lesser of what its network and its arithmetic allow: requests per second of
-    positions that each run half of its blocks.
+    The throughput of a server is the lesser of its network's and its arithmetic's: requests per second of positions
+    that each run half of its blocks.
     """
 
     check_s = CHECK_S
@@ -186,7 +186,7 @@ class PetalsPlacing:
         return spans
 
     def _of_view(self, view: View) -> tuple[Floats, Floats]:
-        """The throughput of each block, and that of each server; those that still load count as if they served."""
+        """The throughput of each block, and of each server; servers that are loading count as serving."""
         if self._summed[0] is view:
             return self._summed[1].copy(), self._summed[2]
         numbers: list[int] = view.numbers.tolist()
@@ -205,7 +205,7 @@ class PetalsPlacing:
         return start, start + device.max_blocks
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
-        """Petals lets each server play through how all would move; here that is done once for each view."""
+        """Petals simulates all moves in each server; this does so once for each view."""
         throughput, each = self._of_view(view)
         initial = float(throughput.min())
         own = self._throughput(node.device)

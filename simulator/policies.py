@@ -1,4 +1,4 @@
-"""The policies that can be simulated; ways to choose a route from the same facts: that of splitnet, and simple ones."""
+"""The policies that can be simulated: splitnet's choice of routes, and simple ones with the same facts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ EVERYBODY: Final = 1_000_000
 """As a limit of candidates: no limit."""
 
 GRAIN: Final = 64
-"""To multiples of so many positions prompts are rounded up, so that the peers are prepared seldom for the choice."""
+"""Prompts are rounded up to multiples of this many positions, so that candidates are prepared rarely."""
 
 
 class Routing(Protocol):
-    """A way to choose routes.
+    """A method of choosing routes.
 
-    through_client: whether the client carries everything from hop to hop. replans: whether sessions look for better
-    routes while they run. has_coordinates: whether clients know where peers stand.
+    through_client: whether all activations between hops pass through the client. replans: whether sessions look for
+    better routes while they run. has_coordinates: whether clients know the coordinates of peers.
     """
 
     through_client: bool
@@ -53,11 +53,11 @@ class Routing(Protocol):
 class BestOptions:
     """How `Best` plans.
 
-    limit: to how many candidates. coordinates: whether links that were not measured are predicted from coordinates, or
-    count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
-    routes while they run. prompt: whether the length of the prompt counts, too.
-    checks: how often the peers of a new route are asked for the latencies between them, and the route is planned again.
-    load: whether queues and batches of the peers count. spread: whether the choice among near-equal routes is random.
+    limit: largest number of candidates. coordinates: whether unmeasured links are predicted from coordinates, or count
+    as bad. true_links: whether all true links are known instead. replans: whether sessions look for better routes while
+    they run. prompt: whether the length of the prompt counts, too. checks: how often the peers of a new route are asked
+    for the latencies between them, followed by a new plan. load: whether queues and batches of the peers count. spread:
+    whether the choice among near-equal routes is random.
     """
 
     limit: int = LIMIT
@@ -71,7 +71,7 @@ class BestOptions:
 
 
 class Best:
-    """`best_route` over `candidates`, corrected by what the session itself has seen."""
+    """`best_route` over candidates, corrected by the observations of the session."""
 
     through_client = False
 
@@ -124,7 +124,7 @@ class Best:
             unknown = [pair for pair in pairs if pair not in network.measured]
             if not unknown:
                 break
-            # The client asks the senders, each of which sends something there and back.
+            # The client asks the senders, and each sender sends a message there and back.
             asked_ms += max(
                 2 * (self._latency(plan, CLIENT, sender) + self._latency(plan, sender, receiver))
                 for sender, receiver in unknown
@@ -145,7 +145,7 @@ class Best:
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
     def _crowd(self, view: View) -> CandidateIndex:
-        """Of all peers in view, kept until there is another view."""
+        """An index of all peers in view, cached until the view changes."""
         if self._kept is None or self._kept[0] is not view:
             peers = view.peers if self._options.load else view.idle_peers
             self._kept = view, CandidateIndex(peers, view.places if self._options.coordinates else Network())
@@ -156,7 +156,7 @@ class Best:
         return self._world.geography.one_way_ms(numbers.get(sender, client), numbers.get(receiver, client))
 
     def _known(self, plan: Plan, view: View) -> dict[str, Peer]:
-        """Peers of which pings, or the session itself, tell something else than they publish."""
+        """Peers about which pings, or the session itself, show other facts than their records."""
         known: dict[str, Peer] = {}
         if self._options.load:
             told = (plan.client.corrected(view.records[name]) for name in plan.client.told if name in view.records)
@@ -176,7 +176,7 @@ class Best:
         return known
 
     def _network(self, plan: Plan, view: View, places: Mapping[str, Place], ids: Collection[str]) -> Network:
-        """The links between some peers and the client, with those that were measured."""
+        """The links between these peers and the client, including measured ones."""
         if self._options.true_links:
             return TrueNetwork(self._world.geography, self._world.names_for(plan.client.number))
         names = {plan.source, plan.target, *ids}
@@ -195,7 +195,7 @@ class Best:
 
 
 class Stepwise:
-    """Chooses one peer after the other, each for as many blocks as it has."""
+    """Chooses one peer after the other, each for as many blocks as it serves."""
 
     through_client = False
     replans = False
@@ -205,7 +205,7 @@ class Stepwise:
         self._world = world
 
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
-        """Which of `serving` (indices in the view) comes next. sender: number of the device that sends to it."""
+        """The next peer, one of `serving` (indices in the view). sender: number of the device before it."""
         raise NotImplementedError
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
@@ -230,14 +230,14 @@ class Stepwise:
 
 
 class RandomRoute(Stepwise):
-    """Any peer that serves the next block."""
+    """A random peer that serves the next block."""
 
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
         return int(serving[rng.randrange(len(serving))])
 
 
 class FewestHops(Stepwise):
-    """The peer whose span goes farthest; any of them, if there are several."""
+    """The peer whose span ends last; a random one among equals."""
 
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
         reach = np.minimum(view.end[serving], end)
@@ -246,7 +246,7 @@ class FewestHops(Stepwise):
 
 
 class Nearest(Stepwise):
-    """The peer with the least latency from the one before, which it knows exactly."""
+    """The peer with the least true latency from the previous device."""
 
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
         latency = self._world.geography.one_way_from(sender, view.numbers[serving])

@@ -1,4 +1,4 @@
-"""A client's session, and what it has planned: by the policy, with what the client knows."""
+"""A client's session, and its plans: by the policy, with the knowledge of the client."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ FINISHED: Final = "finished"
 FAILED: Final = "failed"
 
 POSITION: Final = bytes(4)
-"""An activation of one value: what it stands for takes time in `Wire`, and no memory here."""
+"""An activation of one value: `Wire` counts the time of the real ones, and this saves memory."""
 
 PLAIN = codec_by_name("none")
 
 
 class Session:
-    """One request and its way through the swarm, with the machine of real sessions. All times in ms.
+    """One request and its session in the swarm, with the state machine of real sessions. All times in ms.
 
     Attributes:
-        machine: its life.
+        machine: the state machine.
         route: the hops of the present epoch; None: there are none. hops: the same; after the end the last ones.
-        first_ms, last_ms: when the client had its first and its latest token.
+        first_ms, last_ms: when the client received its first and its latest token.
         predicted_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
-        predictions: by what factor routes were slower than predicted.
-        seen, latencies: what it met at its hops, and between them.
-        contacts: since when the client is connected to peers.
-        feed: has the machine handle an event, and does what follows from it.
+        predictions: how many times as slow as predicted routes were.
+        seen, latencies: observations at its hops, and between them.
+        contacts: when the client's connection to each peer is up.
+        feed: passes an event to the machine, and performs the effects.
     """
 
     feed: Callable[[Event], None]
@@ -93,24 +93,24 @@ class Session:
 
     @property
     def moves(self) -> int:
-        """To a better route."""
+        """Changes to a better route."""
         return sum(each.cause is Cause.BETTER_ROUTE for each in self.machine.recoveries)
 
     @property
     def repairs(self) -> int:
-        """Of a route that had lost a hop, or what was under way on it."""
+        """Repairs of a route after the loss of a hop, or of messages."""
         return len(self.machine.recoveries) - self.moves
 
     def endpoint(self, node: Node) -> Endpoint:
         return self._identities.endpoint(node.id)
 
     def failure(self, node: Node, epoch: int, number: int, code: FailureCode) -> Received:
-        """That a peer refuses something; number 0: the session itself."""
+        """The refusal of a peer; number 0: it concerns the session itself."""
         message = Failure(self.machine.session, epoch, number, code, code.name.lower().replace("_", " "))
         return Received(self.endpoint(node), message)
 
     def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
-        """Takes in what a token met at a hop."""
+        """Records the observations of a token at a hop."""
         seen = self.seen.get(node)
         if seen is None:
             seen = self.seen[node] = SeenHop()
@@ -118,7 +118,7 @@ class Session:
         seen.wait_ms.add(wait_ms)
 
     def result(self, parcel: Parcel) -> Received:
-        """That a request, or a replay, is done."""
+        """The notice that a request, or a replay, is done."""
         node, _, end = parcel.route.hops[parcel.last_hop]
         payload = POSITION * parcel.keep
         message = Result(self.machine.session, parcel.route.epoch, parcel.number, end, 0, (), payload)
@@ -130,9 +130,9 @@ class Planning:
 
     Args:
         routing: the policy.
-        view: what clients know now.
-        nodes: all peers by id, to see whether one that is banned answers.
-        choices: makes the random ones.
+        view: returns the present view of clients.
+        nodes: all peers by id, to see whether a banned peer answers.
+        choices: source of random choices.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Planning:
         return self._routing.replans
 
     def answer(self, session: Session, asked: AskRoute) -> tuple[RoutePlanned | NoRoute, Planned]:
-        """The answer to a machine's question, and what the policy says of the last part that it planned."""
+        """The answer to the machine's request for a route, and the plan of the part that was planned last."""
         if asked.unban:
             for name in session.bans.keys():  # noqa: SIM118 (not a mapping)
                 if self._nodes[self._identities.device(name)].serves:
@@ -194,7 +194,7 @@ class Planning:
         return RoutePlanned(asked.number, tuple(route), _codecs(route)), planned
 
     def better(self, session: Session) -> tuple[Move, Planned] | None:
-        """A change of route that pays for the tokens that are left, or None."""
+        """A change of route that pays for the remaining tokens, or None."""
         present = [hop.planned for hop in session.machine.hops]
         plan = replace(
             self._plan(session, session.bans.keys()),
@@ -217,7 +217,7 @@ class Planning:
         return Move(tuple(route), _codecs(route)), planned
 
     def step_ms(self, session: Session, positions: int, in_flight: int = 1) -> float:
-        """What so many steps of so many positions are predicted to take on the present route; 0: not known."""
+        """Predicted ms of `in_flight` steps of `positions` positions on the present route; 0: not known."""
         hops = [_named(hop.planned) for hop in session.machine.hops]
         view = self._view()
         if any(hop.peer not in view.records for hop in hops):
@@ -233,7 +233,7 @@ class Planning:
         )
 
     def step_positions(self, session: Session, positions: int) -> int:
-        """Into steps of what size so many positions are cut, as a real client cuts them."""
+        """The size of the steps into which a client cuts this many positions, as real clients do."""
         if positions <= SIZES[0]:
             return positions
         return best_step(
@@ -247,7 +247,7 @@ class Planning:
         return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
     def _route(self, session: Session, plan: Plan) -> Planned:
-        """Past silent peers, as real clients search for it."""
+        """Plans around silent peers, as real clients do."""
         now_s, holders = self._clock_s(), {hop.peer for hop in plan.present}
         searcher = _Searcher(self._world, self._routing, self._view(), self._choices, plan, now_s)
         planned = searched_route(
@@ -272,7 +272,7 @@ class _Searcher:
 
     Attributes:
         names: of all peers in view.
-        contacts: peers that the search has asked. waited_ms: how long that took.
+        contacts: peers that the search has pinged. waited_ms: duration of the pings.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class _Searcher:
                 return None
             raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
         holders = {hop.peer for hop in self._plan.present}
-        # Bandwidths are known.
+        # Bandwidths are known, so no end is unmeasured.
         return Found(route, unmeasured=(), newcomers=[hop.peer for hop in route.hops if hop.peer not in holders])
 
     def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:

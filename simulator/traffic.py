@@ -1,4 +1,4 @@
-"""What is under way: steps over links, into queues and through passes; and what clients and peers say beside steps."""
+"""Steps in transit over links, through queues and passes, and the other messages of clients and peers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from splitnet.transport.pool import KEEP_S
 from splitnet.wire.messages import Close, FailureCode, Open, Opened, Replay
 
 RESTART_MS: Final = 200.0
-"""After this silence, and a round trip more, a connection begins slowly again (RFC 5681, section 4.1)."""
+"""After this silence and a round trip, a connection starts slowly again (RFC 5681, section 4.1)."""
 
 
 class Stream:
-    """What one device sends another over TCP, in slow start (RFC 5681, section 3.1). Times in ms.
+    """A TCP connection from one device to another, in slow start (RFC 5681, section 3.1). Times in ms.
 
     Args:
-        window_bytes: that are sent before the first are confirmed (RFC 6928: ten segments).
+        window_bytes: sent before the first confirmation (RFC 6928: ten segments).
     """
 
     __slots__ = ("_free_ms", "_sent_bytes", "_window_bytes")
@@ -41,7 +41,7 @@ class Stream:
         self._free_ms = -math.inf
 
     def sent(self, begin_ms: float, took_ms: float, nbytes: float, link: Link) -> float:
-        """When the last of `nbytes` is sent that begin now, and take `took_ms` on a connection at full speed."""
+        """When the last of `nbytes` is sent, from `begin_ms` on; at full speed the transfer would take `took_ms`."""
         trip_ms = 2 * link.latency_ms
         if begin_ms - self._free_ms > RESTART_MS + trip_ms:
             self._sent_bytes = 0.0
@@ -56,13 +56,14 @@ class Stream:
 
 
 Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
-"""A pass under way: at which node, in which generation of it, how many positions of each parcel, and its ms."""
+"""A running pass: its node, the node's generation, the number of positions of each parcel, and the pass's ms."""
 
 
 class Traffic:
     """Carries parcels from hop to hop. Times in ms.
 
-    sessions: by the number of the client. through_client: whether the client carries everything between two hops.
+    sessions: by the number of the client. through_client: whether all activations between two hops pass through the
+    client.
     """
 
     def __init__(self, world: World, events: Events, sessions: Mapping[int, Session], through_client: bool) -> None:
@@ -92,7 +93,7 @@ class Traffic:
         return wires
 
     def replay(self, route: Route, first: int, last: int, positions: int, number: int) -> None:
-        """Has the hop before hop `first` send so many positions again, in steps that fit a pass."""
+        """The hop before hop `first` sends `positions` positions again, in steps that fit a pass."""
         start = 0
         while start < positions:
             count = min(positions - start, PASS_POSITIONS)
@@ -101,14 +102,14 @@ class Traffic:
             start += count
 
     def send(self, parcel: Parcel) -> None:
-        """Sends a parcel to its hop from the one before it."""
+        """Sends a parcel to its hop from the previous hop."""
         parcel.remaining = parcel.positions
         if (sender := _sender_of(parcel)) is not None:
             sender.sending += 1
         self._send_over((parcel, 0))
 
     def _send_over(self, item: tuple[Parcel, int]) -> None:
-        """Sends a parcel over a link of its wire. Long ones of a device go one after the other; tokens slip in."""
+        """Sends a parcel over a link of its wire. Long parcels of a device queue up; decode steps need not wait."""
         parcel, index = item
         wire, positions, now = parcel.route.wires[parcel.hop], parcel.positions, self._events.now
         link, encoding = wire.links[index], wire.encodings[index]
@@ -124,7 +125,7 @@ class Traffic:
             self._events.at(arrival, self._send_over, (parcel, index + 1))
 
     def _sent(self, here: int, there: int, link: Link, positions: int, encoding: Encoding) -> float:
-        """When the last of a long step has been sent."""
+        """When the last byte of a long step has been sent."""
         took_ms = encoding.ms(positions, link.bytes_per_ms)
         nbytes = positions * encoding.bytes_per_position
         begin = max(self._events.now, self._uplink_free_ms.get(here, 0.0))
@@ -158,7 +159,7 @@ class Traffic:
                 self._begin_pass(node)
 
     def _say_no_session(self, parcel: Parcel) -> None:
-        """A hop that does not hold the session says so to the sender of the step, which passes it on to the client."""
+        """A hop without the session reports this to the sender of the step, which forwards it to the client."""
         route, session = parcel.route, self._sessions[parcel.route.client]
         node = teller = route.hops[parcel.hop][0]
         delay_ms = 0.0
@@ -170,7 +171,7 @@ class Traffic:
         self._events.at(self._events.now + delay_ms, session.feed, failure)
 
     def _is_present(self, route: Route) -> bool:
-        """Whether its session still uses it."""
+        """Whether the session still uses this route."""
         return self._sessions[route.client].route is route
 
     def _begin_pass(self, node: Node) -> None:
@@ -225,7 +226,7 @@ class Traffic:
             parcel.passed_over = 0
             self.send(parcel)
         elif parcel.final:
-            # Of a prompt only its last position comes back; of a replay nothing but the news.
+            # A prompt returns only its last position; a replay returns no outputs.
             route = parcel.route
             wire = route.wires[-1]
             latency_ms, payload_ms = wire.latency_ms, wire.token_ms if parcel.keep else 0.0
@@ -236,14 +237,14 @@ class Traffic:
             self._events.at(wire.in_order(-1, arrival), self._answer, parcel)
 
     def _answer(self, parcel: Parcel) -> None:
-        """The client is told that a request, or a replay, is done."""
+        """Tells the client that a request, or a replay, is done."""
         if self._is_present(parcel.route):
             session = self._sessions[parcel.owner]
             session.feed(session.result(parcel))
 
 
 def _sender_of(parcel: Parcel) -> Held | None:
-    """The session at the hop before, in the epoch of a parcel that goes from there to the next."""
+    """The session at the hop before a parcel, if it is in the parcel's epoch."""
     route = parcel.route
     held = route.hops[parcel.hop - 1][0].sessions.get(route.client) if parcel.hop else None
     return held if held is not None and held.epoch == route.epoch else None
@@ -256,23 +257,23 @@ class Calls:
     """Carries calls and their answers. Times in ms.
 
     Attributes:
-        under_way: how many have not arrived.
+        under_way: calls and answers that have not arrived.
     """
 
     def __init__(self, world: World, events: Events, traffic: Traffic) -> None:
         self.under_way = 0
         self._users: dict[tuple[int, ...], list[Session]] = {}
-        """Of connections, by their owners: a client, or a peer and the next."""
+        """Sessions that use a connection, by its owners: a client, or a peer and its next hop."""
         self._up_ms: dict[tuple[int, int], float] = {}
-        """Since when a peer is connected to the next."""
+        """When a peer's connection to its next hop is up."""
         self._geography = world.geography
         self._events = events
         self._traffic = traffic
 
     def send(self, session: Session, node: Node, call: Call) -> None:
-        """Sends a call to a peer; the first may have to connect to it.
+        """Sends a call to a peer; the first call may have to connect first.
 
-        A client that was in use lately has measured its links to likely peers, and so is connected to them.
+        A client that has run for a while has measured its links to likely peers, and so is connected to them.
         """
         one_way_ms, now = self._one_way_ms(session, node), self._events.now
         if node not in session.contacts:
@@ -285,7 +286,7 @@ class Calls:
         self._later(waits_ms + one_way_ms, self._arrived, (session, node, call))
 
     def _others(self, key: tuple[int, ...], session: Session) -> list[Session]:
-        """Other sessions that use such connections, or did so before they were closed; from now on this one does."""
+        """Other sessions that use this connection, or did until it was closed. Adds the session to its users."""
         now = self._events.now
         others = [
             each
@@ -296,7 +297,7 @@ class Calls:
         return others
 
     def say_leaving(self, node: Node, held: Iterable[tuple[Session, int]]) -> None:
-        """A peer tells the clients of these sessions, each in an epoch, that it goes; or its machine ends the links."""
+        """A leaving peer notifies the clients of these sessions, each with its epoch, or its links end."""
         for session, epoch in held:
             if node.gone and node.device.crashes:
                 endpoint = session.endpoint(node)
@@ -323,7 +324,7 @@ class Calls:
     def _arrived(self, item: tuple[Session, Node, Call]) -> None:
         session, node, call = item
         if node.gone:
-            # A device that crashed is silent. One that left has no listener, which a client sees when it connects.
+            # A crashed device is silent. A device that left has no listener, which a client sees when it connects.
             if isinstance(call, Open) and not node.device.is_silent:
                 endpoint = session.endpoint(node)
                 error = PeerLost(f"nobody listens at {endpoint.address}: it may have ended")
@@ -352,7 +353,7 @@ class Calls:
         self._later(self._reaches_ms(session, node) + self._one_way_ms(session, node), session.feed, answer)
 
     def _reaches_ms(self, session: Session, node: Node) -> float:
-        """How long a peer takes to reach the hop after it, before it says that it is open."""
+        """Ms that a peer needs to connect to its next hop before it reports that it is open."""
         following = next((after for (hop, _, _), (after, _, _) in pairwise(session.hops) if hop is node), None)
         if following is None or self._traffic.through_client:
             return 0.0

@@ -1,4 +1,4 @@
-"""What no policy decides: devices, when they come and go, the requests of clients, and the order of events."""
+"""The policy-independent part of a simulation: devices, their lifetimes, client requests, and the order of events."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from simulator.geography import Access, Geography, MeasuredGeography, read_laten
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that a simulation depends on; the same settings give the same result.
+    """All inputs of a simulation; the same settings give the same result.
 
-    peers: living at any time, on average. clients: each with one session. sessions_per_peer_hour: how often they come.
-    num_blocks, hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: how long they stay
-    after the last time. look_s: how often a peer measures links, before a publication, and considers other blocks.
-    view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time that devices stay;
-    infinite for no churn. own_use: whether their owners work with them. moves: whether peers may change their blocks.
-    jitter: mean share by which a message's latency exceeds the link's. loss: share of messages that are sent twice.
-    window_bytes: that a connection sends before any are confirmed; infinite: all at once. wait_limit_s: how long a
-    client waits for a route, or for the next token when there is none.
-    replan_s: how often a session looks for a better route; corrects: whether by the errors of earlier predictions.
-    burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
-    probes: to how many random peers, and then to how many that its routes most likely go through, a client measures
-    its links; None: as clients do.
-    latencies: a file of measured round trips, in place of made-up ones.
+    peers: mean number of live peers. clients: each with one session. sessions_per_peer_hour: arrival rate. num_blocks,
+    hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: lifetime of a published record.
+    look_s: how often a peer measures links, before a publication, and considers other blocks. view_s: how often clients
+    read all facts. load_s: to load one block. uptime: factor to the time that devices stay; infinite for no churn.
+    own_use: whether owners work with their devices. moves: whether peers may change their blocks. jitter: mean share by
+    which a message's latency exceeds the link's. loss: share of messages that are sent twice. window_bytes: bytes that
+    a connection sends before any are confirmed; infinite: all at once. wait_limit_s: how long a client without a route
+    waits for one, or for the next token. replan_s: how often a session looks for a better route; corrects: whether it
+    applies the errors of earlier predictions. burst: all clients arrive within a second. dark: half way through, all
+    devices in Europe fall silent for good. probes: numbers of peers to which a client measures its links, first random
+    ones, then the likeliest of its routes; None: as real clients do. latencies: a file of measured round trips, instead
+    of generated ones.
     """
 
     peers: int = 1000
@@ -65,7 +64,7 @@ class Settings:
 
     @property
     def duration_s(self) -> float:
-        """How long clients arrive; in a burst, how long the tokens are counted of those that came at once."""
+        """How long clients arrive; in a burst, how long tokens are counted."""
         if self.burst:
             return BURST_COUNTS_S
         return self.clients / (self.peers * self.sessions_per_peer_hour / 3600)
@@ -86,7 +85,7 @@ SCENARIOS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "dark": {"sessions_per_peer_hour": 20.0, "dark": True},
     }
 )
-"""Settings by what clients and devices do."""
+"""Settings for what clients and devices do, by scenario."""
 
 RULES: Final = frozenset(
     [
@@ -107,12 +106,12 @@ RULES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of device. share: of all.
+    """A kind of device. share: of all devices.
 
-    decode_ms: to read a block's weights. prefill_ms: arithmetic of a position in a block.
-    blocks: fewest and most that its owner gives memory for. kv_positions: that all sessions may take together.
-    uptime_h: mean time until it leaves. wired: whether its link is that of a data centre. own_use: whether its owner
-    works with it from time to time, which makes it slower.
+    decode_ms: to read a block's weights. prefill_ms: arithmetic of a position in a block. blocks: smallest and largest
+    number of blocks that owners allow. kv_positions: that all sessions may reserve together. uptime_h: mean lifetime.
+    wired: whether its link is that of a data centre. own_use: whether its owner works with it from time to time, which
+    slows it down.
     """
 
     name: str
@@ -137,7 +136,7 @@ KINDS: Final[Sequence[Kind]] = (
 """A block of 0.9 GB, as of a model of 70 billion parameters with 8 bits each, read at 1800 down to 55 GB/s."""
 
 ACCESSES: Final[Sequence[tuple[float, tuple[float, float], tuple[float, float], tuple[float, float]]]] = (
-    # share; one-way delay in ms, Mbit/s up and Mbit/s down, each from .. to
+    # Share; one-way delay in ms, Mbit/s up and Mbit/s down, each as a range
     (0.35, (0.5, 2.0), (100.0, 900.0), (200.0, 1000.0)),
     (0.40, (2.5, 7.0), (10.0, 50.0), (100.0, 1000.0)),
     (0.25, (5.0, 10.0), (4.0, 20.0), (20.0, 150.0)),
@@ -145,15 +144,15 @@ ACCESSES: Final[Sequence[tuple[float, tuple[float, float], tuple[float, float], 
 """Fibre; cable; telephone line or radio."""
 DATA_CENTRE: Final = (1.0, (0.5, 0.7), (1000.0, 1000.0), (1000.0, 1000.0))
 BYTES_PER_MS: Final = 125.0
-"""Of one Mbit/s."""
+"""In one Mbit/s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device that serves blocks.
 
-    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word. resets: but its machine goes
-    on, which ends the connections. used_s: from when to when its owner works with it.
+    number: in the geography. crashes: it leaves without notice. resets: it crashes, but its machine runs on and ends
+    the connections. used_s: begin and end of each time in which its owner works with it.
     """
 
     number: int
@@ -170,13 +169,13 @@ class Device:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it leaves without any sign to others."""
+        """Whether other devices get no sign when it leaves."""
         return self.crashes and not self.resets
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A client, number in the geography, that wants `output` tokens for `prompt` tokens at a time."""
+    """A client, by its number in the geography, that requests `output` tokens after `prompt` tokens at a time."""
 
     number: int
     at_s: float
@@ -189,7 +188,7 @@ class Request:
 
 
 class World:
-    """Devices and requests drawn from the seed; every policy meets the same."""
+    """Devices and requests drawn from the seed; the same for every policy."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -207,7 +206,8 @@ class World:
             for number, (kind, joins, leaves) in enumerate(lifetimes)
         ]
         self.requests = draw_requests(rng, settings, len(self.devices))
-        use = np.random.default_rng([settings.seed, 6])  # of its own, so that all else is the same without it
+        # A separate generator, so that everything else is the same without it.
+        use = np.random.default_rng([settings.seed, 6])
         self.devices = [
             replace(device, used_s=_draw_use(use, device, settings.duration_s)) if settings.own_use else device
             for device in self.devices
@@ -226,7 +226,7 @@ class World:
     def given(
         cls, settings: Settings, geography: Geography, devices: Sequence[Device], requests: Sequence[Request]
     ) -> World:
-        """A world of which nothing is drawn but where devices believe to be. Numbers of devices: 0 and on, as given."""
+        """A world with these devices, numbered from 0 in order, and requests; only coordinates are drawn."""
         world = cls.__new__(cls)
         world.settings, world.geography = settings, geography
         world.devices, world.requests = list(devices), list(requests)
@@ -238,7 +238,7 @@ class World:
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
 
     def under(self, **rules: Any) -> World:
-        """The same world with other settings, of those with which nothing is drawn.
+        """The same world with other settings, of those in `RULES`.
 
         Raises ValueError for a setting on which the world itself depends.
         """
@@ -249,17 +249,17 @@ class World:
         return other
 
     def sending_ms(self, device: Device) -> float:
-        """For which what a position gives to the next hop occupies the device's way up."""
+        """Ms for which the output of one position occupies the device's uplink."""
         least = min(encoding.bytes_per_position for encoding in self.settings.encodings)
         return least / float(self.geography.up[device.number])
 
     def names_for(self, client: int) -> dict[str, int]:
-        """The number of each device by its name, as a client sees it."""
+        """The number of each device by its name, and the client's."""
         return {**self.number_of, CLIENT: client}
 
 
 def draw_requests(rng: np.random.Generator, settings: Settings, first_client: int) -> list[Request]:
-    """Requests of one client each, in the order of their times; first_client: its number in the geography."""
+    """Requests, one per client, ordered by time; first_client: number of the first client in the geography."""
     arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
     if settings.burst:
         arrivals = BURST_AT_S + arrivals / settings.duration_s
@@ -276,13 +276,13 @@ def device_id(number: int) -> str:
 
 
 def _lifetimes(rng: np.random.Generator, settings: Settings) -> list[tuple[Kind, float, float]]:
-    """Kinds with the times at which their devices come and go: as many come as go on average."""
+    """Kinds of devices with their times of joining and leaving; on average as many join as leave."""
     shares = np.array([kind.share for kind in KINDS])
     lifetimes: list[tuple[Kind, float, float]] = []
     drawn: list[int] = rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()).tolist()
     for kind in drawn:
         joins, uptime_s = 0.0, 3600 * KINDS[kind].uptime_h * settings.uptime
-        while joins < settings.duration_s:  # a place in the swarm, taken by one device after the other
+        while joins < settings.duration_s:  # one place in the swarm, taken by one device after the other
             leaves = joins + (float(rng.exponential(uptime_s)) if np.isfinite(uptime_s) else np.inf)
             lifetimes.append((KINDS[kind], joins, leaves))
             joins = leaves
@@ -323,7 +323,7 @@ def _draw_device(
 USED_EVERY_S: Final = 2 * 3600.0
 USED_FOR_S: Final = 600.0
 USED_SLOWER: Final = 3.0
-"""How often a device's owner works with it, and for how long, on average; it is slower by the factor then."""
+"""How often and for how long a device's owner works with it, on average, and how many times as slow it is then."""
 
 
 def _draw_use(rng: np.random.Generator, device: Device, end_s: float) -> list[tuple[float, float]]:
@@ -342,10 +342,10 @@ NEWCOMER_ROUNDS: Final = 32
 
 
 def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices: Sequence[Device]) -> list[Coordinate]:
-    """Where the devices that are there from the start believe to be.
+    """The coordinates of the devices that exist from the start, by their own measurements.
 
-    The first few have measured round trips to random others for two hours, once in 30 s; each later one has measured
-    some when it joined those before it, as a swarm grows.
+    The first devices have measured round trips to random others for two hours, once in 30 s; each later device measured
+    some to earlier devices when it joined, as in a growing swarm.
     """
     count = sum(device.joins_s == 0 for device in devices)
     coordinates: list[Coordinate] = [Coordinate()] * count
@@ -364,7 +364,7 @@ def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices
 def measured_to(
     rng: np.random.Generator, geography: Geography, number: int, own: Coordinate, other: int, theirs: Coordinate
 ) -> Coordinate:
-    """The coordinate of a device after it measured a round trip to another, up to 10% too long."""
+    """The coordinate of a device after a round trip to another, measured up to 10% too long."""
     rtt_ms = 2 * geography.one_way_ms(number, other) * (1 + 0.1 * rng.random())
     return own.moved(theirs, rtt_ms, tuple(rng.normal(size=DIMENSIONS).tolist()))
 
@@ -373,11 +373,11 @@ Subject = TypeVar("Subject")
 
 
 class Events:
-    """What is still to happen. Of two events at the same time the one that was planned first comes first.
+    """Planned events and the clock. Of two events at the same time, the one that was planned first comes first.
 
     Attributes:
         now: in ms.
-        done: how many events have happened.
+        done: number of events that have happened.
     """
 
     def __init__(self) -> None:
@@ -391,7 +391,7 @@ class Events:
         heapq.heappush(self._planned, (ms, next(self._order), act, subject))
 
     def next_before(self, end_ms: float) -> bool:
-        """Lets the next event happen, and says so; False if none is planned until then."""
+        """Runs the next event and returns True; False if none is planned before `end_ms`."""
         if not self._planned or self._planned[0][0] > end_ms:
             return False
         self.now, _, act, subject = heapq.heappop(self._planned)

@@ -1,4 +1,4 @@
-"""splitnet: run a model that is too big for any one device across many, and tune prompts for it."""
+"""splitnet: run a model that is too big for one device across many devices, and tune its prompts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def foreign_modules() -> list[str]:
-    """A sentence for each module of another project that is imported in the place of our `scheduler` or `peers`."""
+    """A warning for each module of another project that hides splitnet's `scheduler` or `peers`."""
     sentences: list[str] = []
     for name in ("scheduler", "peers"):
         try:
             spec = find_spec(name)
-        except ValueError:  # a module that a program made itself
+        except ValueError:  # a module without a spec, made by a program
             spec = None
         if spec is None and name not in sys.modules:
             continue
@@ -47,7 +47,7 @@ for _sentence in foreign_modules():
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: programs that do not use the library are spared them.
+    # torch and transformers take seconds to import, so they are imported only when the library is used.
     if name in ("AutoModelForCausalLM", "AutoTokenizer"):
         from splitnet.hf import causal_lm
 

@@ -8,7 +8,7 @@ from splitnet import foreign_modules
 
 
 def main() -> None:
-    """Runs the command line; where a module of another project stands in the place of ours, it says so and ends."""
+    """Runs the command line. Exits with a message if another project's modules hide splitnet's."""
     try:
         from splitnet.cli.main import main as run
     except ImportError:

@@ -21,17 +21,17 @@ from splitnet.bounded_program import LENGTH_BYTES, too_much
 from splitnet.errors import SplitnetError
 
 _PROGRAM: Final = Path(__file__).with_name("bounded_program.py")
-START_S: Final = 60.0  # in which the process is ready
-ANSWER_S: Final = 15.0  # of a question, on a machine that is busy with other work, too
-MOST_BYTES: Final = 64 << 20  # of an answer
+START_S: Final = 60.0  # Time within which the process must be ready
+ANSWER_S: Final = 15.0  # Time within which a question must be answered, also on a busy machine
+MOST_BYTES: Final = 64 << 20  # Longest answer
 
 
 class BoundedProcess:
-    """A process for the questions of one job. Thread-safe; it starts with the first question, or before that.
+    """A process for the questions of one job. Thread-safe; it starts with `begin` or with the first question.
 
     Args:
         job: a key of `bounded_program.JOBS`.
-        setup: makes what the process is told once, before its first question.
+        setup: makes the setup that the process receives once, before its first question.
     """
 
     def __init__(self, job: str, setup: Callable[[], Any] = lambda: None) -> None:
@@ -41,7 +41,7 @@ class BoundedProcess:
         self._is_ready = False
 
     def begin(self) -> None:
-        """Starts the process, and waits for nothing."""
+        """Starts the process without waiting until it is ready."""
         with self._lock:
             if self._running is None:
                 self._running = self._start()
@@ -59,11 +59,11 @@ class BoundedProcess:
                 if self._answer(process, self._setup(), START_S) is None:
                     self._stop(process)
                     command = f"{sys.executable} {_PROGRAM} {self._job}"
-                    raise SplitnetError(f"no {self._job} can be read: run `{command}` to see why")
+                    raise SplitnetError(f"the reader of {self._job}s does not start: run `{command}` to see why")
                 self._is_ready = True
             try:
                 answer = self._answer(process, question, ANSWER_S)
-            except BaseException:  # the unread answer would be taken for the answer to the next question
+            except BaseException:  # the unread answer would be read as the answer to the next question
                 self._stop(process)
                 raise
             if answer is None:
@@ -85,7 +85,7 @@ class BoundedProcess:
 
     @staticmethod
     def _answer(process: subprocess.Popen[bytes], question: Any, seconds: float) -> bytes | None:
-        """A frame; None: the process has ended, or is ended as it takes too long."""
+        """The frame of the answer to a question; None: the process has ended, or took too long and was killed."""
         asked, told = process.stdin, process.stdout
         assert asked is not None and told is not None
         timer = threading.Timer(seconds, _kill, [process])
@@ -103,7 +103,7 @@ class BoundedProcess:
             timer.join()
 
     def end(self) -> None:
-        """Kills the process, if there is one: a process that still starts would outlive the interpreter."""
+        """Kills the process if it runs: a process that is still starting would outlive the interpreter."""
         if self._running is not None:
             _kill(self._running)
             self._running.wait()
@@ -113,7 +113,7 @@ class BoundedProcess:
         self._running, self._is_ready = None, False
         atexit.unregister(self.end)
         _kill(process)
-        with suppress(OSError), process:  # closes its pipes, into which nothing can be written any more, and waits
+        with suppress(OSError), process:  # closes the pipes of the dead process, and waits
             pass
 
 

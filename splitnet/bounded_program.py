@@ -20,24 +20,24 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
-STACK_BYTES = 4 << 20  # of the thread that does the jobs: half of what threads have elsewhere
+STACK_BYTES = 4 << 20  # Stack of the thread that does the jobs: half of the usual stack of a thread
 NICENESS = 10  # so that steps of answers run first
 
 BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20)}
 """Seconds of processor time, and bytes of memory beside the setup, for a question of each job."""
 
 GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 2**15, "verbose_errors": False}
-"""What llguidance may take for an answer beyond its own defaults: states take up to 2 kB each."""
+"""Limits of llguidance for an answer that differ from its defaults; a state takes up to 2 kB."""
 
-FIRST_TOKENS = 8  # of an answer, that a grammar is tried with
+FIRST_TOKENS = 8  # Tokens of an answer with which a grammar is tried
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, around the answers in a template
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' tag around answers in a template
 
 Job = Callable[[Any], Any]  # gives the answer to a question, or raises an error that describes the fault
 
 
 def templates(_setup: None) -> Job:
-    """Renders chat templates; of a template without messages, the answer is the list of its variables."""
+    """Renders chat templates; the answer to a question without messages is the list of the template's variables."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def answer(question: dict[str, Any]) -> str | list[str]:
@@ -56,7 +56,7 @@ def templates(_setup: None) -> Job:
 
 
 def _variables(template: str) -> list[str]:
-    """The variables that a template reads and sets in no loop; jinja2 computes constants to find them."""
+    """The variables that a template reads and no loop of it sets; jinja2 computes constants to find them."""
     from jinja2 import Environment, nodes
     from jinja2.meta import find_undeclared_variables
 
@@ -149,8 +149,8 @@ def _write(told: BinaryIO, data: bytes) -> None:
 
 
 def _bound(seconds: int, memory: int) -> None:
-    """The process that asks ends this one in time, unless it has been killed itself."""
-    with suppress(ImportError, ValueError, OSError):  # Windows; a system that does not bound these
+    """Bounds this process itself: the asking process, which kills it in time, may have been killed."""
+    with suppress(ImportError, ValueError, OSError):  # Windows, or a system without these limits
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,4 +1,4 @@
-"""Every error that splitnet raises on purpose: one sentence that says what happened and how to fix it."""
+"""Errors that splitnet raises on purpose; each message is one sentence that says what happened and how to fix it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class SplitnetError(Exception):
     """Base of all errors that a user can act on; the command line prints them without a traceback.
 
     Attributes:
-        generated: token ids `[batch, seq]`, prompt included, if the error ended a `generate()` that had come so far; a
-            `generate()` that goes on from them loses nothing. None otherwise.
+        generated: token ids `[batch, seq]`, prompt included, that a `generate()` had made before the error ended it;
+            another `generate()` can continue from them. None otherwise.
     """
 
     generated: Any = None
@@ -28,19 +28,19 @@ class UnsupportedModel(SplitnetError):
 
 
 class WeightsError(SplitnetError):
-    """Blocks cannot hold their weights in the form that was asked for."""
+    """Blocks cannot hold their weights in the requested format."""
 
 
 class KernelsError(SplitnetError):
-    """There are no such kernels for this CPU as were asked for."""
+    """The requested kernels do not exist for this CPU."""
 
 
 class UnsupportedParameter(SplitnetError, ValueError):
-    """A parameter of `generate()` or `forward()` asks for what cannot be had with remote blocks."""
+    """A parameter of `generate()` or `forward()` is not supported with remote blocks."""
 
 
 class ProtocolError(SplitnetError):
-    """A frame that breaks the wire protocol: the sender's fault."""
+    """A frame breaks the wire protocol: the sender's fault."""
 
 
 class ProtocolVersionError(ProtocolError):
@@ -52,7 +52,7 @@ class CodecError(ProtocolError):
 
 
 class NotFinite(CodecError):
-    """Numbers are inf, NaN or too large to be sent, and no single peer is at fault."""
+    """Activations are inf, NaN or too large to send, and no single peer is at fault."""
 
 
 class AdapterError(SplitnetError):
@@ -60,7 +60,7 @@ class AdapterError(SplitnetError):
 
 
 class DataError(SplitnetError):
-    """Training data, or what an earlier run of training has left, cannot be used."""
+    """Training data or files of an earlier run of training cannot be used."""
 
 
 class NotAuthorized(SplitnetError):
@@ -68,7 +68,7 @@ class NotAuthorized(SplitnetError):
 
 
 class WrongKey(NotAuthorized):
-    """What answers at the address of a peer has another key, as after a start with a new one."""
+    """The process at the address of a peer has another key, for example after a restart with a new key."""
 
 
 class KeyFileError(SplitnetError):
@@ -76,23 +76,23 @@ class KeyFileError(SplitnetError):
 
 
 class DirectoryError(SplitnetError):
-    """The DHT cannot be joined or answered nothing."""
+    """The DHT cannot be joined or does not answer."""
 
 
 class LanError(SplitnetError):
-    """This machine cannot look for others on its local network, or be found there."""
+    """This machine cannot find peers on its local network, or cannot be found there."""
 
 
 class ConfigurationError(SplitnetError):
-    """The configuration file holds what no option takes."""
+    """The configuration file holds a name or a value that no option accepts."""
 
 
 class CoverageError(SplitnetError):
-    """Some blocks of the model are served by nobody."""
+    """No peer serves some blocks of the model."""
 
 
 class OtherWeights(CoverageError):
-    """Who serves some blocks holds their weights otherwise than a session had them, and that was not allowed."""
+    """All peers of some blocks hold weights otherwise than the session's peers did, which the caller does not allow."""
 
 
 class WrongSwarm(SplitnetError):
@@ -108,7 +108,7 @@ class PeerLost(SplitnetError):
 
 
 class SessionLost(PeerLost):
-    """A peer answers, but does not hold the session any more."""
+    """A peer answers, but does not hold the session."""
 
 
 class SessionClosed(SplitnetError):
@@ -117,10 +117,6 @@ class SessionClosed(SplitnetError):
 
 class PeerLeaving(PeerLost):
     """A peer is about to end; it serves the session until it is replaced."""
-
-
-class PeerTooOld(SplitnetError):
-    """A peer runs a version of splitnet that lacks what a session needs."""
 
 
 class PeerFailed(SplitnetError):
@@ -132,7 +128,7 @@ class ContextTooLong(SplitnetError):
 
 
 class TooLongForPeers(ContextTooLong, PeerBusy):
-    """No chain of the peers that are there holds so many positions, not even without other sessions."""
+    """No route of the present peers could hold this many positions, even without other sessions."""
 
 
 class OutOfMemory(SplitnetError):
@@ -144,14 +140,14 @@ class AddressInUse(SplitnetError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a sentence of ours: its first line, or else its kind."""
+    """The first line of an error's message, or else the name of its type, to quote in a message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
 def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
-    """Around a library that reads what others wrote, and raises what it stumbles over: panics of Rust among it.
-    `refusal`: called with what happened, gives the error to raise in its place."""
+    """Replaces errors of a library that reads untrusted input, and may raise any error, such as a panic of Rust.
+    refusal: gives the error to raise instead, for the first line of the library's error."""
     try:
         yield
     except SplitnetError:
@@ -164,8 +160,8 @@ def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
 
 @contextmanager
 def listening_at(place: str, option: str, fix: str) -> Iterator[None]:
-    """Around what listens at a place. Raises AddressInUse: it is taken, another is chosen with `option`; SplitnetError:
-    it is not one of this machine, with the `fix`."""
+    """Replaces errors of code that listens at an address. Raises AddressInUse: the address is taken, `option` chooses
+    another; SplitnetError: the address is not one of this machine; `fix` says what to do."""
     try:
         yield
     except OSError as error:

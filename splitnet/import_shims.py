@@ -1,6 +1,6 @@
-"""Imports of other libraries without what they bring along and nothing here uses.
+"""Faster imports of torch and transformers, without modules that they import and splitnet does not use.
 
-These are workarounds: `tests/unit/test_light_imports.py` says when each can go.
+These are workarounds; `tests/unit/test_light_imports.py` says when each can be removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ABSENT: Final = {
     "is_torch_flex_attn_available": "torch._dynamo, and torch._inductor",
     "is_scipy_available": "scipy.optimize, for losses of object detection",
 }
-"""What transformers is told to be absent, and the imports that this saves."""
+"""Checks of transformers that are made to say no, and the imports that this saves."""
 
 _INDICES: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 
@@ -31,14 +31,14 @@ _claimed = False
 
 
 def claim_process() -> None:
-    """This process belongs to a command; programs that use the library have transformers as it is."""
+    """Marks this process as a command of splitnet; programs that use the library get transformers unchanged."""
     global _claimed
     _claimed = True
 
 
 def import_models(*, signals_raise: bool = True) -> None:
-    """Imports what all models of transformers need; does nothing the second time, or in programs of others.
-    signals_raise: handlers of signals raise, and have to wait for the end."""
+    """Imports the modules that all models of transformers need, once, and only in commands of splitnet.
+    signals_raise: signal handlers raise, so signals are held back until the imports have ended."""
     if not _claimed or "transformers.modeling_utils" in sys.modules:
         return
     with _signals_held() if signals_raise else nullcontext(), _collector_off():
@@ -47,7 +47,7 @@ def import_models(*, signals_raise: bool = True) -> None:
             utils: Any = importlib.import_module(module)
             for name in ABSENT:
                 setattr(utils, name, lambda: False)
-        late_package("transformers.models")  # it reads the files of all families to know their names
+        late_package("transformers.models")  # its import reads the files of all families
         _import_when_asked(torch.distributed, "tensor")
         _forget_dtensors(torch)
         with _without_compiler(torch):
@@ -57,7 +57,7 @@ def import_models(*, signals_raise: bool = True) -> None:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Delays a first signal: libraries catch what its handler raises within an import, and go on with half of it."""
+    """Delays a first signal: a library may catch the handler's error during an import and continue half imported."""
     arrived: list[int] = []
     before: dict[int, Any] = {}
 
@@ -82,7 +82,7 @@ def _signals_held() -> Iterator[None]:
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """It would walk over all that has been imported again and again."""
+    """Turns garbage collection off: during imports it would walk over all imported objects again and again."""
     gc.disable()
     try:
         yield
@@ -93,7 +93,7 @@ def _collector_off() -> Iterator[None]:
 
 @contextmanager
 def _without_compiler(torch: Any) -> Iterator[None]:
-    """Functions of transformers are marked for torch's compiler, which is imported to mark them."""
+    """Replaces the modules of torch's compiler, which transformers imports only to mark functions."""
     stand_ins: dict[str, Any] = {name: ModuleType(name) for name in ("torch._dynamo", _INDICES)}
     marks, indices = stand_ins.values()
     marks.allow_in_graph = marks.assume_constant_result = lambda function: function
@@ -104,13 +104,13 @@ def _without_compiler(torch: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del vars(torch)["_dynamo"]  # torch imports the true one when it is asked for
+        del vars(torch)["_dynamo"]  # torch imports the real module at its first use
         for name in stand_ins:
             del sys.modules[name]
 
 
 def _forget_dtensors(torch: Any) -> None:
-    """At the first use of a tensor with a `__torch_dispatch__` torch asks for the class of `DTensor`, and keeps it."""
+    """Makes torch look up the class `DTensor` with a stand-in: it does so once, for the first `__torch_dispatch__`."""
     if "torch.distributed.tensor" in sys.modules:
         return
 
@@ -129,7 +129,7 @@ def _forget_dtensors(torch: Any) -> None:
 
 
 def _import_when_asked(package: Any, child: str) -> None:
-    """Other libraries use what transformers would have imported without an import of their own."""
+    """Imports a module at its first use: other libraries rely on transformers' import of it."""
 
     def find(name: str) -> Any:
         if name != child:
@@ -140,7 +140,7 @@ def _import_when_asked(package: Any, child: str) -> None:
 
 
 def late_package(name: str) -> None:
-    """Has modules of a package imported by their full names without its `__init__`, until that is used after all."""
+    """Lets modules of a package be imported by their full names without its `__init__`, which runs at its first use."""
     if name in sys.modules:
         return
     spec = importlib.util.find_spec(name)
@@ -156,9 +156,9 @@ def late_package(name: str) -> None:
 
 class _LatePackage(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name not in ("__all__", "__version__"):  # asked of every module
+        if name.startswith("__") and name not in ("__all__", "__version__"):  # Python looks these up in every module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        if module := sys.modules.get(f"{self.__name__}.{name}"):  # it is being imported
+        if module := sys.modules.get(f"{self.__name__}.{name}"):  # the module is being imported
             return module
         object.__setattr__(self, "__class__", ModuleType)
         assert self.__spec__ is not None and self.__spec__.loader is not None

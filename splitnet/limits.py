@@ -1,4 +1,4 @@
-"""Limits: rates, accounts of bytes and places by holder, time for patterns of others, open files.
+"""Limits: rates, accounts of bytes and places by holder, time for untrusted patterns, open files.
 
 A `TokenBucket` bounds a rate. `Budget` and `Places` refuse what does not fit; `FairAccount` evicts the largest holding.
 """
@@ -27,7 +27,7 @@ V = TypeVar("V")
 
 
 def keep_latest(kept: dict[K, V], key: K, value: V, most: int) -> None:
-    """Puts an entry last, and forgets the first of more than `most`."""
+    """Puts an entry last, and removes the first entries beyond `most`."""
     kept.pop(key, None)
     kept[key] = value
     while len(kept) > most:
@@ -35,20 +35,20 @@ def keep_latest(kept: dict[K, V], key: K, value: V, most: int) -> None:
 
 
 class TokenBucket:
-    """The tokens that one key has spent; they come back evenly, at a rate that each call names. at: when tokens were
-    spent last, in seconds."""
+    """The tokens that one key has spent; they come back evenly, at a rate that each call gives. at: time of the last
+    spending, in seconds."""
 
     def __init__(self) -> None:
         self.at = 0.0
         self._spent = 0.0
 
     def wait_s(self, per_minute: int, now: float) -> int:
-        """Seconds until there are tokens, where a quiet minute saves `per_minute` of them; 0: there are some."""
+        """Seconds until tokens are available; 0: some are. At most `per_minute` tokens are saved up."""
         owed = self._still_spent(per_minute, now) - per_minute
         return math.floor(owed * MINUTE_S / per_minute) + 1 if owed >= 0 else 0
 
     def spend(self, tokens: float, per_minute: float, now: float) -> float:
-        """Takes tokens, also where there are not as many; returns all that were spent and have not come back."""
+        """Spends tokens, even more than are available; returns all spent tokens that have not come back."""
         self._spent = self._still_spent(per_minute, now) + tokens
         self.at = now
         return self._spent
@@ -57,20 +57,20 @@ class TokenBucket:
         return max(0.0, self._spent - (now - self.at) * per_minute / MINUTE_S)
 
 
-BURST_S = 0.25  # after a pause a share of this many seconds passes at once
-LEAST_BURST = 1 << 20
-ACTIVE_S = 1.0  # a name that passed nothing for this long has no share
+BURST_S = 0.25  # Seconds of a share that may pass at once after a pause
+LEAST_BURST = 1 << 20  # Least bytes that may pass at once
+ACTIVE_S = 1.0  # A name that has passed nothing for this long has no share
 
 
 class SharedRate:
-    """Bytes per second, shared evenly by the names that are active."""
+    """A rate in bytes per second, shared evenly by the active names."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
-        self._buckets: dict[Hashable, TokenBucket] = {}  # the name that passed something longest ago stands first
+        self._buckets: dict[Hashable, TokenBucket] = {}  # the least recently active name first
 
     def delay_s(self, name: Hashable, nbytes: int, now: float) -> float:
-        """Counts bytes that were passed at `now`, in seconds; returns how long to pass no more."""
+        """Counts bytes that `name` passed at time `now`; returns for how many seconds it must pause."""
         bucket = self._buckets.pop(name, None) or TokenBucket()
         while self._buckets and now - self._buckets[first := next(iter(self._buckets))].at > ACTIVE_S:
             del self._buckets[first]
@@ -80,20 +80,20 @@ class SharedRate:
 
 
 class Budget:
-    """Bytes that are allocated, in all and by account. Thread-safe; every call is O(number of accounts given).
+    """Allocated bytes, in all and by account. Thread-safe; every call is O(number of levels).
 
-    An account is given as its levels, the widest first: `reserve(size, key, connection)` counts for the key, for that
-    connection of the key, and in all. Count what is allocated, not what was announced.
+    An account is given as its levels, the widest first: `reserve(size, key, connection)` counts for the key, for the
+    connection of this key, and in all. Count allocated bytes, not announced ones.
 
     Args:
         limit: bytes in all.
-        most: bytes that one account may hold, by level; None, or a level that is not named: as much as is left for all
-            others (dynamic thresholds, Choudhury and Hahne 1998), so that one account gets half of the memory at most,
-            and there is always some for the next. The first reservation of an account only has to fit.
+        most: bytes that one account may hold, by level. A level that is None or missing: as many as are free (dynamic
+            thresholds, Choudhury and Hahne 1998), so that one account gets at most half of the memory, and the next
+            account always finds some. The first reservation of an account only has to fit.
 
     Attributes:
-        used: bytes that are held now.
-        refused: how many reservations were refused.
+        used: held bytes.
+        refused: number of refused reservations.
     """
 
     def __init__(self, limit: int, most: tuple[int | None, ...] = ()) -> None:
@@ -109,7 +109,7 @@ class Budget:
         return max(0, self.limit - self.used)
 
     def accounts(self) -> list[tuple[tuple[Hashable, ...], int]]:
-        """All accounts of all levels, with the bytes that each holds."""
+        """All accounts of all levels, with the bytes that each account holds."""
         with self._lock:
             return list(self._held.items())
 
@@ -118,7 +118,7 @@ class Budget:
         return self._held.get(account, 0)
 
     def has_room(self, nbytes: int, *account: Hashable) -> bool:
-        """Whether `reserve` would succeed now."""
+        """Whether `reserve` would succeed."""
         free = self.free
         if nbytes > free:
             return False
@@ -130,7 +130,7 @@ class Budget:
         return True
 
     def reserve(self, nbytes: int, *account: Hashable) -> bool:
-        """Counts bytes that are about to be allocated; False, and nothing is counted, if they do not fit."""
+        """Counts bytes before their allocation. Returns False, and counts nothing, if they do not fit."""
         with self._lock:
             if self.has_room(nbytes, *account):
                 self._add(nbytes, account)
@@ -144,7 +144,7 @@ class Budget:
             self._add(-nbytes, account)
 
     def hold(self, nbytes: int, *account: Hashable) -> None:
-        """Sets the bytes that an account holds, where these are measured; `used` may come to exceed `limit`."""
+        """Sets the measured bytes of an account; `used` may then exceed `limit`."""
         with self._lock:
             self._add(nbytes - self._held.get(account, 0), account)
 
@@ -159,8 +159,8 @@ class Budget:
 
 
 class Places:
-    """Counts places that are held, in all (at most `most`) and by names of several kinds (at most `most_of` each).
-    taken: places that are held. refused: how many calls of `take` found none."""
+    """Counts taken places: at most `most` in all, and at most `most_of[kind]` for each name of a kind.
+    taken: number of taken places. refused: number of calls of `take` that found no place."""
 
     def __init__(self, most: int, **most_of: int) -> None:
         self.taken = 0
@@ -170,7 +170,7 @@ class Places:
         self._held: Counter[tuple[str, Hashable]] = Counter()
 
     def __len__(self) -> int:
-        """Names that hold something."""
+        """How many names have places."""
         return len(self._held)
 
     @property
@@ -178,15 +178,15 @@ class Places:
         return self.taken >= self._most
 
     def has_most(self, kind: str, name: Hashable) -> bool:
-        """Whether this name gets no more places."""
+        """Whether this name has as many places as it may have."""
         return self._held[kind, name] >= self._most_of[kind]
 
     def held(self, kind: str, name: Hashable) -> int:
-        """How many places of this name are taken."""
+        """How many places this name has."""
         return self._held[kind, name]
 
     def take(self, **names: Hashable) -> bool:
-        """Takes one place in the name of each kind; False: a name, or all names together, hold too many."""
+        """Takes one place, counted for a name of each kind. False: a name or all names together have too many."""
         if self.is_full or any(self.has_most(kind, name) for kind, name in names.items()):
             self.refused += 1
             return False
@@ -204,16 +204,16 @@ class Places:
 
 
 class Holder(Protocol):
-    """Has holdings in a `FairAccount`; hashable."""
+    """The owner of holdings in a `FairAccount`; hashable."""
 
     @property
     def weight(self) -> float:
-        """Of its share."""
+        """The weight of the holder's share."""
         ...
 
 
 class Holding:
-    """One holding of a holder, made by a `FairAccount`. amount: what it takes now. settled: it is not evicted."""
+    """One holding of a holder, made by a `FairAccount`. amount: its present size. settled: it cannot be evicted."""
 
     def __init__(self, account: FairAccount, holder: Any, evict: Callable[[], object]) -> None:
         self.holder = holder
@@ -223,7 +223,7 @@ class Holding:
         self._account = account
 
     def grow(self, amount: int) -> None:
-        """Takes more, and evicts the largest holding (which may be this one) if that is too much."""
+        """Grows by `amount`; evicts the largest holding (which may be this one) if a bound is exceeded."""
         self.amount += amount
         self._account.make_room(self.holder)
 
@@ -231,17 +231,17 @@ class Holding:
         self.amount -= amount
 
     def release(self) -> None:
-        """Gives all back, for good."""
+        """Removes the holding from its account."""
         self._account.holdings.pop(self, None)
 
 
 class FairAccount:
-    """Bounds what all holders take together, and each of them, by evicting the largest holding. For one thread.
+    """Bounds the sizes of all holdings together and of each holder's holdings, by evicting the largest. For one thread.
 
     Args:
-        limit: of all holders together.
-        each: of one holder.
-        newest_first: of holdings of the same size the newest is evicted first, otherwise the oldest.
+        limit: bound of all holders together.
+        each: bound of one holder; None: `limit`.
+        newest_first: evicts the newest of holdings of the same size, otherwise the oldest.
     """
 
     def __init__(self, limit: int, each: int | None = None, *, newest_first: bool = False) -> None:
@@ -251,7 +251,7 @@ class FairAccount:
         self._newest_first = newest_first
 
     def hold(self, holder: Holder, evict: Callable[[], object], amount: int = 0) -> Holding:
-        """Makes a holding; `evict` is called after it was removed because it, or its holder, took too much."""
+        """Makes a holding; `evict` is called after the account has removed the holding to keep a bound."""
         holding = Holding(self, holder, evict)
         self.holdings[holding] = None
         if amount:
@@ -259,7 +259,7 @@ class FairAccount:
         return holding
 
     def make_room(self, grown: Holder) -> None:
-        """Evicts holdings until the bounds are kept, as far as possible; `grown`: the holder that took more."""
+        """Evicts holdings until the bounds are kept, as far as possible; `grown`: the holder whose holding grew."""
         while candidates := self._candidates(grown):
             ordered = reversed(candidates) if self._newest_first else candidates
             largest = max(ordered, key=lambda holding: holding.amount)
@@ -267,7 +267,10 @@ class FairAccount:
             largest.evict()
 
     def _candidates(self, grown: Holder) -> list[Holding]:
-        """Holdings of which one must go: of the holder with too much, or of the one with most of what is too much."""
+        """Candidates for an eviction: holdings of `grown` if it exceeds its bound, else those of the largest holder.
+
+        Empty: no bound is exceeded. Holders are compared by the size of their holdings, divided by their weight.
+        """
         totals: Counter[Holder] = Counter()
         loose: dict[Holder, list[Holding]] = {}
         for holding in self.holdings:
@@ -287,8 +290,8 @@ _LEAST_BYTES = 10**6
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in a text such as `4GiB` or `500M`; of a number alone, which is bytes, a megabyte is the least but none.
-    Raises SplitnetError: it is no amount, or so few bytes that another unit must be meant."""
+    """Bytes in a text such as `4GiB` or `500M`; a number alone means bytes, and must be 0 or at least a megabyte.
+    Raises SplitnetError: the text is not an amount, or is a small number whose unit must have been forgotten."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise SplitnetError(f"{text!r} is not an amount of memory: write it as 4GiB or 500MB")
@@ -299,21 +302,21 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
-ONE_S = 0.5  # for one match; those of names take microseconds
-ALL_S = 10.0  # processor time for all matches of one `Patterns` beyond `FREE_S` each
-FREE_S = 0.001  # for one match in any case: a large model has a million
+ONE_S = 0.5  # Most time for one match; matches of names take microseconds
+ALL_S = 10.0  # Most processor time for all matches of one `Patterns`, beyond `FREE_S` for each match
+FREE_S = 0.001  # Time that each match may take in any case: a large model needs a million matches
 _LONGEST = 1000
 _KNOWN = re.compile(
     r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
     r"|(?<=[\w.\]])\{\d{1,2}(?:,\d{0,2})?\})*"
 )
-"""Patterns of names: without counted repeats of groups, for which an engine may take any memory, and references. It
-reads each text in one way, so it takes no time itself."""
+"""Accepted patterns of names: without references, and without counted repeats of groups, which may take any amount of
+memory. This expression is unambiguous, so matching it takes linear time."""
 
 
 class Patterns:
-    """Matches regular expressions of a hostile file, for at most `ONE_S` each and `ALL_S` in all. source: the file, and
-    fix: what to do if a pattern cannot be used, for messages."""
+    """Matches regular expressions of an untrusted file, for at most `ONE_S` each and `ALL_S` in all. For messages:
+    source: the name of the file; fix: what to do if a pattern cannot be used."""
 
     def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
         self._source = source
@@ -322,8 +325,8 @@ class Patterns:
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, text: str) -> bool:
-        """`re.match`. Raises UnsupportedModel: it is no pattern of names, or takes too long."""
-        import regex  # unlike `re` it can be told to stop
+        """As `re.match`. Raises UnsupportedModel: the pattern is not one of names, or takes too long to match."""
+        import regex  # unlike `re`, it has timeouts
 
         begin = time.thread_time()
         try:
@@ -346,11 +349,12 @@ class Patterns:
 
 MOST_CONNECTIONS = 4096
 _LEAST_CONNECTIONS = 64
-_OTHER_DESCRIPTORS = 256  # for everything but incoming connections: models, the DHT, links to other peers
+_OTHER_DESCRIPTORS = 256  # Open files besides incoming connections: models, the DHT, links to other peers
 
 
 def most_connections() -> int:
-    """How many incoming connections the open files of this process allow; as many are left to streams of helpers."""
+    """How many incoming connections this process' limit of open files allows; as many files are left for streams of
+    relays."""
     if resource is None:
         return MOST_CONNECTIONS
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -360,7 +364,7 @@ def most_connections() -> int:
 
 
 def allow_open_files() -> None:
-    """Raises this process' limit of open files to what connections may take, as far as the system lets it."""
+    """Raises this process' limit of open files to the needs of `MOST_CONNECTIONS`, as far as the system allows."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""How the log is written to stderr: as text for people, or as one JSON object per line for programs."""
+"""The log on stderr: text for people, or one JSON object per line for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 
 def printable(text: str) -> str:
-    """The text with escapes such as `\\x1b` in the place of such characters; newlines and tabs stay."""
+    """The text with control characters replaced by escapes such as `\\x1b`; newlines and tabs stay."""
     return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -26,7 +26,7 @@ _PAUSE_S = 1.0
 
 
 class SeldomWarnings:
-    """Logs the first event of each `_PAUSE_S` as a warning, and others for debugging. For one thread."""
+    """Logs at most one warning per `_PAUSE_S`, and other events at debug level. For one thread."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
@@ -49,14 +49,14 @@ _LEVELS = {
     logging.ERROR: "error",
     logging.CRITICAL: "critical",
 }
-"""Libraries give other names to levels, for the whole process."""
+"""Names of levels, because libraries rename logging's levels for the whole process."""
 
 _NO_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
-"""What records have without `extra`, and uvicorn's message for terminals."""
+"""Attributes of every record, and uvicorn's message for terminals: not fields of `extra`."""
 
 
 class LogFormat(StrEnum):
-    """How a line of the log looks."""
+    """The format of the log."""
 
     text = "text"
     json = "json"
@@ -82,14 +82,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Text that cannot steer the terminal."""
+    """Formats events as text without control characters, which could steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 def set_up(format: LogFormat, level: int) -> None:
-    """Has all events of this level or above written to stderr; in JSON also warnings of Python, and uncaught errors."""
+    """Writes events of this level or above to stderr; in JSON also Python's warnings and uncaught errors."""
     handler = logging.StreamHandler(sys.stderr)
     if format is LogFormat.json:
         handler.setFormatter(JsonFormatter())
@@ -104,13 +104,13 @@ def set_up(format: LogFormat, level: int) -> None:
 
 
 def for_programs() -> bool:
-    """Whether stderr holds JSON only."""
+    """Whether stderr gets only JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def tell(level: int, text: str) -> None:
-    """Tells the user of a command something on stderr; as an event where that holds JSON. level: `logging.ERROR`: what
-    went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know."""
+    """Writes a sentence for the user of a command to stderr, as an event if stderr gets only JSON. level:
+    `logging.ERROR` for errors, `WARNING` for dangers, `INFO` for other facts."""
     if for_programs():
         log.log(level, "%s", text)
     elif level < logging.WARNING:
@@ -121,5 +121,5 @@ def tell(level: int, text: str) -> None:
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
-    if not isinstance(error, SystemExit | None):  # which ends a thread without a word
-        log.critical("an error that nobody expected", exc_info=(kind, error, traceback))
+    if not isinstance(error, SystemExit | None):  # SystemExit ends a thread silently
+        log.critical("unexpected error", exc_info=(kind, error, traceback))

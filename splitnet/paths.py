@@ -1,4 +1,4 @@
-"""Folders and files of this package."""
+"""Folders and files of splitnet, lists that people write, and figures that are kept between runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
-MAX_KNOWN: Final = 64  # the latest figures, that a file of `KnownFigures` keeps
+MAX_KNOWN: Final = 64  # Latest figures that a file of `KnownFigures` keeps
 _COMMENT = re.compile(r"(?:^|\s)#.*", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def cache_folder() -> Path:
-    """The folder of the demo model, of weights and of what was measured. `SPLITNET_CACHE` names another."""
+    """The folder of the demo model, weights and measured figures. `SPLITNET_CACHE` names another folder."""
     override = os.environ.get("SPLITNET_CACHE")
     if override:
         return Path(override).expanduser().absolute()
@@ -30,26 +30,26 @@ def cache_folder() -> Path:
 
 
 def public_name(source: str) -> str:
-    """A checkpoint's hub id or path, as files name it: no path of a file that only this package knows."""
+    """A checkpoint's name for files and other users: its hub id or path, without the path of the cache folder."""
     path = Path(source)
     return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name that strangers give may be of a model on the hub: they name no files of this machine."""
+    """Whether an untrusted name is that of a model on the hub, and not of a file of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
-    """The lines of a list that people write, with their numbers from 1, without blank lines, comments (from a # at the
-    beginning of a line or behind white space) and the byte order mark of some editors."""
+    """The lines of a list with their numbers from 1, without blank lines, comments (from a # at the beginning of a line
+    or after white space) and the byte order mark of some editors."""
     for number, line in enumerate(re.split(r"\r\n?|\n", text.removeprefix("\ufeff")), start=1):
         if kept := _COMMENT.sub("", line).strip():
             yield number, kept
 
 
 def keep_file(file: Path, data: bytes, what: str) -> None:
-    """Writes a file at once, so that nobody reads half of it. If it cannot be written, `what` is logged as not kept."""
+    """Writes a file atomically, so that no process reads half of it. A failure is logged; `what` names the data."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,23 +62,23 @@ def keep_file(file: Path, data: bytes, what: str) -> None:
 
 
 class KnownFigures:
-    """A JSON file of figures that were measured on this machine, by key. An unreadable file counts as empty; one that
-    cannot be written is only logged."""
+    """A JSON file of figures that were measured on this machine, by key. An unreadable file counts as empty; a failure
+    to write is logged."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def find(self, key: str) -> Any:
-        """The figure as JSON has it; None: it is not known."""
+        """The figure of a key, a JSON value; None: unknown."""
         return self._read().get(key)
 
     def keep(self, key: str, figure: Any) -> None:
-        """Remembers a figure, in place of the one before."""
+        """Stores a figure in place of the previous one."""
         known = self._read()
         known.pop(key, None)
         known[key] = figure
         latest = dict(list(known.items())[-MAX_KNOWN:])
-        # Processes that write at the same time may lose what the others write, and never more than that.
+        # Processes that write at the same time may lose each other's new figures, but no others.
         keep_file(self._file, json.dumps(latest, indent=1).encode(), "figures of this device")
 
     def _read(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The signals that end a process, as far as this system has them."""
+"""Signals that end a process, the watchdog of systemd, and child processes to kill."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""Windows has no SIGHUP, but the last: Ctrl-Break, or its console is closed."""
+"""Windows has no SIGHUP, but SIGBREAK: Ctrl-Break, or the console is closed."""
 ENDING: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)  # the terminal is lost
 EVERY_S = 5.0
 
 
 class Watchdog:
-    """For the thread that must not stop: when it does not call for too long, systemd restarts the daemon."""
+    """Signs of life of a thread to systemd, which restarts the daemon when they stop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         name = os.environ.get("NOTIFY_SOCKET", "")
@@ -31,7 +31,7 @@ class Watchdog:
         self._next = float("-inf")
 
     def alive(self) -> None:
-        """Tells systemd that requests are served, every `EVERY_S` at most."""
+        """Tells systemd that the daemon works, at most every `EVERY_S` seconds."""
         if not self._address or self._clock() < self._next:
             return
         self._next = self._clock() + EVERY_S
@@ -44,7 +44,7 @@ running: set[SubprocessTransport] = set()
 
 
 def kill_all() -> None:
-    """Takes no lock and raises nothing, so that a signal handler may call it."""
+    """Kills all running child processes. Takes no lock and raises nothing, so that a signal handler may call it."""
     for child in tuple(running):
         if child.get_returncode() is None:
             with suppress(ProcessLookupError):

@@ -1,3 +1,3 @@
-"""The version, as pyproject.toml has it; apart from the public names, whose import is slow."""
+"""The version, the same as in pyproject.toml; separate from the public names, whose import is slow."""
 
 __version__ = "0.2.0.dev0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from splitnet.cli.configuration import COMMON, CONFIG_VARIABLE, ConfigurableGrou
 from splitnet.cli.main import app
 
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
-COLUMNS = ("command", "flag", "environment variable", "key in the file", "default", "meaning")
+COLUMNS = ("flag", "commands", "for all of them", "default", "meaning")
 
 
 def settings() -> list[Setting]:
@@ -31,32 +30,25 @@ def with_table(text: str) -> str:
 
 
 def table() -> str:
-    """All options in Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), _config_row(), *map(_row, settings())]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    """All options in Markdown; a row for all commands that have the same option."""
+    commands: dict[tuple[str, ...], list[str]] = {_config_row(): ["(before the command)"]}
+    for setting in settings():
+        name = "(before the command)" if setting.command == COMMON else setting.command
+        commands.setdefault(_option(setting), []).append(name)
+    rows = [(flag, ", ".join(names), *rest) for (flag, *rest), names in commands.items()]
+    cells = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells)
 
 
 def _config_row() -> tuple[str, ...]:
-    return "(before it)", "`--config`", f"`{CONFIG_VARIABLE}`", "", "", "This file, if not in its usual place."
+    return "`--config`", f"`{CONFIG_VARIABLE}`", "", "This file, if not in its usual place."
 
 
-def _row(setting: Setting) -> tuple[str, ...]:
+def _option(setting: Setting) -> tuple[str, ...]:
     parameter = setting.parameter
-    flags = [*parameter.opts, *parameter.secondary_opts]
-    return (
-        "(before it)" if setting.command == COMMON else setting.command,
-        ", ".join(f"`{flag}`" for flag in flags),
-        " or ".join(f"`{variable}`" for variable in setting.variables),
-        " or ".join(f"`{name}`" for name in _keys(setting)),
-        _default(setting),
-        parameter.help or "",
-    )
-
-
-def _keys(setting: Setting) -> Iterator[str]:
-    yield f"{setting.command}.{setting.key}"
-    if setting.shared:
-        yield f"{COMMON}.{setting.key}"
+    shared = setting.variables[-1] if COMMON in setting.tables else ""
+    flags = ", ".join(f"`{flag}`" for flag in (*parameter.opts, *parameter.secondary_opts))
+    return flags, f"`{shared}`" if shared else "", _default(setting), parameter.help or ""
 
 
 def _default(setting: Setting) -> str:

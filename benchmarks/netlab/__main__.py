@@ -1,4 +1,4 @@
-"""An emulated network by hand, and whether it is accurate.
+"""An emulated network for manual use, and a check of its accuracy.
 
 python -m benchmarks.netlab open HOST HOST ... [--delay MS] [--rate MBIT] [--loss PERCENT]
     [--router NAME=KIND:HOST,HOST,...]
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def _router(text: str) -> tuple[str, Router, list[str]]:
-    """A router, and who is behind it, as the command line says it."""
+    """A router and the hosts behind it, from its text on the command line."""
     name, _, rest = text.partition("=")
     kind, _, members = rest.partition(":")
     if not name or not members:

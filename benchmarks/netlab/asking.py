@@ -1,4 +1,4 @@
-"""A client in a host of a lab that asks at given times, and notes when each token came."""
+"""A client in a host of a lab that asks at given times, and records the time of each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Hop = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """number: of all. at_s: after the beginning. prompt, output: tokens."""
+    """number: unique. at_s: after the beginning. prompt, output: tokens."""
 
     number: int
     at_s: float
@@ -25,10 +25,10 @@ class Question:
 
 @dataclass(slots=True)
 class Answer:
-    """What became of a question. Times in seconds after the beginning.
+    """The result of a question. Times in seconds after the beginning.
 
-    routes: each with the time from which on it was used, hops with the address of the peer. causes: of changes of the
-    route. open_ms: until there was a route. predicted_ms: of a token on the first one.
+    routes: each with the time of its first use, hops with the address of the peer. causes: of changes of the route.
+    open_ms: until there was a route. predicted_ms: of a token on the first route.
     """
 
     number: int
@@ -39,11 +39,11 @@ class Answer:
     compute_ms: float = 0.0
     predicted_ms: float = 0.0
     facts: dict[str, tuple[float, float, float]] = field(default_factory=dict[str, tuple[float, float, float]])
-    """What the client believed of each peer at the first token: queue_ms, batch, ms per block of one position."""
+    """The client's facts about each peer at the first token: queue_ms, batch, ms per block of one position."""
     links: list[tuple[str, str, float]] = field(default_factory=list[tuple[str, str, float]])
-    """And of all links: from, to, ms one way; the client is ""."""
+    """Its facts about all links: from, to, ms one way; the client is ""."""
     lookups_ms: list[float] = field(default_factory=list[float])
-    """Looks into the directory before the first token, in whatever thread."""
+    """Directory look-ups before the first token, in any thread."""
     error: str = ""
 
 
@@ -56,9 +56,10 @@ def ask(
     begins: Any,
     told: Any,
 ) -> None:
-    """Joins, says ("ready", None), waits for the time to begin in `begins`, and says ("answer", Answer) for each.
+    """Joins, sends ("ready", None), waits for the start time in `begins`, and sends ("answer", Answer) for each
+    question.
 
-    Meanwhile it says ("route", (number, hops)) whenever a session has another route.
+    Meanwhile it sends ("route", (number, hops)) whenever a session has another route.
 
     Args:
         patience_s: how long sessions wait for a route.
@@ -88,7 +89,7 @@ def ask(
             lookups.append((looked, time.perf_counter()))
 
     directory.peers = timed_look
-    # All code has run once then, and links are measured.
+    # After this, all code has run once, and links are measured.
     _answer(model, Question(-1, 0.0, 16, 4), time.perf_counter(), lambda hops: None)
     told.put(("ready", None))
     began = begins.get()

@@ -1,4 +1,4 @@
-"""Measures whether the emulated links are what was asked for."""
+"""Measures whether the emulated links match their settings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SO_TIMESTAMPNS = 35
 
 @dataclass(frozen=True)
 class Delays:
-    """One-way delays in ms: as the receiving host's kernel saw them, and as a program there did."""
+    """One-way delays in ms: measured by the receiving host's kernel, and by a program there."""
 
     kernel: list[float]
     program: list[float]
 
 
 def check() -> None:
-    """Prints tables of what was asked for and what was measured."""
+    """Prints tables of settings and measurements."""
     cores = os.cpu_count() or 1
     with Lab(["a", "b"]) as lab:
         print(f"{cores} cores; the hub {'has' if lab.is_realtime else 'could not get'} real-time priority.")
@@ -99,7 +99,7 @@ def measure_delays(lab: Lab) -> Delays:
             sender.send(bytes(100))
             _, (stamp, *_), _, _ = receiver.recvmsg(200, 100)
             received = time.time_ns()
-            if number >= 10:  # the first ones also warm caches
+            if number >= 10:  # the first packets also warm caches
                 seconds, nanoseconds = struct.unpack("qq", stamp[2])
                 kernel.append((seconds * 1_000_000_000 + nanoseconds - sent) / 1e6)
                 program.append((received - sent) / 1e6)
@@ -107,7 +107,7 @@ def measure_delays(lab: Lab) -> Delays:
 
 
 def measure_rate(lab: Lab) -> float:
-    """Mbit/s of IP packets that a TCP connection gets through from the first host to the second."""
+    """Mbit/s of IP packets that a TCP connection transfers from the first host to the second."""
     first, second = lab.hosts[:2]
     with lab.inside(second):
         listener = socket.create_server((lab.address(second), 0))
@@ -116,7 +116,7 @@ def measure_rate(lab: Lab) -> float:
         with receiver:
             thread = threading.Thread(target=_send_until_closed, args=(sender,))
             thread.start()
-            _receive_for(receiver, 1.0)  # TCP finds out the rate first
+            _receive_for(receiver, 1.0)  # TCP learns the rate first
             began = time.perf_counter()
             received = _receive_for(receiver, _RATE_SECONDS)
             seconds = time.perf_counter() - began
@@ -166,7 +166,7 @@ def _compute(ready: object) -> None:
 
 @contextmanager
 def _packets(lab: Lab) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """UDP sockets of the first host, connected to the second's, and of the second."""
+    """UDP sockets: of the first host, connected to the second's, and of the second."""
     first, second = lab.hosts[:2]
     with lab.inside(second):
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -188,7 +188,7 @@ def _send_until_closed(sender: socket.socket) -> None:
 
 
 def _receive_for(receiver: socket.socket, seconds: float) -> int:
-    """Bytes that come in `seconds`."""
+    """Bytes received in `seconds`."""
     buffer = bytearray(1 << 18)
     received = 0
     deadline = time.perf_counter() + seconds

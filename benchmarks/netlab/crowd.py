@@ -1,7 +1,7 @@
-"""Sessions of others that keep one peer busy.
+"""Other sessions that keep one peer busy.
 
-Only what they ask of that peer is run: the rest of their routes would take the cores of this machine, and with that
-slow down peers that are meant to be idle.
+Only their requests to that peer are run: the rest of their routes would use the cores of this machine, and slow down
+peers that are meant to be idle.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _FIND_TIMEOUT_S = 60.0
 
 
 class Crowd:
-    """Sessions in a host that generate through the peer of another, one answer after the other. Use with `with`.
+    """Sessions in a host that generate through the peer of another host, one answer after the other. Use with `with`.
 
-    On entering the program is loaded, and nothing is sent before `begin`.
+    On entering, the program is loaded; it sends nothing before `begin`.
 
     Args:
         lab: the hosts.
-        host: where they are.
+        host: of the sessions.
         checkpoint: hub id or folder.
         join: multiaddrs of the swarm.
         peer: address of the peer, `tcp://host:port`.
-        sessions: how many.
+        sessions: number of sessions.
     """
 
     def __init__(self, lab: Lab, host: str, checkpoint: str, join: Sequence[str], peer: str, sessions: int) -> None:
@@ -55,7 +55,7 @@ class Crowd:
 
     def __enter__(self) -> Crowd:
         package = __package__ or ""
-        folder = Path(__file__).parents[package.count(".") + 1]  # where this package was found
+        folder = Path(__file__).parents[package.count(".") + 1]  # the parent folder of this package
         self._process = self._lab.run(
             self._host,
             [sys.executable, "-m", f"{package}.crowd", *self._arguments],
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     with GuidedSwarm(facts, join) as swarm:
         record = _find(swarm, peer)
         swarm.route = [PlannedHop(record, record.start, record.end)]
-        swarm.facts = replace(facts, num_blocks=record.end)  # so that the client takes what this peer says as the end
+        swarm.facts = replace(facts, num_blocks=record.end)  # the client then accepts this peer's output as the end
         ended = threading.Event()
         threads = [threading.Thread(target=_generate, args=(swarm, ended)) for _ in range(int(sessions))]
         print("ready", flush=True)
@@ -118,12 +118,12 @@ def _find(swarm: GuidedSwarm, address: str) -> PeerRecord:
 
 
 def _generate(swarm: GuidedSwarm, ended: threading.Event) -> None:
-    """One answer after the other."""
+    """Generates one answer after the other."""
     hidden = torch.randn(PROMPT_POSITIONS, swarm.facts.hidden_size)
     while not ended.is_set():
         session = Session(swarm, ConnectionOptions(codec="none"), reservation=PROMPT_POSITIONS + ANSWER_TOKENS)
         try:
-            # A peer that is not the last of a model gives back everything, so everything is asked for.
+            # A peer with inner blocks returns all outputs, so all are requested.
             session.step(hidden, [Chunk(1, 0, PROMPT_POSITIONS, PROMPT_POSITIONS)])
             for position in range(PROMPT_POSITIONS, PROMPT_POSITIONS + ANSWER_TOKENS):
                 if ended.is_set():

@@ -2,4 +2,4 @@
 
 
 class LabError(Exception):
-    """The lab cannot do what was asked; says why and how to fix it."""
+    """The lab cannot do a request; the message has the reason and the fix."""

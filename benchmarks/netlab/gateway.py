@@ -1,4 +1,4 @@
-"""How hosts ask a router of a lab for forwarded ports: NAT-PMP (RFC 6886), and UPnP's InternetGatewayDevice:1."""
+"""Port forwarding by a lab's router on request of hosts: NAT-PMP (RFC 6886), and UPnP's InternetGatewayDevice:1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from benchmarks.netlab.errors import LabError
 
 ADDRESS = "192.168.1.1"
-"""Where those behind a router find it."""
+"""The router's address for hosts behind it."""
 NAT_PMP_PORT = 5351
 SSDP_GROUP, SSDP_PORT = "239.255.255.250", 1900
 _TICK_S = 0.1
@@ -41,12 +41,12 @@ _FAULT = """<s:Fault><faultcode>s:Client</faultcode><faultstring>UPnPError</faul
 
 
 class Refused(Exception):
-    """Why a port is not forwarded, as an error of UPnP: its code and description."""
+    """The reason why a port is not forwarded, as an error of UPnP: its code and description."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A forwarded port: for whom, and until when on `time.monotonic()`; 0 is without end."""
+    """A forwarded port: its host, and its end on `time.monotonic()`; 0: no end."""
 
     client: str
     port: int
@@ -54,15 +54,15 @@ class Lease:
 
 
 class Gateway:
-    """Forwards ports as hosts ask. To be made, and closed, while the lab is open.
+    """Forwards ports on request of hosts. Create and close it while the lab is open.
 
     Its sockets are opened by the calling thread, which has to be inside the router.
 
     Args:
-        public: the router's address towards the others.
-        hosts: names by address of those behind it; only for itself a host may ask.
+        public: the router's public address.
+        hosts: names by address of the hosts behind it; a host may ask only for itself.
         forward, unforward: as those of the lab, without the router's name.
-        protocols: of `nat-pmp` and `upnp`.
+        protocols: some of `nat-pmp` and `upnp`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Gateway:
             thread.start()
 
     def close(self) -> None:
-        """Answers no more. What it has forwarded stays so."""
+        """Stops answering. Forwarded ports stay forwarded."""
         self._ended.set()
         if self._http is not None:
             self._http.shutdown()
@@ -109,10 +109,10 @@ class Gateway:
             answering.close()
 
     def lease(self, protocol: str, public_port: int, client: str, port: int, lifetime_s: float) -> None:
-        """Forwards a port to a host that asks for it, for some seconds; 0 is without end.
+        """Forwards a port to the host that asks for it, for some seconds; 0: no end.
 
         Raises:
-            Refused: it is another's, or the router cannot.
+            Refused: the port belongs to another host, or the router cannot forward it.
         """
         if client not in self._hosts or protocol not in ("tcp", "udp"):
             raise Refused(606, "Action not authorized")
@@ -122,7 +122,7 @@ class Gateway:
                 raise Refused(718, "ConflictInMappingEntry")
             try:
                 self._forward(protocol, public_port, self._hosts[client], port)
-            except LabError:  # who has the lab has forwarded it, or too many are
+            except LabError:  # the lab's user has forwarded the port, or there are too many
                 raise Refused(718, "ConflictInMappingEntry") from None
             until = time.monotonic() + lifetime_s if lifetime_s else 0.0
             self._leases[protocol, public_port] = Lease(client, port, until)
@@ -140,7 +140,7 @@ class Gateway:
             self._end(protocol, public_port)
 
     def find(self, protocol: str, client: str, port: int) -> list[int]:
-        """The public ports that lead to a port of a host, or to any of it if that is 0."""
+        """The public ports that lead to a port of a host; with port 0, to any of its ports."""
         with self._lock:
             leases = self._leases.items()
             return [
@@ -150,10 +150,10 @@ class Gateway:
             ]
 
     def act(self, action: str, said: Mapping[str, str], client: str) -> Mapping[str, str]:
-        """Does what an action of UPnP's WANIPConnection:1 says.
+        """Performs an action of UPnP's WANIPConnection:1.
 
         Raises:
-            Refused: it cannot be done.
+            Refused: the action is impossible.
         """
         protocol = said.get("NewProtocol", "").lower()
         try:
@@ -219,7 +219,7 @@ class Gateway:
 
     def _end(self, protocol: str, public_port: int) -> None:
         del self._leases[protocol, public_port]
-        with suppress(LabError):  # who has the lab has ended it already
+        with suppress(LabError):  # the lab's user has ended it already
             self._unforward(protocol, public_port)
 
     def _answer_nat_pmp(self, message: bytes, client: str) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Answers of exactly so many tokens, or until something has happened."""
+"""Answers with an exact number of tokens, or until an event."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def generate(
     clock: Clock,
     until: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor:
-    """Greedy decoding of exactly `tokens` tokens, or until `until()` holds after one; the new ones."""
+    """Greedy decoding of exactly `tokens` tokens, or until `until()` is true after a token. Returns the new tokens."""
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -30,24 +30,23 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Lab:
-    """Hosts whose packets to each other take time, are limited in rate, get lost and can be cut off. Use with `with`.
+    """Hosts with delayed, rate-limited and lossy links to each other, which can be cut. Use with `with`.
 
-    Every host is a network namespace with an address of its own. What a link does is said for a pair of hosts, for a
-    host's own (access) link, or for all; a pair's value counts instead of what the two access links say. At the end,
-    also after an exception, Ctrl-C or a kill, everything that runs in a host is stopped and the hosts are gone.
+    Every host is a network namespace with a separate address. The settings of a link belong to a pair of hosts, to a
+    host's own (access) link, or to all; a pair's value replaces the values of the two access links. At the end, also
+    after an exception, Ctrl-C or a kill, all processes in the hosts are stopped and the hosts are removed.
 
-    Hosts behind a router have a network of their own, without delay or limits, and reach the others through the router
-    and its link. A router is a host, too: what runs in it is reached at `address(router)` by those behind it, and by
-    nobody else.
+    Hosts behind a router have a separate network, without delay or limits, and reach the others through the router and
+    its link. A router is a host, too: only hosts behind it reach its programs, at `address(router)`.
 
     Args:
         hosts: their names; with the routers at most 64.
         delay_ms: one way, between any two hosts (but not within a network behind a router).
         rate_mbit: of every host's and router's access link, in each direction, in Mbit/s; 0 is no limit.
         loss_percent: of packets, between any two hosts, likewise.
-        routers: what each does, by name.
+        routers: address translation of each, by name.
         behind: hosts, or routers, that are behind a router; the others are public.
-        public: the first three numbers of public addresses. Programs may tell private ones, as these are, from others.
+        public: the first three numbers of public addresses. Programs may treat such private addresses differently.
 
     Raises:
         LabError: the machine lacks what a lab needs, or a value is out of range.
@@ -84,14 +83,15 @@ class Lab:
         self._namespaces: dict[str, int] = {}
         self._hub: subprocess.Popen[str] | None = None
         self.is_realtime = False
-        """Whether the hub has real-time priority; without, packets may be late on a busy machine."""
+        """Whether the hub has real-time priority; otherwise packets may be late on a busy machine."""
 
     def __enter__(self) -> Lab:
         _check_machine()
         try:
             self._start_hub()
             delay_ms, rate_mbit, loss_percent = self._everywhere
-            passed = (1 - _share(loss_percent)) ** 0.5  # two access links in a row lose what was asked for
+            # Two consecutive access links together lose the given percentage.
+            passed = (1 - _share(loss_percent)) ** 0.5
             for name in self._names:
                 if name not in self._behind:
                     self.access(name, delay_ms=delay_ms / 2, rate_mbit=rate_mbit, loss_percent=(1 - passed) * 100)
@@ -108,7 +108,7 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """Stops everything that runs in the hosts, first kindly, and removes them."""
+        """Stops all programs in the hosts, first with a request to end, and removes the hosts."""
         for answering in self._gateways:
             answering.close()
         self._gateways.clear()
@@ -126,9 +126,9 @@ class Lab:
             hub, self._hub = self._hub, None
             if hub is not None:
                 assert hub.stdin is not None and hub.stdout is not None
-                with suppress(OSError):  # it has ended already
+                with suppress(OSError):  # the process has ended already
                     hub.stdin.close()
-                # The hub kills what the processes above left behind in their hosts.
+                # The hub kills processes that the programs above left in their hosts.
                 hub.wait()
                 hub.stdout.close()
             for process in self._processes:
@@ -143,12 +143,12 @@ class Lab:
         return gateway.ADDRESS if host in self.routers else self._addresses[host]
 
     def public_address(self, host: str) -> str:
-        """The address from which what a host sends comes to public hosts: its own, or that of its outermost router."""
+        """The source address of a host's packets at public hosts: its own, or that of its outermost router."""
         self._number(host)
         return self._addresses[self._outwards(host)[-1]]
 
     def address_from(self, viewer: str, host: str) -> str:
-        """The address at which a host finds another: in the network that both are in, else the public one."""
+        """The address at which a host reaches another: in their common network, or else the public one."""
         self._number(host)
         self._number(viewer)
         network = viewer if viewer in self.routers else self._behind.get(viewer)
@@ -157,15 +157,15 @@ class Lab:
         return self._addresses[host] if self._behind.get(host) == network else self.public_address(host)
 
     def configure(self, router: str, what: Router) -> None:
-        """Changes what a router does with addresses; it forgets all mappings, as after a restart, but no forwarding.
+        """Changes a router's address translation; it forgets all mappings, as after a restart, but no forwarding.
 
-        The protocols in which it lets its hosts ask for forwarded ports stay what they were at the beginning.
+        The protocols for forwarded ports stay the same.
         """
         self._tell(f"nat {self._router(router)} {what.command}")
         self.routers[router] = what
 
     def forward(self, router: str, protocol: str, port: int, host: str, host_port: int) -> None:
-        """Leads what comes to a `tcp` or `udp` port of a router to one of a host behind it.
+        """Forwards a `tcp` or `udp` port of a router to a port of a host behind it.
 
         Raises:
             LabError: the host is not behind the router, the port leads elsewhere already, or there is no such protocol
@@ -189,24 +189,26 @@ class Lab:
         self._tell(f"access {self._number(host)} {delay_ms} {rate_mbit} {_share(loss_percent) * 100}")
 
     def delay(self, a: str, b: str, ms: float | None) -> None:
-        """Sets the one-way delay between two hosts, in both directions; None: what their access links say."""
+        """Sets the one-way delay between two hosts, in both directions; None: by their access links."""
         self._tell_pair("delay", a, b, ms)
 
     def rate(self, a: str, b: str, mbit: float | None) -> None:
-        """Gives two hosts a link of their own rate in Mbit/s, in each direction; 0: no limit; None: access links."""
+        """Sets a rate for the link between two hosts, in Mbit/s in each direction; 0: no limit; None: by access
+        links.
+        """
         self._tell_pair("rate", a, b, mbit)
 
     def loss(self, a: str, b: str, percent: float | None) -> None:
-        """Sets how many packets get lost between two hosts, in each direction; None: what their access links say."""
+        """Sets the share of lost packets between two hosts, in each direction; None: by their access links."""
         self._tell_pair("loss", a, b, None if percent is None else _share(percent) * 100)
 
     def cut(self, a: str, b: str) -> None:
-        """Drops everything between two hosts, as a broken cable does: nobody is told."""
+        """Drops all packets between two hosts without notice, as a broken cable does."""
         first, second = self._pair(a, b)
         self._tell(f"cut {first} {second}", f"cut {second} {first}")
 
     def down(self, host: str) -> None:
-        """Drops everything from and to a host."""
+        """Drops all packets from and to a host."""
         self._tell(f"down {self._number(host)}")
 
     def up(self, host: str) -> None:
@@ -221,7 +223,7 @@ class Lab:
     def inside(self, host: str) -> Iterator[None]:
         """Puts the calling thread into a host.
 
-        Sockets that it opens, threads and processes that it starts belong to the host, also afterwards.
+        Sockets, threads and processes that the thread starts belong to the host, also afterwards.
         """
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
@@ -245,7 +247,7 @@ class Lab:
         return process
 
     def entrance(self, host: str) -> str:
-        """The shell command before which another program, in another terminal, runs in a host."""
+        """The prefix of a shell command that runs another program, in another terminal, in a host."""
         return f"nsenter --net={self.door(host)}"
 
     def door(self, host: str) -> str:
@@ -275,20 +277,20 @@ class Lab:
             self._namespaces[host] = os.open(f"/proc/{self._hub.pid}/fd/{descriptor}", os.O_RDONLY)
 
     def _arguments(self) -> Iterator[str]:
-        """What the hub is told of each host and router."""
+        """The hub's arguments for each host and router."""
         for name in self._names:
             behind = f"@{self._number(self._behind[name])}" if name in self._behind else ""
             yield f"{'r' if name in self.routers else ''}{self._addresses[name]}{behind}"
 
     def _numbered(self, name: str) -> str:
-        """The address of a host or router towards those that are not behind it. Networks behind routers are alike."""
+        """The address of a host or router for others that are not behind it. Networks behind routers are alike."""
         if name in self._behind:
             together = [other for other in self._names if self._behind.get(other) == self._behind[name]]
             return f"{_PRIVATE}.{together.index(name) + 2}"
         return f"{self._public}.{self._number(name) + 1}"
 
     def _outwards(self, name: str) -> list[str]:
-        """A host or router, and the routers that it is behind, the outermost one last."""
+        """A host or router, and its enclosing routers, the outermost one last."""
         passed = [name]
         while passed[-1] in self._behind:
             passed.append(self._behind[passed[-1]])
@@ -337,7 +339,7 @@ class Lab:
         self._tell(f"{what} {first} {second} {text}", f"{what} {second} {first} {text}")
 
     def _tell(self, *commands: str) -> None:
-        """Gives the hub commands; when this returns they are in force."""
+        """Sends commands to the hub, and waits until they are in force."""
         if self._hub is None or self._hub.stdin is None:
             raise LabError("the lab is not open: use it as `with Lab(...) as lab`")
         with self._lock:
@@ -390,7 +392,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(namespace: int) -> None:
-    """Puts the calling thread into a network namespace, of which this is a descriptor."""
+    """Moves the calling thread into a network namespace, given by a descriptor."""
     if _libc.setns(namespace, _CLONE_NEWNET):
         number = ctypes.get_errno()
         raise LabError(f"cannot enter a host: {os.strerror(number)}")

@@ -1,4 +1,4 @@
-"""Peer daemons in the hosts of a lab, and a client that may be told which of them to use."""
+"""Peer daemons in the hosts of a lab, and a client whose route can be given."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STOP_TIMEOUT_S = 15.0
 
 
 def even_spans(blocks: int, hosts: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """The blocks of a model, shared evenly by some hosts in order."""
+    """The blocks of a model, divided evenly among some hosts in order."""
     edges = [round(index * blocks / len(hosts)) for index in range(len(hosts) + 1)]
     return dict(zip(hosts, itertools.pairwise(edges), strict=True))
 
@@ -38,14 +38,14 @@ def even_spans(blocks: int, hosts: Sequence[str]) -> dict[str, tuple[int, int]]:
 class LabPeers:
     """`splitnet peer` in some hosts, each with blocks of a checkpoint. Use with `with`.
 
-    What can happen to a peer: `kill` (its program dies), `freeze` and `thaw` (it hangs), `lab.down` and `lab.up` (its
-    host loses the network), `stop` (it leaves as it should), and `start` after the death.
+    Possible events: `kill` (a peer's program dies), `freeze` and `thaw` (it hangs), `lab.down` and `lab.up` (its host
+    loses the network), `stop` (it leaves properly), and `start` after its death.
 
     Args:
         lab: the hosts.
         checkpoint: hub id or folder.
         spans: blocks `[start, end)` by host; None lets the daemon choose.
-        options: more options for each, as on the command line.
+        options: additional options for each, as on the command line.
         join: multiaddr of a DHT node that outlives the peers; empty: the first peer begins the swarm.
 
     Attributes:
@@ -92,7 +92,7 @@ class LabPeers:
         self._folder.cleanup()
 
     def start(self, host: str) -> None:
-        """Starts the daemon of a host, and waits until it serves. It has a new key and a new port each time."""
+        """Starts the daemon of a host with a new key and a new port, and waits until it serves."""
         if host in self._processes and self._processes[host].poll() is None:
             raise LabError(f"the daemon in {host} runs already")
         self._file(host, "address").unlink(missing_ok=True)
@@ -100,17 +100,17 @@ class LabPeers:
         self._await_address(host)
 
     def kill(self, host: str) -> None:
-        """kill -9 of the daemon: its host tells others that nobody listens any more."""
+        """kill -9 of the daemon: its host refuses further connections."""
         self._processes[host].kill()
         self._processes[host].wait()
 
     def stop(self, host: str) -> None:
-        """Has the daemon leave the swarm and end, as Ctrl-C does."""
+        """Makes the daemon leave the swarm and end, as Ctrl-C does."""
         self._processes[host].terminate()
         self._processes[host].wait(_STOP_TIMEOUT_S)
 
     def freeze(self, host: str) -> None:
-        """SIGSTOP: connections stay open, and nothing is answered."""
+        """SIGSTOP: connections stay open, without answers."""
         self._processes[host].send_signal(signal.SIGSTOP)
 
     def thaw(self, host: str) -> None:
@@ -122,7 +122,7 @@ class LabPeers:
         return self._processes[host].pid
 
     def log(self, host: str) -> str:
-        """What the daemon of a host has said."""
+        """The output of the daemon of a host."""
         return self._file(host, "log").read_text(errors="replace")
 
     def host_of(self, record: PeerRecord) -> str:
@@ -136,7 +136,7 @@ class LabPeers:
         command += ["--listen", f"tcp://{self._lab.address(host)}:0", "--no-lan"]
         command += ["--address-file", str(self._file(host, "address"))]
         command += ["--join", self._join] if self._join else []
-        with self._file(host, "log").open("ab") as log:  # a log of before a restart is kept
+        with self._file(host, "log").open("ab") as log:  # keeps the log from before a restart
             self._processes[host] = self._lab.run(
                 host, [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -156,7 +156,7 @@ class LabPeers:
 
 
 class GuidedSwarm(Swarm):
-    """A swarm that uses `route` if it is set, whatever planning would say."""
+    """A swarm that uses `route`, if set, instead of planning."""
 
     route: Sequence[PlannedHop] | None = None
 
@@ -168,7 +168,7 @@ class GuidedSwarm(Swarm):
 
 
 class RouteChanged(Exception):
-    """A session left the route that was to be measured."""
+    """A session left the route under measurement."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +179,16 @@ class StepTimes:
     total_ms: float
     """The median step."""
     mean_ms: float
-    """Where some steps wait for the work of others, and most do not, the median does not tell."""
+    """If only some steps wait for other sessions' work, the median does not show this."""
     compute_ms: float
-    """On the devices of all hops, median."""
+    """Median time on the devices of all hops."""
 
 
 def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTimes:
     """Sends `hidden`, `[context, hidden]`, through a session as a prompt, then its last row as `tokens` decode steps.
 
     Raises:
-        RouteChanged: a hop had to be replaced, so that nothing was measured.
+        RouteChanged: a hop had to be replaced, so that the measurement is void.
     """
     context = len(hidden)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Imports what daemons and clients need, once for all that are forked; see `slowed.py`."""
+"""Imports the modules of daemons and clients, once for all forked processes; see `slowed.py`."""
 
 from splitnet.cli import main  # noqa: F401
 from splitnet.import_shims import claim_process, import_models

@@ -1,4 +1,4 @@
-"""A prompt for a lab."""
+"""An interactive prompt for a lab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a router does with the addresses of those behind it, in the words of RFC 4787."""
+"""A router's address translation for the hosts behind it, in the terms of RFC 4787."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ PROTOCOLS = ("nat-pmp", "upnp")
 
 @dataclass(frozen=True)
 class Router:
-    """A router with address translation of TCP and UDP; nothing else passes, and fragments do not.
+    """A router with address translation of TCP and UDP; it drops all other packets, and fragments.
 
     A TCP mapping is made by an outgoing SYN. Packets in both directions keep mappings alive.
 
     Args:
         mapping: whether a socket has one public port for all remotes, one for each address, or one for each address
-            and port (such a router is called symmetric).
+        and port (such a router is called symmetric).
         filtering: whether all remotes may send to a public port, only the addresses to which the host has sent from it,
             or only those addresses and ports.
-        random_ports: else the public port is the private one, where that is free.
+        random_ports: otherwise the public port is the private one, if that is free.
         hairpin: whether hosts behind it reach each other at its public address.
-        reset: whether a SYN that is filtered is answered with RST, and not just dropped.
-        udp_idle_s, tcp_idle_s: after how many seconds without packets a mapping ends.
-        protocols: in which ones it lets its hosts ask for forwarded ports, of `nat-pmp` and `upnp`.
+        reset: whether a filtered SYN is answered with RST, instead of dropped.
+        udp_idle_s, tcp_idle_s: seconds without packets until a mapping ends.
+        protocols: with which hosts may request forwarded ports, of `nat-pmp` and `upnp`.
 
     Raises:
-        LabError: a value is none of these.
+        LabError: a value is invalid.
     """
 
     mapping: Kind = "independent"
@@ -53,7 +53,7 @@ class Router:
 
     @property
     def command(self) -> str:
-        """What the hub is told."""
+        """The hub's command for this router."""
         kinds = f"{KINDS.index(self.mapping)} {KINDS.index(self.filtering)}"
         switches = f"{self.random_ports:d} {self.hairpin:d} {self.reset:d}"
         return f"{kinds} {switches} {float(self.udp_idle_s)} {float(self.tcp_idle_s)}"
@@ -66,14 +66,14 @@ NAMED = {
     "address-mapped": Router(mapping="address"),
     "symmetric": Router(mapping="address-and-port"),
 }
-"""Kinds of routers that have names."""
+"""Named kinds of routers."""
 
 
 def named(kind: str) -> Router:
-    """A kind by its name.
+    """The kind of router with this name.
 
     Raises:
-        LabError: there is none of that name.
+        LabError: there is no such name.
     """
     if kind not in NAMED:
         raise LabError(f"no kind of router is called {kind}: there are {', '.join(NAMED)}")

@@ -1,9 +1,8 @@
-"""Daemons of `splitnet peer` in hosts of a lab that are as slow as they are told to be, by waiting.
+"""Daemons of `splitnet peer` in hosts of a lab, slowed to given speeds by waiting.
 
-Many devices share the cores of one machine. What each computes is a model so small that it takes next to no time; a
-pass is then held until it has lasted as long as it would on the device that the daemon stands for. All daemons are
-forked from one process that has imported everything, so that a start takes a fraction of a second, and most memory is
-shared.
+Many devices share the cores of one machine. Each device computes a model so small that it takes almost no time; a pass
+is then held until it has lasted as long as on the simulated device. All daemons are forked from one process that has
+imported all modules, so that a start takes a fraction of a second, and most memory is shared.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ _FORMAT = "dqqd"
 _LOOKS, _LOOKS_EACH = 6, 4
 
 LATE = 1.1
-"""A pass that lasts so many times as long as it should is late: others wanted the cores."""
+"""A pass that lasts this many times as long as intended is late, because other programs used the cores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one daemon: seconds that its device had passes of sessions, how many, how many of all were late."""
+    """Counts of one daemon: busy seconds of its device with sessions, number of passes, number of late passes."""
 
     busy_s: float
     passes: int
@@ -47,7 +46,7 @@ class Measured:
 
 
 class Meter:
-    """What a daemon counts, and by what factor it is slower than usual; in a file, so that it outlives the daemon."""
+    """The counts of a daemon, and its slowdown factor; in a file, so that they outlive the daemon."""
 
     def __init__(self, file: Path) -> None:
         if not file.exists():
@@ -74,7 +73,7 @@ class Meter:
 
 
 class Nursery:
-    """Starts processes in hosts that have all modules already. Use with `with`."""
+    """Starts processes in hosts that have imported all modules already. Use with `with`."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
@@ -84,7 +83,7 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the process that all are forked from is not told it
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the fork server does not inherit it otherwise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,28 +95,28 @@ class Nursery:
             process.kill()
 
     def run(self, host: str, log: Path, act: Callable[..., None], *arguments: Any) -> BaseProcess:
-        """Calls a function of a module in a host, in a process of its own."""
+        """Calls a function of a module in a host, in a separate process."""
         process = self._context.Process(target=_inside, args=(self._lab.door(host), log, act, *arguments))
         process.start()
         self._processes.append(process)
         return process
 
     def queue(self) -> Any:
-        """For what these processes tell."""
+        """For messages of these processes."""
         return self._context.Queue()
 
 
 class SlowedPeers:
-    """A daemon in each of some hosts, held to a speed. Use with `with`.
+    """A daemon in each of some hosts, slowed to a speed. Use with `with`.
 
-    The daemon of the first host begins the swarm; the others ask it, so that they need no node of the DHT.
+    The daemon of the first host begins the swarm; the others ask it for records, so that they need no node of the DHT.
 
     Args:
-        lab, nursery: where they run, and what starts them.
+        lab, nursery: hosts, and starter of processes.
         checkpoint: folder.
         spans: blocks `[start, end)` by host.
-        speeds: of the device that each stands for.
-        options: more options for each, as on the command line.
+        speeds: of the simulated devices.
+        options: additional options for each, as on the command line.
 
     Attributes:
         join: address of the first daemon, tcp://...
@@ -167,7 +166,7 @@ class SlowedPeers:
         self._folder.cleanup()
 
     def begin(self, host: str, *, again: bool = False) -> None:
-        """Starts the daemon of a host; it has a new key and a new port each time. again: the last one did not serve."""
+        """Starts the daemon of a host, with a new key and a new port. again: the last one did not serve."""
         self._file(host, "address").unlink(missing_ok=True)
         self._lives[host] = self._lives.get(host, -1) + (not again)
         start, end = self._spans[host]
@@ -190,21 +189,21 @@ class SlowedPeers:
             time.sleep(0.02)
 
     def kill(self, host: str) -> None:
-        """kill -9 of the daemon: its host tells others that nobody listens any more."""
+        """kill -9 of the daemon: its host refuses further connections."""
         self._processes[host].kill()
         self._processes[host].join()
 
     def stop(self, host: str) -> None:
-        """Has the daemon leave the swarm and end, as Ctrl-C does."""
+        """Makes the daemon leave the swarm and end, as Ctrl-C does."""
         self._processes[host].terminate()
         self._processes[host].join(_STOP_TIMEOUT_S)
 
     def meters(self, host: str) -> list[Meter]:
-        """Of the daemons of a host, one after the other."""
+        """Meters of the daemons of a host, in order."""
         return [Meter(self._meter_file(host, life)) for life in range(self._lives[host] + 1)]
 
     def log(self, host: str) -> str:
-        """What the daemons of a host have said."""
+        """The output of the daemons of a host."""
         return self._file(host, "log").read_text(errors="replace")
 
     def _meter_file(self, host: str, life: int | None = None) -> Path:
@@ -227,7 +226,7 @@ def _inside(door: str, log: Path, act: Callable[..., None], *arguments: Any) -> 
 
 
 def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
-    """`splitnet ARGUMENTS` with a device of such a speed."""
+    """Runs `splitnet ARGUMENTS` with a device of this speed."""
     import torch
 
     from peers.counters import Counters
@@ -238,7 +237,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     from splitnet.cli import main
 
     torch.set_num_threads(1)
-    # Each device has a speed of its own, which is not that of this machine.
+    # Each device has a separate speed, which differs from this machine's.
     os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
     meter = Meter(meter_file)
     forward, ran, begin, look = Span.forward, BatchingDelay.ran, Counters.__init__, Neighbours.look_around
@@ -265,11 +264,11 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
 
         self.step_passes.observe = count
 
-    # While a device is held it has its processor.
+    # A held device counts as having its processor.
     def ran_all_the_time(self: BatchingDelay, sources: Any, took_s: float, computed_s: float, now: float) -> None:
         ran(self, sources, took_s, took_s, now)
 
-    # The probes of links, 64 KiB each, are what an idle daemon has most to do with.
+    # Probes of links, 64 KiB each, are the main load of an idle daemon.
     def look_less(self: Neighbours) -> None:
         number = next(looks)
         if number < _LOOKS or number % _LOOKS_EACH == 0:

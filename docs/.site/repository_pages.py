@@ -23,7 +23,7 @@ PAGES = {
 }
 """Files of the repository that are pages, and the names that these have on the site."""
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Blocks of a model: spans of them, their caches and passes, and the client's part beside them."""
+"""Spans of a model's blocks, their caches and passes, and the client's part of a model."""

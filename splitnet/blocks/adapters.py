@@ -1,15 +1,15 @@
-"""A client's own parameters in blocks: what changes linear layers, and a prefix of keys and values.
+"""A client's own parameters in blocks: changes of linear layers, and a prefix of keys and values.
 
-Tensors are named by the block of the whole model and what they are there:
+The name of a tensor is the number of its block in the whole model and its place in the block:
 
     12.self_attn.q_proj.lora_A    [rank, inputs]
     12.self_attn.q_proj.lora_B    [outputs, rank], times the scaling
     12.mlp.down_proj.scale_in     [inputs], factors of the input
     12.self_attn.k_proj.scale_out [outputs], factors of the output
     12.prefix_keys                [kv heads, virtual positions, head size]
-    12.prefix_values              likewise
+    12.prefix_values              [kv heads, virtual positions, head size]
 
-`splitnet.hf.adapters` reads them from what PEFT has put on a model.
+`splitnet.hf.adapters` reads the tensors from the modules that PEFT adds to a model.
 
 Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Factors: Liu et al., "(IA)3", arXiv:2205.05638. Prefix: Li and
 Liang, "Prefix-Tuning", arXiv:2101.00190, and Liu et al., "P-Tuning v2", arXiv:2110.07602.
@@ -36,7 +36,8 @@ from splitnet.quant.linear import QuantizedLinear
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_PREFIX = 4096
 MAX_RANK = 1024
-MAX_GROUP_BYTES = 16 * 1024 * 1024  # of tensors of adapters, or their gradients, in one message, unless one is larger
+# Bytes of an adapter's tensors, or of their gradients, in one message. A larger tensor is sent alone.
+MAX_GROUP_BYTES = 16 * 1024 * 1024
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
 SCALE_IN, SCALE_OUT = ".scale_in", ".scale_out"
@@ -46,7 +47,7 @@ _NAME = re.compile(rf"(0|[1-9][0-9]{{0,5}})\.(prefix_keys|prefix_values|{_OF_LAY
 
 
 class LowRank(NamedTuple):
-    """What is added to a linear layer: `x @ a.T @ b.T`."""
+    """A product that is added to the output of a linear layer: `x @ a.T @ b.T`."""
 
     a: Tensor
     b: Tensor
@@ -60,7 +61,7 @@ class Scales(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Keys and values that stand before the first position of every sequence: `[1, kv heads, positions, head size]`."""
+    """Keys and values before the first position of every sequence: `[1, kv heads, positions, head size]`."""
 
     keys: Tensor
     values: Tensor
@@ -72,7 +73,7 @@ class Adapter:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
         self.low_ranks: dict[tuple[int, str], LowRank] = {}  # by block and path of the layer in it
-        self.scales: dict[tuple[int, str], Scales] = {}  # likewise
+        self.scales: dict[tuple[int, str], Scales] = {}  # by block and path of the layer in it
         self.prefixes: dict[int, Prefix] = {}  # by block
         factors = 0
         for name, tensor in self.tensors.items():
@@ -87,22 +88,22 @@ class Adapter:
                 self.low_ranks[block, path] = _low_rank(name, tensor, self._partner(f"{block}.{path}{LORA_B}"))
             elif rest.endswith((SCALE_IN, SCALE_OUT)):
                 if tensor.ndim != 1:
-                    raise AdapterError(f"{name} is {list(tensor.shape)}: factors are one for each input or output")
+                    raise AdapterError(f"{name} is {list(tensor.shape)}: factors are one number per input or output")
                 factors += 1
                 path = rest.rpartition(".")[0]
                 both = (self.tensors.get(f"{block}.{path}{end}") for end in (SCALE_IN, SCALE_OUT))
                 self.scales[block, path] = Scales(*both)
         if twice := self.low_ranks.keys() & self.scales.keys():
-            raise AdapterError(f"the layer {min(twice)} has both low ranks and factors: one of them is possible")
+            raise AdapterError(f"the layer {min(twice)} has both low ranks and factors: it can have only one of them")
         if 2 * (len(self.prefixes) + len(self.low_ranks)) + factors != len(self.tensors):
-            raise AdapterError("the adapter has a tensor without the one that belongs to it")
+            raise AdapterError("the adapter has a tensor without its partner")
         lengths = {prefix.keys.shape[2] for prefix in self.prefixes.values()}
         if len(lengths) > 1:
             raise AdapterError("the prefixes of an adapter differ in length")
         self.prefix_length = lengths.pop() if lengths else 0
 
     def outside(self, start: int, end: int) -> bool:
-        """Whether it has tensors of other blocks than `[start, end)`."""
+        """Whether the adapter has tensors of other blocks than `[start, end)`."""
         return len(self.within(start, end)) < len(self.tensors)
 
     def within(self, start: int, end: int) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ class Adapter:
         return {name: tensor for name, tensor in self.tensors.items() if start <= block_of(name) < end}
 
     def traced(self) -> Adapter:
-        """A copy whose tensors record gradients."""
+        """A copy of the adapter whose tensors record gradients."""
         return Adapter({name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()})
 
     def _partner(self, name: str) -> Tensor:
@@ -125,20 +126,20 @@ def block_of(name: str) -> int:
 
 
 def write_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as they travel; `read_tensors` is the way back."""
+    """Encodes tensors in the safetensors format; `read_tensors` decodes them."""
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def read_tensors(payload: bytes | memoryview) -> dict[str, Tensor]:
-    """Raises AdapterError if the bytes are not in the safetensors format."""
+    """Decodes tensors of `write_tensors`. Raises AdapterError if the bytes are not in the safetensors format."""
     try:
         return safetensors.torch.load(bytes(payload))
-    except Exception as error:  # the library raises what it finds
-        raise AdapterError(f"these are no tensors: {error}") from None
+    except Exception as error:  # the library raises exceptions of many types
+        raise AdapterError(f"the bytes are no safetensors: {error}") from None
 
 
 def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
-    """Tensors as payloads of as many messages as they need."""
+    """Encodes tensors as payloads of messages; a payload with more than one tensor has at most `MAX_GROUP_BYTES`."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -151,7 +152,7 @@ def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
 
 
 def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Payloads of one thing that travels in several messages, each with how many follow."""
+    """Yields each payload of a thing that is sent in several messages, with the number of payloads that follow."""
     for index, payload in enumerate(payloads):
         yield len(payloads) - index - 1, payload
 
@@ -165,8 +166,8 @@ _applied = _Applied()
 
 
 def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
-    """Adds the adapters of sequences in a packed tensor, with `counts` of positions, to what this thread runs through
-    layers with `Changes`."""
+    """Applies each sequence's adapter to its positions while this thread runs layers with `Changes`: the sequences are
+    packed in one tensor, and `counts` are their positions."""
     slices: list[tuple[slice, Adapter]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
@@ -176,7 +177,7 @@ def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Abstr
         if slices and slices[-1][1] is adapter and slices[-1][0].stop == begin:
             begin = slices.pop()[0].start
         slices.append((slice(begin, offset), adapter))
-    # Most passes have none, and a token should not pay for those that do.
+    # Most passes have no adapter, and must not pay for the hooks.
     return _with_slices(slices, offset) if slices else nullcontext()
 
 
@@ -190,7 +191,7 @@ def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Ite
 
 
 class Changes:
-    """Forward hooks of one linear layer: do what the adapters of the running pass have for it."""
+    """Forward hooks that apply the adapters of the running pass to one linear layer."""
 
     def __init__(self, block: int, path: str) -> None:
         self._at = block, path
@@ -222,7 +223,7 @@ class Changes:
         self, given: Tensor, values: Tensor, changes: Sequence[tuple[slice, Callable[[Tensor], Tensor]]]
     ) -> Tensor:
         if given.shape[:2] != (1, _applied.positions):
-            raise AdapterError(f"{self._at[1]} does not see every position, so nothing can be added to it")
+            raise AdapterError(f"{self._at[1]} does not run on every position, so an adapter cannot change it")
         pieces: list[Tensor] = []
         done = 0
         for positions, change in changes:
@@ -233,16 +234,16 @@ class Changes:
 
 def _with_product(low_rank: LowRank, given: Tensor, output: Tensor) -> Tensor:
     a, b = low_rank
-    # In the adapter's own precision, as PEFT does.
+    # The product is computed in the adapter's own precision, as in PEFT.
     return output + (given.to(a.dtype) @ a.T @ b.T).to(output.dtype)
 
 
 def _scaled(factors: Tensor, values: Tensor) -> Tensor:
-    return (values * factors).to(values.dtype)  # in the wider of both precisions
+    return (values * factors).to(values.dtype)  # the product has the wider precision of the two
 
 
 def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Paths within a block of the layers that LoRA can be added to, with their inputs and outputs."""
+    """The paths within a block of the layers that LoRA can be added to, each with its numbers of inputs and outputs."""
     sizes: dict[str, tuple[int, int]] = {}
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
@@ -254,7 +255,7 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class SpanAdapters:
-    """What adapters find in the blocks of a span, the first of which has the number `first`; its views share it."""
+    """Fits adapters to the blocks of a span; `first` is the number of its first block. Views of the span share it."""
 
     def __init__(self, blocks: nn.ModuleList, first: int) -> None:
         self._blocks, self._first = blocks, first
@@ -262,7 +263,7 @@ class SpanAdapters:
         self.kv_shapes: dict[int, list[tuple[int, int]]] = {}  # by block: heads and head size of keys, and of values
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
-        """Makes the blocks `[start, end)` ready for an adapter. Raises AdapterError as `Span.fit` says."""
+        """Prepares the blocks `[start, end)` for an adapter. Raises AdapterError as documented at `Span.fit`."""
         for block, path in [*adapter.low_ranks, *adapter.scales]:
             module = self._blocks[self._index(block, start, end)]
             sizes = linear_layers(module).get(path)
@@ -270,21 +271,21 @@ class SpanAdapters:
                 raise AdapterError(f"block {block} has no linear layer {path!r}")
             if path.rpartition(".")[2] in TAKEN_WEIGHTS:
                 raise AdapterError(
-                    f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: "
+                    f"an adapter cannot change {path} of block {block}, as the family's code uses only its weight: "
                     "leave it out of target_modules"
                 )
             if not _fits(adapter, (block, path), sizes):
-                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
+                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, unlike the adapter")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
                 Changes(block, path).watch(module.get_submodule(path))
         for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
-                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
+                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, unlike the prefix")
 
     def prefix_of(self, adapter: Adapter | None, start: int, end: int) -> dict[int, Prefix]:
-        """The prefix that rows in the blocks `[start, end)` begin with, by block of the span."""
+        """The prefix of a row in the blocks `[start, end)`, by index of the block in the span."""
         if adapter is None or not adapter.prefix_length:
             return {}
         return {block - self._first: prefix for block, prefix in adapter.prefixes.items() if start <= block < end}
@@ -296,7 +297,7 @@ class SpanAdapters:
 
 
 def _fits(adapter: Adapter, at: tuple[int, str], sizes: tuple[int, int]) -> bool:
-    """Whether what an adapter has for a layer is for so many inputs and outputs."""
+    """Whether an adapter's tensors for a layer fit the layer's `(inputs, outputs)`."""
     if (low_rank := adapter.low_ranks.get(at)) is not None:
         return (low_rank.a.shape[1], low_rank.b.shape[0]) == sizes
     return all(one is None or len(one) == size for one, size in zip(adapter.scales[at], sizes, strict=True))

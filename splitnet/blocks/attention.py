@@ -1,8 +1,8 @@
 """Attention of a packed batch: positions of several sequences in one tensor, each against its own KV cache.
 
-It is registered with transformers' `AttentionInterface`, so that the model code of a family runs unchanged: its
-linear layers see all positions at once (one read of the weights for all sequences), and this function replaces the
-attention alone. Which sequences are packed is known to the thread that runs the pass.
+The attention function is registered with transformers' `AttentionInterface`, so the model code of a family runs
+unchanged: its linear layers see all positions at once (one read of the weights for all sequences), and only the
+attention is replaced. The thread that runs the pass knows which sequences are packed.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from splitnet.blocks.adapters import Adapter
 from splitnet.blocks.kv_cache import SequenceCache, TracedSequence
 from splitnet.blocks.kv_form import WINDOW
 
-PACKED = "splitnet_packed"  # name of the attention function; transformers makes no masks for it
-GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families that run sequence by sequence
+PACKED = "splitnet_packed"  # name of the attention function, for which transformers makes no masks
+GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families whose sequences run one by one
 
-SCORE_BYTES = 128 * 2**20  # of a call of attention: scores of more new positions are computed in chunks of these
+# Bytes of the scores of one call of attention. The scores of more new positions are computed in chunks of this size.
+SCORE_BYTES = 128 * 2**20
 _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in the dtype of the values
 
 
 def positions_at_once(heads: int, reach: int) -> int:
-    """So many new positions' scores fit in `SCORE_BYTES`, each for `heads` heads by `reach` positions; at least 1."""
+    """The number of new positions whose scores, for `heads` heads by `reach` positions, fit in `SCORE_BYTES`; at least
+    1."""
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * reach))
 
 
-BLOCK = 512  # new positions whose attention is computed at once where no scores are kept
+BLOCK = 512  # new positions per call of attention where torch keeps no scores
 
 Masks = dict[tuple[int, int, int | None, torch.dtype | None, range, range], Tensor]
 
@@ -49,29 +51,32 @@ class Chunk:
     row: SequenceCache
     start: int
     count: int
-    adapter: Adapter | None = None  # what its client adds to the blocks; its prefix is in the row
-    reach: int = 0  # positions whose rotary frequencies it has at least; see `splitnet.wire.messages.Step.reach`
+    adapter: Adapter | None = None  # the client's changes to the blocks; its prefix is in the row
+    # The least length, in positions, for which its rotary frequencies are computed; see
+    # `splitnet.wire.messages.Step.reach`.
+    reach: int = 0
 
     @property
     def positions(self) -> range:
-        """As the blocks count them: the prefix comes first."""
+        """The positions as the blocks count them, after the prefix."""
         start = self.row.prefix_length + self.start
         return range(start, start + self.count)
 
 
 def positions_of(parts: Sequence[Chunk]) -> list[int]:
-    """All of them, one part after the other."""
+    """The positions of all parts, in order."""
     return [position for part in parts for position in part.positions]
 
 
 @dataclass(frozen=True)
 class PackedPass:
-    """What the attention function must know of the pass that its thread runs."""
+    """The facts about the running pass that the attention function needs."""
 
     parts: Sequence[Chunk]  # in the order of their positions in the packed tensor
-    windows: Sequence[int | None]  # in positions, by block of the span; empty: what blocks pass to their attention
-    sdpa: bool  # the family's attention is what torch's scaled dot product attention computes
-    masks: Masks = field(default_factory=dict)  # those made so far in this pass: most blocks need the same ones
+    # In positions, by block of the span. If empty, the window is the one that a block passes to its attention.
+    windows: Sequence[int | None]
+    sdpa: bool  # whether the family's attention is torch's scaled dot product attention
+    masks: Masks = field(default_factory=dict)  # the masks of this pass; most blocks share them
 
 
 def _mask(
@@ -84,10 +89,12 @@ def _mask(
     twice: range = range(0),
     without: range = range(0),
 ) -> Tensor:
-    """`[1, 1, count, columns]`: what the last `count` of `reach` positions may see, to add to scores or of booleans.
+    """`[1, 1, count, columns]`: the mask of the last `count` of `reach` positions, boolean or, with `additive`, as
+    numbers to add to scores.
 
-    twice: positions with a column in codes and one in full, see `SequenceCache.append_apart`. without: columns that are
-    left out."""
+    twice: positions with a column in codes and a column in full, see `SequenceCache.append_apart`.
+    without: columns that the mask leaves out.
+    """
     key = (count, reach, window, additive, twice, without)
     if key not in masks:
         columns = range(without.start), range(without.stop, reach + len(twice)), range(reach - count, reach)
@@ -126,7 +133,7 @@ def running(packed: PackedPass) -> Iterator[None]:
 def _packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`query`, `key`, `value`: `[1, heads, positions, head size]`; gives `[1, positions, heads, head size]`."""
+    """`query`, `key`, `value`: `[1, heads, positions, head size]`. Returns `[1, positions, heads, head size]`."""
     packed = _running.packed
     if packed is None:
         raise RuntimeError("packed attention runs only inside Span.forward")
@@ -134,15 +141,16 @@ def _packed_attention(
     window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
     sinks = kwargs.get("s_aux")
     eager = not packed.sdpa or kwargs.get("softcap") is not None or sinks is not None
-    # What is written out in the family's own code has soft caps, sinks and whatever else it has.
+    # The family's own eager code implements its soft caps, sinks and other special terms.
     attend = sys.modules[type(module).__module__].eager_attention_forward if eager else _sdpa_attention
     additive = query.dtype if eager else None
-    # Of heads with values of another size torch computes all scores as well, as the families' code does.
+    # Where values and keys differ in head size, torch computes all scores, as the families' code does.
     heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
 
-    # Neither are scores kept nor masks and keys repeated where torch gives the sums that parts are put together by.
+    # Where torch returns the sums of exponentials, partial results are merged: no scores are kept, no masks or keys
+    # repeated.
     blockwise = key.device.type == "cpu" and kwargs.get("position_bias") is None and not torch.is_grad_enabled()
-    # Whole sequences are to give the same with a graph for gradients and without.
+    # Whole sequences must give the same result with a graph for gradients and without.
     traced = any(isinstance(part.row, TracedSequence) for part in packed.parts)
     blockwise = blockwise and not traced and value.shape[3] <= key.shape[3]
     if blockwise and eager:
@@ -178,7 +186,8 @@ def _packed_attention(
             elif most == part.count:
                 outputs.append(attend_to(*given, both, packed.masks))
             elif torch.is_grad_enabled():
-                # What comes of a chunk is computed again on the way back, so that it is in memory once at a time.
+                # The backward pass computes each chunk again, so that only one chunk's intermediate results are in
+                # memory.
                 outputs.append(checkpoint(attend_to, *given, both, None, use_reentrant=False, preserve_rng_state=False))
             else:
                 outputs.append(attend_to(*given, both, None))
@@ -186,8 +195,8 @@ def _packed_attention(
 
 
 def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -> tuple[Tensor, Tensor, range]:
-    """The part of what `SequenceCache.append_apart` gives for `count` new positions, the last ones of `seen`."""
-    # Where the first of these positions begins to see in full, and the last.
+    """The columns of `SequenceCache.append_apart` that the last `count` positions of `seen` attend to."""
+    # The positions from which the first and the last of these positions see keys and values in full.
     begin, end = (
         max(seen.start, twice.start, min(stop - WINDOW, twice.stop)) for stop in (seen.stop + 1 - count, seen.stop)
     )
@@ -202,7 +211,8 @@ def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -
 
 
 def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool:
-    """Not for one position, nor where sdpa's own causal mask (its fast path) is the right one."""
+    """Whether a mask is needed. One position needs none; neither do several where sdpa's own causal mask is right (its
+    fast path)."""
     if count == 1:
         return False
     return eager or reach > count or (window is not None and reach > window)
@@ -218,7 +228,7 @@ def _sdpa_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' own, which copies keys and values that heads share for each of them; not so here on CPUs."""
+    """As transformers' own function, but on CPUs it does not copy shared keys and values for each head."""
     is_causal = query.shape[2] > 1 and attention_mask is None
     by_head = attention_mask is not None and attention_mask.shape[1] > 1
     if query.device.type != "cpu" or is_causal or by_head or kwargs.get("position_bias") is not None:
@@ -236,17 +246,23 @@ def attend_blockwise(
     sinks: Tensor | None = None,
     twice: range = range(0),
 ) -> Tensor:
-    """Attention of the last positions to all of them, on a CPU; no scores are in memory.
+    """Attention of the last positions to all positions, on a CPU, without scores in memory.
 
-    What all of these see takes no mask. What only some see is attended to apart, and both are put together by the
-    logarithms of their sums of exponentials (Dao et al., "FlashAttention", 2022). `query`: `[1, heads, positions, head
-    size]`, as the result; `keys`, `values`: `[1, shared heads, columns, head size]`; `sinks`: `[heads]`, logits that
-    take part in the softmax and see nothing; `twice`: see `_mask`.
+    Columns that all these positions see need no mask. Columns that only some positions see are attended to
+    separately, and the two results are merged by the logarithms of their sums of exponentials (Dao et al.,
+    "FlashAttention", 2022).
+
+    Args:
+        query: `[1, heads, positions, head size]`, as the result.
+        keys, values: `[1, shared heads, columns, head size]`.
+        sinks: `[heads]`, logits that take part in the softmax and have no value.
+        twice: see `_mask`.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     heads, count, size = query.shape[1:]
     shared, reach = keys.shape[1], keys.shape[2] - len(twice)
-    if (lacks := size - values.shape[3]) and sinks is None:  # it takes values of the size of keys: head by head
+    # torch's function takes only values of the size of keys, so the values of each shared head are padded.
+    if (lacks := size - values.shape[3]) and sinks is None:
         each = zip(query.chunk(shared, 1), keys.split(1, 1), values.split(1, 1), strict=True)
         alike = ((one, own, nn.functional.pad(seen, (0, lacks))) for one, own, seen in each)
         mixed = torch.cat([attend_blockwise(*some, masks, window, scale, twice=twice) for some in alike], dim=1)
@@ -276,7 +292,7 @@ _sinks_alone: dict[tuple[type, torch.dtype], bool] = {}
 def _has_sinks_alone(
     module: nn.Module, eager: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether the family's own code does nothing but what is usual, and has sinks: it is tried once for each type."""
+    """Whether the family's own code is the usual attention with sinks and nothing else; found by one trial per type."""
     kind = type(module), query.dtype
     if kwargs.get("softcap") is not None or query.dtype not in _TOLERANCES or key.shape[3] != value.shape[3]:
         return False
@@ -292,10 +308,10 @@ def _has_sinks_alone(
 
 
 def attend_by_group(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention in which the heads that share keys are positions of one head.
+    """Attention that treats the heads that share keys as positions of one head.
 
     `query`: `[batch, heads, positions, head size]`, as the result; `keys`, `values`: `[batch, shared heads, reach, head
-    size]`; `mask`: `[batch, 1, positions, reach]`, or None: all is seen.
+    size]`; `mask`: `[batch, 1, positions, reach]`, or None if every position is seen.
     """
     batch, heads, count, size = query.shape
     shared = keys.shape[1]

@@ -1,8 +1,8 @@
-"""A model of transformers, cut: some of its blocks and nothing else, or all but its blocks; or the whole of it.
+"""Loads parts of a transformers model: some of its blocks alone, all but its blocks, or the whole model.
 
-The whole model is built on the meta device, which takes no memory, and cut before any weight is read. So whatever a
-family derives from the number of a block (experts in some blocks only, blocks without rotary embedding, scales) is as
-in the whole model.
+The whole model is built on the meta device, which takes no memory, and cut before any weight is read. So everything
+that a family derives from the number of a block (experts in some blocks only, blocks without rotary embedding, scales)
+is as in the whole model.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """A frozen embedding whose weight is held in the codes of the checkpoint. Its `weight` is for code that looks at
-    it, or wants all of it as numbers: it is read from the files when it is used."""
+    """A frozen embedding that holds its weight in the codes of the checkpoint. Its `weight` serves code that inspects
+    it or needs all of it as numbers; the numbers are read from the files on use."""
 
     held: BlockQuantWeight | JoinedForm
     parameter_like: nn.Parameter
@@ -52,9 +52,11 @@ class QuantizedEmbedding(nn.Embedding):
 
 
 def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
-    """Leaves no parameter of a model in the codes of a checkpoint: a layer holds them, or they become numbers.
+    """Leaves no parameter of a model in the codes of a checkpoint: either its layer holds the codes, or it becomes
+    numbers.
 
-    Layers that share a weight share what holds it. `codes_on`: where the model will be; None: all become numbers.
+    Layers that share a weight share the object that holds it. `codes_on`: the device of the model; None: all parameters
+    become numbers.
     """
     forms: dict[int, BlockQuantWeight | JoinedForm] = {}
     numbers: dict[int, nn.Parameter] = {}
@@ -90,7 +92,7 @@ def can_hold_codes(path: str, layer: nn.Module) -> bool:
 
 
 def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedForm) -> None:
-    """In place, as some families' embeddings do more: they scale what they give."""
+    """Changes the layer in place, because the embeddings of some families do more, such as scaling their output."""
     stored = layer.weight.detach()
     del layer.weight
     own = type(layer)
@@ -101,26 +103,27 @@ def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedForm) -> None:
 
 
 class Zero(nn.Module):
-    """Stands for learned position embeddings in a span: the client has added them."""
+    """Replaces learned position embeddings in a span, because the client has already added them."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        # Not a buffer: loading would leave one uninitialized. A scalar on the CPU adds to tensors on any device.
+        # Not a buffer, because loading would leave a buffer uninitialised. A scalar on the CPU adds to tensors on any
+        # device.
         self._zero = torch.zeros((), dtype=dtype, device="cpu")
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         return self._zero
 
 
-_MOST_COMPUTED = 1 << 26  # numbers that a family may compute while its model is made, as in tables of positions
-_LONGEST_RANGE = 1 << 20
+_MOST_COMPUTED = 1 << 26  # numbers that a family may compute while its model is built, such as tables of positions
+_LONGEST_RANGE = 1 << 20  # entries that one `torch.arange` may have meanwhile: more is an absurd config
 
 
 class _LightMeta(TorchFunctionMode):
-    """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count.
+    """Builds a model on the meta device without torch's compiler, which torch imports (1 s) to fill or count.
 
-    Raises UnsupportedModel if the numbers of the config have it compute more than `_MOST_COMPUTED` numbers, or count on
-    beyond `_LONGEST_RANGE`.
+    Raises UnsupportedModel if the numbers of the config make the family compute more than `_MOST_COMPUTED` numbers, or
+    a range of more than `_LONGEST_RANGE`.
     """
 
     def __init__(self) -> None:
@@ -130,7 +133,7 @@ class _LightMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         if func is torch.arange and str(options.get("device")) == "meta":
-            # Rotary embeddings are computed of it, and computed again when the weights have been loaded.
+            # Rotary embeddings are computed from ranges, and again after the weights are loaded.
             start, end, step = (*((0,) if len(args) == 1 else ()), *args, 1)[:3] if args else (0, 0, 1)
             count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
             self._check(count if count <= _LONGEST_RANGE else math.inf)
@@ -140,7 +143,7 @@ class _LightMeta(TorchFunctionMode):
             if tensor.is_meta:
                 return tensor
         given = [one for one in args if isinstance(one, Tensor) and not one.is_meta]
-        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # what comes of them may be as large
+        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # the result may be as large
             made = func(*(one.to("meta") if isinstance(one, Tensor) else one for one in args), **options)
             self._check(made.numel() if isinstance(made, Tensor) else 0)
         made = func(*args, **options)
@@ -153,30 +156,30 @@ class _LightMeta(TorchFunctionMode):
     def _check(self, count: float) -> None:
         if not count <= self._left:
             raise UnsupportedModel(
-                "the numbers of the config have its family compute tables that no model has: download it again, or "
+                "the numbers of the config make its family compute tables that are too large: download it again, or "
                 "mend it"
             )
 
 
 def _made_on_meta(make: Callable[[], Any]) -> Any:
-    """Makes something with the meta device as torch's default. What is computed of ranges may be on the CPU."""
+    """Builds an object with the meta device as torch's default. Tensors computed from ranges may be on the CPU."""
     try:
         with _LightMeta(), torch.device("meta"):  # in this order, so that the device is among the arguments
             return make()
-    except RuntimeError:  # as when numbers meet what has none
+    except RuntimeError:  # for example, a CPU tensor met a meta tensor
         with torch.device("meta"):
             return make()
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without weights. Raises UnsupportedModel if transformers cannot build it of this config."""
+    """Builds a model without weights. Raises UnsupportedModel if transformers cannot build it from this config."""
     try:
         model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
         nn.Module.to(model, "meta")
         return model
     except UnsupportedModel:
         raise
-    except Exception as error:  # whatever it stumbles over
+    except Exception as error:  # transformers raises exceptions of many types for bad configs
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(
             f"transformers cannot build a model of the config of {where}: download it again, or mend it "
@@ -187,7 +190,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
 def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
 
-    Raises UnsupportedModel if it has no such list, or cannot be built.
+    Raises UnsupportedModel if the model has no such list, or cannot be built.
     """
     model = on_meta(model_class, config)
     for name, module in model.named_modules():
@@ -212,21 +215,23 @@ def load_cut(
     one_by_one: bool = False,
     codes_on: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Builds a model on the meta device, cuts it, and loads what is left of it.
+    """Builds a model on the meta device, cuts it, and loads the weights of the rest.
 
     Loading itself (conversion of names and layouts, merging of experts, types, buffers) is transformers' own.
 
     Args:
         cut: removes parts of the model in place.
-        tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
-        attention: name of the attention function; None for the family's default.
-        names: those of `tensors` -> those in the checkpoint, for errors.
-        new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
-        one_by_one: each tensor is in its place, where layers make it smaller, before the next one is read.
-        codes_on: the device for which layers hold weights that `tensors` has in codes; None: they become numbers.
+        tensors: the state dict, with the names of the cut model in the checkpoint. Its values may be read lazily.
+        attention: name of the attention function; None: the family's default.
+        names: name in `tensors` -> name in the checkpoint, for errors.
+        new_head: transformers initialises head tensors that the checkpoint lacks with torch's random numbers.
+        one_by_one: each tensor is placed, and made smaller by its layer where layers do so, before the next one is
+            read.
+        codes_on: the device on which layers hold the weights that `tensors` has in codes; None: these become numbers.
 
     Raises:
-        UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or it does not take all.
+        UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or has tensors that it does
+            not take.
     """
 
     def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -245,7 +250,7 @@ def load_cut(
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # reported below, in our words
+                ignore_mismatched_sizes=True,  # mismatches are reported below
                 **options,
             )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -267,10 +272,10 @@ def load_cut(
             "shape; take a checkpoint in transformers' format"
         )
     unexpected = set(report["unexpected_keys"])
-    if new_head:  # the head that the checkpoint has may be for another task
+    if new_head:  # the head of the checkpoint may be for another task
         unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
     unexpected -= ignored(unexpected, model)
-    # A bias of nothing is what AutoGPTQ stores with every layer.
+    # AutoGPTQ stores a bias of zeros with every layer.
     biases = {name for name in unexpected & tensors.keys() if name.endswith(".bias")}
     unexpected -= {name for name in biases if not tensors[name][...].any()}
     check_no_unexpected((names.get(name, name) for name in unexpected), config.model_type)
@@ -280,7 +285,8 @@ def load_cut(
 
 
 def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name in a checkpoint -> name of the parameter of a model that transformers loads it into, or into a part of."""
+    """Name in a checkpoint -> name of the model's parameter that transformers loads the tensor into, wholly or as a
+    part."""
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -289,7 +295,7 @@ def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
-    """Leaves blocks `[start, end)` of a backbone and makes what comes before and after them neutral."""
+    """Keeps blocks `[start, end)` of a backbone and replaces the modules before and after them with neutral ones."""
     parent, list_name = parent_of(backbone, container)
     kept = getattr(parent, list_name)[start:end]
     for module in kept.modules():
@@ -309,7 +315,8 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
 
 
 def keep_configs(parent: nn.Module) -> None:
-    """Before the config is sliced: what stands beside the blocks, as rotary embeddings do, keeps that of the whole."""
+    """Call before the config is sliced: modules beside the blocks, such as rotary embeddings, keep the whole model's
+    config."""
     children: list[Any] = list(parent.children())
     for child in children:
         config = getattr(child, "config", None)
@@ -318,7 +325,7 @@ def keep_configs(parent: nn.Module) -> None:
 
 
 def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> PreTrainedModel:
-    """A backbone with blocks `[start, end)` of another, which has `config.num_hidden_layers` of them."""
+    """A backbone with blocks `[start, end)` of `backbone`, which has `config.num_hidden_layers` blocks."""
     shared = _shallow(backbone)
     shared.config = copy.deepcopy(backbone.config)
     slice_config(shared.config, start, end)
@@ -347,7 +354,7 @@ def _shallow(module: Any) -> Any:
 
 
 def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
-    """Leaves the entries of the blocks `[start, end)` in all lists of the config that have one per block."""
+    """Keeps the entries of the blocks `[start, end)` in every list of the config that has one entry per block."""
     count = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count and key in _PER_BLOCK:
@@ -363,7 +370,7 @@ def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
         config._heterogeneity_spec = dataclasses.replace(spec, per_layer_overrides=overrides)
 
 
-# Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)
+# Config lists with one entry per block. Other lists of that length, such as `eos_token_id`, mean something else.
 _PER_BLOCK = (
     *("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers", "indexer_types"),
 )
@@ -374,9 +381,9 @@ _READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 @contextmanager
 def _loading(one_by_one: bool) -> Iterator[None]:
-    """Without transformers' own progress bar, as the caller gets progress, and one thread at a time.
+    """Disables transformers' progress bar, as the caller reports progress, and lets one thread load at a time.
 
-    With `one_by_one` transformers, which asks the environment, reads no tensor ahead in other threads.
+    With `one_by_one`, an environment variable stops transformers from reading tensors ahead in other threads.
     """
     with _one_at_a_time:
         shows, before = transformers_logging.is_progress_bar_enabled(), os.environ.get(_READ_AHEAD)
@@ -394,12 +401,12 @@ def _loading(one_by_one: bool) -> Iterator[None]:
                 transformers_logging.enable_progress_bar()
 
 
-@torch.inference_mode(False)  # what is loaded is used outside of it, too
+@torch.inference_mode(False)  # the model is also used outside inference mode
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
     """Loads all of a checkpoint into this process, in plain transformers; `dtype`: "auto": as the weights are stored.
 
-    What is in codes becomes numbers, without packages that transformers wants for it. Raises OSError or ValueError if
-    transformers cannot load it, or UnsupportedModel, the last of GGUF files or quantized weights.
+    Weights in codes become numbers, without the packages that transformers needs for them. Raises OSError or ValueError
+    if transformers cannot load the checkpoint, or UnsupportedModel, the last for GGUF files or quantized weights.
     """
     if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.store.quantized):
         try:
@@ -423,8 +430,8 @@ def with_coded_experts(
     blocks: range,
     weights: Weights,
 ) -> dict[str, Any]:
-    """Tensors, by their names in a model of these blocks alone, of which experts come in the codes that weights of this
-    kind are held in; where those are no integers, all stays as it is."""
+    """Replaces the experts' tensors by lazy codes in the layout that `weights` holds experts in. Unchanged if `weights`
+    holds no integers. Names are as in a model of these blocks alone."""
     if weights.kind not in INTEGERS:
         return dict(tensors)
     whole = on_meta(model_class, checkpoint.config)
@@ -446,9 +453,9 @@ def with_coded_experts(
 
 
 def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> LazyTensor:
-    """A weight of one expert, or of all, of which `[...]` reads nothing before its codes are asked for.
+    """The weight of one expert, or of all. `[...]` reads nothing before the codes are requested.
 
-    `transposed`: it is `[..., inputs, outputs]`.
+    `transposed`: the weight is `[..., inputs, outputs]`.
     """
 
     def read(expert: Any) -> Codes:
@@ -458,7 +465,7 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
         codes = integer_codes(lies, layout)
         if codes is None:
             raise WeightsError(
-                f"{name} has values that are no numbers, which fit no code: use --weights with a type of floats"
+                f"{name} has infinite or NaN values, which integers cannot hold: use --weights with a float type"
             )
         return codes
 

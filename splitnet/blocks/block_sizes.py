@@ -1,4 +1,4 @@
-"""Bytes of the blocks of a checkpoint, before any is loaded."""
+"""Computes the bytes of the blocks of a checkpoint before any block is loaded."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.linear import holdable_layers
 
-_TABLE_BYTES = 16 << 20  # what old checkpoints hold in a block besides its weights, as masks of attention
+# Bytes per block besides the weights: old checkpoints hold such tables, for example masks of attention.
+_TABLE_BYTES = 16 << 20
 
 
 class BlockSize(NamedTuple):
     """Bytes of one block."""
 
-    plain: int  # of all weights as numbers of the type that it computes in
-    held: int  # that it takes as its weights are held
-    plain_experts: int = 0  # what of `plain` is the weights of experts, and `experts`: of `held`
-    experts: int = 0
-    coded: bool = False  # some stay in the codes of the checkpoint
-    converted: bool = False  # some are brought into another form
+    plain: int  # all weights as numbers, in the type that the block computes in
+    held: int  # all weights in the format in which the block holds them
+    plain_experts: int = 0  # the part of `plain` that is weights of experts
+    experts: int = 0  # the part of `held` that is weights of experts
+    coded: bool = False  # some weights stay in the codes of the checkpoint
+    converted: bool = False  # some weights are converted to another format
 
 
 def block_bytes(
@@ -43,7 +44,7 @@ def block_bytes(
 ) -> int:
     """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of files.
 
-    Raises WeightsError if weights cannot be held so.
+    Raises WeightsError if weights cannot be held in that format.
     """
     chosen = weights_of(checkpoint, weights, dtype, device)
     return max(size.held for size in block_sizes(checkpoint, chosen, range(checkpoint.num_blocks)))
@@ -52,7 +53,7 @@ def block_bytes(
 def weights_of(
     checkpoint: Checkpoint, kind: str | None, dtype: torch.dtype | str | None, device: str | torch.device
 ) -> Weights:
-    """What the blocks of a checkpoint are held as, see `choose_weights`: the same for any of its spans."""
+    """How the blocks of a checkpoint hold their weights, see `choose_weights`; the same for each of its spans."""
 
     def held_bytes(weights: Weights) -> int:
         return sum(size.held for size in block_sizes(checkpoint, weights, range(checkpoint.num_blocks)))
@@ -61,9 +62,9 @@ def weights_of(
 
 
 def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
-    """Refuses blocks, from `start` on, that take more in the files than those of the config can: strangers tell both.
+    """Refuses blocks, from `start` on, whose files take more bytes than the config allows, as strangers supply both.
 
-    Raises ModelNotFound, which says which, or UnsupportedModel if there is no model of this config.
+    Raises ModelNotFound, which names the block, or UnsupportedModel if no model can be built from this config.
     """
     model_class = backbone_class(checkpoint.config)
     backbone = on_meta(model_class, checkpoint.config)
@@ -109,8 +110,8 @@ def size_of_block(
     codes: Mapping[str, Sequence[TensorFacts]] | None = None,
     prefix: str = "",
 ) -> BlockSize:
-    """The sizes of a block, whose weights take `plain` bytes as numbers; `codes`: path of a layer, behind `prefix` ->
-    what its weight consists of, if the checkpoint has that in codes."""
+    """The sizes of a block whose weights take `plain` bytes as numbers. `codes`: path of a layer, after `prefix` -> the
+    coded tensors of its weight, if the checkpoint has codes."""
     held, coded, converted = plain, False, False
     itemsize = weights.dtype.itemsize
     plain_experts = experts = itemsize * sum(
@@ -119,7 +120,7 @@ def size_of_block(
     for path, layer, outputs, inputs, form in holdable_layers(block, weights):
         stored = (codes or {}).get(prefix + path, ())
         if not _are_all(stored, outputs * inputs, transposed=isinstance(layer, Conv1D)):
-            stored = ()  # all of it becomes plain numbers
+            stored = ()  # the whole weight becomes plain numbers
         if stored and (weights.as_stored or (weights.keeps_codes and form is None)):
             taken = sum(codes_bytes(one) for one in stored)
             coded = True
@@ -149,14 +150,13 @@ def size_of_block(
 
 
 def _are_all(stored: Sequence[TensorFacts], numbers: int, *, transposed: bool) -> bool:
-    """Whether a weight of so many numbers is all in codes, which lie along its inputs."""
+    """Whether coded tensors make up a whole weight of `numbers` numbers, with codes along its inputs."""
     along = all(one.transposed == transposed for one in stored)
     return along and sum(math.prod(one.shape) for one in stored) == numbers
 
 
 def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:
-    """Path of a layer of a model -> what its weight consists of, of `tensors` by their names in a checkpoint, where
-    that is in codes."""
+    """Path of a layer of a model -> the coded tensors of its weight. `tensors`: by name in a checkpoint."""
     coded = {name: one for name, one in tensors.items() if one.layout is not None}
     codes: dict[str, list[TensorFacts]] = {}
     for name, parameter in loaded_as(model, coded).items():
@@ -165,7 +165,7 @@ def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> 
 
 
 def codes_bytes(facts: TensorFacts) -> int:
-    """Bytes that a weight takes that is held in the codes of the checkpoint."""
+    """Bytes of a weight that is held in the codes of the checkpoint."""
     assert facts.layout is not None
     *experts, outputs, inputs = facts.shape
     if facts.transposed:

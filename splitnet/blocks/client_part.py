@@ -1,4 +1,4 @@
-"""The client's part of a model: embeddings, final norm and head, and what stands in it for all of its blocks."""
+"""The client's part of a model: embeddings, final norm and head, with one module in place of all blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from splitnet.quant.gpu import use_device_kernels
 from splitnet.quant.stored import as_dtype
 
 
-@torch.inference_mode(False)  # what is loaded is used outside of it, too
+@torch.inference_mode(False)  # the model is also used outside inference mode
 def load_client_part(
     checkpoint: Checkpoint,
     blocks: nn.Module,
@@ -32,28 +32,28 @@ def load_client_part(
     weights: str | None = None,
     headless: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model of a checkpoint with `blocks` in place of its own; only the rest is read.
+    """Loads the causal language model of a checkpoint with `blocks` in place of its blocks, whose weights are not read.
 
-    transformers' code sees one block, with one layer of cache; `model.config` is that of the whole model. In the list
-    of blocks stands an outline of their linear layers, see `BlockList`.
+    transformers' code sees one block, with one layer of cache; `model.config` is the config of the whole model. The
+    list of blocks holds an outline of their linear layers, see `BlockList`.
 
     Args:
-        blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
-        dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
-        weights: what the head holds its weight as, see `splitnet.quant.choose`; None: as `dtype`, or in the codes of
-            the checkpoint. Embeddings keep their codes in any case.
-        headless: a checkpoint without a head is taken, too; then what the final norm gives stands for the logits.
+        blocks: its `forward` maps `[batch, sequence, hidden]` to the same shape. It stays on its device.
+        dtype: type of the weights, such as "bfloat16"; None: as the checkpoint stores them.
+        weights: the format of the head's weight, see `splitnet.quant.choose`; None: as `dtype`, or in the codes of the
+            checkpoint. Embeddings always keep their codes.
+        headless: accepts a checkpoint without a head; the output of the final norm is then returned as the logits.
 
     Raises UnsupportedModel if the family cannot be cut, or the checkpoint does not fit it, and WeightsError if a weight
-    cannot be held so.
+    cannot be held in that format.
     """
     computes = as_dtype(dtype) or checkpoint.dtype
     if weights == "bfloat16" and computes == torch.float32:
-        dtype = computes  # or bfloat16 would be what all computes in
+        dtype = computes  # else the whole client part would compute in bfloat16
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
     config, model_class = copy.deepcopy(checkpoint.config), causal_class(checkpoint.config)
     lacks_head = headless and not config.tie_word_embeddings and not _has_head(checkpoint, model_class)
-    config.tie_word_embeddings |= lacks_head  # so that none is looked for
+    config.tie_word_embeddings |= lacks_head  # so that transformers looks for no head
     model = _load(checkpoint, config, model_class, blocks, dtype, device)
     if lacks_head:
         model.set_output_embeddings(nn.Identity())
@@ -79,10 +79,11 @@ def load_classifier_part(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """The same for the model that classifies sequences; a head that the checkpoint does not have is a new, random one.
+    """As `load_client_part`, for the model that classifies sequences; a head that the checkpoint lacks is initialised
+    randomly.
 
-    `config`: that of the checkpoint, with the labels that are wanted. Raises UnsupportedModel if transformers has no
-    such model of this family, or as for `load_client_part`.
+    `config`: the checkpoint's config, with the wanted labels. Raises UnsupportedModel if transformers has no such model
+    of this family, or as `load_client_part` does.
     """
     return _load(checkpoint, config, classifier_class(config), blocks, dtype, device, new_head=True)
 
@@ -107,14 +108,14 @@ def _load(
         outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
         keep_configs(parent)
-        owners: list[Any] = [model, parent]  # some classes give their backbone a config of its own
+        owners: list[Any] = [model, parent]  # some classes give their backbone a separate config
         for own in {id(owner.config): owner.config for owner in owners}.values():
-            # The rotary embedding of some backbones knows only the kinds that there were.
+            # The rotary embeddings of some backbones know only the layer types of the original blocks.
             types = getattr(own, "layer_types", None) or ()
             index = types.index("full_attention") if "full_attention" in types else 0
             slice_config(own, index, index + 1)
 
-    # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
+    # No attention runs here: with this name transformers makes no masks, where it allows that.
     attention = PACKED if packs_sequences(config) else None
     names = client_part_names(checkpoint, model_class, container)
     with checkpoint.store.load_tensors(names, wanted) as tensors:
@@ -130,9 +131,9 @@ def _load(
 
 
 def check_all_is_taken(checkpoint: Checkpoint) -> None:
-    """Reads the headers of a whole checkpoint, and no weights.
+    """Checks a whole checkpoint by the headers of its files, without reading weights.
 
-    Raises UnsupportedModel if it has tensors that no part of the model takes, or that are not as their format says.
+    Raises UnsupportedModel if it has tensors that no part of the model takes, or tensors that contradict their format.
     """
     model_class = causal_class(checkpoint.config)
     container = find_container(model_class, checkpoint.config)
@@ -145,31 +146,32 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     loaded = loaded_as(model, names)
     unknown = {name for name, parameter in loaded.items() if not {name, parameter} & parameters.keys()}
     left = {names[name] for name in unknown - ignored(unknown, model)}
-    # Biases of layers in codes may be zero, for which what loads them looks.
+    # Biases of layers in codes may be zero; `load_cut` checks this when it loads them.
     weights = {name: facts.get(name.removesuffix("bias") + "weight") for name in left if name.endswith(".bias")}
     left -= {name for name, weight in weights.items() if weight is not None and weight.layout is not None}
     check_no_unexpected(left, checkpoint.model_type)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The module of a shell whose `forward` loops over the blocks: it receives `attention_mask`, `cache` and so on."""
+    """The module of a client part whose `forward` loops over the blocks; it receives `attention_mask`, `cache` and so
+    on."""
     for module in model.modules():
         if any(isinstance(child, BlockList) for child in module.children()):
             return module
-    raise ValueError("this model has no place where its blocks were: load it with load_client_part")
+    raise ValueError("this model is no client part: load it with load_client_part")
 
 
 def outline_in(model: nn.Module) -> BlockList:
-    """The outline of a shell's blocks."""
+    """The outline of the blocks of a client part."""
     return next(child for child in backbone_of(model).children() if isinstance(child, BlockList))
 
 
 def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint, of what is outside the blocks and meant for the model.
+    """Name in the model -> name in the checkpoint, of the model's tensors outside the blocks.
 
-    They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own. What belongs to
-    other parts of that is left, and so is what models of the family leave out on purpose. Raises UnsupportedModel if a
-    multimodal checkpoint has tensors that belong to none of its parts.
+    The names differ where the checkpoint is of a multimodal model, whose text model has a different prefix. Tensors of
+    that model's other parts are left out, and so are tensors that models of the family ignore on purpose. Raises
+    UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
         left_out = ignored(checkpoint.client_part_names_of, model_class)
@@ -192,10 +194,10 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
 
 
 class Ends:
-    """Embeddings, final norm and head of a shell: they are looked up at every use, as adapters may be put on them.
+    """Embeddings, final norm and head of a client part. Each use looks the module up, because adapters may replace it.
 
-    norm: the name of the final norm in the backbone, "" if that is not known. are_all: besides its blocks, the model
-    does what these do and no more.
+    norm: the name of the final norm in the backbone, "" if unknown.
+    are_all: besides its blocks, the model computes only these three modules.
     """
 
     def __init__(self, model: Any, backbone: Any, norm: str) -> None:
@@ -215,12 +217,12 @@ class Ends:
 
     @property
     def norm(self) -> Any:
-        """The final norm: `[..., hidden]` -> the same; None if it is not known."""
+        """The final norm: `[..., hidden]` -> the same shape; None if it is unknown."""
         return getattr(self._backbone, self._norm, None)
 
     @property
     def head(self) -> Any:
-        """`[..., hidden]`, behind the final norm -> `[..., vocabulary]`; None: none can be called alone."""
+        """`[..., hidden]`, after the final norm -> `[..., vocabulary]`; None: the head cannot be called alone."""
         return self.model.get_output_embeddings()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -230,8 +232,8 @@ class Ends:
 
 @torch.no_grad()
 def ends_of(model: PreTrainedModel) -> Ends:
-    """The ends of a shell. Whether they are all, as they are not where a family scales embeddings or logits, is found
-    by trying, with blocks that give what they are given."""
+    """The ends of a client part. `are_all` is found by a trial with blocks that return their input; it is false for
+    families that scale embeddings or logits."""
     backbone = backbone_of(model)
     known = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
     ends = Ends(model, backbone, next((name for name in known if getattr(backbone, name, None) is not None), ""))
@@ -249,10 +251,11 @@ def ends_of(model: PreTrainedModel) -> Ends:
 
 
 class AllBlocks(nn.Module):
-    """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do, without
-    the backbone's mask, positions and cache: code that provides `blocks` takes them before (see `backbone_of`)."""
+    """The only entry of the list of blocks. It calls `blocks` and returns what the family's own blocks would return. It
+    ignores the backbone's mask, positions and cache: code that provides `blocks` takes these earlier (see
+    `backbone_of`)."""
 
-    attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by it
+    attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by this attribute
 
     def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
@@ -261,11 +264,11 @@ class AllBlocks(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
         output = self.blocks(hidden_states)
-        return (output, None) if self._returns_tuple else output  # some unpack two
+        return (output, None) if self._returns_tuple else output  # some backbones unpack two values
 
 
 class BlockList(nn.ModuleList):
-    """Stands for the list of blocks: to the model's own code one module, and to code that looks for layers an outline
+    """Replaces the list of blocks: the model's own code sees one module, and code that looks for layers sees an outline
     of each block."""
 
     def __init__(self, all_blocks: nn.Module, outlines: Sequence[nn.Module]) -> None:
@@ -285,10 +288,11 @@ class BlockList(nn.ModuleList):
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
-    """Whether a family's backbone takes `output[0]` of what a block returns: found by trying both.
+    """Whether a family's backbone takes `output[0]` of the value that a block returns: found by trying both.
 
-    To take `[0]` of a tensor would drop the batch dimension, often without an error. Raises UnsupportedModel if it
-    takes neither a tensor nor a tuple. `container`: the name of the list of blocks in `model`; it may be empty.
+    Taking `[0]` of a tensor would drop the batch dimension, often without an error. Raises UnsupportedModel if the
+    backbone takes neither a tensor nor a tuple. `container`: the name of the list of blocks in `model`; it may be
+    empty.
     """
     backbone = parent_of(model, container)[0]
     inputs = {"input_ids": torch.zeros(2, 3, dtype=torch.long, device=model.device)}
@@ -300,7 +304,7 @@ def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
 
 
 def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype) -> None:
-    """Raises UnsupportedModel if a backbone does something besides its blocks: with none, its input must come out."""
+    """Raises UnsupportedModel if a backbone computes more than its blocks: without blocks, it must return its input."""
     size = backbone.config.hidden_size
     hidden = torch.linspace(-1, 1, 6 * size, device=backbone.device).reshape(2, 3, size).to(dtype)
     inputs = {"inputs_embeds": hidden, "position_ids": torch.arange(4, 7, device=backbone.device)[None].expand(2, -1)}
@@ -310,14 +314,14 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
             return
     raise UnsupportedModel(
         f"models of the family {backbone.config.model_type!r} cannot be cut into spans: they change the hidden state "
-        "outside their blocks in a way that is not known here"
+        "outside their blocks in an unknown way"
     )
 
 
 def _run_without_blocks(
     model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, Tensor]
 ) -> Tensor | None:
-    """What `backbone`, a part of `model`, gives with a block that does nothing; None: it does not run."""
+    """The output of `backbone`, a part of `model`, with a block that does nothing; None: it does not run."""
     parent, name = parent_of(model, container)
     config: Any = parent.config
     blocks, count = getattr(parent, name), config.num_hidden_layers
@@ -335,8 +339,8 @@ def _run_without_blocks(
 
 
 class AbsentWeight(Tensor):
-    """Shape and type of a weight that is elsewhere; what needs its numbers raises AdapterError. It is on the CPU: what
-    is put on a layer goes to the device of its weight."""
+    """Shape and type of a weight that is on a peer; code that needs its numbers raises AdapterError. The device is the
+    CPU, because code that adds to a layer uses the device of the layer's weight."""
 
     @staticmethod
     def __new__(cls, rows: int, columns: int, dtype: torch.dtype) -> AbsentWeight:
@@ -355,10 +359,10 @@ class AbsentWeight(Tensor):
 
 
 class RemotePart(nn.Module):
-    """A module that has no weights here; what is within it has neither, unless an adapter was put there."""
+    """A module without weights on this machine; its submodules have none either, except an adapter's modules."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Raises AdapterError if there are none: code that asks for them needs some."""
+        """Raises AdapterError if there are none, because code that asks for parameters needs some."""
         first = next(found := super().parameters(recurse), None)
         if first is None:
             raise _absent()
@@ -367,7 +371,7 @@ class RemotePart(nn.Module):
 
 
 class RemoteLinear(nn.Linear):
-    """A linear layer whose weight is elsewhere; to run it raises AdapterError."""
+    """A linear layer whose weight is on a peer; running it raises AdapterError."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -380,7 +384,7 @@ class RemoteLinear(nn.Linear):
 
 
 class RemoteConv1D(Conv1D):
-    """The same for the layers of GPT-2, whose weight is `[inputs, outputs]`."""
+    """As `RemoteLinear`, for the layers of GPT-2, whose weight is `[inputs, outputs]`."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -406,7 +410,7 @@ def outline_of(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _absent() -> AdapterError:
     return AdapterError(
-        "this needs weights of the blocks, as PiSSA, OLoRA, DoRA, AdaptionPrompt, modules_to_save and merging do, and "
-        "they are on the peers: use LoRA that begins without them (init_lora_weights=True), a prompt or a prefix, and "
+        "PiSSA, OLoRA, DoRA, AdaptionPrompt, modules_to_save and merging need the weights of the blocks, and "
+        "these are on the peers: use LoRA that starts without them (init_lora_weights=True), a prompt or a prefix, and "
         "load the model again"
     )

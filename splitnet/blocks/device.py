@@ -1,4 +1,4 @@
-"""On which device to compute: the one that was asked for, or the best of those that are there and work."""
+"""Chooses the device to compute on: the requested device, or the best one that is present and works."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from splitnet.errors import SplitnetError, first_line
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-DEVICE_NAME = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?")  # what may be asked for
+DEVICE_NAME = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?")  # the devices that a user may ask for
 _KINDS = ("cuda", "mps", "xpu")  # of accelerators, best first; ROCm's build of torch calls its devices cuda, too
 
 
 @dataclass(frozen=True)
 class Present:
-    """What torch finds on this machine besides the CPU."""
+    """The devices that torch finds on this machine besides the CPU."""
 
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
-    """By kind (cuda, mps, xpu), what its devices are called; a kind that has none may be absent."""
-    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # by device, as in `cuda:1`
-    lacking: str = "torch finds no GPU"  # why there are none
+    """Kind (cuda, mps, xpu) -> names of its devices; a kind without devices may be absent."""
+    faults: Mapping[str, str] = field(default_factory=dict[str, str])  # by device, such as `cuda:1`
+    lacking: str = "torch finds no GPU"  # why there are no devices
 
     @property
     def devices(self) -> dict[str, str]:
-        """All, best first, with what they are called."""
+        """Device -> its name, best device first."""
         found = {f"{kind}:{index}": name for kind in _KINDS for index, name in enumerate(self.names.get(kind, ()))}
         return {device.replace("mps:0", "mps"): name for device, name in found.items()}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A device as torch names it, and why it was chosen."""
+    """A device in torch's notation, and the reason for the choice."""
 
     device: str
     why: str
@@ -45,8 +45,8 @@ class Choice:
 
 
 def choose_device(asked: str, present: Present) -> Choice:
-    """The device to compute on; `asked`: `auto`, or a device as torch names it; without a number, the first. Raises
-    SplitnetError if there is no such device here, or it does not work."""
+    """Chooses the device to compute on. `asked`: `auto`, or a device in torch's notation; without a number, the first
+    of its kind. Raises SplitnetError if this machine has no such device, or it does not work."""
     if asked == "cpu":
         return Choice("cpu", "as asked for")
     devices = present.devices
@@ -68,8 +68,8 @@ def choose_device(asked: str, present: Present) -> Choice:
 
 
 def find_present(*, tried: bool = True) -> Present:
-    """Finds the devices; with `tried` also whether they work, by a small product on the first that does: that starts
-    its driver."""
+    """Finds the devices. With `tried`, a small product is computed on each device until one works, which starts its
+    driver."""
     import torch
 
     names = {"cuda": _names_by(torch.cuda), "xpu": _names_by(torch.xpu)}
@@ -86,9 +86,9 @@ def find_present(*, tried: bool = True) -> Present:
 
 
 def find_device(asked: str) -> Choice:
-    """Finds the devices and chooses. Raises SplitnetError if the one asked for is not there, or does not work.
+    """Finds the devices and chooses one. Raises SplitnetError if the requested device is absent or does not work.
 
-    The choice of `auto` is logged, as a warning if a device that is there does not work.
+    The choice of `auto` is logged, as a warning if a device that is present does not work.
     """
     present = find_present() if asked == AUTO else Present()
     if asked not in ("cpu", AUTO):
@@ -102,7 +102,7 @@ def find_device(asked: str) -> Choice:
 
 
 def _names_by(torch_part: Any) -> tuple[str, ...]:
-    """What the devices of `torch.cuda` or `torch.xpu` are called; to say so starts the driver, which may fail."""
+    """The names of the devices of `torch.cuda` or `torch.xpu`. Asking for names starts the driver, which may fail."""
     count = torch_part.device_count()
     try:
         return tuple(torch_part.get_device_name(index) for index in range(count))
@@ -111,12 +111,13 @@ def _names_by(torch_part: Any) -> tuple[str, ...]:
 
 
 def _fault_of(device: str) -> str | None:
-    """Why a small product fails there: a driver that is too old, a GPU that this torch was not compiled for."""
+    """Why a small product fails on a device, such as a driver that is too old, or a GPU that this torch does not
+    support."""
     import torch
 
     try:
         ones = torch.ones(8, 8, device=device)
         found = float((ones @ ones).sum())
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         return first_line(error)
     return None if found == 8.0**3 else "it multiplies wrongly"

@@ -1,10 +1,10 @@
-"""The head of a causal model: where it generates, and the loss where it is trained.
+"""The head of a causal model in generation, and the loss in training.
 
-Every token reads all of the head's weight, which for large vocabularies is more than many blocks have. Threads that
+Every token reads all of the head's weight, which for large vocabularies is larger than many blocks. Threads that
 generate at the same time read it together, as the peers read their blocks.
 
-Logits are by far the largest tensors of a client that trains. The loss is computed for some positions at a time: their
-logits give their loss and, in the same place, their gradient, which goes back through the head at once. Only the
+Logits are by far the largest tensors of a client that trains. So the loss is computed for some positions at a time:
+their logits give their loss and, in the same memory, their gradient, which goes back through the head at once. Only the
 gradient by the hidden states is kept. Positions without a label are left out.
 """
 
@@ -31,12 +31,13 @@ from splitnet.quant.linear import QuantizedLinear, sizes_of
 from splitnet.quant.native import has_kernel_for, multiply_floats
 
 CHANGES_S = 1.0
-"""A weight that was not used for so long is looked at as a whole, as torch does not tell of all changes, such as those
-by `weight.data`. A change of all of it is seen at once; one of some rows, when a call begins."""
+"""Seconds without use after which a weight is compared with its copy as a whole, because torch does not report all
+changes, such as changes by `weight.data`. A change of the whole weight is seen at once, a change of some rows when a
+call begins."""
 
-_SUMMED_ROWS = 256  # at a time: their sums take little memory
-_SAMPLE = 1024  # numbers that are looked at for every product
-MOST_ROWS = 16  # of all threads together; with more, products of matrices are faster
+_SUMMED_ROWS = 256  # rows per sum, so that their sums take little memory
+_SAMPLE = 1024  # numbers that are compared before every product
+MOST_ROWS = 16  # rows of all threads together; with more rows, products of matrices are faster
 
 
 @dataclass(slots=True)
@@ -48,11 +49,11 @@ class _Call:
 
 
 class SharedProduct:
-    """Multiplies the rows of several threads with one weight: those that come together go together.
+    """Multiplies the rows of several threads with one weight, in one product for all threads that wait.
 
-    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et al., SPAA 2010): one of the threads
-    that wait does the work of all. `multiply`, `[rows, inputs]` -> `[rows, outputs]`, gives each row the same whatever
-    others are with it.
+    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et al., SPAA 2010): one of the waiting
+    threads does the work of all. `multiply`, `[rows, inputs]` -> `[rows, outputs]`, must give each row the same result
+    whichever other rows are in the product.
     """
 
     def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
@@ -62,7 +63,7 @@ class SharedProduct:
         self._delay = BatchingDelay()
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """`[rows, inputs]` -> `[rows, outputs]`, without gradients. Raises what `multiply` raises."""
+        """`[rows, inputs]` -> `[rows, outputs]`, without gradients. Raises the errors that `multiply` raises."""
         call = _Call(rows, threading.get_ident())
         self._waiting.append(call)
         with self._working:
@@ -85,7 +86,7 @@ class SharedProduct:
             calls.append(self._waiting.popleft())
             rows += len(calls[-1].rows)
         try:
-            # What a thread in inference mode makes, others could not change in place.
+            # Other threads cannot change tensors that a thread in inference mode makes.
             with torch.inference_mode(False), torch.no_grad():
                 given = calls[0].rows if len(calls) == 1 else torch.cat([call.rows for call in calls])
                 products = self._multiply(given).split([len(call.rows) for call in calls])
@@ -99,7 +100,7 @@ class SharedProduct:
 
 
 class _Sharing(nn.Module):
-    """A layer whose threads share its products of few rows. Copies share nothing with it."""
+    """A layer whose threads share its products of few rows. A copy of the layer has its own shared product."""
 
     def forward(self, input: Tensor) -> Tensor:
         own: Any = self
@@ -114,7 +115,7 @@ class _Sharing(nn.Module):
         return product.view(*input.shape[:-1], own.out_features)
 
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
-        """Multiplies few rows by the weight; None: they are not shared."""
+        """The product of few rows with the weight; None: threads do not share it."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,18 +124,18 @@ class _Sharing(nn.Module):
 
 @dataclass(slots=True)
 class _Copy:
-    """Of a weight, as it was when it was used last."""
+    """A copy of a weight, with the facts by which a change of the weight is found."""
 
-    form: WeightForm | None  # None if its values do not allow it
+    form: WeightForm | None  # None if the values of the weight do not allow it
     sums: Tensor  # of the bits of each row
-    state: tuple[int, int]  # its address and its version
+    state: tuple[int, int]  # the weight's address and version
     some: Tensor  # the bits of a number of each row
     used_at: float = 0.0
 
 
 class Head(_Sharing, nn.Linear):
-    """A head in the type that the model computes in; its weight may be the embedding's, too, and it may be trained.
-    `narrows`: of a float32 weight there is a copy in 16 bits, which few rows are multiplied with."""
+    """A head in the type that the model computes in. Its weight may be shared with the embedding and may be trained.
+    `narrows`: few rows are multiplied with a 16-bit copy of a float32 weight."""
 
     def __init__(self, weight: Any, bias: Any, *, narrows: bool = False) -> None:
         outputs, inputs = weight.shape
@@ -145,7 +146,8 @@ class Head(_Sharing, nn.Linear):
         self._may_have_changed = False
 
     def expect_changes(self) -> None:
-        """The next product looks at each row: before the caller's call some may have been changed."""
+        """Makes the next product look at each row of the weight, because some rows may have changed before the caller's
+        call."""
         self._may_have_changed = True
 
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
@@ -159,12 +161,12 @@ class Head(_Sharing, nn.Linear):
         return super().__getstate__() | {"_copy": None}
 
     def _narrowed(self) -> WeightForm | None:
-        """The copy, made anew if the weight is another than it was made of."""
+        """The 16-bit copy of the weight, made again if the weight has changed."""
         weight, now = self.weight.detach(), time.monotonic()
         copied, bits, looks = self._copy, weight.view(torch.int32), self._may_have_changed
         self._may_have_changed = False
         state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        some = bits.view(-1)[:: max(1, self.in_features - 1)]  # steps that are shorter than rows leave out none
+        some = bits.view(-1)[:: max(1, self.in_features - 1)]  # a step shorter than a row samples every row
         every = 1 if looks else max(1, len(some) // _SAMPLE)
         used_at = copied.used_at if copied is not None and copied.state == state else -math.inf
         if copied is None or now - used_at > CHANGES_S or not torch.equal(some[::every], copied.some[::every]):
@@ -177,17 +179,17 @@ class Head(_Sharing, nn.Linear):
 
 
 class QuantizedHead(_Sharing, QuantizedLinear):
-    """A head whose weight is held in another form."""
+    """A head that holds its weight in another weight format."""
 
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
         return self.held.multiply if self.held.alone_as_together else None
 
 
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:
-    """Gives a causal model a head for threads that generate, which holds its weight as is wished.
+    """Gives a causal model a head for threads that generate, in the weight format of `weights`.
 
-    With "auto" it keeps its weight as well, for gradients and many rows. Else an embedding that shares the weight keeps
-    its own, if that is another form.
+    With "auto" the head also keeps its weight, for gradients and many rows. Otherwise, an embedding that shares the
+    weight keeps a separate weight, if the format differs.
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, QuantizedLinear):
@@ -210,8 +212,9 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         model.set_output_embeddings(Head(head.weight, head.bias, narrows=form == NARROW))
 
 
-IGNORED = -100  # the label of a position that is not learned, as in transformers
-PART_BYTES = 32 * 2**20  # of the logits of a part, in float32. Some families make a few tensors of that size of them
+IGNORED = -100  # the label of a position without loss, as in transformers
+# Bytes of the logits of a part in float32. Some families make several tensors of that size from the logits.
+PART_BYTES = 32 * 2**20
 Score = Callable[[Tensor], Tensor]
 """Hidden states `[positions, hidden]` -> logits `[positions, vocabulary]`."""
 
@@ -226,16 +229,16 @@ def loss_in_parts(
     items: Tensor | float | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Tensor:
-    """The cross-entropy of each position and the label of the next, as `ForCausalLMLoss` of transformers has it.
+    """The cross-entropy of each position and the label of the next one, as in `ForCausalLMLoss` of transformers.
 
     Args:
         hidden, labels: `[batch, positions, hidden]`; `[batch, positions]`, `IGNORED` where nothing is learned.
-        score: what the head does to each position; it records gradients where they are enabled.
-        vocabulary: how many logits a position has.
-        trained: what may be trained within `score`; it gets gradients if it is used there.
-        items: what the sum is divided by; None: the number of labels.
+        score: applies the head to each position; it records gradients where they are enabled.
+        vocabulary: the number of logits of a position.
+        trained: tensors that `score` may train; a tensor gets a gradient if `score` uses it.
+        items: the divisor of the sum; None: the number of labels.
 
-    Returns a scalar, float32. Raises ValueError if labels are of another shape.
+    Returns a scalar, float32. Raises ValueError if labels have another shape.
     """
     if labels.shape != hidden.shape[:2]:
         raise ValueError(f"labels must be [batch, positions] = {list(hidden.shape[:2])}, not {list(labels.shape)}")
@@ -251,7 +254,7 @@ def loss_in_parts(
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over positions. Gradients are computed on the way forward, for a sum that counts once."""
+    """The sum over positions. Gradients are computed in the forward pass, for a sum whose own gradient is 1."""
 
     @staticmethod
     def forward(ctx: Any, score: Score, positions: int, hidden: Tensor, labels: Tensor, *trained: Tensor) -> Tensor:
@@ -288,8 +291,8 @@ class _Sum(torch.autograd.Function):
 
 
 def _entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, and the gradient of their sum by the logits, in whose place it is put."""
-    # torch tells if the way back needs the logits themselves: with what is detached it counts changes.
+    """The loss of each position, and the gradient of their sum by the logits, which overwrites the logits."""
+    # torch raises an error if the backward pass needs the logits: changes of a detached tensor count as its changes.
     scores = logits.detach().float()
     labels = labels[:, None]
     largest = scores.amax(dim=-1, keepdim=True)

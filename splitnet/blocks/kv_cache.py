@@ -1,4 +1,4 @@
-"""What one sequence leaves in the blocks of a span, and the caches that transformers' backbones see."""
+"""The cache of one sequence in the blocks of a span, and the caches for transformers' backbones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, in_full
 from splitnet.quant.device import new_empty
 
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
-REACH = 64  # positions that the oldest copy stays behind at least, if there are so many: drafts lie within
-SPACING = 32  # positions between copies while they come one by one; before several at once, one is made anyway
-FIRST_CAPACITY = 256  # positions of the first allocation of a row if nothing says how many; each next one doubles
-HELD_AT_ONCE = COPIES + 2  # times its states a row takes at most: the present ones, those of a pass, the copies
+# The oldest copy is at least this many positions back, if the row is long enough, because drafts are shorter than this.
+REACH = 64
+# Positions between copies while positions arrive one by one. Before a pass of several positions a copy is always made.
+SPACING = 32
+# Positions of a row's first allocation if its size is unknown; each later allocation doubles it.
+FIRST_CAPACITY = 256
+# Maximum number of live copies of a row's states: the present ones, those of a pass, the copies.
+HELD_AT_ONCE = COPIES + 2
 
 
 class StateLayer(LinearAttentionLayer):
-    """transformers' states of one block, without writing to tensors that another copy may have."""
+    """transformers' states of one block, without writing to tensors that another copy may share."""
 
     def own(self, states: dict[int, Tensor | None], index: int) -> Tensor | None:
-        """One of its states, which the caller may write to; None at the beginning of a sequence."""
+        """One state of the block, which the caller may write to; None at the beginning of a sequence."""
         state = states[index] if self.has_previous_state[index] else None
         if state is not None:
             state = states[index] = state.clone()
@@ -43,13 +47,13 @@ class StateLayer(LinearAttentionLayer):
         before = self.recurrent_states[state_idx]
         state = recurrent_states if before is None else recurrent_states.to(before.dtype)
         if state.untyped_storage().nbytes() > state.nbytes:
-            state = state.clone()  # a part of a tensor would keep the whole of it in memory
+            state = state.clone()  # a view would keep the whole tensor in memory
         self.recurrent_states[state_idx] = state
         self.is_recurrent_states_initialized[state_idx] = True
         return state
 
     def forked(self) -> StateLayer:
-        """One that goes on from here by itself."""
+        """A copy that can change independently of this layer."""
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict):
@@ -63,7 +67,8 @@ class StateLayer(LinearAttentionLayer):
 
 
 class SequenceStates:
-    """The states of one row in all blocks of a span; `per_block`: convolutions of a block, each with a state."""
+    """The states of one row in all blocks of a span; `per_block`: the convolutions of a block, each of which has a
+    state."""
 
     def __init__(self, per_block: int) -> None:
         self._per_block = per_block
@@ -80,7 +85,7 @@ class SequenceStates:
         return sum(layer.nbytes for layer in self._layers.values())
 
     def begin(self, start: int, count: int) -> None:
-        """Before a pass of `count` positions from `start` on; what one that failed has left is forgotten."""
+        """Prepares a pass of `count` positions from `start` on; drops the states of a pass that failed."""
         self._working = {}
         newest = self._copies[-1][0] if self._copies else 0
         if start > newest and (count > 1 or start - newest >= SPACING):
@@ -97,11 +102,11 @@ class SequenceStates:
         return layer
 
     def commit(self) -> None:
-        """What the pass has made of the states is what they are now."""
+        """Makes the states of the finished pass the present states."""
         self._layers, self._working = {**self._layers, **self._working}, {}
 
     def rewind(self, length: int) -> int:
-        """Goes back to the last copy at or before `length`, else to the beginning, and says where that is."""
+        """Returns to the last copy at or before `length`, or to the beginning, and returns that position."""
         while self._copies and self._copies[-1][0] > length:
             self._copies.pop()
         self._working = {}
@@ -122,7 +127,7 @@ class SequenceStates:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], length: int, device: torch.device) -> None:
-        """Makes `tensors` the present states, of a row of `length` positions. Raises ValueError: they are no states."""
+        """Makes `tensors` the present states of a row of `length` positions. Raises ValueError: they are no states."""
         self._layers = {}
         for name, tensor in tensors.items():
             block, kind, index = name.split(".")
@@ -138,7 +143,7 @@ class SequenceStates:
         self._copies, self._working = [(length, self._layers)], {}
 
     def fork(self) -> SequenceStates:
-        """Independent of these from now on; what both have is in memory once."""
+        """An independent copy. Memory that both have in common is shared."""
         other = SequenceStates(self._per_block)
         other._layers, other._copies = self._layers, list(self._copies)
         return other
@@ -148,43 +153,45 @@ class SequenceStates:
 class _Block:
     keys: Tensor
     values: Tensor
-    near: tuple[Tensor, ...] = ()  # where these are codes: some positions of both in full
-    near_from: int = 0  # of these, the last ones begin here
+    near: tuple[Tensor, ...] = ()  # where keys and values are codes: some positions of both in full
+    near_from: int = 0  # the first of the last positions in `near`
 
     def wrote(self, start: int, end: int) -> None:
-        """Positions have come into the ring, in the place of others; a row that was cropped goes on at `start`."""
+        """Records positions that overwrote others in the ring; a row that was cropped continues at `start`."""
         self.near_from = max(min(self.near_from, start), end - RING)
 
     @property
     def places(self) -> list[int]:
-        """As `SequenceCache.reserve` gives them."""
+        """A row of the result of `SequenceCache.reserve`."""
         near = [tensor.data_ptr() for tensor in self.near] or [0, 0]
         return [self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], *near, self.near_from]
 
     @property
     def numbers(self) -> tuple[Tensor, ...]:
-        """Keys and values of some positions as numbers, not codes."""
+        """Tensors with keys and values of some positions as numbers, not codes."""
         return self.near or (self.keys, self.values)
 
 
 class SequenceCache:
     """Keys and values of one sequence (row), one pair of tensors `[1, kv heads, capacity, head size]` per block.
 
-    Memory is allocated as positions arrive, for as many as `room` says, else in capacities that double, so that
-    appending a token copies only the token. All positions are kept, also for blocks with a sliding window: a rewind is
-    then exact.
+    Memory is allocated as positions arrive, for `room` positions, or else in capacities that double, so that appending
+    a token copies only the token. All positions are kept, also for blocks with a sliding window, so that a rewind is
+    exact.
 
-    With a form, keys and values of blocks are held as that says. Where these are codes, the first `SINKS` positions and
-    the last `WINDOW` are in full besides, in a ring that has `RING` of them: a crop within it changes nothing.
+    `form` is the format in which keys and values of blocks are held. If this format has codes, the first `SINKS`
+    positions and the last `WINDOW` are also held in full, the latter in a ring of `RING` positions: a crop within the
+    ring is exact.
 
-    Where blocks keep states, the row keeps what came into the span as well. After a rewind to where no copy of the
-    states was made, some positions are to run once more before the next ones: those from `computed` to `length`.
+    Where blocks keep states, the row also keeps the inputs of the span. If a rewind ends where no copy of the states
+    exists, the positions from `computed` to `length` must run again before new ones.
 
     Args:
-        room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
-        prefix: of an adapter, by block of the span: keys and values that stand before the first position.
-        states: where blocks keep them: none yet.
-        form: what keys and values are held as; None: as they come.
+        room: positions after the prefix that memory is allocated for; None, or more positions arrive: capacities
+            double.
+        prefix: keys and values of an adapter before the first position, by block of the span.
+        states: an empty object where blocks keep states.
+        form: the format of keys and values; None: the type in which they arrive.
     """
 
     def __init__(
@@ -194,22 +201,22 @@ class SequenceCache:
         states: SequenceStates | None = None,
         form: KVForm | None = None,
     ) -> None:
-        self.length = 0  # positions that are stored, without the prefix
-        self.computed = 0  # positions that keys, values and states stand for
+        self.length = 0  # stored positions, without the prefix
+        self.computed = 0  # positions that keys, values and states include
         self.form = form
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
-        # By block that has one; None once it is stored, so that the row keeps no adapter alive.
+        # By block with a prefix; None once the prefix is stored, so that the row keeps no adapter alive.
         self._prefix: dict[int | str, Prefix | None] = {**prefix} if prefix else {}
-        self._blocks: dict[int | str, _Block] = {}  # and, by name, what else the row has of every position
-        # By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves.
+        self._blocks: dict[int | str, _Block] = {}  # and, by name, other tensors with one entry per position
+        # By blocks: their least capacity, and the result of `reserve`, until the memory of a block moves.
         self._places: dict[tuple[int, ...], tuple[int, Tensor]] = {}
 
     @property
     def room(self) -> int:
-        """Positions behind the prefix that memory is allocated for. Less gives memory back at once, and raises
-        ValueError if the row holds more."""
+        """Positions after the prefix that memory is allocated for. A smaller value frees memory at once. Raises
+        ValueError if the row holds more positions."""
         if self._room is not None:
             return self._room
         return max((block.keys.shape[2] - self._before(i) for i, block in self._blocks.items()), default=0)
@@ -226,18 +233,18 @@ class SequenceCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the row's tensors occupy, without copies of states."""
+        """Bytes of the row's tensors, without copies of states."""
         held = sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
         return held + self.near_bytes + self.state_bytes
 
     @property
     def near_bytes(self) -> int:
-        """Bytes of the positions that are in full besides their codes, however long the row is."""
+        """Bytes of the positions that are held in full besides their codes; independent of the row's length."""
         return sum(tensor.nbytes for block in self._blocks.values() for tensor in block.near)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the present states, however long the row is."""
+        """Bytes of the present states; independent of the row's length."""
         return self._states.nbytes if self._states is not None else 0
 
     @property
@@ -256,7 +263,7 @@ class SequenceCache:
         return sum(tensor.nbytes // tensor.shape[2] for pair in pairs for tensor in pair)
 
     def alike(self, count: int) -> int:
-        """How many of the next `count` positions see the same positions in codes, at least 1."""
+        """The number of the next `count` positions, at least 1, for which the same positions are in codes."""
         if self.form is None or not self.form.coded:
             return count
         start = self.prefix_length + self.computed
@@ -264,7 +271,7 @@ class SequenceCache:
         return max(1, min(count, max(SINKS, min(held, start)) + WINDOW - start))
 
     def shapes(self) -> dict[int, list[tuple[int, int]]]:
-        """Heads and head size of the keys and of the values, by block that keeps them."""
+        """Heads and head size of the keys and of the values, by block with keys and values."""
         return {
             index: [(tensor.shape[1], tensor.shape[3]) for tensor in block.numbers]
             for index, block in self._blocks.items()
@@ -272,7 +279,8 @@ class SequenceCache:
         }
 
     def crop(self, length: int) -> None:
-        """Forgets all positions from `length` on, but not their memory. Raises ValueError if the row has fewer."""
+        """Drops all positions from `length` on, but keeps their memory. Raises ValueError if the row has fewer
+        positions."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
         self.length = length
@@ -280,7 +288,7 @@ class SequenceCache:
             self.computed = self._states.rewind(length) if self._states is not None else length
 
     def fork(self, length: int | None = None, room: int | None = None) -> SequenceCache:
-        """An independent copy of the first `length` positions, or of all; `room`: None: as much as this row has."""
+        """An independent copy of the first `length` positions; None: of all. `room`: None: as much as this row has."""
         states = self._states.fork() if self._states is not None else None
         copy = SequenceCache(self._room if room is None else room, None, states, self.form)
         copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
@@ -296,9 +304,10 @@ class SequenceCache:
         return copy
 
     def held(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Keys and values of the first positions behind the prefix, `[1, kv heads, length, head size]`, block by block.
+        """Keys and values of the first `length` positions after the prefix, `[1, kv heads, length, head size]`, block
+        by block.
 
-        Raises ValueError if the row has fewer positions than that.
+        Raises ValueError if the row has fewer positions.
         """
         if not 0 < length <= self.length:
             raise ValueError(f"the row has {self.length} positions, not {length}")
@@ -310,9 +319,10 @@ class SequenceCache:
             yield index, keys[:, :, before:end], values[:, :, before:end]
 
     def page(self, start: int, end: int) -> dict[str, Tensor]:
-        """A copy of what positions `[start, end)` behind the prefix have left, on the CPU: for each block, and whatever
-        else is stored by position, `NAME.keys` and `NAME.values`, `[1, kv heads, positions, head size]`, or codes. With
-        these the page of the first positions has `NAME.first_keys` and `NAME.first_values`: those in full."""
+        """A copy on the CPU of all that is stored for positions `[start, end)` after the prefix: for each block, and
+        each other tensor with one entry per position, `NAME.keys` and `NAME.values`, `[1, kv heads, positions, head
+        size]`, or codes. With codes, the page of the first positions also has `NAME.first_keys` and
+        `NAME.first_values`, which are in full."""
         found: dict[str, Tensor] = {}
         for key, block in self._blocks.items():
             before = self._before(key)
@@ -325,14 +335,14 @@ class SequenceCache:
         return found
 
     def states(self) -> dict[str, Tensor]:
-        """The present states, `BLOCK.KIND.INDEX`, on the CPU; empty where blocks keep none. Not while a pass runs."""
+        """The present states, `BLOCK.KIND.INDEX`, on the CPU; empty where blocks keep none. Do not call it during a
+        pass."""
         return self._states.tensors() if self._states is not None else {}
 
     def fill(self, pages: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
-        """Goes on with pages in a row, as `page` gave them, in a row that was begun so. Where blocks keep states, these
-        positions run once more before new ones, unless `restore` follows. Raises ValueError: the pages are not of such
-        a row.
-        """
+        """Appends consecutive pages of `page` to a row that began with the pages before them. Where blocks keep states,
+        these positions must run again before new ones, unless `restore` follows. Raises ValueError: the pages are not
+        of such a row."""
         if self.has_states and not all("inputs.keys" in page for page in pages):
             raise ValueError("these pages are of blocks that keep no states")
         end, begin = self.length, pages[0] if pages else {}
@@ -350,7 +360,7 @@ class SequenceCache:
                             raise ValueError(f"a page of {tuple(page.shape)} is not of a row of {tuple(place.shape)}")
                         place.copy_(page)
                 continue
-            # To another device many small copies take longer by far.
+            # Many small copies to another device take far longer than one large copy.
             both = (torch.cat(numbers[0], 2).to(device), torch.cat(numbers[1], 2).to(device))
             if self._has_codes(key):
                 first = [
@@ -362,13 +372,13 @@ class SequenceCache:
         self.length, self.computed = end, 0 if self._states is not None else end
 
     def restore(self, states: Mapping[str, Tensor], computed: int, device: torch.device) -> None:
-        """After `fill`: the states as they are behind position `computed`."""
+        """Call after `fill`: sets the states after position `computed`."""
         if self._states is not None and computed:
             self.computed = computed
             self._states.restore(states, computed, device)
 
     def _store_codes(self, key: int, position: int, codes: Sequence[Tensor], first: Sequence[Tensor]) -> None:
-        """Stores what a page has of a block; `first`: the first positions in full, for a row that has none yet."""
+        """Stores a block's part of a page; `first`: the first positions in full, for a row that has none yet."""
         start = self._before(key) + position
         end = start + codes[0].shape[2]
         if not position and len(first) < len(codes):
@@ -381,21 +391,22 @@ class SequenceCache:
             held[:, :, start:end] = new
         for near, new in zip(block.near, first, strict=False):
             near[:, :, :SINKS] = new
-        block.near_from = end  # the others are in codes alone
+        block.near_from = end  # the other positions are in codes alone
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions after `computed`, `[1, kv heads, new positions, head size]` of a block of the span.
+        """Stores new positions after `computed`, `[1, kv heads, new positions, head size]`, of a block of the span.
 
-        Gives views of all keys and values up to and with them; the prefix comes first. `computed` moves only with
-        `advance`, when all blocks have stored theirs: a pass that fails half-way leaves the row as it was.
+        Returns views of all keys and values up to the new ones, with the prefix first. Only `advance` moves `computed`,
+        when all blocks have stored theirs: a pass that fails half-way leaves the row unchanged.
         """
         return self.store(block_index, self.computed, keys, values)
 
     def append_apart(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, range]:
-        """As `append`, but each new position may see the last `WINDOW` positions in full and codes of all others.
+        """As `append`, but each new position may see the last `WINDOW` positions in full and the codes of all others.
 
-        So the result does not depend on the step that brings a position. The range has the positions that some new ones
-        see in codes and others in full: keys and values have these twice, at their places in codes, then in full.
+        So the result does not depend on the step in which a position arrives. The range has the positions that some new
+        positions see in codes and others in full: the returned keys and values have these twice, as codes, then in
+        full.
         """
         if not self._has_codes(block_index):
             return *self.append(block_index, keys, values), range(0)
@@ -404,7 +415,7 @@ class SequenceCache:
         block = self._with_room(block_index, keys, values, end)
         held = min(block.near_from, start)
         since, until = max(held, start + 1 - WINDOW), max(held, end - WINDOW)
-        # The ring is read first, as the new positions overwrite it.
+        # The new positions overwrite the ring, so it is read first.
         full = [
             torch.cat((in_full(near, since, start), new), 2)
             for near, new in zip(block.near, (keys, values), strict=True)
@@ -413,8 +424,8 @@ class SequenceCache:
         return *self._seen(block_index, block, until, full, until), range(since, until)
 
     def begin_pass(self, hidden: Tensor) -> Tensor:
-        """New positions, `[positions, hidden]`, behind those that are to run once more: what is to run now. What the
-        blocks leave then counts only with `advance`."""
+        """Prepends positions that must run again to new positions, `[positions, hidden]`; returns the input of the
+        pass. The pass counts only after `advance`."""
         if self._states is None:
             self.computed = self.length  # a pass that was cut may have failed
             return hidden
@@ -426,7 +437,7 @@ class SequenceCache:
         return given
 
     def begin_again(self, most: int) -> Tensor | None:
-        """The first positions to run once more, `[positions, hidden]`, `most` at most; None: there are none."""
+        """The first positions that must run again, at most `most`, `[positions, hidden]`; None: there are none."""
         if self._states is None or self.computed >= self.length:
             return None
         given = self._blocks["inputs"].keys[0, 0, self.computed : min(self.length, self.computed + most)]
@@ -434,13 +445,13 @@ class SequenceCache:
         return given
 
     def state_layer(self, block_index: int) -> StateLayer:
-        """The states of a block, for the pass that is running. Raises LookupError if rows of the span have none."""
+        """The states of a block, for the running pass. Raises LookupError if rows of the span keep no states."""
         if self._states is None:
             raise LookupError("some blocks keep a state other than a KV cache")
         return self._states.layer(block_index)
 
     def store(self, key: int | str, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `append`, from `position` on, of a block or of something else that the row has of every position."""
+        """As `append`, from `position` on, for a block or for another tensor with one entry per position."""
         start = self._before(key) + position
         end = start + keys.shape[2]
         block = self._with_room(key, keys, values, end)
@@ -453,13 +464,13 @@ class SequenceCache:
         return seen
 
     def _has_codes(self, key: int | str) -> bool:
-        """Whether this is a block whose keys and values are codes."""
+        """Whether `key` is a block whose keys and values are codes."""
         return self.form is not None and self.form.coded and not isinstance(key, str)
 
     def _seen(
         self, key: int | str, block: _Block, start: int, new: Sequence[Tensor], since: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions before `start`, of `since` and later ones in full, and `new` behind them."""
+        """Keys and values of the positions before `start`, in full from `since` on, followed by `new`."""
         if not self._has_codes(key):
             return block.keys[:, :, :start], block.values[:, :, :start]
         assert self.form is not None
@@ -477,9 +488,9 @@ class SequenceCache:
     ) -> Tensor:
         """Makes room for `count` new positions in blocks, for code that writes to their memory.
 
-        `shapes`: heads and head size of keys and of values. Returns int64 `[blocks, 6]`: the addresses of a block's
-        keys and of its values, their capacity, and where these are codes: the addresses of those in full, and from
-        where on the last ones are. They hold until the next call.
+        `shapes`: heads and head size of keys and of values. Returns int64 `[blocks, 6]`, valid until the next call: the
+        addresses of a block's keys and of its values, and their capacity; with codes also the addresses of keys and of
+        values in full, and the first of the last positions in full.
         """
         end = self.prefix_length + self.length + count
         known = self._places.get(indices)
@@ -500,18 +511,18 @@ class SequenceCache:
         return known[1]
 
     def advance(self, count: int) -> None:
-        """Counts `count` positions that all blocks have stored, and those that ran once more before them."""
+        """Counts `count` positions that all blocks have stored, and the positions that ran again before them."""
         self.length += count
         self.caught_up(self.length)
 
     def caught_up(self, length: int) -> None:
-        """Keys, values and states stand for the first `length` positions now."""
+        """Records that keys, values and states include the first `length` positions."""
         if self._states is not None:
             self._states.commit()
         self.computed = length
 
     def _with_room(self, block_index: int | str, keys: Tensor, values: Tensor, end: int) -> _Block:
-        """A block with memory for `end` positions, made like `keys` and `values` if it has none."""
+        """A block with memory for `end` positions. A new block has the shapes and types of `keys` and `values`."""
         before = self._before(block_index)
         block = self._blocks.get(block_index)
         if block is None:
@@ -525,12 +536,12 @@ class SequenceCache:
                     self._write(block, 0, prefix.keys, prefix.values)
                 self._prefix[block_index] = None
         elif end > block.keys.shape[2]:
-            held = max(self.length, self.computed)  # the second while a pass runs position by position
+            held = max(self.length, self.computed)  # `computed` is larger while a pass runs position by position
             self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + held)
         return block
 
     def _new_block(self, key: int | str, keys: Tensor, values: Tensor, capacity: int) -> _Block:
-        """One without positions, for keys and values like these."""
+        """A block without positions, for keys and values of these shapes and types."""
         if self.form is None or isinstance(key, str):
             return _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
         own = self.form.encode(keys[:, :, :0]), self.form.values.encode(values[:, :, :0])
@@ -557,7 +568,7 @@ class SequenceCache:
 
 
 class TracedSequence(SequenceCache):
-    """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
+    """A row that stores nothing and records gradients: a whole sequence passes at once, from its beginning."""
 
     def append(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         prefix = self._prefix.get(block_index)
@@ -567,7 +578,7 @@ class TracedSequence(SequenceCache):
 
 
 def _grown(tensor: Tensor, capacity: int, kept: int) -> Tensor:
-    """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
+    """A tensor like `tensor` with room for `capacity` positions, with the first `kept` positions of `tensor`."""
     grown = new_empty(tensor, (*tensor.shape[:2], capacity, tensor.shape[3]))
     if kept:
         grown[:, :, :kept] = tensor[:, :, :kept]
@@ -575,7 +586,7 @@ def _grown(tensor: Tensor, capacity: int, kept: int) -> Tensor:
 
 
 class PassThrough(Cache):
-    """Given to a backbone whose attention function writes to the rows itself."""
+    """The cache for a backbone whose attention function writes to the rows itself."""
 
     def __init__(self) -> None:
         self.layers = []
@@ -587,7 +598,7 @@ class PassThrough(Cache):
 
 
 class OneSequence(Cache):
-    """One row as the cache of a backbone that computes attention in its own way, one sequence at a time."""
+    """One row as the cache of a backbone that runs one sequence at a time with its own attention code."""
 
     def __init__(self, row: SequenceCache) -> None:
         self.layers = []
@@ -631,4 +642,4 @@ class OneSequence(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._row.prefix_length + self._row.computed + query_length, 0
 
-    # All positions are kept, and the mask alone makes the window: that there are no `layers` tells the rest.
+    # All positions are kept, and the mask alone applies the window: an empty `layers` tells transformers so.

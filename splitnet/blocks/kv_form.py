@@ -1,12 +1,12 @@
-"""Keys and values in fewer bits than blocks compute in: as float16, or as codes with a scale for each few numbers.
+"""Keys and values in fewer bits than blocks compute in: as float16, or as codes with one scale per group of numbers.
 
-Before they become codes, the numbers of a head are turned by a Hadamard matrix, which spreads the few large ones that
-keys have (Ashkboos et al., "QuaRot", arXiv:2404.00456). Queries turned alike give the same products, and a sum of
-turned values is turned back once. Codes of four bits stand for the best 16 levels of a normal distribution (Max,
-"Quantizing for minimum distortion", 1960), which turned numbers nearly have.
+Before encoding, a Hadamard matrix rotates the numbers of a head, which spreads the few large numbers that keys have
+(Ashkboos et al., "QuaRot", arXiv:2404.00456). Queries rotated by the same matrix give the same products, and a sum of
+rotated values is rotated back once. Codes of four bits are the best 16 levels for a normal distribution (Max,
+"Quantizing for minimum distortion", 1960), which rotated numbers nearly have.
 
-The first positions, to which heads attend whatever the text says (Xiao et al., "StreamingLLM", arXiv:2309.17453), and
-the last ones are held in full besides: see `SequenceCache`.
+The first positions, to which heads attend whatever the text is (Xiao et al., "StreamingLLM", arXiv:2309.17453), and the
+last positions are also held in full: see `SequenceCache`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ import torch
 from torch import Tensor
 
 from splitnet.errors import WeightsError
+from splitnet.wire.kv_forms import KV_BITS
 
-# As in `native/step.h`.
-SINKS = 4  # first positions of a row that are in full besides their codes
-WINDOW = 64  # and last ones: so many a position sees in full, with itself
-RING = 128  # places of these: a window, and what drafts and steps overwrite that may be taken back
+# The same numbers as in `native/step.h`.
+SINKS = 4  # first positions of a row that are held in full besides their codes
+WINDOW = 64  # last positions, with its own, that a position sees in full
+# Positions of the ring: a window, and positions that drafts and steps overwrite and that a crop may bring back.
+RING = 128
 
 AUTO = "auto"
-_BITS = {"float16": (16, 16), "int8": (8, 8), "int8-int4": (8, 4), "int4": (4, 4)}  # of keys and of values
-KINDS = (AUTO, *_BITS)
-_VECTOR = 16  # numbers of a head come in so many
+KINDS = tuple(KV_BITS)
+_VECTOR = 16  # a head has a multiple of this number of numbers
 _PIECE = 4096  # positions that are decoded at once
-_LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)  # and the same below zero
+# The positive levels; the negative levels mirror them.
+_LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)
 
 
 @dataclass(frozen=True)
 class KVForm:
-    """What keys of a row are held as, and by `values` its values; `bits`: 16 for float16, 8 or 4 for codes.
+    """The format in which a row holds its keys, and `values` the format of its values; `bits`: 16 for float16, 8 or 4
+    for codes.
 
-    Errors of keys cost more: they change by how much a position counts.
+    Keys have more bits because their errors cost more: they change the weights of positions.
     """
 
     name: str
@@ -45,12 +48,11 @@ class KVForm:
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype) -> KVForm | None:
-        """For one of `KINDS`, in blocks that compute in `dtype`; None: as they compute. Raises WeightsError: there is
-        no such kind."""
+        """The format for one of `KINDS` in blocks that compute in `dtype`; None: keys and values stay in `dtype`.
+        Raises WeightsError: the kind is unknown."""
         if kind not in KINDS:
             raise WeightsError(f"KV caches cannot be held as {kind!r}: use {', '.join(KINDS[:-1])} or {KINDS[-1]}")
-        bits = _BITS.get(kind, (32, 32))
-        return cls(kind, *bits) if bits[0] < 8 * dtype.itemsize else None
+        return cls(kind, *KV_BITS[kind]) if KV_BITS[kind][0] < 8 * dtype.itemsize else None
 
     @property
     def values(self) -> KVForm:
@@ -61,11 +63,11 @@ class KVForm:
         return self.bits < 16
 
     def group(self, size: int) -> int:
-        """So many numbers of a head of `size` have a scale together."""
+        """The number of consecutive numbers, in a head of `size`, that share a scale."""
         return min(_turned_together(size), 64 if self.bits == 8 else 32)
 
     def bytes_of(self, size: int) -> int:
-        """Bytes of the key of a head in one position. Raises WeightsError: there are no codes for it."""
+        """Bytes of one head's key in one position. Raises WeightsError: this size has no codes."""
         if not self.coded:
             return 2 * size
         if size % _VECTOR:
@@ -76,14 +78,14 @@ class KVForm:
         return size * self.bits // 8 + 2 * (size // self.group(size))
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """`[..., size]` -> float16 of the same shape, or for turned numbers uint8 `[..., bytes_of(size)]`: the codes of
-        a head, and behind them its scales."""
+        """`[..., size]` -> float16 of the same shape, or, for rotated numbers, uint8 `[..., bytes_of(size)]`: the codes
+        of a head, followed by its scales."""
         if not self.coded:
             return numbers.to(torch.float16)
         groups = numbers.float().unflatten(-1, (-1, self.group(numbers.shape[-1])))
         if self.bits == 8:
             scales = (groups.abs().amax(-1, keepdim=True) / 127).half()
-            # A scale that is infinite or no number makes all that it is of no number: an error is seen.
+            # An infinite or NaN scale makes its whole group NaN, so that errors show.
             codes = (groups / scales.float().clamp_(min=2.0**-24)).round_().clamp_(-127, 127).to(torch.int8).flatten(-2)
         else:
             levels, edges = _levels(groups.device)
@@ -95,7 +97,7 @@ class KVForm:
         return torch.cat((codes.view(torch.uint8), scales.flatten(-2).view(torch.uint8)), -1)
 
     def decode(self, held: Tensor, size: int) -> Tensor:
-        """float32 `[..., size]` of what `encode` gave, still turned."""
+        """Decodes a result of `encode` to float32 `[..., size]`, still rotated."""
         if not self.coded:
             return held.float()
         width = size * self.bits // 8
@@ -108,11 +110,11 @@ class KVForm:
         return (numbers.unflatten(-1, (-1, self.group(size))) * scales[..., None]).flatten(-2)
 
     def read(self, held: Tensor, near: Tensor, since: int, start: int, new: Tensor) -> Tensor:
-        """The first `start` positions as blocks take them, and `new` ones behind them, `[1, heads, positions, size]` in
-        the type of these; decoded piece by piece.
+        """The first `start` positions in the form that blocks take, followed by `new` positions: `[1, heads, positions,
+        size]` in the type of `new`. Pieces of positions are decoded one by one.
 
-        held: `[1, heads, capacity, ...]` of codes or float16. near: `[1, heads, SINKS + RING, size]`, turned, of the
-        first positions and of those from `since` on, in full.
+        held: `[1, heads, capacity, ...]` of codes or float16.
+        near: `[1, heads, SINKS + RING, size]`, rotated, in full: the first positions and the positions from `since` on.
         """
         read = new.new_empty((*new.shape[:2], start + new.shape[2], new.shape[3]))
         read[:, :, start:] = new
@@ -128,7 +130,7 @@ class KVForm:
         return read
 
     def write(self, held: Tensor, near: Tensor, start: int, numbers: Tensor) -> None:
-        """Stores positions from `start` on, `[1, heads, positions, size]`, where `read` finds them."""
+        """Stores positions from `start` on, `[1, heads, positions, size]`, for `read`."""
         end = start + numbers.shape[2]
         numbers = turned(numbers.float())
         first = max(start, end - RING)
@@ -139,23 +141,24 @@ class KVForm:
 
 
 def in_full(near: Tensor, first: int, last: int) -> Tensor:
-    """Positions `[first, last)` of the ring as blocks take them, `[1, heads, positions, size]`."""
+    """Positions `[first, last)` of the ring in the form that blocks take, `[1, heads, positions, size]`."""
     return turned(near[:, :, places_in_ring(first, last, near.device)].float()).to(near.dtype)
 
 
 def places_in_ring(first: int, last: int, device: torch.device) -> Tensor:
-    """Where positions are in full behind the sinks."""
+    """Indices of positions among those held in full, after the sinks."""
     return torch.arange(first, last, device=device) % RING + SINKS
 
 
 def turned(numbers: Tensor) -> Tensor:
-    """`[..., size]`, float32, times a Hadamard matrix, by blocks of a power of two; twice: as they were."""
+    """Multiplies `[..., size]`, float32, by a Hadamard matrix, in blocks of a power of two. Two calls restore the
+    numbers."""
     block = _turned_together(numbers.shape[-1])
     return (numbers.unflatten(-1, (-1, block)) @ _hadamard(block, numbers.device)).flatten(-2)
 
 
 def _turned_together(size: int) -> int:
-    return size & -size  # the largest power of two that divides it
+    return size & -size  # the largest power of two that divides `size`
 
 
 @cache
@@ -168,6 +171,6 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
 
 @cache
 def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What codes of four bits stand for, and where one ends and the next begins."""
+    """The numbers of the four-bit codes, and the boundaries between them."""
     levels = torch.tensor([*(-level for level in reversed(_LEVELS)), *_LEVELS], dtype=torch.float32, device=device)
     return levels, (levels[1:] + levels[:-1]) / 2

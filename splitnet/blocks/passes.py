@@ -1,8 +1,8 @@
 """Forward and backward passes over whole sequences, block by block.
 
-Only the input of the span need have been kept for a backward pass: the rest is computed again (Chen et al., "Training
-Deep Nets with Sublinear Memory Cost", arXiv:1604.06174), so that the activations of one pass are in memory, not those
-of all. With memory to spare, the way back of a pass is kept instead. The weights of the blocks stay as they are.
+A backward pass needs only the input of the span: the rest is computed again (Chen et al., "Training Deep Nets with
+Sublinear Memory Cost", arXiv:1604.06174), so that memory holds the activations of one pass, not of all passes. With
+memory to spare, torch's graph of a pass is kept instead. The weights of the blocks do not change.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from splitnet.blocks.adapters import Adapter, block_of
 from splitnet.blocks.span import Span
 from splitnet.errors import PeerBusy
 
+# Bytes that torch may keep of a pass for its backward pass, by default.
 GRAPH_BYTES = 512 * 2**20
-ONE_BLOCK = 2  # so many times that may be kept of a block alone: of one long sequence, which cannot be cut
-MOST_KINDS = 256  # of passes whose way back was measured
+# Factor on `GRAPH_BYTES` for one block alone, because one long sequence cannot be cut.
+ONE_BLOCK = 2
+MOST_KINDS = 256  # kinds of passes whose bytes were measured; with more, the measurements are dropped
 
 
 class _Piece(NamedTuple):
-    """What went through a block at once: its input, its output if torch can go back from there, and its sequences."""
+    """One run of a block: its input, its output if torch keeps the graph, and the lengths of its sequences."""
 
     given: Tensor
     output: Tensor | None
@@ -34,7 +36,7 @@ class _Piece(NamedTuple):
 
 @dataclass(slots=True)
 class SavedPass:
-    """What is kept of a forward pass from block `start` on; it is used up by `SpanPasses.go_back`."""
+    """The kept data of a forward pass from block `start` on; `SpanPasses.go_back` uses it up."""
 
     start: int
     pieces: list[list[_Piece]]  # of each block
@@ -43,7 +45,8 @@ class SavedPass:
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what torch saves for the way back meanwhile, besides the weights. Raises PeerBusy if it is too much."""
+    """Counts the bytes, besides the weights, that torch saves for a backward pass. Raises PeerBusy if it saves more
+    than `most`."""
 
     def __init__(self, weights: frozenset[int], most: int) -> None:
         self.nbytes = 0
@@ -58,7 +61,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
             self.nbytes += tensor.untyped_storage().nbytes()
             if self.nbytes > self._most:
                 raise PeerBusy(
-                    f"the way back takes more than {self._most} bytes in a block: train with fewer positions"
+                    f"the backward pass takes more than {self._most} bytes in a block: train with fewer positions"
                 )
         return tensor
 
@@ -68,9 +71,10 @@ class SpanPasses:
 
     Args:
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
-        most_positions: of a piece: what of the sequences goes through a block at once, one at least; None: all.
-        graph_bytes: what torch may keep of a pass to go back through it; where that of all blocks is more, each block
-            is computed once more when its turn comes.
+        most_positions: maximum positions of whole sequences that go through a block at once; a longer sequence is a
+            separate piece; None: no limit.
+        graph_bytes: bytes that torch may keep for the backward pass. Blocks for which they do not suffice are computed
+            again in the backward pass.
     """
 
     def __init__(
@@ -84,13 +88,14 @@ class SpanPasses:
         self._span, self._between, self._most_positions = span, between, most_positions
         self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
-        self._kept_per_position: dict[tuple[int, ...], float] = {}  # bytes in a block, by kind: the most that was seen
+        # Bytes per position in a block, by kind of pass: the most that was measured.
+        self._kept_per_position: dict[tuple[int, ...], float] = {}
 
     def forward(
         self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int, *, reach: int = 0
     ) -> Tensor:
-        """Runs whole sequences, one after the other in `hidden`, through blocks `[start, end)`: `[positions, hidden]`
-        -> `[positions, hidden]`; with an adapter that the span fits. `reach`: see `splitnet.wire.messages.Forward`."""
+        """Runs whole sequences, concatenated in `hidden`, through blocks `[start, end)`: `[positions, hidden]` ->
+        `[positions, hidden]`; with an adapter that fits the span. `reach`: see `splitnet.wire.messages.Forward`."""
         for block in range(start, end):
             outputs: list[Tensor] = []
             for given, group in self._pieces(hidden, lengths):
@@ -114,7 +119,7 @@ class SpanPasses:
         """Gradients of a loss by the input of a pass as in `forward`, and by the adapter's tensors in these blocks.
 
         `gradient`: `[positions, hidden]`, of the loss by the output. Raises ValueError if it does not fit `hidden`, and
-        PeerBusy if torch would keep too much of a block.
+        PeerBusy if torch would keep too many bytes of a block.
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
@@ -122,7 +127,7 @@ class SpanPasses:
         return self.go_back(way, gradient)
 
     def bytes_to_keep(self, lengths: Sequence[int], adapter: Adapter | None, blocks: int) -> int | None:
-        """What `forward_kept` takes for so many blocks; None: no pass of this kind has gone back yet."""
+        """The bytes that `forward_kept` takes for `blocks` blocks; None: no pass of this kind was measured yet."""
         kept = self._kept_per_position.get(_kind(lengths, adapter))
         return None if kept is None else ceil(kept * sum(lengths) * blocks)
 
@@ -137,10 +142,11 @@ class SpanPasses:
         *,
         reach: int = 0,
     ) -> tuple[Tensor, SavedPass]:
-        """`forward`, and what `go_back` needs. Raises PeerBusy if torch would keep too much of a block.
+        """As `forward`; also returns the data that `go_back` needs. Raises PeerBusy if torch would keep too many bytes
+        of a block.
 
-        `most`: bytes that torch may keep, besides what it saves of one block more while that runs; blocks for which
-        they are not enough are computed again on the way back.
+        `most`: bytes that torch may keep, plus the bytes of one more block while it runs; the blocks for which they do
+        not suffice are computed again in the backward pass.
         """
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
         ways: list[list[_Piece]] = []
@@ -165,7 +171,7 @@ class SpanPasses:
         return hidden, SavedPass(start, ways, traced, reach)
 
     def go_back(self, way: SavedPass, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `backward`, for a forward pass of which the way back is kept."""
+        """As `backward`, for a forward pass that `forward_kept` has run."""
         found: dict[str, Tensor] = {}
         traced = way.traced
         while way.pieces:
@@ -193,7 +199,7 @@ class SpanPasses:
         self._kept_per_position[kind] = max(per_position, self._kept_per_position.get(kind, 0.0))
 
     def _pieces(self, hidden: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[int]]]:
-        """What goes through a block at once: positions of whole sequences, and their lengths."""
+        """The inputs of a block's runs: positions of whole sequences, and the sequences' lengths."""
         group: list[int] = []
         begin = 0
         for length in lengths:
@@ -219,6 +225,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _kind(lengths: Sequence[int], adapter: Adapter | None) -> tuple[int, ...]:
-    """Passes of a kind take about as much for each position: scores of attention may grow with the longest sequence."""
+    """Passes of a kind take similar bytes per position: scores of attention may grow with the longest sequence."""
     longest = max(lengths).bit_length()
     return (longest,) if adapter is None else (longest, len(adapter.tensors), adapter.prefix_length.bit_length())

@@ -1,4 +1,4 @@
-"""Rotary embeddings: how they turn, and those whose frequencies depend on the length of a sequence."""
+"""Rotary embeddings: how families rotate heads, and ropes whose frequencies depend on the length of a sequence."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 
 
 class Given(Enum):
     """How a family gives the cosines and sines of pairs of numbers."""
 
-    TWICE = "those of all pairs, and the same once more"
+    TWICE = "one of each pair, and the same numbers again"
     ONCE = "one of each pair"
     SIDE_BY_SIDE = "two of each pair"
 
 
 class Order(IntEnum):
-    """Of the numbers of a head that are turned together."""
+    """Where the two numbers of a pair lie in a head."""
 
-    APART = 0  # half of those that are turned lie between them
+    APART = 0  # half of the rotated numbers lie between them
     ADJACENT = 1  # side by side
-    PARTED = 2  # side by side, and apart once they are turned
+    PARTED = 2  # side by side before the rotation, apart after it
 
 
 @dataclass(frozen=True)
 class Turning:
-    """How a family turns the first numbers of heads by cosines and sines: given as `given`, or the sines first."""
+    """How a family rotates the first numbers of heads by cosines and sines; `sines_first`: it gives the sines first."""
 
     given: Given = Given.TWICE
     order: Order = Order.APART
@@ -44,25 +44,27 @@ class Turning:
 
     @classmethod
     def of(cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()) -> Self | None:
-        """By trying the function of the family's module that does it; None: it does something else. `size`, `width`: of
-        a head, and of hidden states. `rope` gives cosines and sines for hidden states, positions and `kind`."""
+        """Finds the rotation by a trial of the rotary function in the family's module; None: the function does
+        something else. `size`, `width`: of a head, and of hidden states. `rope` gives cosines and sines for hidden
+        states, positions and `kind`."""
         module = sys.modules[type(attention).__module__]
         interleaved = getattr(getattr(attention, "config", None), "rope_interleave", False)
         names = ("apply_rotary_pos_emb_interleave",) if interleaved else ("apply_rotary_pos_emb", "apply_rotary_emb")
         own: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
         device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
-        if own is None or device.type == "meta":  # where nothing has values
+        if own is None or device.type == "meta":  # a tensor on the meta device has no values
             return None
         hidden, positions = torch.zeros(1, 3, width, dtype=torch.float32), torch.tensor([[0, 2, 30]])
         turns = rope(hidden.to(device), positions.to(device), *kind)
         if isinstance(turns, Tensor):
             turned, turns = turns, (turns.real, turns.imag)
             own = partial(_by_complex, own, turned)
-        sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
+        sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # at position 0 the cosine is 1
         cosines, sines = turns[::-1] if sines_first else turns
         noise = torch.Generator().manual_seed(0)
         heads = torch.randn(1, 2, 3, size, generator=noise, dtype=torch.float32).to(device)
-        for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):  # some take what they turn, others all
+        # Some functions take only the numbers that they rotate, others the whole head.
+        for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):
             given = heads[..., :most]
             found = _turned_by(own, given, cosines, sines)
             if found is None:
@@ -77,7 +79,7 @@ class Turning:
         return None
 
     def halves(self, turns: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-        """Of what a family gives, which may be complex numbers: cosines and sines, one of each pair."""
+        """The family's cosines and sines, which may be complex numbers, as one cosine and one sine of each pair."""
         if isinstance(turns, Tensor):
             turns = turns.real, turns.imag
         cosines, sines = turns[::-1] if self.sines_first else turns
@@ -97,21 +99,22 @@ class Turning:
 
 
 def _by_complex(own: Any, turns: Tensor, queries: Tensor, keys: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
-    """By the function of a family whose cosines and sines are complex numbers, as DeepSeek-V2 has them."""
+    """Calls the function of a family whose cosines and sines are complex numbers, such as DeepSeek-V2."""
     return own(queries, keys, turns)
 
 
 def _turned_by(own: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor | None:
-    """By a family's function, for `[1, heads, positions, size]`; None: it does not take them."""
+    """Calls a family's function for `[1, heads, positions, size]`; None: it does not take these arguments."""
     with suppress(TypeError, RuntimeError):
         return own(heads, heads, cosines, sines)[0]
-    with suppress(TypeError, RuntimeError):  # as GPT-J has it: one tensor, and its positions first
+    with suppress(TypeError, RuntimeError):  # GPT-J takes one tensor, with its positions first
         return own(heads.transpose(1, 2), sines, cosines).transpose(1, 2)
     return None
 
 
 class LengthDependentRopes:
-    """Those of a backbone. Their modules keep the frequencies, so one sequence passes at a time. Thread-safe."""
+    """The length-dependent ropes of a backbone. Their modules keep the frequencies, so one sequence passes at a time.
+    Thread-safe."""
 
     def __init__(self, backbone: nn.Module) -> None:
         config: Any = backbone.config
@@ -125,13 +128,14 @@ class LengthDependentRopes:
             rope.register_forward_hook(self._shorten)
 
     def alike(self, position: int, reach: int) -> int:
-        """How many positions from `position` on have the same frequencies: each has those of a sequence that ends with
-        it, or of `reach` positions if that is longer."""
+        """The number of positions from `position` on with the same frequencies. A position has the frequencies of a
+        sequence that ends with it, or of `reach` positions if that is longer."""
         return self._lengths.last(max(reach, position + 1)) - position
 
     @contextmanager
     def one_sequence(self, length: int) -> Iterator[None]:
-        """For a pass of one sequence: frequencies of `length` positions at least, whatever has passed before."""
+        """Runs a pass of one sequence with the frequencies of at least `length` positions, independent of earlier
+        passes."""
         if not self.any:
             yield
             return
@@ -142,7 +146,7 @@ class LengthDependentRopes:
             yield
 
     def _lengthen(self, rope: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        """Has a rope see a position more: from the last it takes the length."""
+        """Appends a position, because a rope takes the length from the last position."""
         hidden, *others = given
         positions = named.pop("position_ids") if "position_ids" in named else others.pop(0)
         last = torch.full_like(positions[..., :1], self._length - 1)
@@ -153,7 +157,7 @@ class LengthDependentRopes:
 
 
 def _forget_length(rope: Any) -> None:
-    """A dynamic rope remembers the longest sequence so far."""
+    """Resets dynamic ropes, which remember the longest sequence."""
     kinds = rope.rope_type if isinstance(rope.rope_type, dict) else {"": rope.rope_type}
     for layers, kind in kinds.items():
         prefix = f"{layers}_" if layers else ""

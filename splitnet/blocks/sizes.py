@@ -1,7 +1,7 @@
-"""What a model takes, before it is loaded: bytes of a block, of a cached position, of the client's part; arithmetic.
+"""The sizes of a model before it is loaded: bytes of a block, of a cached position and of the client's part; FLOPs.
 
-The model is built on the meta device, where tensors have no memory, so this is what transformers would load, and no
-weight is read or downloaded. Only of weights in codes the headers of files must tell how many bytes they take.
+The model is built on the meta device, where tensors have no memory, so the sizes are those that transformers would
+load, and no weight is read or downloaded. Only for weights in codes are the headers of files read, for their bytes.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class ModelSizes:
     dtype: str
     num_blocks: int
     hidden_size: int
-    block_bytes: int  # weights of the largest block, as they are held
-    expert_bytes: int  # those of its experts, of which a position uses the part `expert_share`
+    block_bytes: int  # weights of the largest block, in the format in which it holds them
+    expert_bytes: int  # weights of its experts, of which a position uses the share `expert_share`
     expert_share: float
-    kv_bytes: int  # keys and values that one position leaves in one block; where blocks differ, on average
+    kv_bytes: int  # keys and values of one position in one block; the mean where blocks differ
     client_part_bytes: int  # weights that a client holds: embeddings, final norm and head
     head_bytes: int  # weights of the head, which a client reads for every token
-    max_positions: int | None  # that the model was made for; None if its config does not say
-    weights: str = ""  # what those of linear layers in blocks are held as; as `dtype` if not given
-    saved_bytes: int = 0  # how many more those of a block would take in `dtype`; `saved_expert_bytes`: of its experts
-    saved_expert_bytes: int = 0
-    file_bytes: int = 0  # of the checkpoint; 0 if only its config was read
-    state_bytes: int = 0  # what a sequence takes in one block besides, however long it is; on average
+    max_positions: int | None  # the longest sequence that the model was made for; None if its config does not say
+    weights: str = ""  # weight format of linear layers in blocks; "" for `dtype`
+    saved_bytes: int = 0  # bytes that the weights of a block would take in `dtype`, minus `block_bytes`
+    saved_expert_bytes: int = 0  # the same for the experts of the block
+    file_bytes: int = 0  # bytes of the checkpoint; 0 if only its config was read
+    state_bytes: int = 0  # bytes of a sequence in one block, independent of its length; the mean where blocks differ
 
     @property
     def held_as(self) -> str:
-        """What weights of blocks are held as, for people."""
+        """The weight format of blocks, for people."""
         if self.weights == STORED:
             bits = 8 * self._itemsize * self.block_bytes / (self.block_bytes + self.saved_bytes)
             return f"codes of {bits:.1f} bits"
@@ -66,7 +66,8 @@ class ModelSizes:
 
     @property
     def flops_per_position(self) -> float:
-        """Of one position in one block: a multiplication and an addition for every weight that it uses."""
+        """FLOPs of one position in one block: a multiplication and an addition for every weight that the position
+        uses."""
         experts = self.expert_bytes + self.saved_expert_bytes
         used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * experts
         return 2 * used / self._itemsize
@@ -80,14 +81,15 @@ class ModelSizes:
         """The sizes of a checkpoint folder (its config.json is enough if weights are plain), a file or a hub id.
 
         Args:
-            dtype: that blocks compute in; None: what goes with `weights`, else what the config names, or float32.
-            weights: what those of linear layers are held as, see `splitnet.quant.choose`; None: as `dtype`, or in the
-                codes of the checkpoint.
+            dtype: the type that blocks compute in; None: the type that suits `weights`, else the config's type, or
+                float32.
+            weights: the weight format of linear layers, see `splitnet.quant.choose`; None: as `dtype`, or in the codes
+                of the checkpoint.
 
         Raises:
-            ModelNotFound: none of them exists, or there is but the config of a model whose weights are quantized.
+            ModelNotFound: the model does not exist, or its weights are quantized and it has only a config.
             UnsupportedModel: the model cannot be cut into spans.
-            WeightsError: weights cannot be held so.
+            WeightsError: weights cannot be held in this format.
         """
         store = open_store(model)
         whole, config = read_config(store)
@@ -132,7 +134,7 @@ class ModelSizes:
         )
 
     def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
-        """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
+        """The same sizes for a checkpoint that has weights in codes, of blocks and of the client's part."""
         blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
         size = max(blocks, key=_HELD)
         whole, container = _on_meta(checkpoint.config, weights.dtype)
@@ -140,7 +142,7 @@ class ModelSizes:
         setattr(parent, list_name, nn.ModuleList())
         facts = checkpoint.store.facts(checkpoint.store.names)
         ends = {name: facts[stored] for name, stored in client_part_names(checkpoint, type(whole), container).items()}
-        saved: dict[int, int] = {}  # by parameter, as some share one
+        saved: dict[int, int] = {}  # by parameter, as some layers share one
         for path, (one, *_) in codes_within(whole, ends).items():
             layer: Any = whole.get_submodule(path)
             if can_hold_codes(path, layer):
@@ -169,7 +171,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    """Bytes of all that a checkpoint holds of a module, where what is tied counts once."""
+    """Bytes of all tensors that a checkpoint holds of a module; tied tensors count once."""
     tensors = module.state_dict(keep_vars=True).values()
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
@@ -182,7 +184,8 @@ def _expert_share(config: PreTrainedConfig) -> float:
 
 
 def _row_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """What a sequence takes in a block, for each position and besides: a span probes that, as a peer's does."""
+    """Bytes of a sequence in a block, per position and besides: measured with a span on the meta device, as a peer's
+    span measures them."""
     config = copy.deepcopy(config)
     packs = packs_sequences(config)
     if packs:
@@ -191,7 +194,7 @@ def _row_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
     model_class = backbone_class(config)
     container = find_container(model_class, config)
     backbone = on_meta(model_class, config)
-    probed = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
+    probed = torch.bfloat16  # without a device, some kernels for experts take no other type
     nn.Module.to(backbone, probed)
     cut_to_blocks(backbone, container, 0, blocks)
     windows = sliding_windows(config)[:blocks]

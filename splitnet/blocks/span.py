@@ -1,7 +1,7 @@
 """Blocks `[start, end)` of a model: its transformers backbone, cut down to them.
 
-No model code is written here: rotary embeddings, grouped heads, experts, soft caps and so on come with the family's own
-code. All that comes before and after the blocks is made neutral, and only the tensors of the blocks are read.
+The family's own code runs the blocks: rotary embeddings, grouped heads, experts, soft caps and so on. The modules
+before and after the blocks are made neutral, and only the tensors of the blocks are read.
 """
 
 from __future__ import annotations
@@ -70,16 +70,21 @@ FastStep = TorchStep | GraphStep | NativeStep
 
 LEAN_PROMPT, LEAN_TRIALS = 5, 3
 LEAN_TOLERANCE, LEAN_TOLERANCE_HALF = 0.02, 0.3
-"""Of what blocks add to their input; the second in half precision, whose rounding grows on noise through many blocks.
-Another structure differs by as much as there is."""
+"""Tolerances relative to the norm of what blocks add to their input. The second is for half precision, whose rounding
+errors grow on noise through many blocks. A block of another structure differs by about the whole norm."""
 
 LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE = 0.04, 2.0**-8
-"""Of what one block adds in half precision, and of its input: each is tried alone, too, as 30 % let too much pass."""
+"""Tolerances for one block alone in half precision, relative to what the block adds and to its input. Each block is
+also tried alone, because 30 % for all blocks together would accept some wrong blocks."""
 
-MERGED_POSITIONS = 8  # run once more in the pass of new ones; more have a pass of their own, to keep the states behind
-TRIALS = 3  # of two ways to run a pass, by turns
-PASS = 512  # positions of a pass that run once more, or of whole sequences
-WAY_BACK = 8  # times the memory of the family's own attention, with which gradients go back through whole sequences
+# Positions that run again in the pass of new ones. More positions have a pass of their own, to keep the states after
+# it.
+MERGED_POSITIONS = 8
+TRIALS = 3  # of each of two ways to run a pass, alternating
+PASS = 512  # positions per pass, for positions that run again and for whole sequences
+# Maximum length of a sequence with gradients, in multiples of the positions whose attention scores fit in memory, for
+# families that run sequence by sequence.
+WAY_BACK = 8
 
 
 class Span:
@@ -88,8 +93,8 @@ class Span:
     Attributes:
         hidden_size: values per position of a boundary activation.
         kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
-        state_bytes: bytes that one row takes besides, however long it is, for states and copies of them.
-        row_bytes: the same with those of positions that it has in full beside codes.
+        state_bytes: bytes of one row that do not depend on its length, for states and copies of them.
+        row_bytes: `state_bytes`, and the bytes of positions that are held in full besides their codes.
     """
 
     _lean: FastStep | None = None
@@ -109,7 +114,7 @@ class Span:
     ) -> None:
         self.start = start
         self.end = end
-        self._whole = whole or self  # of a view: where its blocks are numbered from
+        self._whole = whole or self  # the span that a view belongs to, which numbers its blocks
         self._backbone = backbone
         self._container = container
         self._windows = windows
@@ -124,14 +129,14 @@ class Span:
         blocks: nn.ModuleList = getattr(parent, name)
         self._blocks = blocks
         self._steps_are_faster: dict[int, bool] = whole._steps_are_faster if whole else {}
-        self._tapped: dict[int, Tensor] = {}  # during a pass: what tapped blocks have given last, by boundary
+        self._tapped: dict[int, Tensor] = {}  # during a pass: the last output of tapped blocks, by boundary
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
         self.weights = weights
-        self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
+        self.dtype = weights.dtype  # not the dtype of a parameter: some families keep their norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
-        # Latents, of which keys and values are made, are few numbers already.
+        # Latents, from which keys and values are computed, are few numbers already.
         latents = not packs and getattr(backbone.config, "kv_lora_rank", None)
         form = KVForm.of(kv, self.dtype)
         self._kv_form: KVForm | None = None
@@ -142,7 +147,7 @@ class Span:
         self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 
     @classmethod
-    @torch.inference_mode(False)  # what is loaded is used outside of it, too
+    @torch.inference_mode(False)  # the span is also used outside inference mode
     def load(
         cls,
         checkpoint: Checkpoint,
@@ -158,18 +163,19 @@ class Span:
         """Reads the weights of blocks `[start, end)`, and no others.
 
         Args:
-            dtype: that they compute in, such as "bfloat16"; None: what goes with `weights`, else as they are stored.
-            weights: what those of linear layers are held as, see `splitnet.quant.choose`; None: as `dtype`, or in the
-                codes of the checkpoint.
-            kv: what keys and values are held as, see `splitnet.blocks.kv_form`; latents, states and keys of indexers
-                stay as they are computed.
+            dtype: the type that the blocks compute in, such as "bfloat16"; None: the type that suits `weights`, or else
+                the type in which the weights are stored.
+            weights: the weight format of linear layers, see `splitnet.quant.choose`; None: as `dtype`, or in the codes
+                of the checkpoint.
+            kv: the format of keys and values, see `splitnet.blocks.kv_form`; latents, states and keys of indexers keep
+                the type in which they are computed.
             progress: called with (bytes read, bytes to read).
 
         Raises:
             ValueError: the model has no such blocks.
             UnsupportedModel: its blocks cannot run on their own.
-            WeightsError: they cannot be held so.
-            OutOfMemory: they do not fit; the message says how many would.
+            WeightsError: its weights cannot be held in this format.
+            OutOfMemory: the blocks do not fit; the message says how many would fit.
         """
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
@@ -232,30 +238,31 @@ class Span:
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
 
     def new_row(self, room: int | None = None, adapter: Adapter | None = None, *, exact: bool = False) -> SequenceCache:
-        """What one sequence leaves in the blocks: nothing yet, or the prefix of an adapter; `room`: positions that its
-        memory is allocated for; None: it grows by doubling; `exact`: keys and values are held as they are computed."""
+        """The empty cache of one sequence in the blocks, with the prefix of an adapter if it has one. `room`: positions
+        that memory is allocated for; None: capacities double. `exact`: keys and values keep the type in which they are
+        computed."""
         states = SequenceStates(states_per_block(self._backbone.config)) if self._keeps_states else None
         form = None if exact else self._kv_form
         return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states, form)
 
     @property
     def kv(self) -> str:
-        """What keys and values are held as: the name of a form, or `AS_COMPUTED`."""
+        """The format of keys and values: the name of a form, or `AS_COMPUTED`."""
         return AS_COMPUTED if self._kv_form is None else self._kv_form.name
 
     @property
     def held_as(self) -> str:
-        """What weights are held as and blocks compute in, and keys and values if not as that: a session goes on only
-        with blocks of the same."""
+        """The weight format, the type that blocks compute in, and a KV format that differs from it. A session can only
+        continue on blocks with the same text."""
         return self.weights.text if self._kv_form is None else f"{self.weights.text} KV {self._kv_form.name}"
 
     def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
-        `[positions, hidden]`, of the parts one after the other -> the same, on the span's device and in its dtype. Each
-        part has a row of its own, with exactly the positions before `start`. With boundaries within the span as `taps`,
-        in rising order: `[positions, (taps + 1) * hidden]`, the hidden states there, and the output last. Raises
-        ValueError if the parts do not fit `hidden` or their rows. Nothing is changed then.
+        `[positions, hidden]`, the parts concatenated -> the same shape, on the span's device and in its dtype. Each
+        part has a different row, with exactly the positions before `start`. With `taps`, boundaries within the span in
+        rising order, the result is `[positions, (taps + 1) * hidden]`: the hidden states at the boundaries, and the
+        output last. Raises ValueError, without changing anything, if the parts do not fit `hidden` or their rows.
         """
         self._check(hidden, parts)
         for part in parts:
@@ -271,10 +278,11 @@ class Span:
             return self._step(given, parts, taps)
 
     def _prefers_steps(self, count: int) -> bool:
-        """Whether so many native steps of many sequences are faster than products of matrices.
+        """Whether `count` native steps of many sequences are faster than products of matrices.
 
-        That depends on the processor, the weights and their form: it is timed once, with one block. So what a sequence
-        gives does not depend on the moment."""
+        That depends on the processor, the weights and their format. It is measured once, with one block, so that the
+        result of a sequence does not depend on the moment.
+        """
         if (known := self._steps_are_faster.get(count)) is not None:
             return known
         block = self.view(self.start, self.start + 1)
@@ -313,8 +321,8 @@ class Span:
         return output
 
     def catch_up(self, row: SequenceCache, adapter: Adapter | None, most: int | None = None) -> int:
-        """Runs at most `most` positions (None: all) of a row once more that are to run before new ones, and says how
-        many it ran; `forward` does it otherwise. `adapter`: what they ran with before."""
+        """Runs positions of a row that must run again before new ones, at most `most` (None: all), and returns their
+        number; otherwise `forward` runs them. `adapter`: the adapter with which they ran before."""
         done = 0
         while (most is None or done < most) and (
             hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
@@ -329,9 +337,9 @@ class Span:
     def sequences(
         self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
     ) -> Tensor:
-        """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
+        """Runs whole sequences without keeping their keys and values; with a graph for gradients if torch records one.
 
-        `[positions, hidden]`, the sequences one after the other -> the same, on the span's device and in its dtype.
+        `[positions, hidden]`, the sequences concatenated -> the same shape, on the span's device and in its dtype.
         `adapter`: one that `fit` has accepted; `reach`: as in `splitnet.wire.messages.Forward`. Raises ValueError if
         the lengths do not fit `hidden`.
         """
@@ -350,7 +358,7 @@ class Span:
                 parts = [replace(part, row=self.new_row(part.count, adapter, exact=True)) for part in parts]
             elif longest > WAY_BACK * fitting:
                 raise PeerBusy(
-                    f"there is no memory for the way back through {reach} positions in blocks of the family "
+                    f"there is no memory for a backward pass through {reach} positions in blocks of the family "
                     f"{self._backbone.config.model_type!r}: train with shorter sequences"
                 )
         hidden = hidden.to(device=self.device, dtype=self.dtype)
@@ -359,16 +367,17 @@ class Span:
         return self._run(hidden, parts)
 
     def fit(self, adapter: Adapter) -> None:
-        """Makes the blocks ready for an adapter. Raises AdapterError if it names blocks or layers that are not here, or
-        its shapes are not theirs."""
+        """Prepares the blocks for an adapter. Raises AdapterError if the adapter names blocks or layers that the span
+        lacks, or its shapes do not fit them."""
         if adapter.prefix_length:
             self._refuse_prefixes()
         self._adapters.fit(adapter, self.start, self.end)
 
     def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, Tensor]:
-        """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
+        """Keys and values of the first `length` positions of a row after its prefix, named as the prefix of an adapter,
+        float32.
 
-        Raises AdapterError if no prefix can stand before the blocks' positions, ValueError if the row has fewer.
+        Raises AdapterError if the blocks cannot have a prefix, ValueError if the row has fewer positions.
         """
         self._refuse_prefixes()
         tensors: dict[str, Tensor] = {}
@@ -378,7 +387,7 @@ class Span:
         return tensors
 
     def view(self, start: int, end: int) -> Span:
-        """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
+        """The blocks `[start, end)` of this span as a separate span, with the same weights in memory.
 
         Raises ValueError if this span does not hold all of these blocks.
         """
@@ -389,7 +398,7 @@ class Span:
         return Span(backbone, self._container, start, end, **own, kv=self.kv)
 
     def page_layout(self) -> tuple[Layout, Layout]:
-        """What a position leaves: see `SequenceCache.page`, and its `states`."""
+        """Types and shapes of the tensors of one position, in `SequenceCache.page` and in its `states`."""
         row = self.new_row()
         self.forward(torch.zeros(1, self.hidden_size), [Chunk(row, 0, 1)])
         page, states = (
@@ -399,7 +408,7 @@ class Span:
         return page, states
 
     def kinds(self, row: SequenceCache) -> dict[int, int]:
-        """How many blocks keep alike what `row` holds of every position, by the first one of each kind."""
+        """First block -> number of blocks, for each group of blocks whose rows have the same shapes and window."""
         first: dict[Any, int] = {}
         counts: dict[int, int] = {}
         for index, shapes in sorted(row.shapes().items()):
@@ -414,7 +423,7 @@ class Span:
 
     @property
     def replayed_positions(self) -> int:
-        """Most positions of a decode step that is replayed from graphs; 0: none is."""
+        """The most positions of a decode step that graphs replay; 0: graphs replay no step."""
         return self._lean.most if isinstance(self._lean, GraphStep) else 0
 
     def _refuse_prefixes(self) -> None:
@@ -441,7 +450,7 @@ class Span:
             raise ValueError("two parts of one pass have the same row")
 
     def _run(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """As the family's own code does it."""
+        """Runs the family's own code."""
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
     def _run_packed(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
@@ -461,7 +470,7 @@ class Span:
 
     @contextmanager
     def _tapping(self, taps: Sequence[int]) -> Iterator[None]:
-        """Within, the hidden states at these boundaries are kept when the family's own code runs the blocks."""
+        """Within the context, keeps the hidden states at these boundaries while the family's own code runs."""
 
         def keep(tap: int, _: nn.Module, __: Any, output: Any) -> None:
             self._tapped[tap] = (output[0] if isinstance(output, tuple) else output)[0]
@@ -475,7 +484,7 @@ class Span:
                 hook.remove()
 
     def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None) -> Tensor:
-        """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
+        """As `sequences`, in passes of `PASS` positions, as steps have them, to limit memory for activations."""
         outputs: list[Tensor] = []
         parts: list[Chunk] = []
         begin = end = 0
@@ -503,7 +512,7 @@ class Span:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run_one(self, hidden: Tensor, part: Chunk) -> Tensor:
-        """Positions of one sequence, `[positions, hidden]`, from `part.start`: in as many calls as it takes."""
+        """Runs positions of one sequence, `[positions, hidden]`, from `part.start`, in as many calls as necessary."""
         outputs: list[Tensor] = []
         done = 0
         while done < part.count:
@@ -528,7 +537,8 @@ class Span:
             return self._run_backbone(hidden, [part], cache)
 
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
-        """The fastest way for decode steps that gives the same as the family's own code; None: there is none."""
+        """The fastest implementation of decode steps with the same result as the family's own code; None: there is
+        none."""
         config, former = self._backbone.config, self._whole._lean
         family = family_of(config)
         of_torch = self._packs and family.torch_step
@@ -538,7 +548,7 @@ class Span:
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
 
         def native(some: Sequence[nn.Module]) -> NativeStep | None:
-            with suppress(Exception):  # whatever another structure leads to: there is the family's own code
+            with suppress(Exception):  # blocks of another structure raise anything; the family's own code runs them
                 return NativeStep.of(some, rope, windows, self.dtype, self._kv_form)
             return None
 
@@ -552,7 +562,7 @@ class Span:
             step = make and make(blocks)
             if make is None or step is None:
                 continue
-            with suppress(RuntimeError):  # where shapes do not fit, it is another structure with the same names
+            with suppress(RuntimeError):  # shapes do not fit if another structure has the same names
                 if _gives_the_same(self, step) and (self.dtype == torch.float32 or self._each_same(blocks, make)):
                     return with_recordings(self, step) if isinstance(step, TorchStep) else step
         return None
@@ -560,7 +570,8 @@ class Span:
     def _each_same(
         self, blocks: Sequence[nn.Module], make: Callable[[Sequence[nn.Module]], NativeStep | TorchStep | None]
     ) -> bool:
-        """Whether a step of each block alone gives the same; of none with experts, as rounding may choose others."""
+        """Whether a step of each block alone gives the same result. Blocks with experts are skipped, as rounding may
+        change the choice of experts."""
         for index, block in enumerate(blocks, self.start):
             if any(hasattr(module, "top_k") for module in block.modules()):
                 continue
@@ -570,7 +581,7 @@ class Span:
         return True
 
     def _hold_as(self, form: KVForm) -> None:
-        """Rows have this form from now on. Raises WeightsError: heads do not fit it."""
+        """Sets the KV format of new rows. Raises WeightsError: heads do not fit it."""
         shapes, first = self._adapters.kv_shapes, self._whole.start
         for index in range(self.start - first, self.end - first):
             for (heads, size), own in zip(shapes.get(index, ()), (form, form.values), strict=False):
@@ -580,9 +591,9 @@ class Span:
                 self.row_bytes += (SINKS + RING) * plain if form.coded else 0
 
     def _probe(self) -> tuple[int, int]:
-        """Runs one position: proves that the blocks run on their own, and measures what it leaves.
+        """Runs one position, which proves that the blocks run on their own and measures the memory of a row.
 
-        Returns bytes of each position, and bytes that a row takes besides.
+        Returns bytes per position, and bytes of a row that do not depend on its length.
         """
         row = self.new_row()
         family = self._backbone.config.model_type
@@ -593,7 +604,8 @@ class Span:
         except Exception as error:
             held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
-        all_keep = len(row.blocks) == self.end - self.start or self._keeps_states  # of those, some have experts alone
+        # Blocks of families with states may have experts alone.
+        all_keep = len(row.blocks) == self.end - self.start or self._keeps_states
         if output.shape != (1, self.hidden_size) or not all_keep:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
         if self._whole is self:
@@ -603,7 +615,8 @@ class Span:
 
 @torch.inference_mode()
 def _gives_the_same(span: Span, step: FastStep, *, alone: bool = False) -> bool:
-    """Whether some steps after a prompt come out as the family's own code has them; `alone`: of one block, closely."""
+    """Whether some steps after a prompt give the results of the family's own code; `alone`: with the tolerance for one
+    block."""
     rows = span.new_row(), span.new_row()
     noise = torch.Generator().manual_seed(0)
     tolerance, rounding = LEAN_TOLERANCE if span.dtype == torch.float32 else LEAN_TOLERANCE_HALF, 0.0

@@ -1,4 +1,4 @@
-"""Renders chat templates in a bounded process: they are programs of the checkpoint's author."""
+"""Renders chat templates in a bounded process, because the checkpoint's author can write any program in them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text of a conversation, as `tokenizer.apply_chat_template` would make it. answer: whether it ends with what
-    an answer begins with. variables: what the template is given besides. Raises jinja2.TemplateError if the template
-    refuses the messages, fails, or takes too long or too much memory; SplitnetError if none can be rendered here."""
+    """The text of a conversation, as `tokenizer.apply_chat_template` would make it. answer: whether the text ends with
+    the beginning of an answer. variables: further variables of the template. Raises jinja2.TemplateError if the
+    template refuses the messages, fails, or takes too long or too much memory; SplitnetError if no template can be
+    rendered here."""
     question = {
         "template": tokenizer.get_chat_template(tools=tools),
         "messages": [{name: value for name, value in one.items() if value is not None} for one in messages],
@@ -31,7 +32,8 @@ def render(
 
 
 def variables_of(template: str) -> set[str]:
-    """What a template uses and does not set, but for what all are given. Errors as of `render`."""
+    """The variables that a template uses and does not set, without the variables that every template gets. Raises as
+    `render`."""
     return set(_answer({"template": template}))
 
 
@@ -45,4 +47,4 @@ def _answer(question: dict[str, Any]) -> Any:
 
 
 _process = BoundedProcess("template")
-begin = _process.begin  # has the process ready when it is asked, which takes a second
+begin = _process.begin  # starts the process in advance, which takes a second

@@ -1,4 +1,4 @@
-"""A model's checkpoint: config, tensor index and the tensors that are asked for, from a folder or from the hub."""
+"""A model's checkpoint: its config, its tensor index and the requested tensors, from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ OTHER_TOWERS = re.compile(
     r"vision|visual|image|audio|speech|video|multi_?modal|(^|\.)mm_|projector|connector|merger|resampler|perceiver|talker|"
     r"code2wav|token2wav|(^|\.)mtp\."
 )
-"""What names of tensors have in them that are not of the text model."""
+"""Parts of names of tensors that do not belong to the text model."""
 
 _SHOWN = 3  # tensors that an error names
 _NOT_WEIGHTS = r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)position_ids$"
-"""Tables that older checkpoints hold and models make anew; where one of these is a weight, the model takes it."""
+"""Tables in older checkpoints that models compute themselves. If a table is a weight of a model, the model takes it."""
 _NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"
-"""Layers that predict more than one token, which transformers' classes do not have."""
+"""Layers that predict more than one token; transformers' classes lack them."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class BlockTensor:
 
 
 class Checkpoint:
-    """A model whose tensors are read one by one, only from the shards that hold what is asked for. Open one with
-    `Checkpoint.open`. config, num_blocks, model_type: of the text model. multimodal: the checkpoint holds more than
-    that; the rest is left alone."""
+    """A model whose tensors are read one by one, only from the shards with the requested tensors. Open one with
+    `Checkpoint.open`. config, num_blocks, model_type: of the text model. multimodal: the checkpoint holds more than the
+    text model, which is ignored."""
 
     def __init__(
         self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False, tokenizer: str | None = None
@@ -63,18 +63,18 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, tokenizer: str | None = None) -> Checkpoint:
-        """Opens a GGUF file, a local folder or, if there is none of that name, a hub id. Nothing but the config and the
-        index of the shards is read (from the hub: downloaded). tokenizer: hub id or folder with another than the
-        model's own.
+        """Opens a GGUF file, a local folder or, if no such file or folder exists, a hub id. Only the config and the
+        index of the shards are read (from the hub: downloaded). tokenizer: hub id or folder of a tokenizer that
+        replaces the model's own.
 
-        Raises ModelNotFound if there is none of them, or it holds no safetensors; UnsupportedModel if the family of the
-        model is not known or cannot be cut into spans, or its weights are stored in a way that is not known.
+        Raises ModelNotFound if nothing is found, or it holds no safetensors; UnsupportedModel if the family of the
+        model is unknown or cannot be cut into spans, or its weights are stored in an unknown way.
         """
         return cls.of(open_store(model, revision), tokenizer)
 
     @classmethod
     def of(cls, store: TensorStore, tokenizer: str | None = None) -> Checkpoint:
-        """The same with files that are open."""
+        """As `open`, for files that are open."""
         whole, config = read_config(store)
         checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
         if config.num_hidden_layers > len(store.names):  # raises if there are no tensors
@@ -91,12 +91,12 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model was made for; None: it has no bound, or none that is known."""
+        """Positions that the model was made for; None: it has no known bound."""
         return max_positions(self.config)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type that the weights are stored in; of quantized ones, the type that the config says they stand for."""
+        """The type in which the weights are stored; for quantized weights, the type that the config names."""
         if is_number_type(self.config.dtype):
             return self.config.dtype
         types = (self.store.facts([name])[name].dtype for name in self.store.names)
@@ -104,8 +104,8 @@ class Checkpoint:
 
     @cached_property
     def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
-        """The tensors of each block. Raises UnsupportedModel: the names do not number `num_blocks` blocks, or there are
-        more, which do not predict further tokens."""
+        """The tensors of each block. Raises UnsupportedModel: the names do not number `num_blocks` blocks, or number
+        more blocks that do not predict further tokens."""
         containers: dict[str, dict[int, list[BlockTensor]]] = {}
         for name in self.store.names:
             if match := _BLOCK_NAME.match(name):
@@ -137,8 +137,8 @@ class Checkpoint:
 
     @cached_property
     def next_token_names(self) -> frozenset[str]:
-        """The names of all tensors of layers that predict further tokens: blocks behind the last, and what is called
-        so."""
+        """The names of all tensors of layers that predict further tokens: blocks after the last block, and layers with
+        such names."""
         behind = re.compile(rf"{re.escape(self.container)}\.(\d+)\.")
         found = ((name, behind.match(name)) for name in self.store.names)
         return frozenset(
@@ -148,14 +148,15 @@ class Checkpoint:
         )
 
     def longer(self, config: PreTrainedConfig, blocks: Sequence[Sequence[BlockTensor]]) -> Checkpoint:
-        """The same files as a model with more blocks, which have these tensors; `config`: that of this model."""
+        """The same files as a model with additional blocks with these tensors; `config`: the config of the longer
+        model."""
         other = Checkpoint(self.store, config, self.multimodal, self.tokenizer_source)
         other.block_tensors = (*self.block_tensors, *map(tuple, blocks))
         return other
 
     @property
     def container(self) -> str:
-        """What stands before the number of a block in the names of its tensors, such as `model.layers`."""
+        """The part of tensors' names before the number of the block, such as `model.layers`."""
         assert self.block_tensors
         return self._container
 
@@ -165,19 +166,19 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Hex of a SHA-256 of the config and of all bytes of all tensors: swarms are told apart by it. See `manifest`.
-        It does not depend on how the tensors lie in files."""
+        """Hex of a SHA-256 of the config and of all bytes of all tensors, which identifies a swarm. See `manifest`. It
+        does not depend on the order of tensors in files."""
         return self.manifest().fingerprint
 
     def manifest(self, progress: Progress | None = None) -> Manifest:
-        """The digests of all tensors; those of files that did not change since are known from the last time. From the
-        hub, what is not on this machine is read once, and not kept. progress: called with what is read, if that is
-        much. Raises ModelNotFound if a file is missing or not complete."""
+        """The digests of all tensors. Digests of files that have not changed are taken from the cache. Files on the hub
+        that are not on this machine are read once, and not kept. progress: called with the bytes read, if they are
+        many. Raises ModelNotFound if a file is missing or incomplete."""
         if self._manifest is None:
             folder, commit = self.store.folder, self.store.commit
             if folder is not None:
                 self._manifest = folder.manifest
-            elif self.is_whole:  # what others have told of it before is compared with all of it
+            elif self.is_whole:  # a manifest from others is checked against the files
                 self._manifest = make_manifest(self.store, progress)
             else:
                 self._manifest = kept_manifest(commit) or make_manifest(self.store, progress)
@@ -186,52 +187,52 @@ class Checkpoint:
 
     @property
     def knows_manifest(self) -> bool:
-        """Whether `manifest` needs nothing but files on this machine."""
+        """Whether `manifest` needs only files on this machine."""
         return self._manifest is not None or self.is_whole or kept_manifest(self.store.commit) is not None
 
     @cached_property
     def is_whole(self) -> bool:
-        """All files are on this machine, so that nobody else need be asked what they are. Raises ModelNotFound: that
-        cannot be said, as the hub is not reached."""
+        """Whether all files are on this machine, so that no other peer need be asked for the manifest. Raises
+        ModelNotFound: this cannot be found out without the hub."""
         store = self.store
         if store.folder is not None or not store.commit:
             return True
         try:
             return all(store.local_file(file) is not None for file in {place.file for place in store.places().values()})
-        except ModelNotFound:  # the hub is not reached, of which headers are missing
+        except ModelNotFound:  # a header is missing, and the hub cannot be reached
             if kept_manifest(store.commit) is None:
                 raise
             return False
 
     def held(self) -> HeldPieces:
-        """What of the weights is on this machine. See `manifest`."""
+        """The pieces of the weights on this machine. See `manifest`."""
         return self.store.folder or HeldPieces(self.manifest(), self.store)
 
     def adopt(self, manifest: Manifest) -> None:
-        """Takes a manifest as this model's, after `transfer.matching.differs` compared it with all that is here."""
+        """Takes a manifest as this model's, after `transfer.matching.differs` has compared it with the files here."""
         self._manifest = manifest
         keep_manifest(self.store.commit, manifest)
 
     def get_blocks(self, start: int, end: int) -> None:
-        """Gets what is missing of blocks `[start, end)`; raises SplitnetError if some cannot be had."""
+        """Fetches the missing tensors of blocks `[start, end)`; raises SplitnetError if one is unavailable."""
         names = [tensor.name for block in self.block_tensors[start:end] for tensor in block]
         with self.store.load_tensors({name: name for name in names}, self.dtype):
             pass
 
     def tokenizer(self) -> Any:
-        """The tokenizer that comes with the model, or the one that was given; raises ModelNotFound without one."""
+        """The tokenizer of the model, or the one that `open` was given; raises ModelNotFound if there is none."""
         if self.tokenizer_source == self.store.source:
             return self.store.tokenizer()
         return open_store(self.tokenizer_source).tokenizer()
 
     def generation_config(self) -> GenerationConfig:
-        """The model's defaults for generation; those of its config if it has none of its own."""
+        """The model's defaults for generation; without these, the defaults of its config."""
         return self.store.generation_config() or GenerationConfig.from_model_config(self.config)
 
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
-    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id. A folder
-    without a config and a tokenizer means the only GGUF file in it. Raises ModelNotFound: there is no such file or
+    """The files of a checkpoint: a GGUF file, a local folder or, if no such file or folder exists, a hub id. A folder
+    without a config and a tokenizer stands for its only GGUF file. Raises ModelNotFound: there is no such file or
     folder, or the folder has several GGUF files."""
     folder, own = Path(model).expanduser(), ("config.json", "tokenizer.json", "tokenizer_config.json")
     alone = folder.is_dir() and not any((folder / name).exists() for name in own)
@@ -253,15 +254,16 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
 
 
 def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]:
-    """The config of a whole checkpoint and that of the text model in it, which is the same if that is all. Raises
-    ModelNotFound if it cannot be read; UnsupportedModel if transformers does not know the architecture, or it cannot be
-    cut into spans."""
+    """The config of a whole checkpoint and the config of its text model; they are the same object if the checkpoint has
+    no other part. Raises ModelNotFound if the config cannot be read; UnsupportedModel if transformers does not know the
+    architecture, or it cannot be cut into spans."""
     whole = store.config
     config = text_config_of(whole)
     check_can_be_cut(config)
     tied = any(getattr(one, "tie_word_embeddings", False) for one in (whole, config))
     if config is not whole and tied:
-        # Wrappers say it outside, some by a default that checkpoints with a head of their own leave as it is.
+        # Wrapper configs have this value outside the text config, some as a default even in checkpoints with a separate
+        # head.
         config.tie_word_embeddings = not _has_head(store)
     return whole, config
 
@@ -269,19 +271,19 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
 def _has_head(store: TensorStore) -> bool:
     try:
         return any(name.endswith("lm_head.weight") for name in store.names)
-    except ModelNotFound:  # there is but the config
+    except ModelNotFound:  # the checkpoint has only a config
         return False
 
 
 def ignored(names: Iterable[str], model_class: Any) -> set[str]:
-    """Those that models leave out on purpose: what the family's class says, old tables, further predictions."""
+    """The names that models ignore on purpose: names in the family's class, old tables, further predictions."""
     own = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
     known = re.compile("|".join(f"({pattern})" for pattern in (*own, _NOT_WEIGHTS, _NEXT_TOKENS)))
     return {name for name in names if known.search(name)}
 
 
 def check_no_unexpected(names: Iterable[str], model_type: str) -> None:
-    """Raises UnsupportedModel if there are tensors that nothing takes, with the names of some."""
+    """Raises UnsupportedModel, with some of the names, if there are tensors that no part of the model takes."""
     left = sorted(names)
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""

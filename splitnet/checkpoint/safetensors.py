@@ -1,4 +1,4 @@
-"""A checkpoint in safetensors files, in a folder or on the hub, whose files are downloaded, or read by range."""
+"""A checkpoint in safetensors files: in a folder, or on the hub, from which files are downloaded or read by range."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _GENERATION = "generation_config.json"
-_NOTES = ("_name_or_path", "transformers_version", "use_cache")  # keys of a config that say nothing about the model
+_NOTES = ("_name_or_path", "transformers_version", "use_cache")  # config keys that do not describe the model
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS = 8
 _MOST_BYTES = 1 << 60
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
-"""An index names files beside it, and nothing elsewhere on the machine."""
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
+"""File names in an index: files beside the index, not elsewhere on the machine."""
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # MLX uses "quantization"
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
     "auto-round": auto_round,
     "awq": Awq,
@@ -85,8 +85,8 @@ def _dtype_of(place: Place) -> torch.dtype:
 
 
 def read_places(file: BinaryIO, shard: str) -> dict[str, Place]:
-    """The tensors of a safetensors file, from its header alone. Format:
-    https://github.com/huggingface/safetensors#format. Raises UnsupportedModel: it is not a safetensors file."""
+    """The tensors of a safetensors file, from its header. Format: https://github.com/huggingface/safetensors#format.
+    Raises UnsupportedModel: it is not a safetensors file."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > _MAX_HEADER_BYTES:
@@ -100,7 +100,7 @@ def read_places(file: BinaryIO, shard: str) -> dict[str, Place]:
 
 
 def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Place:
-    """Raises ValueError for what no tensor can be; `begin`: of the data in the file."""
+    """The place of a tensor. Raises ValueError for impossible values; `begin`: offset of the data in the file."""
     start, end = data_offsets
     if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
         raise ValueError("sizes of nothing that there is")
@@ -112,8 +112,8 @@ def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: t
 
 
 class SafetensorsStore:
-    """A `TensorStore` whose tensors are read one by one, only from the shards that hold what is asked for. Open one
-    with `SafetensorsStore.open`."""
+    """A `TensorStore` that reads tensors one by one, only from the shards with the requested tensors. Open one with
+    `SafetensorsStore.open`."""
 
     def __init__(self, name: str, path: Path | None, revision: str | None) -> None:
         self.name = name
@@ -126,8 +126,8 @@ class SafetensorsStore:
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
-        """Opens a local folder or, if there is none of that name, a hub id. Nothing is read yet. Raises ModelNotFound:
-        there is no such folder."""
+        """Opens a local folder or, if no such folder exists, a hub id. Reads nothing yet. Raises ModelNotFound: there
+        is no such folder."""
         path = Path(model).expanduser()
         if path.is_dir():
             return cls(path.resolve().name, path, None)
@@ -164,7 +164,7 @@ class SafetensorsStore:
                     f"the config of {self.source} has values that its family cannot have: download it again, or mend "
                     f"it ({' '.join(str(error).split())})"
                 ) from error
-        # What is read here are weights of plain numbers to transformers, whatever they are made of.
+        # transformers sees every weight as plain numbers, because this store decodes quantized weights.
         for part in (config, *vars(config).values()):
             if isinstance(part, PreTrainedConfig):
                 vars(part).pop("quantization_config", None)
@@ -199,13 +199,13 @@ class SafetensorsStore:
         return tuple(self._weights.groups)
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """Reads headers only of the shards that hold these tensors. Of NF4 the description of each weight is read too,
-        and of GPTQ that permutes inputs, the permutation."""
+        """Reads only headers of the shards with these tensors; for NF4 also the description of each weight, and for
+        GPTQ with permuted inputs the permutation."""
         names = list(names)
         groups = self._weights.groups
         stored = [part for name in names for part in groups[name].values()]
         infos = self._infos(stored)
-        if self.folder is not None and self._quantization is not None:  # descriptions, all at once
+        if self.folder is not None and self._quantization is not None:  # fetches all descriptions at once
             self.folder.supply([part for part in stored if infos[part].nbytes <= DESCRIPTION_BYTES])
 
         def part(name: str) -> Part:
@@ -250,7 +250,7 @@ class SafetensorsStore:
         tensors: dict[str, LazyTensor] = {}
         converted: list[Numbers] = []
         with ExitStack() as files:
-            slices = self._slices(files, shards, stored)  # which outlive the files
+            slices = self._slices(files, shards, stored)  # slices can be read after the files are closed
 
             def part(name: str) -> Part:
                 return Part(name, infos[name].shape, _dtype_of(infos[name]), slices[name].__getitem__)
@@ -287,7 +287,7 @@ class SafetensorsStore:
         return self._infos(self._weight_map)
 
     def heads(self) -> Mapping[str, int]:
-        return {}  # headers of safetensors tell of nothing but tensors
+        return {}  # headers of safetensors files describe only tensors
 
     @property
     def commit(self) -> str:
@@ -304,7 +304,8 @@ class SafetensorsStore:
         return Path(cached) if isinstance(cached, str) else None
 
     def open_file(self, file: str, block_size: int = 2**16) -> BinaryIO:
-        """See `TensorStore.open_file`. `block_size`: bytes that are fetched from the hub beyond those that are read."""
+        """See `TensorStore.open_file`. `block_size`: bytes that are fetched from the hub in addition to those that are
+        read."""
         try:
             path = self.local_file(file)
             if path is not None:
@@ -336,7 +337,7 @@ class SafetensorsStore:
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What `from_pretrained` methods must be told besides `source`."""
+        """Further arguments, besides `source`, of `from_pretrained` methods."""
         return {} if self._revision is None else {"revision": self._revision}
 
     @cached_property
@@ -364,8 +365,8 @@ class SafetensorsStore:
             ) from error
 
     def _infos(self, names: Iterable[str]) -> dict[str, Place]:
-        """What headers say of tensors in the files, and of all others in the same shards. Raises ModelNotFound: a shard
-        lacks one, as the index is not about these shards."""
+        """The places of tensors, from the headers of their shards, and of all other tensors in these shards. Raises
+        ModelNotFound: a shard lacks a tensor, because the index belongs to other shards."""
         names = list(names)
         infos: dict[str, Place] = {}
         for shard in sorted({self._weight_map[name] for name in names}):
@@ -382,7 +383,7 @@ class SafetensorsStore:
         return infos
 
     def _read(self, info: Place) -> torch.Tensor:
-        """A small tensor."""
+        """Reads a small tensor."""
         if self.folder is not None:
             self.folder.supply([name for name, one in self._headers[info.file].items() if one == info])
         try:
@@ -396,7 +397,7 @@ class SafetensorsStore:
         return torch.frombuffer(data, dtype=_dtype_of(info)).view(info.shape)
 
     def _download(self, shard: str) -> Path:
-        """The local path of a shard, whose header is read anew."""
+        """The local path of a shard, whose header is read again."""
         path = self.find(shard)
         if path is None:
             raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
@@ -405,7 +406,7 @@ class SafetensorsStore:
         return path
 
     def _slices(self, files: ExitStack, shards: Mapping[str, Path], names: Iterable[str]) -> dict[str, Any]:
-        """What reads tensors of these shards."""
+        """Objects that read the tensors of these shards."""
         opened: dict[str, Any] = {}
         slices: dict[str, Any] = {}
         for name in names:
@@ -422,7 +423,7 @@ class SafetensorsStore:
 
     def find(self, file: str) -> Path | None:
         """The local path of a file, downloaded if it is on the hub; None: there is no such file. Raises ModelNotFound:
-        the hub does not give it."""
+        the hub refuses the file."""
         if self._path is not None:
             path = self._path / file
             return path if path.is_file() else None
@@ -454,21 +455,22 @@ class SafetensorsStore:
             raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error
 
     def _check_that_hub_answers(self, file: str) -> None:
-        """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
-        Raises LocalEntryNotFoundError: it cannot be reached."""
+        """Asks the hub once, because a download would try to connect for half a minute. The download handles the hub's
+        answer. Raises LocalEntryNotFoundError: the hub cannot be reached."""
         if self._hub_answers:
             return
         try:
             get_hf_file_metadata(hf_hub_url(self.name, file, revision=self._revision))
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
             pass
-        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+        except Exception as error:  # an exception of the HTTP library, which depends on the version of huggingface_hub
             raise LocalEntryNotFoundError(f"the hub cannot be reached ({error})") from error
         self._hub_answers = True
 
 
 def _is_path(model: str) -> bool:
-    """Whether a model that is no folder was meant as one, of this system or of Windows: no id of the hub looks so."""
+    """Whether a model that is no folder was meant as a path, of this system or of Windows: hub ids do not look like
+    paths."""
     return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
 
 
@@ -477,7 +479,7 @@ def _plain(stored: Any, place: Place, dtype: torch.dtype, read: ReadBytes) -> La
 
 
 def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:
-    """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
+    """Counts a tensor as read. A tensor that keeps its type is copied, because it would keep the file mapped."""
     if tensor.dtype == dtype:
         tensor = tensor.clone()
     read.add(tensor.nbytes)
@@ -500,14 +502,14 @@ def _without_notes(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     told = {key: _without_notes(one) for key, one in cast("dict[str, Any]", values).items() if key not in _NOTES}
-    if "torch_dtype" in told:  # what `dtype` was called before
+    if "torch_dtype" in told:  # the former name of `dtype`
         told.setdefault("dtype", told.pop("torch_dtype"))
     return told
 
 
 def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """How the weights of a checkpoint are quantized, as its config says it; None: they are plain numbers. `config`: of
-    the whole checkpoint, as in its file. Some multimodal ones say it of the text model in it."""
+    """The quantization of a checkpoint's weights, from its config; None: they are plain numbers. `config`: the config
+    file of the whole checkpoint. Some multimodal configs have it in the config of the text model."""
     nested = [value for value in config.values() if isinstance(value, Mapping)]
     for place in (config, *nested):
         for key in _QUANTIZATION_KEYS:
@@ -517,8 +519,8 @@ def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _quantized_format(settings: Mapping[str, Any], family: str) -> QuantizedFormat:
-    """The format that settings describe. `family`: of the text model. Raises UnsupportedModel: it is not known, or an
-    option of it is not."""
+    """The format that settings describe. `family`: the family of the text model. Raises UnsupportedModel: the format,
+    or one of its options, is unknown."""
     method = str(settings.get("quant_method") or "").lower()
     if method == "bitsandbytes" or (not method and settings.get("load_in_4bit")):
         return Nf4() if settings.get("load_in_4bit") else Int8()

@@ -1,4 +1,4 @@
-"""What a checkpoint is read from: safetensors or GGUF files, behind one interface."""
+"""The interface of the files of a checkpoint, which safetensors and GGUF files implement."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from transformers import GenerationConfig, PreTrainedConfig
 from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
 from splitnet.quant.stored import Layout
 
-MOST_OF_NAME = 512  # characters in the name of a tensor: names are matched with patterns
+# Characters in the name of a tensor; a bound, because regular expressions match these names.
+MOST_OF_NAME = 512
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all); from several threads, one at a time
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of a checkpoint, known without reading it."""
+    """Facts about one tensor of a checkpoint, known without reading it."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype  # that it is stored in; of codes, the type of the tensor that reading gives
-    layout: Layout | None  # of codes; None for plain numbers
-    nbytes: int  # in the files, with its scales and zeros
-    transposed: bool = False  # codes lie along the last dimension but one
+    dtype: torch.dtype  # the stored type; for codes, the type of the tensor that is read
+    layout: Layout | None  # layout of the codes; None for plain numbers
+    nbytes: int  # bytes in the files, with scales and zeros
+    transposed: bool = False  # codes lie along the second to last dimension
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
-        """Bytes that it takes once loaded as numbers of type `dtype` (None: as stored)."""
+        """Bytes of the tensor after loading as numbers of type `dtype` (None: as stored)."""
         if dtype is None or not self.dtype.is_floating_point:
             return self.nbytes
         return math.prod(self.shape) * dtype.itemsize
@@ -41,37 +42,38 @@ class TensorFacts:
 class TensorStore(TensorFiles, Protocol):
     """The files of one checkpoint.
 
-    Names are logical: those that a checkpoint of the family with plain weights has. A quantized weight, which may be
+    Names are logical: the names in a checkpoint of the family with plain weights. A quantized weight, which may be
     several tensors in the files, is one tensor with one name.
     """
 
     name: str  # hub id, or name of the folder or file
     source: str  # hub id or path
-    folder: WeightFolder | None  # that gets bytes before they are read; None: all are in the files, or on the hub
+    # A folder that fetches bytes before they are read; None: all bytes are in the files, or on the hub.
+    folder: WeightFolder | None
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """That of the whole checkpoint, without a description of how the weights are quantized. Raises ModelNotFound:
-        it cannot be read; UnsupportedModel: transformers does not know the architecture."""
+        """The config of the whole checkpoint, without its description of quantization. Raises ModelNotFound: it cannot
+        be read; UnsupportedModel: transformers does not know the architecture."""
         ...
 
     @property
     def quantized(self) -> bool:
-        """Whether weights may be in few bits: then only headers tell how many bytes they take, else config and type."""
+        """Whether weights may be in few bits: only headers then give their bytes, otherwise config and type do."""
         ...
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors. Raises ModelNotFound: there are none; UnsupportedModel: they are quantized in a way that is
-        not known."""
+        """The names of all tensors. Raises ModelNotFound: there are none; UnsupportedModel: their quantization is
+        unknown."""
         ...
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """Reads headers only."""
+        """The facts about tensors, from headers only."""
         ...
 
     def file_bytes(self, names: Iterable[str]) -> int:
-        """What tensors take in the files together. Reads headers only, and nothing that describes codes."""
+        """The bytes of tensors in the files, from headers only, without reading descriptions of codes."""
         ...
 
     def are_here(self, names: Iterable[str]) -> bool:
@@ -82,43 +84,44 @@ class TensorStore(TensorFiles, Protocol):
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
     ) -> AbstractContextManager[dict[str, Any]]:
         """Opens tensors for reading; from the hub, downloads the files that hold them. names: name to give a tensor ->
-        its name in the checkpoint. dtype: the type that they will be converted to by the reader.
+        its name in the checkpoint. dtype: the type to which the reader will convert the tensors.
 
-        Returns a context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
-        needs the files no more, or a `PackedTensor` whose matrices keep them mapped.
+        Returns a context: given name -> an object whose `[...]` reads the tensor. The result does not need the files,
+        or is a `PackedTensor` whose matrices keep them mapped.
         """
         ...
 
     def told_config(self) -> str:
-        """What of the config tells models apart, as JSON: it does not depend on the version of transformers."""
+        """The part of the config that distinguishes models, as JSON; it does not depend on the version of
+        transformers."""
         ...
 
     @property
     def commit(self) -> str:
-        """Hub id and commit, which stand for the same files at any time; empty: not known, or not from the hub."""
+        """Hub id and commit, which always identify the same files; empty: unknown, or not from the hub."""
         ...
 
     def find(self, file: str) -> Path | None:
         """The local path of a file beside the weights, downloaded if it is on the hub; None: there is no such file.
-        Raises ModelNotFound: the hub does not give it."""
+        Raises ModelNotFound: the hub refuses the file."""
         ...
 
     def open_file(self, file: str) -> BinaryIO:
-        """Opens a file for reading parts of it, from the hub without downloading the whole. Raises ModelNotFound: there
-        is none, or the hub does not answer."""
+        """Opens a file to read parts of it; from the hub, without downloading the whole file. Raises ModelNotFound:
+        there is no such file, or the hub does not answer."""
         ...
 
     def tokenizer(self) -> Any:
-        """The tokenizer that comes with the checkpoint. Raises ModelNotFound: there is none."""
+        """The tokenizer of the checkpoint. Raises ModelNotFound: it has none."""
         ...
 
     def generation_config(self) -> GenerationConfig | None:
-        """The defaults for generation that come with the checkpoint."""
+        """The checkpoint's defaults for generation; None: it has none."""
         ...
 
 
 class ReadBytes:
-    """Counts what is read of tensors, from several threads, and reports it. `total`: bytes to read."""
+    """Counts the bytes that several threads read of tensors, and reports them. `total`: bytes to read."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.total = 0
@@ -135,8 +138,8 @@ class ReadBytes:
 
 
 class LazyTensor:
-    """One tensor in the files, as transformers' loading expects it: `tensor[...]` reads it. `read`: called with an
-    index, for each use; what it gives needs the files no more, or is a `PackedTensor`."""
+    """One tensor in the files, with the interface that transformers' loading expects: `tensor[...]` reads it. `read`:
+    called with an index, once per use; its result does not need the files, or is a `PackedTensor`."""
 
     def __init__(self, shape: Iterable[int], dtype: torch.dtype, read: Callable[[Any], torch.Tensor]) -> None:
         self.shape = torch.Size(shape)

@@ -1,7 +1,7 @@
-"""Arguments that several commands share, and how their texts are read.
+"""Arguments that several commands share, and the parsers of their texts.
 
-An option with `envvar` means the same in all of its commands, so that it can be set for all at once: by that variable,
-or under `[common]` in the configuration file, see `splitnet/cli/configuration.py`.
+A shared option has the same meaning in all of its commands. One variable, or `[common]` in the configuration file, sets
+it for all its commands, see `splitnet/cli/configuration.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ import typer
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions, KVForms, Preference, Prefixes
+from splitnet.session.options import ConnectionOptions, Preference, Prefixes
+from splitnet.wire.kv_forms import KVForms
 
 Command = Callable[..., None]
 
 
-def box(title: str) -> Callable[..., Any]:
-    """Declares options as `typer.Option` does, in one box of `--help`."""
-    return functools.partial(typer.Option, rich_help_panel=title)
+def box(title: str) -> Any:
+    """Declares options as `typer.Option` does, in one box of `--help`; `.shared` declares one of several commands."""
+    option: Any = functools.partial(typer.Option, rich_help_panel=title)
+    option.shared = functools.partial(_shared, option)
+    return option
+
+
+def _shared(declare: Callable[..., Any], flags: str, **options: Any) -> Any:
+    """An option that means the same in all of its commands, and that a variable named by its flag sets in all."""
+    return declare(flags, envvar=f"SPLITNET_{flags.partition('/')[0][2:].upper().replace('-', '_')}", **options)
 
 
 in_swarm = box("Swarm")
@@ -43,7 +51,7 @@ in_network = box("Network")
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
-    """Refuses what is not even written as an address before anything slow begins."""
+    """Refuses malformed addresses before slow work begins."""
     for address in addresses or ():
         if address.startswith("tcp://"):
             from splitnet.transport.addresses import check_peer_address
@@ -65,7 +73,7 @@ def _checked_codec(name: str) -> str:
 
 
 def _checked_device(name: str) -> str:
-    """Refuses what is no name of a device before anything slow begins; whether it is there is seen later."""
+    """Refuses malformed names of devices before slow work begins; `find_device` later checks that it exists."""
     if not DEVICE_NAME.fullmatch(name):
         raise SplitnetError(f"there is no device {name!r}: use --device auto, cpu, cuda, cuda:1, mps or xpu")
     return name
@@ -75,43 +83,39 @@ _MODEL = "Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135
 Model = Annotated[str, typer.Argument(help=f"{_MODEL}.", show_default=False)]
 ModelOrInvite = Annotated[
     str | None,
-    typer.Argument(help=f"{_MODEL}; with --invite, that of the invitation if not given.", show_default=False),
+    typer.Argument(help=f"{_MODEL}; if not given, the model of --invite.", show_default=False),
 ]
 
 
 def _join(help: str) -> Any:
-    return in_swarm("--join", metavar="ADDR", envvar="SPLITNET_JOIN", callback=checked_addresses, help=help)
+    return in_swarm.shared("--join", metavar="ADDR", callback=checked_addresses, help=help)
 
 
 Join = Annotated[
     list[str] | None,
-    _join("Address that a peer of the swarm prints, repeat for several; found on this network if not given."),
+    _join("Address that a peer of the swarm prints; repeat for several. By default this network is searched."),
 ]
 JoinIfAny = Annotated[
     list[str] | None,
-    _join("Address of a swarm to join; without it, one on this network is joined or a new one starts."),
+    _join("Address of a swarm to join; by default a swarm on this network is joined, or a new one starts."),
 ]
-Lan = Annotated[
-    bool, in_swarm("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join.")
-]
+Lan = Annotated[bool, in_swarm.shared("--lan/--no-lan", help="Search this network for the swarm without --join.")]
 JoinToExamine = Annotated[
-    list[str] | None, _join("Address of a swarm, to check the way to it; repeat for several of one swarm.")
+    list[str] | None, _join("Address of a swarm, to check the connection; repeat for several of one swarm.")
 ]
 CodecName = Annotated[
     str,
-    in_route(
+    in_route.shared(
         "--codec",
-        envvar="SPLITNET_CODEC",
         callback=_checked_codec,
-        help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
+        help="Encoding of activations on links: auto, or a name from docs/codecs.md such as int8.",
     ),
 ]
 Device = Annotated[
     str,
-    in_computing(
+    in_computing.shared(
         "--device",
         metavar="DEVICE",
-        envvar="SPLITNET_DEVICE",
         callback=_checked_device,
         help="Where to compute: auto (CUDA or ROCm, else MPS, else XPU, else the CPU), cpu, cuda, cuda:1, mps or xpu.",
     ),
@@ -119,36 +123,34 @@ Device = Annotated[
 
 
 def one_identity(context: typer.Context, value: Path | None) -> Path | None:
-    """Refuses keys of the command line beside an invitation, which takes the place of those set elsewhere.
+    """Refuses keys on the command line together with an invitation, which replaces keys that are set elsewhere.
 
-    A callback of each of these options, as they are read in any order.
+    The callback of all three options, because click may process these options in any order.
     """
     names = ("invite", "swarm_key", "key_file")
     invited, *keys = (getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names)
     for option, source in zip(("--swarm-key", "--key-file"), keys, strict=True):
         if invited != "DEFAULT" and source == "COMMANDLINE":
-            raise SplitnetError(f"an invitation brings keys of its own: leave {option} out, or --invite")
+            raise SplitnetError(f"an invitation contains keys already: leave out {option} or --invite")
     return value
 
 
 SwarmKeyFile = Annotated[
     Path | None,
-    in_keys(
+    in_keys.shared(
         "--swarm-key",
         metavar="FILE",
-        envvar="SPLITNET_SWARM_KEY",
         callback=one_identity,
         help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
     ),
 ]
 InviteFile = Annotated[
     Path | None,
-    in_keys(
+    in_keys.shared(
         "--invite",
         metavar="FILE",
-        envvar="SPLITNET_INVITE",
         callback=one_identity,
-        help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
+        help="File from `splitnet invite`, with model, addresses, swarm key and key; it replaces these options.",
     ),
 ]
 RelayPort = Annotated[
@@ -158,11 +160,11 @@ RelayPort = Annotated[
         metavar="PORT",
         min=0,
         max=65535,
-        help="Let peers behind routers be reached through this machine, at a port of its own; 0 is any free one.",
+        help="Port at which this machine relays connections to peers behind routers; 0: any free port.",
     ),
 ]
 RelayRate = Annotated[
-    str | None, in_network("--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.")
+    str | None, in_network("--relay-rate", metavar="32MiB", help="Most bytes per second to relay, in total.")
 ]
 
 
@@ -173,7 +175,7 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
         raise typer.BadParameter("--relay-rate is for --relay-port, which is not given")
     parsed = parse_bytes(rate)
     if not parsed:
-        raise typer.BadParameter("--relay-rate passes nothing on: give more, or leave --relay-port out")
+        raise typer.BadParameter("--relay-rate 0 relays nothing: give more, or leave out --relay-port")
     return parsed
 
 
@@ -189,12 +191,12 @@ ModelId = Annotated[
         "--model-id",
         metavar="ID",
         callback=_checked_model_id,
-        help="Fingerprint that the model must have, where not all of it is here; `splitnet status --json` shows it.",
+        help="Required fingerprint of a model with missing files; `splitnet status --json` shows it.",
     ),
 ]
 KeyFile = Annotated[
     Path | None,
-    in_keys("--key-file", envvar="SPLITNET_KEY_FILE", callback=one_identity, help="File with the key of this machine."),
+    in_keys.shared("--key-file", callback=one_identity, help="File with the key of this machine."),
 ]
 
 
@@ -203,100 +205,89 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves.")
+        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers when blocks have none.")
     ],
     "any_weights": Annotated[
         bool | None,
         in_computing(
             "--any-weights/--same-weights",
-            help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; "
-            "if not given, it may with --codec auto.",
+            help="Whether a text may continue on peers that hold the weights in another format (int4 after float32) "
+            "if no other peers are left; by default only with --codec auto.",
             show_default=False,
         ),
     ],
     "kv_at_least": Annotated[
         StrEnum("KVForms", get_args(KVForms)),
-        in_computing(
-            "--kv-at-least",
-            envvar="SPLITNET_KV_AT_LEAST",
-            help="Use no peers that hold KV caches in fewer bits than this.",
-        ),
+        in_computing.shared("--kv-at-least", help="Use no peers that hold KV caches in fewer bits than this."),
     ],
     "device": Device,
     "local_blocks": Annotated[
         str | None,
-        in_computing(
+        in_computing.shared(
             "--local-blocks",
             metavar="START:END",
-            envvar="SPLITNET_LOCAL_BLOCKS",
-            help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
+            help="Blocks to run on this machine, without peers: ranges as in 0:2,28:30, or auto.",
         ),
     ],
     "local_weights": Annotated[
         str | None,
-        in_computing(
+        in_computing.shared(
             "--local-weights",
             metavar="KIND",
-            envvar="SPLITNET_LOCAL_WEIGHTS",
-            help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as "
-            "stored with --codec none.",
+            help="Format of the weights of local blocks and the head: auto, float32, float16, int8 or int4; by "
+            "default auto, or as stored with --codec none.",
         ),
     ],
     "tokenizer": Annotated[
         str | None,
-        typer.Option(
+        _shared(
+            typer.Option,
             "--tokenizer",
             metavar="MODEL",
-            envvar="SPLITNET_TOKENIZER",
-            help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
+            help="Hugging Face id or folder with the tokenizer, if the model has no usable one.",
         ),
     ],
     "prefer": Annotated[
         StrEnum("Preferred", get_args(Preference)),
-        in_route(
+        in_route.shared(
             "--prefer",
-            envvar="SPLITNET_PREFER",
-            help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+            help="Prefer routes with the lowest latency, the most tokens per second, or the least energy per token.",
         ),
     ],
     "prefixes": Annotated[
         StrEnum("Prefixes", get_args(Prefixes)),
-        in_route(
+        in_route.shared(
             "--prefixes",
-            envvar="SPLITNET_PREFIXES",
-            help="Peers store keys and values of prompts for later ones that begin alike: of this key, also of keys "
-            "that the owner of a peer has put in one group with it, or not at all.",
+            help="Peers store keys and values of prompts, for later prompts with the same beginning: of this key "
+            "only, also of other keys in its group (set by the owner of a peer), or not at all.",
         ),
     ],
     "standby": Annotated[
         str | None,
-        in_route(
+        in_route.shared(
             "--standby",
             metavar="8MiB",
-            envvar="SPLITNET_STANDBY",
-            help="Replicas copy the keys and values of sessions, so many bytes per second; one that takes the place of "
-            "a hop then computes only the rest.",
+            help="Replicas copy the keys and values of sessions, at this many bytes per second; a replica that "
+            "replaces a hop then computes only the rest.",
         ),
     ],
     "energy_slowdown": Annotated[
         float | None,
-        in_route(
+        in_route.shared(
             "--energy-slowdown",
             metavar="FACTOR",
-            envvar="SPLITNET_ENERGY_SLOWDOWN",
-            help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not "
-            "given.",
+            help="With --prefer energy: how many times as long as on the fastest route a token may take; by default "
+            "1.5.",
         ),
     ],
     "key_file": KeyFile,
     "swarm_key": SwarmKeyFile,
     "trusted_peers": Annotated[
         Path | None,
-        in_keys(
+        in_keys.shared(
             "--trusted-peers",
             metavar="FILE",
-            envvar="SPLITNET_TRUSTED_PEERS",
-            help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+            help="File with the keys of the peers to use, in the format of --authorized-keys; by default any peer.",
         ),
     ],
     "invite": InviteFile,
@@ -306,9 +297,9 @@ CONNECTING: dict[str, Any] = {
 
 
 def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Gives a command these options in the place of its parameter `connecting`, which stands behind a `*`.
+    """Replaces a command's keyword-only parameter `connecting` by these options.
 
-    It has those of the fields `only` (none: all), `without` some.
+    only: names of fields of `ConnectionOptions`; empty: all. without: fields to leave out.
     """
     options: dict[str, inspect.Parameter] = {}
     for name, annotation in CONNECTING.items():
@@ -331,7 +322,7 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
             command(**given, connecting=chosen)
 
         with_options.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
-        del with_options.__wrapped__  # its signature is that of the command
+        del with_options.__wrapped__  # `__signature__` applies instead of the command's signature
         with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return with_options
 
@@ -339,14 +330,14 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
 
 
 def as_arguments(options: ConnectionOptions) -> list[str]:
-    """What these options differ from the defaults in, as another command takes it."""
+    """The options that differ from the defaults, as arguments of another command."""
     arguments: list[str] = []
     for name, annotation in CONNECTING.items():
         value = getattr(options, name)
         if value == getattr(ConnectionOptions, name) or (options.invite and name in ("key_file", "swarm_key")):
             continue
         (option,) = annotation.__metadata__
-        flag, _, opposite = option.default.partition("/")  # where typer keeps the flags
+        flag, _, opposite = option.default.partition("/")  # typer keeps the flags here
         if isinstance(value, bool):
             arguments.append(flag if value else opposite)
             continue
@@ -356,7 +347,7 @@ def as_arguments(options: ConnectionOptions) -> list[str]:
 
 
 EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "llguidance", "uvicorn"), "tune": ("peft",)}
-"""The packages of each extra in pyproject.toml, which `pip install splitnet` does not bring."""
+"""The packages of each extra in pyproject.toml, which `pip install splitnet` does not install."""
 
 
 def has(extra: str) -> bool:
@@ -364,27 +355,28 @@ def has(extra: str) -> bool:
 
 
 def require(extra: str, what: str) -> None:
-    """Raises SplitnetError if `what` needs the packages of an extra that are not installed; it says how to install."""
+    """Raises SplitnetError with the installation command if packages of the extra are not installed."""
     if not has(extra):
         raise SplitnetError(f"{what} needs packages that are not installed: run `pip install 'splitnet[{extra}]'`")
 
 
 def quiet_libraries() -> None:
-    """Keeps progress bars and advice of transformers and the hub client out of what the commands print, and has the
-    client's log written once, as all others."""
+    """Keeps progress bars and advice of transformers and the hub client out of the commands' output, and has the
+    client's log written once, like all other logs.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Where that is set, the client warns of transformers, which hides bars and shows them again.
+    # If that variable is set, the client warns about transformers, which hides and shows progress bars.
     warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", module="huggingface_hub")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    importlib.import_module("huggingface_hub.utils.logging")  # which adds a handler of its own
+    importlib.import_module("huggingface_hub.utils.logging")  # adds a handler
     logging.getLogger("huggingface_hub").handlers.clear()
 
 
 def resolve_model(model: str) -> str:
-    """The checkpoint that a model argument stands for; prepares the demo model if it is asked for."""
+    """The checkpoint that a model argument names; prepares the demo model on request."""
     from splitnet.checkpoint.demo import DEMO_NAME, demo_checkpoint
 
     quiet_libraries()
@@ -397,7 +389,7 @@ def resolve_model(model: str) -> str:
 
 
 def parse_blocks(text: str) -> tuple[int, int]:
-    """Start and end of a text such as `0:10`, blocks 0 to 9."""
+    """Start and end of a range such as `0:10`, blocks 0 to 9."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise SplitnetError(f"{text!r} is not a range of blocks: write START:END, as 0:10 for blocks 0 to 9")
@@ -405,7 +397,7 @@ def parse_blocks(text: str) -> tuple[int, int]:
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
-    """Host and port of a text such as `9100`, which is on this machine alone, `0.0.0.0:9100` or `[::]:9100`."""
+    """Host and port of a text such as `9100` (this machine only), `0.0.0.0:9100` or `[::]:9100`."""
     match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):)?(\d{1,5})", text.strip())
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(f"{text!r} is no place to listen: write PORT or HOST:PORT, with port 0 for any free one")

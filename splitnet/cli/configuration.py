@@ -1,8 +1,8 @@
-"""Options from elsewhere than the command line: environment variables, then one TOML file.
+"""Options from environment variables, then from one TOML file.
 
 `splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all
-of them by that variable and in the table `[common]`, which also holds the options before the command.
+with the same meaning in several commands is declared as shared (`splitnet/cli/arguments.py`): one variable and the
+table `[common]` set it for all its commands. `[common]` also contains the options before the command.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,18 +34,17 @@ _MEANT = {
     "ps": "'status'",
     "train": "'tune'",
 }
-"""What commands of other programs are called here; the most alike word would be another command."""
+"""Commands of other programs, with the commands that do the same here, which spelling alone would not suggest."""
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option under all of its names."""
+    """An option with all of its names."""
 
-    command: str  # that has it; `common` for the options before the command
+    command: str  # of the option; `common` for the options before the command
     parameter: Any  # click's
-    kind: type  # type of the value, or of each value of an option that is repeatable
-    repeatable: bool
+    kind: type  # type of the value, or of each value of a repeatable option
     shared: str  # name of the variable that sets it in several commands; "" if there is none
 
     @property
@@ -55,26 +53,26 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """Environment variables that set it; the first that is set counts."""
+        """Environment variables that set the option; the first set variable counts."""
         path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
         own = "_".join(path).upper().replace("-", "_")
         return [own, self.shared] if self.shared else [own]
 
     @property
-    def is_common(self) -> bool:
-        """Whether the table `[common]` may hold it."""
-        return bool(self.shared) or self.command == COMMON
+    def tables(self) -> tuple[str, ...]:
+        """Tables of the file that may contain the option; the first that contains it counts."""
+        return (self.command, COMMON) if self.shared else (self.command,)
 
     def taken(self, value: Any) -> Any:
-        """What click is to take for a value from the file. Raises ConfigurationError: it is of another type."""
-        if not self.repeatable:
+        """A value from the file, converted for click. Raises ConfigurationError: it is of another type."""
+        if not self.parameter.multiple:
             return self._of_kind(value)
         if not isinstance(value, list):
             raise ConfigurationError("expected an array, as in [...]")
         return [self._of_kind(item) for item in value]
 
     def check(self, value: Any, context: typer.Context) -> None:
-        """Raises ConfigurationError if the option does not allow what was `taken`."""
+        """Raises ConfigurationError if the option refuses a value of `taken`."""
         try:
             self.parameter.process_value(context, value)
         except (typer.BadParameter, SplitnetError) as error:
@@ -88,15 +86,6 @@ class Setting:
         if type(value) is not kind:
             raise ConfigurationError(f"expected {_EXPECTED[kind]}")
         return str(Path(value).expanduser()) if issubclass(self.kind, Path) else value
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A value from the file, and where it stands."""
-
-    setting: Setting
-    value: Any
-    place: str
 
 
 @contextmanager
@@ -115,25 +104,27 @@ class ConfigurableGroup(TyperGroup):
         self.settings = list(_settings(self))
         for setting in self.settings:
             setting.parameter.envvar = setting.variables
-            setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+            # Users can derive the names from the flags; help would be twice as long.
+            setting.parameter.show_envvar = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """As click does; words of other programs are answered with the commands that do the same here. When the command
-        is known, what the file says of it is checked, which may load much."""
+        """Resolves a command as click does. For commands of other programs, the error names the equivalent commands of
+        splitnet. Then checks the file's values for the command, which may load large modules.
+        """
         if (word := args[0]) not in self.commands and word in _MEANT:
             ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
         resolved = super().resolve_command(ctx, args)
-        for given in ctx.meta.get(_GIVEN, ()):
-            if given.setting.command in (resolved[0], COMMON):
-                with _at(given.place):
-                    given.setting.check(given.value, ctx)
+        for setting, value, place in ctx.meta.get(_GIVEN, ()):
+            if setting.command in (resolved[0], COMMON):
+                with _at(place):
+                    setting.check(value, ctx)
         return resolved
 
 
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
+    """Callback of --config: uses the file as defaults of all options; without a path, the user's file if it exists.
 
-    Raises ConfigurationError if the file cannot be read, or holds what no option takes.
+    Raises ConfigurationError if the file cannot be read, or contains a value that no option accepts.
     """
     file = path or platformdirs.user_config_path("splitnet") / "config.toml"
     if context.resilient_parsing or (path is None and not file.is_file()):
@@ -145,13 +136,11 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file} is not TOML: {error}") from None
     group: Any = context.command
-    given = list(_given(file, content, group.settings))
+    context.meta[_GIVEN] = given = list(_given(file, content, group.settings))
     context.default_map = defaults = dict[str, Any]()
-    for one in given:
-        command = one.setting.command
-        place = defaults if command == COMMON else defaults.setdefault(command, {})
-        place[one.setting.parameter.name] = one.value
-    context.meta[_GIVEN] = given
+    for setting, value, _ in given:
+        place = defaults if setting.command == COMMON else defaults.setdefault(setting.command, {})
+        place[setting.parameter.name] = value
     return path
 
 
@@ -166,45 +155,37 @@ def _settings(group: Any) -> Iterator[Setting]:
     for name, command in ((COMMON, group), *group.commands.items()):
         types_of = typing.get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
         for parameter in command.params:
-            # Eager ones, such as --version, say what to do instead of how.
+            # Eager options, such as --version, are actions.
             if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
-                kind, repeatable = _kind(types_of[parameter.name])
-                yield Setting(name, parameter, kind, repeatable, parameter.envvar or "")
+                yield Setting(name, parameter, _kind(types_of[parameter.name]), parameter.envvar or "")
 
 
-def _kind(annotation: Any) -> tuple[type, bool]:
-    """The type behind an annotation such as `int | None`, and whether it is that of a list's items."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
+def _kind(annotation: Any) -> type:
+    """The type within an annotation such as `int | None` or `list[int]`."""
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return _kind(parts[0]) if parts else annotation
 
 
-def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[_Given]:
+def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[tuple[Setting, Any, str]]:
+    """The options that the file sets, their values, and their places in the file."""
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):
             raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
         if name not in tables:
             raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
-        known = {
-            setting.key for setting in settings if name == setting.command or (name == COMMON and setting.is_common)
-        }
+        known = {setting.key for setting in settings if name in setting.tables}
         for key in table:
             if key not in known:
                 elsewhere = sorted({setting.command for setting in settings if setting.key == key})
                 fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
                 raise ConfigurationError(f"{file}: [{name}] has no key {key!r}; {fix}")
     for setting in settings:
-        names = (setting.command, COMMON) if setting.is_common else (setting.command,)
-        table = next((name for name in names if setting.key in content.get(name, {})), None)
-        if table is None:
-            continue
-        place = f"{file}: {setting.key} in [{table}]"
-        with _at(place):
-            value = setting.taken(content[table][setting.key])
-        yield _Given(setting, value, place)
+        table = next((name for name in setting.tables if setting.key in content.get(name, {})), None)
+        if table is not None:
+            with _at(place := f"{file}: {setting.key} in [{table}]"):
+                value = setting.taken(content[table][setting.key])
+            yield setting, value, place
 
 
 def _nearest(word: str, known: set[str]) -> str:

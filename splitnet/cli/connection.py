@@ -1,4 +1,4 @@
-"""How a command reaches a model: the swarm, what of the model is here, and the key."""
+"""The connection of a command to a model: the swarm, the local part of the model, and the key."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 
 
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
-    """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
+    """Addresses to join a model's swarm, as its peers on this network announce them. Prints its finds to stderr.
 
-    Raises DirectoryError if there is none, or `lan` says that the user does not let us look.
+    Raises DirectoryError if there is none, or if `lan` forbids the search.
     """
     if not lan:
-        raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
+        raise DirectoryError(f"no swarm is given: {_FIX}, or search this network with --lan")
     if not have_hivemind():
         raise DirectoryError(
-            "no swarm is given, and to join one that is found on this network takes hivemind, which is not installed: "
+            "no swarm is given, and joining one on this network needs hivemind, which is not installed: "
             "give --join tcp://HOST:PORT?key=..., as a peer prints"
         )
     try:
         with LocalNetwork(facts.fingerprint) as network:
             nodes = network.search()
     except LanError as error:
-        raise DirectoryError(f"no swarm is given, and none can be looked for: {error}; {_FIX}") from error
+        raise DirectoryError(f"no swarm is given, and this network cannot be searched: {error}; {_FIX}") from error
     if not nodes:
         if network.foreign_protocols:
             spoken = max(network.foreign_protocols)
@@ -63,25 +63,22 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
 
 
 def ask_network(model: str, *, lan: bool) -> list[str]:
-    """Addresses to ask what a model is, of whatever is served on this network; `model` may be empty. Errors as of
-    `find_swarm`."""
+    """Addresses of peers of any model on this network; `model` may be empty. Raises DirectoryError as `find_swarm`."""
     nodes: list[LanNode] = []
     if lan:
         with suppress(LanError), LocalNetwork("") as network:
             nodes = network.search()
     if not nodes:
-        lacks = (
-            f"not all of {model} is on this machine, and nobody here tells what it is" if model else "no swarm is here"
-        )
-        raise DirectoryError(f"{lacks}: {_FIX}")
+        lacks = f"parts of {model} are not on this machine, and no swarm" if model else "no swarm"
+        raise DirectoryError(f"{lacks} is given or found on this network: {_FIX}")
     return [address for node in nodes for address in node.addresses]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """A model (hub id, checkpoint folder or GGUF file) and the swarm that serves it, as the options of a command say.
+    """A model (hub id, checkpoint folder or GGUF file) and its swarm, by the options of a command.
 
-    Without addresses, the swarm is looked for on the local network, if the options let us.
+    Without addresses, the swarm is searched on the local network, if the options allow that.
     """
 
     model: str
@@ -89,9 +86,9 @@ class Connection:
 
     @cached_property
     def options(self) -> ConnectionOptions:
-        """Those given, with the device that was found; the user is told of one that is not the CPU, the log of all.
+        """The given options, with the device that was found. Tells the user about a device other than the CPU.
 
-        Raises SplitnetError if the device asked for is not here, or does not work.
+        Raises SplitnetError if the requested device does not exist, or does not work.
         """
         choice = find_device(self.given.device)
         if choice.device != "cpu":
@@ -99,16 +96,16 @@ class Connection:
         return replace(self.given, device=choice.device)
 
     def checkpoint(self) -> Checkpoint:
-        """The model's; errors as `Checkpoint.open`, after those of `options` and of files with keys."""
+        """The model's checkpoint. Raises errors of `options` and key files before those of `Checkpoint.open`."""
         _ = self.options, self._keys
         return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
-        """What is known of the model; where not all of it is here, peers are asked.
+        """The facts of the model. If parts of the model are not on this machine, peers are asked.
 
-        Raises DirectoryError if no address of the swarm answers, or none is given or found, KeyFileError if a file with
-        keys cannot be used, ModelNotFound if not all of the model is here, and no peer tells what it is, WrongSwarm if
-        it is not the one that `model_id` names.
+        Raises DirectoryError if no address of the swarm answers, or none is given or found; KeyFileError if a key file
+        cannot be used; ModelNotFound if not all of the model is here and no peer knows its facts; WrongSwarm if the
+        fingerprint is not `model_id`.
         """
         expected = self._reached.model_id
         with StageProgress() as progress:
@@ -123,7 +120,7 @@ class Connection:
                 learn(checkpoint, addresses, identity, expected=expected)
         if expected not in (None, checkpoint.fingerprint):
             raise WrongSwarm(
-                f"the model is to be {expected}, and {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
+                f"the model must be {expected}, but {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
                 "files on all machines"
             )
         return ModelFacts.of(checkpoint)
@@ -132,7 +129,7 @@ class Connection:
         """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
-        way = self.way if self.given.invite or self.given.swarm_key else None  # None: with the addresses
+        way = self.way if self.given.invite or self.given.swarm_key else None  # None: join with the addresses
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
@@ -141,7 +138,7 @@ class Connection:
 
     @contextmanager
     def directory(self) -> Generator[SwarmDirectory]:
-        """That of the swarm, whatever it serves. Raises DirectoryError as `facts_of`, KeyFileError."""
+        """The swarm's directory, for all models. Raises DirectoryError as `facts_of`, KeyFileError."""
         identity, swarm_key, _ = self._keys
         with closing(Links(identity)) as links:
             addresses = self._reached.initial_peers or ask_network("", lan=self.given.lan and swarm_key is None)
@@ -150,7 +147,7 @@ class Connection:
 
     @property
     def way(self) -> list[str]:
-        """The arguments with which commands join the swarm; of one that was found on the network there are none."""
+        """The arguments with which other commands join the swarm; empty for a swarm that was found on the network."""
         way = [part for address in self.given.initial_peers for part in ("--join", address)]
         if self.given.invite:
             return [*way, "--invite", str(self.given.invite)]

@@ -1,4 +1,4 @@
-"""How a daemon tells where others join: on stdout, and in a file that is there while it serves."""
+"""How a daemon publishes the address to join with: on stdout, and in a file that exists while it serves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ _ON_THIS_MACHINE = re.compile(r"(tcp:/|/ip4)/127\.|(tcp://\[|/ip6/)::1\b")
 
 
 def tell_addresses(addresses: Sequence[str]) -> None:
-    """Prints the address that other machines join with, by the port that they need anyway; the other addresses
-    quietly."""
+    """Prints the address for other machines, at the port that they need anyway, and the other addresses dimmed."""
 
     def is_local(address: str) -> bool:
         return _ON_THIS_MACHINE.match(address) is not None
@@ -37,13 +36,13 @@ def tell_addresses(addresses: Sequence[str]) -> None:
 
 
 def quoted(address: str) -> str:
-    """An address as shells of all systems take it: some look for files where there is a question mark."""
+    """An address, quoted because some shells expand question marks to file names."""
     return f'"{address}"' if "?" in address else address
 
 
 @contextmanager
 def told(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
-    """Tells the addresses, and has the first of them in a file, at once and whole, until the end of the `with`."""
+    """Prints the addresses, and keeps the first one in a file (written atomically) until the end of the `with`."""
     tell_addresses(addresses)
     try:
         if file is not None:
@@ -60,7 +59,7 @@ def told(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
 
 
 def forget_address(file: Path | None) -> None:
-    """Removes the file that a daemon which was killed has left."""
+    """Removes the file, which a killed daemon may have left."""
     try:
         if file is not None:
             file.unlink(missing_ok=True)
@@ -68,31 +67,32 @@ def forget_address(file: Path | None) -> None:
         raise SplitnetError(f"cannot replace {file} ({error.strerror}): give another --address-file") from None
 
 
-_LOOK_S = 0.5  # Windows runs no handler while the main thread waits for a lock, so it does not wait for longer
+_LOOK_S = 0.5  # Seconds. Windows runs no handler while the main thread waits for a lock, so each wait is this short.
 
 
 class StopSignals:
-    """From its making on, no signal that ends a process raises.
+    """Handles signals that end a process. From its creation on, these signals do not raise.
 
-    Until the first `check` they end the process at once. Then the first ends `check` and `wait`, the second all.
+    Until the first `check`, a signal ends the process at once. After it, the first signal ends `check` and `wait`, and
+    the second one ends the process.
     """
 
     def __init__(self) -> None:
         self._number = 0
         self._may_end = True
-        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be filled by a handler
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may fill a `SimpleQueue`
         for number in ENDING:
             if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
 
     def check(self) -> None:
-        """Raises SystemExit if one has come."""
+        """Raises SystemExit if a signal has arrived."""
         self._may_end = False
         if self._number:
             sys.exit(128 + self._number)
 
     def wait(self) -> None:
-        """Returns when one has come; the next one raises KeyboardInterrupt. Raises SystemExit if it was SIGHUP."""
+        """Returns after the first signal; the next one raises KeyboardInterrupt. Raises SystemExit after SIGHUP."""
         arrived = None
         while arrived is None:
             with suppress(queue.Empty):

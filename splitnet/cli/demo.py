@@ -26,7 +26,7 @@ from splitnet.transport.addresses import listen_at
 
 ONE_THREAD = ("--threads", "1")
 EXACT = (*ONE_THREAD, "--weights", "float32", "--device", "cpu")
-"""Options of daemons that compute what plain transformers does with float32."""
+"""Options of daemons that compute the same as plain transformers with float32."""
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
@@ -35,7 +35,7 @@ STOP_TIMEOUT_S = 15.0
 class LocalSwarm:
     """`count` daemons that share the blocks of a checkpoint (hub id or folder) evenly; all are stopped on leaving.
 
-    Each has these `options` of the command line. They join the swarm at an address; empty: a new one starts.
+    options: of the command line of each daemon. join: address of a swarm; empty: they start a new one.
     """
 
     def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
@@ -65,7 +65,7 @@ class LocalSwarm:
         self._folder.cleanup()
 
     def wait(self) -> str:
-        """Waits until all serve, and returns the address to join with."""
+        """Waits until all daemons serve, and returns the address to join with."""
         first, *_ = [self._await_address(index) for index in range(len(self.spans))]
         return first
 
@@ -107,7 +107,7 @@ def _count_blocks(checkpoint: str) -> int:
     """Blocks of a checkpoint, without loading torch if the folder is local."""
     config = Path(checkpoint) / "config.json"
     if config.is_file():
-        with suppress(OSError, ValueError, AttributeError, RecursionError):  # what it is, a checkpoint says below
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # `Checkpoint.open` below reports errors
             values = json.loads(config.read_text(encoding="utf-8"))
             for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
                 if isinstance(values.get(name), int):
@@ -124,20 +124,20 @@ def demo(
     model: Annotated[
         str, typer.Argument(help="Hugging Face id, checkpoint folder or GGUF file instead of SmolLM2-135M-Instruct.")
     ] = DEMO_NAME,
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = PROMPT,
+    prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     codec: CodecName = "int8",
     device: Device = "auto",
     serve: Annotated[
-        bool, typer.Option("--serve", help="Do not ask: run `splitnet serve` in front of the peers until interrupted.")
+        bool, typer.Option("--serve", help="Run `splitnet serve` with these peers until interrupted, instead.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 is any free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0: any free port.")] = 8000,
 ) -> None:
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
     if serve:
         require("serve", "--serve")
-        listen_at("127.0.0.1", port).close()  # to tell it now
+        listen_at("127.0.0.1", port).close()  # fails at once if the port is taken
     checkpoint = resolve_model(model)
     local = LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device))
     typer.secho(f"starting {len(local.spans)} peers, which load and measure their blocks ...", err=True)
@@ -155,7 +155,7 @@ def demo(
 
 
 def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str, device: str) -> None:
-    # The daemons load while this process does.
+    # The daemons load at the same time as this process.
     import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary

@@ -14,7 +14,7 @@ from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, pars
 from splitnet.cli.daemon import StopSignals, forget_address, told
 from splitnet.errors import KeyFileError, SplitnetError
 
-_FIRST_BYTE = b"\x08"  # Of a private key as libp2p writes it: the number of the field that names its kind
+_FIRST_BYTE = b"\x08"  # of a private key in libp2p's format: the number of the field with the key's type
 
 
 def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
@@ -26,12 +26,12 @@ def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
 
 def dht(
     listen: Annotated[
-        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to listen; a fixed port keeps the address valid.")
+        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Address to listen at; a fixed port keeps it valid.")
     ] = "/ip4/0.0.0.0/tcp/31330",
     public_host: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
         ),
     ] = None,
     join: Annotated[
@@ -43,19 +43,19 @@ def dht(
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="Key that keeps the address the same, made if absent; dht-key in your folder for data if not given."
+            help="File with the key behind the address, created if missing; by default dht-key in your data folder."
         ),
     ] = None,
     address_file: Annotated[
-        Path | None, typer.Option(help="Write the address to join with here, once this node answers.")
+        Path | None, typer.Option(help="File for the address to join with, written once this node answers.")
     ] = None,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     authorized_keys: Annotated[
-        Path | None, typer.Option(help="File with the keys that may use the relay; anyone if not given.")
+        Path | None, typer.Option(help="File with the keys that may use the relay; by default anyone may.")
     ] = None,
 ) -> None:
-    """Be a node that peers and clients of any model can join through, until interrupted (SIGINT or SIGTERM).
+    """Run a node of the DHT until interrupted (SIGINT or SIGTERM); peers and clients of any model can join through it.
 
     It loads no model. It stores the records by which others find each other, and with --relay-port carries activations
     between those that cannot connect to each other, encrypted.
@@ -94,7 +94,7 @@ def dht(
 
 
 def _multiaddr(public_host: str, listen: str) -> str:
-    """The multiaddr for a text such as `example.org:31330`; the port of `listen` if it names none."""
+    """The multiaddr for a text such as `example.org:31330`; without a port, with that of `listen`."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::(\d{1,5}))?", public_host)
     if match is None:
         raise SplitnetError(f"{public_host!r} is no host: write HOST or HOST:PORT, as in example.org:31330")

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 in_answer = box("Answer")
 
-GENERATED, ANSWERED = 256, 512  # tokens at most if nothing is said
+GENERATED, ANSWERED = 256, 512  # most tokens by default
 MaxNewTokens = Annotated[
     int | None,
-    in_answer(min=1, help=f"Tokens to generate at most; {GENERATED} ({ANSWERED} in a chat), or as many as have room."),
+    in_answer(min=1, help=f"Most tokens to generate; by default {GENERATED} ({ANSWERED} in a chat), or all that fit."),
 ]
 Temperature = Annotated[float, in_answer(min=0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, in_answer(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
@@ -53,15 +53,15 @@ Speculate = Annotated[
     in_answer(
         "--speculate",
         metavar="HOW",
-        help="Where drafts come from, which peers verify together: auto, prompt-lookup, mtp (blocks of the "
-        "checkpoint), eagle=DIR (a head, see tune --draft-head), a small model with the same tokenizer, or off.",
+        help="Source of drafts, which peers verify together: auto, prompt-lookup, mtp (blocks of the checkpoint), "
+        "eagle=DIR (a head, see tune --draft-head), a small model with the same tokenizer, or off.",
     ),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]
 
 
 def connection_to(model: str | None, connecting: ConnectionOptions) -> Connection:
-    """The way to a model that is given or invited to; from then on libraries for models are imported."""
+    """The connection to a given model or the invitation's. Imports the libraries for models."""
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
@@ -83,14 +83,14 @@ def generate(
     adapter: AdapterFolder = None,
     speculate: Speculate = "auto",
     chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
+        bool | None, typer.Option("--chat/--raw", help="Apply the model's chat template, or use the bare text.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     stats: Stats = False,
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
     if prompt is None and connecting.invite is not None:
-        model, prompt = None, model  # the only argument
+        model, prompt = None, model  # the only argument is the prompt
     if prompt is None:
         raise typer.BadParameter("give MODEL and PROMPT; MODEL may be left out with --invite")
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -148,7 +148,7 @@ def chat(
                 if not sys.stdin.isatty():
                     raise
                 typer.secho(f"\nerror: {printable(str(error))}", err=True, fg="red")
-                typer.secho("the conversation is kept: say it again when that is done", err=True, dim=True)
+                typer.secho("the conversation is kept: fix this and repeat the message", err=True, dim=True)
             else:
                 messages = [*asked, {"role": "assistant", "content": answer.text}]
                 if stats and cache.session is not None:

@@ -1,4 +1,4 @@
-"""What `generate`, `chat` and `demo` share: loading the client's model, streaming, and the summary of an answer."""
+"""Common parts of `generate`, `chat` and `demo`: loading the client's model, streaming, summary of an answer."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ class Client:
 
     model: RemoteCausalLM
     tokenizer: Any
-    generator: Any  # the model itself, or what PEFT has made of it
-    speculate: Any  # where drafts come from, see `RemoteCausalLM.generate`
+    generator: Any  # the model itself, or its PEFT wrapper
+    speculate: Any  # source of drafts, see `RemoteCausalLM.generate`
 
     @classmethod
     def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str = OFF) -> Client:
-        """Loads the client's part and joins the swarm. Raises AdapterError if none fits; and as `drafts_of` and
-        `attached`: drafts cannot be made so."""
+        """Loads the client part and joins the swarm. Raises AdapterError if the adapter does not fit, and the errors of
+        `drafts_of` and `attached` if these drafts are impossible.
+        """
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
@@ -92,12 +93,12 @@ class Client:
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
     def new_tokens(self, ids: torch.Tensor, wanted: int | None, usual: int) -> int:
-        """How many tokens an answer after `ids` may have: those that are wanted, or the usual number if they fit."""
+        """The most tokens of an answer after `ids`: the wanted number, or the usual number as far as it fits."""
         most = self.model.swarm.facts.max_positions
         return wanted or (usual if most is None else max(1, min(usual, most - ids.shape[1])))
 
     def answer(self, ids: torch.Tensor, sampling: Sampling) -> Answer:
-        """Generates after `ids`, printing text as it comes."""
+        """Generates after `ids`, and prints text as it arrives."""
         streamer = _TimedStreamer(self.tokenizer)
         began, counts = time.perf_counter(), self.model.speculator.counts
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -109,7 +110,7 @@ class Client:
             output = self.generator.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
         except SplitnetError:
             if streamer.first_token_at:
-                streamer.end()  # what was generated is printed to its last word
+                streamer.end()  # prints the generated text to its last word
             raise
         new = output[0, ids.shape[1] :]
         return Answer(
@@ -123,7 +124,7 @@ class Client:
 
 
 def drafts_of(speculate: str, connection: Connection) -> Any:
-    """What `generate` takes: a name stays, a hub id or folder becomes a model here, or ModelNotFound is raised."""
+    """The value for `generate`: a name unchanged, or the model of a hub id or folder. Raises ModelNotFound."""
     if speculate in NAMES or speculate.startswith(EAGLE):
         return speculate
     from splitnet.blocks.backbone import load_whole
@@ -149,7 +150,7 @@ class Answer:
 
 
 class _TimedStreamer(TextStreamer):
-    """Prints to stdout as text comes, and remembers when the first token came."""
+    """Prints text to stdout as it arrives, and records the time of the first token."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -158,12 +159,13 @@ class _TimedStreamer(TextStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         self._puts += 1
-        if self._puts == 2:  # the first is the prompt
+        if self._puts == 2:  # the first call has the prompt
             self.first_token_at = time.perf_counter()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        # Peers can steer what the model says. Files and pipes get it as it is.
+        # Peers can influence the text, so control characters are removed for terminals. Files and pipes get it
+        # unchanged.
         text = printable(text) if sys.stdout.isatty() else text
         sys.stdout.write(text + ("\n" if stream_end else ""))
         sys.stdout.flush()

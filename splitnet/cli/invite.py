@@ -1,4 +1,4 @@
-"""`splitnet invite`: one file with all that a friend's machine needs to be in a closed swarm, and how it is read."""
+"""`splitnet invite`: writes and reads one file with which a friend's machine joins a closed swarm."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitnet.security.swarm_key import SwarmKey
 
 _ABOUT = """\
-# An invitation to a swarm of splitnet. Whoever has this file is who was invited, so give it to nobody else:
+# An invitation to a swarm of splitnet. Anyone with this file can act as the invited person, so keep it secret:
 #   splitnet generate --invite FILE "Why is the sky blue?"
 #   splitnet peer --invite FILE
 """
@@ -27,19 +27,19 @@ _ABOUT = """\
 
 @dataclass(frozen=True)
 class Invite:
-    """What an invitation holds."""
+    """The content of an invitation."""
 
     model: str  # hub id, folder or file
     join: tuple[str, ...]  # addresses of peers
     swarm_key: SwarmKey  # of the swarm
-    identity: Identity  # the key of who was invited
-    # lines of a list of keys: who may use a peer of whom was invited; none: it does not say
+    identity: Identity  # the key of the invited person
+    # Lines of a list of keys: the clients of a peer that the invited person runs; empty: not stated.
     authorized: tuple[str, ...] = ()
     model_id: str | None = None  # the fingerprint of the model; None: it is found by its name
 
     @classmethod
     def load(cls, path: Path) -> Invite:
-        """The one in a file. Raises KeyFileError: it is none, or others can read it; DirectoryError: wrong address."""
+        """Reads an invitation. Raises KeyFileError: invalid, or others can read it; DirectoryError: bad address."""
         from splitnet.security.identity import Identity
         from splitnet.security.swarm_key import SwarmKey, read_secret_file
 
@@ -61,7 +61,7 @@ class Invite:
         return cls(model, tuple(join), swarm_key, identity, tuple(authorized), model_id)
 
     def save(self, path: Path) -> None:
-        """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
+        """Writes a new file that only its owner can read. Raises KeyFileError if that fails, or the file exists."""
         from splitnet.security.swarm_key import write_secret_file
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
@@ -73,22 +73,22 @@ class Invite:
         write_secret_file(path, _ABOUT + "".join(lines))
 
     def list_of_keys(self, path: Path) -> Path | None:
-        """The list of who may use a peer with the invitation in `path`, beside it; made if it is not there.
+        """The list of clients for a peer with the invitation in `path`, in a file next to it; created if missing.
 
-        Who is not listed may come, too, and comes last: somebody may have been invited later. None: the invitation does
-        not say. Raises SplitnetError if it cannot be written.
+        Clients that are not listed may connect, too, with the lowest priority, because some may be invited later. None:
+        the invitation lists no clients. Raises SplitnetError if the file cannot be written.
         """
         file = path.with_name(f"{path.name}.keys")
         if file.exists() or not self.authorized:
             return file if file.exists() else None
         lines = [*self.authorized]
         if not any("anyone" in line.split() for line in lines):
-            lines.append("anyone # whoever was invited later; without this line only those above")
+            lines.append("anyone # clients invited later; without this line only the clients above")
         try:
             file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         except OSError as error:
             raise SplitnetError(
-                f"{file} cannot be written ({error.strerror}): give --authorized-keys with who may use this peer"
+                f"{file} cannot be written ({error.strerror}): give --authorized-keys with the clients of this peer"
             ) from None
         return file
 
@@ -117,24 +117,24 @@ def model_or_invited(model: str | None, invite: Path | None) -> str:
 
 def invite(
     model: Annotated[str, typer.Argument(help="The model that the swarm serves, as for `splitnet peer`.")],
-    output: Annotated[Path, typer.Option(help="The file to give to who is invited, over a safe channel.")],
+    output: Annotated[Path, typer.Option(help="The file to give to the invited person over a safe channel.")],
     join: Annotated[
         list[str],
         typer.Option(metavar="ADDR", callback=checked_addresses, help="Address of a peer, tcp://..., or several."),
     ],
     swarm_key: Annotated[Path, typer.Option(help="File with the key of the swarm, see `splitnet key --swarm-key`.")],
     authorized_keys: Annotated[
-        Path, typer.Option(help="The file of that name of your peers; who is invited is added, with its name.")
+        Path, typer.Option(help="The --authorized-keys file of your peers; the new key is added, with --name.")
     ],
-    name: Annotated[str, typer.Option(help="Who is invited; stands behind the key in that file.")] = "invited",
+    name: Annotated[str, typer.Option(help="Name of the invited person, after the key in that file.")] = "invited",
     model_id: ModelId = None,
     options: Annotated[
-        str, typer.Option(metavar="kv=8GiB,...", help="What the key gets, see docs/network.md#who-may-take-part.")
+        str, typer.Option(metavar="kv=8GiB,...", help="Options of the key, see docs/network.md#who-may-take-part.")
     ] = "",
 ) -> None:
-    """Invite somebody to a closed swarm: make a key for them, list it, and write one file with all that they need.
+    """Invite somebody to a closed swarm: create a key, add it to the list of keys, and write an invitation file.
 
-    Take the line out of the list to revoke the invitation.
+    To revoke the invitation, remove the line from the list.
     """
     from splitnet.security.identity import Identity, parse_options, without_names
     from splitnet.security.swarm_key import SwarmKey
@@ -155,7 +155,7 @@ def invite(
     except (OSError, UnicodeDecodeError) as error:
         raise SplitnetError(refusal.format(error)) from None
     listed = without_names(f"{before}\n{line}")
-    # Peers connect to each other, so those who are joined through may come, too.
+    # Peers connect to each other, so the peers of `--join` are listed, too.
     peers = dict.fromkeys(check_peer_address(address).text for address in join)
     listed += [peer for peer in peers if not any(peer in one.split() for one in listed)]
     Invite(model, tuple(join), SwarmKey.load(swarm_key), identity, tuple(listed), model_id).save(output)
@@ -167,7 +167,7 @@ def invite(
         output.unlink()
         raise SplitnetError(refusal.format(error)) from None
     typer.echo(f"{output} invites {name}: give it to them over a safe channel")
-    typer.echo(f"to revoke it, take the line of {identity.public.text} out of {authorized_keys}")
+    typer.echo(f"to revoke it, remove the line of {identity.public.text} from {authorized_keys}")
 
 
 def _are_texts(value: Any) -> bool:
@@ -183,7 +183,7 @@ def _quoted(text: str) -> str:
 def key(
     key_file: KeyFile = None,
     swarm_key: Annotated[
-        Path | None, typer.Option(help="Make a key that closes a swarm in this new file, for its peers and clients.")
+        Path | None, typer.Option(help="Create the key of a closed swarm in this new file, for its peers and clients.")
     ] = None,
 ) -> None:
     """Print the public key of this machine, for the --authorized-keys file of a private swarm."""
@@ -192,6 +192,6 @@ def key(
 
     if swarm_key is not None:
         SwarmKey.create(swarm_key)
-        typer.echo(f"{swarm_key} holds a new swarm key: give it to members alone, as `splitnet invite` does")
+        typer.echo(f"{swarm_key} holds a new swarm key: give it only to members, as `splitnet invite` does")
         return
     typer.echo(Identity.load_or_create(key_file).public.text)

@@ -1,4 +1,4 @@
-"""The command `splitnet`: its subcommands, and how errors end it."""
+"""The command `splitnet`: its subcommands, and its exit on errors."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from splitnet.logs import LogFormat, set_up, tell
 from splitnet.process import ENDING
 from splitnet.version import __version__
 
-_ABSENT = "Not installed: says how to install it."
+_ABSENT = "Not installed; prints how to install it."
 _OURS = ("peers", "scheduler", "simulator", "splitnet")
 
 
 def _leaf(entry: str) -> Callable[..., None]:
-    """The command `MODULE:FUNCTION` of a tool that nothing else imports.
+    """The command `MODULE:FUNCTION` of a tool that no other module imports.
 
-    If that module or a library is absent, or another of its name stands in its place: a command that says so. Any other
-    error is a fault of ours, and raised.
+    If the module or a library is missing, or another module has its name, a command that reports this. Any other error
+    is a bug of splitnet, and is raised.
     """
     module, _, name = entry.partition(":")
     try:
@@ -113,7 +113,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
     simulate: ("splitnet simulate --peers 200 --clients 200", "splitnet simulate --scenario heavy --against all"),
 }
-"""Of each command, as its `--help` shows them; /ip4/... and tcp://... stand for what a peer prints."""
+"""Examples of each command for `--help`; /ip4/... and tcp://... are the addresses that a peer prints."""
 
 for command, shown in EXAMPLES.items():
     app.command(
@@ -133,7 +133,7 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log events to stderr.")] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -152,17 +152,17 @@ def common(
     set_up(log_format, logging.INFO if verbose else logging.WARNING)
 
 
-_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)  # Errors that a check of `splitnet doctor` explains further
+_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)  # errors that a check of `splitnet doctor` explains further
 
 
 def main() -> None:
-    """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
+    """Runs the command line. An error that the user can fix is printed as one sentence, with exit code 1."""
     claim_process()
-    if sys.platform == "win32":  # whose pipes are not UTF-8
+    if sys.platform == "win32":  # pipes are not UTF-8 on Windows
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8")
-    # Or the process would end without what it does at its end: leave the swarm, and stop its children.
+    # By default these signals end the process without cleanup: it must leave the swarm and stop its children.
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit_cleanly)
@@ -182,9 +182,9 @@ def main() -> None:
         sys.exit(1)
 
 
-_ROOM = "free some space, or name a folder elsewhere (SPLITNET_CACHE, HF_HUB_CACHE and TMPDIR move what is kept)"
-_FILES = "end others that have some open, or raise the limit (`ulimit -n 4096`)"
-_MEMORY = "end other programs, or give less to this one, as by --memory and --kv-memory"
+_ROOM = "free some space, or name a folder on another disk (SPLITNET_CACHE, HF_HUB_CACHE, TMPDIR)"
+_FILES = "end programs with many open files, or raise the limit (`ulimit -n 4096`)"
+_MEMORY = "end other programs, or give this one less, as with --memory and --kv-memory"
 _OF_THE_MACHINE = {
     errno.ENOSPC: ("the disk is full", _ROOM),
     errno.EDQUOT: ("your share of the disk is used up", _ROOM),
@@ -197,12 +197,12 @@ _OF_THE_MACHINE = {
     errno.ENFILE: ("too many files are open on this machine", _FILES),
     errno.ENOMEM: ("there is not enough memory", _MEMORY),
 }
-# How libraries in other languages name an error of the system.
+# How libraries in other languages report an error of the system.
 _SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
 
 
 def of_this_machine(error: BaseException) -> str | None:
-    """What this machine lacks, if that is why a command ended, though an error may blame others; else None."""
+    """The problem of this machine that ended a command, even if the error names another cause; else None."""
     cause: BaseException | None = error
     while cause is not None:
         number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)
@@ -211,7 +211,7 @@ def of_this_machine(error: BaseException) -> str | None:
         if number in _OF_THE_MACHINE:
             what, fix = _OF_THE_MACHINE[number]
             if isinstance(error, SplitnetError) and os.strerror(number) in str(error):
-                return None  # it says so, and what to do
+                return None  # the error's text contains the reason and the fix already
             file = getattr(cause, "filename", None)
             return f"{f'{file}: ' if file else ''}{what} ({os.strerror(number)}): {fix}"
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""`splitnet models`: what a swarm serves, and what it lacks."""
+"""`splitnet models`: the models of a swarm, and their missing blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def models(
     connecting: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the models of a swarm: blocks served, replicas, demand, and the command that fills what nobody serves."""
+    """List the models of a swarm: blocks served, replicas, demand, and commands that serve missing blocks."""
     from splitnet.cli.connection import Connection
     from splitnet.swarm.models import models_of
     from splitnet.swarm.plan import blocks_text

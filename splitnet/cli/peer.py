@@ -1,4 +1,4 @@
-"""`splitnet peer`: serve blocks of a model. The only file outside `peers` that may import it."""
+"""`splitnet peer`: serve blocks of a model. The only file outside `peers` that may import `peers`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ from splitnet.paths import lines_of
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import Reach, hosts_of, is_reachable, refuse_taken
 from splitnet.wire.endpoints import is_global
+from splitnet.wire.kv_forms import KV_BITS
 
 if TYPE_CHECKING:
     from peers.server import Peer
@@ -55,101 +56,101 @@ in_sharing = box("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
-KVKind = StrEnum("KVKind", ["auto", "float16", "int8", "int8-int4", "int4"])
+KVKind = StrEnum("KVKind", list(KV_BITS))
+AS_COMPUTED = KVKind("auto")
 WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
 
 
 def peer(
     model: ModelOrInvite = None,
     blocks: Annotated[
-        str | None, in_memory(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given.")
+        str | None, in_memory(metavar="START:END", help="Blocks to serve; by default chosen by the needs of the swarm.")
     ] = None,
     memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     kv: Annotated[
         KVKind,
         in_memory(
-            help="What KV caches are held as; auto: exactly as blocks compute; int8-int4: keys in 8 bits, values in 4. "
-            "Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
+            help="Format of KV caches; auto: the type that blocks compute in; int8-int4: keys in 8 bits, values in "
+            "4. Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
         ),
-    ] = KVKind.auto,
+    ] = AS_COMPUTED,
     prefix_store: Annotated[
         str | None,
         in_memory(
             metavar="off|memory|SIZE",
-            help="Store prompts' keys and values for later ones that begin alike: not, in free KV memory, or there and "
-            "in so much disk; a tenth of the free disk, 8 GiB at most, if not given.",
+            help="Store keys and values of prompts, for later prompts with the same beginning: off, in free KV "
+            "memory, or also on disk, up to this size; by default a tenth of the free disk, 8 GiB at most.",
         ),
     ] = None,
     any_model: Annotated[
         bool,
         in_memory(
             "--any-model",
-            help="Serve what is wanted most, beginning with MODEL if it is given; leave a model that nobody asks for.",
+            help="Serve the model with the most demand, beginning with MODEL if given; leave a model without demand.",
         ),
     ] = False,
     allow: Annotated[
         Path | None,
         in_memory(
             metavar="FILE",
-            help="With --any-model: the models that may be served, one a line; those of the swarm if not given.",
+            help="With --any-model: file of allowed models, one per line; by default all models of the swarm.",
         ),
     ] = None,
     training_memory: Annotated[
-        str | None, in_memory(metavar="1GiB", help="Memory to keep for clients that train; one key gets half at most.")
+        str | None, in_memory(metavar="1GiB", help="Memory reserved for clients that train; one key gets at most half.")
     ] = None,
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
-        in_swarm(
+        in_swarm.shared(
             "--lan/--no-lan",
-            envvar="SPLITNET_LAN",
-            help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
+            help="Find peers on this network and be found; on without --join, unless --listen is on loopback.",
             show_default=False,
         ),
     ] = None,
     listen: Annotated[
-        str, in_network(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
+        str, in_network(metavar="tcp://HOST:PORT", help="Address to receive activations at; port 0: any free port.")
     ] = "tcp://0.0.0.0:0",
     dht_listen: Annotated[
-        str | None, in_network(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.")
+        str | None, in_network(metavar="/ip4/HOST/tcp/PORT", help="Address of this peer's node of the DHT.")
     ] = None,
     public_host: Annotated[
         str | None,
         in_network(
-            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
         ),
     ] = None,
     reach: Annotated[
         Reach,
         in_network(
-            help="How others reach this peer: at its address, through helpers, or (auto) as others find out; with "
-            "--public-host at its address."
+            help="How others reach this peer: at its address, through helpers, or auto: as other peers test, or at "
+            "its address with --public-host."
         ),
     ] = Reach.auto,
     port_mapping: Annotated[
-        bool, in_network(help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.")
+        bool, in_network(help="Ask the router for a port (NAT-PMP, UPnP) if other peers cannot connect without one.")
     ] = True,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     device: Device = "auto",
     dtype: Annotated[
-        Dtype | None, in_computing(help="What blocks compute in; the checkpoint's own if not given.")
+        Dtype | None, in_computing(help="Type that blocks compute in; by default the checkpoint's.")
     ] = None,
     weights: Annotated[
         WeightKind,
-        in_computing(help="What weights are held as; auto: as stored, or float16 where they are float32 on x86 CPUs."),
+        in_computing(help="Format of the weights; auto: as stored, or float16 for float32 weights on x86 CPUs."),
     ] = WeightKind.auto,
     threads: Annotated[int | None, in_computing(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
         Path | None,
         in_keys(
-            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given."
+            help="File with the keys that may connect (see `splitnet key`), and their options; by default anyone may."
         ),
     ] = None,
     key_file: Annotated[
         Path | None,
-        in_keys(callback=one_identity, help="File with the key of this peer; a new key at each start if not given."),
+        in_keys(callback=one_identity, help="File with the key of this peer; by default a new key at each start."),
     ] = None,
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,
@@ -158,35 +159,35 @@ def peer(
         bool | None,
         in_sharing(
             "--share-weights/--no-share-weights",
-            help="Give weights to who may connect; on with --authorized-keys without `anyone`, or in a closed swarm.",
+            help="Send weights to permitted keys; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
         ),
     ] = None,
     share_rate: Annotated[
         str | None,
-        in_sharing(metavar="64MiB", help="Bytes per second of that, in all; a quarter while sessions are served."),
+        in_sharing(metavar="64MiB", help="Bytes of weights per second, in total; a quarter while sessions are served."),
     ] = None,
     metrics_port: Annotated[
         str | None,
         in_network(
-            metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
+            metavar="[HOST:]PORT", help="Port of the metrics for Prometheus, at /metrics; by default on 127.0.0.1."
         ),
     ] = None,
     watts: Annotated[
         float | None,
         in_computing(
             metavar="WATTS",
-            help="What the device draws while it computes; read from its counters if not given (docs/energy.md).",
+            help="Power of the device while it computes; by default read from its counters (docs/energy.md).",
         ),
     ] = None,
     drain_s: Annotated[
-        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end.")
+        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over at the end.")
     ] = 15.0,
     address_file: Annotated[
-        Path | None, in_swarm(help="Write the address to join with here, once this peer serves.")
+        Path | None, in_swarm(help="File for the address to join with, written once this peer serves.")
     ] = None,
     join_file: Annotated[
-        Path | None, in_swarm(help="Join through the peer that writes this --address-file, and wait for it.")
+        Path | None, in_swarm(help="Join through the peer that writes this --address-file; wait for the file.")
     ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
@@ -207,7 +208,7 @@ def peer(
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
     wanted_rate = parse_relay_rate(relay_rate, relay_port)
     if wanted_share == 0:
-        raise typer.BadParameter("--share-rate gives nothing: give more, or --no-share-weights")
+        raise typer.BadParameter("--share-rate 0 sends nothing: give more, or --no-share-weights")
     if wanted_share is not None and share_weights is False:
         raise typer.BadParameter("--share-rate is for --share-weights, which is off")
     refuse_taken(listen)
@@ -215,7 +216,7 @@ def peer(
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     allowed = read_models(allow) if allow is not None else []
-    chooses = any_model and model is None  # also the first one
+    chooses = any_model and model is None  # also the first model
     checkpoint = None if chooses else resolve_model(model_or_invited(model, invite))
     connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
     given = with_invitation(connecting)
@@ -238,19 +239,17 @@ def peer(
         authorized_keys = Invite.load(invite).list_of_keys(invite)
         if authorized_keys:
             typer.echo(
-                f"who comes first at this peer stands in {authorized_keys}; without its line `anyone` no other may"
+                f"{authorized_keys} lists clients with priority; only they may connect, unless it has a line `anyone`"
             )
     if closed is not None and authorized_keys is None:
-        tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
+        tell(logging.WARNING, "anyone who knows this peer's address may use it: restrict this with --authorized-keys")
     if lan is None:
         lan = is_reachable(listen) and not (given.initial_peers or join_file) and closed is None
         if lan and not have_hivemind():
             lan = False
-            tell(
-                logging.WARNING, "hivemind is not installed, so others do not find this peer: they join by its address"
-            )
+            tell(logging.WARNING, "hivemind is not installed, so others cannot find this peer: they need its address")
     if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
-        raise typer.BadParameter("--share-rate is for --share-weights: who may connect to this peer is not known")
+        raise typer.BadParameter("--share-rate needs --share-weights if --authorized-keys is not given")
     keep_freed_memory()
     allow_open_files()
     computes_on = find_device(device)
@@ -298,15 +297,15 @@ def peer(
 
         serving = Peer.start(checkpoint, options, progress=report)
     try:
-        # What is loaded by now stays: the collector need not walk over it between two tokens.
+        # Loaded objects stay, so the garbage collector need not traverse them between two tokens.
         gc.collect()
         gc.freeze()
         typer.echo(f"computes on {computes_on}")
         typer.echo(_what_it_serves(serving))
         if weights is WeightKind.auto and (other_weights := _other_weights(serving)):
             typer.echo(other_weights)
-        if kv is not KVKind.auto and serving.span.kv != kv:
-            typer.echo(f"KV caches stay as blocks compute: {_why_not_held_so(serving)}")
+        if kv is not AS_COMPUTED and serving.span.kv != kv:
+            typer.echo(f"KV caches keep the type that blocks compute in: {_why_not_held_so(serving)}")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
         if serving.ways.relay_port:
@@ -328,7 +327,7 @@ def peer(
 
 
 def read_models(file: Path) -> list[str]:
-    """The models in a file, one a line. Raises SplitnetError: there are none, or a line is no name of a model."""
+    """The models in a file, one per line. Raises SplitnetError if there are none, or a line is no name of a model."""
     try:
         lines = list(lines_of(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
@@ -343,7 +342,7 @@ def read_models(file: Path) -> list[str]:
 
 
 def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
-    """How others join from networks that do not reach this peer's own address; None: all reach it, or it is a test."""
+    """How machines in other networks join if they cannot reach this peer's address; None: they can, or it is a test."""
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
     if reached := [one for one in joined if any(is_global(f"tcp://{host}:1") for host in hosts_of([one]))]:
@@ -353,12 +352,12 @@ def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | N
 
 
 def _what_it_serves(peer: Peer) -> str:
-    # In a function of its own: who keeps the span keeps its memory, also when the peer has moved to other blocks.
+    # A separate function: a variable of the caller would keep the memory of a span after the peer has moved.
     span = peer.span
     computes = str(span.dtype).removeprefix("torch.")
     exactly = "exactly " if span.weights.exact else ""
     held = "" if span.weights.kind == computes else f" with weights {exactly}as {span.weights.kind}"
-    kv = "" if span.kv == KVKind.auto else f", KV caches as {span.kv}"
+    kv = "" if span.kv == AS_COMPUTED else f", KV caches as {span.kv}"
     return (
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
         f"({computes}{held}{kv} on {span.device}) at {peer.endpoint.address}"
@@ -369,11 +368,11 @@ def _why_not_held_so(peer: Peer) -> str:
     config, computes = peer.checkpoint.config, peer.span.dtype.itemsize
     if getattr(config, "kv_lora_rank", None):
         return f"blocks of the family {config.model_type!r} keep latents, which stay as they are computed"
-    return "that is as small" if computes == 2 else f"blocks of the family {config.model_type!r} keep states alone"
+    return "--kv saves no memory" if computes == 2 else f"blocks of the family {config.model_type!r} keep only states"
 
 
 def _other_weights(peer: Peer) -> str | None:
-    """What else the weights could be held as; None: nothing that is known to be better in some way."""
+    """Other formats for the weights; None: none is known to be better in some respect."""
     from splitnet.quant.choose import STORED
     from splitnet.quant.native import has_integer_kernels
 
@@ -382,4 +381,4 @@ def _other_weights(peer: Peer) -> str | None:
     if span.device.type != "cpu" or not has_integer_kernels() or held.kind.startswith(STORED):
         return None
     exact = "exact and slower with --weights float32, " if "/" in held.text else ""
-    return f"weights were not chosen: {exact}faster and less exact with --weights int8 (docs/weights.md)"
+    return f"other formats of the weights: {exact}faster and less exact with --weights int8 (docs/weights.md)"

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class StageProgress:
-    """A context manager: a bar per stage on a terminal, else a line, or an event where stderr is for programs."""
+    """A context manager for progress: bars on a terminal, otherwise lines, or log events if stderr is for programs."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -40,9 +40,9 @@ class StageProgress:
         self._bars.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done; stages before it are finished.
+        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done. Earlier stages are shown as finished.
 
-        What stands behind `; ` in a stage may change.
+        The part of a stage after `; ` may change.
         """
         stage, _, detail = stage.partition("; ")
         if stage not in self._tasks:

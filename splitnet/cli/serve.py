@@ -24,6 +24,7 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
 if TYPE_CHECKING:
+    from splitnet.cli.connection import Connection
     from splitnet.directory.interface import SwarmDirectory
     from splitnet.serve.server import Way
 
@@ -32,10 +33,10 @@ in_models = box("Models")
 in_limits = box("How much at a time")
 
 
-AGAIN_S = 600.0  # After which a model of the swarm that could not be read is looked at again
-MOST_FOUND = 64  # Models of the swarm that are looked at
+AGAIN_S = 600.0  # seconds until an unreadable model of the swarm is tried again
+MOST_FOUND = 64  # most models of the swarm that are tried
 
-SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # where a request does not say
+SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # for values that a request leaves out
 
 
 def _checked_origins(origins: list[str] | None) -> list[str] | None:
@@ -57,28 +58,28 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Hugging Face ids, checkpoint folders or GGUF files, of which the first is loaded at once and stays; "
-            "`demo` is SmolLM2-135M-Instruct; with --invite, that of the invitation if none is given.",
+            help="Hugging Face ids, checkpoint folders or GGUF files; the first is loaded at once and stays loaded. "
+            "`demo` is SmolLM2-135M-Instruct. If none is given, the model of --invite.",
             show_default=False,
         ),
     ] = None,
     *,
     connecting: ConnectionOptions,
-    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, in_http(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
+    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, in_http(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
     api_key_file: Annotated[
         Path | None,
         in_http(
-            help="File with the API keys that clients may use, one per line, before or after it options as in "
-            "`weight=4,tokens-per-minute=6000`; anyone if not given."
+            help="File with the API keys of clients, one per line, with options before or after the key as in "
+            "`weight=4,tokens-per-minute=6000`; by default anyone may use the server."
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         in_http(
             metavar="NAME",
-            help="Host name by which the server may be asked where there are no API keys, besides localhost and IP "
-            "addresses. Can be given several times.",
+            help="Host name that requests may use if there are no API keys, besides localhost and IP addresses. Can "
+            "be given several times.",
         ),
     ] = None,
     allow_origin: Annotated[
@@ -95,8 +96,8 @@ def serve(
         in_http(
             metavar="NAME",
             callback=_checked_names,
-            help="Name of the model in requests and answers; that of its folder, file or hub id if not given. Can be "
-            "given several times; answers have the first.",
+            help="Name of the model in requests and answers; by default from its folder, file or hub id. Can be "
+            "given several times; answers use the first.",
         ),
     ] = None,
     serve_all: Annotated[
@@ -110,22 +111,22 @@ def serve(
         ),
     ] = None,
     keep_models: Annotated[
-        int, in_models(min=1, help="Models that stay loaded beside the first; the least recently used one gives way.")
+        int, in_models(min=1, help="Models that stay loaded besides the first; the least recently used is unloaded.")
     ] = 4,
-    max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at a time.")] = 16,
-    max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; more are told to come again.")] = 64,
+    max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at the same time.")] = 16,
+    max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; further ones are refused for now.")] = 64,
     keep_sessions: Annotated[
         int, in_limits(min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.")
     ] = 16,
-    keep_positions: Annotated[int, in_limits(min=0, help="Positions of KV cache that they take at most.")] = 16384,
-    keep_for: Annotated[float, in_limits(min=0, metavar="SECONDS", help="How long they stay without use.")] = 300.0,
+    keep_positions: Annotated[int, in_limits(min=0, help="Most positions of KV cache for these chats.")] = 16384,
+    keep_for: Annotated[float, in_limits(min=0, metavar="SECONDS", help="How long unused chats stay.")] = 300.0,
     drain_s: Annotated[
         float,
-        in_limits("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish when told to end."),
+        in_limits("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish at the end."),
     ] = 10.0,
     sampling_defaults: Annotated[
         SamplingDefaults,
-        typer.Option(help="Temperature and others that a request leaves out: OpenAI's, or the checkpoint's own."),
+        typer.Option(help="Defaults of temperature and other values of requests: OpenAI's, or the checkpoint's."),
     ] = SamplingDefaults.openai,
     show_tuning: Annotated[
         Path | None,
@@ -139,7 +140,7 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    listen_at(host, port).close()  # to tell it now
+    listen_at(host, port).close()  # fails at once if the port is taken
     from splitnet.serve.gate import ApiKeys
 
     ApiKeys.read(api_key_file)
@@ -166,22 +167,15 @@ def serve(
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
         keep_models=keep_models,
     )
-    opened = connection.checkpoint()
-    first = Way(
-        served_name or [opened.name],
-        opened,
-        opened.tokenizer(),
-        connection.swarm,
-        connection.options,
-        drafts_of(speculate, connection),
-    )
+
+    def through(way: Connection, names: list[str] | None = None) -> Way:
+        checkpoint, drafts = way.checkpoint(), drafts_of(speculate, way)
+        return Way(names or [checkpoint.name], checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
 
     def named(model: str, model_id: str | None = None) -> Way:
-        way = connection_to(model, replace(connecting, model_id=model_id or connecting.model_id))
-        checkpoint = way.checkpoint()
-        names, drafts = [checkpoint.name], drafts_of(speculate, way)
-        return Way(names, checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
+        return through(connection_to(model, replace(connecting, model_id=model_id or connecting.model_id)))
 
+    first = through(connection, served_name)
     others = [*map(named, (models or [])[1:])]
     for name, folder in map(_named_folder, adapter or ()):
         others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))
@@ -194,21 +188,21 @@ def _named_folder(given: str) -> tuple[str, Path]:
     name, is_named, folder = given.partition("=")
     if not is_named or not name or not Path(folder).is_dir():
         raise SplitnetError(
-            f"--adapter {given!r} is none: give NAME=DIR with the folder that `splitnet tune` has written"
+            f"--adapter {given!r} names no folder: give NAME=DIR with the folder that `splitnet tune` has written"
         )
     return name, Path(folder)
 
 
 class Found:
-    """Finds the models of a swarm that are on the hub, or were: strangers name no files of this machine.
+    """Finds the models of a swarm that are on the hub, or were; peers cannot name files of this machine.
 
-    named: the way to a model of a name and a fingerprint; raises SplitnetError, and is tried again after `AGAIN_S`.
+    named: returns a model by name and fingerprint. After a SplitnetError the model is tried again after `AGAIN_S`.
     """
 
     def __init__(self, named: Callable[[str, str], Way], clock: Callable[[], float] = time.monotonic) -> None:
         self._named = named
         self._clock = clock
-        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: when, and what came of it
+        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: time and result of the attempt
 
     def __call__(self, directory: SwarmDirectory) -> list[Way]:
         from splitnet.swarm.models import models_of

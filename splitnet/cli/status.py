@@ -1,4 +1,4 @@
-"""`splitnet status`: who serves what."""
+"""`splitnet status`: the peers of a model and their blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitnet.cli.generate import connection_to
 from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
 
-SHOWN_ADDRESSES = 3  # To join with; all are in the JSON
+SHOWN_ADDRESSES = 3  # to join with; the JSON contains all
 
 if TYPE_CHECKING:
     from splitnet.swarm.swarm import Overview
@@ -26,7 +26,7 @@ def status(
     connecting: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
+    """Show the peers of MODEL's swarm, their blocks, speed and load, and the blocks without a peer."""
     connection = connection_to(model, connecting)
     from splitnet.checkpoint.checkpoint import Checkpoint
     from splitnet.swarm.swarm import Overview
@@ -44,7 +44,6 @@ def _print_table(overview: Overview) -> None:
     from splitnet.swarm.plan import blocks_text
     from splitnet.swarm.swarm import reached, short_key, token_joules, token_ms
     from splitnet.transport.addresses import peer_address
-    from splitnet.wire.fields import STRICT_VERSIONS
 
     facts = overview.facts
     joules = ["J/token"] * any(record.watts for record in overview.records)
@@ -69,5 +68,5 @@ def _print_table(overview: Overview) -> None:
     typer.echo(table(heads, rows, figures, title=f"{facts.name}, {facts.num_blocks} blocks"))
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
-    if answering := [record for record in overview.records if record.version not in STRICT_VERSIONS]:
-        tell_addresses([peer_address(record.endpoint) for record in answering[:SHOWN_ADDRESSES]])
+    if overview.records:
+        tell_addresses([peer_address(record.endpoint) for record in overview.records[:SHOWN_ADDRESSES]])

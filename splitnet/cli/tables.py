@@ -1,4 +1,4 @@
-"""Tables that the commands print, in which no cell is cut however narrow the terminal is."""
+"""Tables that the commands print. No cell is cut, however narrow the terminal is."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def table(
 ) -> str:
     """The text of a table, without a line break at its end.
 
-    Columns that do not fit in the width of the terminal stand below each row as `head cell, head cell`, so the least
-    important column comes last.
+    Columns that do not fit in the width of the terminal are printed below each row as `head cell, head cell`, so the
+    least important column comes last.
 
     Args:
         heads: of the columns; a line break in a head makes it narrower.

@@ -1,1 +1,1 @@
-"""Which peers exist: signed records in a DHT, asked of peers, or found on the local network."""
+"""The directory of peers: signed records in a DHT, asked of peers, or found on the local network."""

@@ -1,7 +1,7 @@
-"""The directory as peers tell it, over the links that a process has anyway: without a node of a DHT.
+"""The directory without a DHT: a process asks peers for records, over the links that it also uses for sessions.
 
-Several peers are asked, and their answers are put together. Records are signed, so none can forge any; one that lies,
-knows nothing or is silent hides no record that another knows.
+The process merges the answers of several peers. Records are signed, so a peer cannot forge a record. A peer that lies,
+knows nothing or is silent cannot hide records that another peer knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import accumulate, chain, count, zip_longest
 from operator import itemgetter
@@ -32,50 +32,32 @@ from splitnet.wire.fields import Values, packb
 from splitnet.wire.messages import ENTRY_BYTES, MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
 
 _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
-"""A key, the digest of the exact fields, when the record was issued, and four measured amounts in steps."""
+"""First bytes of the key, digest of the exact fields, time of issue, and four measured amounts in steps."""
 assert _ENTRY.size == ENTRY_BYTES
 
-_MEASURED: Final = {
-    "block_ms",
-    "queue_ms",
-    "batch",
-    "kv_free_positions",
-    "kv_capacity",
-    "past_ms",
-    "sessions",
-    "bytes_per_ms",
-    "links",
-    "watts",
-}
-_NOT_IN_DIGEST: Final = _MEASURED | {
-    "coordinate",
-    "coordinate_error",
-    "demand",
-    "key",
-    "kv",
-    "model",
-    "proof",
-    "placed_at",
-    "issued_at",
-    "ttl_s",
-}
-"""All other fields are exact. Versions compare digests: one that is added must be left out while it has its default."""
-_EXACT_FIELDS: Final = [field.name for field in fields(PeerRecord) if field.name not in _NOT_IN_DIGEST]
+_EXACT_FIELDS: Final = (
+    *("model_name", "address", "start", "end", "num_blocks", "protocol", "codecs", "device", "dtype", "max_blocks"),
+    *("moving_to", "serves", "version", "state_bytes", "relays", "relay_port"),
+)
+"""Fields of a record in the digest. Peers of different versions compare digests, so a digest must omit an added field
+that holds its default."""
 
-RECORD_OVERHEAD: Final = 3  # bytes that a record takes in an answer besides its own
+RECORD_OVERHEAD: Final = 3  # bytes that an answer takes for a record besides the record itself
 
 STEPS_PER_DOUBLING: Final = 4
 MATERIAL_STEPS: Final = 2
-"""A measured amount has changed if it differs by so many steps: by 30 to 50 percent, or if it is small by little."""
+"""A measured amount has changed if it differs by this many steps: by 30 to 50 percent, or by a few units if it is
+small."""
 OUTDATED_S: Final = 300.0
-"""Coordinates and links are not compared: a record that is older than the latest by so much is told again."""
+"""A known record that is this much older than the latest is sent again, because coordinates and links are not
+compared."""
 
-_TICKS_PER_S, _TICKS = 16, 1 << 32  # of when a record was issued; they begin anew after eight years
-_EXACT = 256  # weighs more than any number of steps
+_TICKS_PER_S, _TICKS = 16, 1 << 32  # resolution and range of the time of issue, which wraps after eight years
+_EXACT = 256  # weight of a change of an exact field, above any number of steps
 
 
 def entry_of(record: PeerRecord) -> bytes:
-    """The entry of a record that is held, as `LookUp.known` has it."""
+    """The entry of a known record for `LookUp.known`."""
     amounts = zip((record.block_ms[0], record.queue_ms, record.batch, record.kv_free_positions), _UNITS, strict=True)
     return _ENTRY.pack(
         record.key.raw[:KEY_PREFIX_BYTES],
@@ -86,7 +68,8 @@ def entry_of(record: PeerRecord) -> bytes:
 
 
 class DirectoryDelta:
-    """The records that a peer knows (the latest of each peer, of those that have left, too). Thread-safe."""
+    """The records that a peer knows, the latest of each peer, also of peers that have left. Computes the changes for a
+    `LookUp`. Thread-safe."""
 
     def __init__(self, records: Sequence[PeerRecord]) -> None:
         self._by_key: defaultdict[bytes, list[tuple[bytes, PeerRecord]]] = defaultdict(list)
@@ -94,12 +77,12 @@ class DirectoryDelta:
             entry = entry_of(record)
             self._by_key[entry[:KEY_PREFIX_BYTES]].append((entry, record))
         present = [record for record in records if not record.has_left]
-        # Anybody can make keys: those that have cost work come first, so that a flood does not hide them.
+        # Keys with a proof of work come first, so that a flood of cheap keys does not hide them.
         self._newest = sorted(present, key=lambda record: (not record.is_proven, -record.placed_at))
 
     def changes(self, known: Sequence[bytes], since: float, most: int) -> tuple[bytes, list[PeerRecord]]:
-        """An answer to a `LookUp` with these fields. Returns `Found.present`, and records that have changed or are new,
-        in turns, of at most `most` bytes."""
+        """Answers a `LookUp` with these fields. Returns `Found.present`, and changed and new records alternately, at
+        most `most` bytes of records."""
         bits = 0
         changed: list[tuple[int, PeerRecord]] = []
         for at, entry in enumerate(known):
@@ -137,7 +120,8 @@ def _digest(record: PeerRecord) -> bytes:
 
 
 _UNITS: Final = (0.1, 5.0, 0.5, 16.0)
-"""Of ms per block, ms of waiting, positions in a pass, free positions: below these a step is about a quarter of it."""
+"""Of ms per block, ms of waiting, positions in a pass, free positions. Below its unit, a step of an amount is about a
+quarter of the unit."""
 
 
 def _steps(amount: float, unit: float) -> int:
@@ -145,11 +129,12 @@ def _steps(amount: float, unit: float) -> int:
 
 
 def _weight(held: bytes, latest: bytes) -> int:
-    """How much a record with the entry `latest` matters to a holder of the one with `held`; 0: not at all."""
+    """How much the record with the entry `latest` matters to a holder of the record with the entry `held`; 0: not at
+    all."""
     _, exact, issued, *amounts = _ENTRY.unpack(held)
     _, latest_exact, latest_issued, *latest_amounts = _ENTRY.unpack(latest)
     later = (latest_issued - issued) % _TICKS
-    if later > _TICKS // 2:  # it is earlier
+    if later > _TICKS // 2:  # `latest` was issued before `held`
         return 0
     if exact != latest_exact:
         return _EXACT
@@ -158,21 +143,21 @@ def _weight(held: bytes, latest: bytes) -> int:
 
 
 CONNECT_TIMES: Final = 3.0
-"""Until the first answer, peers that have taken the connection are waited for so many times as long: a handshake takes
-some round trips, which may be of seconds."""
+"""Before the first answer, factor on the wait for a peer that has accepted the connection: a handshake takes several
+round trips, which may take seconds."""
 LOOK_S: Final = 0.05  # between two looks at the states of links
 
-PART_BYTES: Final = 60_000  # of one message of an answer
-MAX_ANSWER_BYTES: Final = 4 << 20
+PART_BYTES: Final = 60_000  # of records in one message of an answer
+MAX_ANSWER_BYTES: Final = 4 << 20  # of records in an answer of one peer
 MAX_JOINED: Final = 16  # peers that are asked in every question
-MAX_OTHERS: Final = 8  # peers of the last answer that are asked when all of those are silent
-OPEN_QUESTIONS: Final = 32
-REMEMBERED_MODELS: Final = 4
+MAX_OTHERS: Final = 8  # peers from the last answer that are asked when all joined peers are silent
+OPEN_QUESTIONS: Final = 32  # questions whose late answers are accepted
+REMEMBERED_MODELS: Final = 4  # models of other processes' questions whose last answers are kept
 _RECORDS_PER_PART = 1024
 
 
 class AskingLinks(Protocol):
-    """Links to peers: see `splitnet.swarm.links.Links`."""
+    """The part of `splitnet.swarm.links.Links` that a `PeerDirectory` needs."""
 
     on_answer: Callable[[Endpoint, Message], None] | None
 
@@ -187,26 +172,26 @@ class AskingLinks(Protocol):
 
 @dataclass
 class _Answer:
-    """Of one peer."""
+    """The answer of one peer."""
 
     payloads: list[bytes] = field(default_factory=list[bytes])
     present: bytes = b""  # see `Found`
     nbytes: int = 0
-    remaining: int | None = None  # messages that follow
+    remaining: int | None = None  # messages of the answer that follow; None: none has arrived
     complete: bool = False
     taken: bool = False
     refusal: str = ""
-    records: list[PeerRecord] | None = None  # of the payloads, once they were read
+    records: list[PeerRecord] | None = None  # the valid records in the payloads; None: they were not read yet
     asked_at: float = field(default_factory=time.time)
 
     def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
         self.nbytes += len(message.payload)
         if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
-            self.complete = True  # what does not fit is left out
+            self.complete = True  # later messages are ignored
             return
         try:
-            # Of a model that it does not know a peer of a closed swarm says nothing to members, too.
+            # A peer of a closed swarm answers with an empty payload if it does not know the model.
             self.payloads.append(swarm.unseal(message.payload) if message.payload or not model else b"")
         except NotAuthorized as error:
             self.complete, self.refusal = True, str(error)
@@ -217,46 +202,48 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What has changed, as a peer says.
+    """The changes of known records according to one peer.
 
-    present: of each record that it was told of, whether the peer is still there. records: the verified ones of its
-    answer, of peers that have left, too. whole: that is all it knows, as of a peer that does not tell changes.
+    present: for each known record, whether its peer is still in the directory. records: the verified records of the
+    answer, also of peers that have left.
     """
 
     present: Sequence[bool]
     records: Sequence[PeerRecord]
-    whole: bool
 
 
 @dataclass
 class _Question:
-    """What some peers were asked, and their answers. `model` None: it was an announcement."""
+    """A question to some peers, and their answers. model: the fingerprint asked for; None: an announcement."""
 
     number: int
     model: str | None
     answers: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
-    """The latest answers to the same question, asked before."""
+    """Answers to the same question when it was asked before."""
 
     def said(self) -> dict[Endpoint, _Answer]:
         return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
 
     def best(self) -> dict[Endpoint, _Answer]:
-        """An earlier answer counts while its peer is silent: records expire, and say themselves if a peer has left."""
+        """The answers, with earlier answers of silent peers. These are safe to use, because records expire."""
         return self.before | self.said()
 
 
 class PeerDirectory(SwarmDirectory):
-    """Asks peers for records, and has them tell others of its own. joined: the peers to ask; none: this one begins the
-    swarm, and knows the peers that announce themselves to it. serving: for a peer: remembers the records that others
-    announce to it, and closes `links` with itself. swarm: the key of a closed one."""
+    """Asks peers for records, and announces the records of this process to them.
+
+    joined: the peers to ask; empty: this peer begins a swarm, and knows only peers that announce themselves to it.
+    serving: True for a peer: keeps the records that other peers announce to it, and closes `links` with itself. swarm:
+    the key of a closed swarm.
+    """
 
     def __init__(
         self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
     ) -> None:
         if len(joined) > MAX_JOINED:
             raise DirectoryError(
-                f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
+                f"a process asks at most {MAX_JOINED} peers for records, not {len(joined)}: give fewer --join"
             )
         self.addresses = []
         self._joined = list(dict.fromkeys(joined))
@@ -266,11 +253,12 @@ class PeerDirectory(SwarmDirectory):
         self._numbers = count(1)
         self._open: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
-        """By model: of those that this process itself asks about, and some that others have asked about lately."""
+        """The last question about each model that this process asks about, and about the latest `REMEMBERED_MODELS`
+        other models, which other processes ask about."""
         self._wanted: set[str] = set()  # models that this process itself asks about
-        self._others: list[Endpoint] = []  # peers that others have named
-        self._silent: set[Endpoint] = set()  # they did not answer their last question
-        self._alone = False  # all of `_joined` were silent at the last question
+        self._others: list[Endpoint] = []  # further peers, from the answers of joined peers
+        self._silent: set[Endpoint] = set()  # peers that did not answer their last question
+        self._alone = False  # all joined peers were silent at the last question
         self._own: set[PublicKey] = set()  # keys that this process has announced
         self._heard = threading.Condition()
         self._closed = False
@@ -280,7 +268,7 @@ class PeerDirectory(SwarmDirectory):
     def join(
         cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
     ) -> PeerDirectory:
-        """The same, once a peer has answered. Raises DirectoryError: none does, and why."""
+        """Returns a directory after a peer has answered. Raises DirectoryError: no peer answers; the error says why."""
         directory = cls(joined, links, serving=serving, swarm=swarm)
         try:
             directory.records("")
@@ -296,7 +284,7 @@ class PeerDirectory(SwarmDirectory):
         if self._kept is not None:
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
         leaves = record.has_left and depth == OWN_DEPTH
-        if leaves and self._kept is not None:  # peers that ask this one are told by no other
+        if leaves and self._kept is not None:  # peers that only ask this peer learn of its end from no other peer
             kept = self._kept.records(record.model)
             known = [other.endpoint for other in kept if not other.has_left and other.key not in self._own]
             self._others = self._nearest(known) or self._others
@@ -313,8 +301,8 @@ class PeerDirectory(SwarmDirectory):
         return any(answer.taken for answer in question.said().values()) or (taken and depth < OWN_DEPTH)
 
     def clocks(self) -> dict[str, float]:
-        """How many seconds the clock of each peer is ahead of the clock of this machine, by address: what the latest
-        answers tell by their records, which are a minute old at most."""
+        """How many seconds the clock of each peer is ahead of this machine's clock, by address. Estimated from the
+        records of the latest answers, which are at most a minute old."""
         with self._heard:
             answers = [answer for question in self._last.values() for answer in question.best().values()]
         told = [(record, record.issued_at - answer.asked_at) for answer in answers for record in _records(answer)]
@@ -346,7 +334,7 @@ class PeerDirectory(SwarmDirectory):
                 self._forget(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
-        # Not for questions of strangers; and relays and gateways answer none.
+        # Only for questions of this process. Relays and gateways answer no questions, so they are not asked.
         if depth == OWN_DEPTH and model not in (HELPERS, DEMAND):
             present = [record.endpoint for record in records if not record.has_left]
             self._others = self._nearest(present) or self._others
@@ -361,17 +349,17 @@ class PeerDirectory(SwarmDirectory):
         asked: Sequence[Endpoint],
         others: Sequence[Endpoint] = (),
     ) -> dict[Endpoint, Changes]:
-        """The changes that peers tell.
+        """Asks peers for changes of records.
 
         Args:
-            known: the records that are held, the most needed first.
-            since: of other peers only those are told that have their span since then, Unix time in seconds.
-            most: bytes of records that each may tell; an older peer tells more, of which as much counts.
+            known: the records that the process knows, the most needed first.
+            since: other records are sent only if the peer has served its span since this Unix time (seconds) or later.
+            most: most bytes of records from each peer.
             asked: the peers to ask.
-            others: they are asked if none of those answers soon.
+            others: peers to ask if no peer in `asked` answers within `DIRECTORY_SOON_S`.
 
         Raises:
-            DirectoryError: this is closed.
+            DirectoryError: the directory is closed.
         """
         place, entries = self._swarm.place(model), tuple(map(entry_of, known))
 
@@ -384,8 +372,9 @@ class PeerDirectory(SwarmDirectory):
         with self._heard:
             self._forget(question)
             answers = question.said()
-        told = {endpoint: _changes(answer, model, known, most) for endpoint, answer in answers.items()}
-        return {endpoint: changes for endpoint, changes in told.items() if changes.records or not changes.whole}
+        # A peer that does not know the model answers without bits.
+        told = {endpoint: answer for endpoint, answer in answers.items() if answer.present}
+        return {endpoint: _changes(answer, model, known, most) for endpoint, answer in told.items()}
 
     def close(self) -> None:
         self._closed = True
@@ -397,14 +386,14 @@ class PeerDirectory(SwarmDirectory):
     def _ask(
         self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
     ) -> _Question:
-        """Asks the joined peers, and others if all of these are silent, or (`everybody`) at once."""
-        # Questions on behalf of others are answered before these give up.
+        """Asks the joined peers, and then other peers if all joined ones are silent. everybody: asks all at once."""
+        # A question for another process must be answered before that process gives up.
         limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH
         others = [other for other in self._others if other not in self._joined and other.key not in self._own]
         rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
         rounds = [asked for asked in rounds if asked]
         question = self._ask_these((), model, message, 0.0)
-        for asked in rounds:  # answers of an earlier round count in the next one: a handshake may take many seconds
+        for asked in rounds:  # late answers to an earlier round still count, because a handshake may take many seconds
             self._ask_also(question, asked, message, limit_s / len(rounds))
             if question.said():
                 break
@@ -437,7 +426,7 @@ class PeerDirectory(SwarmDirectory):
             self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
 
     def _forget(self, question: _Question) -> None:
-        """Late answers, of megabytes, are dropped."""
+        """Closes a question, so that late answers, which may have megabytes, are dropped."""
         self._open.pop(question.number, None)
 
     def _wait(self, question: _Question, limit_s: float) -> None:
@@ -471,7 +460,8 @@ class PeerDirectory(SwarmDirectory):
         return state.is_final or (state is LinkState.DOWN and waited_s > DIRECTORY_DOWN_S)
 
     def _received(self, source: Endpoint, message: Message) -> None:
-        """Takes in an answer; none answers for another, nor twice. Runs in the transport's thread."""
+        """Handles an answer from the peer that was asked; a complete answer is not changed. Runs in the transport's
+        thread."""
         if not isinstance(message, Found | Announced | Failure):
             return
         with self._heard:
@@ -488,14 +478,15 @@ class PeerDirectory(SwarmDirectory):
             self._heard.notify_all()
 
     def _nearest(self, endpoints: Collection[Endpoint]) -> list[Endpoint]:
-        """Some to ask when all joined ones are gone: those with a link come first, as they exist."""
+        """Chooses peers to ask when all joined peers are silent. Peers with a link come first, because they are known
+        to exist."""
         tried = random.sample(list(endpoints), min(len(endpoints), 64))
         tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
         return tried[:MAX_OTHERS]
 
     def _explanation(self) -> str:
         reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
-        return f"No peer tells of others: {'; '.join(reasons)}."
+        return f"No peer answers with records: {'; '.join(reasons)}."
 
     def _reason(self, endpoint: Endpoint) -> str:
         with self._heard:
@@ -510,13 +501,13 @@ class PeerDirectory(SwarmDirectory):
             case LinkState.WRONG_KEY:
                 return "ends the handshake as if it has another key: copy the address that the peer prints now"
             case LinkState.UP:
-                return "does not answer: it is older than version 0.2, or hangs"
+                return "does not answer: it hangs"
             case _:
                 return "is not reached: check that it runs and that its port is open"
 
 
 def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
-    """The payloads of an answer with these records, as many of the first as there is room for."""
+    """The payloads of an answer with these records; the last records are omitted if there is no room for them."""
     parts: list[list[bytes]] = [[]]
     room, left = PART_BYTES, MAX_ANSWER_BYTES
     for record in records:
@@ -534,7 +525,7 @@ def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
 
 
 def _records(answer: _Answer) -> list[PeerRecord]:
-    """The valid records of an answer, which may hold anything else."""
+    """The valid records of an answer, which may be hostile."""
     if answer.records is None:
         answer.records = []
         for payload in answer.payloads:
@@ -546,15 +537,13 @@ def _records(answer: _Answer) -> list[PeerRecord]:
 
 
 def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int) -> Changes:
-    """Of peers that are not known, no more counts than was asked for, as anybody can make keys."""
+    """The changes in an answer. Records of unknown peers count only up to `most` bytes, because keys are cheap to
+    make."""
     told = latest(model, [_records(answer)])
     keys = {record.key for record in known}
     sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)
     records = [record for record, size in zip(told, sizes, strict=True) if record.key in keys or size <= most]
-    if answer.present:
-        return Changes(still_there(answer.present, len(known)), records, whole=False)
-    there = {record.key for record in told if not record.has_left}
-    return Changes([record.key in there for record in known], records, whole=True)
+    return Changes(still_there(answer.present, len(known)), records)
 
 
 def _packed(payload: Payload) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""How much each model of a swarm is asked for: gateways count it and tell it in records of their own, see `DEMAND`."""
+"""The demand for each model of a swarm: gateways measure it and publish it in their own records, see `DEMAND`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from splitnet.directory.offers import Announcer, record_of
 from splitnet.directory.record import DEMAND, MAX_WANTED, MAX_WANTED_TOKENS, WANTED_NAME, PeerRecord, Wanted
 from splitnet.security.identity import Identity, PublicKey
 
-REQUEST_TOKENS: Final = 16  # a request counts as so many tokens at least
-MAX_GATEWAYS: Final = 256  # whose records are read
-_NOWHERE = "tcp://127.0.0.1:1"  # nobody connects to a gateway
+REQUEST_TOKENS: Final = 16  # tokens that a request counts for at least
+MAX_GATEWAYS: Final = 256  # gateways whose records are read
+_NOWHERE = "tcp://127.0.0.1:1"  # a placeholder, because no process connects to a gateway
 
 
 class DemandPublisher:
-    """Tells a swarm how much a gateway is asked for each model, smoothed over a minute. Thread-safe; close it before
-    the directory.
+    """Publishes a gateway's demand for each model, smoothed over a minute. Thread-safe; close it before the directory.
 
-    identity: signs what it tells; of two gateways with one key the later one counts. proof: of work of that key, 0:
-    none; keys without one count together as one. clock: in seconds.
+    identity: signs the record; of two gateways with one key only the later record counts. proof: proof of work of that
+    key; 0: none; all keys without a proof count as one. clock: returns seconds.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class DemandPublisher:
         self.close = self._announcer.close
 
     def asked(self, model: Any, tokens: int) -> None:
-        """Counts a request of so many tokens in all; model: `ModelFacts` of `splitnet.swarm`, or a checkpoint."""
+        """Counts a request of `tokens` tokens. model: `ModelFacts` of `splitnet.swarm`, or a checkpoint."""
         with self._lock:
             _, rate = self._rates.setdefault(model.fingerprint, (model, DecayingRate()))
             is_new = rate.at(self._clock()) < LEAST_DEMAND
@@ -70,15 +69,15 @@ class DemandPublisher:
 
 
 def demand_of(directory: SwarmDirectory, allows: Callable[[PublicKey], bool] = lambda key: True) -> dict[str, Wanted]:
-    """How much all gateways together are asked for each model, by its fingerprint, the most wanted first.
+    """The demand for each model over all gateways, by fingerprint, the highest first.
 
-    Anybody can make keys, and claim anything: a key counts 1,000 tokens per second at most, over all that it names, and
-    keys that have cost no work count so much for a model all together. allows: the keys that count at all. Raises
-    DirectoryError.
+    Keys are cheap to make, and claims are not checked. So a key counts for at most 1,000 tokens/s over all its models,
+    and all keys without a proof of work together count for at most 1,000 tokens/s per model. allows: whether a key
+    counts at all. Raises DirectoryError.
     """
     records = sorted((one for one in directory.peers(DEMAND) if allows(one.key)), key=lambda one: not one.is_proven)
     names: dict[str, Wanted] = {}
-    claimed: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by model, and whether keys have cost work
+    claimed: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by model, and whether the keys are proven
     for record in records[:MAX_GATEWAYS]:
         share = MAX_WANTED_TOKENS / max(MAX_WANTED_TOKENS, sum(one.tokens_per_s for one in record.demand))
         for one in filter(lambda one: one.num_blocks, record.demand):

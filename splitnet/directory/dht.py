@@ -1,9 +1,10 @@
 """The directory of peers: signed records in a Kademlia DHT (hivemind's `DHTNode` over libp2p).
 
-The node runs in an event loop on a thread of its own, beside the one child process (`p2pd`) that speaks libp2p.
-DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key, and
-`splitnet.peers.<fingerprint>` does so for earlier versions; `splitnet.models` holds one record per model, under its
-fingerprint. Every node of the DHT checks the signatures of records, and holds a bounded number (`RecordTable`).
+The node runs in an event loop in its own thread, and has one child process (`p2pd`), which implements libp2p.
+
+DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer; the subkey is the text of the peer's key.
+`splitnet.models` holds one record per model; the subkey is the fingerprint. Every node checks the signatures of
+records, and holds a bounded number (`RecordTable`).
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from typing import Any, Final, TypeVar
 
 from splitnet.directory.hivemind_node import NodeLoop, Reading, import_hivemind, overhear, read
 from splitnet.directory.interface import OWN_DEPTH, SwarmDirectory, latest
-from splitnet.directory.record import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
+from splitnet.directory.record import MODELS_KEY, PeerRecord, RecordValidator, shard_key, shard_keys
 from splitnet.errors import AddressInUse, DirectoryError
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 20.0
-CALL_TIMEOUT_S: Final = 10.0
-RPC_TIMEOUT_S: Final = 3.0
+START_TIMEOUT_S: Final = 20.0  # of the start of a node
+CALL_TIMEOUT_S: Final = 10.0  # of a read or a store
+RPC_TIMEOUT_S: Final = 3.0  # of one message to one node
 WAITING_S: Final = 0.1  # between two calls of `waiting`
-READS: Final = 2  # of keys that look empty while all nodes joined through are silent, before that is an error
-MAX_INITIAL_PEERS: Final = 16  # nodes that are asked whatever others say, as far as `meet` adds them
-SEARCHES_AT_ONCE: Final = 16  # nodes that a search asks at the same time, so that silent ones delay it little
+READS: Final = 2  # attempts to read keys that look empty while all initial nodes are silent, before an error is raised
+MAX_INITIAL_PEERS: Final = 16  # initial nodes after which `meet` adds no more; each read asks all initial nodes
+SEARCHES_AT_ONCE: Final = 16  # nodes that a search asks at the same time, so that silent nodes delay it little
 
-_NOBODY_ANSWERS = "failed to connect to bootstrap peers"  # as p2pd says it
+_NOBODY_ANSWERS = "failed to connect to bootstrap peers"  # the error text of p2pd
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
 
@@ -55,9 +56,9 @@ class Directory(SwarmDirectory):
         self._p2p: Any = None
         self._node: Any = None
         self._opening: asyncio.Task[None] | None = None
-        self._reopen: Callable[[], Coroutine[Any, Any, None]] | None = None  # of a node that rests: begins it again
+        self._reopen: Callable[[], Coroutine[Any, Any, None]] | None = None  # restarts a resting node
         self._waking = asyncio.Lock()
-        self._requests = 0  # that are under way
+        self._requests = 0  # requests under way
         self._stores_for_others = False
         self._joined: Sequence[str] = ()
         self._initial_peer_ids: set[Any] = set()
@@ -73,13 +74,13 @@ class Directory(SwarmDirectory):
         identity_path: Path | None = None,
         waiting: Callable[[], None] = lambda: None,
     ) -> Directory:
-        """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new one if there are none.
+        """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new DHT if there are none.
 
-        listen: multiaddrs such as `/ip4/0.0.0.0/tcp/0`; None makes a client that stores nothing for others.
-        public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
-        identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
-        waiting: called again and again until the node has started; an error that it raises ends the start.
-        Raises DirectoryError if none of `initial_peers` answers within 20 s, AddressInUse if `listen` is taken.
+        listen: multiaddrs such as `/ip4/0.0.0.0/tcp/0`; None makes a client, which stores no records of others.
+        public: multiaddrs by which others reach this node, if they differ from this machine's addresses (NAT,
+        containers). identity_path: file of the libp2p key that keeps this node's address over restarts; created if
+        absent. waiting: called repeatedly until the node has started; an error that it raises ends the start. Raises
+        DirectoryError: none of `initial_peers` answers within 20 s; AddressInUse: `listen` is taken.
         """
         for address in initial_peers:
             if not address.startswith("/") or "/p2p/" not in address:
@@ -90,9 +91,8 @@ class Directory(SwarmDirectory):
             import_hivemind()
         except ModuleNotFoundError as error:
             raise DirectoryError(
-                f"There is no {error.name} here, which the DHT needs: join through a peer, with "
-                "--join tcp://HOST:PORT?key=... as it prints. Every peer can be joined through so; `splitnet peer` "
-                "without --join begins a swarm without a DHT."
+                f"The DHT needs {error.name}, which is not installed. Join through the address that any peer prints, "
+                "--join tcp://HOST:PORT?key=..., or begin a swarm without a DHT (`splitnet peer` without --join)."
             ) from None
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         directory = cls()
@@ -118,14 +118,14 @@ class Directory(SwarmDirectory):
         return directory
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
+        keys, subkeys = [shard_key(record.model, record.key)], [record.key.text]
         if not record.has_left and record.is_of_model:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
         return self._request(lambda node: self._store(node, keys, subkeys, packed, record.expires_at))
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
-        found = self._read([*shard_keys(model), peers_key(model)] if model else [MODELS_KEY]).records.values()
+        found = self._read(shard_keys(model) if model else [MODELS_KEY]).records.values()
         return latest(
             model,
             [
@@ -135,7 +135,8 @@ class Directory(SwarmDirectory):
         )
 
     def meet(self, addresses: Sequence[str]) -> int:
-        """Joins the DHT of this node with those of the nodes at `addresses` (multiaddrs); returns how many answer."""
+        """Joins the DHT of this node with the DHTs of the nodes at `addresses` (multiaddrs). Returns how many
+        answer."""
         return self._request(lambda _: self._meet(addresses))
 
     def moved(self) -> None:
@@ -143,7 +144,7 @@ class Directory(SwarmDirectory):
             self._request(lambda _: self._connect_anew())
 
     def rest(self) -> None:
-        """The node of a client ends until something is asked: it takes some 50 KB a minute."""
+        """Ends the node of a client until the next request, because a node takes about 50 KB per minute."""
         with self._closing:
             if not (self._stores_for_others or self._closed):
                 self._submit(self._rest(), CALL_TIMEOUT_S)
@@ -166,14 +167,14 @@ class Directory(SwarmDirectory):
             if reading.vouched or not reading.is_empty:
                 return reading
         raise DirectoryError(
-            "The nodes of the DHT that were joined through did not answer, and others know of nobody; try again, or "
-            "join through another peer."
+            "The nodes of the DHT that were joined through did not answer, and other nodes know no peers; try again, "
+            "or join through another peer."
         )
 
     async def _store(
         self, node: Any, keys: Sequence[str], subkeys: Sequence[str], packed: bytes, expires_at: float
     ) -> bool:
-        """Whether some node holds the record under the keys of peers."""
+        """Stores the record; returns whether a node holds it under the first key, that of the peer."""
         stored = await node.store_many(
             list(keys),
             [packed] * len(keys),
@@ -181,8 +182,8 @@ class Directory(SwarmDirectory):
             subkeys=list(subkeys),
             exclude_self=not self._stores_for_others,
         )
-        # The nodes that are nearest to a key choose their own ids, so the ones joined through are told as well: readers
-        # always ask these.
+        # Attackers can choose node ids near to a key. So the record is also stored at the initial nodes, which readers
+        # always ask.
         hivemind = import_hivemind()
         ids = [hivemind.dht_id(key) for key in keys]
         value = node.protocol.serializer.dumps(packed)
@@ -199,7 +200,7 @@ class Directory(SwarmDirectory):
                     for key_id, subkey in zip(ids, subkeys, strict=True)
                 ]
             )
-        return any(stored[keys[at], subkeys[at]] or any(answer[at] for answer in answers) for at in (0, 1))
+        return stored[keys[0], subkeys[0]] or any(answer[0] for answer in answers)
 
     def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         self._check_open()
@@ -221,7 +222,7 @@ class Directory(SwarmDirectory):
             if self._requests or self._node is None:
                 return
             nodes = list[str]()
-            with suppress(Exception):  # of hivemind. Those that it has joined through may be gone when it begins again
+            with suppress(Exception):  # of hivemind. The initial nodes may be gone at the restart, so others are noted
                 nodes += [f"{at}/p2p/{node.peer_id}" for node in await self._p2p.list_peers() for at in node.addrs[:1]]
             always = self._initial_peer_ids
             await self._end_node()
@@ -238,7 +239,7 @@ class Directory(SwarmDirectory):
 
     async def _answer(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         async with self._waking:
-            self._check_open()  # a node that begins now would not be ended
+            self._check_open()  # `close` would not end a node that starts after it
             if self._reopen is not None:
                 await self._reopen()
                 self._reopen = None
@@ -252,7 +253,7 @@ class Directory(SwarmDirectory):
         answer = await request(self._node)
         protocol = self._node.protocol
         if self._initial_peer_ids and not protocol.routing_table.uid_to_peer_id:
-            # Silent nodes are forgotten. When all are, as after an outage, only these can be asked.
+            # Silent nodes are forgotten. If all are, as after an outage, only the initial nodes can be asked.
             self._node.blacklist.clear()
             await asyncio.gather(*(protocol.call_ping(peer_id) for peer_id in self._initial_peer_ids))
             if protocol.routing_table.uid_to_peer_id:
@@ -304,14 +305,14 @@ class Directory(SwarmDirectory):
             dht_mode="client" if listen is None else "server",
             identity_path=None if identity is None else str(identity),
             check_if_identity_free=False,
-            nat_port_map=False,  # opening a port in somebody's router is the owner's decision
+            nat_port_map=False,  # only the owner of a router may decide to open a port
         )
         self._node = await hivemind.DHTNode.create(
             p2p=self._p2p,
             initial_peers=list(initial_peers),
             client_mode=listen is None,
             wait_timeout=RPC_TIMEOUT_S,
-            # A lookup always asks the nodes that store the key, so caches would only keep old records alive.
+            # A lookup always asks the nodes that store the key, so caches would only return outdated records.
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
@@ -319,7 +320,8 @@ class Directory(SwarmDirectory):
             num_workers=SEARCHES_AT_ONCE,
             record_validator=RecordValidator(hivemind.key_id),
         )
-        # Anybody may store in the cache of a node, and what lies there with a later expiration hides all that it holds.
+        # Any node may store in the cache of another node, and a cached value with a later expiration would hide all
+        # records in its storage.
         self._node.protocol.cache = self._node.protocol.storage
         overhear(self._node.protocol)
         self._initial_peer_ids = {hivemind.PeerID.from_base58(peer.rpartition("/p2p/")[2]) for peer in initial_peers}
@@ -327,10 +329,11 @@ class Directory(SwarmDirectory):
             self.addresses = await self._visible_addresses()
 
     async def _connect_anew(self) -> None:
-        """libp2p would notice only after a minute that connections from an address are dead that is gone."""
+        """Reconnects to all nodes after the machine's address has changed. libp2p would notice dead connections only
+        after a minute."""
 
         async def connect(known: Any) -> None:
-            with suppress(Exception):  # it is gone, or is connected to when it is asked something
+            with suppress(Exception):  # the node is gone, or the next request connects to it
                 await self._p2p._client.disconnect(known.peer_id)
                 await asyncio.wait_for(self._p2p._client.connect(known.peer_id, known.addrs), RPC_TIMEOUT_S)
 
@@ -340,10 +343,10 @@ class Directory(SwarmDirectory):
 
     async def _visible_addresses(self, *, latest: bool = False) -> list[str]:
         found = [str(address) for address in await self._p2p.get_visible_maddrs(latest=latest)]
-        return sorted(found, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))  # of others' use first
+        return sorted(found, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))  # loopback last
 
     async def _shut_down(self) -> None:
-        if self._opening is not None:  # it might start the child after all others have been ended
+        if self._opening is not None:  # the start could otherwise create the child process after this shutdown
             self._opening.cancel()
             await asyncio.wait([self._opening])
         async with self._waking:
@@ -367,12 +370,13 @@ class Directory(SwarmDirectory):
 
 
 def _refuse_taken_port(multiaddr: str) -> None:
-    # libp2p listens with SO_REUSEPORT: it would share a port with another node and lose half of the connections.
+    # libp2p listens with SO_REUSEPORT: it would share the port with another node and lose half of the connections.
     parts = multiaddr.split("/")
     if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or not parts[4].isdecimal():
         raise DirectoryError(f"{multiaddr!r} is no address to listen on; it looks like /ip4/0.0.0.0/tcp/31330.")
     with socket.socket(socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6) as probe:
-        # Without this a port stays taken for a minute after its last connection; a listener still refuses the bind.
+        # Otherwise a port stays in use for a minute after its last connection. With it, a listener still blocks the
+        # bind.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((parts[2], int(parts[4])))

@@ -1,4 +1,4 @@
-"""The parts of hivemind that the directory uses, and the event loop that its node runs in."""
+"""The parts of hivemind that the directory uses, with patches that bound them, and the event loop of the node."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package
 from splitnet.wire.fields import Values
 
-_OUTDATED = 64  # entries of a heap that are kept beside the valid ones
-KEYS_PER_FIND: Final = 16  # as many as nodes of any version ask for at once
+_OUTDATED = 64  # outdated entries of a heap that are allowed in addition to the number of valid ones
+KEYS_PER_FIND: Final = 16  # keys in one question; no version of splitnet asks for more
 
 
 class NodeLoop(asyncio.SelectorEventLoop):
-    """Starts children in a session of their own: after a Ctrl-C the peer can still leave the DHT."""
+    """An event loop that starts child processes in their own session, so that after Ctrl-C the peer can still leave the
+    DHT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
         return transport, protocol
 
     async def reap_children(self, timeout_s: float) -> None:
-        """Kills the children that have not ended and waits until the system has let go of them."""
+        """Kills the children that have not ended, and waits at most `timeout_s` until they have."""
         deadline = self.time() + timeout_s
         for child in self._children:
             with suppress(ProcessLookupError):
@@ -54,7 +55,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
         self._children.clear()
 
     async def cancel_all_tasks(self) -> None:
-        """Ends the background tasks that hivemind leaves behind."""
+        """Ends the background tasks that hivemind has left running."""
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -64,14 +65,14 @@ class NodeLoop(asyncio.SelectorEventLoop):
 
 
 def have_hivemind() -> bool:
-    """Whether this process can join a DHT: some systems have no wheel of hivemind."""
+    """Whether hivemind is installed, without which this process cannot join a DHT. Some systems have no wheel of it."""
     return find_spec("hivemind") is not None
 
 
 @cache
 def import_hivemind() -> Any:
-    """Imports hivemind, once, and mends it; returns the parts that are used here, which have no type information."""
-    late_package("hivemind")  # the rest of it trains models, and brings scipy
+    """Imports hivemind once, and patches it. Returns the parts that the directory uses, without type information."""
+    late_package("hivemind")  # other parts of hivemind train models, and import scipy
     node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
         importlib.import_module(f"hivemind.{name}")
         for name in (
@@ -79,7 +80,7 @@ def import_hivemind() -> Any:
             *("dht.storage", "utils.multiaddr"),
         )
     )
-    # What it logs goes where the program's own log goes, and looks the same.
+    # hivemind's messages then go to the program's own log.
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
     mended: Any = protocol
@@ -98,7 +99,7 @@ def import_hivemind() -> Any:
         Multiaddr=multiaddr.Multiaddr,
         DHTNode=node.DHTNode,
         DHTLocalStorage=unbounded,
-        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,  # of a node that one is not
+        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,  # calls a node without joining
         messages=messages,  # of the DHT's protocol
         dht_id=routing.DHTID.generate,  # of a key
         key_id=key_id,  # the same in 20 bytes
@@ -107,15 +108,15 @@ def import_hivemind() -> Any:
 
 
 def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
-    """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration. An
-    earlier record of a peer, sent again, could so make the DHT forget the current one before its time."""
+    """Patches `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration. A
+    replayed earlier record of a peer could so make the DHT forget the current record too early."""
 
     def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
         held = self.data.get(key)
         if held is not None and held.expiration_time >= expiration_time:
             return False
         stored = store(self, key, value, expiration_time)
-        if len(self.expiration_heap) > 2 * len(self.key_to_heap) + _OUTDATED:  # values that were renewed often
+        if len(self.expiration_heap) > 2 * len(self.key_to_heap) + _OUTDATED:  # renewed values leave outdated entries
             self.expiration_heap = list(self.key_to_heap.values())
             heapq.heapify(self.expiration_heap)
         return stored
@@ -124,7 +125,8 @@ def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[An
 
 
 def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
-    """hivemind answers for as many keys as a question has, also if one is repeated; that could take all memory."""
+    """Bounds the keys of a question. hivemind answers any number of keys, also repeated ones, which could take all
+    memory."""
 
     @wraps(find)
     async def find_few(self: Any, request: Any, context: Any) -> Any:
@@ -136,10 +138,10 @@ def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _flat(serializer: Any, dictionary: Any) -> Any:
-    """hivemind's serializer reads nested extension types without end (300 levels, 2 kB, end the process), and lists of
-    lists, which take 64 times their bytes; no record holds any."""
+    """Restricts hivemind's serializer to the types in records. It would read extension types of any nesting (300 levels
+    in 2 kB end the process) and lists of lists, which take 64 times their bytes in memory."""
 
-    msgpack: Any = importlib.import_module("msgpack")  # it has no type information
+    msgpack: Any = importlib.import_module("msgpack")  # msgpack has no type information
 
     class FlatSerializer(serializer):
         @classmethod
@@ -152,8 +154,8 @@ def _flat(serializer: Any, dictionary: Any) -> Any:
         read = dictionary()
         try:
             values = Values(data, most_text=len(data), most_bytes=len(data))
-            _ = values.array(3), values.value(), values.value()  # its size and its latest time
-            with read.freeze():  # what has expired is for others to refuse
+            _ = values.array(3), values.value(), values.value()  # size and latest time of the dictionary
+            with read.freeze():  # keeps expired entries, which the caller refuses
                 for _ in range(values.array(len(data))):
                     values.array(3)
                     subkey, value, expiration_time = values.value(), values.value(), values.value()
@@ -168,7 +170,7 @@ def _flat(serializer: Any, dictionary: Any) -> Any:
 
 
 def _few_spares(add: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
-    """hivemind keeps every node that it has ever heard of as a spare for a bucket that is full."""
+    """Bounds the spare nodes of a full bucket. hivemind keeps every node that it has ever heard of as a spare."""
 
     def add_few(self: Any, node_id: Any, peer_id: Any) -> Any:
         answer = add(self, node_id, peer_id)
@@ -182,7 +184,7 @@ def _few_spares(add: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any]
 
 
 def _bounded(storage: Any) -> Any:
-    """hivemind's storage of a node, holding no more than there are places for."""
+    """hivemind's storage of a node, bounded by a `RecordTable`."""
 
     class BoundedStorage(storage):
         def __init__(self, maxsize: int | None = None) -> None:
@@ -200,26 +202,27 @@ def _bounded(storage: Any) -> Any:
             return gone is not None and storage.store_subkey(self, key, subkey, value, expiration_time)
 
         def items(self) -> Any:
-            # hivemind sends all of these to each new node that says it is near. Peers refresh their records anyway.
+            # hivemind sends all items to each new node that claims to be near. Peers refresh their records anyway.
             return iter(())
 
     return BoundedStorage
 
 
 def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
-    """False for asyncio's warning that a child was waited for elsewhere: its own `terminate` and `kill` do so."""
+    """A log filter: False for asyncio's warning that a child process was already waited for, which asyncio's own
+    `terminate` and `kill` cause."""
     return not str(record.msg).lower().startswith(("unknown child process pid", "child process pid"))
 
 
-SEARCH_S: Final = 5.0  # a search ends after so long, with the answers until then: silent nodes cannot hold it up
+SEARCH_S: Final = 5.0  # a search ends after this time with the answers so far, so that silent nodes cannot delay it
 MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
-"""Records read under one key. A node of an earlier version, or one that lies, may hold any number."""
+"""Records that are read under one key. A malicious node may return any number."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The answers of nodes. records: by key, those found there with the subkeys that they stand under, of each the
-    latest. vouched: one of the nodes that are always asked has answered in full."""
+    """The answers of nodes. records: for each key, pairs of a subkey and its latest record. vouched: one of the nodes
+    that are always asked has answered for all keys."""
 
     records: Mapping[str, Sequence[tuple[str, PeerRecord]]]
     vouched: bool
@@ -230,12 +233,12 @@ class Reading:
 
 
 _heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_heard", default=None)
-"""Of one reading: nodes that have answered, and what they hold under each key that they were asked for."""
+"""For one reading: the nodes that have answered, and the values that they hold under each key asked for."""
 
 
 def overhear(protocol: Any) -> None:
-    """Has `read` learn the valid records in the answer of each node. hivemind would drop all of an answer for one that
-    is not valid: a record that is valid by the clock of one node, and not by that of another, could hide all others."""
+    """Patches a protocol so that `read` gets the valid records in the answer of each node. hivemind would drop a whole
+    answer for one invalid record, so a record that is invalid only by this node's clock could hide all others."""
     call_find = protocol.call_find
     is_valid = protocol._validate_record
     protocol._validate_dictionary = partial(_leave_valid, is_valid, protocol.serializer.dumps)
@@ -253,8 +256,8 @@ def overhear(protocol: Any) -> None:
 async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Reading:
     """Reads the records under some keys.
 
-    node: hivemind's, with a protocol that is overheard. always: nodes to ask wherever the keys belong, as the nearest
-    may all belong to one owner; the blacklist of nodes that were silent lately holds for them, too.
+    node: a node of hivemind whose protocol was passed to `overhear`. always: nodes to ask for every key, because the
+    nodes nearest to a key may all belong to one attacker; nodes on the blacklist of silent nodes are not asked.
     """
     ids = {key: import_hivemind().dht_id(key) for key in keys}
     heard: list[tuple[Any, Mapping[Any, Any]]] = []
@@ -262,7 +265,7 @@ async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Readi
     with suppress(TimeoutError):
         await asyncio.wait_for(node.find_nearest_nodes(list(ids.values())), SEARCH_S)
     told = {(peer, key) for peer, held in heard for key in held}
-    # One key in a message, so that none becomes too long.
+    # One key per message, so that no answer becomes too long.
     missing = [(peer, key) for peer in always for key in ids.values() if (peer, key) not in told]
     await asyncio.gather(*(node._call_find_with_blacklist(peer, [key]) for peer, key in missing))
     told = {(peer, key) for peer, held in heard for key in held}
@@ -283,7 +286,8 @@ def _leave_valid(is_valid: Callable[..., bool], packed: Callable[[Any], bytes], 
 
 
 def _together(answers: Sequence[Any]) -> list[tuple[str, PeerRecord]]:
-    """Of each subkey the latest record; of too many, those that have cost work, and that most nodes know."""
+    """The latest record of each subkey. If there are more than `MOST_PER_KEY`, records of proven keys count first, then
+    records that most nodes know."""
     latest: dict[str, PeerRecord] = {}
     known = Counter[str]()
     for answer in answers:
@@ -299,18 +303,19 @@ def _together(answers: Sequence[Any]) -> list[tuple[str, PeerRecord]]:
     return records[:MOST_PER_KEY]
 
 
-CONNECT_TIMEOUT_S: Final = 4.0
+CONNECT_TIMEOUT_S: Final = 4.0  # of `ask_nodes`, as `ANSWER_TIMEOUT_S`
 ANSWER_TIMEOUT_S: Final = 3.0
 _REAP_TIMEOUT_S = 2.0
 _OTHER_KEY = "remote key matches "
 
-NO_HIVEMIND: Final = "hivemind is not installed"  # a fault of this side
+NO_HIVEMIND: Final = "hivemind is not installed"  # `NodeAnswer.fault` when this machine is the cause
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
-    """The answer of a node at a multiaddr. fault: why it does not answer, in the words of the network; empty if it
-    answers. other_id: of the node there, if the address names another. ahead_s: of its clock, to half a round trip."""
+    """The answer of a node at a multiaddr. fault: the network's error text if there is no answer, else empty. other_id:
+    id of the node at this address if it is not the one that the address names. ahead_s: how far the node's clock is
+    ahead, with an error of at most half a round trip."""
 
     address: str
     fault: str = ""
@@ -320,7 +325,8 @@ class NodeAnswer:
 
 
 def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.time) -> list[NodeAnswer]:
-    """Asks the nodes at some multiaddrs, all at once; takes a few seconds if one is silent. clock: Unix time in s."""
+    """Asks the nodes at some multiaddrs in parallel; takes a few seconds if one is silent. clock: Unix time in
+    seconds."""
     if not have_hivemind():
         return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
     with asyncio.Runner(loop_factory=NodeLoop) as runner:
@@ -333,7 +339,7 @@ def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.tim
 
 
 def allowed_skew_s() -> float:
-    """By how many seconds clocks may differ when one node joins another."""
+    """Largest difference of two nodes' clocks, in seconds, with which one can join the other."""
     return import_hivemind().max_skew_s
 
 
@@ -346,7 +352,7 @@ async def _ask(address: str, clock: Callable[[], float]) -> NodeAnswer:
     where, _, name = address.rpartition("/p2p/")
     p2p: Any = None
     try:
-        # libp2p dials all addresses that it has ever heard of a node, so each address has a child process of its own.
+        # libp2p dials every address of a node that it knows, so each address needs its own child process.
         p2p = await hivemind.P2P.create(no_listen=True, dht_mode="client", nat_port_map=False)
         peer = hivemind.PeerID.from_base58(name)
         await asyncio.wait_for(p2p._client.connect(peer, [hivemind.Multiaddr(where)]), CONNECT_TIMEOUT_S)

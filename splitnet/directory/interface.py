@@ -1,4 +1,4 @@
-"""What a directory of peers is, be it a DHT or peers that are asked, and how a node keeps records."""
+"""The interface of a directory of peers, which may be a DHT or peers that are asked, and the storage of records."""
 
 from __future__ import annotations
 
@@ -20,52 +20,57 @@ from splitnet.wire.messages import MAX_DEPTH
 
 T = TypeVar("T")
 
-OWN_DEPTH: Final = MAX_DEPTH + 1  # of questions of this process itself: the peers that it asks may ask on
+OWN_DEPTH: Final = MAX_DEPTH + 1  # depth of a question of this process itself; peers that it asks get `MAX_DEPTH`
 
 
 class SwarmDirectory(ABC):
-    """The records of peers. All methods may be called from any thread; they block, for 10 s at most. addresses:
-    multiaddrs that others can join with; empty if this is no node of a DHT that listens."""
+    """The records of peers. All methods may be called from any thread, and block for at most 10 s. addresses:
+    multiaddrs with which others can join; empty if this is not a listening node of a DHT."""
 
     addresses: list[str]
 
     @abstractmethod
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        """Publishes a valid record until it expires; False if it is refused: there is a later record of its key, no
-        place for it, or a clock is wrong. packed: the record, signed. depth: over how many peers it may go on; 0: it is
-        only kept here. Raises DirectoryError if the directory does not answer."""
+        """Publishes a valid record until it expires. False: it is refused, because there is a later record of its key
+        or no room, or because a clock is wrong.
+
+        packed: the signed record. depth: over how many peers the record may be passed on; 0: it is only kept by this
+        process. Raises DirectoryError: the directory does not answer.
+        """
 
     @abstractmethod
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
-        """The latest verified record of each peer of the model with this fingerprint, of those that left, too; one
-        record of each model if it is empty. depth: over how many peers the question may go on; 0: only what is kept
-        here counts. Raises DirectoryError if the directory does not answer, or nobody is found and the nodes joined
-        through are silent."""
+        """The latest verified record of each peer of a model, also of peers that have left.
+
+        model: fingerprint; empty: returns one record of each model. depth: over how many peers the question may be
+        passed on; 0: returns only records that this process keeps. Raises DirectoryError: the directory does not
+        answer, or no peer is found and the initial nodes are silent.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Leaves. May be called more than once."""
+        """Leaves the directory. May be called more than once."""
 
-    def rest(self) -> None:  # noqa: B027 (most have nothing to end)
-        """Nothing will be asked for a while: what costs bytes meanwhile ends until something is."""
+    def rest(self) -> None:  # noqa: B027 (most directories have nothing to end)
+        """Stops network traffic until the next request."""
 
-    def moved(self) -> None:  # noqa: B027 (most notice by themselves)
-        """The machine has another address: what was opened from the former one is dead. May take seconds."""
+    def moved(self) -> None:  # noqa: B027 (most directories notice by themselves)
+        """Replaces connections from the machine's former address, after the address has changed. May take seconds."""
 
     def announce(self, record: PeerRecord, identity: Identity) -> bool:
-        """Signs and publishes `record` until it expires; call it again before that. See `store`."""
+        """Signs `record`, and publishes it until it expires. Must be called again before the expiry. See `store`."""
         return self.store(record, record.pack(identity))
 
     def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
-        """Replaces the announced `record` by one that says that the peer has left."""
+        """Replaces the announced `record` by a record that says that the peer has left."""
         return self.announce(record.farewell(), identity)
 
     def peers(self, model: str) -> list[PeerRecord]:
-        """Verified records of the peers that serve the model with this fingerprint, one of each. See `records`."""
+        """The verified record of each peer that serves the model with this fingerprint. See `records`."""
         return [record for record in self.records(model) if not record.has_left]
 
     def models(self) -> dict[str, str]:
-        """Name by fingerprint of the models in the swarm; a name is what some peer claims. See `records`."""
+        """Names of the models in the swarm, by fingerprint. A name is a claim of one peer. See `records`."""
         return {record.model: record.model_name for record in self.records("") if record.is_of_model}
 
     def __enter__(self) -> Self:
@@ -76,7 +81,8 @@ class SwarmDirectory(ABC):
 
 
 class JoinedDirectories(SwarmDirectory):
-    """Several directories of one swarm as one: what one says counts, and one that answers is enough."""
+    """Several directories of one swarm as one. Their answers are merged, and errors count only if no directory
+    answers."""
 
     def __init__(self, directories: Sequence[SwarmDirectory]) -> None:
         self.directories = directories
@@ -116,8 +122,8 @@ class JoinedDirectories(SwarmDirectory):
 
 
 def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord]:
-    """Of records from several places the latest one of each peer of a model, or of each model if `model` is empty. The
-    first of each place come first: a flood in one place stands behind older records of others."""
+    """Merges records from several sources: the latest record of each peer of a model, or of each model if `model` is
+    empty. Records of the sources alternate, so that a flood in one source cannot push records of others to the end."""
     now = time.time()
     kept: dict[PublicKey | str, PeerRecord] = {}
     for row in zip_longest(*found):
@@ -130,29 +136,29 @@ def latest(model: str, found: Iterable[Sequence[PeerRecord]]) -> list[PeerRecord
     return list(kept.values())
 
 
-# What a node holds is bounded, as anybody can make keys and records.
+# The records of a node are bounded, because keys and records are cheap to make.
 RECORDS_PER_KEY: Final = 256
-"""Under one key of the DHT; a record has at most 3 KiB, so a message has room for all of them several times."""
-RECORDS_PER_IDENTITY: Final = 16  # a peer of one model needs three
-MAX_RECORDS: Final = 16384  # of a node in all: 48 MiB
+"""Records under one key of the DHT. A record has at most 3 KiB, so a message has room for several times as many."""
+RECORDS_PER_IDENTITY: Final = 16  # records of one peer's key; a peer of one model needs two
+MAX_RECORDS: Final = 16384  # records of a node: 48 MiB
 
-Place = tuple[bytes, str]  # a key of the DHT and a subkey
+Place = tuple[bytes, str]  # a key of the DHT, and a subkey
 
 
 class RecordTable:
-    """The records of one node. The first one keeps its place, but records without a proof of work give way. Not
-    thread-safe."""
+    """The records of one node. When the table is full, a new record with a proof of work replaces one without; other
+    new records are refused. Not thread-safe."""
 
     def __init__(self) -> None:
         self.held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)
-        """By key of the DHT and subkey; some may have expired."""
+        """By key of the DHT and subkey; records may have expired."""
         self.places = Places(MAX_RECORDS, key=RECORDS_PER_KEY, identity=RECORDS_PER_IDENTITY)
-        self._unproven: dict[Place, None] = {}  # in the order in which they came
+        self._unproven: dict[Place, None] = {}  # places of records without a proof of work, in order of arrival
         self._expiring: list[tuple[float, Place]] = []
 
     def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
-        """Takes a verified record in at `now`, Unix time in seconds. Returns the places of those that give way to it;
-        None: there is no place for it."""
+        """Adds a verified record at `now`, Unix time in seconds. Returns the places of records that it replaces; None:
+        the record is refused."""
         while self._expiring and self._expiring[0][0] < now:
             expired_at, gone = heapq.heappop(self._expiring)
             there = self.held.get(gone[0], {}).get(gone[1])
@@ -181,7 +187,7 @@ class RecordTable:
         if not record.is_proven:
             self._unproven[place] = None
         heapq.heappush(self._expiring, (record.expires_at, place))
-        if len(self._expiring) > 2 * self.places.taken + RECORDS_PER_KEY:  # records that were renewed often
+        if len(self._expiring) > 2 * self.places.taken + RECORDS_PER_KEY:  # renewed records leave outdated entries
             self._expiring = [
                 (one.expires_at, (key, name)) for key in self.held for name, one in self.held[key].items()
             ]
@@ -189,7 +195,7 @@ class RecordTable:
         return freed
 
     def _first_unproven(self, key: bytes) -> Place | None:
-        if not self.places.has_most("key", key):  # only the node as a whole is full
+        if not self.places.has_most("key", key):  # the whole table is full
             return next(iter(self._unproven), None)
         return next(((key, subkey) for subkey in self.held[key] if (key, subkey) in self._unproven), None)
 
@@ -210,14 +216,14 @@ class KeptRecords:
         self._lock = threading.Lock()
 
     def take(self, record: PeerRecord) -> bool:
-        """Keeps a valid record until it expires; False: there is a later one of its key, or no place for it."""
+        """Keeps a valid record until it expires. False: there is a later record of its key, or no room."""
         now = time.time()
         with self._lock:
             place = record.model.encode(), record.key.text
             return record.is_valid_at(now) and self._table.take(place, record, now) is not None
 
     def records(self, model: str) -> list[PeerRecord]:
-        """Those of a model, or the latest of each model that has a peer if `model` is empty."""
+        """The records of a model; if `model` is empty, the latest record of each model that has a peer."""
         now = time.time()
         with self._lock:
             if model:

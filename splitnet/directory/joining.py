@@ -1,4 +1,4 @@
-"""How a process joins a swarm: through nodes of its DHT, through peers that it asks, or both."""
+"""Joins a swarm: through nodes of its DHT, through peers that the process asks, or both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Kind = TypeVar("Kind", Directory, PeerDirectory)
 
 
 def part_of(directory: SwarmDirectory, kind: type[Kind]) -> Kind | None:
-    """The node of the DHT in a directory, or the part that asks peers, if there is one."""
+    """The part of a directory that is of `kind`: the node of the DHT, or the part that asks peers; None: no such
+    part."""
     parts = directory.directories if isinstance(directory, JoinedDirectories) else [directory]
     return next((part for part in parts if isinstance(part, kind)), None)
 
@@ -36,17 +37,17 @@ def join(
 ) -> SwarmDirectory:
     """The directory of the swarm at `addresses`: multiaddrs of nodes, and `tcp://HOST:PORT?key=...` of peers.
 
-    A DHT, and with it hivemind, is only begun or joined if there is a multiaddr, or no address. A peer without hivemind
-    and without addresses begins a swarm that has no DHT: others join through it.
+    A DHT, which needs hivemind, is only joined if there is a multiaddr, and only begun if there is no address. A peer
+    without hivemind and without addresses begins a swarm without a DHT, which others join through this peer.
 
     Args:
-        links: gives the links over which peers are asked; a peer's are closed with its directory.
-        listen: multiaddrs where a peer listens as a node; None: for a client.
-        swarm: the key of a closed one, which has no DHT: its members ask each other alone.
-        waiting: called again and again while a DHT is begun or joined; an error that it raises ends that.
+        links: makes the links over which peers are asked; a peer's directory closes them with itself.
+        listen: multiaddrs at which a peer listens as a node of the DHT; None: for a client.
+        swarm: the key of a closed swarm, which has no DHT: its members only ask each other.
+        waiting: called repeatedly while a DHT is begun or joined; an error that it raises ends the attempt.
 
     Raises:
-        DirectoryError: none of the addresses answers, or one is not written as an address.
+        DirectoryError: none of the addresses answers, or one is malformed.
         SplitnetError: a host name has no address.
         AddressInUse: `listen` is taken.
     """

@@ -1,8 +1,9 @@
-"""Nodes of a model's swarm on the local network, found by multicast DNS (RFC 6762, RFC 6763) over IPv4.
+"""Finds DHT nodes of a model's swarm on the local network by multicast DNS (RFC 6762, RFC 6763) over IPv4.
 
-A node of the DHT is a service `<its id>._splitnet._tcp.local.`; its TXT record says which model's swarm it belongs to
-and where the DHT can be joined. Anybody on the network can send such records, so they are checked, bounded, and used
-for nothing but to connect to an address that the internet does not route; what is read there is signed (`record.py`).
+A node is a service `<node id>._splitnet._tcp.local.`; its TXT record holds the model's fingerprint and the addresses to
+join the DHT with. Any machine on the network can send such records, so they are checked, bounded, and only used to
+connect to addresses that the internet does not route. The records of peers that are read there are signed
+(`record.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,29 +32,30 @@ from splitnet.wire.messages import PROTOCOL_VERSION
 log = logging.getLogger(__name__)
 
 SERVICE_TYPE: Final = "_splitnet._tcp.local."
-SEARCH_S: Final = 2.5  # for a first answer: long enough for a second question, should the first be lost
-MORE_S: Final = 1.0  # for further answers after one
-MAX_NODES: Final = 64  # that are told at once
+SEARCH_S: Final = 2.5  # wait for a first answer, long enough for a second question if the first is lost
+MORE_S: Final = 1.0  # wait for further answers after the first
+MAX_NODES: Final = 64  # nodes reported in one call
 MAX_WAITING: Final = 1024
-"""Nodes that were not told yet. Of more, a random one gives way: a flood mostly displaces itself."""
-MAX_ADDRESSES: Final = 8
+"""Nodes that are not reported yet. A further node replaces a random one, so that a flood mostly displaces its own
+entries."""
+MAX_ADDRESSES: Final = 8  # of one node
 MOST_RECORDS: Final = 4096
-"""Of multicast DNS, of all services. More are a flood, and all are forgotten: a full cache drops records that expire
-first, and those of a flood hold for long."""
-LOOK_S: Final = 1.0  # between two counts of them
+"""Cached records of multicast DNS, of all services. More are a flood, and the whole cache is dropped: a full cache
+would drop the records that expire first, and records of a flood expire late."""
+LOOK_S: Final = 1.0  # between two counts of the cached records
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
-"""Without listening after a flood; twice as long each time, until it was quiet for the longest."""
+"""Pauses without listening after a flood: first and longest. They double until no flood has come for the longest."""
 
-_END_S = 1.0
+_END_S = 1.0  # longest wait for the end of the watching thread
 _MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/([1-9A-HJ-NP-Za-km-z]{40,60})")
 
 
 @dataclass(frozen=True)
 class LanNode:
-    """A node of the DHT as it announces itself on the local network. Raises ProtocolError: a field is not valid.
+    """A node of the DHT, as announced on the local network. Raises ProtocolError: a field is not valid.
 
-    model: fingerprint of the weights. protocol: version of the wire protocol.
-    addresses: multiaddrs `/ip4/HOST/tcp/PORT/p2p/ID` to join the DHT with, at most 8, all of one node.
+    model: fingerprint of the checkpoint. protocol: version of the wire protocol. addresses: multiaddrs
+    `/ip4/HOST/tcp/PORT/p2p/ID` to join the DHT with, at most 8, all of one node.
     """
 
     model: str
@@ -71,7 +74,7 @@ class LanNode:
 
     @property
     def id(self) -> str:
-        """In the DHT."""
+        """The node's id in the DHT."""
         return _node_id(self.addresses[0])
 
     def text(self) -> dict[str, str]:
@@ -81,7 +84,7 @@ class LanNode:
 
     @classmethod
     def of(cls, text: Mapping[bytes, bytes | None]) -> LanNode:
-        """Reads a TXT record, which may be hostile. Raises ProtocolError."""
+        """Reads a TXT record, which may be hostile. Raises ProtocolError: it is not valid."""
         try:
             model, protocol = ((text.get(key) or b"").decode("ascii") for key in (b"model", b"protocol"))
             found = [text.get(f"dht{index}".encode()) for index in range(MAX_ADDRESSES)]
@@ -90,17 +93,17 @@ class LanNode:
             raise ProtocolError("expected ASCII text") from error
         if not re.fullmatch(r"[0-9]{1,5}", protocol):
             raise ProtocolError("expected a version of the protocol")
-        # One may also listen where nobody here can reach it; that does not spoil its other addresses.
+        # A node may also listen at addresses outside the local network, which are ignored.
         return cls(model, int(protocol), tuple(filter(is_lan_address, addresses)))
 
 
-class LocalNetwork:
-    """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError
-    if multicast DNS cannot be used here.
+class LocalNetwork(AbstractContextManager["LocalNetwork"]):
+    """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError:
+    multicast DNS cannot be used on this machine.
 
-    model: fingerprint of the weights; empty, for one that only looks: of any model. interfaces: IPv4 addresses of the
-    interfaces to use; None: all with local addresses, without loopback. foreign_protocols: versions of the protocol
-    that other nodes of this model speak.
+    model: fingerprint of the checkpoint; empty, only without `announce`: any model. interfaces: IPv4 addresses of the
+    interfaces to use; None: all with local addresses, without loopback. foreign_protocols: other versions of the wire
+    protocol that nodes of this model use.
     """
 
     def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:
@@ -109,7 +112,7 @@ class LocalNetwork:
         self.foreign_protocols: set[int] = set()
         self._model = model
         self._own: ServiceInfo | None = None
-        self._is_lost = False  # it has ended to begin again, and could not
+        self._is_lost = False  # `begin_again` has stopped listening and has not started again
         self._waiting: dict[LanNode, None] = {}
         self._changing = threading.Condition()
         self._browser: ServiceBrowser | None = None
@@ -118,13 +121,13 @@ class LocalNetwork:
         self._closed = False
 
     def announce(self, addresses: Iterable[str]) -> None:
-        """Lets others find the node at these multiaddrs, until `close`. Raises LanError: no other machine could reach
-        them, or they cannot be announced."""
+        """Announces the node at these multiaddrs until `close`. Raises LanError: no other machine can reach them, or
+        they cannot be announced."""
         self._own = self._service(addresses)
         self._register(self._own)
 
     def search(self, seconds: float = SEARCH_S) -> list[LanNode]:
-        """Other nodes of this model that speak this protocol; it takes `seconds` if there are none, else less."""
+        """Other nodes of this model with this protocol version. Takes `seconds` if there are none, else less."""
         self._browse()
         with self._changing:
             if self._changing.wait_for(lambda: self._waiting or self._closed, seconds):
@@ -132,7 +135,7 @@ class LocalNetwork:
         return self._take()
 
     def watch(self, found: Callable[[Sequence[LanNode]], None]) -> None:
-        """From now on calls `found` with other nodes, in a thread of its own; again with one that has come again."""
+        """Starts a thread that calls `found` with other nodes; again with a node that announces itself again."""
         self._browse()
         self._watcher = threading.Thread(target=self._tell, args=(found,), name="splitnet-lan", daemon=True)
         self._watcher.start()
@@ -149,15 +152,13 @@ class LocalNetwork:
         if self._watcher is not None:
             self._watcher.join(_END_S)
 
-    def __enter__(self) -> LocalNetwork:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
-        """Forgets all nodes, and after a pause listens anew, on the addresses that this machine has now. addresses: to
-        announce, if not the same as before. Raises LanError: see `announce`; after `watch` it is tried again."""
+        """Forgets all nodes, and listens again after a pause, on the machine's current addresses. addresses: new
+        addresses to announce; empty: the former ones. Raises LanError: as `announce`; the thread of `watch` then tries
+        again."""
         with self._closing:
             if self._closed:
                 return
@@ -167,7 +168,7 @@ class LocalNetwork:
         with self._changing:
             self._changing.wait_for(lambda: self._closed, pause_s)
         with self._closing:
-            if self._closed or not self._is_lost:  # ended, or begun again by another thread
+            if self._closed or not self._is_lost:  # closed, or another thread has started to listen again
                 return
             self._mdns = self._opened()
             if self._own is not None:
@@ -200,7 +201,7 @@ class LocalNetwork:
 
     def _register(self, info: ServiceInfo) -> None:
         try:
-            # The id of a node is its own: no need to ask whether the name is free.
+            # The id of a node is unique, so there is no need to ask whether the name is free.
             self._mdns.register_service(info, cooperating_responders=True)
         except (OSError, ZeroconfError) as error:
             raise LanError(f"multicast DNS cannot be used here ({error})") from error
@@ -217,7 +218,7 @@ class LocalNetwork:
                 self._mdns,
                 SERVICE_TYPE,
                 handlers=[self._changed],
-                # Answers to one machine only may go to another process on it that uses multicast DNS.
+                # A unicast answer may go to another process on this machine that uses multicast DNS.
                 question_type=DNSQuestionType.QM,
             )
 
@@ -228,8 +229,8 @@ class LocalNetwork:
             info = ServiceInfo(service_type, name)
             info.load_from_cache(zeroconf)
             node = LanNode.of(info.properties)
-        except Exception as error:  # anybody can have sent it
-            log.debug("left out what was found on the local network: %s", error)
+        except Exception as error:  # the record may be hostile
+            log.debug("ignored an invalid node on the local network: %s", error)
             return
         if self._model and node.model != self._model:
             return
@@ -243,7 +244,7 @@ class LocalNetwork:
             self._changing.notify_all()
 
     def _take(self) -> list[LanNode]:
-        """Nodes that were not told yet, of many some."""
+        """At most `MAX_NODES` random nodes that are not reported yet."""
         with self._changing:
             chosen = random.sample(list(self._waiting), min(len(self._waiting), MAX_NODES))
             for node in chosen:
@@ -264,7 +265,7 @@ class LocalNetwork:
             is_again = self._is_lost or time.monotonic() - flooded_at < MOST_PAUSE_S
             pause_s = min(2 * pause_s, MOST_PAUSE_S) if is_again else FIRST_PAUSE_S
             if not self._is_lost:
-                log.warning("the local network is flooded with multicast DNS: it is not heard for %.0f s", pause_s)
+                log.warning("the local network is flooded with multicast DNS: it is ignored for %.0f s", pause_s)
             try:
                 self.begin_again(pause_s=pause_s)
             except LanError as error:
@@ -280,7 +281,7 @@ def what_was_found(nodes: Sequence[LanNode]) -> str:
 
 
 def is_lan_address(multiaddr: str) -> bool:
-    """Whether others on the local network, and only they, may reach a node at `/ip4/HOST/tcp/PORT/p2p/ID`."""
+    """Whether `/ip4/HOST/tcp/PORT/p2p/ID` is a valid multiaddr with an address that only a local network routes."""
     match = _MULTIADDR.fullmatch(multiaddr)
     if match is None or not 1 <= int(match[3]) <= 65535:
         return False
@@ -302,7 +303,7 @@ def _own_addresses() -> list[str]:
     try:
         return [str(host) for _, host in own_hosts() if host.version == 4 and _is_local(host)]
     except OSError as error:
-        raise LanError(f"the system does not tell its addresses ({error})") from error
+        raise LanError(f"the system does not give its addresses ({error})") from error
 
 
 def _node_id(multiaddr: str) -> str:

@@ -1,4 +1,5 @@
-"""Tells the directory of this process: of a peer, or of what is none, such as a relay that serves no blocks."""
+"""Publishes the record of this process in the directory: of a peer, or of another process such as a relay without
+blocks."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ from splitnet.wire.endpoints import Relay, host_and_port
 
 log = logging.getLogger(__name__)
 
-REFRESH_S: Final = 15.0  # how often a process announces itself
-SOON: Final = 3  # changes that are told at once within one `refresh_s`; more wait until the first is that old
-WARN_AGAIN_S: Final = 3600.0  # while a record is refused
-FIRST_TRIES: Final = 3  # of the first announcement: just after nodes of the DHT were lost it answers late
+REFRESH_S: Final = 15.0  # between two announcements
+SOON: Final = 3  # changes published at once within `refresh_s`; a further change waits until the first is that old
+WARN_AGAIN_S: Final = 3600.0  # between two warnings while the record is refused
+FIRST_TRIES: Final = 3  # attempts at the first announcement; a DHT that has just lost nodes answers late
 
 
 def find_helpers(directory: SwarmDirectory) -> list[Relay]:
-    """Relays that serve no blocks. Raises DirectoryError."""
+    """The relays in the directory that serve no blocks. Raises DirectoryError."""
     return [record.helper for record in directory.peers(HELPERS) if record.helper is not None]
 
 
@@ -47,9 +48,11 @@ def relaying(
     authorized: AuthorizedKeys | None = None,
     bytes_per_s: float | None = None,
 ) -> Generator[Relay]:
-    """Runs a relay at this host and port, and offers it in the directory; gives how others reach it. public_host:
-    `HOST` or `HOST:PORT` by which others reach this machine, its port does not count; None: found out. Raises
-    SplitnetError if it cannot listen there, or the host has no address."""
+    """Runs a relay at this host and port, and publishes it in the directory; yields its public address and key.
+
+    public_host: `HOST` or `HOST:PORT` by which others reach this machine; the port is ignored; None: it is detected.
+    Raises SplitnetError: the relay cannot listen there, or the host has no address.
+    """
     listen = f"tcp://{host}:{port}"
     name, _ = host_and_port(public_address(listen, port, public_host))
     bounds = RelayBounds(bytes_per_s=bytes_per_s or RelayBounds.bytes_per_s)
@@ -71,8 +74,8 @@ def offered(directory: SwarmDirectory, identity: Identity, relay: Relay) -> Abst
 
 @contextmanager
 def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Generator[None]:
-    """Publishes a record of something that is no peer with this identity, and withdraws it at the end. about: fields
-    of the record."""
+    """Publishes a record of a process that is not a peer, signed by `identity`, and withdraws it at the end. about:
+    fields of the record."""
     announcer = Announcer(directory, identity, lambda: record_of(identity, about))
     announcer.begin()
     with closing(announcer):
@@ -80,26 +83,27 @@ def announced(directory: SwarmDirectory, identity: Identity, **about: Any) -> Ge
 
 
 def record_of(identity: Identity, about: Mapping[str, Any]) -> PeerRecord:
-    """As of now, of something that is no peer. about: fields of the record."""
+    """A record, issued now, of a process that is not a peer. about: fields of the record."""
     facts = {"key": identity.public, "num_blocks": 1, "version": __version__, "issued_at": time.time()}
     return PeerRecord.idle(**facts | dict(about))
 
 
 @dataclass(eq=False)
 class Announcer:
-    """Publishes `describe()` now and every `refresh_s` seconds, until closed; None: there is nothing to tell."""
+    """Publishes the record that `describe` returns, at the start and every `refresh_s` seconds, until closed. If it
+    returns None, nothing is published."""
 
     directory: SwarmDirectory
     identity: Identity
     describe: Callable[[], PeerRecord | None]
     look_around: Callable[[], None] = lambda: None
-    """Called before each refresh; brings up to date what `describe` tells of others."""
+    """Called before each refresh, to update the facts about other peers in the record."""
     refresh_s: float = REFRESH_S
 
     def __post_init__(self) -> None:
         self._leaving = threading.Event()
         self._soon = threading.Event()
-        self._soon_at: deque[float] = deque(maxlen=SOON)  # when changes were told that were not waited for
+        self._soon_at: deque[float] = deque(maxlen=SOON)  # times of the latest publications between two refreshes
         self._moved = False
         self._publishing = threading.Lock()
         self._last: PeerRecord | None = None
@@ -109,7 +113,8 @@ class Announcer:
         self.begin = self._thread.start
 
     def start(self) -> None:
-        """Publishes the first record before returning, then keeps it fresh. Raises DirectoryError without an answer."""
+        """Publishes the first record, then starts the thread that refreshes it. Raises DirectoryError: the directory
+        does not answer."""
         for tries_left in reversed(range(FIRST_TRIES)):
             try:
                 self.publish()
@@ -136,7 +141,7 @@ class Announcer:
             log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
 
     def _run(self) -> None:
-        look_at = time.monotonic()  # peers that are there already are measured at once
+        look_at = time.monotonic()  # the first refresh is due at once, so that other peers are measured
         while not self._leaving.is_set():
             self._wait(look_at)
             if self._leaving.is_set():
@@ -157,7 +162,7 @@ class Announcer:
                 log.warning("announcement failed, next try in %.0f s: %s", self.refresh_s, error)
 
     def _wait(self, look_at: float) -> None:
-        """Waits until `look_at`, or until something has changed, but allows `SOON` changes per refresh only."""
+        """Waits until `look_at` or until a change, but allows at most `SOON` changes per refresh."""
         if len(self._soon_at) == SOON:
             free_at = min(self._soon_at[0] + self.refresh_s, look_at)
             self._leaving.wait(max(0.0, free_at - time.monotonic()))
@@ -166,13 +171,13 @@ class Announcer:
     def publish_soon(self, *, moved: bool = False) -> None:
         """Publishes a changed record in the thread of this announcer. May be called from any thread.
 
-        moved: the machine is in another place, so that others are measured anew, too.
+        moved: the machine has a new address, so that other peers are measured again, too.
         """
         self._moved |= moved
         self._soon.set()
 
     def publish(self) -> None:
-        with self._publishing:  # a record that was made before another and published after it would be refused
+        with self._publishing:  # a record that is made before another and published after it would be refused
             record = self.describe()
             if record is None:
                 return
@@ -186,7 +191,8 @@ class Announcer:
 
 
 def why_refused(ahead_s: Mapping[str, float]) -> str:
-    """Why a directory may have refused a record, and what to do. ahead_s: as of `PeerDirectory.clocks`."""
+    """Text for users: why a directory may have refused a record, and what to do. ahead_s: from
+    `PeerDirectory.clocks`."""
     off = {address: seconds for address, seconds in ahead_s.items() if abs(seconds) > MAX_CLOCK_SKEW_S}
     if not off:
         return "compare the clocks with `splitnet doctor --join ADDR`, and give --key-file if others fill the directory"

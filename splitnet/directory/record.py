@@ -1,8 +1,8 @@
-"""What a peer announces about itself in the DHT: one small signed record, and where the DHT may hold it.
+"""The signed record that a peer publishes about itself, and the keys of the DHT under which it is stored.
 
-On the wire a record is msgpack `[payload, signature]`. The payload is a msgpack array of the fields of `PeerRecord` in
-their order, behind the number of this layout; later versions append fields as `splitnet.wire.fields` says. The
-signature covers a prefix of its own, so that a signature made for another purpose is never taken for one of these.
+On the wire a record is msgpack `[payload, signature]`. The payload is a msgpack array: the number of the layout, then
+the fields of `PeerRecord` in their order. Later versions append fields, see `splitnet.wire.fields`. The signature
+covers a prefix for records only, so that a signature made for another purpose is never valid for a record.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ MAX_RECORD_BYTES: Final = 3072
 DEFAULT_TTL_S: Final = 60.0
 MAX_TTL_S: Final = 300.0
 
-MAX_SEEN_LINKS: Final = 16
-KEY_PREFIX_BYTES: Final = 8
+MAX_SEEN_LINKS: Final = 16  # measured links in one record
+KEY_PREFIX_BYTES: Final = 8  # of a peer's key, where a record or an entry names a peer
 
-MAX_CLOCK_SKEW_S: Final = 300.0
+MAX_CLOCK_SKEW_S: Final = 300.0  # a record issued later than this in the future is refused
 MODELS_KEY: Final = "splitnet.models"
-SHARDS: Final = 8  # keys of the DHT that the records of one model are spread over
+SHARDS: Final = 8  # keys of the DHT over which the records of one model are spread
 
-HELPERS: Final = "72656c617973"  # in the place of a model: helpers that serve none
-ROUNDS: Final = "726f756e6473"  # begins places of coordinators of joint tunings, which serve none either
-DEMAND: Final = HELPERS + "64656d616e64"  # of gateways that tell what is asked of them; begins as versions skip it
-MAX_RELAYS: Final = 3
-MAX_WANTED: Final = 16  # models that one gateway names
-WANTED_NAME: Final = 80  # bytes of their names: all of them fit into a record
-MAX_WANTED_TOKENS: Final = 1000.0  # per second of a model, and of a key over all models
+HELPERS: Final = "72656c617973"  # replaces the model in records of relays that serve no blocks
+ROUNDS: Final = "726f756e6473"  # prefix that replaces the model in records of coordinators of joint tunings
+DEMAND: Final = HELPERS + "64656d616e64"  # replaces the model in records of gateways; older versions skip the prefix
+MAX_RELAYS: Final = 3  # of one unreachable peer
+MAX_WANTED: Final = 16  # models in one gateway's record
+WANTED_NAME: Final = 80  # bytes of a model's name there, so that all names fit into a record
+MAX_WANTED_TOKENS: Final = 1000.0  # demand per model, and per key over all models, in tokens/s
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
 _MOST = 1e9
@@ -81,7 +81,7 @@ _WORD = matching(re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}"))
 
 
 class SeenLink(NamedTuple):
-    """A link to another peer (the first bytes of its raw key), as the publisher has measured it."""
+    """A link to another peer, as measured by the publisher. peer: the first bytes of the other peer's raw key."""
 
     peer: bytes
     rtt_ms: float
@@ -89,7 +89,7 @@ class SeenLink(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """How much a gateway is asked for a model, by its fingerprint in bytes, in tokens per second."""
+    """A gateway's demand for a model. model: fingerprint in bytes. tokens_per_s: tokens per second."""
 
     model: bytes
     name: str
@@ -109,7 +109,7 @@ def _key(value: Any) -> PublicKey:
 
 
 def _name(value: Any) -> str:
-    # Names are printed on terminals: a control character could rewrite what the user sees.
+    # Names are printed on terminals, where a control character could change other text.
     if type(value) is not str or not 1 <= len(value) <= 200 or not value.isprintable():
         raise ProtocolError("expected 1 to 200 printable characters")
     return value
@@ -117,7 +117,7 @@ def _name(value: Any) -> str:
 
 def _address(value: Any) -> str:
     if type(value) is not str or not is_address(value):
-        raise ProtocolError("expected tcp://IP:PORT: names of others are not looked up")
+        raise ProtocolError("expected tcp://IP:PORT, not the name of a host")
     return value
 
 
@@ -132,36 +132,38 @@ _wanted = row(Wanted, blob(32), lambda name: _name(name)[:WANTED_NAME], _BLOCK, 
 
 @dataclass(frozen=True)
 class PeerRecord:
-    """The facts that one peer publishes. Raises ProtocolError when a value is out of its range.
+    """The facts that one peer publishes. Raises ProtocolError: a value is out of its range.
 
     key: signs the record and gives the CURVE key of the link.
-    model: fingerprint of the weights, 8 to 128 hex digits. model_name: for people, one line.
-    address: `tcp://IP:port` that clients and other peers connect to; an IPv6 address stands in brackets.
-    start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
-    protocol: version of the wire protocol. codecs: names, at most 32. device, version: for people. dtype: what weights
-    are held as, and behind a slash what blocks compute in if that is another type, such as float16/float32, and behind
-    KV what `kv` says if it is not auto; version
-    0.1.0 names the former alone.
-    block_ms: ms per block of a pass with as many positions as `scheduler.facts.PASS_SIZES` says, observed.
-    queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
-    kv_free_positions: positions that new sessions may still take. sessions: open sessions.
-    max_blocks: how many blocks this peer has memory for; 0: it stays where it is. placed_at: Unix time in seconds when
-    it took its span. moving_to: the span [start, end) that it means to serve next. serves: it takes sessions.
-    coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.facts`.
-    bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
+    model: fingerprint of the checkpoint, 8 to 128 hex digits. model_name: text for people, one line.
+    address: `tcp://IP:port` to which clients and other peers connect; an IPv6 address is in brackets.
+    start, end, num_blocks: the peer serves blocks [start, end) of num_blocks; start == end: the peer has left.
+    protocol: version of the wire protocol. codecs: names, at most 32. device, version: texts for people.
+    dtype: the weight format, then after a slash the type in which blocks compute if it is another one, such as
+    float16/float32, then after KV the value of `kv` if it is not auto.
+    block_ms: observed ms per block of a pass, for the numbers of positions in `scheduler.facts.PASS_SIZES`.
+    queue_ms: queue wait of a decode step. batch: positions of other sessions in the pass of a decode step.
+    kv_free_positions: positions that new sessions may take. sessions: open sessions.
+    max_blocks: how many blocks fit into the peer's memory; 0: the peer does not move. placed_at: Unix time in seconds
+    since which the peer has its span. moving_to: the span [start, end) to which the peer will move. serves: whether the
+    peer accepts sessions.
+    coordinate: in ms, with the height last; coordinate_error: relative, see `scheduler.facts`.
+    bytes_per_ms: the highest bandwidth measured on any link; 0: none measured. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
-    state_bytes: of a sequence in all blocks besides its positions. proof: of work, see `splitnet.security.identity`.
-    watts: of the device while it computes; 0: not known. relay_port: on the host of its address; 0: it is no relay.
-    relays: through which the peer is reached, at most 3; none: at its address. demand: of a gateway, see `DEMAND`.
-    kv_capacity: positions that one session of one row may take if there are no others; 0: not known. past_ms: by how
-    many ms more a pass of one position, and one of 512, takes per block behind 1,024, 8,192 and 32,768 positions, as
-    far as the peer holds so many, see `scheduler.facts.PastCost`. kv: what keys and values are held as: the name of a
-    `splitnet.blocks.kv_form.KVForm`; auto: as blocks compute, as latents, states and keys of indexers are in any case.
+    state_bytes: of a sequence in all blocks, besides the bytes of its positions. proof: proof of work, see
+    `splitnet.security.identity`. watts: power of the device while it computes; 0: not known. relay_port: port of the
+    peer's relay, on the host of its address; 0: it is no relay. relays: relays through which the peer is reached, at
+    most 3; none: it is reached at its address. demand: of a gateway, see `DEMAND`.
+    kv_capacity: positions that one session of one row may take if it is the only one; 0: not known.
+    past_ms: by how many ms per block passes of 1 and of 512 positions take longer after 1,024, 8,192 and 32,768
+    positions of context, as far as the peer can hold this context, see `scheduler.facts.PastCost`.
+    kv: format of keys and values, of `splitnet.wire.kv_forms.KV_BITS`; auto: the type in which blocks
+    compute, which is always that of latents, states and keys of indexers.
     """
 
-    signed: ClassVar[bytes] = b""  # the signed bytes that this record was read from; none if it was made here
+    signed: ClassVar[bytes] = b""  # the signed bytes from which this record was read; empty if this process made it
 
-    key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
+    key: PublicKey = wire(_key)  # noqa: RUF009 (`wire` makes a field)
     model: str = wire(matching(FINGERPRINT))
     model_name: str = wire(_name)
     address: str = wire(_address)
@@ -212,7 +214,7 @@ class PeerRecord:
 
     @property
     def helper(self) -> Relay | None:
-        """The peer as a relay of others; None: it is none."""
+        """The peer as a relay; None: it is no relay."""
         if not self.relay_port or self.relays:
             return None
         return Relay(f"{self.address.rpartition(':')[0]}:{self.relay_port}", self.key.raw)
@@ -224,25 +226,25 @@ class PeerRecord:
 
     @property
     def has_left(self) -> bool:
-        """Whether the peer serves no longer."""
+        """Whether the peer has left."""
         return self.start == self.end
 
     @property
     def is_of_model(self) -> bool:
-        """Whether it is of a peer, not of something else that stands in the place of one."""
+        """Whether the record belongs to a peer of a model, not to a relay, coordinator or gateway."""
         return not self.model.startswith((HELPERS, ROUNDS))
 
     @property
     def is_proven(self) -> bool:
-        """Whether its key has cost work."""
+        """Whether the key has a valid proof of work."""
         return has_worked(self.key, self.proof)
 
     def is_valid_at(self, now: float) -> bool:
-        """Whether the record is neither void nor from the future at `now`, Unix time in seconds."""
+        """Whether at `now`, Unix time in seconds, the record is neither void nor issued in the future."""
         return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S
 
     def farewell(self, now: float | None = None) -> PeerRecord:
-        """A record that says that the peer has left; it outlives this one by a moment."""
+        """A record that says that the peer has left. It expires a moment after this record."""
         issued_at = max(time.time() if now is None else now, self.issued_at)
         ttl_s = min(self.ttl_s + 1.0, MAX_TTL_S)
         if issued_at + ttl_s <= self.expires_at:
@@ -250,7 +252,7 @@ class PeerRecord:
         return dataclasses.replace(self, start=0, end=0, issued_at=issued_at, ttl_s=ttl_s)
 
     def pack(self, identity: Identity) -> bytes:
-        """The record signed by `identity`. Raises NotAuthorized for a key other than the record's."""
+        """The record signed by `identity`, as bytes. Raises NotAuthorized: the identity has another key."""
         if identity.public != self.key:
             raise NotAuthorized("A record is signed with the key that it names; use the identity of this peer.")
         payload = packb([RECORD_LAYOUT, self.key.raw, *_LAYOUT.write(self)[1:]])
@@ -261,8 +263,8 @@ class PeerRecord:
 
     @classmethod
     def idle(cls, **facts: Any) -> PeerRecord:
-        """A record of a peer that has nothing to do and measures nothing: `facts`, and zeros and the like for the rest.
-        Needs at least the key, the model and its name, the address and the number of blocks."""
+        """A record of an idle peer without measurements: `facts`, and neutral values for all other fields. `facts`
+        needs at least the key, the model and its name, the address and the number of blocks."""
         measured = ("queue_ms", "batch", "kv_free_positions", "sessions", "coordinate_error", "bytes_per_ms")
         nothing: dict[str, Any] = dict.fromkeys((*measured, "start", "max_blocks", "placed_at", "issued_at"), 0)
         nothing |= dict.fromkeys(("device", "dtype", "version"), "none") | dict.fromkeys(("codecs", "links"), ())
@@ -272,7 +274,8 @@ class PeerRecord:
 
     @classmethod
     def unpack(cls, data: bytes) -> PeerRecord:
-        """The record in hostile `data`. Raises ProtocolError if malformed, NotAuthorized if badly signed."""
+        """The record in untrusted `data`. Raises ProtocolError: it is malformed; NotAuthorized: the signature is
+        wrong."""
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}.")
         envelope = _unpack_array(data)
@@ -296,10 +299,10 @@ _LAYOUT = Layout(PeerRecord)
 
 
 class RecordValidator:
-    """Which values a node of the DHT stores, and believes when another node returns them: hivemind's record validator.
+    """hivemind's record validator: which values a node of the DHT stores, and accepts from other nodes.
 
-    A value counts only if it is a signed record that stands where it belongs and expires when it says: so nobody can
-    replace the record of another key, nor keep an old record in force by storing it with a later expiration.
+    A value is valid only if it is a signed record under its own key of the DHT, with its own expiration. So nobody can
+    replace the record of another key, nor keep an old record valid by storing it with a later expiration.
 
     key_id: the DHT's hash of a key, 20 bytes.
     """
@@ -317,20 +320,14 @@ class RecordValidator:
                 return False
             if record.key == self._models_id:
                 return subkey == peer.model and not peer.has_left
-            places = (peers_key(peer.model), shard_key(peer.model, peer.key))
-            return subkey == peer.key.text and record.key in map(self._key_id, places)
+            return subkey == peer.key.text and record.key == self._key_id(shard_key(peer.model, peer.key))
         except (ProtocolError, NotAuthorized):
             return False
 
     def sign_value(self, record: Any) -> bytes:
-        return record.value  # it is signed already
+        return record.value  # the record is signed already
 
-    strip_value = sign_value  # the signature stays part of it
-
-
-def peers_key(model: str) -> str:
-    """The DHT key of the records of all peers that serve a model (its fingerprint); earlier versions know no other."""
-    return f"splitnet.peers.{model}"
+    strip_value = sign_value  # the signature stays part of the value
 
 
 def shard_key(model: str, key: PublicKey) -> str:
@@ -339,13 +336,14 @@ def shard_key(model: str, key: PublicKey) -> str:
 
 
 def shard_keys(model: str) -> list[str]:
-    """The DHT keys that the records of the peers of a model are spread over."""
-    return [f"{peers_key(model)}.{shard}" for shard in range(SHARDS)]
+    """The DHT keys over which the records of a model's peers are spread. model: fingerprint."""
+    return [f"splitnet.peers.{model}.{shard}" for shard in range(SHARDS)]
 
 
 @lru_cache(maxsize=4096)
 def verified_record(data: bytes) -> PeerRecord:
-    """`PeerRecord.unpack` with a memory: a lookup meets each record once per replica, a signature costs 0.1 ms."""
+    """`PeerRecord.unpack` with a cache: a lookup gets each record once per replica, and checking a signature takes
+    0.1 ms."""
     return PeerRecord.unpack(data)
 
 
@@ -366,7 +364,7 @@ def _unpack_scalar(data: bytes) -> object:
 
 
 def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
-    """A peer for the planner. position_bytes: of a position on links, where `Peer.sending_ms` is needed."""
+    """A peer for the planner. position_bytes: bytes of a position on links, needed only for `Peer.sending_ms`."""
     return Peer(
         id=record.key.text,
         start=record.start,
@@ -383,7 +381,7 @@ def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
 
 
 def expected_facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
-    """The same once the peer is where it moves to."""
+    """A peer for the planner, as it will be after its announced move."""
     facts = facts_of(record, position_bytes)
     return replace(facts, start=record.moving_to[0], end=record.moving_to[1]) if record.moving_to else facts
 
@@ -394,18 +392,18 @@ def place_of(record: PeerRecord) -> Place:
 
 
 def places_of(records: Iterable[PeerRecord]) -> dict[str, Place]:
-    """The places of the peers that know theirs."""
+    """The places of the peers whose coordinates are known, by key."""
     return {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
 
 
 def network_of(
     records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, Place]
 ) -> Network:
-    """The links between peers as their records tell.
+    """The links between peers according to their records.
 
-    A link that a peer has measured counts for the way back too, unless the other has measured that itself.
+    A measured link also counts for the reverse direction, unless the other peer has measured that direction itself.
 
-    links: measured by this process; they count more than records. places: of others, such as the client.
+    links: measured by this process; they override records. places: places of other processes, such as the client.
     """
     records = list(records)
     to = {receiver: link.latency_ms for (sender, receiver), link in links.items() if sender == CLIENT}
@@ -416,7 +414,7 @@ def network_of(
         for seen in record.links:
             other = names.get(seen.peer)
             if other is not None and other != record.key.text:
-                # The way from here to the one and on to the other is no shorter than the way from here to the other.
+                # Triangle inequality: a link is no shorter than the difference of the client's distances to its ends.
                 ends = (to.get(record.key.text), to.get(other))
                 least_ms = abs(ends[0] - ends[1]) if ends[0] is not None and ends[1] is not None else 0.0
                 link = Link(max(seen.rtt_ms / 2, least_ms), seen.bytes_per_ms)

@@ -1,1 +1,1 @@
-"""Ways through routers: relays, unreachable peers, tunnels, hole punching, port mapping."""
+"""Connections through routers: relays, unreachable peers, tunnels, hole punching, port mapping."""

@@ -1,7 +1,7 @@
-"""What the ends of streams say to each other before the streams carry ZeroMQ's bytes.
+"""Messages at the begin of TCP streams to relays and unreachable peers, before the streams carry ZeroMQ's bytes.
 
-A message is two bytes with its length, and so much msgpack: an array of its tag and of its fields. Fields that later
-versions append are ignored, as `splitnet.wire.fields` says.
+A message is its length (two bytes) and a msgpack array of its tag and fields. Fields that later versions append are
+ignored, see `splitnet.wire.fields`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SIGNATURE_BYTES: Final = 64
 
 
 class Purpose(IntEnum):
-    """What a stream is opened for; both sides sign it."""
+    """The purpose of a stream, which both sides sign."""
 
-    RESERVE = 1  # a hidden peer wants to be called through this helper
-    CALL = 2  # somebody wants to reach a peer that is hidden
-    JOIN = 3  # a hidden peer that was called wants to be joined to the caller
-    TUNNEL = 4  # caller and hidden peer, through whatever lies between
-    MOVE = 5  # the same two by a better way, which takes over from the first
-    TRY = 6  # somebody asks whether it can be connected to
+    RESERVE = 1  # unreachable peer to relay: asks the relay to pass on calls
+    CALL = 2  # caller to relay: asks for a stream to an unreachable peer
+    JOIN = 3  # unreachable peer to relay: accepts a call
+    TUNNEL = 4  # caller to unreachable peer, through the joined streams of a relay or directly
+    MOVE = 5  # caller to unreachable peer: a better way that continues the tunnel
+    TRY = 6  # peer to relay: asks whether the relay can connect to the peer
 
 
 def _address(value: Any) -> str:
@@ -42,7 +42,7 @@ def _address(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Who connects begins."""
+    """The first message, from the side that connects."""
 
     TAG: ClassVar[int] = 1
     version: int = wire(uint(255))
@@ -53,7 +53,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """Who was connected to proves its key."""
+    """Answers `Hello`: the side that was connected to proves its key."""
 
     TAG: ClassVar[int] = 2
     key: bytes = wire(blob(KEY_BYTES))
@@ -63,7 +63,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Who connects proves its key."""
+    """Answers `Welcome`: the side that connects proves its key."""
 
     TAG: ClassVar[int] = 3
     signature: bytes = wire(blob(SIGNATURE_BYTES))
@@ -71,47 +71,47 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Calls for this key are to come by this stream."""
+    """Asks a relay to send calls for the sender's key over this stream."""
 
     TAG: ClassVar[int] = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """They will."""
+    """Answers `Reserve`: the relay will send calls over this stream."""
 
     TAG: ClassVar[int] = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A sign of life, which the helper answers with another."""
+    """A sign of life from an unreachable peer, which the relay answers with a `Beat`."""
 
     TAG: ClassVar[int] = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The hidden peer with this key is wanted."""
+    """Asks a relay for a stream to the unreachable peer with this key."""
 
     TAG: ClassVar[int] = 7
     key: bytes = wire(blob(KEY_BYTES))
-    here: str = wire(_address)  # this end of the stream, as the caller itself sees it
+    here: str = wire(_address)  # the caller's end of the stream, as the caller sees it
 
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """Somebody wants the peer that has reserved: it may join with this token."""
+    """Informs an unreachable peer of a call, which it may accept by a `Join` with this token."""
 
     TAG: ClassVar[int] = 8
     token: bytes = wire(blob(TOKEN_BYTES))
-    caller: bytes = wire(blob(KEY_BYTES))  # its key
-    seen: str = wire(_address)  # where the caller's stream to the helper comes from
+    caller: bytes = wire(blob(KEY_BYTES))  # the caller's key
+    seen: str = wire(_address)  # the caller's end of its stream, as the relay sees it
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """The hidden peer takes a call."""
+    """The unreachable peer accepts a call."""
 
     TAG: ClassVar[int] = 9
     token: bytes = wire(blob(TOKEN_BYTES))
@@ -120,18 +120,19 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """From the next byte on, the other end is no longer the helper. Both are told at the same moment."""
+    """The stream is joined to that of the other side: later bytes come from the other side, not from the relay. The
+    relay sends this to both sides at the same moment."""
 
     TAG: ClassVar[int] = 10
     token: bytes = wire(blob(TOKEN_BYTES))
-    you: str = wire(_address)  # where the stream of the receiver of this comes from, as the relay sees it
-    seen: str = wire(_address)  # where the other's stream comes from, as the helper sees it
-    here: str = wire(_address)  # the same as the other sees it itself
+    you: str = wire(_address)  # the receiver's end of its stream, as the relay sees it
+    seen: str = wire(_address)  # the other side's end of its stream, as the relay sees it
+    here: str = wire(_address)  # the other side's end of its stream, as the other side sees it
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Not now, or never."""
+    """Refuses a request."""
 
     TAG: ClassVar[int] = 11
     text: str = wire(text(200))
@@ -139,15 +140,15 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What follows goes on where the way before has ended."""
+    """Begins a better way: its bytes follow the last byte of the way before."""
 
     TAG: ClassVar[int] = 12
-    sent: int = wire(uint((1 << 63) - 1))  # bytes that were sent by that one
+    sent: int = wire(uint((1 << 63) - 1))  # bytes that the sender sent by the way before
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """The helper is to connect to an address: one of the host that asks, or it is not tried."""
+    """Asks a relay to connect to an address, which must belong to the host of the sender."""
 
     TAG: ClassVar[int] = 13
     address: str = wire(_address)
@@ -155,7 +156,7 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The helper could, or could not."""
+    """Answers `Try`: whether the relay could connect."""
 
     TAG: ClassVar[int] = 14
     reached: bool = wire(flag)
@@ -169,17 +170,17 @@ _BY_TAG = {kind.TAG: (kind, Layout(kind)) for kind in KINDS}
 
 
 def pack(message: Message) -> bytes:
-    """The message as it travels, its length in front."""
+    """The bytes of a message, with its length first."""
     body = packb([message.TAG, *_BY_TAG[message.TAG][1].write(message)])
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
 def unpack(body: bytes) -> Message:
-    """The message in `body`, which may be hostile. Raises ProtocolError."""
+    """The message in `body`, which may be hostile. Raises ProtocolError: it is not a valid message."""
     if len(body) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {len(body)}")
+        raise ProtocolError(f"a message of a stream has at most {MAX_MESSAGE_BYTES} bytes, not {len(body)}")
     values = unpack_array(body, most_items=16, most_text=MAX_MESSAGE_BYTES, most_bytes=MAX_MESSAGE_BYTES)
     if not values or type(values[0]) is not int or values[0] not in _BY_TAG:
-        raise ProtocolError("not a message about ways")
+        raise ProtocolError("not a message of a stream")
     kind, layout = _BY_TAG[values[0]]
     return kind(**layout.read(values[1:]))

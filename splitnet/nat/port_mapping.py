@@ -1,6 +1,6 @@
-"""A port of the router that leads to one of this machine: asked for by NAT-PMP (RFC 6886), or else by UPnP.
+"""Port mapping: a port of the router that leads to a port of this machine, by NAT-PMP (RFC 6886) or else by UPnP.
 
-What a router says is not believed: others connect to such a port before it is announced.
+The answer of a router is not trusted: other peers connect to the port before it is announced.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
 
-LEASE_S = 3600  # renewed when half of it is over; a peer that dies leaves nothing open for longer
-LEAST_LEASE_S = 60
+LEASE_S = 3600  # renewed after half of it; the port of a peer that dies stays open at most for this time
+LEAST_LEASE_S = 60  # a shorter lease is renewed as one of this time
 NAT_PMP, UPNP = "NAT-PMP", "UPnP"
 NAT_PMP_PORT = 5351
-_WAITS_S = (0.25, 0.5, 1.0)
-_UPNP_S = 15.0
-_ANSWER_BYTES = {0: 12, 2: 16}
+_WAITS_S = (0.25, 0.5, 1.0)  # for an answer by NAT-PMP, per attempt
+_UPNP_S = 15.0  # longest run of `upnp.py`
+_ANSWER_BYTES = {0: 12, 2: 16}  # length of an answer by NAT-PMP, by operation
 _RESULTS = {1: "it speaks another version", 2: "it is set to refuse", 3: "it has no network", 4: "it has none left"}
 
 
 class MappingError(SplitnetError):
-    """No router gives a port, and why."""
+    """No router gives a port; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A port of a router, as others reach it (`tcp://IP:port`), and the protocol that it was asked for in."""
+    """A port of a router: its public address (`tcp://IP:port`), and the protocol that mapped it."""
 
     address: str
     by: str
-    gateway: str = ""  # IPv4 address of the router; empty for UPnP, which finds it anew
+    gateway: str = ""  # IPv4 address of the router; empty for UPnP, which looks for the router again
 
 
 class PortMapping:
-    """Keeps one port of the router for a TCP port of this machine. Every call may take seconds. mapped: the port of the
-    router. by: the protocol, which stays known."""
+    """Keeps one port of the router for a TCP port of this machine. Every call may take seconds.
+
+    mapped: the port of the router. by: the last protocol that mapped a port; `close` keeps it.
+    """
 
     def __init__(self, port: int) -> None:
         self.mapped: Mapped | None = None
@@ -62,7 +64,7 @@ class PortMapping:
         self._renew_at = 0.0
 
     def open(self) -> str:
-        """Asks for a port, the same one again if there is one; `tcp://IP:port`. Raises MappingError."""
+        """Maps a port, the mapped one again if there is one. Returns `tcp://IP:port`. Raises MappingError."""
         wanted = host_and_port(self.mapped.address)[1] if self.mapped else self._port
         self.mapped, seconds = _ask(self._port, wanted)
         self._renew_at = time.monotonic() + max(seconds, LEAST_LEASE_S) / 2
@@ -70,13 +72,13 @@ class PortMapping:
         return self.mapped.address
 
     def renew(self) -> str:
-        """As `open`, but asks only if it is time to."""
+        """Calls `open` if half of the lease is over. Returns `tcp://IP:port`. Raises MappingError."""
         if self.mapped is None or time.monotonic() >= self._renew_at:
             return self.open()
         return self.mapped.address
 
     def close(self) -> None:
-        """Gives the port back, as far as the router answers."""
+        """Removes the mapping; does not fail if the router does not answer."""
         mapped, self.mapped = self.mapped, None
         if mapped is None:
             return
@@ -88,14 +90,15 @@ class PortMapping:
 
 
 def look_for_router() -> str:
-    """The address of a router that gives ports, for people; opens none. Raises MappingError."""
+    """Finds a router that gives ports, without opening one. Returns its public address and protocol as text for users.
+    Raises MappingError."""
     return _either(
         lambda: f"{_host(_nat_pmp(default_gateway(), 0)[8:])} ({NAT_PMP})", lambda: f"{_upnp('look')[0]} ({UPNP})"
     )
 
 
 def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
-    """A port of the router, and for how many seconds."""
+    """Maps a port of the router, preferably `wanted`. Returns it and its lease in seconds."""
 
     def by_nat_pmp() -> tuple[Mapped, float]:
         gateway = default_gateway()
@@ -103,13 +106,13 @@ def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
         answer = _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))
         inside, outside, seconds = struct.unpack("!HHI", answer[8:])
         if inside != port or not outside or not seconds:
-            raise MappingError("it gives something else than it was asked for")
+            raise MappingError("the router gives another port than requested")
         return Mapped(f"tcp://{host}:{outside}", NAT_PMP, gateway), min(seconds, LEASE_S)
 
     def by_upnp() -> tuple[Mapped, float]:
         host, outside = _upnp("open", port, wanted, LEASE_S)
         if not 0 < outside < 65536:
-            raise MappingError(f"it gives the port {outside}")
+            raise MappingError(f"the router gives the invalid port {outside}")
         return Mapped(f"tcp://{host}:{outside}", UPNP), LEASE_S
 
     return _either(by_nat_pmp, by_upnp)
@@ -128,14 +131,14 @@ def _either(by_nat_pmp: Callable[[], Thing], by_upnp: Callable[[], Thing]) -> Th
 def _host(raw: bytes) -> str:
     host = ipaddress.IPv4Address(raw)
     if host.is_unspecified or host.is_loopback or host.is_multicast:
-        raise MappingError(f"it says that its address is {host}")
+        raise MappingError(f"the router gives {host} as its public address")
     return str(host)
 
 
 def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
-    """The answer to a request. Raises MappingError, OSError."""
+    """Sends a request, and returns the answer of the router. Raises MappingError, OSError."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        asking.connect((gateway, NAT_PMP_PORT))  # datagrams of others are not received
+        asking.connect((gateway, NAT_PMP_PORT))  # so that datagrams of other senders are not received
         for wait_s in _WAITS_S:
             asking.send(bytes((0, operation)) + rest)
             until = time.monotonic() + wait_s
@@ -146,9 +149,9 @@ def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
                 except TimeoutError:
                     break
                 except ConnectionError:
-                    raise MappingError("the router does not speak it") from None
+                    raise MappingError("the router does not support it") from None
                 if len(answer) < 4 or answer[1] != 128 + operation:
-                    continue  # of an earlier try
+                    continue  # an answer to an earlier request
                 if result := int.from_bytes(answer[2:4], "big"):
                     raise MappingError(f"the router refuses: {_RESULTS.get(result, f'error {result}')}")
                 if len(answer) == _ANSWER_BYTES[operation]:

@@ -1,12 +1,12 @@
-"""A straight stream between two that a helper has joined: one reaches the other, or both make holes at the same moment.
+"""Hole punching: a direct stream between two machines that a relay has joined.
 
-Both connect from the port by which they speak to the helper, and listen there: routers on the way have let something
-out from it, and send what comes back to it. Where one has no router, the other simply gets through (a reversal); where
-both have one, each SYN makes a hole for the other's (Ford, Srisuresh and Kegel, 2005).
+Both sides connect from the port of their stream to the relay, and listen at this port: their routers have let packets
+out from it, and pass packets back to it. If one side has no router, the other side can connect to it (a reversal). If
+both have one, the SYN of each side opens a hole for the SYN of the other (Ford, Srisuresh and Kegel, 2005).
 
-A router that gives every connection another port (a symmetric one) mostly keeps the port of a socket for its first
-connection. So both sides take the next two ports as well, if the helper sees theirs unchanged, and expect the same of
-the other.
+A symmetric router, which assigns another port to every connection, usually keeps a socket's port for its first
+connection. So if the relay sees a side's port unchanged, this side also connects from the next two ports, and the other
+side tries these ports.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from splitnet.nat.messages import Joined
 from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
 from splitnet.wire.endpoints import address_of, host_and_port
 
-PUNCH_S = 3.0
-GUESS_S = 0.5  # after which ports are guessed: most routers need no guess
+PUNCH_S = 3.0  # how long both sides try
+GUESS_S = 0.5  # after which guessed ports are tried, too; most routers need no guess
 AT_ONCE, AT_ONCE_OF_HOST = 16, 8
-"""Of this process: relays name the addresses, and a false one must not make it a flood for somebody else."""
-_TRY_S, _PAUSE_S = 1.0, 0.1
-_ACCEPTED_AT_ONCE = 4
-_places, _lock = Places(AT_ONCE, host=AT_ONCE_OF_HOST), threading.Lock()  # there may be several loops
+"""Attempts of this process at the same time, and those to one host. Relays name the addresses, and a malicious relay
+must not direct a flood at a third party."""
+_TRY_S, _PAUSE_S = 1.0, 0.1  # of one connection attempt; between two of them
+_ACCEPTED_AT_ONCE = 4  # handshakes of accepted connections at the same time
+_places, _lock = Places(AT_ONCE, host=AT_ONCE_OF_HOST), threading.Lock()  # shared by all event loops of the process
 
 
 class Way(StrEnum):
     """How a peer is reached."""
 
     DIRECT = "direct"
-    RELAYED = "relayed"  # a helper passes bytes on
+    RELAYED = "relayed"  # a relay passes bytes on
     REVERSED = "reversed"  # the peer has connected to the caller
     PUNCHED = "punched"  # through holes in routers
 
 
-Claim = Callable[[], bool]  # whether a stream is to be the one; true once
+Claim = Callable[[], bool]  # True for the first caller: its stream is the one to use
 
 Check = Callable[[socket.socket, Claim], Awaitable[None]]
 """Makes the handshake on a stream, and claims the stream before the last message. Raises STREAM_ERRORS."""
 
 
 class Line(NamedTuple):
-    """From where to where to connect, again and again, from when on."""
+    """A pair of ends between which connections are attempted until one succeeds, `after_s` seconds after the start."""
 
     source: tuple[str, int]
     address: str
@@ -58,15 +59,15 @@ class Line(NamedTuple):
 
 
 def lines(own: str, joined: Joined) -> list[Line]:
-    """How the other may be reached: as the helper sees it, and behind the same router as it sees itself. own: this end
-    of the stream to the helper, as this side sees it."""
+    """Lines to the other side: to its address as the relay sees it, and if both sides are behind the same router to its
+    address as it sees itself. own: this side's end of the stream to the relay, as this side sees it."""
     host, port = host_and_port(own)
     found = [joined.seen]
     if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
         found.insert(0, joined.here)
     found = [each for each in dict.fromkeys(found) if each and each != own and _is_local(each) <= _is_local(own)]
     tried = [Line((host, port), each) for each in found]
-    if joined.seen not in found or joined.you == own or joined.seen == joined.here:  # one of them has no router
+    if joined.seen not in found or joined.you == own or joined.seen == joined.here:  # one side has no router
         return tried
     other, seen = host_and_port(joined.seen)
     keeps, other_keeps = _keeps(joined.you, port), _keeps(joined.here, seen)
@@ -75,25 +76,25 @@ def lines(own: str, joined: Joined) -> list[Line]:
     if keeps:
         tried.append(Line((host, port + 1), joined.seen, GUESS_S))
     if keeps and other_keeps:
-        # Ports of their own: only the first connection of each is sure to keep it.
+        # From a separate port on each side, because a router only keeps the port of a socket's first connection.
         tried.append(Line((host, port + 2), address_of((other, seen + 2)), GUESS_S))
     return tried
 
 
 def _keeps(address: str, port: int) -> bool:
-    """Whether a router has not changed a port, and two more ports follow it."""
+    """Whether a router has not changed a port, and two higher ports exist."""
     return bool(address) and host_and_port(address)[1] == port <= 65533
 
 
 def _is_local(address: str) -> bool:
-    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` lets no IPv4 pass within IPv6
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` refuses IPv4-mapped addresses
 
 
 async def punch(
     own: tuple[str, int], tried: Sequence[Line], check: Check, seconds: float | None = None
 ) -> tuple[socket.socket, Way] | None:
-    """The first stream that passes the check; None if there is none in time. Never fails. own: host and port of the
-    stream to the helper. seconds: how long to try; None: `PUNCH_S`."""
+    """Returns the first stream that passes the check, or None if there is none in time. Raises no error of the network.
+    own: host and port of this side's end of the stream to the relay. seconds: how long to try; None: `PUNCH_S`."""
     found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
     taken = False
 
@@ -125,7 +126,7 @@ async def punch(
         try:
             with listening(address_of(own), again=True) as listener:
                 while True:
-                    await asyncio.sleep(0)  # or a flood of connections would delay everything else
+                    await asyncio.sleep(0)  # so that a flood of connections does not block the event loop
                     sock, name = await loop.sock_accept(listener)
                     if host_and_port(address_of(name))[0] not in hosts or len(running) >= _ACCEPTED_AT_ONCE:
                         sock.close()
@@ -134,7 +135,7 @@ async def punch(
                     task = loop.create_task(meet(sock, Way.REVERSED))
                     running.add(task)
                     task.add_done_callback(running.discard)
-        except OSError:  # this port cannot be listened at
+        except OSError:  # this process cannot listen at the port
             return
         finally:
             await end_all(running)

@@ -1,7 +1,8 @@
-"""A relay: a peer that cannot be connected to keeps a stream to it, and is told there of callers.
+"""A relay: unreachable peers keep a stream to it, over which it passes on calls.
 
-It joins the two and copies their bytes, which it cannot read. Everything that others make it hold is bounded: places by
-key, host and in all, one buffer for each direction of a stream, and bytes per second.
+The relay joins the streams of the caller and of the peer, and copies their bytes, which it cannot read. All resources
+that other machines use are bounded: places by key, by host and in all, one buffer for each direction of a stream, and
+bytes per second.
 """
 
 from __future__ import annotations
@@ -39,35 +40,35 @@ from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 10.0  # between two signs of life of a peer with a reservation
-KEYS_S = 1.0  # between two looks whether all that hold something are still authorised
+BEAT_S = 10.0  # between two `Beat` messages of a peer with a reservation
+KEYS_S = 1.0  # between two checks whether the keys of all reservations and streams are still authorized
 
 
 @dataclass(frozen=True, kw_only=True)
 class RelayBounds:
-    """What others may take of a relay."""
+    """Bounds on the resources of a relay that other machines use."""
 
     reservations: int = 128
     reservations_of_host: int = 8
     streams: int = 256
-    streams_of_key: int = 16  # of one caller, as `streams_of_host`
-    streams_of_host: int = 32
-    streams_to_key: int = 64  # to one hidden peer
-    handshakes: int = 64
-    handshakes_of_host: int = 16  # of both the oldest ends for a new one
+    streams_of_key: int = 16  # streams of one caller's key
+    streams_of_host: int = 32  # streams of one caller's host
+    streams_to_key: int = 64  # streams to one unreachable peer
+    handshakes: int = 64  # at this bound and the next, a new handshake ends the oldest one
+    handshakes_of_host: int = 16
     handshake_s: float = 5.0
-    join_s: float = 4.0  # how long a hidden peer may take to join
-    tries: int = 16  # connections at the same time to those that ask whether they can be connected to
+    join_s: float = 4.0  # how long an unreachable peer may take to join
+    tries: int = 16  # connections at the same time that answer `Try`
     tries_of_host: int = 4
     try_s: float = 2.0
-    silent_s: float = 3 * BEAT_S  # after which a reservation ends
-    idle_s: float = 60.0  # after which a stream ends: ZeroMQ says something every few seconds
-    half_open_s: float = 10.0  # the same once one direction has ended
-    bytes_per_s: float = 32 << 20  # over all streams; hidden peers share them evenly
-    beats: int = 5  # signs of life beyond one per second
+    silent_s: float = 3 * BEAT_S  # after which the reservation of a silent peer ends
+    idle_s: float = 60.0  # after which a stream without bytes ends; ZeroMQ sends heartbeats every few seconds
+    half_open_s: float = 10.0  # the same when one direction has ended
+    bytes_per_s: float = 32 << 20  # over all streams; unreachable peers share them evenly
+    beats: int = 5  # `Beat` messages of a peer beyond one per second
 
     def within(self, descriptors: int) -> RelayBounds:
-        """The same, or less in proportion, so that others make it open at most so many descriptors."""
+        """These bounds, or proportionally lower ones with which the relay opens at most `descriptors` descriptors."""
         wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
         if wanted <= descriptors:
             return self
@@ -85,23 +86,23 @@ class _Reservation:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A caller that waits for the peer that it has called, or is joined to it."""
+    """A caller that waits for the called peer, or is joined to it."""
 
     caller: PublicKey
     task: asyncio.Task[None]
     target: PublicKey
-    joined: asyncio.Future[tuple[socket.socket, str, str]]  # its stream, and what `Joined` says of it
+    joined: asyncio.Future[tuple[socket.socket, str, str]]  # the peer's stream, and its `Joined.seen` and `Joined.here`
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(eq=False)
 class RelayServer:
-    """Listens at `listen` (`tcp://IP:port`, port 0 for any; then `port` says which) as soon as it is made; `start` it,
-    and close it before its loop. Raises AddressInUse or SplitnetError if it cannot listen there.
+    """The relay of a process. It listens at `listen` (`tcp://IP:port`) from its construction on, and serves from
+    `start` on. Close it before its loop. Raises AddressInUse, SplitnetError: it cannot listen at `listen`.
 
-    authorized: the keys that may reserve and call; None: any. streams: pairs that are joined, or about to be.
-    passed_bytes: copied so far. events: how often what has happened: `reserved`, `joined`, `refused`, `failed`,
-    `revoked`.
+    authorized: the keys that may reserve and call; None: all keys. port: the port, also if `listen` asks for any (0).
+    streams: places of callers, which wait for a peer or are joined to one. passed_bytes: bytes copied so far. events:
+    counts of `reserved`, `joined`, `refused`, `failed` and `revoked`.
     """
 
     loop: WaysLoop
@@ -112,12 +113,12 @@ class RelayServer:
     bounds: RelayBounds = RelayBounds()
 
     def __post_init__(self) -> None:
-        # A relay may be hidden, too: half of the descriptors that are left to streams is for that.
+        # Half of the descriptors: the other half is for streams to this peer, which may be unreachable itself.
         self.bounds = bounds = self.bounds.within(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
         self._waiting: dict[bytes, _Waiting] = {}
         self._greeted: dict[str, list[asyncio.Task[None]]] = {}
-        """Streams without a proven key, by host, the oldest first."""
+        """Streams whose key is not proven yet, by host, the oldest first."""
         self._served: set[asyncio.Task[None]] = set()
         self._reserving = Places(bounds.reservations, host=bounds.reservations_of_host)
         self.streams = Places(
@@ -133,22 +134,22 @@ class RelayServer:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Serves from now on."""
+        """Starts to accept streams."""
         self._task = self.loop.begin(self._accept())
 
     def close(self) -> None:
-        """Ends all streams through here."""
+        """Ends all streams, and stops listening."""
         if self._task is not None:
             self.loop.end(self._task)
         self._listener.close()
 
     def relay_at(self, host: str) -> Relay:
-        """This relay, for others that reach this machine at `host`."""
+        """The address and key of this relay for machines that reach this machine at `host`."""
         return Relay(address_of((host, self.port)), self.identity.public.raw)
 
     @property
     def reservations(self) -> int:
-        """Hidden peers that can be called through here."""
+        """How many unreachable peers can be called through this relay."""
         return len(self._reservations)
 
     async def _accept(self) -> None:
@@ -159,17 +160,17 @@ class RelayServer:
             while True:
                 try:
                     sock, name = await loop.sock_accept(self._listener)
-                except OSError as error:  # no more open files, as a rule
+                except OSError as error:  # usually too many open files
                     log.warning("no stream can be accepted: %s", error)
                     await asyncio.sleep(1.0)
                     continue
                 self._greet(sock, address_of(name))
-                await asyncio.sleep(0)  # or a flood of connections would delay everything else
+                await asyncio.sleep(0)  # so that a flood of connections does not block the event loop
         finally:
             await end_all([*self._served])
 
     def _greet(self, sock: socket.socket, seen: str) -> None:
-        with suppress(OSError):  # it is gone already
+        with suppress(OSError):  # the connection has ended already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host = host_and_port(seen)[0]
         self._make_room(host)
@@ -185,7 +186,7 @@ class RelayServer:
         task.add_done_callback(over)
 
     def _make_room(self, host: str) -> None:
-        """Ends handshakes that are under way, so that there is room for one from `host`."""
+        """Ends the oldest handshake of a host if there is no room for a handshake from `host`."""
         greeted = self._greeted
         crowd = greeted.get(host, [])
         if len(crowd) < self.bounds.handshakes_of_host:
@@ -211,7 +212,7 @@ class RelayServer:
                     try:
                         self._check_key(key)
                     except NotAuthorized:
-                        await send(sock, Refused("this helper does not know your key"))
+                        await send(sock, Refused("this relay does not accept your key"))
                         raise
                     request = await _request(sock, answering.purpose)
             finally:
@@ -233,7 +234,7 @@ class RelayServer:
             raise NotAuthorized(f"the key {key} is not authorised")
 
     async def _end_unauthorized(self, authorized: AuthorizedKeys) -> None:
-        """Ends what keys hold here that were taken out of the list."""
+        """Ends reservations and streams of keys that were removed from the list."""
         while True:
             await asyncio.sleep(KEYS_S)
             held = [(each.task, [each.key]) for each in self._reservations.values()]
@@ -244,15 +245,16 @@ class RelayServer:
                     task.cancel()
 
     async def _try(self, sock: socket.socket, host: str, address: str) -> None:
-        """Connects to a port of the host that asks. Nobody can have others called so, or learn what listens there."""
+        """Connects to a port of the asking host, and to no other host, so that no peer can use the relay to send
+        connections to other machines or to learn their open ports."""
         asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
         own = ipaddress.ip_address(host)
         if asked is None or asked.version != own.version:
-            await self._refuse(sock, f"this helper sees you at {host}, and tries no other host")
+            await self._refuse(sock, f"this relay sees your host as {host}, and connects to no other host")
         elif asked != own:
             await send(sock, Tried(False))
         elif not self._trying.take(host=host):
-            await self._refuse(sock, "too many are tried at the moment")
+            await self._refuse(sock, "this relay has too many attempts under way")
         else:
             try:
                 await self._connect_back(sock, address)
@@ -264,12 +266,12 @@ class RelayServer:
             with await dial(address, self.bounds.try_s), suppress(*STREAM_ERRORS):
                 await send(sock, Tried(True))
                 async with asyncio.timeout(self.bounds.try_s):
-                    await receive(sock)  # its end: until then the connection is there to be seen
+                    await receive(sock)  # keeps the connection open until the peer has noticed it and ends the stream
         except STREAM_ERRORS:
             await send(sock, Tried(False))
 
     async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
-        """Keeps the stream of a hidden peer until that falls silent."""
+        """Keeps the reservation of an unreachable peer until the peer is silent."""
         before = self._reservations.pop(key.raw, None)
         if before is not None:
             before.task.cancel()
@@ -289,7 +291,7 @@ class RelayServer:
                     await receive(sock, Beat)
                 beats += 1
                 if beats > self.bounds.beats + time.monotonic() - began:
-                    raise ProtocolError("signs of life come too fast")
+                    raise ProtocolError("messages of the kind Beat come too fast")
                 self._check_key(key)
                 await self._tell(reservation, Beat())
         finally:
@@ -298,7 +300,7 @@ class RelayServer:
                 del self._reservations[key.raw]
 
     async def _tell(self, reservation: _Reservation, message: Message) -> None:
-        """One that does not take the message in time loses its reservation."""
+        """Sends a message to an unreachable peer, and ends the reservation if the peer does not read it in time."""
         try:
             async with asyncio.timeout(self.bounds.join_s), reservation.writing:
                 await send(reservation.sock, message)
@@ -325,7 +327,7 @@ class RelayServer:
                 async with asyncio.timeout(self.bounds.join_s):
                     other, other_seen, other_here = await waiting.joined
             except TimeoutError:
-                await self._refuse(sock, "that peer does not take calls")
+                await self._refuse(sock, "that peer does not answer calls")
                 return
             self.events["joined"] += 1
             await send(sock, Joined(token, seen, other_seen, other_here))
@@ -339,13 +341,13 @@ class RelayServer:
     async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
         waiting = self._waiting.get(join.token)
         if waiting is None or waiting.target != key or waiting.joined.done():
-            await self._refuse(sock, "nobody waits for that any more")
+            await self._refuse(sock, "no caller waits for this answer")
             return
         waiting.joined.set_result((sock, seen, join.here))
         await waiting.over.wait()
 
     async def _splice(self, one: socket.socket, other: socket.socket, target: bytes) -> None:
-        """Copies in both directions until both have ended."""
+        """Copies bytes in both directions until both have ended."""
         at = time.monotonic()
 
         def passed(size: int) -> float:
@@ -368,7 +370,7 @@ class RelayServer:
                 limit_s = self.bounds.idle_s if len(left) == 2 else self.bounds.half_open_s
                 idle_s = time.monotonic() - at
                 if idle_s > limit_s:
-                    raise TimeoutError("nothing was said for too long")
+                    raise TimeoutError("no bytes were received for too long")
                 done, left = await asyncio.wait(
                     left, timeout=limit_s - idle_s + 0.01, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -392,5 +394,5 @@ _REQUESTS: dict[Purpose, type[_Request]] = dict(
 
 async def _request(sock: socket.socket, purpose: Purpose) -> _Request:
     if purpose not in _REQUESTS:
-        raise ProtocolError("a helper is not the end of a tunnel")
+        raise ProtocolError("a relay only accepts streams to reserve, call, join or try")
     return await receive(sock, _REQUESTS[purpose])

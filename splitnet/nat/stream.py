@@ -1,7 +1,7 @@
-"""TCP streams of relays and tunnels (messages first, then bytes that are copied), and the event loop that they run in.
+"""TCP streams of relays and tunnels, which carry messages first and copied bytes afterwards, and their event loop.
 
-They are plain sockets that do not block, so that a port can be bound twice (for holes in routers), an end can be closed
-in one direction, and a copy needs one buffer whose size is known.
+Streams are plain non-blocking sockets, so that a port can be bound twice (for hole punching), a stream can be closed in
+one direction, and a copy needs one buffer of known size.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _DIALER, _LISTENER = b"d", b"l"
 
 
 class Dialing:
-    """The side that connects. expected: the key that the other side must prove. token: of the call that the stream
-    belongs to, if it does."""
+    """The handshake of the side that connects. expected: the key that the other side must prove. token: the token of
+    the call to which the stream belongs; empty: none."""
 
     def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
         self._identity = identity
@@ -48,7 +48,8 @@ class Dialing:
         self.hello = Hello(VERSION, purpose, identity.public.raw, secrets.token_bytes(NONCE_BYTES))
 
     def prove(self, welcome: Welcome) -> Proof:
-        """The answer to what the other side has said. Raises NotAuthorized if that is not whom this side wants."""
+        """The answer to the other side's `Welcome`. Raises NotAuthorized: the other side does not prove the expected
+        key."""
         if welcome.key != self._expected.raw:
             raise NotAuthorized("another key than expected answers at the other end of a stream")
         if not self._expected.verify(_signed(_LISTENER, self.hello, welcome, self._token), welcome.signature):
@@ -57,16 +58,16 @@ class Dialing:
 
 
 class Answering:
-    """The side that was connected to, and has got `hello`. Raises ProtocolError: of another version, or malformed. key,
-    purpose: of the other side; they count after `check`."""
+    """The handshake of the side that was connected to, from `hello` on. key, purpose: those of the other side; they are
+    proven after `check`. Raises ProtocolError: `hello` has another version, or is malformed."""
 
     def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
         if hello.version != VERSION:
-            raise ProtocolError(f"streams of version {hello.version} are not spoken here, only {VERSION}")
+            raise ProtocolError(f"streams of version {hello.version} are not supported, only {VERSION}")
         try:
             self.key, self.purpose = PublicKey(hello.key), Purpose(hello.purpose)
         except (KeyFileError, ValueError) as error:
-            raise ProtocolError(f"a stream begins with nonsense: {error}") from None
+            raise ProtocolError(f"the first message of a stream is not valid: {error}") from None
         self._hello = hello
         self._token = token
         unsigned = Welcome(identity.public.raw, secrets.token_bytes(NONCE_BYTES), b"")
@@ -74,7 +75,7 @@ class Answering:
         self.welcome = Welcome(unsigned.key, unsigned.nonce, signature)
 
     def check(self, proof: Proof) -> None:
-        """Raises NotAuthorized if the other side does not have the key that it shows."""
+        """Raises NotAuthorized: the other side does not have the key that it shows."""
         if not self.key.verify(_signed(_DIALER, self._hello, self.welcome, self._token), proof.signature):
             raise NotAuthorized("the other end of a stream does not have the key that it shows")
 
@@ -86,25 +87,25 @@ def _signed(side: bytes, hello: Hello, welcome: Welcome, token: bytes) -> bytes:
 
 T = TypeVar("T")
 
-BACKLOG = 128
+BACKLOG = 128  # connections that wait to be accepted
 LEAST_BUFFER, MOST_BUFFER = 16 << 10, 128 << 10
-"""Bytes that one direction of a copy holds: it begins with little, and grows while reads fill it."""
+"""Bytes of the buffer of one direction of a copy: first, and at most. The buffer grows while reads fill it."""
 
 STREAM_ERRORS = (OSError, EOFError, TimeoutError, SplitnetError)
-"""What can go wrong with a stream because of the network or of the other side."""
+"""Errors of a stream that the network or the other side causes."""
 
 
 class RefusedError(SplitnetError):
-    """The other side of a stream has refused what was asked."""
+    """The other side of a stream has refused a request."""
 
 
 def bound(name: tuple[str, int], *, again: bool = True) -> socket.socket:
-    """A socket that is bound to an IP and a port; `again`: others of this process may bind that port, too."""
+    """A socket that is bound to an IP and a port. again: other sockets of this process may bind the same port."""
     sock = socket.socket(socket.AF_INET6 if ":" in name[0] else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if again or sys.platform != "win32":  # without it a port of Unix stays taken for a minute after its last use
+        if again or sys.platform != "win32":  # on Unix, a port otherwise stays in use for a minute after its last use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if again and hasattr(socket, "SO_REUSEPORT"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -123,7 +124,7 @@ def listening(address: str, *, again: bool = False) -> socket.socket:
 
 
 async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None = None) -> socket.socket:
-    """Connects to `tcp://IP:port`. `source`: host and port to connect from; None: any. Raises OSError: no listener;
+    """Connects to `tcp://IP:port`. source: host and port to connect from; None: any. Raises OSError: no listener;
     TimeoutError: no listener and no error reply."""
     name = host_and_port(address)
     sock = bound(source or ("::" if ":" in name[0] else "0.0.0.0", 0))
@@ -141,13 +142,13 @@ async def send(sock: socket.socket, *messages: Message) -> None:
 
 
 async def receive(sock: socket.socket, *kinds: type[T]) -> T:
-    """The next message, which must be of one of these kinds, and no byte of what follows it. Raises EOFError: the
-    stream has ended; RefusedError: the other side refuses; ProtocolError: it says something else, or nonsense."""
+    """Reads the next message, which must be of one of `kinds`, and no byte after it. Raises EOFError: the stream has
+    ended; RefusedError: the other side refuses; ProtocolError: the message is of another kind, or malformed."""
     size = int.from_bytes(await _exactly(sock, LENGTH_BYTES), "big")
     if not 0 < size <= MAX_MESSAGE_BYTES:
-        raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
+        raise ProtocolError(f"a message of a stream has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
     message = unpack(await _exactly(sock, size))
-    await asyncio.sleep(0)  # what is there already is read without a pause: a flood would delay all others
+    await asyncio.sleep(0)  # reads of received bytes do not yield, so a flood would block the event loop
     if isinstance(message, kinds):
         return message
     if isinstance(message, Refused):
@@ -169,7 +170,8 @@ async def _exactly(sock: socket.socket, size: int) -> bytes:
 async def prove(
     sock: socket.socket, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b""
 ) -> Proof:
-    """The handshake of the side that connects, but for the proof that ends it. Raises STREAM_ERRORS."""
+    """The handshake of the side that connects. Returns its last message, which the caller must send. Raises
+    STREAM_ERRORS."""
     dialing = Dialing(identity, expected, purpose, token)
     await send(sock, dialing.hello)
     return dialing.prove(await receive(sock, Welcome))
@@ -191,8 +193,11 @@ async def copy(
     pick: Callable[[int], Awaitable[socket.socket]],
     passed: Callable[[int], float] = lambda _: 0.0,
 ) -> int:
-    """Copies until `source` ends; returns how many bytes that were. pick: gives the socket for the next bytes, by how
-    many were passed so far. passed: gives how many seconds to wait, by how many bytes were passed just now."""
+    """Copies bytes until `source` ends; returns how many.
+
+    pick: takes the number of bytes copied so far, and returns the socket for the next bytes. passed: takes the number
+    of bytes just copied, and returns how many seconds to wait.
+    """
     loop = asyncio.get_running_loop()
     buffer, done = memoryview(bytearray(LEAST_BUFFER)), 0
     while size := await loop.sock_recv_into(source, buffer):
@@ -200,30 +205,31 @@ async def copy(
         done += size
         if size == len(buffer) < MOST_BUFFER:
             buffer = memoryview(bytearray(2 * size))
-        await asyncio.sleep(passed(size))  # also for no time: a fast sender would delay all others
+        await asyncio.sleep(passed(size))  # also for 0 s, so that a fast sender does not block the event loop
     return done
 
 
 def end(sock: socket.socket) -> None:
-    """Tells the other side that nothing more comes."""
+    """Ends this side's direction of a stream."""
     with suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
 
 
 async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancels tasks, and waits for their ends."""
+    """Cancels tasks, and waits until they have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-CARRYING = "carrying"  # tasks of this name pass bytes on until one side ends
-LINGER_S = 0.5
-END_S = 5.0
+CARRYING = "carrying"  # name of tasks that copy bytes until one side ends
+LINGER_S = 0.5  # how long tasks named `CARRYING` may run on when the loop closes
+END_S = 5.0  # longest wait for a cancelled task
 
 
 class WaysLoop:
-    """The event loop of all streams of a process. Its thread starts with the first coroutine. Thread-safe; close it."""
+    """The event loop of all streams of a process, in its own thread, which starts with the first coroutine and ends
+    with `close`. Thread-safe."""
 
     def __init__(self) -> None:
         self._loop: asyncio.SelectorEventLoop | None = None
@@ -232,7 +238,7 @@ class WaysLoop:
         self._closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Runs a coroutine. Once the loop is closed, the future is cancelled."""
+        """Runs a coroutine. If the loop is closed, the future is cancelled."""
         with self._lock:
             if self._closed:
                 coroutine.close()
@@ -246,19 +252,19 @@ class WaysLoop:
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def begin(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
-        """Runs a coroutine as a task that `end` ends; None: the loop is closed."""
+        """Runs a coroutine as a task, to be ended by `end`. None: the loop is closed."""
         with suppress(CancelledError):
             return self.run(_begun(coroutine)).result()
         coroutine.close()
         return None
 
     def end(self, task: asyncio.Task[Any]) -> None:
-        """Cancels a task, and waits for its end for at most `END_S`."""
-        with suppress(CancelledError, TimeoutError):  # the loop has ended, and all with it
+        """Cancels a task, and waits at most `END_S` until it has ended."""
+        with suppress(CancelledError, TimeoutError):  # the loop has ended, and its tasks with it
             self.run(_ended(task)).result(END_S)
 
     def close(self) -> None:
-        """Cancels all tasks (those that carry bytes after `LINGER_S`), and ends the thread. May be called twice."""
+        """Cancels all tasks (tasks that copy bytes after `LINGER_S`), and ends the thread. May be called twice."""
         with self._lock:
             already, self._closed = self._closed, True
         if self._loop is not None and self._thread is not None and not already:

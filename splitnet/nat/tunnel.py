@@ -1,4 +1,4 @@
-"""The caller's ends of tunnels to hidden peers: for each a port of loopback, to which ZeroMQ connects."""
+"""The caller's end of tunnels to unreachable peers: ZeroMQ connects to a loopback port of the tunnel."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from splitnet.nat.stream import (
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Endpoint, Relay, address_of, is_global
 
-_LAST_BYTES_S = 1.0
+_LAST_BYTES_S = 1.0  # how long one direction may run on when the other has ended
 
 Better = asyncio.Task[tuple[socket.socket, Way] | None]
 
 
 async def join(inner: socket.socket, outer: socket.socket, better: Better, moved: Callable[[Way], None]) -> None:
-    """Copies in both directions until one side ends. Closes nothing but the better way. Raises STREAM_ERRORS.
+    """Copies bytes in both directions until one side ends. Closes only the stream of the better way. Raises
+    STREAM_ERRORS.
 
-    inner: to ZeroMQ. outer: to the other side, through a relay. better: finds another way, or None; it is cancelled at
-    the end. moved: called when bytes begin to go that way.
+    inner: the stream to ZeroMQ. outer: the stream to the other side, through a relay. better: finds a better way or
+    None, and is cancelled at the end. moved: called when bytes begin to use the better way.
     """
     way = outer
 
@@ -84,7 +85,7 @@ async def join(inner: socket.socket, outer: socket.socket, better: Better, moved
 
 
 def give_up(better: Better | None) -> None:
-    """Ends the search for a better way, and closes the one that was found."""
+    """Ends the search for a better way, and closes the stream of a found one."""
     if better is None:
         return
     if not better.done():
@@ -95,19 +96,19 @@ def give_up(better: Better | None) -> None:
 
 log = logging.getLogger(__name__)
 
-DIAL_S = 3.0
+DIAL_S = 3.0  # longest wait for a connection to a relay
 STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
-"""How long the address of a hidden peer is tried before relays are asked, and after a failure not again."""
-CALL_S = 6.0
-KNOWN_RELAYS = 8  # of one peer: the latest
-FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0  # between two rounds in which no relay reached the peer, or not for `WORKED_S`
+"""How long the peer's own address is tried before relays are asked; how long it is not tried after a failure."""
+CALL_S = 6.0  # longest wait until a relay has joined caller and peer
+KNOWN_RELAYS = 8  # of one peer; the latest ones are kept
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0  # between two rounds of calls if no connection lasted for `WORKED_S`
 WORKED_S = 1.0
-END_S = 1.0
+END_S = 1.0  # how long the last connection of a closed tunnel may run on
 
 
 class Tunnels:
-    """Thread-safe. Everything runs in `loop`, with whose end all tunnels end; nothing here waits for the network.
-    behind: the other end of each connection that a tunnel has made to this machine, by its host and port."""
+    """All tunnels of a process. Thread-safe, and no call waits for the network. Tunnels run in `loop`, and end with it.
+    behind: for the host and port of a connection that a tunnel has made to this machine, a name of its far end."""
 
     def __init__(self, identity: Identity) -> None:
         self.loop = WaysLoop()
@@ -117,7 +118,8 @@ class Tunnels:
         self._lock = threading.Lock()
 
     def open(self, endpoint: Endpoint) -> str:
-        """`tcp://IP:port` of loopback that leads to a hidden peer, until `close`. Raises OSError."""
+        """Opens a tunnel to an unreachable peer. Returns its loopback address, `tcp://IP:port`, which is valid until
+        `close`. Raises OSError: no loopback port is free."""
         with self._lock:
             tunnel = self._tunnels.get(endpoint)
             if tunnel is None:
@@ -126,20 +128,20 @@ class Tunnels:
             return tunnel.address
 
     def learn(self, endpoint: Endpoint) -> None:
-        """Takes in relays of the endpoint that may be new."""
+        """Adds relays of the endpoint to its tunnel."""
         tunnel = self._tunnels.get(endpoint)
         if tunnel is not None:
             tunnel.learn(endpoint.relays)
 
     def close(self, endpoint: Endpoint) -> None:
-        """Ends a tunnel, and a second later its connection, if ZeroMQ has not ended that."""
+        """Ends a tunnel, and after `END_S` its connection if ZeroMQ has not ended it."""
         with self._lock:
             tunnel = self._tunnels.pop(endpoint, None)
         if tunnel is not None:
             self.loop.run(tunnel.end())
 
     def way(self, endpoint: Endpoint) -> Way:
-        """How a peer is reached, or would be."""
+        """The way by which a peer is reached, or would be reached."""
         tunnel = self._tunnels.get(endpoint)
         if tunnel is not None:
             return tunnel.way
@@ -150,11 +152,11 @@ class _Tunnel:
     def __init__(self, identity: Identity, endpoint: Endpoint) -> None:
         self._identity = identity
         self._key: PublicKey = endpoint.key
-        self._relays: dict[Relay, float] = {}  # when each failed last, 0: it did not, or not since it worked
+        self._relays: dict[Relay, float] = {}  # time of the last failure; 0: it has not failed since it last worked
         self._listener = listening("tcp://127.0.0.1:0")
         self.address = address_of(self._listener.getsockname())
         self._ended = asyncio.Event()
-        # A port of a router that leads there, but not for those behind it.
+        # The address may be a port of the peer's router, which machines behind the same router may not reach.
         self._straight = endpoint.address if is_global(endpoint.address) else None
         self._straight_at = 0.0
         self.way = Way.RELAYED
@@ -163,7 +165,7 @@ class _Tunnel:
     def learn(self, relays: tuple[Relay, ...]) -> None:
         known = self._relays
         if any(relay not in known for relay in relays):
-            # In one step: the loop reads it meanwhile.
+            # Replaced in one step, because the loop's thread reads it.
             merged = {relay: known.get(relay, 0.0) for relay in (*relays, *known)}
             self._relays = dict(list(merged.items())[:KNOWN_RELAYS])
 
@@ -171,7 +173,7 @@ class _Tunnel:
         self._ended.set()
 
     async def serve(self) -> None:
-        """Carries one connection of ZeroMQ after the other, until `end`."""
+        """Accepts ZeroMQ's connections one after the other and carries their bytes, until `end`."""
         loop = asyncio.get_running_loop()
         pause_s, over_at = 0.0, 0.0
         ended = loop.create_task(self._ended.wait())
@@ -185,9 +187,9 @@ class _Tunnel:
                     await asyncio.wait([accepting])  # the listener is watched until then
                     break
                 inner, _ = accepting.result()
-                with suppress(OSError):  # it is gone already
+                with suppress(OSError):  # the connection has ended already
                     inner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if carrying is not None:  # ZeroMQ has one connection, and has given the former up
+                if carrying is not None:  # ZeroMQ uses one connection at a time, so it has given up the former one
                     over_at = time.monotonic()
                     carrying.cancel()
                     (worked,) = await asyncio.gather(carrying, return_exceptions=True)
@@ -198,7 +200,7 @@ class _Tunnel:
             carrying.cancel()
 
     async def _carry(self, inner: socket.socket, begin_at: float) -> bool:
-        """Carries the bytes of one connection; returns whether that went well for `WORKED_S`."""
+        """Carries the bytes of one connection; returns whether it lasted for `WORKED_S`."""
         with inner:
             await asyncio.sleep(max(0.0, begin_at - time.monotonic()))
             if self._straight is not None and time.monotonic() >= self._straight_at:
@@ -208,14 +210,14 @@ class _Tunnel:
                     worked = time.monotonic() - began > WORKED_S
                     self._straight_at *= not worked
                     return worked
-            # Those that failed come last, the one that failed longest ago first of them.
+            # Relays that have not failed come first, in random order, then the others by the time of their failure.
             relays = list(self._relays)
             random.shuffle(relays)
             for relay in sorted(relays, key=lambda relay: self._relays.get(relay, 0.0)):
                 try:
                     outer, better = await self._call(relay)
                 except STREAM_ERRORS as error:
-                    log.info("%s is not reached through %s: %s", self._key, relay.address, error or "it is silent")
+                    log.info("%s is not reached through %s: %s", self._key, relay.address, error or "no answer")
                     self._relays[relay] = time.monotonic()
                     continue
                 self._relays[relay] = 0.0
@@ -226,7 +228,7 @@ class _Tunnel:
             return False
 
     async def _carry_straight(self, inner: socket.socket, address: str) -> float | None:
-        """The same by the peer's own address; returns since when, or None if that is not reached."""
+        """Carries the bytes by the peer's own address. Returns the time of the connection; None: it failed."""
         try:
             outer = await dial(address, STRAIGHT_S)
         except STREAM_ERRORS:
@@ -238,7 +240,7 @@ class _Tunnel:
         return began
 
     async def _call(self, relay: Relay) -> tuple[socket.socket, Better]:
-        """A stream to the peer through a relay, and the search for a better one."""
+        """A stream to the peer through a relay, and the search for a better way."""
         better: Better | None = None
         sock = await dial(relay.address, DIAL_S)
         try:
@@ -265,4 +267,4 @@ class _Tunnel:
 
     def _moved(self, way: Way) -> None:
         self.way = way
-        log.info("%s is reached without a helper now: %s", self._key, way.value)
+        log.info("%s is reached without a relay: %s", self._key, way.value)

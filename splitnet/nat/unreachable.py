@@ -1,4 +1,4 @@
-"""A hidden peer's ends: streams to relays through which it can be called, and tunnels from them to its ZeroMQ port."""
+"""The unreachable peer's side: reservations at relays, and streams of callers to its ZeroMQ port."""
 
 from __future__ import annotations
 
@@ -41,39 +41,40 @@ from splitnet.wire.endpoints import Relay, address_of, host_and_port
 log = logging.getLogger(__name__)
 
 WANTED = 3  # relays at the same time
-DIAL_S = 3.0
-JOIN_S = 6.0
+DIAL_S = 3.0  # longest wait for a connection to a relay
+JOIN_S = 6.0  # longest wait for the answers of a relay, and for the handshake with a caller
 FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0  # before a relay that failed is tried again
-LOOK_S = 10.0  # between two searches while there are too few
-RETRY_S = 1.0
-SEEN_S = 0.5  # how long a connection stays to be seen
+LOOK_S = 10.0  # between two searches while there are too few relays
+RETRY_S = 1.0  # between two rounds without any relay
+SEEN_S = 0.5  # how long a relay's test connection stays open, so that the listener notices it
 
 STREAMS, STREAMS_OF_KEY, STREAMS_OF_HOST = 512, 16, 64
-"""That others may have here: in all, of one key, and of one address (as a relay tells it). Each relay has a part."""
-DESCRIPTORS = 3  # of a stream, beside the one that ZeroMQ accepts: to the relay, to ZeroMQ, and of a better way
+"""Bounds on callers' streams: in all, of one key, and of one address as the relay reports it. Each relay has an equal
+part of all."""
+DESCRIPTORS = 3  # of a stream: to the relay, to ZeroMQ, and of a better way; ZeroMQ's accepted connection not counted
 MESSAGES_PER_S, MESSAGES_AT_ONCE = 50.0, 100.0
-"""Of a relay. It is read no faster, so that a flood delays its sender alone."""
+"""Rate and burst at which messages of one relay are read, so that a flood only delays its sender."""
 
 TEST_S = 60.0  # between two test calls through a relay
-HELD_S = 120.0  # after so long a failure of a relay counts as its first
-MOST_WORKED = 32
-UNUSED_S = 900.0  # a relay that has brought no call of others for so long gives way to one that is not known yet
+HELD_S = 120.0  # a relay that fails after a longer time has its pause reset to the first
+MOST_WORKED = 32  # relays that have passed on calls which are remembered
+UNUSED_S = 900.0  # a relay without calls of other peers for this time may be replaced by another relay
 
 
 @dataclass(eq=False)
 class UnreachablePeer:
-    """Makes a peer reachable through relays, from `start` on. Thread-safe; it ends with its loop at the latest.
+    """Makes a peer reachable through relays, from `start` until `stop` or the end of `loop`. Thread-safe.
 
     Args:
-        inside: `tcp://IP:port` where its own ZeroMQ listens, for this process.
-        behind: gets the other end of each connection to `inside`, by its host and port.
-        find: looks up relays; it may take seconds.
+        inside: `tcp://IP:port` at which this process reaches its own ZeroMQ port.
+        behind: for the host and port of each connection to `inside`, filled with a name of the caller.
+        find: looks relays up; it may take seconds.
         changed: called in the loop's thread when `relays` has changed, and must return at once.
-        vouched: whether the user, or a friend, has named a relay: such ones are preferred.
+        vouched: whether the user or a friend has named a relay; these relays are preferred.
 
     Attributes:
-        relays: by which the peer can be called now, as a call of its own has shown, the oldest first.
-        streams: through all relays.
+        relays: relays through which a test call has reached this peer, the oldest first.
+        streams: places of callers' streams through all relays.
     """
 
     loop: WaysLoop
@@ -88,31 +89,31 @@ class UnreachablePeer:
         streams = max(WANTED, min(STREAMS, most_connections() // 2 // DESCRIPTORS))
         self.streams = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
         self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
-        """By relay and caller: calls that this peer makes to itself; done when they have arrived."""
-        self._used_at: dict[Relay, float] = {}  # when each relay began, or has last brought a call of others
-        self._worked: dict[Relay, None] = {}  # those that have brought such calls, the latest last
+        """Test calls of this peer to itself, by relay and caller's key; done when the call has arrived."""
+        self._used_at: dict[Relay, float] = {}  # when a relay last passed on a call of another peer, or was reserved
+        self._worked: dict[Relay, None] = {}  # relays that have passed on calls of other peers, the latest last
         self._keeping: dict[Relay, asyncio.Task[None]] = {}
         self._answering: set[asyncio.Task[None]] = set()
         self._pauses: dict[Relay, tuple[float, float]] = {}
-        """Of relays that failed: until when they are not tried, and how long that is."""
+        """For relays that failed: the time until which they are not tried, and the length of this pause."""
         self._task: asyncio.Task[None] | None = None
         self.relays: tuple[Relay, ...] = ()
 
     def start(self) -> None:
-        """Looks for relays, now and whenever there are too few. May be called twice."""
+        """Starts to look for relays whenever there are too few. May be called twice."""
         if self._task is None:
             self._task = self.loop.begin(self._run())
 
     def stop(self) -> bool:
-        """Ends all reservations and streams; returns whether it had been started."""
+        """Ends all reservations and streams; returns whether `start` had been called."""
         task, self._task = self._task, None
         if task is not None:
             self.loop.end(task)
         return task is not None
 
     def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
-        """Answers of relays that try to connect to an address of this machine; takes some seconds at most. Their
-        connections stay for a moment, so that the listener can tell whether the answer is true."""
+        """Asks relays to connect to an address of this machine, and returns their answers. Takes at most some seconds.
+        The connections stay open for a moment, so that the listener can check whether the answers are true."""
         asking = [self.loop.run(self._ask(relay, address)) for relay in helpers]
         wait(asking, timeout=DIAL_S + 2 * JOIN_S)
         return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]
@@ -123,7 +124,7 @@ class UnreachablePeer:
         looked_at = -math.inf
         try:
             while True:
-                # Several in one network count as one, and some may bring no calls.
+                # Relays in one network count as one. More relays are also looked for if one passes on no calls.
                 lacks = len(set(map(network_of, self._keeping))) < WANTED or any(map(self._is_unused, self._keeping))
                 often = len(self._keeping) < WANTED
                 if lacks and time.monotonic() - looked_at >= (LOOK_S if often else 6 * LOOK_S):
@@ -152,13 +153,13 @@ class UnreachablePeer:
             task.add_done_callback(lambda _, relay=relay: self._keeping.pop(relay, None))
 
     def _free(self, found: Sequence[Relay]) -> list[Relay]:
-        """Relays that may be tried now: none with a key that is in use."""
+        """Relays that may be tried: not paused, and with a key that is not in use."""
         now, keys = time.monotonic(), {self.identity.public.raw, *(relay.key for relay in self._keeping)}
         new = [relay for relay in dict.fromkeys(found) if relay.key not in keys]
         return [relay for relay in new if now >= self._pauses.get(relay, (0.0, 0.0))[0]]
 
     def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
-        """Lower is better: vouched for, not known to have failed, known to have worked."""
+        """Order of preference, lower is better: vouched relays, relays without a failure, relays that have worked."""
         return not self.vouched(relay), relay in self._pauses, relay not in self._worked
 
     def _is_unused(self, relay: Relay) -> bool:
@@ -167,7 +168,7 @@ class UnreachablePeer:
         return is_old and not self.streams.held("relay", relay) and not self.vouched(relay)
 
     def _make_room(self, found: Sequence[Relay]) -> None:
-        """Ends one relay that is of least use, if another would be of more."""
+        """Ends one reservation if another relay is better: for an unused relay, or for a second one in a network."""
         if len(self._keeping) < WANTED:
             return
         free, networks = self._free(found), [network_of(relay) for relay in self._keeping]
@@ -180,7 +181,7 @@ class UnreachablePeer:
                 return
 
     async def _keep(self, relay: Relay) -> None:
-        """Holds a reservation at a relay, until that is lost."""
+        """Holds a reservation at a relay until it is lost."""
         began = time.monotonic()
         try:
             with await dial(relay.address, DIAL_S) as sock:
@@ -190,7 +191,7 @@ class UnreachablePeer:
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
         except STREAM_ERRORS as error:
-            log.info("the helper at %s is lost: %s", relay.address, error or "it is silent")
+            log.info("the relay at %s is lost: %s", relay.address, error or "no answer")
             before_s = self._pauses.get(relay, (0.0, 0.0))[1] if time.monotonic() - began < HELD_S else 0.0
             pause_s = min(max(2 * before_s, FIRST_PAUSE_S), MOST_PAUSE_S)
             self._pauses[relay] = time.monotonic() + pause_s, pause_s
@@ -204,13 +205,13 @@ class UnreachablePeer:
         self.changed()
 
     def _used(self, relay: Relay) -> None:
-        """Others have called through a relay."""
+        """Notes that a relay has passed on a call of another peer."""
         if relay in self._used_at:
             self._used_at[relay] = time.monotonic()
         self._worked = dict.fromkeys([*(other for other in self._worked if other != relay), relay][-MOST_WORKED:])
 
     async def _hear(self, relay: Relay, sock: socket.socket) -> None:
-        """Takes the messages of a relay, at `MESSAGES_PER_S` at most."""
+        """Handles the messages of a relay, at most `MESSAGES_PER_S`."""
         loop = asyncio.get_running_loop()
         due = 0.0
         while True:
@@ -224,7 +225,7 @@ class UnreachablePeer:
             await asyncio.sleep(max(0.0, due - loop.time()))
 
     async def _test(self, relay: Relay) -> None:
-        """Tries calls through a relay, and names it to others once one has arrived. Raises STREAM_ERRORS."""
+        """Makes test calls through a relay, and adds it to `relays` when one has arrived. Raises STREAM_ERRORS."""
         while True:
             try:
                 await self._call(relay)
@@ -238,10 +239,10 @@ class UnreachablePeer:
             await asyncio.sleep(TEST_S)
 
     async def _call(self, relay: Relay) -> None:
-        """Calls this peer through a relay, as a stranger would, up to the proof of both keys."""
+        """Calls this peer through a relay, with a new key like a stranger, until both keys are proven."""
         try:
             await self._call_as(relay, Identity.generate())
-        except RefusedError:  # it may know its members alone
+        except RefusedError:  # the relay may accept only authorized keys
             await self._call_as(relay, self.identity)
 
     async def _call_as(self, relay: Relay, caller: Identity) -> None:
@@ -257,7 +258,7 @@ class UnreachablePeer:
             del self._tested[relay, caller.public.raw]
 
     async def _ask(self, relay: Relay, address: str) -> bool | None:
-        """Whether a relay connects to an address; None: it does not say."""
+        """Whether a relay can connect to an address; None: it does not answer."""
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
@@ -266,11 +267,11 @@ class UnreachablePeer:
                 await asyncio.sleep(SEEN_S * said)
                 return said
         except STREAM_ERRORS as error:
-            log.info("the helper at %s does not try: %s", relay.address, error or "it is silent")
+            log.info("the relay at %s does not try to connect: %s", relay.address, error or "no answer")
             return None
 
     async def _answer(self, relay: Relay, called: Called) -> None:
-        """Joins a caller to the ZeroMQ port here."""
+        """Accepts a call, and joins the caller's stream to this peer's ZeroMQ port."""
         host = host_and_port(called.seen)[0] if called.seen else ""
         names = {"key": called.caller, "host": host, "relay": relay}
         if not self.streams.take(**names):
@@ -291,13 +292,13 @@ class UnreachablePeer:
                             arrived.set_result(None)
                         return
                     self._used(relay)
-                    # Only now: few can be tried at once, and the caller has proven its key.
+                    # Begins only when the caller has proven its key, because few attempts may run at the same time.
                     better = asyncio.ensure_future(
                         punch(own, lines(address_of(own), joined), partial(self._check, called))
                     )
                     inside = host_and_port(self.inside)
                     with bound((inside[0], 0), again=False) as inner:
-                        self.behind[name := inner.getsockname()[:2]] = f"{host}, through a helper"
+                        self.behind[name := inner.getsockname()[:2]] = f"{host}, through a relay"
                         await asyncio.get_running_loop().sock_connect(inner, inside)
                         await tunnel.join(inner, outer, better, lambda _: None)
                 finally:
@@ -316,13 +317,13 @@ class UnreachablePeer:
 
 
 def network_of(relay: Relay) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    """Where a relay is: the owner of one address of it has others, as a rule."""
+    """The network of a relay's address. The owner of one address usually owns others in the same network."""
     host = ipaddress.ip_address(host_and_port(relay.address)[0])
     return ipaddress.ip_network(f"{host}/{24 if host.version == 4 else 48}", strict=False)
 
 
 async def _request(sock: socket.socket, identity: Identity, relay: Relay, purpose: Purpose, message: Message) -> None:
-    """Proves a key to a relay, and asks it for something."""
+    """Proves a key to a relay, and sends it a request."""
     await send(sock, await prove(sock, identity, PublicKey(relay.key), purpose), message)
 
 

@@ -1,10 +1,10 @@
-"""Asks the router for a port by UPnP. A program of its own: what talks to routers is in C, and may take long.
+"""Asks the router for a port by UPnP. A separate program, because the library for it is written in C and may hang.
 
     python upnp.py GATEWAY look | open INSIDE OUTSIDE SECONDS | close OUTSIDE
 
-Only the gateway, by its IPv4 address, is asked, and only if it says that it is asked at that address: whatever else
-answers on the local network could have this machine send requests to anybody, itself included. Prints a line of JSON:
-the router's public address and the port. It has to run without splitnet's modules.
+The program asks only the gateway, by its IPv4 address, and only if the URL of its description has this address:
+otherwise any machine on the local network could make this machine send requests to any address, its own included. It
+prints one line of JSON: the router's public address and the port. It must run without splitnet's modules.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
 
-DISCOVER_S = 1.5
+DISCOVER_S = 1.5  # how long to wait for the gateway's description
 GROUP, PORT = "239.255.255.250", 1900
 _KINDS = tuple(
     f"urn:schemas-upnp-org:{kind}"
     for kind in ("device:InternetGatewayDevice:1", "device:InternetGatewayDevice:2", "service:WANIPConnection:1")
 )
-TRIES = 4  # ports that are asked for, if others have the first ones
-MOST_BYTES = 512 << 20  # of address space: routers may send without end
+TRIES = 4  # ports to ask for, if the first ones are in use
+MOST_BYTES = 512 << 20  # of address space, because a router may send without end
 
 
 def main(gateway: str, what: str, *numbers: str) -> None:
@@ -46,12 +46,12 @@ def main(gateway: str, what: str, *numbers: str) -> None:
 
 
 def find_description(gateway: str) -> str:
-    """The URL at which the gateway describes itself. Ends the program if it does not."""
+    """The URL of the gateway's description. Ends the program if the gateway does not answer."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for kind in _KINDS:
             head = f'M-SEARCH * HTTP/1.1\r\nHOST: {GROUP}:{PORT}\r\nMAN: "ssdp:discover"\r\n'
             question = f"{head}MX: 1\r\nST: {kind}\r\n\r\n"
-            for address in (GROUP, gateway):  # some answer only the one, some only the other
+            for address in (GROUP, gateway):  # some routers answer only one of the two
                 with suppress(OSError):
                     asking.sendto(question.encode(), (address, PORT))
         until = time.monotonic() + DISCOVER_S
@@ -61,7 +61,7 @@ def find_description(gateway: str) -> str:
                 answer, sender = asking.recvfrom(2048)
             except TimeoutError:
                 break
-            except ConnectionError:  # of the gateway, which does not speak it; it may answer to the group
+            except ConnectionError:  # the gateway's own port is closed; it may still answer the group
                 continue
             if sender[0] == gateway and (found := location_of(answer, gateway)):
                 return found
@@ -69,7 +69,7 @@ def find_description(gateway: str) -> str:
 
 
 def location_of(answer: bytes, gateway: str) -> str:
-    """The URL of the description in an answer; empty: none, or one elsewhere."""
+    """The URL of the description in an answer; empty: there is none, or it has another host than the gateway."""
     for line in answer.decode("latin-1").split("\r\n"):
         name, _, value = line.partition(":")
         if name.strip().lower() == "location":
@@ -83,11 +83,11 @@ def location_of(answer: bytes, gateway: str) -> str:
 
 def _open(router: Any, inside: int, outside: int, seconds: int) -> int:
     for port in range(outside, min(outside + TRIES, 65536)):
-        for lease_s in (seconds, 0):  # some routers know only mappings without end
+        for lease_s in (seconds, 0):  # some routers only accept permanent mappings
             try:
                 router.addportmapping(port, "TCP", router.lanaddr, inside, "splitnet", "", lease_s)
                 return port
-            except Exception as error:  # the module has no kind of its own
+            except Exception as error:  # the module has no exception class of its own
                 if "OnlyPermanentLeases" not in str(error):
                     break
     raise SystemExit("the router gives no port")

@@ -1,7 +1,7 @@
-/* Weights in tiles as floats in rows, for products of matrices with many rows, for which a weight is made anew.
+/* Converts weights in tiles to floats in rows, for products of many rows, for which each call converts the weight.
 
-A vector of codes has an input of all outputs of a tile, so scales are there as they are needed, and rows come about by
-transposing 16 x 16 numbers of 32 bits: floats, or pairs of bfloat16. */
+A vector of codes has inputs of all outputs of a tile, in the order of the scales. Transposing 16 x 16 numbers of 32 bits
+(floats, or pairs of bfloat16) gives rows. */
 
 #ifndef SPLITNET_CONVERTED_H
 #define SPLITNET_CONVERTED_H
@@ -40,7 +40,7 @@ INLINE VNNI void transpose(__m512i rows[16]) {
     }
 }
 
-/* What the codes in byte `i` of each 32 bits stand for; `values`: of up to 32 codes. */
+/* The values of the codes in byte `i` of each 32 bits; `values`: a table of up to 32 codes. */
 INLINE VNNI __m512 values_of(int bits, enum code code, const __m512 values[2], __m512 offset, __m512i runs, int i) {
     if (code == E4M3 || code == E5M2) { /* as halves */
         __m512i upper = _mm512_slli_epi32(runs, 24 - 8 * i);
@@ -55,7 +55,7 @@ INLINE VNNI __m512 values_of(int bits, enum code code, const __m512 values[2], _
     return _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255))), offset);
 }
 
-/* What a chunk stands for, input by input; `scales` and `zeros` are those of its first group. */
+/* The values of a chunk, input by input; `scales` and `zeros` begin with those of its first group. */
 INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, const uint8_t *at, const float *scales,
                                const float *zeros, __m512 to[CHUNK]) {
     const int subtracted = weight->zero == CODES, added = !subtracted && weight->zero != NONE;
@@ -76,7 +76,7 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
         }
         const int64_t group = weight->group == 16 && vector >= 4 ? TILE : 0;
         __m512 scale = _mm512_loadu_ps(scales + group), zero = _mm512_loadu_ps(zeros + group);
-        if (subtracted) zero = _mm512_sub_ps(zero, offset); /* it is a code */
+        if (subtracted) zero = _mm512_sub_ps(zero, offset); /* the zero is a code */
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             __m512 value = values_of(bits, code, values, offset, runs, i);
@@ -87,7 +87,7 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
     }
 }
 
-/* The first `lanes` outputs of a chunk, of which the first `inputs` are there; `pitch`: from output to output. */
+/* Stores the first `lanes` outputs of a chunk, of which the first `inputs` exist; `pitch`: distance between outputs. */
 INLINE VNNI void store_floats(__m512 values[CHUNK], int64_t lanes, int64_t inputs, float *to, int64_t pitch) {
     for (int half = 0; half < 2; half++) {
         __m512i rows[16];
@@ -115,7 +115,7 @@ INLINE BFLOATS void store_bfloats(__m512 values[CHUNK], int64_t lanes, int64_t i
 }
 #endif
 
-/* The first `lanes` outputs of a tile, `[lanes, inputs]`: as `dequantise_plainly` makes them, then rounded to bfloat16. */
+/* Converts the first `lanes` outputs of a tile, `[lanes, inputs]`, as `dequantise_plainly` does, then rounds to bfloat16. */
 #define CONVERT_TILE(name, target, type, store)                                                                            \
     INLINE target void name(int bits, enum code code, const Grouped *weight, const uint8_t *at, int64_t lanes, type *to) {   \
         float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE] = {0};                                     \
@@ -161,9 +161,9 @@ CONVERT_TILE(bfloat_tile, BFLOATS, uint16_t, store_bfloats)
 #endif
 #endif
 
-/* `bfloats`: the numbers are bfloat16, which only the path makes that multiplies them. */
+/* `bfloats`: the numbers are bfloat16; only a path that multiplies bfloat16 makes these. */
 typedef struct {
-    const Path *path; /* in use */
+    const Path *path; /* the path in use */
     const Grouped *weight;
     const uint8_t *tiles;
     int64_t outputs;

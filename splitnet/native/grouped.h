@@ -1,7 +1,6 @@
-/* Products with weights in the codes of a checkpoint; see splitnet/quant/tiles.py for how they lie.
-
-`value(code) * scale + zero` of a group of inputs is taken apart: scale times the product of the codes, plus zero times
-the sum of the row. Codes that stand for integers are multiplied as bytes without sign, others as floats. */
+/* Products with weights in the codes of a checkpoint; see splitnet/quant/tiles.py for their layout. `value(code) * scale +
+zero` of a group of inputs is computed in two terms: scale times the product of the codes, plus zero times the sum of the
+row. Codes of integers are multiplied as unsigned bytes, other codes as floats. */
 
 #ifndef SPLITNET_GROUPED_H
 #define SPLITNET_GROUPED_H
@@ -11,26 +10,26 @@ the sum of the row. Codes that stand for integers are multiplied as bytes withou
 #define TILE 16      /* outputs that are stored together */
 #define CHUNK 32     /* inputs whose codes are stored together */
 #define UNITS 256    /* inputs that share a unit of steps */
-#define MOST_GROUPS 64 /* of a panel */
-#define MOST_ROWS 64 /* that a tile is multiplied with before the next one, so that they stay in a cache */
+#define MOST_GROUPS 64 /* per panel */
+#define MOST_ROWS 64 /* rows that are multiplied with a tile before the next tile, so that they stay in a cache */
 
 enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE, ONES };
 enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
 
 /* All fields have 8 bytes: Python writes them as a list of numbers. */
 typedef struct {
-    int64_t code; /* ANY: only by plain loops */
+    int64_t code; /* ANY: only the plain loops take it */
     int64_t bits, group, panel, inputs, outputs;
-    int64_t offset;       /* the code of zero, where there is no table */
-    int64_t scale, zero;  /* how they are stored: an `enum number` */
-    int64_t scales_at, zeros_at; /* bytes of each for a group of a tile */
+    int64_t offset;       /* the code of zero, without a table */
+    int64_t scale, zero;  /* their types: an `enum number` */
+    int64_t scales_at, zeros_at; /* bytes of the scales, and of the zeros, of one group of a tile */
     int64_t tile_bytes;
-    int64_t pairs;        /* of the four inputs of an output, two lie 32 bytes after the others */
-    double factor;        /* a byte of TABLE less 128 stands for so much, a float of others for so much */
-    const uint8_t *bytes; /* 16, of TABLE */
-    const float *values;  /* what each code stands for */
-    const int16_t *words; /* 16, of FLOAT_TABLE: the same, of 14 bits with their sign */
-    double unit;          /* what 1 in them stands for */
+    int64_t pairs;        /* two of the four inputs of an output are stored 32 bytes after the other two */
+    double factor;        /* TABLE: the value of 1 in a byte - 128; other codes: factor of their floats */
+    const uint8_t *bytes; /* of TABLE, 16 */
+    const float *values;  /* the value of each code */
+    const int16_t *words; /* of FLOAT_TABLE, 16: the values as signed words of 14 bits */
+    double unit;          /* the value of 1 in `words` */
 } Grouped;
 
 /* Rows that are multiplied with the same weight. */
@@ -47,7 +46,7 @@ typedef struct {
     int threads;
 } GroupedJob;
 
-/* Where the parts of a panel are. */
+/* The sections of a panel. */
 typedef struct {
     int64_t inputs, groups;
     const uint8_t *scales, *zeros, *scale_units, *zero_units, *codes;
@@ -119,7 +118,7 @@ INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units
     }
 }
 
-/* Scales and zeros of a panel as they are stored: [groups, TILE] each. */
+/* The stored scales and zeros of a panel: [groups, TILE] each. */
 INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
     for (int64_t group = 0; group < panel->groups; group++)
         for (int64_t lane = 0; lane < TILE; lane++) {
@@ -130,15 +129,15 @@ INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *sc
         }
 }
 
-/* Codes of 3, 5 and 6 bits that are in what others leave of the bytes, in up to three pieces, the lowest bits first: the
-vector that is stored, where in its bytes they begin, and how many they are. */
+/* The vectors of 3-, 5- and 6-bit codes that are split over the free bits of stored vectors, in up to three pieces, lowest
+bits first: the stored vector, the first bit in its bytes, and the number of bits. */
 static const int pieces[9][3][3][3] = {
     [3] = {{{0, 6, 2}, {2, 6, 1}}, {{1, 6, 2}, {2, 7, 1}}},
     [5] = {{{0, 5, 3}, {1, 5, 2}}, {{2, 5, 3}, {3, 5, 2}}, {{4, 5, 3}, {1, 7, 1}, {3, 7, 1}}},
     [6] = {{{0, 6, 2}, {1, 6, 2}, {2, 6, 2}}, {{3, 6, 2}, {4, 6, 2}, {5, 6, 2}}},
 };
 
-/* The codes of a chunk as their vectors have them. */
+/* The codes of a chunk, in the order of its vectors. */
 INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t codes[CHUNK * TILE]) {
     const int bits = (int)weight->bits, each = 8 / bits, whole = bits * each;
     memset(codes, 0, CHUNK * TILE);
@@ -147,7 +146,7 @@ INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t code
         for (int i = 0, shift = 0; i < (vector < whole ? 1 : 3); i++) {
             const int *piece = vector < whole ? alone : pieces[bits][vector - whole][i];
             const int mask = (1 << piece[2]) - 1;
-            uint8_t some[VECTOR]; /* which the compiler knows to be apart from the rest */
+            uint8_t some[VECTOR]; /* a local array, so that the compiler knows that it does not overlap */
             for (int k = 0; k < VECTOR; k++) some[k] = (uint8_t)((at[piece[0] * VECTOR + k] >> piece[1] & mask) << shift);
             for (int k = 0; k < VECTOR; k++) codes[vector * VECTOR + k] |= some[k];
             shift += piece[2];
@@ -155,7 +154,7 @@ INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t code
     }
 }
 
-/* Where the code of an input of a chunk and a lane is in them. */
+/* The index, in these codes, of an input of a chunk and a lane. */
 INLINE int64_t place_of(const Grouped *weight, int64_t input, int64_t lane) {
     const int64_t i = input % 4;
     return input / 4 * VECTOR + (weight->pairs ? i / 2 * 32 + lane * 2 + i % 2 : lane * 4 + i);
@@ -172,7 +171,7 @@ INLINE void add_vector(const Grouped *weight, float sums[VECTOR], const float *v
 
 static void grouped_plainly(const GroupedJob *job, const Quantised *unused, const Run *run, int64_t start, int64_t end) {
     const Grouped *weight = job->weight;
-    const int64_t group = weight->group && weight->group < CHUNK ? weight->group : CHUNK; /* as far as it is in a chunk */
+    const int64_t group = weight->group && weight->group < CHUNK ? weight->group : CHUNK; /* inputs of a group within a chunk */
     (void)unused;
     uint8_t codes[CHUNK * TILE];
     float values[CHUNK * TILE], scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
@@ -213,7 +212,7 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
     }
 }
 
-/* Makes floats of some lanes of a tile, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
+/* Converts some lanes of a tile to floats, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
 INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
@@ -246,29 +245,30 @@ static void dequantise_plainly(const Grouped *weight, const uint8_t *at, int64_t
     dequantise_loops(weight, at, lane, lanes, to);
 }
 
-/* ---- what all kernels use that are made for some CPUs ---- */
+/* ---- shared by all kernels for particular CPUs ---- */
 
 /* Scales or zeros of a panel. */
 typedef struct {
     const uint8_t *at, *units;
-    int64_t each, count; /* groups that share a unit, and all */
+    int64_t each, count; /* groups that share a unit, and all groups */
     float *to;
 } Numbers;
 
-/* Rows of numbers from which a block takes the same place. */
+/* Pointers into rows of numbers, at the part of a row that a block reads. */
 typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
-    int64_t stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
-    const float *highs; /* as the sums */
+    int64_t stride; /* of `high` and `low`; SUMMED times the stride of the sums, CHUNK times that of the pairs */
+    const float *highs; /* with the stride of the sums */
 } Numbered;
 
-/* What bytes without sign are too large by. */
+/* The difference between the unsigned bytes and the values that they encode. */
 INLINE float base_of(const Grouped *weight) {
     return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
-/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. Fine ones have words. */
+/* NARROW: tables whose bytes differ by less than 32, so that they are multiplied as codes of five bits. FINE: tables of
+words. */
 enum table { NO_TABLE, WIDE_TABLE, NARROW, FINE };
 
 INLINE int least_of(const Grouped *weight) {
@@ -284,15 +284,15 @@ INLINE int is_narrow(const Grouped *weight) {
     return 1;
 }
 
-/* What kernels take rows as. */
+/* The types to which kernels convert rows. */
 enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
 
 INLINE enum taken taken_by(const Grouped *weight) {
     return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
 }
 
-/* Rows as floats, times powers of 2 by which the largest of each becomes 2^100 to 2^101, or less: so that weights may be much
-too small. Infinite ones stay so. */
+/* Rows as floats, each times a power of 2 that brings its largest number to 2^100 to 2^101, or less, so that weights may be
+2^120 times too small. Infinite numbers stay infinite. */
 static void scale_rows(const Job *job, const Quantised *to) {
     for (int64_t row = 0; row < job->count; row++) {
         const float *from = job->rows + row * job->inputs;
@@ -311,7 +311,7 @@ static void scale_rows(const Job *job, const Quantised *to) {
     }
 }
 
-/* The bytes of E4M3's codes without sign as bfloat16 (the lower ones, then the upper ones), 256 times too small. */
+/* The bytes of E4M3 codes without their sign as bfloat16 (the lower bytes, then the upper ones), 256 times too small. */
 static uint8_t e4m3_bytes[2][128];
 
 static void make_tables(void) {
@@ -352,7 +352,7 @@ INLINE VNNI __m512 sixteen_numbers(enum number kind, const uint8_t *at) {
     }
 }
 
-/* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
+/* Scales times `factor`; with `scales`: zeros minus `base` times the scales. */
 INLINE VNNI void convert(enum number kind, const Numbers *these, float factor, const float *scales, float base, float offset) {
     const int64_t size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
     const int steps = kind >= STEPS && kind <= UPPER_STEPS;
@@ -391,7 +391,7 @@ VNNI static void convert_scales(enum number kind, const Numbers *these, float fa
     }
 }
 
-/* `factor`: what scales that were converted are to be multiplied by to be as they are stored. */
+/* `factor`: restores stored scales from converted scales. */
 VNNI static void convert_zeros(enum number kind, const Numbers *these, float factor, const float *scales, float base,
                                float offset) {
     switch (kind) {
@@ -405,7 +405,7 @@ VNNI static void convert_zeros(enum number kind, const Numbers *these, float fac
     }
 }
 
-/* Scales and zeros of a panel so that they go with bytes without sign, and one more, that is 0, of each. */
+/* Scales and zeros of a panel, adapted to unsigned bytes, followed by one zero scale and one zero. */
 INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
     const float base = base_of(weight);
     const float factor = (float)weight->factor;
@@ -419,7 +419,7 @@ INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *s
     _mm512_storeu_ps(zeros + panel->groups * TILE, _mm512_setzero_ps());
 }
 
-/* `rest`, and bits of bytes, moved by `by` to the left, or to the right where it is negative. */
+/* `rest`, combined with bits of bytes, shifted left by `by`, or right if `by` is negative. */
 INLINE VNNI __m512i with_bits(__m512i rest, __m512i bytes, int by, int mask) {
     __m512i there = by > 0 ? _mm512_slli_epi16(bytes, by) : by < 0 ? _mm512_srli_epi16(bytes, -by) : bytes;
     return _mm512_ternarylogic_epi32(there, _mm512_set1_epi8((char)mask), rest, 0xea); /* there & mask | rest */
@@ -429,7 +429,7 @@ INLINE VNNI __m512i low_bits(__m512i bytes, int by, int mask) {
     return _mm512_and_si512(by ? _mm512_srli_epi16(bytes, by) : bytes, _mm512_set1_epi8((char)mask));
 }
 
-/* One of the eight vectors of codes of a chunk; `stored`: all that it has. */
+/* One of the eight vectors of codes of a chunk; `stored`: all stored vectors of the chunk. */
 INLINE VNNI __m512i codes_of(int bits, const __m512i *stored, int vector) {
     const int each = 8 / bits, whole = bits * each;
     if (bits == 8) return stored[vector];
@@ -467,7 +467,8 @@ INLINE VNNI __m512i four_bytes(const int8_t *from) {
     return _mm512_set1_epi32(bytes);
 }
 
-/* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
+/* Adds a group to the sums of a row. `total`: the sum of the row's numbers in the group; `zero`: NULL if each zero is -base
+* scale. */
 INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const float *scale, const float *zero, float base,
                               float total) {
     __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(BASE), _mm512_cvtepi32_ps(lower));
@@ -476,8 +477,8 @@ INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const f
     return _mm512_fmadd_ps(_mm512_loadu_ps(scale), dot, sums);
 }
 
-/* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
-groups of 16 inputs, one after the other. */
+/* Adds the products with a chunk of codes to `upper` and `lower`. `sets`: number of sets of sums, which vectors use
+alternately, or, with groups of 16 inputs, in order. */
 INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const uint8_t *codes, __m512i values,
                                Numbered from, int count, __m512i upper[4][2], __m512i lower[4][2]) {
     __m512i stored[8];
@@ -497,13 +498,13 @@ INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const u
     }
 }
 
-/* `group`: 16, 32, or 0: more. */
+/* `group`: 16, 32, or 0 for more. */
 INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob *job, const Quantised *rows, const Run *run,
                                int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
-    const int small = group == 16, sets = small || (count == 1 && !group) ? 2 : 1; /* two are added in half of the time */
-    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int small = group == 16, sets = small || (count == 1 && !group) ? 2 : 1; /* two sets halve the latency of additions */
+    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* per group, at most */
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
     const float base = base_of(weight);
     __m512i values = _mm512_setzero_si512();
@@ -561,7 +562,7 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
         store_lanes(job, tile, row + r, _mm512_mul_ps(sums[r], _mm512_set1_ps(rows->steps[row + r])));
 }
 
-/* Four vectors of 16 weights, of one of the eight vectors of a chunk: its first input, second and so on. */
+/* Four vectors of 16 weights, from one of the eight vectors of a chunk: its first inputs, second inputs and so on. */
 INLINE VNNI void floats_of(enum code kind, const uint8_t *codes, int vector, __m512 table, __m512 *to) {
     if (kind == FLOAT_TABLE) {
         __m512i both = _mm512_loadu_si512(codes + vector / 2 * VECTOR);
@@ -640,7 +641,7 @@ INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const R
     for (int r = 0; r < count; r++) store_lanes(job, tile, row + r, sums[r]);
 }
 
-/* Rows as sums of two bfloat16, of the stride's bytes. */
+/* Rows as sums of two bfloat16, in the bytes of the stride. */
 VNNI static void split_rows(const Job *job, const Quantised *to) {
     for (int64_t row = 0; row < job->count; row++)
         for (int64_t i = 0; i < to->stride / 2; i += 16) {
@@ -661,7 +662,7 @@ INLINE VNNI __m512i eight_bytes(const int8_t *from) {
     return _mm512_set1_epi64(bytes);
 }
 
-/* E4M3 where four inputs of an output are together: as bfloat16, which the CPU multiplies in pairs. */
+/* E4M3 with the four inputs of an output together: as bfloat16, which the CPU multiplies in pairs. */
 INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
@@ -719,7 +720,7 @@ INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, c
 
 #endif
 
-/* `block` with four, two and one of the rows at a time. */
+/* Calls `block` for four, two or one row at a time. */
 #define FOR_ROWS(block, ...)                                              \
     for (int64_t tile = start; tile < end; tile++) {                         \
         int64_t row = run->row, last = run->row + run->count;                \
@@ -764,7 +765,7 @@ BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, co
 #define e4m3_bfloat e4m3
 #endif
 
-/* Makes `numbers` of rows; there is room for them, see `prepare`. */
+/* Converts rows to `numbers`, whose memory `prepare` has allocated. */
 VNNI static void take_rows(enum taken taken, const float *rows, int64_t count, int64_t inputs, Quantised *numbers) {
     Job job = {.rows = rows, .count = count, .inputs = inputs};
     numbers->stride = padded(taken == AS_BFLOATS ? 2 * inputs : inputs);
@@ -775,7 +776,7 @@ VNNI static void take_rows(enum taken taken, const float *rows, int64_t count, i
 #endif
 
 #ifdef HAVE_VNNI
-/* As `dequantise_plainly`, of groups of 16 inputs or more. */
+/* As `dequantise_plainly`, for groups of 16 inputs or more. */
 VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint32_t runs[8][TILE], codes[TILE][8]; /* of four inputs */
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
@@ -814,19 +815,20 @@ VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, int64
 }
 #endif
 
-/* ---- how they are run ---- */
+/* ---- running the kernels ---- */
 
 typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, int64_t, int64_t);
 
-/* Kernels for one kind of instructions. What is NULL is left to plain loops, or, of floats, to others than these kernels. */
+/* The kernels for one kind of instructions. Without a kernel, the plain loops run; floats have no plain loops, so torch
+multiplies them. */
 typedef struct {
     const char *name;
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
-    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with rows as they are */
+    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with unconverted rows */
     Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
-    GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
+    GroupedKernel coded[ANY + 1];                  /* by `enum code`; E4M3 in pairs */
     GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
     int in_words;                                  /* whether FLOAT_TABLE is multiplied with integers */
     void (*dequantise)(const Grouped *, const uint8_t *, int64_t, int64_t, float *);
@@ -839,7 +841,8 @@ static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
     return found ? found : grouped_plainly;
 }
 
-/* Makes of the rows of a job what a kernel takes, for which it allocates `numbers->high`, or not. Gives 0 without memory. */
+/* Converts the rows of a job to the type that a kernel takes; allocates `numbers->high` if necessary. Returns 0 without
+memory. */
 static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Quantised *numbers) {
     const Grouped *weight = job->weight;
     const int integers = taken_by(weight) == AS_INTEGERS || (weight->code == FLOAT_TABLE && path->in_words);
@@ -852,7 +855,7 @@ static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Q
     return 1;
 }
 
-/* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
+/* Joins neighbouring rows with the same expert to runs. Returns 0 for an unknown expert. */
 static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, int64_t held, int64_t count, Run *runs) {
     int many = 0;
     for (int64_t row = 0; row < count; row++) {
@@ -885,7 +888,7 @@ static void run_some_tiles(const void *given, int64_t thread) {
     }
 }
 
-/* Every thread computes some of the tiles, of all runs. */
+/* Each thread computes some of the tiles, for all runs. */
 static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many) {
     TiledRuns all = {kernel, job, rows, runs, many, parts_of(job->weight->outputs, TILE), job->threads < 1 ? 1 : job->threads};
     run_parts(run_some_tiles, &all, all.threads, all.threads);
@@ -908,7 +911,7 @@ static const Path avx512_bf16 = {
 
 static int is_avx512(const Path *path) { return path == &avx512 || path == &avx512_bf16; }
 
-/* As steps call it. */
+/* The entry point for steps. */
 INLINE void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many, int plainly) {
     run_tiles(plainly ? grouped_plainly : kernel_of(&avx512_bf16, job->weight), job, rows, runs, many);
 }

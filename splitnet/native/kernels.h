@@ -12,9 +12,9 @@ it defines:
     ROWS         that are multiplied at a time: 4 or 2
     SCALED       E4M3 is taken as it is, 2^120 times too small */
 
-#define LANES (BITS / 32)                /* numbers of 32 bits in a vector */
-#define WIDE (BITS / 8)                  /* bytes of one */
-#define PARTS (VECTOR / WIDE)            /* vectors that have four inputs of each output of a tile */
+#define LANES (BITS / 32)                /* 32-bit numbers in a vector */
+#define WIDE (BITS / 8)                  /* bytes of a vector */
+#define PARTS (VECTOR / WIDE)            /* vectors with four inputs of each output of a tile */
 #define V(name) JOINED(name, BITS)
 #define Bytes V(Bytes)
 #define Ints V(Ints)
@@ -46,7 +46,7 @@ INLINE TARGET void NAMED(store)(float *to, Floats values) { memcpy(to, &values, 
 
 INLINE TARGET Bytes NAMED(splat_byte)(int byte) { return (Bytes)V(splat_int)(byte * 0x01010101); }
 
-/* The same four bytes everywhere. */
+/* The same four bytes in each 32 bits. */
 INLINE TARGET Bytes NAMED(four_bytes)(const int8_t *from) {
     int32_t bytes;
     memcpy(&bytes, from, sizeof bytes);
@@ -98,7 +98,7 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
     }
 }
 
-/* ---- weights that lie output by output ---- */
+/* ---- weights stored output by output ---- */
 
 INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
     if (kind == FLOAT32) return NAMED(load_floats)(at);
@@ -106,7 +106,7 @@ INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
     return (Floats)(V(from_uint16)(at) << 16);
 }
 
-/* `foreseen`: whether the next block's outputs are asked for. */
+/* `foreseen`: whether to prefetch the outputs of the next block. */
 INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, int64_t pitch, const float *rows, int64_t inputs,
                                         int64_t outputs, int64_t count, Floats sums[BLOCK][4], int foreseen) {
     Floats given[4];
@@ -134,7 +134,7 @@ INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, int64_t ou
     for (; i + LANES <= job->inputs; i += LANES)
         NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums,
                              i % lines == 0);
-    if (i < job->inputs) { /* copies, filled up with zeros */
+    if (i < job->inputs) { /* copies, padded with zeros */
         const int64_t left = job->inputs - i;
         char last[BLOCK][LANES * 4] = {{0}};
         float given[4][LANES] = {{0}};
@@ -194,7 +194,7 @@ INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, int6
     }
 }
 
-/* Scales, or where `scales` are given zeros times `factor` less `base` times them. */
+/* Scales; with `scales`: zeros times `factor`, minus `base` times the scales. */
 INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
                                   float offset) {
     const int64_t size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
@@ -251,8 +251,8 @@ TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, 
 #undef CONVERT
 }
 
-/* Scales and zeros of a panel so that they go with codes that are too large by `base` and stand for the weight's factor, by
-which who calls multiplies in the end; and one more, that is 0, of each. */
+/* Scales and zeros of a panel, followed by one zero scale and one zero. They are for codes that are too large by `base`,
+without the weight's factor, by which the caller multiplies in the end. */
 INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel, float base, float *scales, float *zeros) {
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
     for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + ahead, 1, VECTOR);
@@ -266,14 +266,14 @@ INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel,
 
 /* ---- weights in tiles: codes for integers ---- */
 
-/* Bits of the bytes of a vector that is stored here, moved by `by` to the left, or to the right where it is negative. */
+/* Bits of the bytes of the vector at `at`, shifted left by `by`, or right if `by` is negative. */
 INLINE TARGET Bytes NAMED(moved)(const uint8_t *at, int by, int mask) {
     Bytes bytes = NAMED(load)(at);
     Bytes there = by > 0 ? (Bytes)((UWords)bytes << by) : by < 0 ? (Bytes)((UWords)bytes >> -by) : bytes;
     return there & NAMED(splat_byte)(mask);
 }
 
-/* One of the eight vectors of codes of a chunk, or a part of it. */
+/* The part, at `at`, of one of the eight vectors of codes of a chunk. */
 INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
     const int each = 8 / bits, whole = bits * each;
     if (bits == 8) return NAMED(load)(at + vector * VECTOR);
@@ -290,13 +290,13 @@ INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
 
 #define IS_PAIRED(bits, table) (PAIRED && ((table) ? (table) == NARROW : (bits) < 8))
 
-/* FINE: three times a word is 255 * (one byte - 96) + another byte - 127. The other one is multiplied with the upper bytes of
-rows only: what is left out is no more than what their rounding loses. */
+/* FINE: three times a word is 255 * (one byte - 96) + another byte - 127. The other byte is multiplied only with the upper
+bytes of rows: the omitted products are no larger than the rounding errors of rows. */
 #define FINE_BASE 96
 #define FINE_OTHER 127
 
-/* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
-groups of 16 inputs, one after the other; `merged`: all to `upper`, for which groups are to be small. */
+/* Adds the products with a chunk of codes to `upper` and `lower`. `sets`: number of sets of sums, which vectors use
+alternately, or, with groups of 16 inputs, in order. `merged`: adds all products to `upper`, which needs small groups. */
 INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, int merged, const uint8_t *codes,
                                         const Bytes values[2], const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
@@ -353,7 +353,8 @@ INLINE TARGET Floats NAMED(joined)(Ints upper, Ints lower, int merged) {
     return merged ? V(floats)(upper) : V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
 }
 
-/* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
+/* Adds a group to the sums of a row. `total`: the sum of the row's numbers in the group; `zero`: NULL if each zero is -base
+* scale. */
 INLINE TARGET Floats NAMED(with_group)(Floats sums, Floats dot, const float *scale, const float *zero, float base,
                                        float total) {
     if (zero == NULL) return V(fma)(NAMED(load_floats)(scale), dot - V(splat)(base * total), sums);
@@ -366,20 +367,21 @@ INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, int64_t tile, int64
     memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
 }
 
-/* `group`: 16, 32, or 0: more; `values`: the bytes of a table. */
+/* `group`: 16, 32, or 0 for more; `values`: the bytes of a table. */
 INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job,
                                         const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED && table != FINE) ? 2 : 1;
-    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* per group, at most */
     const int merged = group && IS_PAIRED(bits, table);
     const float unit = (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
     const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
     const float base = table == FINE ? FINE_BASE : base_of(weight) - (float)least;
-    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0; /* what an upper byte adds to `base` times totals */
+    /* Factor of the totals of upper bytes, relative to `base` */
+    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0;
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
                      rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride,
                      rows->highs + row * (rows->stride / SUMMED)};
@@ -453,10 +455,10 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const By
     }
 }
 
-/* ---- weights in tiles: codes of four bits for words ---- */
+/* ---- weights in tiles: codes of four bits, multiplied as words ---- */
 
 #if PAIRED
-/* `fine`: tables of words, whose products are sums of 32 bits for 16 inputs only; else of bytes without sign. */
+/* `fine`: tables of words, whose products fit in 32-bit sums of only 16 inputs; else unsigned bytes. */
 INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const GroupedJob *job, const Quantised *rows,
                                      const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
@@ -541,7 +543,8 @@ INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const Grou
 
 /* ---- weights in tiles: codes for floats ---- */
 
-/* Four times as many weights as a vector has, of one of the eight vectors of a chunk: its first input, second and so on. */
+/* Four times as many weights as a vector has numbers, from one of the eight vectors of a chunk: its first inputs, second
+inputs and so on. */
 INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int vector, int part, V(FloatTable) table,
                                     Floats to[4]) {
     if (kind == FLOAT_TABLE) {
@@ -565,8 +568,8 @@ INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int ve
     }
 }
 
-/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits are put where floats have theirs, and a
-number without an exponent is one. The first parts of sums are of outputs with even numbers. */
+/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: the bits of a code are placed at a float's
+bits, and codes without an exponent become denormal floats. The first parts of sums belong to even outputs. */
 #if SCALED
 INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, int64_t stride, int count, int sets,
                                      Floats group[ROWS][4][PARTS]) {
@@ -672,9 +675,9 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
     }
 }
 
-/* ---- what is called ---- */
+/* ---- entry points ---- */
 
-/* `block` with as many of the rows at a time as possible. */
+/* Calls `block` for as many rows at a time as possible. */
 #define FOR_SOME_ROWS(block, ...)                                                             \
     for (int64_t tile = start; tile < end; tile++) {                                             \
         int64_t row = run->row, last = run->row + run->count;                                    \
@@ -752,7 +755,7 @@ FLOATS(float_table, FLOAT_TABLE)
 FLOATS(scaled_e4m3, E4M3)
 
 TARGET static void NAMED(e4m3)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
-    const unsigned mode = _mm_getcsr(); /* numbers without an exponent count, whatever this thread is set to */
+    const unsigned mode = _mm_getcsr(); /* enables denormal numbers, whatever the settings of this thread */
     _mm_setcsr(mode & ~0x8040u);
     NAMED(scaled_e4m3)(job, rows, run, start, end);
     _mm_setcsr(mode);

@@ -1,14 +1,15 @@
-/* What Python calls: addresses and sizes, which splitnet/quant/native.py and splitnet/blocks/fast/native_step.py vouch for. */
+/* The Python functions. They take addresses and sizes, whose validity splitnet/quant/native.py and
+splitnet/blocks/fast/native_step.py guarantee. */
 
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000 /* so that one wheel is for this Python and all later ones */
+#define Py_LIMITED_API 0x030B0000 /* one wheel works with this Python and all later ones */
 #include <Python.h>
 
 #include "converted.h"
 #include "paths.h"
 #include "step.h"
 
-static const Path *path = &plain; /* in use */
+static const Path *path = &plain; /* the path in use */
 
 static int read_numbers(PyObject *const *given, Py_ssize_t count, long long *numbers, int wanted) {
     if (count != wanted) {
@@ -38,8 +39,8 @@ static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
     return 1;
 }
 
-/* Takes (description, tiles, rows, products, count, numbers from row to row, from product to product, experts or 0, how
-many experts there are, threads, whether by plain loops). */
+/* Takes (description, tiles, rows, products, count, distance between rows, distance between products, experts or 0, number
+of experts, threads, whether to use the plain loops). */
 static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[11];
     if (!read_numbers(given, count, numbers, 11)) return NULL;
@@ -97,7 +98,7 @@ static void dequantise_some(const void *given, int64_t part) {
     path->dequantise(weight, tile, output % TILE, left < step ? left : step, job->floats + first * weight->inputs);
 }
 
-/* Takes (description, tiles, indices of outputs or 0: all, how many, floats, threads). */
+/* Takes (description, tiles, indices of outputs or 0 for all, their number, floats, threads). */
 static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[6];
     if (!read_numbers(given, count, numbers, 6)) return NULL;
@@ -118,7 +119,7 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
-/* Takes (description, tiles, how many outputs, numbers, whether they are bfloat16, threads). */
+/* Takes (description, tiles, number of outputs, numbers, whether they are bfloat16, threads). */
 static PyObject *converted(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[6];
     if (!read_numbers(given, count, numbers, 6)) return NULL;
@@ -166,9 +167,9 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
     return multiply_floats(given, count, FLOAT16);
 }
 
-/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, half of the numbers of a head that they turn,
-the order of those that are turned together, bytes of a number that blocks compute with, threads, bits of a stored number of
-keys and of values if it is another). */
+/* Takes (blocks, their number, hidden, positions, stores, indices, cosines, sines, half of the rotated numbers of a head,
+the order of pairs, bytes of a number that blocks compute with, threads, bits of a stored number of keys and of values, or 0
+for the blocks' type). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[14];
     if (!read_numbers(given, count, numbers, 14)) return NULL;
@@ -235,7 +236,7 @@ static PyObject *has_steps(PyObject *self, PyObject *unused) { return PyBool_Fro
 
 static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(path->bfloats != NULL); }
 
-/* Takes the addresses of the three functions of a `Pool`, or three times 0: one thread. */
+/* Takes the addresses of the three functions of a `Pool`, or three zeros for one thread. */
 static PyObject *use_threads(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[3];
     if (!read_numbers(given, count, numbers, 3)) return NULL;

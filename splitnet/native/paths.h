@@ -1,4 +1,4 @@
-/* The table of kernels: for each kind of instructions one path, of which one is in use. */
+/* The table of kernels: one path for each kind of instructions. One path is in use. */
 
 #ifndef SPLITNET_PATHS_H
 #define SPLITNET_PATHS_H
@@ -48,7 +48,7 @@ static int is_here_avxvnni(void) {
 #include "kernels.h"
 #endif
 
-/* The same with the instructions as AVX512 encodes them, so that CPUs without AVX-VNNI can test it. */
+/* As avx-vnni, with AVX512's encoding of the instructions, so that CPUs without AVX-VNNI can test it. */
 #define NAME "avx512-256"
 #define NAMED(name) JOINED(name, evex)
 #define is_here_evex has_vnni

@@ -1,11 +1,11 @@
-/* Products of a few rows with held weights, for CPUs; see splitnet/quant/native.py for what is called how.
+/* Products of a few rows with held weights, for CPUs; splitnet/quant/native.py is the interface to them.
 
 Decoding reads every weight once per step, so these kernels are made to read at the speed of the memory: weights stay
 as they are stored until they are in registers.
 
 Integer weights are multiplied with integers. Each row of activations becomes 16-bit numbers with one scale,
-q = 255 * high + low with high and low in -127..127, so that products of bytes (VNNI) do all the work, and what is lost
-of the activations is 2^-15 of the largest one of the row: outliers cost nothing, unlike with 8 bits. */
+q = 255 * high + low with high and low in -127..127, so that products of bytes (VNNI) do all the work. The rounding error
+of activations is 2^-15 of the row's largest number, so outliers cost almost no precision, unlike with 8 bits. */
 
 #ifndef SPLITNET_PRODUCTS_H
 #define SPLITNET_PRODUCTS_H
@@ -37,23 +37,23 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 
 #define BASE 255
 #define LARGEST (BASE * 127 + 127)
-#define SUMMED 16  /* numbers of a row whose sum is kept */
-#define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
-#define VECTOR 64  /* bytes, as a line of caches */
-#if defined(_MSC_VER) && !defined(__clang__) /* only plain loops */
+#define SUMMED 16  /* numbers of a row per kept sum */
+#define BLOCK 4    /* outputs that are computed at a time, in layouts with one row per output */
+#define VECTOR 64  /* bytes, as a cache line */
+#if defined(_MSC_VER) && !defined(__clang__) /* such compilers build only the plain loops */
 #define INLINE static __forceinline
 #else
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
-/* How kernels ask for weights before they read them, as processors foresee reads within a page only: into which cache, and
-how many bytes ahead where weights lie in the order in which they are read. Processors differ: on Intel ONCE halves the speed.
-splitnet/quant/native.py measures and sets both. */
+/* How kernels prefetch weights: into which cache, and how many bytes ahead where weights are stored in the order of reading.
+Processors predict reads only within a page. Processors differ: on Intel, ONCE halves the speed. splitnet/quant/native.py
+measures and sets both. */
 enum hint { NO_HINT, FIRST_CACHE, SECOND_CACHE, ONCE };
 static int hint = SECOND_CACHE;
 static int64_t ahead = 8192;
 
-/* Asks for some lines. Addresses past the end do no harm. */
+/* Prefetches some lines. Addresses past the end do no harm. */
 INLINE void fetch(const void *at, int64_t count, int64_t stride) {
 #if defined(__GNUC__)
 #define FETCH(kind, level)                                                                                              \
@@ -82,11 +82,11 @@ typedef struct {
     int64_t stride;      /* bytes per row */
     int8_t *high;     /* [count, stride] */
     int8_t *low;      /* [count, stride] */
-    float *steps;     /* what 1 stands for, by row */
-    float *sums;      /* of every 16 numbers, [count, stride / SUMMED] */
-    float *highs;     /* likewise of `high` only */
-    float *pairs;     /* of two of the sums, [count, stride / SUMMED / 2] */
-    int16_t *words;   /* the numbers themselves, [count, stride], of paths that take them so */
+    float *steps;     /* the value of 1, by row */
+    float *sums;      /* sums of every 16 numbers, [count, stride / SUMMED] */
+    float *highs;     /* the same sums of `high` only */
+    float *pairs;     /* sums of two neighbouring sums, [count, stride / SUMMED / 2] */
+    int16_t *words;   /* the numbers as 16 bits, [count, stride], for paths that take words */
 } Quantised;
 
 INLINE float from_bfloat16(uint16_t bits) {
@@ -96,7 +96,7 @@ INLINE float from_bfloat16(uint16_t bits) {
     return value;
 }
 
-/* What the largest one of a row makes 1 stand for. What is no number or infinite must come out so: integers cannot say it. */
+/* The value of 1 in a row, from its largest number. NaN for rows with NaN or infinity, because integers cannot hold them. */
 INLINE float step_of(float largest) { return isfinite(largest) ? largest / LARGEST : NAN; }
 
 INLINE float factor_of(float step) { return step > 0 && isfinite(1 / step) ? 1 / step : 0; }
@@ -116,7 +116,7 @@ INLINE void add_up(const Quantised *to, int64_t row) {
     }
 }
 
-/* ---- any CPU: what the compiler makes of plain loops ---- */
+/* ---- any CPU: plain loops ---- */
 
 static void quantise_plainly(const Job *job, const Quantised *to) {
     for (int64_t index = 0; index < job->count; index++) {
@@ -143,7 +143,7 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
 
 #ifdef HAVE_VNNI
 
-/* Which of 16 numbers there are, where `left` are left of a row. */
+/* Mask of the existing ones of 16 numbers, where `left` numbers are left in a row. */
 INLINE VNNI __mmask16 some_of(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
 VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
@@ -173,8 +173,8 @@ VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
     }
 }
 
-/* Sums of vectors without a reduction of each: pairs are added while they are interleaved. Of four vectors, each quarter
-of the result has the sums of that quarter of theirs; `merge_floats` then adds the quarters of two such results. */
+/* Sums of vectors without a reduction of each vector: pairs are added while they are interleaved. Each quarter of the result
+has the sums of that quarter of the four vectors; `merge_floats` then adds the quarters of two results. */
 INLINE VNNI __m512 float_sums_of_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512d first = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     __m512d second = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
@@ -261,20 +261,20 @@ VNNI static void float16_vnni(const Job *job, const Quantised *rows, int64_t sta
 #endif
 
 
-/* ---- how they are run ---- */
+/* ---- running the kernels ---- */
 
 typedef void (*Kernel)(const Job *, const Quantised *, int64_t, int64_t);
 
 static int has_vnni(void) {
 #ifdef HAVE_VNNI
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni"); /* such CPUs have fma and f16c */
+           __builtin_cpu_supports("avx512vnni"); /* these CPUs also have fma and f16c */
 #else
     return 0;
 #endif
 }
 
-/* Whether it multiplies bfloat16, too, and looks bytes up in tables. */
+/* Whether the CPU also multiplies bfloat16, and looks bytes up in tables. */
 static int has_bfloats(void) {
 #ifdef HAVE_BFLOATS
     return has_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
@@ -283,7 +283,7 @@ static int has_bfloats(void) {
 #endif
 }
 
-/* Whole vectors and groups. */
+/* Inputs, padded to whole vectors and groups. */
 static int64_t padded(int64_t inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
@@ -312,7 +312,8 @@ static void run_some_units(const void *given, int64_t thread) {
     if (start < end) all->kernel(all->job, all->rows, start, end);
 }
 
-/* Cuts the outputs into equal parts, one per thread; `unit`: that a kernel computes at a time. */
+/* Divides the outputs into equal parts, one per thread, in multiples of `unit` outputs, which a kernel computes at a time.
+*/
 static void run(Kernel kernel, const Job *job, const Quantised *rows, int64_t units, int64_t unit) {
     int64_t threads = job->threads < 1 ? 1 : job->threads;
     int64_t share = ((units + threads - 1) / threads + unit - 1) / unit * unit;

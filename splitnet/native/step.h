@@ -1,7 +1,6 @@
-/* New positions through blocks of the usual parts; see splitnet/blocks/fast/native_step.py.
-
-Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16, or as float16, or
-as splitnet/blocks/kv_form.py has them in codes. */
+/* New positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. All computations are in
+float32. Keys and values are stored in the span's type, float32 or bfloat16, or as float16, or in the codes of
+splitnet/blocks/kv_form.py. */
 
 #ifndef SPLITNET_STEP_H
 #define SPLITNET_STEP_H
@@ -14,7 +13,7 @@ as splitnet/blocks/kv_form.py has them in codes. */
 typedef struct {
     int64_t kind;
     const void *weights;
-    const Grouped *description; /* of GROUPED */
+    const Grouped *description; /* for GROUPED */
     const float *bias;  /* or NULL */
     int64_t inputs, outputs;
 } Matrix;
@@ -23,56 +22,58 @@ enum norm { NO_NORM, RMS_NORM, LAYER_NORM };
 
 typedef struct {
     int64_t kind; /* enum norm */
-    const float *weight, *bias; /* the second or NULL */
-    int64_t stride; /* from the weight of a head to that of the next one: 0 where all have the same */
+    const float *weight, *bias; /* `bias` may be NULL */
+    int64_t stride; /* distance between the weights of two heads; 0: all heads have the same weight */
     double epsilon;
 } Norm;
 
 enum activation { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, RELU_SQUARED, XIELU };
 
 typedef struct {
-    Norm before, after;   /* of what attention takes, and of what it gives */
-    Norm between, behind; /* of what the MLP takes, and of what it gives */
+    Norm before, after;   /* of the input and the output of attention */
+    Norm between, behind; /* of the input and the output of the MLP */
     Norm query_norm, key_norm;
-    int64_t parallel;       /* the MLP takes what attention takes, or its own norm of it; else what comes out of attention */
-    double residual;        /* by so much attention and MLP are multiplied before they are added */
-    const float *sinks;     /* a logit of each head that takes part in its softmax and sees nothing, or NULL */
-    const float *slopes;    /* of each head: added to a logit for every position (ALiBi), or NULL */
-    const int64_t *places;  /* where query, key and value of one product have the heads of each, or NULL: of three */
-    double scale, cap, clip; /* of logits; these within the cap, and numbers of heads within the clip; or 0 */
+    int64_t parallel;       /* the MLP has the input of attention, or its own norm of it; else the output of attention */
+    double residual;        /* factor of the outputs of attention and MLP before they are added */
+    const float *sinks;     /* per head, a logit in the softmax that has no value; or NULL */
+    const float *slopes;    /* per head, added to a logit for every position (ALiBi); or NULL */
+    /* If `query` computes all three: the places of the heads of query, key and value in its output; else NULL */
+    const int64_t *places;
+    double scale, cap, clip; /* factor of logits, their soft limit, and the limit of the numbers of heads; 0: no limit */
     int64_t heads, stored_heads, size;
-    int64_t value_size; /* of what attention gives for a head */
-    int64_t rank;       /* of the latents of which keys and values are made, or 0: there are none */
-    int64_t absorbed;   /* these are stored, with what is turned of a key in the place of values */
-    int64_t window; /* positions that one may see, or 0: all */
-    int64_t joined; /* query_norm and key_norm are of all heads together */
-    int64_t late;   /* they come after the rotary embedding */
-    int64_t rope;   /* which one, or -1: none */
+    int64_t value_size; /* of the output of attention, per head */
+    int64_t rank;       /* number of latents from which keys and values are computed, or 0 */
+    int64_t absorbed;   /* latents are stored in place of keys, and the rotated part of keys in place of values */
+    int64_t window; /* positions that a position sees, or 0: all */
+    int64_t joined; /* query_norm and key_norm normalise all heads together */
+    int64_t late;   /* these norms come after the rotary embedding */
+    int64_t rope;   /* index of the rotary embedding, or -1 */
     int64_t activation;
-    double shape[4]; /* of XIELU: alpha of what is positive, of the rest, beta, and what is at most taken for the latter */
-    Matrix query, key, value, out; /* query has the heads of all three, where there are places */
-    Matrix gate, up, down; /* of all positions; without weights where there are experts alone. Without up: gate has its outputs,
-too, or without gate: there is none */
-    Matrix opener; /* one number, of whose sigmoid the output of these is multiplied, or without weights */
+    double shape[4]; /* of XIELU: alpha of positive numbers, alpha of other numbers, beta, and the upper limit for the latter */
+    Matrix query, key, value, out; /* `query` computes all three if there are `places` */
+    /* The MLP of all positions; without weights in blocks with experts alone. If only `up` is missing, `gate` has its
+    outputs, too; if only `gate` is missing, there is no gate */
+    Matrix gate, up, down;
+    Matrix opener; /* one output, whose sigmoid scales the MLP's output; or without weights */
     Norm lowered_norm, latent_norm;
-    Matrix lowered; /* what query takes, before its norm, or without weights: what attention takes */
-    Matrix latent;  /* gives latents, before their norm, and what is turned of a key, which all heads share */
-    Matrix expand;  /* gives by head what is not turned of a key, and its value; of floats where latents are stored */
+    Matrix lowered; /* its normed output is the input of `query`; without weights, `query` has the input of attention */
+    Matrix latent;  /* its output is the latents, before their norm, and the rotated part of keys, which all heads share */
+    Matrix expand;  /* computes, by head, the rest of the key and the value; in floats if latents are stored */
     int64_t experts, chosen; /* 0: there are none */
-    int64_t sigmoid;         /* what makes scores of logits, else softmax */
-    int64_t normalised;      /* the shares of the chosen experts are made to add up to one */
-    int64_t groups, kept;    /* experts are chosen in `kept` of the groups with the best ones */
-    int64_t judges;          /* how many of a group tell how good it is: one or two */
-    int64_t interleaved;     /* gate and up of an expert take turns, else its gate is above its up */
-    const float *correction; /* added to scores to choose, or NULL */
-    double factor;           /* of shares */
-    double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), of gate and up within the limit */
-    Matrix router, inner, outer; /* biases of the last two: [experts, outputs] */
+    int64_t sigmoid;         /* scores are sigmoids of logits, else their softmax */
+    int64_t normalised;      /* the shares of the chosen experts add up to one */
+    int64_t groups, kept;    /* experts are chosen from the `kept` best groups */
+    int64_t judges;          /* how many of a group's best scores are summed to rank it: one or two */
+    int64_t interleaved;     /* gate and up of an expert are interleaved, else its gate comes first */
+    const float *correction; /* added to scores for the choice alone, or NULL */
+    double factor;           /* factor of shares */
+    double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), with gate and up limited by `limit` */
+    Matrix router, inner, outer; /* the biases of the last two are [experts, outputs] */
 } Block;
 
-/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size of one] each. Where these
-are codes, [stored heads, SINKS + RING, size of one] are in_full, as the span computes: the first positions, and behind them
-those from `near_from` on, if they are among the last WINDOW that a position sees. */
+/* The memory of a block for keys and values of a position's sequence: [stored heads, capacity, size] each. With codes,
+`near_keys` and `near_values` are [stored heads, SINKS + RING, size], in full, in the span's type: the first positions,
+followed by the ring, which has the positions from `near_from` on that are among the last WINDOW positions. */
 typedef struct {
     void *keys, *values;
     int64_t capacity;
@@ -80,7 +81,7 @@ typedef struct {
     int64_t near_from;
 } Store;
 
-/* How numbers are stored; codes of a head have their scales behind them. */
+/* The types of stored numbers; with codes, the scales of a head follow its codes. */
 enum stored { KV_BFLOAT16, KV_FLOAT32, KV_FLOAT16, KV_BYTES, KV_NIBBLES };
 
 #define SINKS 4
@@ -88,19 +89,20 @@ enum stored { KV_BFLOAT16, KV_FLOAT32, KV_FLOAT16, KV_BYTES, KV_NIBBLES };
 #define RING 128
 
 typedef struct {
-    float *hidden; /* [count, width], replaced by what comes out */
+    float *hidden; /* [count, width], overwritten with the output */
     int64_t count;
-    const int64_t *indices; /* of the positions in their stores */
+    const int64_t *indices; /* of the positions, in their stores */
     const float *cosines, *sines; /* [ropes, count, half] */
-    int64_t half;    /* half of the numbers of a head that rotary embeddings turn: the first ones, of latents the last */
-    enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
-stand side by side, and after they are turned, too, or apart */
+    int64_t half;    /* half of the rotated numbers of a head: its first numbers, or with latents its last numbers */
+    /* Where the two numbers of a rotated pair lie: APART, half of the rotated numbers are between them; ADJACENT, side by
+    side; PARTED, side by side before the rotation, apart after it */
+    enum { APART, ADJACENT, PARTED } order;
     int stores_floats; /* float32, else bfloat16 */
-    enum stored keys_as, values_as; /* both codes, or neither is */
+    enum stored keys_as, values_as; /* either both are codes, or neither is */
     int threads;
 } Step;
 
-/* bits: 16: float16; 8, 4: codes; 0: as blocks compute. */
+/* bits: 16 for float16; 8, 4 for codes; 0 for the type of blocks. */
 static enum stored stored_by(long long bits, int floats) {
     return bits == 16 ? KV_FLOAT16 : bits == 8 ? KV_BYTES : bits ? KV_NIBBLES : floats ? KV_FLOAT32 : KV_BFLOAT16;
 }
@@ -108,7 +110,7 @@ static enum stored stored_by(long long bits, int floats) {
 /* Cephes' exponential function: error of a unit in the last place. */
 INLINE VNNI __m512 exponential(__m512 x) {
     const __m512 most = _mm512_set1_ps(88.0f), least = _mm512_set1_ps(-103.0f);
-    x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* in this order NaN stays */
+    x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* this order keeps NaN */
     __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693359375f), x);
     rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(-2.12194440e-4f), rest);
@@ -131,7 +133,7 @@ INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
     return _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1));
 }
 
-/* Of a head or of more; `head`: which one. */
+/* Normalises one head or several; `head`: its index. */
 INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, int64_t width, int64_t head) {
     const float *weight = norm->weight + head * norm->stride;
     __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
@@ -202,7 +204,7 @@ INLINE VNNI void store(void *to, int64_t at, const float *values, int64_t size, 
     for (int64_t i = 0; kind == KV_BFLOAT16 && i < size; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof bits);
-        int special = (bits & 0x7f800000) == 0x7f800000; /* which rounding could make a number of */
+        int special = (bits & 0x7f800000) == 0x7f800000; /* infinity or NaN, which rounding could change to a number */
         ((uint16_t *)to)[at + i] = (bits + (special ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16;
     }
 }
@@ -221,13 +223,13 @@ static int64_t kv_code_bytes(int64_t size, enum stored kind) { return kind == KV
 
 static int is_coded(enum stored kind) { return kind >= KV_BYTES; }
 
-/* Of a head. */
+/* For one head. */
 static int64_t kv_bytes(int64_t size, enum stored kind) {
     if (!is_coded(kind)) return size * (kind == KV_FLOAT32 ? 4 : 2);
     return kv_code_bytes(size, kind) + 2 * (size / kv_group(size, kind));
 }
 
-/* Times a Hadamard matrix, by blocks of a power of two. */
+/* Multiplies by a Hadamard matrix, in blocks of a power of two. */
 INLINE VNNI void turn_by_hadamard(float *numbers, int64_t size) {
     int64_t block = size & -size;
     for (int64_t half = 1; half < block; half *= 2)
@@ -252,7 +254,7 @@ INLINE VNNI void set_half(uint8_t *at, float value) {
     memcpy(at, &half, sizeof half);
 }
 
-/* Of turned numbers. A scale that is infinite or no number makes all that it is of no number: an error is seen. */
+/* Encodes rotated numbers. An infinite or NaN scale makes its whole group NaN, so that errors show. */
 VNNI static void encode(const float *numbers, int64_t size, enum stored kind, uint8_t *to) {
     int64_t group = kv_group(size, kind), half = size / 2;
     uint8_t *scales = to + kv_code_bytes(size, kind);
@@ -267,7 +269,8 @@ VNNI static void encode(const float *numbers, int64_t size, enum stored kind, ui
         }
         float sum = _mm512_reduce_add_ps(squares);
         if (kind == KV_BYTES) {
-            set_half(scales, sum - sum != 0 ? NAN : _mm512_reduce_max_ps(most) / 127); /* the largest heeds no NaN */
+            /* The maximum ignores NaN, so `sum` detects it */
+            set_half(scales, sum - sum != 0 ? NAN : _mm512_reduce_max_ps(most) / 127);
             float scale = half_at(scales);
             __m512 unit = _mm512_set1_ps(scale > 0x1p-24f ? scale : 0x1p-24f);
             const __m512i limit = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
@@ -299,7 +302,7 @@ VNNI static void encode(const float *numbers, int64_t size, enum stored kind, ui
     }
 }
 
-/* The other way; they stay turned. */
+/* Decodes numbers, which stay rotated. */
 INLINE VNNI void decode(const uint8_t *codes, int64_t size, enum stored kind, float *to) {
     int64_t shift = __builtin_ctzll(kv_group(size, kind)), groups = size >> shift, half = size / 2;
     const uint8_t *halves = codes + kv_code_bytes(size, kind);
@@ -317,17 +320,18 @@ INLINE VNNI void decode(const uint8_t *codes, int64_t size, enum stored kind, fl
     for (int64_t i = 0; i < half; i += 16) {
         __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
         __m512 lower = _mm512_permutexvar_ps(both, levels), upper = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), levels);
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(lower, _mm512_set1_ps(scales[i >> shift]))); /* four bits of a code count */
+        /* Shuffles use only the lowest four bits of a code */
+        _mm512_storeu_ps(to + i, _mm512_mul_ps(lower, _mm512_set1_ps(scales[i >> shift])));
         _mm512_storeu_ps(to + half + i, _mm512_mul_ps(upper, _mm512_set1_ps(scales[(half + i) >> shift])));
     }
 }
 
-/* Keys, in one part or in two, and values, as some heads of queries see them. */
+/* Keys, in one part or two, and values of the stored head that some query heads share. */
 typedef struct {
-    const void *keys, *rests, *values; /* the second or NULL */
-    int64_t size, rest, value_size; /* numbers of each */
-    int64_t first;                  /* where the sequence begins in them, in positions */
-    const void *near_keys, *near_values; /* where these are codes: of this head, as in `Store` */
+    const void *keys, *rests, *values; /* `rests` may be NULL */
+    int64_t size, rest, value_size; /* numbers per head of each */
+    int64_t first;                  /* index of the sequence's first position in these */
+    const void *near_keys, *near_values; /* with codes: positions in full of this head, as in `Store` */
     int64_t near_from;
     enum stored near_kind;
 } Seen;
@@ -335,7 +339,8 @@ typedef struct {
 /* Positions that are read at a time. */
 #define LINES 16
 
-/* `count` rows of `size` numbers from `first` on, LINES at most; with zeros for those that lack. `room`: for all of them. */
+/* Reads `count` rows of `size` numbers from `first` on, at most LINES, padded with zeros to LINES rows. `room`: memory for
+LINES rows. */
 INLINE VNNI const float *read_lines(const void *from, int64_t first, int64_t count, int64_t size, float *room, enum stored kind) {
     int64_t bytes = kv_bytes(size, kind);
     fetch((const char *)from + first * bytes + ahead, parts_of(LINES * bytes, VECTOR), VECTOR);
@@ -348,7 +353,7 @@ INLINE VNNI const float *read_lines(const void *from, int64_t first, int64_t cou
     return room;
 }
 
-/* Puts what is near in its place, where `room` has what was read of positions from `first` on. */
+/* Replaces decoded positions in `room`, which begins with position `first`, by positions in full. */
 INLINE VNNI void read_near(const Seen *seen, const void *in_full, int64_t first, int64_t count, int64_t size, int64_t from,
                            float *room) {
     int64_t since = from + 1 - WINDOW > seen->near_from ? from + 1 - WINDOW : seen->near_from;
@@ -360,12 +365,12 @@ INLINE VNNI void read_near(const Seen *seen, const void *in_full, int64_t first,
     }
 }
 
-/* The sums of the numbers of 16 vectors. */
+/* The sum of the numbers of each of 16 vectors. */
 INLINE VNNI __m512 sum_each(__m512 *sums) {
     const __m512i evens = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
     const __m512i odds = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     __m512 fours[4];
-    for (int64_t i = 0; i < 4; i++) { /* of each four vectors, one number of each in every lane */
+    for (int64_t i = 0; i < 4; i++) { /* for each four vectors, every lane has one number of each */
         __m512 *of = sums + 4 * i;
         __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
         __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(of[2], of[3]), _mm512_unpackhi_ps(of[2], of[3]));
@@ -377,24 +382,24 @@ INLINE VNNI __m512 sum_each(__m512 *sums) {
     return _mm512_add_ps(_mm512_permutex2var_ps(fours[0], evens, fours[2]), _mm512_permutex2var_ps(fours[0], odds, fours[2]));
 }
 
-/* A part of what a position sees. The results of all are put together as in Dao et al., "Flash-Decoding". */
+/* A part of the positions that a position sees. The results of all parts are merged as in Dao et al., "Flash-Decoding". */
 typedef struct {
-    int64_t begin, end, from; /* positions; the last: the one that sees them */
+    int64_t begin, end, from; /* positions; `from` is the position that sees the part */
 } Reach;
 
-#define PARTS 16     /* at most, of what a position sees, */
+#define PARTS 16     /* maximum number of parts per position, each of LEAST_PART positions or more */
 #define LEAST_PART 1024
 
-/* Positions of a part of so many: as many whatever the number of threads is, so that sums are the same. */
+/* Positions per part, independent of the number of threads, so that sums are always the same. */
 INLINE int64_t part_of(int64_t reach) {
     int64_t part = LEAST_PART;
     while (part * PARTS < reach) part *= 2;
     return part;
 }
 
-/* What the `group` heads of queries from `head` on make of a part: `mixed`, whose weights are relative to the largest logit.
-`found`: [heads, 2]: this one and the sum of the weights. `scores`: [heads, positions of the part in whole LINES], behind room
-for LINES keys or values. */
+/* Attention of the `group` query heads from `head` on to a part. `mixed`: weighted sums of values, with weights relative to
+the largest logit. `found`: [heads, 2]: the largest logit and the sum of the weights. `room`: memory for LINES keys or
+values, followed by scores, [heads, positions of the part in whole LINES]. */
 INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach, int64_t head, int64_t group,
                         const float *queries, float *mixed, float *found, float *room, enum stored keys_as,
                         enum stored values_as) {
@@ -478,8 +483,8 @@ INLINE VNNI void attend(const Block *block, const Seen *seen, const Reach *reach
     }
 }
 
-/* Puts the parts of what a head of queries has seen together, in the place of the first; from part to part there are `stride`
-numbers of `mixed` and `pairs` of `found`. */
+/* Merges the results of all parts for a query head into the first one; parts have a distance of `stride` numbers of `mixed`
+and `pairs` numbers of `found`. */
 VNNI static void join_parts(const Block *block, int64_t head, int64_t parts, int64_t width, float *mixed, int64_t stride,
                             const float *found, int64_t pairs) {
     float sink = block->sinks ? block->sinks[head] : -INFINITY, largest = sink, total = 0;
@@ -498,7 +503,7 @@ VNNI static void join_parts(const Block *block, int64_t head, int64_t parts, int
     }
 }
 
-/* Some rows of floats, each of `width` numbers, as many as a sum takes at a time. */
+/* Rows of floats, `width` numbers each, that are summed at a time. */
 #define ROWS 4
 
 /* The sum of rows, each times its factor. */
@@ -527,7 +532,7 @@ INLINE VNNI void multiply_rows(const void *rows, int64_t at, int64_t count, int6
     }
 }
 
-/* Products of the same rows with some matrices; what these take is made of rows once. */
+/* Products of the same rows with several matrices; each conversion of the rows is done once. */
 INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
                           const Quantised *room, const Step *step) {
     static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni};
@@ -612,14 +617,14 @@ INLINE VNNI __m512 activate(__m512 x, enum activation kind, const double *shape)
         return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(1.59576912f))));
     }
     case GELU_QUICK: return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(x, _mm512_set1_ps(1.702f))));
-    case RELU: return _mm512_max_ps(nothing, x); /* in this order NaN stays */
+    case RELU: return _mm512_max_ps(nothing, x); /* this order keeps NaN */
     case RELU_SQUARED: return _mm512_mul_ps(_mm512_max_ps(nothing, x), _mm512_max_ps(nothing, x));
     case XIELU: return xielu(x, shape);
     default: return _mm512_mul_ps(x, sigmoid(x));
     }
 }
 
-/* The activation of the gate, times what it lets through, or alone where `up` is NULL. `to` may be `gate`. */
+/* The activation of the gate, times `up`; alone if `up` is NULL. `to` may be `gate`. */
 INLINE VNNI void open_as(const float *gate, const float *up, float *to, int64_t count, enum activation kind, const double *shape) {
     for (int64_t i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
@@ -630,7 +635,7 @@ INLINE VNNI void open_as(const float *gate, const float *up, float *to, int64_t 
 }
 
 VNNI static void open_gate(const Block *block, const float *gate, const float *up, float *to, int64_t count) {
-    switch (block->activation) { /* so that the kind is known where it is compiled */
+    switch (block->activation) { /* so that the compiler knows the kind */
     case SILU: open_as(gate, up, to, count, SILU, NULL); break;
     case GELU: open_as(gate, up, to, count, GELU, NULL); break;
     case GELU_TANH: open_as(gate, up, to, count, GELU_TANH, NULL); break;
@@ -638,7 +643,7 @@ VNNI static void open_gate(const Block *block, const float *gate, const float *u
     }
 }
 
-/* The same of an expert, as its family has it. `inner`: its gate and its up. */
+/* The gating of an expert, as its family defines it. `inner`: its gate and up. */
 VNNI static void open_expert(const Block *block, const float *inner, float *gated, int64_t count) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);
@@ -653,14 +658,14 @@ VNNI static void open_expert(const Block *block, const float *inner, float *gate
         } else {
             gate = _mm512_maskz_loadu_ps(mask, inner + i), up = _mm512_maskz_loadu_ps(mask, inner + count + i);
         }
-        gate = _mm512_min_ps(limit, gate), up = _mm512_max_ps(least, _mm512_min_ps(limit, up)); /* so that NaN stays */
+        gate = _mm512_min_ps(limit, gate), up = _mm512_max_ps(least, _mm512_min_ps(limit, up)); /* this order keeps NaN */
         gate = _mm512_mul_ps(gate, sigmoid(_mm512_mul_ps(gate, _mm512_set1_ps((float)block->alpha))));
         gate = _mm512_mul_ps(gate, _mm512_add_ps(up, _mm512_set1_ps((float)block->shift)));
         _mm512_mask_storeu_ps(gated + i, mask, gate);
     }
 }
 
-/* What an expert computes: a position, of which its product counts by so much. */
+/* A position of an expert, and the share of the expert's output. */
 typedef struct {
     int64_t position;
     float share;
@@ -672,7 +677,7 @@ INLINE VNNI int64_t best_of(const float *values, int64_t count) {
     return best;
 }
 
-/* Leaves the groups of experts whose best, or two best, make the most. */
+/* Excludes all groups of experts except the `kept` best ones, ranked by the sum of their best or two best scores. */
 static void keep_groups(const Block *block, float *scores) {
     int64_t size = block->experts / block->groups;
     for (int64_t out = block->groups - block->kept; out > 0; out--) {
@@ -691,7 +696,7 @@ static void keep_groups(const Block *block, float *scores) {
     }
 }
 
-/* The best experts of a position; replaces the logits by their scores. `ranks`: room for as many. */
+/* Chooses the experts of a position; replaces the logits by scores. `ranks`: memory for as many numbers. */
 VNNI static void choose_experts(const Block *block, float *logits, float *ranks, int64_t position, Chosen *chosen,
                                 int64_t *experts) {
     float most = -INFINITY, total = 0, kept = 0;
@@ -719,7 +724,7 @@ VNNI static void choose_experts(const Block *block, float *logits, float *ranks,
         chosen[index].share *= (float)block->factor / (block->normalised ? kept : 1);
 }
 
-/* Products of rows with the weights of their experts, which are sorted. */
+/* Products of rows with the weights of their experts; rows are sorted by expert. */
 VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, int64_t held, int64_t pairs, const float *rows,
                                     float *products, const Quantised *room, Run *runs, int threads) {
     const Grouped *weight = matrix->description;
@@ -739,7 +744,7 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
         add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs, 1);
 }
 
-/* Adds to `sums` what the experts of each position make of it. `memory`: see `memory_of_experts`. */
+/* Adds the output of each position's experts to `sums`. `memory`: see `memory_of_experts`. */
 VNNI static void run_experts(const Block *block, const Step *step, const float *normed, float *sums, const Quantised *room,
                              char *memory) {
     int64_t pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
@@ -753,7 +758,7 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     for (int64_t position = 0; position < step->count; position++)
         choose_experts(block, logits + position * block->experts, ranks, position, chosen + position * block->chosen,
                        experts + position * block->chosen);
-    for (int64_t pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
+    for (int64_t pair = 1; pair < pairs; pair++) { /* insertion sort, because pairs are few */
         Chosen one = chosen[pair];
         int64_t expert = experts[pair];
         int64_t at = pair;
@@ -780,7 +785,7 @@ static size_t memory_of_experts(const Block *block, int64_t count) {
     return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
 }
 
-/* Heads of a position, as they are before they are turned or stored, and `norm` where it comes before that. */
+/* Applies the clip, and `norm` if it comes before the rotary embedding, to the heads of a position. */
 INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, int64_t many, int64_t size) {
     int64_t count = many * size;
     if (norm->kind != NO_NORM && block->joined) normalise(norm, heads, heads, count, 0);
@@ -801,14 +806,14 @@ INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, 
         normalise(norm, heads + head * size, heads + head * size, size, head);
 }
 
-/* Heads of queries that share what they read of stored latents. */
+/* Query heads that share a read of stored latents. */
 #define TOGETHER 4
 
 static int64_t room_to_absorb(const Block *block) {
     return block->absorbed ? TOGETHER * (2 * block->rank + block->latent.outputs - block->rank) : 0;
 }
 
-/* As `attend`, where latents are stored: queries become ones for these, and what is seen of them becomes values. */
+/* As `attend`, for stored latents: queries are mapped to latents, and weighted sums of latents to values. */
 VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, const Reach *reach, int64_t head,
                                    int64_t group, const float *queries, float *mixed, float *found, float *scores, float *room) {
     int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
@@ -838,7 +843,7 @@ typedef struct {
     const Store *stores;
     const Step *step;
     const float *queries;
-    float *mixed, *found, *scores; /* of each part [count, heads, ...]; the last: for each thread `room` numbers */
+    float *mixed, *found, *scores; /* of each part, [count, heads, ...]; `scores`: `room` numbers per thread */
     int64_t room, threads, parts;
 } Attention;
 
@@ -847,7 +852,7 @@ INLINE Reach reach_of(const Block *block, int64_t from) {
     return (Reach){.begin = block->window && from >= block->window ? from + 1 - block->window : 0, .end = from + 1, .from = from};
 }
 
-/* A thread takes neighbours, so that positions of one sequence find what they see in caches. */
+/* A thread takes neighbouring units, so that positions of one sequence share cached keys and values. */
 VNNI static void attend_some(const void *given, int64_t thread) {
     const Attention *all = given;
     const Block *block = all->block;
@@ -881,7 +886,7 @@ VNNI static void attend_some(const void *given, int64_t thread) {
         seen.near_keys = (const char *)where->near_keys + shared * (SINKS + RING) * kv_bytes(size, seen.near_kind);
         seen.near_values = (const char *)where->near_values + shared * (SINKS + RING) * kv_bytes(width, seen.near_kind);
 #define ATTEND(keys, values) attend(block, &seen, &reach, head, group, queries, mixed, found, own, keys, values)
-        switch (step->keys_as) { /* so that it is known where it is compiled */
+        switch (step->keys_as) { /* so that the compiler knows the types */
         case KV_FLOAT32: ATTEND(KV_FLOAT32, KV_FLOAT32); break;
         case KV_FLOAT16: ATTEND(KV_FLOAT16, KV_FLOAT16); break;
         case KV_NIBBLES: ATTEND(KV_NIBBLES, KV_NIBBLES); break;
@@ -894,7 +899,7 @@ VNNI static void attend_some(const void *given, int64_t thread) {
     }
 }
 
-/* Stores the key or the value of a head at a position; codes and what is near are of turned numbers. */
+/* Stores the key or the value of a head at a position. With codes, the codes and the numbers in full are rotated. */
 VNNI static void keep(void *to, void *in_full, int64_t capacity, int64_t head, int64_t index, float *numbers, int64_t size,
                       enum stored kind, const Step *step) {
     enum stored plain = step->stores_floats ? KV_FLOAT32 : KV_BFLOAT16;
@@ -909,7 +914,7 @@ VNNI static void keep(void *to, void *in_full, int64_t capacity, int64_t head, i
     if (index < SINKS) store(in_full, (head * (SINKS + RING) + index) * size, numbers, size, plain);
 }
 
-/* `mixed`, `found`: of so many parts. `scores`: for each thread `room` numbers. */
+/* `mixed`, `found`: memory for `parts` parts. `scores`: `room` numbers per thread. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
                             float *values, float *mixed, float *found, float *scores, int64_t room, int64_t parts) {
     static const Norm none = {.kind = NO_NORM};
@@ -946,8 +951,8 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
     }
 }
 
-/* Query, key and value of normed positions, in a block with latents. Where these are stored, they are the keys, and the values what is turned of a key.
-`latents`: room for them. */
+/* Query, key and value of normed positions, in a block with latents. If latents are stored, they are the keys, and the
+rotated part of keys is the values. `latents`: memory for the latents. */
 VNNI static void make_latent_heads(const Block *block, const Step *step, const float *normed, float *product, float *latents,
                                    float *queries, float *keys, float *values, const Quantised *room) {
     int64_t heads = block->heads, size = block->size, width = block->value_size, count = step->count;
@@ -974,7 +979,7 @@ VNNI static void make_latent_heads(const Block *block, const Step *step, const f
     }
 }
 
-/* Query, key and value of normed positions. `product`: room for all three. */
+/* Query, key and value of normed positions. `product`: memory for all three. */
 VNNI static void make_heads(const Block *block, const Step *step, const float *normed, float *product, float *queries,
                             float *keys, float *values, const Quantised *room) {
     int64_t size = block->size, width = block->query.outputs;
@@ -994,7 +999,7 @@ VNNI static void make_heads(const Block *block, const Step *step, const float *n
     }
 }
 
-/* What the MLP that all positions run through makes of normed ones. `inner`: room for its gate and its up. */
+/* The output of the MLP for normed positions. `inner`: memory for its gate and up. */
 VNNI static void run_mlp(const Block *block, const Step *step, const float *normed, float *product, float *inner,
                          const Quantised *room) {
     int64_t between = block->down.inputs, width = block->down.outputs, count = step->count;
@@ -1019,7 +1024,7 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
         for (int64_t i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
 }
 
-/* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
+/* Runs the positions through the blocks. `stores`: [blocks, positions]. Returns 0 without memory. */
 VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
     int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
     int64_t parts = 1, heads_most = 0;
@@ -1051,7 +1056,7 @@ VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *store
     Job largest = {.count = rows, .inputs = widest > between ? widest : between};
     largest.inputs = of_expert > largest.inputs ? of_expert : largest.inputs;
     largest.inputs = attention > largest.inputs ? attention : largest.inputs;
-    largest.inputs *= 2; /* where rows become bfloat16 */
+    largest.inputs *= 2; /* for rows as bfloat16 */
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     int64_t threads = step->threads < 1 ? 1 : step->threads;

@@ -1,20 +1,20 @@
-/* Threads: those with which torch computes. The kernels link no OpenMP of their own: a second one in a process would have a
-second pool, whose threads and torch's take each other's cores, and not every compiler has one. Python finds torch's
-(splitnet/quant/native.py); without it there is one thread. */
+/* Threads: the kernels use torch's threads. They link no OpenMP themselves, because a second OpenMP in a process would have
+a second pool, whose threads and torch's would compete for cores, and because not every compiler has OpenMP. Python finds
+torch's OpenMP (splitnet/quant/native.py); without it the kernels use one thread. */
 
 #ifndef SPLITNET_THREADS_H
 #define SPLITNET_THREADS_H
 
 #include <stddef.h>
 
-/* Of GCC's interface to OpenMP, which LLVM's and Intel's have, too. */
+/* Functions of GCC's interface to OpenMP, which LLVM's and Intel's OpenMP also have. */
 typedef struct {
     void (*run)(void (*share)(void *), void *given, unsigned threads, unsigned flags); /* GOMP_parallel */
     int (*number)(void);                                                               /* omp_get_thread_num */
     int (*count)(void);                                                                /* omp_get_num_threads */
 } Pool;
 
-static Pool pool; /* empty: none */
+static Pool pool; /* empty: there is no pool */
 
 typedef void (*Task)(const void *job, int64_t part);
 
@@ -24,7 +24,7 @@ typedef struct {
     int64_t parts;
 } Shared;
 
-/* A thread takes neighbours. There may be fewer threads than were asked for. */
+/* Each thread takes neighbouring parts. The pool may have fewer threads than requested. */
 static void run_share(void *given) {
     const Shared *shared = given;
     int64_t threads = pool.count(), thread = pool.number();

@@ -22,7 +22,7 @@ INLINE NEON Ints_128 larger_128(Ints_128 a, Ints_128 b) { return (Ints_128)vmaxq
 INLINE NEON Ints_128 rounded_128(Floats_128 a) { return (Ints_128)vcvtnq_s32_f32((float32x4_t)a); }
 INLINE NEON Floats_128 floats_128(Ints_128 a) { return (Floats_128)vcvtq_f32_s32((int32x4_t)a); }
 
-/* Four numbers of a byte or two as numbers of 32 bits. */
+/* Four numbers of one or two bytes as numbers of 32 bits. */
 INLINE NEON Ints_128 from_uint8_128(const void *at) {
     uint32_t bytes;
     memcpy(&bytes, at, sizeof bytes);
@@ -49,13 +49,13 @@ INLINE NEON void store_int8_128(int8_t *to, Ints_128 numbers) {
     memcpy(to, &bytes, sizeof bytes);
 }
 
-/* The sums of each of four vectors. */
+/* The sum of each of four vectors. */
 INLINE NEON void store_sums_128(float *to, const Floats_128 *sums) {
     float32x4_t first = vpaddq_f32((float32x4_t)sums[0], (float32x4_t)sums[1]);
     vst1q_f32(to, vpaddq_f32(first, vpaddq_f32((float32x4_t)sums[2], (float32x4_t)sums[3])));
 }
 
-/* What bytes of 0 to 15 stand for in a table of 16. */
+/* The bytes of a table of 16 for indices of 0 to 15. */
 INLINE NEON Bytes_128 look_up_128(Bytes_128 table, Bytes_128 places) {
     return (Bytes_128)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)places);
 }
@@ -67,13 +67,13 @@ INLINE NEON FloatTable_128 float_table_128(const float *at) {
     return (FloatTable_128){{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
 }
 
-/* Of places only the last four bits count. */
+/* Only the last four bits of indices count. */
 INLINE NEON Floats_128 look_up_float_128(FloatTable_128 table, Ints_128 places) {
     Ints_128 bytes = (places & splat_int_128(15)) * splat_int_128(0x04040404) + splat_int_128(0x03020100);
     return (Floats_128)vqtbl4q_u8(table, (uint8x16_t)bytes);
 }
 
-/* Of codes with sign. */
+/* For signed codes. */
 INLINE DOTPROD Ints_128 dot_dotprod(Ints_128 sums, Bytes_128 codes, Bytes_128 numbers) {
     return (Ints_128)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, (int8x16_t)numbers);
 }

@@ -1,4 +1,4 @@
-"""In which form a span holds the weights of its linear layers, and what it computes in: chosen by the device."""
+"""Chooses the weight format of a span's linear layers, and the type that blocks compute in, by the device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from splitnet.quant.stored import Layout, as_dtype
 
 AUTO = "auto"
 INTEGERS = ("int8", "int4")
-KINDS = ("float32", "bfloat16", "float16", *INTEGERS)  # what weights may be held as, by name
-STORED = "stored"  # held in the codes of the checkpoint
-_MOST_INPUTS = 2**16  # of kernels with a scale for each output, so that sums of products of bytes stay within 32 bits
+KINDS = ("float32", "bfloat16", "float16", *INTEGERS)  # the weight formats that a user may name
+STORED = "stored"  # the codes of the checkpoint
+# Inputs of kernels with one scale per output: with more, sums of products of bytes could exceed 32 bits.
+_MOST_INPUTS = 2**16
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What the weight of a linear layer is brought into."""
+    """The format into which the weight of a linear layer is converted."""
 
     numbers: torch.dtype | Layout
-    """A type of floats; int8, of which floats are made at every call; or the layout of codes in tiles."""
-    narrows: bool = False  # bfloat16 takes the place of float16 where only that is exact
+    """A float type; int8, from which floats are made at every call; or the layout of codes in tiles."""
+    narrows: bool = False  # bfloat16 is taken instead of float16 for weights that it holds exactly
 
     def fits(self, outputs: int, inputs: int) -> bool:
         if not isinstance(self.numbers, Layout):
@@ -43,9 +44,9 @@ class WeightFormat:
         return outputs * inputs * self.numbers.itemsize + scales
 
     def of(self, weight: Tensor) -> WeightForm | None:
-        """Brings a weight into this format, on its device; None if its values do not allow it.
+        """Converts a weight into this format, on its device; None if its values do not allow it.
 
-        `weight`: `[outputs, inputs]`, float32; it is left alone and not kept.
+        `weight`: `[outputs, inputs]`, float32; it is neither changed nor kept.
         """
         if isinstance(self.numbers, Layout):
             codes = integer_codes(weight, self.numbers)
@@ -67,11 +68,13 @@ class Weights:
     """How the blocks of a span hold their weights.
 
     Attributes:
-        kind: one of `KINDS`, of the linear layers that fit it; or `STORED`.
-        dtype: what blocks compute in, which is the type of everything else: activations, KV caches, norms, experts.
-        forms: of a linear layer, the first that fits it; where none does, it stays in `dtype`, or in its codes.
-        as_stored: where the checkpoint has codes, these are kept, whatever `forms` would fit.
-        exact: no layer was rounded to `kind`, so that blocks compute as with weights in `dtype`; known once loaded.
+        kind: one of `KINDS`, for the linear layers that fit it; or `STORED`.
+        dtype: the type that blocks compute in, which is the type of everything else: activations, KV caches, norms,
+            experts.
+        forms: a linear layer has the first of these formats that fits it; if none fits, the layer stays in `dtype`, or
+            in its codes.
+        as_stored: codes of the checkpoint are kept, even if one of `forms` would fit.
+        exact: no layer was rounded to `kind`, so blocks compute the results of weights in `dtype`; known after loading.
     """
 
     kind: str
@@ -83,30 +86,32 @@ class Weights:
 
     @property
     def keeps_codes(self) -> bool:
-        """Whether layers that the checkpoint has in codes, and that none of `forms` takes, keep them."""
+        """Whether layers that the checkpoint has in codes keep their codes if none of `forms` fits."""
         return self.as_stored or bool(self.forms)
 
     @property
     def text(self) -> str:
-        """Which numbers, and behind a slash what blocks compute in if that is another type, as in `int8/float32`."""
+        """The weight format, and after a slash the type that blocks compute in if it differs, such as
+        `int8/float32`."""
         computes = name_of(self.dtype)
         return computes if self.kind == computes or self.exact else f"{self.kind}/{computes}"
 
     def form_for(self, outputs: int, inputs: int) -> WeightFormat | None:
-        """The form of a linear layer of these sizes; None: it stays as it is."""
+        """The format of a linear layer of these sizes; None: it is not converted."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)
 
     def layout_of_experts(self, inputs: int) -> Layout | None:
-        """What experts with so many inputs are brought into; None: they stay as they are loaded."""
+        """The layout into which experts with `inputs` inputs are converted; None: they are not converted."""
         layout = {"int4": INT4, "int8": INT8}.get(self.kind)
         return layout if layout is not None and inputs % max(1, layout.group) == 0 else None
 
     def as_loaded(self, held: Iterable[Any]) -> Weights:
-        """The same where the forms of all layers are known, among anything else in `held`."""
+        """The same with the facts that are known once all layers are loaded. `held`: the layers' forms, among other
+        objects."""
         is_stored = self.kind.startswith(STORED)
         forms = [form for form in held if isinstance(form, WeightForm)]
         floats = [form for form in forms if isinstance(form, FloatForm)]
-        # Codes of the checkpoint lose nothing; others are made of numbers.
+        # Codes of the checkpoint lose nothing; other codes are rounded from numbers.
         if not floats or not all(form.exact for form in (floats if is_stored else forms)):
             return self
         if is_stored:
@@ -115,11 +120,12 @@ class Weights:
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)
 
     def plain(self) -> Weights:
-        """The same with all weights that are not in codes in the type that blocks compute in."""
+        """The same, with all weights that are not in codes in the type that blocks compute in."""
         return replace(self, kind=name_of(self.dtype), forms=())
 
 
-_MOST_WIDENED = 1.25  # times the bytes that "auto" takes to compute in a wider type than that of the checkpoint
+# Maximum growth of the bytes of blocks for which "auto" computes in a wider type than that of the checkpoint.
+_MOST_WIDENED = 1.25
 
 
 def choose_weights(
@@ -129,17 +135,19 @@ def choose_weights(
     device: torch.device,
     held_bytes: Callable[[Weights], int] | None = None,
 ) -> Weights:
-    """What the weights of a checkpoint are held as.
+    """Chooses how the weights of a checkpoint are held.
 
     Args:
-        kind: one of `KINDS`: all that fits it; "auto": as `dtype`, or float16 for float32 where CPUs decode faster so;
-            None: as `dtype`. With both of these, weights that the checkpoint has in codes keep them.
-        dtype: what blocks shall compute in; None: what goes with `kind`, else as they are stored.
-        stored: the type in the checkpoint; of codes, that of the numbers that they stand for.
-        held_bytes: what blocks take if they are held so. With it, "auto" computes in a wider type only where that takes
-            little more: experts, of which some models mostly consist, are held in what blocks compute in.
+        kind: one of `KINDS`, for all layers that fit it; "auto": as `dtype`, or float16 instead of float32 where CPUs
+            then decode faster; None: as `dtype`. With "auto" and None, weights that the checkpoint has in codes keep
+            them.
+        dtype: the type that blocks compute in; None: the type that suits `kind`, else the type of the stored weights.
+        stored: the type in the checkpoint; for codes, the type of the numbers that they encode.
+        held_bytes: gives the bytes of blocks that are held in a certain way. With it, "auto" computes in a wider type
+            only if the bytes grow little: experts, most of the weights of some models, are held in the type that blocks
+            compute in.
 
-    Raises WeightsError if there is no such kind, or it does not go with `dtype`, ValueError if there is no such type.
+    Raises WeightsError if the kind is unknown, or contradicts `dtype`, ValueError if there is no such type.
     """
     wished = as_dtype(dtype)
     if kind is None:
@@ -147,8 +155,8 @@ def choose_weights(
     if kind == AUTO:
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
-            computes = torch.float32  # three times as fast, as no steps in halves are compiled, and no less exact
-        # Decoding reads all weights for every token: half of the bytes are twice as fast, where a kernel reads them.
+            computes = torch.float32  # three times as fast, because no steps in float16 are compiled, and no less exact
+        # Decoding reads all weights for every token, so a kernel that reads half of the bytes is twice as fast.
         halves = computes == torch.float32 and _reads_halves_fast(device)
         fastest = _of_kind("float16" if halves else name_of(computes), computes, stored, device)
         chosen = replace(fastest, forms=(NARROW,) if halves else fastest.forms, as_stored=True, device=device)
@@ -168,7 +176,7 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
         return Weights(kind, wished or stored, (INT4_TILES,) if kind == "int4" else eight)
     held = as_dtype(kind)
     assert held is not None
-    if wished is None:  # half precision is what CPUs hold but do not compute in
+    if wished is None:  # CPUs hold half precision but do not compute in it
         wished = torch.float32 if held == torch.float16 and device.type == "cpu" else held
     if held == wished:
         return Weights(kind, held)
@@ -185,5 +193,5 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _reads_halves_fast(device: torch.device) -> bool:
-    """Whether kernels multiply with float16 in less time than with float32: that was measured on x86."""
+    """Whether kernels multiply with float16 in less time than with float32: measured on x86."""
     return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and has_float_kernels()

@@ -1,4 +1,4 @@
-"""A device: its clock, copies to and from it, and the memory that it has."""
+"""The clock of a device, copies to and from it, and its memory."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _TRIED_SIZE, _TRIED_PRODUCTS = 1024, 8
 
 
 def seconds_after_work(device: torch.device) -> float:
-    """`time.perf_counter()` once the device has done all that it was given: calls for a GPU return before that."""
+    """`time.perf_counter()` after the device has finished its work: calls for a GPU return before that."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch:
-    """Measures from now to `stop` what a device takes for what this thread gives it: on CUDA by events, so that `stop`
-    does not wait; elsewhere by the clock."""
+    """Measures the time that a device needs for this thread's work, from creation to `stop`: on CUDA by events, so that
+    `stop` does not wait; elsewhere by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,7 +54,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """What was measured; waits until the device has done it."""
+        """The measured time; waits until the device has finished."""
         if self._events is None:
             return self._ended - self._began
         self._events[1].synchronize()
@@ -62,7 +62,7 @@ class Stopwatch:
 
 
 def milliseconds(device: torch.device, work: Callable[[], object], times: int) -> float:
-    """The least that `work` takes of some times, after one that does not count."""
+    """The least time of `work` in `times` runs, after one run that does not count."""
     work()
     found: list[float] = []
     for _ in range(times):
@@ -80,7 +80,7 @@ def _event() -> torch.cuda.Event:
 
 @cache
 def _events_tell(device: torch.device) -> bool:
-    """Whether events of a device measure what its work takes by the clock."""
+    """Whether a device's events measure the same time as the clock."""
     if device.type != "cuda":
         return False
     try:
@@ -95,41 +95,42 @@ def _events_tell(device: torch.device) -> bool:
         by_clock = (seconds_after_work(device) - before) * 1000
         by_events = began.elapsed_time(ended)
         fault = None if by_clock / 10 <= by_events <= 1.1 * by_clock else f"{by_events:.3g} ms for {by_clock:.3g}"
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         fault = first_line(error)
     if fault is not None:
-        log.warning("compute times on %s are those of the clock, as its events do not tell them: %s", device, fault)
+        log.warning("compute times on %s are measured by the clock, as its events are wrong: %s", device, fault)
     return fault is None
 
 
 def end_threads() -> None:
-    """Ends the threads that help this one to compute; when it computes again, it gets new ones. Others keep theirs.
+    """Ends the threads that help this thread to compute; its next computation starts new ones. Other threads keep their
+    helpers.
 
-    libgomp, which torch brings for Linux, has threads for each one that computes. Where they are more than the
-    processors, they sleep when they have nothing to do, and a decode step takes up to four times as long.
+    libgomp, which torch brings for Linux, starts helper threads for each computing thread. If they outnumber the
+    processors, idle helpers sleep, and a decode step takes up to four times as long.
     """
     pause = getattr(linked_with_torch(), "omp_pause_resource_all", None)
     if pause is not None:
-        pause(1)  # `omp_pause_soft`: what was set stays
+        pause(1)  # `omp_pause_soft`: keeps the settings
 
 
 @cache
 def linked_with_torch() -> ctypes.CDLL | None:
-    """What torch itself was linked with, its OpenMP too; None: such a torch does not tell."""
+    """The library that torch was linked with, including its OpenMP; None: this torch does not reveal it."""
     with suppress(AttributeError, OSError):
         return ctypes.CDLL(torch._C.__file__)
     return None
 
 
 def put(values: Tensor, into: Tensor) -> None:
-    """Copies `values`, of the CPU, in the type of `into`. What is given to the device later finds them there."""
+    """Copies `values` from the CPU to `into`, in the type of `into`. Later work on the device sees the copy."""
     pinned = _pinned(into.device, values.shape, into.dtype)
-    # torch gives pinned memory to others only when the copy is done.
+    # torch reuses pinned memory only after the copy is done.
     into.copy_(values if pinned is None else pinned.copy_(values), non_blocking=pinned is not None)
 
 
 def to_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """As `values.to(device, dtype)`, of which no gradient is wanted."""
+    """As `values.to(device, dtype)`, for tensors without gradients."""
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device=device, dtype=dtype)
     found = torch.empty(values.shape, dtype=dtype, device=device)
@@ -138,7 +139,7 @@ def to_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 def to_host(values: Tensor) -> Tensor:
-    """As `values.cpu()`: all of them are there when it returns."""
+    """As `values.cpu()`: the copy is complete when the function returns."""
     pinned = _pinned(values.device, values.shape, values.dtype)
     if pinned is None:
         return values.cpu()
@@ -148,15 +149,15 @@ def to_host(values: Tensor) -> Tensor:
 
 
 def _wait(device: torch.device) -> None:
-    """Until the device has done what this thread's stream gave it, which is the one that copies."""
+    """Waits for this thread's stream, which does the copies."""
     torch.cuda.current_stream(device).record_event().synchronize()
 
 
 def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """Memory to copy to or from that device; None: it is to be done as usual."""
+    """Pinned memory for copies to or from a device; None: copy without pinned memory."""
     try:
         return _allocated(shape, dtype) if _pins(device) else None
-    except RuntimeError as error:  # the system has no more of it
+    except RuntimeError as error:  # the system has no more pinned memory
         return _warn(device, first_line(error))
 
 
@@ -166,7 +167,7 @@ def _allocated(shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _pins(device: torch.device) -> bool:
-    """Whether what is copied there and back through pinned memory comes back as it was."""
+    """Whether data that is copied to a device and back through pinned memory stays the same."""
     if device.type != "cuda":
         return False
     try:
@@ -175,8 +176,8 @@ def _pins(device: torch.device) -> bool:
         there.copy_(_allocated(given.shape, given.dtype).copy_(given), non_blocking=True)
         back.copy_(there, non_blocking=True)
         _wait(device)
-        fault = None if torch.equal(back, given) else "what was copied came back otherwise"
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
+        fault = None if torch.equal(back, given) else "a copy came back changed"
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         fault = first_line(error)
     if fault is not None:
         _warn(device, fault)
@@ -189,7 +190,7 @@ def _warn(device: torch.device, fault: str) -> None:
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Bytes that can still be allocated on a device: on a CPU, what the system says is available to new programs."""
+    """Bytes that can still be allocated on a device: on a CPU, the memory that the system offers to new programs."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -204,23 +205,25 @@ def free_memory(device: str | torch.device) -> int:
 
 
 _LARGE_PAGE = 2**21
-WORTH_LARGE_PAGES = 8 * _LARGE_PAGE  # bytes; of less, the C library has pieces that were used before
-_ROOM = 32 * _LARGE_PAGE  # bytes of address space that small weights share; written pages alone take memory
+# Bytes from which a tensor gets large pages; for smaller tensors the C library reuses pieces of freed memory.
+WORTH_LARGE_PAGES = 8 * _LARGE_PAGE
+_ROOM = 32 * _LARGE_PAGE  # bytes of address space that small weights share; only written pages take memory
 _sharing = threading.Lock()
-_shared = torch.empty(0, dtype=torch.uint8)  # what is left of the room for small weights
+_shared = torch.empty(0, dtype=torch.uint8)  # the unused part of the room for small weights
 
 
 def in_large_pages(rows: int, row_bytes: int) -> Tensor:
-    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them. One may hold several small weights.
+    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them. A large page may hold several small
+    weights.
 
-    The processor remembers where some thousand pages are; of small ones all weights have many times more. Raises
-    MemoryError if the system has no more.
+    The processor caches the addresses of some thousand pages; with small pages all weights have many times more pages.
+    Raises MemoryError if the system has no more memory.
     """
     size = rows * row_bytes
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, row_bytes, dtype=torch.uint8)
     global _shared
-    # Weights that a caller loads in inference mode share it with others.
+    # Weights that a caller loads in inference mode share the room with other weights.
     with torch.inference_mode(False), _sharing:
         if size > _ROOM // 4:
             return _mapped(size)[:size].view(rows, row_bytes)
@@ -231,18 +234,18 @@ def in_large_pages(rows: int, row_bytes: int) -> Tensor:
 
 
 def new_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """As `like.new_empty(shape)`, on a CPU in large pages where that is many of them: see `in_large_pages`."""
+    """As `like.new_empty(shape)`; on a CPU in large pages if the tensor fills many of them: see `in_large_pages`."""
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < WORTH_LARGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     try:
         return _mapped(size)[:size].view(like.dtype).view(*shape)
-    except MemoryError:  # or too many pieces of it
+    except MemoryError:  # also raised if there are too many mappings
         return like.new_empty(shape)
 
 
 def move_to_large_pages(block: nn.Module) -> None:
-    """Moves the parameters of a block that are on a CPU."""
+    """Moves the parameters of a block on a CPU to large pages."""
     for parameter in block.parameters():
         if parameter.device.type == "cpu":
             room = in_large_pages(1, parameter.nbytes)[0].view(parameter.dtype).view(parameter.shape)
@@ -251,21 +254,21 @@ def move_to_large_pages(block: nn.Module) -> None:
 
 
 def _mapped(size: int) -> Tensor:
-    """So many bytes and more, from the beginning of a large page on."""
+    """At least `size` bytes, from the beginning of a large page."""
     try:
         memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"the system has no {size} bytes") from error
     mapped = torch.frombuffer(memory, dtype=torch.uint8)
     begin = -mapped.data_ptr() % _LARGE_PAGE
-    with suppress(OSError):  # a kernel without them; a last page that is not full stays small
+    with suppress(OSError):  # a kernel without large pages; a last page that is not full stays small
         memory.madvise(mmap.MADV_HUGEPAGE, begin, size // _LARGE_PAGE * _LARGE_PAGE)
     return mapped[begin : begin + -(-size // _LARGE_PAGE) * _LARGE_PAGE]
 
 
 def give_back_memory() -> None:
-    """Gives the memory of objects that are not needed any more, as blocks in cycles, back to the system: the collector
-    does not free what was frozen, and the C library keeps pieces that the next blocks may not fit into."""
+    """Returns the memory of unused objects, such as blocks in reference cycles, to the system. The collector ignores
+    frozen objects, so they are unfrozen; the C library would keep pieces that are too small for the next blocks."""
     global _shared
     with _sharing:
         _shared = _shared[:0].clone()
@@ -278,20 +281,20 @@ def give_back_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Gives what is free within the C library back to the system: after a long pass that is some hundred MiB."""
+    """Returns free memory of the C library to the system: some hundred MiB after a long pass."""
     trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of `malloc.h` of glibc
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from `malloc.h` of glibc
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep some of what a pass frees for the next one, in this whole process.
+    """Makes the C library keep some of the memory that a pass frees for the next pass, in this whole process.
 
-    What glibc gives back to the system, that hands out again page by page: a quarter of a prefill, and more. Set is the
-    most that glibc would learn to keep, unless the environment says what to do.
+    The system hands memory from glibc out again page by page, which costs a quarter of a prefill or more. The values
+    are the largest that glibc would learn itself. They are not set if the environment configures malloc.
     """
     told = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc" in told or "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
@@ -303,8 +306,8 @@ def keep_freed_memory() -> None:
 
 
 def _of_c_library(name: str) -> Any:
-    """A function of glibc; None: there is another C library."""
-    with suppress(TypeError, OSError):  # on Windows none is named by None
+    """A function of glibc; None: this is another C library."""
+    with suppress(TypeError, OSError):  # on Windows `CDLL(None)` raises TypeError
         return getattr(ctypes.CDLL(None), name, None)
     return None
 
@@ -327,8 +330,8 @@ def _available_on_windows() -> int | None:
 
 
 def _available_on_linux(root: Path = Path("/")) -> int | None:
-    """What the kernel says is available, or less if a control group (of a container or a unit) leaves less. root: where
-    the files of the system are."""
+    """The memory that the kernel reports as available, or less if a control group (of a container or a unit) leaves
+    less. root: folder of the system's files."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -340,9 +343,9 @@ def _available_on_linux(root: Path = Path("/")) -> int | None:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups that bound the memory of this process, in both versions: its own group and the groups above
-    it, as far as they are mounted."""
-    paths: dict[str, str] = {}  # of the own group, by the type of the mount
+    """Folders of the control groups that bound the memory of this process, in both versions: its own group and the
+    groups above it, as far as they are mounted."""
+    paths: dict[str, str] = {}  # of the process's own group, by the type of the mount
     try:
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -352,20 +355,21 @@ def _control_groups(root: Path) -> Iterator[Path]:
             where, _, what = line.partition(" - ")
             kind, *_, options = what.split()
             if kind in paths and (kind == "cgroup2" or "memory" in options.split(",")):
-                # A space stands there as \040.
+                # In this file a space is \040.
                 top, point = (re.sub(r"\\(\d{3})", lambda n: chr(int(n[1], 8)), each) for each in where.split()[3:5])
                 folder, own = root / point.lstrip("/"), PurePosixPath(paths[kind])
-                # Another namespace than that of the mount shows paths that do not lead there.
+                # In another namespace than the mount's, paths do not lead to the group.
                 is_below = own.is_relative_to(top) and ".." not in own.parts
                 yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
-    except (OSError, ValueError):  # a system that does not tell, or not so
+    except (OSError, ValueError):  # the system has no such files, or in another format
         return
 
 
 def _left_in(group: Path) -> Iterator[int]:
-    """Bytes that each limit of a control group leaves; the kernel takes back the cache of files that are not in use."""
+    """The bytes that each limit of a control group leaves. The cache of unused files counts as free, because the kernel
+    takes it back."""
     for limit, used, reclaimed in _LIMITS:
-        with suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
+        with suppress(OSError, ValueError):  # files of the other version are missing; "max" is no number
             statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
             yield (
                 int((group / limit).read_text(encoding="ascii"))
@@ -383,7 +387,8 @@ _LIMITS = (
 
 @contextmanager
 def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.device) -> Iterator[None]:
-    """Refuses to load what cannot fit, and turns the allocator's errors into OutOfMemory with how many blocks would."""
+    """Refuses blocks that cannot fit, and turns the allocator's errors into OutOfMemory with the number of blocks that
+    would fit."""
     free = free_memory(device)
     fitting = min(end - start, free // block_bytes)
     advice = f"at most {fitting} fit: use --blocks {start}:{start + fitting}" if fitting else "not even one fits"
@@ -402,6 +407,6 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. Torch raises some of these errors as a bare RuntimeError."""
+    """Whether an allocation failed. torch raises some of these errors as a bare RuntimeError."""
     by_type = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return by_type or any(text in str(error) for text in ("allocate memory", "out of memory"))

@@ -1,8 +1,9 @@
-"""Experts whose weights are held in codes, for every family whose experts transformers runs through one interface.
+"""Experts that hold their weights in codes, for every family whose experts transformers runs through one interface.
 
-Such a class (`transformers.integrations.moe.use_experts_implementation`) says how its tensors lie and how it gates, so
-one way to run experts is enough. A decode step reads the experts that were chosen and no others; the positions of a
-prefill are sorted by expert. On GPUs, experts in floats are run by torch's grouped product where that is proven right.
+A class with this interface (`transformers.integrations.moe.use_experts_implementation`) declares the layout of its
+tensors and its gating, so one implementation serves all families. A decode step reads only the chosen experts; the
+positions of a prefill are sorted by expert. On GPUs, torch's grouped product runs experts in floats where a test proves
+it right.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from splitnet.quant.stored import PackedTensor
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
-"""How far a row may be from that of the family's own code, relative to its size: both are rounded in half precision. If
-one of its four experts is another, it is off by more."""
+"""Maximum error of a row, relative to the norm of the family's own result: both are rounded to half precision. One
+wrong expert among a row's four causes a larger error."""
 
 _GROUPED, _OWN = "grouped_mm", "eager"
 _ROWS = 1, 33, 132
@@ -37,13 +38,13 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_exper
 
 
 class QuantizedExperts(nn.Module):
-    """Stands before a family's own class of experts, for those of its weights that are held in codes."""
+    """Base class, before a family's own class of experts, for experts with weights that are held in codes."""
 
     held: nn.ModuleDict
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`, each through its experts: `top_k_index`, int64, and their
-        shares `top_k_weights`, both `[positions, chosen]`."""
+        """Runs each position through its experts: `[positions, hidden]` -> `[positions, hidden]`. The chosen experts
+        `top_k_index`, int64, and their shares `top_k_weights` are `[positions, chosen]`."""
         own: Any = self
         positions, chosen = top_k_index.shape
         experts, order = top_k_index.flatten().sort(stable=True)
@@ -62,7 +63,7 @@ class QuantizedExperts(nn.Module):
         own: Any = self
         if name in self.held:
             product: Any = multiply_by_expert(own.held[name], rows, experts)
-        else:  # the one of two that came in floats
+        else:  # this weight came in floats, the other in codes
             weight = getattr(self, name)
             lies = weight.transpose(1, 2) if own.is_transposed else weight
             product = torch.cat([rows[of] @ lies[expert].T for expert, of in runs(experts)])
@@ -70,7 +71,7 @@ class QuantizedExperts(nn.Module):
 
 
 def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) -> None:
-    """Holds one weight of experts that `can_hold_experts` in the codes that it came in, a `PackedTensor`."""
+    """Holds one weight of experts, a `PackedTensor` that `can_hold_experts` accepts, in its codes."""
     own: Any = experts
     stored: Any = own.get_parameter(name).detach()
     if not isinstance(experts, QuantizedExperts):
@@ -78,23 +79,23 @@ def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) 
         own.held = nn.ModuleDict()
     own.held[name] = hold_experts(stored.transpose(1, 2) if own.is_transposed else stored, device)
     delattr(experts, name)
-    # For those who only look at it. The stored one would keep the files mapped.
+    # For code that only inspects the weight. The stored weight would keep the files mapped.
     experts.__dict__[name] = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
 def is_weight_of_experts(layer: nn.Module, name: str) -> bool:
-    """Whether it is a weight of experts that are run as transformers' interface for them has it."""
+    """Whether a parameter is a weight of experts that implement transformers' interface."""
     return name in _WEIGHTS and all(hasattr(layer, attribute) for attribute in _INTERFACE)
 
 
 def can_hold_experts(layer: nn.Module, name: str, stored: PackedTensor) -> bool:
-    """Whether it is such a weight, and its codes lie along its inputs."""
+    """Whether a parameter is a weight of experts whose codes lie along its inputs."""
     own: Any = layer
     return is_weight_of_experts(layer, name) and stored.stacked and stored.transposed == own.is_transposed
 
 
 def weights_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """The weights of experts in a block: path, weight, and whether it is `[experts, inputs, outputs]`."""
+    """The weights of experts in a block: path, weight, and whether the weight is `[experts, inputs, outputs]`."""
     for path, layer in block.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
             if is_weight_of_experts(layer, name):
@@ -133,7 +134,7 @@ def _multiplied(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Nothing is kept for the way back but the weights in their form."""
+    """Rows times the weights of their experts. For the backward pass only the held weights are kept."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, experts: Tensor, form: JoinedForm) -> Tensor:
@@ -151,8 +152,8 @@ class _Product(torch.autograd.Function):
 
 @torch.inference_mode()
 def prove_grouped_product(model: nn.Module) -> None:
-    """Has experts on a GPU run by the family's own code where the grouped product is wrong, or slower for one row and
-    for many."""
+    """Makes experts on a GPU run the family's own code where the grouped product is wrong, or slower for one row and
+    for many rows."""
     experts: list[Any] = [module for module in model.modules() if _is_grouped(module)]
     if not experts:
         return
@@ -160,7 +161,7 @@ def prove_grouped_product(model: nn.Module) -> None:
     try:
         fault = next((fault for module in experts if (fault := fault_of(module)) is not None), None)
         pays = fault is None and any(_is_faster(experts[0], count) for count in (_ROWS[0], _ROWS[-1]))
-    except Exception as error:  # there is no kernel, or no memory to try it
+    except Exception as error:  # there is no kernel, or too little memory to try it
         fault, pays = first_line(error), False
     if fault is not None:
         log.warning("experts on %s run one by one, as torch's grouped product cannot be used: %s", device, fault)
@@ -170,12 +171,12 @@ def prove_grouped_product(model: nn.Module) -> None:
 
 
 def fault_of(experts: Any) -> str | None:
-    """What is wrong with the grouped product of these experts; None: nothing."""
+    """The first error found in the grouped product of these experts; None: there is none."""
     for count in _ROWS:
         given = _given(experts, count)
         got, exact = experts(*given).float(), type(experts).forward.__wrapped__(experts, *given).float()
         away = (got - exact).norm(dim=1) / exact.norm(dim=1)
-        if not bool((away <= TOLERANCE).all()):  # nor if it is no number
+        if not bool((away <= TOLERANCE).all()):  # also true if the error is NaN
             return f"{count} rows are off by {float(away.max()):.3g} of their size"
     return None
 
@@ -193,7 +194,7 @@ def _is_grouped(module: Any) -> bool:
 
 
 def _given(experts: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, the experts of each, and their shares; not all experts have rows."""
+    """Rows, the experts of each row, and their shares; a quarter of the experts have no rows."""
     weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
     width = weight.shape[1 if experts.is_transposed else 2]
     noise = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Forms in which the weight of a linear layer may be held: floats of a narrower type, int8 and int4."""
+"""Formats in which the weight of a linear layer may be held: floats of a narrower type, int8 and int4."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from splitnet.quant.device import in_large_pages
 from splitnet.quant.native import has_float_kernels, has_kernel_for, multiply_floats
 from splitnet.quant.stored import Codes, Kind, Layout
 
-FLOATS_FROM = 64  # rows from which this is faster than splitnet's kernel for floats of 16 bits
-PLAIN_LOOPS_FROM = 24  # the same of the kernels for any CPU
-_PART, _WHOLE = (
-    2**20,
-    64,
-)  # weights of a part, and what its outputs are a multiple of: mkldnn computes so many at a time
+# Rows from which torch's product with floats is faster than splitnet's kernel for 16-bit floats.
+FLOATS_FROM = 64
+PLAIN_LOOPS_FROM = 24  # the same for the plain loops, which run on any CPU
+# Weights of a part; its outputs are a multiple of the second number, the outputs that mkldnn computes at a time.
+_PART, _WHOLE = 2**20, 64
 
 
 @cache
 def type_for_many() -> torch.dtype:
-    """In which type this CPU multiplies many rows faster: bfloat16 if it has instructions for it, else float32."""
+    """The type in which this CPU multiplies many rows faster: bfloat16 if it has instructions for it, else float32."""
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def outputs_at_a_time(inputs: int) -> int:
-    """How many outputs of a weight a part shall have."""
+    """The number of outputs in one part of a weight with `inputs` inputs."""
     return max(1, _PART // (inputs * _WHOLE)) * _WHOLE
 
 
 def multiply_by_parts(rows: Tensor, outputs: int, parts: Iterable[Tensor]) -> Tensor:
-    """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`; the `parts` of the weight, each
-    `[some outputs, inputs]` in the type in which to multiply, are used one after the other."""
+    """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`. `parts` gives the weight as tensors `[some outputs,
+    inputs]`, in order, each in the type in which it is multiplied."""
     products = rows.new_empty(len(rows), outputs)
     begin = 0
     for part in parts:
@@ -46,14 +45,14 @@ def multiply_by_parts(rows: Tensor, outputs: int, parts: Iterable[Tensor]) -> Te
 
 
 class WeightForm(nn.Module):
-    """A frozen weight `[outputs, inputs]`. Its tensors are buffers, so that they follow the model to its device:
-    persistent ones, as transformers fills others anew when it has loaded a model."""
+    """A frozen weight `[outputs, inputs]`. Its tensors are buffers, so that they follow the model to its device; the
+    buffers are persistent, because transformers initialises other buffers anew after loading."""
 
-    exact: bool = False  # whether it is known to stand for exactly the values that it was made of
+    exact: bool = False  # whether the held weight equals the values from which it was made
 
     @property
     def alone_as_together(self) -> bool:
-        """Whether a row, of a few, gives the same whatever others are with it."""
+        """Whether a row in a product of few rows has the same result whichever other rows are in the product."""
         return False
 
     def multiply(self, rows: Tensor) -> Tensor:
@@ -61,18 +60,18 @@ class WeightForm(nn.Module):
         raise NotImplementedError
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
+        """The weight as numbers, `[outputs, inputs]`: a new tensor at every call."""
         raise NotImplementedError
 
     def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The same in pieces, one below the other, `[some outputs, inputs]`; each is there until the next is asked for.
+        """The same in pieces `[some outputs, inputs]`, in order. A piece is valid until the next piece is requested.
 
-        They are small where the form can be made floats a part at a time.
+        The pieces are small where the format can be converted to floats in parts.
         """
         yield self.dequantised(dtype)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
-        """`[rows, outputs]` -> `[rows, inputs]`, in the type of `gradient`: the way back through `multiply`."""
+        """Gradient of `multiply` by its rows: `[rows, outputs]` -> `[rows, inputs]`, in the type of `gradient`."""
         found: Tensor | None = None
         begin = 0
         for piece in self.pieces(gradient.dtype):
@@ -86,8 +85,8 @@ class WeightForm(nn.Module):
 class FloatForm(WeightForm):
     """Numbers of a float type, `[outputs, inputs]`; `exact`: no value was rounded.
 
-    Kernels for CPUs multiply few rows with 16 bits as they are, and sum in float32. Else the weight is converted at
-    every call: correct on every device, fast on none.
+    Kernels for CPUs multiply few rows with the 16-bit numbers directly, and sum in float32. In other cases the weight
+    is converted at every call, which is correct on every device and fast on none.
     """
 
     def __init__(self, weight: Tensor, *, exact: bool = False) -> None:
@@ -98,7 +97,7 @@ class FloatForm(WeightForm):
 
     @classmethod
     def of(cls, weight: Tensor, dtype: torch.dtype, *, exact: bool = False) -> Self | None:
-        """A copy of a weight as numbers of `dtype`; None: a value is out of its range, or no number."""
+        """A copy of a weight as numbers of `dtype`; None: a value is out of the type's range, or NaN."""
         if not bool(weight.abs().max() <= torch.finfo(dtype).max):
             return None
         if weight.device.type != "cpu" or not has_float_kernels():
@@ -110,7 +109,7 @@ class FloatForm(WeightForm):
     def narrowest(cls, weight: Tensor) -> Self | None:
         """A float32 weight as bfloat16 or float16 if one of them is exact, else as float16; None as in `of`."""
         for dtype in (torch.bfloat16, torch.float16):
-            # Most weights are told by their first row.
+            # For most weights, the first row shows whether the type is exact.
             if all(torch.equal(part.to(dtype).float(), part) for part in (weight[:1], weight)):
                 return cls.of(weight, dtype, exact=True)
         return cls.of(weight, torch.float16)
@@ -138,12 +137,14 @@ def _split(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another type. From one half precision to the other, torch's loops for CPUs are eight times slower than two."""
+    """Converts to another type. From float16 to bfloat16 or back, two conversions through float32 are eight times
+    faster than one on CPUs."""
     halves = weight.dtype != dtype and weight.element_size() == dtype.itemsize
     return weight.float().to(dtype) if halves else weight.to(dtype)
 
 
-GROUP = 32  # inputs of int4 that share a scale and a zero; larger groups would take a little less memory and lose more
+# Inputs of int4 that share a scale and a zero; larger groups would save little memory and lose more precision.
+GROUP = 32
 _MIDDLE, _LARGEST_INT4, _LARGEST_INT8 = 8, 15, 127
 _SCALE = torch.bfloat16
 
@@ -154,7 +155,7 @@ INT8 = Layout(8, 0, Kind.BFLOAT16, offset=128)
 class ScaledForm(WeightForm):
     """Codes `[outputs, inputs]` of eight bits, and a scale for each output, `[outputs]`.
 
-    The weight is made anew at every call, in the type of the rows; see `splitnet.quant.gpu` for kernels of GPUs.
+    Every call converts the weight to the type of the rows; see `splitnet.quant.gpu` for kernels of GPUs.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
@@ -170,7 +171,7 @@ class ScaledForm(WeightForm):
         largest = weight.abs().amax(dim=1)
         if not bool(torch.isfinite(largest).all()):
             return None
-        # The codes are those for the scale as it is stored, or its rounding would stretch the whole row.
+        # The codes are computed with the stored, rounded scale: otherwise its rounding would stretch the whole row.
         scales = (largest / _LARGEST_INT8).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
         codes = (weight / scales.float()[:, None]).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8)
         return cls(codes.to(torch.int8), scales)
@@ -204,7 +205,7 @@ def _int4_codes(weight: Tensor) -> Codes | None:
     low, high = values.amin(-1), values.amax(-1)
     if not bool(torch.isfinite(high - low).all()):
         return None
-    # The codes are those for scale and zero as they are stored.
+    # The codes are computed with scale and zero as they are stored, after rounding.
     scales = ((high - low) / _LARGEST_INT4).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
     zeros = (low + _MIDDLE * scales.float()).to(_SCALE)
     codes = (values - zeros.float()[..., None]).div_(scales.float()[..., None]).add_(_MIDDLE)

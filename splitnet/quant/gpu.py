@@ -1,8 +1,8 @@
-"""Weights as torch's own kernels for GPUs read them, in the place of those that are made anew at every call.
+"""Weights in the layouts of torch's own kernels for GPUs, in place of weights that every call converts to floats.
 
-Which of these kernels there are depends on the device, on torch and on sizes, and some were never seen here. So each
-form proves itself on its device when it is made: it must multiply as the plain product with the same weight does, and
-sooner. If not, the layer stays as it was, and the log says why.
+Which kernels exist depends on the device, on torch and on sizes, and some could not be tested here. So each form is
+tested on its device when it is made: its products must equal the plain products with the same weight, and be faster. If
+not, the layer stays as it was, and the log gives the reason.
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ from splitnet.quant.stored import Codes, Kind, Layout, number_of, unpack_nibbles
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
-"""Of products, relative to their size: rows, scales and sums are rounded to bfloat16, each by 2^-9 at most. A wrong
-order of weights is off by about 1."""
+"""Maximum error of products, relative to their norm: rows, scales and sums are rounded to bfloat16, each by at most
+2^-9. A wrong order of weights causes an error of about 1."""
 
-INT4_MANY = 64  # rows from which int4 is made floats: torch's kernel reads the weight again for every 16
+# Rows from which int4 is converted to floats: torch's kernel reads the weight again for every 16 rows.
+INT4_MANY = 64
 _PROOF_ROWS, _TIMED_CALLS = 33, 10
 _GROUPS = (256, 128, 64, 32)  # inputs that may share a scale in torch's kernels for int4
 _BLOCKS = ((8, 128), (8, 64), (8, 32), (16, 128), (16, 64), (16, 32), (1, 16), (64, 1), (32, 1), (16, 1))
-"""Outputs and inputs of the blocks in which kernels may order int4: CUDA's, ROCm's, MPS's, those of CPUs."""
+"""Outputs and inputs of the blocks in which kernels may order int4: blocks of CUDA, ROCm, MPS and CPUs."""
 
 _PROBED = 128, 256
 _FP8_LARGEST = 448.0
-_INT16 = 32512.0  # 127 * 256, for rows as int8 in two parts
+_INT16 = 32512.0  # 127 * 256: the largest number in a row that is split into two int8 parts
 _INT8_ROWS, _INT8_MULTIPLE = 32, 8  # `torch._int_mm` takes no fewer than 17 rows on CUDA
 
 
 class DeviceInt4(WeightForm):
-    """Four bits, multiplied in bfloat16 (on MPS in what blocks compute in) with scales and zeros rounded to that."""
+    """Four bits, multiplied in bfloat16 (on MPS in the type that blocks compute in), with scales and zeros rounded to
+    that type."""
 
     def __init__(self, packed: Tensor, scales_and_zeros: Tensor, blocks: _Blocks) -> None:
         super().__init__()
@@ -57,8 +59,8 @@ class DeviceInt4(WeightForm):
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
-        """Ways to hold a weight for blocks that compute in `dtype`, the likeliest first; none, if it is for other
-        weights. Raises RuntimeError if torch has no such kernel for this device, these sizes or this type."""
+        """Ways to hold a weight for blocks that compute in `dtype`, the likeliest first; none if the format is for
+        other weights. Raises RuntimeError if torch has no such kernel for this device, these sizes or this type."""
         device = codes.codes.device
         outputs, inputs = codes.codes.shape
         group = layout.group or next((size for size in _GROUPS if inputs % size == 0), 0)
@@ -66,7 +68,7 @@ class DeviceInt4(WeightForm):
             return
         if device.type != "mps":
             if dtype == torch.float32:
-                return  # which keeps more of the rows than the kernel does
+                return  # float32 blocks keep more precision of the rows than the kernel does
             dtype = torch.bfloat16
         scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or inputs)
         if layout.zero is Kind.CODES:
@@ -82,7 +84,7 @@ class DeviceInt4(WeightForm):
         for even_first in (True, False):
             blocks = _Blocks.of(device, width, even_first)
             if blocks is None:
-                raise RuntimeError("its kernel orders weights in a way that is not known")
+                raise RuntimeError("its kernel orders weights in an unknown way")
             if outputs % blocks.outputs == 0 and inputs % blocks.inputs == 0:
                 yield cls(_pack_int4(codes.codes, width, even_first), both, blocks)
 
@@ -101,8 +103,8 @@ class DeviceInt4(WeightForm):
 
 
 class _Blocks:
-    """The order in which a kernel has weights of four bits: the same in all blocks of some outputs and inputs, where
-    `places` has for each weight in which half of which byte it is."""
+    """The order in which a kernel stores weights of four bits. It is the same in all blocks of `outputs` by `inputs`
+    weights; `places` gives the half byte of each weight."""
 
     def __init__(self, outputs: int, inputs: int, places: Tensor) -> None:
         self.outputs, self.inputs = outputs, inputs
@@ -111,7 +113,7 @@ class _Blocks:
     @classmethod
     @cache
     def of(cls, device: torch.device, width: int, even_first: bool) -> _Blocks | None:
-        """Found by packing numbers; None: it is none of those that are known."""
+        """Finds the order by packing known numbers; None: the order is unknown."""
         outputs, inputs = _PROBED
         for high, wide in _BLOCKS:
             within = torch.arange(high * wide, device=device).view(high, wide)
@@ -153,7 +155,7 @@ def _pack_int4(codes: Tensor, width: int, even_first: bool) -> Tensor:
 
 
 class DeviceInt8(ScaledForm):
-    """Codes are int8: integers are multiplied, with 16 bits of rows in two parts; on MPS rows stay as they are."""
+    """int8 codes, multiplied as integers; rows have 16 bits in two parts. On MPS rows are not converted."""
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
@@ -179,7 +181,7 @@ class DeviceInt8(ScaledForm):
 
 
 class DeviceFp8(ScaledForm):
-    """Codes are E4M3, and multiplied as such; rows are sums of two such numbers: eight bits."""
+    """E4M3 codes, multiplied as such; a row is the sum of two E4M3 numbers, which have eight bits together."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
@@ -201,7 +203,7 @@ class DeviceFp8(ScaledForm):
         steps = given.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(_FP8_LARGEST)
         given = given / steps
         upper = given.to(torch.float8_e4m3fn)
-        # What is left is a sixteenth at most, and would be among the smallest numbers, which have fewer bits.
+        # The remainder is at most a sixteenth, where E4M3 has fewer bits, so it is multiplied by 16.
         lower = given.sub_(upper.float()).mul_(16).to(torch.float8_e4m3fn)
         both = torch.cat((upper.view(torch.uint8), lower.view(torch.uint8))).view(torch.float8_e4m3fn)
         aten: Any = torch.ops.aten
@@ -214,8 +216,8 @@ FORMS: tuple[type[DeviceInt4 | DeviceInt8 | DeviceFp8], ...] = (DeviceInt4, Devi
 
 
 def use_device_kernels(model: nn.Module, dtype: torch.dtype) -> None:
-    """Has linear layers of a model on a GPU, which computes in `dtype`, multiply by its kernels where that is proven
-    and pays."""
+    """Makes linear layers of a model on a GPU use its kernels where these are correct and faster. `dtype`: the type
+    that the model computes in."""
     holders = [module.held for module in model.modules() if isinstance(getattr(module, "held", None), WeightForm)]
     counts = {id(held): sum(other is held for other in holders) for held in holders}
     for layer in model.modules():
@@ -230,7 +232,7 @@ def _on_gpu(layer: QuantizedLinear) -> bool:
 
 
 def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
-    """The form of these codes that a kernel of their device multiplies; None: there is none that does it right."""
+    """A form of these codes that a kernel of their device multiplies correctly; None: there is none."""
     found = _codes_of(held)
     if found is None:
         return None
@@ -241,7 +243,7 @@ def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
             for made in form.candidates(layout, codes, dtype):
                 if (fault := fault_of(made, codes.floats(layout), dtype)) is None:
                     return made
-        except (RuntimeError, AttributeError) as error:  # there is no kernel, or no memory to try it
+        except (RuntimeError, AttributeError) as error:  # there is no kernel, or too little memory to try it
             fault = first_line(error)
         if fault is not None:
             _warn(form.__name__.removeprefix("Device").lower(), codes.codes.device, fault)
@@ -249,7 +251,7 @@ def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
 
 
 def fault_of(made: WeightForm, weight: Tensor, dtype: torch.dtype) -> str | None:
-    """What is wrong with products of a form that stands for `weight`, `[outputs, inputs]` float32; None: nothing."""
+    """The first error in products of a form of `weight`, `[outputs, inputs]` float32; None: there is none."""
     noise = torch.Generator().manual_seed(0)
     rows = torch.randn(_PROOF_ROWS, weight.shape[1], generator=noise).to(weight.device, dtype)
     expected = linear(rows.float(), weight)
@@ -261,7 +263,7 @@ def fault_of(made: WeightForm, weight: Tensor, dtype: torch.dtype) -> str | None
     }
     for name, (got, exact) in trials.items():
         away, size = float((got.float() - exact).norm()), float(exact.norm())
-        if not away <= TOLERANCE * size:  # nor if it is no number
+        if not away <= TOLERANCE * size:  # also true if the error is NaN
             return f"{name}: the product is off by {away:.3g} of {size:.3g}"
     return None
 
@@ -275,13 +277,13 @@ def _codes_of(held: WeightForm) -> tuple[Layout, Codes] | None:
 
 
 def _is_faster(made: WeightForm, held: WeightForm, inputs: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a row takes less time so; measured once for each shape."""
+    """Whether a product of one row is faster with `made`; measured once for each shape."""
     shape = (type(made).__name__, sum(tensor.nbytes for tensor in made.buffers()), inputs, device, dtype)
     if shape not in _faster:
         row = torch.ones(1, inputs, device=device, dtype=dtype)
         after, before = _ms(made, row), _ms(held, row)
         _faster[shape] = after < before
-        text = "%s on %s, a row of %d inputs: %.3f ms, %.3f ms if made anew"
+        text = "%s on %s, a row of %d inputs: %.3f ms, %.3f ms if converted at every call"
         log.info(text, type(made).__name__, device, inputs, after, before)
     return _faster[shape]
 
@@ -295,4 +297,4 @@ def _ms(form: WeightForm, row: Tensor) -> float:
 
 @cache
 def _warn(kind: str, device: torch.device, fault: str) -> None:
-    log.warning("%s on %s is made anew at every call, as torch's kernel cannot be used: %s", kind, device, fault)
+    log.warning("%s on %s is converted at every call, as torch's kernel cannot be used: %s", kind, device, fault)

@@ -1,4 +1,4 @@
-"""Weights held in the codes in which a checkpoint stores them: layers, embeddings and experts."""
+"""Layers, embeddings and experts whose weights keep the codes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
 from splitnet.quant.tiles import CHUNK, TILE, TileLayout
 
 EXPERTS_FROM = 32
-"""Rows of one expert from which it is made anew, as products of more in float32 by a kernel are slower."""
+"""Rows of one expert from which its weight is converted to floats, because a kernel in float32 is slower."""
 
 _INT8_FROM, _INTEGERS_FROM, _OTHERS_FROM = 32, 48, 24
-"""The same of weights with a scale for each output, of integers and of floats in groups: by the kernels for CPUs with
-VNNI, where these multiply bfloat16 faster than float32. Others gain nothing."""
+"""The same limits for three kinds of weights: with one scale per output, of integers in groups, and of floats in
+groups. They are for CPUs with VNNI that multiply bfloat16 faster than float32; other CPUs gain nothing."""
 
-_PIECE = 2**20  # weights that are brought into tiles at a time
-GATHERED_ROWS = 8  # up to so many rows of experts, devices other than CPUs make a weight anew for each
-_LARGE_PIECE = 2**24  # weights that are made floats at a time on devices other than CPUs
+_PIECE = 2**20  # weights that are packed into tiles at a time
+# Maximum rows of experts for which devices other than CPUs convert a weight for each row.
+GATHERED_ROWS = 8
+_LARGE_PIECE = 2**24  # weights that are converted to floats at a time on devices other than CPUs
 
 
 class BlockQuantWeight(WeightForm):
     """Codes in tiles.
 
     Args:
-        outputs: how many there are; the last tile is filled up.
+        outputs: number of outputs; the last tile is padded.
         tiles: `[tiles, order.tile_bytes]`, uint8.
-        rounds_rows: many rows are rounded to bfloat16 where the CPU multiplies that faster, whatever type they have:
-            of integers with a scale for each output, whose codes are exact in it.
+        rounds_rows: many rows of any type are rounded to bfloat16 where the CPU multiplies it faster. This is for
+            integers with one scale per output, whose codes bfloat16 holds exactly.
     """
 
     def __init__(self, order: TileLayout, outputs: int, tiles: Tensor, *, rounds_rows: bool = False) -> None:
@@ -59,17 +60,17 @@ class BlockQuantWeight(WeightForm):
 
     @classmethod
     def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device, *, rounds_rows: bool = False) -> Self:
-        """Holds codes that stand one below the other. Raises UnsupportedModel if such a layout cannot be held."""
+        """Holds codes of consecutive outputs. Raises UnsupportedModel if such a layout cannot be held."""
         order, tiles = _tiles_of(layout, codes)
         return cls(order, sum(len(some.codes) for some in codes), tiles.to(device), rounds_rows=rounds_rows)
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether there is a kernel for its products that is made for this CPU."""
+        """Whether this CPU has a fast kernel for its products."""
         return self.order.has_fast_kernel and self.tiles.device.type == "cpu" and kernels_here() is Kernels.FAST
 
     @property
-    def alone_as_together(self) -> bool:  # of fewer rows than `PLAIN_LOOPS_FROM`
+    def alone_as_together(self) -> bool:  # for fewer rows than `PLAIN_LOOPS_FROM`
         return self._has_kernel
 
     @property
@@ -77,7 +78,7 @@ class BlockQuantWeight(WeightForm):
         return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
 
     def many_from(self, dtype: torch.dtype) -> int:
-        """From so many rows of a type on `multiply_many` is faster than a kernel."""
+        """The number of rows of a type from which `multiply_many` is faster than a kernel."""
         if not (has_fast_kernels() if self._rounds_rows else self.has_fast_kernel):
             return PLAIN_LOOPS_FROM
         if torch.bfloat16 != type_for_many() or (dtype != torch.bfloat16 and not self._rounds_rows):
@@ -92,10 +93,10 @@ class BlockQuantWeight(WeightForm):
     def multiply_into(self, products: Tensor, rows: Tensor, experts: Tensor | None = None, held: int = 0) -> None:
         """Sets `products`, `[rows, outputs]`, which may be columns of a wider tensor, in the type of the rows.
 
-        `experts`: of each row, int64, where the tiles are those of `held` experts. Raises IndexError if there is no
-        such expert.
+        `experts`: the expert of each row, int64, where `tiles` has the weights of `held` experts. Raises IndexError for
+        an unknown expert.
         """
-        # The caller that sorts rows by expert has counted them.
+        # The caller that sorts rows by expert has already chosen between the kernel and `multiply_many`.
         by_kernel = len(rows) < self.many_from(rows.dtype) or (experts is not None and self.has_fast_kernel)
         if self._has_kernel and by_kernel:
             given = rows.float()
@@ -112,11 +113,12 @@ class BlockQuantWeight(WeightForm):
             return
         for index, of in [(0, slice(None))] if experts is None else runs(experts):
             if experts is not None and not 0 <= index < held:
-                raise IndexError(f"there are {held} experts, and a row is for another")
+                raise IndexError(f"there are {held} experts, and a row is for an unknown one")
             products[of] = self.multiply_many(rows[of], index)
 
     def _multiply_gathered(self, products: Tensor, rows: Tensor, experts: Tensor) -> None:
-        """Makes the weight of its expert anew for each row, so that the host need not wait to know which these are."""
+        """Converts the weight of each row's expert to floats, so that the host need not wait for the experts'
+        numbers."""
         tiles = -(-self.outputs // TILE)
         by_expert = self.tiles.view(-1, tiles, self.order.tile_bytes)
         begin = 0
@@ -128,9 +130,10 @@ class BlockQuantWeight(WeightForm):
             begin += count
 
     def multiply_many(self, rows: Tensor, expert: int = 0) -> Tensor:
-        """`multiply` by making the weight anew, that of an expert where the tiles are those of several."""
+        """As `multiply`, but converts the weight to floats; `expert`: whose weight, where the tiles are those of
+        several experts."""
         if self._rounds_rows and self._has_kernel:
-            # Codes are exact in bfloat16, numbers would not be.
+            # bfloat16 holds the codes exactly, but not the scaled numbers.
             parts = self.pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
             scales = self.tiles[:, : TILE * torch.bfloat16.itemsize].view(torch.bfloat16).flatten()[: self.outputs]
             return multiply_by_parts(rows, self.outputs, parts).mul_(scales)
@@ -139,14 +142,15 @@ class BlockQuantWeight(WeightForm):
         return multiply_by_parts(rows, self.outputs, self.pieces(dtype, expert))
 
     def dequantised(self, dtype: torch.dtype, expert: int = 0) -> Tensor:
-        """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
+        """The weight as numbers, `[outputs, inputs]`; `expert`: whose weight, where the tiles are those of several
+        experts."""
         found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
         for piece, place in zip(self.pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
             place.copy_(piece)
         return found
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights of some outputs, `[len(indices), inputs]`: what an embedding looks up."""
+        """The weights of some outputs, `[len(indices), inputs]`, as an embedding needs them."""
         found = torch.empty(len(indices), self.inputs, dtype=torch.float32, device=self.tiles.device)
         if self._has_kernel:
             dequantise_grouped(self.description, self.tiles, found, indices)
@@ -159,15 +163,15 @@ class BlockQuantWeight(WeightForm):
         return found.to(dtype)
 
     def _piece_tiles(self) -> int:
-        """How many tiles are made floats at a time."""
+        """The number of tiles that are converted to floats at a time."""
         if self.tiles.device.type == "cpu":
             return outputs_at_a_time(self.inputs) // TILE
         return max(1, _LARGE_PIECE // (TILE * self.inputs))
 
     def pieces(self, dtype: torch.dtype, expert: int = 0, description: Tensor | None = None) -> Iterator[Tensor]:
-        """The weight in floats, some outputs at a time. A piece is there until the next one is asked for.
+        """The weight in floats, some outputs at a time. A piece is valid until the next piece is requested.
 
-        `description`: what kernels take in the place of its own.
+        `description`: replaces the weight's own description for kernels.
         """
         tiles = -(-self.outputs // TILE)
         halves = dtype == torch.bfloat16 and self.has_fast_kernel and multiplies_bfloat16()
@@ -187,8 +191,8 @@ class BlockQuantWeight(WeightForm):
 
 
 class JoinedForm(WeightForm):
-    """One weight, or those of many experts, each `[outputs, inputs]`, in parts of different layouts: one below the
-    other, with `experts` times as many tiles as those of one weight."""
+    """One weight, or the weights of many experts, each `[outputs, inputs]`, in parts of different layouts. Each part
+    has the tiles of its outputs for all experts."""
 
     def __init__(self, parts: Sequence[BlockQuantWeight], experts: int = 1) -> None:
         super().__init__()
@@ -201,14 +205,14 @@ class JoinedForm(WeightForm):
         return all(part.alone_as_together for part in self.parts)
 
     def many_from(self, dtype: torch.dtype) -> int:
-        """From so many rows of an expert on `multiply_many` is faster than a kernel."""
+        """The number of rows of an expert from which `multiply_many` is faster than a kernel."""
         return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self.parts))
 
     def multiply(self, rows: Tensor, experts: Tensor | None = None) -> Tensor:
-        """`[n, inputs]` -> `[n, outputs]`, in the type of `rows`: each row times the weight of its own expert.
+        """`[n, inputs]` -> `[n, outputs]`, in the type of `rows`: each row times the weight of its expert.
 
-        Rows of an expert that follow each other read it once. `experts`: `[n]`, int64; None: there is one weight.
-        Raises IndexError if there is no such expert.
+        Consecutive rows of an expert read its weight once. `experts`: `[n]`, int64; None: there is one weight. Raises
+        IndexError for an unknown expert.
         """
         products = rows.new_empty(len(rows), self.outputs)
         for part, columns in self._places():
@@ -216,11 +220,12 @@ class JoinedForm(WeightForm):
         return products
 
     def multiply_many(self, rows: Tensor, expert: int) -> Tensor:
-        """Many rows of one expert, by making its weight anew."""
+        """Multiplies many rows of one expert, by converting its weight to floats."""
         return torch.cat([part.multiply_many(rows, expert) for part in self.parts], dim=-1)
 
     def dequantised(self, dtype: torch.dtype, expert: int = 0) -> Tensor:
-        """The weight of one, `[outputs, inputs]`: a new tensor. Raises IndexError if there is no such expert."""
+        """The weight of one expert as numbers, `[outputs, inputs]`: a new tensor. Raises IndexError for an unknown
+        expert."""
         if not 0 <= expert < self.experts:
             raise IndexError(f"there are {self.experts} experts, and {expert} is asked for")
         return torch.cat([part.dequantised(dtype, expert) for part in self.parts])
@@ -238,7 +243,7 @@ class JoinedForm(WeightForm):
         return found
 
     def _places(self) -> Iterator[tuple[BlockQuantWeight, slice]]:
-        """Each part with its place among the outputs."""
+        """Each part with its slice of the outputs."""
         begin = 0
         for part in self.parts:
             yield part, slice(begin, begin + part.outputs)
@@ -246,7 +251,7 @@ class JoinedForm(WeightForm):
 
 
 def runs(experts: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert with the rows that are its own and follow each other."""
+    """Each run of consecutive rows with the same expert: the expert and its rows."""
     begin = 0
     for expert, count in torch.stack(experts.unique_consecutive(return_counts=True)).T.tolist():
         yield expert, slice(begin, begin + count)
@@ -254,12 +259,12 @@ def runs(experts: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
-    """Bytes that `hold_stored` takes for a weight. Raises UnsupportedModel if such a layout cannot be held."""
+    """Bytes of a weight that `hold_stored` holds. Raises UnsupportedModel if such a layout cannot be held."""
     return -(-outputs // TILE) * TileLayout.of(layout, inputs).tile_bytes
 
 
 def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> BlockQuantWeight | JoinedForm:
-    """Holds matrices that stand one below the other in the codes that they are stored in.
+    """Holds matrices of consecutive outputs in the codes in which they are stored.
 
     Raises UnsupportedModel if a layout cannot be held.
     """
@@ -271,14 +276,14 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Block
 
 
 def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
-    """Holds the weights of experts; they are read one at a time. Whether `stored` is transposed does not matter.
+    """Holds the weights of experts, which are read one at a time. `stored` may be transposed or not.
 
-    Raises UnsupportedModel if a layout cannot be held, or experts differ in theirs.
+    Raises UnsupportedModel if a layout cannot be held, or the layouts of experts differ.
     """
     kinds = [[(matrix.layout, matrix.shape) for matrix in matrices] for matrices in stored.experts]
     if any(kind != kinds[0] for kind in kinds):
         raise UnsupportedModel("experts that are stored in different ways cannot be held together")
-    passing = partial(torch.empty, dtype=torch.uint8)  # tiles are copied and freed at once
+    passing = partial(torch.empty, dtype=torch.uint8)  # these tiles are copied and freed at once
     parts: list[BlockQuantWeight] = []
     begin = 0
     for layout, alike in groupby(kinds[0], lambda kind: kind[0]):
@@ -301,7 +306,7 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
 def _tiles_of(
     layout: Layout, below: Sequence[Codes], room: Callable[[int, int], Tensor] = in_large_pages
 ) -> tuple[TileLayout, Tensor]:
-    """The tiles of codes that stand one below the other."""
+    """The tiles of codes of consecutive outputs."""
     codes = below[0] if len(below) == 1 else Codes.joined(below)
     inputs = codes.codes.shape[1]
     order = TileLayout.of(layout, inputs, codes)

@@ -1,4 +1,4 @@
-"""Linear layers whose weight is held in another form than the type that blocks compute in."""
+"""Linear layers that hold their weight in another format than the type that blocks compute in."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from splitnet.quant.grouped import hold_stored
 from splitnet.quant.stored import PackedTensor, StoredMatrix
 
 PLAIN_LINEAR = frozenset({"FalconLinear"})
-"""Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
+"""Families' own classes that compute the same as torch's linear layer: their weights may be held in other formats."""
 
 ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
-"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
-than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. `kv_b_proj`, which is small, too, is
-multiplied with by its columns where latents are stored."""
+"""Names of modules that keep their weights. Routers choose experts: they are small, and a different choice of experts
+changes results more than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. `kv_b_proj` is
+also small, and where latents are stored the products use its columns."""
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
+    """A frozen linear layer. It has no weight until its weight is set; then it converts the weight and keeps only the
+    result.
 
-    So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to its input, for
-    which a backward pass makes floats of the weight, piece by piece where the form can.
+    So a model of such layers is never held in floats as a whole while it is loaded. Gradients flow to the layer's
+    input; a backward pass makes floats of the weight for them, in small pieces where the format allows that.
 
     Args:
-        form: what its weight is brought into; None: that is held already.
+        form: the format into which the weight is converted; None: `held` is already set.
         transposed: the weight is set as `[inputs, outputs]`.
-        dtype: of the bias.
-        codes_on: the device for which a weight that comes in codes is held as it is; None: it is converted, too.
+        dtype: type of the bias.
+        codes_on: the device for which a weight in codes keeps its codes; None: such a weight is converted, too.
     """
 
     held: WeightForm
@@ -54,14 +55,14 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self._form, self._transposed, self._dtype, self._codes_on = form, transposed, dtype, codes_on
         shape = (in_features, out_features) if transposed else (out_features, in_features)
-        # float32, whatever blocks compute in: the form is made of the values as they are stored.
+        # float32 for every dtype of blocks, because the conversion starts from the stored values.
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
         given = torch.empty(out_features, dtype=dtype, device="meta") if bias else None
         self.bias = None if given is None else nn.Parameter(given, requires_grad=False)
 
     @classmethod
     def holding(cls, layer: Any, held: WeightForm, codes_on: torch.device | None) -> Self:
-        """In the place of a linear layer (or of one of this class) whose weight is `held`."""
+        """A replacement of a linear layer (or of one of this class) whose weight is `held`."""
         outputs, inputs = sizes_of(layer) or (layer.out_features, layer.in_features)
         transposed, dtype = isinstance(layer, Conv1D), layer.weight.dtype
         bias = layer.bias is not None
@@ -97,7 +98,7 @@ class QuantizedLinear(nn.Module):
         if isinstance(weight, PackedTensor):
             weight = weight.floats()
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
-        # Values that are out of the range of the form, or that are no numbers, stay as they are.
+        # A weight with values outside the range of the format, or with NaN, stays in float32.
         made = self._form and self._form.of(rows)
         self._keep(made or FloatForm(rows.clone(), exact=True), weight.device)
 
@@ -105,16 +106,17 @@ class QuantizedLinear(nn.Module):
         self.held = held
         shape = self.weight.shape
         del self.weight
-        # For code that only looks at it, as that of some families for new weights, which must take this one for filled.
+        # For code that only inspects the weight, such as some families' initialisation, which must treat it as
+        # initialised.
         absent: Any = torch.empty(shape, dtype=self._dtype, device="meta")
         absent._is_hf_initialized = True
         self.__dict__["weight"] = absent
-        # It tells the device and the type of the model's parameters.
+        # Tells transformers the device and the type of the model's parameters.
         self.parameter_like = nn.Parameter(torch.empty(0, dtype=self._dtype, device=device), requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
-    """Rows times a held weight. Nothing is kept for the way back but the weight in its form."""
+    """Rows times a held weight. For the backward pass only the held weight is kept."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, held: WeightForm) -> Tensor:
@@ -130,8 +132,8 @@ class _Product(torch.autograd.Function):
 def holdable_layers(
     block: nn.Module, weights: Weights
 ) -> Iterator[tuple[str, nn.Module, int, int, WeightFormat | None]]:
-    """The linear layers of a block that may hold their weight in another form, so no routers and none that share it:
-    path, layer, outputs, inputs, form."""
+    """The linear layers of a block that may hold their weight in another format, without routers and layers that share
+    their weight: path, layer, outputs, inputs, form."""
     shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
     for path, layer in block.named_modules():
         sizes = sizes_of(layer)
@@ -140,7 +142,7 @@ def holdable_layers(
 
 
 def hold_weights(block: nn.Module, weights: Weights) -> None:
-    """Puts layers that will hold their weights in the place of a block's own, which have none yet."""
+    """Replaces a block's layers, which have no weights yet, by layers that hold theirs in another format."""
     for path, layer, outputs, inputs, form in list(holdable_layers(block, weights)):
         if form is None:
             continue
@@ -150,19 +152,19 @@ def hold_weights(block: nn.Module, weights: Weights) -> None:
 
 
 def is_router(path: str) -> bool:
-    """Whether the module at this path chooses experts."""
+    """Whether the module at this path keeps its weights, as routers do."""
     return not ROUTERS.isdisjoint(path.split("."))
 
 
 def matrices_of(weight: Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
-    """What a weight in codes consists of; None if it has none, or if they do not lie along its inputs."""
+    """The matrices of a weight in codes; None if it has no codes, or its codes do not lie along its inputs."""
     if not isinstance(weight, PackedTensor) or weight.stacked or weight.transposed != transposed:
         return None
     return weight.experts[0]
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
-    """Outputs and inputs, of a layer that does nothing but multiply and add."""
+    """Outputs and inputs of a layer that only multiplies and adds; None for other modules."""
     if type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR:
         linear: Any = layer
         return linear.out_features, linear.in_features

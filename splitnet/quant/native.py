@@ -1,12 +1,12 @@
-"""Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
+"""Products of few rows with held weights, by the compiled kernels of `native/`, where they exist.
 
-Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's
-own kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
-(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS`
-names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
+Wheels contain the kernels; from source, pip compiles them if it finds a C compiler and Python's headers. Without them
+torch's own kernels are used, which read integer weights at about half the speed. There is a path for each kind of
+instructions (`native/paths.h`); the best path for this CPU is used, or the one that the environment variable
+`SPLITNET_KERNELS` names. Kernels run on torch's own threads (`docs/decisions/0023-wheels.md`).
 
-How weights are prefetched is measured once on each machine: a hint that is right for one maker's processors can halve
-the speed of another's.
+The best prefetch of weights is measured once on each machine, because a hint that is right for one maker's processors
+can halve the speed of another's.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from splitnet.errors import KernelsError
 from splitnet.paths import KnownFigures, cache_folder
 from splitnet.quant.device import linked_with_torch
 
-PATH_VARIABLE = "SPLITNET_KERNELS"  # names the path to use, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`
+PATH_VARIABLE = "SPLITNET_KERNELS"  # names the path, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`
 PLAIN_PATH = "plain"  # loops for any CPU
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # names of the kernels
-_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")  # of an OpenMP, as `Pool` in `native/threads.h`
+# Functions of an OpenMP, as `Pool` in `native/threads.h`.
+_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 def _load() -> tuple[Any, str]:
-    """The kernels, running on torch's threads where these are found; else None, and why."""
+    """The kernels, on torch's threads if these are found; or None, and the reason."""
     try:
         loaded = import_module("splitnet.quant._kernels")
     except ModuleNotFoundError:
@@ -52,17 +53,17 @@ def _load() -> tuple[Any, str]:
         torchs = linked_with_torch()
         loaded.use_threads(*(ctypes.cast(getattr(torchs, name), ctypes.c_void_p).value for name in _POOL))
     except AttributeError:
-        pass  # such a torch was built without OpenMP: one thread
+        pass  # this torch was built without OpenMP: kernels use one thread
     return loaded, ""
 
 
-_kernels, why_none = _load()  # `why_none`: what is wrong with the kernels; empty where they are there
+_kernels, why_none = _load()  # `why_none`: the fault of the kernels; empty if they are loaded
 
 
 def use_path(name: str) -> None:
-    """Uses this path from now on. Weights that are held for another may be multiplied by plain loops.
+    """Makes kernels use this path. Weights that are held for another path may be multiplied by plain loops.
 
-    Raises KernelsError if the kernels are not there, there is no such path, or this CPU lacks its instructions.
+    Raises KernelsError if the kernels are missing, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
         raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
@@ -79,20 +80,20 @@ _HINTS = ("none", "t0", "t1", "nta")  # in the order of `enum hint` in `native/p
 
 @dataclass(frozen=True)
 class Prefetch:
-    """How kernels ask for weights before they read them."""
+    """How kernels prefetch weights before they read them."""
 
     hint: str  # "none", "t0" (into the first cache), "t1" (into the second), "nta" (into the first, not to stay)
-    ahead: int = 8192  # bytes, where weights lie in the order in which they are read
+    ahead: int = 8192  # bytes ahead of the reads, for weights that are stored in the order of reading
 
     def __str__(self) -> str:
         return self.hint if self.hint == "none" else f"{self.hint}+{self.ahead}"
 
 
 PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 2048), Prefetch("none"))
-"""Are tried. The first is taken unless another is faster by more than chance."""
+"""The prefetches that are tried. The first is used unless another is significantly faster."""
 
 _FASTER, _UNDISTURBED, _ROUNDS = 0.95, 0.9, 3
-_TRIED_BYTES = 48 * 2**20  # more than the second cache holds, and than most of the third
+_TRIED_BYTES = 48 * 2**20  # more than the second-level cache, and than most third-level caches
 _PIECE_BYTES = 3 * 2**20
 _TRIED_INPUTS = 2048
 _prefetch: Prefetch | None = None
@@ -106,8 +107,9 @@ def use_prefetch(prefetch: Prefetch) -> None:
 
 
 def prefetch_in_use() -> Prefetch | None:
-    """How weights are prefetched: as `SPLITNET_KERNELS` says, or as is measured, in some 0.2 s, until two undisturbed
-    measurements on this machine agree. None: the kernels were not compiled, or only plain loops are used."""
+    """The prefetch in use: the one that `SPLITNET_KERNELS` names, or the fastest. Measuring takes some 0.2 s per
+    process, until two undisturbed measurements on this machine agree. None: the kernels are not compiled, or only plain
+    loops are used."""
     if kernels_here() is not Kernels.FAST:
         return None
     with _choosing:
@@ -120,7 +122,7 @@ def prefetch_in_use() -> Prefetch | None:
             if len(measured) == 2 and measured[0] == measured[1] and measured[0] in named:
                 use_prefetch(named[measured[0]])
             else:
-                use_prefetch(PREFETCHES[0])  # so that products of the measurement do not ask again
+                use_prefetch(PREFETCHES[0])  # so that products of the measurement do not measure again
                 found, undisturbed = fastest_prefetch()
                 use_prefetch(found)
                 if undisturbed:
@@ -129,8 +131,8 @@ def prefetch_in_use() -> Prefetch | None:
 
 
 def fastest_prefetch() -> tuple[Prefetch, bool]:
-    """The fastest of `PREFETCHES`, if it is twice seen to be faster than the first; whether this thread computed in
-    nearly all of that time, as others left it a processor."""
+    """The fastest of `PREFETCHES`, if two measurements find it faster than the first; and whether the measurement was
+    undisturbed: this thread computed in nearly all of its time."""
     began, computed = time.perf_counter(), time.thread_time()
     seconds = time_prefetches(PREFETCHES)
     best = min(seconds, key=lambda each: seconds[each])
@@ -141,14 +143,15 @@ def fastest_prefetch() -> tuple[Prefetch, bool]:
 
 
 def time_prefetches(prefetches: Sequence[Prefetch]) -> dict[Prefetch, float]:
-    """Seconds that one row times weights takes, of 8 bits in tiles and of float16.
+    """Seconds for one row times weights, of 8 bits in tiles and of float16.
 
-    Prefetches take turns; of each piece of the weights the fastest product counts: other processes hardly matter.
+    Prefetches alternate, and the fastest product of each piece of the weights counts, so that other processes hardly
+    matter.
     """
-    weights = torch.full((_TRIED_BYTES,), 0x3C, dtype=torch.uint8)  # makes usual numbers, whatever it is read as
+    weights = torch.full((_TRIED_BYTES,), 0x3C, dtype=torch.uint8)  # gives usual numbers in each type
     tile_bytes = 64 + 16 * _TRIED_INPUTS
     outputs = _PIECE_BYTES // tile_bytes * 16
-    tiles = (0, 8, 0, _TRIED_INPUTS, _TRIED_INPUTS, outputs, 128, 2, 9, 64, 0, tile_bytes, 0)  # as `Grouped` has them
+    tiles = (0, 8, 0, _TRIED_INPUTS, _TRIED_INPUTS, outputs, 128, 2, 9, 64, 0, tile_bytes, 0)  # the fields of `Grouped`
     description = torch.frombuffer(bytearray(struct.pack("13qd3qd", *tiles, 1.0, 0, 0, 0, 1.0)), dtype=torch.int64)
     rows = torch.ones(1, _TRIED_INPUTS, dtype=torch.float32)
     products = torch.empty(1, outputs, dtype=torch.float32)
@@ -177,23 +180,23 @@ def processor() -> str:
 
 
 def version() -> str:
-    """The path in use, and when these kernels were compiled."""
+    """The path in use, and the time at which the kernels were compiled."""
     compiled_at = os.stat(_kernels.__file__).st_mtime_ns if _kernels is not None else 0
     return f"{path_in_use()}@{compiled_at}"
 
 
 def paths_here() -> list[str]:
-    """The paths that this CPU has the instructions for, best first; none where they were not compiled."""
+    """The paths whose instructions this CPU has, best first; empty if kernels are not compiled."""
     return [] if _kernels is None else [path for path, is_here in _kernels.paths() if is_here]
 
 
 def path_in_use() -> str | None:
-    """The name of the path that is used; None: they were not compiled."""
+    """The name of the path in use; None: kernels are not compiled."""
     return None if _kernels is None else _kernels.in_use()
 
 
 def have_threads() -> bool:
-    """Whether the kernels compute with as many threads as torch; else with one."""
+    """Whether the kernels compute with as many threads as torch; otherwise they use one."""
     return _kernels is not None and _kernels.has_threads()
 
 
@@ -210,7 +213,7 @@ def kernels_here() -> Kernels:
 
 
 def has_integer_kernels() -> bool:
-    """Whether there are compiled kernels for integers. On x86 torch's are faster than plain loops."""
+    """Whether there are fast kernels for integers. On x86 torch's kernels are faster than the plain loops."""
     kernels = kernels_here()
     return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
 
@@ -221,12 +224,12 @@ def has_float_kernels() -> bool:
 
 
 def has_fast_kernels() -> bool:
-    """Whether there are steps through whole blocks, which take AVX512 with VNNI."""
+    """Whether there are compiled steps through whole blocks, which need AVX512 with VNNI."""
     return _kernels is not None and _kernels.has_steps()
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the path in use multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
+    """Whether the path in use multiplies bfloat16 in pairs, which needs another order of E4M3 codes."""
     return _kernels is not None and _kernels.has_bfloat16()
 
 
@@ -242,16 +245,16 @@ def multiply_grouped(
 ) -> None:
     """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.quant.tiles`.
 
-    Where codes stand for integers, rows are rounded to 2^-15 of the largest value of each.
+    For codes of integers, each row is rounded to 2^-15 of its largest value.
 
     Args:
-        rows: float32; where codes stand for floats, with inputs in whole chunks.
-        description: of the weights, int64, as `Grouped` in `native/grouped.h`.
-        products: float32 `[rows, outputs]`, which may be columns of a wider one; they are set.
-        experts: int64 `[rows]`: with whose weight each is multiplied, of `held` that follow each other in `tiles`.
-        plainly: as CPUs do it for which no instructions are chosen.
+        rows: float32; for codes of floats, with inputs in whole chunks.
+        description: the weights' description, int64, as `Grouped` in `native/grouped.h`.
+        products: float32 `[rows, outputs]`, which may be columns of a wider tensor; they are overwritten.
+        experts: int64 `[rows]`: the expert whose weight multiplies the row; `tiles` has the weights of `held` experts.
+        plainly: uses the plain loops, as CPUs without a path do.
 
-    Raises IndexError if there is no such expert.
+    Raises IndexError for an unknown expert.
     """
     if _prefetch is None:
         prefetch_in_use()
@@ -265,7 +268,7 @@ def multiply_grouped(
 def dequantise_grouped(description: Tensor, tiles: Tensor, floats: Tensor, indices: Tensor) -> None:
     """Sets `floats`, float32 `[len(indices), inputs]`, to the values of some outputs, int64, of weights in tiles.
 
-    `description`: as `multiply_grouped` takes it. Raises IndexError if there is no such output.
+    `description`: as in `multiply_grouped`. Raises IndexError if there is no such output.
     """
     chosen = indices.contiguous()
     places = (description.data_ptr(), tiles.data_ptr(), chosen.data_ptr(), len(floats), floats.data_ptr())
@@ -289,12 +292,13 @@ def has_kernel_for(weight: Tensor) -> bool:
 def multiply_floats(rows: Tensor, weight: Tensor) -> Tensor:
     """`[rows, inputs]` times float32, bfloat16 or float16 `[outputs, inputs]`, multiplied and summed in float32.
 
-    A row gives the same whatever others are with it.
+    The result of a row does not depend on the other rows.
     """
     if _prefetch is None:
         prefetch_in_use()
     given = rows.float().contiguous()
-    products = given.new_empty(len(given), len(weight))  # while another thread loads a model, the default is its type
+    # `new_empty` keeps the type, as torch's default differs while another thread loads a model.
+    products = given.new_empty(len(given), len(weight))
     kernel = getattr(_kernels, _FLOATS[weight.dtype])
     places = (weight.data_ptr(), given.data_ptr(), products.data_ptr())
     kernel(*places, *given.shape, len(weight), torch.get_num_threads())
@@ -314,16 +318,17 @@ def step(
     key_bits: int,
     value_bits: int,
 ) -> None:
-    """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
+    """Runs positions through blocks; overwrites `hidden`, float32 `[positions, hidden]`, with the output.
 
     Args:
-        blocks: `count` of them, as `Block` in `native/step.h`.
-        stores: int64 `[count, positions, 6]`, as `splitnet.blocks.kv_cache.SequenceCache.reserve` gives them.
-        indices: int64 `[positions]`, of each in its stores.
-        cosines, sines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
-        order: of numbers that are turned together, as `splitnet.blocks.rotary.Order`.
-        stored_bytes: of a number that blocks compute with: 4, or 2 for bfloat16.
-        key_bits, value_bits: of a number in the stores if these are float16 (16) or codes (8, 4); else 0.
+        blocks: `count` blocks, as `Block` in `native/step.h`.
+        stores: int64 `[count, positions, 6]`, in the format of `splitnet.blocks.kv_cache.SequenceCache.reserve`.
+        indices: int64 `[positions]`, the index of each position in its stores.
+        cosines, sines: float32 `[ropes, positions, half of the rotated numbers of a head]`.
+        order: the places of the numbers of a pair, as `splitnet.blocks.rotary.Order`.
+        stored_bytes: bytes of a number that blocks compute with: 4, or 2 for bfloat16.
+        key_bits, value_bits: bits of a number in the stores: 16 for float16, 8 or 4 for codes, 0 for the type of
+            blocks.
     """
     if _prefetch is None:
         prefetch_in_use()
@@ -334,7 +339,7 @@ def step(
 
 
 def use_as_named(names: str) -> None:
-    """Uses a path, a prefetch or both from now on, as `SPLITNET_KERNELS` names them. It raises as `use_path`."""
+    """Sets a path, a prefetch or both, as `SPLITNET_KERNELS` names them. Raises as `use_path`."""
     for name in names.split(","):
         found = re.fullmatch(rf"({'|'.join(_HINTS)})(?:\+([0-9]{{1,6}}))?", name.strip())
         if found is None:

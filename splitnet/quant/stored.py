@@ -1,8 +1,8 @@
-"""Weights as a checkpoint stores them in few bits: codes, and what a code stands for.
+"""Weights that a checkpoint stores in few bits: codes and their meaning.
 
-`PackedTensor` is a tensor to code that loads a model: it has a shape and a type, and what transformers does to tensors
-while it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes
-floats of it, which is right but larger.
+For code that loads a model, a `PackedTensor` is a tensor with a shape and a type. The operations of transformers while
+it loads (rename, stack experts, join gates with up projections, transpose) keep the codes. Other operations convert it
+to floats, which is correct but larger.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from splitnet.errors import UnsupportedModel
 
-STEPS_GROUP = 256  # inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied
+# Inputs that share a float16 number, the unit of the steps of `Kind.STEPS`.
+STEPS_GROUP = 256
 
 
 class Kind(Enum):
@@ -27,23 +28,23 @@ class Kind(Enum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
-    E8M0 = "e8m0"  # uint8: 2^(byte - 127), of the OCP Microscaling Formats specification 1.0, section 5.4.1
+    E8M0 = "e8m0"  # uint8: 2^(byte - 127), from the OCP Microscaling Formats specification 1.0, section 5.4.1
     STEPS = "steps"  # an integer of 8 bits, times a float16 number for every `STEPS_GROUP` inputs, as in GGML
-    CODES = "codes"  # only of zeros: the code, uint8, that stands for zero, as in GPTQ and AWQ
-    NONE = "none"  # only of zeros
+    CODES = "codes"  # zeros only: the code of zero, uint8, as in GPTQ and AWQ
+    NONE = "none"  # zeros only
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the codes of a weight `[outputs, inputs]` stand for: `value(code) * scale(group) + zero(group)`.
+    """The meaning of the codes of a weight `[outputs, inputs]`: `value(code) * scale(group) + zero(group)`.
 
     Attributes:
-        bits: of a code: 2, 3, 4, 5, 6 or 8.
+        bits: bits of a code: 2, 3, 4, 5, 6 or 8.
         group: inputs that share a scale and a zero: 16, 32, 64 and so on; 0: all inputs of an output.
         scale: kind of the scales.
-        zero: kind of the zeros; with `Kind.CODES` it is `(value(code) - value(zero)) * scale`.
-        table: name in `TABLES` of what codes stand for; "": for `code - offset`.
-        offset: the code that stands for 0 where there is no table.
+        zero: kind of the zeros; with `Kind.CODES` the formula is `(value(code) - value(zero)) * scale`.
+        table: name in `TABLES` of the values of codes; "": the value is `code - offset`.
+        offset: the code of the value 0 without a table.
     """
 
     bits: int
@@ -54,7 +55,7 @@ class Layout:
     offset: int = 0
 
     def nbytes(self, outputs: int, inputs: int) -> int:
-        """Bytes that a weight takes in this layout when nothing is padded."""
+        """Bytes of a weight in this layout without padding."""
         groups = -(-inputs // self.group) if self.group else 1
         sizes = {Kind.FLOAT16: 2, Kind.BFLOAT16: 2, Kind.FLOAT32: 4, Kind.E8M0: 1, Kind.STEPS: 1, Kind.CODES: 1}
         each = sum(groups * sizes.get(kind, 0) for kind in (self.scale, self.zero))
@@ -63,7 +64,8 @@ class Layout:
 
 
 def _floats(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)  # whatever torch's default is while this is imported
+    # The type is named because torch's default may differ during the import.
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _floats_of_bytes(dtype: torch.dtype) -> Tensor:
@@ -87,17 +89,17 @@ TABLES: dict[str, Tensor] = {
         ]
     ),
 }
-"""What a code stands for, by name."""
+"""The values of codes, by name of the table."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight read: all tensors have the outputs as their first dimension.
+    """The tensors of one weight; all have the outputs as their first dimension.
 
     Attributes:
         codes: `[outputs, inputs]`, uint8.
-        scales: `[outputs, groups]`, in the type of the layout's kind; of steps int8 or uint8.
-        zeros: likewise; None if the layout has none. Of steps it is what is added: `steps * zero_units`.
+        scales: `[outputs, groups]`, in the type of the layout's kind; steps are int8 or uint8.
+        zeros: as `scales`; None if the layout has none. With steps, the summand is `steps * zero_units`.
         scale_units, zero_units: `[outputs, inputs / STEPS_GROUP]`, float16, where scales or zeros are steps.
     """
 
@@ -108,19 +110,19 @@ class Codes:
     zero_units: Tensor | None = None
 
     def of_outputs(self, outputs: Tensor | slice) -> Codes:
-        """Those of some outputs, in the order given."""
+        """The codes of some outputs, in the given order."""
         some: dict[str, Any] = {name: one if one is None else one[outputs] for name, one in vars(self).items()}
         return Codes(**some)
 
     @staticmethod
     def joined(parts: Sequence[Codes]) -> Codes:
-        """Those of weights of the same layout, one below the other."""
+        """Joins weights of the same layout along the outputs."""
         given: Any = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
         whole: Any = {name: None if some[0] is None else torch.cat(some) for name, some in given.items()}
         return Codes(**whole)
 
     def floats(self, layout: Layout) -> Tensor:
-        """`[outputs, inputs]`, float32: what they stand for."""
+        """The weight as numbers: `[outputs, inputs]`, float32."""
         inputs = self.codes.shape[1]
         table = TABLES[layout.table].to(self.codes.device) if layout.table else None
         values = self.codes.float() - layout.offset if table is None else table[self.codes.long()]
@@ -135,7 +137,8 @@ class Codes:
 
 
 def number_of(kind: Kind, stored: Tensor, units: Tensor | None, group: int) -> Tensor:
-    """Scales or zeros, `stored` and `units` as in `Codes`, as float32, `[outputs, groups]`; `group`: of inputs."""
+    """Scales or zeros, `stored` and `units` as in `Codes`, as float32, `[outputs, groups]`; `group`: inputs per
+    group."""
     if kind is Kind.E8M0:
         return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
     if kind is Kind.STEPS:
@@ -145,18 +148,19 @@ def number_of(kind: Kind, stored: Tensor, units: Tensor | None, group: int) -> T
 
 
 def spread(values: Tensor, length: int, count: int, dim: int = 1) -> Tensor:
-    """Each value `length` times along a dimension, `count` in all (a bound for lengths, which come from files); the
-    last may stand fewer times. Raises UnsupportedModel if that takes another number of values."""
+    """Repeats each value `length` times along a dimension, to `count` numbers; the last value may be repeated fewer
+    times. `count` also bounds `length`, which comes from a file. Raises UnsupportedModel if the number of values does
+    not fit."""
     length = max(1, min(length, count))
     if values.shape[dim] != -(-count // length):
         raise UnsupportedModel(
-            f"{values.shape[dim]} scales are not those of {count} numbers, {length} to each: download the model again"
+            f"{values.shape[dim]} scales do not fit {count} numbers, {length} per scale: download the model again"
         )
     return values.repeat_interleave(length, dim).narrow(dim, 0, count)
 
 
 def _order_of_runs(index: Tensor, length: int) -> Tensor | None:
-    """The order of runs of `length` that an order of single numbers keeps together; None if it parts some."""
+    """The order of runs of `length` numbers in an order of single numbers; None if a run is split."""
     if len(index) % length:
         return None
     runs = index.view(-1, length)
@@ -166,23 +170,23 @@ def _order_of_runs(index: Tensor, length: int) -> Tensor | None:
 
 
 class StoredMatrix:
-    """One weight `[outputs, inputs]`, which is its `shape`, of a checkpoint, or some of its outputs.
+    """One weight `[outputs, inputs]` of a checkpoint, or some of its outputs; `shape` is the two numbers.
 
-    `read` reads its codes, of the `layout`: it is called once for each use, and they are not kept.
+    `read` reads its codes, in `layout`. Each use calls it again, because codes are not kept.
     """
 
     def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
         self.layout, self.shape, self.read = layout, shape, read
 
     def of_outputs(self, outputs: Tensor | slice) -> StoredMatrix:
-        """Some of its outputs, in the order given."""
+        """Some of its outputs, in the given order."""
         count = len(range(self.shape[0])[outputs]) if isinstance(outputs, slice) else len(outputs)
         return StoredMatrix(self.layout, (count, self.shape[1]), lambda: self.read().of_outputs(outputs))
 
     def of_inputs(self, inputs: Tensor) -> StoredMatrix | None:
-        """Its inputs in another order; None if that would part inputs that share a scale.
+        """Its inputs in another order; None if that would separate inputs that share a scale.
 
-        Steps whose `STEPS_GROUP` inputs are parted become float32 numbers, which stand for the same.
+        Steps whose `STEPS_GROUP` inputs are separated become float32 numbers of the same value.
         """
         group = self.layout.group or self.shape[1]
         order = _order_of_runs(inputs, group)
@@ -213,7 +217,7 @@ class StoredMatrix:
 
 
 class Experts(Sequence[tuple[StoredMatrix, ...]]):
-    """The matrices of each expert, made of its number when asked for: a file may say that it has any number of them."""
+    """The matrices of each expert, made from its number on request, because a file may claim any number of experts."""
 
     def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
         self._range, self._make = range(count), make
@@ -231,17 +235,18 @@ class Experts(Sequence[tuple[StoredMatrix, ...]]):
         return tuple(self._make(self._range[index]))
 
     def each(self, change: Callable[[tuple[StoredMatrix, ...]], Iterable[StoredMatrix]]) -> Experts:
-        """Those that `change` makes of the matrices of each."""
+        """For each expert, the result of `change` for its matrices."""
         return Experts(len(self), lambda expert: change(self[expert]))
 
 
 class PackedTensor(Tensor):
-    """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
+    """A weight in few bits that other code uses as a tensor of floats: `[outputs, inputs]`, or one per expert.
 
     Attributes:
-        experts: for each expert (one, where there are none) the matrices that, one below the other, are its weight.
-        stacked: whether the tensor has a dimension of experts in front.
-        transposed: whether it is `[..., inputs, outputs]`.
+        experts: for each expert (one if there are no experts), the matrices of its weight, in the order of their
+            outputs.
+        stacked: whether the first dimension of the tensor is experts.
+        transposed: whether the tensor is `[..., inputs, outputs]`.
     """
 
     experts: Experts
@@ -269,14 +274,14 @@ class PackedTensor(Tensor):
 
     @classmethod
     def of(cls, matrix: StoredMatrix, dtype: torch.dtype = torch.float32) -> PackedTensor:
-        """One matrix as a tensor that says that it is of type `dtype`."""
+        """One matrix as a tensor with the type `dtype`."""
         return cls.__new__(cls, [[matrix]], dtype=dtype)
 
     def floats(self) -> Tensor:
-        """What it stands for, as an ordinary tensor of its type."""
+        """The weight as an ordinary tensor of its type."""
         made = torch.empty(self.shape, dtype=self.dtype)
         rows = made.transpose(-1, -2) if self.transposed else made
-        # One matrix at a time, so that there are never many in float32.
+        # Matrices are converted one by one, so that only one is in float32.
         for expert, matrices in zip(rows if self.stacked else [rows], self.experts, strict=True):
             for part, matrix in zip(expert.split([matrix.shape[0] for matrix in matrices]), matrices, strict=True):
                 part.copy_(matrix.floats())
@@ -357,7 +362,7 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> PackedTensor | None:
 
 
 def _alike(tensors: Sequence[Any]) -> list[PackedTensor] | None:
-    """All of them, if all are stored and lie in the same way."""
+    """All tensors, if all are packed and have the same orientation."""
     stored = [tensor for tensor in tensors if isinstance(tensor, PackedTensor)]
     ways = {(one.stacked, one.transposed, one.experts[0][0].shape[1]) for one in stored}
     return stored if len(stored) == len(tensors) and len(ways) == 1 else None
@@ -378,7 +383,7 @@ def _sliced(
 
 
 def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredMatrix]:
-    """The matrices of some of the outputs of matrices that stand one below the other."""
+    """The matrices of some outputs of consecutive matrices."""
     found: list[StoredMatrix] = []
     begin = 0
     for matrix in matrices:
@@ -405,7 +410,7 @@ def _chosen(tensor: PackedTensor, dim: int, index: Tensor) -> PackedTensor | Non
 
 
 def _chosen_outputs(matrices: Sequence[StoredMatrix], index: Tensor) -> list[StoredMatrix]:
-    """Some outputs of matrices that stand one below the other, in the order given; few matrices, where it can be."""
+    """Some outputs of consecutive matrices, in the given order, in as few matrices as possible."""
     if len(matrices) == 1:
         return [matrices[0].of_outputs(index)]
     layouts = {matrix.layout for matrix in matrices}
@@ -460,16 +465,16 @@ _KEEP: dict[Any, Callable[..., Any]] = {
     _aten.split: _split,
     _aten.split_with_sizes: _split,
 }
-"""What keeps the codes; a function that gives None leaves it to the floats."""
+"""Operations that keep the codes; if a function returns None, the operation uses floats."""
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Codes that stand one after the other in each row of int32 words, lowest bits first; a code may span two words:
-    `[rows, words]`, int32 -> `[rows, count]`, uint8. Behind `count` codes of 1 to 8 bits there is padding.
+    """Unpacks consecutive codes in each row of int32 words, lowest bits first; a code may span two words: `[rows,
+    words]`, int32 -> `[rows, count]`, uint8. Bits after the `count` codes of 1 to 8 bits are padding.
 
-    This is how compressed-tensors (`compressors/pack_quantized/helpers.py`) and GPTQ pack.
+    compressed-tensors (`compressors/pack_quantized/helpers.py`) and GPTQ pack codes in this order.
     """
-    stored = words.contiguous().view(torch.uint8)  # little endian: the lowest bits are in the first byte
+    stored = words.contiguous().view(torch.uint8)  # little endian: the first byte has the lowest bits
     if bits == 8:
         return stored[:, :count].clone()
     mask = (1 << bits) - 1
@@ -490,17 +495,17 @@ def unpack_nibbles(stored: Tensor, *, high_first: bool = False) -> Tensor:
 
 
 def signed_codes(values: Tensor, bits: int) -> Tensor:
-    """Signed integers of some bits -> codes, uint8, of which `2^(bits - 1)` stands for zero."""
+    """Signed integers of some bits -> codes, uint8; the code `2^(bits - 1)` is zero."""
     return (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
 def in_order(index: Tensor, inputs: int, group: int) -> bool:
-    """Whether an index of groups says of each input that it is of the group that it stands in."""
+    """Whether an index of groups assigns consecutive inputs to each group."""
     return index.shape == (inputs,) and torch.equal(index.long(), torch.arange(inputs) // group)
 
 
 def layout_bits(bits: int) -> int:
-    """Bits of the `Layout` that holds codes of so many bits."""
+    """Bits of the `Layout` that holds codes of `bits` bits."""
     return next(held for held in (2, 3, 4, 5, 6, 8) if held >= bits)
 
 
@@ -515,5 +520,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def is_number_type(dtype: Any) -> TypeGuard[torch.dtype]:
-    """Whether it is a type that weights stand for: floating-point numbers of 16 bits or more, not codes."""
+    """Whether a type is one of weights in numbers: floating-point numbers of 16 bits or more, not codes."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1

@@ -1,10 +1,10 @@
-"""How weights in the codes of a checkpoint lie in memory, for kernels that read them from front to back.
+"""The memory layout of weights in codes, for kernels that read them from front to back.
 
-A weight lies in tiles of `TILE` outputs, and a tile in panels of some hundred inputs, so that all of it is read from
-front to back. A panel has first what its codes are scaled by, for each group the numbers of the tile's outputs; then,
-for every `CHUNK` inputs, its codes. Of a chunk they are eight vectors of 64 bytes, each with four inputs of every
-output; where they have fewer than eight bits, as many of them as fit whole into bytes share one, and the rest lies in
-pieces in what these leave of the bytes (three, five and six bits).
+A weight consists of tiles of `TILE` outputs, and a tile of panels of some hundred inputs. A panel first has the scales,
+and zeros, of its codes: for each group, the numbers of all outputs of the tile. The codes of every `CHUNK` inputs
+follow. The codes of a chunk are eight vectors of 64 bytes, each with four inputs of every output. Codes with fewer than
+eight bits share bytes: as many vectors as fit share a stored vector, and for three, five and six bits the other vectors
+are split over the free bits of the stored vectors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from splitnet.quant.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
 
 TILE = 16  # outputs that are stored together
 CHUNK = 32  # inputs whose codes are stored together
-_VECTORS, _RUN = 8, 4  # of a chunk, with so many inputs of each output of a tile
-_PANEL = 512  # inputs of a panel, at least; the least multiple of the layout's groups
+_VECTORS, _RUN = 8, 4  # vectors per chunk; inputs of each output of a tile per vector
+# Minimum inputs of a panel, which is the least suitable multiple of the layout's groups.
+_PANEL = 512
 _LINE = 64
 _PIECES = {
     2: (),
@@ -34,33 +35,34 @@ _PIECES = {
     6: (((0, 6, 2), (1, 6, 2), (2, 6, 2)), ((3, 6, 2), (4, 6, 2), (5, 6, 2))),
     8: (),
 }
-"""Of the last vectors of a chunk, the lowest bits first: in which stored vector, from which bit on, how many."""
+"""Pieces of the last vectors of a chunk, lowest bits first: the stored vector, the first bit in it, the number of
+bits."""
 
 _TYPES = {Kind.FLOAT16: torch.float16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
 _TYPES |= {Kind.E8M0: torch.uint8, Kind.CODES: torch.uint8}
 _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
-"""`enum number` in `native/grouped.h`."""
+"""Values of `enum number` in `native/grouped.h`."""
 
-_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)  # `enum code`
+_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)  # values of `enum code` in `native/grouped.h`
 
 
 @dataclass(frozen=True)
 class TileLayout:
-    """How the tiles of a weight lie."""
+    """The layout of the tiles of a weight."""
 
     layout: Layout
     inputs: int
-    scale_type: torch.dtype  # of what is stored for each group
+    scale_type: torch.dtype  # of the stored number of each group
     zero_type: torch.dtype | None
     nibbles: bool  # the steps of scales and zeros share a byte, the scale's in its lower half
-    finite: bool = True  # all codes stand for numbers, without which e4m3 is multiplied by plain loops
+    finite: bool = True  # no code stands for NaN; otherwise plain loops multiply e4m3
 
     @classmethod
     def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> TileLayout:
-        """For weights with so many inputs; `codes` tell which steps are signed, where that matters.
+        """The tile layout for weights with `inputs` inputs; `codes` show which steps are signed, where that matters.
 
-        Raises UnsupportedModel if there is no order for such a layout, and ValueError if the codes are not of it.
+        Raises UnsupportedModel if such a layout cannot be held, and ValueError if the codes do not fit the layout.
         """
         group = layout.group
         steps = Kind.STEPS in (layout.scale, layout.zero)
@@ -95,7 +97,7 @@ class TileLayout:
         return -(-_PANEL // unit) * unit
 
     def sections(self, inputs: int) -> list[int]:
-        """Bytes of a panel: of scales, zeros, units of scales, units of zeros, padding, codes."""
+        """Bytes of the sections of a panel: scales, zeros, units of scales, units of zeros, padding, codes."""
         groups = -(-inputs // self.layout.group) if self.layout.group else 1
         units = [2 * -(-inputs // STEPS_GROUP) * (kind is Kind.STEPS) for kind in (self.layout.scale, self.layout.zero)]
         zeros = 0 if self.zero_type is None or self.nibbles else self.zero_type.itemsize
@@ -104,17 +106,17 @@ class TileLayout:
 
     @cached_property
     def pairs(self) -> bool:
-        """Whether of the four inputs of an output two lie behind the others of all outputs of a vector."""
+        """Whether a vector has the first two of the four inputs of all outputs first, then the other two."""
         return self.layout.table == "e5m2" or (self.layout.table == "e4m3" and not multiplies_bfloat16())
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether there are kernels for it that are made for some CPUs, besides plain loops."""
+        """Whether there are fast kernels for this layout on some CPUs, besides plain loops."""
         return self._code != _ANY
 
     @property
     def for_integers(self) -> bool:
-        """Whether that kernel multiplies integers."""
+        """Whether the fast kernel multiplies integers."""
         return self._code <= _TABLE
 
     @property
@@ -124,7 +126,8 @@ class TileLayout:
         return _ANY if floats_with_zeros or self.layout.group == 8 or not self.finite else code
 
     def described(self, outputs: int, *, scaled: bool = True) -> Tensor:
-        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`; not `scaled`: with scales of 1."""
+        """The description of a weight of `outputs` outputs, int64, as `Grouped` in `native/grouped.h`; not `scaled`:
+        with scales of 1."""
         layout = self.layout
         zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
         scale = _NUMBERS.get(layout.scale, _UNSIGNED_STEPS if self.scale_type is torch.uint8 else _STEPS)
@@ -146,7 +149,7 @@ class TileLayout:
         return sum(count * sum(self.sections(inputs)) for _, count, inputs in self.ranges())
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        """Panels that are alike: the first input, how many they are and the inputs of each."""
+        """Groups of equal panels: the first input, the number of panels and the inputs of each panel."""
         whole, rest = divmod(self.inputs, self.panel)
         found = [(0, whole, self.panel)] if whole else []
         return [*found, (whole * self.panel, 1, rest)] if rest else found
@@ -161,7 +164,7 @@ class TileLayout:
         sizes = self.sections(inputs)
 
         def numbers(stored: Tensor | None, group: int) -> Tensor:
-            """Those of each group of a panel: `[tiles, panels, bytes]`."""
+            """The numbers of each group of a panel: `[tiles, panels, bytes]`."""
             if stored is None:
                 return torch.empty(tiles, count, 0, dtype=torch.uint8)
             each = -(-inputs // group) if group else 1
@@ -178,7 +181,7 @@ class TileLayout:
         padding = torch.zeros(tiles, count, sizes[4], dtype=torch.uint8)
         chunks = -(-inputs // CHUNK)
         some = _padded(codes.codes[:, start : start + count * inputs], tiles * TILE, count * chunks * CHUNK)
-        # Runs of inputs are turned, as numbers of 32 bits.
+        # Runs of inputs are transposed as 32-bit numbers.
         runs = some.contiguous().view(torch.int32).view(tiles, TILE, count, chunks, _VECTORS)
         vectors = runs.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8)
         if self.pairs:
@@ -198,7 +201,7 @@ class TileLayout:
         return torch.cat([scales, zeros, *units, padding, stored.flatten(2)], dim=-1).flatten(1)
 
     def unpacked(self, tiles: Tensor) -> Codes:
-        """What `packed` was given, with the outputs that fill the last tile."""
+        """The codes that `packed` was given, with the padding outputs of the last tile."""
         begin = 0
         parts: list[list[Tensor]] = []
         for _, count, inputs in self.ranges():
@@ -253,7 +256,8 @@ def _values(layout: Layout) -> Tensor:
 
 @cache
 def _bytes(table: str) -> tuple[Tensor, float] | None:
-    """Bytes that, less 128 and times a factor, are what the codes of a table stand for; None: there are none."""
+    """Bytes such that `(byte - 128) * factor` is the value of each code of a table, and the factor; None: there are
+    none."""
     values = TABLES[table]
     for factor in (1.0, 0.5):
         whole = values / factor + 128
@@ -264,7 +268,7 @@ def _bytes(table: str) -> tuple[Tensor, float] | None:
 
 @cache
 def _words(table: str) -> tuple[Tensor, float]:
-    """Words, of at most 8191, that times a unit come closest to what the codes of a table stand for."""
+    """Words of at most 8191 that, times a unit, come closest to the values of the codes of a table, and the unit."""
     values = TABLES[table].double()
     largest = values.abs().max()
     scaled = values / largest * torch.arange(4096, 8192)[:, None]
@@ -273,7 +277,7 @@ def _words(table: str) -> tuple[Tensor, float]:
 
 
 def _table_code(table: str) -> tuple[int, float, int]:
-    """The `enum code` of a table, the factor that goes with it and the address of its bytes."""
+    """The `enum code` of a table, its factor, and the address of its bytes."""
     if table in (known := {"e4m3": (_E4M3, 256.0, 0), "e5m2": (_E5M2, 1.0, 0)}):
         return known[table]
     found = _bytes(table)

@@ -1,1 +1,1 @@
-"""Keys, closed swarms, and what a peer's owner grants each key."""
+"""Keys, closed swarms, and the rights that a peer's owner grants each key."""

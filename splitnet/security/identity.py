@@ -1,7 +1,7 @@
-"""Key pairs of peers and clients, the lists of keys that a private swarm accepts, and what each key is granted.
+"""Key pairs of peers and clients, lists of authorized keys, and the rights of each key.
 
-Every process has one Ed25519 key pair that signs its records. The X25519 pair that CurveZMQ wants is derived from it
-(RFC 7748 and RFC 8032 share the curve), so a signing key tells which CURVE key to expect on the link.
+Every process has one Ed25519 key pair, which signs its records. The X25519 pair for CurveZMQ is derived from it (RFC
+7748 and RFC 8032 share the curve), so the CURVE key to expect on a link follows from the signing key.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from splitnet.paths import lines_of
 logger = logging.getLogger(__name__)
 
 KEY_FILE_VARIABLE: Final = "SPLITNET_KEY_FILE"
-MAX_KEY_FILE_BYTES: Final = 1 << 20
-RELOAD_INTERVAL_S: Final = 1.0
-ANYONE: Final[bytes | None] = None  # in the place of a key: those that are not listed
+MAX_KEY_FILE_BYTES: Final = 1 << 20  # of a key file, or of a list of authorized keys
+RELOAD_INTERVAL_S: Final = 1.0  # between two checks whether a list of keys has changed
+ANYONE: Final[bytes | None] = None  # replaces the key in the entry for all keys that are not listed
 
 _PUBLIC_PREFIX = "sn1"
 _CHECKSUM_BYTES = 3  # 32 + 3 bytes are exactly 56 base32 characters: no padding, one text per key
@@ -46,7 +46,7 @@ _SECRET_PREFIX = "splitnet-secret-1 "
 
 @dataclass(frozen=True)
 class PublicKey:
-    """An Ed25519 public key. raw: 32 bytes. Raises KeyFileError if they are not a point of the curve that is safe to
+    """An Ed25519 public key. raw: 32 bytes. Raises KeyFileError: they are not a point of the curve that is safe to
     use."""
 
     raw: bytes
@@ -58,7 +58,7 @@ class PublicKey:
 
     @cached_property
     def curve_raw(self) -> bytes:
-        """The X25519 public key, 32 bytes, as a ZAP handler sees it."""
+        """The X25519 public key, 32 bytes, in the form that a ZAP handler gets."""
         try:
             return nacl.bindings.crypto_sign_ed25519_pk_to_curve25519(self.raw)
         except nacl.exceptions.CryptoError as error:
@@ -66,7 +66,7 @@ class PublicKey:
 
     @property
     def curve(self) -> bytes:
-        """The X25519 public key in Z85, 40 bytes, as `zmq.CURVE_SERVERKEY` takes it."""
+        """The X25519 public key in Z85, 40 bytes, for `zmq.CURVE_SERVERKEY`."""
         return z85.encode(self.curve_raw)
 
     @cached_property
@@ -76,7 +76,7 @@ class PublicKey:
 
     @classmethod
     def parse(cls, text: str) -> PublicKey:
-        """The key that `text` was printed from. Raises KeyFileError."""
+        """The key with the printable form `text`. Raises KeyFileError: `text` is not a key."""
         text = text.strip()
         shown = text if len(text) <= 70 else text[:67] + "..."
         if len(text) != _PUBLIC_TEXT_LENGTH or not text.startswith(_PUBLIC_PREFIX) or text != text.lower():
@@ -94,7 +94,7 @@ class PublicKey:
         return cls(raw)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
-        """Whether `signature` (64 bytes) of `message` was made with the secret half of this key."""
+        """Whether `signature` (64 bytes) of `message` was made with the secret key of this public key."""
         if len(signature) != nacl.bindings.crypto_sign_BYTES:
             return False
         try:
@@ -108,7 +108,7 @@ class PublicKey:
 
 
 class Identity:
-    """The key pair of this process or user. Nothing prints the secret half.
+    """The key pair of this process or user. No code prints the secret key.
 
     public: the Ed25519 public key. curve_public, curve_secret: the derived X25519 pair in Z85, 40 bytes each, for
     `zmq.CURVE_PUBLICKEY` and `zmq.CURVE_SECRETKEY`.
@@ -122,15 +122,15 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
-        """A fresh key pair that is kept in memory only."""
+        """A new key pair, which is only kept in memory."""
         return cls(SigningKey.generate())
 
     @classmethod
     def load_or_create(cls, path: Path | None = None) -> Identity:
-        """The key pair in a file, which is made if there is none; `path` None: in `default_key_file()`.
+        """The key pair in a file, which is created if it does not exist. path: None: `default_key_file()`.
 
-        Two processes that make the file at the same time have the same key. Raises KeyFileError if the file is damaged
-        or others can read it.
+        Two processes that create the file at the same time get the same key. Raises KeyFileError: the file is damaged,
+        or other users can read it.
         """
         path = default_key_file() if path is None else path
         try:
@@ -145,7 +145,7 @@ class Identity:
 
     @classmethod
     def parse(cls, text: str) -> Identity:
-        """The key pair that `secret_text` was read from. Raises KeyFileError."""
+        """The key pair with the `secret_text` `text`. Raises KeyFileError: `text` is not a secret key."""
         try:
             return cls(_signing_key(text))
         except ValueError:  # the cause would show the secret
@@ -153,7 +153,7 @@ class Identity:
 
     @property
     def secret_text(self) -> str:
-        """Both halves as they stand in a key file, for a file that its owner alone can read."""
+        """The key pair in the format of a key file. Must only be written to a file that no other user can read."""
         return f"{_SECRET_PREFIX}{bytes(self._signing_key).hex()}"
 
     def sign(self, message: bytes) -> bytes:
@@ -161,7 +161,7 @@ class Identity:
         return self._signing_key.sign(message).signature
 
     def derive(self, purpose: str) -> bytes:
-        """32 bytes that only this key's owner can make, others for each purpose (keyed BLAKE2b, RFC 7693)."""
+        """32 bytes that only this key's owner can compute, different for each purpose (keyed BLAKE2b, RFC 7693)."""
         return hashlib.blake2b(purpose.encode(), key=bytes(self._signing_key), digest_size=32).digest()
 
     def __repr__(self) -> str:
@@ -173,12 +173,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class KeyOptions:
-    """What a key is granted.
+    """The rights of a key.
 
-    weight: in proportion to it keys share the device and the KV memory. kv: bytes of KV memory that its sessions may
-    reserve; None: any. train: whether gradients, and passes kept for them, are computed for it. tokens_per_minute:
-    positions that the peer computes for it in a minute; None: any. share: name of a group whose keys use each other's
-    stored prefixes where their clients ask for that; None: none does.
+    weight: keys share the device and the KV memory in proportion to their weights. kv: bytes of KV memory that sessions
+    of the key may reserve; None: no bound. train: whether the peer computes gradients, and keeps passes for gradients,
+    for the key. tokens_per_minute: positions that the peer computes for the key in a minute; None: no bound. share:
+    name of a group whose keys use each other's stored prefixes if their clients ask for it; None: no group.
     """
 
     weight: float = 1.0
@@ -188,7 +188,7 @@ class KeyOptions:
     share: str | None = None
 
 
-STRANGER_WEIGHT: Final = 0.01  # of a key that is not listed where others are, unless the line of these has another
+STRANGER_WEIGHT: Final = 0.01  # of keys that are not in the list, unless the line `anyone` has another weight
 
 
 def _weight(text: str) -> float:
@@ -236,7 +236,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def is_options(word: str) -> bool:
-    """Whether a word beside a key is meant as options."""
+    """Whether a word next to a key consists of options."""
     return word.partition("=")[0] in _PARSERS
 
 
@@ -255,16 +255,19 @@ def parse_options(text: str, defaults: KeyOptions | None = None) -> KeyOptions:
 
 
 class AuthorizedKeys:
-    """Which keys may use this peer, as `authorized_keys` of ssh: one key per line, `#` comments, text after the key.
+    """The keys that may use this peer, in a file like `authorized_keys` of ssh: one key per line, `#` comments, text
+    after the key.
 
-    Options (`KeyOptions`) stand before the key or right after it. A line with `anyone` in the place of a key lets
-    strangers in, which come last.
+    Options (`KeyOptions`) are written before the key or directly after it. A line with `anyone` instead of a key admits
+    all other keys, with the lowest priority.
 
-    The file is read again when it changes (checked once a second at most). If the new text has an error, the old list
+    The file is read again when it changes (checked at most once per second). If the new text has an error, the old list
     stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident. For the same
-    reason an empty file, as it is while it is written anew, counts only if it still is empty at the next check.
+    reason an empty file, which an editor may leave for a moment while it writes, counts only if it is still empty at
+    the next check.
 
-    path: None: every key is allowed. Raises KeyFileError with the number of the line that is wrong.
+    path: None: every key is allowed. Raises KeyFileError: the file cannot be read, or a line is wrong; the error has
+    its number.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -282,11 +285,12 @@ class AuthorizedKeys:
         return self._options(curve_raw) is not None
 
     def names(self, curve_raw: bytes) -> bool:
-        """Whether this key stands in the list itself."""
+        """Whether the list has a line for this key."""
         return curve_raw in self._current()
 
     def options_of(self, curve_raw: bytes) -> KeyOptions:
-        """What this client is granted; one that may not connect any more is granted what strangers are."""
+        """The rights of this client. A client whose key was removed has the default rights of keys that are not
+        listed."""
         return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)
 
     @property
@@ -336,7 +340,7 @@ def _checksum(raw: bytes) -> bytes:
 
 def _create_key_file(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # mkstemp opens with mode 0600; link() puts the complete file in place and fails if another process was first.
+    # mkstemp creates the file with mode 0600. link() makes the complete file visible, and fails if it exists already.
     descriptor, temporary = tempfile.mkstemp(prefix=".key-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
@@ -347,7 +351,7 @@ def _create_key_file(path: Path) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return
-        except OSError:  # no hard links, as on Android and on FAT
+        except OSError:  # the system has no hard links, as Android and FAT
             if not path.exists():
                 os.replace(temporary, path)
     finally:
@@ -362,7 +366,7 @@ def _read_key_file(path: Path) -> SigningKey:
         content = file.read(MAX_KEY_FILE_BYTES)
     try:
         return _signing_key(content.decode("ascii"))
-    except ValueError:  # also what PyNaCl raises for a seed of another length; the cause would show the secret
+    except ValueError:  # PyNaCl also raises it for a seed of another length; the cause would show the secret
         raise KeyFileError(f"{path} holds no splitnet key; move it away and a new key will be made.") from None
 
 
@@ -425,21 +429,21 @@ def _file_stamp(path: Path) -> tuple[int, int, int] | None:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-WORK_BITS: Final = 13
+WORK_BITS: Final = 13  # leading zero bits of a digest that proves work: 2**13 attempts on average
 MAX_PROOF: Final = (1 << 32) - 1
 
-_MOST_DIGITS = 10
+_MOST_DIGITS = 10  # of `MAX_PROOF` in decimal
 _PREFIX = b"splitnet proof of work\0"
 
 
 @lru_cache(maxsize=4096)
 def has_worked(key: PublicKey, proof: int) -> bool:
-    """Whether `proof` proves the work of this key; 0 proves none."""
+    """Whether `proof` is a valid proof of work of this key; 0 never is."""
     return proof > 0 and _is_found(key, proof)
 
 
 def work(key: PublicKey, stop: threading.Event) -> int:
-    """Finds the proof of a key, 3 s of one core on average; 0 if told to stop before."""
+    """Finds a proof of work of a key, in 3 s of one core on average. Returns 0 if `stop` was set before."""
     for proof in range(1, MAX_PROOF):
         if stop.is_set():
             break
@@ -449,8 +453,8 @@ def work(key: PublicKey, stop: threading.Event) -> int:
 
 
 def kept_proof(key: PublicKey, file: Path, stop: threading.Event) -> int:
-    """The proof of a key in `file`, which is made if it holds none; 0 if told to stop before it was found. Raises
-    OSError: the file cannot be written."""
+    """The proof of work of a key in `file`; if the file holds none, finds one and writes it. Returns 0 if `stop` was
+    set before. Raises OSError: the file cannot be written."""
     try:
         text = file.read_bytes()[:_MOST_DIGITS]
     except FileNotFoundError:
@@ -464,6 +468,6 @@ def kept_proof(key: PublicKey, file: Path, stop: threading.Event) -> int:
 
 
 def _is_found(key: PublicKey, proof: int) -> bool:
-    # scrypt, as it leaves other threads alone and is hardly faster on special hardware than here.
+    # scrypt releases the GIL, and special hardware computes it hardly faster than a CPU.
     digest = hashlib.scrypt(_PREFIX, salt=key.raw + proof.to_bytes(8, "big"), n=256, r=8, p=1, dklen=4)
     return int.from_bytes(digest, "big") >> (32 - WORK_BITS) == 0

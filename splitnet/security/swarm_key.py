@@ -1,7 +1,7 @@
-"""What closes a swarm: a secret of its members, with which they ask for records and read and write them.
+"""The swarm key of a closed swarm: a secret of its members, with which they ask for, read and write records.
 
-Without it a process cannot name what it asks a member for, read an answer, or have a record announced. Which
-connections a peer accepts at all is decided before, by its authorized keys.
+Without the key a process cannot name a model in a question to a member, read an answer, or announce a record. A peer's
+authorized keys decide before that which connections the peer accepts.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from splitnet.errors import KeyFileError, NotAuthorized
 
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
-SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES  # that sealing adds
+SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES  # added by `seal`
 
 _PREFIX = "splitnet-swarm-1 "
 _MAX_FILE_BYTES = 1 << 21
 
 
 class OpenSwarm:
-    """A swarm that anybody may ask: names and records travel as they are."""
+    """A swarm without a key: names and records are not encrypted."""
 
     is_closed = False
 
     def place(self, model: str) -> str:
-        """The name in a question of the model with this fingerprint, or of all models (empty)."""
+        """The name in a question for the model with this fingerprint, or for all models (empty)."""
         return model
 
     def seal(self, data: bytes) -> bytes:
-        """Records as they travel."""
+        """Encrypts records for the wire."""
         return data
 
     def unseal(self, data: bytes | memoryview) -> bytes:
-        """Undoes `seal`. Raises NotAuthorized if no member has sealed it."""
+        """Decrypts the output of `seal`. Raises NotAuthorized: it was not made with the key of this swarm."""
         return bytes(data)
 
 
 class SwarmKey(OpenSwarm):
-    """A swarm that only holders of its key, 32 random bytes, may ask. Nothing prints the key."""
+    """A closed swarm: only holders of its key, 32 random bytes, can ask for records. No code prints the key."""
 
     is_closed = True
 
@@ -54,7 +54,7 @@ class SwarmKey(OpenSwarm):
         if len(raw) != KEY_BYTES:
             raise KeyFileError(f"a swarm key has {KEY_BYTES} bytes, not {len(raw)}")
         self._raw = raw
-        # One key for each use, so that none tells anything of another.
+        # Separate keys for names and for records, so that one reveals nothing about the other.
         self._places, self._records = (hmac.digest(raw, use, "sha256") for use in (b"places", b"records"))
 
     @classmethod
@@ -63,7 +63,7 @@ class SwarmKey(OpenSwarm):
 
     @classmethod
     def parse(cls, text: str) -> SwarmKey:
-        """The key that `text` was written from. Raises KeyFileError."""
+        """The key with the `secret_text` `text`. Raises KeyFileError: `text` is not a swarm key."""
         prefix, _, digits = text.strip().rpartition(" ")
         try:
             if prefix != _PREFIX.strip():
@@ -74,19 +74,19 @@ class SwarmKey(OpenSwarm):
 
     @classmethod
     def load(cls, path: Path) -> SwarmKey:
-        """The key in a file. Raises KeyFileError if it is damaged or others can read it."""
+        """The key in a file. Raises KeyFileError: the file is damaged, or other users can read it."""
         return cls.parse(read_secret_file(path))
 
     @classmethod
     def create(cls, path: Path) -> SwarmKey:
-        """A new key in a file that must not exist yet. Raises KeyFileError."""
+        """Creates a new key in a new file. Raises KeyFileError: the file exists, or cannot be written."""
         key = cls.generate()
         write_secret_file(path, key.secret_text + "\n")
         return key
 
     @property
     def secret_text(self) -> str:
-        """The key as it stands in files."""
+        """The key in the format of a file."""
         return f"{_PREFIX}{self._raw.hex()}"
 
     def place(self, model: str) -> str:
@@ -116,7 +116,7 @@ OPEN: Final = OpenSwarm()
 
 
 def read_secret_file(path: Path) -> str:
-    """The text of a file that its owner alone can read. Raises KeyFileError."""
+    """The text of a secret file. Raises KeyFileError: other users can read the file, or it is not a valid text."""
     try:
         with path.open("rb") as file:
             if os.name == "posix" and stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
@@ -129,11 +129,11 @@ def read_secret_file(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise KeyFileError(f"{path} is no text: it is no file of splitnet's secrets") from None
+        raise KeyFileError(f"{path} does not hold text: it is no file of splitnet's secrets") from None
 
 
 def write_secret_file(path: Path, text: str) -> None:
-    """Makes a file that its owner alone can read, and that must not exist yet. Raises KeyFileError."""
+    """Creates a file that only its owner can read. Raises KeyFileError: the file exists, or cannot be written."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

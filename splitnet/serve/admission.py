@@ -1,4 +1,4 @@
-"""Clients of the gateway, how many of their requests run and wait, and whose turn is next."""
+"""Clients of the gateway: their token quotas, and which of their requests run, wait or are refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from splitnet.limits import FairAccount, Holding, TokenBucket
 
 
 class Overloaded(SplitnetError):
-    """Too many requests wait already."""
+    """Too many requests are waiting."""
 
 
 class QuotaUsed(SplitnetError):
-    """A client has used its tokens; there are some in `retry_after_s`."""
+    """A client has used its tokens per minute; it gets more after `retry_after_s` seconds."""
 
     def __init__(self, per_minute: int, retry_after_s: int) -> None:
         super().__init__(f"this key has used its {per_minute} tokens per minute: try again in {retry_after_s} s")
@@ -30,16 +30,16 @@ class QuotaUsed(SplitnetError):
 class Client:
     """The holder of an API key, or an address where there are no keys."""
 
-    name: str  # by which clients are told apart; no key
-    weight: float = 1.0  # of its share
-    # of prompts and answers, so many at once after a quiet minute; None: no bound. What a running answer takes beyond
-    # them is owed before the next request.
+    name: str  # identifies the client; not the secret key
+    weight: float = 1.0  # of the client's share of the places
+    # Tokens of prompts and answers; after a minute without requests, a client may use them at once. None: no bound.
+    # A running answer may exceed the bound; the client's next request then waits for longer.
     tokens_per_minute: int | None = None
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)
     _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)
 
     def check_quota(self) -> None:
-        """Raises QuotaUsed if nothing is left."""
+        """Raises QuotaUsed if the client has no tokens left."""
         per_minute = self.tokens_per_minute
         if per_minute is not None and (seconds := self._spent.wait_s(per_minute, self.clock())):
             raise QuotaUsed(per_minute, seconds)
@@ -53,7 +53,7 @@ ANYONE = Client("")
 
 
 def client_at(address: str) -> Client:
-    """The client at an IP address; one machine has 2**64 addresses of IPv6 at least, which are one client."""
+    """The client at an IP address. A machine has at least 2**64 addresses of IPv6 (a /64), which are one client."""
     try:
         version = ipaddress.ip_address(address).version
     except ValueError:
@@ -62,10 +62,10 @@ def client_at(address: str) -> Client:
 
 
 class Admission:
-    """Lets requests in. A free place goes to the client that has fewest of them, for its weight, then in turns.
+    """Admits requests. A free place goes to the client with the fewest places for its weight; equal clients alternate.
 
-    When more than `waiting` wait, the newest request of the client with most of them is refused. Of the places
-    `at_a_time`, no client takes those alone that are `spare`, for others that come later.
+    When more than `waiting` requests wait, the newest request of the client with the most waiting requests is refused.
+    A client holds at most `at_a_time - spare` places, so that `spare` places are free for clients that come later.
     """
 
     def __init__(self, at_a_time: int, waiting: int, *, spare: int = 0) -> None:
@@ -75,7 +75,7 @@ class Admission:
         self._turns: dict[Holding, asyncio.Future[None]] = {}
         self._places: Counter[Client] = Counter()
         self._taken: dict[Client, float] = {}
-        """Places that each client has had so far, for its weight; a new client begins where the others are."""
+        """Places that each client has received, divided by its weight. A new client starts at the current minimum."""
         self._now = 0.0
         self.running = 0
 
@@ -85,7 +85,7 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, client: Client = ANYONE) -> AsyncIterator[None]:
-        """Waits for a place, and has it within the `with`. Raises QuotaUsed, or Overloaded if too many wait already."""
+        """Waits for a place and holds it within the `with`. Raises QuotaUsed, or Overloaded: too many requests wait."""
         client.check_quota()
         await self._turn(client)
         try:

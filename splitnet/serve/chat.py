@@ -1,4 +1,4 @@
-"""A chat, whatever protocol asks for it: from its messages to a prompt, and from the tokens to messages."""
+"""A chat of any protocol: from messages to a prompt, and from tokens to messages."""
 
 from __future__ import annotations
 
@@ -19,67 +19,67 @@ from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
 from splitnet.serve.responses import Answer, ServedModel
 
-MAX_SCORES = 2**19  # Of the tokens of the prompts of one request, with those of the likeliest tokens beside them
+MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of the likeliest alternatives
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """What is wanted of a chat.
+    """A request for a chat or for the continuation of a text, in the terms of no protocol.
 
-    Messages are as chat templates expect them: `role`, `content` (text in one piece), of assistants `reasoning_content`
-    and `tool_calls` (`id`, `function` with `name` and `arguments`, an object), of tools `tool_call_id`.
+    Messages have the form that chat templates expect: `role`; `content`, one string; for assistants `reasoning_content`
+    and `tool_calls` (`id`, `function` with `name` and `arguments`, an object); for tools `tool_call_id`.
     """
 
     messages: Sequence[dict[str, Any]]
     functions: Sequence[Function] = ()  # that the model may call
-    to_call: Sequence[Function] = ()  # one of these must be called; none: the model may do as it likes
+    to_call: Sequence[Function] = ()  # the model must call one; empty: no call is required
     several_calls: bool = True
-    answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer keeps to; None: it is text
-    rule: str | None = None  # a grammar that the answer keeps to, see `Bounds`
-    schema_param: str = "response_format"  # the parameter that gives the schema or the grammar
-    # what the chat template is given besides messages and tools, by the parameter that gives it
+    answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer must fit; None: the answer is text
+    rule: str | None = None  # a grammar that the answer must match, see `Bounds`
+    schema_param: str = "response_format"  # the parameter of the request that gives the schema or the grammar
+    # Variables for the chat template besides messages and tools, by the parameter of the request that gives them.
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
     max_tokens: int | None = None  # of each answer; None: as many as there is room for
-    suffix: str | None = None  # what is behind the text that is wanted, of a bare text
-    is_text: bool = False  # the last message is a bare text, of which the answer goes on: nothing is looked for in it
-    fits: bool = True  # whether there must be room for them; otherwise an answer ends where the context does
+    suffix: str | None = None  # the text after the gap that the model fills; None: the request has no gap
+    is_text: bool = False  # the last message is a bare text that the answer continues; calls and reasoning stay text
+    fits: bool = True  # the context must have room for `max_tokens`; otherwise an answer ends at the end of the context
     choices: int = 1
     stop_strings: Sequence[str] = ()
     top_logprobs: int | None = None  # see `Ask`
     stop_tokens: Collection[int] = ()
     ignores_ends: bool = False
     scores_prompt: bool = False
-    last_tokens: int | None = None  # of the prompt, that are read; None: all of them
-    begins_answer: bool = True  # the prompt ends with what begins an answer
-    goes_on: bool = False  # the answer goes on from the last message, which is the assistant's
-    echoes: bool = False  # and that is told before it
+    last_tokens: int | None = None  # how many last tokens of the prompt are read; None: all
+    begins_answer: bool = True  # the prompt ends with the marks that begin an answer
+    goes_on: bool = False  # the answer continues the last message, which is the assistant's
+    echoes: bool = False  # the text of the last message is sent before the answer
 
     @property
     def binds_calls(self) -> bool:
-        """Whether calls, if the model makes some, must keep to anything."""
+        """Whether a grammar must restrict the calls of an answer that may also be text."""
         return not self.several_calls or any(function.strict for function in self.functions)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new of one message of the assistant."""
+    """The new part of one message of the assistant."""
 
     choice: int  # which answer of the request
     text: str = ""
     reasoning: str = ""
-    calls: Sequence[ToolCall] = ()  # those that are complete now
+    calls: Sequence[ToolCall] = ()  # newly completed calls
     scored: tuple[ScoredToken, ...] = ()
-    finish: Finish | Literal["tool_calls"] | None = None  # why the answer ends here; None: it goes on
-    stopped: str | None = None  # the stop string that ended it
-    tokens: tuple[int, ...] = ()  # the new ones
+    finish: Finish | Literal["tool_calls"] | None = None  # why the answer ends here; None: it continues
+    stopped: str | None = None  # the stop string that ended the answer
+    tokens: tuple[int, ...] = ()  # new token ids
     scored_prompt: tuple[ScoredToken, ...] = ()
 
 
 def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
-    """How tokens are chosen, where a request gives some of the fields of `Sampling`, of which None is none.
+    """The sampling of a request. `given`: fields of `Sampling`; a missing or None field gets the model's default.
 
-    Raises ApiError if a token in `bias` is not known.
+    Raises ApiError if the model does not know a token in `bias`.
     """
     given = {name: value for name, value in given.items() if value is not None}
     served.prompts.check_known([token for token, _ in given.get("bias", ())], "logit_bias")
@@ -91,7 +91,7 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
 
 
 def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
-    """Raises ApiError if prompts have more tokens than are scored, each with so many of the likeliest ones."""
+    """Raises ApiError if the prompts need more than `MAX_SCORES` scores; `top`: likeliest tokens beside each token."""
     scores = sum(map(len, prompts)) * (1 + (top or 0))
     if scores > MAX_SCORES:
         many = f"{scores} scores of prompts are more than {MAX_SCORES}"
@@ -99,7 +99,7 @@ def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
 
 
 async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
-    """The tokens of a chat, ready for the next answer. Raises ApiError for what cannot be honoured."""
+    """The tokens of a chat, ready for the next answer. Raises ApiError if the request cannot be honoured."""
     prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
     if chat.suffix is not None:
         text, behind, most = chat.messages[-1]["content"], chat.suffix, chat.max_tokens
@@ -114,9 +114,10 @@ async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[i
 async def with_thinking(
     served: ServedModel, request: Request, chat: Chat, param: str, on: bool | None, effort: str | None
 ) -> Chat:
-    """With what the chat template takes of whether the model is to think, and how much, as `param` says; None: nothing.
+    """The chat with the variables of its template that turn the model's reasoning on or off and set its effort.
 
-    Raises ApiError if the model is not to think, and always does.
+    param: the parameter of the request that asks for this. on, effort: None leaves the model's default.
+    Raises ApiError if `on` is False and the model always reasons.
     """
     if on is None and effort is None:
         return chat
@@ -127,7 +128,7 @@ async def with_thinking(
     wanted = {"enable_thinking": on, "thinking": on, "reasoning_effort": effort}
     variables = {name: value for name, value in wanted.items() if name in has and value is not None}
     if on is False and reasoning is not None and not has & {"enable_thinking", "thinking"}:
-        raise ApiError(400, f"{param}: this model always thinks: do not ask it not to", param=param)
+        raise ApiError(400, f"{param}: this model always thinks: do not turn thinking off", param=param)
     return replace(chat, variables={param: variables})
 
 
@@ -140,9 +141,9 @@ async def answer_chat(
     stream: bool,
     prompt: list[int] | None = None,
 ) -> Response:
-    """Runs a chat; `answer` is told the `Delta` of each message, and at last the tokens that it took.
+    """Runs a chat; `answer` writes the `Delta`s of its messages and the final `Ended`.
 
-    prompt: its tokens; None: those of its messages. Raises ApiError for what cannot be honoured.
+    prompt: token ids; None: made of the messages. Raises ApiError if the request cannot be honoured.
     """
     prompts = served.prompts
     prompts.check_known(chat.stop_tokens, "stop_token_ids")
@@ -154,10 +155,10 @@ async def answer_chat(
     bounds, grammar, calls = _bounds_of(chat), None, forms.calls if chat.functions else None
     if bounds is not None:
         if chat.ignores_ends or chat.sampling.get("min_tokens"):
-            raise ApiError(400, "calls say where an answer ends: leave out ignore_eos and min_tokens", param="tools")
+            raise ApiError(400, "calls set where an answer ends: leave out ignore_eos and min_tokens", param="tools")
         reasoning = forms.reasoning
         thinks = reasoning is not None and begun == reasoning.opening
-        # Where the prompt has no thought in it already, a model may think before what it is bound to.
+        # The model may reason before the part that the grammar restricts, unless the prompt has closed the reasoning.
         thinks_no_more = reasoning is not None and prompts.ends_with(prompt, reasoning.closing)
         bound = replace(forms, reasoning=None) if thinks_no_more else forms
         grammar = await served.prepare(request, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
@@ -166,7 +167,7 @@ async def answer_chat(
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
-        # An answer that must be a call has no text to be ended, and calls that are bound are whole.
+        # Stop strings end only text: an answer that must be a call has none, and a grammar keeps calls whole.
         stop_strings=() if chat.to_call else chat.stop_strings,
         stops_apart=(calls.openings, calls.closing) if calls and chat.binds_calls and chat.stop_strings else ((), ""),
         top_logprobs=chat.top_logprobs,
@@ -183,7 +184,7 @@ async def answer_chat(
 
 
 def _described(function: Function) -> dict[str, Any]:
-    """A function as chat templates expect it."""
+    """A function in the form that chat templates expect."""
     told = {"name": function.name, "description": function.description, "parameters": function.parameters}
     return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
 

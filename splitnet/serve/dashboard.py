@@ -1,4 +1,4 @@
-"""The dashboard: a static page, and the stream of what it shows."""
+"""The dashboard: a static page, and the stream of its data."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from splitnet.transport.prober import Answer
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-ASKED_PEERS = 128  # Every peer that is asked takes a socket. Of more peers the others are believed.
-PAUSE_S = 10.0  # After such a pause nothing is told of what has changed since: it may have been any time ago
+ASKED_PEERS = 128  # Most peers that are pinged, as each takes a socket; of other peers only the record is known
+PAUSE_S = 10.0  # Changes during a longer pause between looks are not noted as events: their time is unknown
 
 
 class State(Enum):
-    """What is known of a peer."""
+    """The state of a peer as far as the client knows."""
 
     HERE = "here"
-    UNKNOWN = "unknown"  # it was not asked, or has had no time to answer
+    UNKNOWN = "unknown"  # it was not pinged, or has had no time to answer
     GONE = "gone"
     REFUSES = "refuses"  # it does not accept this client's key
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A peer as it was seen last; in this state since so many seconds of the clock, with its last answer, if any."""
+    """The last known state of a peer. since: clock time of the state's beginning, in s. answer: the last, if any."""
 
     record: PeerRecord
     state: State
@@ -68,7 +68,7 @@ class _Asked:
 
 
 class Presence:
-    """Asks peers for signs of life, and notes in the swarm's event log which come and go. For one thread at a time."""
+    """Pings peers, and notes in the swarm's event log which peers join, leave or fail. For one thread at a time."""
 
     def __init__(self, swarm: Swarm, clock: Callable[[], float] = time.monotonic) -> None:
         self._swarm = swarm
@@ -78,17 +78,17 @@ class Presence:
         self._looked_at = float("-inf")
 
     def look(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[Seen]:
-        """What is known now of the peers of these records; asks them again, and does not wait for answers.
+        """The known states of the peers of these records; pings peers again without waiting for answers.
 
-        The peers with the keys `working` are on routes of answers that are under way. Their sessions watch them and
-        replace them, so none of them is gone because it answers late.
+        working: keys of the peers on routes of running answers. Their sessions watch and replace these peers, so a late
+        answer to a ping does not make them gone.
         """
         now = self._clock()
         if now - self._looked_at > PAUSE_S:
             self._asked, self._seen = {}, {}
         told = bool(self._seen)
         self._looked_at = now
-        # Keys are random: the choice does not depend on blocks, and is the same the next time.
+        # Keys are random: a choice by key is independent of blocks, and the same at each look.
         asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
         endpoints = {record.key.text: record.endpoint for record in asked}
         self._asked = {endpoint: self._asked.get(endpoint) or _Asked() for endpoint in endpoints.values()}
@@ -107,7 +107,7 @@ class Presence:
         return list(self._seen.values())
 
     def _ask(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[State, Answer | None]:
-        """What is known of a peer; asks it again if it has answered, or has been silent."""
+        """The state and last answer of a peer; pings it again if it has answered, or has been silent."""
         asked = self._asked[endpoint]
         if asked.future is not None and asked.future.done():
             asked.answer, asked.future = asked.future.result(), None
@@ -116,7 +116,7 @@ class Presence:
             return State.REFUSES, asked.answer
         is_due = now - asked.asked_at >= LOST_S
         if link is LinkState.DOWN:
-            if is_due:  # an unused link is closed, and finds out nothing more
+            if is_due:  # an unused link is closed, and only a ping finds out whether the peer is back
                 self._swarm.ping(endpoint)
                 asked.asked_at = now
             asked.future = None
@@ -154,12 +154,12 @@ def _name(record: PeerRecord) -> str:
     return f"{short_key(record.key.text)} at {record.address.removeprefix('tcp://')}"
 
 
-RATE_S = 5  # Rates are means of so many seconds
-SHOWN_S = 60.0  # An answer that has ended is shown for this time
+RATE_S = 5  # Seconds over which rates are averaged
+SHOWN_S = 60.0  # How long an ended answer is shown
 
 
 def snapshot(gateway: Gateway, seen: Sequence[Seen], problem: str | None) -> Any:
-    """The swarm of the first model, and the answers of all as they are now; `problem`: why peers may not be known."""
+    """The swarm of the first model, and the answers of all models; `problem`: why peers may not be known."""
     model, loaded = gateway.served.generations.model, gateway.loaded
     logs, admissions = [each.generations.progress for each in loaded], [each.admission for each in loaded]
     answers = [(log.clock(), each) for log in logs for each in log.answers()]
@@ -189,7 +189,7 @@ def snapshot(gateway: Gateway, seen: Sequence[Seen], problem: str | None) -> Any
 
 
 def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
-    """What a peer says is untrusted text; its key and its numbers were checked with its record."""
+    """A peer for the page. Its texts are untrusted; its key and numbers were checked with its record."""
     record, answer = seen.record, seen.answer
     return {
         "key": record.key.text,
@@ -230,12 +230,12 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
     }
 
 
-POINTS = 300  # of a loss curve
+POINTS = 300  # Most points of a loss curve
 _SUMMED = ("tokens", "seconds", "sent_bytes", "received_bytes", "joules")
 
 
 class TunedRun:
-    """A run of `splitnet tune` that is under way, by the metrics in its folder. For one thread at a time."""
+    """A run of `splitnet tune`, watched through the metrics file in its folder. For one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -243,9 +243,9 @@ class TunedRun:
         self._lines: list[dict[str, Any]] = []
 
     def look(self) -> dict[str, Any]:
-        """Losses of at most `POINTS` steps, evaluations, and sums over all steps so far."""
+        """Losses of at most `POINTS` steps, all evaluations, and sums over all steps."""
         with suppress(OSError, ValueError), (self._folder / "metrics.jsonl").open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self._read:  # it goes on from an earlier step
+            if file.seek(0, os.SEEK_END) < self._read:  # the run continues from an earlier step
                 self._read, self._lines = 0, []
             file.seek(self._read)
             for line in file:
@@ -265,13 +265,13 @@ class TunedRun:
 
 
 SNAPSHOT_S = 1.0
-LOOKUP_S = 3.0  # between two looks into the directory, while a page is open
-MAX_STREAMS = 32  # Open pages, of all clients
-TICK_S = 0.25  # How soon events are told, and how soon a stream ends with the server
+LOOKUP_S = 3.0  # Time between two look-ups in the directory, while a page is open
+MAX_STREAMS = 32  # Most open pages of all clients together
+TICK_S = 0.25  # Longest delay of an event, and of the end of a stream when the server ends
 
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
-    # A browser runs and loads nothing of what a peer says of itself.
+    # A browser must not run or load anything from the texts of peers.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -281,8 +281,8 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches answers, and the swarm of the first model, while a page is open; all show the same.
-    tuned: the folder of a run of `splitnet tune` that is shown, too."""
+    """Watches all answers, and the swarm of the first model, while a page is open; all pages show the same data.
+    tuned: the folder of a run of `splitnet tune` to show, too."""
 
     def __init__(self, gateway: Gateway, tuned: Path | None = None) -> None:
         self._tuned = TunedRun(tuned) if tuned is not None else None
@@ -299,9 +299,9 @@ class Dashboard:
         self._streams = FairAccount(MAX_STREAMS)
 
     async def stream(self, client: Client) -> AsyncGenerator[str]:
-        """Server-sent events: snapshots, and what has happened; at first all that is known to have happened lately.
+        """Server-sent events: snapshots, and the swarm's event log, which is first sent as far as it is kept.
 
-        Where there are more than `MAX_STREAMS`, the oldest stream of the client with most of them ends.
+        When more than `MAX_STREAMS` are open, the oldest stream of the client with the most streams ends.
         """
         over = asyncio.Event()
         looks = self._streams.hold(client, over.set, 1)
@@ -332,20 +332,20 @@ class Dashboard:
             return self._shown
 
     async def _look_up(self) -> None:
-        """Keeps the records fresh; waits for them only after a pause, as a directory can be slow."""
+        """Looks up the records in the background; waits only after a pause, because a directory can be slow."""
         now = asyncio.get_running_loop().time()
         age_s = now - self._looked_up_at
         if (self._lookup is None or self._lookup.done()) and age_s >= LOOKUP_S:
             self._looked_up_at = now
             self._lookup = asyncio.create_task(self._read_records())
             if age_s > PAUSE_S:
-                await asyncio.shield(self._lookup)  # others look, too, when this one goes
+                await asyncio.shield(self._lookup)  # other streams need the result if this one is cancelled
 
     async def _read_records(self) -> None:
         try:
             self._records = await run_in_threadpool(self._swarm.peers, fresh=True)
             self._problem = None
-        except SplitnetError as error:  # none is left that counts, see `PeerCache.look`
+        except SplitnetError as error:  # no usable record is left, see `PeerCache.look`
             self._records, self._problem = [], str(error)
 
     def _look(self) -> Any:
@@ -356,7 +356,7 @@ class Dashboard:
 
 
 def dashboard_router(dashboard: Dashboard) -> APIRouter:
-    """The paths of the page, which need no key, and the one of its data."""
+    """The paths of the page, which need no key, and the path of its data, which needs one."""
     router = APIRouter(include_in_schema=False)
     files = {file.name: file.read_bytes() for file in (resources.files("splitnet.serve") / "page").iterdir()}
 

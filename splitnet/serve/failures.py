@@ -1,4 +1,4 @@
-"""What a client is told when something goes wrong: a status, a sentence, and a code."""
+"""Errors that clients receive: a status, a sentence, and a code."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from splitnet.serve.admission import Overloaded, QuotaUsed
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
-IMAGES = "image", "image_url", "input_image"  # How parts of messages are called that are images
-NAMED = 64  # Characters of a value that a refusal names
-MOST_MESSAGE = 2000  # Characters of a sentence, which may quote what a client has sent
+IMAGES = "image", "image_url", "input_image"  # Types of message parts that are images
+NAMED = 64  # Characters of the longest value that an error message quotes
+MOST_MESSAGE = 2000  # Characters of an error message, which may quote the request
 
 
 class ApiError(SplitnetError):
-    """An error with the status and the code that a client is told."""
+    """An error with the HTTP status and the code that the client receives."""
 
     def __init__(
         self,
         status: int,  # of HTTP
-        message: str,  # one sentence that says what is wrong and how to fix it
+        message: str,  # one sentence that describes the error and its fix
         *,
         param: str | None = None,  # the parameter that is wrong
-        code: str | None = None,  # by which a program can tell errors apart
-        headers: dict[str, str] | None = None,  # a 429 or 503 says when to come again if not given
+        code: str | None = None,  # identifies the kind of error for programs
+        headers: dict[str, str] | None = None,  # None: a 429 or 503 gets Retry-After
     ) -> None:
         super().__init__(message if len(message) <= MOST_MESSAGE else f"{message[:MOST_MESSAGE]} ...")
         self.status = status
@@ -64,11 +64,11 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
 
 
 def failure_of(error: BaseException) -> ApiError:
-    """What a client is told of any error; an unexpected one is logged, without the words of a request."""
+    """The error that a client receives for any error. An unexpected error is logged without text of the request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SessionClosed):
-        return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
+        return ApiError(503, "the server is ending: use another server, or try again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
             headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaUsed) else None
@@ -78,23 +78,23 @@ def failure_of(error: BaseException) -> ApiError:
     if isinstance(error, RequestValidationError):
         return refused(error.errors())
     if isinstance(error, HTTPException):
-        if isinstance(error.__cause__, ApiError):  # FastAPI hides what the reading of a body has raised
+        if isinstance(error.__cause__, ApiError):  # FastAPI wraps errors that are raised while it reads a body
             return error.__cause__
         return ApiError(error.status_code, error.detail)
-    # Only where, and not the message: it may hold a part of a prompt.
+    # The traceback alone: the message of the error may hold a part of a prompt.
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    return ApiError(500, "the server met an error that it did not expect: its log tells where")
+    return ApiError(500, "unexpected error in the server: its log has the details")
 
 
 def refused(errors: Sequence[Any]) -> ApiError:
-    """What is told of a body that pydantic does not accept; `errors`: as pydantic has them, from `body` on."""
+    """The error for a body that pydantic rejects. `errors`: pydantic's, whose `loc` begins with `body`."""
 
     def named(error: Any) -> str:
         given = error.get("ctx", {}).get("tag", error.get("input"))
         return given if isinstance(given, str) and len(given) <= NAMED else ""
 
-    # Where there are several ways to write something, the one that was followed furthest says most.
-    # In one object an unknown name says most: `type` decides which other values belong into it.
+    # Where a value may have several forms, the error at the deepest place belongs to the form that fits best.
+    # Within an object, an unknown literal such as `type` matters most: it decides which other fields are allowed.
     first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error" and named(each) != ""))
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "model_type"):
         return ApiError(400, "the body must be a JSON object")

@@ -1,4 +1,4 @@
-"""The way in and out of every request: the host that it names, its key, its body, and unexpected errors."""
+"""The entry and exit of every request: checks of its host, origin and API key, its body, and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from splitnet.serve.failures import ApiError, failure_of, refused
 
 
 class ApiKeys:
-    """Keys that are accepted, with the options of each; without any, everybody is."""
+    """The accepted API keys, each with its options; without any key, every request is accepted."""
 
     def __init__(self, keys: Mapping[str, KeyOptions]) -> None:
         self._clients = [
@@ -44,9 +44,9 @@ class ApiKeys:
 
     @classmethod
     def read(cls, file: Path | None) -> ApiKeys:
-        """The keys of a file, one per line, with their options before or after them; # begins a comment.
+        """The keys of a file, one per line, with options before or after the key; # begins a comment.
 
-        Raises KeyFileError if it cannot be read, holds no key, or a line is wrong.
+        Raises KeyFileError if the file cannot be read, holds no key, or has a wrong line.
         """
         if file is None:
             return cls({})
@@ -61,7 +61,7 @@ class ApiKeys:
             try:
                 key, options = _key_of(line.split())
                 if keys.setdefault(key, options) is not options:
-                    raise KeyFileError("this key is there already: leave it out")
+                    raise KeyFileError("this key is listed twice: leave one out")
             except KeyFileError as error:
                 raise KeyFileError(f"{file}, line {number}: {error}") from None
         if not keys:
@@ -72,7 +72,7 @@ class ApiKeys:
         return len(self._clients)
 
     def client_of(self, given: bytes) -> Client | None:
-        """The client of a key; None: the key is not accepted. The time that it takes tells nothing about the keys."""
+        """The client of a key; None: the key is not accepted. The duration of a call reveals nothing about the keys."""
         matching = [client for key, client in self._clients if hmac.compare_digest(given, key)]
         return next(iter(matching), None)
 
@@ -90,16 +90,16 @@ def _key_of(words: Sequence[str]) -> tuple[str, KeyOptions]:
 
 MAX_BODY_BYTES = 16 * 2**20
 
-# Memory of a value of JSON once it is parsed, without the text of strings, and of an object, which takes the event loop
-# longest, too: two bytes of a body can hold one.
+# Memory of a parsed JSON value, without the text of strings, and of a parsed object. Two bytes of a body can hold an
+# object, and objects occupy the event loop longest.
 VALUE_BYTES, OBJECT_BYTES = 64, 512
-MAX_PARSED_BYTES = 48 * 2**20  # what a body takes when it is parsed
-ALL_PARSED_BYTES = 128 * 2**20  # the same of all requests, until they are answered
-BODY_S = 60.0  # Time for a body to arrive
+MAX_PARSED_BYTES = 48 * 2**20  # Memory of one parsed body
+ALL_PARSED_BYTES = 128 * 2**20  # Memory of the parsed bodies of all unanswered requests
+BODY_S = 60.0  # Time within which a body must arrive
 
 
 class Body:
-    """The body of a request, on its way; `account`: of the memory of all bodies, until they are answered."""
+    """The body of a request while it arrives. `account`: the memory of the bodies of all unanswered requests."""
 
     def __init__(self, account: FairAccount, client: Client, receive: Receive) -> None:
         self._receive = receive
@@ -113,9 +113,9 @@ class Body:
 
     @asynccontextmanager
     async def whole(self) -> AsyncIterator[Receive]:
-        """Waits for all of it; within the `with`, what is given receives it in one piece.
+        """Waits for the whole body. Within the `with`, the yielded function receives it in one message.
 
-        Raises ApiError if it is too long, has too many values or comes too slowly, or there is no memory for it now.
+        Raises ApiError if the body is too long, has too many values, arrives too slowly, or finds no memory.
         """
         try:
             messages = [await self._arrived()]
@@ -149,20 +149,23 @@ class Body:
             if not self._given_up:
                 raise ApiError(408, f"the body did not arrive within {BODY_S:.0f} s: send it faster") from None
         if self._given_up:
-            raise ApiError(429, "there is no room for this body now: try again in a moment", code="overloaded")
+            raise ApiError(429, "the server has no memory left for this body: try again in a moment", code="overloaded")
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
 
-REQUEST_S = 10.0  # Time for the head of a request, from the connection or from the last answer on
-UNREAD_S = 30.0  # A client that has not read `READ_BYTES` of what waits for it within this time is cut off
+REQUEST_S = 10.0  # Time for the head of a request, counted from the connection or from the last answer
+UNREAD_S = 30.0  # A client that reads less than `READ_BYTES` of its waiting answer within this time is cut off
 READ_BYTES = 2**14
 
 IDLE_CONNECTIONS = 256
-"""Connections without a whole request, at most; the oldest of the client with most of them are closed."""
+"""Most connections without a whole request; beyond it, the oldest of the client with the most of them is closed."""
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with bounds on the time for a head and for reading; `idle`: account of all without a whole request."""
+    """A connection of uvicorn with bounds on the time for a request's head and for reading the answer.
+
+    idle: counts the connections that have no whole request.
+    """
 
     def __init__(self, idle: FairAccount, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -205,11 +208,11 @@ class Connection(H11Protocol):
 
     @property
     def _answering(self) -> bool:
-        # Before its first request a connection of uvicorn has none.
+        # Before the first request, uvicorn's `cycle` is None.
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
     def _wait(self, seconds: float | None) -> None:
-        """Cuts the client off if it does nothing for this time; None: waits without end."""
+        """Cuts the client off after this time unless it has read `READ_BYTES`; None: waits without end."""
         if self._timer is not None:
             self._timer.cancel()
         self._unread = self.transport.get_write_buffer_size()
@@ -233,32 +236,32 @@ class Connection(H11Protocol):
 
 
 ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # Origins whose pages may always use the server
-REQUEST_ID = r"[\w.:-]{1,128}"  # What a request may call itself; others get a name
+REQUEST_ID = r"[\w.:-]{1,128}"  # Ids that a request may give itself; other requests get one
 REQUEST_ID_HEADERS = (
     b"x-request-id",
     b"request-id",
-)  # Of answers: clients of OpenAI read the first, Anthropic's the other
+)  # Headers of answers: OpenAI's clients read the first one, Anthropic's the second one
 WITHOUT_VERSION = ("/chat/completions", "/completions", "/models", "/embeddings", "/responses", "/messages", "/rerank")
-"""Paths that stand for those of `/v1`: some programs take the address of the server alone."""
-PROTECTED = ("/dashboard/", "/metrics")  # Paths that need a key begin with one of these, or are those of a protocol
+"""Paths that are served without `/v1`, too: some programs are given only the address of the server."""
+PROTECTED = ("/dashboard/", "/metrics")  # Beginnings of paths that need a key, besides the paths of protocols
 
 
 @dataclass(frozen=True)
 class Api:
-    """A protocol of HTTP."""
+    """An HTTP protocol of the server, such as OpenAI's."""
 
-    paths: tuple[str, ...]  # with which its paths begin
-    router: Callable[[Any], APIRouter]  # its paths for a `splitnet.serve.gateway.Gateway`
+    paths: tuple[str, ...]  # beginnings of its paths
+    router: Callable[[Any], APIRouter]  # makes its paths for a `splitnet.serve.gateway.Gateway`
     error_body: Callable[[ApiError], dict[str, Any]]  # the JSON of an error
-    key_of: Callable[[Headers], str]  # the API key that the headers of a request give
-    key_header: str  # how a request gives its key, for the sentence that refuses a wrong one
-    challenge: str  # the header WWW-Authenticate of that refusal
+    key_of: Callable[[Headers], str]  # the API key in the headers of a request
+    key_header: str  # the header that holds the key, for the message that refuses a wrong key
+    challenge: str  # the header WWW-Authenticate of that message
     error: type[BaseModel]  # the type of `error_body`
-    header: str | None = None  # a header that its clients alone send, also to paths that several protocols have
+    header: str | None = None  # a header that only its clients send: decides where protocols share a path
 
 
 def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
-    """The protocol of the header, or else the one that has the longest beginning of a path; if none has, the first."""
+    """The protocol whose `header` was sent, else that with the longest matching beginning of a path, else the first."""
 
     def fits(api: Api) -> tuple[bool, int]:
         longest = max((len(begin) for begin in api.paths if path.startswith(begin)), default=0)
@@ -267,17 +270,17 @@ def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
     return max(apis, key=fits)
 
 
-ENDS: ContextVar[ExitStack] = ContextVar("ENDS")  # What is to be done once a request has its answer, in its task
+ENDS: ContextVar[ExitStack] = ContextVar("ENDS")  # Callbacks of a request's task, called once the request is answered
 
 
 @dataclass(eq=False)
 class Gate:
-    """ASGI middleware; paths of protocols and those that are `PROTECTED` need a key, if there are keys.
+    """ASGI middleware that checks requests and gives each accepted one a `Client` in its state.
 
-    Without keys, a page of another site must not reach the server by giving its own name the address of this machine:
-    requests name an IP address, localhost, or one of `hosts`. Nor may it send requests of which it could not read the
-    answers: they come from the server's own page, from one of this machine, or from one of `origins`. What is let in
-    has a `Client` in its state.
+    With keys, the paths of protocols and the `PROTECTED` paths need one. Without keys, pages of other sites must not
+    use the server. A page could point its own host name at this machine (DNS rebinding): requests must name an IP
+    address, localhost, or one of `hosts`. A page could send requests whose answers it cannot read: an `Origin` must be
+    the server itself, this machine, or one of `origins`.
     """
 
     app: ASGIApp
@@ -289,7 +292,7 @@ class Gate:
     def __post_init__(self) -> None:
         self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
         self._protected = *PROTECTED, *(begin for api in self.apis for begin in api.paths)
-        # Half of it is for others, however much a client sends.
+        # One client takes at most half of the memory.
         self._parsed = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -330,7 +333,7 @@ class Gate:
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
-        if given is None:  # browsers always tell it
+        if given is None:  # browsers always send it
             return
         host = given.lower()
         host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -345,7 +348,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or origin in self.origins or re.fullmatch(ON_THIS_MACHINE, origin):
             return
-        # A proxy may name another host than the browser did, which says so itself over TLS; no script can.
+        # A proxy may change the Host. Over TLS the browser also sends Sec-Fetch-Site, which scripts cannot set.
         if origin.partition("://")[2] != headers.get("host") and headers.get("sec-fetch-site") != "same-origin":
             unknown = "pages of this site may not use the server: start it with --allow-origin ORIGIN"
             raise ApiError(403, unknown, code="unknown_origin")
@@ -355,7 +358,7 @@ class Gate:
             return client_at(scope["client"][0] if scope.get("client") else "")
         client = self.keys.client_of(api.key_of(headers).encode())
         if client is None:
-            wrong = f"wrong API key: send one of the server's as `{api.key_header}`"
+            wrong = f"wrong API key: send one of the server's keys as `{api.key_header}`"
             raise ApiError(401, wrong, code="wrong_key", headers={"WWW-Authenticate": api.challenge})
         return client
 
@@ -363,16 +366,16 @@ class Gate:
 Result = TypeVar("Result")
 Model = TypeVar("Model", bound=BaseModel)
 
-LARGE_BYTES = 2**16  # A request of more is prepared after others of that kind, so that small ones find a free core
+LARGE_BYTES = 2**16  # Larger requests are prepared one at a time, so that small requests find a free core
 
 
-MOST_PREPARING = 1024  # requests that wait until they are prepared
+MOST_PREPARING = 1024  # Requests that may wait for their preparation
 
 
 class Preparing:
-    """Does what a request needs before it runs in other threads: parsing, templates, tokens, grammars.
+    """Prepares requests in separate threads before the model runs: parsing, templates, tokens, grammars.
 
-    One request of a client is prepared at a time, so that no client holds up the others.
+    One small request per client, and one large request in all, is prepared at a time, so that no client delays others.
     """
 
     def __init__(self) -> None:
@@ -380,7 +383,7 @@ class Preparing:
         self._threads = CapacityLimiter(5)
 
     async def run(self, request: Request, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What `work` returns; `size`: bytes of the request. Raises ApiError if the client is gone before its turn."""
+        """The result of `work`; `size`: bytes of the request. Raises ApiError if the client disconnects meanwhile."""
         client = request.state.client
         places = self._large if size > LARGE_BYTES else self._small
 
@@ -389,14 +392,17 @@ class Preparing:
                 working = asyncio.ensure_future(to_thread.run_sync(work, *arguments, limiter=self._threads))
                 try:
                     return await asyncio.shield(working)
-                finally:  # a thread cannot be ended, so it keeps its place after its client is gone
+                finally:  # a thread cannot be ended, so its place is freed only when it ends
                     await asyncio.wait([working])
 
         return await unless_gone(request, prepared())
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """Waits for `work`, and cancels it when the client has disconnected; its body must have been read."""
+    """The result of `work`. If the client disconnects, cancels `work` and raises ApiError.
+
+    The body of the request must have been read before.
+    """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -415,7 +421,7 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 
 def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
-    """The request that a body holds. Raises ApiError if it is no JSON, or no such request."""
+    """The request in a body. Raises ApiError if the body is not JSON, or not a request of this kind."""
     try:
         document = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -425,7 +431,7 @@ def parsed(kind: type[BaseModel], body: bytes) -> BaseModel:
 
 
 def validated(kind: type[Model], document: Any) -> Model:
-    """The request that a document of JSON is. Raises ApiError if it is none."""
+    """The request in a JSON document. Raises ApiError if the document is not a request of this kind."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:
@@ -434,7 +440,7 @@ def validated(kind: type[Model], document: Any) -> Model:
 
 
 class ParsingRoute(APIRoute):
-    """Parses bodies with `app.state.preparing`; FastAPI would do so on the event loop, and collect every error."""
+    """Parses bodies with `app.state.preparing`; FastAPI would parse them on the event loop and collect every error."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -446,7 +452,7 @@ class ParsingRoute(APIRoute):
                 return await self.app.state.preparing.run(self, len(body), parsed, kind, body)
 
         async def handle(request: Request) -> Response:
-            # All bodies are JSON; `curl -d` and some clients of Ollama say something else, or nothing.
+            # All bodies are JSON, but `curl -d` and some clients of Ollama send another content type, or none.
             others = [header for header in request.scope["headers"] if header[0] != b"content-type"]
             headers = [*others, (b"content-type", b"application/json")]
             return await handler(Parsed({**request.scope, "headers": headers}, request.receive))

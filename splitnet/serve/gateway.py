@@ -1,4 +1,4 @@
-"""The models that a server answers requests with, by their names: loaded when they are asked for, given up unused."""
+"""The models of a server by name: loaded when a request names them, closed when unused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from splitnet.serve.responses import ServedModel
 
 log = logging.getLogger(__name__)
 
-KEPT_MODELS = 4  # beside the first
-WAIT_S = 30.0  # that a request waits while other models are in use, until it is refused
-REFRESH_S = 10.0  # Between two looks for models
+KEPT_MODELS = 4  # Models that stay loaded besides the first
+WAIT_S = 30.0  # How long a request waits while `keep` other models are in use, before it is refused
+REFRESH_S = 10.0  # Least time between two searches for models
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A model that can be served; `load` may take long, and raises SplitnetError."""
+    """A model that can be served. `load` may take long, and raises SplitnetError."""
 
     names: Sequence[str]
     load: Callable[[], ServedModel]
@@ -35,9 +35,9 @@ class Offer:
 class Gateway:
     """Finds the model of a request.
 
-    `served` is loaded at the start, and stays. Of `offers` and what `search` finds, requests use `keep` at a time;
-    another model is loaded before an unused one gives way, so a load that fails costs none of the others.
-    created: seconds since 1970 that are told of the models.
+    `served` is loaded at the start and stays loaded. Requests use at most `keep` models of `offers` and `search` at a
+    time. A new model is loaded before an unused one is closed, so a failed load closes no model.
+    created: the creation time of the models in listings, in seconds since 1970.
     """
 
     served: ServedModel
@@ -51,8 +51,8 @@ class Gateway:
         self._searched_at = float("-inf")
         self._searching: asyncio.Task[None] | None = None
         self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
-        self._uses: Counter[str] = Counter()  # requests that are not answered yet, by the same name
-        self._loads: dict[str, asyncio.Task[None]] = {}  # under way, by the same name
+        self._uses: Counter[str] = Counter()  # unanswered requests, by the same name
+        self._loads: dict[str, asyncio.Task[None]] = {}  # running loads, by the same name
         self._freed = asyncio.Event()
 
     @property
@@ -61,7 +61,7 @@ class Gateway:
 
     @property
     def names(self) -> list[str]:
-        """Those that requests may give."""
+        """Names of models that requests may give."""
         return list(dict.fromkeys([*self.served.names, *(name for offer in self._all for name in offer.names)]))
 
     @property
@@ -69,13 +69,13 @@ class Gateway:
         return [*self.offers, *self._found]
 
     def check_name(self, name: str) -> None:
-        """Raises ApiError if no model has it."""
+        """Raises ApiError if no model has this name."""
         if name not in self.names:
             use = " or ".join(map(repr, self.names))
             raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
     async def refresh(self) -> None:
-        """Looks for models, if that was not done lately; requests that come meanwhile wait for the same look."""
+        """Searches for models, at most every `REFRESH_S` seconds; concurrent calls wait for the same search."""
         searches = self._searching is not None and not self._searching.done()
         if self.search is not None and not searches and time.monotonic() - self._searched_at >= REFRESH_S:
             self._searched_at = time.monotonic()
@@ -86,15 +86,15 @@ class Gateway:
     async def _search(self, search: Callable[[], Sequence[Offer]]) -> None:
         try:
             self._found = await to_thread.run_sync(search)
-        except SplitnetError:  # the directory does not answer now
+        except SplitnetError:  # the directory does not answer
             return
         except Exception:
             log.exception("models of the swarm could not be looked for")
 
     async def find(self, name: str | None) -> ServedModel:
-        """The model of this name (None: the first), ready to answer, which stays until the request has its answer.
+        """The model of this name (None: the first), loaded, which stays loaded until the request is answered.
 
-        Raises ApiError if there is none now.
+        Raises ApiError if no model has this name, it cannot be loaded, or too many other models are in use.
         """
         if name is None or name in self.served.names:
             return self.served
@@ -131,19 +131,19 @@ class Gateway:
         self._make_room()
 
     def _leave(self, key: str) -> None:
-        """A request for this model has its answer."""
+        """Notes that a request for this model is answered."""
         self._uses[key] -= 1
         self._freed.set()
         self._make_room()
 
     def _make_room(self) -> None:
-        """Gives up models that no request uses, the least recently used first, where more than `keep` are loaded."""
+        """Closes models that no request uses, least recently used first, while more than `keep` are loaded."""
         idle = [key for key in self._loaded if not self._uses[key]]
         for key in idle[: max(0, len(self._loaded) - self.keep)]:
             asyncio.get_running_loop().run_in_executor(None, self._loaded.pop(key).close)
 
     def drain(self) -> None:
-        """What would go on for ever ends now, see `Generations`."""
+        """Ends streams that have no end of their own, see `Generations.draining`."""
         for served in self.loaded:
             served.generations.draining = True
 

@@ -1,4 +1,4 @@
-"""Running requests on the model: the only file here that calls it."""
+"""Runs requests on the model, each in a thread: the only file of the server that calls the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import ContextTooLong, PeerBusy, SessionClosed
 from splitnet.hf.cache import RemoteCache, RemoteLayer
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -28,15 +28,15 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one answer."""
+    """The new part of one answer."""
 
     choice: int  # which answer of the request
     text: str  # may be empty while a character or a stop string is not complete
-    scored: tuple[ScoredToken, ...]  # the new tokens, if they are scored; also one that ends the answer and is no text
-    finish: Finish | None  # why the answer ends here; None: it goes on
-    begins: int = 0  # characters of the answer before those tokens
-    stopped: str | None = None  # the stop string that ended it
-    tokens: tuple[int, ...] = ()  # the new ones
+    scored: tuple[ScoredToken, ...]  # the new tokens, if they are scored, including an end token that is not text
+    finish: Finish | None  # why the answer ends here; None: it continues
+    begins: int = 0  # characters of the answer before the new tokens
+    stopped: str | None = None  # the stop string that ended the answer
+    tokens: tuple[int, ...] = ()  # new token ids
 
 
 @dataclass(eq=False)
@@ -45,10 +45,10 @@ class Choice:
 
     index: int  # which answer of the request
     decode: Callable[[list[int]], str]
-    max_tokens: int  # after which it ends
-    end_tokens: Collection[int]  # with which it ends; they are not text
-    stop_strings: Sequence[str]  # before which it ends
-    prompt: Sequence[int] = ()  # the tokens whose text it goes on from; empty: it stands alone
+    max_tokens: int  # most tokens of the answer
+    end_tokens: Collection[int]  # tokens that end the answer and are not part of its text
+    stop_strings: Sequence[str]  # strings before which the answer ends
+    prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a separate text
     stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
 
     def __post_init__(self) -> None:
@@ -84,23 +84,23 @@ class Choice:
 
 
 RESERVED_ANSWER = 512
-"""Positions of an answer of no certain length that peers keep free from its start; it asks for as many on its way."""
+"""Positions that peers reserve at the start for an answer of unknown length, and by which the reservation grows."""
 
 LEAST_ANSWER = 64
-"""And so many where they have no more; before that many are left, more are asked for."""
+"""Positions that are reserved where peers lack memory for `RESERVED_ANSWER`; a reservation grows when half are left."""
 
-SCORED_LOGITS = 2**24  # How many logits are looked at in one step when a prompt is scored
+SCORED_LOGITS = 2**24  # Logits that one step computes while a prompt is scored; bounds memory
 
 
-READ_POSITIONS = 2**13  # Of texts that are read together at most, padding included, if there are several
+READ_POSITIONS = 2**13  # Most positions, padding included, of several texts that are read in one batch
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is wanted of texts that are read and not answered; the prompt is all of them, one after the other.
+    """A request for the hidden states of texts, without an answer; the prompt is all texts, one after the other.
 
-    keep: how many last positions of a text are looked at; 0: all. take: is given the numbers of some texts, and of each
-    `[positions, hidden]` behind the final norm.
+    keep: how many last positions of a text are wanted; 0: all. take: called with the numbers of some texts and the
+    states `[positions, hidden]` of each, after the final norm.
     """
 
     lengths: Sequence[int]
@@ -110,25 +110,25 @@ class Reading:
 
 @dataclass(frozen=True)
 class Ask:
-    """What is wanted of the model."""
+    """A request to the model: one prompt, and how to answer it."""
 
     prompt: list[int]  # token ids, at least one
-    max_tokens: int  # of each answer; 0: only the prompt is scored
+    max_tokens: int  # of each answer; 0: no answer, the prompt is only scored or read
     sampling: Sampling
     choices: int = 1  # how many answers
     stop_strings: Sequence[str] = ()
     stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
     top_logprobs: int | None = None  # how many of the likeliest tokens to score beside each token; None: score nothing
-    score_prompt: bool = False  # also the tokens of the prompt
-    grammar: Grammar | None = None  # what the answers must keep to
-    stop_tokens: Collection[int] = ()  # with which an answer ends, besides those of the model
-    ignores_ends: bool = False  # those of the model end nothing
-    # the answers go on from the text of the prompt, as completions do; a message of a chat stands alone
+    score_prompt: bool = False  # also score the tokens of the prompt
+    grammar: Grammar | None = None  # what the answers must match
+    stop_tokens: Collection[int] = ()  # tokens that end an answer, besides the model's end tokens
+    ignores_ends: bool = False  # the model's end tokens do not end an answer
+    # The answers continue the text of the prompt, as completions do; a message of a chat is a separate text.
     goes_on: bool = False
-    owner: str = ""  # whose kept sessions may be used
-    # there is memory for `max_tokens` from the start; otherwise for some, and an answer ends where there is no more
+    owner: str = ""  # the client whose kept sessions may be used
+    # Peers reserve memory for `max_tokens` at the start; otherwise for fewer, and an answer ends when memory runs out.
     reserves_all: bool = True
-    reading: Reading | None = None  # with 0 `max_tokens`: the prompt is read, and not scored
+    reading: Reading | None = None  # with `max_tokens` 0: the prompt is read, not scored
 
 
 @dataclass(frozen=True)
@@ -140,48 +140,48 @@ class ScoredPrompt:
 
 @dataclass(frozen=True)
 class Ended:
-    """A prompt is answered: of its tokens the peers held `cached_tokens`, and all answers have `answer_tokens`."""
+    """A prompt is answered, with numbers of tokens."""
 
     prompt_tokens: int
-    cached_tokens: int
-    answer_tokens: int
-    prompt: Sequence[int] = ()  # its tokens
+    cached_tokens: int  # of the prompt, whose keys and values the peers already held
+    answer_tokens: int  # of all answers together
+    prompt: Sequence[int] = ()  # token ids
 
 
 Event = ScoredPrompt | Piece | Ended | BaseException
-Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # an event, and the number of the prompt that it belongs to
+Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # the number of a prompt of the request, and an event of it
 Listener = Callable[[Event], object]
 
 
 @dataclass(eq=False)
 class Generations:
-    """Runs requests on a model with remote blocks, `at_a_time`."""
+    """Runs requests on a model with remote blocks, at most `at_a_time` at once."""
 
-    model: RemoteCausalLM  # of its generation config only the tokens that end an answer are left
+    model: RemoteCausalLM  # its generation config keeps only the end tokens
     decode: Callable[[list[int]], str]
     at_a_time: int
     limits: KeepLimits
     speculate: Any = None  # where drafts come from, see `RemoteCausalLM.generate`
 
     def __post_init__(self) -> None:
-        # For a cache, what notes the news of its session at each call.
+        # Takes a cache; returns a function that records the new measurements of the cache's session at each call.
         self.watch_session: Callable[[RemoteCache], Callable[[], None]] = lambda cache: lambda: None
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
         self.progress = ProgressLog()
         self.kept: SessionCache[RemoteCache] = SessionCache(self.limits, RemoteCache.close)
         ends = self.model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        # A request says how tokens are chosen; transformers would add what the checkpoint says, in silence.
+        # The request alone says how tokens are chosen; transformers would silently add the checkpoint's options.
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
         self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
-        self.draining = False  # the server is to end once the requests have: what would go on for ever ends now
+        self.draining = False  # the server ends after its running requests: streams without end must end, too
 
     def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
-        """Begins a part of an answer; `listener` is called from another thread, at last with `Ended` or an error.
+        """Begins to answer a prompt. `listener` is called from another thread, finally with `Ended` or an error.
 
-        Raises SessionClosed after `close`.
+        answer: the id of the request's answer. Raises SessionClosed after `close`.
         """
         progress = self.progress.begin(answer, len(ask.prompt))
         generation = Generation(self, ask, listener, progress)
@@ -197,20 +197,20 @@ class Generations:
         return generation
 
     def end(self) -> None:
-        """Ends all requests, those that come later too, with an error; returns at once."""
+        """Ends all running and all later requests with an error; returns at once."""
         self._ending = True
         for generation in list(self._running):
             generation.cancel()
 
     def close(self) -> None:
-        """Ends all requests and frees what is kept; returns when the threads have ended."""
+        """Ends all requests and closes the kept sessions; returns when the threads have ended."""
         self.end()
         self._threads.shutdown()
         self.kept.clear()
 
 
 class Generation:
-    """One request that runs."""
+    """One running request."""
 
     def __init__(self, generations: Generations, ask: Ask, listener: Listener, progress: Progress) -> None:
         self._own = generations
@@ -223,7 +223,7 @@ class Generation:
         self._begun = False
 
     def cancel(self) -> None:
-        """Ends it and frees its session on the peers, in the middle of a step if need be; from any thread."""
+        """Ends the request and closes its session on the peers, even during a step; callable from any thread."""
         with self._lock:
             self._cancelled = True
             if self._cache is not None:
@@ -247,8 +247,8 @@ class Generation:
                     ended = self._run_in(session, room)
                     break
                 except PeerBusy as error:
-                    # What is kept for others takes the memory that is needed now, or what was kept for this one is
-                    # bound to a route that has none.
+                    # Kept sessions may hold the missing memory, or the session that was kept for this request is bound
+                    # to a route without free memory.
                     freed = not isinstance(error, ContextTooLong) and kept.clear()
                     if not freed and session is None and attempts and attempts[0] == (None, room):
                         attempts.pop(0)
@@ -259,12 +259,12 @@ class Generation:
             self._listener(error)
         finally:
             self._own.progress.end(self._progress)
-            end_threads()  # the next request may be another thread's
+            end_threads()  # another thread may run the next request
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None, room: int) -> Ended:
-        """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one.
+        """Runs in a kept session, given with its number of first tokens in common with the prompt, or in a new one.
 
-        room: tokens of each answer that the peers have memory for from the start.
+        room: tokens of each answer for which the peers reserve memory at the start.
         """
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(ask.owner), 0)
@@ -272,7 +272,7 @@ class Generation:
         look = self._take(cache)
         try:
             prompt = torch.tensor([ask.prompt])
-            # The model must see one token at least, to tell what comes after it.
+            # At least the last token must be computed: its logits choose the first token of the answer.
             cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
             self._progress.cached = cached
             cache.remote.crop(cached - cache.remote.columns)
@@ -295,7 +295,7 @@ class Generation:
             self._let_go(cache, held)
 
     def _take(self, cache: RemoteCache) -> Callable[[], None]:
-        """Uses a cache until `_let_go`; what it returns notes the news of its session."""
+        """Begins to use a cache, until `_let_go`; returns a function that records its session's new measurements."""
         before = _passed(cache)
         self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session), lambda: _passed(cache) - before)
         with self._lock:
@@ -306,9 +306,9 @@ class Generation:
 
     @torch.no_grad()
     def _read(self, reading: Reading) -> Ended:
-        """Reads texts of similar lengths together, fewer where the peers have no room for so many."""
+        """Reads texts of similar lengths in batches, in smaller ones where the peers lack memory."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
-        # All rows of a step have the rotary frequencies of the longest.
+        # A batch gets the rotary frequencies of its longest text; where these depend on length, texts are read alone.
         alone = RopeLengths(self._own.model.config.get_text_config()).matter
         groups = similar(reading.lengths, 0 if alone else READ_POSITIONS)
         while groups:
@@ -323,7 +323,10 @@ class Generation:
         return Ended(len(self._ask.prompt), 0, 0)
 
     def _states(self, texts: list[torch.Tensor], keep: int) -> list[torch.Tensor]:
-        """Of each text `[positions, hidden]` behind the final norm, in a session of their own."""
+        """States `[positions, hidden]` of each text after the final norm, computed in a new session.
+
+        keep: how many last positions; 0: all.
+        """
         model = self._own.model
         ids = pad_sequence(texts, batch_first=True, padding_side="left").to(model.device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
@@ -339,7 +342,7 @@ class Generation:
 
     @torch.no_grad()
     def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
-        """Tells the scores of the prompt's tokens, of which the first has none."""
+        """Passes the scores of the prompt's tokens to the listener; the first token has none."""
         length, top = prompt.shape[1], self._ask.top_logprobs or 0
         scored = [ScoredToken(self._ask.prompt[0], None, ())]
         step = max(1, SCORED_LOGITS // self._own.vocabulary)
@@ -369,7 +372,7 @@ class Generation:
         seen = prompt.shape[1]
 
         def stepped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            """Tells the text of the tokens that were chosen; returns which answers have ended."""
+            """Passes the text of newly chosen tokens to the listener; returns which answers have ended, `[batch]`."""
             nonlocal seen
             if self._cancelled:
                 raise SessionClosed("the request was cancelled")
@@ -395,14 +398,14 @@ class Generation:
             do_sample=False,
             logits_processor=[chooser],
             stopping_criteria=[stepped],
-            # Which tokens end an answer is for `Choice` to know.
+            # `Choice` ends answers.
             eos_token_id=None,
             pad_token_id=0,
         )
         return sum(choice.tokens for choice in choices), output[0].tolist()
 
     def _get_room(self, layer: RemoteLayer, choices: Sequence[Choice]) -> None:
-        """Before memory for the answers runs out asks for more; where there is none, they end with what they have."""
+        """Asks for more memory before that of the answers runs out; where peers have none, shortens the answers."""
         tokens, prompt = max(choice.tokens for choice in choices), len(self._ask.prompt)
         most = max(choice.max_tokens for choice in choices)
         if layer.bound is None or layer.bound >= prompt + most or prompt + tokens + LEAST_ANSWER // 2 < layer.bound:
@@ -417,7 +420,7 @@ class Generation:
             return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
 
     def _let_go(self, cache: RemoteCache, held: list[int] | None) -> None:
-        """Keeps a session for the next turn if it is known which tokens it holds, or closes it."""
+        """Keeps a session for the next turn of a chat if its tokens `held` are known, else closes it."""
         self._progress.follow(None)
         with self._lock:
             self._cache = None
@@ -433,9 +436,9 @@ def _passed(cache: RemoteCache) -> int:
 
 
 def similar(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Numbers of texts in groups of similar lengths, the longest of each first.
+    """Groups texts of similar lengths; returns numbers of texts, the longest of each group first.
 
-    With padding to the longest, a group of several has `most` positions at most.
+    A group of several texts, padded to its longest, has at most `most` positions.
     """
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda each: -lengths[each]):

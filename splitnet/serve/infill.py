@@ -1,4 +1,4 @@
-"""How models are asked for a text between two others: the marks of each family, in one table."""
+"""Marks with which a model is asked for the text between a prefix and a suffix: one table of all families."""
 
 # ruff: noqa: RUF001 (marks have such characters)
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Marks:
-    """Tokens before the text in front of a gap, before the text behind the gap, and at the gap (empty: none)."""
+    """Tokens before the text in front of the gap, before the text after the gap, and at the gap (empty: none)."""
 
     prefix: str
     suffix: str
@@ -31,17 +31,17 @@ MARKS = (
 REPOSITORIES = "<|repo_name|>", "<repo_name>", "<reponame>"
 FILES = "<|file_sep|>", "<file_sep>", "<filename>"
 OTHERS = "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "▁<EOT>", "<|EOT|>", "<|file_separator|>", "<|endoftext|>"
-"""Other tokens that end what models write into a gap."""
+"""Other tokens that end the text that a model writes into a gap."""
 
 SNIPPET = "\n\n--- snippet ---\n\n"
-"""Before a text of another file, for models without a token for files."""
+"""Separates the texts of other files, for models without a token for files."""
 
 KNOWN = {*REPOSITORIES, *FILES, *OTHERS, *(text for each in MARKS for text in (each.prefix, each.suffix, each.middle))}
 
 
 def marks_of(token_of: Callable[[str], int | None], named: Sequence[str]) -> Marks | None:
-    """The marks of a model; None: it has none. `token_of`: the number of a token; `named`: what its file says that they
-    are, the middle last."""
+    """The marks of a model; None: it has none. `token_of`: the id of a token. `named`: the marks that the model's file
+    names (prefix, suffix, middle), or nothing."""
     prefix, suffix, middle = named or ("", "", "")
     own = [row for row in MARKS if row.prefix == prefix] or [Marks(prefix, suffix, middle)]
     rows = own if prefix and suffix else MARKS

@@ -1,4 +1,4 @@
-"""What the gateway tells Prometheus: requests, tokens and their times, and what sessions meet on the peers."""
+"""Metrics of the gateway for Prometheus: requests, tokens and their times, and what sessions measure at peers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 HOP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 OTHER_PATH = "other"
-GONE_STATUS = "499"  # of a client that went before it was answered, as nginx has it
+GONE_STATUS = "499"  # for a client that disconnected before the answer, as in nginx
 
 
 class GatewayMetrics:
-    """Counts for one app, in a registry of its own."""
+    """The metrics of one app, in a separate registry."""
 
     def __init__(self) -> None:
-        # Of each series, when it began: Prometheus has no use for that in the text format.
+        # Creation times of the series, which Prometheus does not use in the text format.
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests that were answered.", "path", "status")
@@ -105,9 +105,10 @@ class GatewayMetrics:
             raise
 
     def watch_session(self, cache: RemoteCache) -> Callable[[], None]:
-        """Counts what is new of a cache's session at each call; of several steps only the last one's times are known.
+        """Returns a function that counts the new measurements of a cache's session at each call.
 
-        A cache without a session gets one with its first step.
+        Of several steps between calls, only the times of the last one are known. A cache has no session before its
+        first step.
         """
         timings: tuple[Timing, ...] = ()
         repairs = sent = received = 0
@@ -149,7 +150,7 @@ class GatewayMetrics:
 
 
 class _PresentMetrics(Collector):
-    """What is true at the moment of a scrape, or counted elsewhere."""
+    """Metrics whose values are read at a scrape: present states, and counters of other modules."""
 
     def __init__(self, name: str, generations: Generations, admission: Admission) -> None:
         self._name = name
@@ -216,9 +217,9 @@ class _RequestWatch:
             self._metrics.answered(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
 
     def _path_of(self, scope: Scope) -> str:
-        """The path as it is declared: whatever clients ask for, there are few of them."""
+        """The declared path of the route: a label with few values, independent of the paths that clients request."""
         routed = scope.get("route")
-        if routed is None:  # it was refused before
+        if routed is None:  # the request was refused before routing
             routed = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)
         return routed.path if isinstance(routed, Route) else OTHER_PATH
 
@@ -226,7 +227,7 @@ class _RequestWatch:
 def instrument(
     app: FastAPI, metrics: GatewayMetrics, name: str, generations: Generations, admission: Admission
 ) -> None:
-    """Serves `/metrics`, and has an app and the model of this name, which it runs, tell what they do."""
+    """Adds `/metrics` to an app, and counts its requests and the work of the model of this name."""
     metrics.registry.register(_PresentMetrics(name, generations, admission))
     generations.watch_session = metrics.watch_session
 

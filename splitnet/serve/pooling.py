@@ -1,4 +1,4 @@
-"""What a checkpoint says of texts that are read: how one vector is made of a text, and whether it ranks documents."""
+"""What a checkpoint says about embeddings: how a text becomes one vector, and whether the model is a reranker."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import SplitnetError, UnsupportedModel, stumbling
 
-_FILE_BYTES = 2**20  # of a description at most
+_FILE_BYTES = 2**20  # Most bytes that are read of a description
 _SAID = {"cls": "the first token's state", "mean": "the mean of all states", "lasttoken": "the last token's state"}
 _GGUF_MODES = {1: "mean", 2: "cls", 3: "lasttoken"}  # as llama.cpp numbers them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """How a vector is made of a text; where the checkpoint does not say, of the last token's state, normalised.
+    """How a vector is made of a text; by default it is the last token's state, normalised.
 
-    refused: why none can be made, as a clause; empty: they can. mode: see `_SAID`. prompts: what is put before texts,
-    by name. most: tokens that the model reads at once; None: no bound is known. reranks: whether it is a reranker in
-    the form of Qwen3-Reranker.
+    refused: a clause that says why the model makes no embeddings; empty: it makes them. mode: see `_SAID`. prompts:
+    texts that are put before inputs, by name. most: tokens of the longest input; None: no bound is known. reranks: the
+    model is a reranker in the form of Qwen3-Reranker. told: the checkpoint describes its embeddings.
     """
 
     refused: str = ""
@@ -38,23 +38,23 @@ class Pooling:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Pooling:
-        """What the files of sentence-transformers beside the weights say, or the metadata of a GGUF file."""
+        """Reads the files of sentence-transformers in the checkpoint, or the metadata of a GGUF file."""
         try:
-            with stumbling(lambda why: UnsupportedModel(f"the files that tell how to make them are damaged ({why})")):
+            with stumbling(lambda why: UnsupportedModel(f"the files that describe them are damaged ({why})")):
                 return _described(checkpoint)
         except SplitnetError as error:
             return cls(refused=str(error), most=checkpoint.max_positions)
 
     @property
     def sentence(self) -> str:
-        """What is told of it at the start of a server."""
+        """A sentence about embeddings for the start of a server."""
         if self.refused:
             return f"no embeddings: {self.refused}"
         why = "as the checkpoint says" if self.told else "as the checkpoint says nothing of them"
         return f"embeddings are {_SAID[self.mode]}{', normalised' if self.normalizes else ''}, {why}"
 
     def pool(self, states: Sequence[torch.Tensor], dimensions: int | None = None) -> torch.Tensor:
-        """`[positions, hidden]` of each text -> `[texts, hidden]`, of which the first `dimensions` are left."""
+        """States `[positions, hidden]` of each text -> vectors `[texts, dimensions]`; None: all `hidden` dimensions."""
         if self.mode == "mean":
             rows = [text.float().mean(dim=0) for text in states]
         else:
@@ -91,7 +91,7 @@ def _described(checkpoint: Checkpoint) -> Pooling:
     if pooled.get("include_prompt") is False and modes != ["lasttoken"] and any(prompts.values()):
         unknown.add("include_prompt")
     if unknown:
-        raise UnsupportedModel(f"the checkpoint asks for {' and '.join(sorted(unknown))}, which is not known here")
+        raise UnsupportedModel(f"the checkpoint asks for {' and '.join(sorted(unknown))}, which splitnet does not know")
     longest = [each for each in (transformer.get("max_seq_length"), most) if isinstance(each, int)]
     return Pooling(
         mode=modes[0],
@@ -104,7 +104,7 @@ def _described(checkpoint: Checkpoint) -> Pooling:
 
 
 def _read(checkpoint: Checkpoint, name: str, folder: str = "") -> Any:
-    """The JSON of a file; None: there is none. folder: of a module, beside the weights."""
+    """The JSON of a file; None: there is no such file. folder: that of a module, within the checkpoint."""
     if not re.fullmatch(r"[\w-]*", folder):
         raise UnsupportedModel("modules.json of the checkpoint names files elsewhere")
     text = _text_of(checkpoint, f"{folder}/{name}" if folder else name)

@@ -1,4 +1,4 @@
-"""How the answers come on: tokens per second, and the route and the times of each answer."""
+"""Progress of answers: tokens per second, and the route and the times of each answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from splitnet.swarm.swarm import Swarm
 
 @dataclass(frozen=True, slots=True)
 class HopView:
-    """The blocks `[start, end)` that a peer runs for a session; `lost`: until another is found for them."""
+    """The blocks `[start, end)` that a peer runs for a session; `lost`: the peer failed and is not replaced yet."""
 
     peer: str
     start: int
@@ -33,23 +33,23 @@ class LinkView:
 
     codec: str
     bytes_per_token: int
-    # one way, as measured, or predicted from where the two ends stand; None: nothing is known of it
+    # One way: measured, or predicted from the network coordinates of the two ends; None: unknown.
     delay_ms: float | None
-    via_client: bool  # its ends cannot reach each other, so the client is between them
+    via_client: bool  # relayed through the client, because the two ends cannot connect
 
 
 @dataclass(frozen=True, slots=True)
 class RouteView:
-    """Hops in a row, and the links before, between and behind them: one more than hops."""
+    """Consecutive hops, and the links before, between and after them: one link more than hops."""
 
     hops: tuple[HopView, ...]
     links: tuple[LinkView, ...]
 
 
 def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ...]:
-    """The open routes of a session, in the order of their blocks; what is not on them runs at the client.
+    """The open routes of a session, in the order of their blocks; the client runs all other blocks.
 
-    From any thread; where a route is being repaired meanwhile, it may be left out.
+    Callable from any thread. A route that is being repaired may be left out.
     """
     if session is None:
         return ()
@@ -71,19 +71,19 @@ def _link(swarm: Swarm, use: LinkUse, sender: RouteHop | None, receiver: RouteHo
     return LinkView(use.codec, use.bytes_per_token, delay_ms, via_client)
 
 
-KEPT_ANSWERS = 64
-HISTORY_S = 300  # for so many seconds it is known how many tokens came in each
+KEPT_ANSWERS = 64  # Ended answers that are kept for the dashboard
+HISTORY_S = 300  # Seconds for which tokens per second are kept
 Routes = tuple[RouteView, ...]
 
 
 @dataclass
 class Progress:
-    """Of the answer with an id, or of a part of it: when it began, had its first token, and ended, by the clock."""
+    """The progress of one prompt of a request. Times are seconds of the log's clock."""
 
-    answer: str
+    answer: str  # id of the request's answer
     began: float
     prompt: int = 0  # positions
-    cached: int = 0  # of them, that peers had read for another answer
+    cached: int = 0  # positions of the prompt that peers already held from another answer
     tokens: int = 0
     first_token: float | None = None
     ended: float | None = None
@@ -92,14 +92,16 @@ class Progress:
     _last_routes: Routes = ()
 
     def follow(self, routes: Callable[[], Routes] | None, passed: Callable[[], int] | None = None) -> None:
-        """From now on `routes` tells through which peers it goes, and `passed` how many of its positions have gone
-        through them; None: they will be those of others, and the routes stay."""
+        """Sets the functions that give the routes of the session and the positions that have passed all its blocks.
+
+        routes None: the session is given back, and the last routes are kept.
+        """
         if routes is None:
             self._last_routes = self.routes()
         self._routes, self._passed = routes, passed
 
     def read(self) -> int:
-        """How many positions of the prompt have gone through all blocks."""
+        """How many positions of the prompt have passed all blocks."""
         if self.first_token is not None:
             return self.prompt
         passed = self._passed
@@ -111,13 +113,13 @@ class Progress:
 
 
 class ProgressLog:
-    """Of the answers that are under way and of the last ones. Thread-safe."""
+    """The progress of all running answers and of the last `KEPT_ANSWERS` ended ones. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self._running: list[Progress] = []
         self._ended: deque[Progress] = deque(maxlen=KEPT_ANSWERS)
-        self._per_second: deque[int] = deque([0] * HISTORY_S, maxlen=HISTORY_S)  # The last is the second that has begun
+        self._per_second: deque[int] = deque([0] * HISTORY_S, maxlen=HISTORY_S)  # The last entry is the current second
         self._second = int(clock())
         self._lock = threading.Lock()
 
@@ -142,19 +144,19 @@ class ProgressLog:
             self._ended.append(progress)
 
     def answers(self) -> list[Progress]:
-        """Those that ended lately, and those under way, in the order in which they ended and began."""
+        """The last ended answers in the order of their ends, then the running ones in the order of their beginnings."""
         with self._lock:
             return [*self._ended, *self._running]
 
     def working_peers(self) -> set[str]:
-        """Those that answers are going through now, as their sessions know."""
+        """Keys of the peers on the routes of running answers, without lost hops."""
         with self._lock:
             running = list(self._running)
         hops = (hop for each in running for route in each.routes() for hop in route.hops)
         return {hop.peer for hop in hops if not hop.lost}
 
     def tokens_per_second(self) -> list[int]:
-        """Tokens of each of the last seconds that are over; the latest is the last."""
+        """Tokens of each complete second of the last `HISTORY_S`, the latest second last."""
         with self._lock:
             self._turn_to_now()
             return list(self._per_second)[:-1]

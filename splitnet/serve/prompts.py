@@ -1,4 +1,4 @@
-"""From what a request says to the tokens that the model reads."""
+"""Makes the token ids of a prompt from the texts and messages of a request."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.infill import Marks
 
-KEPT_TEXTS = 2**16  # Of tokens: requests can ask for those of 20 beside each token
+KEPT_TEXTS = 2**16  # Cached texts of tokens: logprobs need the texts of 20 alternatives to each token
 
 SLICE = 2**16
-"""Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
+"""Characters that are tokenized at a time to check a text's length, so that a too long text costs little memory."""
 
-LONGEST_TOKEN = 256  # Characters, as of white space in some vocabularies
-LONGEST_CHARACTER = 16  # Tokens that are looked at together for the characters that they are parts of
-CUT_TIMES = 16  # So many contexts a text may have of which the last tokens are wanted
-CUT_TOKENS = 128  # A text that is cut may have so many tokens more
-LAST_TOKENS = 8  # Of a prompt, among which are the marks that its answer begins with
-GAP_TOKENS = 256  # Of the text of a gap, that other files leave room for where a request has no bound
-DEFAULT_MAX_TOKENS = 4096  # Of an answer, where neither the request nor the model has a bound
+LONGEST_TOKEN = 256  # Characters of the longest token, such as white space in some vocabularies
+LONGEST_CHARACTER = 16  # Most tokens that are joined until they make a whole character
+CUT_TIMES = 16  # Length limit, in contexts of the model, for texts that are cut to their last tokens
+CUT_TOKENS = 128  # Tokens that each cut between slices may add to the length of a text
+LAST_TOKENS = 8  # Last tokens of a prompt that are searched for the marks that begin its answer
+GAP_TOKENS = 256  # Tokens that other files leave free for the text of a gap, where a request sets no bound
+DEFAULT_MAX_TOKENS = 4096  # Most tokens of an answer, where neither the request nor the model has a bound
 
 
 class Prompts:
-    """Makes prompts with a model's tokenizer and chat template; `max_positions` None: its context has no bound."""
+    """Makes prompts with a model's tokenizer and chat template. max_positions: its context; None: no bound."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
         self._tokenizer = tokenizer
@@ -45,14 +45,14 @@ class Prompts:
         self.max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
         self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
-        """The text of one token within a text; at the start of one, some tokenizers drop its space."""
+        """The text of a token inside a text; at the start of a text, some tokenizers drop the token's space."""
         added = tokenizer.added_tokens_decoder.values()
         special = [re.escape(token.content) for token in added if token.special or token.content in infill.KNOWN]
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
     @cached_property
     def forms(self) -> Forms:
-        """How the model writes calls and reasoning, as its chat template and its tokens tell."""
+        """How the model writes calls and reasoning, found from its chat template and its tokens."""
         return forms_of(self._tokenizer)
 
     @property
@@ -67,12 +67,12 @@ class Prompts:
 
     @cached_property
     def _hidden(self) -> set[int]:
-        # What stands between marks is found in the text of an answer, also where these are special tokens.
+        # Special tokens that are marks stay in the text of an answer, where the parser looks for them.
         marks, added = self.forms.marks, self._tokenizer.added_tokens_decoder
         return {number for number, token in added.items() if token.special and token.content not in marks}
 
     def begun(self, prompt: Sequence[int]) -> str:
-        """The marks of an answer that a prompt ends with."""
+        """The mark at the end of a prompt that begins an answer, or a part of it such as reasoning; empty: none."""
         forms = self.forms
         noise = forms.calls.noise if forms.calls is not None else ()
         marks = [*noise, *([forms.reasoning.opening] if forms.reasoning is not None else ())]
@@ -82,7 +82,7 @@ class Prompts:
         return self.decode_all(list(prompt[-LAST_TOKENS:])).rstrip().endswith(mark.rstrip())
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of an answer."""
+        """The text of an answer's tokens, without special tokens that are not marks."""
         return self.decode_all([token for token in tokens if token not in self._hidden])
 
     def decode_all(self, tokens: list[int]) -> str:
@@ -101,17 +101,18 @@ class Prompts:
         goes_on: bool = False,
         last: int | None = None,
     ) -> list[int]:
-        """The tokens of a conversation, ready for the next answer, if it ends with what begins an `answer`.
+        """The tokens of a chat.
 
-        goes_on: the answer goes on from the last message. last: how many tokens are left of a longer one.
+        Messages and tools have the form that chat templates expect: text in one piece, arguments of calls as objects.
+        parameters: more variables for the template, by the parameter of the request that gives them; later ones win.
+        answer: the prompt ends with the marks that begin an answer. goes_on: the answer continues the last message.
+        last: how many last tokens are kept.
 
-        Messages and tools are as chat templates expect them: text in one piece, arguments of calls as objects. Some
-        `parameters` of the request give the template variables besides these; a later one counts.
+        Special tokens come from the template alone: names of special tokens in messages and tools stay text. So no text
+        of a message can end the message and begin one of another role.
 
-        Special tokens come from the template alone: where messages or tools name one, that is text. So no text
-        of a message can end it and begin one of another role.
-
-        Raises ApiError if the model has no template for it, the template refuses it, or it is longer than the context.
+        Raises ApiError if the model has no chat template for the request, the template refuses the messages, or they
+        are longer than the context.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: have it continue a bare text", param="messages")
@@ -119,7 +120,7 @@ class Prompts:
         if described and not self.takes_tools:
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
         if described and self.forms.calls is None:
-            raise ApiError(400, "it is not known here how this model writes calls: leave out tools", param="tools")
+            raise ApiError(400, "splitnet does not know how this model writes calls: leave out tools", param="tools")
         variables = {name: value for given in parameters.values() for name, value in given.items()}
         if variables:
             self._check_variables(parameters, described)
@@ -129,7 +130,7 @@ class Prompts:
         text = json.dumps([said, described, variables], ensure_ascii=False)
         times = 1 if last is None else CUT_TIMES
         self._check_length([message["content"] for message in said], times)
-        self._check_length([text], 2 * times)  # a template may leave out some of it, and write it shorter
+        self._check_length([text], 2 * times)  # a template may leave out parts, or write them shorter
         templated = partial(self._templated, answer=answer and not goes_on, goes_on=goes_on)
         first = -last if last else None
         if self._special.search(text) is None:
@@ -138,27 +139,27 @@ class Prompts:
             return self.ids(rendered)[first:]
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = templated(*(self._as_text(each, mark) for each in (said, described, variables)))
-        self._check_length([marked], 2 * times)  # with marks
+        self._check_length([marked], 2 * times)  # the marks count, too
         return [id for piece in marked.split(mark) for id in self.ids(piece)][first:]
 
     def checked_ids(self, text: str) -> list[int]:
-        """The same of a text. Raises ApiError if it is longer than the context."""
+        """The tokens of a text. Raises ApiError if the text is longer than the context."""
         self._check_length([text])
         return self.ids(text)
 
     def text_of_ids(self, tokens: list[int]) -> str:
-        """The text of tokens. Raises ApiError if the model does not know one, or they are more than the context."""
+        """The text of tokens. Raises ApiError: a token is unknown, or the tokens are longer than the context."""
         if self.max_positions is not None and len(tokens) > self.max_positions:
             raise self._too_long(f"{len(tokens)} tokens are more than", "send fewer at once")
         self.check_known(tokens, "tokens")
         return self.decode_all(tokens)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a piece of a text; what looks like a special token is one."""
+        """The tokens of a piece of a text; names of special tokens become special tokens."""
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def variables(self, tools: Any = None) -> set[str]:
-        """Those of the chat template that requests may give, whether there are `tools` or not."""
+        """Names of the chat template's variables that requests may give; `tools`: the request's tools, if any."""
         if not self._tokenizer.chat_template:
             return set()
         try:
@@ -169,7 +170,7 @@ class Prompts:
         return used - signature(self._tokenizer.apply_chat_template).parameters.keys()
 
     def plain(self, text: str, most: int | None = None) -> list[int]:
-        """The tokens of a piece of a text that is all text, of a longer one the first `most`."""
+        """The tokens of a piece of a text, at most the first `most`; names of special tokens stay text."""
         if most is None:
             self._check_length([text])
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
@@ -177,14 +178,14 @@ class Prompts:
         return [id for piece in marked.split(mark) for id in self.ids(piece)][:most]
 
     def token_of(self, text: str) -> int | None:
-        """The number of a token that the model knows; None: a text is no token."""
+        """The id of the token with this text; None: the model has no such token."""
         token = self._tokenizer.convert_tokens_to_ids(text)
         is_known = token is not None and token < self._vocabulary
         return token if is_known and self._tokenizer.convert_ids_to_tokens(token) == text else None
 
     @cached_property
     def marks(self) -> Marks | None:
-        """With which the model is asked for the text between two others, as its file or its tokens tell."""
+        """The marks around a gap that the model fills, found from its file or its tokens; None: it has none."""
         return infill.marks_of(self.token_of, getattr(self._tokenizer, "infill_marks", ()))
 
     @cached_property
@@ -196,10 +197,9 @@ class Prompts:
     def of_gap(
         self, prefix: str, suffix: str, files: Sequence[tuple[str, str]] = (), max_tokens: int | None = None
     ) -> list[int]:
-        """The tokens with which a model is asked for the text between two others, in which marks are text.
+        """The tokens that ask a model for the text between `prefix` and `suffix`; marks in these stay text.
 
-        `files`: names and texts of other files; their last tokens are read, as far as `max_tokens` leaves room.
-
+        files: names and texts of other files; their last tokens are read, as far as `max_tokens` leaves room.
         Raises ApiError: the model has no marks for gaps, or a text is longer than the context.
         """
         if self.marks is None:
@@ -221,7 +221,7 @@ class Prompts:
         return [*begin, *others[max(0, len(others) - max(0, room)) :], *asked]
 
     def _marked(self, mark: str, text: str = "", *, behind: bool = False) -> list[int]:
-        """A mark and a text, which is `behind` others."""
+        """The tokens of a mark and of a text; `behind`: other text comes before it."""
         tokens = self.plain(text)
         if behind and self._tokenizer.convert_ids_to_tokens(self._some_text[0]).startswith("\u2581"):
             # This tokenizer begins each text with a space.
@@ -230,7 +230,7 @@ class Prompts:
         return tokens if token is None else [token, *tokens]
 
     def _check_variables(self, parameters: Mapping[str, Mapping[str, Any]], tools: Any) -> None:
-        """Refuses those that the chat template does not use, or that others give it."""
+        """Raises ApiError for a variable that the chat template does not use, or that the server sets."""
         used = self.variables(tools)
         for param, name in ((param, name) for param, given in parameters.items() for name in given if name not in used):
             raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
@@ -246,7 +246,10 @@ class Prompts:
             raise ApiError(400, refusal, param="messages") from None
 
     def _as_text(self, said: Any, mark: str) -> Any:
-        """The same with a mark in all special tokens, where the tokenizer must not read on."""
+        """A JSON value with `mark` between the characters of all names of special tokens, which thus stay text.
+
+        The text is tokenized piece by piece, split at `mark`.
+        """
         if isinstance(said, str):
             return self._special.sub(lambda match: mark.join(match[0]), said)
         if isinstance(said, list):
@@ -258,10 +261,10 @@ class Prompts:
     def of_text(
         self, prompt: str | list[int], param: str = "prompt", most: int | None = None, last: int | None = None
     ) -> list[int]:
-        """The tokens of a bare prompt, of a longer one the first `most`, with those that the tokenizer adds at the end,
-        or the `last`.
+        """The tokens of a bare prompt, including special tokens that the tokenizer adds.
 
-        Raises ApiError: none, unknown ones, or more than the context.
+        most: keeps the first tokens, and special tokens that the tokenizer adds at the end. last: keeps last tokens.
+        Raises ApiError: there are no tokens, a token is unknown, or the text is longer than the context.
         """
         if isinstance(prompt, str) and last:
             end = prompt[-last * LONGEST_TOKEN :]
@@ -282,13 +285,13 @@ class Prompts:
             self._check_length([text])
             return self._tokenizer(text).input_ids
         tokens = self._tokenizer(text[: most * LONGEST_TOKEN]).input_ids
-        # Truncation of the tokenizer would hold for texts of other threads, too.
+        # The tokenizer's own truncation is a setting that other threads would see.
         some = self._tokenizer("a").input_ids
         added = some[len(some) - some[::-1].index(self._some_text[-1]) :]
         return [*tokens[: max(0, most - len(added))], *added] if len(tokens) > most else tokens
 
     def begins(self, tokens: Sequence[int], text: str) -> list[int]:
-        """Where in its text each token of a bare prompt begins; those that the tokenizer adds before it, at 0."""
+        """The character of `text` at which each token of a bare prompt begins; 0 for tokens added in front of it."""
         begins: list[int] = []
         at, part = 0, [*self._some_text]
         for token in tokens:
@@ -301,7 +304,7 @@ class Prompts:
         return [max(0, begin - max(0, at - len(text))) for begin in begins]
 
     def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
-        """Refuses texts that are longer than the context, or so many times that, as soon as it is certain."""
+        """Raises ApiError if texts together are longer than `times` contexts; stops tokenizing once that is certain."""
         if self.max_positions is None or sum(map(len, texts)) <= SLICE:
             return
         tokens = 0
@@ -316,15 +319,15 @@ class Prompts:
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
     def last(self, count: int | None, max_tokens: int | None) -> int | None:
-        """How many last tokens of a prompt a request asks for; -1: as many as leave room for an answer."""
+        """How many last tokens of a prompt to keep; None: all. count: that of the request; -1: leave an answer room."""
         if count != -1 or self.max_positions is None:
             return None if count == -1 else count
         return max(1, self.max_positions - (1 if max_tokens is None else max_tokens))
 
     def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
-        """How many tokens an answer may have; None asks for all that have room, and more than that does without `fits`.
+        """How many tokens an answer may have. max_tokens: as the request says; None: as many as fit into the context.
 
-        Raises ApiError if there is no room.
+        fits: `max_tokens` must fit into the context; otherwise fewer are given. Raises ApiError if there is no room.
         """
         if self.max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS

@@ -1,4 +1,4 @@
-"""Texts that are read and not answered: embeddings, and how well documents answer a query."""
+"""Requests without an answer in text: embeddings, and scores of documents for a query."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from splitnet.serve.gate import unless_gone
 from splitnet.serve.generation import Ask, Reading
 from splitnet.serve.responses import ServedModel
 
-CONTEXT = -1  # Of `truncate`: as many tokens as the model reads
-MOST_TOKENS = 2**21  # Of all texts of a request
+CONTEXT = -1  # A value of `truncate`: cut texts to what the model reads
+MOST_TOKENS = 2**21  # Most tokens of all texts of a request
 
-# How Qwen3-Reranker is asked: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
+# The prompt of Qwen3-Reranker: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
 _BEFORE = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 _BEHIND = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
-_SCORED_TOGETHER = 16  # Documents of which all logits are in memory
+_SCORED_TOGETHER = 16  # Documents whose logits are in memory at a time
 
 
 async def embed(
@@ -38,10 +38,10 @@ async def embed(
     prompt_name: str | None = None,
     truncate: int | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """`[texts, size]` float32, and how many tokens were read.
+    """Embeddings `[texts, dimensions]` float32, and how many tokens were read.
 
-    dimensions: how many first ones of a vector are wanted. prompt_name: of the checkpoint's prompt that is put before
-    texts. truncate: tokens that are read of a longer text. Raises ApiError for what cannot be honoured.
+    dimensions: how many first values of a vector are wanted; None: all. prompt_name: the checkpoint's prompt to put
+    before texts. truncate: tokens that are read of a longer text. Raises ApiError if the request cannot be honoured.
     """
     pooling, prompts = served.pooling, served.prompts
     size: int = served.generations.model.config.get_text_config().hidden_size
@@ -54,7 +54,7 @@ async def embed(
         known = " or ".join(map(repr, pooling.prompts)) or "none"
         raise ApiError(400, f"the model has no prompt {named!r}: use {known}", param="prompt_name")
     if prompt_name and any(isinstance(text, list) for text in texts):
-        raise ApiError(400, "a prompt goes before text, not before tokens: leave it out", param="prompt_name")
+        raise ApiError(400, "prompt_name needs text, not tokens: leave it out, or send text", param="prompt_name")
     before = pooling.prompts[named] if named else ""
     most = pooling.most if truncate == CONTEXT else truncate
 
@@ -74,14 +74,14 @@ async def rerank(
     instruction: str | None = None,
     per_document: int | None = None,
 ) -> tuple[list[float], int]:
-    """The probability that each document answers a query, and how many tokens were read.
+    """The probability that each document answers the query, and how many tokens were read.
 
-    instruction: what makes a document fit; None: a web search. per_document: tokens that are read of a document. Raises
-    ApiError for what cannot be honoured.
+    instruction: the task for which documents are judged; None: a web search. per_document: tokens that are read of a
+    document. Raises ApiError if the request cannot be honoured.
     """
     prompts, model = served.prompts, served.generations.model
     if not served.pooling.reranks:
-        refusal = "is no reranker that is known here: use one in the form of Qwen3-Reranker"
+        refusal = "is not a reranker that splitnet knows: use one in the form of Qwen3-Reranker"
         raise ApiError(400, f"{served.name!r} {refusal}", param="model")
 
     def tokenized() -> list[list[int]]:

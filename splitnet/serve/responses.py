@@ -1,4 +1,4 @@
-"""From threads that generate to responses: what every protocol of the server answers with."""
+"""Turns the events of generation threads into HTTP responses, whole or streamed, for every protocol."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
-UNREAD_BYTES = 64 * 2**20  # of streams, whose clients read more slowly than the model answers
-EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # the latter is a comment
-FIRST_S = 5.0  # How long the first event of a stream is waited for before the client is told anything
-ALIVE_S = 5.0  # After so long without an event a client is told that there will be some
+UNREAD_BYTES = 64 * 2**20  # Most bytes of all streams that clients have not read yet
+EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # the second is a comment to clients
+FIRST_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
+ALIVE_S = 5.0  # Time without an event after which a client is sent `alive`
 
 Result = TypeVar("Result")
 Told = TypeVar("Told")
@@ -38,15 +38,15 @@ Taken = TypeVar("Taken", contravariant=True)
 
 
 def framed(document: dict[str, Any]) -> str:
-    """One server-sent event; JSON has no line breaks of its own, so one line is enough."""
+    """One server-sent event in one line, as JSON escapes line breaks."""
     return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 class Answer(Protocol[Taken]):
-    """Writes the events of a request as a protocol has them; clients know the answer by its `id`.
+    """Writes the events of a request in the form of a protocol. id: the answer's id for clients.
 
-    `whole` gives the body of an answer that is not streamed, and `chunks` the parts of a stream; an error is written by
-    `failed` as the last of them. `alive` is what a client is sent while there is nothing to tell.
+    `whole` returns the body of an answer that is not streamed. `chunks` yields the parts of a stream; `failed` writes
+    an error, which is the last part. alive: the part that is sent while there are no events.
     """
 
     id: str
@@ -60,24 +60,24 @@ class Answer(Protocol[Taken]):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model with all that protocols need to answer requests for it."""
+    """A model with everything that protocols need to answer requests."""
 
-    name: str  # that answers give
+    name: str  # the name in answers
     generations: Generations
     prompts: Prompts
     grammars: Grammars
     admission: Admission
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # of what requests leave out
-    other_names: Sequence[str] = ()  # which requests may give, too
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)  # for parameters that requests leave out
+    other_names: Sequence[str] = ()  # further names that requests may give
     pooling: Pooling = field(default_factory=Pooling)
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
     unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))
-    asked: Callable[[int], None] = lambda tokens: None  # told of the tokens of each request, for the swarm
-    leave: Callable[[], None] = lambda: None  # its swarm
+    asked: Callable[[int], None] = lambda tokens: None  # called with the tokens of each request: demand for the swarm
+    leave: Callable[[], None] = lambda: None  # leaves the model's swarm
 
     def close(self) -> None:
-        """Ends its requests and leaves the swarm; returns when that is done."""
+        """Ends all requests of the model and leaves the swarm; returns when this is done."""
         self.generations.close()
         self.grammars.close()
         self.leave()
@@ -87,25 +87,25 @@ class ServedModel:
         return list(dict.fromkeys([self.name, *self.other_names]))
 
     def running(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
-        """Runs the prompts of a request, once it has a place, until this is closed; `answer`: its id."""
+        """Runs the prompts of a request once it has a place; closing the generator ends them. answer: the id."""
         return self.metrics.watch(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
-        """The result of `work`, which runs beside the event loop; `size`: bytes to read, by default the body's."""
+        """The result of `work`, run in another thread; `size`: bytes of its input, by default the body's."""
         return await self.preparing.run(request, len(await request.body()) if size is None else size, work)
 
     async def respond(
         self, request: Request, events: AsyncGenerator[Told], answer: Answer[Told], *, stream: bool
     ) -> Response:
-        """Answers with the events of a request, which end when the client goes."""
+        """Answers with the events of a request; closes `events` when the client disconnects."""
         if not stream:
             async with aclosing(events):
                 whole = await unless_gone(request, answer.whole(events))
             try:
                 return JSONResponse(whole)
             except ValueError:
-                raise ApiError(502, "the answer has numbers or characters that JSON has not: ask again") from None
-        # For a while an error still has a status of its own.
+                raise ApiError(502, "the answer has numbers or characters that JSON cannot have: ask again") from None
+        # An error before the first event, and within FIRST_S, still gets its own HTTP status.
         first = asyncio.ensure_future(anext(events))
         resumed = _Resumed(first, events)
         try:
@@ -122,7 +122,7 @@ class ServedModel:
         return reply
 
     async def _events(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
-        """Runs the prompts of a request in one place, one after the other, until this is closed."""
+        """Runs the prompts of a request in one place, one after the other; closing the generator ends them."""
         if self.generations.model.headless and any(ask.reading is None for ask in asks):
             raise ApiError(400, f"{self.name!r} has no head to answer with: ask it for embeddings", param="model")
         async with self.admission.place(client):
@@ -153,18 +153,18 @@ class ServedModel:
 
 
 async def told(answer: Answer[Told], events: AsyncIterator[Told]) -> AsyncGenerator[str]:
-    """The parts of a stream, of which an error is the last."""
+    """The parts of a stream; an error becomes the last part."""
     try:
         async with aclosing(answer.chunks(events)) as chunks:
             async for chunk in chunks:
-                chunk.encode()  # where that cannot be, it is an error to be told
+                chunk.encode()  # raises if the text cannot be sent, and the error is sent instead
                 yield chunk
     except Exception as error:
         yield answer.failed(failure_of(error))
 
 
 class _Resumed(AsyncIterator[Told]):
-    """Events of which the first one is waited for already; closed however far it has come."""
+    """An iterator of events whose first one is already awaited as a future; can be closed at any point."""
 
     def __init__(self, first: asyncio.Future[Told], events: AsyncGenerator[Told]) -> None:
         self._first: asyncio.Future[Told] | None = first
@@ -189,11 +189,11 @@ class Closable(Protocol):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however it ends, also before it began, its source is closed.
+    """A response of server-sent events; its source is closed however the response ends, even before it begins.
 
-    The events in `body` are made of `source`. With an account of those that are `unread`, they are taken as they come,
-    so that the source ends when it has given the last one; a client that reads too slowly gets `evicted` as the last.
-    Where nothing comes for `ALIVE_S`, the client is sent `alive`, so that nothing between takes it for dead.
+    The events in `body` are made of `source`. With the account `unread`, events are buffered as they come, so that a
+    slow client does not hold up the source; a client that reads too slowly gets `evicted` as the last event. After
+    `ALIVE_S` without an event, the client is sent `alive`, so that proxies keep the connection.
     """
 
     def __init__(

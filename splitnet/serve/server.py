@@ -1,4 +1,4 @@
-"""The server of `splitnet serve`: its app, its socket, the model, and a clean end."""
+"""The server of `splitnet serve`: its app, its socket, the loading of models, and its shutdown."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ from splitnet.swarm.swarm import Overview, Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-# The protocols that are served; the first one's errors answer paths of none
+# The protocols that are served; the first one also writes the errors of paths of no protocol.
 APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API, tokens.API)
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
-EXPIRY_S = 5.0  # How often it is looked whether kept sessions have expired
+EXPIRY_S = 5.0  # Time between two checks for expired sessions
 
 
 def make_app(
@@ -64,7 +64,7 @@ def make_app(
     origins: Collection[str] = (),
     tuned: Path | None = None,
 ) -> FastAPI:
-    """The app; hosts and origins: see `Gate`, `*` is any. tuned: see `Dashboard`."""
+    """Makes the app. hosts, origins: see `Gate`; `*` allows any. tuned: see `Dashboard`."""
     served = gateway.served
 
     async def expire_regularly() -> None:
@@ -85,7 +85,7 @@ def make_app(
     app.state.preparing = served.preparing
     app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins)
     instrument(app, served.metrics, served.name, served.generations, served.admission)
-    # Around the gate, as browsers send no key with the question whether a page may ask.
+    # Added outside of the gate, because browsers send no key with a CORS preflight request.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=origins,
@@ -101,9 +101,9 @@ def make_app(
 
     @app.get("/health")
     def health() -> dict[str, str]:
-        """Whether every block of the model is served; needs no key."""
+        """Says whether peers serve every block of the model; needs no API key."""
         model = served.generations.model
-        # A record outlives a peer that was killed; a peer that cannot be connected to does not serve.
+        # The record of a killed peer stays for a while, so peers that cannot be connected to are not counted.
         present = (each for each in model.swarm.peers() if model.swarm.links.state(each.endpoint) is not LinkState.DOWN)
         if holes := Overview.of(model.swarm, present, model.local_spans).missing:
             missing = ", ".join(blocks_text(*hole) for hole in holes)
@@ -112,7 +112,7 @@ def make_app(
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> Response:
-        """A page with the paths."""
+        """A page that lists the paths of the server."""
         rows = [
             f"<li><code>{method.upper()} {path}</code> {html.escape(operation.get('description', ''))}"
             for path, methods in app.openapi()["paths"].items()
@@ -121,7 +121,7 @@ def make_app(
         page = f"<!doctype html><meta charset=utf-8><title>splitnet</title><h1>Paths</h1><ul>{''.join(rows)}</ul>"
         return HTMLResponse(f'{page}<p>For programs: <a href="openapi.json">openapi.json</a>', headers=HEADERS)
 
-    for api in reversed(APIS):  # those of the first one take the paths that others have for some requests only
+    for api in reversed(APIS):  # the first one comes last, as other protocols take some requests of shared paths
         app.include_router(api.router(gateway), responses=_errors(api))
     return app
 
@@ -144,7 +144,7 @@ async def _told(request: Request, error: Exception) -> Response:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """See the options of the command."""
+    """The options of `splitnet serve`, see its help."""
 
     host: str
     port: int
@@ -162,11 +162,11 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Way:
-    """The way to a model: what loads the client's part, and joins its swarm."""
+    """A model to serve: its names, and how to load its client part and join its swarm."""
 
-    names: Sequence[str]  # that requests may give; answers have the first
+    names: Sequence[str]  # names that requests may give; answers have the first
     checkpoint: Checkpoint
-    tokenizer: Any  # made beforehand: that stops all threads for some 0.2 s
+    tokenizer: Any  # made beforehand, because making it stops all threads for about 0.2 s
     join: Callable[[Checkpoint], Swarm]
     options: ConnectionOptions
     speculate: Any = None
@@ -176,12 +176,12 @@ class Way:
 def serve(
     first: Way,
     others: Sequence[Way],
-    search: Callable[[SwarmDirectory], Sequence[Way]] | None,  # finds more of them
+    search: Callable[[SwarmDirectory], Sequence[Way]] | None,  # finds more models
     options: ServeOptions,
-    say: Callable[[str], None],  # told where, and what is taken from the checkpoint, once requests are answered
-    warn: Callable[[str], None],  # told what is dangerous
+    say: Callable[[str], None],  # gets the addresses and the used options of the checkpoint, once requests are answered
+    warn: Callable[[str], None],  # gets warnings
 ) -> None:
-    """Serves models until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if the first cannot be served."""
+    """Serves models until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if `first` cannot be served."""
     keys = ApiKeys.read(options.api_key_file)
     with listen_at(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -199,7 +199,7 @@ def serve(
             hosts = options.host, *options.hosts
             app = make_app(gateway, keys, hosts, options.origins, options.tuned)
             server = _Server(app, gateway, options.drain_s)
-            # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
+            # uvicorn raises a received signal again at its end; the default handler would then end the process.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
             shown = f"[{host}]" if ":" in host else host
@@ -207,7 +207,7 @@ def serve(
             say(f"the swarm and a chat are shown at http://{shown}:{port}/")
             for sentence in (*loading.said, served.pooling.sentence):
                 say(sentence)
-            # A collection that looks at all of torch and transformers stops every answer for half a second.
+            # A garbage collection over all objects of torch and transformers stops every answer for half a second.
             gc.freeze()
             server.run(sockets=[listener])
         finally:
@@ -216,28 +216,28 @@ def serve(
 
 
 class _Loading:
-    """Loads models, which share what a server has once."""
+    """Loads models, which share the metrics and accounts of the server."""
 
     def __init__(self, options: ServeOptions, keys: int) -> None:
         self._options = options
-        # The holder of one of several keys finds a place soon, however many requests the others send.
+        # With several keys, no client takes all places: another client soon finds one.
         self._spare = options.max_requests // 4 if keys > 1 else 0
         self._shared: dict[str, Any] = {}
         self._demand: DemandPublisher | None = None
-        self.said: list[str] = []  # on what of the first checkpoint is used
+        self.said: list[str] = []  # sentences on options of the first checkpoint that are used
 
     def offer(self, way: Way) -> Offer:
         if way.adapter is not None:
-            importlib.import_module("peft")  # later that would stop all answers for a while
+            importlib.import_module("peft")  # an import during answers would stop them for a while
         return Offer(way.names, partial(self.load, way))
 
     def load(self, way: Way) -> ServedModel:
-        """The model, once its part is loaded. Raises SplitnetError."""
+        """Joins the model's swarm and loads its client part. Raises SplitnetError."""
         options, checkpoint, tokenizer = self._options, way.checkpoint, way.tokenizer
         swarm = way.join(checkpoint)
         try:
             if self._demand is None:
-                # Tells a swarm of other weights; other models than the first may be served once they are asked for.
+                # Raises if all peers serve other weights. Further models may get peers only once requests ask for them.
                 swarm.peers()
             remote = attached(checkpoint, swarm, way.options, way.speculate, headless=True)
             if way.adapter is not None:
@@ -271,13 +271,13 @@ class _Loading:
         return served
 
     def close(self) -> None:
-        """Tells nobody any more what was asked for."""
+        """Stops the publishing of demand."""
         if self._demand is not None:
             self._demand.close()
 
 
 class _Server(uvicorn.Server):
-    """Lets running requests finish when it is told to end, for a while; then they get an error."""
+    """At a shutdown, lets running requests finish for `drain_s` seconds; then they get an error."""
 
     def __init__(self, app: object, gateway: Gateway, drain_s: float) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Sessions that are kept after their request, so that the next turn of a chat computes only what is new."""
+"""Sessions that are kept after a request, so that the next turn of a chat computes only its new positions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 
 Handle = TypeVar("Handle")
 
-LITTLE = 128  # tokens that many chats begin with
+LITTLE = 128  # Tokens with which many unrelated chats begin alike
 WORTH_TAKING = 0.5
-"""Part of its tokens that a session must share with a prompt to be used for it: the rest is lost with that."""
+"""Share of its tokens that a session must have in common with a prompt to be used: its other tokens are dropped."""
 
 
 @dataclass(frozen=True)
 class KeepLimits:
-    """How much is kept at most: sessions, positions that they reserve on the peers, and seconds without use."""
+    """Bounds of kept sessions: their number, the positions that they reserve on peers, and seconds without use."""
 
     sessions: int
     positions: int
@@ -37,10 +37,10 @@ class _Kept(Generic[Handle]):
 
 
 class SessionCache(Generic[Handle]):
-    """Kept sessions, of which the least recently used of the owner with most of them go first. Thread-safe.
+    """Kept sessions. Evicts the least recently used session of the owner with the most sessions. Thread-safe.
 
-    A session that is taken has one user until it is kept again. Owners never get sessions of each other: these
-    tell what was asked before. `close` frees a session, and is called without the lock.
+    A taken session has one user until it is kept again. An owner never gets a session of another owner, because a hit
+    would reveal what the other one asked. close: closes a session; called without the lock.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class SessionCache(Generic[Handle]):
             return sum(len(kept.tokens) for kept in self._kept)
 
     def take(self, owner: str, prompt: list[int]) -> tuple[Handle, int] | None:
-        """The session of an owner that shares most with the beginning of a prompt, and how many tokens that are."""
+        """Takes out the owner's session with the most first tokens in common with a prompt; also returns how many."""
         wanted = np.asarray(prompt)
         with self._lock:
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             for index, kept in enumerate(self._kept):
-                # Peers may have stored far more of a long prompt.
+                # For a long prompt, the prefix stores of peers may hold far more than these few tokens.
                 little = shared[index] < LITTLE < len(prompt) - shared[index]
                 if little or shared[index] < WORTH_TAKING * len(kept.tokens):
                     shared[index] = 0
@@ -74,9 +74,9 @@ class SessionCache(Generic[Handle]):
             return (self._kept.pop(best).handle, shared[best]) if any(shared) else None
 
     def keep(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
-        """Keeps a session if the limits allow it, in the place of others that were not used for longer.
+        """Keeps a session if the limits allow it; closes older sessions where the limits require it.
 
-        `tokens` are those whose keys and values the peers hold, `positions` how many it reserves there.
+        tokens: with keys and values at the peers. positions: how many positions the session reserves there.
         """
         with self._lock:
             self._kept.append(_Kept(owner, np.asarray(tokens), positions, handle, self._clock()))
@@ -98,7 +98,7 @@ class SessionCache(Generic[Handle]):
             self._close(kept.handle)
 
     def clear(self) -> bool:
-        """Closes all; whether there were any."""
+        """Closes all kept sessions; returns whether there were any."""
         with self._lock:
             closed, self._kept = self._kept, []
         for kept in closed:

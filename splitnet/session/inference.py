@@ -296,8 +296,7 @@ class Session(SessionDriver):
     def use_taps(self, taps: Sequence[int]) -> None:
         """Returns hidden states at boundaries together with the outputs; only boundaries within the blocks count.
 
-        Must come before the first step. Raises SplitnetError: too many boundaries. A later `open` raises PeerTooOld if
-        the peers of some blocks do not send hidden states.
+        Must come before the first step. Raises SplitnetError: too many boundaries.
         """
         start, end = self.state.blocks
         inner = sorted({tap for tap in taps if start < tap < end})

@@ -47,7 +47,6 @@ from splitnet.errors import (
     PeerFailed,
     PeerLeaving,
     PeerLost,
-    PeerTooOld,
     ProtocolError,
     SessionClosed,
     SessionLost,
@@ -63,7 +62,6 @@ from splitnet.swarm.plan import ALIKE_AGAIN, HeldBlocks, PlannedHop, blocks_text
 from splitnet.swarm.swarm import Kind, short_key
 from splitnet.wire.codecs import Codec, check_values, codec_by_name
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import (
     MAX_LABELS,
     AdapterLoaded,
@@ -86,7 +84,7 @@ from splitnet.wire.sent_log import SentLog
 POLL_S = 0.5  # between two plans while no peer serves some blocks
 COPY_S = 20.0  # longest wait for hops that copy pages from other peers
 MAX_ATTEMPTS = 8  # routes that may fail before an answer arrives on one
-_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights, PeerTooOld)
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
 """Errors of peers that are not at fault, but cannot be used for this session."""
 
 
@@ -176,8 +174,6 @@ class SessionState:
         self._filling: list[RouteHop] = []
         # Names of hops that were given up because they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
-        # Names of peers that cannot send the hidden states that this session needs.
-        self._too_old: set[str] = set()
         self._for_passes = False
         self._opened_reservation = 0  # that the hops were asked for when the route was opened
         self._former_reservation = 0  # before a resize that no open route has yet; 0: there is no such resize
@@ -241,7 +237,7 @@ class SessionState:
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Sends a message, without the labels that the hops must not get; for requests."""
-        if isinstance(message, Step) and message.labels and not self._has_pages:
+        if isinstance(message, Step) and message.labels and self.prefixes.namespace.salt is None:
             message = replace(message, labels=())
         self._effects.append(events.Send(endpoint, message))
 
@@ -314,7 +310,8 @@ class SessionState:
                     sure = not any(getattr(each, "replaces", False) for each in self._in_flight.values())
                     request.replaces = self._replaces(request.message)
                     labels = self._record(request.message)
-                    sure &= self._has_pages and len(labels) + len(request.message.parts) <= MAX_LABELS
+                    fits = len(labels) + len(request.message.parts) <= MAX_LABELS
+                    sure &= fits and self.prefixes.namespace.salt is not None
                     request.message = replace(request.message, labels=labels if sure else ())
                 except SplitnetError as error:
                     request.error = error
@@ -393,7 +390,7 @@ class SessionState:
                 self._go_on()
 
     def _move(self, event: events.Move) -> None:
-        if self.is_open and not self._in_flight and not any(hop.name in self._too_old for hop in event.route):
+        if self.is_open and not self._in_flight:
             setup = self._begin_setup()
             setup.cause = Cause.BETTER_ROUTE
             setup.reasons.append("there is a better route")
@@ -506,7 +503,7 @@ class SessionState:
         """Asks all hops in a new epoch, so that no answer belongs to an earlier question."""
         self.epoch += 1
         self._begin_setup()
-        self.prefixes.begin_asking(self.hops, self.first_codec, stores=self._has_pages)
+        self.prefixes.begin_asking(self.hops, self.first_codec)
         self._opened_reservation = self.reservation
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
         self._liveness.heard(self._now)
@@ -517,8 +514,7 @@ class SessionState:
         hop = self.hops[index]
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
-        is_strict = hop.planned.record.version in STRICT_VERSIONS
-        taps = self._taps_of(hop) if not is_strict else ()
+        taps = self._taps_of(hop)
         row, labels = self.prefixes.question(hop, self.log)
         message = Open(
             session=self.session,
@@ -531,8 +527,8 @@ class SessionState:
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
             next_address=following.planned.record.address if following is not None else "",
-            next_relays=following.endpoint.relays if following is not None and not is_strict else (),
-            asks_weights=not is_strict,
+            next_relays=following.endpoint.relays if following is not None else (),
+            asks_weights=True,
             taps=taps,
             tap_codec=self.tap_codec.code if taps else 0,
             context=hop.context,
@@ -543,13 +539,6 @@ class SessionState:
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
-
-    @property
-    def _has_pages(self) -> bool:
-        """Whether hops are told labels: not those that refuse messages with fields that they do not know."""
-        return self.prefixes.namespace.salt is not None and not any(
-            hop.planned.record.version in STRICT_VERSIONS for hop in self.hops
-        )
 
     def _taps_of(self, hop: RouteHop) -> tuple[int, ...]:
         return tuple(tap for tap in self.taps if hop.planned.start < tap <= hop.planned.end)
@@ -567,11 +556,6 @@ class SessionState:
                 what = " and ".join(changes)
                 text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
                 self._failed[hop.endpoint] = OtherWeights(text)
-            if self._taps_of(hop) and not message.taps:
-                text = f"the peer at {hop.endpoint.address} runs splitnet {hop.planned.record.version}, which does not "
-                text += "send the hidden states that the draft head needs: update it, or speculate without this head"
-                self._too_old.add(hop.name)
-                self._failed[hop.endpoint] = PeerTooOld(text)
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:

@@ -14,6 +14,7 @@ from scheduler.liveness import RECOVERY_TIMEOUT_S
 from splitnet.blocks.device import AUTO, find_device
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
+from splitnet.wire.kv_forms import KVForms
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 Preference = Literal["latency", "throughput", "energy"]
 Prefixes = Literal["own", "shared", "off"]
-KVForms = Literal["float16", "int8", "int8-int4", "int4"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` for the swarm, the client and the model."""

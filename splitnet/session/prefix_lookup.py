@@ -146,12 +146,13 @@ class PrefixLookup:
 
     # One opening of the route.
 
-    def begin_asking(self, hops: Sequence[RouteHop], codec: Codec, *, stores: bool) -> None:
-        """All hops are about to be opened. codec: of the first link. stores: hops may store pages."""
+    def begin_asking(self, hops: Sequence[RouteHop], codec: Codec) -> None:
+        """All hops are about to be opened. codec: of the first link."""
         self._hops, self._codec = hops, codec
         if self.stage is Stage.COPYING:
             self.stage = Stage.ASKED
-        for hop, context in zip(hops, self._contexts() if stores else [b""] * len(hops), strict=True):
+        contexts = self._contexts() if self.namespace.salt is not None else [b""] * len(hops)
+        for hop, context in zip(hops, contexts, strict=True):
             hop.context = context
 
     def question(self, hop: RouteHop, log: SentLog | None) -> tuple[int, tuple[bytes, ...]]:

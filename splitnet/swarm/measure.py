@@ -36,7 +36,6 @@ from splitnet.limits import keep_latest
 from splitnet.swarm.links import Links
 from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import LoadReport
 
 log = logging.getLogger(__name__)
@@ -379,7 +378,7 @@ class Measurer:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self.links.prober.measure(chosen, ANSWER_S, probed=due, loads=_that_tell(chosen))
+            links = self.links.prober.measure(chosen, ANSWER_S, probed=due, loads=chosen)
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)
@@ -387,7 +386,7 @@ class Measurer:
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Notes results. A peer on a busy link does not count as silent, because its ping may wait in a queue."""
         told = {each: record for each, record in tried.items() if each in links or not self.links.is_busy(each)}
-        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self.links.prober.loads.get(each))}
+        loads = {each: load for each in tried.keys() & links.keys() if (load := self.links.prober.loads.get(each))}
         self.measurements.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
@@ -440,8 +439,3 @@ class Measurer:
                     self.look_at(self._some_likely(records, self.measurements.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)
-
-
-def _that_tell(records: Mapping[Endpoint, PeerRecord]) -> set[Endpoint]:
-    """The peers that tell their load when they are asked."""
-    return {endpoint for endpoint, record in records.items() if record.version not in STRICT_VERSIONS}

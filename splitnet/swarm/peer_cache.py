@@ -23,7 +23,6 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import AuthorizedKeys, PublicKey
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.fields import STRICT_VERSIONS
 from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,6 @@ class PeerCache:
         self._asked_at = self._read_at = -math.inf
         self._told_since = 0.0  # all placements before this Unix time have been reported
         self._asked_last: Endpoint | None = None
-        self._older: set[PublicKey] = set()  # peers that answer with all records, not with changes
         self._asks_linked = False
         self._silent = False  # no peer answered the last question; the known records are used
         self._asking = threading.Lock()
@@ -181,7 +179,6 @@ class PeerCache:
         records = self.directory.peers(self.fingerprint)
         self._held = {record.key: record for record in records}
         self._heard_at.clear()
-        self._older.clear()
         self._records = records
         self._told_since, self._read_at = began - CLOCKS_S, time.monotonic()
 
@@ -235,7 +232,6 @@ class PeerCache:
             return []
         room = BYTES_PER_MINUTE * self.look_s / 60 / len(asked) - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
         told = self.peers.changes(self.fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
-        self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
         self._asked_last = next(iter(told), asked[0])
         return list(told.values())
 
@@ -244,11 +240,7 @@ class PeerCache:
         known = [
             record.endpoint
             for record in self._records
-            if record.protocol == PROTOCOL_VERSION
-            and record.version not in STRICT_VERSIONS
-            and record.key not in self._older
-            and record.endpoint not in excluded
-            and self.trusts(record.key)
+            if record.protocol == PROTOCOL_VERSION and record.endpoint not in excluded and self.trusts(record.key)
         ]
         linked = [endpoint for endpoint in known if self.links.state(endpoint) is LinkState.UP]
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked

@@ -17,12 +17,11 @@ from scheduler.route import NoRoute, best_route
 from splitnet.directory.record import PeerRecord, facts_of, places_of
 from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError, TooLongForPeers
 from splitnet.swarm.measure import Latest, Measurements
+from splitnet.wire.kv_forms import KV_BITS
 
 EXACT_PEERS = LIMIT  # with more peers, the search uses the likeliest ones only
 KEPT_CROWDS = 2  # of the latest records, and of the previous ones, with which another thread may still plan
 StartPeer = Callable[[int, int], str]  # returns the command that starts a peer for the blocks `[start, end)`
-
-KV_BITS = {"auto": 16, "float16": 16, "int8": 8, "int8-int4": 6, "int4": 4}  # least bits of each `PeerRecord.kv`
 
 # Advice if no peer holds blocks in the session's format.
 ALIKE_AGAIN = (
@@ -176,7 +175,7 @@ class Planner:
         source, target = _names(ends)
         everyone, alike = records, _held_alike(records, needs.held, blocks)
         exclude = {*exclude, *(name for name, (start, end) in alike.items() if start == end)}
-        coarser = [record for record in records if KV_BITS.get(record.kv, 0) < KV_BITS[needs.kv_at_least]]
+        coarser = [record for record in records if KV_BITS.get(record.kv, (0, 0)) < KV_BITS[needs.kv_at_least]]
         exclude |= {record.key.text for record in coarser}
         if len(records) > EXACT_PEERS:
             peers, by_name = self.likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
@@ -352,7 +351,7 @@ def _held_coarser(
     """The error if peers serve the missing blocks with coarser keys and values; None: the cause is another one."""
     for start, end in missing:
         if held := {record.kv for record in coarser if record.start < end and record.end > start}:
-            least = min(held, key=lambda kv: KV_BITS.get(kv, 0))
+            least = min(held, key=lambda kv: KV_BITS.get(kv, (0, 0)))
             return CoverageError(
                 f"blocks {blocks_text(start, end)} of {model_name} are served with KV caches held as "
                 f"{' or '.join(sorted(held))} alone: start a peer with --kv {wanted}, or ask for --kv-at-least {least}"

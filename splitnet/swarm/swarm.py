@@ -33,7 +33,6 @@ from splitnet.transport.pool import BRIEF_S
 from splitnet.transport.prober import Answer
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.fields import STRICT_VERSIONS
 
 SHOWN_ADDRESSES = 2  # most addresses in a command that people copy to join a swarm
 SHORT_KEY = 9  # characters of a key that suffice for people to distinguish peers
@@ -234,12 +233,9 @@ class Swarm:
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Pings a peer; the future stays undone without an answer.
 
-        session: id of a session to ask about. A peer without a record, or of a version that does not know this
-        question, is asked without: `Answer.holds` is None then.
+        session: id of a session to ask about.
         """
-        record = self._known.find(endpoint.key)
-        asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
-        return self.links.prober.ping(endpoint, session=asked)
+        return self.links.prober.ping(endpoint, session=session)
 
     def likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False

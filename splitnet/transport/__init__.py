@@ -1,1 +1,1 @@
-"""Sockets and links: one thread with all ZeroMQ sockets, connections and their bounds, pings, addresses."""
+"""Sockets and links: the thread that owns all ZeroMQ sockets, bounds on connections, pings, addresses."""

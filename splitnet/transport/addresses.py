@@ -1,4 +1,4 @@
-"""Addresses: to listen at, by which others reach this machine, and to join a swarm with."""
+"""Addresses to listen at, to announce to other machines, and to join a swarm with."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ from splitnet.errors import DirectoryError, KeyFileError, SplitnetError, listeni
 from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint, is_address
 
-RESOLVE_S = 5.0
+RESOLVE_S = 5.0  # longest wait for the name server
 _SCHEME, _KEY = "tcp://", "?key="
 _INTERFACES = Path("/sys/class/net")
-_INSIDE = "docker|br-|virbr|veth|cni|podman|lxcbr|lxdbr"  # names that programs for containers give to interfaces
+_INSIDE = "docker|br-|virbr|veth|cni|podman|lxcbr|lxdbr"  # first letters of interfaces that container programs make
 
 log = logging.getLogger(__name__)
 
 
 class Reach(StrEnum):
-    """How others are to reach a peer."""
+    """How other machines reach a peer."""
 
-    auto = "auto"  # at its address, unless others say that they cannot: then through relays
+    auto = "auto"  # at its address; through relays if other peers report that they cannot connect to the address
     direct = "direct"
     helpers = "helpers"
 
 
 def with_literal_host(text: str) -> str:
-    """`HOST` or `HOST:PORT` with the IP address of the host, as records and messages have it. Raises SplitnetError: the
-    name has no address, or none was found within `RESOLVE_S`."""
+    """Replaces the host in `HOST` or `HOST:PORT` by its IP address, as records and messages need it.
+
+    Raises SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
+    """
     match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(:\d+)?", text)
     if match is None:
         raise SplitnetError(f"{text!r} is no host: write HOST or HOST:PORT, an IPv6 address in brackets")
@@ -74,8 +76,11 @@ def _look_up(host: str) -> str:
 
 
 def public_address(listen: str, port: int, public_host: str | None) -> str:
-    """`tcp://IP:port` to announce. `listen`, `port`: where the peer listens, and the port that it got. `public_host`:
-    `HOST` or `HOST:PORT` that the user gave. Raises SplitnetError: the host is a name, and has no address."""
+    """`tcp://IP:port` to announce.
+
+    listen, port: the address at which the peer listens, and the port that the system assigned. public_host: `HOST` or
+    `HOST:PORT` from the user. Raises SplitnetError: the host is a name without an address.
+    """
     host = with_literal_host(public_host or reachable_host(listen))
     if not public_host and is_wildcard(listen) and host == "127.0.0.1":
         log.warning("No other machine reaches 127.0.0.1: give --public-host, or --listen tcp://[::]:0 for IPv6.")
@@ -84,8 +89,8 @@ def public_address(listen: str, port: int, public_host: str | None) -> str:
 
 
 def reachable_host(listen: str) -> str:
-    """The host of `listen`; for a wildcard, this machine's address on its default route, or else on a network that has
-    other machines. IPv4 comes first, as more can connect to it; the address of loopback only if there is no other."""
+    """The host of `listen`. For a wildcard: this machine's address on its default route, or else on a network with
+    other machines, or else 127.0.0.1. IPv4 is preferred, because more machines can connect to it."""
     if not is_wildcard(listen):
         return _host_of(listen)
     families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
@@ -97,7 +102,7 @@ def reachable_host(listen: str) -> str:
 
 
 def is_wildcard(listen: str) -> bool:
-    """Whether `tcp://host:port` is all addresses of this machine, which may change."""
+    """Whether `tcp://host:port` stands for all addresses of this machine, which may change."""
     return _host_of(listen) in ("0.0.0.0", "*", "[::]", "")
 
 
@@ -108,7 +113,7 @@ def _host_of(listen: str) -> str:
 def _on_default_route(family: socket.AddressFamily) -> str:
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # No packet is sent: this only asks the kernel for a route.
+            # `connect` on a UDP socket sends no packet; the kernel only chooses a route.
             probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
             return probe.getsockname()[0]
     except OSError:
@@ -116,13 +121,14 @@ def _on_default_route(family: socket.AddressFamily) -> str:
 
 
 def own_hosts() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
-    """Addresses of this machine, behind names of interfaces. Raises OSError: Android does not tell programs."""
+    """Addresses of this machine, as pairs of interface name and address. Raises OSError: the system does not give them
+    to programs (Android)."""
     ips = [(str(adapter.name), ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips]
     return [(name, ipaddress.ip_address(ip if isinstance(ip, str) else ip[0])) for name, ip in ips]
 
 
 def _on_any_network(family: socket.AddressFamily) -> str:
-    """Of an interface with a carrier, if any has one, and a global address, if there are any."""
+    """An address of this machine; preferably of an interface with a carrier, then a global one. "" if there is none."""
     with suppress(OSError):
         found = [each for each in own_hosts() if (each[1].version == 4) == (family == socket.AF_INET)]
         usable = [one for one in found if not (one[1].is_loopback or one[1].is_link_local or _leads_inside(one[0]))]
@@ -132,32 +138,32 @@ def _on_any_network(family: socket.AddressFamily) -> str:
 
 
 def _has_carrier(name: str) -> bool:
-    with suppress(OSError):  # the interface is down, or the system does not tell
+    with suppress(OSError):  # the interface is down, or the system has no such file
         return (_INTERFACES / name / "carrier").read_text(encoding="ascii").strip() == "1"
     return False
 
 
 def _leads_inside(name: str) -> bool:
-    """Whether an interface leads to containers and virtual machines only: a bridge without a card of this machine."""
+    """Whether an interface leads only to containers and virtual machines: a bridge without a physical network card."""
     interface = _INTERFACES / name
     is_made = (interface / "bridge").exists() or re.match(_INSIDE, name) is not None
     return is_made and not any(interface.glob("brif/*/device"))
 
 
 def dht_addresses(listen: str) -> tuple[str, ...]:
-    """The multiaddrs to listen at for the DHT on the host of `listen`, any port."""
+    """The multiaddrs at which the DHT listens: the host of `listen`, any free port."""
     host = _ip_of(listen)
     found = f"/ip{host.version}/{host}/tcp/0"
     return (found,) if host != ipaddress.IPv6Address("::") else ("/ip4/0.0.0.0/tcp/0", found)
 
 
 def is_reachable(listen: str) -> bool:
-    """Whether other machines can reach what listens there: anywhere but on loopback."""
+    """Whether other machines can reach a listener at `listen`: false only for loopback addresses."""
     return not _ip_of(listen).is_loopback
 
 
 def inside_of(listen: str, port: int) -> str:
-    """`tcp://IP:port` by which this machine itself reaches a listener at `listen` that got this port."""
+    """`tcp://IP:port` by which this machine itself reaches its listener at `listen` with this port."""
     host = _host_of(listen)
     host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
     return f"tcp://{host}:{port}"
@@ -171,8 +177,10 @@ def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def refuse_taken(listen: str) -> None:
-    """Checks an address such as `tcp://0.0.0.0:31331` before blocks load. Raises AddressInUse: something listens there;
-    SplitnetError: it is not an address of this machine."""
+    """Checks that this process can listen at an address such as `tcp://0.0.0.0:31331`, before it loads blocks.
+
+    Raises AddressInUse: another listener has the port; SplitnetError: it is not an address of this machine.
+    """
     match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(
@@ -182,36 +190,37 @@ def refuse_taken(listen: str) -> None:
     with listening_at(listen, "port with --listen", "give an address of this machine, or tcp://0.0.0.0:0"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            if sys.platform != "win32":  # where it would share a port that is taken
+            if sys.platform != "win32":  # on Windows, SO_REUSEADDR would bind a port that is in use
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """Listens for HTTP. Raises AddressInUse: something listens there; SplitnetError: it is not an address of this
-    machine."""
+    """Opens a listening socket for HTTP. Raises AddressInUse: another listener has the port; SplitnetError: it is not
+    an address of this machine."""
     with listening_at(f"{host}:{port}", "--port", "give an address of this machine as --host"):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
 
 
 def peer_address(endpoint: Endpoint) -> str:
-    """The address to join through a peer with."""
+    """The address with which others join a swarm through this peer, `tcp://IP:PORT?key=KEY`."""
     return f"{endpoint.address}{_KEY}{endpoint.key.text}"
 
 
 def is_peer_address(address: str) -> bool:
-    """Whether an address to join with is meant as that of a peer, not as a multiaddr."""
+    """Whether an address to join with is the address of a peer, not a multiaddr."""
     return address.startswith(_SCHEME)
 
 
 def split_addresses(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The multiaddrs among addresses to join with, and those of peers."""
+    """Splits addresses to join with into multiaddrs and addresses of peers."""
     return [one for one in addresses if not is_peer_address(one)], [one for one in addresses if is_peer_address(one)]
 
 
 def check_peer_address(address: str) -> PublicKey:
-    """The key in the address of a peer, which is not looked up. Raises DirectoryError: it is not written as one."""
+    """The key in the address of a peer, without a look-up of the host. Raises DirectoryError: it is not the address of
+    a peer."""
     place, separator, key = address.removeprefix(_SCHEME).partition(_KEY)
     host, _, port = place.rpartition(":")
     if not separator or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
@@ -225,17 +234,18 @@ def check_peer_address(address: str) -> PublicKey:
 
 
 def endpoint_of(address: str) -> Endpoint:
-    """The endpoint of a peer's address; a host name is looked up. Raises DirectoryError: it is not written as one;
-    SplitnetError: the name has no address."""
+    """The endpoint of a peer's address; a host name is looked up. Raises DirectoryError: it is not the address of a
+    peer; SplitnetError: the name has no address."""
     key = check_peer_address(address)
     endpoint = Endpoint(_SCHEME + with_literal_host(address.removeprefix(_SCHEME).partition(_KEY)[0]), key)
     if not is_address(endpoint.address):
-        raise DirectoryError(f"nobody can be reached at {endpoint.address}: give the host of the peer")
+        raise DirectoryError(f"no peer can be reached at {endpoint.address}: give the host of the peer")
     return endpoint
 
 
 def hosts_of(addresses: Sequence[str]) -> frozenset[str]:
-    """The IP addresses of the hosts in addresses to join with, IPv6 ones in brackets; names are looked up."""
+    """The IP addresses of the hosts in addresses to join with. IPv6 addresses are in brackets, host names are looked
+    up, and hosts without an address are omitted."""
     found: set[str] = set()
     for address in addresses:
         parts = address.split("/")  # /ip4/HOST/tcp/PORT/p2p/ID

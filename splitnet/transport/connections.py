@@ -1,9 +1,9 @@
-"""The TCP connections of a transport: whose they are, what they hold, and which of them must end.
+"""The TCP connections of a transport: their owners, the received bytes that they hold, and when they must end.
 
 ZeroMQ bounds the size of a frame and the number of whole messages that wait, but keeps any number of frames of one
-message. So bytes are counted from outside: what the kernel says was read of a connection, less what was handed over as
-messages, is what ZeroMQ holds of it (on Linux; elsewhere nothing is counted). Connections end by shutting their
-descriptors down.
+message. So this module counts from outside: the bytes that the kernel has passed on from a connection, minus the bytes
+of messages that ZeroMQ has handed over, are the bytes that ZeroMQ holds (on Linux; other systems count nothing). A
+connection is ended by a shutdown of its descriptor.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from splitnet.wire.messages import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_RECEIVED_BYTES = 1 << 30  # of messages that are not complete or not read yet, over all connections
+MAX_RECEIVED_BYTES = 1 << 30  # of incomplete and unread messages, over all connections
 
 MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
 
-MOST_OF_KEY = 64
+MOST_OF_KEY = 64  # incoming connections of one key
 
-_LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
-_WORTH_A_CLOSE_LOOK = 4 << 20
-_KEYS_S = 1.0
-_MOVED_S = 1.0
-_HANDSHAKE_BYTES = 2048
-_ARRIVALS = 256
+_LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02  # between two measurements; the second while a connection holds many bytes
+_WORTH_A_CLOSE_LOOK = 4 << 20  # bytes held by a connection
+_KEYS_S = 1.0  # between two checks of the authorized keys
+_MOVED_S = 1.0  # between two checks of this machine's own addresses
+_HANDSHAKE_BYTES = 2048  # more than a handshake takes; its bytes are read and never handed over
+_ARRIVALS = 256  # hosts of incoming connections that are remembered after they close
 _SPARED = 16
-"""Handshakes under way that are spared before one ends that is: looking for one that is silent takes bounded time."""
-_HEARTBEAT_BYTES_PER_S = 64.0  # more than heartbeats of both sides take, which are read and never handed over
+"""Connections in a handshake that are skipped in the search for a silent one, so that the search takes bounded time."""
+_HEARTBEAT_BYTES_PER_S = 64.0  # more than the heartbeats of both sides take; they are read and never handed over
 
 
 Name = TypeVar("Name", str, bytes)
@@ -55,17 +55,17 @@ class TcpConnection:
     cookie: bytes
     host: str
     opened_at: float
-    owner: Connection | Endpoint | None  # None: its key is not known, as it has sent no message yet
+    owner: Connection | Endpoint | None  # None: the key is not known before the first message
     delivered: int = 0  # bytes on the wire of messages that were handed over; only the transport's thread writes it
-    ended: str = ""  # why this side has ended it
-    inside: int = 0
-    active_at: float = 0.0
-    delivered_before: int = 0
-    acked: int = 0
-    acked_at: float = 0.0
-    too_long_since: int | None = None
+    ended: str = ""  # the reason why this side has ended the connection; empty: it has not
+    inside: int = 0  # bytes that ZeroMQ holds, as last measured
+    active_at: float = 0.0  # when a message was last handed over
+    delivered_before: int = 0  # `delivered` at the last measurement
+    acked: int = 0  # sent bytes that the other side has confirmed, as last measured
+    acked_at: float = 0.0  # when the other side last confirmed bytes, or nothing waited for confirmation
+    too_long_since: int | None = None  # count of `drained` when the connection first held more than a whole message
     own_host: str = ""
-    spared: bool = False  # it was not ended though it was the oldest without a key, as its handshake had begun
+    spared: bool = False  # it was once skipped as the oldest connection without a key, because its handshake had begun
 
     @property
     def account(self) -> tuple[Hashable, Hashable]:
@@ -75,18 +75,19 @@ class TcpConnection:
 
 @dataclass(eq=False)
 class Connections:
-    """Thread-safe. `thread` looks at all connections ten times per second, more often while much is under way.
+    """All TCP connections of a transport. Thread-safe. `thread` measures them ten times per second, and more often
+    while a connection holds many bytes.
 
     Args:
-        received: accounts for bytes that were received and are not handed over, by key (or host, until the key is
-            known) and connection.
-        drained: how often all sockets have been read empty so far.
-        drain: asks for that to happen soon.
-        authorized: keys whose connections may stay; None: any.
-        behind: by host and port, the name that counts as the host of a connection that a tunnel has made.
+        received: accounts for bytes that were received and not handed over, by key (by host until the key is known)
+            and by connection.
+        drained: counts how often all sockets have been read until they were empty.
+        drain: asks the transport to read all sockets soon.
+        authorized: keys whose connections may stay; None: all keys.
+        behind: for the host and port of a connection that a tunnel has made, the name that counts as its host.
 
     Attributes:
-        ended: how many connections were ended from here, by the reason.
+        ended: how many connections this side has ended, by reason.
     """
 
     received: Budget
@@ -99,11 +100,11 @@ class Connections:
     def __post_init__(self) -> None:
         self.ended: Counter[str] = Counter()
         self._keys_at = self._moved_at = 0.0
-        self._missed: set[str] = set()  # addresses of connections that were not there at the last look
+        self._missed: set[str] = set()  # own addresses of connections that this machine did not have at the last check
         self._looked_at = time.monotonic()
         self._by_descriptor: dict[int, TcpConnection] = {}
         self._nameless: dict[str, dict[TcpConnection, None]] = {}
-        """By host, the oldest first, and behind them those that were spared."""
+        """Incoming connections without a key, by host: the oldest first, then the spared ones."""
         self._of_keys: dict[bytes, dict[TcpConnection, None]] = {}
         self._incoming = 0
         self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
@@ -112,13 +113,13 @@ class Connections:
         self.thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
 
     def close(self) -> None:
-        """Stops looking; it ends no connection."""
+        """Stops the thread; it ends no connection."""
         self._closing.set()
         if self.thread.ident is not None:
             self.thread.join()
 
     def opened(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
-        """A connection has been made: to `owner`, or to this process. Returns None if it is gone already."""
+        """Adds a new connection to `owner`, or an incoming one (None). Returns None if it has ended already."""
         try:
             cookie, (own, other) = flow.cookie(descriptor), flow.ends(descriptor)
         except OSError:
@@ -143,13 +144,15 @@ class Connections:
         return made
 
     def hosts(self, since: float) -> set[str]:
-        """Hosts of incoming connections that are open, or (of the last ones) were opened since a `time.monotonic()`."""
+        """Hosts of incoming connections that are open, or that were opened since `since` (`time.monotonic()`). Of
+        closed connections only the last `_ARRIVALS` are known."""
         with self._lock:
             present = [known for known in self._by_descriptor.values() if not isinstance(known.owner, Endpoint)]
             return {known.host for known in present} | {host for at, host in self._arrived if at >= since}
 
     def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
-        """A connection has ended; returns it. `expected`: which one, as its descriptor may belong to another by now."""
+        """Removes and returns a connection that has ended. expected: the connection, because its descriptor may already
+        belong to another one; None: any."""
         with self._lock:
             if expected is not None and self._by_descriptor.get(descriptor) is not expected:
                 return None
@@ -159,7 +162,7 @@ class Connections:
             return gone
 
     def named(self, descriptor: int, owner: Connection) -> TcpConnection | None:
-        """The first message of an incoming connection has come; None if the connection is gone."""
+        """Sets the owner of an incoming connection, at its first message. Returns None if the connection has ended."""
         with self._lock:
             known = self._by_descriptor.get(descriptor)
             if known is None or isinstance(known.owner, Endpoint):
@@ -177,7 +180,7 @@ class Connections:
             return known
 
     def end(self, connection: TcpConnection, reason: str) -> None:
-        """Ends a connection; the transport learns of that as if the other side had ended it."""
+        """Ends a connection. The transport gets the same event as if the other side had ended it."""
         with self._lock:
             if connection.ended:
                 return
@@ -188,10 +191,11 @@ class Connections:
             flow.hang_up(connection.descriptor, connection.cookie)
 
     def look(self, now: float) -> bool:
-        """Counts what every connection holds, and ends those that must end; returns whether much is under way."""
+        """Measures all connections and ends the ones that break a bound. Returns whether a connection holds so many
+        bytes that the next look must come soon."""
         with self._lock:
             present = [known for known in self._by_descriptor.values() if not known.ended]
-        if now - self._looked_at > STALLED_S / 2:  # this process stood still, which tells nothing of others
+        if now - self._looked_at > STALLED_S / 2:  # this process was suspended, so the other sides are not to blame
             for known in present:
                 known.acked_at = now
         self._looked_at = now
@@ -231,8 +235,9 @@ class Connections:
                 return False
             known.inside = inside
             self.received.hold(inside, *known.account)
-        # More than one message can hold means a whole one, which is handed over when the sockets are read empty: an
-        # iteration of the transport that was under way when this was measured may not have seen it, the next one must.
+        # A connection that holds more bytes than a message may have holds a whole message, which is handed over when
+        # all sockets are read until they are empty. The transport's iteration during this measurement may have missed
+        # the message, but the next one cannot.
         if inside <= MAX_MESSAGE_BYTES or delivered != known.delivered_before:
             known.too_long_since = None
         elif known.too_long_since is None:
@@ -254,8 +259,8 @@ class Connections:
                 self.end(known, "revoked")
 
     def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
-        """Ends connections from addresses that this machine has lost, when two looks in a row have missed them. Nothing
-        else would end them for half a minute."""
+        """Ends connections from addresses that this machine has lost, when two checks in a row have missed the address.
+        Without this they would only end after half a minute."""
         if now < self._moved_at:
             return
         self._moved_at = now + _MOVED_S
@@ -266,7 +271,7 @@ class Connections:
         self._missed = missed
 
     def _end_one(self) -> None:
-        """Makes room for a new connection, at the cost of the key or host with most."""
+        """Makes room for a new connection by ending one connection of the key or host with the most connections."""
         nameless = max(self._nameless.values(), key=len, default=dict[TcpConnection, None]())
         most_of_key = max(map(len, self._of_keys.values()), default=0)
         if len(nameless) > max(1, most_of_key):
@@ -277,7 +282,7 @@ class Connections:
             self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
 
     def _forget(self, connection: TcpConnection) -> None:
-        """Stops counting a connection. With the lock held."""
+        """Stops counting a connection. The caller holds the lock."""
         self.received.hold(0, *connection.account)
         connection.inside = 0
         owner = connection.owner
@@ -304,7 +309,7 @@ class Connections:
 
 
 def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
-    """The connection of a host that gives way: the oldest that has sent nothing, or was spared once."""
+    """The connection of a host to end first: the oldest that has sent nothing or was spared before."""
     for _ in range(min(_SPARED, len(nameless))):
         oldest = next(iter(nameless))
         if oldest.spared or not _has_spoken(oldest):
@@ -323,12 +328,15 @@ def _has_spoken(connection: TcpConnection) -> bool:
     return passed is not None and passed.received > 0
 
 
-_AT_ONCE = 64
+_AT_ONCE = 64  # requests answered in one call
 
 
 class Gatekeeper:
-    """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`. authorized:
-    the keys that are accepted; None: any. refused: how many connections were refused."""
+    """The ZAP handler of a ZeroMQ context, which accepts or refuses the keys of new connections.
+
+    `socket` belongs to the thread that polls it and calls `answer`. authorized: the keys that are accepted; None: all.
+    refused: how many connections were refused.
+    """
 
     DOMAIN: ClassVar[bytes] = b"splitnet"
 
@@ -339,7 +347,7 @@ class Gatekeeper:
         self.socket.bind("inproc://zeromq.zap.01")
 
     def answer(self) -> None:
-        """Answers many requests at once: new connections must not wait for messages of others."""
+        """Answers up to `_AT_ONCE` requests, so that new connections do not wait for messages of other connections."""
         for _ in range(_AT_ONCE):
             try:
                 self._answer(self.socket.recv_multipart(zmq.NOBLOCK))
@@ -360,5 +368,5 @@ class Gatekeeper:
 
 
 def proven_key(frame: zmq.Frame) -> bytes:
-    """The CURVE key, 32 bytes, of the connection that a frame came over, as a gatekeeper has accepted it."""
+    """The CURVE key, 32 bytes, that a gatekeeper has accepted for the connection of a received frame."""
     return bytes.fromhex(cast(str, frame.get("User-Id")))

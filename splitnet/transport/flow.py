@@ -1,4 +1,5 @@
-"""How many bytes wait to be sent to each receiver: one that does not read must not fill this process's memory."""
+"""Bytes that wait to be sent to each receiver, so that a receiver that does not read cannot fill this process's memory;
+and the kernel's counts of bytes on TCP connections."""
 
 from __future__ import annotations
 
@@ -18,24 +19,26 @@ from typing import Any, NamedTuple, Protocol
 from splitnet.limits import Budget
 from splitnet.wire.endpoints import Connection, Destination, Endpoint
 
-LARGE_BYTES = 64 * 1024
+LARGE_BYTES = 64 * 1024  # messages above this size are always tracked, and are sent without a copy
 TRACKED_BYTES = 256 * 1024
-"""ZeroMQ is asked when it is done with a message only after so many bytes for a receiver, as asking takes time."""
+"""After this many untracked bytes for a receiver the next message is tracked. Tracking every message takes time."""
 
-MAX_BACKLOG_BYTES = 1 << 30
+MAX_BACKLOG_BYTES = 1 << 30  # that wait to be sent, over all receivers
 
 
 class Tracker(Protocol):
-    """What ZeroMQ gives for a message: whether it is done with it."""
+    """ZeroMQ's handle of a tracked message: whether the message was sent or dropped."""
 
     @property
     def done(self) -> bool: ...
 
 
 class Backlog:
-    """Messages that ZeroMQ still holds. It sends those for a receiver in order, so the last of some tells of them all.
+    """Messages that ZeroMQ still holds. It sends the messages of a receiver in order, so when a tracked message is
+    done, the untracked ones before it are done, too.
 
-    One thread sends; `held` may be called from any. `budget` accounts for them by key that has connected, or endpoint.
+    One thread sends; any thread may call `held`. `budget` accounts for messages by the key of an incoming connection,
+    or by endpoint.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -43,7 +46,7 @@ class Backlog:
         self._waiting: deque[tuple[Hashable, int, Tracker]] = deque()
         self._lock = threading.Lock()
         self._small: dict[bytes | Endpoint, int] = {}
-        """Bytes that were sent to a receiver since something was tracked, at most `TRACKED_BYTES`."""
+        """Bytes sent to a receiver since its last tracked message, at most `TRACKED_BYTES`."""
 
     def untracked(self, receiver: Destination, size: int) -> bool:
         """Whether a message of `size` bytes may be sent without being tracked."""
@@ -55,7 +58,7 @@ class Backlog:
         return True
 
     def reserve(self, receiver: Destination, size: int) -> int:
-        """Reserves room for a tracked message and the untracked ones before it; returns their bytes, 0: no room."""
+        """Reserves room for a tracked message and the untracked ones before it. Returns their bytes; 0: no room."""
         size += self._small.get(_name(receiver), 0)
         account = _account(receiver)
         if not self._budget.has_room(size, account):
@@ -66,25 +69,25 @@ class Backlog:
         return size
 
     def add(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
-        """Counts what was reserved until `tracker` is done; None: it is not sent at all."""
+        """Keeps `size` reserved bytes until `tracker` is done; None: the message was not sent."""
         if tracker is None:
             self._budget.release(size, _account(receiver))
             return
         with self._lock:
             self._waiting.append((_account(receiver), size, tracker))
-            # Most are sent by the time the next is: the queue stays short without a look at all of it.
+            # Most messages are sent before the next one is added, so a check of the first ones keeps the queue short.
             while self._waiting and self._waiting[0][2].done:
                 account, size, _ = self._waiting.popleft()
                 self._budget.release(size, account)
 
     def held(self, receiver: Destination) -> int:
-        """Bytes for a receiver that are tracked and not sent yet."""
+        """Tracked bytes for a receiver that are not sent yet."""
         if self._budget.held(_account(receiver)):
             self._forget_sent()
         return self._budget.held(_account(receiver))
 
     def forget(self, receiver: Destination) -> None:
-        """Nothing more is sent to a receiver."""
+        """Forgets the count of untracked bytes of a receiver to which no more messages are sent."""
         self._small.pop(_name(receiver), None)
 
     def _forget_sent(self) -> None:
@@ -106,7 +109,8 @@ def _account(receiver: Destination) -> Hashable:
 
 
 class Wake:
-    """A flag with a file descriptor that is readable while the flag is set; an eventfd where the system has them."""
+    """A flag with a file descriptor that is readable while the flag is set: an eventfd where the system has eventfds,
+    else a socket pair."""
 
     def __init__(self) -> None:
         self._read: Callable[[int], bytes]
@@ -116,7 +120,7 @@ class Wake:
             event = self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._read, self._write = partial(os.read, event), partial(os.write, event)
             self._open.callback(os.close, event)
-        else:  # no pipe: on Windows ZeroMQ polls nothing but sockets
+        else:  # not a pipe: on Windows ZeroMQ polls only sockets
             reading, writing = map(self._open.enter_context, socket.socketpair())
             reading.setblocking(False)
             writing.setblocking(False)
@@ -128,7 +132,7 @@ class Wake:
 
     def set(self) -> None:
         """Makes the descriptor readable. Thread-safe."""
-        with contextlib.suppress(BlockingIOError):  # it is readable already
+        with contextlib.suppress(BlockingIOError):  # the flag is set already
             self._write(b"\1\0\0\0\0\0\0\0")
 
     def clear(self) -> None:
@@ -145,40 +149,42 @@ if sys.platform != "win32":
 
 _LINUX = sys.platform in ("linux", "android")
 _ANY_TCP = socket.AF_INET, socket.SOCK_STREAM, 0
-"""Of a borrowed descriptor; its true family is not needed where this is used, and takes time to ask for."""
-_SO_COOKIE = 57
-_UNREAD, _UNSENT = 0x541B, 0x5411
+"""Family, type and protocol for a borrowed descriptor. The calls here do not need the real family, and a query for it
+takes time."""
+_SO_COOKIE = 57  # a socket option of Linux, which `socket` does not name
+_UNREAD, _UNSENT = 0x541B, 0x5411  # the ioctls SIOCINQ and SIOCOUTQ of Linux
 _TCP_INFO_BYTES = 256
-MOVED_BYTES = 1024  # heartbeats of a link carry less within seconds
+MOVED_BYTES = 1024  # more than the heartbeats of a link take within seconds
 
 _ACKED_AND_RECEIVED = struct.Struct("QQ")
-_ACKED_AT = 120  # where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)
+_ACKED_AT = 120  # offset of `tcpi_bytes_acked` and `tcpi_bytes_received` in `struct tcp_info` (Linux 4.2 and later)
 
 
-QUEUE_BYTES = 8 * 1024  # bytes that wait on a link count as a queue from here on: any step has less under way
+QUEUE_BYTES = 8 * 1024  # more waiting bytes on a link count as a queue; a decode step has fewer in flight
 
 
 class Traffic(NamedTuple):
-    """Of one connection, in bytes."""
+    """Bytes of one connection, as the kernel counts them."""
 
-    acked: int  # sent, and confirmed by the other side
-    unsent: int  # written by this process, and not confirmed
+    acked: int  # sent and confirmed by the other side
+    unsent: int  # written by this process and not confirmed
     read: int  # received and read by this process
     received: int
 
     def has_sent(self, before: Traffic) -> bool:
-        """Whether the other side has confirmed bytes that others had to wait for, or still have to."""
+        """Whether the link has moved a queue: the other side has confirmed bytes while later bytes waited."""
         waited = self.unsent > 0 or before.unsent >= QUEUE_BYTES
         return waited and self.acked - before.acked >= MOVED_BYTES
 
     def has_received(self, before: Traffic) -> bool:
-        """Whether more than heartbeats has arrived."""
+        """Whether more bytes than heartbeats have arrived."""
         return self.received - before.received >= MOVED_BYTES
 
 
 def cookie(descriptor: int) -> bytes:
-    """Identifies a connected socket among all that are open. Raises OSError if it is none. Where the kernel has no
-    cookies (before Linux 4.12, as in many phones, and elsewhere), these are its two addresses."""
+    """Identifies a connected socket among all open sockets. Where the kernel has no socket cookies (before Linux 4.12,
+    as in many phones, and on other systems), the result is made of its two addresses. Raises OSError: the descriptor is
+    not a connected socket."""
     if _LINUX:
         with _Borrowed(*_ANY_TCP, descriptor) as handle:
             try:
@@ -190,14 +196,15 @@ def cookie(descriptor: int) -> bytes:
 
 
 def ends(descriptor: int) -> tuple[Any, Any]:
-    """Addresses of this side and of the other, as `socket` has them. Raises OSError if it is gone."""
+    """Addresses of this side and of the other side, in the form of `socket`. Raises OSError: the connection has
+    ended."""
     with _Borrowed(fileno=descriptor) as handle:
         return handle.getsockname(), handle.getpeername()
 
 
 def has_address(host: str) -> bool:
-    """Whether this machine has an address, an IPv4 one within IPv6 too."""
-    host = host.removeprefix("::ffff:")  # an IPv4 one, which not every system binds as an IPv6 one
+    """Whether this machine has an address, which may be an IPv4-mapped IPv6 address."""
+    host = host.removeprefix("::ffff:")  # not every system binds an IPv4-mapped address
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))
@@ -207,7 +214,8 @@ def has_address(host: str) -> bool:
 
 
 def traffic(descriptor: int) -> Traffic | None:
-    """What has passed; None where the kernel does not tell. Raises OSError if it is no TCP socket any more."""
+    """Byte counts of a connection; None where the kernel has none. Raises OSError: the descriptor is not a TCP
+    socket."""
     if not _LINUX:
         return None
     with _Borrowed(*_ANY_TCP, descriptor) as handle:
@@ -219,18 +227,18 @@ def traffic(descriptor: int) -> Traffic | None:
 
 
 def hang_up(descriptor: int, expected: bytes) -> None:
-    """Ends the connection with this cookie, if it has not ended: ZeroMQ finds it closed by the other side."""
+    """Ends the connection with this cookie, if it is open. To ZeroMQ it looks closed by the other side."""
     with (
         contextlib.suppress(OSError),  # ZeroMQ has closed it
         _Borrowed(*_ANY_TCP, descriptor) as handle,
-        contextlib.closing(handle.dup()) as copy,  # the number may be given to another connection meanwhile
+        contextlib.closing(handle.dup()) as copy,  # meanwhile the descriptor's number may go to another connection
     ):
         if cookie(copy.fileno()) == expected:
             copy.shutdown(socket.SHUT_RDWR)
 
 
 class _Borrowed(socket.socket):
-    """A descriptor that stays open at the end."""
+    """A socket object over a descriptor that it does not own, and does not close."""
 
     def __exit__(self, *_: object) -> None:
         self.detach()

@@ -1,7 +1,8 @@
-"""Which links to peers stay open: those in use, and others for a while.
+"""The pool of open links to peers: links in use, and unused links for a limited time.
 
-Others decide what a process connects to: clients name next hops, and records may be hostile. Every link takes four file
-descriptors, one to a hidden peer up to eight, so their number is bounded, and unused ones are closed.
+Other machines decide to which addresses a process connects: clients name next hops, and records may be hostile. A link
+takes four file descriptors, a link to an unreachable peer up to eight. So the number of links is bounded, and unused
+links are closed.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from scheduler.liveness import SILENT_S
 from splitnet.limits import keep_latest
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-KEEP_S = 60.0
-REMEMBERED_STATES = 4096
+KEEP_S = 60.0  # how long an unused link stays open
+REMEMBERED_STATES = 4096  # closed links whose failure is remembered
 BRIEF_S = 5.0
-"""A link outlives a question at least so long, if there is room: an answer may take that; heartbeats begin later."""
+"""How long a link stays open after a question, if there is room: an answer may take this long, and heartbeats begin
+later."""
 
 
 class Linking(Protocol):
-    """A `splitnet.transport.transport.Transport`, or a stand-in."""
+    """The part of `splitnet.transport.transport.Transport` that a pool needs."""
 
     def connect(self, endpoint: Endpoint) -> None: ...
 
@@ -37,12 +39,12 @@ class LinkPool:
     """Counts the users of each link. Thread-safe.
 
     Args:
-        most: links at the same time; one to a hidden peer counts as two. Of those without users, one that failed is
-            closed first for a new one, then the one that was used longest ago.
-        keep_s: how long a link outlives its last use.
+        most: bound on open links; a link to an unreachable peer counts as two. To make room for a new link, a failed
+            link without users is closed first, then the one without users that was used longest ago.
+        keep_s: how long a link stays open after its last use.
         keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
-        keep_unused_s: the same for a link that is up and has had no users, but for links to hidden peers, which others
-            have to help to open.
+        keep_unused_s: the same for a link that is up and has had no users. Links to unreachable peers have `keep_s`,
+            because opening them needs relays.
     """
 
     linking: Linking
@@ -55,10 +57,10 @@ class LinkPool:
     def __post_init__(self) -> None:
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
-        """Since when (infinite until the next tick); the one that was used longest ago first."""
-        self._had_users: set[Endpoint] = set()  # of the open links
+        """Open links without users: the time since when, infinite until the next tick. In the order of last use."""
+        self._had_users: set[Endpoint] = set()  # open links that have or had users
         self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
-        """Closed links that had failed: their states, and since when (infinite until the next tick)."""
+        """Closed links that had failed: their states, and the time since when, infinite until the next tick."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -71,7 +73,7 @@ class LinkPool:
             return list(self._users)
 
     def acquire(self, endpoint: Endpoint) -> bool:
-        """Opens the link for one more user; False if too many others are in use."""
+        """Adds a user to the link, and opens it if it is closed. False: too many other links are in use."""
         with self._lock:
             if endpoint not in self._users:
                 if not self._make_room(endpoint):
@@ -83,7 +85,7 @@ class LinkPool:
             return True
 
     def release(self, endpoint: Endpoint) -> None:
-        """Undoes one `acquire`."""
+        """Removes one user of the link, see `acquire`."""
         with self._lock:
             self._users[endpoint] -= 1
             if not self._users[endpoint]:
@@ -93,7 +95,8 @@ class LinkPool:
                     self._close(endpoint)
 
     def touch(self, endpoint: Endpoint) -> bool:
-        """Counts a message over a link, which opens that; False if it must not, as too many others are in use."""
+        """Counts a message over a link, which the message opens if it is closed. False: too many other links are in
+        use, so the message must not be sent."""
         with self._lock:
             if endpoint not in self._users:
                 if not self._make_room(endpoint):
@@ -103,20 +106,21 @@ class LinkPool:
             return True
 
     def came_up(self, endpoint: Endpoint) -> None:
-        """Counts the time without use anew: messages that waited for a handshake of seconds are sent only now."""
+        """Restarts the time without use of a link that has come up, because its messages have waited for the
+        handshake."""
         with self._lock:
             if endpoint in self._unused:
                 self._unused[endpoint] = math.inf
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """State of a link; of one that was closed after it had failed, for `SILENT_S` the state then."""
+        """State of a link. A link that was closed after a failure keeps the state of the failure for `SILENT_S`."""
         state = self.linking.state(endpoint)
         if state is LinkState.CONNECTING:
             state, _ = self._failed.get(endpoint, (state, 0.0))
         return state
 
     def tick(self, now: float) -> None:
-        """Closes links that were not used for long; now: seconds."""
+        """Closes links that have been unused for too long. now: seconds."""
         with self._lock:
             for endpoint, since in list(self._unused.items()):
                 if now - since > self._kept_s(endpoint):
@@ -156,7 +160,7 @@ class LinkPool:
 
 
 def _size(endpoint: Endpoint) -> int:
-    return 2 if endpoint.hidden else 1  # the sockets of both ends of a tunnel, too
+    return 2 if endpoint.hidden else 1  # a tunnel has sockets at both ends
 
 
 def _has_failed(state: LinkState) -> bool:

@@ -1,4 +1,4 @@
-"""Pings, and what they tell of links."""
+"""Pings, and the round trips, bandwidths and loads that they measure."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ from splitnet.limits import keep_latest
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import LoadReport, Ping, Pong, Timing
 
-LOOK_S = 0.05
-QUICK_MS = 500.0  # a ping that is answered in this time has met no long queue on the way up
+LOOK_S = 0.05  # between two checks of whether connections were accepted
+QUICK_MS = 500.0  # an answer in this time shows that the ping met no long queue on the uplink
 
-PROBE_BYTES = 64 * 1024
-FASTEST_PROBE_MS = 0.05  # a probe that seems to take no time at all says only that the link is fast
+PROBE_BYTES = 64 * 1024  # padding of a ping that measures bandwidth
+FASTEST_PROBE_MS = 0.05  # lower bound of a measured transfer time, which timing noise may reduce to zero
 
-QUICK_PROBE_MS = 20.0
-PROBES_OF_QUICK_LINKS = 3
-SURE_MS = 4.0
-"""A probe that takes less than the first (without the round trip) is repeated while it takes more than the last."""
+QUICK_PROBE_MS = 20.0  # a probe with a shorter transfer time is repeated, because waits for a processor distort it
+PROBES_OF_QUICK_LINKS = 3  # most repetitions of such a probe
+SURE_MS = 4.0  # a transfer time that is not above this is not measured again
 
-FORGET_S = 60.0
-KEPT_ENDPOINTS = 1024
-KEPT_ROUND_TRIPS = 3  # of these the shortest counts: it met the least traffic and computing on its way
+FORGET_S = 60.0  # after which an unanswered ping is forgotten
+KEPT_ENDPOINTS = 1024  # peers whose measurements are kept
+KEPT_ROUND_TRIPS = 3  # the shortest of these counts, because it met the least traffic and computation
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a ping brings back."""
+    """The answer to a ping."""
 
     rtt_ms: float
     queue_ms: float  # how long a new step would wait for the peer's device
     kv_free_positions: int  # positions that new sessions may take
-    holds: bool | None = None
-    """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
+    holds: bool = False  # the peer holds the session asked about
     waiting: int = 0  # of that session, like the next two: see `Pong`
     done: int = 0
     last: int = 0
     timing: Timing | None = None
-    """What the last decode step of that session met at the peer; None: there was none, or the peer does not say."""
+    """Times of the session's last decode step at the peer; None: there was none, or the peer does not report it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +51,16 @@ class _Sent:
     endpoint: Endpoint
     at: float
     padding: int
-    session: bytes
     future: Future[Answer]
 
 
 class Prober:
-    """Sends pings and takes in the answers. Thread-safe. is_taken: whether the other side has taken the connection to
-    an endpoint. quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by
-    `time.perf_counter`. loads: how busy peers that were asked have last said that they are."""
+    """Sends pings and records the answers. Thread-safe.
+
+    is_taken: whether the other side has accepted the TCP connection to an endpoint. quick_at: when the latest ping was
+    sent that any peer has answered within `QUICK_MS`, in seconds of `time.perf_counter`. loads: the last load reports
+    of peers.
+    """
 
     def __init__(
         self, send: Callable[[Endpoint, Ping], object], is_taken: Callable[[Endpoint], bool] = lambda _: False
@@ -72,19 +72,21 @@ class Prober:
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
         self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
-        """In ms, of all peers: if all are long, so is the way from here."""
+        """The latest round trips to any peers, in ms. If all are long, the access line of this machine is slow."""
         self._answered: dict[Endpoint, int] = {}
         self.loads: dict[Endpoint, LoadReport] = {}
         self._lock = threading.Lock()
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
-        """Asks a peer for a sign of life; the future stays undone if none comes. padding: bytes to send with it.
-        session: id of a session to ask about, 16 bytes. load: asks how busy the peer is, too, see `loads`. A peer of
-        version 0.1.0 drops a ping with either."""
+        """Sends a ping; the future stays undone if there is no answer.
+
+        padding: bytes to send with it. session: id of a session to ask about, 16 bytes. load: asks for a load report,
+        see `loads`.
+        """
         return self._ping(endpoint, padding, session, load)[1]
 
     def probe(self, endpoint: Endpoint) -> int:
-        """Asks likewise, and returns the number of the ping: the higher, the later."""
+        """Sends a ping, and returns its number. Later pings have higher numbers."""
         return self._ping(endpoint, 0, b"", load=False)[0]
 
     def _ping(self, endpoint: Endpoint, padding: int, session: bytes, load: bool) -> tuple[int, Future[Answer]]:
@@ -94,12 +96,12 @@ class Prober:
         with self._lock:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
-            self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
+            self._sent[nonce] = _Sent(endpoint, now, padding, future)
         self._send(endpoint, Ping(nonce, bytes(padding), session, load))
         return nonce, future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
-        """Takes in an answer; none answers for another."""
+        """Records an answer. An answer from another peer than the one asked is ignored."""
         with self._lock:
             sent = self._sent.get(message.nonce)
             if sent is None or sent.endpoint != source:
@@ -117,35 +119,36 @@ class Prober:
                 round_trips = self._round_trips.get(source, deque[float](maxlen=KEPT_ROUND_TRIPS))
                 round_trips.append(rtt_ms)
                 keep_latest(self._round_trips, source, round_trips, KEPT_ENDPOINTS)
-        holds, queue = message.holds if sent.session else None, (message.queue_ms, message.kv_free_positions)
-        timing = message.timing[0] if message.timing else None
-        sent.future.set_result(Answer(rtt_ms, *queue, holds, message.waiting, message.done, message.last, timing))
+        said = message.queue_ms, message.kv_free_positions, message.holds, message.waiting, message.done, message.last
+        sent.future.set_result(Answer(rtt_ms, *said, message.timing[0] if message.timing else None))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
-        """The round trip to a peer as measured lately; 0: not measured."""
+        """The shortest of the last round trips to a peer; 0: not measured."""
         with self._lock:
             return min(self._round_trips.get(endpoint, (0.0,)))
 
     def answer_limit_s(
         self, endpoint: Endpoint, least_s: float = ANSWER_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
     ) -> float:
-        """How long to wait for a peer: so many of its latest round trips, or of the shortest of all peers. taken_s: in
-        which a connection was taken, while no peer has answered."""
+        """How long to wait for a peer's answer: `trips` times its latest round trip, or times the shortest of the
+        latest round trips to all peers if that is longer; at least `least_s`. taken_s: the time in which a connection
+        was accepted, which replaces the round trip while no peer has answered."""
         with self._lock:
             own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
             anybody_ms = min(self._latest, default=1000 * taken_s)
         return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MAX_ANSWER_S))
 
     def answered(self, endpoint: Endpoint) -> int:
-        """Number of the latest ping that a peer has answered: all that was sent on its link before has arrived."""
+        """Number of the latest ping that a peer has answered. All messages that were sent to it before this ping have
+        arrived."""
         return self._answered.get(endpoint, 0)
 
     def round_trips(
         self, endpoints: Iterable[Endpoint], timeout_s: float = ANSWER_S, *, loads: Collection[Endpoint] = ()
     ) -> dict[Endpoint, float]:
-        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out. loads:
-        peers that are asked how busy they are, too, see `ping`."""
-        # The first ping of a link also pays for its handshake, so it is thrown away.
+        """Round trips to peers in ms, by two small pings to each. Peers that do not answer in time are omitted. loads:
+        peers that are also asked for a load report, see `ping`."""
+        # The first ping of a link is not measured, because it includes the handshake.
         answered = self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S if timeout_s >= ANSWER_S else 0.0)
         answers = self._answers(answered, 0, timeout_s, loads=loads)
         return {endpoint: answer.rtt_ms for endpoint, answer in answers.items()}
@@ -158,16 +161,16 @@ class Prober:
         probed: Collection[Endpoint] | None = None,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Link]:
-        """Latency and bandwidth of the links to peers; those that don't answer in time are left out. probed: peers
-        whose bandwidth is measured, others have 0; None: all. loads: see `round_trips`."""
+        """Latency and bandwidth of the links to peers. Peers that do not answer in time are omitted. probed: peers
+        whose bandwidth is measured; other links have a bandwidth of 0; None: all peers. loads: see `round_trips`."""
         small = self.round_trips(endpoints, timeout_s, loads=loads)
         others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
-        # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.
+        # The first probe is not measured, because TCP's congestion window is still too small for it.
         answered = self._answers([endpoint for endpoint in small if endpoint not in others], PROBE_BYTES, timeout_s)
         answered = self._answers(answered, PROBE_BYTES, timeout_s)
         rtt_ms = {endpoint: small[endpoint] for endpoint in answered}
         probe_ms = {endpoint: answer.rtt_ms for endpoint, answer in answered.items()}
-        # Where a probe takes little time, most of that may be a wait for a processor: the shortest of some counts.
+        # Most of a short transfer time may be a wait for a processor, so the shortest of several counts.
         quick = [endpoint for endpoint in answered if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]
         for _ in range(PROBES_OF_QUICK_LINKS if quick else 0):
             for endpoint, answer in self._answers(quick, 0, timeout_s).items():
@@ -183,7 +186,7 @@ class Prober:
         }
 
     def answering(self, endpoints: Iterable[Endpoint], timeout_s: float = ANSWER_S) -> set[Endpoint]:
-        """Those that answer one small ping in time."""
+        """The peers that answer one small ping in time."""
         return set(self._answers(endpoints, 0, timeout_s, FIRST_ANSWER_S))
 
     def _answers(
@@ -194,7 +197,8 @@ class Prober:
         taken_s: float = 0.0,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Answer]:
-        """taken_s: least wait for peers that take the connection meanwhile."""
+        """Pings all endpoints and waits for answers. taken_s: least wait for a peer that accepts the connection during
+        the wait."""
         endpoints = list(endpoints)
         new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
         pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
@@ -211,7 +215,7 @@ class Prober:
                     limit_s = self.answer_limit_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
                 elif taken or self._latest:
                     limit_s = self.answer_limit_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
-                else:  # nobody knows yet how far all others are
+                else:  # no round trip and no accepted connection tell how far peers are
                     limit_s = taken_s
                 left_s = max(left_s, limit_s - waited_s)
             if left_s <= 0:

@@ -1,7 +1,7 @@
 """All ZeroMQ sockets of a process, owned by one thread.
 
-A peer listens with one ROUTER socket; every process connects to others with one DEALER socket each. Every link is
-CurveZMQ: both sides prove their keys (ZAP, RFC 27). Messages are handed over as raw frames.
+A peer listens with one ROUTER socket. Every process has one DEALER socket for each endpoint that it connects to. Every
+link is CurveZMQ: both sides prove their keys (ZAP, RFC 27). Messages are handed over as raw frames.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Payload
 
 log = logging.getLogger(__name__)
 
-_TICK_MS = 200
-_CLOSE_LINGER_MS = 500
-_RECEIVE_BURST = 64
-_QUEUED_MESSAGES = 1000
+_TICK_MS = 200  # between two calls of `on_tick`
+_CLOSE_LINGER_MS = 500  # how long a closed socket still sends queued messages
+_RECEIVE_BURST = 64  # messages received from one socket before other sockets are served
+_QUEUED_MESSAGES = 1000  # complete messages that ZeroMQ keeps per connection before it stops reading
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
-_HANDSHAKE_MS = 10_000
+_HANDSHAKE_MS = 10_000  # ZeroMQ ends a longer handshake
 _REFUSES_S = _HANDSHAKE_MS / 2000
-"""A peer with another key ends a handshake within this time; a frozen process never ends it."""
+"""A peer with another key ends a handshake within this time. A frozen process never ends it."""
 _CURVE_BYTES = 64  # more than encryption adds to a frame (RFC 26: 33 bytes)
-_HELD_BYTES = 128  # what ZeroMQ allocates for a frame that waits, besides its content
+_HELD_BYTES = 128  # allocated by ZeroMQ for a waiting frame besides its content
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
-"""What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
+"""Longest short frame, and the bytes that encryption and framing add to a short and to a longer frame."""
 _TOO_SLOW = "its receiver is too slow"
 _NOBLOCK, _MORE, _POLLIN, _EVENTS = (
     int(flag) for flag in (zmq.NOBLOCK, zmq.NOBLOCK | zmq.SNDMORE, zmq.POLLIN, zmq.EVENTS)
 )
-"""Plain numbers: to combine and to look up members of enums takes longer than to send a frame."""
-_SERVE_THREAD, _CONNECT_THREAD = 1, 2  # ZeroMQ's threads: a flood of one of them does not delay the other's links
+"""Plain integers, because operations on members of enums take longer than to send a frame."""
+_SERVE_THREAD, _CONNECT_THREAD = 1, 2  # two I/O threads of ZeroMQ, so that incoming floods do not delay outgoing links
 
 _ARRIVALS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
@@ -85,41 +85,42 @@ _Item = tuple[Destination, Sequence[Payload] | None]
 
 @dataclass(slots=True)
 class _Outbox:
-    """Messages from other threads; one byte on `wake` per batch makes the owner look."""
+    """Messages for the transport's thread to send; `Transport._wake` is set once per batch."""
 
     items: deque[_Item] = field(default_factory=deque[_Item])
     lock: threading.Lock = field(default_factory=threading.Lock)
-    awake: bool = False
-    held: int = 0  # how many threads are within `Transport.together`
+    awake: bool = False  # the transport's thread was woken, or is sending a batch
+    held: int = 0  # threads that are inside `Transport.together`
 
 
 @dataclass(eq=False)
 class Transport:
     """Sends and receives frames on CurveZMQ links.
 
-    Handlers run in the transport's own thread and must return quickly. `send`, `connect`, `disconnect` and `close`
-    may be called from any thread, `tick_soon` by finalizers too.
+    Handlers run in the transport's own thread and must return quickly. Any thread may call `send`, `connect`,
+    `disconnect` and `close`. Finalizers may call `tick_soon`.
 
     Args:
         on_message: called with the source and the frames of every message.
         on_link: called when the state of an outgoing link changes.
         on_lost: called when a message could not be sent because its incoming connection has ended.
-        on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
-            that reason: its receiver is too slow, or no link to it can be opened.
+        on_dropped: called with the destination, the frames and the reason when a message was dropped because its
+            receiver is too slow or no link to the receiver can be opened.
         on_tick: called about five times per second.
-        on_received: called when messages had arrived and all were handed over.
-        max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
-            only what it holds itself.
-        authorized: the keys whose connections are accepted; None: any.
+        on_received: called after a batch of received messages was handed over.
+        max_backlog: bytes that may wait to be sent, over all receivers; None: no bound, for a process that sends only
+            data that it holds anyway.
+        authorized: the keys whose connections are accepted; None: all keys.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
-        tunnels: lead to hidden peers, and end with the transport; None: hidden peers are not reached.
+        tunnels: tunnels to unreachable peers, which the transport closes at its end; None: there are none, so
+            connecting to an unreachable peer fails.
 
     Attributes:
-        sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
+        sending, receiving: account for the bytes that ZeroMQ holds, by key (see `Backlog` and `Connections`).
         connections: the TCP connections.
 
     Raises:
-        AddressInUse: something else listens on `listen`.
+        AddressInUse: another listener has the port of `listen`.
         SplitnetError: `listen` is not an address of this machine.
     """
 
@@ -172,14 +173,14 @@ class Transport:
         self._thread = threading.Thread(target=self._run, name="splitnet-transport", daemon=True)
 
     def start(self) -> None:
-        """Begins to serve; handlers may be called from now on."""
+        """Starts the threads, which call the handlers."""
         self._thread.start()
         self.connections.thread.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
-        """Queues frames, which must not be changed afterwards; connects an endpoint that is not connected yet. No
-        frames: see `connect`; None: see `disconnect`. `on_dropped` is called for a message that is dropped here, and
-        for none that is lost with its link."""
+        """Queues the frames of a message, which must not be changed afterwards, and connects an endpoint that is not
+        connected. Empty frames: see `connect`; None: see `disconnect`. `on_dropped` is not called for a message that is
+        lost with its link."""
         outbox = self._outbox
         with outbox.lock:
             if self._closing:
@@ -192,12 +193,13 @@ class Transport:
                     outbox.awake = True
                     if not here:
                         self._wake.set()
-        if at_once:  # its receiver need not wait for what else this thread does
+        if at_once:  # a handler sends: the receiver need not wait until the handler returns
             self._dispatch(destination, frames)
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Messages sent within go out at its end: a receiver of several is woken once for all."""
+        """Delays messages that are sent in this context until its end, so that a receiver of several wakes only
+        once."""
         outbox = self._outbox
         with outbox.lock:
             outbox.held += 1
@@ -211,20 +213,21 @@ class Transport:
                     self._wake.set()
 
     def connect(self, endpoint: Endpoint) -> None:
-        """Opens a link; its state arrives at `on_link`. Does nothing for a link that is open."""
+        """Opens a link if it is not open. `on_link` gets changes of its state."""
         self.send(endpoint, ())
 
     def disconnect(self, endpoint: Endpoint) -> None:
-        """Closes a link and forgets it; what waits to be sent over one that is not up is dropped."""
+        """Closes a link and forgets it. If the link is not up, messages that wait for it are dropped."""
         self.send(endpoint, None)
 
     def tick_soon(self) -> None:
-        """Has `on_tick` called without delay, if that can be arranged without waiting for a lock."""
+        """Makes the transport's thread call `on_tick` at once. Never waits for a lock: if it is taken, the call comes
+        at the next wake-up."""
         self._tick_now = True
         self._look()
 
     def _look(self) -> None:
-        """Has all sockets looked at without delay, likewise."""
+        """Wakes the transport's thread, so that it reads all sockets, unless the lock is taken."""
         if self._outbox.lock.acquire(blocking=False):
             try:
                 if not self._closing and self._thread.ident is not None:
@@ -233,18 +236,18 @@ class Transport:
                 self._outbox.lock.release()
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """State of the link to `endpoint`; `CONNECTING` for one that was never opened."""
+        """State of the link to `endpoint`; `CONNECTING` if it was never opened."""
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
 
     def is_taken(self, endpoint: Endpoint) -> bool:
-        """Whether the other side has taken the connection, though the handshake may still be under way. False for
-        hidden peers: this process itself takes the connection into the tunnel."""
+        """Whether the other side has accepted the TCP connection; the handshake may still be under way. False for
+        unreachable peers, because the tunnel in this process accepts their connections."""
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
 
     def traffic(self, endpoint: Endpoint) -> flow.Traffic | None:
-        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        """Byte counts of a link so far; None: the link has no connection, or the system does not count."""
         link = self._links.get(endpoint)
         connection = link.tcp if link is not None else None
         try:
@@ -255,23 +258,23 @@ class Transport:
             return None
 
     def queues(self) -> dict[Endpoint, flow.Traffic]:
-        """The links on which something waits to be confirmed; none where the system does not tell."""
+        """The links with a queue of unconfirmed bytes; empty where the system does not count."""
         passed = {endpoint: self.traffic(endpoint) for endpoint in list(self._links)}
         return {
             endpoint: each for endpoint, each in passed.items() if each is not None and each.unsent >= flow.QUEUE_BYTES
         }
 
     def unsent(self, endpoint: Endpoint) -> int:
-        """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""
+        """Bytes of tracked messages that wait for a link; 0 if it is not up, or if `max_backlog` is None."""
         return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0
 
     @property
     def refused_connections(self) -> int:
-        """How many incoming connections were refused, as their keys are not authorised."""
+        """How many incoming connections were refused because their keys are not authorized."""
         return self._gate.refused if self._gate is not None else 0
 
     def close(self) -> None:
-        """Sends what is queued for links that are up (for at most half a second), and ends sockets and thread."""
+        """Sends queued messages over links that are up (for at most 0.5 s), and ends the sockets and the threads."""
         with self._outbox.lock:
             if self._closing:
                 return
@@ -308,10 +311,10 @@ class Transport:
         handle.curve_publickey = self.identity.curve_public
         handle.curve_secretkey = self.identity.curve_secret
         handle.linger = _CLOSE_LINGER_MS
-        handle.copy_threshold = 0  # small messages can be tracked, too
+        handle.copy_threshold = 0  # pyzmq would copy small messages, and could not track them
         handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
         handle.rcvhwm = _QUEUED_MESSAGES
-        handle.sndhwm = 0  # bytes are counted: a number of messages would drop small ones of a busy key
+        handle.sndhwm = 0  # `Backlog` bounds bytes; a bound on the number would drop small messages of a busy key
         handle.heartbeat_ivl = _HEARTBEAT_MS
         handle.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
         handle.handshake_ivl = _HANDSHAKE_MS
@@ -320,7 +323,7 @@ class Transport:
     def _link(self, endpoint: Endpoint) -> _Link:
         link = self._links.get(endpoint)
         if link is None:
-            if not is_address(endpoint.address):  # ZeroMQ would look a name up, and all links would wait for that
+            if not is_address(endpoint.address):  # all links would wait while ZeroMQ resolves a host name
                 raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} has no IP address")
             dealer = self._context.socket(zmq.DEALER)
             monitor: zmq.Socket[bytes] | None = None
@@ -346,7 +349,7 @@ class Transport:
         if not endpoint.hidden:
             return endpoint.address
         if self.tunnels is None:
-            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is hidden, and this process has no tunnels")
+            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is unreachable, and this process has no tunnels")
         return self.tunnels.open(endpoint)
 
     def _close_tunnel(self, endpoint: Endpoint) -> None:
@@ -362,7 +365,7 @@ class Transport:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
-                link.socket.linger = 0  # a socket that waits to send what is queued keeps its descriptors
+                link.socket.linger = 0  # a socket that waits to send queued messages keeps its descriptors
             _close_watched(link.socket, link.monitor)
             self._close_tunnel(endpoint)
 
@@ -394,7 +397,7 @@ class Transport:
                     self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
                     self._guard(self.on_tick)
-                # Handlers do not wake this thread, so nothing of theirs may be left when it goes to sleep.
+                # Handlers do not wake this thread, so their messages must be sent before it polls again.
                 self._flush()
             self._flush()
         finally:
@@ -413,7 +416,7 @@ class Transport:
                 self._dispatch(destination, frames)
 
     def _dispatch(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
-        self._dispatching = True  # what a handler sends meanwhile comes later
+        self._dispatching = True  # messages that handlers send meanwhile are queued
         try:
             if isinstance(destination, Endpoint):
                 if frames is None:
@@ -437,7 +440,7 @@ class Transport:
             self._dispatching = False
 
     def _is_over(self, connection: Connection) -> bool:
-        """Whether this side has ended a connection, or its routing id is another's by now."""
+        """Whether this side has ended a connection, or its routing id belongs to another connection."""
         known, tcp = self._incoming.get(connection.routing_id, (connection, None))
         return (known is not connection and known != connection) or (tcp is not None and bool(tcp.ended))
 
@@ -467,7 +470,7 @@ class Transport:
         self._guard(self.on_dropped, destination, frames, reason)
 
     def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
-        """Hands messages over; returns whether that were all."""
+        """Hands over at most `_RECEIVE_BURST` messages; returns whether the socket is empty."""
         for _ in range(_RECEIVE_BURST):
             try:
                 received = _receive_frames(handle)
@@ -491,7 +494,7 @@ class Transport:
                 if tcp.ended:
                     continue
             self._guard(self.on_message, source, frames)
-            if not cast(int, handle.get(_EVENTS)) & _POLLIN:  # sooner told than by an error
+            if not cast(int, handle.get(_EVENTS)) & _POLLIN:  # faster than an attempt that raises `zmq.Again`
                 return True
         return False
 
@@ -502,7 +505,7 @@ class Transport:
         connection = Connection(routing_id, proven_key(frame))
         descriptor = int(cast(str, frame.get("__fd")))
         tcp = self.connections.named(descriptor, connection)
-        if tcp is None and self._arrivals is not None:  # it has arrived just now
+        if tcp is None and self._arrivals is not None:  # the event of a new connection may not have been read
             self._follow_arrivals(self._arrivals)
             tcp = self.connections.named(descriptor, connection)
         if tcp is not None:
@@ -539,11 +542,12 @@ class Transport:
                 self.connections.closed(link.tcp.descriptor, link.tcp)
                 link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
-            # ZeroMQ tells of a time-out in the same way as of an end, and a tunnel that leads nowhere ends so, too.
+            # ZeroMQ reports a timeout of the handshake with the same event as its end by the other side. A tunnel whose
+            # far side cannot be reached also gives this event.
             took_s = time.monotonic() - link.connected_at
             if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and (link.endpoint.hidden or took_s > _REFUSES_S):
                 state = LinkState.DOWN
-            # A refused handshake also ends in a disconnection: keep the cause until the link is up.
+            # A disconnection follows a refused handshake; the link keeps the cause until it is up.
             if state is LinkState.DOWN and link.state.is_final:
                 continue
             if state is not link.state:
@@ -576,14 +580,14 @@ class Transport:
 def _send(
     handle: zmq.Socket[bytes], frames: Sequence[Payload], *, copy: bool = True, track: bool = False
 ) -> zmq.MessageTracker | None:
-    """Sends a message, or raises zmq.Again; as `send_multipart`, which takes twice as long."""
+    """Sends a message, or raises zmq.Again. `send_multipart` does the same and takes twice as long."""
     for frame in frames[:-1]:
         handle.send(frame, _MORE, copy, track)
     return handle.send(frames[-1], _NOBLOCK, copy, track)
 
 
 def _receive_frames(handle: zmq.Socket[bytes]) -> list[zmq.Frame]:
-    """Receives a message, or raises zmq.Again; as `recv_multipart`, which takes twice as long."""
+    """Receives a message, or raises zmq.Again. `recv_multipart` does the same and takes twice as long."""
     frames = [handle.recv(_NOBLOCK, copy=False)]
     while frames[-1].more:
         frames.append(handle.recv(_NOBLOCK, copy=False))
@@ -591,7 +595,7 @@ def _receive_frames(handle: zmq.Socket[bytes]) -> list[zmq.Frame]:
 
 
 def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None) -> None:
-    """Closes a socket and the one that monitors it."""
+    """Closes a socket and its monitor."""
     handle.disable_monitor()
     if monitor is not None:
         monitor.close(0)

@@ -1,1 +1,1 @@
-"""What travels between processes: messages, fields, codecs of activations, and logs of what was sent."""
+"""Messages between processes: their fields, codecs of activations, and the log of sent activations."""

@@ -1,13 +1,13 @@
-"""How boundary activations are written on a link: tensor <-> bytes.
+"""Codecs, which encode boundary activations for a link: tensor <-> bytes.
 
-Every codec writes position by position: each position is one self-contained record of exactly
-`bytes_per_position(hidden)` bytes. So a sender may slice, crop and join encoded payloads without decoding them, and
-a position gives the same bytes whether it is encoded alone or among others, on every machine.
+Every codec writes each position as a self-contained record of exactly `bytes_per_position(hidden)` bytes. So a sender
+can slice, crop and join encoded payloads without decoding them. A position gives the same bytes on every machine,
+whether it is encoded alone or with other positions.
 
 The integer codecs quantise blocks of 64 values, each block with its own scale. A few channels of boundary activations
 are hundreds of times larger than the rest ("massive activations", arXiv:2402.17762) and would take the whole range of
-their block, so all but `int8-block` first rotate each block by a Hadamard matrix, which spreads an outlier evenly over
-the block (QuaRot, arXiv:2404.00456). `docs/codecs.md` has the measured quality of each.
+their block. So all integer codecs except `int8-block` first rotate each block by a Hadamard matrix, which spreads an
+outlier evenly over the block (QuaRot, arXiv:2404.00456). `docs/codecs.md` has the measured quality of each codec.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int8]
 Scales = npt.NDArray[np.uint16]  # the bits of a bfloat16, never negative
 
-BLOCK = 64  # values that share one scale, and the size of the rotation
+BLOCK = 64  # values that share one scale, and the width of the rotation matrix
 SCALE_BYTES = 2
-LARGEST_SCALE = 0x7200  # the bits of 2**101: above every scale that `quantise` returns
-_LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and it keeps every decoded value finite
-_SMALLEST = np.float32(2.0**-100)  # blocks of smaller magnitudes become zeros
-SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads of a BLAS, which would then spin
+LARGEST_SCALE = 0x7200  # the bfloat16 bits of 2**101, which is above every scale that `quantise` returns
+_LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and the bound keeps decoded values finite
+_SMALLEST = np.float32(2.0**-100)  # a block whose largest magnitude is smaller becomes zeros
+SMALL_BATCH = 64  # blocks; a larger product would wake the threads of the BLAS, which then spin
 
 
 class Kept(Protocol):
-    """New positions of a row: so many, and how many of the last are wanted."""
+    """A chunk of `length` positions; the caller wants the last `keep`."""
 
     @property
     def length(self) -> int: ...
@@ -48,7 +48,7 @@ class Kept(Protocol):
 
 
 def kept_rows(parts: Sequence[Kept], states: torch.Tensor) -> torch.Tensor:
-    """Of the states of all positions, `[positions, ...]`, those that are wanted, in order."""
+    """Selects the wanted positions from the states of all positions, `[positions, ...]`, in order."""
     if all(part.keep == part.length for part in parts):
         return states
     ends = accumulate(part.length for part in parts)
@@ -56,16 +56,19 @@ def kept_rows(parts: Sequence[Kept], states: torch.Tensor) -> torch.Tensor:
 
 
 def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
-    """Return the scales `[blocks, 1]` and codes `[blocks, 64]` of `values`, `[blocks, 64]`, at least one block. Raises
-    OverflowError: a value is inf, NaN or of a magnitude above 2**100."""
+    """Return the scales `[blocks, 1]` and codes `[blocks, 64]` of `values`, `[blocks, 64]`, at least one block.
+
+    Raises OverflowError: a value is inf, NaN or has a magnitude above 2**100.
+    """
     peak = _peak(values)
     if not float(peak.max()) < _LARGEST:  # also true of NaN
         raise OverflowError
     is_zero = peak < _SMALLEST
     peak = np.maximum(peak, _SMALLEST)
     if rotate:
-        # With p the power of two at or below the peak, floats near 96 p are 2**-17 p apart: so adding and subtracting
-        # 96 p rounds each value to a multiple of that, and 64 values below 2 p sum up to at most 2**24 such multiples.
+        # Let p be the largest power of two that is not above the peak. Floats near 96 p are 2**-17 p apart, so adding
+        # and subtracting 96 p rounds each value to a multiple of 2**-17 p. The sum of 64 values below 2 p is then at
+        # most 2**24 such multiples, which float32 holds exactly.
         anchor: Floats = (peak.view(np.int32) & np.int32(0x7F800000)).view(np.float32) * np.float32(96)
         values = _product((values + anchor) - anchor, _ROTATION)
         peak = np.maximum(_peak(values), _SMALLEST)
@@ -115,7 +118,7 @@ def pack(codes: Codes, bits: int) -> Bytes:
 
 
 def unpack(packed: Bytes, bits: int) -> Codes:
-    """Undo `pack`."""
+    """Return the codes `[blocks, 64]` that `pack` has packed."""
     if bits == 8:
         return packed.view(np.int8)
     if bits == 4:
@@ -153,7 +156,7 @@ def _product(values: Floats, matrix: Floats) -> Floats:
 
 
 def _peak(values: Floats) -> Floats:
-    """Return the largest magnitude `[blocks, 1]` of each block; NaN if it holds one."""
+    """Return the largest magnitude `[blocks, 1]` of each block; NaN for a block that holds NaN."""
     magnitudes = np.abs(values)
     if len(values) <= SMALL_BATCH:
         return np.maximum.reduce(magnitudes, axis=1, keepdims=True)
@@ -163,8 +166,8 @@ def _peak(values: Floats) -> Floats:
 
 EXACT = "none"
 DEFAULT_INT8 = "int8"
-_LARGEST_HIDDEN = 2**20
-_BLOCKS_PER_CHUNK = 1024  # temporaries of 256 KiB stay in the cache of a core
+_LARGEST_HIDDEN = 2**20  # values per position, far above any model's hidden size
+_BLOCKS_PER_CHUNK = 1024  # encoded at once: temporary arrays of 256 KiB stay in the cache of a core
 
 
 class Codec(ABC):
@@ -179,18 +182,20 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, hidden: torch.Tensor) -> bytes:
-        """Write `hidden`, `[positions, hidden]` of any float type on any device. Raises CodecError: the tensor has
-        another shape or type; NotFinite: it holds inf or NaN (all codecs but `none`)."""
+        """Encode `hidden`, `[positions, hidden]` of any float type on any device. Raises CodecError: the tensor has
+        another shape or type; NotFinite: the tensor holds inf or NaN (all codecs except `none`)."""
 
     @abstractmethod
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
-        """Read what `encode` wrote: float32 `[positions, hidden]` on the CPU, in memory of its own. Raises CodecError
-        if the payload has another size than the shape implies (found before anything is allocated), or an integer
-        codec's scale is one that no sender writes."""
+        """Decode the output of `encode` as a new float32 tensor `[positions, hidden]` on the CPU.
+
+        Raises CodecError: the payload does not have the size of this shape (checked before memory is allocated), or it
+        holds a scale that no integer codec writes.
+        """
 
     @abstractmethod
     def is_finite(self, payload: bytes | memoryview, hidden: int) -> bool:
-        """Whether a payload of the right size holds neither inf nor NaN, nor a scale that no sender writes."""
+        """Whether a payload of the right size holds no inf, no NaN and no scale that an integer codec never writes."""
 
     def _check_payload(self, payload: bytes | memoryview, positions: int, hidden: int) -> None:
         if positions < 0 or not 1 <= hidden <= _LARGEST_HIDDEN:
@@ -226,7 +231,7 @@ class _Float32(Codec):
 
 
 class _Half(Codec):
-    """Two bytes a value, rounded to nearest. bf16 is exact for models that compute in bfloat16; fp16 saturates at
+    """Two bytes per value, rounded to nearest. bf16 is exact for models that compute in bfloat16. fp16 saturates at
     65504, which massive activations may exceed."""
 
     def __init__(self, name: str, code: int, dtype: torch.dtype) -> None:
@@ -240,7 +245,7 @@ class _Half(Codec):
 
     def encode(self, hidden: torch.Tensor) -> bytes:
         values = _matrix(hidden)
-        if values.numel() and not float(values.abs().amax()) <= self._largest:  # nor if there is a NaN
+        if values.numel() and not float(values.abs().amax()) <= self._largest:  # also true of NaN
             raise _not_finite(self.name)
         if self._dtype is torch.float16:
             values = values.float().clamp(-65504.0, 65504.0)
@@ -260,8 +265,8 @@ class _Half(Codec):
 
 
 class _BlockInteger(Codec):
-    """Integers of `bits` bits in blocks of 64 values, rotated or not. A record is the scales of all its blocks, then
-    their codes. If 64 does not divide `hidden`, the last block is padded with zeros."""
+    """Integers of `bits` bits in blocks of 64 values, rotated or not. A record holds the scales of all blocks of a
+    position, then their codes. If 64 does not divide `hidden`, the last block is padded with zeros."""
 
     def __init__(self, name: str, code: int, bits: int, rotate: bool) -> None:
         self.name = name
@@ -299,8 +304,8 @@ class _BlockInteger(Codec):
         records = np.frombuffer(payload, np.uint8).reshape(-1, self.bytes_per_position(hidden))
         return int(records[:, : _blocks(hidden) * SCALE_BYTES].view("<u2").max(initial=0)) <= LARGEST_SCALE
 
-    # A decode token is on the critical path right after the device has flushed the caches, where every call costs
-    # several microseconds: so these two make few.
+    # `_encode` and `_decode` make few calls: a decode step runs them when the blocks have just evicted the CPU caches,
+    # and every call then costs several microseconds.
 
     def _encode(self, values: Floats, blocks: int) -> bytes:
         try:
@@ -354,30 +359,25 @@ def _positions_per_chunk(blocks: int) -> int:
     return max(1, _BLOCKS_PER_CHUNK // blocks)
 
 
-def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:
-    codes = {codec.code for codec in codecs}
-    names = {codec.name: codec for codec in codecs}
-    if len(codes) != len(codecs) or len(names) != len(codecs) or not codes <= set(range(256)):
-        raise ValueError("codecs must have different names and different one-byte codes")
-    return MappingProxyType(names)
-
-
-CODECS: Mapping[str, Codec] = _by_name(
-    [
-        _Float32(),
-        _Half("fp16", 1, torch.float16),
-        _Half("bf16", 2, torch.bfloat16),
-        _BlockInteger("int8", 3, bits=8, rotate=True),
-        _BlockInteger("int8-block", 4, bits=8, rotate=False),
-        _BlockInteger("int6", 5, bits=6, rotate=True),
-        _BlockInteger("int4", 6, bits=4, rotate=True),
-    ]
+CODECS: Mapping[str, Codec] = MappingProxyType(
+    {
+        codec.name: codec
+        for codec in (
+            _Float32(),
+            _Half("fp16", 1, torch.float16),
+            _Half("bf16", 2, torch.bfloat16),
+            _BlockInteger("int8", 3, bits=8, rotate=True),
+            _BlockInteger("int8-block", 4, bits=8, rotate=False),
+            _BlockInteger("int6", 5, bits=6, rotate=True),
+            _BlockInteger("int4", 6, bits=4, rotate=True),
+        )
+    }
 )
 _CODECS_BY_CODE = {codec.code: codec for codec in CODECS.values()}
 
 
 def codec_by_name(name: str) -> Codec:
-    """Return the codec called `name`; raises CodecError, naming the known ones."""
+    """Return the codec called `name`. Raises CodecError: there is none; the error names all codecs."""
     try:
         return CODECS[name]
     except KeyError:
@@ -385,7 +385,7 @@ def codec_by_name(name: str) -> Codec:
 
 
 def codec_by_code(code: int) -> Codec:
-    """Return the codec with this number on the wire; raises CodecError if there is none."""
+    """Return the codec with this number on the wire. Raises CodecError: there is none."""
     try:
         return _CODECS_BY_CODE[code]
     except KeyError:
@@ -393,14 +393,14 @@ def codec_by_code(code: int) -> Codec:
 
 
 def check_size(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:
-    """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
+    """Raises CodecError: the codec is unknown, or the payload does not have the size of `positions` positions."""
     expected = positions * codec_by_code(code).bytes_per_position(hidden_size)
     if len(payload) != expected:
         raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
 
 
 def check_values(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:
-    """Raises CodecError as `check_size`, or if the payload holds values that are not finite."""
+    """Raises CodecError: as in `check_size`, or the payload holds values that are not finite."""
     check_size(code, payload, positions, hidden_size)
     if not codec_by_code(code).is_finite(payload, hidden_size):
         raise CodecError("the values are not finite")
@@ -412,7 +412,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def encode_finite(codec: Codec, hidden: torch.Tensor) -> bytes:
-    """What `codec.encode` gives. Raises what that does, and NotFinite with every codec."""
+    """Encode `hidden` with `codec`. Raises CodecError: as `Codec.encode`; NotFinite: also with the codec `none`."""
     if not are_finite([hidden]):
         raise _not_finite(codec.name)
     return codec.encode(hidden)

@@ -1,4 +1,4 @@
-"""The ends of links, as everything but the transport sees them."""
+"""Endpoints, connections and link states: the ends of links as the code outside the transport knows them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[0-9.]{7,15}):([0-9]{1,5}
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` is `tcp://IP:port` with a port that can be connected to; an IPv6 address stands in brackets.
+    """Whether `text` is `tcp://IP:port` with a port from 1 to 65535; an IPv6 address is written in brackets.
 
-    Host names are none: others give these texts, and ZeroMQ would have all links wait while it looks a name up. Nor is
-    an IPv4 address within an IPv6 one: it would pass for another host than it is.
+    Host names are refused: remote processes send these texts, and all links wait while ZeroMQ resolves a name.
+    IPv4-mapped IPv6 addresses are refused, because they would count as another host than their IPv4 address.
     """
     match = _ADDRESS.fullmatch(text)
     if match is None or not 1 <= int(match[2]) <= 65535:
@@ -33,13 +33,13 @@ def is_address(text: str) -> bool:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Of `tcp://IP:port`."""
+    """The IP (an IPv6 address without brackets) and port of `tcp://IP:port`."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def address_of(name: tuple[str, int]) -> str:
-    """`tcp://IP:port` of what `getsockname` and `getpeername` tell; IPv4 addresses within IPv6 are IPv4 addresses."""
+    """`tcp://IP:port` for a name from `getsockname` or `getpeername`; an IPv4-mapped IPv6 address becomes IPv4."""
     host, port = name[0].partition("%")[0], name[1]
     ip = ipaddress.ip_address(host)
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
@@ -48,31 +48,32 @@ def address_of(name: tuple[str, int]) -> str:
 
 
 def is_global(address: str) -> bool:
-    """Whether the IP of `tcp://IP:port` is one of the internet."""
+    """Whether the IP of `tcp://IP:port` is globally routable."""
     return ipaddress.ip_address(host_and_port(address)[0]).is_global
 
 
 class Relay(NamedTuple):
-    """A helper through which a hidden peer is reached."""
+    """A relay through which an unreachable peer is reached."""
 
-    address: str  # `tcp://IP:port` of its streams
+    address: str  # `tcp://IP:port` at which the relay accepts streams
     key: bytes  # raw Ed25519 public key, 32 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a peer listens, and the key that it must prove to have."""
+    """The address at which a peer listens, and the key that the peer must prove."""
 
     address: str  # `tcp://IP:port`
     key: PublicKey
     relays: tuple[Relay, ...] = field(default=(), compare=False)
-    """Through whom it is reached; empty: directly. They come and go, and it stays the same peer."""
-    hidden: bool = field(init=False)  # it is not reached directly
+    """Relays through which the peer is reached; empty: it is reached directly. Not compared, because the relays of a
+    peer change."""
+    hidden: bool = field(init=False)  # the peer is reached through relays
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", bool(self.relays))
 
-    # Both several times for each message.
+    # Written out for speed: both methods run several times for each message.
     def __hash__(self) -> int:
         return hash(self.address)
 
@@ -87,7 +88,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """An incoming connection: the proven CURVE key of the other side and where answers go."""
+    """An incoming connection: the proven CURVE key of the other side, and the ZeroMQ routing id for answers."""
 
     routing_id: bytes
     curve: bytes  # raw CURVE public key, 32 bytes
@@ -102,10 +103,10 @@ class LinkState(Enum):
     CONNECTING = "connecting"
     UP = "up"
     DOWN = "down"  # the link is lost, no process listens there, or the handshake timed out; ZeroMQ keeps trying
-    REFUSED = "refused"  # the other side does not accept our key
-    WRONG_KEY = "wrong key"  # what answers there ends the handshake: it has another key, or is no peer
+    REFUSED = "refused"  # the other side does not accept the key of this process
+    WRONG_KEY = "wrong key"  # the other side ends the handshake: it has another key, or is no peer
 
     @property
     def is_final(self) -> bool:
-        """Whether the keys do not fit, so that trying again changes nothing."""
+        """Whether a key was refused or is wrong, so that another attempt would fail, too."""
         return self in (LinkState.REFUSED, LinkState.WRONG_KEY)

@@ -1,10 +1,9 @@
-"""What fields of messages and records may hold, and how they travel: as a msgpack array in the order of a dataclass.
+"""Fields of messages and records: checks of their values, and their order in a msgpack array, that of the dataclass.
 
-A check returns the value to use, or raises `ProtocolError`.
+A check takes a value from the wire, and returns the value to use or raises `ProtocolError`.
 
-Later versions append fields, each with a default. A reader ignores fields behind those that it knows, and takes the
-default of one that is missing. A writer leaves out appended fields at the end that hold their defaults, so that version
-0.1.0, which refuses messages with more fields than it knows, reads whatever makes no use of them.
+Later versions append fields, each with a default. A reader ignores fields after the last known field, and uses
+the default of a missing field. A writer omits trailing appended fields that hold their defaults.
 """
 
 from __future__ import annotations
@@ -22,21 +21,22 @@ from splitnet.logs import printable
 
 Check = Callable[[Any], Any]
 
-STRICT_VERSIONS = frozenset({"0.1.0"})  # versions of splitnet that refuse a message with more fields than they know
-
-# msgpack comes without types.
+# msgpack has no type annotations.
 packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
 _unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
 _Unpacker = cast("Callable[..., Any]", msgpack.Unpacker)  # pyright: ignore[reportUnknownMemberType]
 
 
 def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
-    """A hostile msgpack array; bounds hold for every array, text and byte string in it. Raises ProtocolError: it is
-    anything else, or breaks a bound; nothing beyond the bounds was allocated."""
+    """Unpacks an untrusted msgpack array.
+
+    The bounds apply to every array (items), text (UTF-8 bytes) and byte string (bytes) within it. They are checked
+    before memory is allocated. Raises ProtocolError: the data is not a msgpack array, or breaks a bound.
+    """
     bounds = {"max_array_len": most_items, "max_str_len": most_text, "max_bin_len": most_bytes}
     try:
         values: list[Any] = _unpackb(data, max_map_len=0, max_ext_len=0, **bounds)
-    except Exception as error:  # msgpack documents no common base class for what bad input can raise
+    except Exception as error:  # msgpack documents no common base class of its errors
         raise ProtocolError(f"not valid msgpack: {error}") from None
     if type(values) is not list:
         raise ProtocolError("not a msgpack array")
@@ -44,8 +44,8 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
 
 
 class Values:
-    """Hostile msgpack, read value by value: arrays stand only where they are expected. An empty array takes a byte
-    there and 64 here, so long lists of lists must not be made unchecked."""
+    """Reads untrusted msgpack value by value, and arrays only where the caller expects one. An empty array takes one
+    byte on the wire and 64 bytes in memory, so unexpected nested lists must not be built."""
 
     def __init__(self, data: bytes | memoryview, *, most_text: int, most_bytes: int) -> None:
         bounds = {"max_array_len": 0, "max_map_len": 0, "max_ext_len": 0}
@@ -55,40 +55,43 @@ class Values:
         self._end = len(data)
 
     def array(self, most: int) -> int:
-        """How many values of an array follow. Raises ProtocolError: no array follows, or one of more than `most`."""
+        """Reads the header of an array, and returns its length. Raises ProtocolError: the next value is not an array,
+        or has more than `most` values."""
         count: int = self._read("read_array_header")
         if count > most:
             raise ProtocolError(f"expected an array of at most {most} values")
         return count
 
     def value(self) -> Any:
-        """The next value, an empty array at most. Raises ProtocolError if there is none, or it breaks a bound."""
+        """The next value: a scalar, text, bytes or an empty array. Raises ProtocolError: there is none, or it breaks a
+        bound."""
         return self._read("unpack")
 
     def check_end(self) -> None:
-        """Raises ProtocolError if there is more."""
+        """Raises ProtocolError: values are left."""
         if self._unpacker.tell() != self._end:
-            raise ProtocolError("more than was expected")
+            raise ProtocolError("more values than expected")
 
     def _read(self, how: str) -> Any:
         try:
             return getattr(self._unpacker, how)()
         except Exception as error:  # see `unpack_array`
-            raise ProtocolError(f"not the msgpack that was expected: {error}") from None
+            raise ProtocolError(f"unexpected msgpack: {error}") from None
 
 
 def wire(check: Check, write: Check | None = None, **options: Any) -> Any:
-    """A field of a dataclass that travels; version 0.1.0 has it. write: makes what `check` takes; None: it is that."""
+    """A dataclass field that is on the wire and always written. write: converts the value to the form that `check`
+    takes; None: no conversion."""
     return dataclasses.field(metadata={"check": check, "write": write}, **options)
 
 
 def appended(check: Check, default: Any, write: Check | None = None) -> Any:
-    """A field of a dataclass that travels, and that version 0.1.0 does not have: behind all that it has."""
+    """A dataclass field that is on the wire after all `wire` fields; its default is omitted at the end."""
     return dataclasses.field(default=default, metadata={"check": check, "write": write, "appended": True})
 
 
 class Layout:
-    """The fields of a dataclass that travel (made by `wire` and `appended`), in order."""
+    """The fields of a dataclass that are on the wire (made by `wire` and `appended`), in order."""
 
     def __init__(self, kind: type[Any]) -> None:
         fields = [field for field in dataclasses.fields(kind) if "check" in field.metadata]
@@ -101,7 +104,7 @@ class Layout:
         self._writes = [(at, write) for at, field in enumerate(fields) if (write := field.metadata["write"])]
 
     def write(self, message: Any) -> list[Any]:
-        """The values that travel."""
+        """The values to send, without trailing appended fields that hold their defaults."""
         values = [getattr(message, name) for name in self.names]
         while len(values) > self._always_written and values[-1] == self._defaults[len(values) - 1]:
             values.pop()
@@ -111,8 +114,8 @@ class Layout:
         return values
 
     def read(self, values: Sequence[Any]) -> dict[str, Any]:
-        """The fields that are given, by name; all others have defaults. Raises ProtocolError: names the field that is
-        missing or invalid."""
+        """The fields in `values`, by name; all other fields have defaults. Raises ProtocolError: a field is missing or
+        invalid; the error names it."""
         if len(values) < self._required:
             raise ProtocolError(f"{self._kind} lacks the field {self.names[len(values)]}")
         fields: dict[str, Any] = {}
@@ -146,11 +149,11 @@ def number(low: float, high: float) -> Check:
     return check
 
 
-milliseconds = number(0, sys.float_info.max)  # a finite number that is not negative
+milliseconds = number(0, sys.float_info.max)  # any finite number that is not negative
 
 
 def blob(*lengths: int) -> Check:
-    """Bytes of one of these lengths."""
+    """Bytes whose length is in `lengths`."""
 
     def check(value: Any) -> bytes:
         if type(value) is not bytes or len(value) not in lengths:
@@ -161,7 +164,7 @@ def blob(*lengths: int) -> Check:
 
 
 def joined(length: int, *, least: int = 0, most: int) -> Check:
-    """`least` to `most` byte strings of `length`, one behind the other, as a tuple."""
+    """`least` to `most` concatenated byte strings of `length` bytes each, as a tuple."""
 
     def check(value: Any) -> tuple[bytes, ...]:
         if type(value) is not bytes or len(value) % length or not least <= len(value) // length <= most:
@@ -172,18 +175,18 @@ def joined(length: int, *, least: int = 0, most: int) -> Check:
 
 
 def text(limit: int) -> Check:
-    """Text of at most `limit` characters, as `printable` gives it: it ends in logs and on terminals."""
+    """Text of at most `limit` characters, made safe for logs and terminals by `printable`."""
 
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > limit:
             raise ProtocolError(f"expected text of at most {limit} characters")
-        return printable(value)[:limit]  # so that it may be passed on
+        return printable(value)[:limit]  # escapes may lengthen it, and the next receiver checks the limit, too
 
     return check
 
 
 def matching(pattern: re.Pattern[str]) -> Check:
-    """Text that `pattern` matches as a whole."""
+    """Text that `pattern` matches completely."""
 
     def check(value: Any) -> str:
         if type(value) is not str or not pattern.fullmatch(value):
@@ -221,7 +224,7 @@ def records(kind: Callable[..., Any], limits: Sequence[int], *, most: int) -> Ch
 
 
 def optional(check: Check) -> Check:
-    """None, or what `check` accepts."""
+    """None, or a value that `check` accepts."""
     return lambda value: None if value is None else check(value)
 
 

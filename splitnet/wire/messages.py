@@ -1,12 +1,13 @@
-"""Every message of the wire protocol, and how it becomes frames.
+"""Every message of the wire protocol, and its encoding as frames.
 
 A message travels as one or two ZeroMQ frames:
 
     frame 0   b"SN", version (1 byte), tag (1 byte), msgpack array of the fields in the order of the dataclass
     frame 1   only for messages with a payload: the encoded tensor, an adapter, or padding of a ping
 
-The first three bytes are the same in every version, so that each side can name the other's version. Every length is
-bounded here and checked before anything is allocated; whatever breaks a bound raises `ProtocolError`.
+The first three bytes have the same layout in every version, so that each side can name the other's version. Every
+length is bounded in this module and checked before memory is allocated; a message that breaks a bound raises
+`ProtocolError`.
 """
 
 from __future__ import annotations
@@ -45,38 +46,38 @@ MAGIC = b"SN"
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
-MAX_ROWS = 1024
-MAX_POSITIONS = 1 << 24
-MAX_BLOCKS = 4096
-MAX_TAPS = 8
-MAX_TEXT = 2048
+MAX_ROWS = 1024  # of a batch, in one message
+MAX_POSITIONS = 1 << 24  # of one row, or of a session's reservation
+MAX_BLOCKS = 4096  # of a model
+MAX_TAPS = 8  # boundaries of one hop whose hidden states a client may ask for
+MAX_TEXT = 2048  # characters
 
-MAX_DEPTH = 2
-MAX_FOUND = 256
-ENTRY_BYTES = 19
-MAX_KNOWN = 512
-MAX_CHANGES_BYTES = 60_000
+MAX_DEPTH = 2  # peers over which a question or a record may be passed on
+MAX_FOUND = 256  # messages in one answer to a `LookUp`
+ENTRY_BYTES = 19  # of one known record in a `LookUp`
+MAX_KNOWN = 512  # entries of known records in a `LookUp`
+MAX_CHANGES_BYTES = 60_000  # of records in an answer that holds only changes
 
-FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a model's weights
+FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a checkpoint
 
 SESSION_BYTES = 16
 KEY_BYTES = 32
 DIGEST_BYTES = 32
 LABEL_BYTES = 16
-MAX_LABELS = 3072  # of pages, in one message
+MAX_LABELS = 3072  # labels of pages in one message
 
-MAX_PART_BYTES = 1 << 20  # of weights in one message, such as a piece
-MAX_WEIGHTS_BYTES = 256 << 20  # of weights of one name, such as a manifest
+MAX_PART_BYTES = 1 << 20  # of a manifest or piece, in one message
+MAX_WEIGHTS_BYTES = 256 << 20  # of a whole manifest or piece
 
-MAX_ROUNDS = 1 << 20
-MAX_OWNERS = 256  # of a joint tuning
-MAX_ATTEMPT = (1 << 32) - 1
+MAX_ROUNDS = 1 << 20  # of a joint tuning
+MAX_OWNERS = 256  # owners of examples that take part in a joint tuning
+MAX_ATTEMPT = (1 << 32) - 1  # number of an attempt at a round of joint tuning
 
 Payload = bytes | memoryview
 
 
 class FailureCode(IntEnum):
-    """Why a peer refused; clients turn each into an exception of `splitnet.errors`."""
+    """Reasons of a `Failure`; clients turn each code into an exception of `splitnet.errors`."""
 
     INTERNAL = 1
     BAD_MESSAGE = 2
@@ -87,37 +88,37 @@ class FailureCode(IntEnum):
     WRONG_BLOCKS = 7
     TOO_LONG = 8
     STALE_EPOCH = 9
-    LEAVING = 10  # not about a request: the peer is about to end, and serves the session until it is replaced
-    NOT_FINITE = 11  # the blocks of the hop make values of finite ones that are inf, NaN or too large
+    LEAVING = 10  # answers no request: the peer will end soon, and serves the session until another peer replaces it
+    NOT_FINITE = 11  # the hop's blocks computed inf, NaN or too large values from finite input
 
 
 class Chunk(NamedTuple):
     """New positions of one row in a step."""
 
     row: int
-    start: int  # absolute position of the first new one; what the hop has cached from there on is dropped first
+    start: int  # absolute position of the first new one; the hop first drops its cached positions from `start` on
     length: int
     keep: int  # how many of the last positions the tail returns to the client (0: none)
 
 
 class Timing(NamedTuple):
-    """What a step met at one hop, in microseconds."""
+    """Times of a step at one hop, in microseconds."""
 
-    wait_us: int  # from its arrival until its first pass
-    compute_us: int  # over all its passes
+    wait_us: int  # from the arrival of the step until its first pass
+    compute_us: int  # over all passes of the step
     next_rtt_us: int  # latest round trip to the next hop; 0: not measured
 
 
 class LoadReport(NamedTuple):
-    """How busy a device has been lately, see `scheduler.batching`; records tell the same, seconds to a minute later."""
+    """Recent load of a device, see `scheduler.batching`. Records hold the same values, seconds to a minute later."""
 
-    wait_ms: float  # of decode steps
-    batch: float  # positions of others in the pass of a decode step
-    at: float  # Unix time in seconds by the clock of the peer, as in its records
+    wait_ms: float  # queue wait of decode steps
+    batch: float  # positions of other sessions in the pass of a decode step
+    at: float  # Unix time in seconds by the peer's clock, as in its records
 
 
 class Fork(NamedTuple):
-    """Row `row` continues from the cache of row `source` (the same id: it simply stays)."""
+    """Row `row` continues from the cache of row `source`; with equal ids the row stays."""
 
     row: int
     source: int
@@ -147,37 +148,37 @@ class _Numbered(_OfSession):
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Asks for a `Pong`; the payload is padding that makes bandwidth measurable."""
+    """Asks for a `Pong`; the payload is padding, with which the sender measures bandwidth."""
 
     TAG: ClassVar[int] = 1
     nonce: int = wire(_NUMBER)
     payload: Payload = b""
     session: bytes = appended(blob(0, SESSION_BYTES), b"")
-    """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
-    load: bool = appended(flag, False)  # Asks also how busy the device is. Version 0.1.0 refuses it.
+    """Id of a session of the sender to report on; empty: none."""
+    load: bool = appended(flag, False)  # asks for a `LoadReport`
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """Answers `Ping` at once, whatever the device is doing."""
+    """Answers `Ping` at once, even while the device computes."""
 
     TAG: ClassVar[int] = 2
     nonce: int = wire(_NUMBER)
     queue_ms: float = wire(milliseconds)
     kv_free_positions: int = wire(_NUMBER)
     waiting: int = appended(_NUMBER, 0)
-    """Steps and passes of the session asked about that wait here or are being computed, and 1 for all that was sent on
-    and, as far as is known, has not arrived."""
-    done: int = appended(_NUMBER, 0)  # positions of the session that were computed here so far; it only grows
+    """Steps and passes of the session (`Ping.session`) that wait or run at this peer. If there are none: 1 while the
+    next hop may not have received the output that was sent to it, else 0."""
+    done: int = appended(_NUMBER, 0)  # positions of the session that this peer has computed so far; it only grows
     holds: bool = appended(flag, False)  # the peer holds the session, and the asking side has opened it
     last: int = appended(_NUMBER, 0)
-    """Highest number of a step or pass of the session's epoch that was finished here, without replays."""
+    """Highest number of a step or pass of the session's epoch that this peer has finished, without replays."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
-    """Of the last decode step of the session here; empty: there was none."""
+    """Times of the session's last decode step at this peer; empty: there was none."""
     load: tuple[LoadReport, ...] = appended(
         several(row(LoadReport, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ()
     )
-    """Empty: not asked."""
+    """The load of the device; empty: the ping did not ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,46 +186,48 @@ class Open(_OfSession):
     """Opens a session at a hop, or changes an open one: a larger reservation, another next hop, a newer epoch."""
 
     TAG: ClassVar[int] = 3
-    model: str = wire(text(64))  # fingerprint of the weights
+    model: str = wire(text(64))  # fingerprint of the checkpoint
     start: int = wire(uint(MAX_BLOCKS))
     end: int = wire(uint(MAX_BLOCKS))
     reservation: int = wire(uint(MAX_POSITIONS))  # positions of KV cache to reserve, over all rows
-    codec: int = wire(uint(255))  # codec of what this hop sends on
+    codec: int = wire(uint(255))  # codec of this hop's output
     previous: bytes = wire(blob(0, KEY_BYTES))
-    """Public key of the hop that may push steps of this session; empty: only the client does."""
+    """Public key of the hop that may push steps of this session; empty: only the client may."""
     next_key: bytes = wire(blob(0, KEY_BYTES))  # public key of the next hop; empty: results go to the client
     next_address: str = wire(text(256))
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
-    """Through which the next hop is reached; none: at its address."""
-    asks_weights: bool = appended(flag, default=False)  # `Opened` shall have `weights`
+    """Relays through which the next hop is reached; none: it is reached at its address."""
+    asks_weights: bool = appended(flag, default=False)  # `Opened` must state `weights`
     taps: tuple[int, ...] = appended(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
-    """Boundaries behind blocks of this hop, in rising order, at which the client wants hidden states, see `Tapped`."""
+    """Boundaries after blocks of this hop, in rising order, whose hidden states the client wants, see `Tapped`."""
     tap_codec: int = appended(uint(255), 0)
     context: bytes = appended(blob(0, LABEL_BYTES), b"")
-    """All that keys and values depend on besides the text, as the client names it: the hops before, their weights and
-    codecs, the adapter. Pages of the session are stored under it, see `Step.labels`; empty: none is."""
-    row: int = appended(uint(_ROW_ID), 0)  # of which the hop may hold pages from before
-    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)  # of its first pages
-    shared: bool = appended(flag, default=False)  # with other keys that the owner of the peer lets share
+    """The client's digest of everything besides the text on which keys and values depend: the hops before, their
+    weights and codecs, the adapter. The hop stores pages of the session under it, see `Step.labels`; empty: stores no
+    pages."""
+    row: int = appended(uint(_ROW_ID), 0)  # the row to fill from stored pages
+    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
+    """Labels of the first pages of `row`, in order."""
+    shared: bool = appended(flag, default=False)  # other keys of a group that the peer's owner names may use the pages
 
 
 @dataclass(frozen=True, slots=True)
 class Opened(_OfSession):
-    """Answers `Open`: memory is reserved."""
+    """Answers `Open`: the memory is reserved."""
 
     TAG: ClassVar[int] = 4
     next_reachable: bool = wire(flag)
-    cached_positions: int = wire(_NUMBER)  # over all rows; 0 tells the client that this hop begins with nothing
-    weights: str = appended(text(64), "")  # what they are held as, as in `PeerRecord.dtype`; empty: it was not asked
+    cached_positions: int = wire(_NUMBER)  # positions in the hop's KV cache of the session, over all rows
+    weights: str = appended(text(64), "")  # weight format as in `PeerRecord.dtype`; empty: `Open` did not ask
     taps: bool = appended(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
     recalled: bool = appended(flag, default=False)
-    """The hop held nothing of the session: `cached_positions` are those of pages that it has stored before."""
-    stores: bool = appended(flag, default=False)  # it stores pages of the session
+    """The session is new at the hop: `cached_positions` come from its stored pages."""
+    stores: bool = appended(flag, default=False)  # the hop stores pages of the session
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Ends a session and frees its memory; sent by its owner."""
+    """Ends a session and frees its memory; only the session's owner may send it."""
 
     TAG: ClassVar[int] = 5
     session: bytes = wire(blob(SESSION_BYTES))
@@ -232,29 +235,31 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Step(_Numbered):
-    """New positions of some rows, with their encoded boundary activations `[positions, hidden]` as payload.
+    """New positions of one or more rows, with their encoded boundary activations `[positions, hidden]` as payload.
 
-    A step is idempotent: positions are absolute, a hop crops what it has cached beyond `start` first, and forks that
-    were made already are left as they are.
+    A step is idempotent: positions are absolute, a hop first crops its cached positions from `start` on, and it does
+    not repeat forks that it has already made.
     """
 
     TAG: ClassVar[int] = 6
     parts: tuple[Chunk, ...] = wire(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
     forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
-    """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
+    """Applied before the new positions; rows that no fork names are dropped. None: all rows stay."""
     replay_until: int = wire(uint(MAX_BLOCKS))
-    """0 for new positions. In a replay: hops that end at this block or later log their output and send nothing on."""
+    """0 for new positions. In a replay, hops whose span ends at this block or later log their output and do not send it
+    on."""
     codec: int = wire(uint(255))
     payload: Payload = b""
     boundary: int = wire(uint(MAX_BLOCKS), default=0)
-    """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
+    """The boundary of the payload, set by a hop that pushes, so that hops cannot form a circle."""
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
-    """Of the hops before, in order."""
+    """Times of the step at the hops before, in order."""
     reach: int = appended(uint(MAX_POSITIONS), 0)
-    """Where rotary frequencies depend on the length of a text, a position has those of the longer one: a text that ends
-    with it, or one of so many positions (with the prefix of an adapter). Version 0.1.0 refuses it."""
+    """Length of text, in positions with the prefix of an adapter, for models whose rotary frequencies depend on it. A
+    position has the frequencies of this length, or of the text that ends with the position if that is longer."""
     labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
-    """Of the pages of each part that end within it, see `splitnet.wire.sent_log`; empty: none is stored."""
+    """Labels of the pages that end within the parts, in order, see `splitnet.wire.sent_log`; empty: no page is
+    stored."""
 
     @property
     def positions(self) -> int:
@@ -263,18 +268,18 @@ class Step(_Numbered):
 
 @dataclass(frozen=True, slots=True)
 class Result(_Numbered):
-    """Output of a hop for the client: of the tail, or of a hop whose next is the client."""
+    """Output for the client: from the tail, or from a hop that has no next hop."""
 
     TAG: ClassVar[int] = 7
-    end: int = wire(uint(MAX_BLOCKS))  # the boundary that the payload stands at
+    end: int = wire(uint(MAX_BLOCKS))  # the boundary of the payload
     codec: int = wire(uint(255))
-    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))  # of all hops so far, in order
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))  # at all hops so far, in order
     payload: Payload = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request could not be served; `number` is 0 if it was not about a step."""
+    """Refuses a request; `number` is 0 if the request was not a step."""
 
     TAG: ClassVar[int] = 8
     session: bytes = wire(blob(0, SESSION_BYTES))
@@ -286,34 +291,33 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Replay(_Numbered):
-    """Asks a hop to send its log of encoded activations to its next hop again (see `Open` for a new next hop). The hop
-    that ends at `until` answers the last step of it, which has this number, with an empty `Result`."""
+    """Asks a hop to send its log of encoded activations to its next hop again (`Open` sets a new next hop). The last
+    step of the replay has this `number`; the hop whose span ends at `until` answers it with an empty `Result`."""
 
     TAG: ClassVar[int] = 9
     until: int = wire(uint(MAX_BLOCKS))
-    since: int = appended(uint(MAX_POSITIONS), 0)  # the first position of each row that is wanted
+    since: int = appended(uint(MAX_POSITIONS), 0)  # the first position of each row to send
 
 
 @dataclass(frozen=True, slots=True)
 class Forward(_Numbered):
-    """Whole sequences of which no KV cache is kept, with their encoded boundary activations `[positions, hidden]`.
+    """Whole sequences, with their encoded boundary activations `[positions, hidden]`. Hops keep no KV cache of them.
 
-    Answered as a step is: pushed from hop to hop, and by the tail with a `Result` of all positions. Sent again, it does
-    the same again.
+    Hops push it on like a step, and the tail answers with a `Result` of all positions. It is idempotent.
     """
 
     TAG: ClassVar[int] = 10
-    oldest: int = wire(_NUMBER)  # the client needs nothing any more of what has a lower number
+    oldest: int = wire(_NUMBER)  # hops may forget passes with lower numbers
     lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))  # positions of each sequence
     kept: bool = wire(flag)  # each hop keeps its input, so that a `Gradient` can follow
     adapter: int = wire(_NUMBER)  # version of the adapter that the blocks run with; 0: none
-    gradient_codec: int = wire(uint(255))  # codec of the gradients that come back this way
+    gradient_codec: int = wire(uint(255))  # codec of the gradients that hops send back
     codec: int = wire(uint(255))
     payload: Payload = b""
     boundary: int = wire(uint(MAX_BLOCKS), default=0)  # as in `Step`
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
-    """Of the hops before, in order."""
-    reach: int = appended(uint(MAX_POSITIONS), 0)  # as in `Step`, but a sequence counts as a whole
+    """Times of the pass at the hops before, in order."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)  # as in `Step`, but compared with the length of the whole sequence
 
     @property
     def positions(self) -> int:
@@ -322,24 +326,25 @@ class Forward(_Numbered):
 
 @dataclass(frozen=True, slots=True)
 class Gradient(_Numbered):
-    """Goes the way of a `Forward` back, with its number: the gradient of the loss by the activations at a boundary."""
+    """The gradient of the loss by the activations at a boundary. It passes the hops of the `Forward` with the same
+    number in reverse order."""
 
     TAG: ClassVar[int] = 11
     boundary: int = wire(uint(MAX_BLOCKS))
-    since: int = wire(_NUMBER)  # number of the first of the passes over which hops add up the gradients by the adapter
-    held: bool = wire(flag)  # more of them follow; with the last one the sum goes to the client
+    since: int = wire(_NUMBER)  # number of the first pass whose gradient by the adapter hops add to their sum
+    held: bool = wire(flag)  # more passes follow; after the last one hops send the sum to the client
     codec: int = wire(uint(255))
     payload: Payload = b""
     timings: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), ())
-    """Of the hops that it has passed, in that order."""
+    """Times at the hops that the gradient has passed, in that order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter(_OfSession):
-    """Parameters of the client that the blocks of a hop run with from now on, in this session alone.
+    """Adapter parameters of the client for the blocks of a hop, for later requests of this session only.
 
-    The payload is in the safetensors format; `splitnet.blocks.adapters` says how the tensors are named. A large adapter
-    comes in several messages.
+    The payload is in the safetensors format; `splitnet.blocks.adapters` defines the names of tensors. A large adapter
+    is sent in several messages.
     """
 
     TAG: ClassVar[int] = 12
@@ -358,17 +363,17 @@ class AdapterLoaded(_OfSession):
 
 @dataclass(frozen=True, slots=True)
 class AdapterGradient(_Numbered):
-    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client. It is
-    summed over several passes, and has the number of the last `Forward` of these."""
+    """A hop's gradient by the adapter of its blocks, with the names and shapes of the adapter, sent directly to the
+    client. It is the sum over several passes, and has the number of the last `Forward` among them."""
 
     TAG: ClassVar[int] = 14
-    remaining: int = wire(_NUMBER)  # how many messages of it follow
+    remaining: int = wire(_NUMBER)  # how many messages of this gradient follow
     payload: Payload = b""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchKV(_Numbered):
-    """Asks a hop for the keys and values of the first positions of a row, which the client may use as a prefix."""
+    """Asks a hop for the keys and values of the first `length` positions of a row, as a prefix for later texts."""
 
     TAG: ClassVar[int] = 15
     row: int = wire(uint(_ROW_ID))
@@ -377,10 +382,10 @@ class FetchKV(_Numbered):
 
 @dataclass(frozen=True, slots=True)
 class FetchedKV(_Numbered):
-    """Answers a `FetchKV` for the blocks of a hop, with tensors that are named as those of an adapter."""
+    """Answers a `FetchKV` for the blocks of a hop, with tensors named as in an adapter."""
 
     TAG: ClassVar[int] = 16
-    remaining: int = wire(_NUMBER)  # how many messages of it follow
+    remaining: int = wire(_NUMBER)  # how many messages of this answer follow
     payload: Payload = b""
 
 
@@ -389,17 +394,17 @@ class LookUp:
     """Asks a peer for the records of a model's peers, or for one record of each model."""
 
     TAG: ClassVar[int] = 17
-    number: int = wire(_NUMBER)  # of the question; its answer has the same
+    number: int = wire(_NUMBER)  # of the question; the answer has the same number
     model: str = wire(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
-    """Fingerprint of the weights; empty: all models."""
+    """Fingerprint of the checkpoint; empty: all models."""
     depth: int = wire(uint(MAX_DEPTH))
-    """Over how many further peers the question may go, where the one asked has to ask others itself."""
+    """Over how many further peers the question may be passed on, by a peer that cannot answer alone."""
     known: tuple[bytes, ...] = appended(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
-    """Entries of the records that are known already (`splitnet/directory/ask.py:entry_of`), the most needed first."""
+    """Entries of records that the sender knows (`splitnet/directory/ask.py:entry_of`), the most needed first."""
     since: float = appended(_UNIX_S, 0.0)
-    """Of other peers only those are told that have their span since then, Unix time in seconds."""
+    """Other records are sent only if the peer has served its span since this Unix time (seconds) or later."""
     most: int = appended(uint(MAX_CHANGES_BYTES), 0)
-    """Only what has changed, in so many bytes of records; 0: everything."""
+    """Asks only for changes, in at most this many bytes of records; 0: asks for all records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,13 +416,13 @@ class Found:
     remaining: int = wire(uint(MAX_FOUND - 1))  # how many messages of this answer follow
     payload: Payload = b""
     present: bytes = appended(blob(*range(MAX_KNOWN // 8 + 1)), b"")
-    """For each entry of `LookUp.known` a bit: the peer is still there; the lowest of a byte first. Empty: the answer
-    is everything, as of a peer that does not know this field."""
+    """One bit for each entry of `LookUp.known`, the lowest bit of a byte first: whether the peer is still in the
+    directory. Empty: the answer holds all records, as from a version without this field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Announce:
-    """Asks a peer to tell others of a record; the payload is the signed record."""
+    """Asks a peer to publish a record; the payload is the signed record."""
 
     TAG: ClassVar[int] = 19
     number: int = wire(_NUMBER)
@@ -431,29 +436,29 @@ class Announced:
 
     TAG: ClassVar[int] = 20
     number: int = wire(_NUMBER)
-    taken: bool = wire(flag)  # False: the record is not valid, or there is no place for it
+    taken: bool = wire(flag)  # False: the record is invalid, or the peer has no room for it
 
 
 class WeightsKind(IntEnum):
-    """What `AskWeights` asks for."""
+    """What `AskWeights` asks for, and the meaning of its `name`."""
 
-    MANIFEST = 0  # of the model that is named
-    HELD = 1  # which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first
-    PIECE = 2  # the piece that is named, by its digest
-    PAGE = 3  # a page of keys and values, by its name and as many zeros; the client of the session has told it
+    MANIFEST = 0  # the manifest of the model `name`
+    HELD = 1  # which pieces of the model the peer has: one bit each in manifest order, the lowest bit of a byte first
+    PIECE = 2  # the piece with the digest `name`
+    PAGE = 3  # a page of keys and values; `name` is its name, from the client of the session, and as many zeros
 
 
 @dataclass(frozen=True, slots=True)
 class AskWeights:
-    """Asks a peer for weights of its model, or what they are."""
+    """Asks a peer for a part of its weights, of their manifest or of a page, see `WeightsKind`."""
 
     TAG: ClassVar[int] = 21
-    number: int = wire(_NUMBER)  # of the question; its answer has the same
+    number: int = wire(_NUMBER)  # of the question; the answer has the same number
     kind: int = wire(uint(255))  # a `WeightsKind`
     name: bytes = wire(blob(DIGEST_BYTES))
-    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm as its members name it."""
-    offset: int = wire(uint(MAX_WEIGHTS_BYTES))  # the answer begins there
-    length: int = wire(uint(MAX_PART_BYTES))  # the answer has at most so many bytes
+    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm, an HMAC of it under the swarm key."""
+    offset: int = wire(uint(MAX_WEIGHTS_BYTES))  # first byte of the part
+    length: int = wire(uint(MAX_PART_BYTES))  # most bytes of the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,8 +473,8 @@ class WeightsPart:
 
 @dataclass(frozen=True, slots=True)
 class Tapped(_Numbered):
-    """Hidden states at a boundary of `Open.taps`, straight from the hop that computes them: of the positions of a step
-    that the client wants back. A step of a replay has none."""
+    """Hidden states at a boundary of `Open.taps`, sent to the client by the hop that computes them: for the positions
+    that a step returns (`Chunk.keep`), and for no step of a replay."""
 
     TAG: ClassVar[int] = 23
     boundary: int = wire(uint(MAX_BLOCKS))
@@ -478,12 +483,12 @@ class Tapped(_Numbered):
 
 
 class RoundWish(IntEnum):
-    """What `AskRound` is for."""
+    """The purpose of an `AskRound`."""
 
-    LOOK = 0  # how far it is
-    JOIN = 1  # to take part; answered with the settings, and with the parameters after the rounds so far
-    READY = 2  # its gradient is there; answered when that is wanted, or with the parameters after later rounds
-    END = 3  # to end the round with what there is; of the coordinator's own key alone
+    LOOK = 0  # to read the state of the tuning
+    JOIN = 1  # to take part; answered with the settings, and with the parameters after the last round
+    READY = 2  # the owner has a gradient; answered when the round needs it, or with the parameters after later rounds
+    END = 3  # to end the round with the gradients so far; only the coordinator's own key may ask for this
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,43 +499,43 @@ class AskRound:
     name: str = wire(text(64))
     model: str = wire(matching(FINGERPRINT))
     wish: int = wire(uint(255))  # a `RoundWish`
-    number: int = wire(uint(MAX_ROUNDS))  # rounds after which the owner has the parameters
+    number: int = wire(uint(MAX_ROUNDS))  # the round after which the owner's parameters were computed
     examples: int = wire(uint(1 << 31))
-    size: int = wire(uint(MAX_PAYLOAD_BYTES // 4))  # numbers in its gradient
-    payload: Payload = b""  # settings as JSON, with JOIN, of the coordinator's own key alone
+    size: int = wire(uint(MAX_PAYLOAD_BYTES // 4))  # numbers in the owner's gradient
+    payload: Payload = b""  # settings as JSON, with JOIN, only from the coordinator's own key
 
 
 @dataclass(frozen=True, slots=True)
 class RoundState:
-    """Answers an `AskRound`, and tells owners that a round has ended; the payload is the settings as JSON."""
+    """Answers an `AskRound`, and informs owners that a round has ended; the payload is the settings as JSON."""
 
     TAG: ClassVar[int] = 25
-    number: int = wire(uint(MAX_ROUNDS))  # rounds so far
-    rounds: int = wire(uint(MAX_ROUNDS))  # in all
-    owners: int = wire(uint(MAX_OWNERS))  # that take part
-    ready: int = wire(uint(MAX_OWNERS))
+    number: int = wire(uint(MAX_ROUNDS))  # rounds that have ended
+    rounds: int = wire(uint(MAX_ROUNDS))  # rounds of the whole tuning
+    owners: int = wire(uint(MAX_OWNERS))  # owners that take part
+    ready: int = wire(uint(MAX_OWNERS))  # owners whose gradient is ready
     following: bool = wire(flag)  # a `RoundNumbers` follows
-    refused: str = wire(text(MAX_TEXT))  # why; empty: it is not
+    refused: str = wire(text(MAX_TEXT))  # why the request is refused; empty: it is not refused
     payload: Payload = b""
 
 
 @dataclass(frozen=True, slots=True)
 class WantGradient:
-    """From the coordinator: the owner shall send its gradient, as so much of the average."""
+    """Asks an owner, from the coordinator, for its gradient multiplied by `share`, its weight in the mean."""
 
     TAG: ClassVar[int] = 26
     number: int = wire(uint(MAX_ROUNDS))
     attempt: int = wire(uint(MAX_ATTEMPT))
     share: float = wire(_SHARE)
-    norm: float = wire(milliseconds)  # the longest gradient; 0: any
-    noise: float = wire(milliseconds)  # standard deviation of what the owner adds to each number, for a share of 1
+    norm: float = wire(milliseconds)  # longer gradients are scaled to this norm; 0: no bound
+    noise: float = wire(milliseconds)  # standard deviation of the noise that the owner adds per number, at a share of 1
     members: tuple[bytes, ...] = wire(several(blob(KEY_BYTES), most=MAX_OWNERS))
-    """CURVE keys of all owners that add masks for each other; none: without masks."""
+    """CURVE keys of all owners whose gradients are masked with shared secrets; none: no masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundNumbers:
-    """An owner's gradient; or with attempt 0 the parameters after `number` rounds, and what they begin as. Four bytes
+    """An owner's gradient; or, with attempt 0, the parameters after `number` rounds, initial ones included. Four bytes
     per number."""
 
     TAG: ClassVar[int] = 27
@@ -541,12 +546,12 @@ class RoundNumbers:
 
 @dataclass(frozen=True, slots=True)
 class CopyPages:
-    """Asks a peer to hold pages of a session of the sender, copied from the hop that has them; see `Open`."""
+    """Asks a peer to copy pages of the sender's session from the hop that holds them; see `Open`."""
 
     TAG: ClassVar[int] = 28
     session: bytes = wire(blob(SESSION_BYTES))
-    rate: float = wire(number(1, 1e12))  # bytes per second at most
-    if_faster: bool = wire(flag)  # the session waits: only as long as to compute them takes longer
+    rate: float = wire(number(1, 1e12))  # upper bound in bytes/s
+    if_faster: bool = wire(flag)  # the session waits: copy only while this is faster than to compute the pages
     number: int = wire(_NUMBER)
     start: int = wire(uint(MAX_BLOCKS))
     end: int = wire(uint(MAX_BLOCKS))
@@ -560,7 +565,7 @@ class CopyPages:
 
 @dataclass(frozen=True, slots=True)
 class CopiedPages:
-    """Answers `CopyPages`: how many of the pages, from the first one on, the peer holds now, and bytes that it got."""
+    """Answers `CopyPages`: how many pages, from the first one on, the peer holds, and how many bytes it received."""
 
     TAG: ClassVar[int] = 29
     session: bytes = wire(blob(SESSION_BYTES))
@@ -586,7 +591,7 @@ _PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGE
 
 
 def encode(message: Message) -> list[Payload]:
-    """The frames of a message."""
+    """The ZeroMQ frames of a message."""
     kind = type(message)
     header = _PREFIX[kind] + packb(_LAYOUTS[kind].write(message))
     if kind in _HAS_PAYLOAD:
@@ -597,8 +602,8 @@ def encode(message: Message) -> list[Payload]:
 
 
 def decode(frames: Sequence[Payload]) -> Message:
-    """The message in `frames`. Raises ProtocolVersionError: the sender speaks another version; ProtocolError: anything
-    else that is not exactly a message."""
+    """The message in `frames`. Raises ProtocolVersionError: the sender uses another protocol version; ProtocolError:
+    the frames are not a valid message for another reason."""
     if not 1 <= len(frames) <= 2:
         raise ProtocolError(f"expected 1 or 2 frames, got {len(frames)}")
     header = memoryview(frames[0])

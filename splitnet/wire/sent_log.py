@@ -1,11 +1,11 @@
-"""The log of a sender: the encoded boundary activations of a session that it sent, ready to be sent again.
+"""The log of a sender: the encoded boundary activations of a session, kept to replay them.
 
-About `hidden` bytes per position with an int8 codec, far less than the KV cache. The same bytes give the next hop the
-same KV cache, so a replacement continues the text token for token.
+With an int8 codec the log takes about `hidden` bytes per position, far less than the KV cache. The same bytes give the
+next hop the same KV cache, so a replacement continues the text with the same tokens.
 
-Rows are cut into pages of `PAGE` positions. The client labels each: a digest of all positions up to its end, as they
-are encoded, with a salt that peers do not know. Hops that are asked for the same labels later, by another session, may
-go on from the keys and values that they have stored under them.
+Rows are cut into pages of `PAGE` positions. The client labels each page with a digest of all encoded positions up to
+the end of the page, and of a salt that peers do not know. If another session later sends the same labels, a hop may
+use the keys and values that it has stored under them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAGE = 32  # positions
 
 
 def digest(*parts: bytes | memoryview) -> bytes:
-    """A label: BLAKE2b (RFC 7693) of parts, each behind its length."""
+    """A label: BLAKE2b (RFC 7693) of all parts, each with its length before it."""
     state = blake2b(digest_size=LABEL_BYTES)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -35,15 +35,16 @@ def digest(*parts: bytes | memoryview) -> bytes:
 
 
 def page_ends(part: Chunk) -> int:
-    """How many pages of its row end within a part of a step."""
+    """How many pages of the row end within a part of a step."""
     return (part.start + part.length) // PAGE - part.start // PAGE
 
 
 def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Row], Row]) -> dict[int, Row]:
-    """The rows after `forks`; rows that no fork names are dropped, and go on as their last fork instead of a copy.
+    """The rows after `forks`. Rows that no fork names are dropped; the last fork of a dropped row takes it over without
+    a copy.
 
-    Row ids are never used twice by a client, so a row that exists already was forked by an earlier copy of the same
-    step: applying the forks again changes nothing. Raises ProtocolError: a source does not exist.
+    A client never uses a row id twice, so a row that exists already was forked by an earlier copy of the same step, and
+    forks can be applied again without a change. Raises ProtocolError: a source does not exist.
     """
     forked: dict[int, Row] = {}
     named = {fork.row for fork in forks}
@@ -63,7 +64,7 @@ REPLAY_POSITIONS = PASS_POSITIONS  # per step of a replay
 
 
 class Replayed(NamedTuple):
-    """A step that rebuilds a part of a row, see `Step`."""
+    """Content of a step that rebuilds a part of a row, see `Step`."""
 
     parts: tuple[Chunk, ...]
     payload: bytes
@@ -75,8 +76,8 @@ class Replayed(NamedTuple):
 class _Row:
     data: bytearray = field(default_factory=bytearray)
     reaches: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """Positions from which on steps had another `reach`; before the first one they had none."""
-    labels: list[bytes] = field(default_factory=list[bytes])  # of its first pages, as far as they are known
+    """Pairs of a position and the `reach` of steps from this position on; 0 before the first pair."""
+    labels: list[bytes] = field(default_factory=list[bytes])  # of the row's first pages; later labels are unknown
 
     def copy(self) -> _Row:
         return _Row(bytearray(self.data), list(self.reaches), list(self.labels))
@@ -88,7 +89,7 @@ class _Row:
 class SentLog:
     """Encoded positions by row. Every codec writes one self-contained record per position, so bytes can be cut.
 
-    salt: of labels that are made here, by the client; None: they come with the steps.
+    salt: the client's secret for the labels that this log makes; None: labels come with the steps.
     """
 
     def __init__(self, codec: int, bytes_per_position: int, salt: bytes | None = None) -> None:
@@ -103,12 +104,12 @@ class SentLog:
 
     @property
     def positions(self) -> int:
-        """Logged over all rows."""
+        """Logged positions over all rows."""
         return self.nbytes // self.bytes_per_position
 
     @property
     def only_row(self) -> int | None:
-        """The row, where there is just one."""
+        """The row, if there is exactly one."""
         return next(iter(self._rows)) if len(self._rows) == 1 else None
 
     def length(self, row: int) -> int:
@@ -116,11 +117,12 @@ class SentLog:
         return len(self._rows[row].data) // self.bytes_per_position if row in self._rows else 0
 
     def labels(self, row: int) -> tuple[bytes, ...]:
-        """Of the pages of `row`, as far as they are known."""
+        """Labels of the first pages of `row`; later labels are unknown."""
         return tuple(self._rows[row].labels) if row in self._rows else ()
 
     def page(self, row: int, index: int) -> tuple[bytes, int]:
-        """Positions of a page of `row`, and their `reach`. Raises ValueError: there is no such page of one reach."""
+        """Encoded positions of a page of `row`, and their `reach`. Raises ValueError: the page is not complete, or its
+        positions have different values of `reach`."""
         held, size = self._rows[row], PAGE * self.bytes_per_position
         data = bytes(held.data[index * size : (index + 1) * size])
         reach = held.reach_at(index * PAGE)
@@ -137,7 +139,7 @@ class SentLog:
             held.reaches.pop()
 
     def restore(self, row: int, pages: Sequence[tuple[bytes, int, bytes]]) -> None:
-        """Begins `row`, and has it alone, with pages: the encoded positions of each, their reach and its label."""
+        """Replaces all rows by `row`, made of pages: the encoded positions, `reach` and label of each page."""
         held = _Row()
         for index, (data, reach, label) in enumerate(pages):
             if reach != (held.reaches[-1][1] if held.reaches else 0):
@@ -147,8 +149,8 @@ class SentLog:
         self._rows = {row: held}
 
     def prepare(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
-        """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more. Raises
-        ProtocolError: a fork of a row that is not logged, or a gap before a part. Nothing is changed then."""
+        """Applies the forks of a step, and drops positions at or after the start of each part. Raises ProtocolError: a
+        fork of a row that is not logged, or a gap before a part; the log is then unchanged."""
         rows = self._rows if forks is None else fork_rows(self._rows, forks, _Row.copy)
         size = self.bytes_per_position
         for part in parts:
@@ -167,8 +169,8 @@ class SentLog:
         reach: int = 0,
         labels: Sequence[bytes] = (),
     ) -> tuple[bytes, ...]:
-        """Takes in the payload of a step, and returns the labels of the pages that end within it: those that are given,
-        or made here. Raises ProtocolError as `prepare`."""
+        """Logs the payload of a step. Returns the labels of the pages that end within the step: `labels`, or with a
+        salt the ones made here. Raises ProtocolError: as `prepare`."""
         self.prepare(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)
@@ -191,7 +193,7 @@ class SentLog:
         return tuple(made) if self._salt is not None else tuple(labels)
 
     def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[Replayed]:
-        """Steps that rebuild every row from its position `since` on, each of at most `positions_per_step`."""
+        """Steps that rebuild every row from position `since` on, each of at most `positions_per_step` positions."""
         size = self.bytes_per_position
         step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
         for number, row in self._rows.items():
@@ -205,7 +207,7 @@ class SentLog:
                     yield Replayed((part,), chunk, reach, labels if len(labels) == count else ())
 
     def _label(self, row: _Row, pages: int) -> None:
-        """Labels pages of a row that have none."""
+        """Labels the first `pages` pages of a row, as far as they have no label."""
         assert self._salt is not None
         size = PAGE * self.bytes_per_position
         with memoryview(row.data) as data:

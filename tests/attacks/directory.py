@@ -1,7 +1,7 @@
-"""Attacks on the directory of a live swarm: how strangers fill it, empty it, or make peers move.
+"""Attacks on the directory of a live swarm: strangers fill it, hide records, or make peers move.
 
-Each takes addresses to join the DHT with and the fingerprint of a model, attacks for some seconds, and returns how
-often it has done what it does. They end by themselves and leave nothing behind but what they have stored.
+Each function takes addresses to join the DHT with and the fingerprint of a model, attacks for some seconds, and returns
+a count of its attempts or successes. It leaves no process behind, only the records that it has stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from splitnet.directory import mdns as lan
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import import_hivemind
 from splitnet.directory.mdns import LanNode
-from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, shard_key, shard_keys
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import PROTOCOL_VERSION, Found, LookUp
@@ -36,7 +36,7 @@ _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 def fake_record(identity: Identity, model: str, **claims: Any) -> PeerRecord:
-    """The best peer that there ever was, at an address where nobody listens."""
+    """A record of a peer that is better than any real one, at an address without a listener."""
     facts: dict[str, Any] = {
         "key": identity.public,
         "model": model,
@@ -70,7 +70,7 @@ def fake_record(identity: Identity, model: str, **claims: Any) -> PeerRecord:
 
 
 def long_record(identity: Identity, model: str, **claims: Any) -> PeerRecord:
-    """The same with 2.6 kB."""
+    """A fake record of 2.6 kB."""
     codecs = tuple(f"c{index:02d}{'x' * 58}" for index in range(28))
     links = tuple(SeenLink(os.urandom(8), 1.0, 1.0) for _ in range(16))
     return fake_record(identity, model, codecs=codecs, links=links, **claims)
@@ -85,7 +85,8 @@ def flood_records(
     pause_s: float = 0.0,
     **claims: Any,
 ) -> int:
-    """Announces long records of ever new keys, everywhere where readers look. Returns how many nodes have taken in."""
+    """Announces long records of new keys under all keys of the DHT that readers ask for. Returns how many nodes have
+    stored."""
     taken = 0
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
@@ -93,14 +94,14 @@ def flood_records(
             fakes = [Identity.generate() for _ in range(min(_BATCH, count))]
             records = [(long_record(fake, model, **claims), fake) for fake in fakes]
             count -= len(records)
-            for key_of in (lambda record: peers_key(model), lambda record: shard_key(model, record.key)):
-                taken += _store(node, [(key_of(record), record.key.text, record, fake) for record, fake in records])
+            places = [(shard_key(model, record.key), record.key.text, record, fake) for record, fake in records]
+            taken += _store(node, places)
             time.sleep(pause_s)
     return taken
 
 
 def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
-    """Announces ever new models with one key. Returns how many nodes have taken in."""
+    """Announces new models with one key. Returns how many records nodes have stored."""
     taken, mallory = 0, Identity.generate()
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
@@ -112,24 +113,24 @@ def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
 
 
 def hide_in_caches(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
-    """Has each node keep a fake record with a late expiration as cached, where it would hide all that it holds."""
+    """Makes each node cache a fake record with a late expiration, which would hide all records in its storage."""
     done, mallory = 0, Identity.generate()
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         while done < count and time.monotonic() < ends:
             record = fake_record(mallory, model)
-            for key in (peers_key(model), shard_key(model, record.key)):
-                node._request(lambda own, record=record, key=key: _store_cached(own, key, record, mallory))
+            key = shard_key(model, record.key)
+            node._request(lambda own, record=record, key=key: _store_cached(own, key, record, mallory))
             done += 1
     return done
 
 
 def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
-    """Asks nodes for all records of the model a thousand times in one message. Returns how often."""
+    """Sends messages that ask nodes for all records of the model a thousand times. Returns the number of messages."""
     done = 0
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
-        keys = [import_hivemind().dht_id(peers_key(model))] * 1000
+        keys = [import_hivemind().dht_id(shard_keys(model)[0])] * 1000
         while done < count and time.monotonic() < ends:
             for peer in list(node._initial_peer_ids):
                 node._request(lambda own, peer=peer: own.protocol.call_find(peer, keys))
@@ -138,16 +139,16 @@ def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
 
 
 def withhold(addresses: Sequence[str], model: str, *, seconds: float = 600.0) -> int:
-    """Nodes with ids next to the keys of the model, which say that they store all, and know of nobody."""
+    """Runs nodes with ids next to the keys of the model, which claim to store all records, and return none."""
     with ExitStack() as stack:
-        fakes = [stack.enter_context(withholding_node(addresses, peers_key(model))) for _ in range(5)]
+        fakes = [stack.enter_context(withholding_node(addresses, shard_keys(model)[0])) for _ in range(5)]
         time.sleep(seconds)
         return len(fakes)
 
 
 @contextmanager
 def withholding_node(addresses: Sequence[str], key: str) -> Iterator[Directory]:
-    """A node of the DHT that calls itself nearest to a key, and keeps what it is given from everybody."""
+    """A node of the DHT with the id nearest to a key, which returns none of the records that it stores."""
     hivemind = import_hivemind()
     nearest = hivemind.dht_id(key)
     node_id = type(nearest)(int(nearest) ^ int.from_bytes(os.urandom(4), "big"))
@@ -171,7 +172,8 @@ def withholding_node(addresses: Sequence[str], key: str) -> Iterator[Directory]:
 def announce_fakes(
     addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 2, **claims: Any
 ) -> int:
-    """Keeps records of peers in the directory that do not exist; `claims`: fields of these. Returns how often."""
+    """Keeps fake records of peers in the directory. claims: fields of the records. Returns the number of
+    announcements."""
     done, fakes = 0, [Identity.generate() for _ in range(count)]
     with Directory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
@@ -184,7 +186,7 @@ def announce_fakes(
 
 
 def ask_of_nothing(peer: Endpoint, *, seconds: float = 600.0, keys: int = 16) -> int:
-    """Asks a peer about ever new models that nobody serves, with many keys. Returns how often it was answered."""
+    """Asks a peer about new models that no peer serves, with many keys. Returns the number of answers."""
     answered, ends = 0, time.monotonic() + seconds
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(peer)) for _ in range(keys)]
@@ -198,7 +200,7 @@ def ask_of_nothing(peer: Endpoint, *, seconds: float = 600.0, keys: int = 16) ->
 
 @contextmanager
 def flooded_lan(model: str, *, count: int = 70) -> Iterator[None]:
-    """Nodes on the local network (loopback) that do not exist."""
+    """Announces fake nodes on the local network (loopback)."""
     mdns = Zeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
     try:
         for number in range(count):
@@ -220,14 +222,14 @@ def flooded_lan(model: str, *, count: int = 70) -> Iterator[None]:
 
 
 def hide_on_lan(model: str, nodes: int = 6000) -> None:
-    """Records of nodes that do not exist, by multicast on loopback; they say that they hold for 68 years."""
+    """Sends records of fake nodes by multicast on loopback, with a time to live of 68 years."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
         sending.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
         for _ in range(0, nodes, _NODES_OF_PACKET):
             answers = b"".join(_fake_records(model) for _ in range(_NODES_OF_PACKET))
             head = struct.pack("!HHHHHH", 0, 0x8400, 0, 2 * _NODES_OF_PACKET, 0, 0)
             sending.sendto(head + answers, ("224.0.0.251", 5353))
-            time.sleep(0.001)  # what nobody has read yet is dropped by the kernel
+            time.sleep(0.001)  # the kernel drops packets if its buffer is full
 
 
 def _fake_records(model: str) -> bytes:
@@ -270,4 +272,4 @@ async def _store_cached(own: Any, key: str, record: PeerRecord, identity: Identi
 
 
 ATTACKS = (flood_records, list_models, hide_in_caches, repeat_keys, withhold, announce_fakes)
-"""Each takes addresses, the fingerprint of a model, and `seconds`."""
+"""Attacks that take addresses, the fingerprint of a model, and `seconds`."""

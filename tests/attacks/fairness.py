@@ -1,6 +1,6 @@
-"""What one client's key can do to take a peer from all others: each function attacks a live peer for a while.
+"""Attempts of one client's key to take a peer's resources from all other keys. Each function attacks a live peer.
 
-All of it is allowed by the protocol; a peer must give the others their share meanwhile.
+The protocol allows all messages that are sent; meanwhile a peer must give other keys their share.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ ANSWER_S = 60.0
 
 
 class Client:
-    """A client of one peer that speaks the protocol itself, with many sessions under one key. A context manager.
+    """A client of one peer that sends messages itself, with many sessions under one key. A context manager.
 
     Args:
         endpoint: the peer.
         facts: its model.
-        blocks: what its sessions go through; None: all of the model.
+        blocks: the blocks of its sessions; None: all blocks of the model.
         identity: its key; None: a new one.
     """
 
@@ -62,7 +62,7 @@ class Client:
         self.start, self.end = blocks or (0, facts.num_blocks)
         self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.positions: dict[bytes, int] = {}
-        """How many each session has sent."""
+        """How many positions each session has sent."""
         self._nonces = itertools.count(1)
         self._transport = Transport(identity or Identity.generate(), on_message=self._hear, max_backlog=None)
         self._transport.start()
@@ -81,7 +81,7 @@ class Client:
             self._transport.send(self.endpoint, encode(message))
 
     def hear(self, timeout_s: float = ANSWER_S) -> Message | None:
-        """The next message of the peer, or None if there is none for so long."""
+        """The next message of the peer; None: there is none within `timeout_s`."""
         try:
             return self._heard.get(timeout=max(0.0, timeout_s))
         except queue.Empty:
@@ -94,12 +94,12 @@ class Client:
         return session, self.hear()
 
     def opening(self, session: bytes, reservation: int, *, epoch: int = 1) -> Open:
-        """What opens a session."""
+        """The message that opens a session."""
         self.positions[session] = 0
         return Open(session, epoch, self.facts.fingerprint, self.start, self.end, reservation, PLAIN, b"", b"", "")
 
     def ping_ms(self) -> float:
-        """How long the peer takes to answer a ping; what else it has said is forgotten."""
+        """How long the peer takes to answer a ping, in ms. Drops other messages of the peer."""
         nonce, began = next(self._nonces), time.perf_counter()
         self.say(Ping(nonce))
         while (answer := self.hear()) is not None:
@@ -108,7 +108,7 @@ class Client:
         raise TimeoutError(f"no answer to a ping in {ANSWER_S:.0f} s")
 
     def step(self, session: bytes, positions: int = 1) -> None:
-        """Sends the next positions of a session, of which the last comes back."""
+        """Sends the next positions of a session; the peer returns the last one."""
         start = self.positions[session]
         self.positions[session] = start + positions
         part = Chunk(1, start, positions, 1)
@@ -120,7 +120,7 @@ class Client:
         self.say(Forward(session, 1, number, 0, tuple(lengths), kept, 0, PLAIN, PLAIN, payload, self.start))
 
     def gradient(self, session: bytes, number: int, positions: int) -> None:
-        """Sends the gradient by what a pass has answered."""
+        """Sends the gradient by the output of a pass."""
         self.say(Gradient(session, 1, number, self.end, number, False, PLAIN, self.hidden(positions)))
 
     def decode(self, session: bytes, *, seconds: float = float("inf"), steps: int = 1 << 30) -> list[float]:
@@ -153,13 +153,13 @@ def decodes(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Many sessions of one key decode, each as fast as it is answered.
+    """Decodes with many sessions of one key, each as fast as the peer answers.
 
     Args:
         began: called when all sessions are open.
 
     Returns:
-        How many tokens it got.
+        How many tokens the sessions got.
     """
     with Client(endpoint, facts, blocks) as client:
         ids = [client.open(reservation)[0] for _ in range(sessions)]
@@ -186,7 +186,8 @@ def prefills(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Sessions of one key send long prompts, and the next as soon as one is answered. Returns positions computed."""
+    """Sends long prompts in sessions of one key, the next when one is answered. Returns how many positions were
+    computed."""
     piece = min(512, length)
     with Client(endpoint, facts, blocks) as client:
 
@@ -221,7 +222,7 @@ def trains(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """One session sends passes over whole sequences, and gradients for them. Returns how many were answered."""
+    """Sends passes over whole sequences, and gradients for them, in one session. Returns how many were answered."""
     with Client(endpoint, facts, blocks) as client:
         session, _ = client.open(64)
         numbers = itertools.count(1)
@@ -248,9 +249,10 @@ def recalls(
     count: int = 60_000,
     blocks: tuple[int, int] | None = None,
 ) -> float:
-    """Queues look-ups of keys and values of two sessions behind passes; a newer epoch ends them, the last ones first.
+    """Queues requests for keys and values of two sessions behind passes; a newer epoch cancels them, the last ones
+    first.
 
-    Returns the longest time that somebody else's ping took meanwhile, in ms.
+    Returns the longest round trip of another client's pings during the attack, in ms.
     """
     worst = 0.0
     until, epoch = time.monotonic() + seconds, 0
@@ -267,7 +269,7 @@ def recalls(
             for session in sessions:
                 client.say(*(FetchKV(session, epoch, 10**6, 1, 1) for _ in range(count // 2)))
             worst = max(worst, victim.ping_ms())
-            client.ping_ms()  # all of it has arrived
+            client.ping_ms()  # after this all messages have arrived
             epoch += 1
             client.say(*(client.opening(session, 64, epoch=epoch) for session in reversed(sessions)))
             worst = max(worst, victim.ping_ms())
@@ -284,7 +286,7 @@ def squats(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Reserves `reservation` positions of KV memory in one session, and opens it again and again. Returns how often."""
+    """Reserves `reservation` positions of KV memory in one session, and opens it repeatedly. Returns how often."""
     opened = 0
     with Client(endpoint, facts, blocks) as client:
         session, until, epoch = os.urandom(16), time.monotonic() + seconds, 0
@@ -307,7 +309,7 @@ def crowds(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Opens as many of the smallest sessions as a peer takes, and holds them. Returns how many it was given."""
+    """Opens as many of the smallest sessions as a peer accepts, and holds them. Returns how many."""
     opened = 0
     with Client(endpoint, facts, blocks) as client:
         until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Frames that were messages once: what honest clients say to a peer, with bytes changed, cut, joined and sent again."""
+"""Mutated frames: messages of honest clients to a peer, with bytes changed, cut, joined and repeated."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from tests.attacks.transport import Client
 
 PLAIN = CODECS["none"].code
 LOOK = 2000
-"""Messages between two pings, which must be answered."""
+"""Messages between two pings; the peer must answer each ping."""
 SESSIONS = [bytes([number]) * 16 for number in range(8)]
 
 
 def said(facts: ModelFacts, blocks: tuple[int, int], session: bytes) -> list[Message]:
-    """One message of every kind that a peer with these blocks takes, for a session, in an order that makes sense."""
+    """One message of every kind that a peer with these blocks accepts, for a session, in a valid order."""
     start, end = blocks
     hidden = 4 * facts.hidden_size
 
@@ -72,7 +72,7 @@ def frames_of(messages: Sequence[Message]) -> list[list[bytes]]:
 
 
 def mutated(recorded: Sequence[Sequence[bytes]], seed: int) -> Iterator[list[bytes]]:
-    """Such frames without an end, most of them wrong somewhere."""
+    """Endless mutated frames, most of them invalid."""
     choices = random.Random(seed)
     while True:
         frames = list(choices.choice(recorded))
@@ -110,7 +110,7 @@ def flood(
     blocks: tuple[int, int],
     seed: int = 0,
 ) -> int:
-    """Sends such frames as fast as they are answered. Returns how many.
+    """Sends mutated frames as fast as the peer answers. Returns how many.
 
     Raises:
         TimeoutError: a ping between them was not answered.
@@ -130,7 +130,7 @@ def flood(
 
 
 def main() -> None:
-    """Against the peers of a swarm that somebody has started."""
+    """Attacks the peers of a running swarm."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help="folder or file of the checkpoint")
     parser.add_argument("address", help="of the swarm, as for --join")

@@ -1,7 +1,7 @@
-"""What strangers do to `splitnet serve`.
+"""Attacks on `splitnet serve`.
 
-Each attack takes the URL of a server that belongs to the tests, attacks it for some seconds, and gives how often it was
-answered in which way: a status, or what became of a connection.
+Each function takes the URL of a server of the tests, attacks it for some seconds, and returns counts of outcomes: the
+status of an answer, or the fate of a connection.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ REPLY_S = 120.0
 
 
 def wrong_values(url: str, *, seconds: float, key: str | None = None, count: int = 600_000) -> Outcomes:
-    """Sends bodies of megabytes in which every value is wrong: to tell of each of them takes long."""
+    """Sends bodies of megabytes in which every value is wrong, because a report of all errors takes long."""
     return _repeated(url, _wrong_bodies(url, key, count), seconds, key)
 
 
 def long_texts(url: str, *, seconds: float, key: str | None = None, length: int = 8_000_000) -> Outcomes:
-    """Sends texts that are longer than every context: to make tokens of them takes long."""
+    """Sends texts that are longer than every context, because tokenizing them takes long."""
     model = model_of(url, key)
     texts = ["a " * (length // 2), "1" * length, "\n" * length]
     bodies = [(COMPLETION, json.dumps({"model": model, "prompt": text, "max_tokens": 1})) for text in texts]
@@ -38,7 +38,7 @@ def long_texts(url: str, *, seconds: float, key: str | None = None, length: int 
 
 
 def deep_schemas(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
-    """Asks for answers that keep to schemas which are nested deeper than parsers go."""
+    """Asks for answers by schemas that are nested deeper than parsers recurse."""
     model = model_of(url, key)
     bodies: list[tuple[str, str]] = []
     for depth in (60, 64, 130, 400, 50_000):
@@ -50,7 +50,7 @@ def deep_schemas(url: str, *, seconds: float, key: str | None = None) -> Outcome
 
 
 def bombs(url: str, *, seconds: float, key: str | None = None, count: int = 16) -> Outcomes:
-    """Asks through all APIs for what is small, and large once it is unfolded, `count` requests at a time."""
+    """Sends small requests that expand to large ones, through all APIs, `count` at a time."""
     bodies = [(path, body) for _, path, body in bombs_of(model_of(url, key))]
     outcomes: Outcomes = Counter()
     with ThreadPoolExecutor(count) as threads:
@@ -62,7 +62,7 @@ def bombs(url: str, *, seconds: float, key: str | None = None, count: int = 16) 
 
 
 def bombs_of(model: str) -> list[tuple[str, str, str]]:
-    """Kinds of small requests that unfold: name, path and body of each."""
+    """Kinds of small requests that expand to large ones: name, path and body of each."""
     user = {"model": model, "messages": [{"role": "user", "content": "a"}]}
     text: Any = {"type": "string", "pattern": "a+"}
 
@@ -106,26 +106,26 @@ def bombs_of(model: str) -> list[tuple[str, str, str]]:
 def unfinished_bodies(
     url: str, *, seconds: float, key: str | None = None, count: int = 40, sent: int = 15 * 2**20
 ) -> Outcomes:
-    """Sends the most of many large bodies, and never the rest."""
+    """Sends most bytes of many large bodies, and never the rest."""
     head = _head("POST", CHAT, url, key, f"Content-Type: application/json\r\nContent-Length: {sent + 2**20}\r\n")
     return _held(url, head + b'{"model":"' + b"x" * sent, count, seconds)
 
 
 def trickled_bodies(url: str, *, seconds: float, key: str | None = None, count: int = 300) -> Outcomes:
-    """Sends the beginning of a small body on many connections, and never the rest."""
+    """Sends the first bytes of a small body on many connections, and never the rest."""
     head = _head("POST", CHAT, url, key, "Content-Type: application/json\r\nContent-Length: 1000\r\n")
     return _held(url, head + b"{", count, seconds)
 
 
 def half_requests(url: str, *, seconds: float, key: str | None = None, count: int = 1500) -> Outcomes:
-    """Opens many connections and sends half a line on each."""
+    """Opens many connections, and sends half a line on each."""
     return _held(url, b"GET /health HT", count, seconds)
 
 
 def stalled_readers(
     url: str, *, seconds: float, key: str | None = None, count: int = 16, prompts: int = 64, over: Event | None = None
 ) -> Outcomes:
-    """Asks for streams with all that can be told of each token of long prompts, megabytes, and reads nothing."""
+    """Asks for streams with megabytes of details on each token of long prompts, and reads nothing."""
     body: dict[str, Any] = {"model": model_of(url, key), "prompt": ["one two three " * 60] * prompts}
     body |= {"max_tokens": 1, "stream": True, "echo": True, "logprobs": 20}
     text = json.dumps(body).encode()
@@ -139,7 +139,7 @@ def many_dashboards(url: str, *, seconds: float, key: str | None = None, count: 
 
 
 def crowd(url: str, *, seconds: float, key: str | None = None, count: int = 64, max_tokens: int = 100) -> Outcomes:
-    """Asks for more at a time than the server answers, again and again."""
+    """Sends more requests at a time than the server answers, repeatedly."""
     body = {"model": model_of(url, key), "prompt": "a", "max_tokens": max_tokens, "temperature": 0}
     bodies = [(COMPLETION, json.dumps(body))]
     outcomes: Outcomes = Counter()
@@ -150,7 +150,7 @@ def crowd(url: str, *, seconds: float, key: str | None = None, count: int = 64, 
 
 
 def rebound_names(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
-    """Asks as a page does whose host has been given the address of the server."""
+    """Sends requests like a web page whose host name was rebound to the address of the server."""
     until, outcomes = time.monotonic() + seconds, Outcomes()
     paths = ["/", "/v1/models", "/dashboard/events", "/metrics", "/health"]
     for host in _until(until, ["attacker.example:8000", "127.0.0.1.attacker.example", "localhost.attacker.example"]):
@@ -160,7 +160,7 @@ def rebound_names(url: str, *, seconds: float, key: str | None = None) -> Outcom
 
 
 def guessed_prompts(url: str, guesses: Sequence[Sequence[Any]], *, key: str | None = None) -> list[int]:
-    """Of how many tokens of each guess (messages of a chat) the server says that it had computed them before."""
+    """For each guess (messages of a chat), how many of its tokens the server reports as computed before."""
     cached: list[int] = []
     for messages in guesses:
         body = {"model": model_of(url, key), "messages": messages, "max_tokens": 1, "temperature": 0}
@@ -171,7 +171,7 @@ def guessed_prompts(url: str, guesses: Sequence[Sequence[Any]], *, key: str | No
 
 
 def model_of(url: str, key: str | None = None) -> str:
-    """The name of the model that a server has."""
+    """The name of a server's model."""
     status, reply = _ask(url, "/v1/models", None, key)
     assert status == "200", reply
     return json.loads(reply)["data"][0]["id"]
@@ -209,7 +209,7 @@ def _repeated(
 
 
 def _until(end: float, things: Sequence[Any]) -> Iterator[Any]:
-    """All of them at least once, then again until a time."""
+    """Each thing once, then the things repeatedly until the time `end`."""
     yield from things
     while time.monotonic() < end:
         yield from things
@@ -218,7 +218,7 @@ def _until(end: float, things: Sequence[Any]) -> Iterator[Any]:
 def _ask(
     url: str, path: str, body: str | None, key: str | None, headers: dict[str, str] | None = None
 ) -> tuple[str, str]:
-    """The status and the body of a reply, or what became of the connection."""
+    """The status and the body of a reply, or the fate of the connection."""
     server = urlsplit(url)
     given = {"Content-Type": "application/json", **(headers or {})}
     if key is not None:
@@ -228,7 +228,7 @@ def _ask(
         connection.request("GET" if body is None else "POST", path, body, given)
         reply = connection.getresponse()
         if path == "/dashboard/events" and reply.status == 200:
-            return "200", ""  # it has no end
+            return "200", ""  # the answer is an endless stream
         return str(reply.status), reply.read().decode(errors="replace")
     except TimeoutError:
         return "silent", ""
@@ -252,7 +252,7 @@ def _held(
     receive_buffer: int | None = None,
     over: Event | None = None,
 ) -> Outcomes:
-    """Opens connections, sends the same on each, and reads nothing before the time is over and `over` is set."""
+    """Opens connections, sends the same bytes on each, and reads nothing until the time is over and `over` is set."""
     server, until = urlsplit(url), time.monotonic() + seconds
     outcomes: Outcomes = Counter()
     connections: list[socket.socket] = []
@@ -282,7 +282,7 @@ def _held(
 
 
 def _state_of(connection: socket.socket) -> str:
-    """The status of what was answered to the end, `open` if the server still waits or has more to say."""
+    """The status of a complete answer; `open`: the server waits or has more to send."""
     connection.settimeout(0.001)
     received = b""
     try:

@@ -1,4 +1,4 @@
-"""A hop that answers its clients as a peer does, and between its answers sends what were answers once."""
+"""A hop that answers its clients like a peer, and sends mutated answers in between."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class HostileHop:
 
     Args:
         facts: the model.
-        is_wild: says what is wrong between its answers.
+        is_wild: whether it sends mutated answers in between.
 
     Attributes:
-        sent: frames with something wrong that were given to clients' sockets.
+        sent: mutated frames that were sent to clients.
     """
 
     def __init__(self, facts: ModelFacts, *, seed: int = 0, is_wild: bool = True) -> None:
@@ -68,7 +68,7 @@ class HostileHop:
         self._is_wild = is_wild
         self._seed = seed
         self._wild: dict[bytes, Iterator[list[bytes]]] = {}
-        """By routing id, what comes next."""
+        """The next mutated frames, by routing id of the client."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.curve_publickey = self.identity.curve_public
@@ -128,14 +128,14 @@ class HostileHop:
             self._socket.send_multipart([client, *frames], zmq.NOBLOCK)
         except zmq.Again:
             return False
-        except zmq.ZMQError:  # it is gone
+        except zmq.ZMQError:  # the client is gone
             self._wild.pop(client, None)
             return False
         return True
 
 
 def answers_to(asked: Message, facts: ModelFacts) -> list[Message]:
-    """What a peer with all blocks answers."""
+    """The answers of a peer with all blocks."""
     hidden = b"\x00\x00\x80\x3f" * facts.hidden_size
     match asked:
         case Ping():
@@ -158,7 +158,7 @@ def answers_to(asked: Message, facts: ModelFacts) -> list[Message]:
 
 
 def said_back(session: bytes, epoch: int, number: int, facts: ModelFacts) -> list[Message]:
-    """One message of every kind that a client takes, about a request of its session."""
+    """One message of every kind that a client accepts, about a request of its session."""
     hidden = bytes(4 * facts.hidden_size)
     tensors = {"0.self_attn.q_proj.lora_A": torch.zeros(2, facts.hidden_size)}
     some = write_tensors(tensors)
@@ -188,11 +188,11 @@ def _result(session: bytes, epoch: int, number: int, facts: ModelFacts, payload:
 
 
 def use(folder: Path, addresses: list[str], seconds: float, heard: Any, *, count: int = 1 << 60) -> None:
-    """A client that generates and trains meanwhile; errors that say what happened are no fault of its own.
+    """Runs a client that generates and trains. Errors that describe the hop's fault are allowed.
 
     Args:
-        heard: a shared counter of the frames that came to its decoder.
-        count: how many are enough.
+        heard: a shared counter of the frames that reached the client's decoder.
+        count: number of frames after which the client ends.
     """
     checkpoint = Checkpoint.open(folder)
     ids = torch.arange(9)[None] + 3

@@ -1,7 +1,7 @@
-"""What one client's key can do to make a peer allocate, send or log more than it has budgeted for.
+"""Attempts of one client's key to make a peer allocate, send or log more than its bounds.
 
-Each function attacks a live peer for some seconds, and has ended all it began when it returns. All messages are ones
-that the protocol allows, or that a peer must refuse.
+Each function attacks a live peer for some seconds, and has ended its sessions when it returns. The protocol allows all
+messages that are sent, or the peer must refuse them.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from splitnet.wire.messages import (
 PLAIN, INT8 = CODECS["none"].code, CODECS["int8"].code
 ANSWER_S = 60.0
 ROUNDS = 100
-"""Of requests for replays, in each epoch."""
+"""Rounds of requests for replays, in each epoch."""
 REPLAYS = 20
-"""Asked for at a time, and keys and values as often."""
+"""Replays requested at a time, and as many requests for keys and values."""
 
 AT_ONCE = 500
-"""Messages that are sent before the peer is waited for."""
+"""Messages to send before the next wait for the peer."""
 
 
 class Stranger:
-    """Speaks the protocol with one peer, in sessions of its own. A context manager.
+    """A client that sends messages to one peer, in its own sessions. A context manager.
 
     Args:
-        blocks: what the sessions go through.
+        blocks: the blocks of the sessions.
     """
 
     def __init__(self, endpoint: Endpoint, facts: ModelFacts, blocks: tuple[int, int] | None) -> None:
         self.hidden_size = facts.hidden_size
         self.blocks = blocks or (0, facts.num_blocks)
         self.answers: list[Message] = []
-        """What was said meanwhile, until it is asked for."""
+        """Answers that were received and not asked for yet."""
         self._model = facts.fingerprint
         self._endpoint = endpoint
         self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -87,14 +87,14 @@ class Stranger:
                 self.settle()
 
     def settle(self) -> None:
-        """Until the peer has read all that was sent to it."""
+        """Waits until the peer has read all messages."""
         nonce = next(self._nonces)
         self._transport.send(self._endpoint, encode(Ping(nonce)))
         while not (isinstance(answer := self._next(), Pong) and answer.nonce == nonce):
             self.answers.append(answer)
 
     def wait_for(self, session: bytes, *kinds: type[Message]) -> Message:
-        """The next answer about a session that is one of `kinds`, or a failure."""
+        """Waits for the next answer about a session that is of one of `kinds` or a `Failure`."""
         while True:
             answer = self.answers.pop(0) if self.answers else self._next()
             if isinstance(answer, (*kinds, Failure)) and getattr(answer, "session", b"") == session:
@@ -109,7 +109,7 @@ class Stranger:
         codec: int = PLAIN,
         onward: Open | None = None,
     ) -> bytes:
-        """A session that is open, or was refused; `onward`: where its next hop is taken from."""
+        """Opens a session, which may be refused. onward: an `Open` whose next hop is used."""
         session = session or os.urandom(16)
         key, address = (onward.next_key, onward.next_address) if onward is not None else (b"", "")
         self.say(Open(session, epoch, self._model, *self.blocks, reservation, PLAIN, b"", key, address))
@@ -145,7 +145,7 @@ def _nothing() -> None: ...
 
 
 def _rounds(seconds: float) -> Iterator[int]:
-    """Numbers from 0 on until a time is over; one in any case."""
+    """Numbers from 0 on until the time is over, at least one number."""
     until = time.monotonic() + seconds
     yield 0
     for number in itertools.count(1):
@@ -166,11 +166,12 @@ def prefix_rows(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Has rows begin with a long prefix in the middle of a step that had room for rows without, and forks them.
+    """Makes rows begin with a long prefix in the middle of a step that has room only without the prefix, and forks
+    them.
 
     Args:
         heads, head_size: of keys and values.
-        reservation: positions of a session; its half takes some passes.
+        reservation: positions of a session; half of it takes several passes.
 
     Returns:
         How often.
@@ -205,10 +206,10 @@ def tiny_rows(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Begins ever new rows of one position: what a row takes besides its position is more than that.
+    """Begins new rows of one position without end, because a row takes more memory than its position.
 
     Returns:
-        How many.
+        How many rows.
     """
     rows = 0
     with Stranger(endpoint, facts, blocks) as stranger:
@@ -235,13 +236,13 @@ def lost_logs(
     blocks: tuple[int, int],
     began: Began = _nothing,
 ) -> int:
-    """Drops full rows with steps whose payload cannot be decoded: logs must forget them as the caches do.
+    """Drops full rows by steps whose payload cannot be decoded: logs must drop the rows like the caches.
 
     Args:
-        blocks: not up to the last one, as no logs are kept there.
+        blocks: without the last block, because the tail keeps no log.
 
     Returns:
-        How many positions it has sent.
+        How many positions were sent.
     """
     sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
@@ -294,7 +295,7 @@ def long_passes(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Sends one sequence as long as the context, and its gradient. Returns how many were computed."""
+    """Sends sequences as long as the context, and their gradients. Returns how many were computed."""
     computed = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session, numbers = stranger.open(64), itertools.count(1)
@@ -320,7 +321,8 @@ def tiny_passes(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Has passes of one position kept for gradients that never come, and asks for keys and values. Returns how many."""
+    """Sends passes of one position that are kept for gradients that never come, and asks for keys and values. Returns
+    how many passes."""
     sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session = stranger.open(64)
@@ -333,7 +335,7 @@ def tiny_passes(
                 stranger.say(Forward(session, 1, number, 0, (1,), True, 0, PLAIN, code, payload))
                 stranger.say(FetchKV(session, 1, number + 1, 1, 1))
             while not sent and not isinstance(stranger.wait_for(session, Result), Result):
-                pass  # keys and values are refused meanwhile
+                pass  # keys and values are refused
             sent += AT_ONCE
             stranger.settle()
             began()
@@ -351,14 +353,14 @@ def replays(
     least: int = 1,
     began: Began = _nothing,
 ) -> tuple[int, int, int]:
-    """Has its log, and keys and values, sent again and again, in one epoch and in ever new ones.
+    """Asks for replays of its log, and for keys and values, repeatedly, in one epoch and in new ones.
 
     Args:
-        blocks: not up to the last one.
-        least: so often it asks for its log, however long that takes.
+        blocks: without the last block.
+        least: number of requests for the log after which the attack may end, even if they take longer than `seconds`.
 
     Returns:
-        How often it has asked for its log, and bytes that it has uploaded before and that came of it.
+        How many replays were requested, bytes uploaded before, and bytes that the peer sent.
     """
     came = 0
 
@@ -415,11 +417,12 @@ def adapters(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Sends adapters of mixed types, back to back, in empty parts and without an end, and steps between them.
+    """Sends adapters of mixed types, directly one after the other, in empty parts and incomplete, with steps in
+    between.
 
     Args:
-        layer: of every block, such as `self_attn.q_proj`.
-        width: its inputs and outputs.
+        layer: a layer of every block, such as `self_attn.q_proj`.
+        width: number of the layer's inputs, and of its outputs.
 
     Returns:
         How many parts.

@@ -1,7 +1,6 @@
-"""What strangers can try against a helper of hidden peers: each goes on for `seconds`, against a helper that is ours.
+"""Attacks of strangers on a relay of the tests, each for `seconds`, and attacks of relays on unreachable peers.
 
-They come from 127.0.0.2, or members on this machine would share the bounds of their host. And what helpers can try
-against hidden peers.
+Strangers connect from 127.0.0.2, so that members on this machine do not share the bounds of the strangers' host.
 """
 
 from __future__ import annotations
@@ -45,18 +44,18 @@ from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"
 CROWD = 300
-"""Connections at the same time."""
+"""Connections of an attack at the same time."""
 STREAMS = 40
-"""More than a helper joins for one key, or one host."""
+"""More streams than a relay joins for one key, or one host."""
 CHUNK = bytes(1 << 16)
 WAIT_S = 2.0
 ANSWER_S = 60.0
-"""In which a caller is answered while the hidden peer finds the one helper that brings calls."""
+"""Longest wait for an answer while the unreachable peer finds the only honest relay."""
 _ANY_PORT = "tcp://127.0.0.1:0"
 
 
 class Stream:
-    """A stream to a helper that blocks, and says what it likes."""
+    """A blocking stream to a relay that sends any messages."""
 
     def __init__(self, relay: Relay, identity: Identity | None = None) -> None:
         self.identity = identity or Identity.generate()
@@ -92,7 +91,7 @@ class Stream:
 
 
 def silence(relay: Relay, seconds: float) -> None:
-    """Connections that say nothing, or not enough, and others in the place of those that end."""
+    """Opens connections that send nothing or too little, and replaces connections that the relay ends."""
     until = time.monotonic() + seconds
     crowd: list[socket.socket] = []
     while time.monotonic() < until:
@@ -106,7 +105,7 @@ def silence(relay: Relay, seconds: float) -> None:
 
 
 def strangers(relay: Relay, seconds: float) -> None:
-    """A new key each time reserves, stays as long as it may, and calls peers that are not there."""
+    """Reserves with new keys, keeps reservations as long as the relay allows, and calls peers that do not exist."""
     until = time.monotonic() + seconds
     with ExitStack() as stack:
         while time.monotonic() < until:
@@ -120,7 +119,7 @@ def strangers(relay: Relay, seconds: float) -> None:
 
 
 def beats(relay: Relay, seconds: float) -> None:
-    """Signs of life as fast as they can be written, from all reservations that one host may have."""
+    """Sends `Beat` messages as fast as possible, over all reservations that one host may have."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with suppress(OSError, EOFError), Stream(relay) as stream:
@@ -130,7 +129,7 @@ def beats(relay: Relay, seconds: float) -> None:
 
 
 def flood(relay: Relay, seconds: float) -> None:
-    """All streams that one may have, to oneself, and bytes in all of them as fast as they go."""
+    """Opens all streams that one key may have, to itself, and sends bytes over all of them as fast as possible."""
     until = time.monotonic() + seconds
     with _joined(relay, until) as ends:
         for sock in ends:
@@ -147,7 +146,7 @@ def flood(relay: Relay, seconds: float) -> None:
 
 
 def unread(relay: Relay, seconds: float) -> None:
-    """The same, but nobody reads; and every other end says that it has ended."""
+    """Opens the same streams without reading from them, and ends one direction of every second stream."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with _joined(relay, until) as ends:
@@ -167,7 +166,7 @@ def unread(relay: Relay, seconds: float) -> None:
 
 @contextmanager
 def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
-    """Both ends of as many streams as the helper joins."""
+    """Both ends of as many streams as the relay joins."""
     hidden = Identity.generate()
     with ExitStack() as stack:
         ends: list[socket.socket] = []
@@ -188,20 +187,20 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
                     break
                 caller.hear()
                 ends += [caller.sock, answering.sock]
-        except (OSError, EOFError, AssertionError):  # no more are to be had
+        except (OSError, EOFError, AssertionError):  # the relay joins no more streams
             pass
         yield ends
 
 
 class TakesNoCalls(RelayServer):
-    """Keeps whoever comes, gives signs of life, and lets nobody through."""
+    """A relay that accepts every reservation, answers `Beat` messages, and passes on no calls."""
 
     async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
         await self._refuse(sock, "busy")
 
 
 class Floods(RelayServer):
-    """Says without end that somebody calls, as fast as it is heard, and keeps callers waiting."""
+    """A relay that reports calls without end, as fast as the peer reads them, and keeps callers waiting."""
 
     said = b"".join(pack(Called(bytes([index]) * 16, bytes([index]) * 32, "")) for index in range(200))
 
@@ -216,7 +215,7 @@ class Floods(RelayServer):
 
 
 class Drops(RelayServer):
-    """Lets nobody stay."""
+    """A relay that ends every reservation."""
 
     async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
         self.events["reserved"] += 1
@@ -226,12 +225,13 @@ class Drops(RelayServer):
 HOSTILE = {kind.__name__: kind for kind in (TakesNoCalls, Floods, Drops)}
 HELPERS = 8
 MOST_MIB, MOST_DESCRIPTORS = 64, STREAMS_OF_HOST + 64
-"""What a hidden peer, its caller and an honest helper may take more than before, in one process. Calls that
-helpers make up name no host, so the peer answers as many at once as it does of one, each by one connection."""
+"""Growth allowed for an unreachable peer, its caller and an honest relay, in one process. Calls that relays invent name
+no host, so the peer answers as many at once as of one host, each by one connection."""
 
 
 def hostile_helpers(kind: str, seconds: float) -> int:
-    """A hidden peer finds helpers that are all hostile but one; how often it has answered a caller meanwhile."""
+    """Runs an unreachable peer that finds hostile relays and one honest relay. Returns how often the peer has answered
+    a caller."""
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     here, there = multiprocessing.get_context("spawn").Pipe()
     with in_background(_be_hostile, there, kind), ExitStack() as stack:

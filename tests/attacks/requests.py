@@ -1,4 +1,4 @@
-"""What nodes of the DHT ask each other, with bytes changed, cut and joined, as fast as a node answers."""
+"""Mutated requests between nodes of the DHT, with bytes changed, cut and joined, as fast as a node answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from splitnet.directory.dht import Directory
 from splitnet.directory.hivemind_node import import_hivemind
-from splitnet.directory.record import MODELS_KEY, peers_key, shard_key
+from splitnet.directory.record import MODELS_KEY, shard_key
 from splitnet.security.identity import Identity
 from tests.attacks.directory import NODE, fake_record
 from tests.attacks.frames import mutated
@@ -23,7 +23,8 @@ ANSWER_S = 20.0
 
 
 def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Names of a node's functions and requests to them without an end: bytes are changed, of all or of a field."""
+    """Endless pairs of a node's function and a mutated request to it: bytes of the whole request or of a field
+    change."""
     hivemind = import_hivemind()
     messages, info = hivemind.messages, node._node.protocol.node_info
     dumps = node._node.protocol.serializer.dumps
@@ -33,7 +34,6 @@ def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
     places = [
         (hivemind.dht_id(key).to_bytes(), dumps(subkey))
         for key, subkey in (
-            (peers_key(MODEL), mallory.public.text),
             (shard_key(MODEL, mallory.public), mallory.public.text),
             (MODELS_KEY, MODEL),
         )
@@ -66,10 +66,10 @@ def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int = 0) -> int:
-    """Asks the node at a multiaddr so. Returns how often.
+    """Sends mutated requests to the node at a multiaddr. Returns how many.
 
     Raises:
-        TimeoutError: it has stopped to answer.
+        TimeoutError: the node does not answer.
     """
     peer = import_hivemind().PeerID.from_base58(address.rpartition("/p2p/")[2])
     until = time.monotonic() + seconds
@@ -80,7 +80,7 @@ def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int =
         async def ask_one(own: Any, name: str, request: bytes) -> None:
             calling = own.protocol.p2p._client.call_unary_handler(peer, f"DHTProtocol.{name}", request)
             error = (await asyncio.gather(asyncio.wait_for(calling, ANSWER_S), return_exceptions=True))[0]
-            if isinstance(error, TimeoutError):  # all others are what the node says of the request
+            if isinstance(error, TimeoutError):  # other errors are answers of the node
                 raise error
 
         async def ask_some(own: Any) -> None:
@@ -94,7 +94,7 @@ def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int =
 
 
 def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 0) -> None:
-    """Gives a node of this process such requests as if they had come from another, which exists.
+    """Passes mutated requests to a node of this process as if another existing node had sent them.
 
     Args:
         handed: a shared counter of requests.
@@ -109,7 +109,7 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
         async def take_some(own: Any) -> None:
             handlers = own.protocol.p2p._client.control.unary_handlers
             for name, request in islice(requests, AT_ONCE):
-                with contextlib.suppress(Exception):  # as libp2p's side does, which tells the other of it
+                with contextlib.suppress(Exception):  # libp2p catches errors, too, and reports them to the sender
                     await asyncio.wait_for(handlers[f"DHTProtocol.{name}"](request, source), ANSWER_S)
 
         while handed.value < count and time.monotonic() < until:
@@ -119,7 +119,7 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
 
 
 def speak(address: str, *, seconds: float, seed: int = 0) -> int:
-    """Says at the port of a node what is not libp2p, or begins like it. Returns how many pieces."""
+    """Sends bytes to the port of a node that are not libp2p, or only begin like it. Returns how many messages."""
     _, _, host, _, port, *_ = address.split("/")
     hello = b"\x13/multistream/1.0.0\n"
     recorded = [[hello, b"\x07/noise\n", bytes(34)], [hello, b"\x0b/tls/1.0.0\n", b"\x16\x03\x01\x00\x05" + bytes(5)]]

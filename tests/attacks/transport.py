@@ -1,7 +1,7 @@
-"""What a stranger with a socket can try against a peer: each attack goes on for `seconds`, against a peer that is ours.
+"""Attacks of a stranger with a socket on a peer of the tests, each for `seconds`.
 
-Each function takes the endpoint of the peer. They run in a process of their own, see `in_background`, so that what they
-cost is not taken for what they do.
+Each function takes the endpoint of the peer, and runs in a separate process (`in_background`), so that its own cost is
+not counted as the peer's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from splitnet.wire.messages import Chunk, Message, Open, Opened, Ping, Pong, Ste
 FRAME_BYTES = 1 << 20
 ANSWER_S = 20.0
 _HANDSHAKE_S = 9.0
-"""A little less than a peer waits for one."""
+"""A little less than a peer waits for a handshake."""
 
 
 class Client:
-    """A client that may connect and sends whatever frames it likes."""
+    """A client with an authorized key that sends any frames."""
 
     def __init__(self, peer: Endpoint, identity: Identity | None = None, *, queue: int = 1000) -> None:
         self.identity = identity or Identity.generate()
@@ -50,13 +50,13 @@ class Client:
         """Raises TimeoutError: the peer has refused the key."""
         for message in messages:
             try:
-                # It would wait without an end where the connection is gone; nothing else makes it wait.
+                # A blocking call would wait forever if the connection is gone, and for no other reason.
                 self.socket.send_multipart([bytes(frame) for frame in encode(message)], zmq.NOBLOCK)
             except zmq.Again:
                 raise TimeoutError("the peer accepts no connection of this key") from None
 
     def hear(self, kind: type[Message] | None = None, timeout_s: float = ANSWER_S) -> Any:
-        """The next message, of this kind if one is given. Raises TimeoutError."""
+        """The next message, of `kind` if it is given. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while self.socket.poll(max(0, round(1000 * (deadline - time.monotonic())))):
             message = decode(self.socket.recv_multipart())
@@ -75,7 +75,7 @@ class Client:
 
 
 def endless_message(peer: Endpoint, *, seconds: float, frames: int = 1500) -> None:
-    """One message after the other of so many frames, each within the bound of a frame."""
+    """Sends messages of many frames, each within the bound of a frame."""
     frame = bytes(FRAME_BYTES)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -91,7 +91,7 @@ def endless_message(peer: Endpoint, *, seconds: float, frames: int = 1500) -> No
 
 
 def silent_connections(peer: Endpoint, *, seconds: float, connections: int = 600) -> None:
-    """TCP connections that say nothing, as many at the same time as the peer allows, and new ones for those it ends."""
+    """Opens TCP connections that send nothing, as many as the peer allows, and replaces those that it ends."""
     host, _, port = peer.address.removeprefix("tcp://").rpartition(":")
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -105,7 +105,7 @@ def silent_connections(peer: Endpoint, *, seconds: float, connections: int = 600
 
 
 def connections_of_one_key(peer: Endpoint, *, seconds: float, connections: int = 300) -> None:
-    """As many connections of one key, half of which say something now and then."""
+    """Opens many connections of one key, half of which send a message from time to time."""
     identity = Identity.generate()
     deadline = time.monotonic() + seconds
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -131,7 +131,7 @@ def connections_of_one_key(peer: Endpoint, *, seconds: float, connections: int =
 def unread_answers(
     peer: Endpoint, *, seconds: float, model: str, blocks: int, hidden: int, connections: int = 4
 ) -> None:
-    """Steps whose outputs all come back, by clients that read none of them."""
+    """Sends steps whose outputs all come back, by clients that do not read."""
     positions = (60 << 10) // (4 * hidden)
     payload = bytes(4 * hidden * positions)
     deadline = time.monotonic() + seconds
@@ -149,7 +149,8 @@ def unread_answers(
 
 
 def hosts_by_name(peer: Endpoint, *, seconds: float, model: str, blocks: int) -> Sequence[Message]:
-    """Sessions whose next hops have names that somebody else's name server would answer; returns the answers."""
+    """Opens sessions whose next hops are host names, which an attacker's name server would resolve; returns the
+    answers."""
     deadline = time.monotonic() + seconds
     answers: list[Message] = []
     key = Identity.generate().public.raw
@@ -164,7 +165,8 @@ def hosts_by_name(peer: Endpoint, *, seconds: float, model: str, blocks: int) ->
 
 
 def scan(peer: Endpoint, targets: Sequence[str], *, model: str, blocks: int) -> Sequence[tuple[bool, float]]:
-    """Has a peer connect to addresses; whether it says that it reaches them, and after how many seconds."""
+    """Makes a peer connect to addresses. Returns for each whether the peer reports it as reachable, and after how many
+    seconds."""
     found: list[tuple[bool, float]] = []
     key = Identity.generate().public.raw
     with Client(peer) as client:
@@ -178,7 +180,7 @@ def scan(peer: Endpoint, targets: Sequence[str], *, model: str, blocks: int) -> 
 
 @contextmanager
 def in_background(attack: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[multiprocessing.Process]:
-    """Runs an attack in a process of its own, which ends with the block."""
+    """Runs an attack in a separate process, which ends with the block."""
     process = multiprocessing.get_context("spawn").Process(target=attack, args=arguments, kwargs=options, daemon=True)
     process.start()
     try:

@@ -1,7 +1,7 @@
-"""Peers that lie about weights, against a newcomer of ours that asks them.
+"""Peers that send false weights to a starting peer of the tests.
 
-Each goes on for some seconds and returns how often it has lied. What the newcomer may keep of it, in memory and on the
-disk, does not depend on how long that is: more is an AssertionError.
+Each function attacks for some seconds, and returns the number of false answers. It raises AssertionError if the memory
+or the files of the starting peer grow with the time of the attack.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from splitnet.wire.messages import (
 from tests.attacks.directory import fake_record
 
 MOST_MIB = 128
-"""What a newcomer's process may grow by; most of it is sockets' and allocators', and none of it grows with time."""
+"""Allowed growth of the starting peer's process. Sockets and allocators take most of it; none of it grows with time."""
 LIE_BYTES = 1 << 20
 UNDER_WAY = 16
-"""Lies that were not heard yet, or the liar's own memory would be what is measured."""
+"""Bound on false answers that are sent and not received, so that the attacker's own memory does not count."""
 
 Answer = Callable[["Liar", Destination, AskWeights], None]
 
 
 class Liar:
-    """Listens on this machine, and answers questions about weights as it is told. A context manager."""
+    """Listens on this machine, and answers questions about weights by a function. A context manager."""
 
     def __init__(self, answer: Answer) -> None:
         self.identity = Identity.generate()
@@ -79,7 +79,7 @@ class Liar:
 
 
 class Known(SwarmDirectory):
-    """A directory of some records."""
+    """A directory of fixed records."""
 
     def __init__(self, *records: PeerRecord) -> None:
         self._records = records
@@ -97,7 +97,8 @@ class Known(SwarmDirectory):
 
 
 def unasked_answers(*, seconds: float) -> int:
-    """A question is refused, then answers come that nobody asked for; the newcomer reads none, as it reads files."""
+    """Refuses a question, then sends answers without a question. The starting peer reads none, because it reads
+    files."""
     asked, heard = threading.Event(), count()
     askers: list[Destination] = []
 
@@ -131,16 +132,16 @@ def unasked_answers(*, seconds: float) -> int:
 
 
 def pieces_everywhere(*, seconds: float) -> int:
-    """A model whose manifest names one piece any number of times; a newcomer wants the one tensor that it needs.
+    """Sends a manifest that names one piece very often; the starting peer fetches the one tensor that it needs.
 
-    `SPLITNET_CACHE` must be set: the newcomer's folder is made there.
+    `SPLITNET_CACHE` must be set: the starting peer's folder is created there.
     """
     data = os.urandom(PIECE_BYTES)
     names = {digest(data): data}
     lies, round_, until = 0, 0, time.monotonic() + seconds
     while lies == 0 or time.monotonic() < until:
         round_ += 1
-        many = 1 << 18  # 256 GiB, by a manifest of 8 MiB
+        many = 1 << 18  # 256 GiB according to a manifest of 8 MiB
         filler = Tensor("filler", "U8", (many * PIECE_BYTES,), Pieces(many * PIECE_BYTES, digest(data) * many))
         needed = Tensor("needed", "U8", (PIECE_BYTES,), Pieces(PIECE_BYTES, digest(data)))
         manifest = Manifest(json.dumps({"model_type": "llama", "round": round_}), (filler, needed))
@@ -173,7 +174,7 @@ def pieces_everywhere(*, seconds: float) -> int:
 
 
 def growth() -> Callable[[], float]:
-    """Tells by how many MiB this process has grown since."""
+    """Returns a function that gives by how many MiB this process has grown since."""
     process = psutil.Process()
     before = process.memory_info().rss
     return lambda: (process.memory_info().rss - before) / 2**20

@@ -159,7 +159,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody}: check that it"),
     "client: no peer to join through": (
         "generate {small} hi --join {no_peer}",
-        "No peer tells of others: {no_peer_text} is not reached: check that it runs and that its port is open",
+        "No peer answers with records: {no_peer_text} is not reached: check that it runs and that its port is open",
     ),
     "client: an address without a key": (
         "generate {small} hi --join tcp://127.0.0.1:80",
@@ -241,7 +241,7 @@ FAILURES: dict[str, tuple[str, str]] = {
         "2 tokens and 512 virtual ones are more than the model's context of 256: lower --tokens",
     ),
     "tune: nowhere to put the text": (f"{TUNE} {{good}} --template x", "the template has no {{text}}: write it where"),
-    "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head tells labels, and the data has none: give"),
+    "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head is about labels, and the data has none: give"),
     "tune: one label": (f"{TUNE} {{one_label}}", "all examples have the label 'lights': give others"),
     "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave none of 100: lower --warmup"),
     "tune: nothing learned": (f"{TUNE} {{plain}} --lr 0", "with --lr 0 nothing is learned: leave it out"),

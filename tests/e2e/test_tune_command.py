@@ -101,7 +101,7 @@ def test_a_side_network_is_trained_on_states_that_come_once(
     options = ("--method", "side", "--eval", str(data), "--lr", "0.01", "--width", "64")
     finished = here(*words(output, *options, "--steps", "60"))
     assert finished.code == 0, finished.errors
-    assert "hidden states of 4 examples, 0 MiB, come from the peers" in finished.errors
+    assert "peers compute the hidden states of 4 examples, 0 MiB" in finished.errors
     lines = metrics(output)
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 61)]
     assert not any(line["sent_bytes"] for line in lines if "loss" in line), "steps need no peer"

@@ -1,4 +1,4 @@
-"""A network in this process: TCP connections to a peer pass through here, late, held back or cut."""
+"""Proxies that emulate a network: they pass on the TCP connections to a peer late, hold them back, or cut them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class Proxy:
-    """Listens on a port of its own and passes on to `target`, the port of a peer on loopback.
+    """Listens on its own port, and passes bytes on to `target`, the port of a peer on loopback.
 
     Attributes:
-        port: where others connect.
+        port: the port at which the proxy listens.
         target: may be set later than `port` is known.
-        delay_s: one way, in both directions.
-        bytes_per_s: of each connection and direction.
-        late_bytes: how much has come through after it was held back the last time.
+        delay_s: added in each direction.
+        bytes_per_s: bound for each connection and direction.
+        late_bytes: bytes that have passed since the last release.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class Proxy:
         self.port: int = self._server.sockets[0].getsockname()[1]
 
     def hold(self) -> None:
-        """Passes nothing on for now, as if the network had stopped: whoever waits is told nothing."""
+        """Stops passing bytes on, without an error at either end, as if the network had stopped."""
         self.late_bytes = 0
         self._call(self._set(open=False))
 
     def release(self) -> None:
-        """Passes on all that was held back, and what comes."""
+        """Passes on the bytes that were held back, and later ones."""
         self._call(self._set(open=True))
 
     def cut(self) -> None:
@@ -51,7 +51,7 @@ class Proxy:
         self._call(self._cut())
 
     def mend(self) -> None:
-        """Takes connections again, and passes on all that was held back, and what comes, at once."""
+        """Accepts connections again, and passes on all bytes without delay."""
         self._refuses = False
         self.delay_s = 0.0
         self.bytes_per_s = math.inf
@@ -124,7 +124,7 @@ class Proxy:
 
 @contextmanager
 def proxies(count: int) -> Iterator[list[Proxy]]:
-    """So many proxies, which end with the block."""
+    """`count` proxies, which end with the block."""
     made = [Proxy() for _ in range(count)]
     try:
         yield made

@@ -1,4 +1,4 @@
-"""Agents of three libraries finish a task with two tools, whether a model writes its calls with marks or without."""
+"""Agents of three libraries finish a task with two tools, with a model that writes its calls with or without marks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST = "It is 20."
 
 
 def writes(marks: bool, prompt: str) -> Sequence[str]:
-    """The next call of the task, or its end; with marks where something binds a call."""
+    """The next call of the task, or its end; with marks where a grammar binds calls."""
     step = prompt.count("<|im_start|>tool") + prompt.count("Observation:\n")
     if step >= 2 and "final_answer" not in prompt:
         return [LAST]
@@ -95,7 +95,7 @@ def test_pydantic_ai(url: str, tools: list[Any], called: list[str], stream: bool
         async with agent.run_stream(TASK) as answer:
             return await answer.get_output()
 
-    # Ends its threads, which `run_sync` leaves.
+    # Ends the threads that `run_sync` leaves.
     assert asyncio.run(run()) == LAST and called == ["add", "multiply"]
 
 

@@ -1,4 +1,4 @@
-"""Peers that answer for the directory: who joins through a peer's own port needs no DHT, and finds and is found."""
+"""Peers that answer for the directory: a process that joins through a peer's own port needs no DHT."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """A peer in a DHT, one that has joined through it alone, and one that has joined through that one."""
+    """A peer in a DHT, a second peer that has joined through the first, and a third that has joined through the
+    second."""
     with local_swarm(folder, [(0, 2)], node=node) as swarm:
         swarm.add(2, 4, join=[swarm.peers[0].join_address])
         swarm.add(4, 6, join=[swarm.peers[1].join_address])
@@ -103,7 +104,7 @@ def spans(found: list[PeerRecord]) -> list[tuple[int, int]]:
 
 
 def wait_until_missed(swarm: LocalSwarm, span: tuple[int, int]) -> None:
-    """By every peer, so that the next test does not see it: what a peer tells may be a moment old."""
+    """Waits until no peer returns the record, so that the next test does not see it: answers may be a moment old."""
     deadline = time.monotonic() + 20
     for peer in swarm.peers:
         with connect(swarm, peer) as client:
@@ -133,7 +134,7 @@ def test_a_client_needs_one_connection_with_the_peer_that_it_joins_through(swarm
         assert [link for link in client.links._transport._links if link.key == endpoint.key] == [endpoint]
 
 
-def test_who_joins_through_the_dht_finds_those_that_have_not(swarm: LocalSwarm) -> None:
+def test_a_client_of_the_dht_finds_peers_that_joined_through_a_peer(swarm: LocalSwarm) -> None:
     with swarm.newcomer() as visitor:
         assert spans(visitor.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
 
@@ -146,7 +147,7 @@ def test_addresses_of_both_kinds_go_together(swarm: LocalSwarm, node: Directory)
             assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
 
 
-def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
+def test_a_peer_that_leaves_is_gone_at_once(swarm: LocalSwarm) -> None:
     with connect(swarm, swarm.peers[1]) as client:
         leaving = swarm.add(0, 6, join=[swarm.peers[2].join_address])
         assert (0, 6) in spans(client.directory.peers(client.facts.fingerprint))
@@ -154,13 +155,13 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
         swarm.peers.remove(leaving)
         deadline = time.monotonic() + 20
         while (0, 6) in spans(client.directory.peers(client.facts.fingerprint)):
-            assert time.monotonic() < deadline  # sooner than its record expires
+            assert time.monotonic() < deadline  # before the record expires
     wait_until_missed(swarm, (0, 6))
 
 
 @pytest.mark.default_cases(through_dht=(False,))
 @pytest.mark.parametrize("through_dht", [True, False])
-def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_again(
+def test_a_running_client_learns_of_changes_without_reading_all_records(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, through_dht: bool
 ) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
@@ -187,12 +188,12 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
     wait_until_missed(swarm, (0, 6))
 
 
-def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_that_ask_each_other_do_not_wait_in_a_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers[1:]
     directory = first.directory
     assert isinstance(directory, PeerDirectory)
-    monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # second asks first already
-    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that whoever waits for itself would be late
+    monkeypatch.setattr(directory, "_joined", [*directory._joined, second.endpoint])  # a circle
+    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # so that a peer that waits for itself would be late
     monkeypatch.setattr(ask, "DIRECTORY_OTHERS_S", 60.0)
     began = time.monotonic()
     with connect(swarm, first, second) as client:
@@ -201,7 +202,7 @@ def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeyp
     assert time.monotonic() - began < 30
 
 
-def test_a_silent_peer_hides_nobody(swarm: LocalSwarm) -> None:
+def test_a_silent_peer_hides_no_record(swarm: LocalSwarm) -> None:
     stranger = Identity.generate()
     silent = Transport(stranger, on_message=lambda *_: None, listen="tcp://127.0.0.1:0")
     silent.start()
@@ -213,7 +214,7 @@ def test_a_silent_peer_hides_nobody(swarm: LocalSwarm) -> None:
         silent.close()
 
 
-def test_if_nobody_answers_it_is_an_error(swarm: LocalSwarm) -> None:
+def test_without_any_answer_there_is_an_error(swarm: LocalSwarm) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     other = Identity.generate().public
     wrong = peer_address(Endpoint(swarm.peers[0].endpoint.address, other))
@@ -247,7 +248,7 @@ def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
             second.directory.peers(second.checkpoint.fingerprint)
             third.directory.peers(second.checkpoint.fingerprint)
             first.close()
-            third._announcer.publish()  # which it does every 15 s
+            third._announcer.publish()  # a peer does this every 15 s
             second._announcer.publish()
             found = directory.peers(second.checkpoint.fingerprint)
             assert {record.key for record in found} >= {second.identity.public, third.identity.public}
@@ -290,4 +291,4 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
         attacker.ping()
         waited_s = time.monotonic() - began
     assert refused > 5000
-    assert len(asked) <= MAX_MODELS + 70 + 2 * waited_s  # of what one key may have read in a minute
+    assert len(asked) <= MAX_MODELS + 70 + 2 * waited_s  # reads that one key may cause in a minute

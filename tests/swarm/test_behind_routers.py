@@ -1,4 +1,4 @@
-"""Peers and a client that are all behind routers generate, introduced by a helper; helpers die meanwhile."""
+"""Generation with peers and a client that are all behind routers, through relays that die meanwhile."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, wait_until
 pytestmark = pytest.mark.swarm
 
 KINDS = {"a": "port-restricted", "b": "address-mapped", "c": "restricted", "client": "symmetric"}
-"""The router of each."""
+"""The kind of each host's router."""
 ANY_PORT = replace(netlab.NAMED["symmetric"], random_ports=True)
-"""Between such a router and one that filters by port as well, helpers stay."""
+"""Between such a router and a router that filters by port, all streams stay relayed."""
 
 
 class Behind:
-    """Three peers with a third of the blocks each, a node of the DHT, and helpers."""
+    """Three peers with a third of the blocks each, a node of the DHT, and relays."""
 
     def __init__(self, stack: ExitStack, folder: Path, client: netlab.Router, helpers: int) -> None:
         self._stack = stack
@@ -77,13 +77,13 @@ class Behind:
             return self._swarm.add(*span, listen=listen, join=self.node.addresses, reach=Reach.helpers)
 
     def model(self) -> RemoteCausalLM:
-        """Of a client, which is where the calling thread is."""
+        """The model of a client in the network of the calling thread."""
         facts = ModelFacts.of(self.peers["a"].checkpoint)
         self.client = self._stack.enter_context(Swarm(facts, self.node.addresses))
         return attach(self.peers["a"].checkpoint, self.client, codec="none")
 
     def ways(self) -> dict[str, Way]:
-        """From the client to each peer, and from each peer to the next."""
+        """The ways from the client to each peer, and from each peer to the next."""
         records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
         ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
         found = {f"client-{host}": self.client.links.tunnels.way(end) for host, end in ends.items()}
@@ -93,10 +93,10 @@ class Behind:
 
 
 class Watching(BaseStreamer):
-    """Does something once a number of tokens has come, and tells the longest pause after it."""
+    """Runs an action after a number of tokens, and measures the longest pause after it."""
 
     def __init__(self, tokens: int, action: Any) -> None:
-        self._left = tokens + 1  # the prompt comes first
+        self._left = tokens + 1  # `put` gets the prompt first
         self._action = action
         self._at = 0.0
         self.longest_s = 0.0
@@ -122,8 +122,10 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
 
 
 @pytest.mark.full
-def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStack, folder: Path, local: Any) -> None:
-    """As in docs/routers.md: nothing is said of routers, and no peer of the model could try to connect to another."""
+def test_unreachable_peers_learn_from_a_relay_that_they_are_unreachable(
+    stack: ExitStack, folder: Path, local: Any
+) -> None:
+    """As in docs/routers.md: no options about routers are given, and no peer of the model can connect to another."""
     kinds = dict.fromkeys(("a", "b"), netlab.NAMED["port-restricted"])
     behind = {host: f"router of {host}" for host in kinds}
     routers = {f"router of {host}": kind for host, kind in kinds.items()}
@@ -148,7 +150,7 @@ def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStac
 
 
 @pytest.mark.full
-def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack, folder: Path, local: Any) -> None:
+def test_direct_ways_continue_after_the_relay_has_died(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, netlab.NAMED[KINDS["client"]], helpers=1)
     wanted = local.generate(**prompt(), **GREEDY)
     with behind.lab.inside("client"):
@@ -171,7 +173,7 @@ def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack,
 
 
 @pytest.mark.full
-def test_an_answer_goes_on_through_another_helper(stack: ExitStack, folder: Path, local: Any) -> None:
+def test_an_answer_continues_through_another_relay(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, ANY_PORT, helpers=2)
     wanted = local.generate(**prompt(), **GREEDY)
     killed: list[str] = []

@@ -207,7 +207,7 @@ NOT_CUT = (
     (
         ("gemma-4-E2B", "gemma-4-E4B"),
         "gemma4",
-        "its blocks take an input of their own for every token besides the hidden state",
+        "its blocks have a second input for every token besides the hidden state",
     ),
     (
         ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"),

@@ -1,4 +1,4 @@
-"""What a client that runs for long meets: a directory that falls silent, peers that come and go, garbage in cycles."""
+"""A client that runs for long: a silent directory, peers that come and go, garbage in reference cycles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.swarm
 
 @pytest.fixture(scope="module")
 def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """Two peers for every span."""
+    """A swarm with two peers for every span."""
     with local_swarm(folder, SPANS * 2, node=node) as swarm:
         yield swarm
 
@@ -50,7 +50,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
             raise DirectoryError("The DHT did not answer.")
 
         directory.peers = directory.models = silent
-        # Whoever wants to know of peers finds that it is time to ask again.
+        # Every look at the peers then asks the directory again.
         monkeypatch.setattr(peer_cache, "RECORDS_MAX_AGE_S", 0.0)
 
     options: Any = GREEDY | ({"speculate": speculate} if speculate else {})
@@ -61,7 +61,7 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
         directory.peers(model.swarm.facts.fingerprint)
 
 
-def test_peers_that_are_measured_tell_how_busy_they_are(swarm: LocalSwarm) -> None:
+def test_measured_peers_report_their_load(swarm: LocalSwarm) -> None:
     model = swarm.model()
     model.generate(**prompt(), **GREEDY)
     records = model.swarm.peers()
@@ -92,7 +92,7 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
+def test_peers_report_the_progress_of_a_session(swarm: LocalSwarm) -> None:
     model = swarm.model()
     stranger = swarm.connect(Identity.generate())
     stranger.peers()
@@ -101,14 +101,14 @@ def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
         assert isinstance(cache.session, Session)
         for hop in cache.session.hops:
             asked = (model.swarm.ping(hop.endpoint, cache.session.id).result(20.0) for _ in range(100))
-            answer = next(answer for answer in asked if not answer.waiting)  # a step ends after its result was sent
+            answer = next(answer for answer in asked if not answer.waiting)  # a step ends after its result is sent
             assert (answer.holds, answer.done) == (True, cache.get_seq_length())
             answer = stranger.ping(hop.endpoint, cache.session.id).result(20.0)
             assert (answer.holds, answer.waiting, answer.done) == (False, 0, 0)
-            assert model.swarm.ping(hop.endpoint).result(20.0).holds is None
+            assert not model.swarm.ping(hop.endpoint).result(20.0).holds
 
 
-def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:
+def test_peers_report_the_progress_of_training(swarm: LocalSwarm) -> None:
     model = swarm.model()
     ids = prompt()["input_ids"]
     model(
@@ -116,7 +116,7 @@ def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:
     ).logits.sum().backward()
     [session] = model.swarm.links._sessions
     done = [model.swarm.ping(peer.endpoint, session).result(20.0).done for peer in swarm.peers]
-    # There and back through all spans; more if a busy machine made a hop so slow that it was replaced.
+    # Forward and backward through all spans; more if a hop on a busy machine was so slow that it was replaced.
     assert sum(done) >= 2 * ids.numel() * len(SPANS), done
 
 
@@ -126,7 +126,7 @@ def test_a_thousand_peers_that_come_and_go_leave_room_for_the_others(swarm: Loca
     assert torch.equal(model.generate(**prompt(), **GREEDY), expected)
     before = len(os.listdir("/proc/self/fd"))
     key = Identity.generate().public
-    for number in range(1000):  # as a client that looks at every peer that it sees
+    for number in range(1000):  # a client measures every new peer
         model.swarm.ping(Endpoint(f"tcp://127.0.0.1:{1 + number}", key))
     assert torch.equal(model.generate(**prompt(), **GREEDY), expected)
     assert len(os.listdir("/proc/self/fd")) - before <= 4 * MAX_LINKS
@@ -142,7 +142,7 @@ def test_a_cache_that_the_collector_frees_gives_back_the_memory_of_peers(swarm: 
     box.append(box)
     del output, box
     assert all(len(table) == 1 for table in held)
-    with model.swarm.links._transport._outbox.lock:  # as where an allocation in `Transport.send` wakes the collector
+    with model.swarm.links._transport._outbox.lock:  # as when an allocation in `Transport.send` starts the collector
         gc.collect()
     for table in held:
         assert any(not len(table) or (table.wait_for_end(0.1) and not len(table)) for _ in range(100))

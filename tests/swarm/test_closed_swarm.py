@@ -39,7 +39,7 @@ KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
 
 @pytest.fixture(scope="module")
 def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers of a closed swarm, which accept any key: so what an outsider does comes as far as it can."""
+    """Two peers of a closed swarm that accept any key, so that outsiders can connect."""
     with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
         swarm.add(0, 6, swarm_key=KEY, join=[swarm.peers[0].join_address])
         yield swarm
@@ -59,7 +59,7 @@ def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) ->
             assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
 
 
-def test_from_pretrained_takes_the_swarm_key_and_whom_it_trusts(swarm: LocalSwarm, local: Any, tmp_path: Path) -> None:
+def test_from_pretrained_takes_the_swarm_key_and_trusted_keys(swarm: LocalSwarm, local: Any, tmp_path: Path) -> None:
     peer, other = swarm.peers
     key, trusted = tmp_path / "swarm.key", tmp_path / "trusted"
     write_secret_file(key, f"{KEY.secret_text}\n")
@@ -86,7 +86,9 @@ def test_from_pretrained_takes_the_swarm_key_and_whom_it_trusts(swarm: LocalSwar
         AutoModelForCausalLM.from_pretrained(swarm.folder, swarm_key=tmp_path / "none", **connection)
 
 
-def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_no_peer_serves_is_not_reported_as_a_wrong_key(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     facts = dataclasses.replace(ModelFacts.of(swarm.peers[0].checkpoint), fingerprint="ab" * 32)
     with (
@@ -97,7 +99,7 @@ def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm, monkeypat
 
 
 @pytest.mark.full
-def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
+def test_the_first_peer_is_gone_at_once_when_it_leaves(folder: Path) -> None:
     with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
         first = swarm.peers[0]
         second = swarm.add(0, 6, swarm_key=KEY, join=[first.join_address])
@@ -110,7 +112,7 @@ def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
         assert {record.key for record in second.directory.peers(model)} == {second.identity.public}
 
 
-def test_what_only_a_dht_has_is_refused_by_name(swarm: LocalSwarm) -> None:
+def test_features_of_a_dht_are_refused_by_name(swarm: LocalSwarm) -> None:
     join = [swarm.peers[0].join_address]
     with pytest.raises(DirectoryError, match="leave --dht-listen out"):
         swarm.add(0, 6, swarm_key=KEY, join=join, dht_listen=["/ip4/127.0.0.1/tcp/0"])
@@ -118,7 +120,7 @@ def test_what_only_a_dht_has_is_refused_by_name(swarm: LocalSwarm) -> None:
         swarm.add(0, 6, swarm_key=KEY, join=join, lan=True)
 
 
-def test_an_outsider_finds_nobody(swarm: LocalSwarm) -> None:
+def test_an_outsider_finds_no_peers(swarm: LocalSwarm) -> None:
     peer = swarm.peers[0]
     with pytest.raises(DirectoryError, match="has another swarm key, or none"):
         connect(peer, OTHER)
@@ -148,7 +150,7 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
         assert outsider.public not in {record.key for record in member.directory.records(model)}
 
 
-def test_outsiders_that_ask_without_end_keep_no_member_from_joining(
+def test_a_flood_of_outsiders_does_not_keep_a_member_from_joining(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(directory, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
@@ -159,7 +161,7 @@ def test_outsiders_that_ask_without_end_keep_no_member_from_joining(
         assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
 
 
-def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
+def test_messages_between_members_are_sealed(swarm: LocalSwarm) -> None:
     peer = swarm.peers[0]
     with Client(peer.endpoint) as member:
         member.say(LookUp(1, KEY.place(peer.checkpoint.fingerprint), 0))
@@ -168,7 +170,7 @@ def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
         assert known not in payload and known in KEY.unseal(payload)
 
 
-def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_path: Path) -> None:
+def test_a_revoked_invitation_ends_within_seconds(folder: Path, tmp_path: Path) -> None:
     owner, friend = Identity.generate(), Identity.generate()
     keys = tmp_path / "keys"
     keys.write_text(f"{owner.public.text}\n{friend.public.text} anna\n")
@@ -195,7 +197,7 @@ def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_
             assert spans(client.peers()) == [(0, 6)]
 
 
-def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_a_client_routes_only_through_trusted_peers(swarm: LocalSwarm, tmp_path: Path) -> None:
     first, second = (peer.identity.public for peer in swarm.peers)
     trusted, nobody = tmp_path / "trusted", tmp_path / "nobody"
     trusted.write_text(f"{second.text} a friend\n")
@@ -203,7 +205,7 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
     with connect(swarm.peers[0], trusted=AuthorizedKeys(trusted)) as client:
         assert [record.key for record in client.peers()] == [second]
         assert [hop.record.key for hop in client.plan(NEEDS)] == [second]
-        trusted.write_text(f"{first.text}\n")  # it is read again
+        trusted.write_text(f"{first.text}\n")  # the client reads the file again
         deadline = time.monotonic() + 10
         while [hop.record.key for hop in client.plan(NEEDS)] != [first]:
             assert time.monotonic() < deadline
@@ -215,7 +217,7 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
         client.plan(NEEDS)
 
 
-def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_a_session_leaves_a_peer_that_is_not_trusted_any_more(swarm: LocalSwarm, tmp_path: Path) -> None:
     keys = {peer.identity.public for peer in swarm.peers}
     trusted = tmp_path / "trusted"
     trusted.write_text("".join(f"{key.text}\n" for key in keys))

@@ -1,4 +1,4 @@
-"""Embeddings and ranked documents of a small swarm, with OpenAI's client, against transformers in one piece."""
+"""Embeddings and ranked documents of a small swarm, with OpenAI's client, compared with transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Using = Callable[[AsyncOpenAI, Server], Awaitable[Any]]
 
 @pytest.fixture(scope="module")
 def folder(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As Qwen3-Embedding-8B is published: without a head, and without `model.` before names."""
+    """A checkpoint in the form of Qwen3-Embedding-8B: without a head, and without `model.` before names."""
     whole = random_checkpoint("qwen3", tmp_path_factory.mktemp("whole"), vocab=49152, tie_word_embeddings=False)
     folder = tmp_path_factory.mktemp("embedding")
     AutoModel.from_pretrained(whole).save_pretrained(folder)
@@ -85,7 +85,7 @@ def tokenizer(folder: Path) -> Any:
 
 @pytest.fixture
 def asking(folder: Path, model: RemoteCausalLM, tokenizer: Any) -> Iterator[Callable[..., Any]]:
-    """Runs what a test does with OpenAI's client."""
+    """Runs the coroutine of a test with OpenAI's client."""
     made: list[Server] = []
 
     def run(does: Using, on: RemoteCausalLM = model, own_tokenizer: Any = tokenizer, **options: Any) -> Any:
@@ -151,7 +151,7 @@ def test_embeddings_are_the_pooled_states_of_the_whole_model(
 def test_a_side_network_adds_to_embeddings(
     asking: Callable[..., Any], folder: Path, swarm: LocalSwarm, whole: Any, tokenizer: Any
 ) -> None:
-    """Of texts of several lengths, which are read together with padding."""
+    """With texts of several lengths, which are read in a batch with padding."""
     torch.manual_seed(0)
     side = SideNetwork.beside(whole.config.hidden_size, whole.config.num_hidden_layers)
     torch.nn.init.normal_(side.write.weight, std=0.5)
@@ -193,7 +193,7 @@ def test_ollamas_paths(asking: Callable[..., Any], whole: Any, tokenizer: Any) -
     asking(does, pooling=Pooling(most=256, told=True))
 
 
-def test_a_checkpoint_without_a_head_answers_nothing(
+def test_a_checkpoint_without_a_head_generates_nothing(
     asking: Callable[..., Any], folder: Path, swarm: LocalSwarm
 ) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> Any:
@@ -243,7 +243,7 @@ def test_other_poolings(asking: Callable[..., Any], whole: Any, tokenizer: Any, 
     assert torch.allclose(found.norm(dim=1), torch.stack(expected).norm(dim=1), rtol=1e-2)
 
 
-def test_texts_are_read_in_parts_where_peers_have_no_room(
+def test_texts_are_read_in_smaller_batches_where_peers_lack_memory(
     asking: Callable[..., Any], model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -267,10 +267,10 @@ def test_texts_are_read_in_parts_where_peers_have_no_room(
     monkeypatch.setattr(generation, "READ_POSITIONS", 8)
     read.clear()
     asking(does)
-    assert read[0] == 1  # the longest stands alone
+    assert read[0] == 1  # the longest text is read alone
 
 
-def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_embedding_requests_are_refused(asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MOST_TOKENS", 64)
 
     async def does(client: AsyncOpenAI, server: Server) -> None:
@@ -280,7 +280,7 @@ def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.
             ("input", {"input": [49152]}, "knows the tokens"),
             ("dimensions", {"dimensions": 65}, "64 dimensions"),
             ("prompt_name", {"prompt_name": "passage"}, "use 'query' or 'document'"),
-            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not before tokens"),
+            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not tokens"),
             ("encoding_format", {"encoding_format": "int8"}, "'float' or 'base64'"),
             ("task", {"task": "x"}, "not supported"),
             (None, {"input": "word " * 50}, "shorten"),
@@ -293,7 +293,7 @@ def test_what_embeddings_refuse(asking: Callable[..., Any], monkeypatch: pytest.
             model=MODEL, input="word " * 50, extra_body={"truncate_prompt_tokens": -1}
         )
         assert reply.usage.prompt_tokens == 40
-        with pytest.raises(openai.BadRequestError, match="is no reranker"):
+        with pytest.raises(openai.BadRequestError, match="is not a reranker"):
             await client.post("/rerank", body={"model": MODEL, "query": "x", "documents": ["y"]}, cast_to=object)
 
     asking(does, pooling=Pooling(most=40, prompts={"query": "Q", "document": ""}))
@@ -317,7 +317,7 @@ ASKED = (
 
 @pytest.fixture(scope="module")
 def reranker(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As Qwen3-Reranker is published."""
+    """A checkpoint in the form of Qwen3-Reranker."""
     folder = random_checkpoint("qwen3", tmp_path_factory.mktemp("reranker"), vocab=49152, seed=3)
     Checkpoint.open(demo_checkpoint).tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("---\ntags: x\n---\n# Qwen3-Reranker-0.6B\n")

@@ -1,4 +1,4 @@
-"""A live peer under fire: thousands of frames from a client that may connect but does not behave."""
+"""Fuzzing of a live peer: thousands of hostile frames from a client with an authorized key."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ KV_MEMORY = 16 * 2**20
 ANSWER_S = 20.0
 
 MEMORY_BOUND = 160 * 2**20
-"""How much the whole process may grow: four times the KV memory for rows that are allocated ahead, activations and
-logs of the same sessions, and what Python, torch and ZeroMQ do not give back at once."""
+"""Allowed growth of the whole process: four times the KV memory for rows that are allocated ahead, activations and logs
+of the same sessions, and memory that Python, torch and ZeroMQ free late."""
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
-# Few sessions, so that most messages are about one that is open.
+# Few sessions, so that most messages name an open session.
 ANSWERS = (
     Pong
     | Failure
@@ -93,7 +93,7 @@ HOSTILE_KEYS = [Identity.generate().public.raw for _ in range(4)]
 
 @dataclass
 class Attacker:
-    """An authenticated client that sends any frames it likes."""
+    """An authenticated client that sends any frames."""
 
     swarm: LocalSwarm
     identity: Identity = field(default_factory=Identity.generate)
@@ -122,7 +122,8 @@ class Attacker:
             self.send(encode(message))
 
     def ping(self) -> float:
-        """Waits for the answer to a ping, in ms; on the way every other answer must be a message."""
+        """Waits for the answer to a ping, and returns the round trip in ms. All other answers must be valid
+        messages."""
         self.nonce += 1
         began = time.perf_counter()
         self.say(Ping(self.nonce))
@@ -134,7 +135,7 @@ class Attacker:
                 return (time.perf_counter() - began) * 1000
 
     def wait_until_idle(self) -> None:
-        """Until all steps that were sent are through."""
+        """Waits until all steps that were sent are finished."""
         deadline = time.monotonic() + ANSWER_S
         self.ping()
         queues = [peer.service.queue for peer in self.swarm.peers]
@@ -180,12 +181,12 @@ def memory_stays_bounded(running: LocalSwarm, attacker: Attacker) -> Iterator[No
 
 @pytest.fixture(autouse=True)
 def honest_clients_are_served(running: LocalSwarm, folder: Path, attacker: Attacker) -> Iterator[None]:
-    """After every test, and while the attacker is still connected."""
+    """Checks after every test, while the attacker is connected, that an honest client is served."""
     yield
     attacker.say(*(Close(session) for session in SESSIONS))
     attacker.wait_until_idle()
     for peer in running.peers:
-        peer._announcer.publish()  # the record of before may be of a moment when the attacker held all memory
+        peer._announcer.publish()  # the last record may be of a moment at which the attacker held all memory
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -193,7 +194,7 @@ def honest_clients_are_served(running: LocalSwarm, folder: Path, attacker: Attac
         assert torch.equal(visitor.model().generate(**inputs), local.generate(**inputs))  # pyright: ignore
 
 
-# The peer keeps its state between examples, so a failing one can be neither repeated nor made smaller.
+# The peer keeps its state between examples, so a failing example can be neither repeated nor shrunk.
 many = settings(
     max_examples=examples(150),
     derandomize=True,
@@ -230,7 +231,7 @@ floats = st.sampled_from(
 
 @st.composite
 def payloads(draw: st.DrawFn, codec: int, positions: int) -> bytes:
-    """Mostly as long as the positions take."""
+    """A payload, mostly of the length that the positions take."""
     known = [other for other in CODECS.values() if other.code == codec]
     size = positions * known[0].bytes_per_position(HIDDEN) if known else positions
     if size > 2**20 or draw(st.integers(0, 9)) == 0:
@@ -241,7 +242,7 @@ def payloads(draw: st.DrawFn, codec: int, positions: int) -> bytes:
 
 numbers = st.integers(0, 12)
 taps = st.sampled_from([(), (1,), (1, 2, 3), (3,), (2, 1), (0,), (4096,), tuple(range(1, 9))])
-"""Where hidden states are wanted."""
+"""Boundaries at which hidden states are wanted."""
 versions = st.integers(0, 3)
 tensor_names = st.sampled_from(
     [
@@ -268,7 +269,7 @@ tensors = st.builds(lambda shape, value: torch.full(shape, value), shapes, st.sa
 
 @st.composite
 def training(draw: st.DrawFn) -> Message:
-    """What a program that trains would not send, or would send at another time."""
+    """Messages of training that an honest client would not send, or not at this time."""
     session, epoch, number = draw(session_ids), draw(epochs), draw(numbers)
     lengths = tuple(draw(st.lists(st.integers(1, 9) | counts, max_size=4)))
     codec = draw(codecs)
@@ -309,7 +310,7 @@ def training(draw: st.DrawFn) -> Message:
 
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    """Steps with values that a program would not send; many are well-formed enough to reach the device."""
+    """Steps with values that an honest client would not send; many are valid enough to reach the device."""
     parts = tuple(draw(st.lists(st.builds(Chunk, rows, counts, counts, counts), max_size=4)))
     if draw(st.booleans()):
         parts = tuple(Chunk(row, start % 2, 1 + length % 40, 1) for row, start, length, _ in parts)
@@ -323,7 +324,7 @@ def steps(draw: st.DrawFn) -> Step:
 
 
 def beginnings(attacker: Attacker) -> st.SearchStrategy[list[Message]]:
-    """A session as a program begins it, up to a step that is computed if the peer has room."""
+    """The first messages of an honest session, up to a step that is computed if the peer has room."""
     return st.builds(
         lambda session, reservation, taps: [
             Close(session),
@@ -382,7 +383,7 @@ def test_hostile_values(attacker: Attacker) -> None:
 
     attack()
     attacker.wait_until_idle()
-    # It was not all refused at the door: steps were computed, and others refused.
+    # Not all messages were refused at once: some steps were computed.
     assert attacker.answers.get(Result, 0) > 0
     assert attacker.answers.get(Tapped, 0) > 0
     assert attacker.answers.get(Opened, 0) > 0
@@ -480,7 +481,7 @@ def test_thousands_of_next_hops(running: LocalSwarm, attacker: Attacker) -> None
     attacker.say(*(Close(name) for name in names), Close(SESSIONS[0]))
     attacker.ping()
     deadline = time.monotonic() + ANSWER_S
-    while len(transport._links) > 1:  # the link to the other peer of the swarm may stay
+    while len(transport._links) > 1:  # the link to the other peer of the swarm may stay open
         assert time.monotonic() < deadline
         attacker.ping()
 
@@ -498,7 +499,7 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
         attacker.ping()
     refused = attacker.answers.get(Failure, 0)
     attacker.say(Step(SESSIONS[0], 1, 5, (Chunk(1, 0, 1, 1),), None, 0, 0, bytes(4 * HIDDEN)))
-    # The step runs once; its output comes back to the same peer, which refuses it.
+    # The step runs once; its output returns to the same peer, which refuses it.
     while attacker.answers.get(Failure, 0) == refused:
         assert time.monotonic() < deadline
         attacker.ping()
@@ -535,7 +536,7 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
 
 
 @pytest.mark.full
-def test_an_endless_queue_of_small_steps(attacker: Attacker) -> None:
+def test_the_queue_of_small_steps_is_bounded(attacker: Attacker) -> None:
     attacker.say(attacker.open(SESSIONS[0], reservation=2000))
     forks = tuple(Fork(1, 1) for _ in range(900))
     slowest = 0.0
@@ -560,7 +561,7 @@ def test_another_client_is_not_disturbed_while_it_lasts(running: LocalSwarm, fol
         for attempt in range(3):
             for number in range(60):
                 session = SESSIONS[number % 2]
-                # NaN, a gap, a row twice, and a close while steps are on the device.
+                # NaN, a gap, a repeated row, and a close while the device computes steps.
                 attacker.say(
                     Step(session, 1, number, (Chunk(1, 0, 4, 4),), None, 0, 0, nan * 4),
                     Step(session, 1, number, (Chunk(1, 99, 1, 1),), None, 0, 0, nan),

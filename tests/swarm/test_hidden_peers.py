@@ -1,4 +1,4 @@
-"""Peers that nobody can connect to serve through helpers, and the tokens are those of the whole model."""
+"""Unreachable peers serve through relays, and the tokens are those of the whole model."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 pytestmark = pytest.mark.swarm
 
 NOWHERE = "127.0.0.1:9"
-"""Nobody listens there: who is announced at it is reached through helpers, or not at all."""
+"""An address without a listener: a peer announced at it can only be reached through relays."""
 
 
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    """Disables hole punching. On loopback every node reaches every other, so a direct way would always be found."""
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
@@ -49,7 +49,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """A helper that serves nothing the others do not, and two hidden peers."""
+    """A swarm without peers; each test adds relays and unreachable peers."""
     with local_swarm(folder, [], node=node) as swarm:
         yield swarm
 
@@ -76,7 +76,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY)
         assert cache.session is not None
-        assert not any(hop.relayed for hop in cache.session.hops)  # hidden peers reach each other, too
+        assert not any(hop.relayed for hop in cache.session.hops)  # unreachable peers reach each other, too
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
     assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
@@ -100,7 +100,7 @@ def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, local: Any) -> None:
+def test_an_answer_continues_when_a_relay_dies(swarm: LocalSwarm, local: Any) -> None:
     swarm.add(0, 3, relay_port=0)
     swarm.add(0, 3, relay_port=0)
     add_hidden(swarm, 3, 6, relays=2)
@@ -118,7 +118,7 @@ def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, l
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_node_of_the_dht_helps_and_people_are_told(
+def test_a_bootstrap_node_is_a_relay_and_prints_that(
     swarm: LocalSwarm, node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = Identity.generate()
@@ -141,10 +141,10 @@ def test_a_node_of_the_dht_helps_and_people_are_told(
     assert relay not in find_helpers(node)
 
 
-def test_a_peer_asks_others_and_looks_for_helpers(
+def test_a_peer_asks_whether_it_is_reachable_and_looks_for_relays(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
 ) -> None:
-    """On loopback nobody is asked; here all are taken for peers on the internet."""
+    """Peers on loopback ask no other peers, so in this test all addresses count as addresses on the internet."""
     monkeypatch.setattr("peers.reach.is_global", lambda address: True)
     monkeypatch.setattr("peers.reach.is_reachable", lambda listen: True)
     swarm.add(0, 3, relay_port=0)
@@ -212,7 +212,9 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, node: Directory, local: Any) -> None:
+def test_a_process_that_joins_through_a_peer_finds_relays_of_the_dht(
+    swarm: LocalSwarm, node: Directory, local: Any
+) -> None:
     with relaying(node, Identity.generate(), "127.0.0.1", 0, None) as relay:
         wait_until(lambda: relay in find_helpers(node))
         first = swarm.add(0, 3)

@@ -11,17 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.server import Peer
 from peers.service import SessionService
 from splitnet.directory.dht import Directory
-from splitnet.errors import PeerTooOld
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.session.driver import LinkCodecs
 from splitnet.session.inference import Session
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.messages import Open, Tapped
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs, shared_swarm, wait_until
+from tests.swarm.harness import SPANS, LocalSwarm, repairs, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -247,43 +245,6 @@ def test_a_hop_that_sends_nonsense_is_replaced(
         check()
         assert len(repairs(cache.session)) == 1
         assert liar not in [hop.endpoint for hop in cache.session.hops]
-
-
-def make_old(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ignores the fields that it does not know."""
-    service = peer.service
-    receive = service.receive
-
-    def ignoring(source: Any, message: Any, now: float) -> None:
-        if isinstance(message, Open):
-            values = {name: getattr(message, name) for name in Open.__slots__ if name not in ("taps", "tap_codec")}
-            message = Open(**values, session=message.session, epoch=message.epoch)
-        receive(source, message, now)
-
-    monkeypatch.setattr(service, "receive", ignoring)
-
-
-def test_peers_of_an_older_version_are_left_out_or_named(
-    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = tokens(8)
-    states = states_of(own_folder, ids)
-    with local_swarm(own_folder, SPANS, node=node) as swarm:
-        make_old(swarm.peers[1], monkeypatch)
-        model = swarm.model()
-        for taps in ((1, 5), (1, 2, 5)):
-            with model.session() as cache:
-                cache.remote.use_taps(taps)
-                torch.testing.assert_close(step(model, cache, ids), joined(states, taps), **CLOSE)
-        with model.session() as cache:
-            cache.remote.use_taps((1, 3))
-            with pytest.raises(PeerTooOld, match=r"update it, or speculate without this head") as caught:
-                step(model, cache, ids)
-            assert swarm.peers[1].endpoint.address in str(caught.value)
-            added = swarm.add(2, 4)
-            wait_until(lambda: len(swarm.client.peers(fresh=True)) == len(swarm.peers))
-            torch.testing.assert_close(step(model, cache, ids), joined(states, (1, 3)), **CLOSE)
-            assert cache.session is not None and cache.session.hops[1].endpoint == added.endpoint
 
 
 @of_llama

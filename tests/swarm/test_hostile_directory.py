@@ -1,4 +1,4 @@
-"""Strangers that fill the directory, empty it, or put peers into it that do not exist, beside an honest swarm."""
+"""An honest swarm while strangers fill the directory, hide records, or announce peers that do not exist."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> No
 
 @pytest.fixture
 def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before nodes start."""
+    """Lowers the bounds of nodes; must run before nodes start."""
     monkeypatch.setattr("splitnet.directory.interface.RECORDS_PER_KEY", 16)
 
 
 @pytest.mark.full
-def test_a_peer_that_has_worked_comes_into_a_full_directory(
+def test_a_peer_with_a_proof_of_work_enters_a_full_directory(
     few_places: None, swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitnet.security.identity.WORK_BITS", 5)
@@ -73,7 +73,7 @@ def test_a_peer_that_has_worked_comes_into_a_full_directory(
     late = swarm.add(0, 6, key_file=tmp_path / "key")
     late._look_around()
     late._announcer.publish()
-    # Each is found at its own node in any case, if readers hear of that.
+    # A record is always found at the peer's own node, if readers know this node.
     directory = swarm.peers[0].directory
     assert isinstance(directory, Directory)
     node = directory._node.protocol
@@ -93,7 +93,7 @@ def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, loca
         client.close()
 
 
-def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
+def test_models_of_one_key_are_bounded(swarm: LocalSwarm) -> None:
     model = swarm.peers[0].checkpoint.fingerprint
     list_models(swarm.addresses, model, count=500)
     with Directory.start(initial_peers=swarm.addresses) as reader:
@@ -104,9 +104,9 @@ def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
 
 @pytest.mark.full
 def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> None:
-    """Under records that nodes are told to cache, and with nodes around the keys that keep nothing.
+    """With fake records in the caches of nodes, and with nodes near the keys that return no records.
 
-    One of three readings in a row finds all: on a slow machine honest nodes, too, answer too late.
+    One of three readings in a row must find all peers, because on a slow machine honest nodes may answer too late.
     """
     model = swarm.peers[0].checkpoint.fingerprint
     everybody = {peer.identity.public for peer in swarm.peers}
@@ -119,8 +119,8 @@ def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> 
         assert all(attack.result() for attack in attacks)
 
 
-def test_a_peer_that_tells_of_nobody_hides_nobody(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that asks peers what has changed asks another one each time."""
+def test_a_peer_that_returns_no_records_hides_none(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client asks another peer for changes each time."""
     liar = swarm.peers[0]
     client = swarm.join()
     assert len(client.peers()) == 2
@@ -146,8 +146,8 @@ def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Pa
 
 
 @pytest.mark.full
-def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers look when they are told
+def test_fake_peers_neither_cause_nor_prevent_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers only look when the test tells them to
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))
         model, before = swarm.peers[0].checkpoint.fingerprint, spare.span.start

@@ -1,4 +1,4 @@
-"""Changed bytes of honest traffic reach a live peer, and are decoded by whoever reads them."""
+"""Mutated frames of honest traffic reach live peers, clients and nodes of the directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.swarm
 MEMORY_BOUND = 192 * 2**20
 
 
-def test_a_peer_answers_on_and_keeps_its_memory(tmp_path: Path, node: Directory) -> None:
+def test_a_peer_keeps_answering_with_bounded_memory(tmp_path: Path, node: Directory) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     ids = torch.arange(9)[None] + 3
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
@@ -56,7 +56,7 @@ def announce(node: Directory, hop: HostileHop, facts: ModelFacts) -> None:
 
 
 @pytest.mark.full
-def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_keeps_working_with_bounded_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     checkpoint = Checkpoint.open(folder)
     facts = ModelFacts.of(checkpoint)
@@ -79,7 +79,7 @@ def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.Lo
 
 
 @pytest.mark.full
-def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
+def test_a_node_of_the_directory_keeps_answering_with_bounded_memory() -> None:
     identity = Identity.generate()
     record = fake_record(identity, requests.MODEL)
     with dht_node() as node, Directory.start(initial_peers=node.addresses) as reader:
@@ -94,7 +94,7 @@ def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
 
 
 def test_frames_that_are_no_messages_are_protocol_errors() -> None:
-    """Clients decode by the same code."""
+    """Clients use the same decoder."""
     facts = ModelFacts(fingerprint=bytes(32).hex(), name="a model", num_blocks=4, hidden_size=64, max_positions=512)
     messages = [message for session in SESSIONS for message in said(facts, (0, 4), session)]
     decoded = 0

@@ -1,4 +1,4 @@
-"""Attacks on a gateway in a process of its own, with an honest client beside: what they cost it, and memory."""
+"""Attacks on a gateway in a separate process: the costs for an honest client, and the growth of memory."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempP
 
 @dataclass
 class Gateway:
-    """A running server; `key`: of the honest client."""
+    """A running server; `key`: that of the honest client."""
 
     url: str
     process: psutil.Process
     key: str | None = None
 
     def ask(self, path: str = "/v1/completions", *, key: str | None = None, **body: Any) -> httpx.Response:
-        """What an honest client is told."""
+        """The reply to a request of the honest client."""
         given = key or self.key
         headers = {"Authorization": f"Bearer {given}"} if given else {}
         prompt = {} if "messages" in body else {"prompt": "Bees fly"}
@@ -59,9 +59,9 @@ class Gateway:
     def under(
         self, attack: Callable[[], attacks.Outcomes], *, enough: threading.Event | None = None
     ) -> Iterator[Beside]:
-        """Attacks it and asks beside that, until the attack is over; what the `with` then gets is complete.
+        """Runs an attack, with requests of the honest client meanwhile, and yields the measurements after its end.
 
-        `enough` is set once five honest clients were answered.
+        enough: set once five honest requests were answered.
         """
         beside = Beside(self._rss())
         expected = self.ask().json()["choices"]
@@ -89,7 +89,7 @@ class Gateway:
 
 @dataclass
 class Beside:
-    """What was seen during an attack. `seconds`: of computing of the server, until an honest client had its answer."""
+    """Measurements during an attack. seconds: the server's computing time until each answer to the honest client."""
 
     rss_before: int
 
@@ -100,7 +100,7 @@ class Beside:
 
     @property
     def readings(self) -> float:
-        """How many bodies of the attackers' size are read in the longest of `seconds`: a slow machine changes both."""
+        """The longest of `seconds` in units of `reading_s`, which grows on a slow machine, too."""
         return max(self.seconds) / min(reading_s() for _ in range(3))
 
     @property
@@ -109,7 +109,7 @@ class Beside:
 
 
 def reading_s() -> float:
-    """How long this machine computes to read a body of 300,000 values."""
+    """Computing time of this machine for the parsing of a body of 300,000 values, as large as the attackers' bodies."""
     body = json.dumps({"prompt": [1.5] * 300_000})
     began = time.thread_time()
     json.loads(body)
@@ -164,7 +164,7 @@ def test_schemas_nested_too_deep(public: Gateway) -> None:
 
 @pytest.mark.timeout(300)
 def test_requests_that_unfold(keyed: Gateway) -> None:
-    """Through all APIs; the answers beside them are the same, and the gateway neither ends nor grows."""
+    """Through all APIs: honest answers stay the same, and the gateway neither ends nor grows."""
     kinds = len(attacks.bombs_of("small"))
     with keyed.under(lambda: attacks.bombs(keyed.url, seconds=0, key=BOB, count=2)) as beside:
         assert beside.outcomes.keys() <= {"200", "400", "413"} and beside.outcomes.total() == 2 * kinds, beside.outcomes
@@ -208,7 +208,7 @@ def test_dashboards_without_end(public: Gateway) -> None:
         assert beside.grown_mib < 50 and beside.readings < 150, (beside.readings, beside.grown_mib)
 
 
-def test_names_that_were_bound_to_this_machine(public: Gateway) -> None:
+def test_dns_rebinding_is_refused(public: Gateway) -> None:
     outcomes = attacks.rebound_names(public.url, seconds=0)
     assert set(outcomes) == {"403"}, outcomes
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "192.0.2.7:80"):
@@ -223,7 +223,7 @@ def test_a_key_that_asks_without_end(keyed: Gateway) -> None:
 
 
 @pytest.mark.full
-def test_guessing_what_others_have_asked(keyed: Gateway) -> None:
+def test_guessing_prompts_of_others(keyed: Gateway) -> None:
     system = {"role": "system", "content": "You are the helpdesk of a hospital. " * 2}
     secret = [system, {"role": "user", "content": "I am Ann and I have a cold."}]
     assert keyed.ask("/v1/chat/completions", messages=secret).status_code == 200

@@ -1,4 +1,4 @@
-"""Strangers against a helper: bounds hold, memory is bounded, and members are served meanwhile."""
+"""Attacks on relays and by relays: bounds hold, memory is bounded, and members are served."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ pytestmark = pytest.mark.swarm
 
 SECONDS = 2.0
 MOST_MIB = 64
-"""What a helper may grow by: a buffer of 128 KiB for each direction of 256 streams."""
+"""Allowed growth of a relay: a buffer of 128 KiB for each direction of 256 streams."""
 
 
 @pytest.mark.default_cases(kind=("Floods",))
 @pytest.mark.parametrize("kind", attacks.HOSTILE)
-def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also asserts what of memory and descriptors they make it take."""
-    monkeypatch.setattr(unreachable, "JOIN_S", 1.5)  # how long each silent one is waited for, three at a time
+def test_an_unreachable_peer_is_reached_despite_hostile_relays(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also asserts bounds on the memory and descriptors of the process."""
+    monkeypatch.setattr(unreachable, "JOIN_S", 1.5)  # wait for a silent relay; three are tried at a time
     attacks.hostile_helpers(kind, seconds=SECONDS)
 
 
 @pytest.mark.default_cases(name=("flood",))
 @pytest.mark.parametrize("name", attacks.ATTACKS)
-def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_served_despite_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
     bounds, attack = RelayBounds(), attacks.ATTACKS[name]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Strangers at a peer's socket: whatever they send or keep to themselves, memory is bounded and others are served."""
+"""Attacks on a peer's socket: memory is bounded, and other clients are served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_toke
 PROMPT = torch.tensor([[5, 17, 3, 44, 8]])
 BLOCKS = 6
 CUT_OFF_AT = MAX_MESSAGE_BYTES + 128 * 2**20
-"""The longest message, and what comes until it is seen that there is more."""
+"""The longest message, and the bytes that arrive until the peer notices that there are more."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @contextmanager
 def honest(swarm: LocalSwarm, local: Any) -> Iterator[list[bool]]:
-    """Has a client generate all the while; whether its answers were right."""
+    """Runs a client that generates during the test; the list says of each answer whether it was right."""
     right: list[bool] = []
     over = threading.Event()
     model = swarm.model()
@@ -94,7 +94,7 @@ def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, atta
     with honest(running, local), attacks.in_background(attack, peer.endpoint, seconds=60):
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
         try:
-            deadline = time.monotonic() + 45  # the attack is a process that starts beside other tests
+            deadline = time.monotonic() + 45  # the process of the attack starts while other tests run
             ended = sum(peer.transport.connections.ended.values())
             while sum(peer.transport.connections.ended.values()) < ended + 100:
                 assert time.monotonic() < deadline, "the attack comes through"
@@ -107,7 +107,8 @@ def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, atta
 
 
 def reached_within(seconds: float, endpoint: Endpoint) -> bool:
-    """Whether a newcomer is answered; it shares the open files of the peer, so its own sockets may have to wait."""
+    """Whether a new client is answered. It shares the peer's limit of open files, so its own sockets may have to
+    wait."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(TimeoutError, zmq.ZMQError), attacks.Client(endpoint) as newcomer:
@@ -115,7 +116,7 @@ def reached_within(seconds: float, endpoint: Endpoint) -> bool:
     return False
 
 
-def test_a_key_that_is_taken_away_is_served_no_longer(node: Directory, own_folder: Path, tmp_path: Path) -> None:
+def test_a_removed_key_is_not_served(node: Directory, own_folder: Path, tmp_path: Path) -> None:
     removed, kept = Identity.generate(), Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{removed.public.text}\n{kept.public.text}\n")
@@ -136,7 +137,7 @@ def test_a_key_that_is_taken_away_is_served_no_longer(node: Directory, own_folde
 
 
 class TakenAway(BaseStreamer):
-    """Takes the client's key out of a peer's list after some tokens, and waits until that is noticed."""
+    """Removes the client's key from a peer's list after some tokens, and waits until the peer has noticed."""
 
     def __init__(self, keys: Path, left: str, peer: Peer, tokens: int = 3) -> None:
         self.keys, self.left, self.peer, self.tokens = keys, left, peer, tokens
@@ -154,7 +155,7 @@ class TakenAway(BaseStreamer):
         pass
 
 
-def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(
+def test_a_session_of_a_removed_key_ends_at_once_with_an_error(
     node: Directory, own_folder: Path, tmp_path: Path
 ) -> None:
     client, keys = Identity.generate(), tmp_path / "authorized_keys"
@@ -175,7 +176,7 @@ def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(
         assert peer.counters.ended[SessionEnd.REVOKED] == 1
 
 
-def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, local: Any) -> None:
+def test_next_hops_with_host_names_are_refused_and_stall_no_session(running: LocalSwarm, local: Any) -> None:
     peer = running.peers[0]
     with honest(running, local):
         answers = attacks.hosts_by_name(peer.endpoint, seconds=1, model=peer.checkpoint.fingerprint, blocks=BLOCKS)
@@ -185,7 +186,7 @@ def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, loc
         assert "IP" in answer.text
 
 
-def test_a_peer_does_not_tell_what_listens_where(running: LocalSwarm) -> None:
+def test_a_peer_does_not_reveal_open_ports(running: LocalSwarm) -> None:
     peer = running.peers[0]
     with _listener(b"") as silent, _listener(b"SSH-2.0-OpenSSH_9.6\r\n") as talking, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -203,9 +204,10 @@ def test_a_peer_does_not_tell_what_listens_where(running: LocalSwarm) -> None:
 
 
 def test_a_hop_can_take_a_session_id_before_its_owner(running: LocalSwarm) -> None:
-    """What is not promised: the id of a session is known to its hops, and a peer gives it to whoever opens it first.
+    """A known limit: hops know the id of a session, and a peer gives the id to the client that opens it first.
 
-    The owner is told, so that its client takes another peer or begins anew; nothing of the session gets to the other.
+    The owner gets an error, so that its client uses another peer or begins again. The other client learns nothing of
+    the session.
     """
     peer = running.peers[0]
     model, session = peer.checkpoint.fingerprint, b"known to all hop"
@@ -227,7 +229,7 @@ def _owner_of(peer: Peer, session: bytes) -> bytes:
 
 @contextmanager
 def _listener(banner: bytes) -> Iterator[int]:
-    """A port that accepts connections, and says something or nothing."""
+    """A port that accepts connections, and sends the banner."""
     kept: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

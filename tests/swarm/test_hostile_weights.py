@@ -1,4 +1,4 @@
-"""Strangers that lie about weights: what a newcomer keeps of it is bounded."""
+"""Strangers send false weights: the memory and files of a starting peer are bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.swarm
 SECONDS = 1.0
 
 
-def test_answers_that_nobody_asked_for_are_not_kept() -> None:
+def test_answers_without_a_question_are_not_kept() -> None:
     assert weights.unasked_answers(seconds=SECONDS) > 3
 
 

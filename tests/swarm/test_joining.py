@@ -1,4 +1,4 @@
-"""A peer that starts waits for others, and can be told meanwhile that it should not."""
+"""A starting peer waits for other peers, and can be stopped while it waits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.swarm
 
 
 class Stopped(BaseException):
-    """As SystemExit, which would end the tests."""
+    """Replaces SystemExit, which would end the tests."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bool]]:
-    """Whether each node of the DHT that was begun is closed."""
+    """For each node of the DHT that was started, whether it is closed."""
     made: list[Directory] = []
     make = Directory.__init__
 
@@ -50,7 +50,7 @@ def options(start: int, end: int, **others: Any) -> PeerOptions:
 
 
 def stop_at(stage: str, after: int) -> Callable[[str, int, int], None]:
-    """Progress that raises when it has been told of a stage so often."""
+    """A progress callback that raises after `after` reports of a stage."""
     told: list[str] = []
 
     def progress(now: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Peers that find each other on a local network, and a client that finds them."""
+"""Peers that find each other on a local network, and a client that finds the peers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_peers_and_clients_find_each_other(
         try:
             assert "found 1 peer on this network: joining" in stages
             addresses = find_swarm(facts, lan=True)
-            # One answer is enough, and the other may come later.
+            # One answer is enough; the second may come later.
             assert re.fullmatch(r"found (1 peer|2 peers) on this network: joining \.\.\.\n", capsys.readouterr().err)
             with Swarm(facts, addresses) as swarm:
                 assert {(record.start, record.end) for record in swarm.peers(fresh=True)} == {(0, 2), (2, 6)}

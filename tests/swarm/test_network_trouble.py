@@ -1,4 +1,4 @@
-"""Networks that stop, cut connections or deliver late: the text stays the same."""
+"""Networks that stop, cut connections or deliver late: the text is the same."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from tests.swarm.proxy import Proxy, proxies
 pytestmark = pytest.mark.swarm
 
 LONG_S = 60.0
-"""Longer than anything takes on a busy machine: a limit that must not be waited for."""
+"""Longer than any step on a busy machine, for limits that must not be reached."""
 
 
 @dataclass
 class Network:
-    """Peers that are reached through proxies only."""
+    """Peers that are only reached through proxies."""
 
     swarm: LocalSwarm
     proxies: list[Proxy]
 
     def before(self, cache: Any, index: int) -> Proxy:
-        """The proxy of the hop at `index`."""
+        """The proxy before the hop with this index."""
         return self.at(cache.session.hops[index].endpoint.address)
 
     def at(self, address: str) -> Proxy:
@@ -51,7 +51,7 @@ class Network:
 
 @pytest.fixture(scope="module")
 def reached_by_proxies(folder: Path, node: Directory) -> Iterator[Network]:
-    """Two peers for every span."""
+    """A network with two peers for every span."""
     with proxies(2 * len(SPANS)) as made, local_swarm(folder, [], node=node) as swarm:
         for proxy, span in zip(made, SPANS * 2, strict=True):
             peer = swarm.add(*span, public_host=f"127.0.0.1:{proxy.port}")
@@ -61,7 +61,7 @@ def reached_by_proxies(folder: Path, node: Directory) -> Iterator[Network]:
 
 @pytest.fixture
 def network(reached_by_proxies: Network) -> Iterator[Network]:
-    """The peers as a new client finds them; what a test does to the network is undone after it."""
+    """The network for a test; changes of the network are undone after the test."""
     with reached_by_proxies.swarm.newcomer() as swarm:
         yield Network(swarm, reached_by_proxies.proxies)
     for proxy in reached_by_proxies.proxies:
@@ -69,7 +69,7 @@ def network(reached_by_proxies: Network) -> Iterator[Network]:
 
 
 class Then:
-    """Does each of some things once so many tokens have come."""
+    """A streamer that runs actions, by the number of tokens after which each is run."""
 
     def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
         self._streamers = [After(tokens, action) for tokens, action in actions.items()]
@@ -84,7 +84,7 @@ class Then:
 
 @pytest.mark.full
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any, index: int) -> None:
+def test_late_messages_of_a_lost_hop_change_nothing(network: Network, local: Any, index: int) -> None:
     held: list[Proxy] = []
 
     def hold() -> None:
@@ -98,7 +98,7 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=Then({10: hold, 13: release}), speculate="off")
         assert cache.session is not None
-        # On a busy machine steps may be so slow that the session looks for a better route as well.
+        # On a busy machine steps may be so slow that the session also looks for a better route.
         lost = [each for each in cache.session.recoveries if each.cause is not Cause.BETTER_ROUTE]
         assert len(lost) == 1
         assert held[0] is not network.before(cache, index)
@@ -108,7 +108,7 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
 
 @pytest.mark.default_cases(index=(0,))
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_network_that_stops_is_found_out_in_time(
+def test_a_stopped_network_is_detected_in_time(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", LONG_S)
@@ -126,7 +126,7 @@ def test_a_network_that_stops_is_found_out_in_time(
         got = model.generate(**prompt(), **GREEDY, streamer=Then({12: hold, 13: goes_on}))
         assert isinstance(cache.session, Session)
         usual_s = cache.session.state.usual_ms / 1000
-    # What steps of this model usually take decides how long silence is borne, not the most that it may be.
+    # The usual time of a step decides how long a hop may be silent, not the upper bound.
     assert usual_s < LONG_S / 4
     assert stopped[1] - stopped[0] < LONG_S / 2
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
@@ -142,9 +142,9 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
 
     def planned(routes_of: Routes, *args: Any) -> Planned | NoRoute:
         answer = plan(routes_of, *args)
-        if isinstance(answer, NoRoute):  # on a busy machine others may answer late, too; they are asked again
+        if isinstance(answer, NoRoute):  # on a busy machine other peers may answer late, too, and are asked again
             return answer
-        if not routes:  # all of them at once
+        if not routes:  # all links stop at the same moment
             asked.clear()
             for hop in answer.route:
                 network.at(hop.record.endpoint.address).hold()
@@ -157,7 +157,7 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
 
     monkeypatch.setattr(Routes, "answer", planned)
     monkeypatch.setattr(Measurer, "measure", measured)
-    monkeypatch.setattr(swarm, "LOST_S", 0.0)  # what was measured a moment ago does not count
+    monkeypatch.setattr(swarm, "LOST_S", 0.0)  # measurements of a moment ago do not count
     monkeypatch.setattr(machine, "OPEN_TIMEOUT_S", LONG_S)
     began = time.monotonic()
     model = network.swarm.model()
@@ -185,7 +185,7 @@ def test_connections_that_are_cut(network: Network, local: Any, index: int) -> N
 def test_a_hop_that_is_lost_during_a_prefill(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)  # how long such a step usually takes is not known yet
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)  # the usual time of such a step is not known
     monkeypatch.setattr(Session, "step_positions", lambda *_: 32)  # so that several steps are under way
     longer = torch.cat([prompt()["input_ids"], prompt(length=150)["input_ids"]], dim=1)
     options = {**GREEDY, "max_new_tokens": 4}
@@ -195,13 +195,13 @@ def test_a_hop_that_is_lost_during_a_prefill(
         network.before(cache, index).hold()
         got = model.generate(longer, attention_mask=torch.ones_like(longer), **options)
         assert cache.session is not None
-        # A route that turns out to be better may be taken besides.
+        # The session may also change to a better route.
         lost = [repair for repair in cache.session.recoveries if repair.cause is not Cause.BETTER_ROUTE]
         assert len(lost) == 1
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
 
 
-def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
+def test_a_prompt_on_a_slow_uplink_does_not_count_as_lost(
     network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
@@ -221,7 +221,7 @@ def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
 
 
 @pytest.mark.full
-def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
+def test_a_peer_without_a_replacement_is_used_again_when_it_answers(folder: Path, local: Any) -> None:
     with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
         middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")
         proxy.target = middle.transport.port
@@ -240,21 +240,21 @@ def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Pa
 
 
 def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Peers that were measured on a busy machine say that they are slow, and so is then the other route.
+    # On a busy machine peers measure themselves as slow, and the other route would then look slow, too.
     monkeypatch.setattr(measurements, "facts_of", lambda record: replace(facts_of(record), speed=Speed.of(1.0, 0.1)))
 
     options = {**GREEDY, "max_new_tokens": 60}
 
     def slow_down() -> None:
         slow.append(network.before(cache, 0))
-        slow[0].delay_s = 0.5  # far more than what busy processors add to a step, and make the client doubt
+        slow[0].delay_s = 0.5  # far more than busy processors add to a step
 
     slow: list[Proxy] = []
     client = network.swarm.client
     peers = client.peers()
     while client.measurements.silent() or client.measurements.unprobed(peers):
-        client.measurer.measure(peers)  # on a busy machine a peer may have been late for the first ping
-    for sender, receiver in itertools.permutations(peers, 2):  # and have published no links yet
+        client.measurer.measure(peers)  # on a busy machine a peer may have answered the first ping late
+    for sender, receiver in itertools.permutations(peers, 2):  # nor have published links
         client.measurements.link_seen(sender.key.text, receiver.key.text, 1.0)
     model = network.swarm.model()
     with model.session() as cache:

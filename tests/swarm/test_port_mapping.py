@@ -1,4 +1,4 @@
-"""Ports that routers give: asked for, renewed and given back, announced if others reach them; liars do no harm."""
+"""Port mapping: ports are opened, renewed and closed, and announced if others reach them; false answers do no harm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def opened(stack: ExitStack, *protocols: str, **router: Any) -> netlab.Lab:
-    """A lab with one host at home, and two public ones."""
+    """A lab with a home network, and two public hosts."""
     for protocol in protocols:
         if protocol == "upnp":
             pytest.importorskip("miniupnpc")
@@ -80,7 +80,7 @@ def test_a_port_is_opened_renewed_and_given_back(
         monkeypatch.setattr(kept, "_renew_at", 0.0)
         assert kept.renew() == address and is_connected(lab, address)
         assert kept._renew_at > 0
-        with lab.inside("sofa"):  # another of this network wants the same
+        with lab.inside("sofa"):  # another host of the home network asks for the same port
             other = PortMapping(PORT)
             assert other.open() != address
             other.close()
@@ -90,9 +90,9 @@ def test_a_port_is_opened_renewed_and_given_back(
         kept.close()
 
 
-def test_without_such_a_router_it_is_said_what_was_tried(stack: ExitStack) -> None:
+def test_without_a_router_that_maps_ports_the_error_names_the_attempts(stack: ExitStack) -> None:
     lab = opened(stack)
-    with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not speak it; UPnP: "):
+    with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not support it; UPnP: "):
         PortMapping(PORT).open()
     lab = opened(stack, "nat-pmp")
     with lab.inside("home"):
@@ -154,7 +154,7 @@ def test_a_router_that_lies_or_refuses(first: bytes, second: bytes, monkeypatch:
 
 
 @pytest.mark.parametrize("told", [b"", b"[]", b'["x", 1]', b'["0.0.0.0", 1]', b"{}", b'["44.77.0.1", 65536]', None])
-def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_lies_by_upnp_or_hangs(told: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> str:
         raise MappingError("none")
 
@@ -171,8 +171,8 @@ def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkey
         PortMapping(PORT).open()
 
 
-def test_nothing_but_the_router_has_requests_sent_by_upnp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who sent one to another address could reach what listens for this machine alone."""
+def test_upnp_requests_are_sent_only_to_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request to another address could reach services that only listen for this machine."""
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as router, ExitStack() as others:
         router.bind(("127.0.0.1", 0))
         monkeypatch.setattr(upnp, "GROUP", "127.0.0.1")
@@ -222,7 +222,7 @@ def test_the_router_is_found_where_there_is_no_proc(
 
 
 class Home:
-    """A peer at home, behind a router, and a public one that tells it whether it is reached, and helps."""
+    """A peer at home behind a router, and a public peer that tests whether it is reachable, and is its relay."""
 
     def __init__(self, stack: ExitStack, lab: netlab.Lab, folder: Path) -> None:
         self.lab = lab
@@ -235,7 +235,7 @@ class Home:
     def _peer(self, host: str, start: int, end: int, **options: Any) -> Peer:
         with self.lab.inside(host):
             peer = self._swarm.add(start, end, listen=f"tcp://{self.lab.address(host)}:0", **options)
-        self._stack.callback(self.inside, host, peer.close)  # what it asks of its router does not leave the lab
+        self._stack.callback(self.inside, host, peer.close)  # its requests to the router stay in the lab
         return peer
 
     def inside(self, host: str, do: Callable[[], Any]) -> None:
@@ -270,9 +270,9 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
     record = home.announced()
     assert record is not None and record.helper is None, "the router leads no other port there"
     assert home.way_from("two") is Way.DIRECT
-    assert (home.way_from("sofa") is Way.DIRECT) == hairpin  # else through the helper at first, which is public
-    lab.unforward("router", "tcp", home.peer.transport.port)  # as when a router starts anew
-    ways, said = home.peer.ways, [False]  # open connections still pass
+    assert (home.way_from("sofa") is Way.DIRECT) == hairpin  # otherwise through the public relay at first
+    lab.unforward("router", "tcp", home.peer.transport.port)  # as when a router restarts
+    ways, said = home.peer.ways, [False]  # the router still passes open connections
     ask = ways._is_reached
     monkeypatch.setattr(ways, "_is_reached", lambda address: said.pop() if said else ask(address))
     ways._ask_at = 0.0
@@ -283,7 +283,7 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
 
 
 @pytest.mark.full
-def test_a_port_that_nobody_reaches_is_not_announced(
+def test_a_port_that_is_not_reached_is_not_announced(
     stack: ExitStack, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lies: list[str] = []

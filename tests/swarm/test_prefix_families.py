@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from peers.server import Peer
 from splitnet.directory.dht import Directory
-from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
-from splitnet.wire import fields
 from tests.swarm.adapters import CAUSAL, METHODS, wrapped
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs, wait_until
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
@@ -234,27 +231,14 @@ def test_blocks_that_run_here_are_beside_peers_with_pages(swarm: LocalSwarm, loc
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
 
 
-@pytest.mark.default_cases(odd=("0.1.0",))
-@pytest.mark.parametrize("odd", ["off", "0.1.0"])
-def test_peers_without_a_store_are_in_the_chain(
-    odd: str, node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asks, said = texts(3, first=1000), Peer.record
-    assert odd == "off" or odd in fields.STRICT_VERSIONS
-    if odd != "off":  # in every record of that peer: it announces itself again at any time
-
-        def record(peer: Peer) -> PeerRecord:
-            own = said(peer)
-            return replace(own, version=odd) if own.start == SPANS[1][0] else own
-
-        monkeypatch.setattr(Peer, "record", record)
+def test_peers_without_a_store_are_in_the_chain(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, SPANS[:1], node=node) as swarm:
-        swarm.add(*SPANS[1], prefixes=odd != "off")
+        swarm.add(*SPANS[1], prefixes=False)
         swarm.add(*SPANS[2])
         model = model_of(swarm)
-        for number, ids in enumerate(asks):
+        for number, ids in enumerate(texts(3, first=1000)):
             known = recalled(model, ids, generate(own_local, ids), speculate=None)
-            assert known == (3 * PAGE if number and odd == "off" else 0)
+            assert known == (3 * PAGE if number else 0)
 
 
 def test_pages_with_which_a_row_was_begun_are_written(

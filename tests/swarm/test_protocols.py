@@ -1,4 +1,4 @@
-"""The protocols of the gateway as their official clients speak them, over sockets, to a small random model."""
+"""Official clients of each protocol use the gateway over sockets, with a small random model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TEMPLATE = (
     "{{ m.tool_call_id }}\n{% endfor %}"
     "assistant:{{ '' if enable_thinking else ' -' }}"
 )
-THINKING = TEMPLATE.replace("{{ '' if enable_thinking else ' -' }}", "<think>")  # it always does
+THINKING = TEMPLATE.replace("{{ '' if enable_thinking else ' -' }}", "<think>")  # the model always thinks
 CITY = {"enum": ["Paris", "Rome"]}
 SCHEMA = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 COLD = {"temperature": 0}
@@ -114,19 +114,19 @@ def url(model: RemoteCausalLM, small: Path) -> Iterator[str]:
 
 @pytest.fixture
 def thinking(model: RemoteCausalLM, small: Path) -> Iterator[str]:
-    """The URL of a gateway whose model thinks, without end."""
+    """The URL of a gateway whose model never ends its reasoning."""
     with gateway(model, small, template=THINKING) as url:
         yield url
 
 
 def of_openai(url: str, messages: list[Any] = SAID, **body: Any) -> Any:
-    """The message with which OpenAI's API of the gateway answers."""
+    """The message of the gateway's answer in OpenAI's API."""
     given = {"model": MODEL, "temperature": 0, "max_tokens": 12, "messages": messages} | body
     reply = httpx.post(f"{url}/v1/chat/completions", json=given, headers={"Authorization": f"Bearer {KEY}"})
     return reply.json()["choices"][0]["message"]
 
 
-def test_clients_read_what_keeps_a_stream_alive(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_accept_keep_alive_events(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "FIRST_S", 0.0)
     monkeypatch.setattr(responses, "ALIVE_S", 0.001)
     body: Any = {"model": MODEL, "messages": [{"role": "user", "content": "and " * 900}]}
@@ -150,13 +150,13 @@ class TestAnthropic:
             yield client
 
     def ask(self, client: Anthropic, **body: Any) -> Message:
-        """The message of an answer in one piece; all of it is as the client's types say."""
+        """The message of an answer that is not streamed, checked against the client's types."""
         extra = COLD | {name: body.pop(name) for name in ("top_k", "container") if name in body}
         given = {"model": ALIAS, "max_tokens": 12, "messages": SAID} | body
         raw = client.messages.with_raw_response.create(**given, extra_body=extra)
         return Message.model_validate_json(raw.text(), strict=True)
 
-    def test_a_chat_is_that_of_the_other_api(self, client: Anthropic, url: str) -> None:
+    def test_a_chat_equals_that_of_openais_api(self, client: Anthropic, url: str) -> None:
         system: Any = [
             {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.0; cch=12345;"},
             {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}},
@@ -176,7 +176,7 @@ class TestAnthropic:
         counted = client.messages.count_tokens(model=ALIAS, system=system, messages=SAID + turns)
         assert MessageTokensCount.model_validate(counted.to_dict()).input_tokens == answer.usage.input_tokens
 
-    def test_a_stream_tells_the_same(self, client: Anthropic, url: str) -> None:
+    def test_a_stream_equals_the_whole_answer(self, client: Anthropic, url: str) -> None:
         whole = self.ask(client)
         with client.messages.stream(model=MODEL, max_tokens=12, messages=SAID, extra_body=COLD) as stream:
             texts = list(stream.text_stream)
@@ -197,7 +197,7 @@ class TestAnthropic:
         assert kinds[:2] == ["message_start", "content_block_start"]
         assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
-    def test_a_client_that_would_have_its_threads_kept_sends_them_whole(self, client: Anthropic) -> None:
+    def test_a_client_with_stored_threads_sends_whole_conversations(self, client: Anthropic) -> None:
         @anthropic.beta_tool
         def weather(city: str) -> str:
             """Weather in a city."""
@@ -220,7 +220,7 @@ class TestAnthropic:
             streamed = stream.get_final_message()
         assert streamed.content[0].input == call.input and streamed.stop_reason == "tool_use"  # pyright: ignore
 
-        # What the model has called, and got, it reads as it would by the other protocol.
+        # The model reads earlier calls and results as in the other protocol.
         result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "Hail"}]}
         results: list[Any] = [result | {"is_error": True}, {"type": "text", "text": "And now?"}]
         turns: list[Any] = [{"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
@@ -233,25 +233,25 @@ class TestAnthropic:
         other = of_openai(url, said, tools=[{"type": "function", "function": described}])
         assert follows.content[0].text == other["content"]  # pyright: ignore
 
-    def test_answers_keep_to_a_schema(self, client: Anthropic) -> None:
+    def test_answers_fit_a_schema(self, client: Anthropic) -> None:
         wanted: Any = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
         answer = self.ask(client, max_tokens=60, output_config=wanted)
         assert json.loads(answer.content[0].text)["city"] in CITY["enum"]  # pyright: ignore
         assert answer.stop_reason == "end_turn"
 
-    def test_what_ends_an_answer_is_told(self, client: Anthropic) -> None:
+    def test_stop_reasons(self, client: Anthropic) -> None:
         text: str = self.ask(client).content[0].text  # pyright: ignore
         stop = text[len(text) // 2 :][:4]
         stopped = self.ask(client, stop_sequences=["never", stop])
         assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
         assert stopped.content[0].text == text[: text.index(stop)]  # pyright: ignore
-        # Programs ask for as many tokens as Anthropic's models give.
+        # Programs ask for as many tokens as Anthropic's models can give.
         full = self.ask(client, max_tokens=16000, messages=[{"role": "user", "content": "and " * (POSITIONS - 24)}])
         assert full.stop_reason == "model_context_window_exceeded"
         read = full.usage.cache_read_input_tokens or 0
         assert full.usage.input_tokens + read + full.usage.output_tokens == POSITIONS
 
-    def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Anthropic, url: str) -> None:
+    def test_thinking_sets_variables_of_the_chat_template(self, client: Anthropic, url: str) -> None:
         for thinking, on in (
             ({"type": "disabled"}, False),
             ({"type": "adaptive", "display": "summarized"}, True),
@@ -261,7 +261,7 @@ class TestAnthropic:
             other = of_openai(url, chat_template_kwargs={"enable_thinking": on})
             assert answer.content[0].text == other["content"]  # pyright: ignore
 
-    def test_thinking_stands_in_a_block_of_its_own(self, thinking: str) -> None:
+    def test_thinking_is_a_separate_block(self, thinking: str) -> None:
         with Anthropic(base_url=thinking, api_key="none", max_retries=0) as client:
             (block,) = self.ask(client).content
             assert block.type == "thinking" and block.thinking and block.signature
@@ -274,7 +274,7 @@ class TestAnthropic:
             with pytest.raises(anthropic.BadRequestError, match="thinking: this model always thinks"):
                 self.ask(client, thinking={"type": "disabled"})
 
-    def test_what_agents_send_is_accepted(self, client: Anthropic) -> None:
+    def test_requests_of_agents_are_accepted(self, client: Anthropic) -> None:
         ephemeral = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
         schema = SCHEMA | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
         body: Any = {
@@ -314,12 +314,12 @@ class TestAnthropic:
                 {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
                 "'web_search_20250305' is not supported, only 'custom'",
             ),
-            ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not there"),
-            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with the user's"),
+            ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not in tools"),
+            ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with a message of the user"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused_by_name(
+    def test_unsupported_parameters_are_refused_by_name(
         self, client: Anthropic, body: dict[str, Any], said: str
     ) -> None:
         with pytest.raises(anthropic.BadRequestError) as refused:
@@ -355,7 +355,7 @@ class TestOllama:
         options = {"temperature": 0, "num_predict": 12} | body.pop("options", {})
         return client.chat(**{"model": MODEL, "messages": SAID, "options": options} | body)
 
-    def test_a_chat_is_that_of_the_other_api(self, client: Client, url: str) -> None:
+    def test_a_chat_equals_that_of_openais_api(self, client: Client, url: str) -> None:
         for name in (MODEL, f"{MODEL}:latest", ALIAS):
             answer = self.ask(client, model=name)
             assert answer.message.content == of_openai(url)["content"]
@@ -365,19 +365,19 @@ class TestOllama:
         assert all(duration is not None and duration >= 0 for duration in durations)
         assert sum(filter(None, durations)) == answer.total_duration
 
-    def test_a_stream_tells_the_same(self, client: Client, url: str) -> None:
+    def test_a_stream_equals_the_whole_answer(self, client: Client, url: str) -> None:
         whole = self.ask(client)
         parts: list[ChatResponse] = list(self.ask(client, stream=True))  # pyright: ignore
         assert "".join(part.message.content or "" for part in parts) == whole.message.content and len(parts) > 2
         assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
         assert (parts[-1].done_reason, parts[-1].eval_count) == ("length", 12)
-        # Without a word on it, answers are streams of lines.
+        # Without `stream`, answers are streams of lines.
         headers, body = {"Authorization": f"Bearer {KEY}"}, {"model": MODEL, "messages": SAID}
         reply = httpx.post(f"{url}/api/chat", json=body | {"options": {"num_predict": 3}}, headers=headers)
         assert reply.headers["content-type"] == "application/x-ndjson"
         assert [ChatResponse(**json.loads(line)).done for line in reply.text.splitlines()][-1]
 
-    def test_a_text_is_answered_or_goes_on(self, client: Client, url: str) -> None:
+    def test_a_text_is_answered_or_continued(self, client: Client, url: str) -> None:
         options = {"temperature": 0, "num_predict": 12}
         answer = client.generate(MODEL, "Bees fly", system="Be brief.", options=options)
         said = [{"role": "system", "content": "Be brief."}, *SAID]
@@ -408,13 +408,13 @@ class TestOllama:
         described = ollama._utils.convert_function_to_tool(weather).model_dump(exclude_none=True)  # pyright: ignore
         assert answer.message.content == of_openai(url, said, tools=[described])["content"]
 
-    def test_answers_keep_to_a_format(self, client: Client) -> None:
+    def test_answers_fit_a_format(self, client: Client) -> None:
         answer = self.ask(client, format=SCHEMA, options={"num_predict": 60})
         assert json.loads(answer.message.content or "")["city"] in CITY["enum"] and answer.done_reason == "stop"
         answer = client.generate(MODEL, "Bees", format="json", options={"num_predict": 8, "temperature": 0})
         assert (answer.response or "").startswith("{")
 
-    def test_options_are_those_of_the_other_api(self, client: Client, url: str) -> None:
+    def test_options_equal_those_of_openais_api(self, client: Client, url: str) -> None:
         drawn = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7, "presence_penalty": 0.5}
         more = {"repeat_penalty": 1.2, "frequency_penalty": 0.3}
         answer = self.ask(client, options=drawn | more | {"num_ctx": POSITIONS, "mirostat": 0, "num_gpu": 99})
@@ -426,12 +426,12 @@ class TestOllama:
         full = self.ask(client, options={"num_predict": -1}, messages=[{"role": "user", "content": "a " * 990}])
         assert (full.prompt_eval_count or 0) + (full.eval_count or 0) == POSITIONS and full.done_reason == "length"
 
-    def test_thinking_is_what_the_chat_template_takes_of_it(self, client: Client, url: str) -> None:
+    def test_thinking_sets_variables_of_the_chat_template(self, client: Client, url: str) -> None:
         for think in (True, False, "low"):
             other = of_openai(url, chat_template_kwargs={"enable_thinking": bool(think)})
             assert self.ask(client, think=think).message.content == other["content"]
 
-    def test_thinking_is_apart(self, client: Client, thinking: str, url: str) -> None:
+    def test_thinking_is_a_separate_field(self, client: Client, thinking: str, url: str) -> None:
         with Client(thinking) as thinks:
             for think in (None, True):
                 message = self.ask(thinks, think=think).message
@@ -445,7 +445,7 @@ class TestOllama:
             assert raw.response and not raw.thinking
             assert thinks.generate(MODEL, "Bees", options={"num_predict": 4}).thinking
 
-    def test_models_and_what_is_known_of_them(self, client: Client, url: str) -> None:
+    def test_models_and_their_descriptions(self, client: Client, url: str) -> None:
         assert [model.model for model in client.list().models] == [f"{MODEL}:latest", f"{ALIAS}:latest"]
         (loaded,) = client.ps().models
         assert loaded.name == f"{MODEL}:latest" and loaded.details and loaded.details.family == "llama"
@@ -466,11 +466,11 @@ class TestOllama:
             ({"options": {"num_ctx": 4096}}, 400, "options.num_ctx: the model's context is 1024"),
             ({"options": {"repeat_last_n": 64}}, 400, "options.repeat_last_n is not supported"),
             ({"messages": [{"role": "user", "content": "a", "images": [b"a"]}]}, 400, "images"),
-            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: this server itself gives up models"),
+            ({"messages": [], "keep_alive": 0}, 400, "keep_alive: the server itself closes models"),
             ({"messages": [{"role": "user", "content": "and " * 2000}]}, 400, "model's context of 1024"),
         ],
     )
-    def test_what_cannot_be_honoured_is_refused_by_name(
+    def test_unsupported_parameters_are_refused_by_name(
         self, client: Client, body: dict[str, Any], status: int, said: str
     ) -> None:
         for stream in (False, True):
@@ -478,7 +478,7 @@ class TestOllama:
                 list(self.ask(client, **body, stream=stream))
             assert refused.value.status_code == status
 
-    def test_what_is_the_operators_is_refused(self, client: Client, url: str) -> None:
+    def test_management_of_models_is_refused(self, client: Client, url: str) -> None:
         for change in (client.pull, client.push, client.delete):
             with pytest.raises(ollama.ResponseError, match="models are chosen where this server is started") as refused:
                 change(MODEL)

@@ -1,4 +1,4 @@
-"""What `generate()` and `forward()` are given is honoured or refused; a session uses nothing that is not certain."""
+"""Parameters of `generate()` and `forward()` are honoured or refused; a session never uses an uncertain cache."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def generate(model: Any, ids: torch.Tensor | None = None, **options: Any) -> tor
 
 
 def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Rows with their padding on the left."""
+    """Sequences with padding on the left."""
     length = max(map(len, rows))
     return {
         "input_ids": torch.tensor([[0] * (length - len(row)) + row for row in rows]),
@@ -91,7 +91,7 @@ def test_a_cache_and_no_cache_exclude_each_other(remote: RemoteCausalLM) -> None
         generate(remote, prompt(), use_cache=False, cache=remote.new_cache())
 
 
-def test_arguments_by_their_place(local: Any, remote: RemoteCausalLM) -> None:
+def test_positional_arguments(local: Any, remote: RemoteCausalLM) -> None:
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0, num_beams=2)
     expected = local.generate(prompt(), config, [])
     assert torch.equal(remote.generate(prompt(), config, []), expected)
@@ -107,7 +107,7 @@ def test_a_cache_by_its_former_name(local: Any, remote: RemoteCausalLM) -> None:
     cache.close()
 
 
-def test_a_cache_that_is_gone_has_its_session_closed(remote: RemoteCausalLM) -> None:
+def test_a_deleted_cache_closes_its_session(remote: RemoteCausalLM) -> None:
     with torch.no_grad():
         session = remote(prompt(), use_cache=True).cache.session
     gc.collect()
@@ -147,7 +147,7 @@ class TestSessions:
             with pytest.raises(AdapterError, match="another adapter"):
                 model(prompt(2), cache=cache, use_cache=True)
 
-    def test_threads_that_have_one_each_and_one_that_has_none(self, local: Any, remote: RemoteCausalLM) -> None:
+    def test_adapters_belong_to_threads(self, local: Any, remote: RemoteCausalLM) -> None:
         def chat(model: Any, length: int) -> torch.Tensor:
             first = generate(model, prompt(length, seed=length))
             return generate(model, torch.cat([first, prompt(3)], dim=1))
@@ -181,7 +181,7 @@ class TestSessions:
             before = sent(cache)
             second = padded([[*answers[0, 4:].tolist(), 5, 6, 7], answers[1].tolist() + [8] * 6])
             assert torch.equal(generate(remote, **second), generate(local, **second))
-            # All rows go on from one column, which is the last that is held of the longer row: 7 columns and 11 more.
+            # All rows continue from one column, the last held column of the longer row: 7 columns and 11 more.
             assert sent(cache) - before == 2 * 7 + 2 * 11
 
     def test_embeddings_and_then_the_answer_as_a_prompt(self, local: Any, remote: RemoteCausalLM) -> None:
@@ -195,12 +195,12 @@ class TestSessions:
             assert torch.equal(alone, generate(local, inputs_embeds=embeddings))
             assert torch.equal(generate(remote, prompt()), generate(local, prompt()))
 
-    def test_no_prompt_begins_anew(self, local: Any, remote: RemoteCausalLM) -> None:
+    def test_a_call_without_a_prompt_restarts(self, local: Any, remote: RemoteCausalLM) -> None:
         with remote.session(max_length=200):
             generate(remote, prompt())
             assert torch.equal(generate(remote), generate(local))
 
-    def test_a_loop_of_the_caller_begins_anew(self, local: Any, remote: RemoteCausalLM) -> None:
+    def test_a_new_loop_of_the_caller_restarts(self, local: Any, remote: RemoteCausalLM) -> None:
         def one_more(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
             logits = model(input_ids, cache=prepared["cache"], use_cache=True).logits
             return torch.cat([input_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
@@ -212,7 +212,7 @@ class TestSessions:
                         generate(remote, prompt(length), **options), generate(local, prompt(length), **options)
                     )
 
-    def test_no_cache_leaves_alone_what_is_held(self, local: Any, remote: RemoteCausalLM) -> None:
+    def test_calls_without_a_cache_keep_the_held_session(self, local: Any, remote: RemoteCausalLM) -> None:
         with remote.session(max_length=200) as cache:
             first = generate(remote, prompt())
             more = torch.cat([first, prompt(3)], dim=1)
@@ -239,7 +239,7 @@ class TestSpeculation:
         longest = local.config.max_position_embeddings
         ids = prompt(longest - 20)
         drafter = AutoModelForCausalLM.from_pretrained(folder)
-        # The last token needs no position: it is not run through the model. Until then nothing says where the end is.
+        # The last token is not run through the model, so it needs no position. The loop does not know the end before.
         options = {"max_new_tokens": 60, "stopping_criteria": [lambda ids, *_: torch.tensor([ids.shape[1] > longest])]}
         got = generate(remote, ids, speculate=drafter, **options)
         assert torch.equal(got, generate(local, ids, **options))
@@ -254,7 +254,7 @@ class TestSpeculation:
             ("position_ids", torch.arange(7)[None] * 2),
         ],
     )
-    def test_what_would_be_ignored_is_refused(self, remote: RemoteCausalLM, name: str, value: Any) -> None:
+    def test_ignored_parameters_are_refused(self, remote: RemoteCausalLM, name: str, value: Any) -> None:
         options = {"do_sample": True} if name == "num_return_sequences" else {}
         with pytest.raises(SplitnetError, match=name):
             generate(remote, prompt(), speculate="prompt-lookup", **options, **{name: value})
@@ -284,8 +284,8 @@ class TestForward:
             expected = local(prompt(), attention_mask=mask, position_ids=positions).logits
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
 
-    def test_nothing_stays_of_a_call(self, local: Any, remote: RemoteCausalLM) -> None:
-        """Of a call of the backbone alone, of one that failed, and of a mask by its place."""
+    def test_a_call_leaves_no_state(self, local: Any, remote: RemoteCausalLM) -> None:
+        """After a call of the backbone alone, a failed call, and a call with a positional mask."""
         one, mask = prompt(1), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
         expected = generate(local, one)
         with torch.no_grad():
@@ -300,7 +300,7 @@ class TestForward:
             broken.remove()
             assert torch.equal(generate(remote, one), expected)
 
-    def test_a_cache_of_somebody_else(self, local: Any, remote: RemoteCausalLM) -> None:
+    def test_a_foreign_cache_is_refused(self, local: Any, remote: RemoteCausalLM) -> None:
         with torch.no_grad():
             filled = local(prompt(), use_cache=True).cache
             assert isinstance(filled, DynamicCache)
@@ -308,7 +308,7 @@ class TestForward:
                 with pytest.raises(UnsupportedParameter, match=f"^{name} .*new_cache"):
                     remote(prompt(2), **{name: filled})
 
-    def test_what_nobody_knows(self, remote: RemoteCausalLM) -> None:
+    def test_unknown_parameters_are_refused(self, remote: RemoteCausalLM) -> None:
         with pytest.raises(UnsupportedParameter, match="atention_mask"):
             remote(prompt(), atention_mask=torch.ones(1, 7))
 

@@ -66,7 +66,7 @@ Ask = Callable[[AsyncOpenAI, Server], Awaitable[Any]]
 
 @pytest.fixture
 def asking(folder: Path, model: RemoteCausalLM) -> Iterator[Callable[..., Any]]:
-    """Runs what a test does with OpenAI's client."""
+    """Runs the coroutine of a test with OpenAI's client."""
     made: list[Server] = []
 
     def run(does: Ask, template: str = TEMPLATE, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def asked(**given: Any) -> dict[str, Any]:
     return {"model": MODEL, "input": "Bees", "temperature": 0, "max_output_tokens": 6} | given
 
 
-def test_a_stream_says_what_a_whole_response_does(asking: Callable[..., Any]) -> None:
+def test_a_stream_equals_the_whole_response(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         whole = await client.responses.create(**asked())
         assert whole.status == "incomplete" and whole.incomplete_details
@@ -105,7 +105,7 @@ def test_a_stream_says_what_a_whole_response_does(asking: Callable[..., Any]) ->
     asking(does)
 
 
-def test_calls_and_what_they_gave(asking: Callable[..., Any]) -> None:
+def test_calls_and_their_results(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         given = asked(tools=[TOOL], tool_choice="required", max_output_tokens=60, input="Weather?")
         first = await client.responses.create(**given)
@@ -123,7 +123,7 @@ def test_calls_and_what_they_gave(asking: Callable[..., Any]) -> None:
         assert again.output_text == alike.output_text
         assert later.previous_response_id == first.id
 
-    asking(does, TEMPLATE.partition("{% if enable_thinking")[0])  # or a random model thinks until there is no room
+    asking(does, TEMPLATE.partition("{% if enable_thinking")[0])  # a random model would never stop thinking
 
 
 @pytest.mark.full
@@ -140,7 +140,7 @@ def test_formats_and_reasoning(asking: Callable[..., Any]) -> None:
     asking(does)
 
 
-def test_stored_responses_are_those_of_their_key(asking: Callable[..., Any]) -> None:
+def test_stored_responses_belong_to_their_key(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         made = await client.responses.create(**asked(instructions="Be kind.", metadata={"a": "b"}))
         found = await client.responses.retrieve(made.id)
@@ -163,7 +163,7 @@ def test_stored_responses_are_those_of_their_key(asking: Callable[..., Any]) -> 
     asking(does, keys=["a", "b"])
 
 
-def test_instructions_are_those_of_one_response(asking: Callable[..., Any]) -> None:
+def test_instructions_apply_to_one_response(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         first = await client.responses.create(**asked(instructions="Be kind.", max_output_tokens=1))
         messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Bees"}]
@@ -180,7 +180,7 @@ def test_instructions_are_those_of_one_response(asking: Callable[..., Any]) -> N
     asking(does)
 
 
-def test_what_is_refused_by_name(asking: Callable[..., Any]) -> None:
+def test_unsupported_parameters_are_refused_by_name(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         for wrong, param in [
             ({"tools": [{"type": "web_search"}]}, "tools"),

@@ -1,4 +1,4 @@
-"""Peers behind emulated routers are reached, and not only through helpers; where no lab can be opened, tests skip."""
+"""Peers behind emulated routers are reached through relays and directly. Skipped where the system has no lab."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLIC, SAME = "public", "same router"
 
 
 class Lab:
-    """A helper, a hidden peer behind one router, and a caller behind another, behind the same or behind none."""
+    """A relay, an unreachable peer behind a router, and a caller behind another router, the same router, or none."""
 
     def __init__(self, stack: ExitStack, peer: str, caller: str) -> None:
         self.stack = stack
@@ -42,7 +42,7 @@ class Lab:
             self.net = stack.enter_context(netlab.Lab(hosts, delay_ms=5.0, routers=routers, behind=behind))
         except netlab.LabError as error:
             pytest.skip(str(error))
-        with self.net.inside("helper"):  # threads stay where they begin
+        with self.net.inside("helper"):  # a thread stays in the network in which it starts
             loop = WaysLoop()
             stack.callback(loop.close)
             self.helper = RelayServer(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")
@@ -99,9 +99,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         ("symmetric", "symmetric"),
     ],
 )
-def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
-    stack: ExitStack, peer: str, caller: str
-) -> None:
+def test_a_peer_behind_a_router_is_finally_reached_without_a_relay(stack: ExitStack, peer: str, caller: str) -> None:
     lab = Lab(stack, peer, caller)
     endpoint = lab.endpoint()
     ask(lab.caller, endpoint, b"first")
@@ -112,7 +110,7 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
     assert lab.caller.states == [(endpoint, LinkState.UP)]
 
 
-def test_helpers_stay_where_routers_give_every_connection_any_port(
+def test_streams_stay_relayed_where_routers_give_connections_random_ports(
     stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punch, "PUNCH_S", 1.5)
@@ -126,7 +124,7 @@ def test_helpers_stay_where_routers_give_every_connection_any_port(
     assert lab.caller.tunnels.way(endpoint) is Way.RELAYED
 
 
-def test_nothing_comes_through_a_router_unasked(stack: ExitStack) -> None:
+def test_a_router_blocks_unrequested_packets(stack: ExitStack) -> None:
     lab = Lab(stack, "port-restricted", PUBLIC)
     direct = lab.endpoint(relayed=False)
     lab.caller.transport.send(direct, [b"x"])

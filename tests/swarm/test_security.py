@@ -1,4 +1,4 @@
-"""Who is not let in gets nothing, and who is not who the records say is not used."""
+"""Clients without an authorized key get nothing, and peers with another key than their record are not used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.swarm
 
 @pytest.fixture
 def private(node: Directory, own_folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
-    """A peer that lets in one key, and that key."""
+    """A peer that accepts one key, and the identity with this key."""
     friend = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{friend.public.text} a friend\n")
@@ -77,7 +77,7 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(node: Directory, ow
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         honest = swarm.peers[0]
         impostor = Identity.generate()
-        # Signed properly, but by a key that is not the one that answers at this address.
+        # The signature is valid, but the peer at this address has another key.
         lie = dataclasses.replace(honest.record(), key=impostor.public, block_ms=(0.0,) * 5)
         _announce(swarm, lie, impostor)
         client = swarm.connect()
@@ -102,7 +102,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
         owner, thief = swarm.connect(), swarm.connect()
         session = Session(owner, ConnectionOptions(codec="none"), reservation=16)
         before = session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
-        # The thief knows the id and everything else of the session.
+        # The thief knows the id and all other facts of the session.
         stolen = Session(thief, ConnectionOptions(codec="none", recovery_timeout_s=0.5), reservation=16)
         owner_id, stolen_id = session.id, stolen.id
         thief.links.unregister(stolen)
@@ -125,7 +125,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
         session.close()
 
 
-def test_an_endpoint_with_a_wrong_key_is_never_spoken_to(node: Directory, own_folder: Path) -> None:
+def test_an_endpoint_with_a_wrong_key_gets_no_messages(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         client = swarm.connect()
         wrong = Endpoint(swarm.peers[0].endpoint.address, Identity.generate().public)

@@ -75,7 +75,7 @@ def model(swarm: LocalSwarm) -> RemoteCausalLM:
 
 @pytest.fixture(scope="module")
 def whole(small: Path) -> Any:
-    """The model in one piece."""
+    """The same model in transformers, without peers."""
     return AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
 
 
@@ -85,12 +85,12 @@ def tokenizer(small: Path) -> Any:
 
 
 class Server:
-    """The app on a model, with a client that speaks to it without a socket.
+    """The app of a gateway to a model, with a client that needs no socket.
 
     Attributes:
-        generations: what runs.
-        admission: who runs and who waits.
-        http: only within `running`.
+        generations: runs requests on the model.
+        admission: counts running and waiting requests.
+        http: the client; only within `running`.
     """
 
     http: httpx.AsyncClient
@@ -134,7 +134,7 @@ class Server:
             yield self
 
     def with_openai(self, does: Callable[[AsyncOpenAI, Server], Awaitable[Any]]) -> Any:
-        """Runs what a test does with OpenAI's client."""
+        """Runs the coroutine of a test with OpenAI's client."""
 
         async def running() -> Any:
             async with self.running():
@@ -162,7 +162,7 @@ Serve = Callable[..., Any]
 
 @pytest.fixture
 def serve(model: RemoteCausalLM, tokenizer: Any) -> Iterator[Serve]:
-    """Runs what a test does with a server of its own."""
+    """Runs the coroutine of a test with a new server."""
     made: list[Server] = []
 
     def run(does: Callable[[Server], Awaitable[Any]], on: RemoteCausalLM = model, **options: Any) -> Any:
@@ -185,7 +185,7 @@ def sessions(swarm: LocalSwarm) -> list[int]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for something that other threads do."""
+    """Waits until other threads have made a condition true."""
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0.002)
@@ -216,7 +216,7 @@ def test_drafts_change_neither_answers_nor_scores(
     assert serve(does, speculate="prompt-lookup") == [plain, again]
 
 
-def test_a_request_leaves_no_threads_that_helped_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_leaves_no_compute_threads(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(generation, "end_threads", lambda: ended.append(threading.current_thread().name))
 
@@ -228,7 +228,7 @@ def test_a_request_leaves_no_threads_that_helped_it(serve: Serve, monkeypatch: p
     assert ended[0].startswith("splitnet-serve")
 
 
-def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
+def test_a_completion_equals_that_of_transformers(serve: Serve, whole: Any, tokenizer: Any) -> None:
     ids = tokenizer("Bees fly").input_ids
     expected = tokenizer.decode(greedy(whole, ids, 12))
 
@@ -242,11 +242,11 @@ def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any
     serve(does)
 
 
-def test_what_a_checkpoint_recommends_is_used_only_if_it_is_taken(
+def test_recommendations_of_a_checkpoint_are_used_only_on_request(
     serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any
 ) -> None:
     ids = tokenizer("Bees fly").input_ids
-    penalty = 0.1  # below 1 it prefers what was said: this model repeats nothing on its own
+    penalty = 0.1  # below 1 it favours repetition, as this model repeats no token by itself
     penalised = whole.generate(
         torch.tensor([ids]), max_new_tokens=12, do_sample=False, repetition_penalty=penalty, eos_token_id=None
     )
@@ -266,11 +266,11 @@ def test_what_a_checkpoint_recommends_is_used_only_if_it_is_taken(
         return [reply["choices"][0]["text"] for reply in replies]
 
     assert serve(asks) == [taken, *[tokenizer.decode(greedy(whole, ids, 12))] * 2]
-    # What a request says goes before what the checkpoint recommends.
+    # Parameters of a request override defaults of the checkpoint.
     assert serve(asks, defaults=SamplingDefaults(repetition_penalty=3.0, top_k=7))[0] == taken
 
 
-def test_scores_of_a_prompt_are_those_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
+def test_scores_of_a_prompt_equal_those_of_transformers(serve: Serve, whole: Any, tokenizer: Any) -> None:
     ids = tokenizer("One two three four five six").input_ids
     with torch.no_grad():
         logprobs = whole(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -289,7 +289,7 @@ def test_scores_of_a_prompt_are_those_of_the_model_in_one_piece(serve: Serve, wh
             assert [choice["text"][offset:][:1] for offset in scores["text_offset"]] == [
                 token[:1] for token in scores["tokens"]
             ]
-            # What the likeliest token is, by which lm-eval tells whether a text is what the model would say.
+            # lm-eval reads the likeliest token to find whether the model itself would write the text.
             best = [max(top.values()) for top in scores["top_logprobs"][1:]]
             assert best[: len(ids) - 1] == pytest.approx(logprobs.max(-1).values[:-1].tolist(), abs=1e-4)
         assert reply["choices"][0]["text"] == tokenizer.decode(ids + greedy(whole, ids, 1))
@@ -340,7 +340,7 @@ def test_many_answers_to_a_short_prompt_fit(serve: Serve, choices: int) -> None:
 FIRST_DELTA = {"role": "assistant", "content": ""}
 
 
-def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
+def test_a_stream_equals_the_whole_answer(serve: Serve) -> None:
     async def does(server: Server) -> None:
         body = {"max_tokens": 10, "logprobs": True, "top_logprobs": 1, "n": 2}
         whole = await server.chat("Hello", **body)
@@ -420,7 +420,7 @@ def test_parameters_of_other_servers(serve: Serve, tokenizer: Any) -> None:
         ({"structured_outputs": {"json": {"type": "boolean"}}}, "true|false"),
     ],
 )
-def test_answers_keep_to_what_vllm_and_llama_cpp_name(serve: Serve, constraint: dict[str, Any], fits: str) -> None:
+def test_answers_fit_constraints_of_vllm_and_llama_cpp(serve: Serve, constraint: dict[str, Any], fits: str) -> None:
     async def does(server: Server) -> None:
         text = (await server.complete(prompt="Well", max_tokens=20, **constraint))["choices"][0]["text"]
         assert re.fullmatch(fits, text)
@@ -430,7 +430,7 @@ def test_answers_keep_to_what_vllm_and_llama_cpp_name(serve: Serve, constraint: 
     serve(does)
 
 
-def test_a_message_that_is_begun_is_continued(serve: Serve, tokenizer: Any) -> None:
+def test_a_message_of_the_assistant_is_continued(serve: Serve, tokenizer: Any) -> None:
     async def does(server: Server) -> None:
         said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Bees fly"}]
         body = GREEDY | {"messages": said, "continue_final_message": True, "max_tokens": 3}
@@ -443,7 +443,7 @@ def test_a_message_that_is_begun_is_continued(serve: Serve, tokenizer: Any) -> N
     serve(does)
 
 
-def test_scores_of_prompts_as_vllm_has_them(serve: Serve, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_prompts_in_the_form_of_vllm(serve: Serve, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def does(server: Server) -> None:
         text = await server.complete(prompt="Bees fly", max_tokens=1, prompt_logprobs=1)
         scores = text["choices"][0]["prompt_logprobs"]
@@ -520,7 +520,7 @@ def test_tokens_of_texts_and_texts_of_tokens(serve: Serve, tokenizer: Any) -> No
     serve(does)
 
 
-def test_what_clients_leave_out_or_say_otherwise(serve: Serve) -> None:
+def test_missing_fields_and_other_spellings_of_clients(serve: Serve) -> None:
     async def does(server: Server) -> None:
         server.http.headers["x-api-key"] = "sk-a"
         chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -553,7 +553,7 @@ SCHEMA = {
 }
 
 
-def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
+def test_answers_of_a_random_model_fit_a_schema(serve: Serve) -> None:
     async def does(server: Server) -> None:
         wanted = {"type": "json_schema", "json_schema": {"name": "counted", "schema": SCHEMA}}
         reply = await server.chat("Hi", response_format=wanted, n=3, temperature=1, seed=1, max_tokens=100)
@@ -570,7 +570,7 @@ def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
 
 
 @pytest.mark.full
-def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -> None:
+def test_a_random_model_calls_required_tools(serve: Serve) -> None:
     tools = [
         {"type": "function", "function": {"name": "count", "parameters": SCHEMA}},
         {"type": "function", "function": {"name": "stop", "parameters": {"enum": [{}]}}},
@@ -613,7 +613,7 @@ def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -
     serve(does)
 
 
-def test_the_next_turn_computes_only_what_is_new(serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any) -> None:
+def test_the_next_turn_computes_only_new_positions(serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any) -> None:
     async def does(server: Server) -> None:
         first = await server.chat("Who are you?", max_tokens=8)
         assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
@@ -622,11 +622,11 @@ def test_the_next_turn_computes_only_what_is_new(serve: Serve, swarm: LocalSwarm
         cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert cached >= first["usage"]["prompt_tokens"]
         assert sessions(swarm) == [1, 1]
-        # The same as without what was kept.
+        # The same text as without a kept session.
         prompt = f"user: Who are you?\nassistant: {said}\nuser: And I?\nassistant:"
         expected = tokenizer.decode(greedy(whole, tokenizer(prompt).input_ids, 8), skip_special_tokens=True)
         assert second["choices"][0]["message"]["content"] == expected
-        # An answer that is asked for again needs one position of its prompt.
+        # A repeated request computes only one position of its prompt.
         again = await server.chat("Who are you?", said, "And I?", max_tokens=8)
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == again["usage"]["prompt_tokens"] - 1
         assert again["choices"] == second["choices"]
@@ -672,8 +672,8 @@ def test_a_kept_session_that_the_peers_have_lost_is_repaired(serve: Serve, swarm
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_the_peers(serve: Serve, swarm: LocalSwarm, stream: bool) -> None:
-    """Speaks ASGI itself: httpx has no way to go in the middle."""
+def test_a_disconnected_client_frees_the_peers(serve: Serve, swarm: LocalSwarm, stream: bool) -> None:
+    """Speaks ASGI directly, because httpx cannot disconnect during an answer."""
 
     async def does(server: Server) -> None:
         body = json.dumps(GREEDY | {"prompt": "Bees", "max_tokens": 250, "stream": stream}).encode()
@@ -705,7 +705,7 @@ def test_a_client_that_goes_frees_the_peers(serve: Serve, swarm: LocalSwarm, str
             await call
         await until(lambda: sessions(swarm) == [0, 0])
         assert not server.generations.kept.clear()
-        # Ended in the middle, not at its end.
+        # The answer was ended before its last token.
         assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
         told = await Told.by(server)
         assert told("requests_total", path="/v1/completions", status="200" if stream else "499") == 1
@@ -714,7 +714,7 @@ def test_a_client_that_goes_frees_the_peers(serve: Serve, swarm: LocalSwarm, str
     serve(does)
 
 
-def test_an_end_in_the_middle_is_told_in_the_stream(serve: Serve, swarm: LocalSwarm) -> None:
+def test_an_error_during_a_stream_is_sent_in_it(serve: Serve, swarm: LocalSwarm) -> None:
     async def does(server: Server) -> None:
         running = asyncio.create_task(
             server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 250, "stream": True})
@@ -722,7 +722,7 @@ def test_an_end_in_the_middle_is_told_in_the_stream(serve: Serve, swarm: LocalSw
         await until(lambda: sessions(swarm) == [1, 1])
         server.generations.end()
         ended = await running
-        if ended.status_code == 200:  # the first token had come
+        if ended.status_code == 200:  # the first token had been sent
             assert '"code":"server_ending"' in ended.text and "[DONE]" not in ended.text
         else:
             assert ended.status_code == 503 and ended.json()["error"]["code"] == "server_ending"
@@ -738,7 +738,7 @@ def test_an_end_in_the_middle_is_told_in_the_stream(serve: Serve, swarm: LocalSw
     serve(does)
 
 
-def test_more_than_may_wait_are_told_to_come_again(serve: Serve) -> None:
+def test_too_many_waiting_requests_are_refused(serve: Serve) -> None:
     async def does(server: Server) -> None:
         body = GREEDY | {"prompt": "Bees", "max_tokens": 30}
         replies = await asyncio.gather(*(server.http.post("/v1/completions", json=body) for _ in range(4)))
@@ -751,7 +751,7 @@ def test_more_than_may_wait_are_told_to_come_again(serve: Serve) -> None:
     serve(does, at_a_time=1, waiting=1)
 
 
-def test_what_is_kept_makes_room_for_what_is_asked(small: Path, serve: Serve) -> None:
+def test_kept_sessions_make_room_for_requests(small: Path, serve: Serve) -> None:
     # Room for 300 positions in 6 blocks, of 256 bytes each.
     with local_swarm(small, [(0, 6)], kv_memory=6 * 256 * 300) as swarm:
         model = swarm.model()
@@ -771,7 +771,7 @@ def test_what_is_kept_makes_room_for_what_is_asked(small: Path, serve: Serve) ->
         model.close()
 
 
-def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
+def test_missing_blocks_are_reported(small: Path, serve: Serve) -> None:
     with local_swarm(small, [(0, 4)]) as swarm:
         model = swarm.model()
 
@@ -802,8 +802,8 @@ CALLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choic
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of: only 1"),
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [49152], "min_tokens": 1}, 400, "0 to 49151"),
         ("/v1/chat/completions", HELLO | {"stop_token_ids": [49152]}, 400, "0 to 49151"),
-        ("/v1/chat/completions", HELLO | CALLS | {"min_tokens": 9}, 400, "calls say where an answer ends"),
-        ("/v1/chat/completions", HELLO | CALLS | {"ignore_eos": True}, 400, "calls say where an answer ends"),
+        ("/v1/chat/completions", HELLO | CALLS | {"min_tokens": 9}, 400, "calls set where an answer ends"),
+        ("/v1/chat/completions", HELLO | CALLS | {"ignore_eos": True}, 400, "calls set where an answer ends"),
         ("/v1/completions", b'{"model": "small", "prompt": "\\ud800"}', 400, "not valid JSON"),
         (
             "/api/embed",
@@ -857,7 +857,7 @@ def test_errors(serve: Serve, path: str, body: Any, status: int, message: str) -
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}<|im_start|>"
 
 
-def test_nobody_forges_a_role_with_special_tokens(small: Path) -> None:
+def test_special_tokens_in_messages_forge_no_role(small: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(small)
     tokenizer.chat_template = CHATML
     prompts = Prompts(tokenizer, 49152, None)
@@ -895,7 +895,7 @@ def test_models_and_health(serve: Serve) -> None:
     serve(does)
 
 
-def test_a_model_has_as_many_names_as_it_is_given(serve: Serve) -> None:
+def test_a_model_has_several_names(serve: Serve) -> None:
     async def does(server: Server) -> None:
         entries = (await server.http.get("/v1/models")).json()["data"]
         assert [entry["id"] for entry in entries] == [MODEL, "gpt-4o"]
@@ -926,7 +926,7 @@ def test_a_model_has_as_many_names_as_it_is_given(serve: Serve) -> None:
         ("https://any.example", ["sk"], ["*"], True, True),
     ],
 )
-def test_pages_of_other_sites_use_the_server_only_if_they_may(
+def test_only_allowed_origins_use_the_server(
     serve: Serve, origin: str | None, keys: list[str], origins: list[str], may_send: bool, may_read: bool
 ) -> None:
     async def does(server: Server) -> None:
@@ -939,7 +939,7 @@ def test_pages_of_other_sites_use_the_server_only_if_they_may(
         assert reply.status_code == (200 if may_send else 403)
         assert may_send or reply.json()["error"]["code"] == "unknown_origin"
         assert (reply.headers.get("access-control-allow-origin", "") in (origin, "*")) == may_read
-        if origin is not None:  # what a browser asks before it sends JSON, and without a key
+        if origin is not None:  # the preflight request of a browser before it sends JSON, without a key
             asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-a"}
             before = await server.http.options("/v1/completions", headers=headers | asked)
             assert (before.headers.get("access-control-allow-origin") in (origin, "*")) == may_read
@@ -949,7 +949,7 @@ def test_pages_of_other_sites_use_the_server_only_if_they_may(
 
 
 class Told:
-    """What the server tells Prometheus now."""
+    """The present metrics of the server for Prometheus."""
 
     def __init__(self, text: str) -> None:
         families = list(text_string_to_metric_families(text))
@@ -969,7 +969,7 @@ class Told:
         return self._series[f"splitnet_gateway_{name}", frozenset(labels.items())]
 
 
-def test_metrics_are_those_of_what_was_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_count_requests_and_tokens(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     async def does(server: Server) -> None:
         first = await server.chat("Who are you?", max_tokens=8)
         said = first["choices"][0]["message"]["content"]
@@ -986,7 +986,7 @@ def test_metrics_are_those_of_what_was_asked(serve: Serve, monkeypatch: pytest.M
         assert told("requests_total", path="/v1/chat/completions", status="200") == 2
         assert told("requests_total", path="/v1/completions", status="404") == 1
         assert told("request_seconds_count", path="/v1/completions") == 3
-        assert told("time_to_first_token_seconds_count") == 3  # the one that was only scored has none
+        assert told("time_to_first_token_seconds_count") == 3  # the scored prompt without an answer has none
         assert told("time_per_output_token_seconds_count") == 4  # one for each prompt that was answered
         assert told("hop_seconds_count", part="compute") % 2 == 0 < told("hop_seconds_sum", part="compute")
         assert told("sent_bytes_total") > told("received_bytes_total") > 0
@@ -1010,7 +1010,7 @@ def test_metrics_are_those_of_what_was_asked(serve: Serve, monkeypatch: pytest.M
     serve(drafts, speculate="prompt-lookup")
 
 
-def test_metrics_tell_who_waits_and_who_went(serve: Serve) -> None:
+def test_metrics_count_waiting_and_disconnected_requests(serve: Serve) -> None:
     async def does(server: Server) -> None:
         begun = asyncio.create_task(server.complete(prompt="Bees", max_tokens=200))
         await until(lambda: server.admission.running == 1)
@@ -1078,7 +1078,7 @@ OFTEN = ("POST /v1/chat/completions", "POST /v1/embeddings")
 
 @pytest.mark.default_cases(path=OFTEN)
 @pytest.mark.parametrize("path", PATHS)
-def test_whatever_comes_is_answered_as_the_schema_says(
+def test_generated_requests_are_answered_by_the_openapi_schema(
     path: str, model: RemoteCausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -1089,7 +1089,7 @@ def test_whatever_comes_is_answered_as_the_schema_says(
     every: list[Any] = [result.ok() for result in described.get_all_operations()]  # pyright: ignore
     operations = {operation.label: operation for operation in every}
     assert sorted(operations) == PATHS
-    # What a schema cannot tell may still be refused: a context that is too short, options that need each other.
+    # Requests that fit the schema may be refused: the context is too short, or an option needs another one.
     left_out = [CHECKS.get_one("positive_data_acceptance")]
     statuses: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A client whose way up is slow: what waits on it is not lost."""
+"""A client with a slow uplink: requests that wait on it do not count as lost."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def model(lab: netlab.Lab, folder: Path) -> Iterator[RemoteCausalLM]:
 
 
 @pytest.mark.full
-def test_prompts_that_wait_for_each_other_are_not_taken_for_lost(
+def test_prompts_that_wait_for_each_other_do_not_count_as_lost(
     lab: netlab.Lab, model: RemoteCausalLM, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pings wait behind them, too, and so does what opens the next session."""
+    """Pings and the messages that open the next session wait behind the prompts, too."""
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
     prompts = prompt(length=LENGTH, batch=AT_ONCE)["input_ids"].split(1)
 

@@ -239,7 +239,7 @@ def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node
     with local_swarm(folder, [(0, 1)], node=node) as swarm:
         config = LoraConfig(task_type=CAUSAL, target_modules=["shared_expert.up_proj"])
         model: Any = get_peft_model(swarm.model(), config)
-        with pytest.raises(SplitnetError, match=r"shared_expert\.up_proj does not see every position"):
+        with pytest.raises(SplitnetError, match=r"shared_expert\.up_proj does not run on every position"):
             model(torch.tensor([[5, 6, 7]]), use_cache=use_cache)
 
 

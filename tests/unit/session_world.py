@@ -254,8 +254,6 @@ class PeerModel:
         self.leaves = False
         self.full = False
         self.fault: str | None = None
-        self.is_old = False
-        """It does not know what sends hidden states to the client."""
         self.dams = False
         """Takes no step or replay, and answers no ping of the hop before: that believes that they are on their way."""
 
@@ -350,9 +348,8 @@ class PeerModel:
             cached = PAGE * len(pages) or sum(map(len, held.rows.values()))
             if self.fault == "claims pages" and message.labels:
                 pages, cached = [None], 1000
-            weights = self.weights if message.asks_weights else ""
-            held.taps = () if self.is_old else message.taps
-            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights, bool(held.taps), bool(pages)))
+            held.taps = message.taps
+            self.to_client(Opened(self.id, held.epoch, reachable, cached, self.weights, bool(held.taps), bool(pages)))
 
     def _key(self, held: Held, label: bytes) -> tuple[bytes, bytes, int, int, int]:
         return held.context, label, held.start, held.end, held.codec

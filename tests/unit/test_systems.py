@@ -155,7 +155,7 @@ def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("ifaddr.get_adapters", refuse)
-    with pytest.raises(LanError, match="does not tell its addresses"):
+    with pytest.raises(LanError, match="does not give its addresses"):
         mdns.LocalNetwork("ab" * 32)
 
 

@@ -1,1 +1,1 @@
-"""Faster ways for decode steps."""
+"""Faster implementations of decode steps."""

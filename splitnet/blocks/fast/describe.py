@@ -1,4 +1,4 @@
-"""What blocks consist of, as compiled steps run them: found by the names that families have for the same parts."""
+"""Describes blocks for compiled steps: finds their parts by the names that families give to the same parts."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.linear import QuantizedLinear
 
 _TRIALS = 8
-_SCALES = (1.0, 1e-2)  # of what norms are tried on: the second one shows what is added to the variance
+_SCALES = (1.0, 1e-2)  # scales of the inputs that norms are tried on: the second one shows the epsilon of the variance
 
 
 class UnknownPart(Exception):
-    """A part of a block that compiled steps do not have; the message names it."""
+    """A part of a block that compiled steps do not support; the message names it."""
 
 
 class NormKind(IntEnum):
-    """As `enum norm` in `native/step.h`."""
+    """The same values as `enum norm` in `native/step.h`."""
 
     RMS, LAYER = 1, 2
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """What a norm multiplies and adds to normalised numbers."""
+    """The factors and summands of a norm, applied to normalised numbers."""
 
     kind: NormKind
-    weight: Tensor  # `[width]`, or `[heads, size]` of heads that have one each; likewise the bias
+    weight: Tensor  # `[width]`, or `[heads, size]` if each head has its own; likewise the bias
     bias: Tensor | None
-    epsilon: float  # is added to the variance
+    epsilon: float  # added to the variance
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """For a family's own module; raises UnknownPart if it does something else."""
+        """Finds the norm of a family's own module by a trial; raises UnknownPart if the module computes something
+        else."""
         own: Any = deepcopy(module).float()
         named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
         weights, biases = ([each for name, each in named if name == wanted] for wanted in ("weight", "bias"))
@@ -55,7 +56,7 @@ class Norm:
         bias = _stacked(biases) if biases else None
         epsilon = float(getattr(own, "variance_epsilon", getattr(own, "eps", 1e-5)))
         noise = torch.Generator().manual_seed(0)
-        # Heads stand before positions or behind them: here there is one position.
+        # Heads are a dimension before or after positions, depending on the family: the trial has one position.
         shape = (_TRIALS, *weight.shape) if weight.ndim == 1 else (_TRIALS, len(weight), 1, weight.shape[1])
         if weight.ndim == 2 and not hasattr(own, "norms"):
             shape = (_TRIALS, 1, *weight.shape)
@@ -76,21 +77,22 @@ class Norm:
 
 
 class ActivationKind(IntEnum):
-    """As `enum activation` in `native/step.h`."""
+    """The same values as `enum activation` in `native/step.h`."""
 
     SILU, GELU, GELU_TANH, GELU_QUICK, RELU, RELU_SQUARED, XIELU = range(7)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One of those that compiled steps have; `shape`: four numbers of xIELU."""
+    """An activation that compiled steps support; `shape`: four numbers of xIELU."""
 
     kind: ActivationKind
     shape: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
     @classmethod
     def of(cls, module: Any) -> Self:
-        """For a family's own module; raises UnknownPart if it does something else."""
+        """Finds the activation of a family's own module by a trial; raises UnknownPart if it computes something
+        else."""
         own: Any = deepcopy(module).float()
         x = torch.linspace(-8, 8, 1001, dtype=torch.float32)
         with torch.no_grad():
@@ -138,7 +140,8 @@ _UP = ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
 _DOWN = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
 _ACTIVATION = ("act_fn", "activation_fn", "act", "gelu_impl")
 
-# Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line.
+# Names of the norms of attention's input and output, and of the MLP's input and output; a block has exactly the names
+# of one line.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("attention_layernorm", None, "feedforward_layernorm", None),
@@ -152,17 +155,19 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
 )
-_AFTER_TURNING = "query_layernorm"  # the norm of queries that comes after the rotary embedding
-_BY_HEAD = "query_key_value"  # has queries, keys and values in turns, by stored head; others have all queries first
-# Which blocks of a family leave its rotary embedding out, where no `use_rope` says so.
+_AFTER_TURNING = "query_layernorm"  # a query norm with this name comes after the rotary embedding
+# A layer with this name has queries, keys and values interleaved by stored head; other layers have all queries first.
+_BY_HEAD = "query_key_value"
+# Whether a block omits the rotary embedding, for families without an attribute `use_rope`.
 _DO_NOT_TURN: Mapping[str, Callable[[Any], bool]] = {
     "Cohere2Attention": lambda attention: attention.sliding_window is None,
     "Exaone4Attention": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
 }
-# Values of attributes of blocks where they exist; with others the order is another.
+# Required values of attributes of blocks, where the attributes exist; other values change the order of operations.
 _NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
-_CAPPED = "Gemma2Attention"  # its logits are capped; Gemma 3 reads the cap from its config, too, and does not use it
-# What a family's module adds to the logits of two positions: `[heads, 1, 2]`.
+# Only this class caps its logits; Gemma 3 reads the cap from its config, too, but does not use it.
+_CAPPED = "Gemma2Attention"
+# The bias of a family's module for the logits of two positions: `[heads, 1, 2]`.
 _ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
     "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
@@ -172,22 +177,22 @@ _ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
 
 @dataclass(frozen=True, eq=False)
 class BlockDescription:
-    """A block of the usual parts."""
+    """A block with the usual parts."""
 
-    before: Norm | None  # of what attention takes; `after`: of what it gives
+    before: Norm | None  # of the input of attention; `after`: of its output
     after: Norm | None
-    between: Norm | None  # of what the MLP takes; `behind`: of what it gives
+    between: Norm | None  # of the input of the MLP; `behind`: of its output
     behind: Norm | None
-    parallel: bool  # the MLP takes what attention takes, too; else what comes out of it
-    residual: float  # what attention and MLP give is multiplied by it
+    parallel: bool  # the MLP has the same input as attention; else the output of attention
+    residual: float  # factor of the outputs of attention and MLP
     attention: Attention
-    mlp: Mlp | None  # None where there are experts alone
+    mlp: Mlp | None  # None for a block with experts alone
     experts: KnownExperts | None
 
     @classmethod
     def of(cls, block: Any) -> Self:
-        """For a family's own block. Raises UnknownPart if compiled steps do not have a part of it, or its parts do not
-        fit together. As it may be anything, so may be what is raised."""
+        """Describes a family's own block. Raises UnknownPart if compiled steps do not support a part of it, or its
+        parts do not fit together; unknown blocks may raise any other exception."""
         for name, value in _NEEDED.items():
             if getattr(block, name, value) != value:
                 raise UnknownPart(name)
@@ -212,12 +217,12 @@ class BlockDescription:
 
     @property
     def width(self) -> int:
-        """Of hidden states."""
+        """The size of hidden states."""
         return self.attention.out.out_features
 
     @property
     def layers(self) -> list[Any]:
-        """Query, key, value, out, gate, up, down, and what opens a shared expert; None where there is none."""
+        """Query, key, value, out, gate, up, down, and the opener of a shared expert; None for a missing layer."""
         own = self.attention
         inner = (None, None, None) if self.mlp is None else (self.mlp.gate, self.mlp.up, self.mlp.down)
         opener = None if self.experts is None else self.experts.opener
@@ -236,33 +241,33 @@ class BlockDescription:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention of a block."""
+    """The attention of a block."""
 
-    query: Any  # this and `out`, `key`, `value`: layers
+    query: Any  # a layer, as `out`, `key` and `value`
     out: Any
-    heads: int  # of queries; `stored`: of keys as they are stored
+    heads: int  # of queries; `stored`: of stored keys
     stored: int
-    size: int  # of a head of queries and keys; `value_size`: of one of values
+    size: int  # of a head of queries and keys; `value_size`: of a head of values
     value_size: int
     scale: float
     index: int  # of the block in its caches
-    key: Any = None  # None, as `value`, where `query` gives all three
+    key: Any = None  # None, as `value`, where `query` computes all three
     value: Any = None
-    places: list[int] | None = None  # where the one layer has the queries, keys and values, in heads
+    places: list[int] | None = None  # the heads' places in the output of such a layer: queries, keys, values
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     late: bool = False  # the norms come after the rotary embedding
-    cap: float = 0.0  # of logits; `clip`: of numbers of heads; or 0
+    cap: float = 0.0  # limit of logits, `clip`: limit of the numbers of heads; 0: none
     clip: float = 0.0
     sinks: Tensor | None = None
-    slopes: Tensor | None = None  # what is added to the logits of a head for every position
-    turns: bool = True  # with the rotary embedding
-    kind: str | None = None  # of the block, by which families have a rotary embedding
-    latents: Latents | None = None  # what keys and values are made of
+    slopes: Tensor | None = None  # bias per position for the logits of a head
+    turns: bool = True  # whether the rotary embedding is applied
+    kind: str | None = None  # kind of the block, for families with one rotary embedding per kind
+    latents: Latents | None = None  # the latents from which keys and values are computed
 
     @classmethod
     def of(cls, module: Any) -> Self:
-        """For a family's own module; raises UnknownPart if it has a part that compiled steps do not have."""
+        """Describes a family's own module; raises UnknownPart if it has a part that compiled steps do not support."""
         if hasattr(module, _LATENT):
             return cls._with_latents(module)
         size = int(getattr(module, "head_dim", None) or module.head_size)
@@ -308,20 +313,20 @@ class Attention:
 
     @property
     def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Heads and their size, of the keys that are stored and of the values."""
+        """Heads and head size, of the stored keys and of the stored values."""
         if self.latents is not None and self.latents.kept:
             return (1, self.latents.rank), (1, self.latents.turned)
         return (self.stored, self.size), (self.stored, self.value_size)
 
     @property
     def latent_layers(self) -> list[Any]:
-        """Those of `latents`; None where there is none."""
+        """The layers of `latents`; None for a missing layer."""
         latents = self.latents
         return [None] * 3 if latents is None else [latents.lowered, latents.layer, latents.expand]
 
     @property
     def joined(self) -> bool:
-        """Whether the norms of queries and of keys are of all heads together."""
+        """Whether a norm of queries or keys normalises all heads together."""
         weight = None if self.query_norm is None else self.query_norm.weight
         return weight is not None and weight.ndim == 1 and weight.numel() > self.size
 
@@ -347,18 +352,22 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """A few numbers that keys and values of all heads are made of (DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434)."""
+    """A few numbers from which keys and values of all heads are computed (DeepSeek-AI, "DeepSeek-V2",
+    arXiv:2405.04434)."""
 
-    lowered: Any  # the layer whose output, with a norm, queries are made of; or None
+    lowered: Any  # a layer whose normed output is the input of `query`, or None
     lowered_norm: Norm | None
-    layer: Any  # gives what `norm` makes latents of, and behind it the part of keys that is turned, of all heads
+    # Its output is the input of `norm`, which gives the latents, followed by the rotated part of keys, which all heads
+    # share.
+    layer: Any
     norm: Norm
-    expand: Any  # makes of latents, by head, the rest of a key and the value
-    kept: bool  # they are stored, with the part of keys that is turned, in the place of keys and values
+    expand: Any  # computes, by head, the rest of a key and the value from latents
+    kept: bool  # latents and the rotated part of keys are stored in place of keys and values
 
     @classmethod
     def of(cls, parts: _Parts, module: Any) -> Self:
-        """Of the parts of a family's own module; raises UnknownPart if one is missing, or does something else."""
+        """Takes the parts of a family's own module; raises UnknownPart if one is missing, or computes something
+        else."""
         lowered, lowered_norm = parts.find(("q_a_proj",)), parts.find(("q_a_layernorm",))
         return cls(
             lowered,
@@ -371,12 +380,12 @@ class Latents:
 
     @property
     def rank(self) -> int:
-        """How many numbers they are."""
+        """The number of latents per position."""
         return self.norm.weight.numel()
 
     @property
     def turned(self) -> int:
-        """Numbers of a key that are turned: the last ones."""
+        """Numbers of a key, its last ones, that are rotated."""
         return self.layer.out_features - self.rank
 
     def fits_together(self, attention: Attention) -> bool:
@@ -396,16 +405,16 @@ class Latents:
 
 @dataclass(frozen=True, eq=False)
 class Mlp:
-    """What all positions run through: `down(activation(gate) * up)`, or without a gate `down(activation(up))`."""
+    """An MLP for all positions: `down(activation(gate) * up)`, or without a gate `down(activation(up))`."""
 
-    gate: Any  # has the outputs of `up` behind its own, too, where that is None; or None
+    gate: Any  # if `up` is None, its output has the outputs of `up` after its own; None: no gate
     up: Any
     down: Any
     activation: Activation
 
     @classmethod
     def all_of(cls, module: Any) -> Self:
-        """For a family's own module that has nothing else. Raises as `of`."""
+        """Describes a family's own module that has no other parts. Raises as `of`."""
         parts = _Parts(module)
         mlp = cls.of(parts)
         if parts.rest:
@@ -414,7 +423,7 @@ class Mlp:
 
     @classmethod
     def of(cls, parts: _Parts) -> Self:
-        """Of some parts; raises UnknownPart if there are none of an MLP, or they do not fit together."""
+        """Takes the parts of an MLP; raises UnknownPart if one is missing, or they do not fit together."""
         joined = parts.find(_GATE_AND_UP)
         gate = joined if joined is not None else parts.find(_GATE)
         up = parts.take(_UP) if joined is None else None
@@ -431,21 +440,22 @@ _CORRECTION = "e_score_correction_bias"
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """How a router chooses."""
+    """How a router chooses experts."""
 
     weight: Tensor  # `[experts, hidden]`
     bias: Tensor | None  # `[experts]`, of the logits
-    correction: Tensor | None  # `[experts]`, added to scores to choose by
-    chosen: int  # experts of a position
-    groups: int  # experts are chosen in `kept` of the groups with the best ones
+    correction: Tensor | None  # `[experts]`, added to scores for the choice alone
+    chosen: int  # experts per position
+    groups: int  # experts are chosen from the `kept` best groups
     kept: int
-    sigmoid: bool = False  # makes scores of logits, else softmax
-    normalised: bool = False  # the shares add up to `factor`
+    sigmoid: bool = False  # scores are sigmoids of logits, else their softmax
+    normalised: bool = False  # shares add up to `factor`
     factor: float = 1.0
-    judges: int = 2  # how many of a group, the best one or two, tell how good it is
+    judges: int = 2  # how many of a group's best scores, one or two, are summed to rank the group
 
     def shares(self, hidden: Tensor) -> Tensor:
-        """Of each expert for `[positions, hidden]`: `[positions, experts]`, 0 where it is not chosen."""
+        """The share of each expert for `[positions, hidden]`: `[positions, experts]`, 0 for experts that are not
+        chosen."""
         logits = nn.functional.linear(hidden, self.weight.float(), None if self.bias is None else self.bias.float())
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
         ranks = scores if self.correction is None else scores + self.correction.float()
@@ -460,7 +470,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Gating:
-    """What an expert makes of its gate and its up, within `limit`: `(up + shift) * gate * sigmoid(alpha * gate)`."""
+    """How an expert combines gate and up, both limited by `limit`: `(up + shift) * gate * sigmoid(alpha * gate)`."""
 
     alpha: float
     limit: float
@@ -476,17 +486,17 @@ class Gating:
 
 @dataclass(frozen=True, eq=False)
 class KnownExperts:
-    """What stands in the place of an MLP."""
+    """Experts in place of an MLP."""
 
-    held: Any  # the experts; their two weights have one layout each
+    held: Any  # the experts; each of their two weights has one layout
     choice: Choice
     gating: Gating
-    shared: nn.Module | None  # an MLP that all positions run through, too
-    opener: Any  # a layer with one output, by whose sigmoid what `shared` gives is multiplied; or None
+    shared: nn.Module | None  # an MLP for all positions, besides the experts
+    opener: Any  # a layer with one output, whose sigmoid scales the output of `shared`; or None
 
     @classmethod
     def of(cls, mlp: Any) -> Self | None:
-        """For a family's own module; None: compiled steps do not know it."""
+        """Describes a family's own module; None: compiled steps do not support it."""
         parts = list(mlp.children())
         held = [part for part in parts if isinstance(part, QuantizedExperts)]
         routers = [part for part in parts if hasattr(part, "top_k") and part not in held]
@@ -514,14 +524,14 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
     weight, bias = weights[0].detach(), getattr(router, "bias", None)
     choice = Choice(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
     hidden = _noise(weight.shape[1])
-    hidden *= 2 / (hidden @ weight.float().T).std()  # so that neither softmax nor sigmoid has the same for all
+    hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to tell softmax from sigmoid
     given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
     try:
         _, shares, indices = deepcopy(router).float()(*given)
         found = torch.zeros(_GATING_TRIALS, len(weight), dtype=torch.float32).scatter(1, indices, shares.float())
-    except (TypeError, ValueError, RuntimeError):  # what it takes or gives is something else
+    except (TypeError, ValueError, RuntimeError):  # its arguments or results are different
         return None
-    ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some name groups and do not heed them
+    ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some routers have groups but ignore them
     for sigmoid, normalised, way in product((False, True), (False, True), ways):
         likely = replace(choice, sigmoid=sigmoid, normalised=normalised, **way)
         likely = replace(likely, factor=float(found.sum() / likely.shares(hidden).sum()))
@@ -551,7 +561,8 @@ def _gating_of(experts: Any) -> Gating | None:
 
 
 class Turned:
-    """A linear layer whose weight is `[inputs, outputs]`. It stays so, but lies in memory as others do from now on."""
+    """A linear layer with a weight `[inputs, outputs]`. The weight keeps its shape, but its memory gets the order
+    `[outputs, inputs]`."""
 
     def __init__(self, layer: Conv1D) -> None:
         self.in_features, self.out_features = layer.weight.shape
@@ -560,22 +571,22 @@ class Turned:
         self.weight, self.bias = layer.weight.detach().t(), layer.bias
 
 
-_NOTHING = (nn.Dropout, nn.Identity)  # what does nothing in a span
+_NOTHING = (nn.Dropout, nn.Identity)  # modules without effect in a span
 
 
 class _Parts:
-    """Children of a module, taken one by one."""
+    """The children of a module; `find` and `take` remove them one by one."""
 
     def __init__(self, module: Any) -> None:
         named = [(name, each) for name, each in module.named_children() if not isinstance(each, _NOTHING)]
         self.rest: dict[str, Any] = {name: Turned(each) if type(each) is Conv1D else each for name, each in named}
 
     def find(self, names: Iterable[str]) -> Any:
-        """Takes the one that has one of these names; None: there is none."""
+        """Removes and returns the child that has one of these names; None: there is none."""
         return next((self.rest.pop(name) for name in names if name in self.rest), None)
 
     def take(self, names: Iterable[str]) -> Any:
-        """The same; raises UnknownPart if there is none."""
+        """As `find`; raises UnknownPart if there is none."""
         found = self.find(names)
         if found is None:
             raise UnknownPart(f"no {' or '.join(names)}")
@@ -601,14 +612,14 @@ def _slopes(attention: Any, heads: int) -> Tensor | None:
 
 
 def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[int]:
-    """Of the queries, the keys and the values in one product."""
-    if hasattr(attention, "mp_num"):  # CodeGen: queries, values and keys, in so many turns
+    """The places of the queries, the keys and the values in the output of one layer."""
+    if hasattr(attention, "mp_num"):  # CodeGen: queries, values and keys, in `mp_num` groups
         own = heads // attention.mp_num
         return [head // own * 3 * own + part * own + head % own for part in (0, 2, 1) for head in range(heads)]
     if not by_head:
         return list(range(heads + 2 * stored))
     group, turns = heads // stored, range(stored)
     queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
-    # Some keep a copy of a key for every query.
+    # With this attribute, each query has its own copy of the key.
     times = group if getattr(attention, "new_decoder_architecture", False) else 1
     return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]

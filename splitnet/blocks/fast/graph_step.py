@@ -1,12 +1,13 @@
-"""Decode steps on a GPU whose blocks are replayed from graphs, all but attention.
+"""Decode steps on a GPU that replay all of a block except attention from CUDA graphs.
 
-A decode step is some twenty launches for each block, and where blocks are small the GPU waits for them. A CUDA graph
-launches many at once, but always with the same shapes and in the same memory. So what lies before and behind attention
-is recorded once, for some numbers of positions; a step with fewer takes the next larger one. Attention runs between as
-ever, in the rows' own memory: that may grow, move, be cut or forked, as nothing that is recorded has its address.
+A decode step has some twenty launches for each block, and where blocks are small the GPU waits for the launches. A CUDA
+graph launches many kernels at once, but always with the same shapes and in the same memory. So the operations before
+and after attention are recorded once, for some numbers of positions; a step with fewer positions uses the next larger
+recording. Attention is not recorded and uses the rows' own memory: rows may grow, move, be cropped or forked, because
+no recording has their addresses.
 
-A recording proves itself when blocks are loaded: it must give what the same operations give that are not recorded, and
-sooner. If not, or once a replay fails, steps run as they do elsewhere, and the log says why.
+When blocks are loaded, each recording is tested: it must give the results of the operations without a recording, and be
+faster. If not, or once a replay fails, steps run without graphs, and the log gives the reason.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from splitnet.quant.device import milliseconds, put
 
 log = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 16)  # numbers of positions that are recorded, until one proves no good
-TOLERANCE = 0.01  # of what one block adds, and of keys and values: how far it may be from what is not recorded
-TOLERANCE_OF_ALL = 0.1  # the same for all blocks together, through which rounding grows
-# Relative to what a block is given, to which it adds.
+SIZES = (1, 2, 4, 8, 16)  # numbers of positions that are recorded, until a recording fails its test
+# Maximum error of a recording, relative to what one block adds, and to keys and values.
+TOLERANCE = 0.01
+TOLERANCE_OF_ALL = 0.1  # the same for all blocks together, through which rounding errors grow
+# Rounding errors relative to the input of a block, to which the block adds.
 _ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _NAMES = "adds", "stores in keys", "stores in values"
 _PROMPTS, _TIMED_STEPS = 5, 10
@@ -43,29 +45,29 @@ Result = TypeVar("Result", covariant=True)
 
 @dataclass(frozen=True)
 class Recording(Generic[Result]):
-    """Operations that can be done once more, in memory that stays theirs: `replay` does them on what is in the memory
-    that they were given, and leaves `result` in its place."""
+    """Operations that can run again in the same memory: `replay` applies them to the present contents of their input
+    memory, and overwrites `result`."""
 
     result: Result
     replay: Callable[[], None]
 
 
 class CudaRecorder:
-    """By CUDA graphs, ROCm's too. Recordings may have memory in common beside their results: they are to be replayed in
-    the order in which they were recorded, some left out."""
+    """Records CUDA graphs, also with ROCm. Recordings may share memory other than their results, so they must be
+    replayed in the order in which they were recorded; some may be left out."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, _stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Result]) -> Recording[Result]:
-        """Records the operations of `work`, which it does twice. Raises RuntimeError if it cannot be done."""
+        """Records the operations of `work`, which runs twice. Raises RuntimeError if they cannot be recorded."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):  # which torch does not leave by itself if a recording breaks off
-                work()  # what libraries set up at a first call cannot be recorded
+            with torch.cuda.stream(self._stream):  # torch does not leave the stream by itself if a recording breaks off
+                work()  # the set-up of libraries at a first call cannot be recorded
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may use the device meanwhile.
+                # Other threads may use the device during the recording.
                 with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
                     result = work()
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -74,22 +76,22 @@ class CudaRecorder:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """To record on: one for all, as libraries take memory for each."""
+    """The stream to record on: one for all recordings, because libraries allocate memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def recorder_for(device: torch.device) -> CudaRecorder | None:
-    """None: there are no graphs on such a device."""
+    """The recorder of a device; None: the device has no graphs."""
     return CudaRecorder(device) if device.type == "cuda" else None
 
 
 class CannotBeRecorded(RuntimeError):
-    """An operation that no graph can have."""
+    """An operation that a graph cannot contain."""
 
 
 class OnDeviceAlone(TorchDispatchMode):
-    """Raises CannotBeRecorded for operations for which the host waits, and for memory of other devices, before they are
-    recorded: torch has not always recovered from a recording that was broken off."""
+    """Raises CannotBeRecorded for operations for which the host waits, and for memory of other devices. This check runs
+    before the recording, because torch does not always recover from a recording that breaks off."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class OnDeviceAlone(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # what consists of others is looked at by its parts
+        with self:  # checks the parts of composite operations
             if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return result
         packet, name = func.overloadpacket, str(func)
@@ -106,7 +108,7 @@ class OnDeviceAlone(TorchDispatchMode):
         if packet in _INDEXING:
             waits = any(index.dtype in (torch.bool, torch.uint8) for index in tree_leaves(args[1]) if index is not None)
         elif name.startswith("aten._grouped_mm."):
-            waits = args[0].dtype != torch.bfloat16  # torch multiplies group by group then
+            waits = args[0].dtype != torch.bfloat16  # torch then multiplies group by group
         else:
             waits = bool(_WAITING & set(func.tags))
         if waits:
@@ -119,7 +121,7 @@ class OnDeviceAlone(TorchDispatchMode):
 
 
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# Those wait where an index is a mask, only.
+# These wait only where an index is a mask.
 _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 
 
@@ -132,8 +134,8 @@ class _Piece:
 
 
 class Recorded:
-    """All blocks of a span for one number of positions; every step overwrites `hidden`, `[positions, hidden]`, on the
-    device and in the type of the blocks."""
+    """Recordings of all blocks of a span for one number of positions. Every step overwrites `hidden`, `[positions,
+    hidden]`, which is on the device and in the type of the blocks."""
 
     def __init__(self, step: TorchStep, hidden: Tensor, recorder: CudaRecorder) -> None:
         def record(work: Callable[[], Result]) -> Recording[Result]:
@@ -155,10 +157,10 @@ class Recorded:
     def run(
         self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()
     ) -> Tensor:
-        """As `TorchStep.forward`, through some of the blocks, in their order; no more positions than there are
-        recorded. What is left in the rest of the memory does not count.
+        """As `TorchStep.forward`, through some of the blocks, in order, with at most the recorded number of positions.
+        The contents of the rest of the recorded memory do not matter.
 
-        Raises RuntimeError if they cannot be replayed, as when weights are not where they were.
+        Raises RuntimeError if the blocks cannot be replayed, for example because weights have moved.
         """
         count = len(parts)
         self._hidden[:count].copy_(hidden)
@@ -168,7 +170,7 @@ class Recorded:
         for passed, block in enumerate(blocks, 1):
             piece = self._pieces[block.index]
             if piece.weights_at != block.weights_at:
-                raise RuntimeError("weights are not where they were")
+                raise RuntimeError("weights have moved")
             piece.before.replay()
             piece.mixed[:count].copy_(block.attend(*piece.before.result, parts))
             piece.behind.replay()
@@ -179,15 +181,15 @@ class Recorded:
 
 
 class GraphStep:
-    """Runs blocks as `lean` does, from recordings where there are some: by number of positions, of these blocks or
-    more, as steps of some of the blocks share them."""
+    """Runs blocks as `lean` does, from recordings where possible. `recorded`: by number of positions; the recordings
+    may include more blocks, because views of a span share them."""
 
     def __init__(self, lean: TorchStep, recorded: dict[int, Recorded]) -> None:
         self.lean, self.recorded, self.takes = lean, recorded, lean.takes
 
     @property
     def most(self) -> int:
-        """Positions of a step that is replayed; 0: none is any more."""
+        """The most positions of a step that is replayed; 0: no step is replayed."""
         return max(self.recorded, default=0)
 
     def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
@@ -196,7 +198,7 @@ class GraphStep:
         if size is not None and _in_order(hidden.device):
             try:
                 return self.recorded[size].run(self.lean.blocks, hidden, parts, taps)
-            except torch.OutOfMemoryError:  # of rows or of attention, as without recordings
+            except torch.OutOfMemoryError:  # rows or attention have too little memory, as without recordings
                 raise
             except RuntimeError as error:
                 self.recorded.clear()
@@ -205,18 +207,20 @@ class GraphStep:
 
 
 def _in_order(device: torch.device) -> bool:
-    """Whether what this thread gives to a device comes after what others gave it: all steps have the same memory."""
+    """Whether a device runs this thread's work after other threads' work, which is necessary because all steps share
+    memory."""
     return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def size_for(count: int, sizes: Mapping[int, object]) -> int | None:
-    """The number of positions whose recording a step of `count` takes; None: there is none that has so many."""
+    """The number of positions of the smallest recording for a step of `count` positions; None: no recording is large
+    enough."""
     return min((size for size in sizes if size >= count), default=None)
 
 
 @torch.inference_mode()
 def with_recordings(span: Any, step: TorchStep) -> TorchStep | GraphStep:
-    """For all blocks of a `Span`: `step`, or what replays it from graphs where that is proven and pays."""
+    """`step` for all blocks of a `Span`, or a `GraphStep` with the recordings that are correct and faster."""
     made: dict[int, Recorded] = {}
     where = f"blocks {span.start}..{span.end - 1} on {span.device}"
     try:
@@ -235,15 +239,16 @@ def with_recordings(span: Any, step: TorchStep) -> TorchStep | GraphStep:
             if not after < before:
                 break
             made[size] = recorded
-    except Exception as error:  # whatever a driver leads to: steps run without
-        _warn(where, made, first_line(error.__context__ or error))  # where one breaks off, another follows
+    except Exception as error:  # drivers raise exceptions of many types; steps then run without graphs
+        # An error in a recording causes a further error when the recording ends.
+        _warn(where, made, first_line(error.__context__ or error))
     return GraphStep(step, made) if made else step
 
 
 def fault_of(span: Any, step: TorchStep, recorded: Recorded, rows: Sequence[SequenceCache]) -> str | None:
-    """What is wrong with a recording for as many positions as there are rows; None: nothing."""
+    """The first error found in a recording for `len(rows)` positions; None: there is none."""
     size = len(rows)
-    for count in {size, size // 2 + 1}:  # all that are recorded, and as few as take it
+    for count in {size, size // 2 + 1}:  # all recorded positions, and the fewest positions that use this recording
         given = hidden = _noise(span, size, seed=count)
         for block in step.blocks:
             fault, hidden = _compared(step.only([block]), recorded, hidden, rows, count, TOLERANCE)
@@ -258,10 +263,10 @@ def fault_of(span: Any, step: TorchStep, recorded: Recorded, rows: Sequence[Sequ
 def _compared(
     step: TorchStep, recorded: Recorded, given: Tensor, rows: Sequence[SequenceCache], count: int, tolerance: float
 ) -> tuple[str | None, Tensor]:
-    """What the first `count` of the rows have otherwise from a recording, or None; and what is right, of all rows."""
+    """How the recording's results for the first `count` rows differ, or None; and the correct results for all rows."""
     parts = [Chunk(row, row.length, 1) for row in rows]
     got = recorded.run(step.blocks, given[:count], parts[:count])
-    kept = _stored(rows[:count], step.blocks)  # looked at first, as they are overwritten
+    kept = _stored(rows[:count], step.blocks)  # read before the next step overwrites them
     right = step.forward(given, parts)
     added = (right - given)[:count].float().norm(dim=1)
     pairs = [(got, right[:count], tolerance * added + _ROUNDING[given.dtype] * given[:count].float().norm(dim=1))]
@@ -269,14 +274,14 @@ def _compared(
         pairs.append((found, exact, tolerance * exact.float().norm(dim=1)))
     for name, (found, exact, allowed) in zip(_NAMES, pairs, strict=False):
         away = (found.float() - exact.float()).norm(dim=1)
-        if not bool((away <= allowed).all()):  # nor if it is no number
+        if not bool((away <= allowed).all()):  # also true if the difference is NaN
             most = f"{float(away.max()):.3g}, where {float(allowed.max()):.3g} is allowed"
-            return f"{name} something else: it is off by {most}", right
+            return f"{name} a wrong result: the error is {most}", right
     return None, right
 
 
 def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple[Tensor, Tensor]:
-    """Keys, and values, of the positions that a step has stored, `[rows, numbers in all these blocks]`."""
+    """Keys, and values, of the last stored position of each row, `[rows, numbers in all these blocks]`."""
     indices = {block.index for block in blocks}
     found: list[list[Tensor]] = [[], []]
     for row in rows:
@@ -289,7 +294,7 @@ def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple
 
 
 def rows_to_try(span: Any, size: int) -> list[SequenceCache]:
-    """With prompts of several lengths, and room for one position more."""
+    """Rows with prompts of several lengths, and room for one more position."""
     lengths = [1 + place % _PROMPTS for place in range(size)]
     rows = [span.new_row(length + 1) for length in lengths]
     parts = [Chunk(row, 0, length) for row, length in zip(rows, lengths, strict=True)]

@@ -1,9 +1,8 @@
 """A few new positions through blocks of the usual parts, in one call of compiled code.
 
-With weights of few bits, `TorchStep` spends more than half of a decode step on some twenty calls of torch for each
-block, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also for several positions of a
-sequence, as windows of drafts have them. As there, the results are compared with the family's own code when a span
-loads.
+With weights in few bits, `TorchStep` spends more than half of a decode step on some twenty calls of torch for each
+block, on tensors of a few hundred numbers. `native/step.h` implements the whole block, also for several positions of a
+sequence, as in windows of drafts. Its results are compared with the family's own code when a span loads.
 """
 
 from __future__ import annotations
@@ -28,24 +27,27 @@ from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import PLAIN_LINEAR, QuantizedLinear
 from splitnet.quant.tiles import CHUNK
 
-MOST_POSITIONS = 16  # in one step
-MOST_IN_STEPS = 128  # positions of a pass that may be run in several steps
-MOST_OF_EACH = 4  # of a sequence in it, in the mean: prompts are not multiplied in fewer bits than as a whole
+MOST_POSITIONS = 16  # maximum positions of one step
+MOST_IN_STEPS = 128  # maximum positions of a pass that may run in several steps
+# Maximum positions per sequence, on average, of such a pass: prompts must be computed with the precision of whole
+# passes.
+MOST_OF_EACH = 4
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16
 
-Fields = list[int | float]  # of a struct of C: all have 8 bytes
+Fields = list[int | float]  # fields of a C struct, 8 bytes each
 
 
 class NativeStep:
-    """Runs blocks that `NativeStep.of` knows.
+    """Runs blocks that `NativeStep.of` recognises.
 
     Args:
-        rope, turning: gives the cosines and sines of positions, and what is done with them; None: no block is turned.
-        windows: sliding windows in positions, by the index that blocks have in their caches.
-        dtype: what the span computes in, and keeps in its caches.
-        form: what it keeps in these instead; None: nothing else.
+        rope, turning: the module that gives the cosines and sines of positions, and how they rotate heads; None: no
+            block has a rotary embedding.
+        windows: sliding windows in positions, by the index of blocks in their caches.
+        dtype: the type that the span computes in, and keeps in its caches.
+        form: the format of the caches, if it differs from `dtype`.
     """
 
     def __init__(
@@ -79,15 +81,15 @@ class NativeStep:
         dtype: torch.dtype,
         form: KVForm | None = None,
     ) -> NativeStep | None:
-        """For these blocks; None if nothing is compiled for this CPU. Raises UnknownPart if their parts are not the
-        usual ones. As they may be anything, so may be what is raised."""
+        """The step for these blocks; None if nothing is compiled for this CPU. Raises UnknownPart if their parts are
+        not the usual ones; unknown blocks may raise any other exception."""
         if not native.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16):
             return None
         described = [BlockDescription.of(block) for block in blocks]
         for block in described:
             _check(block)
         if len({block.attention.kept for block in described}) > 1:
-            raise UnknownPart("blocks with other heads")
+            raise UnknownPart("blocks with different heads")
         halved = form is not None and form.value_bits == 4
         if halved and any(size % (2 * _VECTOR) for _, size in described[0].attention.kept):
             raise UnknownPart("heads whose halves are not whole vectors")
@@ -118,7 +120,7 @@ class NativeStep:
         return (torch.cat((*tapped, result), dim=1) if tapped else result).to(hidden.dtype)
 
     def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, `[ropes, positions, half of what is turned]`."""
+        """Cosines and sines, `[ropes, positions, half of the rotated numbers]`."""
         if self._turning is None:
             return torch.empty(1, 0), torch.empty(1, 0)
         found = [self._rope(hidden[None], positions[None], *kind) for kind in self._ropes]
@@ -129,7 +131,7 @@ class NativeStep:
         return cosines, sines
 
     def _fields(self, block: BlockDescription, window: int | None) -> Fields:
-        """As `Block` in `native/step.h`."""
+        """The fields of `Block` in `native/step.h`, in order."""
         attention, mlp, experts = block.attention, block.mlp, block.experts
         norms = (block.before, block.after, block.between, block.behind, attention.query_norm, attention.key_norm)
         fields: Fields = [*chain.from_iterable(map(self._norm, norms))]
@@ -153,7 +155,7 @@ class NativeStep:
         choice, gating = experts.choice, experts.gating
         weight, short = choice.weight, choice.weight.bfloat16()
         if torch.equal(short.float(), weight.float()):
-            weight = short  # as it came
+            weight = short  # the checkpoint's own type
         outputs, inputs = weight.shape
         router = [self._address(weight.contiguous()), 0, self._floats(choice.bias), inputs, outputs]
         matrices: Fields = [_KINDS[weight.dtype], *router]
@@ -173,7 +175,7 @@ class NativeStep:
         return [int(norm.kind), self._floats(norm.weight), self._floats(norm.bias), stride, norm.epsilon]
 
     def _matrix(self, layer: Any) -> Fields:
-        """Its kind is one of `native/products.h`."""
+        """The fields of a matrix; its kind is one of `native/products.h`."""
         if layer is None:
             return [0] * 6
         held: Any = layer.held if isinstance(layer, QuantizedLinear) else layer
@@ -187,18 +189,18 @@ class NativeStep:
         return self._address(None if values is None else values.detach().float().contiguous())
 
     def _address(self, tensor: Tensor | None) -> int:
-        """Of a tensor that lives as long as this step; 0: there is none."""
+        """The address of a tensor that lives as long as this step; 0 for None."""
         if tensor is None:
             return 0
         self._alive.append(tensor)
         return tensor.data_ptr()
 
 
-Kind = tuple[str, ...]  # what a rotary embedding takes besides hidden states and positions
+Kind = tuple[str, ...]  # arguments of a rotary embedding besides hidden states and positions
 
 
 def _kind_of(attention: Attention, rope: nn.Module | None) -> Kind:
-    """What tells the rotary embedding of a block apart where the family has several."""
+    """The argument that selects the rotary embedding of a block where the family has several."""
     several = rope is not None and "layer_type" in signature(rope.forward).parameters
     return (attention.kind or "",) if several else ()
 
@@ -223,7 +225,7 @@ def _turning_of(
 
 
 def _check(block: BlockDescription) -> None:
-    """That there are kernels for a block."""
+    """Raises UnknownPart if there are no kernels for a block."""
     experts, attention = block.experts, block.attention
     layers, latents = (*block.layers, *attention.latent_layers), attention.latents
     sizes = (attention.size, attention.value_size, *(() if latents is None else (latents.rank, latents.turned)))
@@ -233,7 +235,7 @@ def _check(block: BlockDescription) -> None:
         layer = latents.expand
         floats = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.bfloat16)
         if not floats or layer.bias is not None:
-            raise UnknownPart("codes of what makes keys and values of latents")
+            raise UnknownPart("codes in the layer that expands latents")
     if experts is not None and not _experts_fit(experts, block.width):
         raise UnknownPart("experts")
 
@@ -260,7 +262,7 @@ def _is_held(layer: nn.Linear | QuantizedLinear | Turned) -> bool:
 
 
 def steps_of(parts: Sequence[Chunk]) -> list[list[Chunk]]:
-    """The parts, in their order, for as few steps as can be."""
+    """Divides the parts, in their order, into as few steps as possible."""
     steps: list[list[Chunk]] = []
     room = 0
     for part in parts:

@@ -1,9 +1,9 @@
-"""One new position per sequence through blocks of the usual structure, with as few operations as it takes.
+"""One new position per sequence through blocks of the usual structure, with as few operations as possible.
 
-A decode step reads all weights and computes next to nothing, so what a family's own code does besides counts: its
-modules, copies, and the parts of norms and rotary embeddings one by one. Blocks that are built as Llama's are run from
-here instead, with the family's own layers; whether a block is one of these is found by its parts, and proved when a
-span loads by comparing what comes out. Everything else, and every step with more positions, runs as the family does it.
+A decode step reads all weights and computes little, so the overhead of a family's own code counts: its modules, its
+copies, and the separate operations of norms and rotary embeddings. This module runs blocks that are built as Llama's,
+with the family's own layers. Such blocks are recognised by their parts, and a comparison of outputs proves them when a
+span loads. The family's own code runs all other blocks, and all steps with more positions.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Turns = tuple[Tensor, Tensor]  # cosines, and sines with their signs
 
 
 class TorchStep:
-    """Runs a family's own blocks that `TorchStep.of` knows, in order; `windows`: sliding windows in positions, by the
-    index that blocks have in their caches."""
+    """Runs blocks of a family that `TorchStep.of` recognises, in order; `windows`: sliding windows in positions, by the
+    index of blocks in their caches."""
 
     def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
         self.blocks = [LeanBlock(block, windows) for block in blocks]
@@ -37,10 +37,10 @@ class TorchStep:
 
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> TorchStep | None:
-        """For these blocks; None if their parts are not the usual ones."""
+        """The step for these blocks; None if their parts are not the usual ones."""
         if rope is None or not all(is_usual(block, experts=True) for block in blocks):
             return None
-        if any(hasattr(block.self_attn, "sinks") for block in blocks):  # logits that belong to no position
+        if any(hasattr(block.self_attn, "sinks") for block in blocks):  # sinks are logits that belong to no position
             return None
         attention: Any = blocks[0].self_attn
         if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
@@ -48,7 +48,7 @@ class TorchStep:
         return cls(blocks, rope, windows)
 
     def only(self, blocks: Sequence[LeanBlock]) -> TorchStep:
-        """For some of its blocks."""
+        """The step for some of its blocks."""
         some = copy(self)
         some.blocks = list(blocks)
         return some
@@ -58,8 +58,8 @@ class TorchStep:
         return all(part.count == 1 and part.adapter is None for part in parts)
 
     def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
-        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`: what it is after so many blocks each, and last
-        what comes out; the same in the other fast steps."""
+        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`: the hidden states after each number of blocks in
+        `taps`, and the output last; the same in the other fast steps."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
         tapped: list[Tensor] = []
         for count, block in enumerate(self.blocks, 1):
@@ -70,16 +70,16 @@ class TorchStep:
         return torch.cat((*tapped, hidden), dim=1) if tapped else hidden
 
     def turns(self, like: Tensor, positions: Tensor) -> Turns:
-        """Cosines and sines by which heads are turned, `[positions, 1, head size]` each, on the device and in the type
+        """Cosines and sines for the rotation of heads, `[positions, 1, head size]` each, on the device and in the type
         of `like`; `positions`: `[positions]`, int64."""
         cos, sin = self._rope(like[None], positions[None])
         half = cos.shape[-1] // 2
-        # Halves are swapped below; the sign of the first one moves into the sines.
+        # `_turned` swaps the halves, so the sines have the sign of the first half.
         return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
 
 
 class LeanBlock:
-    """A block in three parts: what is before its attention, that, and what is behind. Only that is about sequences."""
+    """A block in three parts: before attention, attention, and after it. Only attention depends on the sequences."""
 
     def __init__(self, block: Any, windows: Sequence[int | None]) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -99,7 +99,7 @@ class LeanBlock:
 
     @property
     def weights_at(self) -> int:
-        """The address of some of its weights, which all move together, as to another device."""
+        """The address of one weight, by which a move of the block's weights, such as to another device, is detected."""
         return self._before.weight.untyped_storage().data_ptr()
 
     def before(self, hidden: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,8 +116,8 @@ class LeanBlock:
         return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Chunk]) -> Tensor:
-        """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`; what `before`
-        gives may be of more positions, which do not count then."""
+        """Stores the keys and values of the parts' positions, and returns `[positions, heads * head size]`. Further
+        positions in `query`, `key` and `value` are ignored."""
         attended: list[Tensor] = []
         for index, part in enumerate(parts):
             keys, values = part.row.append(self.index, key[index], value[index])
@@ -128,7 +128,8 @@ class LeanBlock:
         return mixed.reshape(len(parts), -1)
 
     def behind(self, hidden: Tensor, mixed: Tensor, into: Tensor | None = None) -> Tensor:
-        """`[positions, hidden]` of hidden states and what `attend` gives; `into` may be `hidden`, None: new ones."""
+        """Computes the block's output from `[positions, hidden]` of hidden states and the result of `attend`. `into`:
+        the output tensor, which may be `hidden`; None: a new one."""
         hidden = hidden + _product(self._out, mixed)
         normed = _norm(self._between, hidden)
         if self._mlp is not None:
@@ -139,8 +140,8 @@ class LeanBlock:
 
 
 def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
-    """Whether the parts of a block have the names of Llama's; what they do is not known by that. `experts`: in place of
-    its MLP there may be anything that takes and gives hidden states."""
+    """Whether the parts of a block have the names of Llama's; the names do not prove what they compute. `experts`:
+    accepts any module that maps hidden states to hidden states in place of the MLP."""
     children = dict(block.named_children())
     if set(children) != _PARTS:
         return False
@@ -161,7 +162,7 @@ def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
 
 
 def is_mlp(module: nn.Module) -> bool:
-    """Whether its parts have the names of those of Llama's MLP."""
+    """Whether the parts of a module have the names of the parts of Llama's MLP."""
     return {name for name, _ in module.named_children()} == _MLP
 
 
@@ -177,5 +178,5 @@ def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _product(layer: Any, rows: Tensor) -> Tensor:
     plain = type(layer) is nn.Linear and layer.bias is None
     if plain and len(rows) == 1 and rows.dtype == torch.float32 and rows.device.type == "cpu":
-        return torch.mv(layer.weight, rows[0])[None]  # which reads the weight faster than a product of matrices
+        return torch.mv(layer.weight, rows[0])[None]  # mv reads the weight faster than a product of matrices
     return layer(rows)

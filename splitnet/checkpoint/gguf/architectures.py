@@ -1,7 +1,7 @@
-"""The families that GGUF files hold: what their metadata and tensors are in transformers.
+"""The families of GGUF files: how their metadata and tensors correspond to transformers'.
 
-What llama.cpp's converters (the package `conversion` of its repository) change in a checkpoint is undone here: rows
-that they put in another order, norms that they store plus one, what they join, split or negate.
+This module undoes the changes that llama.cpp's converters (the package `conversion` of its repository) make to a
+checkpoint: reordered rows, norms stored plus one, and joined, split or negated tensors.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ FURTHER_TOKENS = _names(
     "nextn.enorm=enorm nextn.hnorm=hnorm nextn.eh_proj=eh_proj nextn.shared_head_norm=shared_head.norm "
     "nextn.embed_tokens=embed_tokens nextn.shared_head_head=shared_head.head"
 )
-"""As `Family.tensors`, of what stands around the block in a layer that predicts further tokens."""
+"""As `Family.tensors`, for the modules around the block in a layer that predicts further tokens."""
 
 
 class Change(NamedTuple):
-    """A tensor of transformers that is not one of the file under another name."""
+    """A tensor of transformers that is not a renamed tensor of the file."""
 
     name: str  # within the block
-    parts: str  # names of the tensors of the file, within the block; without them there is no such tensor
-    make: Make  # makes it from the parts; it is also run with parts on the meta device
+    parts: str  # names of the tensors of the file, within the block; all are needed to make it
+    make: Make  # makes it from the parts; it also runs with parts on the meta device
     keeps_codes: bool = True  # whether codes stay codes
 
 
@@ -48,26 +48,26 @@ class Family:
     """One architecture of GGUF files."""
 
     model_type: str  # of transformers
-    # key of the metadata -> field of the config; empty: it is known, and read otherwise or without effect
+    # Key of the metadata -> field of the config. Empty: the key is known, and is read elsewhere or has no effect.
     fields: dict[str, str]
-    # module of a block in the file -> in transformers, for its weight and bias, or tensor -> tensor
+    # Module of a block in the file -> module in transformers, for its weight and bias, or tensor -> tensor.
     tensors: dict[str, str]
-    changes: tuple[Change, ...] = ()  # what is not only renamed
-    # adds to the config's values what `fields`, `has` and `values` cannot say
+    changes: tuple[Change, ...] = ()  # tensors that are not only renamed
+    # Sets config values that `fields`, `has` and `values` cannot express.
     settle: Callable[[Values, Metadata], None] | None = None
-    # field of the config -> tensor; true if any block has it
+    # Field of the config -> tensor; true if any block has the tensor.
     has: dict[str, str] = field(default_factory=dict[str, str])
-    values: Mapping[str, Any] = field(default_factory=Values)  # of the config, where the file does not say others
-    gating: int | None = None  # value of `expert_gating_func` that the family has; None: it has no such key
-    outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)  # as `tensors` for modules outside of blocks
-    container: str = "model.layers"  # what stands before the number of a block in transformers
-    partial_rope: bool = False  # whether heads may be turned in part
+    values: Mapping[str, Any] = field(default_factory=Values)  # config values, if the file has no others
+    gating: int | None = None  # the family's value of `expert_gating_func`; None: it has no such key
+    outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)  # as `tensors`, for modules outside of blocks
+    container: str = "model.layers"  # the part of names before the number of a block in transformers
+    partial_rope: bool = False  # whether heads may be rotated in part
     plain_rope: bool = True  # whether `rope_parameters` describes its rotary embedding
-    raised_norms: bool = False  # whether the file has the weights of norms plus one
+    raised_norms: bool = False  # whether the file stores the weights of norms plus one
 
 
 def family_of(file: GgufFile) -> Family:
-    """The family of a file. Raises UnsupportedModel: it is not known."""
+    """The family of a file. Raises UnsupportedModel: it is unknown."""
     found = FAMILIES.get(file.architecture)
     if found is None:
         raise UnsupportedModel(
@@ -78,7 +78,7 @@ def family_of(file: GgufFile) -> Family:
 
 
 def config_values(family: Family, file: GgufFile) -> Values:
-    """The values of the config that the metadata give. Raises UnsupportedModel: something is missing or not known."""
+    """The config values from the metadata. Raises UnsupportedModel: something is missing or unknown."""
     metadata = Metadata(file)
     values = dict(family.values)
     for key, name in family.fields.items():
@@ -104,7 +104,7 @@ def config_values(family: Family, file: GgufFile) -> Values:
 
 
 def _blocks_with(metadata: Metadata, count: int, kinds: Mapping[str, str]) -> list[str]:
-    """The kind of each block: that of the first of these modules that it has."""
+    """The kind of each block: the kind of the first of these modules that it has."""
     names = metadata.file.tensors
     blocks = [[kind for one, kind in kinds.items() if f"blk.{i}.{one}.weight" in names] for i in range(count)]
     if [] in blocks:
@@ -112,11 +112,11 @@ def _blocks_with(metadata: Metadata, count: int, kinds: Mapping[str, str]) -> li
     return [found[0] for found in blocks]
 
 
-# Rows and columns in another order.
+# Functions that reorder rows and columns.
 
 
 def _halves_apart(heads: str) -> Make:
-    """Undoes the order that llama.cpp wants for Llama: the halves of a head that are turned together, in turns."""
+    """Undoes llama.cpp's order for Llama, which interleaves the two halves of a head that are rotated together."""
 
     def make(config: Any, rows: torch.Tensor) -> torch.Tensor:
         order = torch.arange(rows.shape[0]).view(getattr(config, heads), -1, 2).transpose(1, 2).flatten()
@@ -133,8 +133,8 @@ _LLAMA_ORDER = tuple(
 
 
 def _value_rows(width: str, after_keys: bool = False, dim: int = 0) -> Make:
-    """Groups value heads by their key head, where llama.cpp puts them in turns. `width`: field of the config with the
-    rows (or columns) of a head; empty: one. `after_keys`: whether queries and keys stand before them."""
+    """Groups value heads by their key head, where llama.cpp interleaves them. `width`: field of the config with the
+    rows (or columns) of a head; empty: one. `after_keys`: whether queries and keys come before the values."""
 
     def make(config: Any, rows: torch.Tensor) -> torch.Tensor:
         keys, values = config.linear_num_key_heads, config.linear_num_value_heads
@@ -156,7 +156,7 @@ def _queries_to_gates(config: Any, rest: torch.Tensor, gates: torch.Tensor) -> t
     return both.index_select(0, order)
 
 
-# What is joined, split or computed.
+# Functions that join, split or compute tensors.
 
 
 def _then(first: Make, second: Make) -> Make:
@@ -193,16 +193,16 @@ def _log_of_decay(config: Any, decay: torch.Tensor) -> torch.Tensor:
 
 
 def _keys_and_values(config: Any, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The two halves of `kv_b_proj` by heads; that of the keys is stored transposed."""
+    """The two halves of `kv_b_proj`, by heads; the file stores the keys' half transposed."""
     whole = torch.cat([keys.transpose(1, 2), values], dim=1)
     return whole.reshape(-1, whole.shape[-1])
 
 
-# What a config says that no single key does.
+# Functions that set config values that no single key gives.
 
 
 def _gemma(found: Values, *, widest: int) -> None:
-    """The largest Gemma of each generation, which has `widest` blocks, divides scores by another number."""
+    """Sets the divisor of scores, which is different for the largest Gemma of each generation, with `widest` blocks."""
     wide = found["num_hidden_layers"] == widest
     width = found["hidden_size"] // found["num_attention_heads"] if wide else found["head_dim"]
     found["query_pre_attn_scalar"] = width
@@ -241,7 +241,7 @@ def _gemma_4(found: Values, metadata: Metadata) -> None:
 def _phi_3(found: Values, metadata: Metadata) -> None:
     positions = metadata.get("rope.scaling.original_context_length")
     found["original_max_position_embeddings"] = positions or found["max_position_embeddings"]
-    found["sliding_window"] = found.get("sliding_window") or None  # 0 says that there is none
+    found["sliding_window"] = found.get("sliding_window") or None  # 0 means no window
 
 
 def _lfm_2(found: Values, metadata: Metadata) -> None:
@@ -251,7 +251,7 @@ def _lfm_2(found: Values, metadata: Metadata) -> None:
 
 
 def _latent_attention(found: Values, metadata: Metadata) -> None:
-    """DeepSeek's: keys and values of all heads come from one latent vector."""
+    """DeepSeek's attention: keys and values of all heads come from one latent vector."""
     found["num_key_value_heads"] = found["num_attention_heads"]
     found["qk_rope_head_dim"] = turned = metadata["rope.dimension_count"]
     whole = metadata.get("attention.key_length_mla", metadata.get("attention.key_length"))
@@ -259,10 +259,10 @@ def _latent_attention(found: Values, metadata: Metadata) -> None:
     found["v_head_dim"] = metadata.get("attention.value_length_mla", metadata.get("attention.value_length"))
     found["rope_parameters"] = rope = rope_parameters(metadata, head_dim=turned)
     if "rope.scaling.yarn_log_multiplier" in metadata:
-        # The converter multiplies it with 0.1; all published models have both of the same size.
+        # The converter multiplies the value by 0.1; in all published models both values are equal.
         scale = round(10 * metadata["rope.scaling.yarn_log_multiplier"], 6)
         rope |= {"mscale": scale, "mscale_all_dim": scale}
-    # Files of 2025 do not say it; DeepSeek V3 alone has 256 experts.
+    # Files of 2025 lack the numbers of groups; only DeepSeek V3 has 256 experts.
     groups = (8, 4) if found["n_routed_experts"] == 256 and metadata.file.architecture == "deepseek2" else (1, 1)
     found.setdefault("n_group", groups[0])
     found.setdefault("topk_group", groups[1])
@@ -324,7 +324,7 @@ def _granite_hybrid(found: Values, metadata: Metadata) -> None:
 def _llama_4(found: Values, metadata: Metadata) -> None:
     if not found.get("intermediate_size"):
         found["intermediate_size"] = found["intermediate_size_mlp"]
-    # Scout normalises queries and keys, Maverick does not; nothing in a file says so but the number of experts.
+    # Scout normalises queries and keys, Maverick does not; a file shows the difference only by the number of experts.
     found["use_qk_norm"] = found["num_local_experts"] != 128
 
 
@@ -336,19 +336,19 @@ def _ministral_3(found: Values, metadata: Metadata) -> None:
         rope |= {"mscale": 1.0, "mscale_all_dim": metadata["rope.scaling.yarn_log_multiplier"]}
 
 
-# The table. Its rows add to others; texts are `key of the metadata=field` or `name in the file=name in transformers`.
+# The table. Rows extend other rows; texts are `key of the metadata=field` or `name in the file=name in transformers`.
 
 
 def _like(
     row: Family, model_type: str, fields: str = "", tensors: str = "", changes: tuple[Change, ...] = (), **others: Any
 ) -> Family:
-    """A row with what another one has and more; `others` replace its attributes."""
+    """A row that extends another one; `others` replace its attributes."""
     both = {"fields": row.fields | _names(fields), "tensors": row.tensors | _names(tensors)}
     return replace(row, model_type=model_type, changes=(*row.changes, *changes), **both, **others)
 
 
 def _shared(path: str) -> str:
-    """Modules of an expert that all positions go through."""
+    """Modules of a shared expert, which all positions use."""
     return " ".join(f"ffn_{kind}_shexp={path}.{kind}_proj" for kind in ("gate", "up", "down"))
 
 
@@ -357,7 +357,7 @@ def _experts(path: str, router: str) -> str:
 
 
 def _stacked(path: str, make: Make = _joined_experts) -> Change:
-    """Experts that transformers has stacked, gates above ups."""
+    """Experts that transformers stacks, with gates above ups."""
     return Change(f"{path}.gate_up_proj", "ffn_gate_exps.weight ffn_up_exps.weight", make)
 
 
@@ -407,7 +407,7 @@ _QWEN_2_MOE = _like(
 )
 _QWEN_3_MOE = _like(_MOE, "qwen3_moe", values={"norm_topk_prob": True})
 _QWEN_3_VL = "rope.dimension_sections= n_deepstack_layers="
-"""With text alone it is Qwen3: what differs is said of images only."""
+"""Keys about images; with text alone the model is Qwen3."""
 _DELTA_SIZES = (
     "ssm.conv_kernel=linear_conv_kernel_dim ssm.state_size=linear_key_head_dim ssm.group_count=linear_num_key_heads "
     "ssm.time_step_rank=linear_num_value_heads "
@@ -493,7 +493,7 @@ _NEMOTRON_H = _like(
     "attention.layer_norm_rms_epsilon=layer_norm_epsilon ssm.conv_kernel=conv_kernel ssm.state_size=ssm_state_size "
     "ssm.group_count=n_groups ssm.time_step_rank=mamba_num_heads moe_latent_size=moe_latent_size "
     "expert_shared_feed_forward_length=moe_shared_expert_intermediate_size "
-    "rope.freq_base= rope.dimension_count=",  # its attention turns nothing
+    "rope.freq_base= rope.dimension_count=",  # its attention rotates nothing
     _mamba("mixer") + "attn_norm=norm attn_q=mixer.q_proj attn_k=mixer.k_proj attn_v=mixer.v_proj "
     "attn_output=mixer.o_proj ffn_up=mixer.up_proj ffn_down=mixer.down_proj ffn_gate_inp=mixer.gate "
     "ffn_up_shexp=mixer.shared_experts.up_proj ffn_down_shexp=mixer.shared_experts.down_proj "
@@ -699,4 +699,4 @@ FAMILIES: Mapping[str, Family | Callable[[GgufFile], Family]] = {
         partial_rope=True,
     ),
 }
-"""By the names that llama.cpp gives to architectures."""
+"""Families by llama.cpp's names of architectures."""

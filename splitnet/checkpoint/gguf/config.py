@@ -1,4 +1,5 @@
-"""What the metadata of a GGUF file say, as a config of transformers; what is special of a family: families.py."""
+"""Converts the metadata of a GGUF file to a config of transformers. Facts about single families are in
+`architectures.py`."""
 
 from __future__ import annotations
 
@@ -16,17 +17,18 @@ from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.errors import UnsupportedModel
 
 _LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""With the positions that they were first trained for, what all models have whose frequencies are scaled so."""
+"""All models whose frequencies are scaled in this way have these values and `_LLAMA_3_POSITIONS`, the positions of
+their first training."""
 _LLAMA_3_POSITIONS = 8192
 _SAYS_NOTHING = {
     *("vocab_size", "block_count", "nextn_predict_layers", "rope.scaling.finetuned", "attention.value_length"),
     *("attention.recurrent_layers", "full_attention_interval", "tensor_data_layout", "rope.freq_base_swa"),
 }
-"""Keys that are read elsewhere, or that repeat what the names and shapes of the tensors say."""
+"""Keys that are read elsewhere, or that repeat the names and shapes of the tensors."""
 
 
 class Metadata:
-    """The metadata of a file's architecture. `used`: keys that were asked for, or are known to have no effect."""
+    """The metadata of a file's architecture. `used`: keys that were read, or are known to have no effect."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -60,7 +62,7 @@ class Metadata:
 
 
 def make_config(model_type: str, values: Mapping[str, Any], file: GgufFile) -> PreTrainedConfig:
-    """A config of a family with what all files say in the same way added to `values`."""
+    """A config of a family: `values`, and the values that all files give in the same way."""
 
     def token(name: str) -> int | None:
         return file.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -78,8 +80,8 @@ def make_config(model_type: str, values: Mapping[str, Any], file: GgufFile) -> P
 
 
 def dtype_of(file: GgufFile) -> torch.dtype:
-    """The type of the matrices, if all are stored as numbers; float32 if any are codes. Routers of mixtures, and what
-    is as small, are float32 in files of 16 bits too."""
+    """The type of the matrices if all are stored as numbers; float32 if any are codes. Small matrices, such as routers
+    of experts, are float32 in 16-bit files, too."""
     numbers: dict[torch.dtype, int] = {torch.float32: 0}
     for tensor in file.tensors.values():
         if len(tensor.shape) > 1:
@@ -89,21 +91,21 @@ def dtype_of(file: GgufFile) -> torch.dtype:
 
 
 def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False) -> dict[str, Any]:
-    """The rotary embedding of a family whose blocks all have the same. `partial`: whether the family may turn only the
-    first numbers of a head. Raises UnsupportedModel: it is of a kind that is not known."""
+    """The rotary embedding of a family whose blocks all have the same. `partial`: whether the family may rotate only
+    the first numbers of a head. Raises UnsupportedModel: its kind is unknown."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 10_000.0)}
     turned = metadata.get("rope.dimension_count", head_dim)
     if partial:
         parameters["partial_rotary_factor"] = turned / head_dim
     elif turned != head_dim:
-        raise _odd(metadata, f"turns {turned} of the {head_dim} numbers of a head, which its family does not")
+        raise _odd(metadata, f"rotates {turned} of the {head_dim} numbers of a head, unlike its family")
     kind = metadata.get("rope.scaling.type", "none")
     if kind == "linear":
         parameters |= {"rope_type": "linear", "factor": metadata["rope.scaling.factor"]}
     elif kind == "yarn":
         parameters |= _yarn(metadata)
     elif kind not in ("none", "longrope"):
-        raise _odd(metadata, f"scales its rotary embedding in a way that is not known ({kind})")
+        raise _odd(metadata, f"scales its rotary embedding in an unknown way ({kind})")
     metadata.used |= {"rope.scaling.factor", "rope.scaling.original_context_length"}
     tensors = metadata.file.tensors
     if kind in ("linear", "yarn") and ROPE_TENSORS & tensors.keys():
@@ -138,11 +140,11 @@ def _yarn(metadata: Metadata) -> dict[str, Any]:
 
 
 def _scaled_frequencies(factors: torch.Tensor, theta: float, turned: int) -> dict[str, Any]:
-    """What gives frequencies that are divided by `factors`."""
+    """Config values that give frequencies divided by `factors`."""
     if bool((factors == 1).all()):
         return {}
     if turned != 2 * len(factors):
-        raise ValueError(f"{turned} numbers of a head are turned by {len(factors)} frequencies")
+        raise ValueError(f"{turned} rotated numbers of a head do not fit {len(factors)} frequencies")
     frequencies = 1 / theta ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     factor = float(factors.max())
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
@@ -173,12 +175,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK_3),
     "stablelm2": (GGUF_PRE_TOKENIZER_SPLITS["qwen2"],),
 }
-"""What transformers does not know: `tokenizer.ggml.pre` -> expressions by which text is split, one after the other."""
+"""Splits that transformers lacks: `tokenizer.ggml.pre` -> expressions that split text, applied in order."""
 
 
 def read_tokenizer(path: Path, model: str | None, split: str | None, **options: Any) -> Any:
-    """The tokenizer of a file. `model`, `split`: `tokenizer.ggml.model` and `tokenizer.ggml.pre`. `options`: of
-    transformers' `from_pretrained`. Raises ValueError: it is not known; the message says what."""
+    """The tokenizer of a file. `model`, `split`: `tokenizer.ggml.model` and `tokenizer.ggml.pre`. `options`: options of
+    transformers' `from_pretrained`. Raises ValueError, with the reason: the tokenizer is unknown."""
     if model == "gpt2" and split not in SPLITS and split not in GGUF_PRE_TOKENIZER_SPLITS:
         raise ValueError(f"it splits text as {split!r}, which is not known")
     options = {"trust_remote_code": False} | options

@@ -1,4 +1,4 @@
-"""GGUF files: metadata and tensors, of a model in one file or split over several; tensors stay in the mapped files."""
+"""GGUF files: metadata and tensors of a model in one file or in several; tensors stay in the mapped files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from splitnet.quant.stored import Codes, Experts, Kind, Layout, PackedTensor, St
 Bytes = npt.NDArray[np.uint8]
 _Type = GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
-_LONG = 1024  # numbers; a list with one for each block is shorter
+_LONG = 1024  # numbers; lists with one number per block are shorter
 _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22
@@ -34,8 +34,8 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 
 
 class _Reader(GGUFReader):
-    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token. What
-    a stranger says of a file, most of which is a hole, is read by this, too."""
+    """Skips lists of strings and long lists, because the `gguf` package keeps some arrays for each token of a
+    vocabulary. It also reads files that a stranger describes and that are mostly holes, so all sizes are bounded."""
 
     _reads_head = True
 
@@ -86,24 +86,24 @@ class GgufTensor:
     """One tensor of a file."""
 
     name: str
-    shape: tuple[int, ...]  # as torch has it, the inputs last
+    shape: tuple[int, ...]  # in torch's order, the inputs last
     stored: GGMLQuantizationType  # the type of its numbers or codes
-    data: npt.NDArray[Any]  # in the mapped file; of codes bytes, `[..., bytes of a row]`
+    data: npt.NDArray[Any]  # in the mapped file; codes are bytes, `[..., bytes of a row]`
     path: Path
-    offset: int  # of the first byte in the file
+    offset: int  # offset of the first byte in the file
 
     @property
     def layout(self) -> Layout | None:
-        """Of codes; None: of numbers. Raises UnsupportedModel: the type is not known."""
+        """The layout of codes; None: the tensor has numbers. Raises UnsupportedModel: the type is unknown."""
         return None if self.stored in _PLAIN else layout_of(self.stored, self.name)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its numbers; codes are read as float32, for what they stand for is exact in no smaller type."""
+        """The type of its numbers; codes are read as float32, because no smaller type holds their values exactly."""
         return _PLAIN.get(self.stored, torch.float32)
 
     def tensor(self) -> torch.Tensor:
-        """Reads numbers; of codes a `PackedTensor`, which reads them when they are asked for."""
+        """Reads the tensor: numbers, or a `PackedTensor` that reads its codes on use."""
         if self.stored in _PLAIN:
             return torch.from_numpy(np.array(self.data)).view(self.dtype).reshape(self.shape)
         rows = self.data.reshape(-1, self.data.shape[-1])
@@ -121,7 +121,7 @@ class GgufTensor:
 
 
 class _FileMatrix(StoredMatrix):
-    """Rows of a tensor in a file. Of some of them no others are read."""
+    """Rows of a tensor in a file. Some of its outputs are read without the others."""
 
     def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
         super().__init__(layout_of(stored, name), (len(rows), inputs), self._read)
@@ -142,9 +142,9 @@ class _FileMatrix(StoredMatrix):
 
 
 class GgufFile:
-    """A model in one GGUF file, or in several (`parts`) whose names end with -00001-of-00003.gguf and so on. name: of
-    the file, without what all such names end with. metadata: key -> value; lists of strings and long lists are left
-    out. tensors: name -> tensor, in the order of the files."""
+    """A model in one GGUF file, or in several (`parts`) whose names end with -00001-of-00003.gguf and so on. name: the
+    file name without this ending. metadata: key -> value, without lists of strings and long lists. tensors: name ->
+    tensor, in the order of the files."""
 
     def __init__(self, path: Path) -> None:
         match = _SPLIT.match(path.name)
@@ -177,11 +177,11 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
-        """As llama.cpp names it."""
+        """llama.cpp's name of the architecture."""
         return self.metadata["general.architecture"]
 
     def let_go(self) -> None:
-        """Gives back the memory of what was read. It is read again if it is used again."""
+        """Frees the memory of data that was read; later uses read it again."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         mapped: list[Any] = [getattr(tensor.data, "_mmap", None) for tensor in self.tensors.values()]
@@ -190,13 +190,13 @@ class GgufFile:
 
     @cached_property
     def of_architecture(self) -> Mapping[str, Any]:
-        """The metadata of the architecture, without its name in front."""
+        """The metadata of the architecture, without its name as a prefix of keys."""
         prefix = self.architecture + "."
         return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
 
 
 def _value(field: ReaderField) -> Any:
-    """The value of a field; a float32 as the shortest decimal that it is nearest to, as a config file has it."""
+    """The value of a field; a float32 as its shortest decimal, as in a config file."""
     value = field.contents()
     if field.types[-1] == GGUFValueType.FLOAT32:
         return [_shortest(one) for one in value] if isinstance(value, list) else _shortest(value)
@@ -220,13 +220,13 @@ def _parts(path: Path) -> Iterator[Path]:
 
 
 def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
-    """Whether a file is the part that its name says."""
+    """Checks that a file is the part that its name says."""
     says = metadata.get("split.no", number), metadata.get("split.count", count) or 1
     if not all(isinstance(one, int) for one in says):
         raise UnsupportedModel(f"{path} does not say which part of a model it is: {_AGAIN}")
     if says != (number, count):
         raise UnsupportedModel(
-            f"{path} is part {says[0] + 1} of {says[1]} by what is in it, and {number + 1} of {count} by its name: "
+            f"{path} is part {says[0] + 1} of {says[1]} by its contents, and {number + 1} of {count} by its name: "
             "give all parts of a model the names that they were published with, or download them again"
         )
 
@@ -247,13 +247,13 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
 
 
 # The types in which weights are stored. A row is a sequence of blocks; a block holds the scales and the codes of 32 or
-# 256 inputs. Source of the packings: the `dequantize_blocks` methods of the `gguf` package (gguf/quants.py), against
-# which the tests compare.
+# 256 inputs. Source of the packings, also for the tests: the `dequantize_blocks` methods of the `gguf` package
+# (gguf/quants.py).
 
 
 class BlockType(NamedTuple):
-    """A type whose values are stored as codes. `unpack`: `[outputs, blocks, bytes of a block]` -> codes and what
-    belongs to them."""
+    """A type that stores values as codes. `unpack`: `[outputs, blocks, bytes of a block]` -> codes with their
+    scales."""
 
     layout: Layout
     unpack: Callable[[Bytes], Codes]
@@ -261,7 +261,7 @@ class BlockType(NamedTuple):
 
 def layout_of(stored: GGMLQuantizationType, tensor: str) -> Layout:
     """The layout of a type that stores codes. `tensor`: its name, for the message. Raises UnsupportedModel: the type is
-    not known."""
+    unknown."""
     if stored not in BLOCK_TYPES:
         known = ", ".join(one.name for one in (*_PLAIN, *BLOCK_TYPES))
         raise UnsupportedModel(
@@ -277,7 +277,7 @@ def read_codes(stored: GGMLQuantizationType, rows: Bytes) -> Codes:
 
 
 def _tensor(array: npt.NDArray[np.generic]) -> torch.Tensor:
-    """`[outputs, ...]` with all that belongs to an output in one row."""
+    """`[outputs, ...]` flattened to one row per output."""
     return torch.from_numpy(np.ascontiguousarray(array).reshape(len(array), -1))
 
 
@@ -292,7 +292,8 @@ def _shifted(packed: Bytes, width: int, per_byte: int) -> Bytes:
 
 
 def _in_runs(packed: Bytes, run: int, width: int, per_byte: int) -> Bytes:
-    """Codes of which the first `run` lie in the lowest bits of `run` bytes, the next in the next bits, and so on."""
+    """Unpacks codes: the first `run` codes are in the lowest bits of `run` bytes, the next in the next bits, and so
+    on."""
     shape = packed.shape[:-1]
     return _shifted(packed.reshape(*shape, -1, run), width, per_byte).reshape(*shape, -1)
 
@@ -305,7 +306,7 @@ def _q4_or_5(bits: int, zeros: bool) -> Callable[[Bytes], Codes]:
     def unpack(blocks: Bytes) -> Codes:
         at = 4 if zeros else 2
         codes = _in_runs(blocks[..., -16:], 16, 4, 2)
-        if bits == 5:  # of each code the highest bit, in four bytes
+        if bits == 5:  # four bytes with the highest bit of each code
             codes |= np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little") << np.uint8(4)
         return Codes(_tensor(codes), _float16(blocks, 0), _float16(blocks, 2) if zeros else None)
 
@@ -360,7 +361,7 @@ def _q6_k(blocks: Bytes) -> Codes:
 def _iq4_xs(blocks: Bytes) -> Codes:
     high = np.ascontiguousarray(blocks[..., 2:4]).view(np.uint16)
     high = (high >> np.arange(0, 16, 2, dtype=np.uint16)).astype(np.uint8) & np.uint8(3)
-    low = _shifted(blocks[..., 4:8], 4, 2)  # of each byte both
+    low = _shifted(blocks[..., 4:8], 4, 2)  # both halves of each byte
     low = low.swapaxes(-1, -2).reshape(high.shape)
     steps = (low | (high << np.uint8(4))).view(np.int8) - np.int8(32)
     return Codes(_tensor(_in_runs(blocks[..., 8:], 16, 4, 2)), _tensor(steps), scale_units=_float16(blocks, 0))

@@ -27,13 +27,13 @@ from splitnet.quant.stored import PackedTensor
 
 _TOKEN = "tokenizer.ggml.{}_token_id"
 _ARCHITECTURE = "general.architecture"
-_MAX_ROPE_BYTES = 1 << 20  # of the factors of rotary embeddings, which are read with the config
+_MAX_ROPE_BYTES = 1 << 20  # bytes of factors of rotary embeddings, which are read with the config
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a tensor of transformers is made of tensors of the file."""
+    """How a tensor of transformers is made from tensors of the file."""
 
     parts: tuple[GgufTensor, ...]
     make: Callable[..., torch.Tensor]
@@ -41,9 +41,9 @@ class _Recipe:
 
 
 class GgufStore:
-    """A `TensorStore` that maps a GGUF file (of a split one `path` is any part; all are in one folder) and reads of it
-    only what is asked for. Raises ModelNotFound if there is no such file, or a part is missing; UnsupportedModel if it
-    is not a GGUF file, or the architecture of the model is not known."""
+    """A `TensorStore` that maps a GGUF file and reads only the requested tensors. For a split file, `path` is any part;
+    all parts are in one folder. Raises ModelNotFound if there is no such file, or a part is missing; UnsupportedModel
+    if it is not a GGUF file, or the architecture of the model is unknown."""
 
     commit = ""
 
@@ -143,7 +143,7 @@ class GgufStore:
         return heads
 
     def find(self, file: str) -> None:
-        """None: all that belongs to the model is in its file."""
+        """Returns None, because all files of the model are in its GGUF file."""
 
     def local_file(self, file: str) -> Path | None:
         return self._file.path.with_name(file)
@@ -158,25 +158,25 @@ class GgufStore:
         says = self._file.metadata.get
         with stumbling(
             lambda why: ModelNotFound(
-                f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
+                f"no tokenizer can be made from the metadata of {self.name}: give --tokenizer with the folder or the "
                 f"Hugging Face id of the original model ({why})"
             )
         ):
             made = read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
             names = [(f"fim_{name[:3]}", name) for name in ("prefix", "suffix", "middle")]
             ids = [says(_TOKEN.format(new), says(_TOKEN.format(old))) for new, old in names]
-            # For what asks a model for the text between two others.
+            # For requests to fill in text between two others.
             made.infill_marks = [made.convert_ids_to_tokens(id) or "" if id is not None else "" for id in ids]
             return made
 
     def generation_config(self) -> GenerationConfig | None:
-        return None  # a file has none but the tokens at which generation ends
+        return None  # files have no defaults except the tokens that end generation
 
     def _facts(self, recipe: _Recipe) -> TensorFacts:
         nbytes = sum(part.data.nbytes for part in recipe.parts)
         layouts = [part.layout for part in recipe.parts]
         if recipe.keeps_codes and None not in layouts:
-            tensor = self._made(recipe, [part.tensor() for part in recipe.parts])  # no codes are read yet
+            tensor = self._made(recipe, [part.tensor() for part in recipe.parts])  # this reads no codes
             if isinstance(tensor, PackedTensor):
                 held = {matrix.layout for matrix in tensor.experts[0]}
                 widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
@@ -187,7 +187,7 @@ class GgufStore:
 
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:
-        """By the names that transformers' checkpoints have."""
+        """Recipes, by the names in transformers' checkpoints."""
         file, family, blocks = self._file, self._family, self.config.num_hidden_layers
         inside: dict[int, dict[str, GgufTensor]] = {}
         recipes: dict[str, _Recipe] = {}
@@ -219,7 +219,8 @@ class GgufStore:
                     found[f"{path}.{within}"] = _copied(family, name, tensor)
         for recipe in recipes.values():
             _check_types(recipe)
-        for name, recipe in further.items():  # what predicts further tokens may be as it likes: few ask for it
+        # Errors in layers that predict further tokens are ignored, because few users load these layers.
+        for name, recipe in further.items():
             with suppress(UnsupportedModel):
                 _check_types(recipe)
                 recipes[name] = recipe
@@ -228,11 +229,11 @@ class GgufStore:
 
 def _check_types(recipe: _Recipe) -> None:
     for part in recipe.parts:
-        assert part.layout is None or part.layout  # raises if the type is not known
+        assert part.layout is None or part.layout  # raises if the type is unknown
 
 
 def is_of_gguf(told_config: str) -> bool:
-    """Whether `TensorStore.told_config` is that of GGUF files."""
+    """Whether a config of `TensorStore.told_config` is from a GGUF file."""
     return f'"{_ARCHITECTURE}": ' in told_config
 
 

@@ -1,4 +1,4 @@
-"""The formats of compressed-tensors, which vLLM's and Red Hat's checkpoints are published in, and Kimi K2's int4."""
+"""The formats of compressed-tensors, in which vLLM's and Red Hat's checkpoints, and Kimi K2's int4, are published."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _FORMATS = {
 class CompressedTensors(QuantizedFormat):
     """`compressed-tensors`: integers packed into int32, int8, FP8, NVFP4, MXFP4 and MXFP8.
 
-    Source: the package `compressed_tensors`: `compressors/` for what the tensors are, `quantization/quant_config.py`
-    and `utils/match.py` for which weights a group of the config is about.
+    Source: the package `compressed_tensors`: `compressors/` for the tensors, `quantization/quant_config.py` and
+    `utils/match.py` for the assignment of weights to groups of the config.
     """
 
     suffixes = of_weight(
@@ -104,25 +104,25 @@ class CompressedTensors(QuantizedFormat):
         return scaled_weight(weight, parts["scale"], dtype, block=block, zero=zero)
 
     def _settings_of(self, module: str) -> Mapping[str, Any]:
-        """What the config says of the weights of a layer."""
+        """The config's settings for the weights of a layer."""
         found = self._groups if len(self._groups) == 1 else self._groups_about(module)
         weights = [group.get("weights") or {} for group in found]
         if not weights or not weights[0] or any(other != weights[0] for other in weights):
             raise UnsupportedModel(
-                f"the config does not say clearly how {module} is quantized ({len(found)} groups are about it): take "
+                f"the config does not say clearly how {module} is quantized ({len(found)} groups apply to it): take "
                 "another checkpoint of this model"
             )
         return weights[0]
 
     def _groups_about(self, module: str) -> list[Mapping[str, Any]]:
         both = list(zip(self._groups, self._targets, strict=True))
-        # What names no layer is a class of layers, such as "Linear", which names do not tell.
+        # A target that names no layer is a class of layers, such as "Linear", which the names of layers do not show.
         named = [group for group, targets in both if targets.name(module)]
         return named or [group for group, targets in both if targets.classes]
 
 
 class _Targets:
-    """Which layers a group of the config is about. `classes`: whether any target is a class of layers."""
+    """The layers of a group of the config. `classes`: whether any target is a class of layers."""
 
     def __init__(self, targets: Iterable[str], patterns: Patterns) -> None:
         targets = list(targets)
@@ -132,7 +132,7 @@ class _Targets:
         self.classes = any("." not in name for name in self._names)
 
     def name(self, module: str) -> bool:
-        """Whether a target names a layer, whatever stands before its name in a multimodal checkpoint."""
+        """Whether a target names a layer, ignoring a prefix of its name in a multimodal checkpoint."""
         parts = module.split(".")
         rests = [".".join(parts[begin:]) for begin in range(len(parts))]
         if not self._names.isdisjoint(rests):
@@ -141,7 +141,7 @@ class _Targets:
 
 
 def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: torch.dtype) -> PackedTensor | Numbers:
-    """Weights of 1 to 8 bits in int32 words, with scales for groups, outputs or all."""
+    """Weights of 1 to 8 bits in int32 words, with scales for groups, outputs or the whole weight."""
     packed, scale, zero = parts["packed"], parts["scale"], parts.get("zero")
     bits = number_in(settings, "num_bits")
     *experts, outputs, words = packed.shape
@@ -197,5 +197,5 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
 
 
 def _in_order(index: torch.Tensor, inputs: int, group: int | None) -> bool:
-    """Whether each input is of the group that it stands in; negative numbers say so too."""
+    """Whether inputs are grouped in order; negative numbers in the index mean the same."""
     return bool((index < 0).any()) or in_order(index, inputs, group or inputs)

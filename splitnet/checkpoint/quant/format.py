@@ -1,4 +1,4 @@
-"""What a format of quantized weights is: how its tensors are named, and what they stand for together."""
+"""The interface of formats of quantized weights: names of tensors, and how they make up a weight."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A quantized weight that no `Layout` describes (`why`): it is read as float32, and rounded to `dtype` once."""
+    """A quantized weight that no `Layout` describes (the reason is `why`): it is read as float32, and rounded to
+    `dtype` once."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,16 +41,16 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Suffix:
-    """How a tensor that belongs to a weight is named: in the weight's own name, `base` stands for its `ending`."""
+    """The name of a tensor that belongs to a weight: the weight's name with `ending` instead of `base`."""
 
     ending: str
     base: str
-    role: str  # the key that its format knows it by
-    sure: bool = True  # nothing else is named so; otherwise it counts only where there is such a weight
+    role: str  # the format's key of the tensor
+    sure: bool = True  # the ending has no other meaning; if false, it counts only where there is such a weight
 
 
 def of_weight(text: str) -> tuple[Suffix, ...]:
-    """`ending=role ...`: each stands in the place of `weight` in the name."""
+    """Suffixes from `ending=role ...`: each ending replaces `weight` in the name."""
     pairs = (pair.partition("=") for pair in text.split())
     return tuple(Suffix(f".{ending}", ".weight", role) for ending, _, role in pairs)
 
@@ -57,29 +58,31 @@ def of_weight(text: str) -> tuple[Suffix, ...]:
 MALFORMED = (
     *(KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError, RecursionError),
 )
-"""What comes of a description that is not what it should be."""
-DESCRIPTION_BYTES = 1 << 16  # parts of quantized weights that are no larger may describe the rest
+"""Exceptions that malformed descriptions cause."""
+# Bytes up to which a part of a quantized weight may be a description of the other parts.
+DESCRIPTION_BYTES = 1 << 16
 _MOST_COUNTED = 1 << 31
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale", ".scales", ".qscale_weight", ".weight_scale_2")
-"""What stands in the place of `.weight` in the names of scales."""
-WEIGHT = "weight"  # the role of the tensor whose name is that of the weight itself
+"""Endings of the names of scales, in place of `.weight`."""
+WEIGHT = "weight"  # the role of the tensor that has the weight's own name
 
 
 class QuantizedFormat(ABC):
     """A format of quantized weights."""
 
-    suffixes: Sequence[Suffix]  # of the tensors that belong to a weight; the first that fits counts
-    needed: frozenset[str]  # the roles without which there is no weight
-    left: tuple[str, ...] = ()  # endings of tensors that concern activations or caches only, which keep their type here
+    suffixes: Sequence[Suffix]  # endings of the tensors that belong to a weight; the first that fits counts
+    needed: frozenset[str]  # the roles that every quantized weight has
+    # Endings of tensors that concern only activations or caches, whose types stay as they are in splitnet.
+    left: tuple[str, ...] = ()
 
     @abstractmethod
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
-        """A weight; nothing large is read before it is used. `parts`: role -> tensor in the files. `dtype`: what the
-        weight says that it is of. Raises UnsupportedModel: the tensors are not what the format says."""
+        """Makes a weight; nothing large is read before it is used. `parts`: role -> tensor in the files. `dtype`: the
+        type that the weight shows to other code. Raises UnsupportedModel: the tensors contradict the format."""
 
     def group(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """Name of each weight -> role -> name in the files. Plain tensors have the role `WEIGHT` only. Raises
-        UnsupportedModel: a weight lacks something."""
+        """Name of each weight -> role -> name in the files. Plain tensors have only the role `WEIGHT`. Raises
+        UnsupportedModel: a weight lacks a tensor."""
         names = list(names)
         present = set(names)
         groups: dict[str, dict[str, str]] = {}
@@ -97,30 +100,31 @@ class QuantizedFormat(ABC):
             lacking = self.needed - roles.keys()
             if roles.keys() != {WEIGHT} and lacking:
                 raise UnsupportedModel(
-                    f"{next(iter(roles.values()))} is in the checkpoint without what belongs to it ({weight}: "
+                    f"{next(iter(roles.values()))} is in the checkpoint without its other tensors ({weight}: "
                     f"{', '.join(sorted(lacking))}): download it again, or take another checkpoint of this model"
                 )
         return groups
 
 
 class Weights:
-    """The weights of a checkpoint: which tensors in the files each is made of. `groups`: name of each weight -> role ->
-    name in the files. `dtype`: what weights of codes say that they are of."""
+    """The weights of a checkpoint, and the tensors in the files that make up each weight. `groups`: name of each weight
+    -> role -> name in the files. `dtype`: the type that weights of codes show to other code."""
 
     def __init__(self, names: Sequence[str], format: QuantizedFormat | None, dtype: torch.dtype) -> None:
-        """See `QuantizedFormat.group` for the errors."""
+        """Raises as `QuantizedFormat.group`."""
         self.groups = {name: {WEIGHT: name} for name in names} if format is None else format.group(names)
         self.dtype = dtype
         self._format = format
 
     def tensor(self, name: str, part: Callable[[str], Part]) -> PackedTensor | Numbers | None:
         """A weight that is read when it is used; None for plain numbers. `part`: called with names in the files. Raises
-        UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales, or integers of no format."""
+        UnsupportedModel: as `QuantizedFormat.tensor`, or the weight is codes without scales, or integers of no
+        format."""
         if self._format is None:
             plain = part(name)
-            # Of four dimensions are masks of attention, which old checkpoints have.
+            # Tensors with four dimensions are masks of attention in old checkpoints.
             if plain.dtype in (torch.int8, torch.uint8, torch.uint32) and len(plain.shape) in (2, 3):
-                raise misfit(plain, "is stored in integers, and the config does not say what they stand for")
+                raise misfit(plain, "is stored in integers, and the config does not say what they encode")
             stem = name.removesuffix(".weight")
             if plain.dtype.itemsize == 1 and any(f"{stem}{scale}" in self.groups for scale in _SCALES):
                 raise UnsupportedModel(
@@ -131,7 +135,7 @@ class Weights:
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
         if parts.keys() != {WEIGHT}:
             if empty := next((one for one in parts.values() if 0 in one.shape), None):
-                raise misfit(empty, "holds nothing")
+                raise misfit(empty, "is empty, with no numbers")
             try:
                 return self._format.tensor(name, parts, self.dtype)
             except MALFORMED as error:
@@ -145,8 +149,8 @@ class Weights:
 
 
 def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A number of a description that counts or measures something. It bounds nothing: before it is used, sizes of
-    tensors are compared with it. Raises ValueError: it is no such number."""
+    """A count or size from a description. The value is not bounded by this check: callers compare it with sizes of
+    tensors before they use it. Raises ValueError: it is no positive integer."""
     value = settings.get(key, default)
     if type(value) is not int or not 0 < value < _MOST_COUNTED:
         raise ValueError(f"{key}: {value!r}")
@@ -154,14 +158,14 @@ def number_in(settings: Mapping[str, Any], key: str, default: int | None = None)
 
 
 def misfit(part: Part, why: str) -> UnsupportedModel:
-    """The error of a tensor that is not what its format says."""
+    """The error of a tensor that contradicts its format."""
     return UnsupportedModel(
         f"{part.name} ({list(part.shape)}, {part.dtype}) {why}: take another checkpoint of this model"
     )
 
 
 def by_group(codes: Codes, group: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """The numbers of codes whose inputs are each of the group that `group` says."""
+    """The numbers of codes; `group` gives the group of each input."""
     zeros = offset if codes.zeros is None else codes.zeros.float()[:, group]
     return (codes.codes.float() - zeros) * codes.scales.float()[:, group]
 
@@ -169,7 +173,7 @@ def by_group(codes: Codes, group: torch.Tensor, offset: int = 0) -> torch.Tensor
 def codes_or_numbers(
     layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
 ) -> PackedTensor | Numbers:
-    """As `one_or_stacked`, for groups of any length: numbers, where that is none that codes are held in."""
+    """As `one_or_stacked`, for groups of any length; numbers if codes with this group length cannot be held."""
     if layout.group % 16 == 0:
         return one_or_stacked(layout, shape, read, dtype)
     whole = one_or_stacked(layout, shape, read, torch.float32)
@@ -180,7 +184,7 @@ def one_or_stacked(
     layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype, *, transposed: bool = False
 ) -> PackedTensor:
     """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`. `read`: called with `...`, or with the
-    number of an expert. `transposed`: the tensor is `[..., inputs, outputs]` all the same."""
+    number of an expert. `transposed`: the tensor is `[..., inputs, outputs]`; `shape` is not."""
     *experts, outputs, inputs = shape
 
     def matrix(index: Any) -> tuple[StoredMatrix]:

@@ -43,12 +43,12 @@ from splitnet.quant.stored import (
 _WORD = 32
 _GPTQ_SUFFIXES = of_weight("qweight=codes qzeros=zeros scales=scales g_idx=groups")
 _LIKE_GEMM = ("gemm", "exllama", "exllamav2")
-"""Kernels for what AutoAWQ packs in the same way (`awq/modules/linear/exllama.py`: it is unpacked at the start)."""
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column of eight that each four bits of a word hold, lowest first
+"""Kernels whose weights AutoAWQ packs in the same way (`awq/modules/linear/exllama.py` unpacks them at the start)."""
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, in each four bits of a word, lowest bits first
 _MLX_FLOATS: Mapping[str, Layout] = {
     "mxfp4": Layout(4, 32, Kind.E8M0, table="e2m1"),
     "mxfp8": Layout(8, 32, Kind.E8M0, table="e4m3"),
-    "nvfp4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),  # its scales are E4M3, for which there is no kind
+    "nvfp4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),  # its scales are E4M3, which has no `Kind`
 }
 """Modes of MLX without biases."""
 _MLX_PARTS = (WEIGHT, "scales", "biases")
@@ -57,9 +57,9 @@ _MLX_PARTS = (WEIGHT, "scales", "biases")
 class Gptq(QuantizedFormat):
     """`gptq`: `qweight` `[inputs * bits / 32, outputs]`, `qzeros` `[groups, outputs * bits / 32]`, `scales`, `g_idx`.
 
-    Bits and group follow from the shapes, as they may differ between layers. Source: transformers' `GPTQConfig` for the
-    settings; the packing is that of AutoGPTQ and GPTQModel (`nn_modules/qlinear`): the format `gptq` stores zeros less
-    one, `gptq_v2` as they are.
+    Bits and group follow from the shapes, because layers may differ in them. Source: transformers' `GPTQConfig` for the
+    settings; AutoGPTQ and GPTQModel (`nn_modules/qlinear`) for the packing. The format `gptq` stores zeros minus one,
+    `gptq_v2` the zeros themselves.
     """
 
     suffixes = _GPTQ_SUFFIXES
@@ -122,8 +122,8 @@ class Gptq(QuantizedFormat):
 class Awq(QuantizedFormat):
     """`awq`, in the packing `gemm`: `qweight` `[inputs, outputs / 8]`, `qzeros` `[groups, outputs / 8]`, `scales`.
 
-    Source: transformers' `AwqConfig` for the settings; the packing is that of AutoAWQ (`awq/utils/packing_utils.py`):
-    eight columns in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7.
+    Source: transformers' `AwqConfig` for the settings; AutoAWQ (`awq/utils/packing_utils.py`) for the packing: eight
+    columns in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7.
     """
 
     suffixes = _GPTQ_SUFFIXES[:3]
@@ -162,7 +162,7 @@ class Awq(QuantizedFormat):
 
 
 def auto_round(settings: Mapping[str, Any]) -> QuantizedFormat:
-    """`auto-round`, which packs as GPTQ or AWQ does (`packing_format`); single layers may be as `extra_config` says.
+    """`auto-round`, which packs as GPTQ or AWQ (`packing_format`); `extra_config` has settings of single layers.
     Source: vLLM's `AutoRoundConfig`. Bits and groups follow from the shapes."""
     packing = str(settings.get("packing_format") or "").removeprefix("auto_round:")
     if packing not in ("auto_gptq", "auto_awq") or settings.get("data_type", "int") != "int":
@@ -177,10 +177,11 @@ def auto_round(settings: Mapping[str, Any]) -> QuantizedFormat:
 
 
 class Nf4(QuantizedFormat):
-    """4 bits of the type `nf4`: codes of the whole weight, the first of two in the higher bits of a byte, in blocks.
+    """4 bits of the type `nf4`: codes of the whole weight in blocks; the higher bits of a byte have the first of its
+    two codes.
 
     Source: transformers' `quantizer_bnb_4bit.py` for the names; bitsandbytes' `functional.py` (`QuantState.from_dict`,
-    `dequantize_4bit`) for what they are. Maxima of blocks may be quantized themselves ("nested").
+    `dequantize_4bit`) for their meaning. Maxima of blocks may be quantized, too ("nested").
     """
 
     suffixes = of_weight(
@@ -210,7 +211,7 @@ class Nf4(QuantizedFormat):
             many = -(-maxima.shape[0] // wide)
             shapes = [parts[role].shape for role in ("nested_maxima", "nested_table")]
             if maxima.dtype != torch.uint8 or shapes != [(many,), (256,)]:
-                raise misfit(maxima, "does not fit what its own scales are made of ('nested')")
+                raise misfit(maxima, "does not fit its own scales ('nested')")
 
         def scales() -> torch.Tensor:
             stored = maxima.read(...)
@@ -238,11 +239,11 @@ class Nf4(QuantizedFormat):
             of_each = spread(scales(), block, count, dim=0)
             return (TABLES["nf4"][codes().long()] * of_each).view(outputs, inputs)
 
-        return Numbers((outputs, inputs), dtype, numbers, "its blocks go beyond an output")
+        return Numbers((outputs, inputs), dtype, numbers, "its blocks extend beyond one output")
 
 
 class Int8(QuantizedFormat):
-    """8 bits: int8 with the largest magnitude of each output (`SCB`), which 127 stands for. Source: transformers'
+    """8 bits: int8, where 127 means the largest magnitude of the output (`SCB`). Source: transformers'
     `quantizer_bnb_8bit.py` for the names; bitsandbytes' `int8_vectorwise_dequant`."""
 
     suffixes = of_weight("SCB=maxima weight_format=order")
@@ -256,7 +257,7 @@ class Int8(QuantizedFormat):
 
         def read() -> Codes:
             if "order" in parts and int(parts["order"].read(...)):
-                raise misfit(parts["order"], "says that rows are not one after the other")
+                raise misfit(parts["order"], "says that rows are not in order")
             return Codes(signed_codes(weight.read(...), 8), maxima.read(...).float().view(outputs, 1) / 127)
 
         return PackedTensor.of(StoredMatrix(Layout(8, 0, Kind.FLOAT32, offset=128), (outputs, inputs), read), dtype)
@@ -265,8 +266,8 @@ class Int8(QuantizedFormat):
 class Mlx(QuantizedFormat):
     """`weight` `[outputs, inputs * bits / 32]`, `scales` and `biases` `[outputs, groups]`: `code * scale + bias`.
 
-    Bits and group stand in the config, for all layers or for one. Experts are stacked, gates and up projections apart.
-    Source: MLX's `mx.quantize` and mlx-lm's `utils.py` (`quantize_model`, `load_model`).
+    The config gives bits and group, for all layers or for one. Experts are stacked, with separate gates and up
+    projections. Source: MLX's `mx.quantize` and mlx-lm's `utils.py` (`quantize_model`, `load_model`).
     """
 
     suffixes = (
@@ -280,7 +281,7 @@ class Mlx(QuantizedFormat):
     def __init__(self, settings: Mapping[str, Any], family: str) -> None:
         if not FAMILIES.get(family, Family()).mlx:
             raise UnsupportedModel(
-                f"what MLX changes in checkpoints of the family {family!r} is not known here: take the original of "
+                f"the changes that MLX makes to the family {family!r} are not known here: take the original of "
                 "this model, or a GGUF file"
             )
         self._settings = settings

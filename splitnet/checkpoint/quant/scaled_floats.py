@@ -1,4 +1,4 @@
-"""Formats whose weights are small floats (or integers) with a scale for a tensor, a row or a block: FP8, FP4, int8."""
+"""Formats of small floats (or integers) with a scale for a tensor, a row or a block: FP8, FP4, int8."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCALE_KINDS = {
     torch.bfloat16: Kind.BFLOAT16,
     torch.uint8: Kind.E8M0,
 }
-"""Kind of scales by the type that they are stored in; powers of two are bytes here, whatever they are called."""
+"""Kind of scales by their stored type. Powers of two are bytes here, whatever type the file names."""
 
 _MXFP4_GROUP = 32
 _ACTIVATIONS = (
@@ -42,9 +42,9 @@ _ACTIVATIONS = (
 class FineGrainedFP8(QuantizedFormat):
     """`fp8` and `mxfp8`: a scale for each block (128 x 128 unless the config says otherwise) or for the whole weight.
 
-    Source: transformers' `integrations/finegrained_fp8.py` (`Fp8Dequantize`) and `quantizer_finegrained_fp8.py`, which
-    tells the names `.scale` of DeepSeek-V4 and `.qscale_weight` of Mistral. The scheme of activations is left: they
-    stay floats here.
+    Source: transformers' `integrations/finegrained_fp8.py` (`Fp8Dequantize`) and `quantizer_finegrained_fp8.py`, also
+    for the names `.scale` of DeepSeek-V4 and `.qscale_weight` of Mistral. The scheme of activations is ignored: they
+    stay floats in splitnet.
     """
 
     suffixes = (
@@ -65,7 +65,7 @@ class FineGrainedFP8(QuantizedFormat):
         packed = self._fp4 and weight.dtype in (torch.int8, torch.uint8)
         if not packed and weight.dtype not in FP8_TABLES:
             raise misfit(weight, "has scales, and is not stored in FP8")
-        block = None if packed else self._block  # of FP4 each output has groups of its own
+        block = None if packed else self._block  # each output of FP4 has groups
         return scaled_weight(weight, parts["scale"], dtype, block=block, packed_fp4=packed)
 
 
@@ -122,8 +122,8 @@ class Mxfp4(QuantizedFormat):
 class ModelOpt(QuantizedFormat):
     """`modelopt`: FP8 with one scale, or NVFP4 whose scales are multiplied by another one (`weight_scale_2`).
 
-    Source: NVIDIA's ModelOpt, `torch/quantization/qtensor/nvfp4_tensor.py`. What a weight is, its tensors tell, as a
-    checkpoint may mix both.
+    Source: NVIDIA's ModelOpt, `torch/quantization/qtensor/nvfp4_tensor.py`. The tensors of a weight show its format,
+    because a checkpoint may mix both.
     """
 
     suffixes = of_weight("weight_scale=scale weight_scale_2=global_scale")
@@ -147,8 +147,9 @@ class ModelOpt(QuantizedFormat):
 
 
 def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, divide: bool) -> PackedTensor:
-    """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and one for all by which scales are divided or multiplied.
-    There is no kind of scales that are FP8 times a number, so they are float32: the weight is held in 6 bits."""
+    """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and a scale for the whole weight, by which the others are
+    divided or multiplied. No kind of scales is FP8 times a number, so scales become float32: the weight takes 6 bits
+    per number."""
     *experts, outputs, half = packed.shape
     inputs = 2 * half
     fits = scale.dtype == torch.float8_e4m3fn and scale.shape == (*experts, outputs, inputs // 16) and inputs % 16 == 0
@@ -180,8 +181,8 @@ def scaled_weight(
     Args:
         weight: `[outputs, inputs]` or `[experts, outputs, inputs]`.
         scale: one number, or one for each output (and expert), or one for each block.
-        block: outputs and inputs of a block; None: as many as there are scales for.
-        zero: of int8: the value that stands for zero, int8 in the shape of the scales.
+        block: outputs and inputs of a block; None: the shape of the scales gives them.
+        zero: for int8 weights, the int8 codes of zero, in the shape of the scales.
         packed_fp4: bytes hold two numbers each, the first in the lower bits.
 
     Raises UnsupportedModel if their types or shapes do not fit.
@@ -251,7 +252,7 @@ def _block(weight: Part, scale: Part, shape: Sequence[int], block: Sequence[int]
 
 
 def _per_expert(scale: Part, weight: Part) -> bool:
-    """Whether each expert of a stack has scales of its own; what could be those of outputs is not."""
+    """Whether each expert of a stack has separate scales. Scales that could belong to outputs do not count."""
     if len(weight.shape) != 3 or scale.shape[:1] != weight.shape[:1]:
         return False
     return len(scale.shape) > 1 or weight.shape[0] != weight.shape[1]

@@ -1,4 +1,4 @@
-"""Gets pieces of weights from peers and from the hub, several at once, and plans which is asked of which source."""
+"""Fetches pieces of weights from peers and from the hub, several at once, and plans the source of each piece."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, TypeVar
@@ -32,23 +33,24 @@ from splitnet.wire.messages import MAX_PART_BYTES, AskWeights, Failure, FailureC
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 5.0  # how often others are looked for while pieces are missing
-WAIT_LIMIT_S: Final = 30.0  # how long others are waited for while nobody has what is missing
-GATHER_S: Final = 0.5  # how long what peers have is waited for, so that it is asked of all of them
+LOOK_S: Final = 5.0  # interval of directory look-ups while pieces are missing
+WAIT_LIMIT_S: Final = 30.0  # wait while no source has a missing piece, before the fetch fails
+GATHER_S: Final = 0.5  # wait at the start for the peers' lists of pieces, so that all peers are asked
 TICK_S: Final = 0.1
-MAX_HUB_ERRORS: Final = 32  # one after the other; then the hub is left out
+MAX_HUB_ERRORS: Final = 32  # consecutive errors after which the hub is left out
 HUB_TIMEOUT_S: Final = 30.0
-FIRST_BYTES: Final = 2 << 20  # that are asked of a source that has brought nothing yet
+FIRST_BYTES: Final = 2 << 20  # bytes that are requested at once from a source without a measured rate
 MAX_BYTES: Final = 32 << 20
-MAX_PIECES: Final = 48  # under way from one source
+MAX_PIECES: Final = 48  # requested at once from one source
 HORIZON_S: Final = 0.25
-"""Twice that of what a source brings is under way from it; twice the least time that a piece took, if that is more."""
-REST_S: Final = 10.0  # a source that was silent is asked again after that
-BUSY_S: Final = 1.0  # so is one that says that it is busy, after that
+"""A source has twice this time's bytes under way; twice the least time of a piece, if that is longer."""
+REST_S: Final = 10.0  # pause after which a silent source is asked again
+BUSY_S: Final = 1.0  # pause after which a busy source is asked again
 MAX_STRIKES: Final = 3  # silences after which a source is left out
 SLOW_S: Final = 5.0
-"""A piece that is under way for so long, and long for who has nothing else to do, is asked of that one, too."""
-_FORGET: Final = 0.9  # what stays of earlier observations with each piece
+"""A piece that is under way for this time, and for a multiple of an idle source's time, is also asked of the idle
+source."""
+_FORGET: Final = 0.9  # decay of earlier observations per piece
 
 HUB: Final = "the hub"
 Report = Callable[[str, int, int], None]
@@ -59,46 +61,46 @@ Source = TypeVar("Source", bound=Hashable)
 
 @dataclass
 class _State:
-    """One source."""
+    """The state of one source."""
 
-    held: set[bytes] = field(default_factory=set[bytes])  # pieces that it has and that are needed
-    # What to ask of it, the next at the end; some of it may be asked of others meanwhile.
+    held: set[bytes] = field(default_factory=set[bytes])  # needed pieces that the source has
+    # Pieces to request from the source, the next one at the end; some may be requested from others meanwhile.
     queue: list[bytes] = field(default_factory=list[bytes])
-    # What is under way from it: since when, and bytes.
+    # Pieces under way from the source: time of the request, and bytes.
     asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])
     asked_bytes: int = 0
     heard_at: float = 0.0
-    brought: float = 0.0  # bytes, and in which time; older ones count less
+    brought: float = 0.0  # bytes received in `took_s`, with decay
     took_s: float = 0.0
-    least_s: float = 0.0  # the shortest time that a piece took; 0: none came
+    least_s: float = 0.0  # the shortest time of a piece; 0: none arrived
     rests_until: float = 0.0
     strikes: int = 0
 
     @property
     def rate(self) -> float:
-        """Bytes per second; 0: not known."""
+        """Bytes per second; 0: unknown."""
         return self.brought / self.took_s if self.took_s > 0 else 0.0
 
     def has_room(self, now: float) -> bool:
-        """Whether more may be asked of it."""
+        """Whether more pieces may be requested from the source."""
         most = min(MAX_BYTES, max(FIRST_BYTES, 2 * self.rate * max(HORIZON_S, self.least_s)))
         return self.rests_until <= now and self.asked_bytes < most and len(self.asked) < MAX_PIECES
 
 
 class FetchPlan(Generic[Source]):
-    """Which piece is asked of which source: a state machine without clock, sockets and files.
+    """Decides which piece is requested from which source: a state machine without clock, sockets and files.
 
-    It is told what happens, with the time in seconds, and answers with what to ask. Every source has as many bytes
-    under way as it brings in half a second: so a fast one never waits for questions, and a slow one holds up few
-    pieces. What few sources have is asked for first.
+    Its methods report events with the time in seconds, and `asks` returns the next requests. Each source has as many
+    bytes under way as it sends in half a second: so a fast source never waits for requests, and a slow one delays few
+    pieces. Pieces that few sources have are requested first.
 
     Args:
         pieces: digest -> bytes, in the order in which they are wanted.
 
     Attributes:
-        left: pieces that are still needed, likewise.
-        done_bytes: of those that have come.
-        sources: those that are not left out.
+        left: pieces that are still needed, digest -> bytes.
+        done_bytes: bytes of the pieces that have arrived.
+        sources: the sources that are not left out.
     """
 
     def __init__(self, pieces: Mapping[bytes, int]) -> None:
@@ -107,7 +109,7 @@ class FetchPlan(Generic[Source]):
         self.sources: dict[Source, _State] = {}
         self._excluded: set[Source] = set()
         self._holders: Counter[bytes] = Counter()
-        self._askers: dict[bytes, set[Source]] = {}  # of whom a piece is asked now
+        self._askers: dict[bytes, set[Source]] = {}  # the sources from which a piece is under way
         self._queues_are_old = False
 
     @property
@@ -115,7 +117,7 @@ class FetchPlan(Generic[Source]):
         return not self.left
 
     def add(self, source: Source, held: Collection[bytes]) -> None:
-        """A source that has these pieces; again, if it has others now. One that was left out stays out."""
+        """Adds a source with these pieces, or updates its pieces. A source that was left out stays out."""
         if source in self._excluded:
             return
         state = self.sources.setdefault(source, _State())
@@ -125,7 +127,7 @@ class FetchPlan(Generic[Source]):
         self._queues_are_old = True
 
     def asks(self, now: float) -> list[tuple[Source, bytes]]:
-        """What to ask now, of whom."""
+        """The requests to send now."""
         self._give_up_silent(now)
         if self._queues_are_old:
             self._queues_are_old = False
@@ -136,7 +138,7 @@ class FetchPlan(Generic[Source]):
                 state.queue = [name for name in order if name in state.held]
         asks: list[tuple[Source, bytes]] = []
         free = [source for source, state in self.sources.items() if state.has_room(now)]
-        while free:  # in turns, so that the first does not get all there is
+        while free:  # round robin, so that the first source does not get all requests
             for source in list(free):
                 state = self.sources[source]
                 name = self._next(state) or self._slow(source, state, now)
@@ -154,7 +156,7 @@ class FetchPlan(Generic[Source]):
         return asks
 
     def arrived(self, source: Source, name: bytes, now: float) -> bool:
-        """A piece has come, and was verified; False: it is not needed any more."""
+        """Records a verified piece; returns False if it is no longer needed."""
         state = self.sources.get(source)
         if state is not None and name in state.asked:
             since, size = state.asked[name]
@@ -164,13 +166,13 @@ class FetchPlan(Generic[Source]):
             state.took_s = state.took_s * _FORGET + max(now - max(state.heard_at, since), 1e-6)
             state.heard_at, state.strikes = now, 0
         for other in list(self._askers.get(name, ())):
-            self._release(other, name)  # what others send of it is waste, and is not waited for
+            self._release(other, name)  # copies from other sources are wasted, and no longer awaited
         size = self.left.pop(name, 0)
         self.done_bytes += size
         return size > 0
 
     def refused(self, source: Source, name: bytes, now: float) -> None:
-        """A source has not got a piece after all."""
+        """Records that a source lacks a piece that it had announced."""
         state = self.sources.get(source)
         if state is not None and name in state.asked:
             state.heard_at = now
@@ -180,7 +182,7 @@ class FetchPlan(Generic[Source]):
             self._queues_are_old = True
 
     def busy(self, source: Source, name: bytes, now: float) -> None:
-        """A source gives nothing now."""
+        """Records that a source is busy and sends nothing for some time."""
         state = self.sources.get(source)
         if state is not None and name in state.asked:
             state.heard_at, state.rests_until = now, now + BUSY_S
@@ -188,7 +190,7 @@ class FetchPlan(Generic[Source]):
             self._queues_are_old = True
 
     def lost(self, source: Source) -> None:
-        """A source is gone; it may be added again."""
+        """Removes a source that is gone; it may be added again."""
         state = self.sources.get(source)
         if state is not None:
             for name in list(state.asked):
@@ -198,12 +200,12 @@ class FetchPlan(Generic[Source]):
             self._queues_are_old = True
 
     def exclude(self, source: Source) -> None:
-        """A source has given what is wrong: it is asked for nothing any more."""
+        """Leaves out a source that has sent wrong data: nothing more is requested from it."""
         self.lost(source)
         self._excluded.add(source)
 
     def is_stuck(self, now: float) -> bool:
-        """Nothing is under way, and nobody has any of what is left."""
+        """Whether nothing is under way, and no source has any of the missing pieces."""
         self._give_up_silent(now)
         if self.is_done or any(state.asked for state in self.sources.values()):
             return False
@@ -221,7 +223,7 @@ class FetchPlan(Generic[Source]):
                     self.exclude(source)
 
     def _next(self, state: _State) -> bytes | None:
-        """The next piece that nobody is asked for."""
+        """The next piece of the source's queue that is under way from no source."""
         while state.queue:
             name = state.queue.pop()
             if name in self.left and name not in self._askers:
@@ -229,7 +231,7 @@ class FetchPlan(Generic[Source]):
         return None
 
     def _slow(self, source: Source, state: _State, now: float) -> bytes | None:
-        """A piece that another source is slow to bring, for one that has nothing else to do."""
+        """A piece that is slow to arrive from another source, for an idle source."""
         if state.asked or not state.rate:
             return None
         for name, askers in self._askers.items():
@@ -248,10 +250,10 @@ class FetchPlan(Generic[Source]):
 
 
 class HubPieces:
-    """Where the pieces of a manifest stand in the files of a repository. `read` may be called by several threads.
-    store: of the repository, whose headers say the same (see `splitnet.checkpoint.transfer.matching`)."""
+    """Reads the pieces of a manifest from the files of a repository. Several threads may call `read`. store: the files
+    of the repository, whose headers equal the manifest (see `splitnet.checkpoint.transfer.matching`)."""
 
-    at_once: Final = 16  # requests at the same time
+    at_once: Final = 16  # concurrent requests
 
     def __init__(self, manifest: Manifest, store: TensorStore, revision: str | None = None) -> None:
         self.store = store
@@ -259,8 +261,8 @@ class HubPieces:
         self._pieces = HeldPieces(manifest, store)
 
     def read(self, name: bytes) -> bytes:
-        """A piece, which the caller checks. Raises ModelNotFound: the hub does not give it. Exceptions of the HTTP
-        library: it does not answer."""
+        """Reads a piece, which the caller checks. Raises ModelNotFound: the hub refuses the piece. Exceptions of the
+        HTTP library: the hub does not answer."""
         file, offset, size = self._pieces.where(int(self._pieces.slots_of(name)[0]))
         if self.store.local_file(file) is not None:  # downloaded before
             with self.store.open_file(file) as opened:
@@ -272,9 +274,9 @@ class HubPieces:
             "GET", url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True
         ) as response:
             if response.is_error:
-                response.read()  # which says why
+                response.read()  # the body has the reason
             hf_raise_for_status(response)
-            if response.status_code != 206:  # the whole file, of which nothing is read
+            if response.status_code != 206:  # the response is the whole file, and its body is not read
                 raise ModelNotFound(f"the hub does not give ranges of {file}")
             data = response.read()
         if len(data) != size:
@@ -284,16 +286,16 @@ class HubPieces:
 
 @dataclass(frozen=True)
 class HubAnswer:
-    """A piece from the hub, or why it did not come."""
+    """A piece from the hub, or the error."""
 
     name: bytes
     data: bytes
     error: str = ""
 
 
-class Asking:
-    """Questions to peers, and their answers; use it in a `with`. `answers`: those to questions that are open, one to
-    each; what nobody asked for is dropped as it comes."""
+class Asking(AbstractContextManager["Asking"]):
+    """Sends questions to peers and receives their answers; use it in a `with`. `answers`: one answer to each open
+    question; unsolicited answers are dropped."""
 
     def __init__(self, identity: Identity, swarm: OpenSwarm = OPEN) -> None:
         self.swarm = swarm
@@ -302,9 +304,6 @@ class Asking:
         self._open: dict[int, Endpoint] = {}  # the peer that was asked, by the number of the question
         self._links = Links(identity)
         self._links.on_answer = self._answered
-
-    def __enter__(self) -> Asking:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._links.close()
@@ -318,16 +317,16 @@ class Asking:
         return number
 
     def forget(self, number: int) -> None:
-        """Waits for the answer no longer."""
+        """Closes a question: its answer will be dropped."""
         self._open.pop(number, None)
 
     def is_gone(self, peer: Endpoint) -> bool:
-        """Whether no link to it comes up."""
+        """Whether no link to a peer can be established."""
         state = self._links.state(peer)
         return state is LinkState.DOWN or state.is_final
 
     def _answered(self, source: Endpoint, message: Message) -> None:
-        """In the thread of the links."""
+        """Called in the thread of the links."""
         number = getattr(message, "number", 0)
         if self._open.get(number) == source:
             del self._open[number]
@@ -336,7 +335,8 @@ class Asking:
 
 @dataclass
 class Fetched:
-    """Bytes that came, by source; those that were `wasted`, as they came twice or were corrupt; sources left out."""
+    """Bytes that arrived, by source; bytes `wasted` because they were duplicates or corrupt; sources that were left
+    out."""
 
     by_source: dict[str, int] = field(default_factory=dict[str, int])
     wasted: int = 0
@@ -345,20 +345,21 @@ class Fetched:
 
 @dataclass(eq=False)
 class Fetcher:
-    """Fills a folder. Use `fetch` as `WeightFolder.fetch`."""
+    """Fetches missing pieces into a folder. Use `fetch` as `WeightFolder.fetch`."""
 
     folder: WeightFolder
     find_peers: Callable[[], Sequence[Endpoint]]  # looks up the peers that may have pieces
     identity: Identity
     swarm: OpenSwarm = OPEN
-    hub: HubPieces | None = None  # where the model is there too
-    report: Report = lambda stage, done, total: None  # told what is going on; what it raises ends a fetch
-    fetched: Fetched = field(default_factory=Fetched)  # what has come
+    hub: HubPieces | None = None  # set if the model is on the hub
+    # Called with the progress; an exception that it raises ends the fetch.
+    report: Report = lambda stage, done, total: None
+    fetched: Fetched = field(default_factory=Fetched)  # what has arrived
 
     def fetch(self, missing: Mapping[bytes, int]) -> None:
-        """Gets these pieces: digest -> bytes. Raises ModelNotFound: nobody has some of them; WrongSwarm: the hub has
-        others; SplitnetError: they cannot be kept."""
-        pool = ThreadPoolExecutor(HubPieces.at_once)  # which has no threads before they are needed
+        """Fetches these pieces: digest -> bytes. Raises ModelNotFound: no source has some of them; WrongSwarm: the hub
+        has other weights; SplitnetError: the pieces cannot be written."""
+        pool = ThreadPoolExecutor(HubPieces.at_once)  # starts no threads before they are needed
         try:
             with Asking(self.identity, self.swarm) as asking:
                 _Fetch(self, asking, pool, missing).run()
@@ -366,7 +367,7 @@ class Fetcher:
             pool.shutdown(cancel_futures=True)
 
     def peers(self) -> Sequence[Endpoint]:
-        """Who may have pieces; nobody while the directory is silent."""
+        """The peers that may have pieces; empty while the directory does not answer."""
         try:
             return self.find_peers()
         except DirectoryError as error:
@@ -389,9 +390,10 @@ class _Fetch:
         self._plan: FetchPlan[Endpoint | str] = FetchPlan(missing)
         self._names = list(missing)
         slots = [self._folder.slots_of(name) for name in missing]
-        self._slots = np.concatenate(slots)  # of what is missing, in the manifest
-        self._owners = np.repeat(np.arange(len(slots)), list(map(len, slots)))  # which of `_names` each is
-        self._asked: dict[int, tuple[Endpoint, bytes]] = {}  # by number: peer and piece; empty: what it has
+        self._slots = np.concatenate(slots)  # of the missing pieces, in the manifest
+        self._owners = np.repeat(np.arange(len(slots)), list(map(len, slots)))  # for each slot, the index in `_names`
+        # By number of the question: peer and piece; an empty piece asks for the peer's list of pieces.
+        self._asked: dict[int, tuple[Endpoint, bytes]] = {}
         self._known: set[Endpoint] = set()
         self._reasons: dict[Endpoint, str] = {}
         self._hub_errors = 0
@@ -406,7 +408,7 @@ class _Fetch:
         begin_at = time.monotonic() + GATHER_S
         while not self._plan.is_done:
             now = time.monotonic()
-            if found.done():  # the directory may be slow, and nothing else waits for it
+            if found.done():  # the look-up has a thread, because the directory may be slow
                 self._meet(found.result())
                 look_at = now + LOOK_S
                 found = Future[Sequence[Endpoint]]()
@@ -430,7 +432,7 @@ class _Fetch:
         self._report()
 
     def _meet(self, peers: Sequence[Endpoint]) -> None:
-        """Asks others what they have; those that have something again while pieces are missing that nobody has."""
+        """Asks new peers for their lists of pieces; asks known peers again while no source has a missing piece."""
         stuck = self._plan.is_stuck(time.monotonic())
         for peer in peers:
             if peer_address(peer) in self._fetcher.fetched.left_out or (peer in self._known and not stuck):
@@ -449,11 +451,11 @@ class _Fetch:
     def _ask_hub(self, hub: HubPieces, name: bytes) -> None:
         try:
             self._asking.answers.put((HUB, HubAnswer(name, hub.read(name))))
-        except Exception as error:  # of the HTTP library
+        except Exception as error:  # the HTTP library raises exceptions of many types
             self._asking.answers.put((HUB, HubAnswer(name, b"", str(error) or type(error).__name__)))
 
     def _take(self) -> None:
-        """Takes in what has come."""
+        """Handles the answers that have arrived."""
         try:
             _, message = self._asking.answers.get(timeout=TICK_S)
             while True:
@@ -507,10 +509,10 @@ class _Fetch:
         if len(data) != self._missing[name] or digest(data) != name:
             if source == HUB:
                 assert self._fetcher.hub is not None
-                forget_manifest(self._fetcher.hub.store.commit)  # it is not believed at the next start
+                forget_manifest(self._fetcher.hub.store.commit)  # so the next start does not trust this manifest
                 raise WrongSwarm(
-                    "the hub has other weights of this model than the peers of this swarm say: they serve another "
-                    "model by its name; join another swarm, or give --model-id"
+                    "the hub has other weights of this model than the peers of this swarm: they serve another "
+                    "model with its name; join another swarm, or give --model-id"
                 )
             log.warning("%s has sent a corrupt piece of weights: it is left out", called)
             fetched.left_out.append(called)
@@ -527,7 +529,7 @@ class _Fetch:
     def _drop_gone(self) -> None:
         for source in list(self._plan.sources):
             if isinstance(source, Endpoint) and self._asking.is_gone(source):
-                log.info("%s is gone, which gave weights", source.address)
+                log.info("%s, a source of weights, is gone", source.address)
                 self._plan.lost(source)
                 self._known.discard(source)
 
@@ -545,6 +547,6 @@ class _Fetch:
             f"{len(self._known)} peers were asked" if self._known else "no other peer is known"
         )
         return (
-            f"{lacking / 2**20:.1f} MiB of the weights are at nobody who gives them ({asked}): wait for peers that "
+            f"{lacking / 2**20:.1f} MiB of the weights are at no source ({asked}): wait for peers that "
             "serve these blocks with --share-weights, or download the model"
         )

@@ -1,4 +1,4 @@
-"""Digests of the tensors in files, which are kept: a file that did not change is hashed once."""
+"""Digests of the tensors in files. Digests are cached, so that a file that does not change is hashed once."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from splitnet.paths import cache_folder, keep_file
 
 Range = tuple[int, int]  # offset and bytes
 
-KEPT_BYTES: Final = 16 << 20  # digests of smaller files are not kept: to read these is as fast
-SHOWN_BYTES: Final = 256 << 20  # progress is told where more is to be read
-_RUN_BYTES: Final = 8 * PIECE_BYTES  # that one thread reads at a time
+KEPT_BYTES: Final = 16 << 20  # digests of smaller files are not cached, because reading these files is as fast
+SHOWN_BYTES: Final = 256 << 20  # progress is reported if more bytes must be read
+_RUN_BYTES: Final = 8 * PIECE_BYTES  # bytes that one thread reads at a time
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _REQUESTS: Final = 16
-_STAMP: Final = 1  # of what is kept
+_STAMP: Final = 1  # version of the cache format
 _DIGESTS: Final = "the digests of weights"
 
 
 def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
-    """Reads all tensors of a checkpoint, but those whose digests are known. Raises ModelNotFound: a file is missing or
-    not complete."""
+    """Reads all tensors of a checkpoint whose digests are not cached. Raises ModelNotFound: a file is missing or
+    incomplete."""
     places = dict(sorted(store.places().items()))
     ranges: dict[str, set[Range]] = defaultdict(set)
     for place in places.values():
@@ -54,7 +54,7 @@ def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manif
 def hash_ranges(
     store: TensorStore, ranges: dict[str, list[Range]], progress: Progress | None = None
 ) -> dict[str, dict[Range, bytes]]:
-    """The joined digests of the pieces of some ranges, by file. See `make_manifest`."""
+    """The joined digests of the pieces of byte ranges, by file. Raises as `make_manifest`."""
     kept = {file: _Kept.of(store.local_file(file)) for file in ranges}
     known: dict[str, dict[Range, bytes]] = {}
     for file, wanted in ranges.items():
@@ -66,13 +66,14 @@ def hash_ranges(
         if wanted:
             known[file].update(reading.read(file, wanted))
             before, after = kept[file], _Kept.of(store.local_file(file))
-            if after is not None and before is not None and after.about == before.about:  # else it changed meanwhile
+            # The file did not change while it was read.
+            if after is not None and before is not None and after.about == before.about:
                 after.keep(known[file])
     return known
 
 
 def kept_manifest(commit: str) -> Manifest | None:
-    """The manifest of a commit at the hub, if it was kept; `commit`: see `TensorStore.commit`."""
+    """The cached manifest of a commit at the hub; None: there is none. `commit`: see `TensorStore.commit`."""
     if not commit:
         return None
     try:
@@ -82,13 +83,13 @@ def kept_manifest(commit: str) -> Manifest | None:
 
 
 def keep_manifest(commit: str, manifest: Manifest) -> None:
-    """Keeps the manifest of a commit, so that it need not be asked for, nor the files be read, again."""
+    """Caches the manifest of a commit, so that later starts need not request it or read the files again."""
     if commit:
         keep_file(_manifest_file(commit), manifest.pack(), _DIGESTS)
 
 
 def forget_manifest(commit: str) -> None:
-    """Drops the manifest of a commit that has turned out to be another model's."""
+    """Removes the cached manifest of a commit that belongs to another model."""
     if commit:
         with suppress(OSError):
             _manifest_file(commit).unlink(missing_ok=True)
@@ -106,8 +107,8 @@ class _Reading:
         self._progress = progress if total >= SHOWN_BYTES else None
 
     def read(self, file: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
-        """The joined digests of ranges in the order of their offsets."""
-        # Pieces that one thread reads one after the other: of what range, offset and bytes.
+        """The joined digests of ranges, in the order of their offsets."""
+        # Pieces that one thread reads in order: range, offset and bytes.
         runs: list[list[tuple[Range, int, int]]] = []
         room = 0
         for one in ranges:
@@ -153,7 +154,7 @@ class _Reading:
 
 
 class _Kept:
-    """The digests of one file as they were found; they count while its size and time of change stay the same."""
+    """The cached digests of one file; they are valid while its size and modification time stay the same."""
 
     def __init__(self, path: Path, status: os.stat_result) -> None:
         self.about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
@@ -169,7 +170,7 @@ class _Kept:
 
     @classmethod
     def of(cls, path: Path | None) -> _Kept | None:
-        """None: the file is too small, or is not there."""
+        """The cached digests of a file; None: the file is too small, or does not exist."""
         if path is None:
             return None
         try:

@@ -1,9 +1,8 @@
-"""The pieces of a model that are on this machine: in a whole checkpoint, or in a folder that others fill.
+"""The pieces of a model on this machine: in a whole checkpoint, or in a folder that is filled from peers and the hub.
 
-Such a folder is in the user's cache, under the fingerprint of the model. It holds files as those of a checkpoint, with
-holes where pieces are missing, so that the same code reads them; a file that says which pieces were written; and the
-manifest. What the second says is believed for nothing but what to look at: pieces are hashed before they are used, once
-in a process.
+Such a folder is in the user's cache, under the model's fingerprint. It holds files in the format of a checkpoint, with
+holes for missing pieces, so that the same code reads them; a file that lists the written pieces; and the manifest. The
+list only shows which pieces to check: each piece is hashed, once per process, before it is used.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _STORED: Final = re.compile(r"[A-Z0-9_]{1,16}")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the bytes of a tensor, or part of a weight, stand in a file; `stored` is its type as the file has it."""
+    """The bytes of a tensor, or of a part of a weight, in a file; `stored` is the file's name of its type."""
 
     file: str
     offset: int
@@ -46,25 +45,25 @@ class Place:
 
 
 class TensorFiles(Protocol):
-    """Where the tensors of a checkpoint stand; what else its files hold: `splitnet.checkpoint.store.TensorStore`."""
+    """The places of the tensors of a checkpoint. For the other contents: `splitnet.checkpoint.store.TensorStore`."""
 
     def places(self) -> Mapping[str, Place]:
-        """All tensors in the files by name, which may be parts of weights. Raises ModelNotFound: a file is missing or
-        not complete."""
+        """All tensors in the files by name; a weight may be several tensors. Raises ModelNotFound: a file is missing or
+        incomplete."""
         ...
 
     def heads(self) -> Mapping[str, int]:
-        """Files of which more than their tensors is needed: name -> bytes before the first tensor."""
+        """Files that are needed beyond their tensors: name -> bytes before the first tensor."""
         ...
 
     def local_file(self, file: str) -> Path | None:
-        """Where a file is on this machine; None: on the hub only."""
+        """The local path of a file; None: it is only on the hub."""
         ...
 
 
 class HeldPieces:
-    """Where the pieces of a manifest stand in the files of a checkpoint. Raises ProtocolError: the manifest is of
-    nothing that can be."""
+    """Finds and reads the pieces of a manifest in the files of a checkpoint. Raises ProtocolError: the manifest is
+    inconsistent."""
 
     def __init__(self, manifest: Manifest, store: TensorFiles) -> None:
         self.manifest = manifest
@@ -72,14 +71,14 @@ class HeldPieces:
         places = store.places()
         begins = [(places[tensor.name].file, places[tensor.name].offset) for tensor in manifest.tensors]
         begins += [(file, 0) for file in store.heads()]
-        # A stranger says how many pieces there are, so none has an object of its own.
+        # A stranger claims the number of pieces, so pieces have no objects.
         self._parts = [(file, at, pieces.nbytes) for (file, at), pieces in zip(begins, manifest.parts, strict=True)]
         counts = [piece_count(nbytes) for _, _, nbytes in self._parts]
-        # The first slot of each part; then the number of slots, which are the pieces in the order of the manifest.
+        # The first slot of each part, and the number of slots. A slot is the index of a piece in the manifest.
         self._first = [0, *accumulate(counts)]
         digests = b"".join(pieces.digests for pieces in manifest.parts)
         self._names = np.frombuffer(digests, f"S{DIGEST_BYTES}")
-        # Slots by digest; the same bytes may stand in several places.
+        # Slots sorted by digest; the same bytes may be in several slots.
         self._order = np.argsort(self._names, kind="stable")
         self._sorted = self._names[self._order]
         sizes = np.full(len(self), PIECE_BYTES, np.int64)
@@ -89,7 +88,7 @@ class HeldPieces:
                 sizes[first + last] = nbytes - last * PIECE_BYTES
         sizes = sizes[self._order]
         if ((self._sorted[1:] == self._sorted[:-1]) & (sizes[1:] != sizes[:-1])).any():
-            raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
+            raise ProtocolError("a manifest has pieces of two sizes with the same digest")
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -104,7 +103,7 @@ class HeldPieces:
         return self._names[slot : slot + 1].tobytes()
 
     def slots_of(self, name: bytes) -> NDArray[np.int64]:
-        """Where a piece stands in the manifest; nowhere, if it is none of these."""
+        """The slots of a piece in the manifest; empty if the manifest lacks the piece."""
         if len(name) != DIGEST_BYTES:
             return self._order[:0]
         key = np.frombuffer(name, self._names.dtype)
@@ -112,20 +111,20 @@ class HeldPieces:
         return self._order[low:high]
 
     def has(self, slot: int) -> bool:
-        """Whether the piece at this place of the manifest is here."""
+        """Whether the piece in a slot is on this machine."""
         return self._store.local_file(self.where(slot)[0]) is not None
 
     def bits(self) -> bytes:
-        """Which pieces are here, as `WeightsKind.HELD` says it."""
+        """The bitmap of the pieces on this machine, in the format of `WeightsKind.HELD`."""
         return np.packbits(self._have(), bitorder="little").tobytes()
 
     def _have(self) -> NDArray[np.uint8]:
-        """1 for each piece that is here."""
+        """1 for each piece on this machine, 0 for others."""
         here = {file: self._store.local_file(file) is not None for file in {file for file, _, _ in self._parts}}
         return np.repeat([np.uint8(here[file]) for file, _, _ in self._parts], np.diff(self._first))
 
     def read(self, name: bytes) -> bytes | None:
-        """A piece; None if it is not here, or is not what it was."""
+        """A piece; None if it is not on this machine, or its bytes have changed."""
         for slot in self._held_of(self.slots_of(name)):
             data = self._read(slot)
             if digest(data) == name:
@@ -155,12 +154,12 @@ class HeldPieces:
 
 
 Fetch = Callable[[Mapping[bytes, int]], None]
-"""Called with digests and bytes of pieces that are needed: writes all of them, or raises a SplitnetError."""
+"""Called with digests and bytes of missing pieces: writes all of them, or raises a SplitnetError."""
 
 
 class WeightFolder(HeldPieces):
-    """A folder that is filled piece by piece. See `make_folder`. `fetch`: gets what is missing; None: that is an error.
-    `fetched`: bytes that were written by this process."""
+    """A folder that is filled piece by piece. See `make_folder`. `fetch`: fetches missing pieces; None: missing pieces
+    are an error. `fetched`: bytes that this process has written."""
 
     def __init__(self, path: Path, manifest: Manifest, store: TensorFiles) -> None:
         super().__init__(manifest, store)
@@ -169,7 +168,7 @@ class WeightFolder(HeldPieces):
         self.fetched = 0
         self._checked = bytearray(len(self))
         self._part_of = {tensor.name: part for part, tensor in enumerate(manifest.tensors)}
-        # The slots of pieces that are being fetched; others of the same bytes stay holes.
+        # The slots of pieces that are being fetched. Other slots with the same bytes stay holes.
         self._wanted: dict[bytes, list[int]] = {}
         try:
             written = (path / WRITTEN_FILE).read_bytes() if (path / WRITTEN_FILE).exists() else b""
@@ -190,8 +189,8 @@ class WeightFolder(HeldPieces):
         return iter(slots[self._written[slots] != 0].tolist())
 
     def supply(self, names: Iterable[str]) -> None:
-        """Makes sure that all bytes of these tensors are here, and right, and nothing else is written. Raises
-        SplitnetError: some are missing and cannot be had, or there is no room for them."""
+        """Makes sure that all bytes of these tensors are present and correct, and writes nothing else. Raises
+        SplitnetError: pieces are missing and unavailable, or the disk has no room."""
         missing = [slot for slot in self._slots(names) if not self._is_right(slot)]
         if not missing:
             return
@@ -199,14 +198,14 @@ class WeightFolder(HeldPieces):
         wanted: dict[bytes, list[int]] = {}
         for slot in missing:
             wanted.setdefault(self.name_of(slot), []).append(slot)
-        for name in list(wanted):  # what stands elsewhere in the model, too
+        for name in list(wanted):  # the bytes may be in another slot of the model
             if (data := self.read(name)) is not None:
                 self._keep(wanted.pop(name), data)
         if not wanted:
             return
         if self.fetch is None:
             raise ModelNotFound(
-                f"{len(wanted)} pieces of the weights in {self.path} are missing: they come from peers, give the "
+                f"{len(wanted)} pieces of the weights in {self.path} are missing: to fetch them from peers, give the "
                 "model and --join instead of this folder"
             )
         self._wanted |= wanted
@@ -221,8 +220,8 @@ class WeightFolder(HeldPieces):
             yield from range(self._first[part], self._first[part + 1])
 
     def write(self, name: bytes, data: bytes | memoryview) -> None:
-        """Keeps a piece whose digest was checked where it is needed. Raises SplitnetError: the disk is full, or the
-        like."""
+        """Writes a piece, whose digest was checked, to the slots that need it. Raises SplitnetError: the disk is full,
+        or cannot be written."""
         self._keep(self._wanted.pop(name, []), data)
         self.fetched += len(data)
 
@@ -250,26 +249,26 @@ class WeightFolder(HeldPieces):
 
 
 def weights_folder(fingerprint: str) -> Path:
-    """Where the pieces of a model are kept."""
+    """The folder for the pieces of a model."""
     return cache_folder() / "weights" / fingerprint
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder that is filled; None: it is another folder. Raises ModelNotFound: the file is
-    damaged."""
+    """The manifest in a folder that `make_folder` made; None: it is another folder. Raises ModelNotFound: the manifest
+    is damaged."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         return None
     try:
         return Manifest.unpack(file.read_bytes())
     except (OSError, ProtocolError) as error:
-        raise ModelNotFound(f"{file} cannot be read: remove the folder, it is fetched again ({error})") from error
+        raise ModelNotFound(f"{file} cannot be read: remove the folder, and it is fetched again ({error})") from error
 
 
 def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Path], None]) -> Path:
-    """Makes the folder of a model, with nothing of its tensors; returns what to open as a checkpoint. heads: what
-    stands before the tensors in each of its files, where `manifest` has heads. check: called with the file or folder to
-    open before it counts; what it raises ends this. Raises SplitnetError if it cannot be written."""
+    """Makes the folder of a model, without its tensors; returns the path to open as a checkpoint. heads: the bytes
+    before the tensors in each of its files, where `manifest` has heads. check: called with the path to open before the
+    folder is used; an exception that it raises ends the call. Raises SplitnetError if the folder cannot be written."""
     path = weights_folder(manifest.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +286,7 @@ def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Pat
             (made / MANIFEST_FILE).write_bytes(manifest.pack())
             try:
                 made.replace(path)
-            except OSError:  # another process was first, or a damaged one is in the way
+            except OSError:  # another process was first, or a damaged folder exists
                 if read_manifest(path) is None:
                     shutil.rmtree(path)
                     made.replace(path)
@@ -297,17 +296,16 @@ def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Pat
 
 
 def model_file(folder: Path, manifest: Manifest) -> Path:
-    """What to open of a folder that is filled."""
+    """The path of a filled folder to open as a checkpoint."""
     return folder / _gguf_name(1, len(manifest.heads)) if manifest.heads else folder
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Raises SplitnetError if the disk has no room for so many more bytes."""
+    """Raises SplitnetError if the disk has no room for `nbytes` more bytes."""
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise SplitnetError(
-            f"{nbytes / 2**30:.1f} GiB of weights are to be kept in {folder}, where {free / 2**30:.1f} GiB are free: "
-            f"{_FIX}"
+            f"{nbytes / 2**30:.1f} GiB of weights do not fit in {folder}, where {free / 2**30:.1f} GiB are free: {_FIX}"
         )
 
 
@@ -322,7 +320,7 @@ def _write_sparse(file: Path, head: bytes, size: int) -> None:
 
 
 def _safetensors_head(manifest: Manifest) -> bytes:
-    """Of one file with all tensors, in order. See https://github.com/huggingface/safetensors#format."""
+    """The header of one file with all tensors, in order. See https://github.com/huggingface/safetensors#format."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in manifest.tensors:

@@ -1,8 +1,8 @@
-"""What a model's weights are: for each tensor its name, type, shape and the SHA-256 of its pieces.
+"""The manifest of a model's weights: for each tensor its name, type, shape and the SHA-256 of its pieces.
 
-The SHA-256 of that and of the config is the model's fingerprint: peers with the same one have the same bytes in all
-tensors, however these lie in files. Who knows a fingerprint can check a manifest that a stranger gives, and with the
-manifest each piece.
+The SHA-256 of the tensors and of the config is the model's fingerprint: peers with the same fingerprint have the same
+bytes in all tensors, whatever the order of tensors in files. With a fingerprint, a peer can check a stranger's
+manifest, and with the manifest each piece.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from splitnet.errors import ProtocolError
 from splitnet.wire.fields import Values, packb
 from splitnet.wire.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
 
-PIECE_BYTES: Final = MAX_PART_BYTES  # of a piece; the last one of a tensor has what is left
+PIECE_BYTES: Final = MAX_PART_BYTES  # bytes of a piece; the last piece of a tensor may be shorter
 MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES // 2
-"""Enough for 4 TB of weights; reading it takes three times as much memory, and each tensor a little."""
+"""Enough for 4 TB of weights; reading a manifest takes three times its bytes, plus a little per tensor."""
 
 MAX_HEAD_BYTES: Final = 256 << 20
-"""What stands before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
+"""Bytes before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
 
 _MARK: Final = "splitnet weights 1"
 _MAX_TENSORS: Final = 1 << 19
-"""Kimi K2 has 277,000 where each matrix of an expert has three scales beside it, as in NVFP4."""
+"""Kimi K2 has 277,000 if each matrix of an expert has three scales, as in NVFP4."""
 _MAX_FILES: Final = 1 << 16
 _MAX_NAME: Final = 512
 _MAX_CONFIG: Final = 1 << 20
@@ -36,18 +36,18 @@ _MAX_DIMENSIONS: Final = 16
 
 
 def digest(data: bytes | memoryview) -> bytes:
-    """SHA-256."""
+    """The SHA-256 of data."""
     return hashlib.sha256(data).digest()
 
 
 def piece_count(nbytes: int) -> int:
-    """Of so many bytes."""
+    """The number of pieces of `nbytes` bytes."""
     return -(-nbytes // PIECE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Bytes that are known by the joined digests of their pieces."""
+    """Bytes that are identified by the joined digests of their pieces."""
 
     nbytes: int
     digests: bytes
@@ -60,7 +60,7 @@ class Pieces:
 
     @classmethod
     def read(cls, nbytes: Any, digests: Any) -> Pieces:
-        """Raises ProtocolError if they cannot be."""
+        """Checks both values. Raises ProtocolError if they are invalid."""
         if type(nbytes) is not int or not 0 <= nbytes <= _MAX_BYTES or type(digests) is not bytes:
             raise ProtocolError("expected a number of bytes, and digests")
         if len(digests) != DIGEST_BYTES * piece_count(nbytes):
@@ -70,7 +70,7 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor in the files; `stored` is its type as the files name it."""
+    """One tensor in the files; `stored` is the files' name of its type."""
 
     name: str
     stored: str
@@ -80,7 +80,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before the tensors in a GGUF file, which has `file_bytes` in all."""
+    """The bytes before the tensors in a GGUF file of `file_bytes` bytes."""
 
     file_bytes: int
     pieces: Pieces
@@ -88,17 +88,17 @@ class Head:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All tensors of a model, by name."""
+    """The tensors of a model, and the heads of its files."""
 
-    config: str  # what of the config tells models apart, as JSON
+    config: str  # the part of the config that distinguishes models, as JSON
     tensors: tuple[Tensor, ...]  # in the order of their names
-    # of the files of a GGUF model, in their order; empty: the tensors are those of safetensors files. They say how
-    # tensors lie in files, and are no part of the fingerprint.
+    # Heads of the files of a GGUF model, in order; empty: the files are safetensors. Heads give the order of tensors in
+    # files, and are not part of the fingerprint.
     heads: tuple[Head, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits."""
+        """The model's fingerprint: 64 hex digits."""
         told: list[Any] = [
             [tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest(tensor.pieces.digests)]
             for tensor in self.tensors
@@ -107,17 +107,17 @@ class Manifest:
 
     @cached_property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(tensor.pieces.nbytes for tensor in self.tensors)
 
     @property
     def parts(self) -> Iterator[Pieces]:
-        """All that has pieces: tensors, then heads."""
+        """The pieces of all tensors, then of all heads."""
         yield from (tensor.pieces for tensor in self.tensors)
         yield from (head.pieces for head in self.heads)
 
     def pack(self) -> bytes:
-        """As it travels, and as it is kept."""
+        """Encodes the manifest for messages and for the cache."""
         tensors: list[Any] = [
             [one.name, one.stored, list(one.shape), one.pieces.nbytes, one.pieces.digests] for one in self.tensors
         ]
@@ -126,7 +126,7 @@ class Manifest:
 
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Manifest:
-        """Reads what `pack` wrote, from anybody. Raises ProtocolError: it is anything else."""
+        """Decodes a result of `pack` from an untrusted sender. Raises ProtocolError: the data are invalid."""
         values = Values(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
         if values.array(4) != 4 or values.value() != _MARK:
             raise ProtocolError("not the manifest of a model that this version of splitnet reads")
@@ -137,7 +137,7 @@ class Manifest:
         heads = tuple(_head(values) for _ in range(values.array(_MAX_FILES)))
         values.check_end()
         if sum(head.pieces.nbytes for head in heads) > MAX_HEAD_BYTES:
-            raise ProtocolError("more stands before the tensors than metadata take")
+            raise ProtocolError("there are more bytes before the tensors than metadata take")
         manifest = cls(config, tensors, heads)
         names = [tensor.name for tensor in manifest.tensors]
         if names != sorted(set(names)):

@@ -1,4 +1,4 @@
-"""Which manifest is that of a model of which not all files are here."""
+"""Finds the manifest of a model whose files are not all on this machine."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ from splitnet.wire.messages import MAX_PART_BYTES, Failure, Message, WeightsKind
 log = logging.getLogger(__name__)
 
 MAX_ASKED: Final = 8  # peers that are asked for the manifest of one model
-MAX_MODELS: Final = 8  # of one name that are asked about, as names are what anybody claims
-NEXT_S: Final = 5.0  # after which another peer is asked, too, while one tells slowly
+MAX_MODELS: Final = 8  # models with one name that are requested, because anybody may claim a name
+NEXT_S: Final = 5.0  # time after which another peer is asked, too, if the first one is slow
 ANSWER_LIMIT_S: Final = 40.0
-"""A peer tells slowly if it is not done by then, or will not be at its rate: peers share the link of this machine."""
-ANSWER_S: Final = 10.0  # in which a peer answers
-WHOLE_S: Final = 120.0  # in which it has told all
-MAX_TOLD_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES  # of manifests and heads that several peers are telling
+"""A peer is slow if it will not have sent all by then at its rate: peers share the link of this machine."""
+ANSWER_S: Final = 10.0  # time limit of an answer
+WHOLE_S: Final = 120.0  # time limit of all answers of a peer
+# Bytes of manifests and heads that several peers are sending.
+MAX_TOLD_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES
 
 
 def headers_differ(manifest: Manifest, store: TensorStore) -> str:
-    """What in a manifest is other than in the config and the headers of files; empty: nothing."""
+    """The difference between a manifest and the config and headers of files; empty: there is none."""
     here = {name: (place.stored, place.shape, place.nbytes) for name, place in store.places().items()}
     told = {one.name: (one.stored, one.shape, one.pieces.nbytes) for one in manifest.tensors}
     if here != told:
-        return f"{len(here.items() ^ told.items())} tensors are others"
+        return f"{len(here.items() ^ told.items())} tensors differ"
     if manifest.config != store.told_config():
-        return "the config is another"
+        return "the config differs"
     return ""
 
 
 def differs(manifest: Manifest, store: TensorStore, progress: Progress | None = None) -> str:
-    """What in a manifest is other than in the files that are here, and in the headers of the others; empty: nothing."""
+    """The difference between a manifest and the files on this machine, and the headers of other files; empty: there is
+    none."""
     if reason := headers_differ(manifest, store):
         return reason
     places = store.places()
@@ -63,7 +65,7 @@ def differs(manifest: Manifest, store: TensorStore, progress: Progress | None = 
 
 
 def names_of(model: str | Path) -> set[str]:
-    """How peers may call a model that is given so."""
+    """The names by which peers may call a model that the user calls `model`."""
     path = Path(model)
     return {str(model), path.name, path.stem if path.suffix == ".gguf" else path.name}
 
@@ -80,26 +82,26 @@ def find_manifest(
     accept: Callable[[Manifest, Sequence[bytes]], str] = lambda manifest, heads: "",
     report: Report = lambda stage, done, total: None,
 ) -> tuple[Manifest, str] | None:
-    """The manifest of a model as its peers tell it, and the name of the model there.
+    """Asks peers for the manifest of a model; returns it and the peers' name of the model.
 
-    All models of its name are asked about at once, each of one peer and, while that is slow, of another one; so who
-    tells nothing, or slowly, holds this up for seven minutes at most.
+    All models with this name are requested at once, each from one peer and, while that peer is slow, from another one;
+    so silent or slow peers delay the result for at most seven minutes.
 
     Args:
-        directory: of the swarm.
-        model: as the user calls it.
-        expected: its fingerprint; None: that of the only model of this name, or of the only one that a peer tells
-            which was joined through.
+        directory: the swarm's directory.
+        model: the user's name of the model.
+        expected: its fingerprint; None: the fingerprint of the only model with this name, or of the only one from a
+            peer that was joined through.
         joined: addresses that were joined through.
-        allows: tells which peers may be asked, by their keys.
-        wants_heads: tells of a fingerprint whether what stands before the tensors in GGUF files is needed, too.
-        accept: says what is wrong with a manifest and with those heads, if something is.
+        allows: whether a peer with this key may be asked.
+        wants_heads: whether the bytes before the tensors in GGUF files are needed, too, for a fingerprint.
+        accept: returns the fault of a manifest and its heads, or "".
 
     Returns:
-        None if no peer serves a model of this name.
+        None if no peer serves a model with this name.
 
     Raises:
-        ModelNotFound: several models are called so, or no peer tells of the one.
+        ModelNotFound: several models have this name, or no peer sends the manifest.
     """
     report("ask peers", 0, 0)
     is_joined = _joined_through(joined)
@@ -131,15 +133,15 @@ def find_manifest(
                 f"({', '.join(found)})"
             )
         log.warning(
-            "%d models of this swarm are called %s: that of the peer joined through is taken", len(found), model
+            "%d models of this swarm are called %s: the one of the peer joined through is taken", len(found), model
         )
     if race.manifest is None:
-        raise ModelNotFound(f"no peer tells what {model} is ({'; '.join(race.reasons) or 'none answers'})")
+        raise ModelNotFound(f"no peer sends the manifest of {model} ({'; '.join(race.reasons) or 'none answers'})")
     return race.manifest, called[race.manifest.fingerprint]
 
 
 def _joined_through(addresses: Sequence[str]) -> Callable[[Endpoint], bool]:
-    """Tells whether a peer is one that was joined through: by its key, or by the host of a node of the DHT."""
+    """A test whether a peer was joined through, by its key or by the host of a node of the DHT."""
     multiaddrs, of_peers = split_addresses(addresses)
     keys = {check_peer_address(address).text for address in of_peers}
     hosts = {address.split("/")[2] for address in multiaddrs}
@@ -151,28 +153,29 @@ def _joined_through(addresses: Sequence[str]) -> Callable[[Endpoint], bool]:
     return is_joined
 
 
-Question = tuple[WeightsKind, bytes, int]  # of what kind, by which name, and where the answer begins
+Question = tuple[WeightsKind, bytes, int]  # kind, name, and first byte of the answer
 Telling = Generator[Question, Message, tuple[Manifest, list[bytes]]]
 
 
 def tell(fingerprint: str, with_heads: bool) -> Telling:
-    """Asks one peer for the manifest of a model and, if wanted, for what stands before the tensors in its files. Yields
-    questions and is sent the answers; returns both, checked. Raises ModelNotFound: why the peer is left out."""
+    """Requests the manifest of a model from one peer and, if wanted, the bytes before the tensors in its files. Yields
+    questions and is sent the answers; returns both, checked. Raises ModelNotFound, with the reason to leave the peer
+    out."""
     data = yield from whole(WeightsKind.MANIFEST, bytes.fromhex(fingerprint))
     try:
         manifest = Manifest.unpack(data)
     except ProtocolError as error:
-        raise ModelNotFound(f"what it gives is no manifest ({error})") from error
+        raise ModelNotFound(f"it sends no valid manifest ({error})") from error
     del data
     if manifest.fingerprint != fingerprint:
-        raise ModelNotFound("it gives the manifest of another model")
+        raise ModelNotFound("it sends the manifest of another model")
     heads: list[bytes] = []
     for head in manifest.heads if with_heads else ():
         joined = bytearray()
         for name, _, size in head.pieces.each():
             piece = yield from whole(WeightsKind.PIECE, name)
             if len(piece) != size or digest(piece) != name:
-                raise ModelNotFound("it gives a corrupt piece")
+                raise ModelNotFound("it sends a corrupt piece")
             joined += piece
         heads.append(bytes(joined))
     return manifest, heads
@@ -185,11 +188,11 @@ def whole(kind: WeightsKind, name: bytes) -> Generator[Question, Message, memory
         if isinstance(message, Failure):
             raise ModelNotFound(message.text)
         if not isinstance(message, WeightsPart):
-            raise ModelNotFound("it answers what cannot be")
+            raise ModelNotFound("its answer is invalid")
         part = message.payload
         left = message.total - len(data)
         if message.total > MAX_MANIFEST_BYTES or len(part) != min(left, MAX_PART_BYTES):
-            raise ModelNotFound("it answers what cannot be")
+            raise ModelNotFound("its answer is invalid")
         data += part
         if len(part) == left:
             return memoryview(data)
@@ -197,27 +200,27 @@ def whole(kind: WeightsKind, name: bytes) -> Generator[Question, Message, memory
 
 @dataclass
 class _Asked:
-    """A peer that is telling a manifest."""
+    """A peer that is sending a manifest."""
 
     model: str
     peer: Endpoint
     telling: Telling
     began: float
-    heard: float  # when it has last answered, in seconds as `began`
-    nbytes: int = 0  # that it has told
-    total: int = 0  # bytes of what it was asked for last
+    heard: float  # time of its last answer, in seconds as `began`
+    nbytes: int = 0  # bytes that it has sent
+    total: int = 0  # bytes of the whole of the last requested item
 
     def is_quick(self, now: float) -> bool:
-        """Whether no other peer needs to be asked yet."""
+        """Whether no other peer must be asked yet."""
         took = now - self.began
         return took < NEXT_S or (self.nbytes > 0 and took * max(1, self.total / self.nbytes) < ANSWER_LIMIT_S)
 
 
 @dataclass(eq=False)
 class _Race:
-    """Asks `peers` of several models, by fingerprint, in their order. found: the peer of each that has told a manifest
-    that was accepted. manifest: of the last of those that was joined through; of the first, if none was. reasons: why
-    others have not."""
+    """Asks `peers` of several models, by fingerprint, in order. found: for each model, the peer whose manifest was
+    accepted. manifest: the last one from a peer that was joined through; the first one if there is no such peer.
+    reasons: why other peers were left out."""
 
     asking: Asking
     peers: Mapping[str, Sequence[Endpoint]]
@@ -231,7 +234,7 @@ class _Race:
         self.manifest: Manifest | None = None
         self.reasons: list[str] = []
         self._left = {fingerprint: list(some) for fingerprint, some in self.peers.items()}
-        self._asked: dict[int, _Asked] = {}  # by the number of the question that is open
+        self._asked: dict[int, _Asked] = {}  # by the number of the open question
 
     def run(self) -> None:
         while self._begin() or self._asked:
@@ -247,7 +250,7 @@ class _Race:
             self._end_slow()
 
     def _begin(self) -> bool:
-        """Asks the next peer of each model that nobody tells quickly; whether some are left."""
+        """Asks the next peer of each model without a quick peer; returns whether peers are left."""
         now = time.monotonic()
         for fingerprint, left in self._left.items():
             quick = any(one.model == fingerprint and one.is_quick(now) for one in self._asked.values())
@@ -272,13 +275,13 @@ class _Race:
             self._told(one, *told.value)
         self._bound()
         took = time.monotonic() - now
-        for other in self._asked.values():  # nobody was listened to meanwhile
+        for other in self._asked.values():  # no answers were read during the check
             other.began += took
             other.heard += took
 
     def _told(self, one: _Asked, manifest: Manifest, heads: Sequence[bytes]) -> None:
         reason = self.accept(manifest, heads)
-        if reason:  # the fingerprint covers no heads, so the next peer may tell better ones
+        if reason:  # the fingerprint does not include heads, so the next peer may send valid ones
             self.reasons.append(f"{one.model[:12]} of {one.peer.address}: {reason}")
             return
         self.found[one.model] = one.peer
@@ -290,15 +293,15 @@ class _Race:
                 self._drop(number)
 
     def _bound(self) -> None:
-        """Ends who has told most while all together have told more than is kept."""
+        """Drops the peers that have sent most while all together have sent more than the limit."""
         while sum(one.nbytes for one in self._asked.values()) > MAX_TOLD_BYTES:
-            self._drop(max(self._asked, key=lambda number: self._asked[number].nbytes), "it tells more than others")
+            self._drop(max(self._asked, key=lambda number: self._asked[number].nbytes), "it has sent too many bytes")
 
     def _end_slow(self) -> None:
         now = time.monotonic()
         for number, one in list(self._asked.items()):
             if self.asking.is_gone(one.peer):
-                self._drop(number, "it is not reached, or does not accept this key")
+                self._drop(number, "it cannot be reached, or does not accept this key")
             elif now - one.began > WHOLE_S:
                 self._drop(number, "it takes too long")
             elif now - one.heard > ANSWER_S:

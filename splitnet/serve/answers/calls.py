@@ -1,4 +1,4 @@
-"""How models write calls of functions: each syntax is read, written, and bound by a grammar."""
+"""Syntaxes in which models write function calls: each can be read, written, and described as grammar rules."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from keyword import iskeyword
 from typing import Any, Protocol
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""How JSON is written: where white space is free, small models write nothing else until their context is full."""
+"""The white space of JSON. Where it is free, small models write white space until their context is full."""
 
 _ANY = r"(.|\n)*"
 
-MOST_RULES, MOST_SIZE = 1000, 2**20  # of a grammar; `MOST_SIZE`: characters
-MOST_REFERENCES, MOST_PROPERTIES = 256, 256  # that are followed one after the other; of one object in calls
-MOST_NAMES = 2**13  # of schemas that are merged
+MOST_RULES, MOST_SIZE = 1000, 2**20  # Rules of a grammar, and its characters
+MOST_REFERENCES, MOST_PROPERTIES = 256, 256  # References followed one after the other; items that minItems may require
+MOST_NAMES = 2**13  # Names in schemas that are merged
 
 Schema = Mapping[str, Any]
 Read = list[tuple[str, dict[str, Any]]]  # names and arguments
 
 
 class NoCall(Exception):
-    """A text is no call; `goes_on`: the mark behind it is inside of a string, and not its end."""
+    """A text is not a call. goes_on: the closing mark after the text is inside of a string: the call may continue."""
 
     def __init__(self, goes_on: bool = False) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class NoCall(Exception):
 
 
 class Rules:
-    """Collects rules of llguidance's Lark; `literal` writes a text as they match it."""
+    """Collects rules in llguidance's Lark. literal: writes a rule that matches a text."""
 
     def __init__(self, literal: Callable[[str], str]) -> None:
         self.literal = literal
@@ -42,7 +42,7 @@ class Rules:
         self._size = 0
 
     def add(self, expression: str, attributes: str = "") -> str:
-        """Adds a rule, and returns its name. Raises ValueError if the grammar becomes too large."""
+        """Adds a rule and returns its name. Raises ValueError if the grammar becomes too large."""
         name = f"rule_{len(self.lines)}"
         self.lines.append(f"{name}{attributes}: {expression}")
         self._size += len(expression)
@@ -51,17 +51,17 @@ class Rules:
         return name
 
     def json(self, schema: Schema) -> str:
-        # Parts of an object that all hold would exclude each other.
+        # Closed parts of an `allOf` would exclude each other's properties.
         kept = schema if '"allOf"' in json.dumps(schema) else closed(schema)
         return f"%json {json.dumps({**kept, 'x-guidance': ONE_LINE})}"
 
     def text_until(self, end: str) -> str:
-        """Any text up to the first `end`, and that."""
+        """Matches any text up to and including the first `end`."""
         literal = self.literal(end)
         return self.add(f"TEXT {literal}", "[lazy]") if literal == json.dumps(end) else self.add(f"TEXT {literal}")
 
     def some_of(self, items: Sequence[tuple[str, bool]], separator: str) -> str:
-        """Items in their order, of which those that are not required may be left out, with `separator` between."""
+        """Matches items in their order, with `separator` between; items that are not required may be missing."""
         first = after = self.add('""')
         for item, required in reversed(items):
             tail, head = f"{separator} {item} {after}", f"{item} {after}"
@@ -71,13 +71,13 @@ class Rules:
 
 
 def _all(schema: Schema, name: str) -> list[Any]:
-    """The items of a list in a schema, which nobody has checked; none, if it is no list."""
+    """The items of a list in an unchecked schema; empty if the value is not a list."""
     given = schema.get(name)
     return given if isinstance(given, list) else []
 
 
 def choices_of(schema: Schema) -> list[Any]:
-    """The values that a schema names; none: it names no values."""
+    """The values of `const` or `enum`; empty: the schema has neither."""
     return [schema["const"]] if "const" in schema else _all(schema, "enum")
 
 
@@ -89,9 +89,10 @@ _OPEN = {"patternProperties", "anyOf", "oneOf", "not", "if", "$ref", "unevaluate
 
 
 def closed(schema: Any) -> Any:
-    """The same, where objects that name properties, and say nothing of others, have no others.
+    """A schema in which objects with `properties` allow no further ones, unless it says that they do.
 
-    Such answers fit the schema, too; small models would not find an end, and programs expect no other names.
+    Answers that fit it also fit the given schema. With free properties small models find no end, and programs expect
+    the named properties only.
     """
     if isinstance(schema, list):
         return [*map(closed, schema)]
@@ -109,8 +110,8 @@ def closed(schema: Any) -> Any:
 
 
 def resolved(schema: Schema, root: Schema) -> Schema:
-    """The same without a reference, or parts of which all hold, at its top; `root` has what it refers to. A schema that
-    takes more than `MOST_NAMES` names on the way keeps its reference."""
+    """A schema with its top-level `$ref` and `allOf` merged into it; references are to `root`. A schema that would need
+    more than `MOST_NAMES` names keeps its reference."""
     names = 0
     for _ in range(MOST_REFERENCES):
         if (names := names + len(schema)) > MOST_NAMES:
@@ -137,7 +138,7 @@ def _kind_of(value: Any) -> set[str]:
 
 
 def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[str]:
-    """The JSON types that a schema allows; none: it may be any. seen: choices of `root` that need no second look."""
+    """The JSON types that a schema allows; empty: any type. seen: ids of alternatives that are already included."""
     schema = resolved(schema, root)
     if choices := choices_of(schema):
         return set().union(*map(_kind_of, choices))
@@ -152,7 +153,7 @@ def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
-    """Names, schemas and whether they are required; each schema stands alone, with what it refers to."""
+    """Names of an object's properties, their schemas, each with the definitions that it needs, and whether required."""
     required = {each for each in _all(schema, "required") if isinstance(each, str)}
     given = schema.get("properties")
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
@@ -167,18 +168,18 @@ def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
 
 
 def _check_references(schema: Schema) -> None:
-    """Raises ValueError where a part of a schema cannot stand alone."""
+    """Raises ValueError if a part of a schema refers to anything but definitions."""
     if re.search(r'"\$ref": *"(?!#/(\$defs|definitions)/)', json.dumps(schema)):
-        raise ValueError("with this model, references are to $defs alone")
+        raise ValueError("with this model, references can only be to $defs")
 
 
-MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # parts of a schema in one call, and characters of the schema
+MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # Parts of a schema that one `fits` checks, and characters of the schema
 
 
 def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
     """Whether a value has the types, the choices and the required names of a schema; references are to `root`.
 
-    Raises ValueError or RecursionError where that takes too long to tell.
+    Raises ValueError or RecursionError if the check takes too long.
     """
     if root is None or checks is None:
         if len(json.dumps(schema)) > MOST_CHECKED:
@@ -207,19 +208,19 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
 
 
 class Syntax(Protocol):
-    """What stands between the mark that begins a call and the one that ends it; `pattern`: of a mark in it."""
+    """The syntax of a call between its opening and closing marks. pattern: matches a mark inside of the call."""
 
     @property
     def pattern(self) -> str: ...
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
-        """The calls in a text; `schemas`: of the arguments of known functions. Raises NoCall."""
+        """The calls in a text. schemas: JSON schemas of the arguments of known functions. Raises NoCall."""
         ...
 
     def write(self, name: str, arguments: Mapping[str, Any]) -> str: ...
 
     def rule(self, rules: Rules, name: str, schema: Schema) -> str:
-        """What matches a call of the function whose arguments fit `schema`."""
+        """A rule that matches a call of the function with arguments that fit `schema`."""
         ...
 
 
@@ -253,7 +254,7 @@ class JsonCalls:
     before: str = "\n"
     after: str = "\n"
     arguments: str = "arguments"
-    has_arguments: bool = False  # an object without them is no call
+    has_arguments: bool = False  # an object without arguments is not a call
 
     pattern: str = field(default="", init=False)
 
@@ -268,7 +269,7 @@ class JsonCalls:
                 raise NoCall
             arguments = next((each[key] for key in ("arguments", "parameters") if key in each), None)
             if self.has_arguments and (arguments is None or each.keys() - _OF_CALLS):
-                raise NoCall  # a tool's definition has parameters, too
+                raise NoCall  # a tool's definition, which has parameters, too
             arguments = {} if arguments is None else arguments
             calls.append((each["name"], _object(arguments)))
         if not calls:
@@ -285,7 +286,7 @@ class JsonCalls:
 
 @dataclass(frozen=True)
 class NamedJson:
-    """A name, a separator, and the arguments as JSON; `also`: how the separator may look, too (a pattern)."""
+    """A name, a separator, and the arguments as JSON. also: a pattern of other spellings of the separator."""
 
     separator: str
     after: str = ""
@@ -310,13 +311,13 @@ class NamedJson:
 
 
 def _loose(piece: str) -> str:
-    """A pattern of a piece that may have other white space around it."""
+    """A pattern of a piece with any white space around it."""
     return r"\s*" + re.escape(piece.strip()) + r"\s*" if piece.strip() else r"\s*"
 
 
 @dataclass(frozen=True)
 class Tagged:
-    """Each argument between tags of its own: strings as they are, all others as JSON."""
+    """Each argument between its own tags: strings are written raw, other values as JSON."""
 
     after_name: str
     before_key: str
@@ -324,7 +325,7 @@ class Tagged:
     after_value: str
     before_name: str = ""
     last: str = ""
-    before_json: str = ""  # where values that are no strings are told apart by what is between the key and them
+    before_json: str = ""  # comes between key and value, in place of `after_key`, if the value is not a string
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         head = re.match(rf"{_loose(self.before_name)}([^\s<>\"]+){_loose(self.after_name)}", body)
@@ -341,7 +342,7 @@ class Tagged:
         at = head.end()
         while found := one.match(body, at):
             value, at = found["value"], found.end()
-            # One line break on each side belongs to the tags, where they have one.
+            # One line break on each side belongs to the tags, if the form has it.
             value = value.removeprefix("\n") if self.after_key.endswith("\n") else value
             value = value.removesuffix("\n") if self.after_value.startswith("\n") else value
             told = found["text"] is not None if texts != others else None
@@ -388,9 +389,9 @@ class Tagged:
 
 
 def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[list[Schema], list[Schema]]:
-    """The alternatives of a schema that are strings, which are written as they are, and all others.
+    """The alternatives of a schema that are strings, which are written raw, and all other alternatives.
 
-    Raises ValueError: there are more than `MOST_REFERENCES`; `looks` counts them.
+    looks: counts the alternatives. Raises ValueError if there are more than `MOST_REFERENCES`.
     """
     looks = looks or count()
     if next(looks) > MOST_REFERENCES:
@@ -412,7 +413,7 @@ def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[lis
 
 
 def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
-    """The value of an argument; `is_string`: whether its tag says so."""
+    """The value of an argument. is_string: whether its tag says that it is a string; None: the tag does not say."""
     kinds = kinds_of(schema, schema) if schema is not None else set[str]()
     if is_string or (is_string is None and kinds == {"string"}):
         return value
@@ -426,14 +427,14 @@ def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
 
 
 def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
-    """A string that is written as it is, and `end` behind it."""
+    """Matches a string that is written raw, followed by `end`."""
     if choices := choices_of(schema):
         texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
         return f"({' | '.join(map(rules.literal, texts))}) {rules.literal(end)}"
     is_long = "minLength" in schema or "maxLength" in schema
     if "pattern" in schema:
         if is_long:
-            raise ValueError("with this model, a string has a pattern or a length")
+            raise ValueError("with this model, a string cannot have both a pattern and a length")
         given = str(schema["pattern"])
         before, after = "" if given.startswith("^") else _ANY, "" if given.endswith("$") else _ANY
         pattern = before + given.removeprefix("^").removesuffix("$") + after
@@ -447,13 +448,13 @@ def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
 
 @dataclass(frozen=True)
 class Python:
-    """A list of calls as Python has them, with keywords."""
+    """A list of calls in Python's syntax, with keyword arguments."""
 
     pattern: str = field(default="", init=False)
 
     def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         names = {"true": True, "false": False, "null": None}
-        # Names of functions may have hyphens, which Python's have not.
+        # Names of functions may have hyphens, which Python's names cannot have.
         known = {f"function_{number}_": name for number, name in enumerate(schemas) if not name.isidentifier()}
         for placeholder, name in known.items():
             body = re.sub(rf"(?<![\w-]){re.escape(name)}\(", f"{placeholder}(", body)
@@ -517,7 +518,7 @@ _KEY = re.compile(rf"([{{,]\s*+)({_WORD}(?:\s++{_WORD})*+)\s*+:")
 
 @dataclass(frozen=True)
 class Gemma:
-    """A name and an object whose keys are bare, and whose strings stand between tokens."""
+    """A name and an object with bare keys, whose strings are enclosed in special tokens."""
 
     pattern: str = field(default="", init=False)
 
@@ -528,7 +529,7 @@ class Gemma:
         parts = found[2].split(QUOTE)
         if len(parts) % 2 == 0:
             raise NoCall(goes_on=True)
-        # Every other part is a string; what is between them has the keys.
+        # Odd parts are strings; even parts have the keys and other values.
         parts[1::2] = map(json.dumps, parts[1::2])
         parts[::2] = (_KEY.sub(r'\1"\2":', part) for part in parts[::2])
         for word, plain in (("None", "null"), ("True", "true"), ("False", "false")):
@@ -575,7 +576,7 @@ class Gemma:
             if not least and most is None:
                 return f'"[" ({item} ("," {item})*)? "]"'
             if not isinstance(least, int) or not isinstance(most or 0, int) or max(least, most or 0) > MOST_PROPERTIES:
-                raise ValueError("minItems and maxItems are small numbers")
+                raise ValueError("minItems or maxItems is too large")
             items = [(item, number < least) for number in range(most if most is not None else least)]
             rest = f'("," {item})*' if most is None else ""
             return f'"[" {rules.some_of(items, json.dumps(","))} {rest} "]"'

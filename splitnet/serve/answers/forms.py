@@ -1,4 +1,4 @@
-"""The forms in which models write calls and reasoning, in one table; a model's chat template tells which one is its."""
+"""Forms in which models write calls and reasoning: one table, and how a chat template shows which form a model has."""
 
 # ruff: noqa: RUF001 (marks have such characters)
 
@@ -20,29 +20,29 @@ from splitnet.serve.answers.calls import Gemma, JsonCalls, NamedJson, NoCall, Py
 
 @dataclass(frozen=True)
 class Form:
-    """How calls are written: a mark, the call, and a mark behind it."""
+    """How calls are written: an opening mark, the call, and a closing mark."""
 
     opening: str
-    closing: str  # empty: the end of the answer
+    closing: str  # empty: the end of the answer closes the call
     syntax: Syntax
-    also: tuple[str, ...] = ()  # other marks that begin a call
-    around: tuple[str, str] = ("", "")  # of all calls of an answer together
-    between: str = ""  # of two calls
-    noise: tuple[str, ...] = ()  # marks of a message that are no text
-    lead: str = ""  # the mark before a text that is neither reasoning nor a call
-    aside: tuple[str, str] = ("", "")  # marks around a text before that, or before a call
-    is_answer: bool = False  # a call is all of the answer, and has no marks that are not a part of it
-    # small models of this form leave out the marks: a call that is all of the answer is read without them
+    also: tuple[str, ...] = ()  # other opening marks
+    around: tuple[str, str] = ("", "")  # marks around all calls of an answer
+    between: str = ""  # text between two calls
+    noise: tuple[str, ...] = ()  # marks of a message that are not part of its text
+    lead: str = ""  # the mark before the text of an answer
+    aside: tuple[str, str] = ("", "")  # marks around a text that comes before the answer or before a call
+    is_answer: bool = False  # a call is the whole answer, and `opening` is the beginning of the call itself
+    # Small models of this form leave out the marks: a call that is the whole answer is also read without them.
     also_bare: bool = False
-    one_call: bool = False  # of a message; a template refuses more, or leaves them out
-    ids: str = ""  # of calls in a history; "nine": so many letters and digits, "numbered": functions.NAME:NUMBER
+    one_call: bool = False  # a message has one call: the template refuses more, or leaves them out
+    ids: str = ""  # ids of calls in a history; "nine": nine letters and digits, "numbered": functions.NAME:NUMBER
 
     @property
     def openings(self) -> tuple[str, ...]:
         return (self.opening, *self.also)
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        """Calls as the model writes them."""
+        """Writes calls in the form of the model."""
         texts = [self.syntax.write(name, arguments) + self.closing for name, arguments in calls]
         opening = "" if self.is_answer else self.opening
         return self.around[0] + self.between.join(opening + text for text in texts) + self.around[1]
@@ -50,7 +50,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """The marks around what a model thinks before it answers; `resumes`: what begins the rest of the answer."""
+    """The marks around the reasoning of an answer. resumes: the mark that begins the rest of the answer."""
 
     opening: str
     closing: str
@@ -149,16 +149,16 @@ REASONING = (
 
 @dataclass(frozen=True)
 class Forms:
-    """What a model writes besides text; calls None: it cannot be told how it calls functions."""
+    """The forms of one model's calls and reasoning. calls None: its form of calls is unknown."""
 
     calls: Form | None = None
     reasoning: Reasoning | None = None
-    arguments_as_text: bool = False  # in a history, for the chat template
-    shows_calls: bool = True  # the chat template does so, in a history
+    arguments_as_text: bool = False  # the chat template expects arguments of earlier calls as JSON text
+    shows_calls: bool = True  # the chat template writes calls of earlier messages
 
     @property
     def marks(self) -> str:
-        """All marks, for what special tokens are a part of them."""
+        """All marks in one text, to look up which special tokens are part of a mark."""
         calls, reasoning = self.calls, self.reasoning
         of_calls = (*calls.openings, calls.closing, *calls.around, *calls.noise) if calls is not None else ()
         of_reasoning = (reasoning.opening, reasoning.closing) if reasoning is not None else ()
@@ -179,18 +179,18 @@ PROBE_TOOL: Any = {
     "function": {"name": PROBE[0], "description": "A probe.", "parameters": PROBE_SCHEMA},
 }
 PROBE_TEXT = "Call it."
-_PROBE_ID = "abcdefghi"  # which is one of Mistral's
+_PROBE_ID = "abcdefghi"  # valid for Mistral's templates
 
 
 def probe(*, as_text: bool) -> list[dict[str, Any]]:
-    """Messages in which a function is called, for a chat template to show how."""
+    """Messages with a function call: a rendered chat template shows its form. as_text: arguments are JSON text."""
     arguments = json.dumps(PROBE[1]) if as_text else PROBE[1]
     call = {"id": _PROBE_ID, "type": "function", "function": {"name": PROBE[0], "arguments": arguments}}
     return [{"role": "user", "content": PROBE_TEXT}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def forms_of(tokenizer: Any) -> Forms:
-    """How a model writes calls and reasoning, as its chat template and its tokens tell."""
+    """How a model writes calls and reasoning, found from its chat template and its tokens."""
     if not tokenizer.chat_template:
         return PLAIN
     template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
@@ -209,7 +209,7 @@ def forms_of(tokenizer: Any) -> Forms:
 
 
 def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
-    """The form in which a rendered conversation has the call of `PROBE`, read back; `ends`: what messages end with."""
+    """The form that reads the call of `PROBE` from a rendered conversation. ends: marks that end messages."""
     at = rendered.rfind(PROBE[0])
     rendered = rendered[max(0, at - 2**14) : at + 1000]
     readable: list[Form] = []
@@ -228,9 +228,9 @@ def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
 
 
 def form_of_marks(tokens: Collection[str], template: str) -> Form | None:
-    """The form that special tokens or the text of a chat template point to, where it shows no calls."""
+    """The form whose marks are special tokens or are in the chat template, for a template that shows no calls."""
     known = template + "\0".join(tokens)
-    # Of two with the same marks the later one has more of them.
+    # Of two forms with the same opening mark, the later one in the table has more marks.
     for form in reversed(FORMS.values()):
         begins = not form.is_answer and any(mark in known for mark in form.openings)
         if begins and re.search(form.syntax.pattern, known) and form.around[0].strip() in known:
@@ -243,7 +243,7 @@ def reasoning_of(tokens: Collection[str], template: str) -> Reasoning | None:
 
 
 def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str, Any]]:
-    """A history as the chat template of a model takes it: ids of calls, arguments, names of tools, reasoning."""
+    """A history in the form that the chat template takes: ids of calls, arguments, names of tools, reasoning."""
     has_noise = forms.calls is not None and bool(forms.calls.noise)
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
@@ -251,7 +251,7 @@ def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str,
     for message in _apart(messages) if forms.calls is not None and forms.calls.one_call else messages:
         message = dict(message)
         if message.get("reasoning_content") and message.get("content") and message.get("tool_calls") and has_noise:
-            # gpt-oss's template takes one of them, for the same channel.
+            # gpt-oss's template takes either reasoning or content, and writes it to the same channel.
             message["content"] = f"{message.pop('reasoning_content')}\n\n{message['content']}"
         if message.get("tool_calls"):
             calls: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def with_ids(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str,
 
 
 def _apart(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each call in a message of its own, with its answer behind it."""
+    """Puts each call into a separate message, followed by its result."""
     said: list[dict[str, Any]] = []
     answers = {one.get("tool_call_id"): one for one in messages if one["role"] == "tool"}
     moved: set[str] = set()

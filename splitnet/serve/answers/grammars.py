@@ -1,4 +1,4 @@
-"""Answers that keep to a schema, or in their calls to those of functions: which tokens may come next."""
+"""Grammars of answers: JSON schemas, other grammars and schemas of functions decide which tokens may come next."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from splitnet.serve.failures import ApiError
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked grammar of an answer; `param`: the parameter of the request that gives it."""
+    """A checked grammar of an answer. param: the parameter of the request that gives it."""
 
     matcher: llguidance.LLMatcher  # before the first token
     param: str | None
 
 
 class Function(Protocol):
-    """A function that the model may call; `parameters`: a JSON schema of its arguments, to which strict ones keep."""
+    """A function that the model may call. parameters: JSON schema of its arguments; strict: calls must fit it."""
 
     name: str
     description: str | None
@@ -43,14 +43,14 @@ class Function(Protocol):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an answer must keep to; without any it is free."""
+    """What an answer must match; by default it is free."""
 
-    functions: Sequence[Function] = ()  # that may be called; arguments fit those of strict ones, and of required ones
-    required: bool = False  # one of them is called, and nothing else is said
-    several: bool = True  # it may go on after a call
-    schema: Mapping[str, Any] | None = None  # what is no call is JSON that fits this
-    rule: str | None = None  # what is no call matches this grammar, in llguidance's Lark
-    param: str = "response_format"  # the parameter of a request that gives one of these
+    functions: Sequence[Function] = ()  # that may be called; arguments must fit if strict or required
+    required: bool = False  # the answer is one call of a function, without text
+    several: bool = True  # the answer may have more calls or text after a call
+    schema: Mapping[str, Any] | None = None  # an answer that is not a call is JSON that fits this
+    rule: str | None = None  # an answer that is not a call matches this grammar, in llguidance's Lark
+    param: str = "response_format"  # the parameter of the request that gives `schema` or `rule`
 
     @property
     def text_is_bound(self) -> bool:
@@ -58,7 +58,7 @@ class Bounds:
 
 
 class Grammars:
-    """Makes grammars for a tokenizer, whose model knows `vocabulary` tokens and ends answers with `end_tokens`."""
+    """Makes grammars for a tokenizer. vocabulary: number of the model's tokens. end_tokens: tokens that end answers."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
         self._tokenizer = tokenizer
@@ -67,9 +67,9 @@ class Grammars:
         self._process = BoundedProcess("grammar", self._setup)
 
     def of_answer(self, bounds: Bounds, forms: Forms = PLAIN, *, thinks: bool = False) -> Grammar:
-        """The grammar of an answer in the forms of a model; `thinks`: the prompt ends within its reasoning.
+        """The grammar of an answer in the forms of a model. thinks: the prompt ends within the answer's reasoning.
 
-        Raises ApiError if a schema is not supported, or the parameters of a function are no schema of an object.
+        Raises ApiError if a schema is not supported, or if parameters of a function are not a schema of an object.
         """
         if bounds.rule is not None and bounds.functions and forms.calls is not None and forms.calls.is_answer:
             raise ApiError(400, f"with this model, tools and {bounds.param} cannot go together", param="tools")
@@ -84,7 +84,7 @@ class Grammars:
                 says.append(f"{rules.literal(form.lead) if form.lead else ''} {text}")
             start = f"start: {self._thought(rules, forms, thinks)} ({' | '.join(says)})"
             text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
-        except (ValueError, TypeError, RecursionError) as error:  # it is nested too deep, or has values of wrong types
+        except (ValueError, TypeError, RecursionError) as error:  # a schema is too deep, or has values of wrong types
             raise _not_kept_to(error, param) from None
         tokens = self._tokens
         wrong = self._process.ask(text)[1]
@@ -95,7 +95,7 @@ class Grammars:
 
     def begin(self) -> None:
         """Reads the tokenizer, which stops all other threads for a second."""
-        with suppress(ApiError):  # requests are told
+        with suppress(ApiError):  # requests that need it get the error
             _ = self._tokens
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Grammars:
         if form.lead:
             asides = " ".join(["(", rules.literal(form.aside[0]), rules.text_until(form.aside[1]), ")*"])
             return f"{asides} ({rules.literal(form.lead)} TEXT | {opening} {call})"
-        # A model may spell the mark although it has a token for it.
+        # A model may write the mark with ordinary tokens although it has a special token for the mark.
         spelled = rules.add(f"TEXT {json.dumps(form.opening)}", "[lazy]")
         begins = rules.add(f"{spelled} | TEXT ({begin})? {opening}")
         return f"TEXT | ({begins} {call})+ ({end})? TEXT" if bounds.several else f"{begins} {call} ({end})? | TEXT"
@@ -144,7 +144,7 @@ class Grammars:
         return "" if not ids or set(ids) <= set(self._end_tokens) else rules.literal(form.closing)
 
     def _literal(self, text: str) -> str:
-        """A text as a rule matches it: special tokens are no text to llguidance."""
+        """A rule that matches a text: llguidance matches special tokens by id, not as text."""
         parts = re.split(f"({self._special})", text) if self._special else [text]
         literals = (
             json.dumps(part) if number % 2 == 0 else f"<[{self._tokenizer.convert_tokens_to_ids(part)}]>"
@@ -169,20 +169,20 @@ class Grammars:
 
 
 def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
-    """The schema that the arguments of a call fit; `bound`: the tool's own, strict or not."""
+    """The schema that the arguments of a call must fit. bound: they must fit the tool's schema, strict or not."""
     given = tool.parameters if bound or tool.strict else None
     schema: dict[str, Any] = {"type": "object"} | (given or {})
     if schema["type"] != "object":
-        wrong = f"the arguments of {tool.name} are an object: give its parameters that type"
+        wrong = f"the arguments of {tool.name} must be an object: give its parameters the type object"
         raise ApiError(400, wrong, param="tools")
     return schema
 
 
 def _call_as_json(function: Function) -> dict[str, Any]:
-    """The schema of a call that is an object of JSON."""
+    """The schema of a call that is written as a JSON object."""
     schema = _of_arguments(function, bound=False)
     if '"$ref"' in json.dumps(schema):
-        wrong = f"with this model, {function.name} cannot refer to definitions where there is a response_format, too"
+        wrong = f"with this model, parameters of {function.name} cannot have a $ref beside a response_format"
         raise ApiError(400, wrong, param="tools")
     named = {"name": {"const": function.name}, "parameters": schema}
     return {"type": "object", "properties": named, "required": [*named], "additionalProperties": False}
@@ -192,7 +192,7 @@ _SCHEMAS = ("tools", "response_format", None)
 
 
 def _not_kept_to(why: object, param: str | None) -> ApiError:
-    # Below the first line it shows the grammar.
+    # The lines of the error after the first one show the grammar.
     reason = str(why).partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
     return ApiError(
         400,
@@ -202,7 +202,7 @@ def _not_kept_to(why: object, param: str | None) -> ApiError:
 
 
 def _other_than(openings: Collection[str]) -> str:
-    """Any text that does not begin with one of these, behind white space or not."""
+    """A regular expression for texts that do not begin with an opening, with or without white space before it."""
 
     def rest(endings: Collection[str], but: str) -> str:
         heads = dict.fromkeys(ending[0] for ending in endings)
@@ -216,12 +216,12 @@ def _other_than(openings: Collection[str]) -> str:
     return f"/[{space}]*{rest(openings, space)}/"
 
 
-MASKS_S, MASK_S = 10.0, 0.02  # of processor time for the masks of an answer, and for each of its tokens besides
-_NO_TOKEN = "doesn't satisfy the grammar"  # in the error of llguidance; its other errors are of bounds
+MASKS_S, MASK_S = 10.0, 0.02  # Processor time in s for the masks of an answer: in all, and more for each token
+_NO_TOKEN = "doesn't satisfy the grammar"  # In an error of llguidance; its other errors are exceeded bounds
 
 
 class AllowedTokens:
-    """What may come next in one answer."""
+    """The tokens that may come next in one answer with a grammar."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._matcher = grammar.matcher.deep_copy()
@@ -230,17 +230,17 @@ class AllowedTokens:
         self._spent_s = 0.0
 
     def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
-        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: its tokens.
+        """Sets the scores `[vocabulary]` of all tokens that cannot follow `answer` to -inf, in place.
 
         Raises ApiError if the grammar takes too much time or memory with this answer.
         """
         began = time.thread_time()
-        # Where several positions are looked at in one step, an answer may be shorter or another one than before.
+        # While drafts are verified, an answer may be shorter than, or differ from, that of the last call.
         same = shared(answer, self._taken)
         self._matcher.rollback(len(self._taken) - same)
         del self._taken[same:]
         for token in answer[same:]:
-            if self._matcher.is_stopped():  # the answer has ended, others of its batch have not
+            if self._matcher.is_stopped():  # this answer has ended, but others of its batch have not
                 break
             if self._matcher.consume_token(token):
                 self._taken.append(token)

@@ -1,4 +1,4 @@
-"""Text, reasoning and calls of an answer that comes in pieces."""
+"""Separates text, reasoning and calls in an answer that comes in pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splitnet.serve.answers.text import held_back
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model wants to be made; `arguments` is JSON."""
+    """A function call by the model. arguments: JSON."""
 
     name: str
     arguments: str
@@ -25,34 +25,34 @@ class ToolCall:
 
 @dataclass
 class Said:
-    """What is new of an answer, and certain."""
+    """The new parts of an answer whose kind is certain."""
 
     text: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
 
 
-MOST_TRIES = 16  # Closing marks that may be inside of a call
+MOST_TRIES = 16  # Most closing marks of a call that are tried: a mark may be inside of a string
 
 _BARE = JsonCalls(has_arguments=True)
 _FENCE = "```"
-_LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # What calls without marks may begin with
+_LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # Texts that may come before calls without marks
 _LEAD = re.compile(rf"\s*({_FENCE}\s*(?:json)?|<\|python_tag\|>)?\s*")
-_MOST_HEAD = 512  # Characters of such a call that are compared, white space included
-_MOST_BARE = 2**15  # Characters of such calls, which are read again with each token
+_MOST_HEAD = 512  # First characters of a call without marks that are compared, white space included
+_MOST_BARE = 2**15  # Longest calls without marks, in characters: they are parsed again with each token
 _UNCERTAIN = 12
 """Characters at the end of unfinished JSON that may be a part of a value, such as `false` or two of `\\u0000`."""
 
 
 def _heads(names: Iterable[str]) -> list[str]:
-    """What calls without marks begin with, without white space."""
+    """Beginnings of calls without marks, white space removed."""
     kinds = "", '"type":"function",'
     keys = [f'{kind}"name":"{name}"' for name in names for kind in kinds] + ['"arguments":{', '"parameters":{']
     return [f"{lead}{{{key}" for lead in _LEADS for key in keys]
 
 
 def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
-    """Whether a text is calls without marks, or may become such calls."""
+    """Whether a text consists of calls without marks, or may become such calls."""
     begin = re.sub(r"\s", "", text[:_MOST_HEAD])
     if len(text) > _MOST_BARE or not any(head.startswith(begin) or begin.startswith(head) for head in heads):
         return False
@@ -73,13 +73,13 @@ def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
 
 
 class AnswerParser:
-    """Takes reasoning and calls out of an answer that comes in pieces. What looks like a call and is none stays text.
+    """Separates reasoning and calls from the text of an answer that comes in pieces.
 
-    White space next to marks belongs to them. `begun`: marks that the prompt ends with. Calls that no mark ends are
-    read when the answer has ended. `schemas`: of the arguments of the functions that may be called; None: none may.
-    `bare`: a model that leaves out its marks may mean a call with JSON.
+    A text between marks of a call that cannot be read as a call stays text. White space next to marks is dropped. Calls
+    without a closing mark are read when the answer has ended. Text that may become a call without marks is held back.
 
-    What may become a call without marks is held back as long as it may.
+    schemas: JSON schemas of the arguments of functions, by name; None: there are no functions. begun: the mark at the
+    end of the prompt. bare: JSON without marks may be a call of a model that leaves them out.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class AnswerParser:
         self._section = tuple(mark.strip() for mark in self._form.around) if self._form is not None else ("", "")
         self._held = begun
         self._thinks = False
-        self._strips = False  # white space until there is something else
+        self._strips = False  # drop white space before the next text
         self._has_text = False
-        self._begins = True  # nothing but white space came since the beginning, a call, or a mark of a message
+        self._begins = True  # only white space came since the beginning, a call, or a mark of a message
         self._called = self._behind_call = False
-        self._lead: str | None = None  # what begins the call that is read, as it was written
+        self._lead: str | None = None  # the text up to the opening mark of the current call; None: outside of a call
         self._tries = 0
-        self._ignored = 0  # characters of that call whose marks are inside of strings
+        self._ignored = 0  # first characters of the current call, whose closing marks are inside of strings
 
     def push(self, piece: str) -> Said:
         """Takes the next piece."""
@@ -108,7 +108,7 @@ class AnswerParser:
         return self._read(ended=False)
 
     def rest(self) -> Said:
-        """What was held back, once nothing follows; a last call may lack its closing mark."""
+        """The parts that were held back, at the end of the answer; the last call may lack its closing mark."""
         return self._read(ended=True)
 
     def _read(self, *, ended: bool) -> Said:
@@ -129,7 +129,7 @@ class AnswerParser:
         return text
 
     def _tell(self, said: Said, length: int) -> None:
-        """Tells so many characters of what is held as text."""
+        """Moves the first `length` held characters to the text."""
         text = self._stripped(self._held[:length])
         if text.strip():
             self._has_text, self._begins = True, False
@@ -152,7 +152,7 @@ class AnswerParser:
 
     def _marks(self) -> list[str]:
         form, reasoning = self._form, self._reasoning
-        # Elsewhere a text may speak of the mark.
+        # Reasoning begins only here; elsewhere a text may mention the mark.
         marks = [*self._noise, *([reasoning.opening] if reasoning is not None and self._begins else ())]
         return marks + list(form.openings if form is not None and not form.is_answer else ())
 
@@ -189,13 +189,13 @@ class AnswerParser:
             self._lead, self._held = self._held[:kept], self._held[kept:]
         else:
             if held[:at].strip():
-                self._tell(said, at)  # a text in which something looks like a thought
+                self._tell(said, at)  # a text that mentions the mark of reasoning
                 return True
             self._held, self._thinks, self._strips = held[at + len(mark) :], True, True
         return True
 
     def _is_behind_call(self, ended: bool) -> bool:
-        """Drops the mark behind all calls; whether there is nothing else yet."""
+        """Drops the mark after all calls; returns whether the held text may still become this mark."""
         closing, text = self._section[1], self._held.lstrip()
         if closing and text.startswith(closing):
             self._held = text[len(closing) :]
@@ -205,7 +205,7 @@ class AnswerParser:
         return self._behind_call
 
     def _certain(self, marks: Sequence[str]) -> int:
-        """How many characters of what is held are text, whatever follows."""
+        """How many held characters are certainly text."""
         if not marks:
             return len(self._held)
         held = self._held[: len(self._held) - held_back(self._held, [*marks, self._section[0]])].rstrip()
@@ -243,10 +243,10 @@ class AnswerParser:
             for name, arguments in read if bare else ():
                 schema = self._schemas.get(name)
                 if schema is None or not (self._form.is_answer or fits(arguments, schema)):
-                    raise NoCall  # an answer in JSON
+                    raise NoCall  # the text is an answer in JSON
             calls = [ToolCall(name, json.dumps(each, ensure_ascii=False, allow_nan=False)) for name, each in read]
             for call in calls:
                 (call.name + call.arguments).encode()
-        except (ValueError, TypeError, RecursionError):  # what no JSON can have
+        except (ValueError, TypeError, RecursionError):  # values or characters that JSON cannot have
             raise NoCall from None
         return calls

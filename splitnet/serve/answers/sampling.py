@@ -1,4 +1,4 @@
-"""Which token comes next: a choice that depends on the request alone, so that its seed gives its answer again."""
+"""Chooses the next token. A choice depends on the request alone, so that its seed reproduces the answer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from transformers import (
 
 from splitnet.serve.answers.grammars import AllowedTokens
 
-GREEDY_BELOW = 1e-3  # Temperatures below that always take the likeliest token
+GREEDY_BELOW = 1e-3  # Below this temperature the likeliest token is always chosen
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request that leaves these out is answered with. Unchanged, they are those of OpenAI's API."""
+    """Values for parameters that a request leaves out; the defaults here are OpenAI's."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # how many of the likeliest tokens may be chosen; 0: all
-    min_p: float = 0.0  # which share of the likeliest token's probability a token must have; 0: none
-    repetition_penalty: float = 1.0  # by which the logits of tokens in prompt and answer are divided; 1: none
+    min_p: float = 0.0  # least probability of a token, as a share of that of the likeliest token; 0: no bound
+    repetition_penalty: float = 1.0  # divides the logits of tokens in prompt and answer; 1: no penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class Sampling(SamplingDefaults):
     """How tokens are chosen."""
 
     seed: int  # 64 bits
-    frequency_penalty: float = 0.0  # taken off the logit of a token for every time that it is in the answer
-    presence_penalty: float = 0.0  # the same once, if it is there
-    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of some tokens
-    min_tokens: int = 0  # before which no token ends an answer
-    prompt: int = 0  # which of the prompts that have this seed; each has choices of its own
+    frequency_penalty: float = 0.0  # subtracted from the logit of a token for each occurrence in the answer
+    presence_penalty: float = 0.0  # subtracted once from the logit of a token that occurs in the answer
+    bias: tuple[tuple[int, float], ...] = ()  # tokens, and values that are added to their logits
+    min_tokens: int = 0  # an answer with fewer tokens does not end
+    prompt: int = 0  # the number of the prompt in its request: prompts with the same seed have different noise
 
     @property
     def changes_logits(self) -> bool:
@@ -53,7 +53,7 @@ class Sampling(SamplingDefaults):
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token with its log probability (None: nothing was before it), and the likeliest ones in its place."""
+    """A token with its log probability (None: it is the first), and the likeliest tokens at its position."""
 
     token: int
     logprob: float | None
@@ -61,13 +61,13 @@ class ScoredToken:
 
 
 class TokenChooser(LogitsProcessor):
-    """Leaves one token for each row of a batch, with which `generate(do_sample=False)` goes on.
+    """Chooses a token for each sequence of a batch and leaves no other to `generate(do_sample=False)`.
 
-    The noise of a choice is a function of the seed, the prompt, the row and the position, not the state of a generator:
-    neither other requests nor how many positions are looked at in one step can change it.
+    The noise of a choice is a function of the seed, the prompt, the sequence and the position, not the state of a
+    generator: neither other requests nor the number of positions in a step can change it.
 
-    So many of the likeliest tokens as `top` says are scored beside the chosen one, in `scored`; None: nothing is. The
-    answers begin at position `begins`; each keeps to one of `allowed`, or none does. `ends`: the tokens that end them.
+    top: how many of the likeliest tokens are scored besides the chosen one, in `scored`; None: no token is. begins: the
+    position at which the answers begin. allowed: the grammar of each answer, or empty. ends: tokens that end an answer.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TokenChooser(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
     def _possible(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores to choose by: changed as the request wants it, -inf where a token cannot come next."""
+        """The scores with the penalties and biases of the request, and -inf for tokens that cannot come next."""
         if not self._allowed and not self._sampling.changes_logits:
             return scores
         scores = scores.clone()
@@ -131,7 +131,7 @@ class TokenChooser(LogitsProcessor):
         for warper in self._warpers:
             scores = warper(input_ids, scores)
         probabilities = scores.softmax(dim=-1)
-        # The first of exponential clocks that run at these rates is a sample.
+        # An argmax of probability over exponential noise is a sample (exponential race).
         noise = np.stack([self._noise(row, position, scores.shape[1]) for row in range(len(scores))])
         return (probabilities / torch.from_numpy(noise).to(scores.device)).argmax(dim=-1)
 
@@ -164,7 +164,10 @@ _NO_SAMPLING = {
 
 
 def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[SamplingDefaults, list[str]]:
-    """The defaults, as the checkpoint's config recommends if they are to be its own, and sentences on its fields."""
+    """The defaults, and sentences for the user on the fields of the checkpoint's config.
+
+    of_checkpoint: use the defaults that the config recommends.
+    """
     given = {
         name: value
         for name, value in config.to_diff_dict().items()

@@ -1,4 +1,4 @@
-"""Text from tokens that come one by one."""
+"""Makes text from tokens that come one by one, and ends it at stop strings."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 
 from splitnet.drafts.drafter import shared
 
-INCOMPLETE = "\ufffd"  # What tokenizers write for the bytes of a character of which some are missing
-_MOST_CONTEXT = 32  # Tokens of a prompt that are looked at for the place where its last text begins
+INCOMPLETE = "\ufffd"  # Tokenizers write this for a character with missing bytes
+_MOST_CONTEXT = 32  # Most last tokens of a prompt that are decoded together with the answer
 
 
 class Detokenizer:
     """Gives the text of each new token, once its last character is complete.
 
-    The text goes on from the tokens of a prompt; empty: it stands alone. Some tokenizers, such as Llama 2's, drop the
-    space that a text begins with.
+    prompt: tokens whose text the answer continues; empty: the answer is a separate text. Some tokenizers, such as
+    Llama 2's, drop the space at the beginning of a text.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
-        # The tokens since the last but one piece: what a token looks like may depend on the one before it.
+        # The tokens of the last two pieces: the text of a token may depend on the token before it.
         self._tokens = _last_text(decode, prompt)
         self._told = len(self._tokens)
 
     def push(self, token: int) -> str:
-        """Takes a token; the text that it completes."""
+        """Takes a token and returns the text that it completes."""
         self._tokens.append(token)
         text = self._new_text()
         if not text or text.endswith(INCOMPLETE):
@@ -34,7 +34,7 @@ class Detokenizer:
         return text
 
     def rest(self) -> str:
-        """The text of the last tokens, once nothing follows, complete or not."""
+        """The remaining text at the end of an answer, complete or not."""
         text = self._new_text()
         self._told = len(self._tokens)
         return text
@@ -46,7 +46,7 @@ class Detokenizer:
 
 
 def _last_text(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:
-    """The fewest last tokens of a prompt that are text and begin with a whole character, if there are such."""
+    """The fewest last tokens of a prompt with a text that begins with a whole character, or else `_MOST_CONTEXT`."""
     for count in range(1, min(len(prompt), _MOST_CONTEXT) + 1):
         tokens = list(prompt[-count:])
         text = decode(tokens)
@@ -62,14 +62,14 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return next((one for one in lengths if any(string.startswith(text[-one:]) for string in strings)), 0)
 
 
-_ENDED, _OPEN = "\ud800", "\ud801"  # In place of each character of a part without stop strings; no request has these
+_ENDED, _OPEN = "\ud800", "\ud801"  # Replace characters of a part without stop strings; requests cannot contain them
 
 
 class StopStrings:
-    """Ends a text before the first of some strings; the beginning of a string is held back.
+    """Ends a text before its first stop string; text that may begin a stop string is held back.
 
-    `apart`: marks that begin a part without stop strings, and the mark that ends it (empty: the end of the text).
-    A part that has no end yet is held back.
+    apart: marks that begin a part in which stop strings do not count, and the mark that ends it (empty: the end of the
+    text). Such a part is held back until it has ended.
     """
 
     def __init__(self, strings: Sequence[str], apart: tuple[Sequence[str], str] = ((), "")) -> None:
@@ -78,12 +78,12 @@ class StopStrings:
         self._apart = re.compile(f"(?:{begins})(?:.*?(?P<end>{end})|.*)", re.DOTALL)
         self._marks = [*strings, *apart[0]]
         self._held = ""
-        self.found: str | None = None  # the string that ended it
+        self.found: str | None = None  # the stop string that ended the text
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """Takes the next piece; gives the text that is certain, and whether it has ended."""
+        """Takes the next piece; returns the text that is certain, and whether the text has ended."""
         text = self._held + piece
-        # The one that is complete first, so that it does not matter how the text was cut.
+        # The stop string that is complete first wins, so that the result does not depend on how the text was cut.
         seen = self._apart.sub(lambda part: (_ENDED if part["end"] else _OPEN) * len(part[0]), text)
         found = [(at + len(string), at, string) for string in self._strings if (at := seen.find(string)) >= 0]
         if found:
@@ -95,6 +95,6 @@ class StopStrings:
         return text[:certain], False
 
     def rest(self) -> str:
-        """What was held back, once nothing follows."""
+        """The text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held

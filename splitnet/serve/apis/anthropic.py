@@ -25,12 +25,12 @@ from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import EVENTS, ServedModel, framed
 
-VERSION = "anthropic-version"  # The header that all clients of this API send, and no others
-SIGNATURE = "splitnet"  # Of thinking: some clients send it back only if it has one; none is checked
-NO_PART = "x-anthropic-billing-header"  # A text of a system prompt that begins so is none, and changes each time
+VERSION = "anthropic-version"  # A header that all clients of this API send, and clients of other APIs do not
+SIGNATURE = "splitnet"  # Signature of thinking blocks: some clients send back only signed ones; it is not checked
+NO_PART = "x-anthropic-billing-header"  # Begins a system text that is not for models and changes each time
 
 Each = TypeVar("Each")
-CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # Has no effect: all prompts are cached
+CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # No effect: all prompts are cached
 
 
 def _blocks(content: Any) -> Any:
@@ -73,7 +73,7 @@ class ToolResult(Strict):
 
 
 class UserMessage(Strict):
-    """From the user, or an instruction how to answer."""
+    """A message of the user, or an instruction for the answer."""
 
     role: Literal["user", "system"]
     content: Content[Annotated[TextBlock | ToolResult, Field(discriminator="type")]]
@@ -88,9 +88,10 @@ Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 def _for_template(system: str, messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them; what a user says in a row is one message.
+    """Messages in the form that chat templates expect; consecutive texts of a user become one message.
 
-    Instructions behind the first messages are read as the user's: many templates refuse others, or leave them out.
+    An instruction after the beginning becomes a text of the user: many templates refuse later system messages, or omit
+    them.
     """
     said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in messages:
@@ -139,7 +140,7 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """What is said of thinking; `budget_tokens` has no effect, as `max_tokens` bounds it."""
+    """Options of thinking; `budget_tokens` has no effect, because `max_tokens` bounds thinking and answer."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: TokenCount | None = None
@@ -157,14 +158,14 @@ class OutputConfig(Strict):
 
 
 class ContextEdit(Strict):
-    """Has no effect: the chat template decides which earlier thinking the model reads."""
+    """No effect: the chat template decides which earlier thinking the model reads."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Any = None
 
 
 class MessagesRequest(Strict):
-    """The body of `/v1/messages`; to count tokens, `max_tokens` and what is only for answers are not needed."""
+    """The body of `/v1/messages`, and of `/v1/messages/count_tokens`, where `max_tokens` is not needed."""
 
     model: str
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
@@ -173,14 +174,14 @@ class MessagesRequest(Strict):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # as it was called before
+    output_format: OutputFormat | None = None  # an older name of `output_config.format`
     max_tokens: TokenCount | None = None
     stream: bool | None = None
     stop_sequences: StopStrings | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
-    # What clients send that changes no answer.
+    # Accepted from clients, without effect on answers.
     metadata: dict[Literal["user_id"], str | None] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     cache_control: CacheControl | None = None
@@ -189,15 +190,15 @@ class MessagesRequest(Strict):
 
     @property
     def chat(self) -> Chat:
-        """What is wanted, without what of thinking is for the chat template. Raises ApiError if it cannot be."""
+        """The chat without the template's variables for thinking. Raises ApiError if parameters contradict others."""
         if isinstance(self.messages[-1], AssistantMessage):
-            raise ApiError(400, "the last of messages is the assistant's: end with the user's", param="messages")
+            raise ApiError(400, "the last message is the assistant's: end with a message of the user", param="messages")
         choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
         if choice.name is not None and choice.type != "tool":
             raise ApiError(400, "tool_choice.name is for the type tool: leave it out", param="tool_choice")
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
-            raise ApiError(400, "tool_choice asks for a tool that is not there: give it in tools", param="tool_choice")
+            raise ApiError(400, "tool_choice asks for a tool that is not in tools: add it there", param="tool_choice")
         system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(
@@ -215,7 +216,7 @@ class MessagesRequest(Strict):
 
 
 async def _prompted(served: ServedModel, request: Request, body: MessagesRequest) -> tuple[Chat, list[int]]:
-    """What is wanted of a chat, and its tokens."""
+    """The chat of a request, and the tokens of its prompt."""
     on = None if body.thinking is None else body.thinking.type != "disabled"
     effort = body.output_config.effort if body.output_config else None
     chat = await served.prepare(request, lambda: body.chat)
@@ -237,13 +238,13 @@ _ERROR_TYPES |= {408: "timeout_error", 413: "request_too_large", 503: "overloade
 def error_body(failure: ApiError) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
     error: dict[str, Any] = {"type": kind, "message": str(failure)}
-    if failure.param == "thread":  # whereupon clients send whole conversations
+    if failure.param == "thread":  # makes clients send whole conversations
         error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": error}
 
 
 class _OfItsClients(ParsingRoute):
-    """A path that OpenAI's API has, too."""
+    """A route for Anthropic's clients only, as OpenAI's API has the same path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches(scope) if VERSION in Headers(scope=scope) else (Match.NONE, {})
@@ -269,7 +270,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/messages", response_model=None, responses=openai.STREAMED)
     async def messages(body: MessagesRequest, request: Request) -> Response:
-        """The next message of a chat, as Anthropic's API has it."""
+        """Generates the next message of a chat (Anthropic's API)."""
         if body.max_tokens is None:
             raise ApiError(400, "max_tokens is missing: say how long the answer may be", param="max_tokens")
         served = await gateway.find(body.model)
@@ -280,7 +281,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/messages/count_tokens")
     async def count(body: MessagesRequest, request: Request) -> dict[str, int]:
-        """How many tokens the model would read."""
+        """Counts the tokens of a prompt."""
         served = await gateway.find(body.model)
         _, prompt = await _prompted(served, request, body)
         return {"input_tokens": len(prompt)}
@@ -300,7 +301,7 @@ def _framed(event: dict[str, Any]) -> str:
 
 @dataclass(eq=False)
 class Answer:
-    """Writes the events of a request as Anthropic does, see `splitnet.serve.responses.Answer`."""
+    """Writes the events of a request in Anthropic's form, see `splitnet.serve.responses.Answer`."""
 
     model: str
     prompt_tokens: int
@@ -334,7 +335,7 @@ class Answer:
         return _framed(error_body(failure))
 
     def _take(self, event: Delta | Ended) -> Iterator[dict[str, Any]]:
-        """Takes an event; gives those of a stream that tell what is new."""
+        """Takes an event; yields Anthropic's stream events for its new parts."""
         if isinstance(event, Ended):
             self._ended = event
             return
@@ -355,10 +356,10 @@ class Answer:
             yield from self._end()
 
     def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Begins a block, after the end of the one before it."""
+        """Ends the last content block and begins a new one."""
         yield from self._end()
         self._content.append({"type": kind, **block, **({"signature": ""} if kind == "thinking" else {})})
-        # A copy, as the block grows before it is written.
+        # A copy, because the block grows before the event is written.
         yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": {**self._content[-1]}}
 
     def _end(self) -> Iterator[dict[str, Any]]:
@@ -385,7 +386,7 @@ class Answer:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
-        """Those of the prompt that were cached count apart."""
+        """Token counts; `input_tokens` leaves out the cached tokens of the prompt."""
         ended = self._ended
         return {
             "input_tokens": ended.prompt_tokens - ended.cached_tokens,

@@ -1,4 +1,4 @@
-"""Embeddings as OpenAI has them, and documents ranked as Jina and Cohere have it."""
+"""Embeddings in the form of OpenAI's API, and reranking in the form of Jina's and Cohere's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: TokenCount | None = None
     prompt_name: str | None = None
-    truncate_prompt_tokens: Literal[-1] | TokenCount | None = None  # -1: to what the model reads
+    truncate_prompt_tokens: Literal[-1] | TokenCount | None = None  # -1: as many as the model reads
     user: str | None = None
 
 
@@ -50,7 +50,7 @@ class TextDocument(Strict):
 
 
 class RerankRequest(Strict):
-    """The body of `/v1/rerank`; with `texts` in place of documents, that of text-embeddings-inference."""
+    """The body of `/v1/rerank`; text-embeddings-inference sends `texts` in place of `documents`."""
 
     model: str | None = None
     query: str
@@ -75,7 +75,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/embeddings", response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        """Texts as vectors."""
+        """Computes an embedding of each text."""
         served = await gateway.find(body.model)
         vectors, tokens = await embed(
             served,
@@ -96,7 +96,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/rerank", response_model=None)
     @paths.post("/v2/rerank", response_model=None)
     async def ranked(body: RerankRequest, request: Request) -> dict[str, Any] | list[dict[str, Any]]:
-        """Documents, the one that answers a query best first."""
+        """Ranks documents by how well they answer a query, the best first."""
         served = await gateway.find(body.model)
         documents = [each if isinstance(each, str) else each.text for each in body.documents or body.texts or ()]
         scores, tokens = await rerank(
@@ -130,5 +130,6 @@ def _base64(row: torch.Tensor) -> str:
 
 
 def written(told: dict[str, Any], name: str, entries: Iterable[Any]) -> bytes:
-    """JSON of an object with a long list, entry by entry, so that other threads have their turn between."""
+    """The JSON of the object `told` with a long list as `name`; entries are written one by one, so that other threads
+    can run in between."""
     return to_json(told)[:-1] + f',"{name}":['.encode() + b",".join(map(to_json, entries)) + b"]}"

@@ -42,9 +42,9 @@ from splitnet.serve.generation import Ended
 from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.responses import ServedModel
 
-VERSION = "0.12.6"  # Of Ollama, whose API this is: programs ask whether it is new enough
+VERSION = "0.12.6"  # The version of Ollama whose API this is: programs require a minimum
 LINES = "application/x-ndjson"
-LATEST = ":latest"  # The end of a name that clients may add, or leave out
+LATEST = ":latest"  # The end of a model's name that clients may add or leave out
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 _NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
@@ -54,7 +54,7 @@ _UNUSED |= {"num_thread", "numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"}
 
 
 def _used(options: Any) -> Any:
-    """Without what changes no answer: where a model runs, what other options need, and values that say nothing."""
+    """Removes options without effect on answers: where a model runs, details of unsupported options, neutral values."""
     given = options.items() if isinstance(options, dict) else ()
     neutral = {name: (None, value) for name, value in _NEUTRAL.items()}
     used = {name: value for name, value in given if name not in _UNUSED and value not in neutral.get(name, ())}
@@ -62,7 +62,7 @@ def _used(options: Any) -> Any:
 
 
 class Options(Strict):
-    """How tokens are chosen."""
+    """Options of sampling and of the answer's length."""
 
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -80,7 +80,7 @@ class Options(Strict):
 
 
 class Generating(Strict):
-    """What both kinds of generation take."""
+    """Parameters of both `/api/chat` and `/api/generate`."""
 
     model: str
     stream: bool | None = None
@@ -93,7 +93,7 @@ class Generating(Strict):
 
     @property
     def chat(self) -> Chat:
-        """What is wanted of a chat, without its messages."""
+        """The chat of the request, without its messages."""
         options = self.options or Options()
         sampling = options.model_dump(exclude={"num_predict", "stop", "repeat_penalty", "num_ctx"})
         sampling |= {"repetition_penalty": options.repeat_penalty, "seed": None if options.seed == -1 else options.seed}
@@ -132,7 +132,7 @@ class Message(Strict):
 
 
 def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them; calls and results without an id get one, as many clients leave it out."""
+    """Messages in the form that chat templates expect. Calls and results without an id, as of many clients, get one."""
     said: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []  # the names and ids of calls without a result
     for message in messages:
@@ -179,7 +179,7 @@ class GenerateRequest(Generating):
     @model_validator(mode="after")
     def _raw_is_all(self) -> GenerateRequest:
         if bool(self.raw) + bool(self.suffix) + bool(self.system or self.think is not None) > 1:
-            raise ValueError("raw and suffix each say what the model reads: leave out system and think, or these")
+            raise ValueError("raw, suffix and (system or think) exclude each other: give only one of the three")
         return self
 
     @property
@@ -211,7 +211,7 @@ class EmbedRequest(Strict):
 
 
 class ShowRequest(Strict):
-    """The body of `/api/show`; `name` is how it was called before."""
+    """The body of `/api/show`; `name` is an older name of `model`."""
 
     model: str | None = None
     name: str | None = None
@@ -228,7 +228,7 @@ def error_body(failure: ApiError) -> dict[str, Any]:
     return {"error": str(failure)}
 
 
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"description": "In lines or whole.", "content": {LINES: {}}}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"description": "A stream or whole.", "content": {LINES: {}}}}
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -245,9 +245,9 @@ def router(gateway: Gateway) -> APIRouter:
         times.append(time.perf_counter_ns())
         _check_context(served, body.options)
         answer = Answer(body.model, isinstance(body, ChatRequest), times)
-        if not chat.messages:  # that is how clients have a model loaded
+        if not chat.messages:  # clients load a model in this way
             if body.keep_alive in (0, "0", "0s"):
-                raise ApiError(400, "keep_alive: this server itself gives up models", param="keep_alive")
+                raise ApiError(400, "keep_alive: the server itself closes models: leave it out", param="keep_alive")
             return answer.part(done=True, done_reason="load")
         on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
         chat = await with_thinking(served, request, chat, "think", on, effort)
@@ -257,16 +257,16 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/api/chat", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
-        """The next message of a chat, as Ollama's API has it."""
+        """Generates the next message of a chat (Ollama's API)."""
         return await answered(body, request)
 
     @paths.post("/api/generate", response_model=None, responses=STREAMED)
     async def generate(body: GenerateRequest, request: Request) -> Response | dict[str, Any]:
-        """The answer to a text, or how it goes on if it is raw."""
+        """Answers a text, or continues it if `raw` is set."""
         return await answered(body, request)
 
     def entry(name: str, family: str = "") -> dict[str, Any]:
-        """What is told of every model; its size is not known, and its digest is that of its name."""
+        """An entry of a list of models; the size is unknown, and the digest is made of the name."""
         named = name if ":" in name else name + LATEST
         digest, modified = hashlib.sha256(name.encode()).hexdigest(), datetime.fromtimestamp(gateway.created, UTC)
         details = {"format": "", "family": family, "families": [family], "parameter_size": "", "quantization_level": ""}
@@ -275,18 +275,18 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.get("/api/tags")
     def tags() -> dict[str, Any]:
-        """The models that are served, once for each of their names."""
+        """Lists the models of the server, with an entry for each name of a model."""
         return {"models": [*map(entry, gateway.names)]}
 
     @paths.get("/api/ps")
     def running() -> dict[str, Any]:
-        """The models that are loaded."""
-        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}  # by use, not by time
+        """Lists the loaded models."""
+        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}  # models are closed by use, not by time
         return {"models": [entry(served.name, _family(served)) | more for served in gateway.loaded]}
 
     @paths.post("/api/show")
     async def show(body: ShowRequest, request: Request) -> dict[str, Any]:
-        """What is known of a model."""
+        """Describes a model."""
         served = await find(body.model or body.name or "")
         facts, family = served.generations.model.swarm.facts, _family(served)
         sizes = {"context_length": facts.max_positions, "embedding_length": facts.hidden_size}
@@ -299,19 +299,19 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.get("/api/version")
     def version() -> dict[str, str]:
-        """The version of Ollama whose API this is."""
+        """Gives the version of Ollama whose API this is."""
         return {"version": VERSION}
 
     @paths.head("/", include_in_schema=False)
     def alive() -> None:
-        """Clients look whether there is a server."""
+        """Lets clients check that the server runs."""
 
     def refuse() -> None:
         raise ApiError(403, "models are chosen where this server is started, with `splitnet serve`")
 
     @paths.post("/api/embed", response_model=None)
     async def embedded(body: EmbedRequest, request: Request) -> Response:
-        """Texts as vectors."""
+        """Computes an embedding of each text."""
         began, served = time.perf_counter_ns(), await find(body.model)
         _check_context(served, body.options)
         truncate = None if body.truncate is False else CONTEXT
@@ -323,7 +323,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/api/embeddings")
     async def embedded_one(body: EmbedOneRequest, request: Request) -> dict[str, list[float]]:
-        """A text as a vector, as it was asked for before."""
+        """Computes the embedding of one text (older API)."""
         served = await find(body.model)
         _check_context(served, body.options)
         vectors, _ = await embed(served, request, [body.prompt], truncate=CONTEXT)
@@ -361,17 +361,17 @@ def _line(document: dict[str, Any]) -> str:
 
 @dataclass(eq=False)
 class Answer:
-    """Writes the events of a request as Ollama does, see `splitnet.serve.responses.Answer`."""
+    """Writes the events of a request in Ollama's form, see `splitnet.serve.responses.Answer`."""
 
     model: str
     is_chat: bool
-    times: list[int]  # when the request came, when its model was loaded, and soon when its answer begins; ns
+    times: list[int]  # ns of the request's arrival and of the end of the model's loading, then of the first event
 
     media_type = LINES
 
     def __post_init__(self) -> None:
         self.id = f"ollama-{secrets.token_hex(12)}"
-        self.alive = _line(self.part())  # nothing is new: clients read each line as a part of the answer
+        self.alive = _line(self.part())  # an empty part, because clients read each line as a part of the answer
         self._finish: str | None = None
         self._ended = Ended(0, 0, 0)
 
@@ -391,7 +391,7 @@ class Answer:
         return _line(error_body(failure))
 
     def part(self, new: Delta | None = None, *, done: bool = False, **more: Any) -> dict[str, Any]:
-        """An answer as far as it is new."""
+        """A line of the stream with the new parts of an answer."""
         new = new or Delta(0)
         said: dict[str, Any] = {"content" if self.is_chat else "response": new.text}
         if new.reasoning:
@@ -413,7 +413,7 @@ class Answer:
         return event
 
     def _last(self) -> dict[str, Any]:
-        """What the last part tells; the time of the prompt includes that of waiting for a place."""
+        """The fields of the last part; the prompt's time includes the wait for a place."""
         came, loaded, began, ended = *self.times, time.perf_counter_ns()
         return {
             "done": True,

@@ -1,4 +1,4 @@
-"""OpenAI's HTTP API: paths, answers and errors. Nothing else in the server knows its protocol."""
+"""OpenAI's API for chats and completions: its paths, answers and errors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 from splitnet.version import __version__
 
-COMPLETION_TOKENS = 16  # Of a completion that does not say how many it wants; OpenAI's default
+COMPLETION_TOKENS = 16  # Tokens of a completion without max_tokens; OpenAI's default
 Gap = tuple[str, Sequence[tuple[str, str]]] | None
 DONE = "data: [DONE]\n\n"  # The last event of a stream
 
 
 class ErrorDetails(BaseModel):
-    """What OpenAI's clients read of an error."""
+    """The fields of an error that OpenAI's clients read."""
 
     message: str
     type: str
@@ -54,7 +54,7 @@ def error_body(failure: ApiError) -> dict[str, Any]:
 
 
 def key_of(headers: Mapping[str, str]) -> str:
-    """The key that a request gives, also as Anthropic's clients do; empty: none."""
+    """The API key of a request, in OpenAI's header or in that of Anthropic's clients; empty: none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return headers.get("x-api-key") or (key.strip() if kind.lower() == "bearer" else "")
 
@@ -73,18 +73,18 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.get("/v1/models")
     def models() -> dict[str, Any]:
-        """The models that are served, once for each of their names."""
+        """Lists the models of the server, with an entry for each name of a model."""
         return {"object": "list", "data": [entry(name) for name in gateway.names]}
 
     @paths.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        """The model that has this name."""
+        """Describes the model with this name."""
         gateway.check_name(name)
         return entry(name)
 
     @paths.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """The next message of a chat."""
+        """Generates the next message of a chat."""
         served = await gateway.find(body.model)
         text_of = served.prompts.text_of
         choices = [_ChatChoice(index, bool(body.logprobs), text_of, body) for index in range(body.n or 1)]
@@ -94,7 +94,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """How texts go on."""
+        """Continues texts."""
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         return await completed(gateway, body, request, Answer, max_tokens, (body.suffix, ()) if body.suffix else None)
 
@@ -104,8 +104,10 @@ def router(gateway: Gateway) -> APIRouter:
 async def completed(
     gateway: Gateway, body: CompletionRequest, request: Request, written: type[Answer], max_tokens: int | None, gap: Gap
 ) -> Response:
-    """How texts go on. `gap`: the text behind the answer, and the names and texts of other files; None: texts end with
-    the answer. `max_tokens` of an answer; None: as many as there is room for. Raises ApiError.
+    """Continues texts, or fills a gap.
+
+    gap: the text after the gap, and the names and texts of other files; None: the answer continues the text.
+    max_tokens: most tokens of an answer; None: as many as there is room for. Raises ApiError.
     """
     served = await gateway.find(body.model)
     prompts, texts = served.prompts, body.prompts
@@ -122,7 +124,7 @@ async def completed(
         check_scores(tokenized, top)
 
     def told(prompt: str | list[int], tokens: list[int]) -> str:
-        """The text of what is left of a prompt."""
+        """The text of the kept part of a prompt."""
         whole = prompt if isinstance(prompt, str) else prompts.decode_all(prompt)
         return whole if last is None else min(whole, prompts.decode_all(tokens), key=len)
 
@@ -168,7 +170,7 @@ API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Be
 
 @dataclass(frozen=True)
 class Kind:
-    """How answers of a kind are named: the beginning of their ids, and the `object` of a whole one and of a chunk."""
+    """Names in the answers of a kind: the beginning of ids, and the `object` of a whole answer and of a chunk."""
 
     id_prefix: str
     whole: str
@@ -179,14 +181,14 @@ CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
 COMPLETION = Kind("cmpl", "text_completion", "text_completion")
 
 
-Event = Delta | Ended | Numbered  # of a chat the first two, of completions the last
+Event = Delta | Ended | Numbered  # the first two are of chats, the last one is of completions
 
 
 @dataclass(eq=False)
 class Answer:
-    """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
+    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.Answer`.
 
-    It has the choices of the first prompt first.
+    choices: in the order of the prompts.
     """
 
     kind: Kind
@@ -194,7 +196,7 @@ class Answer:
     choices: Sequence[_ChatChoice] | Sequence[_CompletionChoice]
     body: SamplingRequest
     _: KW_ONLY
-    prompts: int = 1  # of which each has equally many choices
+    prompts: int = 1  # each prompt has the same number of choices
 
     media_type = EVENTS
     alive = KEEP_ALIVE
@@ -231,7 +233,7 @@ class Answer:
         return framed(error_body(failure))
 
     def _take(self, event: Event) -> list[dict[str, Any]]:
-        """Takes an event; returns the choices of chunks that tell what is new."""
+        """Takes an event; returns the choices of stream chunks with its new parts."""
         number, said = event if isinstance(event, tuple) else (0, event)
         each = len(self.choices) // self.prompts
         choices: Sequence[Any] = self.choices[number * each : (number + 1) * each]
@@ -252,7 +254,7 @@ class Answer:
         return head | {"system_fingerprint": fingerprint}
 
     def _timings(self) -> dict[str, Any]:
-        """Times so far, as llama.cpp's server names them; a prompt is read until its first token is there."""
+        """Times in the form of llama.cpp's server; the time of a prompt ends with the first token of its answer."""
         if not self.body.timings_per_token:
             return {}
         first, now = self._first_at or time.perf_counter(), time.perf_counter()
@@ -275,7 +277,7 @@ class Answer:
 
 
 class Infilled(Answer):
-    """Writes the text of a gap as llama.cpp's server does."""
+    """Writes the text of a gap in the form of llama.cpp's server."""
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         return self._told((await super().whole(events))["choices"][0]["text"], stop=True)
@@ -295,9 +297,9 @@ class Infilled(Answer):
 
 
 class _Choice:
-    """One choice as it grows; `text_of`: the text of a token, also of a special one.
+    """One growing choice. text_of: gives the text of a token, including special tokens.
 
-    `take` takes what is new and returns the choices of chunks that tell it; `whole` returns all of it.
+    `take` takes a new part and returns its choices of stream chunks; `whole` returns the whole choice.
     """
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: SamplingRequest) -> None:
@@ -320,7 +322,7 @@ class _Choice:
         return told | ({"token_ids": list(tokens)} if self.body.return_token_ids else {})
 
     def of_prompt(self) -> dict[str, Any]:
-        """The scores of the prompt's tokens as vLLM has them, if they are wanted."""
+        """The scores of the prompt's tokens in vLLM's form; empty: the request does not ask for them."""
         if self.body.prompt_logprobs is None:
             return {}
         scores: list[Any] = []
@@ -332,7 +334,7 @@ class _Choice:
 
 
 class _ChatChoice(_Choice):
-    """A message of the assistant."""
+    """A choice that is a message of the assistant."""
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: ChatRequest) -> None:
         super().__init__(index, with_logprobs, text_of, body)
@@ -360,7 +362,7 @@ class _ChatChoice(_Choice):
         if delta or new.scored or (new.tokens and self.body.return_token_ids):
             told.append(self._with("delta", delta, self._logprobs(new.scored), new.tokens))
         self._finish = new.finish
-        if new.finish:  # alone, as from OpenAI: some clients read nothing else of the chunk that ends an answer
+        if new.finish:  # in a separate chunk, as from OpenAI: some clients read only the reason of the last chunk
             told.append(self._with("delta", {}, self._logprobs(())))
         return told
 
@@ -382,12 +384,12 @@ class _ChatChoice(_Choice):
 
     def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text_of(token)
-        # The replacement character stands for a part of a character, whose bytes are not known here.
+        # A replacement character means an incomplete character, whose bytes are unknown here.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _reasoned(text: str) -> dict[str, Any]:
-    """By both names that clients look for."""
+    """Reasoning under both names that clients read."""
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
@@ -396,7 +398,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 class _CompletionChoice(_Choice):
-    """A text that goes on from `prompt`, which is told first (empty: it is not), with scored tokens at `begins`."""
+    """A choice that continues a text. prompt: the text to echo before the answer, or empty. begins: where the prompt's
+    scored tokens begin in the echoed text, in characters."""
 
     def __init__(
         self,
@@ -431,7 +434,7 @@ class _CompletionChoice(_Choice):
         return self._with("text", self._text, self._logprobs(0), self._tokens) | self.of_prompt()
 
     def _logprobs(self, first: int) -> dict[str, Any]:
-        """The scores from the one with number `first` on."""
+        """The scores from index `first` on."""
         scored = self._scored[first:]
         return {
             "tokens": [self._text_of(each.token) for each in scored],
@@ -444,7 +447,7 @@ class _CompletionChoice(_Choice):
         if scored.logprob is None:
             return None
         top: dict[str, float] = {}
-        # Of tokens that look the same, the likeliest counts; the chosen one is always there.
+        # Tokens with the same text share an entry, that of the likeliest. The chosen token is always included.
         for token, logprob in (*scored.top[: self._likeliest], (scored.token, scored.logprob)):
             top.setdefault(self._text_of(token), logprob)
         return top

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API. A parameter that is not listed here, or has a value that is not, is refused."""
+"""The requests of OpenAI's API, with parameters of vLLM and llama.cpp. Unlisted parameters and values are refused."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class PlainFormat(Strict):
 
 
 class ObjectFormat(Strict):
-    """Any JSON object, or JSON of a schema, as llama.cpp has it."""
+    """Any JSON object, or JSON that fits a schema (llama.cpp's form)."""
 
     type: Literal["json_object"]
     schema_: Annotated[dict[str, Any], Field(alias="schema", default_factory=lambda: {"type": "object"})]
 
 
 class NamedSchema(Strict):
-    """A JSON schema; the answer keeps to it, strict or not."""
+    """A JSON schema that the answer fits, whether `strict` is set or not."""
 
     name: str | None = None
     description: str | None = None
@@ -78,34 +78,34 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-RULES = 256  # Of a grammar
+RULES = 256  # Most rules of a grammar
 
 
 def most(*counts: int | None) -> int | None:
-    """The largest of those that are given."""
+    """The largest count; None: all are None."""
     return max((count for count in counts if count is not None), default=None)
 
 
 def _schema(given: Any, param: str) -> dict[str, Any]:
-    """A JSON schema, which may be written as a text. Raises ApiError if it is none."""
+    """A JSON schema, given as an object or as JSON text. Raises ApiError if it is not a JSON object."""
     try:
         schema = from_json(given, allow_inf_nan=False) if isinstance(given, str) else given
     except ValueError:
         schema = None
     if not isinstance(schema, dict):
-        raise ApiError(400, f"{param} is no JSON schema: give an object", param=param)
+        raise ApiError(400, f"{param} is not a JSON schema: give an object", param=param)
     return schema
 
 
 class StructuredOutputs(Strict):
-    """What an answer keeps to, as vLLM has it: one of these."""
+    """A constraint on the answer in vLLM's form: one of json, regex, choice, grammar and json_object."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: Rule | None = None
     choice: Choices | None = None
     grammar: Rule | None = None
     json_object: Literal[True] | None = None
-    # What says how it is done, and not what.
+    # Accepted without effect: options of the implementation.
     disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: Literal[False] | None = None
@@ -118,7 +118,7 @@ class StructuredOutputs(Strict):
 
 
 def _lark(kind: str, given: Any) -> str:
-    """A grammar in Lark of what `StructuredOutputs` names so. Raises ApiError if it is none."""
+    """A grammar in Lark for a constraint of `StructuredOutputs`, by its name there. Raises ApiError if it is wrong."""
     if kind == "regex":
         escaped = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], given, flags=re.DOTALL)
         return f"start: /{escaped}/"
@@ -128,12 +128,12 @@ def _lark(kind: str, given: Any) -> str:
         raise ApiError(400, f"the grammar has more than {RULES} rules: use a simpler one", param="grammar")
     try:
         return any_to_lark(given)
-    except Exception as error:  # the converter raises what it stumbles over
+    except Exception as error:  # the converter raises errors of many types
         raise ApiError(400, f"the grammar cannot be read: {error}", param="grammar") from None
 
 
 class SamplingRequest(Strict):
-    """What both kinds of generation take."""
+    """Parameters of both chats and completions."""
 
     model: str | None = None
     temperature: Temperature | None = None
@@ -150,11 +150,11 @@ class SamplingRequest(Strict):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(few)] | None = None
-    # As vLLM and llama.cpp have them.
+    # Parameters of vLLM and llama.cpp.
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     stop_token_ids: Annotated[list[KnownToken], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
-    truncate_prompt_tokens: TokenCount | Literal[-1] | None = None  # -1: to what leaves room for the answer
+    truncate_prompt_tokens: TokenCount | Literal[-1] | None = None  # -1: as many as leave room for the answer
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Rule | None = None
@@ -166,7 +166,7 @@ class SamplingRequest(Strict):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     timings_per_token: bool | None = None
-    # What clients send that changes no answer.
+    # Accepted from clients, without effect on answers.
     metadata: Annotated[dict[str, Any], BeforeValidator(few)] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -183,19 +183,14 @@ class SamplingRequest(Strict):
 
     @property
     def constraints(self) -> dict[str, dict[str, Any]]:
-        """What an answer keeps to, by the parameter that says so: `schema` or `rule`, see `Bounds`. Raises ApiError."""
+        """Constraints on the answer, by parameter: a `schema` or a `rule`, see `Bounds`. Raises ApiError."""
+        guided = ("json", "regex", "choice", "grammar")
         given: dict[str, tuple[str, Any]] = {
-            "guided_json": ("json", self.guided_json),
-            "guided_regex": ("regex", self.guided_regex),
-            "guided_choice": ("choice", self.guided_choice),
-            "guided_grammar": ("grammar", self.guided_grammar),
-            "json_schema": ("json", self.json_schema),
-            "grammar": ("grammar", self.grammar),
+            f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in guided
         }
-        if self.structured_outputs is not None:
-            given |= {
-                f"structured_outputs.{kind}": (kind, each) for kind, each in self.structured_outputs.given.items()
-            }
+        given |= {"json_schema": ("json", self.json_schema), "grammar": ("grammar", self.grammar)}
+        if (wanted := self.structured_outputs) is not None:
+            given |= {f"structured_outputs.{kind}": (kind, each) for kind, each in wanted.given.items()}
         found: dict[str, dict[str, Any]] = {}
         for param, (kind, value) in given.items():
             if value is not None and kind in ("json", "json_object"):
@@ -206,12 +201,12 @@ class SamplingRequest(Strict):
 
     @property
     def bounds(self) -> dict[str, Any]:
-        """The same with `param`; empty: nothing. Raises ApiError if there are several."""
+        """The only constraint, with its `param`; empty: there is none. Raises ApiError if there are several."""
         found = self.constraints
         if len(found) > 1:
-            raise ApiError(400, f"an answer keeps to one of {' and '.join(found)}: leave out the others")
+            raise ApiError(400, f"an answer can have only one of {' and '.join(found)}: leave out the others")
         if found and (self.ignore_eos or self.min_tokens):
-            raise ApiError(400, f"{next(iter(found))} says where an answer ends: leave out ignore_eos and min_tokens")
+            raise ApiError(400, f"{next(iter(found))} sets where an answer ends: leave out ignore_eos and min_tokens")
         return {name: each | {"param": name} for name, each in found.items()}.popitem()[1] if found else {}
 
     @property
@@ -245,7 +240,7 @@ class TextPart(Strict):
 
 
 class CalledFunction(Strict):
-    """What an assistant has called; `arguments` is JSON."""
+    """A function that an assistant called; `arguments` is JSON text."""
 
     name: str
     arguments: str
@@ -261,7 +256,7 @@ Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class UserMessage(Strict):
-    """From the user, or an instruction how to answer."""
+    """A message of the user, or an instruction for the answer."""
 
     role: Literal["system", "developer", "user"]
     content: Content
@@ -275,7 +270,7 @@ class AssistantMessage(Strict):
     tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    # What clients send back with the answers that they got.
+    # Fields of earlier answers that clients send back, without effect.
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
@@ -293,7 +288,7 @@ Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discrimi
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
+    """A message in the form that chat templates expect: text in one piece, arguments of calls as objects."""
     role = "system" if message.role == "developer" else message.role
     content = message.content
     text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
@@ -354,7 +349,7 @@ class ChatRequest(SamplingRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None
-    # What clients send that changes no answer.
+    # Accepted from clients, without effect on answers.
     modalities: list[Literal["text"]] | None = None
     verbosity: str | None = None
     reasoning_format: Literal["auto", "deepseek"] | None = None
@@ -366,23 +361,23 @@ class ChatRequest(SamplingRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+            raise ValueError("tool_choice asks for a tool that is not in tools: add it there")
         if self.continue_final_message:
             if self.add_generation_prompt:
                 raise ValueError(
-                    "add_generation_prompt begins an answer, which continue_final_message has: leave it out"
+                    "add_generation_prompt begins an answer, continue_final_message continues one: leave one out"
                 )
             if self.messages[-1].role != "assistant":
-                raise ValueError("continue_final_message continues the assistant's: end messages with one of it")
+                raise ValueError("continue_final_message continues a message of the assistant: end messages with one")
         elif self.echo:
-            raise ValueError("echo tells what an answer goes on from: set continue_final_message, too")
+            raise ValueError("echo repeats the message that an answer continues: set continue_final_message, too")
         if self.tools_to_call and self.constraints:
-            raise ValueError(f"the answer is to be a call: leave out {next(iter(self.constraints))}, or tool_choice")
+            raise ValueError(f"tool_choice requires a call: leave out {next(iter(self.constraints))}, or tool_choice")
         return self
 
     @property
     def chat(self) -> Chat:
-        """What is wanted. Raises ApiError if the arguments of a call are no JSON."""
+        """The chat of the request. Raises ApiError: arguments of a call are not JSON, or there are many constraints."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         bounds, top = self.bounds, (self.top_logprobs or 0) if self.logprobs else None
         return Chat(
@@ -410,12 +405,12 @@ class ChatRequest(SamplingRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """Those that the model may call."""
+        """The tools that the model may call."""
         return self.tools if self.tools and self.tool_choice != "none" else []
 
     @property
     def tools_to_call(self) -> list[Tool]:
-        """One of these must be called; empty: the model may do as it likes."""
+        """The model must call one of these tools; empty: no call is required."""
         if self.tool_choice == "required":
             return self.tools or []
         if isinstance(self.tool_choice, ChosenTool):
@@ -449,12 +444,12 @@ class CompletionRequest(SamplingRequest):
     @model_validator(mode="after")
     def _marks_are_the_servers(self) -> CompletionRequest:
         if self.suffix and (self.echo or self.truncate_prompt_tokens or not isinstance(self.prompts[0], str)):
-            raise ValueError("suffix goes with a text: leave out echo, truncate_prompt_tokens and tokens, or suffix")
+            raise ValueError("suffix needs a text: leave out echo, truncate_prompt_tokens and tokens, or suffix")
         return self
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """All prompts; there may be one that stands alone."""
+        """The prompts as a list, also where the request gives only one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -465,11 +460,11 @@ class CompletionRequest(SamplingRequest):
 class OtherFile(Strict):
     text: str
     filename: str = "tmp"
-    time: Any = None  # which editors send, and changes no answer
+    time: Any = None  # sent by editors, without effect
 
 
 class InfillRequest(CompletionRequest):
-    """The body of `/infill`, as llama.cpp's server has it."""
+    """The body of `/infill`, in the form of llama.cpp's server."""
 
     prompt: str | TokenIds | Batch[str] | Batch[TokenIds] = ""
     input_prefix: str = ""
@@ -477,7 +472,7 @@ class InfillRequest(CompletionRequest):
     input_extra: Annotated[list[OtherFile], Field(fail_fast=True, max_length=NAMES), Field(default_factory=list)]
     n_predict: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = -1
     timings_per_token: bool | None = True
-    # What editors send that changes no answer.
+    # Accepted from editors, without effect on answers.
     id_slot: int | None = None
     samplers: list[str] | None = None
     n_indent: int | None = None
@@ -489,7 +484,7 @@ class InfillRequest(CompletionRequest):
         others = {"n", "echo", "logprobs", "prompt_logprobs", "return_token_ids", "suffix", "max_tokens"}
         wrong = sorted(others & self.model_fields_set)
         if wrong or self.truncate_prompt_tokens or not isinstance(self.prompt, str):
-            raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for gaps: leave it out")
+            raise ValueError(f"{(*wrong, 'a prompt of tokens or one that is cut')[0]} is not for /infill: leave it out")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: its requests, paths and events, and the responses that later ones go on from."""
+"""OpenAI's Responses API: its requests, paths and events, and stored responses that later requests continue."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 
-KEPT_BYTES = 64 * 2**20  # of responses that may be gone on from, half of it for one client
+KEPT_BYTES = 64 * 2**20  # Most bytes of stored responses, half of them for one client
 
 
 class Sent(Strict):
-    """An object in which what is null is not there, as clients' own types have it when they are sent back."""
+    """An object whose null fields count as missing: clients send back objects of their own types, with nulls."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,7 +122,7 @@ class TextConfig(Sent):
 
 
 Note = Annotated[str, Field(max_length=512)]
-Summary = Literal["auto", "concise", "detailed"]  # Has no effect: reasoning comes as it is
+Summary = Literal["auto", "concise", "detailed"]  # No effect: reasoning is sent unchanged
 
 
 class Reasoning(Sent):
@@ -149,7 +149,7 @@ class ResponseRequest(Sent):
     store: bool = True
     stream: bool | None = None
     metadata: Annotated[dict[str, Note], Field(max_length=16), BeforeValidator(few), Field(default_factory=dict)]
-    # What clients send that changes no answer.
+    # Accepted from clients, without effect on answers.
     stream_options: dict[Literal["include_obfuscation"], Literal[False]] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] = "disabled"
@@ -164,18 +164,18 @@ class ResponseRequest(Sent):
     @model_validator(mode="after")
     def _tool_is_there(self) -> ResponseRequest:
         if self.tool_choice not in ("none", "auto") and not self.tools_to_call:
-            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+            raise ValueError("tool_choice asks for a tool that is not in tools: add it there")
         return self
 
     @property
     def tools_to_call(self) -> list[FunctionTool]:
-        """One of these must be called; empty: the model may do as it likes."""
+        """The model must call one of these tools; empty: no call is required."""
         if isinstance(self.tool_choice, ChosenTool):
             return [tool for tool in self.tools if tool.name == self.tool_choice.name]
         return self.tools if self.tool_choice == "required" else []
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> Chat:
-        """What is wanted, without what of reasoning is for the chat template."""
+        """The chat of the request with these messages, without the template's variables for reasoning."""
         wanted = self.text.format
         return Chat(
             messages=messages,
@@ -195,7 +195,7 @@ def _joined(parts: Sequence[TextPart] | None) -> str:
 
 
 def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Items as messages that chat templates expect: what the assistant thinks, says and calls in a row is one."""
+    """Makes messages for chat templates; consecutive reasoning, texts and calls of the assistant become one message."""
     said: list[dict[str, Any]] = []
     for item in items:
         if isinstance(item, CallOutput):
@@ -221,14 +221,14 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 class KeptResponses:
-    """Responses as JSON, each for the client that made it alone; the oldest of the client with most go first."""
+    """Stored responses as JSON, each for its own client. Drops the oldest one of the client with the most bytes."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[str, bytes]] = {}  # by id: the owner and what it has
+        self._kept: dict[str, tuple[str, bytes]] = {}  # by id: owner, JSON of response and messages
         self._held: Counter[str] = Counter()
 
     def keep(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
-        """Keeps a response with all messages up to its end, without instructions."""
+        """Stores a response with all messages of the conversation, including its own, without instructions."""
         self._kept[response["id"]] = owner, (text := to_json([response, messages]))
         self._held[owner] += len(text)
         while self._held[owner] > KEPT_BYTES // 2 or self._held.total() > KEPT_BYTES:
@@ -236,19 +236,19 @@ class KeptResponses:
             self.drop(full, next(id for id, (holder, _) in self._kept.items() if holder == full))
 
     def find(self, owner: str, id: str, param: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """A response and its messages. Raises ApiError: the client has none of this id."""
+        """A response and its messages. Raises ApiError if the client has no response with this id."""
         holder, text = self._kept.get(id, ("", b""))
         if holder != owner or not text:
-            gone = f"there is no response {id!r}: it was not stored, or others took its room; send all items again"
+            gone = f"there is no response {id!r}: it was not stored, or newer ones replaced it; send all items again"
             raise ApiError(404, gone, param=param, code="response_not_found")
         response, messages = from_json(text)
         return response, messages
 
     def drop(self, owner: str, id: str) -> None:
-        """Raises ApiError as `find`."""
+        """Deletes a response. Raises ApiError as `find` does."""
         self.find(owner, id)
         self._held[owner] -= len(self._kept.pop(id)[1])
-        self._held += Counter()  # without those that hold nothing
+        self._held += Counter()  # removes clients without bytes
 
 
 def router(gateway: Gateway) -> APIRouter:
@@ -256,14 +256,14 @@ def router(gateway: Gateway) -> APIRouter:
     paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses()
 
     async def wanted(body: ResponseRequest, request: Request) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
-        """The model, the messages of the conversation, and what is wanted of it."""
+        """The model, the messages of the conversation without instructions, and the chat."""
         owner = request.state.client.name
         served, before = await gateway.find(body.model), list[dict[str, Any]]()
         if body.previous_response_id is not None:
             _, before = kept.find(owner, body.previous_response_id, "previous_response_id")
         messages = [*before, *await served.prepare(request, lambda: for_template(body.input))]
         said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
-        while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take one
+        while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take only one
             said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
         chat, effort = body.chat(said), body.reasoning.effort if body.reasoning else None
         on, effort = effort and effort != "none", {"minimal": "low", "xhigh": "high"}.get(effort or "", effort)
@@ -274,7 +274,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/responses", response_model=None, responses=openai.STREAMED)
     async def respond(body: ResponseRequest, request: Request) -> Response:
-        """The next items of a conversation."""
+        """Generates the next items of a conversation."""
         owner = request.state.client.name
         served, messages, chat = await wanted(body, request)
 
@@ -286,18 +286,18 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/v1/responses/input_tokens")
     async def count(body: ResponseRequest, request: Request) -> dict[str, Any]:
-        """How many tokens the model reads of a conversation."""
+        """Counts the tokens of a conversation's prompt."""
         served, _, chat = await wanted(body, request)
         return {"object": "response.input_tokens", "input_tokens": len(await prompt_of(served, request, chat))}
 
     @paths.get("/v1/responses/{id}")
     async def stored(id: str, request: Request) -> dict[str, Any]:
-        """A response that is stored."""
+        """Gives a stored response."""
         return kept.find(request.state.client.name, id)[0]
 
     @paths.delete("/v1/responses/{id}")
     async def forget(id: str, request: Request) -> dict[str, Any]:
-        """Forgets a response."""
+        """Deletes a stored response."""
         kept.drop(request.state.client.name, id)
         return {"id": id, "object": "response", "deleted": True}
 
@@ -315,9 +315,9 @@ Told = Iterator[dict[str, Any]]
 
 @dataclass(eq=False)
 class Answer:
-    """Writes the events of a request as OpenAI does, see `splitnet.serve.responses.Answer`.
+    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.Answer`.
 
-    keep: called with a response that has ended.
+    keep: called with the response once it has ended.
     """
 
     model: str
@@ -333,7 +333,7 @@ class Answer:
         self._output: list[dict[str, Any]] = []
         self._finish = ""
         self._usage: dict[str, Any] | None = None
-        self._number = 0  # of the next event
+        self._number = 0  # sequence number of the next event
 
     async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
         async for event in events:
@@ -360,13 +360,13 @@ class Answer:
         return f"event: {event['type']}\n{framed(event)}"
 
     def _take(self, event: Delta | Ended) -> Told:
-        """Takes an event; gives those of a stream that tell what is new, each to be written before the next."""
+        """Takes an event; yields stream events for its new parts. Each must be written before the next is taken."""
         if isinstance(event, Ended):
             self._usage = {
                 "input_tokens": event.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": event.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": event.answer_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},  # they are not counted apart
+                "output_tokens_details": {"reasoning_tokens": 0},  # not counted separately
                 "total_tokens": event.prompt_tokens + event.answer_tokens,
             }
             return
@@ -386,7 +386,7 @@ class Answer:
             yield from self._end(self._status)
 
     def _write(self, kind: str, text: str) -> Told:
-        """New text of a message, or of reasoning."""
+        """Yields stream events for new text of a message or of reasoning."""
         if not self._output or self._output[-1]["type"] != kind:
             yield from self._end("completed")
             if kind == "message":
@@ -407,7 +407,7 @@ class Answer:
         yield self._of_item("output_item.added", item=self._output[-1])
 
     def _end(self, status: str) -> Told:
-        """Ends the last item, if there is one that is open."""
+        """Ends the last item if it is open."""
         if self._output and self._output[-1]["status"] == "in_progress":
             item = self._output[-1]
             for part in item.get("content", ()):
@@ -430,7 +430,7 @@ class Answer:
         return "incomplete" if self._finish == "length" else "completed"
 
     def _last(self) -> dict[str, Any]:
-        """The response that has ended."""
+        """Makes the complete response and passes it to `keep`."""
         response = self._response(self._status)
         self.keep(response)
         return response

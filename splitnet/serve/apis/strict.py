@@ -1,4 +1,4 @@
-"""What the requests of all protocols have in common: what is not listed is refused, and everything is bounded."""
+"""Base of the requests of all protocols: unlisted parameters are refused, and every value is bounded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ StopStrings = Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRING
 
 
 def few(given: Any) -> Any:
-    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
+    """Refuses an object with very many names before pydantic collects an error for each."""
     if isinstance(given, dict) and len(given) > NAMES:
         raise ValueError(f"an object has {len(given)} names: give {NAMES} at most")
     return given
 
 
 class Strict(BaseModel):
-    """An object of a request. A parameter that is not listed, or has a value that is not, is refused."""
+    """An object of a request; unlisted parameters and values are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""What programs for llama.cpp's server and vLLM ask besides: tokens of texts and texts of tokens, and facts."""
+"""Further paths of llama.cpp's server and vLLM: tokens of texts, texts of tokens, gaps, and facts about the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from splitnet.version import __version__
 
 
 class Tokenize(Strict):
-    """A text by vLLM's name (`prompt`) or llama.cpp's (`content`), or a chat; without `model`, of the first one."""
+    """The body of `/tokenize`: a text, named `prompt` by vLLM and `content` by llama.cpp, or a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -55,7 +55,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/tokenize")
     async def tokenize(body: Tokenize, request: Request) -> dict[str, Any]:
-        """The tokens of a text or of a chat."""
+        """Gives the tokens of a text or of a chat."""
         served = await gateway.find(body.model)
         prompts = served.prompts
         if body.messages is not None:
@@ -79,35 +79,35 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.post("/apply-template")
     async def apply_template(body: ChatRequest, request: Request) -> dict[str, str]:
-        """The text that the model reads of a chat."""
+        """Gives the text of a chat's prompt."""
         served = await gateway.find(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"prompt": await served.prepare(request, lambda: served.prompts.decode_all(prompt))}
 
     @paths.post("/v1/chat/completions/input_tokens")
     async def count(body: ChatRequest, request: Request) -> dict[str, Any]:
-        """How many tokens the model reads of a chat."""
+        """Counts the tokens of a chat's prompt."""
         served = await gateway.find(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
     @paths.post("/infill", response_model=None)
     async def infill(body: InfillRequest, request: Request) -> Response:
-        """The text between two others."""
+        """Generates the text between a prefix and a suffix."""
         files = [(file.filename, file.text) for file in body.input_extra]
         max_tokens = None if body.n_predict < 0 else body.n_predict
         return await completed(gateway, body, request, Infilled, max_tokens, (body.input_suffix, files))
 
     @paths.post("/detokenize")
     async def detokenize(body: Detokenize, request: Request) -> dict[str, str]:
-        """The text of tokens."""
+        """Gives the text of tokens."""
         served = await gateway.find(body.model)
         text = await served.prepare(request, lambda: served.prompts.text_of_ids(body.tokens))
         return {"prompt": text, "content": text}
 
     @paths.get("/props")
     def props() -> dict[str, Any]:
-        """Facts on the first model, as far as there are such."""
+        """Gives facts about the first model."""
         served = gateway.served
         positions = served.prompts.max_positions
         return {
@@ -120,7 +120,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.get("/version")
     def version() -> dict[str, str]:
-        """That of the server."""
+        """Gives the version of splitnet."""
         return {"version": __version__}
 
     return paths

@@ -1,4 +1,4 @@
-// An answer of a model: its reasoning, text and calls, how far it is, and what can be done with it.
+// An answer of a model: its reasoning, text and calls, its progress, and its buttons.
 
 import { copyButton } from "./copy.js";
 import { button, element } from "./dom.js";
@@ -6,10 +6,10 @@ import { count, figure, plural, seconds } from "./format.js";
 import { hasChoice } from "./models.js";
 import { showMarkdown } from "./markdown.js";
 
-/** What is known of an answer before it begins. It is kept as JSON while the page is open, so it is data alone. */
+/** The data of an answer before it begins. Kept as JSON while the page is open, so it has no functions or nodes. */
 export const newAnswer = (model) => ({ model, text: "", reasoning: "", calls: [], note: "", problem: "", timing: "" });
 
-/** Takes in the `delta` of a chunk; whether it says anything. */
+/** Adds the `delta` of a chunk; returns whether it has content. */
 export function grow(answer, { content, reasoning_content: reasoning, tool_calls: calls }) {
   answer.text += content ?? "";
   answer.reasoning += reasoning ?? "";
@@ -22,7 +22,7 @@ export function grow(answer, { content, reasoning_content: reasoning, tool_calls
   return Boolean(content || reasoning || calls?.length);
 }
 
-/** The time until something was said, and the speed from then on, as the browser has seen them. */
+/** The time until the first content, and the speed after it, measured by the browser. */
 export function timingText(began, first, last, tokens) {
   if (first === null) return "";
   const parts = [`first token after ${seconds((first - began) / 1000)}`];
@@ -31,7 +31,7 @@ export function timingText(began, first, last, tokens) {
   return parts.join(" · ");
 }
 
-/** Shows an answer; `again` is called to have it made anew. */
+/** Shows an answer; `again` is called to generate it again. */
 export class AnswerView {
   constructor(answer, again) {
     this.answer = answer;
@@ -66,7 +66,7 @@ export class AnswerView {
     this.timing.textContent = hasChoice() && !grows ? `${model}${timing && " · "}${timing}` : timing;
   }
 
-  /** How far the prompt is read, if nothing was said yet. */
+  /** How much of the prompt is read, until the answer has content. */
   showReading(read, prompt) {
     if (this.answer.timing || !this.node.classList.contains("growing")) return;
     Object.assign(this.reading, { hidden: false, max: prompt, value: read });

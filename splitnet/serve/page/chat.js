@@ -1,4 +1,4 @@
-// The chat: turns of a question and its answer, which stay while the page is open.
+// The chat: turns of a question and its answer, kept while the page is open.
 
 import { AnswerView, grow, newAnswer, timingText } from "./answer.js";
 import { button, byId, element } from "./dom.js";
@@ -16,7 +16,7 @@ const nothing = messages.firstElementChild;
 const turns = []; // {asked, answer, view, node, id, counted}; id: the server's, until it has told of the answer's end
 let running = null;
 
-/** Takes in what the server tells of answers: it belongs to the answers here by their ids. */
+/** Updates the answers of this page, found by id, with the server's data on answers. */
 export function showInChat(snapshot) {
   showModels(snapshot.model);
   for (const turn of turns) {
@@ -45,7 +45,7 @@ function add(asked, answer) {
   return turn;
 }
 
-/** Forgets a turn and all after it. */
+/** Removes a turn and all later turns. */
 function goBack(turn) {
   running?.abort();
   for (const gone of turns.splice(turns.indexOf(turn))) for (const each of [gone.node, gone.view.node]) each.remove();
@@ -53,7 +53,7 @@ function goBack(turn) {
 }
 
 async function ask(text) {
-  // A turn without an answer is no part of what the model is told: chat templates want both sides in turns.
+  // A turn without an answer is not sent to the model: chat templates require alternating roles.
   const said = turns.filter(({ answer }) => answer.text.trim()).flatMap(({ asked, answer }) => [
     { role: "user", content: asked },
     { role: "assistant", content: answer.text },
@@ -63,7 +63,7 @@ async function ask(text) {
   const [{ answer, view }, own, began] = [turn, new AbortController(), performance.now()];
   const { before, parameters } = settings();
   let [first, last, tokens, frame] = [null, null, null, 0];
-  // The server counts also where an answer is stopped; what the end of an answer says counts more.
+  // The server's count also covers stopped answers; the usage at the end of an answer overrides it.
   let known = null;
   turn.counted = (count) => {
     known = count;
@@ -110,7 +110,7 @@ async function ask(text) {
   }
 }
 
-/** Puts a form in the place of a question, of which a changed one takes the place of the turn and all after it. */
+/** Replaces a question by a form; a changed question replaces the turn and all later turns. */
 function editTurn(turn) {
   const kept = [...turn.node.childNodes];
   const field = element("textarea");
@@ -142,7 +142,7 @@ const cutOff = (longest) => `cut off: ${longest ? `the settings allow ${longest}
 
 const isKey = (event, name) => event.key === name && !event.isComposing;
 
-/** Whether a key sends. Fingers have no Shift with Enter: there the button sends. */
+/** Whether a key sends the question. Touch keyboards have no Shift+Enter, so only the button sends there. */
 const isSending = (event) => isKey(event, "Enter") && !event.shiftKey && !matchMedia("(pointer: coarse)").matches;
 
 const scrollToEnd = () => (messages.scrollTop = messages.scrollHeight);
@@ -183,7 +183,7 @@ byId("new-chat").addEventListener("click", () => {
 });
 byId("expand").addEventListener("click", () => expand(!chat.classList.contains("wide")));
 
-/** The chat alone, and the rest of the page out of reach of keys and readers; or all. */
+/** Shows the chat alone, with the rest of the page hidden from keyboards and screen readers; or shows all. */
 function expand(wide) {
   chat.classList.toggle("wide", wide);
   byId("expand").textContent = wide ? "Back to the swarm" : "Full page";
@@ -191,7 +191,7 @@ function expand(wide) {
   scrollToEnd();
 }
 
-// Kept as the key is: in the tab, also when it is loaded again.
+// Kept in the tab like the API key, also across reloads.
 const store = () => sessionStorage.setItem(STORED, JSON.stringify(turns.map(({ asked, answer }) => ({ asked, answer }))));
 for (const name of ["pagehide", "visibilitychange"]) addEventListener(name, store);
 for (const { asked, answer } of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) {

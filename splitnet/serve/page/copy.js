@@ -1,10 +1,10 @@
-// Copies texts, also where the page came by plain HTTP, for which browsers have no clipboard.
+// Copies texts, also on pages over plain HTTP, where browsers offer no clipboard.
 
 import { button, element } from "./dom.js";
 
 const TOLD_MS = 1500;
 
-/** A button that copies what `textOf` gives; `more`: what that is, for screen readers. */
+/** A button that copies the text of `textOf`; `more`: a description of the text for screen readers. */
 export function copyButton(more, textOf) {
   const made = button("Copy", more, async () => {
     const copied = await navigator.clipboard?.writeText(textOf()).then(() => true, () => false);

@@ -1,6 +1,6 @@
 // How many peers serve each block.
 
-/** Whether a peer can be counted on. */
+/** Whether a peer counts as present. */
 export const isThere = (peer) => peer.state === "here" || peer.state === "unknown";
 
 /** Replicas of each block; this server's own blocks count once. */
@@ -13,7 +13,7 @@ export function replicas(snapshot) {
   return counts;
 }
 
-/** Neighbours of the same value as one run `{start, end, value}`. */
+/** Joins neighbours with the same value to runs `{start, end, value}`. */
 export function runs(values) {
   const found = [];
   values.forEach((value, index) => {

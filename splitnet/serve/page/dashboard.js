@@ -1,4 +1,4 @@
-// Follows the server's stream while the page is looked at, and shows what it tells.
+// Follows the server's stream while the page is visible, and shows its data.
 
 import { showInChat } from "./chat.js";
 import { byId, setText } from "./dom.js";
@@ -52,7 +52,7 @@ function setConnected(connected, text) {
   setText(byId("connection"), text);
 }
 
-// The server asks the peers only while somebody looks.
+// The server pings the peers only while a page is open.
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) following?.abort();
   else follow();

@@ -1,4 +1,4 @@
-// Elements from data. Text only ever becomes text nodes: what peers say of themselves is never read as HTML.
+// Elements from data. Text only becomes text nodes: texts of peers are never read as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -10,7 +10,7 @@ export function element(tag, className = "", ...children) {
   return made;
 }
 
-/** A button with a text, of which `more` is for screen readers only. */
+/** A button with a text; `more` is a further text for screen readers only. */
 export function button(text, more, act) {
   const made = element("button", "quiet", text, element("span", "visually-hidden", ` ${more}`));
   made.type = "button";
@@ -27,14 +27,14 @@ export function svgElement(tag, attributes) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** Sets a text, and leaves the node alone if it is the same, so that selections and screen readers are not disturbed. */
+/** Sets a text; does not touch the node if the text is the same, so that selections and screen readers are not disturbed. */
 export function setText(node, text) {
   if (node.textContent !== String(text)) node.textContent = text;
 }
 
 /**
- * Makes the children of `parent` those of `items`, in order; elements whose key is still there are kept.
- * `create(item)` makes an element, `update(element, item)` brings it up to date.
+ * Gives `parent` one child for each of `items`, in order; keeps elements whose key is still present.
+ * `create(item)` makes an element, `update(element, item)` updates it.
  */
 export function keyed(parent, items, keyOf, create, update) {
   const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));

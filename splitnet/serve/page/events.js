@@ -1,4 +1,4 @@
-// What happens to peers and routes, the latest first.
+// The events of peers and routes, the latest first.
 
 import { byId, element } from "./dom.js";
 import { clockTime } from "./format.js";
@@ -7,7 +7,7 @@ const KEPT = 100;
 const BAD = new Set(["lost", "gone", "failed", "refused", "weights"]);
 const GOOD = new Set(["repaired", "joined", "back"]);
 
-/** Adds events; `all`: these are all that are known. */
+/** Adds events; `all`: they replace the shown ones. */
 export function showEvents(events, all) {
   const list = byId("events");
   if (all) list.replaceChildren();

@@ -53,7 +53,7 @@ function replicasText(counts) {
 
 function createHole(hole) {
   const item = element("li", "hole");
-  // What stands between backticks is a command.
+  // Text between backticks is a command.
   hole.advice.split("`").forEach((part, index) => {
     item.append(index % 2 ? element("code", "", part) : part);
   });

@@ -4,7 +4,7 @@ const counts = new Intl.NumberFormat("en");
 
 export const count = (value) => counts.format(value);
 
-/** Three digits that matter, at most. */
+/** At most three significant digits. */
 export function figure(value) {
   if (value === null || value === undefined) return "–";
   return value < 10 ? value.toFixed(1) : counts.format(Math.round(value));
@@ -12,7 +12,7 @@ export function figure(value) {
 
 const three = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
-/** Three digits that matter, of values that may be far below 1. */
+/** Three significant digits, also of values far below 1. */
 export const small = (value) => (value === null || value === undefined ? "–" : three.format(value));
 
 export const ms = (value) => (value === null || value === undefined ? "–" : `${figure(value)} ms`);

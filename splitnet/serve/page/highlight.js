@@ -18,7 +18,7 @@ const KEYWORDS = new Set(
   SELECT SET TABLE UPDATE VALUES WHERE done echo esac fi`.split(/\s+/),
 );
 
-// Everything that opens ends somewhere, at the end of the code if need be: so no code takes more than linear time.
+// Every opening matches up to its closing or the end of the code, so that any code takes linear time.
 const BLOCK_COMMENT = String.raw`\/\*[^]*?(?:\*\/|$)|<!--[^]*?(?:-->|$)`;
 const STRING = String.raw`"""[^]*?(?:"""|$)|'''[^]*?(?:'''|$)|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n]){0,400}'|${"`"}(?:\\[^]|[^\\${"`"}])*${"`"}?`;
 const NUMBER = String.raw`\b(?:0[xX][\da-fA-F_]+|\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\b`;
@@ -27,7 +27,7 @@ const IN_HASH = tokens(String.raw`(?<=^|\s)#.*`);
 const IN_DASHES = tokens(`--.*|${BLOCK_COMMENT}`);
 const IN_OTHERS = tokens(String.raw`\/\/.*|${BLOCK_COMMENT}`);
 
-/** Nodes that show code; of a language without a name, or one that the table does not know, as C has its comments. */
+/** Nodes that show code; an unnamed or unknown language is read with the comments of C. */
 export function highlighted(code, language) {
   if (!language || language === "text" || code.length > MOST) return [code];
   const nodes = [];

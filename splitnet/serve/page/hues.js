@@ -1,4 +1,4 @@
-// One colour per peer, the same everywhere and always: it belongs to the key.
+// One colour per peer, made of its key, so that it is the same everywhere and always.
 
 const HUES = 12; // that are told apart
 

@@ -1,4 +1,4 @@
-// The API key, if the server wants one: kept for this tab only.
+// The API key, if the server requires one; kept for this tab only.
 
 import { byId } from "./dom.js";
 
@@ -12,7 +12,7 @@ export function authorized() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-/** After a request was refused: asks for a key; resolves when there is a new one. */
+/** Asks for a key after a refused request; resolves when the user has given one. */
 export function askForKey() {
   const refused = sessionStorage.getItem(STORED) !== null;
   show(refused ? "The server does not accept this key. Enter another." : "This server answers only to its keys.");

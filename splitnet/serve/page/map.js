@@ -36,7 +36,7 @@ export function showMap(snapshot) {
 
 const keyOf = (span) => `${span.hole ? "hole" : span.key}:${span.start}-${span.end}`;
 
-/** Gives every span the first lane where it fits: each lane reads like the model, further ones are replicas. */
+/** Gives every span the first lane with room: the first lane reads like the model, further lanes show replicas. */
 function inLanes(spans) {
   const ends = [];
   return spans.map((span) => {

@@ -1,7 +1,7 @@
 // Markdown as models write it: headings, lists, tables, quotes, code, emphasis and links.
 //
-// The text is hostile. It becomes text nodes and elements of this file's choosing; links lead to http and https only.
-// What is long or deep stays plain, so that no text takes much more than linear time.
+// The text is untrusted. It becomes text nodes and elements that this file chooses; links lead to http and https only.
+// Long or deeply nested parts stay plain, so that no text takes much more than linear time.
 
 import { copyButton } from "./copy.js";
 import { element } from "./dom.js";
@@ -23,7 +23,7 @@ const EMPHASIS = { "**": "strong", __: "strong", "~~": "del", "*": "em", _: "em"
 
 const sources = new WeakMap(); // of elements
 
-/** Shows a text in `parent`. Blocks that were there before keep their elements, so that a text can grow. */
+/** Shows a text in `parent`. Unchanged blocks keep their elements, so that a text can grow. */
 export function showMarkdown(parent, text) {
   const blocks = blocksOf(text.slice(0, LONG_TEXT).split("\n"));
   if (text.length > LONG_TEXT) blocks.push({ kind: "plain", source: text.slice(LONG_TEXT) });
@@ -171,14 +171,14 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(plain)];
 }
 
-/** A link to the web; null: it would lead elsewhere. */
+/** A link to the web; null: the address is not http or https. */
 function link(href, label) {
   const url = URL.canParse(href) && new URL(href);
   if (!url || !["http:", "https:"].includes(url.protocol)) return null;
   return Object.assign(element("a", "", label), { href: url.href, target: "_blank", rel: "noopener noreferrer" });
 }
 
-/** An address without the punctuation of the sentence that it ends. */
+/** An address without the punctuation of the sentence around it. */
 function withoutStop(address) {
   let end = address.length;
   while (".,;:!?'*_".includes(address[end - 1]) || (address[end - 1] === ")" && !address.includes("("))) end -= 1;
@@ -190,7 +190,7 @@ function opens(text, mark, index) {
   return /\S/.test(text[index + mark.length] ?? "") && !(mark[0] === "_" && /\w/.test(text[index - 1] ?? ""));
 }
 
-/** Where what a mark has opened ends; negative: nowhere. */
+/** The index of the mark that closes an opened one; negative: there is none. */
 function closing(text, mark, from) {
   for (let at = text.indexOf(mark, from); at >= 0; at = text.indexOf(mark, at)) {
     const begin = at;

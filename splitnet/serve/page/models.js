@@ -1,4 +1,4 @@
-// Which model is asked: one of those that the server has.
+// The choice of the server's model that the chat asks.
 
 import { byId, element } from "./dom.js";
 import { authorized } from "./key.js";
@@ -10,7 +10,7 @@ let askedAt = -REFRESH_MS;
 export const chosenModel = () => choice.value;
 export const hasChoice = () => choice.options.length > 1;
 
-/** Asks for the models now and then; `own` is that of the dashboard, which is there in any case. */
+/** Reads the list of models regularly; `own`: the dashboard's model, which is always listed. */
 export async function showModels(own) {
   if (performance.now() - askedAt < REFRESH_MS) return;
   askedAt = performance.now();

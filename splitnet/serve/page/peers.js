@@ -58,13 +58,13 @@ function updateRow(row, peer) {
   setText(row.querySelector(".address"), addressOf(peer));
   setText(row.querySelector(".state"), stateOf(peer));
   row.querySelector(".wraps").title = exactly(peer.weights);
-  // What was measured of a peer says nothing any more once it is gone.
+  // Measurements of a peer that is gone are obsolete.
   COLUMNS.forEach(([, text, kind], index) => {
     setText(row.children[index + 1], kind === "number" && !isThere(peer) ? "–" : text(peer));
   });
 }
 
-/** `HELD/COMPUTED KV FORM`, of which only HELD is always there. */
+/** `HELD/COMPUTED KV FORM`; only HELD is always present. */
 function partsOf(weights) {
   const [types, form] = weights.split(" KV ");
   const [held, computed] = types.split("/");

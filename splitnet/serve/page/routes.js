@@ -1,4 +1,4 @@
-// Routes as chains: from this server through the hops and back, with what each link takes.
+// Routes as chains: from this server through the hops and back, with the delay and traffic of each link.
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { blocks, count, figure, ms, plural } from "./format.js";
@@ -43,7 +43,7 @@ function updateGroup(node, answers, title, gone) {
   });
 }
 
-/** Ends and hops in a row, each with the link that leads there. */
+/** The ends and hops of a route, each with the link that leads to it. */
 function stopsOf(routes) {
   const stops = [{ key: "start" }];
   routes.forEach((route, number) => {
@@ -55,7 +55,7 @@ function stopsOf(routes) {
   return stops;
 }
 
-/** A link stays in the line of the stop that it leads to. */
+/** Keeps a link in the same line as the stop that it leads to. */
 function createStop({ link, hop }) {
   const stop = hop ? coloured(element("div", "stop hop", element("b"), element("span")), hop.peer) : element("div", "stop here", HERE);
   return element("li", "", ...(link ? [element("div", "link", element("b"), element("span"))] : []), stop);

@@ -1,4 +1,4 @@
-// What the chat asks for besides the question: kept in this browser.
+// Settings of the chat's requests, kept in this browser.
 
 import { byId, setText } from "./dom.js";
 

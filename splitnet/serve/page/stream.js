@@ -1,8 +1,8 @@
-// Server-sent events by fetch, which unlike EventSource can send a key.
+// Server-sent events by fetch, which can send an API key; EventSource cannot.
 
 import { authorized } from "./key.js";
 
-/** A request was answered with an error; `status` is HTTP's. */
+/** An error answer to a request; `status`: that of HTTP. */
 export class RequestError extends Error {
   constructor(status, message) {
     super(message);
@@ -10,7 +10,7 @@ export class RequestError extends Error {
   }
 }
 
-/** The JSON documents of a stream, one by one, until it ends; `onHeaders` is called with the reply's before. */
+/** Yields the JSON documents of a stream until it ends; `onHeaders` is called first, with the reply's headers. */
 export async function* documents(url, options = {}, onHeaders = () => {}) {
   const reply = await fetch(url, { ...options, headers: { ...options.headers, ...authorized() } });
   if (!reply.ok) {
@@ -27,7 +27,7 @@ export async function* documents(url, options = {}, onHeaders = () => {}) {
       const events = (pending + value).split("\n\n");
       pending = events.pop();
       for (const event of events) {
-        // Comments keep the connection while there is nothing to tell.
+        // Comments keep the connection open while there are no events.
         if (event.startsWith("data: ") && event !== "data: [DONE]") yield JSON.parse(event.slice(6));
       }
     }

@@ -1,4 +1,4 @@
-// Before the first paint, so that the page does not flash: not a module, which would run later.
+// Runs before the first paint, so that the page does not flash; a module would run later.
 (() => {
   const NAMES = ["system", "light", "dark"];
   const root = document.documentElement;

@@ -1,4 +1,4 @@
-// A run of `splitnet tune`: its losses, evaluations and costs so far.
+// A run of `splitnet tune`: its losses, evaluations and costs.
 
 import { byId, setText, svgElement } from "./dom.js";
 import { count, figure, seconds } from "./format.js";

@@ -1,4 +1,4 @@
-"""`splitnet bench`: what a swarm does, in numbers."""
+"""`splitnet bench`: measures the speed of a swarm."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def bench(
     ] = None,
     clients: Annotated[
         list[int] | None,
-        in_tests(min=1, max=256, help="How many answers at once; repeat for several.", show_default="1"),
+        in_tests(min=1, max=256, help="Concurrent answers; repeat for several.", show_default="1"),
     ] = None,
-    rounds: Annotated[int, in_manner(min=1, help="How often to measure all.")] = 3,
-    warm_up: Annotated[int, in_manner(min=0, help="Rounds before, which do not count.")] = 1,
+    rounds: Annotated[int, in_manner(min=1, help="Rounds of all measurements.")] = 3,
+    warm_up: Annotated[int, in_manner(min=0, help="Earlier rounds, which do not count.")] = 1,
     threads: Annotated[
         int | None,
-        in_manner(min=1, help="CPU threads of this process: of --local, and of the client's part of the model."),
+        in_manner(min=1, help="CPU threads of this process, for --local and the client part of the model."),
     ] = None,
-    seed: Annotated[int, in_manner(min=0, max=2**31, help="Of the random tokens of prompts.")] = 0,
+    seed: Annotated[int, in_manner(min=0, max=2**31, help="Seed of the random tokens of prompts.")] = 0,
     speculate: Speculate = "off",
     as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON instead of a table.")] = False,
 ) -> None:
     """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
 
-    Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says. Such answers
-    tell little of drafts, so --speculate is off here.
+    Prompts are random tokens. Answers have exactly the requested number of tokens, even if the model would end. Such
+    answers show little about drafts, so --speculate is off by default.
     """
     if not (connecting.initial_peers or connecting.lan or local or connecting.invite):
         raise SplitnetError(

@@ -1,4 +1,4 @@
-"""The two ways to run a model that are compared, a swarm and plain transformers, and one call of `splitnet bench`."""
+"""The two compared ways to run a model, a swarm and plain transformers, and one call of `splitnet bench`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from splitnet.version import __version__
 
 
 class Clock(BaseStreamer):
-    """Notes when each new token came, in seconds of `time.perf_counter`; `after` is told how many there are."""
+    """Records the time of each new token, by `time.perf_counter`. after: called with the number of tokens."""
 
     def __init__(self, after: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []
@@ -51,7 +51,7 @@ class Clock(BaseStreamer):
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        if self._is_prompt:  # transformers shows it first
+        if self._is_prompt:  # transformers passes the prompt first
             self._is_prompt = False
             return
         self.times.append(time.perf_counter())
@@ -70,7 +70,7 @@ Result = TypeVar("Result")
 
 
 class Gate(threading.Barrier):
-    """Opens when all clients wait at it, and notes when that was, by `time.perf_counter`."""
+    """Opens when all clients wait at it, and records that time, by `time.perf_counter`."""
 
     def __init__(self, clients: int) -> None:
         self.opened_at = 0.0
@@ -86,9 +86,9 @@ class Gate(threading.Barrier):
 
 
 def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Result]:
-    """The results of clients that run at once, each in a thread of its own; a single one runs in this thread.
+    """The results of clients that run at the same time, each in a separate thread; a single one runs in this thread.
 
-    Raises what the first client that failed raised; the others have ended by then.
+    Raises the error of the first client that failed, after the others have ended.
     """
     if len(clients) == 1:
         return [clients[0]()]
@@ -108,7 +108,7 @@ def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Re
 
 
 class SwarmArm:
-    """Clients of a swarm, each with a session and a thread of its own; all use one model with remote blocks."""
+    """Clients of a swarm, each with a separate session and thread; all use one model with remote blocks."""
 
     def __init__(self, model: RemoteCausalLM, seed: int, speculate: Any = None) -> None:
         self._model = model
@@ -116,7 +116,7 @@ class SwarmArm:
         self._speculate = speculate
 
     def run(self, case: Case) -> Round:
-        """Runs a case once. Raises SplitnetError if the swarm could not do it."""
+        """Runs a case once. Raises SplitnetError if the swarm fails."""
         prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
         gate = Gate(case.clients)
         clients = [_Client(self._model, prompt, case, gate, self._speculate) for prompt in prompts.split(1)]
@@ -126,7 +126,7 @@ class SwarmArm:
 class LocalArm:
     """Plain transformers in this process; several clients are the rows of one batch.
 
-    The checkpoint is loaded whole, in the type that it is stored in. Raises UnsupportedModel if that is not possible.
+    The checkpoint is loaded whole, in its stored type. Raises UnsupportedModel if that is not possible.
     """
 
     def __init__(self, checkpoint: Checkpoint, seed: int, device: str) -> None:
@@ -147,19 +147,19 @@ class LocalArm:
 
 
 def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
-    """Token ids `[clients, prompt]`, the same for the same seed."""
+    """Random token ids `[clients, prompt]`, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (case.clients, case.prompt), generator=generator)
 
 
 def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: Clock, **options: Any) -> None:
-    """Greedy decoding of `new_tokens` tokens after prompts `[rows, seq]`, whatever the model would end with."""
+    """Greedy decoding of exactly `new_tokens` tokens after prompts `[rows, seq]`, past any end token."""
     prompts = prompts.to(model.device)
     model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=new_tokens,
-        # `min_new_tokens` would keep these out at the price of a pass over the vocabulary for every token.
+        # `min_new_tokens` would suppress end tokens at the price of a pass over the vocabulary for every token.
         eos_token_id=None,
         pad_token_id=0,
         do_sample=False,
@@ -203,7 +203,7 @@ class _Client:
             self.gate.check()
             return
         assert self._cache.session is not None
-        if self.case.decodes:  # the prompt is not what is measured
+        if self.case.decodes:  # the prompt is not measured
             traffic = self._cache.session.traffic
             self._bytes_before = traffic.bytes_sent, traffic.bytes_received
         self.gate.wait()
@@ -244,12 +244,12 @@ class Benchmark:
     seed: int
     threads: int | None
     local: bool
-    speculate: Any = None  # where drafts come from, see `RemoteCausalLM.generate`
+    speculate: Any = None  # source of drafts, see `RemoteCausalLM.generate`
 
     def run(self, connection: Connection) -> Report:
         """Measures; with `local` and no address of a swarm, only plain transformers.
 
-        Raises ContextTooLong if the model has no room for a case, and another SplitnetError for what else went wrong.
+        Raises ContextTooLong if the model has no room for a case, and another SplitnetError for other problems.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
@@ -283,7 +283,7 @@ class Benchmark:
 
 
 def environment() -> dict[str, Any]:
-    """Of this process; what peers run on is not known here."""
+    """The environment of this process. The environment of peers is not known here."""
     return {
         "splitnet": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Figures of what was measured, and what `splitnet bench` prints of them: a table, or a document for programs."""
+"""The measured figures, and the output of `splitnet bench`: a table, or a document for programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
 
 from splitnet.cli.tables import table
 from splitnet.errors import ContextTooLong, SplitnetError
@@ -20,9 +22,9 @@ class Case:
     """Exact numbers of tokens to send and to generate."""
 
     tokens: int  # of the prompt in a prefill, of each client's answer otherwise
-    decodes: bool = False  # whether tokens after the first are measured; otherwise it is the prompt
-    context: int = 0  # tokens in the KV cache before an answer is measured
-    clients: int = 1  # how many generate at once
+    decodes: bool = False  # whether tokens after the first are measured; otherwise the prompt
+    context: int = 0  # tokens in the KV cache before the measured answer
+    clients: int = 1  # number of concurrent clients
 
     @property
     def name(self) -> str:
@@ -30,22 +32,22 @@ class Case:
 
     @property
     def prompt(self) -> int:
-        """Tokens of each client's prompt; an answer needs one to begin with."""
+        """Tokens of each client's prompt, at least 1."""
         return max(1, self.context) if self.decodes else self.tokens
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that each client generates: the first comes with the prompt, so an answer is measured after it."""
+        """Tokens that each client generates. The first comes with the prompt, so a measured answer begins after it."""
         return self.tokens + 1 if self.decodes else 1
 
     @property
     def positions(self) -> int:
-        """Positions that each client's KV cache holds at the end; the last token is not fed any more."""
+        """Positions in each client's KV cache at the end; the last token is not fed."""
         return self.prompt + self.new_tokens - 1
 
 
 def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clients: Sequence[int]) -> list[Case]:
-    """All prompts, then the answers of `decode` tokens for each context and number of clients; 0 leaves them out."""
+    """All prompts, then answers of `decode` tokens for each context and number of clients; 0 leaves them out."""
     cases = [Case(tokens) for tokens in prefills if tokens]
     if decode:
         cases += [Case(decode, True, context, count) for context in contexts for count in clients]
@@ -53,7 +55,7 @@ def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clie
 
 
 def check_room(cases: Sequence[Case], max_positions: int | None) -> None:
-    """Raises ContextTooLong, with what to lower, if a model's context (None: unbounded) has no room for a case."""
+    """Raises ContextTooLong, with the option to lower, if a model's context (None: unbounded) cannot hold a case."""
     for case in cases:
         if max_positions is None or case.positions <= max_positions:
             continue
@@ -89,7 +91,7 @@ class RouteHop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The peers that a client's tokens went through, and the links from the client back to it."""
+    """The peers of a client's route, and its links, from the client back to the client."""
 
     hops: tuple[RouteHop, ...]
     links: tuple[LinkUse, ...]
@@ -97,30 +99,30 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a client exchanged with peers during what is measured. Received bytes are of payloads only."""
+    """A client's traffic with peers during the measurement. Received bytes are of payloads only."""
 
     sent_bytes: int
     received_bytes: int
-    positions: int  # In all: the prompt and each token that was fed after it
+    positions: int  # in total: the prompt and each fed token
     repairs: int
     route: Route
-    joules_per_token: float | None = None  # Of a decoded token in all hops, as they say; None: one does not
+    joules_per_token: float | None = None  # of a decoded token at all hops, as they report; None: a hop does not
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one client saw: seconds to its first token, and from each to the next, once all clients had their first."""
+    """What one client measured: seconds to its first token, and between tokens after all clients had their first."""
 
     first_token_s: float
     token_s: tuple[float, ...]
-    traffic: Traffic | None = None  # None where nothing was remote
+    traffic: Traffic | None = None  # none for plain transformers
 
     @property
     def new_tokens(self) -> int:
         return 1 + len(self.token_s)
 
 
-Round = tuple[Answer, ...]  # What all clients of a case saw in one round
+Round = tuple[Answer, ...]  # the answers of all clients of a case in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +138,6 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` (0 to 1) of at least one value are not above, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = ordered[int(place)]
-    above = ordered[min(int(place) + 1, len(ordered) - 1)]
-    return min(above, below + (above - below) * (place - int(place)))
-
-
 def figures_of(case: Case, seen: Round) -> dict[str, float]:
     """The figures of one round: tokens per second of all clients together, and ms and bytes of their tokens."""
     first_token_s = statistics.median(answer.first_token_s for answer in seen)
@@ -152,8 +145,7 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     if case.decodes:
         gaps = [gap for answer in seen for gap in answer.token_s]
         figures[TOKENS_PER_S] = len(gaps) / max(sum(answer.token_s) for answer in seen)
-        figures[TOKEN_MS_P50] = percentile(gaps, 0.5) * 1000
-        figures[TOKEN_MS_P95] = percentile(gaps, 0.95) * 1000
+        figures[TOKEN_MS_P50], figures[TOKEN_MS_P95] = (1000 * np.quantile(gaps, (0.5, 0.95))).tolist()
     else:
         figures[TOKENS_PER_S] = case.tokens / first_token_s
     traffics = [answer.traffic for answer in seen if answer.traffic is not None]
@@ -167,11 +159,12 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     return figures
 
 
-Progress = Callable[[str, int, int], None]  # Is told the stage, and how many of how many measurements of it are done
+# Called with the stage, and the numbers of done and of all measurements in it.
+Progress = Callable[[str, int, int], None]
 
 
 class Arm(Protocol):
-    """A way to run the model."""
+    """A method of running the model."""
 
     def run(self, case: Case) -> Round: ...
 
@@ -187,21 +180,21 @@ class Measured:
         return [figures_of(self.case, seen) for seen in self.rounds[arm]]
 
     def spreads(self, arm: str) -> dict[str, Spread]:
-        """Each figure that all rounds have; there is at least one round."""
+        """The spread of each figure that all rounds have, over at least one round."""
         rounds = self.figures(arm)
         names = [name for name in rounds[0] if all(name in figures for figures in rounds)]
         return {name: Spread.of([figures[name] for figures in rounds]) for name in names}
 
     def ratio(self, arm: str, other: str) -> Spread:
-        """Tokens per second of one arm as a part of another's, round by round."""
+        """Tokens per second of one arm as a share of another's, by round."""
         pairs = zip(self.figures(arm), self.figures(other), strict=True)
         return Spread.of([figures[TOKENS_PER_S] / others[TOKENS_PER_S] for figures, others in pairs])
 
 
 def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[tuple[int, Case, str]]:
-    """Round, case and arm of all measurements in order; those of rounds before the first do not count.
+    """Round, case and arm of all measurements in order; rounds below 1 do not count.
 
-    Arms change places with every round, so that none always comes first.
+    The order of the arms alternates between rounds, so that neither always comes first.
     """
     for number in range(1 - warm_up, rounds + 1):
         for case in cases:
@@ -212,7 +205,7 @@ def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int)
 def measure(
     arms: Mapping[str, Arm], cases: Sequence[Case], *, rounds: int, warm_up: int, progress: Progress
 ) -> list[Measured]:
-    """Runs all cases with all arms. Raises SplitnetError if an arm fails, or gives other than the tokens asked for."""
+    """Runs all cases with all arms. Raises SplitnetError if an arm fails, or returns another number of tokens."""
     seen: dict[tuple[Case, str], list[Round]] = {(case, arm): [] for case in cases for arm in arms}
     of_each_round = len(cases) * len(arms)
     for index, (number, case, arm) in enumerate(turns(cases, list(arms), rounds, warm_up)):
@@ -238,7 +231,7 @@ _RATIO = f"{SWARM} /\n{LOCAL}"
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
+    """All measurements: all cases with the same arms, `SWARM`, `LOCAL` or both.
 
     The settings of the command and the environment (versions, platform, threads and kernels) are for the document.
     """
@@ -253,11 +246,11 @@ class Report:
         return list(self.measured[0].rounds)
 
     def routes(self) -> Counter[Route]:
-        """Distinct routes, and how many answers went through each."""
+        """Distinct routes, and the number of answers through each."""
         return Counter(traffic.route for traffic in self._traffics())
 
     def document(self) -> dict[str, Any]:
-        """For JSON: all rounds, medians and ranges; routes are named by their place in a list."""
+        """For JSON: all rounds, medians and ranges; routes are named by their index."""
         routes = list(self.routes())
         return {
             "model": self.model,
@@ -268,7 +261,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """A row per case; where both arms were measured, the first columns are the swarm's."""
+        """A row per case; if both arms were measured, the first columns are the swarm's."""
         first = self.arms[0]
         cases = [measured.case for measured in self.measured]
         rows: list[list[str]] = []
@@ -340,7 +333,7 @@ class Report:
 
 
 def drawn(route: Route) -> str:
-    """A route as text: codec and bytes of a decoded token stand on each link."""
+    """A route as text, with codec and bytes of a decoded token on each link."""
     text = "client"
     for link in route.links:
         carried = ", via client" * link.sender.endswith(" via client")
@@ -353,12 +346,12 @@ def counted(count: int, thing: str) -> str:
 
 
 def number(value: float) -> str:
-    """With as many digits as matter."""
+    """With a sensible number of digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def with_range(spread: Spread) -> str:
-    """A median and its range, which is left out where there was one round."""
+    """A median and its range, which is left out after one round."""
     if spread.low == spread.high:
         return number(spread.median)
     return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"

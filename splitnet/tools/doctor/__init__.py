@@ -1,4 +1,4 @@
-"""`splitnet doctor`: what is wrong with this machine, and with its way to a swarm."""
+"""`splitnet doctor`: checks this machine, and its connection to a swarm."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def doctor(
     lan: Lan = True,
     listen: Annotated[
         str | None,
-        typer.Option(metavar="tcp://HOST:PORT", help="Where a peer here would listen; it must be reached then."),
+        typer.Option(metavar="tcp://HOST:PORT", help="Address of a peer on this machine, which others must reach."),
     ] = None,
     public_host: Annotated[
-        str | None, typer.Option(metavar="HOST[:PORT]", help="How others would reach it, if by another name or port.")
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Name and port for others to reach it, if they differ.")
     ] = None,
     context: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Length of a session: whether it fits, and how fast it is.",
+            help="Length of a session, to check whether it fits and how fast it is.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def doctor(
     invite: InviteFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
-    """Check this machine, a MODEL and the way to a swarm; say what is wrong and what to do.
+    """Check this machine, a MODEL and the connection to a swarm; report problems and their fixes.
 
     Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
     """

@@ -1,4 +1,4 @@
-"""All checks of a machine and of its way to a swarm, in the order in which one explains the next."""
+"""All checks of a machine and of its connection to a swarm, ordered so that earlier checks explain later ones."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ _OTHER_CAUSE = "copy the whole address that the peer prints, and check the netwo
 
 
 def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
-    """Looks for a swarm of the model on the local network, and gives the addresses to join it with."""
+    """Searches the local network for a swarm of the model, and returns the addresses to join it with."""
     try:
         with LocalNetwork(checkpoint.fingerprint if checkpoint.knows_manifest else "") as lan:
             nodes = lan.search()
     except LanError as error:
-        return warned("lan", f"no swarm can be looked for on this network ({error}): give --join"), []
+        return warned("lan", f"this network cannot be searched for a swarm ({error}): give --join"), []
     if not nodes:
         return warned(
             "lan",
@@ -75,8 +75,8 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
 
 
 def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[Finding]:
-    """Whether the nodes to join through answer, with the keys that their addresses name, or others to join through."""
-    # One is enough to join, so while another answers, one that does not is no more than a waste of time.
+    """Whether the nodes to join through answer with the keys of their addresses. others_answer: other addresses do."""
+    # One node is enough to join. While another one answers, a silent node only wastes time.
     wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
     for answer in answers:
         if not answer.fault:
@@ -93,7 +93,7 @@ def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False
 
 
 def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
-    """Whether this machine's clock agrees, up to some seconds, with those of nodes; at least one answers."""
+    """Whether this machine's clock agrees, up to some seconds, with the clocks of nodes; at least one node answers."""
     ahead_s = {answer.address: answer.ahead_s for answer in answers if not answer.fault}
     usual_s = median(ahead_s.values())
     if abs(usual_s) > allowed_s:
@@ -114,7 +114,7 @@ def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
 
 
 def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> list[str]:
-    """The fingerprints of the models in a swarm that are the user's, or are called so if not all of it is here."""
+    """The fingerprints of a swarm's models that match the user's model, or its name if parts of it are missing here."""
     if checkpoint is None:
         return list(models)
     if checkpoint.knows_manifest:
@@ -123,14 +123,14 @@ def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> li
 
 
 def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Finding:
-    """Whether a swarm with these models (names by fingerprint) serves that of the user; None: any model will do."""
+    """Whether a swarm with these models (names by fingerprint) serves the user's model; None: any model."""
     names = ", ".join(sorted(set(models.values())))
     if not models:
         return failed("swarm", "no peer serves a model here: start one with `splitnet peer MODEL --join ADDR`")
     if checkpoint is None:
         return passed("swarm", f"serves {names}")
     if served_marks(models, checkpoint):
-        same = "with the same weights" if checkpoint.knows_manifest else "by its name: not all of it is here to compare"
+        same = "with the same weights" if checkpoint.knows_manifest else "by name: some files to compare are missing"
         return passed("swarm", f"serves {checkpoint.name}, {same}")
     revisions = [mark[:SHOWN_DIGITS] for mark, name in models.items() if name == checkpoint.name]
     if revisions and checkpoint.knows_manifest:
@@ -145,7 +145,7 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
 
 
 def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Finding:
-    """Whether every one of a model's `count` blocks is served by a peer that is not silent, as these records say."""
+    """Whether each of a model's `count` blocks has a peer that is not silent, by these records."""
     holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
     if not holes:
         return passed("coverage", f"all {count} blocks of {name} are served by peers that answer")
@@ -154,7 +154,7 @@ def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequen
     if any(record.start < end and start < record.end for record in silent for start, end in holes):
         return failed(
             "coverage",
-            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or see to the peers above",
+            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or repair the peers above",
         )
     return failed("coverage", f"blocks {blocks} of {name} are served by nobody: {fix}")
 
@@ -162,9 +162,9 @@ def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequen
 def context(
     checkpoint: Checkpoint, positions: int, records: Sequence[PeerRecord], rtt_ms: Mapping[str, float]
 ) -> Finding:
-    """Whether a session of so many positions fits now, which blocks lack memory, and how fast it would be.
+    """Whether a session of this many positions fits at present, which blocks lack memory, and how fast it would be.
 
-    records: of peers that together serve all blocks. rtt_ms: round trips to those that were tried, by name.
+    records: of peers that together serve all blocks. rtt_ms: round trips to the tried peers, by name.
     """
     count, most = checkpoint.num_blocks, checkpoint.max_positions
     if most is not None and positions > most:
@@ -191,7 +191,7 @@ def context(
     token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
     first_s = first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions) / 1000
     unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
-    least = ", without what some peers take to read so many, which they do not tell" if unknown else ""
+    least = ", without the time to read such a context, which some peers do not report" if unknown else ""
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
     if full:
         return warned("context", f"{what} does not fit now: {lack}: try again later, or start peers for them ({speed})")
@@ -199,13 +199,13 @@ def context(
 
 
 _HIDDEN_SILENCE = (
-    "it is not reached through any of its helpers: it or they have ended, or have no room; its record expires within a "
-    "minute, or names others then"
+    "it is not reached through any of its helpers: it or they have ended, or are full; its record expires within a "
+    "minute, or then names other helpers"
 )
 
 
 def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
-    """What there is to say of one peer, whose record was signed `ahead_s` seconds later than now."""
+    """The finding about one peer, whose record was signed `ahead_s` seconds after the present time."""
     blocks = f"blocks {record.start}..{record.end - 1}"
     name = f"{short_key(record.key.text)} at {record.address}, {blocks}"
     if record.relays:
@@ -224,7 +224,7 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
 
 
 def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
-    """Whether a peer to join through answers, with the key that its address names; else a finding that is `wrong`."""
+    """Whether a peer to join through answers with the key of its address; a problem is reported through `wrong`."""
     if answer.state is LinkState.WRONG_KEY:
         text = "what answers there ends the handshake as if it has another key"
         return wrong("join", f"{address}: {text}: copy the address that the peer prints now")
@@ -258,15 +258,15 @@ class Reach:
 
     identity: Identity
     listen: str  # `tcp://host:port`, where a peer would listen
-    public_host: str | None  # `HOST` or `HOST:PORT` by which others reach it; None: found out
-    needed: bool  # this machine is meant to serve, so that it is a fault if nobody reaches it
+    public_host: str | None  # `HOST` or `HOST:PORT` at which others reach it; None: detected
+    needed: bool  # this machine should serve, so an unreachable port is a failure
     _serving: PeerRecord | None = None
 
     def __post_init__(self) -> None:
-        self._address = self.listen  # that others were asked to connect to
+        self._address = self.listen  # others were asked to connect to this address
 
     def port(self, own: PeerRecord | None = None) -> Finding:
-        """Whether the port is free, or held rightly by a peer with the key of this machine, which has the record."""
+        """Whether the port is free, or used by the peer with this machine's key, whose record is `own`."""
         try:
             refuse_taken(self.listen)
         except AddressInUse as error:
@@ -279,7 +279,7 @@ class Reach:
         return passed("port", f"{self.listen} can be listened on")
 
     def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> Finding:
-        """Whether some of the peers that answer reach this machine; to be called after `port`, if that passed."""
+        """Whether some of the answering peers reach this machine; call this after `port` has passed."""
         if self._serving is not None:
             return self._ask(links, answering, self._serving.address)
         try:
@@ -295,13 +295,13 @@ class Reach:
             return self._ask(links, answering, address)
 
     def router(self, found: Finding) -> Iterator[Finding]:
-        """What the router says of itself, asked for no port, if `found` of `from_outside` is that no peer comes in."""
+        """The router's own report, without a request for a port, if `found` shows that peers cannot connect."""
         if found.status is Status.passed or self.public_host is not None or not is_reachable(self._address):
             return
         try:
             yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
         except MappingError as error:
-            yield warned("router", f"it gives no ports ({error}): switch NAT-PMP or UPnP on there, or forward a port")
+            yield warned("router", f"it gives no ports ({error}): enable its NAT-PMP or UPnP, or forward a port")
 
     def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
         self._address = address
@@ -310,17 +310,17 @@ class Reach:
             return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")
         others = [record for record in answering if record.key != self.identity.public][:ASKED_PEERS]
         if not others:
-            return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
+            return warned("reach", "no answering peer could try to reach this machine: see above")
         here = Endpoint(address, self.identity.public)
         reached = dict(links.ask_back(others, here))
-        # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
+        # A peer that remembers this address waits a while before it tries again, but opens a new link at once.
         again = [record for record in others if reached.get(record.key.text) is False]
         reached |= links.ask_back(again, here) if again else {}
         count = sum(reached.values())
         if not reached:
             return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
         if count == len(reached):
-            note = ", which is only for this machine" if not is_reachable(address) else ""
+            note = ", which only this machine can use" if not is_reachable(address) else ""
             return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
         who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
         helpers = sum(record.helper is not None for record in answering)
@@ -328,7 +328,7 @@ class Reach:
             return warned(
                 "reach",
                 f"{who} this machine at {address}: a peer here is reached through helpers ({helpers} peers help); "
-                "straighter is to open the port, forward it in the router, and name it with --public-host",
+                "for direct connections, open the port, forward it in the router, and name it with --public-host",
             )
         purpose = "" if self.needed else "a client needs no open port, but to serve here "
         return wrong(
@@ -344,7 +344,7 @@ ANY_PORT = "tcp://0.0.0.0:0"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is to be checked, as the options of `splitnet peer` would say it; None: no model, or nowhere to listen."""
+    """The setup to check, as options of `splitnet peer`; None: no model, or no address to listen at."""
 
     model: str | None = None
     options: ConnectionOptions
@@ -354,9 +354,9 @@ class Setup:
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
-    """Makes all checks that the set-up allows; none of them ends the examination.
+    """Makes all checks that the setup allows; no finding ends the examination.
 
-    `clock` gives Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
+    `clock` returns Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
     """
     swarm = setup.options.load_swarm_key() or OPEN
     yield from hardware.software()
@@ -384,7 +384,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         yield from _way_to(join, checkpoint, reach, clock, swarm, setup.context)
     else:
         if setup.context is not None:
-            yield warned("context", "no swarm was found that could hold such a session: give --join")
+            yield warned("context", "no swarm was found for such a session: give --join")
         yield reach.port()
 
 
@@ -418,7 +418,7 @@ def _way_to(
         allowed_s = allowed_skew_s()
         agreement = clocks(present, allowed_s)
         yield agreement
-        # With a clock that is off, records of peers are void, or of the future.
+        # With a wrong clock, records of peers look expired, or from the future.
         in_time = [] if agreement.status is Status.failed else present
         present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_s]
     joined = [*joined, *(answer.address for answer in present)]
@@ -474,7 +474,7 @@ def _swarm(
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
-            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and taken to answer")
+            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and assumed to answer")
         counted = [*answering, *records[MAX_PEERS:]]
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)

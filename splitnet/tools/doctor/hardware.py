@@ -1,4 +1,4 @@
-"""What a check finds; and checks of the machine: Python, libraries, devices, kernels, disk, and the key."""
+"""The results of checks, and checks of the machine: Python, libraries, devices, kernels, disk, and the key."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from splitnet.security.identity import Identity, default_key_file
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """The result of a check."""
 
     passed = "pass"
     warned = "warn"  # something may be wrong, or is wrong for some uses
-    failed = "fail"  # it cannot work like this
+    failed = "fail"  # the setup cannot work
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check has found, in words; if it did not pass, what is wrong and what to do."""
+    """The result of one check in words; if it did not pass, the problem and its fix."""
 
     check: str
     text: str
@@ -52,26 +52,26 @@ _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def software() -> Iterator[Finding]:
-    """Python and the libraries, against what the package says that it needs, and modules in the place of ours."""
+    """Python and the libraries, compared with the package's requirements, and modules that hide splitnet's."""
     yield from (failed("libraries", sentence) for sentence in foreign_modules())
     try:
         package = metadata.distribution("splitnet")
     except metadata.PackageNotFoundError:
-        yield warned("python", "splitnet is not installed, so what it needs is not known: run `pip install .` in it")
+        yield warned("python", "splitnet is not installed, so its requirements are unknown: run `pip install .` there")
         return
     yield python_version(package.metadata["Requires-Python"], platform.python_version())
     yield from libraries(package.requires or (), _installed_version)
 
 
 def python_version(required: str, version: str) -> Finding:
-    """Whether a version of Python is one of those `required`, such as `>=3.11`."""
+    """Whether a version of Python satisfies `required`, such as `>=3.11`."""
     if SpecifierSet(required).contains(version, prereleases=True):
         return passed("python", version)
     return failed("python", f"this is Python {version}, splitnet needs {required}: install that, and splitnet in it")
 
 
 def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Whether libraries that a package always needs, extras aside, are `installed` (their versions) and fit."""
+    """Whether a package's required libraries, without extras, are `installed` (their versions) and fit."""
     needed = [Requirement(text) for text in requirements]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     wrong = False
@@ -83,11 +83,11 @@ def libraries(requirements: Sequence[str], installed: Callable[[str], str | None
         state = "is not installed" if version is None else f"is {version}, splitnet needs {one.specifier}"
         yield failed("libraries", f"{one.name} {state}: run `pip install '{one.name}{one.specifier}'`")
     if not wrong:
-        yield passed("libraries", f"{len(needed)} are there, in versions that fit")
+        yield passed("libraries", f"{len(needed)} are installed, in versions that fit")
 
 
 def devices(asked: str = AUTO) -> Finding:
-    """What torch can compute on, and what `--device` would choose."""
+    """The devices that torch can use, and the choice of `--device`."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -101,13 +101,13 @@ def devices(asked: str = AUTO) -> Finding:
         return failed("devices", f"{text}; {error}")
     if _NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         return warned(
-            "devices", f"{text}; there is an NVIDIA driver, but not for this torch: install a build of it with CUDA"
+            "devices", f"{text}; there is an NVIDIA driver, but this torch cannot use it: install one with CUDA"
         )
     return passed("devices", text)
 
 
 def kernels() -> Finding:
-    """Whether splitnet's own kernels are there, and for this CPU."""
+    """Whether splitnet's kernels are compiled, and for this CPU."""
     try:
         from splitnet.quant.native import Kernels, have_threads, kernels_here, path_in_use, prefetch_in_use, why_none
     except (ImportError, OSError) as error:
@@ -137,7 +137,7 @@ def kernels() -> Finding:
 
 
 def disk(folder: Path, needed: int) -> Finding:
-    """Whether a cache folder can be written to and has room for `needed` more bytes."""
+    """Whether a cache folder is writable and has room for `needed` more bytes."""
     there = nearest_folder(folder)
     if not os.access(there, os.W_OK):
         return failed("disk", f"{there} cannot be written to: change its owner, or set HF_HOME to another folder")
@@ -152,7 +152,7 @@ def disk(folder: Path, needed: int) -> Finding:
 
 
 def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
-    """Whether the key of this machine, in a file or that of the user, can be used; and the key, if there is one."""
+    """Whether the machine's key, in `path` or the user's file, is usable; and the key, if it exists."""
     path = path or default_key_file()
     try:
         if path.exists():
@@ -160,7 +160,7 @@ def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
     except KeyFileError as error:
         return failed("key", str(error)), None
     except OSError as error:
-        return failed("key", f"{path} cannot be looked for ({error.strerror}): change the owner of its folder"), None
+        return failed("key", f"{path} cannot be searched ({error.strerror}): change the owner of its folder"), None
     folder = nearest_folder(path.parent)
     if not os.access(folder, os.W_OK):
         return failed("key", f"{path} cannot be made: change the owner of {folder}, or give --key-file"), None
@@ -183,11 +183,11 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-SHOWN_DIGITS = 12  # Of a fingerprint
+SHOWN_DIGITS = 12  # of a fingerprint
 
 
 def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
-    """Opens a folder, a file or a hub id, and reads a little of every shard; the checkpoint if it can be used."""
+    """Opens a folder, a file or a hub id, and reads a little of every shard. Returns the checkpoint if it is usable."""
     try:
         checkpoint = Checkpoint.open(model)
         blocks = len(checkpoint.block_tensors)
@@ -195,13 +195,13 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
         mark = f"fingerprint {checkpoint.fingerprint[:SHOWN_DIGITS]}" if checkpoint.knows_manifest else "not all here"
     except SplitnetError as error:
         return failed("model", str(error)), None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged files can be anything
+    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged files can raise any of these
         return failed("model", f"the files of {model} are damaged ({error!r}): download it again"), None
     return passed("model", f"{checkpoint.name}, {checkpoint.model_type}, {blocks} blocks, {mark}"), checkpoint
 
 
 def memory(sizes: ModelSizes, free: int) -> Finding:
-    """Whether blocks of the model fit in `free` bytes, as many as a peer takes that is not told otherwise."""
+    """Whether blocks of the model fit in `free` bytes, by the default share of a peer."""
     fitting = min(sizes.num_blocks, int(free * BLOCKS_SHARE) // sizes.block_bytes)
     block = f"{sizes.block_bytes / 2**20:.0f} MiB as {sizes.held_as}"
     if fitting:
@@ -220,11 +220,11 @@ def memory(sizes: ModelSizes, free: int) -> Finding:
 
 
 def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
-    """Whether what comes from the hub has room in its cache."""
+    """Whether the hub's cache has room for the download."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if Path(model).expanduser().exists():
-        return passed("disk", "the model is read from where it lies, nothing is downloaded")
+        return passed("disk", "the model is read from its present place, nothing is downloaded")
     whole = 0
     if sizes:
         plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.client_part_bytes

@@ -1,4 +1,4 @@
-"""`splitnet plan`: how to cut a model over devices that are known, and what to expect of it."""
+"""`splitnet plan`: how to cut a model over known devices, and its expected speed."""
 
 from __future__ import annotations
 
@@ -36,39 +36,37 @@ def plan(
     ],
     objective: Annotated[
         Objective,
-        typer.Option("--for", help="latency: one session gets its tokens soonest. throughput: many get most together."),
+        typer.Option("--for", help="latency: fastest tokens of one session. throughput: most tokens of many sessions."),
     ] = Objective.latency,
     context: Annotated[
         int | None,
         tokens(
-            help=f"Length of a session that each device has memory for; {DEFAULT_CONTEXT}, or the model's if shorter."
+            help=f"Length of a session that fits in each device; by default {DEFAULT_CONTEXT}, at most the model's."
         ),
     ] = None,
     prompt: Annotated[
         int | None,
-        tokens(help=f"Length of the prompt that the first token answers; {DEFAULT_PROMPT}, or the context if shorter."),
+        tokens(help=f"Length of the prompt before the first token; by default {DEFAULT_PROMPT}, at most the context."),
     ] = None,
     sessions: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=256,
-            help=f"How many each device has memory for; 1, or {DEFAULT_SESSIONS} with --for throughput.",
+            help=f"Sessions that fit in each device; by default 1, or {DEFAULT_SESSIONS} with --for throughput.",
             show_default=False,
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+        Dtype | None, typer.Option(help="Type that blocks compute in; by default the checkpoint's.")
     ] = None,
-    weights: Annotated[
-        WeightKind | None, typer.Option(help="What weights are held as; as stored if not given.")
-    ] = None,
+    weights: Annotated[WeightKind | None, typer.Option(help="Format of the weights; by default as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the best partition of MODEL over known devices, its speed, and the command for each device.
 
-    Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
-    come about: docs/placement.md.
+    Only the model's config is read, and headers of its files if it is quantized. docs/placement.md describes FILE and
+    the computation of the figures.
     """
     import_models()
     from splitnet.tools.plan.devices_file import read_devices
@@ -99,7 +97,7 @@ def plan(
         typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
         raise typer.Exit(1) from None
     if weights is None and sizes.dtype == "float16":
-        dtype = Dtype.float16  # or CPUs would compute in float32, with caches of twice the size
+        dtype = Dtype.float16  # otherwise CPUs would compute in float32, with caches of twice the size
     commands = [_command(model, span, dtype, weights, joins=index > 0) for index, span in enumerate(made.spans)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))
@@ -108,7 +106,8 @@ def plan(
 
 
 def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
-    needed = span.memory_used - (span.device.memory - span.kv_memory)  # of all memory, what is not weights
+    # The part of all memory that does not hold weights.
+    needed = span.memory_used - (span.device.memory - span.kv_memory)
     whole_mib = span.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
     words = ["splitnet", "peer", model, "--blocks", f"{span.start}:{span.end}", "--kv-memory", kv_memory]

@@ -1,4 +1,4 @@
-"""The file that tells `splitnet plan` of devices and links. Its format is described in docs/placement.md."""
+"""Reads the file of devices and links for `splitnet plan`; docs/placement.md describes its format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from scheduler.facts import CLIENT, MAX_WATTS, Link, Network, Speed
 from splitnet.blocks.device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 
-CLIENT_NAME: Final = "client"  # How links name the client if it runs on none of the devices
+CLIENT_NAME: Final = "client"  # the client's name in links if it runs on none of the devices
 
 SAME_MACHINE: Final = Link(latency_ms=0.05, bytes_per_ms=1e6)
-"""Between a client and the peer on the same machine: it goes through memory."""
+"""The link between a client and a peer on the same machine, through memory."""
 
 _BYTES: Final = {"b": 1.0} | {
     f"{prefix}{mark}": float(base**power)
@@ -28,12 +28,12 @@ _FLOPS: Final = {f"{prefix}flops": 1000.0**power for power, prefix in enumerate(
 
 
 class DevicesFileError(SplitnetError):
-    """The file of devices cannot be read, or says something that cannot be."""
+    """The file of devices cannot be read, or has an invalid value."""
 
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """What a device achieves. bytes_per_ms: of memory that is read. flops_per_ms: in the type of the weights."""
+    """The speed that a device achieves. bytes_per_ms: reading memory. flops_per_ms: in the type of the weights."""
 
     bytes_per_ms: float
     flops_per_ms: float
@@ -44,15 +44,15 @@ class KnownDevice:
     """A device of the file."""
 
     name: str
-    memory: int  # bytes for weights, KV caches and, where the client runs, the client's part of the model
-    speed: Speed | MachineSpeed  # measured with the model, or what to derive it from
-    torch_device: str | None = None  # to compute on, such as `cuda`; None: what the peer finds best
-    watts: float = 0.0  # that it draws while it computes; 0: not known
+    memory: int  # bytes for weights, KV caches and, on the client's device, the client part
+    speed: Speed | MachineSpeed  # measured with the model, or the facts to derive it from
+    torch_device: str | None = None  # to compute on, such as `cuda`; None: the peer's choice
+    watts: float = 0.0  # drawn while it computes; 0: not known
 
 
 @dataclass(frozen=True)
 class DevicesFile:
-    """What the file says; `client_host`: name of the device that the client runs on; None: another machine."""
+    """The file's content; `client_host`: name of the client's device; None: another machine."""
 
     devices: tuple[KnownDevice, ...]
     client_host: str | None
@@ -60,14 +60,14 @@ class DevicesFile:
 
 
 def read_devices(path: Path) -> DevicesFile:
-    """Reads and checks a file of devices. Raises DevicesFileError: the place in the file and what to write there."""
+    """Reads and checks a file of devices. Raises DevicesFileError with the place in the file and the fix."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DevicesFileError(f"cannot read {path} ({error}): give a file such as examples/devices.yaml") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise DevicesFileError(f"{place}: {getattr(error, 'problem', error)}: this is not YAML") from None
@@ -162,7 +162,7 @@ def _network(content: Any, names: Sequence[str], host: str | None) -> Network:
 
 
 def _with_client(network: Network, names: Sequence[str], host: str | None) -> Network:
-    """The network with the links of the client: its own, or those of the device that it runs on."""
+    """The network with the client's links, which are the links of its device if it has one."""
     to_client = {(name, CLIENT): network.link(name, host or CLIENT_NAME) for name in names if name != host}
     from_client = {(CLIENT, name): network.link(host or CLIENT_NAME, name) for name in names if name != host}
     same = {(CLIENT, host): SAME_MACHINE, (host, CLIENT): SAME_MACHINE} if host else {}

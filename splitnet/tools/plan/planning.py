@@ -1,4 +1,4 @@
-"""The best partition of a model over known devices, and what `splitnet plan` prints of it."""
+"""The best partition of a model over known devices, and the output of `splitnet plan`."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice, MachineSp
 from splitnet.wire.codecs import CODECS
 
 MOST_SESSIONS: Final = 16
-"""Sessions for which a throughput is told if nothing is asked for; fewer if there is no memory for so many."""
+"""Sessions for the reported throughput by default; fewer if memory for fewer exists."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the partition is for."""
+    """The purpose of the partition."""
 
     context: int  # positions of a session
-    prompt: int  # so many of them are the prompt's
-    sessions: int  # each device has memory for so many
-    throughput: bool  # what they get together counts
+    prompt: int  # prompt positions among them
+    sessions: int  # sessions for which each device has memory
+    throughput: bool  # optimizes the sessions' total throughput
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class PlannedSpan:
     start: int
     end: int
     memory_used: int
-    kv_memory: int  # what its blocks leave for KV caches
-    kv_needed: int  # what those of the sessions take, of the context's length
+    kv_memory: int  # the memory that its blocks leave for KV caches
+    kv_needed: int  # KV caches of the sessions, with the context's length
     max_blocks: int  # for which it would have memory, with such caches
-    ms_per_token: float  # its part of a decode step
-    joules_per_token: float | None  # None if it is not known what the device draws
+    ms_per_token: float  # of a decode step
+    joules_per_token: float | None  # none if the device's power is not known
 
 
 @dataclass(frozen=True)
 class UsedLink:
-    """A link of the plan by the names of its ends. ms_per_token: its part of a decode step, latency included."""
+    """A link of the plan, by the names of its ends. ms_per_token: of a decode step, including latency."""
 
     sender: str
     receiver: str
@@ -67,28 +67,28 @@ class UsedLink:
 
 @dataclass(frozen=True)
 class Plan:
-    """The best partition, and what it is compared with."""
+    """The best partition, and the alternatives to compare it with."""
 
     sizes: ModelSizes
     demand: Demand
     client: str
-    client_ms: float | None  # of a decode step, for the head; None if nothing is known of the client's machine
+    client_ms: float | None  # of a decode step, for the head; None if the client's machine is not known
     spans: tuple[PlannedSpan, ...]
     links: tuple[UsedLink, ...]
     tokens_per_s: float  # of one session while it decodes
-    first_token_ms: float  # after the prompt was sent, with the session open
-    longest_first_token_ms: float  # of a prompt that fills the context
-    left_out: Mapping[str, int]  # devices without blocks, and for how many they have memory
+    first_token_ms: float  # from sending the prompt in an open session
+    longest_first_token_ms: float  # for a prompt that fills the context
+    left_out: Mapping[str, int]  # devices without blocks, and the number of blocks for which they have memory
     sessions: int
-    all_tokens_per_s: float  # of so many sessions together
-    # By device that could hold all blocks: tokens/s of one session, or for throughput of all together.
+    all_tokens_per_s: float  # total of this many sessions
+    # By device that could hold all blocks: tokens/s of one session, or for throughput the total of all sessions.
     alone: Mapping[str, float]
-    everyone: float | None  # the same of the best chain of all devices; None if the plan is that, or there is none
-    exact: bool  # no partition is better by the cost model
+    everyone: float | None  # the same for the best chain of all devices; None if that is the plan, or there is none
+    exact: bool  # no other partition is better by the cost model
 
 
 def joules_of(spans: Sequence[PlannedSpan]) -> float | None:
-    """Of a token on all devices; None if one is not known."""
+    """Joules of a token on all devices; None if one is not known."""
     known = [span.joules_per_token for span in spans if span.joules_per_token is not None]
     return sum(known) if len(known) == len(spans) else None
 
@@ -107,7 +107,7 @@ class ModelTooBig(OutOfMemory):
 
 
 def make_plan(sizes: ModelSizes, file: DevicesFile, demand: Demand) -> Plan:
-    """The best partition of a model over the devices of a file. Raises ModelTooBig, with how much memory is missing."""
+    """The best partition of a model over the devices of a file. Raises ModelTooBig with the missing memory."""
     return _Planning(sizes, file, demand).plan()
 
 
@@ -127,7 +127,7 @@ class _Planning:
             for device in file.devices
         ]
         self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
-        # A step of a prefill reads its own row alone, and what is before it at that time.
+        # A step of a prefill reads only its own row, up to its own position.
         self._reading: dict[str, Peer] = {
             name: replace(peer, speed=self._speed(self._known[name], cached=False), past=self._past(self._known[name]))
             for name, peer in self._peers.items()
@@ -173,11 +173,11 @@ class _Planning:
         )
 
     def _room(self, device: KnownDevice) -> int:
-        """Bytes for blocks and KV caches; the client's part of the model stays on the client's host."""
+        """Bytes for blocks and KV caches, without the client part on the client's host."""
         return device.memory - (self._sizes.client_part_bytes if device.name == self._file.client_host else 0)
 
     def _machine(self, device: KnownDevice) -> MachineSpeed:
-        """As given, or as it follows from the times of a block."""
+        """The given speed of the machine, or the speed that follows from the times of a block."""
         if isinstance(device.speed, MachineSpeed):
             return device.speed
         most, sizes = PASS_SIZES[-1], self._sizes
@@ -186,14 +186,14 @@ class _Planning:
         )
 
     def _past(self, device: KnownDevice) -> PastCost:
-        """Reading keys and values, or the arithmetic of attention: as if its heads were as wide as hidden states."""
+        """The cost of reading keys and values, or of attention with heads as wide as hidden states."""
         machine, sizes = self._machine(device), self._sizes
         ms = [(context * sizes.kv_bytes / machine.bytes_per_ms, context / machine.flops_per_ms) for context in CONTEXTS]
         arithmetic = 4 * PASS_POSITIONS * sizes.hidden_size  # two products, of two operations each
         return PastCost(tuple((reading, max(reading, arithmetic * each)) for reading, each in ms))
 
     def _speed(self, device: KnownDevice, *, cached: bool = True) -> Speed:
-        """cached: each position of a pass is of a session of its own, and its cache is read."""
+        """cached: each position of a pass is of a different session, and its cache is read."""
         cache_bytes, sessions = self._kv_bytes if cached else 0, max(self._demand.sessions, MOST_SESSIONS)
         if isinstance(device.speed, Speed):
             cache_ms = cache_bytes / self._machine(device).bytes_per_ms
@@ -222,7 +222,7 @@ class _Planning:
         return fastest_partition(self._devices, blocks, network, encodings=self._encodings, everyone=everyone).hops
 
     def _widest(self) -> Sequence[Hop]:
-        """The chain with which all sessions together get most: how many share a pass best is tried."""
+        """The chain with the largest total throughput of all sessions; tries several numbers of sessions per pass."""
         candidates = [self._fastest()]
         widest = partial(widest_partition, self._devices, self._sizes.num_blocks, self._file.network)
         positions = 1
@@ -303,22 +303,21 @@ def title(plan: Plan) -> str:
 
 
 def device_table(plan: Plan) -> str:
-    """The devices in the order of the chain, and what they hold."""
+    """The devices in the order of the chain, with their blocks and memory."""
     energy = ["J/token"] * any(span.device.watts for span in plan.spans)
     figures = ["at most", "memory used", "KV caches", "ms/token", *energy]
-    rows: list[list[str]] = []
-    for span in plan.spans:
-        rows.append(
-            [
-                span.device.name,
-                f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
-                str(span.max_blocks),
-                f"{amount(span.memory_used)} of {amount(span.device.memory)}",
-                amount(span.kv_needed),
-                f"{span.ms_per_token:.1f}",
-                *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * len(energy)),
-            ]
-        )
+    rows = [
+        [
+            span.device.name,
+            f"{span.start}..{span.end - 1}" if span.end - span.start > 1 else str(span.start),
+            str(span.max_blocks),
+            f"{amount(span.memory_used)} of {amount(span.device.memory)}",
+            amount(span.kv_needed),
+            f"{span.ms_per_token:.1f}",
+            *(["?" if span.joules_per_token is None else f"{span.joules_per_token:.3g}"] * len(energy)),
+        ]
+        for span in plan.spans
+    ]
     rows += [[name, "none", str(blocks), "", "", "", *[""] * len(energy)] for name, blocks in plan.left_out.items()]
     name, head_ms = ("client", "?") if plan.client_ms is None else (f"client on {plan.client}", f"{plan.client_ms:.1f}")
     rows.append([name, "head", "", "", "", head_ms, *[""] * len(energy)])
@@ -336,14 +335,14 @@ def link_table(plan: Plan) -> str:
 
 
 def summary(plan: Plan) -> Iterator[str]:
-    """What to expect, and whether fewer devices would do better."""
+    """The expected speed, and whether fewer devices would be faster."""
     together = f", {plan.all_tokens_per_s:.1f} tokens/s for {plan.sessions} sessions together" * (plan.sessions > 1)
     yield (
         f"Expect {plan.tokens_per_s:.1f} tokens/s for one session{together}, and {plan.first_token_ms / 1000:.2f} s to "
         f"the first token of a prompt of {plan.demand.prompt}."
     )
     yield (
-        f"These are tokens of a text of {plan.demand.context}; a prompt that long gets its first token in "
+        f"These are tokens in a text of {plan.demand.context}; a prompt of this length gets its first token in "
         f"{plan.longest_first_token_ms / 1000:.2f} s."
     )
     if plan.sessions <= 1:

@@ -1,4 +1,4 @@
-"""`splitnet tune`: fine-tune a model on one's own examples."""
+"""`splitnet tune`: fine-tune a model on the user's examples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _NEEDS = {
     "directions": ("--zeroth-order",),
     "eval_every": ("--eval",),
 }
-"""The options that do something in some runs only, by parameter, and what a run needs for them: one of these."""
+"""Options that matter in some runs only, by parameter, and the options that a run needs for them: one of these."""
 
 
 @connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby"))
@@ -50,75 +50,75 @@ def tune(
     context: typer.Context,
     model: ModelOrInvite = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")
+        Path | None, typer.Option(metavar="DIR", help="New folder for the adapter and the files of the run.")
     ] = None,
     *,
     connecting: ConnectionOptions,
     data: Annotated[Path | None, in_data(metavar="FILE.jsonl", help="Examples, one JSON object per line.")] = None,
     evaluation: Annotated[Path | None, in_data("--eval", metavar="FILE.jsonl", help="Held-out examples.")] = None,
     method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     join_round: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Train with others on the examples of all, see `splitnet round`.")
+        str | None, typer.Option(metavar="NAME", help="Train together with other owners, see `splitnet round`.")
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Measure some steps of every method, tell what a run would cost, and end.")
+        bool, typer.Option("--plan", help="Measure some steps of every method, print the cost of a run, and exit.")
     ] = False,
-    template: Annotated[str, in_data(help="What the model reads of a text with a label.")] = TEMPLATE,
+    template: Annotated[str, in_data(help="Prompt for a text with a label.")] = TEMPLATE,
     head: Annotated[
-        bool, in_data("--head", help="Train a head that tells labels, instead of the model's words.")
+        bool, in_data("--head", help="Train a head that predicts labels, instead of using the model's words.")
     ] = False,
     max_length: Annotated[
-        int | None, in_data(min=2, help="Tokens per example at most; 1024 if the model has room.")
+        int | None, in_data(min=2, help="Most tokens per example; by default 1024, if the model has room.")
     ] = None,
     steps: Annotated[int, in_training(min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[
         float | None, in_training("--lr", min=0, help="Largest step size; depends on the method.")
     ] = None,
     batch_size: Annotated[int, in_training(min=1, help="Examples per step.")] = 8,
-    accumulate: Annotated[int, in_training(min=1, help="Parts to cut a step into, to save memory here.")] = 1,
-    schedule: Annotated[Schedule, in_training(help="Of the learning rate.")] = Schedule.LINEAR,
+    accumulate: Annotated[int, in_training(min=1, help="Parts to cut a step into, to save local memory.")] = 1,
+    schedule: Annotated[Schedule, in_training(help="Schedule of the learning rate.")] = Schedule.LINEAR,
     warmup_steps: Annotated[int, in_training("--warmup", min=0, help="Steps in which the learning rate rises.")] = 0,
-    clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: any.")] = 1.0,
-    weight_decay: Annotated[float, in_training(min=0, help="As in AdamW.")] = 0.0,
-    zeroth_order: Annotated[bool, in_training("--zeroth-order", help="Train by forward passes alone (MeZO).")] = False,
+    clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: no limit.")] = 1.0,
+    weight_decay: Annotated[float, in_training(min=0, help="Weight decay of AdamW.")] = 0.0,
+    zeroth_order: Annotated[bool, in_training("--zeroth-order", help="Train with forward passes only (MeZO).")] = False,
     directions: Annotated[
-        int, in_training(min=1, help="Of --zeroth-order: so many and one passes a step; 1 takes 2.")
+        int, in_training(min=1, help="Directions of --zeroth-order; a step takes one pass more than directions.")
     ] = 4,
     seed: Annotated[int, in_training(min=0, max=2**31, help="Makes training repeatable.")] = 0,
-    eval_every: Annotated[int, in_training(min=0, help="Steps between evaluations; 0: at both ends only.")] = 0,
+    eval_every: Annotated[int, in_training(min=0, help="Steps between evaluations; 0: only at both ends.")] = 0,
     save_every: Annotated[int, in_training(min=1, help="Steps between checkpoints.")] = 25,
-    rank: Annotated[int, in_adapter(min=1, help="Of LoRA.")] = 8,
-    alpha: Annotated[int, in_adapter(min=1, help="Of LoRA: scale times rank.")] = 16,
-    targets: Annotated[str | None, in_adapter(help="Layers for LoRA, as q_proj,v_proj; or all-linear.")] = None,
+    rank: Annotated[int, in_adapter(min=1, help="Rank of LoRA.")] = 8,
+    alpha: Annotated[int, in_adapter(min=1, help="Alpha of LoRA: scale times rank.")] = 16,
+    targets: Annotated[str | None, in_adapter(help="Layers for LoRA, such as q_proj,v_proj, or all-linear.")] = None,
     tokens: Annotated[int, in_adapter(min=1, max=512, help="Virtual tokens of prompt, prefix and p-tuning.")] = 16,
     init_text: Annotated[
-        str | None, in_adapter(help="What prompt or prefix begins as; an instruction if not given.")
+        str | None, in_adapter(help="Initial text of prompt or prefix; by default an instruction.")
     ] = None,
     projection: Annotated[
-        int | None, in_adapter(min=1, help="Width of the network that makes prefix or p-tuning prompt.")
+        int | None, in_adapter(min=1, help="Width of the network that generates the prefix or the p-tuning prompt.")
     ] = None,
-    network: Annotated[PromptNetwork, in_adapter(help="Of p-tuning.")] = PromptNetwork.MLP,
-    width: Annotated[int | None, in_adapter(min=32, help="Of a side network; a quarter of the model's.")] = None,
+    network: Annotated[PromptNetwork, in_adapter(help="Network of p-tuning.")] = PromptNetwork.MLP,
+    width: Annotated[int | None, in_adapter(min=32, help="Width of a side network; default: model's / 4.")] = None,
     draft_head: Annotated[
         bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
     ] = False,
     generate: Annotated[
         int | None,
-        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to itself."),
+        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to its prompts."),
     ] = None,
-    epochs: Annotated[int, in_drafts(min=1, help="How often each text is learned from.")] = 8,
-    draft_vocabulary: Annotated[int, in_drafts(min=16, help="Tokens that are drafted: the most frequent ones.")] = 8192,
+    epochs: Annotated[int, in_drafts(min=1, help="Passes over the texts.")] = 8,
+    draft_vocabulary: Annotated[int, in_drafts(min=16, help="Most frequent tokens, which the head can draft.")] = 8192,
     states_limit: Annotated[
         str, in_drafts(metavar="4GiB", help="Disk space for hidden states, also of --method side.")
     ] = "4GiB",
 ) -> None:
-    """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
+    """Fine-tune a model on your examples: the adapter stays on this machine, and peers run the blocks.
 
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
 
-    With --draft-head, what is trained drafts tokens for --speculate, and the peers run forward only. With --generate,
+    With --draft-head, a head that drafts tokens for --speculate is trained, with forward passes only. With --generate,
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
     """
     _check_options(context)
@@ -128,7 +128,7 @@ def tune(
     if learning_rate == 0:
         raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
     if output is None and not plan:
-        raise SplitnetError("there is no place for what is trained: give --output DIR, or ask for the cost with --plan")
+        raise SplitnetError("the trained adapter needs a folder: give --output DIR, or ask for the cost with --plan")
     output = output or Path()
     from splitnet.tools.tune.data import read_examples
 
@@ -178,13 +178,13 @@ def tune(
     if train.form == "classification" and len(train.labels) < 2 and join_round is None:
         raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
     if head and method is Method.SIDE:
-        raise SplitnetError("--method side has the model's words tell labels: leave out --head")
+        raise SplitnetError("--method side predicts labels with the model's words: leave out --head")
     if head and join_round is not None:
-        raise SplitnetError("owners that train together have the model's words tell labels: leave out --head")
+        raise SplitnetError("owners that train together predict labels with the model's words: leave out --head")
     given_options = dict(_given(context))
     option = "--head" if head else given_options.get("template")
     if train.form != "classification" and option:
-        raise SplitnetError(f'{option} tells labels, and the data has none: give {{"text": "...", "label": "..."}}')
+        raise SplitnetError(f'{option} is about labels, and the data has none: give {{"text": "...", "label": "..."}}')
     checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     from splitnet.cli.connection import Connection
@@ -222,7 +222,7 @@ def tune(
         **given,
     )
     if zeroth_order and connecting.codec == "auto":
-        connecting = replace(connecting, codec="fp16")  # in the errors of int8, small differences of losses drown
+        connecting = replace(connecting, codec="fp16")  # Int8's errors would hide small differences of losses
     (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
 
 
@@ -235,38 +235,38 @@ class Action(StrEnum):
 @connects(only=("initial_peers", "lan", "key_file", "swarm_key", "invite", "model_id"))
 def round(
     context: typer.Context,
-    action: Annotated[Action, typer.Argument(help="Coordinate a joint tuning, ask how far it is, or end it early.")],
-    name: Annotated[str, typer.Argument(help="As owners give it: `splitnet tune --join-round NAME`.")],
+    action: Annotated[Action, typer.Argument(help="Coordinate a joint tuning, show its progress, or end it early.")],
+    name: Annotated[str, typer.Argument(help="Name that owners give: `splitnet tune --join-round NAME`.")],
     model: ModelOrInvite = None,
     *,
     connecting: ConnectionOptions,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New folder for what --resume goes on from.")
+        Path | None, typer.Option(metavar="DIR", help="New folder for the state from which --resume continues.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rounds in the output folder.")] = False,
-    owners: Annotated[int, typer.Option(min=1, max=256, help="To begin with; later half of them are enough.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the rounds in the output folder.")] = False,
+    owners: Annotated[int, typer.Option(min=1, max=256, help="Owners of the first round; later ones need half.")] = 2,
     listen: Annotated[
-        str, typer.Option(metavar="tcp://HOST:PORT", help="Where owners connect to.")
+        str, typer.Option(metavar="tcp://HOST:PORT", help="Address at which owners connect.")
     ] = "tcp://0.0.0.0:0",
     public_host: Annotated[
         str | None,
-        typer.Option(metavar="HOST[:PORT]", help="How owners reach this machine, if by another name or port."),
+        typer.Option(metavar="HOST[:PORT]", help="Name and port at which owners reach this machine, if they differ."),
     ] = None,
     authorized_keys: Annotated[
-        Path | None, typer.Option(help="File with the keys of the owners; anyone if not given.")
+        Path | None, typer.Option(help="File with the keys of the owners; by default anyone may take part.")
     ] = None,
-    norm: Annotated[float, in_gradients(min=0, help="Longest gradient, others are shortened; 0: 2 medians.")] = 0.0,
-    liars: Annotated[int, in_gradients(min=0, help="Owners that may send anything: a median of means counts.")] = 0,
+    norm: Annotated[float, in_gradients(min=0, help="Length to which gradients are cut; 0: twice the median.")] = 0.0,
+    liars: Annotated[int, in_gradients(min=0, help="Dishonest owners to tolerate, by a median of means.")] = 0,
     noise: Annotated[
         float, in_gradients(min=0, help="Noise that owners add for privacy, as a multiple of --norm.")
     ] = 0.0,
     masked: Annotated[
-        bool, in_gradients("--masked", help="Owners mask gradients, so that the coordinator sees sums alone.")
+        bool, in_gradients("--masked", help="Owners mask gradients, so that the coordinator sees only sums.")
     ] = False,
 ) -> None:
-    """Have many owners tune one adapter: none sees another's examples, and gradients are averaged here.
+    """Let many owners tune one adapter: no owner sees another's examples, and this process averages the gradients.
 
-    The owner that starts the rounds takes part like the others, with the same key, and its options say what is trained.
+    The owner that starts the rounds takes part like the others, with the same key; its options determine the training.
     """
     if not name.isprintable() or "@" in name.partition("@")[0] or not 0 < len(name.partition("@")[0]) <= 64:
         raise SplitnetError("a round has a name of 1 to 64 printable characters")
@@ -275,7 +275,7 @@ def round(
             if given not in {"action", "name", "model", *CONNECTING}:
                 raise SplitnetError(f"{option} is for `splitnet round start`: leave it out")
     elif output is None:
-        raise SplitnetError("there is no place for what is averaged: give --output DIR")
+        raise SplitnetError("the averaged parameters need a folder: give --output DIR")
     from splitnet.checkpoint.checkpoint import Checkpoint
     from splitnet.cli.connection import Connection
     from splitnet.tools.tune.coordinator import Coordinator
@@ -299,7 +299,7 @@ def round(
 
 
 def _check_options(context: typer.Context) -> None:
-    """Raises SplitnetError: an option was given that does nothing in such a run, or a number that is none."""
+    """Raises SplitnetError if a given option has no effect in such a run, or a number is not finite."""
     given = context.params
     methods = Method if given["plan"] else [] if given["draft_head"] else [given["method"]]
     run = {f"--method {method}" for method in methods}
@@ -320,7 +320,7 @@ def _check_options(context: typer.Context) -> None:
 
 
 def _given(context: typer.Context) -> Iterator[tuple[str, str]]:
-    """What the command line has: the names of parameters, and of their options."""
+    """The parameters that are given on the command line, with their options."""
     for parameter in context.command.params if context.command else ():
         name = parameter.name or ""
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE":

@@ -1,4 +1,4 @@
-"""The coordinator of a joint tuning: it listens to owners and brings their gradients together, see `rounds`."""
+"""The coordinator of a joint tuning: receives the owners' gradients and averages them, see `rounds`."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from splitnet.wire.messages import (
 )
 
 LOOK_S = 0.2
-LINGER_S = 120.0  # after the end, for owners that have not the last parameters yet
+LINGER_S = 120.0  # seconds after the end, for owners that lack the last parameters
 
 
 def round_place(fingerprint: str, name: str) -> str:
-    """Where the directory has the coordinators of a round, in the place of a model's fingerprint."""
+    """The key under which the directory lists coordinators of a round, in place of a model's fingerprint."""
     return ROUNDS + hashlib.sha256(f"splitnet round\0{fingerprint}\0{name}".encode()).hexdigest()
 
 
 class Coordinator:
-    """A round of the swarm's model. What it needs to go on is kept in a folder.
+    """A joint tuning of the swarm's model. Its state is kept in a folder, for resuming.
 
-    listen, public_host: as of a peer. authorized: the keys of owners; None: any. Raises AddressInUse, DataError: the
-    folder cannot be used, or holds another round.
+    listen, public_host: as for a peer. authorized: the keys of owners; None: any. Raises AddressInUse, and DataError if
+    the folder cannot be used, or holds another joint tuning.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Coordinator:
         self._lock, self._changed = threading.Lock(), threading.Event()
         self._saved: dict[str, Any] = {}
         self._connections: dict[bytes, Connection] = {}
-        self._informed: set[bytes] = set()  # owners that have the last parameters
+        self._informed: set[bytes] = set()  # owners that have received the last parameters
         description = {"round": name, "model": self._model, **asdict(rules)}
         folder.check(description, resume=resume)
         if saved := folder.load_checkpoint() if resume else None:
@@ -91,7 +91,7 @@ class Coordinator:
         self._endpoint = Endpoint(address, swarm.identity.public)
 
     def run(self) -> None:
-        """Until the last round, or until it is stopped (SystemExit)."""
+        """Runs until the last round, or until it is stopped (SystemExit)."""
         stop = StopSignals()
         self._transport.start()
         direct = f"{self._name}@{peer_address(self._endpoint)}"
@@ -119,7 +119,7 @@ class Coordinator:
         return all(key in self._informed for key, owner in owners if owner.missed < FORGIVEN)
 
     def _tell(self) -> None:
-        """Prints what has happened, and keeps it."""
+        """Prints what has happened, and saves the state."""
         with self._lock:
             rounds = self._rounds
             told, rounds.told = rounds.told, []
@@ -143,7 +143,7 @@ class Coordinator:
                 if isinstance(message, RoundNumbers) and message.attempt:
                     self._rounds.take(source.curve, message)
                 elif isinstance(message, RoundNumbers) and source.curve == self._own:
-                    if self._rounds.parameters is None:  # other owners go on from what is known
+                    if self._rounds.parameters is None:  # other owners continue from known parameters
                         self._rounds.parameters = np.frombuffer(message.payload, "<f4").copy()
                 elif isinstance(message, AskRound):
                     try:
@@ -155,7 +155,7 @@ class Coordinator:
     def _answer(self, source: Connection, ask: AskRound) -> None:
         rounds, key = self._rounds, source.curve
         if (ask.name, ask.model) != (self._name, self._model):
-            raise SplitnetError(f"here is the round {self._name} of another name or model: check both")
+            raise SplitnetError(f"this coordinator has the round {self._name}, or another model: check both")
         if ask.wish == RoundWish.END:
             if key != self._own:
                 raise SplitnetError("the key of the coordinator alone ends a round: give its --key-file")
@@ -186,7 +186,7 @@ class Coordinator:
         self._send(source, *([self._state()] if current else self._latest()))
 
     def _advance(self) -> None:
-        """Sends what owners are to know now; also called five times per second."""
+        """Sends the current news to owners; also called five times per second."""
         with self._lock:
             rounds, number = self._rounds, self._rounds.number
             waiting = [key for key, owner in rounds.owners.items() if owner.ready]
@@ -200,7 +200,7 @@ class Coordinator:
                 self._changed.set()
 
     def _begin(self, settings: bytes) -> None:
-        """Raises SplitnetError: these are no settings of a round."""
+        """Begins with these settings. Raises SplitnetError if they are invalid."""
         try:
             given = json.loads(settings)
             names = {each.name for each in fields(Settings)}

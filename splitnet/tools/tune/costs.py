@@ -1,4 +1,4 @@
-"""What a method would cost, by some steps of it that are measured: `splitnet tune --plan`."""
+"""`splitnet tune --plan`: the cost of a method, estimated from some measured steps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from splitnet.tools.tune.methods import Settings
 from splitnet.tools.tune.run import Encoded, TuningRun
 from splitnet.tools.tune.side import SideTuner
 
-MEASURED = 3  # steps behind a first one, which opens routes and sends the adapter
+MEASURED = 3  # steps after a first one, which opens routes and sends the adapter
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """states_s, states_bytes, disk_bytes: of the hidden states of all examples, which come once. first_s: by which the
-    first step takes longer than a later one. step_bytes: sent and received, by the client. states_joules, step_joules:
-    of peers; nan: not all tell their watts. client_bytes: by which its memory grew; None: not known here."""
+    """states_s, states_bytes, disk_bytes: of the hidden states of all examples, which are sent once. first_s:
+    additional time of the first step. step_bytes: sent and received by the client. states_joules, step_joules: of
+    peers; nan: some peers do not state their power. client_bytes: growth of the client's memory; None: not known.
+    """
 
     method: str
     examples: int
@@ -41,23 +42,23 @@ class Cost:
     client_bytes: int | None
 
     def seconds(self, steps: int) -> float:
-        """Of a run without evaluations."""
+        """Duration of a run without evaluations."""
         return self.states_s + self.first_s + steps * self.step_s
 
     def moved(self, steps: float) -> tuple[float, float]:
-        """Bytes sent and received, in a run of so many steps."""
+        """Bytes sent and received in a run of this many steps."""
         sent, received = (once + steps * each for once, each in zip(self.states_bytes, self.step_bytes, strict=True))
         return sent, received
 
 
 def first_rows(rows: Sequence[Encoded], settings: Settings) -> list[Encoded]:
-    """As many as the measured steps take, from all over the file."""
+    """Rows for the measured steps, from all parts of the file."""
     count = min(len(rows), (1 + MEASURED) * settings.batch_size)
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
 def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Sequence[Encoded], pad: int) -> Cost:
-    """Takes steps of a run over some of all `rows`. held_out: those to evaluate on. Raises as a step."""
+    """Measures steps of a run over some of all `rows`. held_out: rows for evaluation. Raises the errors of a step."""
     model = run.model
     disk_bytes, share, states_joules = 0, 1.0, 0.0
     with _peak() as peak:
@@ -94,7 +95,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
 
 
 def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
-    """A row per method, the quickest first, for an epoch and for a run."""
+    """Prints a row per method, the fastest first, for an epoch and for a run."""
     examples = costs[0].examples
     steps = examples / settings.batch_size
     title = f"{settings.steps} steps of {settings.batch_size}, {settings.steps / steps:.1f} times {examples:,} examples"
@@ -119,14 +120,14 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
         )
     typer.echo(table(["method", *heads], rows, heads, title=title))
     typer.echo(
-        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: by "
-        "how much its memory grew."
+        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: "
+        "growth of its memory."
     )
 
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """Afterwards the list holds by how many bytes this process has grown at most within, if that can be known."""
+    """After the `with`, the list holds this process's largest growth in bytes during it, if that is known."""
     grown: list[int] = []
     before = 0
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Training data: files of JSON lines, checked to the last line before anything else happens."""
+"""Training data: files of JSON lines, which are checked completely before training."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ FIELDS: dict[Form, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
-    "prompt": ("prompt",),  # without what it is answered with
+    "prompt": ("prompt",),  # without an answer
 }
-"""What an example of each form has; the first form whose fields a file's first example has is that of the file."""
+"""Fields of an example of each form. The first form that matches a file's first example is the form of the file."""
 
 _TEXTS = {"role": str, "content": str, "name": str}
 _OF_ROLES: dict[str, dict[str, Any]] = {"system": _TEXTS, "user": _TEXTS, "tool": {**_TEXTS, "tool_call_id": str}}
 _OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int | float}
-"""What the messages of each role may have, as OpenAI names it."""
+"""Fields that messages of each role may have, with OpenAI's names."""
 
 _TOOL = {"name": str, "description": str, "parameters": dict, "strict": bool}
 _KINDS = {str: "a text in quotes", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
 _KINDS |= {int | float: "a number"}
 _OF_REQUESTS = "functions", "function_call", "tool_choice", "response_format", "system"
-"""Keys beside `messages` that change what a model answers, and that no chat template takes."""
+"""Keys next to `messages` that change a model's answers, but that chat templates do not use."""
 
-TEMPLATE = "{text} Label:"  # What a model reads of a text before its label comes
+TEMPLATE = "{text} Label:"  # text of a classified example before its label
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example and the line it stands on, counted from 1."""
+    """One example and the number of its line, from 1."""
 
     line: int
     fields: dict[str, Any]
@@ -63,7 +63,7 @@ class Examples:
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
     """Reads a file with one JSON object per line; empty lines and other fields are skipped.
 
-    The examples must be of a form; None: that of the first one. answered: chats without an answer are refused.
+    form: required form of the examples; None: that of the first one. answered: chats without an answer are refused.
     Raises DataError if the file or a line cannot be read.
     """
     try:
@@ -73,7 +73,7 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): give a file of JSON lines") from None
     rows: list[Example] = []
-    # Not splitlines(): it also splits at characters that may stand within JSON strings.
+    # Not splitlines(), which also splits at characters that are allowed in JSON strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -94,7 +94,7 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
 
 def _read_json(text: str, what: str = "the line") -> Any:
     try:
-        return json.loads(text, parse_constant=int)  # which refuses NaN and Infinity
+        return json.loads(text, parse_constant=int)  # refuses NaN and Infinity
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON at character {error.pos + 1} of {what} ({error.msg}): give a whole object") from None
     except ValueError:
@@ -122,7 +122,7 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
         if not fields[name].strip() and name != "prompt":
             raise ValueError(f"{name!r} is empty: fill it or remove the line")
         _refuse_surrogates(name, fields[name])
-    # A label is written behind one space; white space around it makes no other class.
+    # A label is written after one space, so surrounding white space makes no other class.
     return {name: fields[name].strip() if name == "label" else fields[name] for name in FIELDS[form]}
 
 
@@ -130,7 +130,7 @@ def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
     kinds = {"messages": list, "tools": list, "parallel_tool_calls": bool}
     named = {name: value for name, value in given.items() if name in (*kinds, *_OF_REQUESTS)}
     chat = _known("the chat", named, kinds)
-    waiting: dict[str, bool] = {}  # the id of each call so far, and whether a result is missing
+    waiting: dict[str, bool] = {}  # the id of each call so far, and whether its result is missing
     numbered = enumerate(chat.get("messages", ()), start=1)
     chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
     if not messages:
@@ -144,13 +144,13 @@ def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
         raise ValueError("'parallel_tool_calls' is false, and a message has several calls: leave out one of them")
     for number, tool in enumerate(chat.get("tools", ()), start=1):
         chat["tools"][number - 1] = function = _function(f"tool {number}", tool, _TOOL)
-        function["function"].pop("strict", None)  # bounds answers, and is not told to the model
+        function["function"].pop("strict", None)  # bounds answers, and is not part of the model's prompt
     _refuse_surrogates("messages", json.dumps(chat, ensure_ascii=False))
     return chat
 
 
 def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict[str, Any]:
-    """A message as chat templates take it, see `splitnet.serve.chat.Chat`."""
+    """A message in the format of chat templates, see `splitnet.serve.chat.Chat`."""
     role = message.get("role") if isinstance(message, dict) else "user"
     if role not in tuple(_OF_ROLES):
         raise ValueError(f"{where} has the role {role!r}: take one of {', '.join(_OF_ROLES)}")
@@ -182,15 +182,15 @@ def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str,
 
 
 def _function(where: str, given: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool, or a call of one, with its function. Raises ValueError: it is something else."""
+    """A tool, or a call of a tool, with its function. Raises ValueError if `given` is neither."""
     kinds_outside = {"id": str, "index": int, "type": str, "function": dict}
     outer = {"type": "function", **_known(where, given, kinds_outside, ("function",))}
-    outer.pop("index", None)  # of a stream; the list has the order, too
+    outer.pop("index", None)  # of a stream; the list has the same order
     return outer | {"function": _known(where, outer["function"], kinds, ("name",))}
 
 
 def _known(where: str, given: Any, kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
-    """What an object has that says something, in the order of `kinds`. Raises ValueError: it has something else."""
+    """The non-empty values of an object, in the order of `kinds`. Raises ValueError if it has unknown or wrong ones."""
     if not isinstance(given, dict) or any(given.get(name) is None for name in needed):
         raise ValueError(f"{where} must be an object with {' and '.join(needed)}, as in OpenAI's format")
     for name, value in given.items():

@@ -1,7 +1,7 @@
-"""What `tune --draft-head` does: an EAGLE-3 head learns what the model goes on with, from its last hidden states.
+"""The work of `tune --draft-head`: an EAGLE-3 head learns the model's next tokens from its last hidden states.
 
-The peers run forward, once per text. The states stay on disk, so that further epochs need no peer. What is trained is
-the head of EAGLE-3 (Li et al., arXiv:2503.01840) on the last hidden state alone, which comes home anyway, with a head
+The peers run forward, once per text. The states stay on disk, so that further epochs need no peer. The head of EAGLE-3
+(Li et al., arXiv:2503.01840) is trained on the last hidden state only, which the client receives anyway, with a head
 for the most frequent tokens (FR-Spec, arXiv:2502.14856).
 """
 
@@ -37,27 +37,27 @@ from splitnet.tools.tune.methods import Schedule, Settings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 from splitnet.tools.tune.states import States, parts_of, read, states_of
 
-LONGEST_TEXT = 512  # tokens, where the user sets none
-TOGETHER = 32  # texts that are generated at once, and lie in one file
-PASS_POSITIONS = 4096  # of texts that go through the blocks together
-ROWS = 64  # of logits at a time
-PACK = 512  # positions that the head sees at once in training
-DEPTH = 5  # tokens in a row that it learns to draft
-DECAY = 0.8  # of what a drafted token counts, from each one to the next
-CHAINS = 4  # of so many positions, one is followed further than to the first drafted token
-HELD_OUT = 50  # of so many texts, one is held out
-BATCH = 4  # packs of a step
-TEMPERATURE = 0.7  # at which answers are written
-BARREN = 5  # rounds without a prompt, after which none is expected any more
+LONGEST_TEXT = 512  # tokens; the default of --max-length
+TOGETHER = 32  # texts that are generated together, and stored in one file
+PASS_POSITIONS = 4096  # positions of texts in one pass through the blocks
+ROWS = 64  # rows of logits at a time
+PACK = 512  # positions that the head sees at the same time in training
+DEPTH = 5  # consecutive tokens that the head learns to draft
+DECAY = 0.8  # of a drafted token's weight, from each token to the next
+CHAINS = 4  # one of this many positions is followed beyond the first drafted token
+HELD_OUT = 50  # one of this many texts is held out
+BATCH = 4  # packs per step
+TEMPERATURE = 0.7  # for generated answers
+BARREN = 5  # rounds without a prompt until the search for one ends
 LEARNING_RATE = 1e-3
-WARMUP = 0.05  # of the steps
+WARMUP = 0.05  # share of the steps
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Positions of texts one after the other, and where the last hidden states of the model are.
+    """Consecutive positions of texts, and access to the model's last hidden states.
 
-    ids: `[n]`. texts: `[n]`, the number of each one's text. learned: `[n]`, tokens that the model shall write.
+    ids: `[n]`. texts: `[n]`, the number of each position's text. learned: `[n]`, tokens that the model should write.
     """
 
     ids: Tensor
@@ -67,7 +67,7 @@ class Pack:
 
 
 def packs_of(states: States) -> tuple[list[Pack], list[Pack]]:
-    """To learn from, and held out."""
+    """Packs to learn from, and held-out packs."""
     learned: list[Pack] = []
     held_out: list[Pack] = []
     number = 0
@@ -85,7 +85,7 @@ def packs_of(states: States) -> tuple[list[Pack], list[Pack]]:
 
 
 def frequent(states: States, count: int, vocabulary: int) -> Tensor:
-    """The ids of the tokens that are written most often, in rising order; of equals, those with the lower ids."""
+    """The ids of the most frequent learned tokens, in rising order; among equals, the lower ids."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
     for ids, learned in zip(states.all("ids"), states.all("learned"), strict=True):
         counts += torch.bincount(ids[learned], minlength=vocabulary)
@@ -98,10 +98,11 @@ def _states_at(path: Path, places: Tensor) -> Tensor:
 
 
 class _Attention:
-    """Of a head that is unrolled, as in the training-time test of EAGLE-3.
+    """Attention of an unrolled head, as in the training-time test of EAGLE-3.
 
-    First all positions see those of the same text before them. Then chains go on from some of them: each step of a
-    chain sees what its beginning saw, and the steps of the same chain so far. masked: `[n, n]`, what is not seen.
+    First each position attends to earlier positions of the same text. Then chains continue from some positions: each
+    step of a chain attends to the positions that its beginning saw, and to earlier steps of the chain. masked: `[n,
+    n]`, true for hidden positions.
     """
 
     def __init__(self, masked: Tensor) -> None:
@@ -131,10 +132,11 @@ class _Attention:
 
 
 def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs of the head for the first to the last drafted token, `[m, hidden]`, each with the positions `[m]` whose
-    next token is drafted: the model's states there tell what is right.
+    """Outputs of the head, `[m, hidden]`, for the first to the last drafted token, with their positions.
 
-    followed: `[n]`, positions from which more than one token is drafted, where the text is long enough.
+    The model's states at these positions `[m]` give the right token.
+
+    followed: `[n]`, positions from which more than one token is drafted, if the text is long enough.
     """
     ids, texts = pack.ids.to(states.device), pack.texts.to(states.device)
     places = torch.arange(len(ids) - 1, device=states.device)
@@ -145,7 +147,7 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
     learned = pack.learned.to(states.device)
 
     def goes_on(depth: int) -> Tensor:
-        """Positions at which so many drafted tokens, and one more, belong to the same text."""
+        """Positions at which `depth` drafted tokens, and one more, belong to the same text."""
         last = len(ids) - depth - 2
         if last <= 0:
             return places[:0]
@@ -169,7 +171,7 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
 class HeadRun(TuningRun):
     """Trains a head; rows are packs.
 
-    unembedding: `[draft vocabulary, hidden]`, of the model's own head: what that makes of the states is learned.
+    unembedding: `[draft vocabulary, hidden]`, from the model's own head: its logits of the states are the target.
     """
 
     def __init__(
@@ -206,14 +208,14 @@ class HeadRun(TuningRun):
         if not counts:
             return states.new_zeros(())
         weights = [states.new_full((count,), counted / count) for counted, count in counts]
-        # In one product: the head of a vocabulary is most of the work.
+        # One product for all, because the head of a vocabulary is most of the work.
         logits = self.model.logits(torch.cat(outputs))
         return divergence(logits, expected, torch.cat(places), torch.cat(weights))
 
     def _are_halves_faster(self) -> bool:
         """Whether a step in bfloat16 takes less time than in float32, on this machine."""
         seconds = [0.0, 0.0]
-        for halves in (True, False, True, False):  # the first ones also get memory
+        for halves in (True, False, True, False):  # the first two also allocate memory
             self.halves, began = halves, time.perf_counter()
             self._loss(self._rows_of(0)[:1], backward=True)
             seconds[halves] = time.perf_counter() - began
@@ -228,7 +230,7 @@ def expected_logits(model: Ends, unembedding: Tensor, states: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Gradients are computed on the way forward, some rows at a time: logits are by far the largest tensors."""
+    """Computes gradients in the forward pass, some rows at a time, because logits are by far the largest tensors."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -249,16 +251,18 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """How far the distributions by logits `[m, v]` are from those by rows `places` of `expected`, `[n, v]`: Kullback
-    and Leibler's divergence, summed with weights `[m]`."""
+    """Kullback and Leibler's divergence of the distributions by logits `[m, v]` from those by rows `places` of
+    `expected`, `[n, v]`, summed with weights `[m]`.
+    """
     divergence: Any = _Divergence.apply(logits, expected, places, weights)
     return divergence
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """On held-out texts. acceptance: of each drafted token, how often it is the one that the model finds likeliest, if
-    those before it were. per_trip: tokens that a round trip brings with all of them, the model's own included."""
+    """Quality on held-out texts. acceptance: for each drafted token, how often the model finds it the likeliest, if all
+    earlier ones were right. per_trip: tokens per round trip with all drafted tokens, including the model's own token.
+    """
 
     loss: float
     acceptance: tuple[float, ...]
@@ -277,7 +281,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
         states = pack.read().to(unembedding.device)
         expected = expected_logits(model, unembedding, states)
         chosen = torch.cat([model.logits(some).argmax(dim=-1) for some in states.split(64)])
-        # By the position before a drafted token.
+        # Indexed by the position before a drafted token.
         alive = torch.ones(len(states), dtype=torch.bool, device=states.device)
         for depth, (outputs, places) in enumerate(unrolled(head, pack, states, alive)):
             logits = head.logits(outputs)
@@ -296,7 +300,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
 
 @torch.no_grad()
 def unembedding_of(model: Ends, ids: Tensor, device: torch.device) -> Tensor:
-    """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, whatever it holds them as."""
+    """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, for any format of the head."""
     unit = torch.eye(model.hidden_size, device=device)
     base = model.head(torch.zeros(1, model.hidden_size, device=device))
     columns = [(model.head(rows) - base)[:, ids].float() for rows in unit.split(64)]
@@ -305,8 +309,9 @@ def unembedding_of(model: Ends, ids: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
-    """A head for tokens `ids` that gives first what it is given: by torch's random numbers, but for its own head, which
-    is that of the model, and what stands before it."""
+    """A head for tokens `ids` whose first output is its input: initialized with torch's random numbers, except for its
+    output head, which is the model's, and the layer before it.
+    """
     hidden, all_heads = model.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // all_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or all_heads
@@ -334,15 +339,16 @@ def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> Eagl
     head.lm_head.weight.copy_(unembedding)
     ones = torch.ones(1, hidden, device=unembedding.device)
     gain = model.norm(ones)
-    if torch.allclose(model.norm(-ones), -gain):  # a norm that adds nothing
+    if torch.allclose(model.norm(-ones), -gain):  # a norm without a bias
         head.norm.weight.copy_(gain[0])
     return head.to(unembedding.device)
 
 
 @torch.no_grad()
 def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
-    """Gives the first layer what the model's last block has of the same name and size: it learns faster from there.
-    Of the features; where the embedding comes in, it begins as before."""
+    """Initializes the head's first layer with equally named and sized weights of the model's last block, which learns
+    faster. Only the columns of the features; the columns of the embedding stay random.
+    """
     own = dict(head.layers[0].named_parameters())
     own["input_layernorm.weight"] = own.pop("hidden_norm.weight")
     names = {tensor.rest: tensor.name for tensor in checkpoint.block_tensors[-1] if tensor.rest in own}
@@ -356,8 +362,9 @@ def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def client_part(checkpoint: Checkpoint, device: str) -> Ends:
-    """Raises SplitnetError: the family does more behind its blocks than a norm and a head, so nothing is known of what
-    its hidden states mean."""
+    """The client part. Raises SplitnetError if the family does more than a norm and a head after its blocks, because
+    the meaning of its hidden states is then unknown.
+    """
     blocks, shown = nn.Identity(), list[Tensor]()
     model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
     part = ends_of(model)
@@ -368,7 +375,7 @@ def client_part(checkpoint: Checkpoint, device: str) -> Ends:
     told = part.logits(shown[0][0]).argmax(dim=-1) if known else None
     if told is None or int((told != chosen).sum()) > len(told) // 20:
         raise SplitnetError(
-            f"models of the family {checkpoint.model_type!r} do more to the last hidden state than is known here, so "
+            f"models of the family {checkpoint.model_type!r} process the last hidden state in unknown ways, so "
             "no draft head can be trained for them: draft from the prompt (--speculate prompt-lookup)"
         )
     return part
@@ -391,7 +398,7 @@ class DraftHeadTuning:
     way: Sequence[str]  # the arguments with which commands reach the model
 
     def run(self, connection: Connection) -> None:
-        """Trains to the last epoch, or until it is stopped. Raises SplitnetError; what was done is kept."""
+        """Trains to the last epoch, or until it is stopped. Raises SplitnetError; finished work is kept."""
         checkpoint = connection.checkpoint()
         room = checkpoint.max_positions or math.inf
         longest = self.max_length or int(min(LONGEST_TEXT, room))
@@ -408,11 +415,8 @@ class DraftHeadTuning:
         states, progress = States(folder), TuningProgress(0)
         with stop_signals("file of states") as stopped:
             if not writer.has_all(states):
-                swarm = connection.swarm_of(facts)
-                try:
+                with connection.swarm_of(facts) as swarm:
                     writer.fill(states, attached(checkpoint, swarm, connection.options), progress, stopped)
-                finally:
-                    swarm.close()
         end_if(stopped, "Stopped")
         self._train(part, checkpoint, states, folder, torch.device(device))
 
@@ -472,14 +476,14 @@ class DraftHeadTuning:
         typer.echo(f"Use it: {shlex.join(command)}")
 
     def _description(self, fingerprint: str) -> dict[str, Any]:
-        """What makes two runs the same."""
+        """The settings that identify a run."""
         left_out = ("texts", "output", "resume", "way")
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         return {"model": fingerprint, "data": digest(self.texts.path) if self.texts else None, **own}
 
 
 class _Writer:
-    """Gives the texts of a run, file after file: those of the data, or such as the model itself writes."""
+    """Provides the texts of a run, file by file: texts of the data, or texts that the model writes."""
 
     def __init__(self, tuning: DraftHeadTuning, tokenizer: Any, longest: int) -> None:
         self._tuning = tuning
@@ -503,9 +507,9 @@ class _Writer:
         return states.texts >= self.wanted or states.nbytes >= self._tuning.states_limit
 
     def fill(self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]) -> None:
-        """Writes files of states until all texts, or as many as there is room for, are there, or it is stopped."""
+        """Writes files of states until all texts, or as many as fit, are done, or it is stopped."""
         began, before = time.monotonic(), states.texts
-        progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time, whose states come from the peers ...")
+        progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time: peers compute their states ...")
         while not self.has_all(states) and not stopped:
             number = len(states.files)
             if self._tuning.generate:
@@ -521,8 +525,10 @@ class _Writer:
             progress.say(f"--states-limit is reached: {states.texts:,} of {self.wanted:,} texts are learned from")
 
     def _generated(self, model: RemoteCausalLM, number: int) -> list[Encoded]:
-        """Texts of a file: prompts of the data in turn, or else the model's own (Magpie, Xu et al., arXiv:2406.08464),
-        and its answers."""
+        """Texts of a file: prompts of the data in turn, or generated ones, and the model's answers.
+
+        Generated prompts: Magpie (Xu et al., arXiv:2406.08464).
+        """
         for attempt in range(BARREN):
             torch.manual_seed((self._tuning.seed * 1_000_003 + number) * BARREN + attempt)
             if self._prompts:
@@ -542,7 +548,7 @@ class _Writer:
         raise SplitnetError("the model writes no prompts of its own: give some with --data")
 
     def _imagined(self, model: RemoteCausalLM) -> list[list[int]]:
-        """Prompts, with all that the chat template puts around them, of those that come to an end."""
+        """Generated prompts that are complete, with the text of the chat template around them."""
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         whole = render(self._tokenizer, [{"role": "user", "content": mark}], answer=True)
         before, found, after = whole.partition(mark)
@@ -557,7 +563,7 @@ class _Writer:
     def _sample(
         self, model: RemoteCausalLM, prompts: Sequence[list[int]], most: int, temperature: float = TEMPERATURE
     ) -> list[list[int]]:
-        """What the model writes after each prompt, with the token that ends it, if it comes to an end."""
+        """The model's text after each prompt, with the end token, if the text ends."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
@@ -590,7 +596,7 @@ class _Writer:
 
 
 def last_states(model: RemoteCausalLM, rows: Sequence[Encoded], pad: int) -> list[Tensor]:
-    """What the last block gives for texts, `[len(ids), hidden]` each."""
+    """The output of the last block for texts, `[len(ids), hidden]` each."""
     states: list[Tensor] = []
     for some in parts_of(rows, PASS_POSITIONS):
         batch = collate(some, pad, device=model.device)

@@ -1,4 +1,4 @@
-"""The folder that a training run writes: nothing in it is ever half written, and a run can go on from it."""
+"""The folder of a training run. Its files are never partially written, and a run can resume from it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from splitnet.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-WORK = "work"  # beside a draft head, for the states: readers of heads take all safetensors beside the config
+WORK = "work"  # folder for the states of a draft head: readers of heads read all safetensors next to the config
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TuningFolder:
-    """Files of a run: the adapter in PEFT's format, its settings, metrics (a line per step and per evaluation), loss
-    curve, and the checkpoint from which it goes on."""
+    """Files of a run: the adapter in PEFT's format, its settings, metrics (a line per step and per evaluation), the
+    loss curve, and the checkpoint for resuming.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +34,7 @@ class TuningFolder:
         self._checkpoint = path / CHECKPOINT
 
     def check_place(self, *, resume: bool) -> None:
-        """Raises DataError if no run may begin here, or go on; it is not known yet which."""
+        """Raises DataError if no run may begin here, or resume, before the settings are known."""
         if resume:
             if not self._settings.exists():
                 raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
@@ -45,7 +46,7 @@ class TuningFolder:
             raise DataError(f"cannot make {self.path} ({there} cannot be written): give another --output")
 
     def check(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """Raises DataError as `check_place`, or if the folder holds a run with other settings."""
+        """Raises the errors of `check_place`, and DataError if the folder holds a run with other settings."""
         self.check_place(resume=resume)
         if not resume:
             return
@@ -74,12 +75,12 @@ class TuningFolder:
         from safetensors.torch import save_file
 
         with self._replacing(self.path / file) as partial:
-            # Without contiguous(), safetensors refuses views; metadata holds texts alone.
+            # Without contiguous(), safetensors refuses views; its metadata may contain only texts.
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(whole, partial, metadata={"facts": json.dumps(facts)})
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint; None if there is none yet. Raises DataError if the file is damaged."""
+        """The last checkpoint; None if there is none. Raises DataError if the file is damaged."""
         if not self._checkpoint.exists():
             return None
         try:
@@ -91,7 +92,7 @@ class TuningFolder:
 
     def save_adapter(self, model: Any) -> None:
         with self._writing(self.path), tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
-            # "auto" asks the hub for the base model, whether embeddings were resized; here they never are.
+            # "auto" asks the hub for the base model, to see whether embeddings were resized; here they never are.
             model.save_pretrained(folder, save_embedding_layers=False)
             for name in ADAPTER:
                 with self._replacing(self.path / name) as partial:
@@ -102,9 +103,9 @@ class TuningFolder:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Lines of the metrics; with `until`, those of later steps are dropped for good.
+        """Lines of the metrics; `until` permanently removes the lines of later steps.
 
-        After a crash there are steps that no checkpoint has, and perhaps half a line.
+        After a crash, the file may have steps that no checkpoint has, and half a line.
         """
         lines: list[dict[str, Any]] = []
         if self._metrics.exists():
@@ -120,14 +121,16 @@ class TuningFolder:
         return lines
 
     def save_chart(self, draw: Callable[[Path], None]) -> None:
-        """Writes the loss curve; `draw` is given the file to write."""
+        """Writes the loss curve; `draw` is called with the file to write."""
         with self._replacing(self.path / "loss.png") as partial:
             draw(partial)
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
-        """Gives a file to write, which takes the place of `path` once it is on the disk, and its tensors were read and
-        are finite. Raises DataError: `path` is as before then."""
+        """Yields a file to write, which replaces `path` once it is on the disk.
+
+        Before that, its tensors are read and must be finite. After a DataError, `path` is unchanged.
+        """
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             with self._writing(path):
@@ -138,7 +141,9 @@ class TuningFolder:
                     try:
                         _finite_tensors(partial)
                     except ValueError as error:
-                        raise DataError(f"{path} is as before, as {error}: start again with smaller steps") from error
+                        raise DataError(
+                            f"{path} is unchanged, because {error}: start again with smaller steps"
+                        ) from error
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What `tune` does: rows from examples, a model with an adapter, steps with progress, and the files of the run."""
+"""The work of `tune`: rows from examples, a model with an adapter, steps with progress, and the files of the run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from splitnet.tools.tune.side import SideTuner
 from splitnet.tools.tune.states import States
 from splitnet.wire.messages import RoundState, RoundWish
 
-SMOOTHED_OVER = 10  # Steps whose mean the smoothed line shows
+SMOOTHED_OVER = 10  # steps per point of the smoothed line
 
 
 def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -82,11 +82,11 @@ def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -
     figure.savefig(path, format="png", dpi=120)
 
 
-LINE_EVERY_S = 10.0  # How often a line is written where there is no terminal
+LINE_EVERY_S = 10.0  # seconds between lines without a terminal
 
 
 class TuningProgress:
-    """Within `bars`: loss, tokens/s and remaining time on a terminal; a line now and then where there is none."""
+    """Progress within `bars`: loss, tokens/s and remaining time on a terminal; otherwise a line from time to time."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -115,7 +115,7 @@ class TuningProgress:
 
     @contextmanager
     def evaluating(self, rows: int) -> Iterator[Callable[[int], None]]:
-        """Shows an evaluation; gives the function to tell how many more rows are done."""
+        """Shows an evaluation. Yields the function to call with the number of further rows that are done."""
         task = self.bars.add_task("evaluating", total=rows, facts="")
         try:
             yield lambda done: self.bars.advance(task, done)
@@ -131,7 +131,7 @@ class Evaluation:
     """Result on held-out examples."""
 
     loss: float  # mean over the learned tokens, or with a head over the examples
-    accuracy: float | None  # share of examples whose label was told right; None if they have none
+    accuracy: float | None  # share of examples with the right label; None if they have none
 
 
 @torch.no_grad()
@@ -141,12 +141,12 @@ def evaluate(
     *,
     batch_size: int,
     pad: int,
-    words: Sequence[int] | None = None,  # the first token of each label: the model tells that of the likeliest one
+    words: Sequence[int] | None = None,  # the first token of each label: the likeliest one is the model's label
     head: bool = False,  # whether the model's logits are those of labels
-    advance: Callable[[int], None] | None = None,  # told how many rows are done after each batch
+    advance: Callable[[int], None] | None = None,  # called with the number of rows after each batch
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Runs a model over rows, by forward passes."""
+    """Evaluates a model on rows, by forward passes."""
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
     in_parts = not head and getattr(model, "loss_in_parts", False)
@@ -175,12 +175,12 @@ def evaluate(
 
 
 def _before_answers(rows: Sequence[Encoded]) -> list[int]:
-    """The position before the first learned token of each row, from the end: soft prompts come before the rows."""
+    """The position before the first learned token of each row, from the end, because soft prompts precede the rows."""
     longest = max(len(row.ids) for row in rows)
     return [next(at for at, target in enumerate(row.targets) if target != IGNORED) - 1 - longest for row in rows]
 
 
-LONGEST_ROW = 1024  # Tokens per row where the user sets none
+LONGEST_ROW = 1024  # default limit of tokens per row
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,12 @@ class Tuning:
     output: Path
     resume: bool
     states_limit: int  # bytes of hidden states on the disk, for a side network
-    way: Sequence[str]  # The arguments with which commands reach the model
-    join_round: str | None = None  # of owners that train together, see `splitnet.tools.tune.rounds`
-    named: Mapping[str, str] = field(default_factory=dict[str, str])  # options that were given, by parameter
+    way: Sequence[str]  # the arguments with which commands reach the model
+    join_round: str | None = None  # name of the joint tuning, see `splitnet.tools.tune.rounds`
+    named: Mapping[str, str] = field(default_factory=dict[str, str])  # given options, by parameter
 
     def run(self, connection: Connection) -> None:
-        """Trains to the last step, or until it is stopped. Raises SplitnetError; steps that were done are kept."""
+        """Trains to the last step, or until it is stopped. Raises SplitnetError; finished steps are kept."""
         checkpoint = connection.checkpoint()
         rows = self._rows(checkpoint)
         facts = connection.facts_of(checkpoint)
@@ -224,7 +224,7 @@ class Tuning:
             agreed._run(checkpoint, swarm, connection.options, *agreed._rows(checkpoint), link=link, joined=joined)
 
     def _rows(self, checkpoint: Checkpoint) -> tuple[list[Encoded], list[Encoded], Sequence[int] | None]:
-        """To train on, to evaluate on, and the first token of each label, if words tell labels."""
+        """Rows for training, rows for evaluation, and the first token of each label, if words predict labels."""
         encoder = self._encoder(checkpoint, checkpoint.tokenizer())
         rows, held_out = (encoder.encode(each) if each else [] for each in (self.train, self.held_out))
         classified = self.train.form == "classification" and not self.head
@@ -240,7 +240,7 @@ class Tuning:
         words: Sequence[int] | None,
         **joint: Any,
     ) -> None:
-        """joint: the round that is joined, as `JointRun` takes it."""
+        """joint: the joined round, as arguments of `JointRun`."""
         tokenizer, folder = checkpoint.tokenizer(), TuningFolder(self.output)
         pad, description = pad_of(tokenizer), self._description(swarm.facts.fingerprint)
         folder.check(description, resume=self.resume)
@@ -263,16 +263,18 @@ class Tuning:
         self._print_next()
 
     def _shared(self) -> dict[str, Any]:
-        """What all owners of a round have in common, for JSON."""
+        """The settings that all owners of a round share, for JSON."""
         shared: dict[str, Any] = {**asdict(self.options), **asdict(self.settings), "method": self.method}
-        del shared["accumulate"]  # is about the memory here
+        del shared["accumulate"]  # depends on this machine's memory
         begun = self._beginning() if self.options.virtual_tokens(self.method) else None
         shared |= {"init_text": begun, "template": self.template, "max_length": self.max_length}
         return json.loads(json.dumps(shared))
 
     def _agreed(self, state: RoundState) -> Tuning:
-        """This with the settings of a round. Raises SplitnetError: an option that was given is against them, or this
-        version does not know them."""
+        """A copy with the settings of a round.
+
+        Raises SplitnetError if a given option contradicts the settings, or they are of another version.
+        """
         own = self._shared()
         try:
             theirs = json.loads(bytes(state.payload))
@@ -300,29 +302,28 @@ class Tuning:
         return replace(self, **how, template=theirs["template"], max_length=theirs["max_length"])
 
     def plan(self, connection: Connection) -> None:
-        """Measures some steps of each method, and prints what a run would cost; nothing is kept.
+        """Measures some steps of each method, and prints the cost of a run; keeps no files.
 
-        Raises SplitnetError: none of them is possible.
+        Raises SplitnetError if no method is possible.
         """
         checkpoint = connection.checkpoint()
-        swarm, costs = connection.swarm(checkpoint), list[Cost]()
-        try:
+        costs: list[Cost] = []
+        with connection.swarm(checkpoint) as swarm:
             for method in Method:
                 typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
                 try:
                     costs.append(self._cost(method, checkpoint, swarm, connection.options))
                 except SplitnetError as error:
                     typer.echo(f"{method} is not possible: {error}", err=True)
-                gc.collect()  # models with remote blocks hold themselves; the next one's memory is counted
-        finally:
-            swarm.close()
+                # Models with remote blocks have reference cycles, and would count in the next model's memory.
+                gc.collect()
         if not costs:
             raise SplitnetError("no method is possible for this model and these options: see above")
         print_costs(costs, self.settings)
 
     def _cost(self, method: Method, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions) -> Cost:
         if self.head and method is Method.SIDE:
-            raise SplitnetError("side networks have the model's words tell labels: leave out --head")
+            raise SplitnetError("side networks predict labels with the model's words: leave out --head")
         tokenizer = checkpoint.tokenizer()
         pad = pad_of(tokenizer)
         with tempfile.TemporaryDirectory() as folder:
@@ -336,7 +337,7 @@ class Tuning:
             return measured(method, run, rows, held_out, pad)
 
     def _fill(self, tuner: SideTuner, folder: TuningFolder, pad: int) -> None:
-        """Has the peers compute the states, and notes what that cost."""
+        """Has the peers compute the states, and records the cost."""
         began, progress = time.perf_counter(), TuningProgress(self.settings.steps)
         with stop_signals("file of states") as stopped:
             tuner.fill(pad, progress.say, stopped)
@@ -388,7 +389,7 @@ class Tuning:
                 metrics, title = folder.metrics(), f"{self.method}, {self.train.path.name}"
                 folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
 
-        run.sound = save_if_due  # parameters that overflow replace no checkpoint
+        run.sound = save_if_due  # called before overflowing parameters could replace a checkpoint
         saved = folder.load_checkpoint() if self.resume else None
         told = f"{self.method}: {len(self.train.rows):,} examples"
         take_steps(run, folder, progress, saved, told, look=look, keep=keep)
@@ -417,7 +418,7 @@ class Tuning:
 
     @property
     def _labels(self) -> Sequence[str]:
-        """Owners that train together may have few of them each."""
+        """All labels; owners that train together may have only some of the labels each."""
         both = {*self.train.labels, *(self.held_out.labels if self.held_out and self.join_round else ())}
         return sorted(both)
 
@@ -430,9 +431,9 @@ class Tuning:
         pad: int,
         rows: Sequence[Encoded],
     ) -> Any:
-        """The model with a new adapter, which begins as a text or, as the head, by torch's random numbers.
+        """The model with a new adapter, which begins as a text or, like the head, with torch's random numbers.
 
-        rows: all that it will be called with.
+        rows: all rows of later calls.
         """
         if self.method is Method.SIDE:
             states = States(TuningFolder(self.output / WORK))
@@ -440,21 +441,21 @@ class Tuning:
         if self.head:
             labels = (None, dict(enumerate(self.train.labels)), None)
             model = attached_classifier(checkpoint, swarm, labels, running)
-            model.config.pad_token_id = pad  # by which it finds the last token of a row
+            model.config.pad_token_id = pad  # with this id the classifier finds the last token of a row
         else:
             model = attached(checkpoint, swarm, running)
         beginning = self._beginning()
         options, source = replace(self.options, init_text=beginning), checkpoint.tokenizer_source
         adapted = with_new_adapter(model, self.method, options, tokenizer, tokenizer_source=source, head=self.head)
         if self.method is Method.PREFIX and options.projection is None:
-            # A classifier uses no caches, but the keys and values of a causal model are those of the same blocks.
+            # A classifier uses no caches, but the keys and values of a causal model come from the same blocks.
             causal = model if isinstance(model, RemoteCausalLM) else attached(checkpoint, swarm, running)
             ids = tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
             begin_prefix(adapted, causal.keys_and_values(ids))
         return adapted
 
     def _beginning(self) -> str:
-        """What prompts and prefixes begin as: words that say what the examples show."""
+        """The initial text of prompts and prefixes: an instruction that fits the examples."""
         if self.options.init_text is not None:
             return self.options.init_text
         if self.train.form == "classification":
@@ -462,7 +463,7 @@ class Tuning:
         return "Write what follows in the way of the examples that you have seen."
 
     def _description(self, fingerprint: str) -> dict[str, Any]:
-        """What makes two runs the same."""
+        """The settings that identify a run."""
         return {
             "model": fingerprint,
             "data": digest(self.train.path),
@@ -498,12 +499,12 @@ def take_steps(
     look: Callable[[], None],
     keep: Callable[[], None],
 ) -> None:
-    """Takes the steps of a run that are left, with metrics and progress. Raises SystemExit if it is stopped.
+    """Takes the remaining steps of a run, with metrics and progress. Raises SystemExit if it is stopped.
 
     Args:
-        saved: the checkpoint to go on from; None: the run begins.
-        told: what is trained, for people.
-        look: called before the first step and after each; evaluates and saves where that is due.
+        saved: the checkpoint to resume from; None: the run begins.
+        told: a description of the run for the user.
+        look: called before the first step and after each; evaluates and saves when due.
         keep: saves everything; called at the end of the run and after an error, but not after an overflow.
     """
     if saved:
@@ -519,7 +520,7 @@ def take_steps(
                 _take_step(run, folder, progress)
                 look()
         except NotFinite:
-            raise  # what was saved has passed a step without an overflow
+            raise  # saved parameters have passed a step without an overflow
         except BaseException as error:
             if run.done:
                 keep()
@@ -537,7 +538,7 @@ def _take_step(run: TuningRun, folder: TuningFolder, progress: TuningProgress) -
     step = run.step()
     seconds = time.perf_counter() - began
     facts = asdict(step) | {"seconds": round(seconds, 4)}
-    if moved is not None:  # by passes through blocks of peers
+    if moved is not None:  # the passes run through blocks of peers
         now = run.model.training_bytes
         facts |= {"sent_bytes": now[0] - moved[0], "received_bytes": now[1] - moved[1]}
         facts |= _joules(run.model.training_joules - spent)
@@ -546,20 +547,20 @@ def _take_step(run: TuningRun, folder: TuningFolder, progress: TuningProgress) -
 
 
 def _joules(spent: float) -> dict[str, float]:
-    """For the metrics, which have nothing where peers do not tell their watts."""
+    """Joules for the metrics; empty if some peers do not state their power."""
     return {"joules": round(spent, 4)} if math.isfinite(spent) else {}
 
 
 @contextmanager
 def stop_signals(what: str) -> Iterator[list[int]]:
-    """Collects the first signal to stop, so that the running `what` can be finished; a second one ends at once."""
+    """Collects the first signal to stop, so that the running `what` can finish; a second signal ends at once."""
     stopped: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
-        typer.echo(f"Stopping after this {what}; once more to stop at once.", err=True)
+        typer.echo(f"Stopping after this {what}; interrupt again to stop at once.", err=True)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -570,7 +571,7 @@ def stop_signals(what: str) -> Iterator[list[int]]:
 
 
 def end_if(stopped: Sequence[int], told: str) -> None:
-    """Ends the process as the signal would that has stopped a run, if one has."""
+    """Ends the process with the signal's exit code, if a signal has stopped the run."""
     if stopped:
         typer.echo(f"{told}; nothing is lost. The same command with --resume goes on.", err=True)
         raise SystemExit(128 + stopped[0])

@@ -1,4 +1,4 @@
-"""What is trained, by name, with PEFT's config for it; and how."""
+"""The methods of tuning with PEFT's configurations, and the settings of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Method(StrEnum):
-    """A way to fine-tune a model whose own weights stay as they are."""
+    """A method of fine-tuning a model without changing its own weights."""
 
     PROMPT = "prompt"
     PREFIX = "prefix"
@@ -27,14 +27,14 @@ class Method(StrEnum):
 
     @property
     def learning_rate(self) -> float:
-        """A step size of AdamW to begin with."""
+        """A step size of AdamW to start with."""
         if self is Method.SIDE:
             return 3e-4
         return 1e-2 if self in (Method.PROMPT, Method.PREFIX) else 1e-3
 
 
 class PromptNetwork(StrEnum):
-    """The network that makes the prompt in p-tuning."""
+    """The network that generates the prompt in p-tuning."""
 
     MLP = "MLP"
     LSTM = "LSTM"
@@ -42,19 +42,20 @@ class PromptNetwork(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterOptions:
-    """How large an adapter is, and how it begins; each method reads what concerns it."""
+    """The size and the initial value of an adapter; each method uses some of the fields."""
 
-    tokens: int = 16  # virtual ones, of prompt, prefix and p-tuning
-    init_text: str | None = None  # whose embeddings, cut or repeated, a prompt begins as; None: those of random tokens
-    projection: int | None = None  # width of the network that makes a prefix in training, None: none; or of p-tuning's
+    tokens: int = 16  # virtual tokens of prompt, prefix and p-tuning
+    init_text: str | None = None  # its embeddings, cut or repeated, are the initial prompt; None: random tokens
+    # Width of the network that generates a prefix in training (None: no network), or of p-tuning's.
+    projection: int | None = None
     network: PromptNetwork = PromptNetwork.MLP  # of p-tuning
     rank: int = 8  # of LoRA, as the next two
     alpha: int = 16
-    targets: Sequence[str] = ()  # none: those that PEFT has for the family; ALL_LINEAR: all linear layers
+    targets: Sequence[str] = ()  # empty: PEFT's default for the family; ALL_LINEAR: all linear layers
     width: int | None = None  # of a side network; None: a quarter of the model's
 
     def virtual_tokens(self, method: Method) -> int:
-        """Positions that an adapter of this method takes of the model's context."""
+        """Positions of the model's context that an adapter of this method occupies."""
         return 0 if method in (Method.LORA, Method.SIDE) else self.tokens
 
 
@@ -64,16 +65,16 @@ ALL_LINEAR = "all-linear"
 def with_new_adapter(
     model: Any, method: Method, options: AdapterOptions, tokenizer: Any, *, tokenizer_source: str, head: bool = False
 ) -> Any:
-    """What PEFT makes of a model, remote or not, with an adapter that is to be trained.
+    """The PEFT model of a model, remote or not, with a new adapter to train.
 
-    The adapter's configuration names the source of the tokenizer, which is for `init_text`. With `head` the model is a
-    sequence classifier, whose head is trained too.
+    The adapter's configuration names the source of the tokenizer, for `init_text`. With `head` the model is a sequence
+    classifier, whose head is trained too.
 
     Raises AdapterError if the options do not fit the model.
     """
     from peft import TaskType, get_peft_model
 
-    # PEFT takes names that no layer has, if others have one.
+    # PEFT ignores names without a layer, if other names have one.
     sizes = {f".{path}": getattr(getattr(one, "weight", None), "ndim", 0) for path, one in model.named_modules()}
     for name in options.targets if method is Method.LORA else ():
         if name != ALL_LINEAR and not any(path.endswith(f".{name}") for path in sizes):
@@ -83,7 +84,8 @@ def with_new_adapter(
     try:
         with tempfile.TemporaryDirectory() as folder:
             if method is Method.PROMPT and options.init_text:
-                tokenizer.save_pretrained(folder)  # PEFT reads it as transformers does, which knows no GGUF files
+                # PEFT loads it through transformers, which does not read tokenizers from GGUF files.
+                tokenizer.save_pretrained(folder)
             wrapped = get_peft_model(model, _config(task, method, options, folder))
     except ValueError as error:
         if method is Method.LORA:
@@ -95,12 +97,13 @@ def with_new_adapter(
 
 
 def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
-    """Has a prefix without projection begin as the keys and values of a text.
+    """Initializes a prefix without projection with the keys and values of a text.
 
-    From random ones, which no model expects, training begins with a much higher loss, and with gradients that the least
-    error of an activation turns. Real words as a beginning: Li and Liang, arXiv:2101.00190, section 7.4.
+    With random keys and values, which no model expects, training begins with a much higher loss, and with gradients
+    whose direction changes with the least error of an activation. Real words as a beginning: Li and Liang,
+    arXiv:2101.00190, section 7.4.
 
-    The pairs are of each block `[kv heads, positions, head size]`, cut or repeated to the length of the prefix.
+    pairs: of each block `[kv heads, positions, head size]`, cut or repeated to the length of the prefix.
 
     Raises AdapterError if keys and values have other sizes than PEFT's prefix for this model.
     """
@@ -144,7 +147,7 @@ def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_folder
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after the warm-up."""
+    """The learning rate after the warm-up."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -160,15 +163,16 @@ class Settings:
     batch_size: int = 8  # rows per step
     accumulate: int = 1  # parts into which a step's rows are cut; less memory at the client, the same gradient
     warmup_steps: int = 0  # steps in which the learning rate rises from 0
-    schedule: Schedule = Schedule.LINEAR  # how it goes on to the last step; linear and cosine go to 0
+    schedule: Schedule = Schedule.LINEAR  # after the warm-up; linear and cosine decrease to 0 at the last step
     clip: float = 1.0  # largest norm of a gradient; 0: any
     weight_decay: float = 0.0
-    zeroth_order: bool = False  # gradients from forward passes alone, see `estimate_gradients`; `directions` are for it
+    # Gradients from forward passes only, see `estimate_gradients`, with this many `directions`.
+    zeroth_order: bool = False
     directions: int = 1
     seed: int = 0  # of the order of the data, and of the directions
 
     def learning_rate_at(self, step: int) -> float:
-        """Of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)

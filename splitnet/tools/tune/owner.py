@@ -1,14 +1,15 @@
-"""An owner of examples in a joint tuning: it gives the coordinator gradients, and goes on from the parameters that come
-back, see `rounds`."""
+"""An owner of examples in a joint tuning: sends gradients to the coordinator, and continues from the parameters that
+the coordinator returns, see `rounds`.
+"""
 
 from __future__ import annotations
 
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,17 +37,17 @@ from splitnet.wire.messages import (
 )
 
 LOOK_S = 0.2
-ASK_AGAIN_S = 5.0  # an owner that waits asks again: the coordinator may have been started anew
-SILENT_S = 120.0  # until a coordinator that does not answer counts as gone
+ASK_AGAIN_S = 5.0  # a waiting owner asks again, because the coordinator may have been restarted
+SILENT_S = 120.0  # until a silent coordinator counts as gone
 WAITING_MESSAGES = 8  # of up to 64 MiB each
 SHOWN = 3  # coordinators of the same name
 
 
-class RoundLink:
-    """The way to the coordinator of a round of the swarm's model; close it when done.
+class RoundLink(AbstractContextManager["RoundLink"]):
+    """The connection to the coordinator of a joint tuning of the swarm's model; close it when done.
 
-    name: of the round, or NAME@tcp://HOST:PORT?key=... of its coordinator, where several have that name.
-    examples: of this owner. Raises SplitnetError: no round has this name, or several have.
+    name: of the joint tuning, or NAME@tcp://HOST:PORT?key=... of its coordinator, if several have that name. examples:
+    number of this owner's examples. Raises SplitnetError if no coordinator has this name, or several have.
     """
 
     def __init__(self, swarm: Swarm, name: str, examples: int = 0) -> None:
@@ -54,9 +55,9 @@ class RoundLink:
         self._model, self._identity, self._examples = swarm.facts.fingerprint, swarm.identity, examples
         self._endpoint = endpoint_of(address) if address else self._found(swarm)
         self._answers: queue.Queue[Message | SplitnetError] = queue.Queue(WAITING_MESSAGES)
-        self._starts = self._endpoint.key == self._identity.public  # the rounds, with settings and parameters
+        self._starts = self._endpoint.key == self._identity.public  # starts the rounds, with settings and parameters
         self._beginning = np.zeros(0, np.float32)
-        self._safe: tuple[str, ...] = ()  # how the last gradient was kept from others
+        self._safe: tuple[str, ...] = ()  # how the last gradient was protected
         self.moved = 0, 0  # bytes of numbers sent and received
         self._transport = Transport(self._identity, on_message=self._receive, on_link=self._link_changed)
         self._transport.start()
@@ -67,7 +68,7 @@ class RoundLink:
         found = own or [each for each in named if swarm.trusted is None or swarm.trusted.allows(each.key.curve_raw)]
         if named and not found:
             key = named[0].key.text
-            raise DirectoryError(f"{key} coordinates {self.name}: list it in --trusted-peers if it is right")
+            raise DirectoryError(f"{key} coordinates {self.name}: list it in --trusted-peers if you trust it")
         if not found:
             raise DirectoryError(f"nobody coordinates a round {self.name} of this model: `splitnet round start` does")
         if len(found) > 1:
@@ -85,11 +86,11 @@ class RoundLink:
         stopped: Sequence[int] = (),
         say: Callable[[str], None] = lambda _: None,
     ) -> tuple[RoundState, Numbers | None]:
-        """How far the round is and the parameters, float32 `[n]`; None: they are not known yet.
+        """The state of the rounds and the parameters, float32 `[n]`; None: not known yet.
 
-        To join, that is when the round has settings, and parameters unless this owner gives them; with a gradient, when
-        the round is over: the coordinator is given it when that is wanted. Raises SplitnetError: the coordinator
-        refuses, or is gone; Stopped: this is `stopped`.
+        A JOIN returns when the round has settings, and parameters unless this owner provides them. A READY with a
+        gradient returns when the round is over; the gradient is sent when the coordinator requests it. Raises
+        SplitnetError if the coordinator refuses or is gone; Stopped once `stopped` is not empty.
         """
         size = 0 if gradient is None else gradient.size
         asked = AskRound(self.name, self._model, wish, number, self._examples, size, payload)
@@ -122,9 +123,10 @@ class RoundLink:
                         wish is RoundWish.READY and message.number == number and number < message.rounds
                     )
                     state, parameters = None if waits else message, None
-                    if waits and gradient is not None and not message.ready:  # that was lost
+                    if waits and gradient is not None and not message.ready:  # the initial parameters were lost
                         self.begin(self._beginning)
-                    if not waits:  # what follows may take long on a slow link, and is not asked for again meanwhile
+                    # The next message may take long on a slow link, and must not be requested again meanwhile.
+                    if not waits:
                         ask_at = heard + SILENT_S / 2
                     now = (
                         f"round {number + 1} of {message.rounds}: {message.ready} of {message.owners} owners are ready"
@@ -141,7 +143,7 @@ class RoundLink:
                         raise ProtocolError("the coordinator has sent numbers that are not finite: end this round")
                     self.moved = self.moved[0], self.moved[1] + len(message.payload)
                 case WantGradient() if message.attempt in answered:
-                    pass  # the same masks on another share would show the gradient
+                    pass  # the same masks on another share would reveal the gradient
                 case WantGradient() if gradient is not None and message.number == number:
                     answered.add(message.attempt)
                     safe = "masked" if message.members else "not masked", "with noise" if message.noise else "no noise"
@@ -162,7 +164,7 @@ class RoundLink:
         raise Stopped
 
     def begin(self, parameters: Numbers) -> None:
-        """Gives the coordinator the parameters to begin with, if it has the key of this owner."""
+        """Sends the coordinator the initial parameters, if it has the key of this owner."""
         self._beginning = parameters
         if self._starts:
             self._transport.send(self._endpoint, encode(RoundNumbers(0, 0, parameters.tobytes())))
@@ -178,9 +180,6 @@ class RoundLink:
             with suppress(queue.Full):
                 self._answers.put_nowait(SplitnetError(f"the coordinator at {endpoint.address} {known}"))
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._transport.close()
 
@@ -190,10 +189,10 @@ class Stopped(Exception):
 
 
 class JointRun(TuningRun):
-    """A run whose steps take the mean of the gradients of all owners.
+    """A run whose steps use the mean gradient of all owners.
 
-    say: told how far the round is. joined: what joining was answered with. Raises SplitnetError: a message has no room
-    for so many parameters, or the others train something else.
+    say: called with the progress of the round. joined: the answer to joining. Raises SplitnetError if a message has no
+    room for this many parameters, or the others train something else.
     """
 
     def __init__(
@@ -207,7 +206,8 @@ class JointRun(TuningRun):
         super().__init__(*given, **named)
         first = _numbers(self.trained.values())
         self._link, self._say = link, say
-        self._joined = joined[0], first if joined[1] is None else joined[1]  # rounds have not begun: all begin as first
+        # None: rounds have not begun, and all owners begin with these.
+        self._joined = joined[0], first if joined[1] is None else joined[1]
         if first.nbytes > MAX_PAYLOAD_BYTES:
             raise SplitnetError(f"{first.size:,} numbers are too many for owners that train together")
         link.begin(first)
@@ -215,7 +215,7 @@ class JointRun(TuningRun):
 
     @torch.no_grad()
     def _adopt(self, state: RoundState, parameters: Numbers | None) -> None:
-        """Goes to where the others are."""
+        """Takes over the state of the others."""
         if parameters is not None:
             sizes = [parameter.numel() for parameter in self.trained.values()]
             if sum(sizes) != parameters.size:

@@ -1,9 +1,9 @@
 """Rounds of joint tuning: owners of examples train one adapter, and a coordinator averages their gradients.
 
-A round is one step of the optimizer: every owner gives the gradient of a batch of its own at the common parameters, and
-the coordinator takes the step with their mean, weighed by examples (FedSGD, McMahan et al., arXiv:1602.05629, section
-2). So the mean has no bias, whatever is trained and however the labels are spread. No I/O, no clock: times are seconds
-by the caller's clock. Keys are CURVE keys, 32 bytes.
+A round is one step of the optimizer: every owner sends the gradient of a batch of its examples at the common
+parameters, and the coordinator takes the step with their mean, weighted by examples (FedSGD, McMahan et al.,
+arXiv:1602.05629, section 2). So the mean has no bias, for any trained parameters and any distribution of labels. No
+I/O, no clock: times are seconds by the caller's clock. Keys are CURVE keys, 32 bytes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ from splitnet.tools.tune.methods import Settings
 from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
 LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
-STRAGGLE = 2.0  # a round waits for stragglers until so many times the time after which enough owners were ready,
-LEAST_WAIT_S = 5.0  # and at least so long
-LOST_S = 600.0  # until owners that do not send their gradients count as gone, where not even half of them do:
-LOST_TIMES, LEAST_LOST_S = 10.0, 60.0  # or after this many times what the last round took, and this time at least
-FORGIVEN = 2  # rounds that an owner may miss before the others wait for it no more
-MAX_GRADIENTS_BYTES = 4 << 30  # that the coordinator holds at once
-OUTWEIGHS = 4  # times the median of examples: an owner that claims more counts as so many
-SHORTENED = 0.999  # of its length: a gradient is told of; less is rounding
-OUTRANGES, OUTLIES = 2, 5  # times the median norm: longer gradients are shortened to that; left out
-LONGEST = 1e18  # the squares of longer gradients are no float32 numbers
+STRAGGLE = 2.0
+LEAST_WAIT_S = 5.0
+"""A round waits for stragglers until `STRAGGLE` times the time after which enough owners were ready, and at least
+`LEAST_WAIT_S` seconds."""
+LOST_S = 600.0
+LOST_TIMES, LEAST_LOST_S = 10.0, 60.0
+"""If not even half of the owners send their gradients, the missing owners count as gone after `LOST_S` seconds, or
+after `LOST_TIMES` times the duration of the last round, but not before `LEAST_LOST_S` seconds."""
+FORGIVEN = 2  # rounds that an owner may miss until the others stop waiting for it
+MAX_GRADIENTS_BYTES = 4 << 30  # bytes of gradients that the coordinator holds at the same time
+OUTWEIGHS = 4  # an owner counts with at most this many times the median number of examples
+SHORTENED = 0.999  # a gradient that keeps less than this share of its length is reported; the rest is rounding
+OUTRANGES, OUTLIES = 2, 5  # times the median norm: longer gradients are shortened; are dropped
+LONGEST = 1e18  # the squares of longer gradients overflow float32
 MAX_NORM, MAX_NOISE = 1e6, 16.0  # sums with more noise may not fit into 32 bits
 DELTA = 1e-5  # of the privacy budget
 
@@ -42,10 +46,11 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """owners: to begin with; later half of them are enough. norm: the longest gradient, longer ones are shortened; 0:
-    twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`. masked:
-    owners add masks that cancel out, so that the coordinator sees sums alone. liars: how many owners may send anything:
-    gradients are averaged in 2 * liars + 1 groups, and the median of these counts."""
+    """owners: required to begin; later half of them are enough. norm: the longest gradient, longer ones are shortened;
+    0: twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`.
+    masked: owners add masks that cancel out, so that the coordinator sees only sums. liars: number of owners that may
+    send anything: gradients are averaged in 2 * liars + 1 groups, and the median of the groups counts.
+    """
 
     owners: int = 2
     norm: float = 0.0
@@ -67,15 +72,16 @@ class Rules:
 
     @property
     def quorum(self) -> int:
-        """Owners that an average after the first takes."""
+        """Owners that an average after the first requires."""
         return max((self.owners + 1) // 2, LEAST_MASKED if self.masked else 2 * self.liars + 1)
 
 
 @dataclass(slots=True)
 class Owner:
-    """tried: it has been ready with a gradient. delivered: the last wanted gradient has come. failed: wanted gradients
-    in a row that never came. back_at: the number of the round from which gradients are wanted again. missed: rounds in
-    a row without a gradient of this owner."""
+    """tried: it has been ready with a gradient. delivered: the last requested gradient has arrived. failed: consecutive
+    requested gradients that never arrived. back_at: number of the round from which gradients are requested again.
+    missed: consecutive rounds without a gradient of this owner.
+    """
 
     examples: int
     ready: bool = False
@@ -94,10 +100,11 @@ class Owner:
 
 @dataclass(eq=False)
 class Rounds:
-    """What the coordinator knows. settings: of the owner that starts the rounds; None: it has not joined. number: of
-    `rounds` how many are over. parameters: the numbers that are trained, float32 `[n]`, which begin as those of that
-    owner. moments: of the optimizer, `[2, n]`. releases: sums that owners have taken part in, which the privacy budget
-    counts. told: what has happened, for people."""
+    """The coordinator's state. settings: of the owner that starts the rounds; None: it has not joined. number: finished
+    rounds, of `rounds`. parameters: the trained numbers, float32 `[n]`, which that owner initializes. moments: of the
+    optimizer, `[2, n]`. releases: sums with contributions of owners, which the privacy budget counts. told: messages
+    for the user.
+    """
 
     rules: Rules
     settings: Settings | None = None
@@ -108,11 +115,11 @@ class Rounds:
     releases: int = 0
     owners: dict[bytes, Owner] = field(default_factory=dict[bytes, Owner])
     told: list[str] = field(default_factory=list[str])
-    members: tuple[bytes, ...] = ()  # whose gradients are wanted; none: owners compute them
+    members: tuple[bytes, ...] = ()  # owners whose gradients are requested; empty: owners compute them
     _attempt: int = 0
-    _began: float | None = None  # this round, or this attempt
+    _began: float | None = None  # begin of this round, or this attempt
     _enough_at: float | None = None
-    _took_s: float = LOST_S  # the gradients of the last round, from when they were wanted
+    _took_s: float = LOST_S  # duration of collecting the gradients of the last round
 
     @property
     def is_over(self) -> bool:
@@ -132,16 +139,16 @@ class Rounds:
         return self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)
 
     def begin(self, settings: Settings) -> None:
-        """Takes the settings of the owner that starts the rounds, unless they are known. Raises SplitnetError: they
-        are of too many steps."""
+        """Uses these settings, unless settings are known. Raises SplitnetError if they have too many steps."""
         if not 0 < settings.steps <= MAX_ROUNDS:
             raise SplitnetError(f"a joint tuning has {MAX_ROUNDS:,} steps at most: lower --steps")
         if self.settings is None:
             self.settings, self.rounds = settings, settings.steps
 
     def join(self, key: bytes, examples: int, now: float) -> None:
-        """Where all places are taken, an owner that has delivered no gradient lately gives up its place; ready with
-        a gradient, it joins again. Raises SplitnetError: all places are of owners that deliver."""
+        """Adds an owner. If all places are taken, an owner that has delivered no gradient lately loses its place; when
+        it is ready with a gradient, it joins again. Raises SplitnetError if all places belong to delivering owners.
+        """
         if key not in self.owners and len(self.owners) >= MAX_OWNERS:
             works = {each for each, owner in self.owners.items() if owner.delivered and owner.missed < FORGIVEN}
             idle = [each for each in self.owners if each not in works and each not in self.members]
@@ -154,13 +161,14 @@ class Rounds:
         self._began = now if self._began is None else self._began
 
     def tries(self, key: bytes) -> None:
-        """Rounds wait for an owner that has joined from its first gradient on, be it one of an earlier round."""
+        """Marks an owner that has computed a gradient, even for an earlier round: later rounds wait for this owner."""
         owner = self.owners[key]
         owner.missed, owner.tried = owner.missed if owner.tried else 0, True
 
     def offer(self, key: bytes, size: int) -> None:
-        """An owner that has joined is ready with a gradient; nothing happens before the parameters are known. Raises
-        SplitnetError: it is of another size, or too large, or owners that deliver have all the memory."""
+        """Marks an owner as ready with a gradient; no effect before the parameters are known. Raises SplitnetError if
+        the gradient has another size, or is too large, or delivering owners use all the memory.
+        """
         if self.parameters is None:
             return
         most = MAX_GRADIENTS_BYTES // (4 * self.rules.owners)
@@ -175,12 +183,12 @@ class Rounds:
 
     @property
     def _places(self) -> int:
-        """Gradients that the coordinator holds at once."""
+        """Gradients that the coordinator holds at the same time."""
         assert self.parameters is not None
         return MAX_GRADIENTS_BYTES // max(1, self.parameters.nbytes)
 
     def take(self, key: bytes, numbers: RoundNumbers) -> None:
-        """Takes a wanted gradient; anything else is dropped."""
+        """Stores a requested gradient; drops any other."""
         owner = self.owners.get(key)
         wanted = key in self.members and (self.number, self._attempt) == (numbers.number, numbers.attempt)
         size = self.parameters.nbytes if self.parameters is not None else 0
@@ -188,7 +196,7 @@ class Rounds:
             owner.gradient = bytes(numbers.payload)
 
     def step(self, now: float) -> dict[bytes, WantGradient]:
-        """What to ask of owners now. `number` rises when a round is averaged."""
+        """The messages for owners at this time. `number` rises when a round has been averaged."""
         if self.is_over or self._began is None:
             return {}
         if self.members:
@@ -214,13 +222,14 @@ class Rounds:
         for key in keys:
             self.owners[key].gradient = None
         self.members = tuple(sorted(keys))
-        # Never the same twice, even if the coordinator is started anew: masks follow from it.
+        # Never repeated, even after a restart of the coordinator, because masks are derived from it.
         self._attempt, self._began, self._enough_at = 1 + secrets.randbelow(MAX_ATTEMPT), now, None
         self.releases += 1
         examples = [self.owners[key].examples for key in self.members]
         most = OUTWEIGHS * float(np.median(examples))
         weights = [1.0 if rules.noise else min(each, most) for each in examples]
-        # So much in any sum that is told, for an owner that knows its own noise: with liars, of the smallest group.
+        # The noise suffices in any reported sum against an owner that knows its own noise: with liars, in the smallest
+        # group.
         others = len(weights) // (2 * rules.liars + 1) - 1
         spread = rules.noise * rules.norm / math.sqrt(max(1, others))
         masking = self.members if rules.masked else ()
@@ -234,7 +243,8 @@ class Rounds:
         assert self._began is not None
         sent = [key for key in self.members if self.owners[key].gradient is not None]
         if len(sent) < len(self.members):
-            # Of owners that delivered before, as anybody can make keys; in the first round of as many as begin.
+            # Only owners that delivered before count, because anybody can make keys; in the first round, the required
+            # number.
             proven = {key for key in self.members if self.owners[key].delivered}
             expected = len(proven) or min(len(self.members), self.rules.owners)
             half = 2 * len(proven.intersection(sent) if proven else sent) >= expected
@@ -248,7 +258,7 @@ class Rounds:
                 owner.back_at = self.number + 1 + 2**owner.failed
             self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
             enough = len(sent) >= self.rules.quorum
-            if not enough or self.rules.masked or self.rules.noise:  # masks do not cancel out, noise is missing
+            if not enough or self.rules.masked or self.rules.noise:  # masks do not cancel out, or noise is missing
                 self.members, self._began, self._enough_at = (), now, None
                 return self._want(sent, now) if enough else {}
         self._average(sent)
@@ -259,7 +269,7 @@ class Rounds:
         rules, owners = self.rules, [self.owners[key] for key in keys]
         gradients = [np.frombuffer(owner.gradient or b"", "<f4") for owner in owners]
         shares = np.array([owner.share for owner in owners])
-        if rules.masked:  # the sum is no longer than its parts may be
+        if rules.masked:  # the sum is not longer than one gradient may be
             gradients, shares = [unmasked([owner.gradient or b"" for owner in owners], rules.norm)], np.ones(1)
         self._descend(averaged(gradients, shares, rules, np.random.default_rng(), self._say))
         self.number += 1
@@ -293,8 +303,9 @@ class Rounds:
 def averaged(
     gradients: Sequence[Numbers], shares: Numbers, rules: Rules, random: np.random.Generator, say: Any = lambda _: None
 ) -> Numbers:
-    """The weighed mean of gradients, float32 `[n]` each, or with `rules.liars` the median, number by number, of means
-    of groups drawn at random. Those that are not numbers or far too long are left out, and long ones are shortened."""
+    """The weighted mean of gradients, float32 `[n]` each; with `rules.liars` the element-wise median of the means of
+    random groups. Gradients that are not finite or far too long are left out, and long ones are shortened.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.array([float(np.linalg.norm(gradient.astype(np.float64))) for gradient in gradients])
     finite = norms < LONGEST
@@ -319,13 +330,13 @@ def averaged(
 
 
 def sendable(gradient: Numbers, want: WantGradient, name: str, own: bytes, secret: bytes) -> bytes:
-    """What an owner sends: its gradient, float32 `[n]`, shortened, with noise, and with masks if these are wanted.
+    """The message of an owner: its gradient, float32 `[n]`, shortened, with noise, and with masks if requested.
 
     Masks (Bonawitz et al., "Practical Secure Aggregation", CCS 2017, section 4, without the recovery of masks: if an
-    owner is lost, the others send again with masks that are new): of each pair one adds and the other subtracts numbers
-    that follow from the secret that the two share. own, secret: the owner's CURVE keys, 32 bytes each.
+    owner is lost, the others send again with new masks): in each pair of owners, one adds and the other subtracts
+    numbers that are derived from their shared secret. own, secret: the owner's CURVE keys, 32 bytes each.
 
-    Raises ProtocolError: so few others take part that the masks would hide nothing.
+    Raises ProtocolError if masks would hide nothing, because too few others take part.
     """
     if want.norm:
         gradient = gradient * min(1.0, want.norm / max(float(np.linalg.norm(gradient)), 1e-30))
@@ -346,7 +357,7 @@ def sendable(gradient: Numbers, want: WantGradient, name: str, own: bytes, secre
 
 
 def unmasked(gradients: Sequence[bytes], norm: float) -> Numbers:
-    """The sum of what all members have sent with masks, float32 `[n]`."""
+    """The sum of the masked gradients of all members, float32 `[n]`."""
     total = np.zeros(len(gradients[0]) // 4, np.uint32)
     for gradient in gradients:
         total = total + np.frombuffer(gradient, "<u4")
@@ -358,9 +369,10 @@ def _scale(norm: float) -> float:
 
 
 def budget(noise: float, releases: int) -> float:
-    """Epsilon of all averages so far, at delta `DELTA`: how well they, and one other owner's own gradients, hide
-    whether an owner gave gradients or zeros, whatever its examples are. The Gaussian mechanism (Bun and Steinke,
+    """Epsilon of all averages so far, at delta `DELTA`: how well the averages, and one other owner's own gradients,
+    hide whether an owner sent gradients or zeros, whatever its examples are. The Gaussian mechanism (Bun and Steinke,
     arXiv:1605.02065, propositions 1.3 and 1.6): the sum has noise of standard deviation `noise` times the longest
-    gradient."""
+    gradient.
+    """
     rho = releases / (2 * noise**2)
     return rho + 2 * math.sqrt(rho * math.log(1 / DELTA))

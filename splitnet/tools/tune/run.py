@@ -1,4 +1,4 @@
-"""Examples as rows of tokens, and a training run over them: each step follows from its number and the state alone."""
+"""Examples as rows of tokens, and a training run over them: each step depends only on its number and the state."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Encoded:
     """One row of training."""
 
     ids: list[int]
-    targets: list[int]  # of each position the token to learn there, or IGNORED
-    choice: int | None = None  # the number of the label, in a classification
+    targets: list[int]  # the token to learn at each position, or IGNORED
+    choice: int | None = None  # the index of the label, in a classification
 
     @property
     def learned(self) -> int:
@@ -35,13 +35,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes rows of examples."""
+    """Converts examples to rows."""
 
     tokenizer: Any
-    max_length: int  # tokens per row at most
-    template: str = "{text}"  # of a classification; the label is the word that comes after
+    max_length: int  # most tokens per row
+    template: str = "{text}"  # of a classification, before the label
     labels: Sequence[str] = ()  # of a classification
-    head: bool = False  # whether labels are told by a trained head, rather than by words
+    head: bool = False  # whether a trained head predicts labels, rather than words
 
     @property
     def _end(self) -> list[int]:
@@ -49,9 +49,9 @@ class Encoder:
         return [] if end is None else [end]
 
     def encode(self, examples: Examples) -> list[Encoded]:
-        """All rows of a file. Plain text that is too long becomes several.
+        """All rows of a file. Plain text that is too long becomes several rows.
 
-        Raises DataError if an example cannot be encoded, is too long, or has a label that is not known.
+        Raises DataError if an example cannot be encoded, is too long, or has an unknown label.
         """
         rows: list[Encoded] = []
         for example in examples.rows:
@@ -76,7 +76,7 @@ class Encoder:
         return rows
 
     def words(self) -> list[int]:
-        """The first token of each label, by which words tell labels apart. Raises DataError if two are the same."""
+        """The first token of each label, by which words distinguish labels. Raises DataError if two are the same."""
         first = [self.ids_of(" " + label)[0] for label in self.labels]
         for number, token in enumerate(first):
             if token in first[:number]:
@@ -91,7 +91,7 @@ class Encoder:
         ids = self.tokenizer(example.fields["text"])["input_ids"] + self._end
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:
-            pieces.pop()  # the end alone teaches nothing
+            pieces.pop()  # a single token teaches nothing
         return [_row([(piece, True)]) for piece in pieces]
 
     def _completion(self, prompt: str, completion: str) -> Encoded:
@@ -110,10 +110,10 @@ class Encoder:
         return Encoded(row.ids, row.targets, choice)
 
     def _chat(self, examples: Examples, example: Example) -> list[Encoded]:
-        """The chat as the model's template writes it, with loss on the answers and on what ends them.
+        """Rows of a chat in the format of the model's template, with loss on the answers and their end tokens.
 
-        Answers are encoded apart from the text before them, as when they are generated. Each answer follows the history
-        of its prompt: where the template rewrites the history, for example without earlier reasoning, a new row begins.
+        Answers are encoded apart from the text before them, as in generation. Each answer follows the history of its
+        prompt: where the template rewrites the history, for example without earlier reasoning, a new row begins.
         """
         messages = self.turns(examples, example)
         tools = [tool["function"]["name"] for tool in example.fields.get("tools", ())]
@@ -126,7 +126,9 @@ class Encoder:
             after = self.rendered(examples, example, messages[:end], False)
             if not after.startswith(before):
                 fix = "give its reasoning, or tune another model"
-                examples.fail(example, f"the chat template asks with {before[-20:]!r}, and writes no answer so: {fix}")
+                examples.fail(
+                    example, f"the chat template asks with {before[-20:]!r}, but does not write answers this way: {fix}"
+                )
             answer = after.removeprefix(before)
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             said = [message["content"], message.get("reasoning_content") or "", *calls]
@@ -142,7 +144,7 @@ class Encoder:
         return [_row(pieces) for pieces in rows]
 
     def turns(self, examples: Examples, example: Example) -> list[dict[str, Any]]:
-        """The messages of a chat as the model's template takes them. Raises DataError: the model has none."""
+        """The messages of a chat for the model's template. Raises DataError if the model has no template."""
         if not self.tokenizer.chat_template:
             examples.fail(example, 'this model has no chat template: use "prompt" and "completion", not "messages"')
         return with_ids(example.fields["messages"], self._forms)
@@ -152,7 +154,7 @@ class Encoder:
         return forms_of(self.tokenizer)
 
     def rendered(self, examples: Examples, example: Example, messages: list[dict[str, Any]], answer: bool) -> str:
-        """The text of messages. Raises DataError: the model's chat template refuses them."""
+        """The text of messages. Raises DataError if the model's chat template refuses them."""
         from jinja2 import TemplateError
 
         shown = [{name: value for name, value in one.items() if name != "weight"} for one in messages]
@@ -162,14 +164,14 @@ class Encoder:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 
     def ids_of(self, text: str) -> list[int]:
-        """Of a text that stands within others."""
+        """Tokens of a text within other texts."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _left_out(text: str, parts: Sequence[str]) -> str | None:
-    """The part that a template has left out of its text; it may change white space, or write parts as JSON."""
+    """The part that a template has left out of its text. Templates may change white space, or write parts as JSON."""
     left = "".join(text.split())
-    # The longest first, so that none is found within a longer one.
+    # The longest first, so that no part is found within a longer one.
     for part in sorted(parts, key=lambda each: len("".join(each.split())), reverse=True):
         forms = ("".join(form.split()) for form in (part, json.dumps(part, ensure_ascii=False)[1:-1]))
         found = next((form for form in forms if form in left), None)
@@ -182,12 +184,13 @@ def _left_out(text: str, parts: Sequence[str]) -> str | None:
 def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
     ids = [token for piece, _ in pieces for token in piece]
     targets = [token if learn else IGNORED for piece, learn in pieces for token in piece]
-    # Nothing predicts the first token. A soft prompt would, and then its loss would count with some methods only.
+    # The first token is not learned, because no token precedes it. A soft prompt does, but then methods would count
+    # different losses.
     return Encoded(ids, [IGNORED, *targets[1:]])
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The token that shorter rows of a batch are filled up with."""
+    """The padding token of shorter rows in a batch."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
@@ -208,29 +211,29 @@ def collate(
 
 
 _SEEDS = 2**63 - 1
-PACKED = 2**26  # logits, or numbers of hidden states, at a time of many prompts
+PACKED = 2**26  # most logits, or numbers of hidden states, for many prompts in one call
 
 
 @torch.no_grad()
 def estimate_gradients(
-    parameters: Iterable[torch.nn.Parameter],  # those that do not require gradients stay as they are
-    loss: Callable[[], Any],  # of the model as it is now
+    parameters: Iterable[torch.nn.Parameter],  # parameters without gradients stay unchanged
+    loss: Callable[[], Any],  # of the model with its present parameters
     *,
-    seed: int,  # of the directions; take another one for every step
-    directions: int = 1,  # that are averaged over, by one forward pass more than there are
-    eps: float = 1e-3,  # how far to go along a direction
-    losses: Callable[[list[Any]], Iterable[Any]] | None = None,  # of all that `loss` has returned, if it returns others
+    seed: int,  # of the directions; different for every step
+    directions: int = 1,  # number of directions, averaged; one forward pass more than this
+    eps: float = 1e-3,  # distance along a direction
+    losses: Callable[[list[Any]], Iterable[Any]] | None = None,  # converts the results of `loss` to losses
 ) -> float:
-    """Sets `grad` of what is trained to an estimate, for any torch optimizer.
+    """Sets `grad` of the trained parameters to an estimate, for any torch optimizer.
 
-    Along one random direction the loss is computed a little ahead and a little behind; the slope times the direction is
-    the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models with
-    Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B. Several
-    directions are followed ahead only, and share the loss where they begin, as in FZOO (arXiv:2506.09034): N of them
-    take N + 1 passes instead of 2 N. Directions are held in memory, each as large as what is trained.
+    For one random direction, the loss is computed at a small distance ahead and behind; the slope times the direction
+    is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models
+    with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
+    Several directions are followed only ahead, and share the loss at their origin, as in FZOO (arXiv:2506.09034): N
+    directions take N + 1 passes instead of 2 N. Directions are held in memory, each as large as the trained parameters.
 
-    Returns the loss where the directions begin; of one direction the mean of its two. Raises what `loss` and `losses`
-    raise; parameters and gradients are as before then.
+    Returns the loss at the origin; for one direction the mean of its two losses. Raises the errors of `loss` and
+    `losses`; parameters and gradients are then unchanged.
     """
     if directions < 1 or eps <= 0:
         raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
@@ -238,7 +241,7 @@ def estimate_gradients(
     before = [parameter.clone() for parameter in trained]
     generator = torch.Generator().manual_seed(seed % _SEEDS)
     drawn = [[torch.randn(one.shape, generator=generator).to(one) for one in trained] for _ in range(directions)]
-    start = -eps if directions == 1 else 0.0  # where the slope along each of them begins
+    start = -eps if directions == 1 else 0.0  # the beginning of the slope along each direction
 
     def loss_at(direction: list[torch.Tensor], distance: float) -> Any:
         for parameter, value, along in zip(trained, before, direction, strict=True):
@@ -260,17 +263,17 @@ def estimate_gradients(
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step, counted from 1, has done."""
+    """The result of one step, counted from 1."""
 
     number: int
     loss: float  # mean over the learned tokens, or with a head over the rows, before the step
     learning_rate: float
     gradient_norm: float  # before clipping
-    tokens: int  # that went through the model, padding not counted; those of one pass
+    tokens: int  # in one pass through the model, without padding
 
 
 class TuningRun:
-    """Trains what a model, as PEFT returns it, has to train on rows that are taken again and again in another order.
+    """Trains the trainable parameters of a PEFT model on rows, which are repeated in a new order in each epoch.
 
     `pad` is the token id of padding; with a head, rows have one label each.
     """
@@ -288,7 +291,7 @@ class TuningRun:
         self.model = model
         self.settings = settings
         self.done = 0
-        self.stopped: Sequence[int] = ()  # signals to stop, once there are any
+        self.stopped: Sequence[int] = ()  # received signals to stop
         self.sound: Callable[[], None] = lambda: None  # called in a step when the loss and the gradient are finite
         self._rows = rows
         self._pad = pad
@@ -305,8 +308,9 @@ class TuningRun:
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def step(self) -> Step:
-        """Takes the next step. Raises NotFinite if the loss or the gradient is not finite though the peers are sound,
-        and what the model raises; nothing has changed then."""
+        """Takes the next step. Raises NotFinite if the loss or the gradient is not finite although the peers' values
+        are, and the errors of the model; the run is then unchanged.
+        """
         number, settings = self.done, self.settings
         rows = self._rows_of(number)
         try:
@@ -320,13 +324,13 @@ class TuningRun:
         return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
 
     def overflow(self, what: str) -> NotFinite:
-        """The error of numbers of the run itself that are not finite."""
-        # Before the first step no step size has changed anything.
+        """The error for values of the run itself that are not finite."""
+        # Before the first step, no step size has had an effect.
         advice = "start again with a lower --lr" if self.done else "serve the model with --weights float32"
         return NotFinite(f"step {self.done + 1} has overflowed: {advice} ({what})")
 
     def _gradient(self, rows: Sequence[Encoded]) -> tuple[float, float]:
-        """Sets `grad` of the trained parameters; returns the loss and the norm of the gradient. Raises NotFinite."""
+        """Sets `grad` of the trained parameters. Returns the loss and the norm of the gradient. Raises NotFinite."""
         number, settings = self.done, self.settings
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(number)
@@ -340,7 +344,7 @@ class TuningRun:
                 lambda: self.model.get_prompt(batch_size=1) if packs else self._loss(rows, backward=False),
                 seed=settings.seed * 1_000_003 + number,
                 directions=settings.directions,
-                # As far as slopes stay the same, so that the errors of codecs weigh less.
+                # As far as slopes stay the same, so that the errors of codecs matter less.
                 eps=min(max(1e-3, float(sizes.square().mean().sqrt()) / 20), 1e-2),
                 losses=(lambda prompts: self._losses(rows, prompts)) if packs else None,
             )
@@ -352,13 +356,13 @@ class TuningRun:
         return loss, self._finite(norm, "norm of the gradient")
 
     def _descend(self) -> None:
-        """Takes the step with the gradients that are there."""
+        """Takes the step with the present gradients."""
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip or math.inf)
         self._optimizer.step()
         self.done += 1
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Everything that the next step follows from: tensors, and facts that JSON can hold."""
+        """Everything that determines the next step: tensors, and JSON-compatible facts."""
         tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in self.trained.items()}
         numbers: dict[str, dict[str, Any]] = {}
         optimizer = self._optimizer.state_dict()
@@ -373,7 +377,7 @@ class TuningRun:
         return tensors, {"step": self.done, "optimizer": {"numbers": numbers, "groups": groups}}
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Goes back to what `state()` returned. Raises DataError if it is of another model or method."""
+        """Restores the result of `state()`. Raises DataError if it belongs to another model or method."""
         try:
             for name, parameter in self.trained.items():
                 saved = tensors[f"parameter.{name}"]
@@ -411,11 +415,11 @@ class TuningRun:
         return torch.randperm(len(self._rows), generator=generator).tolist()
 
     def _loss(self, rows: Sequence[Encoded], *, backward: bool) -> float:
-        """Of all rows together, part after part; gradients add up to those of the whole."""
+        """The loss of all rows, computed in parts; gradients add up to the gradient of the whole."""
         weights = [1 if self._head else row.learned for row in rows]
         whole = sum(weights)
         size = math.ceil(len(rows) / self.settings.accumulate)
-        # Of all logits none are looked at, and they would be by far the largest tensors.
+        # The logits are not used, and would be by far the largest tensors.
         spared = {"logits_to_keep": 1} if not self._head and getattr(self.model, "loss_in_parts", False) else {}
         total = 0.0
         for start in range(0, len(rows), size):
@@ -432,19 +436,19 @@ class TuningRun:
     @staticmethod
     def _finite(value: float, what: str = "loss") -> float:
         if not math.isfinite(value):
-            raise NotFinite(f"the {what} is {value}, though all that came from the peers is finite")
+            raise NotFinite(f"the {what} is {value}, although all values from the peers are finite")
         return value
 
     @property
     def _packs(self) -> bool:
-        """Whether many prompts go through the model in one call, each before rows of its own."""
+        """Whether one call of the model takes many prompts, each with separate rows."""
         kind = getattr(getattr(self.model, "active_peft_config", None), "peft_type", None)
         return not self._head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
 
     def _losses(self, rows: Sequence[Encoded], prompts: list[torch.Tensor]) -> list[float]:
-        """Of all rows behind each of the prompts `[1, virtual tokens, hidden]`, in one call if there is room.
+        """Losses of all rows after each of the prompts `[1, virtual tokens, hidden]`, in one call if there is room.
 
-        After P-RGE (arXiv:2409.15520). Means over the learned tokens, as those of `_loss`.
+        After P-RGE (arXiv:2409.15520). Means over the learned tokens, as in `_loss`.
         """
         batch = collate(rows, self._pad, device=self.device)
         labels = batch.pop("labels")

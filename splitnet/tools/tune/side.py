@@ -1,4 +1,4 @@
-"""Training of a side network: the states of all texts come from the peers once, and no step needs a peer after that."""
+"""Training of a side network: peers compute the states of all texts once; training steps then need no peer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from splitnet.hf.side import SideNetwork
 from splitnet.tools.tune.run import Encoded
 from splitnet.tools.tune.states import States, parts_of, states_of
 
-PASS_POSITIONS = 2048  # of texts that go through the blocks together
-FILE_VALUES = 64 << 20  # of states in one file, about
+PASS_POSITIONS = 2048  # positions of texts in one pass through the blocks
+FILE_VALUES = 64 << 20  # approximate number of values of states in one file
 
 
 class SideTuner(nn.Module):
-    """What is called as a model in training: a new side network beside `model`, on states from the disk."""
+    """The model that training calls: a new side network beside `model`, on states from the disk."""
 
-    loss_in_parts = True  # as the model itself
+    loss_in_parts = True  # as for the model itself
 
     def __init__(
         self, model: RemoteCausalLM, width: int | None, states: States, rows: Sequence[Encoded], limit: int
     ) -> None:
-        """rows: all that it will be called with, see `fill`.
+        """rows: all rows of later calls, see `fill`.
 
-        Raises AdapterError: there is no network of this width; SplitnetError: the states need more than `limit` bytes.
+        Raises AdapterError if no network of this width is possible, SplitnetError if the states need more than `limit`
+        bytes.
         """
         super().__init__()
         model.requires_grad_(False)
@@ -45,15 +46,15 @@ class SideTuner(nn.Module):
                 f"the hidden states of {len(self._rows):,} examples need {self.disk_bytes / 2**20:,.0f} MiB of disk, "
                 f"and --states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
             )
-        self.rows = [row.ids for row in self._rows]  # the different texts that it is called with
+        self.rows = [row.ids for row in self._rows]  # the different texts of later calls
         self.training_bytes = 0, 0  # sent and received on the client's own links
-        self.training_joules = 0.0  # as of the model
+        self.training_joules = 0.0  # as the model counts them
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
 
     def fill(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
         """Has the peers compute the states of all rows that are not on the disk, until it is stopped.
 
-        Raises DataError: they cannot be written; and as a call of the model.
+        Raises DataError if the states cannot be written, and the errors of calling the model.
         """
         (model,), states, count = self._model, self.states, len(self._rows)
         positions = max(PASS_POSITIONS, FILE_VALUES // ((len(self.side.taps) + 1) * self.side.hidden_size))
@@ -61,7 +62,7 @@ class SideTuner(nn.Module):
         there = {ids for ids, _, _ in states.places()}
         left = [row for row in self._rows if tuple(row.ids) not in there]
         if left:
-            say(f"hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB, come from the peers ...")
+            say(f"peers compute the hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB ...")
         for some in parts_of(sorted(left, key=lambda row: len(row.ids)), positions):
             if stopped:
                 return
@@ -75,7 +76,7 @@ class SideTuner(nn.Module):
         ids = torch.tensor([[pad] * (longest - len(row.ids)) + row.ids for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
         cache = model.new_cache()
-        cache.remote.reserve_step = 1  # many owners may ask the same peers at a time
+        cache.remote.reserve_step = 1  # many owners may use the same peers at the same time
         try:
             found = model.states_at(self.side.taps, ids, mask, cache)
             assert cache.session is not None
@@ -87,7 +88,7 @@ class SideTuner(nn.Module):
         return [states[longest - len(row.ids) :] for states, row in zip(found, rows, strict=True)]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:
-        """As the model with the side network, for rows of `fill` with padding on the right."""
+        """Calls the model with the side network, for rows of `fill` with padding on the right."""
         (model,) = self._model
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, attention_mask, strict=True)]
         states = [states_of(*self._places[tuple(row)], len(row)) for row in rows]
@@ -96,6 +97,6 @@ class SideTuner(nn.Module):
             return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
-        """As PEFT's models are saved."""
+        """Saves the side network in PEFT's way."""
         base = self._model[0].name_or_path
         self.side.save(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, base)

@@ -1,4 +1,4 @@
-"""Hidden states of texts on the disk: they come from the peers once, and are read in every epoch."""
+"""Hidden states of texts on the disk: peers compute them once, and every epoch reads them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class States:
-    """Texts and the model's hidden states of them, in a file for some texts each, written at once.
+    """Texts and their hidden states by the model, in files of some texts each; each file is written at once.
 
-    A file that is damaged, and those behind it, are written again.
+    A damaged file and all later files are written again.
     """
 
     def __init__(self, folder: TuningFolder) -> None:
@@ -31,7 +31,7 @@ class States:
             self.files.append(path)
         for path in sorted(folder.path.glob("*.safetensors")) if self._next.exists() else ():
             if path.name != CHECKPOINT and path not in self.files:
-                log.warning("%s is damaged, or behind one that is: its states are computed again", path)
+                log.warning("%s is damaged, or follows a damaged file: its states are computed again", path)
                 path.unlink()
 
     @property
@@ -48,13 +48,13 @@ class States:
 
     @property
     def told_size(self) -> str:
-        """For people, at the end of a run."""
-        return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that it does not need any more."
+        """A sentence for the user at the end of a run."""
+        return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that are not needed any more."
 
     def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
-        """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError: there is no room."""
+        """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError if there is no room."""
         packed = torch.cat(list(states)).cpu()
-        halves = packed.to(torch.float16)  # more exact than bfloat16, where it can hold them
+        halves = packed.to(torch.float16)  # more exact than bfloat16, if the values fit
         tensors = {
             "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int32),
             "learned": torch.tensor([target != IGNORED for row in rows for target in row.targets]),
@@ -66,11 +66,11 @@ class States:
         self.files.append(path)
 
     def all(self, name: str) -> Iterator[Tensor]:
-        """`ids`, `learned` or `lengths` of file after file."""
+        """`ids`, `learned` or `lengths` of all files in order."""
         return (read(path, name) for path in self.files)
 
     def places(self) -> Iterator[tuple[tuple[int, ...], Path, int]]:
-        """The ids of each text, its file, and where in that its states begin."""
+        """The ids of each text, its file, and the index of its first state in the file."""
         for path in self.files:
             first = 0
             for ids in read(path, "ids").split(read(path, "lengths").tolist()):
@@ -79,7 +79,7 @@ class States:
 
 
 def parts_of(rows: Sequence[Encoded], positions: int) -> list[list[Encoded]]:
-    """Rows in order, in parts of so many positions at most, padding counted; one at least."""
+    """Rows in order, in parts of at most this many positions, including padding; at least one row each."""
     parts: list[list[Encoded]] = []
     longest = 0
     for row in rows:
@@ -98,7 +98,7 @@ def read(path: Path, name: str) -> Tensor:
 
 
 def states_of(path: Path, first: int, count: int) -> Tensor:
-    """`[count, size]` float32."""
+    """States `[count, size]`, float32."""
     with safe_open(path, framework="pt") as file:
         return file.get_slice("states")[first : first + count].float()
 

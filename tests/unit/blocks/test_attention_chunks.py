@@ -1,4 +1,4 @@
-"""Attention in chunks of positions gives what it gives at once, forward and back, in families of every kind."""
+"""Attention in chunks of positions gives the results of one call, forward and backward, in families of every kind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS = {
 LENGTHS = (23, 9)
 HIDDEN = 64
 TIGHT = 4 * 3 * 4 * 40
-"""Scores of four heads by 40 positions: of a position or two at once."""
+"""Bytes of the scores of four heads by 40 positions, for one position or two at once."""
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_steps_by_blocks_of_positions(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As all at once, which gradients are recorded for by the family's own code."""
+    """Compared with all positions at once, which the family's own code computes when gradients are recorded."""
     sizes = OPTIONS.get(family, {}) | sizes
     span = Span.load(Checkpoint.open(random_checkpoint(family, tmp_path, blocks=2, **sizes)), 0, 2)
     with torch.enable_grad():
@@ -143,7 +143,7 @@ def test_steps_by_blocks_of_positions(
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made, without views of the given ones."""
+    """The bytes of the largest tensor that operations make, without views of the given ones."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def test_long_sequences_run_in_passes(
     torch.testing.assert_close(SpanPasses(span).forward(hidden, lengths, None, 0, 3), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_the_way_back_is_refused_where_torch_would_keep_too_much(
+def test_backward_passes_are_refused_where_torch_would_keep_too_much(
     span_of: Callable[[str], Span], hidden: torch.Tensor
 ) -> None:
     passes = SpanPasses(span_of("llama"), graph_bytes=10_000)
@@ -209,7 +209,7 @@ def test_the_way_back_is_refused_where_torch_would_keep_too_much(
 
 
 @pytest.mark.parametrize("family", BY_ROWS)
-def test_the_way_back_is_refused_where_its_scores_do_not_fit(
+def test_backward_passes_are_refused_where_scores_do_not_fit(
     family: str, span_of: Callable[[str], Span], hidden: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = span_of(family)

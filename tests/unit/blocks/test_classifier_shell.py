@@ -1,4 +1,4 @@
-"""The client's part of classifiers, over spans in this process, against transformers' whole model."""
+"""The client part of classifiers, over spans in this process, against transformers' whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled steps give what the family's own code gives, for every family that is said to have them."""
+"""Compiled steps give the results of the family's own code, for every family whose entry has `native_step`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.span_runs import decoded, windows_of_drafts
 
 COMPILED = {name for name, family in FAMILIES.items() if family.native_step}
 WITH_EXPERTS = {*EXPERTS, *(family for family, _ in EXPERTS_IN_CODES.values())}
-"""Which compiled steps have in codes; see test_torch_step.py."""
+"""Families whose experts compiled steps hold in codes; see test_torch_step.py."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.4},
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), LATENTS),
 }
-"""Of small models, where the usual ones do not fit."""
+"""Sizes of small models, where the usual sizes do not fit."""
 
 YARN = {
     "rope_type": "yarn",
@@ -133,7 +133,7 @@ def load(family: str, folder: Path, sizes: dict[str, Any], **options: Any) -> Sp
 
 
 def outputs(span: Span) -> list[torch.Tensor]:
-    """Of sequences that share steps, of one longer than any window, and of windows of drafts."""
+    """Outputs of sequences that share steps, of one longer than any window, and of windows of drafts."""
     return [decoded(span, (12, 1, 9), 4), decoded(span, (40,), 3), windows_of_drafts(span, (3, 1, 9))]
 
 
@@ -167,7 +167,7 @@ def test_a_family_gives_the_same(family: str, tmp_path: Path) -> None:
     )
 )
 @pytest.mark.parametrize("case", CASES)
-def test_what_a_config_changes(case: str, tmp_path: Path) -> None:
+def test_config_variants_give_the_same(case: str, tmp_path: Path) -> None:
     family, sizes = CASES[case]
     check_the_same(load(family, tmp_path, sizes, dtype="float32"), 1e-4)
 
@@ -177,7 +177,7 @@ def test_every_family_with_experts_is_tested_too() -> None:
 
 
 @pytest.mark.parametrize("case", NOT_KNOWN)
-def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> None:
+def test_blocks_of_another_structure_have_no_compiled_steps(case: str, tmp_path: Path) -> None:
     family, sizes = NOT_KNOWN[case]
     assert load(family, tmp_path, sizes)._lean is None
 
@@ -197,7 +197,9 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
         ("int8", "bfloat16", 3e-2),
     ],
 )
-def test_other_types(family: str, weights: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
+def test_other_dtypes_give_nearly_the_same(
+    family: str, weights: str, dtype: str, tolerance: float, tmp_path: Path
+) -> None:
     span = load(family, tmp_path, SIZES.get(family, {}), weights=weights, dtype=dtype)
     assert isinstance(span._lean, NativeStep)
     compiled = outputs(span)
@@ -207,7 +209,7 @@ def test_other_types(family: str, weights: str, dtype: str, tolerance: float, tm
 
 
 def test_weights_that_are_transposed_give_the_same_bits_as_before(tmp_path: Path, monkeypatch: Any) -> None:
-    """They lie otherwise in memory once a step has been found."""
+    """A compiled step changes the order of the weights in memory."""
     folder = random_checkpoint("gpt2", tmp_path)
     found = Span.load(Checkpoint.open(folder), 1, 5)
     found._lean = None
@@ -217,7 +219,8 @@ def test_weights_that_are_transposed_give_the_same_bits_as_before(tmp_path: Path
 
 
 def test_in_half_precision_each_block_must_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of eight that leaves the rotary embedding out is within the rounding of all."""
+    """The test makes one of eight blocks omit the rotary embedding, which is within the rounding errors of all
+    blocks."""
     folder = random_checkpoint("llama", tmp_path, blocks=10)
 
     def kind(dtype: str) -> type[Any]:
@@ -228,7 +231,7 @@ def test_in_half_precision_each_block_must_give_the_same(tmp_path: Path, monkeyp
     assert kind("bfloat16") is not NativeStep
 
 
-def test_whatever_is_raised_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_means_no_compiled_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(block: Any) -> None:
         raise TypeError
 
@@ -254,7 +257,7 @@ def test_an_activation_that_is_almost_known() -> None:
         Activation.of(torch.nn.Mish())
 
 
-def test_an_mlp_with_the_names_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlp_with_usual_names_and_other_results_has_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: own(self, 0.5 * x))
     assert load("llama", tmp_path, {})._lean is None
@@ -265,7 +268,7 @@ LONG = (
     1024,
     2049,
     17_000,
-)  # positions before: about the borders of the parts that are seen apart, and longer parts
+)  # positions before: near the borders of parts, and longer parts
 
 
 @pytest.mark.parametrize(
@@ -277,7 +280,7 @@ LONG = (
         pytest.param("youtu", LATENTS, marks=pytest.mark.full),
     ],
 )
-def test_long_sequences_are_seen_in_parts(family: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_attention_to_long_sequences_runs_in_parts(family: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path, blocks=2, max_position_embeddings=20_000, **sizes)
     span = Span.load(Checkpoint.open(folder), 0, 2, dtype="float32")
     assert isinstance(span._lean, NativeStep)
@@ -301,5 +304,5 @@ def test_long_sequences_are_seen_in_parts(family: str, sizes: dict[str, Any], tm
     compiled, step = run(span._lean), span._lean
     expected = run(None)
     assert (compiled - expected).norm() < 1e-4 * expected.norm()
-    for index in range(len(LONG)):  # the same bits, whatever others are with it
+    for index in range(len(LONG)):  # the same bits, whichever other sequences are in the step
         assert torch.equal(run(step, alone=index), compiled[3 * index : 3 * index + 3])

@@ -1,4 +1,4 @@
-"""Which device computes: what was asked for or the best that works, and what is said of it."""
+"""The choice of a device, the requested one or the best that works, and its reason."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_device(asked: str, present: Present, device: str, why: str) -> None
         ("cuda:1", without(TWO, "cuda:1"), r"cuda:1 \(NVIDIA B\) cannot be used \(driver too old\): use --device auto"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(asked: str, present: Present, sentence: str) -> None:
+def test_an_absent_device_is_refused_by_name(asked: str, present: Present, sentence: str) -> None:
     with pytest.raises(SplitnetError, match=sentence):
         choose_device(asked, present)
 
@@ -105,7 +105,7 @@ def test_the_options_of_a_client_hold_the_device_that_was_found() -> None:
         ConnectionOptions.of({"device": "cuda:99"})
 
 
-def test_all_commands_that_compute_take_it() -> None:
+def test_all_commands_that_compute_take_a_device() -> None:
     group: Any = typer.main.get_command(app)
     offered = {
         name: parameter

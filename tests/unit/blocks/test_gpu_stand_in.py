@@ -1,4 +1,4 @@
-"""The tests of GPUs on a device that stands in for one: no tensor is made, or left, in the wrong place."""
+"""The tests of GPUs on a CPU that stands in for a GPU: no tensor is made, or left, on the wrong device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.swarm
-@pytest.mark.timeout(300)  # a suite of its own
+@pytest.mark.timeout(300)  # this runs a whole suite
 @pytest.mark.full
 @pytest.mark.parametrize("tier", ["default", "rest"])
 def test_the_tests_of_gpus_pass_on_the_stand_in(tier: str) -> None:

@@ -1,4 +1,4 @@
-"""Decode steps that are replayed, on the CPU: what a graph does is written down and done once more."""
+"""Replayed decode steps, on the CPU: the operations of a graph are listed and run again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load(
 
 
 def session(span: Span, rows: int = 5) -> torch.Tensor:
-    """Steps of all rows and of some; memory that moves, is given back, is cut, and is that of a fork."""
+    """Runs steps of all rows and of some; the memory of rows moves, shrinks, is cropped and forked."""
     noise = torch.Generator().manual_seed(0)
     lengths = [250 + row for row in range(rows)]
     held = [span.new_row(None if row % 2 else 300) for row in range(rows)]
@@ -75,7 +75,7 @@ def session(span: Span, rows: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_replayed_is_what_is_computed(
+def test_replayed_steps_equal_computed_steps(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     expected = load(checkpoint, monkeypatch, None, dtype)
@@ -89,9 +89,7 @@ def test_what_is_replayed_is_what_is_computed(
     assert recorder.replays - before == steps * (1 + 2 * 3)
 
 
-def test_hidden_states_within_are_kept_between_what_is_replayed(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taps_are_kept_between_replays(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = OperationRecorder()
     span, plain = load(checkpoint, monkeypatch, recorder), load(checkpoint, monkeypatch, None)
     hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -104,7 +102,9 @@ def test_hidden_states_within_are_kept_between_what_is_replayed(
     assert len({float(states.sum()) for states in got.chunk(3, dim=1)}) == 3
 
 
-def test_more_positions_than_were_recorded_run_as_ever(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_positions_than_recorded_run_without_graphs(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = OperationRecorder()
     span, plain = load(checkpoint, monkeypatch, recorder), load(checkpoint, monkeypatch, None)
     before = recorder.replays
@@ -127,16 +127,16 @@ def test_views_replay_the_same_recordings(checkpoint: Checkpoint, monkeypatch: p
     assert recorder.recordings == made and recorder.replays > before
 
 
-def test_a_recording_that_gives_something_else_is_named_and_left_out(
+def test_a_recording_with_wrong_outputs_is_named_and_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     span = load(checkpoint, monkeypatch, OperationRecorder(spoils=0.5))
     assert type(span._lean) is TorchStep and span.replayed_positions == 0
     (record,) = caplog.records
-    assert "block 1 adds something else" in record.getMessage()
+    assert "block 1 adds a wrong result" in record.getMessage()
 
 
-def test_one_that_stores_something_else_is_too(
+def test_a_recording_that_stores_wrong_values_is_named_and_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = graph_step.Recorded.run
@@ -149,10 +149,10 @@ def test_one_that_stores_something_else_is_too(
     monkeypatch.setattr(graph_step.Recorded, "run", run)
     assert type(load(checkpoint, monkeypatch, OperationRecorder())._lean) is TorchStep
     (record,) = caplog.records
-    assert "block 3 stores in values something else" in record.getMessage()
+    assert "block 3 stores in values a wrong result" in record.getMessage()
 
 
-def test_one_that_is_no_faster_is_left_out(
+def test_a_recording_that_is_not_faster_is_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     graphs_are(monkeypatch, faster=False)
@@ -160,12 +160,12 @@ def test_one_that_is_no_faster_is_left_out(
     assert not caplog.records
 
 
-def test_what_a_driver_cannot_record_is_named_and_left_out(
+def test_a_failed_recording_is_named_and_left_out(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Fails(OperationRecorder):
         def record(self, work):
-            if self.recordings == 20:  # the first size is done by then
+            if self.recordings == 20:  # recordings of the first size are finished by then
                 raise RuntimeError("out of graphs\nat some address")
             return super().record(work)
 
@@ -200,7 +200,7 @@ def test_weights_that_move_end_the_replays(
         parameter.data = parameter.data.clone()
     torch.testing.assert_close(session(span), session(plain), rtol=1e-4, atol=1e-4)
     (record,) = caplog.records
-    assert "any more: weights are not where they were" in record.getMessage()
+    assert "any more: weights have moved" in record.getMessage()
 
 
 @given(st.integers(1, 40), st.sets(st.integers(1, 32)))
@@ -234,7 +234,7 @@ def test_operations_that_wait_are_refused_by_name(work) -> None:
         work(values)
 
 
-def test_others_are_not() -> None:
+def test_operations_that_do_not_wait_are_accepted() -> None:
     with torch.inference_mode(), OnDeviceAlone(torch.device("cpu")):
         values = torch.arange(4.0)
         found = values[values.long()].sort().values

@@ -1,4 +1,4 @@
-"""The client's head: threads share its products, and each gets what it would get alone."""
+"""The client's head: threads share its products, and each thread gets the result that it would get alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Product:
-    """Doubles rows; the first call waits until it is let go."""
+    """Doubles rows; the first call waits for `go`."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -43,20 +43,20 @@ class Product:
 
 
 def run_together(product: Product, rows: list[torch.Tensor]) -> list[Any]:
-    """One call that works, and calls of others that come meanwhile."""
+    """Runs one call, and further calls from other threads while it works."""
     shared = SharedProduct(product)
     with ThreadPoolExecutor(len(rows) + 1) as threads:
         first = threads.submit(shared, torch.ones(1, 3))
         assert product.begun.wait(WAIT_S)
         futures = [threads.submit(shared, each) for each in rows]
-        while len(shared._waiting) < len(rows):  # each puts its rows there before it waits
+        while len(shared._waiting) < len(rows):  # each thread adds its rows before it waits
             time.sleep(0)
         product.go.set()
         assert torch.equal(first.result(WAIT_S), 2 * torch.ones(1, 3))
         return [future.exception(WAIT_S) or future.result() for future in futures]
 
 
-def test_those_who_wait_are_served_together() -> None:
+def test_waiting_threads_share_a_product() -> None:
     product = Product()
     rows = [torch.full((count, 3), float(count)) for count in (1, 3, 2)]
     for given, got in zip(rows, run_together(product, rows), strict=True):
@@ -64,7 +64,7 @@ def test_those_who_wait_are_served_together() -> None:
     assert product.sizes == [1, 6]
 
 
-def test_no_product_is_larger_than_it_may_be() -> None:
+def test_products_are_bounded() -> None:
     product = Product()
     rows = [torch.full((MOST_ROWS - 1, 3), float(number)) for number in range(3)]
     for given, got in zip(rows, run_together(product, rows), strict=True):
@@ -72,7 +72,7 @@ def test_no_product_is_larger_than_it_may_be() -> None:
     assert product.sizes == [1, MOST_ROWS - 1, MOST_ROWS - 1, MOST_ROWS - 1]
 
 
-def test_an_error_reaches_all_whom_it_meets_and_nobody_later() -> None:
+def test_an_error_reaches_all_callers_of_its_product_and_no_later_ones() -> None:
     product = Product()
     shared = SharedProduct(product)
     product.go.set()
@@ -99,7 +99,7 @@ def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
         assert torch.allclose(model.lm_head(hidden), plain(hidden), atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_who_asks_for_exact_links_gets_an_exact_head() -> None:
+def test_exact_links_imply_an_exact_head() -> None:
     held = {codec: ConnectionOptions(codec=codec).held_as for codec in ("auto", "int8", "none")}
     assert held == {"auto": "auto", "int8": "auto", "none": None}
     assert ConnectionOptions(codec="none", local_weights="int8").held_as == "int8"
@@ -107,14 +107,14 @@ def test_who_asks_for_exact_links_gets_an_exact_head() -> None:
 
 @compiled
 @torch.no_grad()
-def test_a_head_of_float32_has_a_narrow_copy_of_its_weight_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "CHANGES_S", -1.0)  # it was not used for long
+def test_a_float32_head_has_a_narrow_copy_of_its_present_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHANGES_S", -1.0)  # every use counts as the first for a long time
     model = model_with(torch.float32)
     hold_head(model, choose_weights("auto", None, torch.float32, CPU))
     head, hidden = model.lm_head, torch.randn(2, 64)
 
     def narrow() -> bool:
-        """Whether float16 is multiplied with."""
+        """Whether products use float16."""
         weight = head.weight.detach()
         exact, rounded = hidden @ weight.T, hidden @ weight.half().float().T
         got = head(hidden)
@@ -122,7 +122,7 @@ def test_a_head_of_float32_has_a_narrow_copy_of_its_weight_as_it_is_now(monkeypa
         return float((got - rounded).norm()) < 0.1 * float((got - exact).norm())
 
     assert isinstance(head, nn.Linear) and narrow()
-    head.weight.data[7] += 1.0  # of which torch does not tell
+    head.weight.data[7] += 1.0  # torch does not report this change
     assert narrow()
     assert narrow() and copy.deepcopy(head)._copy is None
     head.weight.data = torch.full_like(head.weight.data, 1e6)  # too large for float16
@@ -145,9 +145,9 @@ def test_a_weight_that_was_changed_since_the_last_product_is_seen_at_once(
     head, hidden = Head(nn.Parameter(torch.randn(3000, 64)), None, narrows=True), torch.randn(2, 64)
     head(hidden)
     if way == "told":
-        head.weight.mul_(2.0)  # as optimizers do
+        head.weight.mul_(2.0)  # as optimizers change weights
     elif way == "untold":
-        head.weight.data += torch.randn(3000, 64)  # as PEFT merges
+        head.weight.data += torch.randn(3000, 64)  # as PEFT merges adapters
     elif way == "permuted":
         head.weight.data = head.weight.data.flip(0).clone()
     else:
@@ -197,7 +197,7 @@ def test_rows_of_a_held_head_are_the_same_alone_and_together(kind: str) -> None:
 @compiled
 @pytest.mark.parametrize("kind", [None, "int8"])
 @torch.no_grad()
-def test_a_copy_of_a_head_is_a_head_of_its_own(kind: str | None) -> None:
+def test_a_copied_head_shares_nothing(kind: str | None) -> None:
     model = model_with(torch.float32)
     hold_head(model, choose_weights(kind, None, torch.float32, CPU))
     hidden = torch.randn(2, 64)

@@ -1,4 +1,4 @@
-"""What a pass frees is kept for the next one: it need not get its memory from the system page by page."""
+"""The C library keeps memory that a pass frees, so that the next pass need not get it from the system page by page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PIECE_PAGES = (3 << 20) // 4096
 
 
 def faults(how: str, **environment: str) -> int:
-    """Pages that a pass asks the system for."""
+    """Pages that a pass requests from the system."""
     done = subprocess.run(
         [sys.executable, "-c", CODE, how], env=os.environ | environment, capture_output=True, text=True, check=True
     )

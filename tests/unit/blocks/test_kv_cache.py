@@ -1,4 +1,4 @@
-"""The cache of one row against what concatenating and slicing would give."""
+"""The cache of one row, compared with concatenation and slicing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_equals_concatenation(steps: list[tuple[str, float]], room: int | None) 
             abandoned.append((row, row.length))
             row = row.fork()
         assert row.length == expected[0][0].shape[2]
-    for original, length in abandoned:  # what copies did later has not touched it
+    for original, length in abandoned:  # later changes of copies have not changed it
         assert original.length == length
 
 

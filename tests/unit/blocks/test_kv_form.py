@@ -1,4 +1,4 @@
-"""Keys and values in fewer bits: what is kept in full, that rows stay right, and how far outputs are off."""
+"""Keys and values in fewer bits: the positions in full, the correctness of rows, and the errors of outputs."""
 
 from __future__ import annotations
 
@@ -14,53 +14,51 @@ from hypothesis import strategies as st
 from splitnet.blocks.attention import _mask
 from splitnet.blocks.fast.native_step import NativeStep
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.kv_form import KINDS, RING, SINKS, WINDOW, KVForm, turned
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, turned
 from splitnet.blocks.span import PASS, Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.cli.peer import KVKind
 from splitnet.errors import WeightsError
 from splitnet.quant import native
-from splitnet.session.options import KVForms
-from splitnet.swarm.plan import KV_BITS
+from splitnet.wire.kv_forms import KV_BITS, KVForms
 from tests.tiers import examples
 from tests.unit.blocks.test_torch_step import LATENTS
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 HEADS, SIZE = 2, 48
 FORMS = {kind: KVForm.of(kind, torch.float32) for kind in ("float16", "int8", "int8-int4", "int4")}
-ERRORS = {"float16": 0.0005, "int8": 0.02, "int8-int4": 0.25, "int4": 0.25}  # of a vector, as a part of it
+ERRORS = {"float16": 0.0005, "int8": 0.02, "int8-int4": 0.25, "int4": 0.25}  # of a vector, relative to its norm
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"hidden": 128, "num_attention_heads": 4, "num_key_value_heads": 2},  # grouped heads
     "mistral": {"hidden": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 90},
     "gemma2": {"head_dim": 32, "attn_logit_softcapping": 5.0},
-    "gpt_oss": {"head_dim": 32},  # sinks of its own
+    "gpt_oss": {"head_dim": 32},  # sinks
     "bloom": {"hidden": 128, "num_attention_heads": 4},  # slopes, one sequence at a time
     "deepseek_v3": {
         **LATENTS,
         "qk_nope_head_dim": 48,
         "v_head_dim": 32,
         "first_k_dense_replace": 6,
-    },  # latents that become keys and values before they are kept
-    "bamba": HYBRIDS["bamba"],  # states beside them
+    },  # latents that become keys and values before they are stored
+    "bamba": HYBRIDS["bamba"],  # states besides keys and values
 }
 
 
 def new(count: int, seed: int) -> torch.Tensor:
-    """With some large numbers, as keys have them."""
+    """Random numbers with some large ones, as keys have them."""
     numbers = torch.randn(1, HEADS, count, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     numbers[..., 5] += 8
     return numbers
 
 
 def away(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Of each position and head, as a part of what is expected."""
+    """The error of each position and head, relative to the expected norm."""
     return (found - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("size", [16, 48, 64, 80, 96, 128, 192])
-def test_codes_stand_for_the_numbers(kind: str, size: int) -> None:
+def test_codes_decode_to_the_numbers(kind: str, size: int) -> None:
     form = FORMS[kind]
     assert form is not None
     numbers = torch.randn(3, 40, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
@@ -72,7 +70,7 @@ def test_codes_stand_for_the_numbers(kind: str, size: int) -> None:
     assert not form.decode(form.encode(torch.full((1, size), torch.nan)), size).isfinite().any()
 
 
-def test_what_cannot_be_held_so_is_refused_by_name() -> None:
+def test_unsupported_forms_are_refused_by_name() -> None:
     with pytest.raises(WeightsError, match="use auto, float16, int8, int8-int4 or int4"):
         KVForm.of("int2", torch.float32)
     form = FORMS["int8"]
@@ -82,8 +80,8 @@ def test_what_cannot_be_held_so_is_refused_by_name() -> None:
     assert KVForm.of("float16", torch.bfloat16) is None
 
 
-def test_every_part_knows_the_same_forms() -> None:
-    assert KINDS == ("auto", *get_args(KVForms)) == tuple(KVKind) == tuple(KV_BITS)
+def test_the_type_of_forms_is_that_of_the_table() -> None:
+    assert ("auto", *get_args(KVForms)) == tuple(KV_BITS)
 
 
 actions = st.lists(
@@ -116,7 +114,7 @@ def test_rows_are_right_after_any_crops(steps: list[tuple[str, float]], kind: st
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-int4", "int4"])
-def test_the_last_positions_are_in_full_also_after_drafts_were_taken_back(kind: str) -> None:
+def test_the_last_positions_are_in_full_after_drafts_were_cropped(kind: str) -> None:
     keys, values = new(400, 1), new(400, 2)
     rows = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
     for row in rows:
@@ -133,14 +131,14 @@ def test_the_last_positions_are_in_full_also_after_drafts_were_taken_back(kind: 
 
 
 def cut(lengths: list[int], count: int) -> list[tuple[int, int]]:
-    """Steps of these lengths, again and again, until there are `count` positions."""
+    """Repeats steps of these lengths until there are `count` positions."""
     ends = [*itertools.takewhile(lambda end: end < count, itertools.accumulate(itertools.cycle(lengths))), count]
     return [*zip([0, *ends], ends, strict=False)]
 
 
 @settings(max_examples=examples(40))
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.sampled_from(["int8", "int8-int4", "int4"]))
-def test_any_steps_leave_the_same_codes_and_show_the_same(lengths: list[int], kind: str) -> None:
+def test_codes_and_reads_do_not_depend_on_the_steps(lengths: list[int], kind: str) -> None:
     count = 200
     keys, values = new(count, 1), new(count, 2)
     alone, row = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
@@ -172,7 +170,7 @@ STEPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["int8", "int8-int4", "int4"])
 @pytest.mark.parametrize("family", STEPS)
 def test_outputs_do_not_depend_on_the_steps(family: str, kind: str, tmp_path: Path) -> None:
-    """Also of drafts that are taken back, and in families whose own code attends: of steps of `WINDOW` positions."""
+    """The steps include drafts that are cropped. Families whose own attention runs have steps of `WINDOW` positions."""
     span = load(family, random_checkpoint(family, tmp_path, **STEPS[family]), kind)
     span._lean = None
     count, noise = 230, torch.Generator().manual_seed(0)
@@ -194,11 +192,11 @@ def test_outputs_do_not_depend_on_the_steps(family: str, kind: str, tmp_path: Pa
         [] if family in ("bloom", "bamba") else [([count], 0), ([150, 9, 40], 16)]
     )
     for lengths, taken_back in splits:
-        # Rounding of other shapes of products changes a code here and there.
+        # Products of other shapes round differently, which changes some codes.
         assert (outputs(lengths, taken_back) - expected).norm() < 0.2 * off + 1e-3
 
 
-def test_sequences_of_which_nothing_is_kept_have_no_codes(tmp_path: Path) -> None:
+def test_whole_sequences_have_no_codes(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path, **FAMILIES["llama"])
     exact, coded = load("llama", folder, "auto"), load("llama", folder, "int4")
     hidden = torch.randn(PASS + 70, exact.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
@@ -207,7 +205,7 @@ def test_sequences_of_which_nothing_is_kept_have_no_codes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_a_row_goes_on_from_pages(kind: str) -> None:
+def test_a_row_continues_from_pages(kind: str) -> None:
     keys, values = new(301, 1), new(301, 2)
     first, second = SequenceCache(form=FORMS[kind]), SequenceCache(form=FORMS[kind])
     first.append(3, keys[:, :, :300], values[:, :, :300])
@@ -233,7 +231,7 @@ def load(family: str, folder: Path, kv: str) -> Span:
 
 
 def decoded(span: Span, hidden: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Outputs of a prompt, of single steps, and of drafts of which some are taken back."""
+    """Outputs of a prompt, of single steps, and of drafts, some of which are cropped."""
     row = span.new_row(len(hidden))
     found = [span.forward(hidden[:prompt], [Chunk(row, 0, prompt)])]
     for index in range(prompt, prompt + 12):
@@ -248,7 +246,7 @@ def decoded(span: Span, hidden: torch.Tensor, prompt: int) -> torch.Tensor:
 @pytest.mark.default_cases(family=("llama", "gemma2"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_are_near_exact_ones_and_compiled_steps_read_the_same_codes(family: str, tmp_path: Path) -> None:
-    """Divergences of what a random head makes of outputs: each form has its bound, and fewer bits are farther away."""
+    """Compares the divergences of a random head's logits: each form has its bound, and fewer bits diverge more."""
     folder = random_checkpoint(family, tmp_path, **FAMILIES[family])
     exact = load(family, folder, "auto")
     noise = torch.Generator().manual_seed(0)
@@ -285,7 +283,7 @@ def test_latents_stay_as_they_are_computed(tmp_path: Path) -> None:
     assert torch.equal(*(decoded(span, torch.ones(100, span.hidden_size), 60) for span in (exact, asked)))
 
 
-def test_the_bytes_that_are_told_are_those_of_rows(tmp_path: Path) -> None:
+def test_announced_bytes_are_those_of_rows(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path, **FAMILIES["llama"])
     for kind in ("auto", *FORMS):
         span = load("llama", folder, kind)

@@ -1,4 +1,4 @@
-"""The loss that is computed part after part: the same loss and gradients as over all logits, which are never there."""
+"""The loss computed in parts: the loss and gradients equal those over all logits, which never exist at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from splitnet.blocks.client_part import load_client_part
 from splitnet.blocks.head import IGNORED, QuantizedHead, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import RopeLengths
+from splitnet.checkpoint.rope_lengths import RopeLengths
 from splitnet.errors import UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.hf.remote_blocks import RemoteBlocks
@@ -30,7 +30,7 @@ ROW_BYTES = VOCABULARY * torch.float32.itemsize
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {},
-    "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # its backbone is within another
+    "opt": {"word_embed_proj_dim": 32, "do_layer_norm_before": False},  # its backbone is within another module
     "gemma2": {"final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 4.0},
@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many bytes the largest tensor has that anything makes meanwhile."""
+    """Records the bytes of the largest tensor that any operation makes meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Largest(TorchDispatchMode):
 
 
 def inputs(labels: str = "some") -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and labels."""
+    """Random hidden states and labels."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(BATCH, POSITIONS, HIDDEN, generator=generator, requires_grad=True)
     chosen = torch.randint(0, VOCABULARY, (BATCH, POSITIONS), generator=generator)
@@ -74,7 +74,7 @@ def head(seed: int = 2) -> nn.Linear:
 
 
 def found(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
-    """The loss and its gradients, for a loss that is one of several."""
+    """A loss, weighted as one of several losses, and its gradients."""
     return [loss.detach(), *torch.autograd.grad(loss * 3, leaves)]
 
 
@@ -82,7 +82,7 @@ def found(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("labels", ["some", "all"])
 @pytest.mark.parametrize("items", [None, 5, torch.tensor(7)])
 def test_loss_and_gradients_are_those_over_all_logits(rows: int, labels: str, items: Any) -> None:
-    """Of the head, too, where that is trained."""
+    """The gradients of the head are compared, too, where it is trained."""
     hidden, chosen = inputs(labels)
     layer = head()
     leaves = [hidden, layer.weight, layer.bias]
@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_over_all_logits(rows: int, labels: str, it
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_not_used_for_the_logits_gets_no_gradient() -> None:
+def test_unused_parameters_get_no_gradient() -> None:
     hidden, chosen = inputs()
     other = torch.ones(3, requires_grad=True)
     loss = loss_in_parts(hidden, chosen, head().requires_grad_(False), VOCABULARY, trained=[other])
@@ -102,7 +102,7 @@ def test_what_is_not_used_for_the_logits_gets_no_gradient() -> None:
     assert by_hidden is not None and by_other is None
 
 
-def test_without_gradients_there_is_a_loss_all_the_same() -> None:
+def test_the_loss_without_gradients() -> None:
     hidden, chosen = inputs()
     layer = head()
     expected = ForCausalLMLoss(layer(hidden), chosen, VOCABULARY)
@@ -112,7 +112,7 @@ def test_without_gradients_there_is_a_loss_all_the_same() -> None:
     torch.testing.assert_close(loss, expected.detach())
 
 
-def test_without_labels_the_loss_is_no_number_as_over_all_logits() -> None:
+def test_without_labels_the_loss_is_nan() -> None:
     hidden, chosen = inputs()
     layer = head()
     chosen.fill_(IGNORED)
@@ -127,7 +127,7 @@ def test_labels_of_another_shape_are_refused() -> None:
 
 
 def test_gradients_of_half_precision_do_not_vanish_in_a_large_batch() -> None:
-    """They are divided by the number of labels last, so that none is too small for float16 on the way."""
+    """Gradients are divided by the number of labels last, so that none underflows in float16 before."""
     hidden, chosen = inputs("all")
     layer = head().to(torch.float16)
     halves = hidden.detach().half().requires_grad_()
@@ -139,7 +139,7 @@ def test_gradients_of_half_precision_do_not_vanish_in_a_large_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8", "int4"])
 def test_a_head_in_another_form(kind: str) -> None:
-    """Its weight is never there in floats as a whole, either."""
+    """The head's weight never exists in floats as a whole."""
     hidden, chosen = inputs()
     sizes = VOCABULARY * 64, 512
     hidden = torch.randn(BATCH, POSITIONS, sizes[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
@@ -151,9 +151,9 @@ def test_a_head_in_another_form(kind: str) -> None:
     with Largest() as largest:
         loss = loss_in_parts(hidden, chosen, held, sizes[0], part_bytes=10 * sizes[0] * 4)
         (by_hidden,) = torch.autograd.grad(loss, [hidden])
-    # Kernels for few rows and for many round differently.
+    # Kernels for few rows and for many rows round differently.
     assert float((by_hidden - expected).norm() / expected.norm()) < 0.02
-    assert largest.nbytes <= sizes[0] * sizes[1]  # a quarter of the weight in floats
+    assert largest.nbytes <= sizes[0] * sizes[1]  # a quarter of the weight's bytes in floats
 
 
 def test_no_tensor_is_larger_than_the_logits_of_a_part() -> None:

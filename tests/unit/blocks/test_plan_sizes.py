@@ -39,7 +39,7 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "deepseek_v3", "gemma3_text"])
-def test_sizes_from_the_config_are_those_of_what_a_peer_loads(family: str, tmp_path: Path) -> None:
+def test_sizes_from_the_config_equal_those_that_a_peer_loads(family: str, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path / "whole", blocks=2, **OVERRIDES.get(family, {}))
     sizes = ModelSizes.of(config_only(folder, tmp_path / "config"))
     checkpoint = Checkpoint.open(folder)
@@ -75,7 +75,7 @@ def test_arithmetic_is_that_of_the_weights_that_a_position_uses() -> None:
     assert mixture.flops_per_position == mixture.block_bytes - mixture.expert_bytes / 2
 
 
-def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+def test_models_that_cannot_be_cut_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no folder"):
         ModelSizes.of(tmp_path / "nowhere")
     random_config("llama", blocks=1, hidden=64, vocab=300).save_pretrained(tmp_path / "shared")

@@ -1,4 +1,4 @@
-"""The states of one row, with rewinds and forks, against sums that are computed anew each time."""
+"""The states of one row, with rewinds and forks, compared with sums that are computed again each time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ actions = st.one_of(
 
 
 class Accumulator:
-    """Stands for a span of two blocks with states: each sums up all inputs; one writes to its state in place."""
+    """A stand-in for a span of two blocks with states: each block sums up all inputs; one writes to its state in
+    place."""
 
     def __init__(self) -> None:
         self.ran = 0
@@ -49,7 +50,7 @@ class Accumulator:
 
 @settings(max_examples=examples(80))
 @given(st.lists(actions, max_size=14), st.sampled_from([None, 16]))
-def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], room: int | None) -> None:
+def test_a_row_continues_from_any_crop(steps: list[tuple[str, float]], room: int | None) -> None:
     span, generator = Accumulator(), torch.Generator().manual_seed(0)
     row = SequenceCache(room, states=SequenceStates(1))
     held = torch.empty(0, SIZE, dtype=torch.float64)
@@ -70,7 +71,7 @@ def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], 
         elif action == "crop":
             held = held[: int(len(held) * amount)]
             row.crop(len(held))
-        elif action == "draft":  # of a window, all but the first are rejected
+        elif action == "draft":  # all drafts of a window but the first are rejected
             start, owed = len(held), row.length - row.computed
             held = grow(row, held, int(amount))[: start + 1]
             row.crop(start + 1)
@@ -83,7 +84,7 @@ def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], 
             span.run(row, torch.ones(int(amount), SIZE, dtype=torch.float64), fails=True)
         assert row.length == len(held)
         assert row._states is not None and len(row._states._copies) <= COPIES
-    for other, kept in others:  # what a fork did has not touched it
+    for other, kept in others:  # later steps of a fork have not changed it
         grow(other, kept, 3)
     grow(row, held, 2)
 
@@ -101,7 +102,7 @@ def test_rewinds_within_reach_run_little_again() -> None:
     assert fork.length - 2 * REACH < fork.computed <= fork.length
 
 
-def test_what_a_row_takes_is_known() -> None:
+def test_the_bytes_of_a_row_are_known() -> None:
     span, row = Accumulator(), SequenceCache(4, states=SequenceStates(1))
     span.run(row, torch.ones(3, SIZE))
     assert row.state_bytes == 2 * (SIZE * 4 + SIZE * 2 * 4)  # blocks, sums, and two inputs of a convolution

@@ -1,4 +1,4 @@
-"""Spans of every family, packed raggedly and rewound, against the whole model run by transformers alone."""
+"""Spans of every family, with packed sequences and rewinds, compared with the whole model in transformers alone."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ CUTS = ((0, 1), (1, 4), (4, 6))
 LENGTHS = (17, 25, 9)
 TOLERANCE = 1e-5
 STATES_TOLERANCE = 3e-5
-"""Recurrences sum in another order where a step has another length."""
+"""Recurrences sum in another order in steps of another length."""
 OWN_DIFFERENCE = {"qwen3_5_moe_text": 6e-5}
-"""By which the whole model differs from itself when transformers cuts it into such steps, on some CPUs."""
+"""The error of the whole model itself when transformers runs it in such steps, on some CPUs."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family and what its config has in particular."""
+    """A family, with special values of its config."""
 
     family: str
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ CASES = [
     Case("mpt"),
     *(Case(family, overrides) for family, overrides in (HYBRIDS | SPARSE).items()),
 ]
-"""Blocks of all kinds: what the project names, and where families differ within themselves."""
+"""Cases with blocks of all kinds: the families that the project supports explicitly, and variants within families."""
 
 STRUCTURES = (
     *map(Case, ("llama", "gemma2", "mixtral", "gpt_oss", "gpt2", "bloom")),
@@ -89,10 +89,10 @@ STRUCTURES = (
     Case("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     *(Case(family, (HYBRIDS | SPARSE)[family]) for family in ("jamba", "qwen3_next", "lfm2", "deepseek_v32")),
 )
-"""Cases of which no two are built alike: of the others, each is much like one of them."""
+"""Cases with different structures: every other case resembles one of them."""
 
 USUAL_ENDS = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
-"""Families that do nothing but embed, normalise and multiply around their blocks."""
+"""Families that only embed, normalise and multiply around their blocks."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
@@ -114,11 +114,11 @@ OTHER_CASES = [
     *(Case(family, SIZES.get(family, {})) for family in sorted(PACKS.difference(NAMED, SPARSE))),
     *map(Case, ("biogpt", "nanochat", "diffllama", "xglm")),
 ]
-"""The other families that share passes, and some that need no word in families.py."""
+"""The other families that share passes, and some without an entry in families.py."""
 
 
 class LocalChain(nn.Module):
-    """Spans in this process, in place of a model's blocks; every call is a sequence of its own."""
+    """Spans in this process, in place of a model's blocks; each row of a call is a separate sequence."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class LocalChain(nn.Module):
 
 
 class Tap(nn.Module):
-    """In place of the blocks: remembers what they would get, and gives what it is told to."""
+    """Replaces the blocks: stores their input, and returns `answer`, or the input if that is None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_every_family_of_which_something_is_known_is_among_the_cases() -> None:
+def test_every_family_with_an_entry_is_among_the_cases() -> None:
     assert {case.family for case in (*CASES, *OTHER_CASES)} >= PACKS | STATES | {
         name for name, family in FAMILIES.items() if family.torch_step or family.one_window
     }
@@ -207,7 +207,7 @@ def test_every_family_of_which_something_is_known_is_among_the_cases() -> None:
 @pytest.mark.default_cases(case=STRUCTURES)
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
 @torch.inference_mode()
-def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, made: Callable[[Case], Path]) -> None:
+def test_the_ends_compute_all_outside_the_blocks(case: Case, made: Callable[[Case], Path]) -> None:
     tap = Tap()
     client_part = load_client_part(Checkpoint.open(made(case)), tap)
     ends = ends_of(client_part)
@@ -253,7 +253,7 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
     step((0, 1), (1, 11))
     step((0, 1), (1, 1), (2, 3))
     step((2, 1), (0, 1), (1, 1))
-    # A rewind, in the middle of a copy that goes another way: neither must leave a trace in the other.
+    # After a rewind, and with a copy that diverges: neither may change the other.
     sequences.fork(1, new_key=9)
     sequences.step([(9, inputs[0][:7])])
     sequences.crop(1, 8)
@@ -284,7 +284,7 @@ def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callabl
     assert client_part.config.num_hidden_layers == checkpoint.num_blocks
     assert "cache" in inspect.signature(type(backbone_of(client_part)).forward).parameters
     blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
-    stored = whole.state_dict(keep_vars=True).values()  # some have more in it than parameters
+    stored = whole.state_dict(keep_vars=True).values()  # some layers store more than parameters
     whole_bytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in stored}.values())
     assert sum(parameter.nbytes for parameter in client_part.parameters()) == whole_bytes - blocks
 
@@ -315,7 +315,8 @@ def test_rope_that_depends_on_the_length_is_that_of_each_sequence(case: Case, ma
     sequences = Sequences(load_spans(checkpoint))
     outputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for start, end in [(0, 8), (8, 9), *((i, i + 1) for i in range(9, 22))]:
-        begin = start + 8 if start else 0  # the long one is ahead, past the length where the rotary embedding changes
+        # The long sequence is ahead, past the length at which the rotary embedding changes.
+        begin = start + 8 if start else 0
         chunks = [(0, long[begin : end + 8]), (1, short[start:end])]
         for key, output in enumerate(sequences.step(chunks)):
             outputs[key].append(output)
@@ -344,12 +345,12 @@ LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     ids=lambda case: case.family,
 )
 @torch.inference_mode()
-def test_positions_have_the_frequencies_that_they_are_told(case: Case, made: Callable[[Case], Path]) -> None:
+def test_positions_have_the_frequencies_of_their_reach(case: Case, made: Callable[[Case], Path]) -> None:
     span = Span.load(Checkpoint.open(made(case)), 0, 6)
     hidden = torch.randn(40, 64)
 
     def keys(steps: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Of every block, after steps from a position to another, with such a reach."""
+        """The keys of every block, after steps `(start, end, reach)`."""
         row = span.new_row()
         for start, end, reach in steps:
             span.forward(hidden[start:end], [Chunk(row, start, end - start, None, reach)])
@@ -419,7 +420,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
 }
-"""Text, vision, and what belongs to neither, by `model_type` of the whole."""
+"""Names of tensors of text, of vision, and of no part, by `model_type` of the whole model."""
 
 
 @pytest.mark.default_cases(family=("gemma3", "qwen3_vl", "kimi_k25"))
@@ -443,7 +444,7 @@ def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> N
 
 
 @torch.inference_mode()
-def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_path: Path) -> None:
+def test_a_separate_head_overrides_the_default_of_a_wrapper(tmp_path: Path) -> None:
     text, vision, _ = MULTIMODAL["mistral3"]
     config_class: Any = CONFIG_MAPPING["mistral3"]
     config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=False)
@@ -452,7 +453,7 @@ def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_p
     whole.lm_head.weight.normal_()
     whole.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    del values["tie_word_embeddings"]  # as it is published; true by default
+    del values["tie_word_embeddings"]  # as in the published config; true by default
     (tmp_path / "config.json").write_text(json.dumps(values))
     checkpoint = Checkpoint.open(tmp_path)
     client_part = load_client_part(checkpoint, LocalChain(load_spans(checkpoint)))
@@ -463,7 +464,7 @@ def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_p
 @pytest.mark.default_cases(family=("qwen3_next",))
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])
 @torch.inference_mode()
-def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Callable[[Case], Path]) -> None:
+def test_a_far_rewind_runs_earlier_positions_again(family: str, made: Callable[[Case], Path]) -> None:
     span = Span.load(Checkpoint.open(made(Case(family, HYBRIDS[family]))), 0, 6)
     torch.manual_seed(0)
     hidden = torch.randn(130, 64)
@@ -535,7 +536,7 @@ def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable
 
 
 @pytest.mark.parametrize(("family", "reason"), [("qwen3_next", "keep states"), ("deepseek_v32", "choose positions")])
-def test_prefixes_that_cannot_stand_are_refused(family: str, reason: str, made: Callable[[Case], Path]) -> None:
+def test_unsupported_prefixes_are_refused(family: str, reason: str, made: Callable[[Case], Path]) -> None:
     span = Span.load(Checkpoint.open(made(Case(family, (HYBRIDS | SPARSE)[family]))), 0, 6)
     prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
     with pytest.raises(AdapterError, match=rf"'{family}' {reason}.*LoRA"):
@@ -566,7 +567,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
     stored = sum(checkpoint.bytes_of((t.name for t in checkpoint.block_tensors[i]), None) for i in (2, 3))
     assert reported[-1] == (stored, stored)
     assert [done for done, _ in reported] == sorted(done for done, _ in reported)
-    assert abs(span.weight_bytes - stored) < 1024  # and the frequencies of a rotary embedding
+    assert abs(span.weight_bytes - stored) < 1024  # the frequencies of a rotary embedding
 
 
 def test_dtype_of_a_span(llama: Checkpoint) -> None:
@@ -608,8 +609,8 @@ def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], P
 @pytest.mark.default_cases(case=STRUCTURES)
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
 @torch.inference_mode()
-def test_hidden_states_within_a_span_are_what_its_parts_give(case: Case, made: Callable[[Case], Path]) -> None:
-    """Of prompts, tokens and windows of two sequences, and behind a rewind; the output comes last."""
+def test_taps_of_a_span_equal_outputs_of_its_parts(case: Case, made: Callable[[Case], Path]) -> None:
+    """The steps are prompts, tokens and windows of two sequences, and steps after a rewind; the output comes last."""
     span = Span.load(Checkpoint.open(made(case)), 1, 6)
     chain = [span, *(span.view(start, end) for start, end in ((1, 3), (3, 4), (4, 6)))]
     rows = [[each.new_row() for each in chain] for _ in range(2)]
@@ -688,9 +689,9 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     ("case", "reason"),
     [
         (Case("zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * 3}), "the same weights"),
-        (Case("gemma4_text"), "an input of their own for every token"),
-        (Case("gemma3_text", {"use_bidirectional_attention": True}), "see those behind them"),
-        (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "see those behind them"),
+        (Case("gemma4_text"), "a second input for every token"),
+        (Case("gemma3_text", {"use_bidirectional_attention": True}), "to later positions"),
+        (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "to later positions"),
         (Case("deepseek_v4"), "several hidden states"),
         (
             Case("glm_moe_dsa", SPARSE["glm_moe_dsa"] | {"indexer_types": ["full", "full", "shared"] * 2}),

@@ -39,7 +39,8 @@ def spans_of(folder: Path) -> list[Span]:
 
 
 def whole_gradient(folder: Path, tokens: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one sequence: the input of the first block, and the gradient by it for `gradient` by the last one's output."""
+    """For one sequence: the input of the first block, and the gradient by it, for `gradient` by the last block's
+    output."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     backbone = model.base_model
     lists = (module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList))
@@ -63,7 +64,9 @@ def whole_gradient(folder: Path, tokens: torch.Tensor, gradient: torch.Tensor) -
 
 @pytest.mark.default_cases(family=("llama", "gpt2", "mixtral", "gemma3_text"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_of: Callable[[str], Path]) -> None:
+def test_the_gradient_of_packed_sequences_is_that_of_the_whole_model(
+    family: str, checkpoint_of: Callable[[str], Path]
+) -> None:
     folder = checkpoint_of(family)
     torch.manual_seed(0)
     gradient = torch.randn(sum(LENGTHS), HIDDEN)
@@ -83,7 +86,7 @@ def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_
     assert float((gradient - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Path]) -> None:
+def test_forward_equals_that_of_stored_rows(checkpoint_of: Callable[[str], Path]) -> None:
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(sum(LENGTHS), HIDDEN)
     rows = [Chunk(span.new_row(), 0, length) for length in LENGTHS]
@@ -92,7 +95,7 @@ def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Pa
     assert torch.equal(whole, span.forward(hidden, rows))
 
 
-def test_leaves_weights_and_input_alone(checkpoint_of: Callable[[str], Path]) -> None:
+def test_passes_do_not_change_weights_and_input(checkpoint_of: Callable[[str], Path]) -> None:
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(9, HIDDEN)
     before = hidden.clone()
@@ -102,7 +105,7 @@ def test_leaves_weights_and_input_alone(checkpoint_of: Callable[[str], Path]) ->
 
 
 @pytest.mark.parametrize(("lengths", "shape"), [((4, 4), (9, HIDDEN)), ((9,), (8, HIDDEN))])
-def test_what_does_not_fit_is_refused(
+def test_unfitting_shapes_are_refused(
     lengths: tuple[int, ...], shape: tuple[int, int], checkpoint_of: Callable[[str], Path]
 ) -> None:
     span = spans_of(checkpoint_of("llama"))[0]
@@ -129,10 +132,8 @@ def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[st
 @pytest.mark.default_cases(family=("llama",))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_way_back_that_is_kept_gives_the_same(
-    family: str, share: float, checkpoint_of: Callable[[str], Path]
-) -> None:
-    """Whole or in part, to the last bit, and it takes what was foretold."""
+def test_kept_graphs_give_the_same_gradients(family: str, share: float, checkpoint_of: Callable[[str], Path]) -> None:
+    """The result is the same to the last bit, whether all or some graphs are kept, and the bytes are as predicted."""
     span = spans_of(checkpoint_of(family))[1]
     adapter = None
     if family == "llama":

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint has in codes are held in them, and compute as the numbers that they stand for."""
+"""Weights in the codes of a checkpoint stay in codes, and give the results of the numbers that the codes encode."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LAYOUTS = {
     "8 bits": Layout(8, 32, Kind.FLOAT16, offset=128),
 }
 TOLERANCE = 2e-3
-"""Kernels round what they are given to 16 bits."""
+"""Kernels round their inputs to 16 bits."""
 
 
 class CodedStore:
@@ -144,7 +144,7 @@ def _facts(tensor: torch.Tensor) -> TensorFacts:
 
 
 def coded(weight: torch.Tensor, layout: Layout, *, transposed: bool = False) -> torch.Tensor:
-    """A weight in codes near its values."""
+    """A weight in codes, near the given values."""
     values = (weight.T if transposed else weight).contiguous()
     groups = values.view(len(values), -1, layout.group)
     low, high = groups.amin(-1), groups.amax(-1)
@@ -164,7 +164,7 @@ def coded(weight: torch.Tensor, layout: Layout, *, transposed: bool = False) -> 
 
 
 def in_codes(family: str, layout: Layout, folder: Path, **overrides: Any) -> tuple[Checkpoint, Any]:
-    """A random checkpoint with its matrices in codes, and transformers' model of what they stand for."""
+    """A random checkpoint with its matrices in codes, and transformers' model of the decoded numbers."""
     random_checkpoint(family, folder, blocks=BLOCKS, hidden=HIDDEN, vocab=VOCAB, **overrides)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     plain = Checkpoint.open(folder)
@@ -214,7 +214,7 @@ def run(span: Span, hidden: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_split_model_in_codes_gives_what_its_numbers_give(family: str, layout: str, checkpoints: Any) -> None:
+def test_a_split_model_in_codes_equals_that_of_its_numbers(family: str, layout: str, checkpoints: Any) -> None:
     checkpoint, exact = checkpoints(family, layout)
     spans = [Span.load(checkpoint, 0, 1), Span.load(checkpoint, 1, BLOCKS)]
     assert all(span.weights.kind == "stored" and span.dtype == torch.float32 for span in spans)
@@ -233,12 +233,13 @@ def test_a_split_model_in_codes_gives_what_its_numbers_give(family: str, layout:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_span_takes_the_bytes_that_were_foretold(family: str, checkpoints: Any) -> None:
+def test_a_span_takes_the_predicted_bytes(family: str, checkpoints: Any) -> None:
     checkpoint, _ = checkpoints(family)
     chosen = choose_weights(None, None, torch.float32, CPU)
     foretold = block_sizes(checkpoint, chosen, range(BLOCKS))
     span = Span.load(checkpoint, 0, BLOCKS)
-    assert abs(span.weight_bytes - sum(size.held for size in foretold)) < 1024  # frequencies of a rotary embedding
+    # Without frequencies of a rotary embedding.
+    assert abs(span.weight_bytes - sum(size.held for size in foretold)) < 1024
     assert all(size.coded and not size.converted for size in foretold)
     assert block_bytes(checkpoint, None) == max(size.held for size in foretold)
     if family == "llama":
@@ -278,7 +279,7 @@ def test_gradients_and_low_rank_additions_are_those_of_the_numbers(family: str, 
     assert all(close(actual, expected) for actual, expected in zip(*found, strict=True))
 
 
-def test_weights_that_are_wished_otherwise_are_converted(checkpoints: Any) -> None:
+def test_weights_are_converted_to_another_requested_format(checkpoints: Any) -> None:
     checkpoint, _ = checkpoints("llama", "8 bits")
     hidden = torch.randn(5, HIDDEN)
     exact = run(Span.load(checkpoint, 0, 1, weights="float32"), hidden)
@@ -293,9 +294,9 @@ def test_weights_that_are_wished_otherwise_are_converted(checkpoints: Any) -> No
         assert (span.weights.kind, span.weight_bytes) == ("stored", Span.load(checkpoint, 0, 1).weight_bytes)
 
 
-def test_what_no_wished_form_fits_keeps_its_codes(tmp_path: Path) -> None:
+def test_weights_that_fit_no_requested_format_keep_their_codes(tmp_path: Path) -> None:
     layout = Layout(8, 16, Kind.FLOAT16, offset=128)
-    # of 48 inputs, which are no groups of 32
+    # layers with 48 inputs, which are not groups of 32
     checkpoint, _ = in_codes("llama", layout, tmp_path / "model", intermediate_size=48)
     span = Span.load(checkpoint, 0, 1, weights="int4")
     (size,) = block_sizes(checkpoint, choose_weights("int4", None, torch.float32, CPU), range(1))
@@ -303,7 +304,7 @@ def test_what_no_wished_form_fits_keeps_its_codes(tmp_path: Path) -> None:
     assert abs(span.weight_bytes - size.held) < 1024
 
 
-def test_of_a_block_with_numbers_and_codes_each_is_held_as_it_is(checkpoints: Any) -> None:
+def test_numbers_and_codes_of_one_block_are_both_kept(checkpoints: Any) -> None:
     whole, _ = checkpoints("llama")
     tensors = {
         name: tensor.floats() if isinstance(tensor, PackedTensor) and "mlp" in name else tensor
@@ -358,7 +359,7 @@ def test_gradients_flow_through_a_head_in_codes(checkpoints: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_head_that_is_wished_otherwise_is_converted_and_embeddings_are_not(checkpoints: Any) -> None:
+def test_a_requested_format_converts_the_head_and_not_embeddings(checkpoints: Any) -> None:
     checkpoint, exact = checkpoints("gemma3_text")
     hidden = torch.randn(2, HIDDEN)
     expected = exact.lm_head(hidden)
@@ -370,7 +371,7 @@ def test_a_head_that_is_wished_otherwise_is_converted_and_embeddings_are_not(che
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "awq", "gptq", "int4-group", "nf4"])
-def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tmp_path: Path) -> None:
+def test_sizes_of_quantized_files_equal_those_that_a_peer_loads(scheme: str, tmp_path: Path) -> None:
     source = random_checkpoint("llama", tmp_path / "source", blocks=2, hidden=128)
     folder, _ = quantized_pair(source, tmp_path, scheme)
     checkpoint = Checkpoint.open(folder)
@@ -383,7 +384,7 @@ def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tm
     alone = tmp_path / "config"
     alone.mkdir()
     shutil.copy(folder / "config.json", alone)
-    with pytest.raises(ModelNotFound):  # what its weights take is in the headers of its files
+    with pytest.raises(ModelNotFound):  # the bytes of its weights are in the headers of its files
         ModelSizes.of(alone)
 
 
@@ -412,7 +413,7 @@ def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Pat
     assert abs(taken - sizes.client_part_bytes) < 1024
 
 
-def test_a_plain_checkpoint_is_held_as_before(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_stays_plain(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1))
     span = Span.load(checkpoint, 0, 1)
     assert span.weights.kind == "float32" and not held_layers(span)
@@ -420,7 +421,7 @@ def test_a_plain_checkpoint_is_held_as_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gguf", "plain"])
-def test_what_is_loaded_in_inference_mode_is_used_outside_of_it(kind: str, tmp_path: Path) -> None:
+def test_models_loaded_in_inference_mode_are_used_outside_it(kind: str, tmp_path: Path) -> None:
     path = random_checkpoint("qwen3_moe", tmp_path / "it", blocks=2, hidden=HIDDEN)
     if kind == "gguf":
         path = write_gguf(path, tmp_path / "it.gguf", GGMLQuantizationType.Q4_0)

@@ -1,4 +1,4 @@
-"""Short steps, of torch or compiled, give what the family's own code gives, and are left to it where they would not."""
+"""Short steps, in torch or compiled, give the results of the family's own code, which runs where they would not."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LATENTS = {
     "q_lora_rank": 64,
     "num_key_value_heads": 4,
 }
-"""Of latent attention: in whole vectors, and no two alike where they could be confused."""
+"""Sizes of latent attention: whole vectors, and different sizes, so that mixed-up sizes cause errors."""
 EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
     "sinks, biases and clamped gates": ("gpt_oss", {"swiglu_limit": 0.7, "num_local_experts": 8}),
     "groups of experts and halves of heads": ("glm4_moe", GLM),
@@ -84,7 +84,7 @@ COMPILED_ALONE = ("gpt2", "olmo2", "gemma2", "phi3", "smollm3")
 
 @pytest.fixture(params=["compiled", "of torch"], autouse=True)
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
-    """What the steps are."""
+    """The class of the steps."""
     if request.param == "of torch":
         monkeypatch.setattr(native, "has_fast_kernels", lambda: False)
         return TorchStep
@@ -100,7 +100,9 @@ def load(family: str, folder: Path, dtype: str | None = None, weights: str | Non
 @pytest.mark.default_cases(family=("llama", "qwen3"))
 @pytest.mark.parametrize("family", USUAL)
 @pytest.mark.parametrize("lengths", [(5,), (5, 1, 9)], ids=["alone", "together"])
-def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...], step: type) -> None:
+def test_short_steps_equal_the_familys_own_code(
+    family: str, tmp_path: Path, lengths: tuple[int, ...], step: type
+) -> None:
     span = load(family, tmp_path)
     assert type(span._lean) is step
     lean = decoded(span, lengths, 4)
@@ -110,8 +112,8 @@ def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.inference_mode()
-def test_hidden_states_within_are_those_of_the_familys_code(tmp_path: Path, dtype: str, step: type) -> None:
-    """And the output is that of a step without them."""
+def test_taps_equal_those_of_the_familys_code(tmp_path: Path, dtype: str, step: type) -> None:
+    """The output equals that of a step without taps."""
     span = load("qwen3", tmp_path, dtype)
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     found: list[torch.Tensor] = []
@@ -164,7 +166,7 @@ def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, 
 @pytest.mark.parametrize("case", EXPERTS_IN_CODES)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("step", ["compiled"], indirect=True)
-def test_routers_and_what_stands_beside_experts(case: str, weights: str, tmp_path: Path) -> None:
+def test_routers_and_shared_experts(case: str, weights: str, tmp_path: Path) -> None:
     family, sizes = EXPERTS_IN_CODES[case]
     folder = random_checkpoint(family, tmp_path / "model", **sizes)
     for shard in folder.glob("*.safetensors"):
@@ -239,7 +241,7 @@ def test_weights_in_the_codes_of_a_checkpoint(name: str, tmp_path: Path, step: t
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 1)])
-def test_gradients_do_not_depend_on_it(lengths: tuple[int, ...], tmp_path: Path) -> None:
+def test_gradients_do_not_depend_on_short_steps(lengths: tuple[int, ...], tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     hidden = torch.randn(sum(lengths), span.hidden_size, requires_grad=True)
     weights = torch.randn(sum(lengths), span.hidden_size)
@@ -248,7 +250,7 @@ def test_gradients_do_not_depend_on_it(lengths: tuple[int, ...], tmp_path: Path)
         span._lean = lean
         (gradient,) = torch.autograd.grad((span.sequences(hidden, lengths) * weights).sum(), hidden)
         found.append(gradient)
-    assert not torch.equal(found[0], weights)  # as where nothing but the sum with the input had a graph
+    assert not torch.equal(found[0], weights)  # equality would mean that only the sum with the input has a graph
     torch.testing.assert_close(*found)
 
 
@@ -263,7 +265,7 @@ def test_a_window_in_the_config_that_the_family_does_not_use(tmp_path: Path) -> 
     torch.testing.assert_close(lean, decoded(span, (9,), 4), rtol=1e-4, atol=1e-5)
 
 
-def test_how_the_input_lies_in_memory_does_not_matter(tmp_path: Path) -> None:
+def test_the_memory_layout_of_the_input_does_not_matter(tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     hidden = torch.randn(span.hidden_size, 4).t()
     found = [span.forward(given, [Chunk(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
@@ -279,7 +281,7 @@ def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
 
 
 def forty_seven(span: Span) -> tuple[torch.Tensor, list[Chunk]]:
-    """A pass for three steps."""
+    """A pass of three steps."""
     hidden = torch.randn(24 + 23, span.hidden_size, generator=torch.Generator().manual_seed(0))
     return hidden, [Chunk(span.new_row(), 0, 24 if row == 3 else 1) for row in range(24)]
 
@@ -292,7 +294,7 @@ def test_longer_passes_run_in_several_steps_or_as_a_whole_whichever_is_faster(
     monkeypatch.setattr(NativeStep, "forward", lambda *given: (ran.append(len(given[1])), forward(*given))[1])
     outputs = [span.forward(*forty_seven(span))]
     timed = ran[: -len(ran) // 4] if span._steps_are_faster[3] else ran
-    assert timed == [16] * 3 * TRIALS  # with one block
+    assert timed == [16] * 3 * TRIALS  # measured with one block
     for faster in (True, False):
         ran.clear()
         span._steps_are_faster[3] = faster
@@ -323,7 +325,7 @@ def test_a_pass_that_fails_in_a_later_step_leaves_rows_as_they_were(
     torch.testing.assert_close(span.forward(hidden, parts), span.forward(*forty_seven(span)), rtol=1e-4, atol=1e-5)
 
 
-def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
+def test_a_sliding_window_that_was_passed(tmp_path: Path) -> None:
     span = load("mistral", tmp_path)
     assert span._lean is not None
     window = span._backbone.config.sliding_window
@@ -346,7 +348,7 @@ def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_it_gives_nearly_the_same_in_other_types(tmp_path: Path, options: dict[str, str], step: type) -> None:
+def test_other_dtypes_give_nearly_the_same(tmp_path: Path, options: dict[str, str], step: type) -> None:
     span = load("llama", tmp_path, **options)
     assert type(span._lean) is step
     lean = decoded(span, (5, 2), 3)
@@ -369,7 +371,7 @@ def test_there_are_steps_of_torch_for_blocks_like_those_of_llama(family: str, tm
 def test_blocks_that_only_look_usual_run_as_their_family_does_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same parts, put together in another way."""
+    """A block with the same parts in another order."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     own = LlamaMLP.forward
@@ -377,7 +379,7 @@ def test_blocks_that_only_look_usual_run_as_their_family_does_it(
     assert load("llama", tmp_path)._lean is None
 
 
-def test_views_of_a_span_have_it_too(tmp_path: Path) -> None:
+def test_views_of_a_span_have_short_steps(tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     view = span.view(2, 4)
     assert view._lean is not None
@@ -387,7 +389,7 @@ def test_views_of_a_span_have_it_too(tmp_path: Path) -> None:
 
 
 def test_hooks_of_layers_are_not_passed_over(tmp_path: Path) -> None:
-    """LoRA is put on layers by hooks; a step without an adapter runs through the layers that have them."""
+    """PEFT adds LoRA to layers by hooks; a step without an adapter runs the layers with these hooks."""
     span = load("llama", tmp_path)
     before = decoded(span, (4,), 2)
     layer = next(module for module in span._backbone.modules() if isinstance(module, nn.Linear))

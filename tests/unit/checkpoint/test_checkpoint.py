@@ -1,4 +1,4 @@
-"""What is read of a checkpoint, from where, and what tells checkpoints apart."""
+"""Reading checkpoints: which bytes are read, from where, and how checkpoints are distinguished."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class FakeHub:
-    """A hub with one repository, whose files are those of a folder."""
+    """A hub with one repository, which has the files of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +90,7 @@ def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeH
     assert not [file for file in hub.downloaded if file.endswith(".safetensors")]
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(hub.opened) == set(weight_map.values())
-    # The header of each of these small shards, and its tensors one after the other.
+    # The header of each of these small shards, and its tensors in order.
     assert len(hub.opened) == 2 * len(set(weight_map.values()))
 
     span = Span.load(checkpoint, 4, 5)
@@ -176,7 +176,7 @@ def test_a_shard_that_ends_too_early_has_no_fingerprint(folder: Path, tmp_path: 
         _ = Checkpoint.open(tmp_path / "copy").fingerprint
 
 
-def test_what_is_not_there_is_said_with_the_fix(folder: Path, tmp_path: Path) -> None:
+def test_missing_models_are_errors_with_a_fix(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no folder"):
         Checkpoint.open(tmp_path / "nowhere")
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
@@ -189,7 +189,7 @@ def test_what_is_not_there_is_said_with_the_fix(folder: Path, tmp_path: Path) ->
 
 
 class EmptyHub(BaseHTTPRequestHandler):
-    """A hub over HTTP that has no repository."""
+    """An HTTP server of a hub without any repository."""
 
     def do_HEAD(self) -> None:
         self.send_response(404)
@@ -210,7 +210,7 @@ def empty_hub() -> Iterator[ThreadingHTTPServer]:
 
 @pytest.fixture
 def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
-    """Has the hub client ask a port of this machine, with an empty cache in `tmp_path`."""
+    """Makes the hub client ask a port of this machine, with an empty cache in `tmp_path`."""
 
     def use(port: int) -> None:
         endpoint = f"http://127.0.0.1:{port}"
@@ -223,7 +223,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], 
 
 
 @pytest.mark.parametrize(("listens", "said"), [(True, "check the name, or log in"), (False, "cannot be reached")])
-def test_an_id_that_the_hub_does_not_give_is_an_error_at_once(
+def test_an_unavailable_id_is_an_error_at_once(
     listens: bool, said: str, empty_hub: ThreadingHTTPServer, use_hub: Callable[[int], None]
 ) -> None:
     use_hub(empty_hub.server_port if listens else 1)
@@ -236,7 +236,7 @@ def test_an_id_that_the_hub_does_not_give_is_an_error_at_once(
 def test_a_model_in_the_cache_needs_no_network(folder: Path, use_hub: Callable[[int], None], tmp_path: Path) -> None:
     use_hub(1)
     cache = tmp_path / "models--someone--tiny"
-    _resharded(folder, cache / "snapshots" / "abc")  # without an index, which the cache knows
+    _resharded(folder, cache / "snapshots" / "abc")  # the cache knows that there is no index
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
     (cache / ".no_exist" / "abc").mkdir(parents=True)
@@ -272,7 +272,7 @@ def test_a_shard_that_ends_early(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"model.layers.0.mlp.up_proj.weight": 1}}']
 )
-def test_an_index_that_is_none(index: str, folder: Path, tmp_path: Path) -> None:
+def test_an_invalid_index(index: str, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "model.safetensors.index.json").write_text(index)

@@ -39,7 +39,7 @@ def write_wheel(folder: Path) -> Path:
 
 
 class FakeDownload:
-    """Stands for pip; counts how often it ran."""
+    """A stand-in for pip, which counts its runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -93,7 +93,7 @@ def test_callers_at_once_share_one_download(downloads: FakeDownload, monkeypatch
     at_the_start = threading.Barrier(callers, timeout=30)
 
     def look_together() -> Path:
-        at_the_start.wait()  # all are here before one of them looks for the file
+        at_the_start.wait()  # all callers wait here before one of them looks for the file
         return cache_folder()
 
     monkeypatch.setattr(demo, "cache_folder", look_together)
@@ -125,17 +125,17 @@ def test_another_wheel_than_the_pinned_one_is_refused(cache: Path) -> None:
     assert [path for path in cache.rglob("*") if path.is_dir()] == [cache / "demo"]
 
 
-def test_no_network_is_told_with_the_fix(cache: Path) -> None:
+def test_no_network_is_an_error_with_the_fix(cache: Path) -> None:
     with pytest.raises(SplitnetError, match=r"No matching distribution found.*check the network"):
         demo.demo_checkpoint()
 
 
-def test_a_python_without_pip_is_told_with_the_fix() -> None:
+def test_a_python_without_pip_is_an_error_with_the_fix() -> None:
     error = demo._download_error(f"{sys.executable}: No module named pip\n")
     assert "-m ensurepip" in str(error)
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_the_fix(downloads: FakeDownload, cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_fix(downloads: FakeDownload, cache: Path) -> None:
     cache.write_text("a file where the cache should be")
     with pytest.raises(SplitnetError, match="set SPLITNET_CACHE to another folder"):
         demo.demo_checkpoint()

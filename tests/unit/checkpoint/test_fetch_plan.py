@@ -1,4 +1,4 @@
-"""Which piece is asked of whom, whatever sources do."""
+"""The source of each piece, for all behaviours of sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCES = ["a", "b", "c"]
 
 
 class Fetching(RuleBasedStateMachine):
-    """Sources bring, refuse, are busy, silent, lost, corrupt, and come back; the fetch is interrupted and resumed."""
+    """Sources deliver, refuse, are busy, silent, lost or corrupt, and return; the fetch is interrupted and resumed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Fetching(RuleBasedStateMachine):
             assert 0 < len(askers) <= 2 and name in self.plan.left
 
     def teardown(self) -> None:
-        """Whatever happened, one good source brings all that is left."""
+        """In each state, one good source delivers all missing pieces."""
         self.plan.add("good", NAMES)
         for _ in range(200):
             if self.plan.is_done:
@@ -121,7 +121,7 @@ TestFetching = Fetching.TestCase
 def drive(
     rates: dict[str, float], pieces: int = 200, size: int = 1 << 20, rtt_s: float = 0.1
 ) -> tuple[float, dict[str, int]]:
-    """Seconds that a fetch takes of sources with these bytes per second, and bytes that each has sent."""
+    """Seconds of a fetch from sources with these rates in bytes/s, and the bytes that each source has sent."""
     names = [index.to_bytes(32, "big") for index in range(pieces)]
     plan: FetchPlan[str] = FetchPlan(dict.fromkeys(names, size))
     for source in rates:
@@ -141,15 +141,15 @@ def drive(
     return now, sent
 
 
-def test_sources_bring_what_they_can_and_almost_nothing_twice() -> None:
+def test_sources_send_at_full_rate_and_almost_nothing_twice() -> None:
     for rates in ({"a": 10e6, "b": 10e6, "c": 10e6}, {"a": 30e6, "b": 5e6, "c": 1e6}, {"a": 100e6}):
         seconds, sent = drive(rates)
         least = (200 << 20) / sum(rates.values())
-        assert seconds < 1.1 * least + 2 * (1 << 20) / min(rates.values())  # the last pieces of the slowest
+        assert seconds < 1.1 * least + 2 * (1 << 20) / min(rates.values())  # plus the last pieces of the slowest source
         assert sum(sent.values()) <= 1.01 * (200 << 20)
 
 
-def test_pieces_that_few_have_come_first() -> None:
+def test_rare_pieces_come_first() -> None:
     plan: FetchPlan[str] = FetchPlan(SIZES)
     plan.add("all", NAMES)
     plan.add("some", NAMES[:12])
@@ -169,7 +169,7 @@ def test_a_silent_source_is_left_out_in_the_end() -> None:
     assert plan.is_stuck(now)
 
 
-def test_a_source_that_brings_something_is_forgiven_its_silences() -> None:
+def test_a_piece_resets_the_strikes_of_its_source() -> None:
     plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10, NAMES[1]: 10})
     plan.add("slow", NAMES)
     now = 0.0

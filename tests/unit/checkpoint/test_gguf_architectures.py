@@ -106,7 +106,7 @@ KEPT_AS_FLOATS = re.compile("norm|conv1?d?\\.|kv_b_proj|gate\\.weight|router|sha
 
 
 def load(store: GgufStore) -> PreTrainedModel:
-    """The whole model, by transformers' own loading."""
+    """The whole model, loaded by transformers itself."""
     config = store.config
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with store.load_tensors({name: name for name in store.names}, torch.float32, None) as tensors:
@@ -144,7 +144,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     case=("llama", "llama-3.1", "qwen3_moe", "qwen3_next", "gpt_oss", "gemma3", "deepseek_v3", "nemotron_h")
 )
 @pytest.mark.parametrize("case", CASES)
-def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_path: Path) -> None:
+def test_a_file_gives_the_outputs_of_its_source(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
     expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
@@ -157,7 +157,7 @@ def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_pat
     case=("llama", "llama-3.1", "qwen3_moe", "qwen3_next", "gpt_oss", "gemma3", "deepseek_v3", "nemotron_h")
 )
 @pytest.mark.parametrize("case", CASES)
-def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path: Path) -> None:
+def test_codes_are_kept_and_decode_as_in_gguf(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
     stored = Type.MXFP4 if family == "gpt_oss" else Type.Q4_1
@@ -191,9 +191,7 @@ def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
     ("stored", "expected"),
     [(Type.BF16, torch.bfloat16), (Type.F16, torch.float16), (Type.F32, torch.float32), (Type.Q8_0, torch.float32)],
 )
-def test_a_mixture_is_of_the_type_of_its_experts_whatever_its_routers_are(
-    stored: Type, expected: torch.dtype, tmp_path: Path
-) -> None:
+def test_a_mixture_has_the_type_of_its_experts(stored: Type, expected: torch.dtype, tmp_path: Path) -> None:
     folder = random_checkpoint("qwen3_moe", tmp_path / "model", blocks=2)
     path = write_gguf(folder, tmp_path / "it.gguf", stored)
     types = {tensor.stored for name, tensor in GgufFile(path).tensors.items() if "ffn_gate_inp" in name}
@@ -210,13 +208,13 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
     assert parts.fingerprint == whole.fingerprint and set(parts.store.names) == set(whole.store.names)
     third = tmp_path / "split-00003-of-00004.gguf"
     shutil.copy(third, tmp_path / "alone.gguf")
-    with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by what is in it"):
+    with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by its contents"):
         Checkpoint.open(tmp_path / "alone.gguf")
     third.unlink()
     with pytest.raises(ModelNotFound, match=r"split-00003-of-00004\.gguf is missing"):
         Checkpoint.open(first)
     shutil.copy(first, third)
-    with pytest.raises(UnsupportedModel, match=r"split-00003-of-00004\.gguf is part 1 of 4 by what is in it"):
+    with pytest.raises(UnsupportedModel, match=r"split-00003-of-00004\.gguf is part 1 of 4 by its contents"):
         Checkpoint.open(first)
     for name in ("twice-00001-of-00002.gguf", "twice-00002-of-00002.gguf"):
         shutil.copy(tmp_path / "model.gguf", tmp_path / name)
@@ -278,7 +276,7 @@ def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
     assert four.bytes_of(four.store.names, None) < eight.bytes_of(eight.store.names, None)
 
 
-def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_metadata_and_tensors_are_refused_by_name(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "checkpoint")
     path = write_gguf(folder, tmp_path / "key.gguf", attention__clamp_kqv=2.0)
     with pytest.raises(UnsupportedModel, match=r"llama\.attention\.clamp_kqv"):

@@ -1,4 +1,4 @@
-"""GGUF files that are damaged or hostile; their codes stand for what the `gguf` package makes of the same bytes."""
+"""Damaged or hostile GGUF files are refused; codes decode to the same numbers as in the `gguf` package."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from splitnet.checkpoint.gguf.file import BLOCK_TYPES, GgufFile, layout_of, read
 from splitnet.errors import UnsupportedModel
 
 FLOAT16_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}
-"""Where numbers of type float16 begin in a block, where it is not at 0 (and 2)."""
+"""Offsets of float16 numbers in a block, where they differ from 0 (and 2)."""
 
 
 def random_rows(stored: GGMLQuantizationType, outputs: int, inputs: int) -> np.ndarray:
-    """Any bits, but that all scales are finite."""
+    """Random bits with finite scales."""
     rng = np.random.default_rng(int(stored))
     size, nbytes = GGML_QUANT_SIZES[stored]
     blocks = rng.integers(0, 256, (outputs, inputs // size, nbytes), dtype=np.uint8)
@@ -47,7 +47,7 @@ def _metadata(*counts: int) -> bytes:
     ],
 )
 def test_metadata_of_a_file_with_holes_end(head: bytes, tmp_path: Path) -> None:
-    """As a stranger may tell what stands before the tensors."""
+    """A stranger may supply these bytes as the head of a file."""
     path = tmp_path / "model.gguf"
     with path.open("wb") as file:
         file.write(head)
@@ -59,7 +59,7 @@ def test_metadata_of_a_file_with_holes_end(head: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", BLOCK_TYPES, ids=lambda stored: stored.name)
-def test_codes_stand_for_what_gguf_dequantises(stored: GGMLQuantizationType) -> None:
+def test_codes_decode_as_in_gguf(stored: GGMLQuantizationType) -> None:
     rows = random_rows(stored, 5, 512)
     layout = layout_of(stored, "weight")
     found = read_codes(stored, rows)

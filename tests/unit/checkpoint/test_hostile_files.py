@@ -1,4 +1,4 @@
-"""Checkpoints and adapters that are damaged, or made to do harm: each is refused in a sentence that names the file."""
+"""Damaged or malicious checkpoints and adapters: each is refused in a sentence that names the file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(path: Path) -> None:
-    """All that a peer does with a checkpoint before it serves."""
+    """All steps of a peer with a checkpoint before it serves."""
     checkpoint = Checkpoint.open(str(path))
     assert checkpoint.fingerprint and checkpoint.block_tensors and checkpoint.client_part_names_of is not None
     Span.load(checkpoint, 0, min(2, checkpoint.num_blocks))
@@ -229,7 +229,8 @@ def gguf(path: Path, block_count: int = 1) -> Path:
 def test_a_gguf_file_with_a_vocabulary_without_end_is_refused_soon(tmp_path: Path) -> None:
     path = gguf(tmp_path / "it.gguf")
     content = path.read_bytes()
-    at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8  # kinds of the list and its items
+    # Type of the list and of its items.
+    at = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
     path.write_bytes(content[:at] + struct.pack("<Q", 2**60) + content[at + 8 :])
     begin = time.process_time()
     with pytest.raises(SplitnetError, match=r"it\.gguf"):
@@ -261,7 +262,7 @@ def test_a_damaged_gguf_file_is_refused(data: st.DataObject, tmp_path: Path) -> 
 
 
 class Largest(TorchDispatchMode):
-    """Knows the largest tensor that anything made, in bytes."""
+    """Records the bytes of the largest tensor that any operation makes."""
 
     most = 0
 
@@ -293,7 +294,7 @@ def fp8(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scheme", "change"), [("nf4", nf4("blocksize")), ("nf4-nested", nf4("nested_blocksize")), ("fp8", fp8)]
 )
-def test_what_a_description_says_to_repeat_takes_no_more_than_the_weight(
+def test_repeated_scales_take_no_more_than_the_weight(
     scheme: str, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None], tmp_path: Path
 ) -> None:
     source = random_checkpoint("llama", tmp_path / "source", blocks=1, hidden=128)
@@ -310,7 +311,7 @@ def test_what_a_description_says_to_repeat_takes_no_more_than_the_weight(
 
 @contextmanager
 def few_objects() -> Iterator[None]:
-    """Refuses that Python takes more than 4 MiB meanwhile."""
+    """Fails if Python allocates more than 4 MiB meanwhile."""
     tracemalloc.start()
     try:
         yield
@@ -322,7 +323,7 @@ def few_objects() -> Iterator[None]:
 EXPERTS = 10**5
 
 
-def test_experts_without_number_take_nothing_before_they_are_asked_for(tmp_path: Path) -> None:
+def test_huge_numbers_of_experts_take_no_memory_before_use(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "it", blocks=1)
     in_config(quantization_config={"quant_method": "mxfp4"})(folder)
     name = "model.layers.0.mlp.up"
@@ -342,7 +343,7 @@ def test_experts_without_number_take_nothing_before_they_are_asked_for(tmp_path:
         Span.load(checkpoint, 0, 1)
 
 
-def test_experts_without_number_in_a_gguf_file_take_nothing(tmp_path: Path) -> None:
+def test_huge_numbers_of_experts_in_a_gguf_file_take_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "it.gguf"
     writer = GGUFWriter(str(path), "llama")
     writer.add_block_count(1)
@@ -410,7 +411,7 @@ def test_patterns_of_names_match_as_those_of_python(pattern: str) -> None:
 def test_only_matches_that_take_long_use_up_the_time_for_all(
     took_s: float, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models of a thousand experts in a hundred blocks have a million short ones."""
+    """Models with a thousand experts in a hundred blocks have a million short names."""
     ticks = itertools.count()
     clock = SimpleNamespace(thread_time=lambda: took_s * next(ticks), monotonic=lambda: took_s * next(ticks))
     monkeypatch.setattr("splitnet.limits.time", clock)
@@ -460,7 +461,7 @@ BESIDE: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("harm", BESIDE)
-def test_what_stands_beside_the_weights_is_read_or_refused_by_name(harm: str, folder: Path, tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_read_or_refused_by_name(harm: str, folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "it"
     shutil.copytree(folder, target)
     Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(target / TOKENIZER))
@@ -494,7 +495,7 @@ def test_a_vocabulary_at_which_rust_panics_is_refused(tmp_path: Path) -> None:
 
 
 class Touch:
-    """Runs when it is unpickled."""
+    """An object whose code runs when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -568,7 +569,7 @@ def test_an_adapter_made_to_do_harm_is_refused_soon(
     assert time.process_time() - began < SOON_S
 
 
-def test_an_adapter_with_patterns_is_what_peft_makes_of_it(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_patterns_equals_that_of_peft(folder: Path, tmp_path: Path) -> None:
     plain: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -581,7 +582,8 @@ def test_an_adapter_with_patterns_is_what_peft_makes_of_it(folder: Path, tmp_pat
     get_peft_model(copy.deepcopy(plain), config).save_pretrained(str(tmp_path))
     saved = tmp_path / "adapter_config.json"
     empty = {"loftq_config": None, "target_parameters": [], "use_dora": None, "qalora_group_size": 32}
-    saved.write_text(json.dumps(json.loads(saved.read_text()) | empty))  # other programs write what is off so
+    # Other programs write disabled options like this.
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | empty))
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         expected = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path)).eval()(ids).logits
@@ -605,7 +607,7 @@ def with_template(template: str) -> Any:
 SAID = [{"role": "user", "content": "Grüße \U0001f600", "name": None}, {"role": "assistant", "content": "ab"}]
 
 
-def test_a_chat_template_makes_what_transformers_makes_of_it() -> None:
+def test_a_chat_template_renders_as_in_transformers() -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content | upper }}{{ m.name is defined }}{% endfor %}"
         "{{ tools | tojson }}{{ flag }}{% if add_generation_prompt %}>{% endif %}{% generation %}{% endgeneration %}"
@@ -634,7 +636,7 @@ def test_a_chat_template_makes_what_transformers_makes_of_it() -> None:
     ],
 )
 def test_a_chat_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory, its time and what it makes are bounded; the next one is rendered as ever."""
+    """Its memory, time and output are bounded; the next template is rendered as usual."""
     assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
     monkeypatch.setattr(bounded, "ANSWER_S", 1.0)
     monkeypatch.setattr(bounded, "MOST_BYTES", 1 << 20)

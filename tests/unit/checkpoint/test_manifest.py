@@ -1,4 +1,4 @@
-"""What a model is: manifests, their fingerprints, digests that are kept, and files with holes."""
+"""Manifests, their fingerprints, cached digests, and files with holes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_manifest_from_a_stranger_is_refused_or_another_one(manifest: Manifest
     assert (changed.fingerprint == manifest.fingerprint) == same
 
 
-def test_a_fingerprint_tells_all_of_a_tensor_and_stays_the_same_over_versions() -> None:
+def test_a_fingerprint_covers_all_of_a_tensor_and_is_stable() -> None:
     one = Tensor("a", "F16", (2, 3), pieces_of(b"1234"))
     changes: list[dict[str, Any]] = [
         {},
@@ -100,7 +100,7 @@ def test_a_fingerprint_tells_all_of_a_tensor_and_stays_the_same_over_versions() 
         lambda rows: rows.__setitem__(0, 7),
     ],
 )
-def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> None:
+def test_invalid_manifests_are_refused(change: Callable[[Any], Any]) -> None:
     some = (Tensor("a", "F32", (1,), pieces_of(b"1234")), Tensor("b", "F32", (1,), pieces_of(b"5678")))
     values = unpack_array(Manifest("{}", some).pack(), most_items=9, most_text=99, most_bytes=99)
     change(values[2])
@@ -108,8 +108,8 @@ def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> Non
         Manifest.unpack(packb(values))
 
 
-def test_what_stands_before_tensors_is_bounded() -> None:
-    """It is fetched into memory; the same piece may be told any number of times."""
+def test_heads_are_bounded() -> None:
+    """These bytes are fetched into memory; the same piece may occur any number of times."""
     pieces = Pieces(MAX_HEAD_BYTES // 2 + PIECE_BYTES, bytes(32) * (MAX_HEAD_BYTES // 2 // PIECE_BYTES + 1))
     head = Head(1 << 40, pieces)
     assert Manifest.unpack(Manifest("{}", (), (head,)).pack()).heads == (head,)
@@ -118,10 +118,10 @@ def test_what_stands_before_tensors_is_bounded() -> None:
 
 
 def test_models_of_many_experts_have_manifests() -> None:
-    """Kimi K2: 60 blocks, 384 experts, 3 matrices, and in NVFP4 4 tensors of each."""
+    """Kimi K2: 60 blocks, 384 experts, 3 matrices, and in NVFP4 4 tensors each."""
     count = 60 * 384 * 3 * 4
     packed = packb(["splitnet weights 1", "{}", [], []])
-    tensors = b"\xdd" + count.to_bytes(4, "big")  # of which none follows
+    tensors = b"\xdd" + count.to_bytes(4, "big")  # no tensor follows
     with pytest.raises(ProtocolError) as told:
         Manifest.unpack(packed[:-2] + tensors)
     with pytest.raises(ProtocolError) as too_many:
@@ -157,7 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_byte_counts(folder: Path, tmp_path: Path) -> None:
-    """Also one that is neither at the beginning nor at the end of a tensor."""
+    """The byte may be at the beginning, in the middle or at the end of a tensor."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     store = open_store(folder)
@@ -194,7 +194,7 @@ def test_digests_are_kept_until_a_file_changes(
 def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that is still being downloaded into its place."""
+    """Such a file is, for example, still being downloaded."""
     monkeypatch.setattr(hashing, "KEPT_BYTES", 1)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -219,7 +219,7 @@ def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
     assert make_manifest(open_store(copy)) == found
 
 
-def test_progress_is_told_of_much_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_reported_for_many_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     make_manifest(open_store(folder), lambda *both: told.append(both))
     assert not told
@@ -230,7 +230,7 @@ def test_progress_is_told_of_much_to_read(folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "split"])
 def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path: Path, cache: Path) -> None:
-    """Its blocks are read as soon as their pieces are there, and not before."""
+    """Its blocks can be read as soon as their pieces are present, and not before."""
     path = folder
     if kind != "safetensors":
         split = {"split": 20} if kind == "split" else {}
@@ -264,7 +264,7 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
 
 
 def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Path, cache: Path) -> None:
-    """As the factors of Llama 3's rotary embedding."""
+    """An example is the factors of Llama 3's rotary embedding."""
     folder = random_checkpoint("llama", tmp_path / "tiny", rope_parameters=LLAMA_3, max_position_embeddings=131_072)
     whole = Checkpoint.open(write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0))
     manifest, source, store = whole.manifest(), whole.held(), whole.store
@@ -288,7 +288,7 @@ def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Pat
 
 
 def test_pieces_of_two_sizes_are_not_the_same(tmp_path: Path, cache: Path) -> None:
-    """Or what is written for one would be written over what stands behind the other."""
+    """Otherwise one piece would be written over the bytes after the other."""
     same = bytes(32)
     some = (Tensor("a", "I8", (8,), Pieces(8, same)), Tensor("b", "I8", (4,), Pieces(4, same)))
     with pytest.raises(ProtocolError, match="two sizes"):
@@ -298,7 +298,8 @@ def test_pieces_of_two_sizes_are_not_the_same(tmp_path: Path, cache: Path) -> No
 def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a stranger, who says how often it does, fills the disk with a megabyte; what is needed is counted first."""
+    """Otherwise a stranger, who claims the number of places, fills the disk with one piece; needed bytes are counted
+    first."""
     data, times = bytes([7]) * PIECE_BYTES, 64
     some = tuple(
         Tensor(name, "U8", (count * PIECE_BYTES,), Pieces(count * PIECE_BYTES, digest(data) * count))
@@ -324,7 +325,7 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
     with monkeypatch.context() as patch:
         free = PIECE_BYTES * (times - 1)
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
-        with pytest.raises(SplitnetError, match=r"0\.1 GiB of weights are to be kept"):
+        with pytest.raises(SplitnetError, match=r"0\.1 GiB of weights do not fit"):
             held.supply(["filler"])
     held.supply(["filler"])
     assert fetched == [PIECE_BYTES], "it is here already"
@@ -337,7 +338,7 @@ def test_a_piece_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: Path, c
     fetched: list[bytes] = []
 
     def supply() -> WeightFolder:
-        """As after a start: nothing is known of what is on the disk but that it was written."""
+        """The state after a start: a piece is known to be written, but was not checked."""
         held = open_store(path).folder
         assert isinstance(held, WeightFolder)
 
@@ -376,7 +377,7 @@ def test_a_manifest_of_many_pieces_takes_little_more_than_its_bytes(tmp_path: Pa
 
 
 def test_blocks_take_no_more_in_files_than_the_config_says(folder: Path, tmp_path: Path, cache: Path) -> None:
-    """Strangers tell both, and what is kept on the disk is what the blocks take."""
+    """A stranger supplies both, and the bytes of blocks are written to disk."""
     whole = Checkpoint.open(folder)
     check_file_bytes(whole)
     manifest = whole.manifest()
@@ -395,10 +396,10 @@ def assert_same(manifest: Manifest, new: Path) -> None:
     assert headers_differ(manifest, open_store(new)) == ""
 
 
-def test_a_head_that_says_something_else_is_noticed(folder: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_contradicting_header_is_noticed(folder: Path, tmp_path: Path, cache: Path) -> None:
     path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
     other = write_gguf(folder, tmp_path / "other.gguf", GGMLQuantizationType.Q8_0, attention__head_count_kv=1)
     manifest = Checkpoint.open(path).manifest()
-    assert headers_differ(manifest, open_store(other)) == "the config is another"
+    assert headers_differ(manifest, open_store(other)) == "the config differs"
     config = json.loads(open_store(path).told_config())
     assert config["general.architecture"] == "llama"

@@ -1,4 +1,4 @@
-"""Which model is meant by a name that anybody may claim, and how long and how much strangers may tell of it."""
+"""Which model a name means, as anybody may claim a name; limits on time and bytes of strangers' answers."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tests.attacks.directory import fake_record
 from tests.attacks.weights import Known
 
 Answer = Callable[[int, WeightsKind, bytes, int], "Message | None"]
-"""To the number of a question, its kind, name and offset; None: nothing."""
+"""A peer's answer to a question with this number, kind, name and offset; None: the peer is silent."""
 
 
 @dataclass
 class Asked:
-    """Peers that are asked, in simulated time: a second passes while none answers."""
+    """Peers that are asked, in simulated time: a second passes while no peer answers."""
 
     now: float = 0.0
     peers: dict[str, Answer] = field(default_factory=dict[str, Answer])
@@ -71,13 +71,13 @@ class Asked:
 
 
 class Slow(WeightsPart):
-    """A part for which a peer takes almost as long as it may."""
+    """A part for which a peer takes almost the maximum time."""
 
     TAG = 0
 
 
 class Steady(WeightsPart):
-    """A part as a link has it that is not fast."""
+    """A part on a slow link."""
 
     TAG = 0
 
@@ -109,7 +109,7 @@ def peer_of(model: str, port: int, name: str = "llama") -> tuple[PeerRecord, str
 
 
 def test_models_that_nobody_tells_do_not_hide_the_one_that_somebody_does(asked: Any) -> None:
-    """Also if there are more of them than are asked about, and it is that of the peer which was joined through."""
+    """The model is also found if more models have its name than are asked about, and its peer was joined through."""
     manifest = model_of(1)
     honest, address = peer_of(manifest.fingerprint, 1)
     fakes = [peer_of(f"{index:064x}", 100 + index)[0] for index in range(MAX_MODELS + 1)]
@@ -125,7 +125,7 @@ def test_models_that_nobody_tells_do_not_hide_the_one_that_somebody_does(asked: 
         find_manifest(Known(*fakes), asked, "llama")
 
 
-def test_of_several_models_that_are_told_the_one_joined_through_is_meant(asked: Any) -> None:
+def test_of_several_models_that_of_the_peer_joined_through_is_meant(asked: Any) -> None:
     own, other = model_of(1), model_of(2)
     records = [peer_of(own.fingerprint, 1)[0], peer_of(other.fingerprint, 2)[0]]
     for record, manifest in zip(records, (own, other), strict=True):
@@ -140,7 +140,7 @@ def test_of_several_models_that_are_told_the_one_joined_through_is_meant(asked: 
 
 
 def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
-    """All of eight models, with eight peers each; then one is found beside them."""
+    """All peers of eight models, eight each, are slow; then one peer is found."""
     records: list[PeerRecord] = []
     for index in range(MAX_MODELS):
         some = [peer_of(f"{index:064x}", 100 * index + port)[0] for port in range(1, MAX_ASKED + 2)]
@@ -160,7 +160,7 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
 
 @pytest.mark.parametrize(("seconds", "also"), [(ANSWER_LIMIT_S / 2, False), (ANSWER_LIMIT_S * 1.5, True)])
 def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seconds: float, also: bool) -> None:
-    """They would take all the longer, and none might end in time."""
+    """On a slow link all would take longer, and none might finish in time."""
     total = int(seconds) * MAX_PART_BYTES
     first, second = (peer_of("0" * 64, port)[0] for port in (1, 2))
     others: list[float] = []
@@ -173,13 +173,13 @@ def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seco
         return Failure(bytes(16), 0, number, 0, "")
 
     asked.peers = {first.address: steady, second.address: other}
-    with pytest.raises(ModelNotFound, match="no manifest"):
+    with pytest.raises(ModelNotFound, match="no valid manifest"):
         find_manifest(Known(first, second), asked, "llama")
     assert others and (others[0] < seconds) == also
 
 
 def test_what_all_tell_together_is_bounded(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who has told most is left out, not who comes last."""
+    """The peer that has sent most is dropped, not the last one."""
     monkeypatch.setattr(matching, "MAX_TOLD_BYTES", 5 * MAX_PART_BYTES)
     most = 0
     bound = matching._Race._bound
@@ -202,7 +202,7 @@ def test_what_all_tell_together_is_bounded(asked: Any, monkeypatch: pytest.Monke
 
 
 def answered(answer: Callable[[int], Message]) -> tuple[bytes, int]:
-    """What comes of a question to whose parts a peer answers so, by their offset; and the number of parts."""
+    """The joined answer to a question whose parts a peer answers by `answer`, and the number of parts."""
     telling = whole(WeightsKind.MANIFEST, bytes(32))
     _, _, offset = next(telling)
     for parts in range(1, 99):
@@ -223,7 +223,7 @@ def test_parts_are_joined(size: int) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda offset: WeightsPart(1, 1 << 20, b"x"),  # one byte after the other
+        lambda offset: WeightsPart(1, 1 << 20, b"x"),  # one byte at a time
         lambda offset: WeightsPart(1, 1 << 20, b""),
         lambda offset: WeightsPart(1, 1, b"xx"),
         lambda offset: WeightsPart(1, (3 << 20) - 3 * offset, bytes(MAX_PART_BYTES)),
@@ -232,10 +232,10 @@ def test_parts_are_joined(size: int) -> None:
     ],
 )
 def test_who_answers_less_or_more_than_it_says_is_not_asked_on(answer: Callable[[int], Message]) -> None:
-    with pytest.raises(ModelNotFound, match="what cannot be"):
+    with pytest.raises(ModelNotFound, match="its answer is invalid"):
         answered(answer)
 
 
-def test_a_refusal_is_told() -> None:
+def test_a_refusal_is_reported() -> None:
     with pytest.raises(ModelNotFound, match="no such model"):
         answered(lambda offset: Failure(b"", 0, 1, FailureCode.WRONG_MODEL, "no such model"))

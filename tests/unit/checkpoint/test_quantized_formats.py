@@ -1,4 +1,4 @@
-"""Checkpoints with quantized weights are read as what they stand for, or refused by name."""
+"""Checkpoints with quantized weights are read as the numbers that they encode, or refused by name."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ BITS = {
     "mlx-8": 8,
     "mlx-mxfp8": 8,
 }
-"""Of the layout, where it is not 4."""
+"""Bits of the layout, if not 4."""
 ROUNDED = ("int8-channel-bfloat16", "nvfp4")
-"""What these stand for is rounded to bfloat16 by the library that defines them, and here it is not."""
+"""The defining library rounds the decoded numbers of these schemes to bfloat16; splitnet does not."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
 )
 @pytest.mark.parametrize("name", SCHEMES)
-def test_weights_stand_for_what_the_format_says(
+def test_weights_decode_as_the_format_says(
     name: str, sources: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = sources["gpt_oss" if name == "mxfp4" else "llama"]
@@ -147,7 +147,7 @@ def _with_config(folder: Path, **changes: Any) -> Path:
         ("int4-channel", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 5}}}}, "does not fit"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(
+def test_unknown_options_are_refused_by_name(
     scheme: str, changes: dict[str, Any], said: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = _with_config(quantized_pair(sources["llama"], tmp_path, scheme)[0], **changes)
@@ -210,7 +210,7 @@ MISFITS = [
 def test_parts_that_do_not_belong_together_are_refused_by_name(
     scheme: str, part: str, change: Any, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """What a wrong part would stand for looks like a weight all the same."""
+    """A wrong part would still decode to a plausible weight."""
     folder, _ = quantized_pair(sources["llama"], tmp_path, scheme)
     tensors = tensors_of(folder)
     name = f"model.layers.1.mlp.down_proj.{part}"
@@ -226,7 +226,7 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(
 def test_a_whole_model_needs_none_of_the_packages_that_wrote_it(
     scheme: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As a model that drafts, beside a swarm."""
+    """Such a model drafts tokens for a swarm."""
     folder, plain = quantized_pair(sources["llama"], tmp_path, scheme)
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_mlx_of_families_that_it_changes_is_refused(tmp_path: Path) -> None:
 def test_scales_without_a_config_are_not_the_fault_of_the_tensors(
     scheme: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Without them they would be loaded as weights that stand for something else."""
+    """Without scales they would be loaded as weights with other values."""
     folder, _ = quantized_pair(sources["llama"], tmp_path, scheme)
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
@@ -381,7 +381,7 @@ def test_words_are_unpacked(bits: int, rows: int, columns: int, seed: int) -> No
 
 
 def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> None:
-    """As compressed-tensors stored them until 2026 ("actorder": "group")."""
+    """compressed-tensors stored them like this until 2026 ("actorder": "group")."""
     folder, _ = quantized_pair(sources["llama"], tmp_path, "int4-zeros")
     tensors, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
     name = "model.layers.0.mlp.up_proj.weight"
@@ -403,7 +403,7 @@ def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> None:
-    """DeepSeek-V3: 128 x 128 blocks, a projection of 576 outputs, and an expert at a time in the file."""
+    """DeepSeek-V3: 128 x 128 blocks, a projection with 576 outputs, and separate tensors per expert in the file."""
     source = random_checkpoint(
         "deepseek_v3",
         tmp_path / "source",
@@ -445,10 +445,10 @@ def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("weights", [None, "int4"])
-def test_codes_that_lie_across_what_experts_multiply_become_numbers(
+def test_codes_across_the_inputs_of_experts_become_numbers(
     weights: str | None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gpt-oss has its experts as `[experts, inputs, outputs]`, and FP8 is stored as the tensor lies."""
+    """gpt-oss has experts `[experts, inputs, outputs]`, and FP8 codes have the order of the tensor."""
     fp8 = SCHEMES["fp8"]
     monkeypatch.setitem(SCHEMES, "across", Scheme(fp8.settings, fp8.write, only="experts."))
     folders = quantized_pair(sources["gpt_oss"], tmp_path, "across")
@@ -477,7 +477,7 @@ def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, 
 
 
 def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -> None:
-    """Its config says at the root, and not of the text model, that weights are quantized."""
+    """The root of its config, not the text model's config, declares the quantization."""
     folder, plain_folder = quantized_pair(sources["llama"], tmp_path, "fp8-tensor")
     text = json.loads((folder / "config.json").read_text())
     quantization = text.pop("quantization_config")

@@ -1,4 +1,4 @@
-"""A checkpoint with tensors that its model does not take is refused by their names."""
+"""A checkpoint with tensors that its model does not take is refused, with their names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _load_shell(checkpoint: Checkpoint) -> object:
         ("model.layers.1.self_attn.q_proj.bias", _load_block),
         ("model.layers.1.self_attn.q_proj.weight_scale_inv", _load_block),
         ("model.layers.1.mlp.shared_expert.up_proj.weight", _load_block),
-        ("model.layers.2.self_attn.q_proj.weight", _load_block),  # of a block that there is not
+        ("model.layers.2.self_attn.q_proj.weight", _load_block),  # a block that does not exist
         ("model.norm.bias", _load_shell),
         ("v_head.summary.weight", _load_shell),
     ],
@@ -73,7 +73,7 @@ def test_the_first_of_many_are_named(llama: Path, tmp_path: Path) -> None:
         (("model.layers.2.eh_proj.weight", "model.layers.2.mlp.up_proj.weight"), {"num_nextn_predict_layers": 1}),
     ],
 )
-def test_what_is_left_out_on_purpose(
+def test_tensors_that_are_ignored_on_purpose(
     names: tuple[str, ...], config: dict[str, Any], llama: Path, tmp_path: Path
 ) -> None:
     folder = _with(llama, tmp_path / "more", *names, **config)
@@ -83,7 +83,7 @@ def test_what_is_left_out_on_purpose(
     load_client_part(checkpoint, nn.Identity())
 
 
-def test_a_family_says_itself_what_it_leaves_out(tmp_path: Path) -> None:
+def test_a_family_lists_ignored_tensors(tmp_path: Path) -> None:
     source = random_checkpoint("gpt2", tmp_path / "gpt2", blocks=2)
     folder = _with(source, tmp_path / "more", "transformer.h.0.attn.bias")
     assert Span.load(Checkpoint.open(folder), 0, 2).end == 2
@@ -117,7 +117,7 @@ def test_a_multimodal_checkpoint(llama: Path, tmp_path: Path) -> None:
         assert found.status is Status.failed and name in found.text
 
 
-def test_integers_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
+def test_integers_without_a_config(llama: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = tensors_of(llama)
     tensors |= {name: (tensors[name] * 100).to(torch.int8), "model.layers.1.attn.bias": torch.ones(1, 1, 4, 4).byte()}
@@ -126,8 +126,8 @@ def test_integers_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
         _load_block(Checkpoint.open(folder))
 
 
-def test_biases_of_nothing(llama: Path, tmp_path: Path) -> None:
-    """AutoGPTQ stores one with every layer, also where the model has none."""
+def test_biases_of_zeros(llama: Path, tmp_path: Path) -> None:
+    """AutoGPTQ stores one with every layer, even if the model has none."""
     folder, _ = quantized_pair(llama, tmp_path, "gptq")
     config = json.loads((folder / "config.json").read_text())
     bias = "model.layers.0.mlp.up_proj.bias"

@@ -93,7 +93,7 @@ def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> No
     file = invitation(tmp_path, KEYS[0].public.text, KEYS[1].public.text)
     options, said = options_of("--invite", str(file))
     assert options.authorized_keys == tmp_path / "anna.invite.keys"
-    assert "without its line `anyone` no other may" in said and "whoever knows" not in said
+    assert "lists clients with priority" in said and "anyone who knows" not in said
     assert options.invited and not options_of("m", "--invite", str(file))[0].invited
     own = tmp_path / "own"
     assert options_of("--invite", str(file), "--authorized-keys", str(own))[0].authorized_keys == own
@@ -102,14 +102,14 @@ def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> No
 def test_an_invitation_that_names_nobody_is_told(tmp_path: Path) -> None:
     options, said = options_of("--invite", str(invitation(tmp_path)))
     assert options.authorized_keys is None
-    assert "whoever knows this peer's address may use it" in said
+    assert "anyone who knows this peer's address may use it" in said
 
 
 def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options_of("m")[0].lan
     monkeypatch.setattr(hivemind_node, "have_hivemind", lambda: False)
     options, said = options_of("m")
-    assert not options.lan and "others do not find this peer" in said
+    assert not options.lan and "others cannot find this peer" in said
     options, said = options_of("m", "--listen", "tcp://127.0.0.1:0")
     assert not options.lan and "hivemind" not in said
 
@@ -137,7 +137,7 @@ def test_a_peer_of_a_private_network_says_how_others_join() -> None:
 
 def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["peer", "m", "--share-rate", "1MiB"])
-    assert ran.exit_code == 2 and "--share-rate is for --share-weights" in ran.output
+    assert ran.exit_code == 2 and "--share-rate needs --share-weights" in ran.output
     for also in (["--share-weights"], ["--authorized-keys", str(tmp_path / "keys")]):
         assert options_of("m", "--share-rate", "1MiB", *also)[0].share_rate == 1 << 20
 
@@ -154,7 +154,7 @@ def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
         (
             Weights("bfloat16", torch.float32, exact=True),
             "(float32 with weights exactly as bfloat16 on",
-            "chosen: faster",
+            "weights: faster",
         ),
         (Weights("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "faster and less exact with --weights int8"),
         (Weights("stored", torch.float32), "(float32 with weights as stored on cpu)", None),

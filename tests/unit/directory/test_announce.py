@@ -1,4 +1,4 @@
-"""How a peer's first record gets into the directory."""
+"""The announcer: a peer's first record, refreshes, changes, and refused records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from splitnet.errors import DirectoryError
 
 
 class Slow:
-    """A directory in which everything takes until it is let go on, and which refuses records that are late."""
+    """A directory whose calls block until the test releases them, and which refuses a record older than the last
+    one."""
 
     def __init__(self) -> None:
         self.begun: queue.SimpleQueue[float] = queue.SimpleQueue()
@@ -48,14 +49,15 @@ def slow_announcer(directory: Slow, refresh_s: float = 1000.0) -> tuple[Announce
         lambda: looked.append(time.monotonic()),
         refresh_s=refresh_s,
     )
-    directory.go_on.release(2)  # the first record, and the one after the first look around
+    directory.go_on.release(2)  # for the first record, and for the record of the first refresh
     announcer.start()
     assert [directory.begun.get(timeout=20) for _ in range(2)] == [1.0, 2.0]
     return announcer, looked
 
 
-def test_two_that_publish_at_once_do_not_overtake_each_other(caplog: pytest.LogCaptureFixture) -> None:
-    """The record that was made first would come last, be refused, and the clock would be blamed."""
+def test_two_threads_that_publish_keep_the_order_of_records(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the record that was made first could arrive last and be refused, and the warning would blame the
+    clock."""
     directory = Slow()
     announcer, _ = slow_announcer(directory)
     others = [threading.Thread(target=announcer.publish) for _ in range(3)]
@@ -71,7 +73,7 @@ def test_two_that_publish_at_once_do_not_overtake_each_other(caplog: pytest.LogC
     assert directory.taken == sorted(directory.taken) and not caplog.records
 
 
-def test_changes_are_told_at_once_but_not_without_end() -> None:
+def test_changes_are_published_at_once_up_to_a_bound() -> None:
     directory = Slow()
     announcer, looked = slow_announcer(directory)
     directory.go_on.release(1000)
@@ -85,7 +87,7 @@ def test_changes_are_told_at_once_but_not_without_end() -> None:
     assert len(looked) == 1
 
 
-def test_who_has_moved_says_so_and_looks_around_again() -> None:
+def test_a_moved_machine_is_announced_and_measures_peers_again() -> None:
     directory = Slow()
     announcer, looked = slow_announcer(directory)
     directory.go_on.release(1000)
@@ -96,7 +98,7 @@ def test_who_has_moved_says_so_and_looks_around_again() -> None:
 
 
 class LateDirectory:
-    """Answers only after it was asked so often."""
+    """A directory that answers only after `failures` failed calls."""
 
     def __init__(self, failures: int) -> None:
         self.asked = 0
@@ -127,7 +129,7 @@ def test_a_directory_that_is_late_is_asked_again(failures: int) -> None:
 
 
 class RefusingPeers(PeerDirectory):
-    """Takes no record, and knows these clocks."""
+    """A directory that refuses every record, and knows the clocks `ahead_s` of peers."""
 
     def __init__(self, ahead_s: dict[str, float]) -> None:
         self.clocks = lambda: ahead_s

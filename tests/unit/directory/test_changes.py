@@ -1,4 +1,4 @@
-"""What of the directory has changed for somebody who knows some of it."""
+"""The changes of a directory for a process that knows some of its records."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def later(**changes: Any) -> PeerRecord:
     return PeerRecord.unpack(dataclasses.replace(HELD, issued_at=HELD.issued_at + 15, **changes).pack(OWNER))
 
 
-def test_a_record_is_named_in_few_bytes() -> None:
+def test_an_entry_has_few_bytes() -> None:
     assert len(entry_of(HELD)) == ENTRY_BYTES
 
 
-def test_who_says_the_same_is_still_there() -> None:
+def test_an_unchanged_record_is_present_and_not_sent() -> None:
     assert told([later()], [HELD]) == ([True], [])
     assert told([], [HELD]) == ([False], [])
 
@@ -54,24 +54,24 @@ def test_who_says_the_same_is_still_there() -> None:
         {"queue_ms": 90.0},
         {"queue_ms": 0.0},
         {"kv_free_positions": 5000},
-        {"kv_free_positions": 6900},  # two steps: just as much as matters
+        {"kv_free_positions": 6900},  # two steps, the smallest change that counts
         {"batch": 9.0},
         {"block_ms": (9.0,) * 5},
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_has_changed_is_told(changes: dict[str, Any]) -> None:
+def test_a_changed_record_is_sent(changes: dict[str, Any]) -> None:
     new = later(**changes)
     assert told([new], [HELD]) == ([True], [new])
     assert told([HELD], [new]) == ([True], []), "what is older is not told"
 
 
 @pytest.mark.parametrize("changes", [{"queue_ms": 55.0}, {"kv_free_positions": 9000}, {"batch": 4.4}])
-def test_what_has_changed_by_little_is_not(changes: dict[str, Any]) -> None:
+def test_a_slightly_changed_record_is_not_sent(changes: dict[str, Any]) -> None:
     assert told([later(**changes)], [HELD]) == ([True], [])
 
 
-def test_an_old_record_is_told_again_after_all_that_has_changed() -> None:
+def test_an_outdated_record_is_sent_after_all_changed_ones() -> None:
     old, moved = Identity.generate(), Identity.generate()
     held = [signed(each, issued_at=time.time() - OUTDATED_S - 20) for each in (old, moved)]
     now = [signed(old), signed(moved, end=1)]
@@ -79,13 +79,13 @@ def test_an_old_record_is_told_again_after_all_that_has_changed() -> None:
     assert told(now, held, most=len(now[1].signed) + RECORD_OVERHEAD) == ([True, True], [now[1]])
 
 
-def test_one_that_has_left_is_told_as_it_signed_that() -> None:
+def test_the_record_of_a_peer_that_has_left_is_sent() -> None:
     gone = PeerRecord.unpack(HELD.farewell().pack(OWNER))
     assert told([gone], [HELD]) == ([False], [gone])
     assert told([gone], [signed()])[1] == [], "who did not know it need not know that"
 
 
-def test_others_are_told_the_latest_first_and_those_that_have_cost_work_before(
+def test_new_records_are_sent_proven_keys_first_then_the_latest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = time.time()
@@ -96,7 +96,7 @@ def test_others_are_told_the_latest_first_and_those_that_have_cost_work_before(
     assert told([worked, *others], [worked, others[0]])[1] == [others[1], others[2]]
 
 
-def test_changes_and_others_have_their_turns_in_what_there_is_room_for() -> None:
+def test_changed_and_new_records_alternate_within_the_bound() -> None:
     owners = [Identity.generate() for _ in range(20)]
     held = [signed(owner, issued_at=time.time() - 20) for owner in owners]
     changed, others = [signed(owner, end=1) for owner in owners], [signed() for _ in range(20)]
@@ -106,14 +106,14 @@ def test_changes_and_others_have_their_turns_in_what_there_is_room_for() -> None
     assert [record in changed for record in records] == [True, False] * 5
 
 
-def test_nobody_stands_for_another_with_the_same_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # all keys begin alike
+def test_keys_with_the_same_prefix_are_not_confused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.directory.ask.KEY_PREFIX_BYTES", 0)  # so that all keys have the same prefix
     other = signed()
     assert told([later(), other], [HELD]) == ([True], [other])
 
 
-def test_versions_agree_on_what_is_said_of_a_record() -> None:
-    """Recorded with version 0.2 before the digest was derived from the fields of the record."""
+def test_versions_agree_on_the_digest_of_a_record() -> None:
+    """The expected digest was written by version 0.2, whose code listed the fields of the digest."""
     key = PublicKey(bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"))
     facts: dict[str, Any] = {"key": key, "model": "0123456789abcdef", "model_name": "model", "num_blocks": 4}
     facts["address"] = "tcp://192.0.2.7:5"

@@ -1,4 +1,4 @@
-"""What gateways tell of the demand for models, and how little a stranger can do with it."""
+"""The demand for models that gateways publish, and the bounds on false claims of strangers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_gateway_tells_what_it_is_asked_for_until_it_closes() -> None:
+def test_a_gateway_publishes_its_demand_until_it_closes() -> None:
     directory, now = Kept(), [0.0]
     publisher = DemandPublisher(directory, IDENTITY, clock=lambda: now[0])
     assert demand_of(directory) == {}

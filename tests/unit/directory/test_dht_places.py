@@ -32,7 +32,7 @@ def record(key: PublicKey, *, proven: bool = False, issued_at: float = NOW, ttl_
     return fake_record(SOMEBODY, MODEL, key=key, issued_at=issued_at, ttl_s=ttl_s, proof=int(proven))
 
 
-def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_before() -> None:
+def test_a_flood_is_bounded_and_replaces_no_earlier_record() -> None:
     places = RecordTable()
     assert places.take((b"k", "honest"), record(KEYS[0]), NOW) == []
     taken = [places.take((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
@@ -41,7 +41,7 @@ def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_be
     assert places.take((b"k", "honest"), renewed, NOW + 15) == []
 
 
-def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
+def test_a_proven_record_replaces_an_unproven_one() -> None:
     places = RecordTable()
     for n, key in enumerate(KEYS[:8]):
         places.take((b"k", str(n)), record(key, proven=n > 0), NOW)
@@ -50,7 +50,7 @@ def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
     assert places.places.taken == 8
 
 
-def test_one_identity_has_few_places() -> None:
+def test_places_of_one_identity_are_bounded() -> None:
     places = RecordTable()
     taken = [places.take((b"models", str(n)), record(KEYS[0]), NOW) for n in range(8)]
     assert taken == [[]] * 3 + [None] * 5
@@ -66,7 +66,7 @@ def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire
         assert places.take((b"models", "more"), record(KEYS[0], issued_at=NOW + seconds), NOW + seconds) is None
 
 
-def test_an_unproven_key_does_not_replace_what_a_proven_one_says_of_a_model() -> None:
+def test_an_unproven_key_does_not_replace_a_proven_record_of_a_model() -> None:
     places = RecordTable()
     assert places.take((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
     assert places.take((b"models", "m"), record(KEYS[1], ttl_s=300), NOW) is None
@@ -95,7 +95,7 @@ def test_places_are_free_again_when_records_expire() -> None:
         max_size=120,
     )
 )
-def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, float, float]]) -> None:
+def test_bounds_hold_for_any_records(steps: list[tuple[bytes, int, int, bool, float, float]]) -> None:
     places, held, now = RecordTable(), {}, NOW
     for key, subkey, who, proven, later, ttl_s in steps:
         now += later
@@ -116,7 +116,7 @@ def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, flo
         assert set(places._unproven) == {other for other, kept in held.items() if not kept.is_proven}
 
 
-def test_a_proof_is_of_one_key_and_is_kept_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_belongs_to_one_key_and_is_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "WORK_BITS", 6)
     identity.has_worked.cache_clear()
     file, go_on, stop = tmp_path / "key.proof", threading.Event(), threading.Event()

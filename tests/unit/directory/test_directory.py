@@ -31,7 +31,6 @@ from splitnet.directory.record import (
     MODELS_KEY,
     PeerRecord,
     RecordValidator,
-    peers_key,
     shard_key,
     shard_keys,
 )
@@ -45,7 +44,7 @@ CHILD_EXIT_TIMEOUT_S = 20
 
 
 def record_of(identity: Identity, **changes: Any) -> PeerRecord:
-    """A valid record of a peer, of a model that no other record names."""
+    """A valid record of a peer, of a model that is in no other record."""
     facts: dict[str, Any] = {
         "key": identity.public,
         "model": os.urandom(16).hex(),
@@ -71,7 +70,7 @@ def record_of(identity: Identity, **changes: Any) -> PeerRecord:
         "coordinate_error": 1.0,
         "bytes_per_ms": 0.0,
         "links": (),
-        "version": "0.1.0",
+        "version": "0.2.0",
         "issued_at": time.time(),
     }
     return PeerRecord(**{**facts, **changes})
@@ -97,7 +96,7 @@ def client(bootstrap: Directory, member: Directory) -> Iterator[Directory]:
 
 @pytest.fixture(scope="module")
 def attacker(bootstrap: Directory) -> Iterator[Directory]:
-    """A full node that checks nothing of what it stores and returns."""
+    """A full node that stores and returns values without checks."""
     with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         directory._node.protocol.record_validator = None
         directory._node.protocol.storage = import_hivemind().DHTLocalStorage()
@@ -120,7 +119,7 @@ def test_client_finds_what_peers_announce(bootstrap: Directory, member: Director
     assert client.addresses == []
 
 
-def test_directories_that_meet_become_one(bootstrap: Directory, client: Directory) -> None:
+def test_two_dhts_become_one_after_meet(bootstrap: Directory, client: Directory) -> None:
     anna, bert = Identity.generate(), Identity.generate()
     first = record_of(anna)
     second = record_of(bert, model=first.model)
@@ -201,7 +200,7 @@ def test_a_forged_record_neither_counts_nor_hides_the_peer(
     anna, mallory = Identity.generate(), Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
-    key, late = peers_key(record.model), time.time() + 3000
+    key, late = shard_key(record.model, record.key), time.time() + 3000
     own = record_of(mallory, model=record.model, address="tcp://192.0.2.66:1")
     genuine = record.pack(anna)
     forged = bytearray(genuine)
@@ -235,7 +234,7 @@ def test_lookups_drop_forgeries_even_without_the_validator(attacker: Directory) 
     elsewhere = record_of(anna)
     assert attacker.announce(record, anna)
     for subkey, value in enumerate([own.pack(mallory), elsewhere.pack(anna), b"garbage", "text", [], 5]):
-        store_raw(attacker, peers_key(record.model), value, time.time() + 3000, str(subkey))
+        store_raw(attacker, shard_key(record.model, record.key), value, time.time() + 3000, str(subkey))
     assert attacker.peers(record.model) == [record]
 
 
@@ -248,7 +247,7 @@ def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeyp
     assert attacker.peers(model) == []
 
 
-def test_of_what_nodes_hold_of_a_peer_the_latest_counts() -> None:
+def test_the_latest_record_of_a_peer_over_all_nodes_counts() -> None:
     anna = Identity.generate()
     early = record_of(anna, issued_at=time.time() - 20)
     late = dataclasses.replace(early, issued_at=early.issued_at + 10, end=3)
@@ -262,15 +261,17 @@ def test_of_what_nodes_hold_of_a_peer_the_latest_counts() -> None:
 def test_a_record_in_the_cache_of_a_node_hides_nothing(
     bootstrap: Directory, member: Directory, client: Directory
 ) -> None:
-    anna, mallory = Identity.generate(), Identity.generate()
+    anna = Identity.generate()
     record = record_of(anna)
+    key = shard_key(record.model, record.key)
+    mallory = next(each for each in iter(Identity.generate, None) if shard_key(record.model, each.public) == key)
     assert member.announce(record, anna)
     late = record_of(mallory, model=record.model, ttl_s=MAX_TTL_S)
     for node in (bootstrap, member):
         client._request(
             lambda own, node=node: own.protocol.call_store(
                 node._p2p.peer_id,
-                [import_hivemind().dht_id(peers_key(record.model))],
+                [import_hivemind().dht_id(key)],
                 [own.protocol.serializer.dumps(late.pack(mallory))],
                 late.expires_at,
                 subkeys=[late.key.text],
@@ -280,7 +281,7 @@ def test_a_record_in_the_cache_of_a_node_hides_nothing(
     assert record in client.peers(record.model)
 
 
-def test_a_record_that_is_valid_by_some_clocks_only_hides_no_other(
+def test_a_record_that_only_some_clocks_accept_hides_no_other(
     member: Directory, client: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anna, mallory = Identity.generate(), Identity.generate()
@@ -292,19 +293,6 @@ def test_a_record_that_is_valid_by_some_clocks_only_hides_no_other(
     assert client.peers(record.model) == [record]
 
 
-def test_records_stand_where_earlier_versions_look_and_are_found_where_they_put_them(
-    member: Directory, client: Directory
-) -> None:
-    anna, bert = Identity.generate(), Identity.generate()
-    late = record_of(anna)
-    early = record_of(bert, model=late.model)
-    store_raw(member, peers_key(early.model), early.pack(bert), early.expires_at, early.key.text)
-    assert member.announce(late, anna)
-    assert {record.key for record in client.peers(late.model)} == {anna.public, bert.public}
-    found = client._request(lambda node: node.get(peers_key(late.model), latest=True))
-    assert set(found.value) == {anna.public.text, bert.public.text}
-
-
 def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Directory) -> None:
     key = import_hivemind().dht_id(MODELS_KEY)
     for count in (KEYS_PER_FIND, KEYS_PER_FIND + 1):
@@ -314,8 +302,8 @@ def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Dire
 
 @pytest.mark.default_cases(kind=("\x50",))
 @pytest.mark.parametrize("kind", ["\x40", "\x50"])
-def test_values_nested_deep_end_no_process(kind: str) -> None:
-    """Neither of a node that is told to store one, nor of whoever reads it."""
+def test_deeply_nested_values_crash_no_process(kind: str) -> None:
+    """Neither the process of a node that is asked to store such a value, nor the process of a reader."""
     code = """
 import asyncio, sys, threading
 from splitnet.directory.hivemind_node import import_hivemind
@@ -373,9 +361,8 @@ def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> Non
     anna = Identity.generate()
     record = record_of(anna)
     with ExitStack() as stack:
-        for key in (peers_key(record.model), shard_key(record.model, record.key)):
-            for _ in range(5):  # as many as a record is given to
-                stack.enter_context(withholding_node(bootstrap.addresses, key))
+        for _ in range(5):  # the number of nodes at which a record is stored
+            stack.enter_context(withholding_node(bootstrap.addresses, shard_key(record.model, record.key)))
         with (
             Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
             Directory.start(initial_peers=bootstrap.addresses) as reader,
@@ -384,7 +371,7 @@ def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> Non
             assert reader.peers(record.model) == [record]
 
 
-def test_an_answer_that_does_not_come_is_no_empty_directory(
+def test_a_missing_answer_is_an_error_not_an_empty_directory(
     bootstrap: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Directory.start(initial_peers=bootstrap.addresses) as reader:
@@ -397,7 +384,7 @@ def test_an_answer_that_does_not_come_is_no_empty_directory(
 def _dht_record(record: PeerRecord, identity: Identity, **changes: Any) -> Any:
     packed = record.pack(identity)
     fields: dict[str, Any] = {
-        "key": peers_key(record.model).encode(),
+        "key": shard_key(record.model, record.key).encode(),
         "subkey": b"\xd9" + bytes([len(record.key.text)]) + record.key.text.encode(),
         "value": b"\xc5" + len(packed).to_bytes(2, "big") + packed,
         "expiration_time": record.expires_at,
@@ -410,11 +397,10 @@ def test_validator_ties_a_record_to_its_place_and_expiration() -> None:
     record = record_of(anna)
     validator = RecordValidator(str.encode, clock=lambda: record.issued_at)
     assert validator.validate(_dht_record(record, anna))
-    assert validator.validate(_dht_record(record, anna, key=shard_key(record.model, record.key).encode()))
     elsewhere = next(key for key in shard_keys(record.model) if key != shard_key(record.model, record.key))
     for changes in (
         {"key": elsewhere.encode()},
-        {"key": peers_key("00" * 16).encode()},
+        {"key": shard_key("00" * 16, record.key).encode()},
         {"key": MODELS_KEY.encode()},
         {"subkey": b""},
         {"subkey": b"\xa0"},
@@ -472,7 +458,7 @@ def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Di
     assert client.peers(record.model) == [record]
 
 
-def test_a_client_that_rests_has_no_child_and_is_there_again_when_asked(bootstrap: Directory) -> None:
+def test_a_resting_client_has_no_child_and_restarts_for_a_request(bootstrap: Directory) -> None:
     before = children_since(set())
     anna = Identity.generate()
     with Directory.start(initial_peers=bootstrap.addresses) as first, Directory.start(listen=LOOPBACK) as other:
@@ -495,14 +481,14 @@ def test_a_client_that_rests_has_no_child_and_is_there_again_when_asked(bootstra
     assert not children_since(before)
 
 
-def test_what_is_asked_while_a_client_is_closed_begins_no_node(member: Directory) -> None:
+def test_a_request_during_close_starts_no_node(member: Directory) -> None:
     before = children_since(set())
     client = Directory.start(initial_peers=member.addresses)
     client.rest()
     waiting = threading.Event()
 
     async def late() -> None:
-        """Is asked just before it is closed, and comes to its turn after that."""
+        """A request that is made just before the directory is closed, and runs after that."""
         await client._waking.acquire()
         waiting.set()
         while not client._closed:

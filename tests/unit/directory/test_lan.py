@@ -49,7 +49,7 @@ def node_at(number: int, model: str = MODEL) -> LanNode:
 
 
 @given(nodes())
-def test_what_a_node_says_is_read_as_it_was_meant(node: LanNode) -> None:
+def test_an_announcement_is_read_as_it_was_written(node: LanNode) -> None:
     text: dict[bytes, bytes | None] = {key.encode(): value.encode() for key, value in node.text().items()}
     assert LanNode.of(text) == node
     assert all(len(key) + 1 + len(value or b"") <= 255 for key, value in text.items())
@@ -63,7 +63,7 @@ def test_what_a_node_says_is_read_as_it_was_meant(node: LanNode) -> None:
         | nodes().flatmap(lambda node: st.sampled_from([*node.text().values()])).map(str.encode),
     )
 )
-def test_what_anybody_says_is_valid_or_refused(text: dict[bytes, bytes | None]) -> None:
+def test_any_announcement_is_valid_or_refused(text: dict[bytes, bytes | None]) -> None:
     try:
         node = LanNode.of(text)
     except ProtocolError:
@@ -92,13 +92,13 @@ def test_what_anybody_says_is_valid_or_refused(text: dict[bytes, bytes | None]) 
         "/dns4/example.org/tcp/31330",
     ],
 )
-def test_an_address_elsewhere_is_none_of_the_local_network(place: str) -> None:
+def test_addresses_outside_the_local_network_are_refused(place: str) -> None:
     node = "2" * 46
     assert is_lan_address(f"/ip4/192.168.1.3/tcp/31330/p2p/{node}")
     assert not is_lan_address(f"{place}/p2p/{node}")
 
 
-def test_only_what_others_can_reach_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_addresses_that_others_can_reach_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network, pytest.raises(LanError, match="no address on a local network"):
         network.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'2' * 46}", f"/ip4/8.8.8.8/tcp/31330/p2p/{'2' * 46}"])
@@ -121,7 +121,7 @@ def test_nodes_of_a_model_find_each_other(monkeypatch: pytest.MonkeyPatch) -> No
         assert seen.empty()
 
 
-def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_announcements_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as old, LocalNetwork(MODEL) as honest:
         with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
             stranger.close()
 
 
-def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_nodes_do_not_hide_a_later_node(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     monkeypatch.setattr(mdns, "MAX_NODES", 3)
     monkeypatch.setattr(mdns, "MAX_WAITING", 5)
@@ -158,7 +158,7 @@ def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.M
 
 
 @pytest.mark.full
-def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_does_not_hide_a_later_node(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     monkeypatch.setattr(mdns, "LOOK_S", 0.05)
     monkeypatch.setattr(mdns, "FIRST_PAUSE_S", 0.05)
@@ -173,11 +173,11 @@ def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch
         assert victim._records() <= mdns.MOST_RECORDS
         with LocalNetwork(MODEL) as newcomer:
             newcomer.watch(seen.put)
-            while node_at(6) not in seen.get(timeout=FOUND_S):  # it goes on to announce itself
+            while node_at(6) not in seen.get(timeout=FOUND_S):  # the node announces itself repeatedly
                 pass
 
 
-def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_is_found_at_its_new_address(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     monkeypatch.setattr(mdns, "LOOK_S", 0.05)
     monkeypatch.setattr(mdns, "FIRST_PAUSE_S", 0.05)
@@ -192,12 +192,12 @@ def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch)
             patch.setattr(mdns, "_own_addresses", list)
             with pytest.raises(LanError, match="no address on a local network"):
                 network.begin_again(addresses=moved.addresses)
-        while moved not in seen.get(timeout=FOUND_S):  # once the network is there
+        while moved not in seen.get(timeout=FOUND_S):  # after the network has come up
             pass
 
 
-def test_a_node_is_announced_anew_once_its_addresses_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever the directory notices that: what has seen the move may look before, and again after."""
+def test_a_node_announces_its_new_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the directory notices the new addresses late: the peer may look before that, and again later."""
     use_network_of_its_own(monkeypatch)
     moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
@@ -222,7 +222,7 @@ def test_a_node_is_announced_anew_once_its_addresses_are_others(monkeypatch: pyt
             presence.close()
 
 
-def test_who_begins_again_twice_at_once_listens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_concurrent_restarts_listen_once(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network:
         opened = [network._mdns]

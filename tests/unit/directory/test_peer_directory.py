@@ -1,4 +1,4 @@
-"""The directory as peers tell it: what is put together of their answers, and what none of them can do."""
+"""The directory without a DHT: how the answers of peers are merged, and what a malicious peer cannot do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Script = Callable[[LookUp | Announce], Sequence[Message]]
 
 
 def signed(identity: Identity | None = None, **changes: Any) -> PeerRecord:
-    """A record of a peer of the model, as others read it."""
+    """A record of a peer of the model, in the form in which other processes read it."""
     identity = identity or Identity.generate()
     return PeerRecord.unpack(record_of(identity, **({"model": MODEL} | changes)).pack(identity))
 
@@ -65,7 +65,7 @@ def says_nothing(asked: LookUp | Announce) -> Sequence[Message]:
 
 
 class ScriptedPeers:
-    """Links to peers that do what a test says; all messages pass through their frames."""
+    """Links to peers that answer by scripts of the test. All messages are encoded to frames and decoded."""
 
     def __init__(self) -> None:
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
@@ -119,7 +119,7 @@ def test_the_latest_record_of_each_peer_counts(links: ScriptedPeers) -> None:
     assert sorted(asked.peers(MODEL), key=lambda record: record.end) == [new, stays]
 
 
-def test_models_are_told_once_each(links: ScriptedPeers) -> None:
+def test_each_model_is_listed_once(links: ScriptedPeers) -> None:
     other = signed(model="cd" * 16, model_name="another")
     asked = PeerDirectory([links.add(tells(signed(), other)), links.add(tells(other))], links)
     assert asked.models() == {MODEL: "tiny", "cd" * 16: "another"}
@@ -153,14 +153,14 @@ def refuses(asked: LookUp | Announce) -> Sequence[Message]:
     "wrong", [forges, counts_wrongly, never_ends, refuses, tells(), says_nothing], ids=lambda script: script.__name__
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_who_lies_or_knows_nothing_hides_nobody(links: ScriptedPeers, wrong: Script, first: bool) -> None:
+def test_a_lying_or_empty_peer_hides_no_record(links: ScriptedPeers, wrong: Script, first: bool) -> None:
     honest = signed()
     scripts = [wrong, tells(honest)] if first else [tells(honest), wrong]
     asked = PeerDirectory([links.add(script) for script in scripts], links)
     assert asked.peers(MODEL) == [honest]
 
 
-def test_a_peer_of_which_others_know_a_later_record_is_not_hidden_by_an_earlier_one(links: ScriptedPeers) -> None:
+def test_an_earlier_record_does_not_hide_a_later_one(links: ScriptedPeers) -> None:
     peer, now = Identity.generate(), time.time()
     left = PeerRecord.unpack(record_of(peer, model=MODEL, issued_at=now - 30).farewell(now - 20).pack(peer))
     back = signed(peer, issued_at=now)
@@ -168,7 +168,7 @@ def test_a_peer_of_which_others_know_a_later_record_is_not_hidden_by_an_earlier_
     assert asked.peers(MODEL) == [back]
 
 
-def test_nobody_answers_for_another_or_twice(links: ScriptedPeers) -> None:
+def test_answers_of_other_peers_and_second_answers_are_ignored(links: ScriptedPeers) -> None:
     honest, liar = signed(), signed()
     peer = links.add(says_nothing)
     other = links.add(says_nothing)
@@ -182,7 +182,7 @@ def test_nobody_answers_for_another_or_twice(links: ScriptedPeers) -> None:
     assert PeerDirectory([peer], links).peers(MODEL) == [honest]
 
 
-def test_more_than_an_answer_may_have_is_left_out(links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_cut_at_its_bound(links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [signed() for _ in range(4)]
     monkeypatch.setattr(ask, "MAX_ANSWER_BYTES", 2 * len(records[0].signed) + 40)
     assert len(parts_of(records)) == 1
@@ -193,7 +193,7 @@ def test_more_than_an_answer_may_have_is_left_out(links: ScriptedPeers, monkeypa
     assert PeerDirectory([links.add(endless)], links).peers(MODEL) == records[:2]
 
 
-def test_what_comes_late_counts_from_the_next_question_on(links: ScriptedPeers) -> None:
+def test_late_answers_count_from_the_next_question_on(links: ScriptedPeers) -> None:
     early, late = signed(), signed()
     slow = links.add(says_nothing)
     asked = PeerDirectory([links.add(tells(early)), slow], links)
@@ -202,10 +202,10 @@ def test_what_comes_late_counts_from_the_next_question_on(links: ScriptedPeers) 
     assert isinstance(question, LookUp)
     links.say(slow, Found(question.number, 0, packb([late.signed])))
     assert asked.peers(MODEL) == [early, late]
-    assert asked.peers(MODEL) == [early, late]  # though it has not answered these questions
+    assert asked.peers(MODEL) == [early, late]  # although the late peer has not answered these questions
 
 
-def test_if_nobody_answers_it_is_said_why_of_each(links: ScriptedPeers) -> None:
+def test_an_error_names_the_reason_of_each_silent_peer(links: ScriptedPeers) -> None:
     states = {
         LinkState.REFUSED: "does not accept this key",
         LinkState.WRONG_KEY: "ends the handshake as if it has another key",
@@ -221,7 +221,7 @@ def test_if_nobody_answers_it_is_said_why_of_each(links: ScriptedPeers) -> None:
         assert f"{peer_address(endpoint)} {text}" in str(told.value)
 
 
-def test_others_are_asked_when_those_joined_through_are_gone(links: ScriptedPeers) -> None:
+def test_other_peers_are_asked_when_the_joined_ones_are_gone(links: ScriptedPeers) -> None:
     other = Identity.generate()
     record = signed(other, address="tcp://127.0.0.1:999")
     joined = links.add(tells(record))
@@ -236,7 +236,7 @@ def test_others_are_asked_when_those_joined_through_are_gone(links: ScriptedPeer
     assert record.endpoint in [endpoint for endpoint, message in links.asked if isinstance(message, Announce)]
 
 
-def test_an_answer_that_comes_while_others_are_asked_counts(links: ScriptedPeers) -> None:
+def test_a_late_answer_counts_while_other_peers_are_asked(links: ScriptedPeers) -> None:
     record = signed()
     far = links.add(tells(record))
     asked = PeerDirectory([far], links)
@@ -258,7 +258,7 @@ def test_an_answer_that_comes_while_others_are_asked_counts(links: ScriptedPeers
     assert len(questions) == 1
 
 
-def test_a_question_goes_on_over_a_bounded_number_of_peers(links: ScriptedPeers) -> None:
+def test_the_depth_of_a_question_is_bounded(links: ScriptedPeers) -> None:
     asked = PeerDirectory([links.add(tells(signed()))], links, serving=True)
     for depth in range(MAX_DEPTH + 2):
         asked.records(MODEL, depth)
@@ -269,7 +269,7 @@ def test_a_question_goes_on_over_a_bounded_number_of_peers(links: ScriptedPeers)
     assert told == sorted([*range(MAX_DEPTH + 1), *range(MAX_DEPTH + 1)])
 
 
-def test_a_question_of_others_is_given_up_before_they_give_up(
+def test_a_question_for_another_process_ends_before_that_process_gives_up(
     links: ScriptedPeers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -297,26 +297,26 @@ def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -
     upstream = links.add(says_nothing)
     asked = PeerDirectory([upstream], links, serving=True)
     record = signed()
-    assert asked.store(record, record.signed, depth=1)  # also while those that it has joined through are gone
+    assert asked.store(record, record.signed, depth=1)  # also while the joined peers are gone
     assert asked.peers(MODEL) == [record]
     assert asked.models() == {MODEL: "tiny"}
     asked.close()
     assert links.closed
 
 
-def test_a_serving_peer_that_is_refused_does_not_forget_whom_it_was_told_of(links: ScriptedPeers) -> None:
+def test_a_refused_serving_peer_keeps_its_known_records(links: ScriptedPeers) -> None:
     upstream = links.add(tells(told := signed()))
     asked = PeerDirectory([upstream], links, serving=True)
     own = Identity.generate()
     asked.announce(record_of(own, model=MODEL), own)
     assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
-    for others in range(REMEMBERED_MODELS + 1):  # strangers ask it about other models meanwhile
+    for others in range(REMEMBERED_MODELS + 1):  # meanwhile strangers ask about other models
         asked.records(f"{others:032x}", MAX_DEPTH)
     links.scripts[upstream] = refuses
     assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
 
 
-def test_of_each_peer_the_latest_answer_is_kept_and_no_earlier_one(links: ScriptedPeers) -> None:
+def test_only_the_latest_answer_of_each_peer_is_kept(links: ScriptedPeers) -> None:
     hostile = Identity.generate()
 
     def tells_new_ones(asked: LookUp | Announce) -> Sequence[Message]:
@@ -331,11 +331,11 @@ def test_of_each_peer_the_latest_answer_is_kept_and_no_earlier_one(links: Script
     assert len(made) <= 2
 
 
-def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) -> None:
+def test_a_client_keeps_no_records_and_its_links_stay_open(links: ScriptedPeers) -> None:
     record = signed()
     asked = PeerDirectory([links.add(says_nothing)], links)
     assert not asked.store(record, record.signed, depth=0)
-    with pytest.raises(DirectoryError, match="No peer tells of others"):
+    with pytest.raises(DirectoryError, match="No peer answers with records"):
         asked.announce(*_of_mine())
     asked.close()
     assert not links.closed
@@ -346,7 +346,7 @@ def _of_mine() -> tuple[PeerRecord, Identity]:
     return record_of(identity, model=MODEL), identity
 
 
-def test_who_is_far_is_waited_for_while_its_handshake_is_under_way(links: ScriptedPeers) -> None:
+def test_a_far_peer_is_waited_for_during_its_handshake(links: ScriptedPeers) -> None:
     honest = signed()
     timers: list[threading.Timer] = []
 
@@ -379,7 +379,7 @@ def test_an_answer_of_lists_of_lists_takes_no_memory(links: ScriptedPeers) -> No
         tracemalloc.stop()
 
 
-def test_records_travel_in_parts_of_bounded_size() -> None:
+def test_answers_are_split_into_parts_of_bounded_size() -> None:
     records = [dataclasses.replace(signed(), model_name="x" * 150) for _ in range(2)]
     for record in records:
         object.__setattr__(record, "signed", os.urandom(2500))
@@ -406,13 +406,13 @@ def test_the_address_of_a_peer_comes_back_from_its_text() -> None:
         (lambda text: text[:-1] + ("a" if text[-1] != "a" else "b"), "checksum"),
     ],
 )
-def test_what_is_no_address_of_a_peer_is_refused_by_name(change: Callable[[str], str], reason: str) -> None:
+def test_an_invalid_address_of_a_peer_is_refused_with_the_reason(change: Callable[[str], str], reason: str) -> None:
     address = change(peer_address(Endpoint("tcp://127.0.0.1:31331", Identity.generate().public)))
     with pytest.raises(DirectoryError, match=reason):
         check_peer_address(address)
 
 
-def test_clocks_are_known_by_the_records_of_answers(links: ScriptedPeers) -> None:
+def test_clocks_of_peers_are_estimated_from_their_records(links: ScriptedPeers) -> None:
     own, now = Identity.generate(), time.time()
     ahead, right = (signed(address=f"tcp://127.0.0.1:{port}", issued_at=now + by) for port, by in ((7, 7200), (8, -9)))
     mine = signed(own, issued_at=now - 8000)

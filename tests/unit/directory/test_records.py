@@ -41,7 +41,7 @@ RECORD = PeerRecord(
     coordinate_error=0.25,
     bytes_per_ms=1250.0,
     links=(SeenLink(b"8 bytes!", 20.5, 1000.0), SeenLink(bytes(8), 0.5, 9e5)),
-    version="0.1.0",
+    version="0.2.0",
     issued_at=1_750_000_000.25,
 )
 PACKED = RECORD.pack(IDENTITY)
@@ -228,12 +228,12 @@ def test_values_out_of_range_are_refused_on_both_sides(field: str, value: Any) -
 
 
 @pytest.mark.parametrize("watts", [-1.0, MAX_WATTS * 1.01, float("inf"), float("nan"), "15", None, True])
-def test_watts_that_cannot_be_are_refused_on_both_sides(watts: Any) -> None:
+def test_impossible_watts_are_refused_on_both_sides(watts: Any) -> None:
     with pytest.raises(ProtocolError, match="watts"):
         dataclasses.replace(RECORD, watts=watts)
     with pytest.raises(ProtocolError, match="watts"):
         PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, watts]))
-    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof])).watts == 0.0  # of an earlier version
+    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof])).watts == 0.0  # an earlier version
 
 
 def test_a_record_of_another_key_is_refused() -> None:
@@ -249,7 +249,7 @@ def test_a_signature_without_the_prefix_is_refused() -> None:
         PeerRecord.unpack(sign(PAYLOAD, prefix=b""))
 
 
-def test_a_key_that_is_no_point_is_a_protocol_error() -> None:
+def test_a_key_that_is_no_point_of_the_curve_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError, match="key"):
         PeerRecord.unpack(sign([RECORD_LAYOUT, bytes(32), *PAYLOAD[2:]]))
 

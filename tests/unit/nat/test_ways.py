@@ -1,4 +1,4 @@
-"""Ways to hidden peers, without sockets: messages, proofs of keys, places and shares."""
+"""Ways to unreachable peers, without sockets: messages, proofs of keys, places and shares."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_changed_byte_gives_a_message_or_an_error(message: Any, position: int,
 
 
 @pytest.mark.parametrize("address", ["example.org:1", "tcp://example.org:1", "tcp://0.0.0.0:1", "tcp://1.2.3.4:0", 7])
-def test_addresses_are_of_machines(address: Any) -> None:
+def test_addresses_with_host_names_are_refused(address: Any) -> None:
     with pytest.raises(ProtocolError):
         unpack(pack(dataclasses.replace(Call(KEY, ""), here=address))[LENGTH_BYTES:])
 
@@ -110,7 +110,7 @@ def test_a_handshake_belongs_to_its_call() -> None:
         shaken(Purpose.TUNNEL, TOKEN, theirs=b"u" * 16)
 
 
-def test_nobody_answers_in_the_place_of_another() -> None:
+def test_a_peer_with_another_key_cannot_answer() -> None:
     dialing = Dialing(DIALER, LISTENER.public, Purpose.CALL)
     with pytest.raises(NotAuthorized):
         dialing.prove(Answering(STRANGER, dialing.hello).welcome)
@@ -119,15 +119,15 @@ def test_nobody_answers_in_the_place_of_another() -> None:
         dialing.prove(dataclasses.replace(forged, key=LISTENER.public.raw))
 
 
-def test_nobody_shows_the_key_of_another() -> None:
+def test_a_key_without_its_secret_is_refused() -> None:
     dialing = Dialing(STRANGER, LISTENER.public, Purpose.RESERVE)
     answering = Answering(LISTENER, dataclasses.replace(dialing.hello, key=DIALER.public.raw))
     with pytest.raises(NotAuthorized):
         answering.check(Proof(STRANGER.sign(b"anything")))
 
 
-def test_what_was_signed_for_one_helper_serves_for_no_other() -> None:
-    """A helper passes on what it is told, so as to appear as somebody else at another one."""
+def test_a_signature_for_one_relay_is_invalid_at_another() -> None:
+    """A malicious relay passes on messages of a peer, to impersonate this peer at another relay."""
     dialing = Dialing(DIALER, STRANGER.public, Purpose.CALL)
     elsewhere = Answering(LISTENER, dialing.hello)
     own = Answering(STRANGER, dialing.hello).welcome
@@ -136,7 +136,7 @@ def test_what_was_signed_for_one_helper_serves_for_no_other() -> None:
 
 
 @pytest.mark.parametrize("change", [{"purpose": Purpose.RESERVE}, {"nonce": b"m" * 32}], ids=str)
-def test_a_proof_serves_for_nothing_else(change: dict[str, Any]) -> None:
+def test_a_proof_is_invalid_for_any_other_handshake(change: dict[str, Any]) -> None:
     dialing = Dialing(DIALER, LISTENER.public, Purpose.CALL)
     answering = Answering(LISTENER, dataclasses.replace(dialing.hello, **change))
     with pytest.raises(NotAuthorized):
@@ -151,7 +151,7 @@ def test_other_versions_and_nonsense_are_refused(change: dict[str, Any]) -> None
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=60))
-def test_no_name_holds_more_places_than_it_may(steps: list[tuple[bool, int, int]]) -> None:
+def test_places_by_name_are_bounded(steps: list[tuple[bool, int, int]]) -> None:
     places = Places(5, key=2, host=3)
     held: list[tuple[int, int]] = []
     for takes, key, host in steps:
@@ -170,7 +170,7 @@ def test_no_name_holds_more_places_than_it_may(steps: list[tuple[bool, int, int]
 
 
 def passed(shares: SharedRate, names: list[str], seconds: float, chunk: int) -> dict[str, int]:
-    """What each name gets through in so long, if it wants as much as it can."""
+    """The bytes that each name passes in `seconds` if all names send as fast as they may."""
     free_at, total = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     while (now := min(free_at.values())) < seconds:
         name = min(free_at, key=lambda each: free_at[each])
@@ -180,7 +180,7 @@ def passed(shares: SharedRate, names: list[str], seconds: float, chunk: int) -> 
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_who_passes_bytes_shares_what_there_is(count: int) -> None:
+def test_active_names_share_the_rate_evenly(count: int) -> None:
     rate, seconds = 10 << 20, 20.0
     total = passed(SharedRate(rate), [str(index) for index in range(count)], seconds, 64 << 10)
     assert sum(total.values()) <= rate * seconds + count * (rate / 4 + 2 * LEAST_BURST)
@@ -188,7 +188,7 @@ def test_who_passes_bytes_shares_what_there_is(count: int) -> None:
     assert max(total.values()) <= 1.3 * min(total.values())
 
 
-def test_who_is_silent_leaves_its_share_to_others() -> None:
+def test_a_silent_name_leaves_its_share_to_others() -> None:
     shares = SharedRate(1 << 20)
     for index in range(1000):
         shares.delay_s(index, 1, 0.0)

@@ -1,4 +1,4 @@
-"""Ways to hidden peers over real sockets: a helper joins two, ZeroMQ passes through, and better ways take over."""
+"""Ways to unreachable peers over real sockets: a relay joins two streams, ZeroMQ connects, better ways take over."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HOST = "127.0.0.1"
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Other threads change what is looked at, and tell nobody."""
+    """Polls a condition, because other threads change it without a notification."""
     until = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < until
@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 class World:
-    """Helpers, and nodes that are reached through them or want to."""
+    """Relays, and nodes that are reached through relays or use them."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
@@ -84,7 +84,7 @@ class World:
     def hidden(
         self, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False, **options: Any
     ) -> tuple[Node, UnreachablePeer]:
-        """A node that answers what comes through the helpers."""
+        """A node that answers messages which arrive through the relays."""
         node = self.node(ANY_PORT, **options)
         node.answer = echo
         return node, self.hidden_at(node, helpers=helpers, vouched=vouched)
@@ -104,7 +104,7 @@ class World:
         hidden.start()
         self.stack.callback(hidden.stop)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
-        wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # calls of its own have ended
+        wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # its test calls have ended
         return hidden
 
 
@@ -118,17 +118,17 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 @pytest.fixture
 def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    """Disables hole punching. On loopback every node reaches every other, so a direct way would always be found."""
     monkeypatch.setattr(punch, "PUNCH_S", 0.0)
 
 
 def to(node: Node, relays: tuple[Relay, ...]) -> Endpoint:
-    """The hidden node; nothing listens at its address."""
+    """The endpoint of an unreachable node; nothing listens at its address."""
     return Endpoint("tcp://127.0.0.1:9", node.identity.public, relays)
 
 
 def ask(client: Node, endpoint: Endpoint, *texts: bytes) -> None:
-    """Sends messages, and waits until all have come back in their order."""
+    """Sends messages, and waits until all have come back in order."""
     before = len(client.received)
     for each in texts:
         client.transport.send(endpoint, [each, each])
@@ -180,7 +180,7 @@ def test_helpers_that_come_later_are_learned_from_the_endpoint(world: World) -> 
     ask(client, to(node, hidden.relays), b"two")
 
 
-def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
+def test_a_better_way_continues_the_stream_without_a_gap(world: World) -> None:
     helper = world.helper()
     node, hidden = world.hidden()
     client = world.node()
@@ -191,7 +191,7 @@ def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
     before = helper.passed_bytes
     ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
     assert helper.passed_bytes == before
-    assert client.states == [(endpoint, LinkState.UP)]  # ZeroMQ was told of nothing
+    assert client.states == [(endpoint, LinkState.UP)]  # ZeroMQ has not noticed the change
     world.helpers[0].close()
     ask(client, endpoint, b"without it")
 
@@ -227,7 +227,7 @@ def test_keys_are_checked_at_the_ends(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_helper_that_knows_its_members_alone_lets_a_hidden_peer_try_it(world: World, tmp_path: Path) -> None:
+def test_a_relay_with_authorized_keys_accepts_the_test_call_of_a_member(world: World, tmp_path: Path) -> None:
     node, client = world.node(ANY_PORT), world.node()
     node.answer = echo
     keys = tmp_path / "keys"
@@ -238,10 +238,10 @@ def test_a_helper_that_knows_its_members_alone_lets_a_hidden_peer_try_it(world: 
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_who_comes_through_a_helper_does_not_count_as_this_machine(
+def test_relayed_connections_do_not_count_as_connections_from_this_machine(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Connections without a name are bounded by host, and all that are relayed come from loopback."""
+    """Connections without a key are bounded by host, and all relayed connections come from loopback."""
     counted: list[str] = []
     named = Connections.named
 
@@ -256,11 +256,11 @@ def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     node, hidden = world.hidden()
     ask(world.node(), to(node, hidden.relays), b"relayed")
     ask(world.node(), node.endpoint, b"direct")
-    assert counted == [f"{HOST}, through a helper", HOST]
+    assert counted == [f"{HOST}, through a relay", HOST]
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_helpers_that_bring_no_calls_are_left_for_those_that_do(world: World) -> None:
+def test_relays_that_pass_on_no_calls_are_replaced(world: World) -> None:
     for _ in range(6):
         world.helper(TakesNoCalls)
     honest = [world.helper() for _ in range(2)]
@@ -270,7 +270,7 @@ def test_helpers_that_bring_no_calls_are_left_for_those_that_do(world: World) ->
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_a_helper_that_floods_keeps_nobody_else_waiting(world: World) -> None:
+def test_a_flood_of_one_relay_delays_no_other_relay(world: World) -> None:
     world.helper(Floods)
     world.helper()
     node, hidden = world.hidden(helpers=1)
@@ -285,7 +285,7 @@ def test_a_helper_that_floods_keeps_nobody_else_waiting(world: World) -> None:
     assert loop.run(answering()).result(WAIT_S) < most
 
 
-def test_a_helper_that_lets_nobody_stay_is_tried_ever_more_seldom(
+def test_a_relay_that_ends_reservations_is_tried_less_and_less_often(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hidden_module, "RETRY_S", 0.01)
@@ -303,7 +303,7 @@ def test_a_helper_that_lets_nobody_stay_is_tried_ever_more_seldom(
     assert not hidden.relays, "nobody is told of a helper through which no call has come"
 
 
-def test_helpers_of_other_hosts_are_preferred_and_those_that_the_user_knows(world: World) -> None:
+def test_relays_of_other_networks_and_vouched_relays_are_preferred(world: World) -> None:
     crowd = [world.helper(TakesNoCalls if index < 6 else RelayServer) for index in range(9)]
     elsewhere = [world.helper(host=f"127.0.{index}.1") for index in (1, 2)]
     known = crowd[-1].identity.public.raw
@@ -327,11 +327,11 @@ def test_every_helper_is_tried_before_one_that_has_failed_is_tried_again(
         world.helper(Noted)
     world.hidden(helpers=0)
     wait_until(lambda: len(order) >= 12)
-    before = 12 - hidden_module.WANTED + 1  # the others may be on their way yet
+    before = 12 - hidden_module.WANTED + 1  # attempts at the other relays may be under way
     assert len(set(order[:before])) == before
 
 
-def test_a_helper_gives_way_to_one_of_another_host_and_if_it_brings_nothing(
+def test_a_relay_is_replaced_by_one_of_another_network_or_if_it_is_unused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
@@ -349,7 +349,7 @@ def test_a_helper_gives_way_to_one_of_another_host_and_if_it_brings_nothing(
     wait_until(lambda: seen.update(hidden.relays) or len(seen) == 4)
 
 
-def test_a_helper_connects_to_whoever_asks_and_to_nobody_else(world: World) -> None:
+def test_a_relay_connects_only_to_the_host_that_asks(world: World) -> None:
     helper = world.helper()
     node, hidden = world.hidden()
     relays = world.relays()
@@ -368,7 +368,7 @@ def test_a_helper_connects_to_whoever_asks_and_to_nobody_else(world: World) -> N
     wait_until(lambda: not helper._trying.taken)
 
 
-def test_who_asks_too_often_to_be_tried_is_refused(world: World, stranger: Connect) -> None:
+def test_too_many_requests_to_try_are_refused(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(tries_of_host=1))
     node = world.node(ANY_PORT)
     question = Try(f"tcp://{HOST}:{node.transport.port}")
@@ -381,7 +381,7 @@ def test_who_asks_too_often_to_be_tried_is_refused(world: World, stranger: Conne
 
 
 @pytest.mark.usefixtures("no_holes")
-def test_who_is_taken_out_of_the_list_has_nothing_at_a_helper(
+def test_a_key_that_is_removed_from_the_list_loses_its_streams_at_a_relay(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(helper_module, "KEYS_S", 0.01)
@@ -425,7 +425,7 @@ def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest
     assert world.helper().bounds == RelayBounds()
 
 
-def test_few_are_tried_at_once() -> None:
+def test_few_attempts_to_punch_run_at_once() -> None:
     async def check(sock: socket.socket, claim: Callable[[], bool]) -> None:
         raise AssertionError("nobody listens there")
 
@@ -444,7 +444,7 @@ def test_few_are_tried_at_once() -> None:
 
 
 class Stranger:
-    """Speaks to a helper as it likes."""
+    """Sends any messages to a relay."""
 
     def __init__(self, helper: RelayServer, identity: Identity | None = None) -> None:
         self.identity = identity or Identity.generate()
@@ -455,7 +455,7 @@ class Stranger:
         self.sock.sendall(b"".join(map(pack, messages)))
 
     def hear(self) -> Any:
-        """What it says; None: it has ended the stream."""
+        """The next message of the relay; None: it has ended the stream."""
         with suppress(ConnectionError):
             size = self.sock.recv(2, socket.MSG_WAITALL)
             return unpack(self.sock.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)) if size else None
@@ -484,7 +484,7 @@ def stranger(world: World) -> Callable[..., Stranger]:
 Connect = Callable[..., Stranger]
 
 
-def test_streams_that_say_nothing_end_and_keep_nobody_away(world: World, stranger: Connect) -> None:
+def test_silent_streams_end_and_block_no_other(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(handshakes_of_host=4, handshake_s=0.3))
     silent = [stranger(helper) for _ in range(40)]
     assert stranger(helper).ask(Purpose.RESERVE, Reserve()) == Reserved()
@@ -494,13 +494,13 @@ def test_streams_that_say_nothing_end_and_keep_nobody_away(world: World, strange
 @pytest.mark.parametrize(
     "data", [b"\0\0", b"\xff\xff" + bytes(2000), b"\0\x05hello", pack(Reserve()), b"GET / HTTP/1.1\r\n\r\n"], ids=repr
 )
-def test_nonsense_ends_a_stream(world: World, stranger: Connect, data: bytes) -> None:
+def test_invalid_bytes_end_a_stream(world: World, stranger: Connect, data: bytes) -> None:
     one = stranger(world.helper())
     one.sock.sendall(data)
     assert one.hear() is None
 
 
-def test_a_stranger_is_no_member(world: World, stranger: Connect, tmp_path: Path) -> None:
+def test_a_key_that_is_not_authorized_is_refused_by_a_relay(world: World, stranger: Connect, tmp_path: Path) -> None:
     member, keys = Identity.generate(), tmp_path / "keys"
     keys.write_text(f"{member.public}\n")
     helper = world.helper(authorized=AuthorizedKeys(keys))
@@ -509,7 +509,7 @@ def test_a_stranger_is_no_member(world: World, stranger: Connect, tmp_path: Path
     assert stranger(helper, member).ask(Purpose.RESERVE, Reserve()) == Reserved()
 
 
-def test_reservations_are_bounded_by_host_and_one_for_a_key(world: World, stranger: Connect) -> None:
+def test_reservations_are_bounded_by_host_and_a_key_has_one(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(reservations_of_host=3))
     kept = [stranger(helper) for _ in range(3)]
     assert all(each.ask(Purpose.RESERVE, Reserve()) == Reserved() for each in kept)
@@ -520,7 +520,7 @@ def test_reservations_are_bounded_by_host_and_one_for_a_key(world: World, strang
     assert helper.reservations == 3
 
 
-def test_reservations_end_that_are_silent_or_never_silent(world: World, stranger: Connect) -> None:
+def test_reservations_end_after_silence_and_after_a_flood(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(silent_s=0.2))
     silent = stranger(helper)
     assert silent.ask(Purpose.RESERVE, Reserve()) == Reserved()
@@ -537,7 +537,7 @@ def test_reservations_end_that_are_silent_or_never_silent(world: World, stranger
     wait_until(lambda: not helper.reservations)
 
 
-def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, stranger: Connect) -> None:
+def test_calls_are_bounded_by_key_and_only_the_called_peer_joins(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(streams_of_key=2, join_s=0.5))
     hidden, caller = stranger(helper), Identity.generate()
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
@@ -552,18 +552,18 @@ def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, str
     tokens = [hidden.hear().token for _ in waiting]
     third = stranger(helper, caller).ask(Purpose.CALL, call)
     assert isinstance(third, Refused) and "no room" in third.text
-    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # it is not the one called
+    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # another peer was called
     assert isinstance(stranger(helper, hidden.identity).ask(Purpose.JOIN, Join(b"?" * 16, "")), Refused)
     for thread in threads:
         thread.join()
-    assert [answer.text for answer in answers] == ["that peer does not take calls"] * 2
+    assert [answer.text for answer in answers] == ["that peer does not answer calls"] * 2
     wait_until(lambda: not helper.streams.taken and not helper._waiting)
     nobody = stranger(helper).ask(Purpose.CALL, Call(Identity.generate().public.raw, ""))
     assert isinstance(nobody, Refused)
 
 
 def joined(helper: RelayServer, stranger: Connect) -> tuple[Stranger, Stranger]:
-    """Two that the helper has joined."""
+    """Both sides of a stream that the relay has joined."""
     hidden, caller = stranger(helper), stranger(helper)
     assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
     dialing = Dialing(caller.identity, helper.identity.public, Purpose.CALL)
@@ -589,7 +589,7 @@ def test_a_receiver_that_does_not_read_takes_no_memory(world: World, stranger: C
     with suppress(TimeoutError):
         while sent < 1 << 30:
             sent += caller.sock.send(bytes(1 << 20))
-    assert sent < 64 << 20  # what the kernel holds in its buffers, and no more
+    assert sent < 64 << 20  # only the kernel's buffers fill
 
 
 def test_idle_and_half_open_streams_end(world: World, stranger: Connect) -> None:
@@ -615,17 +615,17 @@ def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
     while size:
         size -= len(other.sock.recv(1 << 20))
     sending.join()
-    assert time.monotonic() - begin > 0.8  # a MiB at once, and four more in a second
+    assert time.monotonic() - begin > 0.8  # a burst of 1 MiB, then 4 MiB/s
 
 
-def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
+def test_a_relay_reports_that_its_port_is_taken(world: World) -> None:
     taken = world.helper()
     loop = WaysLoop()
     with closing(loop), pytest.raises(AddressInUse):
         RelayServer(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
 
 
-def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_of_connections_does_not_block_the_loop(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     bounds = RelayBounds()
     helper = world.helper(bounds=bounds)
     make_room, held = helper._make_room, list[int]()
@@ -633,7 +633,7 @@ def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monke
     connected = threading.Event()
 
     async def wait() -> None:
-        connected.wait(WAIT_S)  # the loop does nothing else meanwhile
+        connected.wait(WAIT_S)  # blocks the event loop
 
     waiting = helper.loop.run(wait())
     with ExitStack() as stack:
@@ -645,7 +645,7 @@ def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monke
     assert max(held) < 2 * bounds.handshakes_of_host
 
 
-def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
+def test_a_fast_sender_delays_no_other_stream() -> None:
     order: list[str] = []
 
     async def copies() -> None:
@@ -675,8 +675,8 @@ def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
     assert len(order) > 4 and order != sorted(order)
 
 
-def test_who_ends_something_waits_for_no_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer announces itself in the thread that does."""
+def test_ending_a_task_does_not_wait_for_a_hanging_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that ends a task is the one that announces the peer, so it must not hang."""
     monkeypatch.setattr(stream, "END_S", 0.05)
     over, loop = threading.Event(), WaysLoop()
 

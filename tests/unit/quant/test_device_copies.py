@@ -1,4 +1,4 @@
-"""Copies and times of a device that works later than it is told to, in the place of CUDA."""
+"""Copies and times of a device that works asynchronously, in place of CUDA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
-    """Copies that have not been made yet: all are when somebody waits. Every tensor is on the CPU."""
+    """Records copies, and runs all of them when a thread waits. Every tensor is on the CPU."""
     left: list[Callable[[], object]] = []
     own = torch.Tensor.copy_
 
@@ -37,23 +37,23 @@ def late(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
     return left
 
 
-def test_what_comes_back_is_there(late: list[Callable[[], object]]) -> None:
+def test_copies_to_the_host_are_complete(late: list[Callable[[], object]]) -> None:
     values = torch.randn(3, 64)
     found = to_host(values)
     assert not late and found is not values and torch.equal(found, values)
 
 
-def test_what_is_sent_may_change_at_once(late: list[Callable[[], object]]) -> None:
+def test_sources_of_copies_may_change_at_once(late: list[Callable[[], object]]) -> None:
     values, there = torch.randn(3, 64), torch.zeros(3, 64, dtype=torch.bfloat16)
     expected = values.bfloat16()
     device_copies.put(values, there)
-    assert len(late) == 1  # nobody has waited
+    assert len(late) == 1  # no thread has waited
     values.zero_()
     late.pop()()
     assert torch.equal(there, expected)
 
 
-def test_without_pinned_memory_copies_are_as_usual(
+def test_copies_without_pinned_memory(
     late: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_on_the_cpu_nothing_is_copied() -> None:
 
 
 class Event:
-    """Of a device whose clock goes on by 5 ms at every record; what it tells is known after a wait."""
+    """An event of a device whose clock advances by 5 ms at every record; its time is known after a wait."""
 
     now = 0.0
 
@@ -93,18 +93,18 @@ class Event:
 
 
 def test_a_device_without_pinned_memory_and_events_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """As CUDA is, where torch was built without it."""
+    """The device is CUDA, which this torch was built without."""
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
     for proof in (device_copies._pins, device_clock._events_tell):
         proof.cache_clear()
         assert not proof(torch.device("cuda")) and not proof(torch.device("cuda"))
     assert ["pageable memory" in record.getMessage() for record in caplog.records] == [True, False]
-    assert "are those of the clock" in caplog.records[1].getMessage()
+    assert "are measured by the clock" in caplog.records[1].getMessage()
 
 
 @pytest.mark.parametrize("by_events", [True, False])
-def test_a_stopwatch_goes_by_events_where_they_tell_the_time(by_events: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopwatch_uses_events_where_these_are_right(by_events: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_clock, "_events_tell", lambda device: by_events)
     monkeypatch.setattr(device_clock, "_event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)

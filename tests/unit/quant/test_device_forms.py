@@ -1,4 +1,4 @@
-"""Weights in the forms of torch's kernels for GPUs: here with those kernels that a CPU has, too."""
+"""Weights in the layouts of torch's kernels for GPUs: here with the kernels that also exist on CPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPECTED = {
     **dict.fromkeys(("int8 by output",), DeviceInt8),
     "FP8 by output": DeviceFp8,
 }
-"""By layout; other layouts are made anew."""
+"""The form for each layout; other layouts have none."""
 
 
 @pytest.mark.default_cases(dtype=(torch.bfloat16,))
@@ -74,21 +74,21 @@ def test_outliers_and_zeros_keep_their_bits() -> None:
 
 
 class Transposed(DeviceInt8):
-    """A kernel that is wrong."""
+    """A kernel with wrong results."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return super().multiply(rows.flip(1))
 
 
 class Late(DeviceInt8):
-    """A kernel that is right for a single row only."""
+    """A kernel that is correct only for a single row."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return super().multiply(rows) * (1 if len(rows) == 1 else 2)
 
 
 class Absent(DeviceInt8):
-    """A kernel that torch does not have here."""
+    """A kernel that torch lacks on this device."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("Could not run 'aten::_int_mm' on this device\nand much more")
@@ -110,7 +110,7 @@ class NotFinite(DeviceInt8):
         (Absent, "Could not run 'aten::_int_mm' on this device"),
     ],
 )
-def test_a_kernel_that_does_not_prove_itself_is_named_once_and_left(
+def test_a_wrong_kernel_is_named_once_and_not_used(
     kernel: type[DeviceInt8], sentence: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu, "FORMS", (kernel,))
@@ -121,7 +121,7 @@ def test_a_kernel_that_does_not_prove_itself_is_named_once_and_left(
         assert device_form(held, torch.bfloat16) is None
         assert device_form(held, torch.bfloat16) is None
     (record,) = caplog.records
-    assert sentence in record.getMessage() and "is made anew at every call" in record.getMessage()
+    assert sentence in record.getMessage() and "is converted at every call" in record.getMessage()
     assert "\n" not in record.getMessage()
 
 
@@ -156,7 +156,7 @@ def test_layers_take_a_kernel_only_if_it_pays(faster: bool, monkeypatch: pytest.
     layer = model[0]
     assert isinstance(layer, QuantizedLinear)
     use_device_kernels(model, torch.bfloat16)
-    assert layer.held is held  # CPUs have kernels of their own
+    assert layer.held is held  # CPUs use splitnet's kernels
     monkeypatch.setattr(gpu, "_on_gpu", lambda layer: True)
     monkeypatch.setattr(gpu, "_ms", lambda form, row: float((form is held) == faster))
     gpu._faster.clear()

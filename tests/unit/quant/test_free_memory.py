@@ -1,4 +1,4 @@
-"""Free memory on Linux: the least that the machine and the control groups of this process leave, in trees of files."""
+"""Free memory on Linux: the least of the machine's and of the control groups' free memory, in simulated file trees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DISK = "24 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw"
 
 
 def plant(root: Path, own: str, *mounts: str) -> None:
-    """A machine of 8 GiB available, with what the kernel says of the groups of a process."""
+    """A machine with 8 GiB available, and the kernel's files about the groups of a process."""
     files = {"meminfo": "MemTotal: 9999999 kB\nMemAvailable: 8388608 kB\n", "self/cgroup": own}
     for name, text in {**files, "self/mountinfo": "\n".join([DISK, *mounts]) + "\n"}.items():
         (root / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def test_both_versions_beside_each_other(tmp_path: Path) -> None:
     plant(tmp_path, "4:memory:/a\n0::/b\n", v1(), v2(point="/sys/fs/cgroup/unified"))
     (tmp_path / "sys/fs/cgroup/unified/b").mkdir(parents=True)
     plant_v1(tmp_path / "sys/fs/cgroup/memory/a", 900 * MIB, 100 * MIB)
-    plant_v1(tmp_path / "sys/fs/cgroup/memory/b", 300 * MIB, 100 * MIB)  # of another process
+    plant_v1(tmp_path / "sys/fs/cgroup/memory/b", 300 * MIB, 100 * MIB)  # a group of another process
     assert left(tmp_path) == 800
     plant_v2(tmp_path / "sys/fs/cgroup/unified/b", 600 * MIB, 100 * MIB)
     assert left(tmp_path) == 500
@@ -89,10 +89,10 @@ def test_both_versions_beside_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("own", "top"),
     [
-        ("0::/\n", "/"),  # a container with a namespace of its own
+        ("0::/\n", "/"),  # a container with a namespace
         ("0::/docker/0f/peer\n", "/docker/0f"),  # a container without a namespace
         ("0::/docker/0f\n", "/docker/0f"),
-        ("0::/\n", "/../.."),  # the mount stands above the namespace
+        ("0::/\n", "/../.."),  # the mount is above the namespace
         ("0::/../else\n", "/"),  # the process has left the namespace
         ("0::/docker/else\n", "/docker/0f"),
     ],
@@ -138,7 +138,7 @@ def test_without_a_limit_the_machine_counts(own: str, tmp_path: Path) -> None:
     assert left(tmp_path) == 8192
 
 
-def test_a_machine_that_tells_nothing_of_groups(tmp_path: Path) -> None:
+def test_a_machine_without_files_about_groups(tmp_path: Path) -> None:
     assert left(tmp_path) is None
     plant(tmp_path, "0::/\n")
     (tmp_path / "proc/self/mountinfo").unlink()

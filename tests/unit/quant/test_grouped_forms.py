@@ -1,4 +1,4 @@
-"""Weights held in the codes of a checkpoint: nothing is lost but the rounding of the rows to 16 bits."""
+"""Weights held in the codes of a checkpoint: the only error is the rounding of rows to 16 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ layouts = st.sampled_from(sorted(LAYOUTS)).map(LAYOUTS.__getitem__)
 seeds = st.integers(0, 2**31)
 needs_compiled = pytest.mark.skipif(kernels_here() is Kernels.NONE, reason="the kernels were not compiled")
 of_both = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-"""A test that is run in each way; what the fixture sets stays the same for all examples."""
+"""Settings of a test that runs with each value of `way`, which stays the same for all examples."""
 sizes = st.integers(1, 70), st.integers(1, 40).map(lambda count: 32 * count) | st.integers(1, 1300)
 
 
@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
-    """With an outlier and, among others, a row of zeros."""
+    """Random rows with an outlier and a row of zeros."""
     rows = torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
     rows[0, seed % length] = 1e3
     rows[-1] *= seed % 2
@@ -61,7 +61,7 @@ def test_bytes(name: str, outputs: int, inputs: int) -> None:
     assert held_bytes(layout, outputs, inputs) <= 1.1 * layout.nbytes(outputs, inputs)
 
 
-def test_two_bits_take_what_their_file_does() -> None:
+def test_two_bits_take_the_bytes_of_their_file() -> None:
     assert held_bytes(LAYOUTS["Q2_K"], 4096, 4096) <= 1.02 * 84 / 256 * 4096 * 4096
 
 
@@ -73,10 +73,10 @@ def test_steps_too_large_for_half_a_byte_are_kept() -> None:
 
 
 def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, many: bool = False) -> bool:
-    """Whether products are further away than the rounding of the rows, and of sums in float32, allows.
+    """Whether the error of products exceeds the rounding of the rows, and of sums in float32.
 
     Args:
-        many: they may be multiplied in bfloat16.
+        many: products may be in bfloat16.
     """
     weight, codes = matrix.floats().double(), matrix.read()
     layout = matrix.layout
@@ -84,7 +84,7 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, man
     exact = layout.table == "e5m2"
     largest = given.abs().amax(1, keepdim=True)
     allowed = (2**-22 if exact else 2**-14) * largest * weight.norm(dim=1)
-    # What the codes, as bytes without sign, are multiplied by may be much larger than the weight.
+    # The factors of the codes, as unsigned bytes, may be much larger than the weight.
     scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or rows.shape[1]).double()
     zeros = codes.zeros if layout.zero is Kind.STEPS else None
     parts = (256 if layout.table in ("", "iq4_nl", "e4m3", "nf4") else 2**16) * scales.abs().amax(1)
@@ -131,7 +131,7 @@ def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="for CPUs that multiply bfloat16")
 @given(layouts, *sizes, seeds)
-def test_what_becomes_bfloat16_is_rounded_once(layout: Layout, outputs: int, inputs: int, seed: int) -> None:
+def test_conversion_to_bfloat16_rounds_once(layout: Layout, outputs: int, inputs: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     assert isinstance(held, BlockQuantWeight)
@@ -154,7 +154,7 @@ def test_plain_loops(layout: Layout, outputs: int, inputs: int, count: int, seed
 
 
 @given(st.lists(layouts, min_size=2, max_size=4), seeds)
-def test_matrices_of_several_layouts_stand_below_each_other(several: list[Layout], seed: int) -> None:
+def test_matrices_of_several_layouts_are_joined(several: list[Layout], seed: int) -> None:
     matrices = [matrix_of(layout, 5 + index, 64, seed) for index, layout in enumerate(several)]
     held = hold_stored(matrices, CPU)
     assert isinstance(held, JoinedForm) == (len(set(several)) > 1) or len(set(several)) < len(several)
@@ -219,7 +219,7 @@ def test_scales_of_another_type_than_the_layout_says_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "FP8 in blocks", "NF4"])
-def test_what_is_no_number_stays_none_in_its_row(name: str, value: float, way: str) -> None:
+def test_nan_and_infinity_stay_in_their_row(name: str, value: float, way: str) -> None:
     rows = torch.randn(3, 256)
     rows[1, 5] = value
     product = hold_stored([matrix_of(LAYOUTS[name], 16, 256, 1)], CPU).multiply(rows)
@@ -228,7 +228,7 @@ def test_what_is_no_number_stays_none_in_its_row(name: str, value: float, way: s
     assert product[[0, 2]].isfinite().all()
 
 
-def test_a_weight_that_is_no_number_stays_none(way: str) -> None:
+def test_a_nan_weight_gives_nan(way: str) -> None:
     codes = codes_of(LAYOUTS["FP8 in blocks"], 16, 256, 1)
     codes.codes[3, 4] = 127
     held = hold_stored([StoredMatrix(LAYOUTS["FP8 in blocks"], (16, 256), lambda: codes)], CPU)

@@ -1,4 +1,4 @@
-"""Experts that are held in codes give what the family's own code gives with the numbers that the codes stand for."""
+"""Experts in codes give the results of the family's own code with the decoded numbers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def model_of(family: str) -> Any:
 
 
 def coded(weight: torch.Tensor, transposed: bool) -> PackedTensor:
-    """Random codes of the size of a weight."""
+    """Random codes for a weight of this size."""
     experts, outputs, inputs = (weight.transpose(1, 2) if transposed else weight).shape
     layout = Layout(4, 32, Kind.FLOAT16, offset=8)
 
@@ -90,7 +90,7 @@ def coded(weight: torch.Tensor, transposed: bool) -> PackedTensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gives_what_the_family_gives(family: str) -> None:
+def test_held_experts_equal_the_familys_own(family: str) -> None:
     model = model_of(family)
     experts: list[Any] = [module for module in model.modules() if hasattr(module, "_apply_gate")]
     assert experts
@@ -115,7 +115,7 @@ def test_gives_what_the_family_gives(family: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-4 * float(other.abs().max()), rtol=1e-3)
 
 
-def test_gradients_flow_to_what_experts_are_given() -> None:
+def test_gradients_flow_to_the_inputs_of_experts() -> None:
     model = model_of("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     names = ("gate_up_proj", "down_proj")

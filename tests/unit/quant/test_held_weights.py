@@ -1,4 +1,4 @@
-"""Weights of linear layers that are held in other forms than floats, with compiled kernels and without them."""
+"""Weights of linear layers in other formats than floats, with compiled kernels and without them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ LENGTHS = (5, 9)
 FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "falcon", "olmo", "opt")
 HELD = ("float16", "bfloat16", "int8", "int4")
 
-# How far rounding moves a weight, relative to the size of the weights: the distance of two neighbours over sqrt(12).
-# That of floats is at most a unit in the last place, 2^-10 and 2^-7. The weights of the models here are normally
-# distributed; of some hundred the largest is about 3.3 deviations, and 32 span about 4.2.
+# Error of a weight by rounding, relative to the size of the weights: the distance of two neighbours over sqrt(12). The
+# distance of floats is at most a unit in the last place, 2^-10 and 2^-7. The weights of these models are normally
+# distributed: of some hundred weights the largest is about 3.3 deviations, and 32 weights span about 4.2 deviations.
 ROUNDING = {
     "float16": 2**-10 / 12**0.5,
     "bfloat16": 2**-7 / 12**0.5,
@@ -57,15 +57,15 @@ ROUNDING = {
     "int4": 4.2 / 15 / 12**0.5,
 }
 STAGES = 4
-"""Linear layers of a block that one after the other move its output."""
+"""Linear layers of a block that change its output in sequence."""
 KERNEL_ROUNDING = 3**0.5 * ROUNDING["bfloat16"]
-"""Kernels for integers round to bfloat16: what they are given, what they give, and one of them each weight."""
+"""Kernels for integers round inputs and outputs to bfloat16; one kernel also rounds weights."""
 
 
 def distance(kind: str) -> float:
-    """What a block's output may move, relative to its size: independent errors add up in squares.
+    """The expected change of a block's output, relative to its size: independent errors add up in squares.
 
-    Twice that is allowed for what lies between the layers.
+    The factor 2 allows for the operations between the layers.
     """
     return 2 * (STAGES * (ROUNDING[kind] ** 2 + KERNEL_ROUNDING**2 * kind.startswith("int"))) ** 0.5
 
@@ -75,7 +75,7 @@ KERNEL_DISTANCE = 2 * STAGES**0.5 * KERNEL_ROUNDING
 
 @pytest.fixture(params=["compiled", "fallback"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether there are compiled kernels."""
+    """With compiled kernels, or without."""
     if request.param != "compiled":
         monkeypatch.setattr(native, "kernels_here", lambda: Kernels.NONE)
         monkeypatch.setattr(grouped, "kernels_here", lambda: Kernels.NONE)
@@ -101,9 +101,9 @@ def held_layers(span: Span) -> dict[str, QuantizedLinear]:
 
 
 def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
-    """The same blocks with plain layers, whose weights are those that the held ones stand for."""
+    """The same blocks with plain layers, which have the decoded weights."""
     span = Span.load(checkpoint, held.start, held.end)
-    span._lean = None  # which knows the weights that it was loaded with
+    span._lean = None  # this step would use the original weights
     for path, layer in held_layers(held).items():
         plain: Any = span._backbone.get_submodule(path)
         weight = layer.held.dequantised(torch.float32)
@@ -138,11 +138,11 @@ def test_a_block_computes_almost_what_it_does_in_floats(
     moved = outputs(held, hidden) - hidden
     expected = outputs(Span.load(checkpoint, 1, 2), hidden) - hidden
     assert held_layers(held) and held.dtype == torch.float32 and held.weights.kind == kind
-    # Of the median position: where experts are chosen, a position near the border may get others.
+    # The error of the median position, because a position near the border may choose other experts.
     cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=1).median()
     # Two vectors at a relative distance d have a cosine of 1 - d^2 / 2.
     assert cosine >= 1 - distance(kind) ** 2 / 2 - 1e-6
-    # And it is the rounding of weights that moves it, nothing else.
+    # Only the rounding of weights causes the error.
     exact = outputs(floats_of(checkpoint, held), hidden) - hidden
     away = ((moved - exact).norm(dim=1) / exact.norm(dim=1)).median()
     assert away < (KERNEL_DISTANCE if kernels != "fallback" and kind.startswith("int") else 1e-5)
@@ -152,14 +152,14 @@ def test_a_block_computes_almost_what_it_does_in_floats(
 @pytest.mark.default_cases(kernels=("compiled",))
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_a_block_takes_the_bytes_that_were_foretold(
+def test_a_block_takes_the_predicted_bytes(
     family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
     plain, predicted = block_bytes(checkpoint, None), block_bytes(checkpoint, "float32", kind)
     span = Span.load(checkpoint, 0, 2, weights=kind, dtype="float32")
     assert predicted < plain
-    assert abs(span.weight_bytes - 2 * predicted) < 1024  # and the frequencies of a rotary embedding
+    assert abs(span.weight_bytes - 2 * predicted) < 1024  # the frequencies of a rotary embedding
     sizes = ModelSizes.of(checkpoint.source, "float32", kind)
     assert (sizes.block_bytes, sizes.held_as) == (predicted, kind)
     assert sizes.flops_per_position == ModelSizes.of(checkpoint.source).flops_per_position
@@ -175,7 +175,7 @@ def test_a_block_takes_the_bytes_that_were_foretold(
 @pytest.mark.default_cases(family=("gpt2",), kind=("int8",))
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stood_for(
+def test_gradients_and_low_rank_additions_are_those_of_the_decoded_weights(
     family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
@@ -203,7 +203,7 @@ def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stoo
         assert relative(passes.forward(hidden, LENGTHS, None, 0, 2), output) > 0.01
     tolerance = (
         2 * KERNEL_DISTANCE if kernels != "fallback" and kind.startswith("int") else 1e-4
-    )  # there and back, two blocks
+    )  # two conversions, two blocks
     for actual, expected in zip(*found, strict=True):
         assert relative(actual, expected) < tolerance
 
@@ -271,7 +271,7 @@ def test_integers_are_the_nearest() -> None:
     weight[5] = 0
     eight = INT8_SCALED.of(weight)
     assert eight is not None
-    # Half a step; the scale, which bfloat16 rounds, may leave the largest weight a little outside.
+    # Half a step. The scale, which bfloat16 rounds, may leave the largest weight slightly outside.
     steps = weight.abs().amax(1, keepdim=True) / 127
     assert ((eight.dequantised(torch.float32) - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
     four = INT4_TILES.of(weight)
@@ -296,7 +296,7 @@ def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
 @pytest.mark.default_cases(kernels=("compiled",))
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", [None, "float16", "int8", "int4"])
-def test_floats_are_let_go_while_loading(
+def test_floats_are_freed_while_loading(
     kind: str | None,
     family: str,
     kernels: str,
@@ -320,7 +320,7 @@ def test_floats_are_let_go_while_loading(
     if kind is None:
         assert most == len(alive)
     else:
-        assert most <= 2 < len(alive)  # the one that is being packed, and the next one that is being read
+        assert most <= 2 < len(alive)  # the weight that is being packed, and the next one, which is being read
 
 
 def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
@@ -351,7 +351,7 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     ("values", "kind", "text"),
     [(None, "float16", "float16/float32"), ("bfloat16", "bfloat16", "float32"), ("float16", "float16", "float32")],
 )
-def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it(
+def test_auto_holds_float32_in_half_the_bytes_and_exactly_where_it_can(
     values: str | None, kind: str, text: str, tmp_path: Path
 ) -> None:
     folder = random_checkpoint("llama", tmp_path / "random", blocks=2, hidden=64)
@@ -375,7 +375,7 @@ def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it
 def test_a_float16_checkpoint_computes_in_float32_only_where_that_takes_little_memory(
     family: str, computes: torch.dtype, tmp_path: Path
 ) -> None:
-    """Experts are held in what blocks compute in."""
+    """Experts are held in the type that blocks compute in."""
     model = AutoModelForCausalLM.from_pretrained(random_checkpoint(family, tmp_path / "random", blocks=2, hidden=64))
     model.half().save_pretrained(tmp_path / "half")
     checkpoint = Checkpoint.open(tmp_path / "half")
@@ -387,7 +387,7 @@ def test_a_float16_checkpoint_computes_in_float32_only_where_that_takes_little_m
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str) -> None:
+def test_integers_are_not_exact_where_one_layer_stays_in_floats(kind: str) -> None:
     chosen = choose_weights(kind, None, torch.float32, CPU)
     as_it_is = QuantizedLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
     as_it_is.weight = nn.Parameter(torch.full((32, 64), torch.inf))
@@ -405,7 +405,7 @@ def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str
         ("int3", None, "use auto, float32, bfloat16, float16, int8 or int4"),
     ],
 )
-def test_what_does_not_go_together_is_refused(
+def test_contradicting_options_are_refused(
     kind: str, dtype: str | None, advice: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     with pytest.raises(WeightsError, match=advice):
@@ -415,7 +415,8 @@ def test_what_does_not_go_together_is_refused(
 def test_blocks_without_a_layer_that_fits_are_refused_or_stay_floats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1, hidden=40))  # not in groups of 32
+    # 40 inputs are not groups of 32.
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1, hidden=40))
     with pytest.raises(WeightsError, match="held as int4: use --weights float32"):
         Span.load(checkpoint, 0, 1, weights="int4")
     monkeypatch.setattr(choose, "_reads_halves_fast", lambda device: True)

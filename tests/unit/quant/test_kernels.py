@@ -1,4 +1,4 @@
-"""splitnet's compiled kernels: products of integers lose no more than the rounding of the rows."""
+"""splitnet's compiled kernels: the error of integer products is at most the rounding of the rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 LARGEST = 255 * 127 + 127
-"""What the largest value of a row becomes."""
+"""The integer of the largest value of a row."""
 
 outputs = st.integers(1, 9)
 inputs = st.integers(1, 200)
@@ -38,7 +38,7 @@ seeds = st.integers(0, 2**31)
 
 @pytest.fixture(params=native.paths_here(), autouse=True)
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each that this CPU has the instructions for."""
+    """Each path whose instructions this CPU has."""
     before = native.path_in_use()
     assert before is not None
     native.use_path(request.param)
@@ -51,7 +51,7 @@ needs_floats = pytest.mark.parametrize("path", [each for each in native.paths_he
 
 
 def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
-    """With an outlier and, among others, a row of zeros."""
+    """Random rows with an outlier and a row of zeros."""
     rows = torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
     rows[0, seed % length] = 1e4
     rows[-1] *= seed % 2
@@ -59,7 +59,7 @@ def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
 
 
 def most(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What products may be off: half a step per input, and what sums in float32 lose."""
+    """Maximum error of products: half a step per input, plus the rounding of sums in float32."""
     steps = rows.double().abs().amax(1, keepdim=True) / LARGEST
     sizes = weight.double().abs().sum(1)
     return 0.51 * steps * sizes + 1e-5 * (rows.double().abs() @ weight.double().abs().T) + 1e-30
@@ -78,7 +78,7 @@ def test_int8(outputs: int, inputs: int, count: int, seed: int) -> None:
 
 @needs_floats
 def test_no_kernel_writes_beyond_its_products_while_another_thread_loads_a_model() -> None:
-    """transformers sets torch's default type meanwhile, for all threads: this was memory overwritten."""
+    """transformers sets torch's default type, for all threads, while it loads; a kernel must not rely on that type."""
     rows, weight = torch.randn(3, 256), torch.randn(4096, 256)
     held = hold_stored([matrix_of(LAYOUTS["FP8 in blocks"], 4096, 256, 3)], torch.device("cpu"))
     expected = multiply_floats(rows, weight), held.multiply(rows.bfloat16())
@@ -105,7 +105,7 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_stays_none_in_its_row(value: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(value: float) -> None:
     rows = torch.randn(3, 64)
     rows[1, 5] = value
     held = INT8_TILES.of(torch.randn(16, 64))
@@ -159,7 +159,7 @@ def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_largest_codes_and_numbers(name: str) -> None:
-    """All at once: whatever sums are held in, they are not larger."""
+    """All values are largest at once, so that sums that are too narrow overflow."""
     matrix = matrix_of(LAYOUTS[name], 18, 2048, 7)
     codes = matrix.read()
     layout = matrix.layout
@@ -178,9 +178,9 @@ def test_rows_of_any_size_times_e4m3(power: int) -> None:
     assert torch.equal(held.multiply(rows * 2.0**power), held.multiply(rows) * 2.0**power)
 
 
-def test_small_numbers_count_whatever_a_thread_is_set_to() -> None:
+def test_denormal_numbers_count_for_all_settings_of_a_thread() -> None:
     matrix = matrix_of(LAYOUTS["FP8 in blocks"], 20, 256, 3)
-    matrix.read().codes.bitwise_and_(0x87)  # which have no exponent
+    matrix.read().codes.bitwise_and_(0x87)  # codes without an exponent
     held = hold_stored([matrix], torch.device("cpu"))
     rows = rows_of(2, 256, 5)
     expected = held.multiply(rows)
@@ -211,7 +211,7 @@ def test_a_path_that_cannot_be_used_is_refused_by_name(name: str, reason: str, p
 
 @pytest.fixture
 def no_prefetch_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine that has measured nothing."""
+    """A machine without earlier measurements."""
     before = native.prefetch_in_use()
     monkeypatch.setattr(native, "_prefetch", None)
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path))
@@ -239,7 +239,7 @@ def test_a_prefetch_is_kept_when_two_undisturbed_measurements_agree(monkeypatch:
 
 
 @needs_floats
-def test_a_measurement_beside_others_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_beside_other_work_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     times = Mock(return_value=dict.fromkeys(native.PREFETCHES, 1.0))
     monkeypatch.setattr(native, "time_prefetches", times)
     for computed_s, undisturbed in ((0.95, True), (0.5, False)):

@@ -1,4 +1,4 @@
-"""The kernels for ARM and for Windows, under emulation: each path gives what plain loops give."""
+"""The kernels for ARM and for Windows, under emulation: each path gives the results of the plain loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ MICROSOFT = (
     ),
     *("-Wno-language-extension-token", "-Wno-unused-function", "-U__clang__", "-D__attribute__=none"),
 )
-"""Has clang take what cl.exe takes, as far as it can: neither `__attribute__` nor arrays of any length."""
+"""Options that make clang accept what cl.exe accepts, as far as possible: no `__attribute__`, no variable-length
+arrays."""
 
 HEADERS = {
     "math.h": """
@@ -42,7 +43,7 @@ HEADERS = {
     "stdlib.h": "void *malloc(unsigned long long), *calloc(unsigned long long, unsigned long long), free(void *);",
     "string.h": "void *memcpy(void *, const void *, unsigned long long), *memset(void *, int, unsigned long long);",
 }
-"""Of Microsoft's, which are not free, what the kernels need."""
+"""The parts of Microsoft's headers, which are not free, that the kernels need."""
 
 
 def installed(*programs: str) -> pytest.MarkDecorator:
@@ -61,9 +62,9 @@ def test_paths_of_arm(cpu: str, paths: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.full
 @installed(WINDOWS, WINDOWS_EMULATOR)
-@pytest.mark.timeout(300)  # wine first makes a system of files
+@pytest.mark.timeout(300)  # wine first creates its file system
 def test_paths_of_windows(tmp_path: Path) -> None:
-    """`long` has 32 bits there, and GCC leaves the stack less aligned than its moves of vectors expect."""
+    """On Windows `long` has 32 bits, and GCC aligns the stack less than its vector moves expect."""
     built = tmp_path / "compare_paths.exe"
     subprocess.run([WINDOWS, *OPTIONS, "-Wa,-muse-unaligned-vector-move", str(PROGRAM), "-o", str(built)], check=True)
     environment = {
@@ -85,7 +86,7 @@ def test_sizes_have_64_bits_on_windows_too() -> None:
 
 
 @installed("clang")
-def test_plain_loops_are_c_as_microsofts_compiler_takes_it(tmp_path: Path) -> None:
+def test_plain_loops_are_c_for_microsofts_compiler(tmp_path: Path) -> None:
     for name, text in HEADERS.items():
         (tmp_path / name).write_text(text)
     program = tmp_path / "all.c"

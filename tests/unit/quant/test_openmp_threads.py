@@ -1,4 +1,4 @@
-"""OpenMP has threads for each thread that computes: of those that have ended their work none may be left."""
+"""OpenMP has helper threads for each computing thread: none may remain after a thread has finished its work."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def run(code: str, *arguments: str) -> None:
     assert not done.returncode, done.stderr
 
 
-def test_a_thread_ends_those_that_help_it() -> None:
+def test_a_thread_ends_its_helpers() -> None:
     run(ENDED)
 
 
 @pytest.mark.full
-def test_those_that_helped_to_load_and_measure_are_gone_when_a_peer_serves(tmp_path: Path) -> None:
+def test_helpers_of_loading_and_measuring_are_gone_when_a_peer_serves(tmp_path: Path) -> None:
     run(PEER, str(random_checkpoint("llama", tmp_path)))

@@ -1,4 +1,4 @@
-"""Weights in few bits keep their codes through what transformers does to tensors while it loads."""
+"""Weights in few bits keep their codes through the operations of transformers while it loads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def floats(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether it has kept its codes and stands for what is expected."""
+    """Whether the tensor has kept its codes and decodes to the expected numbers."""
     return isinstance(tensor, PackedTensor) and torch.equal(tensor.floats(), expected)
 
 
@@ -42,7 +42,7 @@ def test_experts_are_stacked_and_joined() -> None:
     assert all(same(*pair) for pair in zip(together.chunk(2, dim=1), expected.chunk(2, dim=1), strict=True))
 
 
-def test_a_parameter_keeps_its_codes_in_the_type_that_is_wished() -> None:
+def test_a_parameter_keeps_its_codes_in_the_requested_type() -> None:
     given = stored()
     parameter = nn.Parameter(given.to(torch.bfloat16), requires_grad=False)
     assert same(parameter, floats(given).bfloat16())
@@ -64,7 +64,8 @@ def test_outputs_are_chosen_in_any_order() -> None:
     order = torch.tensor([11, 3, 4, 8, 9, 0])
     chosen = mixed.index_select(0, order)
     assert same(chosen, floats(mixed)[order])
-    assert isinstance(chosen, PackedTensor) and len(chosen.experts[0]) == 4  # runs of rows of the same layout
+    # One matrix per run of rows of the same layout.
+    assert isinstance(chosen, PackedTensor) and len(chosen.experts[0]) == 4
 
 
 def test_inputs_that_share_a_scale_stay_together() -> None:
@@ -76,7 +77,7 @@ def test_inputs_that_share_a_scale_stay_together() -> None:
     assert type(parted) is torch.Tensor and torch.equal(parted, floats(given)[:, order.flip(0)])
 
 
-def test_steps_whose_unit_is_parted_become_numbers() -> None:
+def test_steps_whose_unit_is_split_become_numbers() -> None:
     layout = Layout(4, 32, Kind.STEPS, Kind.STEPS)
     codes = torch.randint(0, 16, (4, 512), dtype=torch.uint8)
     steps = torch.randint(0, 64, (2, 4, 16), dtype=torch.uint8)
@@ -90,7 +91,7 @@ def test_steps_whose_unit_is_parted_become_numbers() -> None:
         assert isinstance(chosen, PackedTensor) and chosen.experts[0][0].layout.scale is kind
 
 
-def test_all_else_is_done_with_floats() -> None:
+def test_other_operations_use_floats() -> None:
     given = stored()
     assert torch.equal(given + 1, floats(given) + 1)
     assert torch.equal(given.view(4, 128), floats(given).view(4, 128))
@@ -98,7 +99,7 @@ def test_all_else_is_done_with_floats() -> None:
     assert type(joined) is torch.Tensor and torch.equal(joined[:8], floats(given))
 
 
-def test_what_codes_stand_for() -> None:
+def test_values_of_codes() -> None:
     codes = torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8)
     scales, zeros = torch.tensor([[2.0, 4.0]]), torch.tensor([[1, 9]], dtype=torch.uint8)
     made = Codes(codes, scales, zeros).floats(Layout(4, 2, Kind.FLOAT32, Kind.CODES))

@@ -220,9 +220,7 @@ def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("before", [True, False])
-def test_an_option_that_is_none_is_refused_by_name_and_line(
-    tmp_path: Path, options: str, reason: str, before: bool
-) -> None:
+def test_an_unknown_option_is_refused_by_name_and_line(tmp_path: Path, options: str, reason: str, before: bool) -> None:
     key = Identity.generate().public.text
     path = tmp_path / "authorized_keys"
     path.write_text(f"# friends\n{options} {key}\n" if before else f"# friends\n{key} {options} bob\n")
@@ -280,7 +278,7 @@ def test_list_is_reloaded_and_a_broken_edit_keeps_the_old_one(tmp_path: Path, ca
     assert keys.allows(second.curve_raw)
 
 
-def test_a_list_that_is_being_written_keeps_nobody_out(tmp_path: Path) -> None:
+def test_an_empty_list_counts_only_at_the_second_check(tmp_path: Path) -> None:
     first, second = Identity.generate().public, Identity.generate().public
     path, clock = tmp_path / "authorized_keys", _Clock()
     path.write_text(first.text)

@@ -1,4 +1,4 @@
-"""What closes a swarm: who lacks its key can name nothing, read nothing and write nothing."""
+"""The swarm key: a process without it can name no model, read no record and write no record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
 
 
 @given(st.binary(max_size=200))
-def test_members_alone_read_what_is_sealed(data: bytes) -> None:
+def test_only_members_can_unseal(data: bytes) -> None:
     sealed = KEY.seal(data)
     assert KEY.unseal(sealed) == KEY.unseal(memoryview(sealed)) == data
     assert len(sealed) == len(data) + SEAL_BYTES
@@ -37,7 +37,7 @@ def test_members_alone_read_what_is_sealed(data: bytes) -> None:
 
 
 @given(st.binary(max_size=100), st.data())
-def test_what_is_sealed_cannot_be_changed_or_made_without_the_key(data: bytes, draws: st.DataObject) -> None:
+def test_sealed_bytes_cannot_be_changed_or_made_without_the_key(data: bytes, draws: st.DataObject) -> None:
     sealed = bytearray(KEY.seal(data))
     sealed[draws.draw(st.integers(0, len(sealed) - 1))] ^= draws.draw(st.integers(1, 255))
     for wrong in (bytes(sealed), data, sealed[: draws.draw(st.integers(0, len(sealed) - 1))]):
@@ -45,14 +45,14 @@ def test_what_is_sealed_cannot_be_changed_or_made_without_the_key(data: bytes, d
             KEY.unseal(bytes(wrong))
 
 
-def test_a_place_tells_nothing_of_its_model_without_the_key() -> None:
+def test_a_place_reveals_no_model_without_the_key() -> None:
     model = "ab" * 32
     assert FINGERPRINT.fullmatch(KEY.place(model))
     assert len({KEY.place(model), OTHER.place(model), KEY.place(""), model}) == 4
     assert OPEN.place(model) == model
 
 
-def test_a_key_file_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_a_key_file_is_created_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "swarm.key"
     key = SwarmKey.create(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -67,7 +67,7 @@ def test_a_key_file_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "text", ["", "splitnet-swarm-1 ab", "splitnet-secret-1 " + "ab" * 32, "splitnet-swarm-1 " + "x" * 64]
 )
-def test_what_is_no_key_is_refused_and_not_shown(text: str, tmp_path: Path) -> None:
+def test_an_invalid_key_is_refused_and_not_shown(text: str, tmp_path: Path) -> None:
     file = tmp_path / "swarm.key"
     file.write_text(text)
     file.chmod(0o600)
@@ -106,7 +106,7 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
         ("# An", "a = " + "[" * 100_000, "is no invitation: ask for the file"),
     ],
 )
-def test_what_is_no_invitation_is_refused(before: str, after: str, error: str, tmp_path: Path) -> None:
+def test_an_invalid_invitation_is_refused(before: str, after: str, error: str, tmp_path: Path) -> None:
     file = tmp_path / "anna.invite"
     Invite("m", (f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}",), KEY, Identity.generate()).save(file)
     text = file.read_text()
@@ -127,7 +127,7 @@ def invited(folder: Path, keys: str, *more: str) -> tuple[Path, Path]:
     return file, listed
 
 
-def test_an_invitation_says_who_may_use_a_peer_of_whom_is_invited(tmp_path: Path) -> None:
+def test_an_invitation_names_the_keys_that_may_use_peers_of_the_invited_machine(tmp_path: Path) -> None:
     owner, peer, other = (Identity.generate().public for _ in range(3))
     join = ["--join", f"tcp://192.0.2.7:31331?key={peer.text}", "--join", f"tcp://192.0.2.8:31331?key={owner.text}"]
     keys = f"# ours\nkv=8GiB {owner.text} me\n{other.text} weight=2 a guest # of mine"
@@ -149,7 +149,7 @@ def test_an_invitation_says_who_may_use_a_peer_of_whom_is_invited(tmp_path: Path
     assert invitation.list_of_keys(file) == mine and mine.read_text() == f"{anna.text}\n", "it is the user's now"
 
 
-def test_an_invitation_of_before_says_nothing_of_who_may_use_a_peer(tmp_path: Path) -> None:
+def test_an_invitation_of_an_earlier_version_names_no_keys(tmp_path: Path) -> None:
     file = tmp_path / "anna.invite"
     Invite("m", (f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}",), KEY, Identity.generate()).save(file)
     file.write_text(file.read_text().replace("authorized = []\n", ""))
@@ -157,7 +157,7 @@ def test_an_invitation_of_before_says_nothing_of_who_may_use_a_peer(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_list_that_cannot_be_read_costs_no_file(tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_read_leaves_all_files_unchanged(tmp_path: Path) -> None:
     file, listed = invited(tmp_path, "", "--join", f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}")
     text = file.read_bytes()
     listed.write_bytes(b"\xff")
@@ -176,7 +176,7 @@ def test_an_invitation_beside_another_swarm_key_or_key_is_refused_by_name(comman
     more = {"generate": ["hello"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
     for option in ("--swarm-key", "--key-file"):
         done = CliRunner().invoke(app, [command, *more, "--invite", str(file), option, key])
-        assert isinstance(done.exception, SplitnetError) and f"leave {option} out" in str(done.exception)
+        assert isinstance(done.exception, SplitnetError) and f"leave out {option}" in str(done.exception)
 
 
 def test_bench_measures_the_swarm_of_an_invitation_beside_the_model_here(tmp_path: Path) -> None:

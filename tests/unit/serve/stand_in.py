@@ -1,4 +1,4 @@
-"""A stand-in for what calls the model (`splitnet/serve/generation.py`): it answers what a function writes."""
+"""A stand-in for `splitnet/serve/generation.py`, which calls the model: it answers with the texts of a function."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Writes = Callable[[str], Sequence[str]]
-"""Of a prompt the answers that a model may write, the likeliest first; a grammar may exclude some."""
+"""Gives the answers that a model may write to a prompt, the likeliest first; a grammar may exclude some."""
 
 
 class Writer(Generations):
-    """Answers what `writes` says; notes requests in `asked`."""
+    """Answers with the first text of `writes` that the grammar allows; records requests in `asked`."""
 
     def __init__(self, tokenizer: Any, prompts: Prompts, writes: Writes) -> None:
         config = SimpleNamespace(model_type="llama", get_text_config=lambda: SimpleNamespace(vocab_size=len(tokenizer)))
@@ -61,7 +61,7 @@ class Writer(Generations):
         return self._prompts.decode_all(self.asked[number].prompt)
 
     def _allowed(self, ask: Ask) -> Iterator[list[int]]:
-        """Answers that the grammar of a request allows, as tokens with an end token."""
+        """Yields the answers that the grammar of a request allows, as tokens with an end token."""
         for text in self._writes(self._prompts.decode_all(ask.prompt)):
             tokens = [*self._tokenizer(text, add_special_tokens=False).input_ids, min(self.end_tokens)]
             with suppress(RuntimeError):  # a token that the grammar excludes
@@ -81,7 +81,7 @@ class Writer(Generations):
 
 
 def served(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[Any, Writer]:
-    """The app of a gateway to such a model, and the stand-in."""
+    """The app of a gateway with the stand-in as its model, and the stand-in."""
     tokenizer.chat_template = template
     prompts = Prompts(tokenizer, len(tokenizer), POSITIONS)
     writer = Writer(tokenizer, prompts, writes)
@@ -90,6 +90,6 @@ def served(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[An
 
 
 def client(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[TestClient, Writer]:
-    """A client of it, within this process."""
+    """A client of this app within this process, and the stand-in."""
     app, writer = served(tokenizer, writes, template)
     return TestClient(app, base_url="http://localhost"), writer

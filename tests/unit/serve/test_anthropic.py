@@ -1,4 +1,4 @@
-"""Anthropic's protocol: what its requests ask of a chat, and how its answers are written."""
+"""Anthropic's protocol: the chats that its requests become, and the form of its answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def request(*messages: dict[str, Any], **more: Any) -> MessagesRequest:
     return MessagesRequest.model_validate({"model": "m", "max_tokens": 9, "messages": messages or [USER]} | more)
 
 
-def test_messages_are_those_of_chat_templates() -> None:
+def test_messages_take_the_form_of_chat_templates() -> None:
     blocks = [
         {"type": "thinking", "thinking": "Hm.", "signature": "x"},
         {"type": "text", "text": "I look."},
@@ -85,7 +85,7 @@ def test_which_tools_may_and_must_be_called(choice: Any, offered: int, to_call: 
     assert all(function.parameters == {"type": "object"} for function in chat.functions)
 
 
-def test_both_places_of_a_schema_are_known() -> None:
+def test_schema_may_be_in_output_config_or_output_format() -> None:
     given = {"type": "json_schema", "schema": {"type": "integer"}}
     for more in ({"output_format": given}, {"output_config": {"format": given, "effort": "max"}}):
         chat = request(tools=[TOOL], **more).chat
@@ -95,7 +95,7 @@ def test_both_places_of_a_schema_are_known() -> None:
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [
-        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "give it in tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "h"}}, "not in tools: add it"),
         ({"tools": [TOOL], "tool_choice": {"type": "auto", "name": TOOL["name"]}}, "tool_choice.name"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "defer_loading"),
         ({"thinking": {"type": "between_tools"}}, "thinking"),
@@ -106,12 +106,12 @@ def test_both_places_of_a_schema_are_known() -> None:
         ({"mcp_servers": [{}]}, "mcp_servers"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(more: dict[str, Any], wrong: str) -> None:
+def test_unsupported_requests_are_refused(more: dict[str, Any], wrong: str) -> None:
     with pytest.raises((ValidationError, ApiError), match=wrong):
         _ = request(**more).chat
 
 
-def test_what_is_refused_is_named() -> None:
+def test_refusals_name_the_parameter() -> None:
     hosted = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
     image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
     result = {"type": "tool_result", "tool_use_id": "a", "content": [image]}
@@ -188,7 +188,7 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece() -> None:
     assert blocks == whole["content"] and stopped == len(blocks)
 
 
-def test_thinking_that_is_not_to_be_shown_is_left_out() -> None:
+def test_omitted_thinking_is_not_sent() -> None:
     streamed, whole = written(*ALL, shows_thinking=False)
     assert [each["type"] for each in whole["content"]] == ["text", "tool_use", "tool_use"]
     assert "see." not in json.dumps(streamed)
@@ -203,7 +203,7 @@ def test_thinking_that_is_not_to_be_shown_is_left_out() -> None:
         ((Delta(0, finish="length"), Ended(7, 0, 8)), "model_context_window_exceeded", None),
     ],
 )
-def test_why_an_answer_ends(last: Sequence[Delta | Ended], reason: str, stopped: str | None) -> None:
+def test_stop_reasons(last: Sequence[Delta | Ended], reason: str, stopped: str | None) -> None:
     streamed, whole = written(*last)
     assert whole["content"] == [{"type": "text", "text": ""}], "clients take the first block"
     assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, stopped)

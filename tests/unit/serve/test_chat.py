@@ -1,4 +1,4 @@
-"""Chats over HTTP in each protocol, to a stand-in for the model that writes what models write."""
+"""Chats over HTTP in each protocol, with a stand-in that writes typical answers of models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer(demo_checkpoint: Path) -> Any:
 
 
 def asked(api: str, *, required: bool = False, stop: bool = False, **more: Any) -> tuple[str, dict[str, Any]]:
-    """The path and the body of the same request in a protocol."""
+    """The path and the body of a request in a protocol."""
     own: dict[str, Any]
     if api == "openai":
         own = {"tools": [TOOL]} | ({"tool_choice": "required"} if required else {}) | ({"stop": STOP} if stop else {})
@@ -44,7 +44,7 @@ def asked(api: str, *, required: bool = False, stop: bool = False, **more: Any) 
 
 
 def answered(api: str, reply: dict[str, Any]) -> tuple[str, list[tuple[str, Any]], str]:
-    """The text, the calls and why an answer of a protocol ends."""
+    """The text and calls of an answer of a protocol, and the reason of its end."""
     if api == "openai":
         (choice,) = reply["choices"]
         calls = [call["function"] for call in choice["message"].get("tool_calls", ())]
@@ -91,7 +91,7 @@ CALL = [("get_weather", ARGUMENTS)]
 
 
 @pytest.mark.parametrize("api", ["openai", "responses", "anthropic"])
-def test_an_answer_that_must_be_a_call_is_whole_whatever_stop_says(api: str, tokenizer: Any) -> None:
+def test_stop_strings_do_not_cut_a_required_call(api: str, tokenizer: Any) -> None:
     http, writer = client(tokenizer, lambda prompt: ["Observation: none.", TAGGED])
     path, body = asked(api, required=True, stop=api != "responses")
     reply = http.post(path, json=body)
@@ -100,7 +100,7 @@ def test_an_answer_that_must_be_a_call_is_whole_whatever_stop_says(api: str, tok
     assert writer.asked[0].grammar is not None
 
 
-def test_stop_ends_the_text_around_calls_that_are_bound(tokenizer: Any) -> None:
+def test_stop_strings_end_text_but_not_strict_calls(tokenizer: Any) -> None:
     strict = [{"type": "function", "function": FUNCTION | {"strict": True}}]
     http, _ = client(tokenizer, lambda prompt: [f"Let me look.\n{TAGGED}\nSo. Observation: more"])
     path, body = asked("openai", stop=True, tools=strict)
@@ -124,7 +124,7 @@ def test_a_call_without_marks_is_a_call_in_each_protocol(api: str, text: str, to
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_a_text_with_json_is_text_in_a_stream_too(api: str, tokenizer: Any) -> None:
+def test_text_with_json_stays_text_in_a_stream(api: str, tokenizer: Any) -> None:
     text = f"{WRITTEN} is what I would call."
     http, _ = client(tokenizer, lambda prompt: [text])
     path, body = asked(api)
@@ -134,13 +134,13 @@ def test_a_text_with_json_is_text_in_a_stream_too(api: str, tokenizer: Any) -> N
     assert streamed(api, stream) == (text, [])
 
 
-def test_json_that_was_asked_for_is_no_call(tokenizer: Any) -> None:
+def test_requested_json_is_not_a_call(tokenizer: Any) -> None:
     http, _ = client(tokenizer, lambda prompt: [WRITTEN])
     path, body = asked("openai", response_format={"type": "json_object"})
     assert answered("openai", http.post(path, json=body).json()) == (WRITTEN, [], "stop")
 
 
-def test_an_answer_has_one_call_without_marks_where_it_may_have_no_more(tokenizer: Any) -> None:
+def test_without_parallel_calls_only_one_unmarked_call_is_read(tokenizer: Any) -> None:
     http, _ = client(tokenizer, lambda prompt: [f"{WRITTEN}\n{WRITTEN}"])
     path, body = asked("openai")
     assert len(answered("openai", http.post(path, json=body).json())[1]) == 2

@@ -1,4 +1,4 @@
-"""The files of the dashboard: nothing in them could run what a peer says, or ask anybody but the server."""
+"""The files of the dashboard: they cannot run a text of a peer, or send requests to other hosts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_file_has_a_media_type() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_no_text_becomes_html_and_nothing_comes_from_elsewhere(name: str) -> None:
+def test_no_text_becomes_html_and_no_file_names_another_host(name: str) -> None:
     text = FILES[name].replace(SVG_NAMESPACE, "")
     assert not FORBIDDEN.search(text)
     assert not re.search(r"(https?:)?//[a-z]+[.:]|@import|url\(", text)
@@ -37,6 +37,6 @@ def test_the_page_has_no_code_or_style_of_its_own() -> None:
     assert named == FILES.keys() - {"dashboard.html"}
 
 
-def test_browsers_are_told_to_run_nothing_else() -> None:
+def test_security_policy_allows_only_own_scripts() -> None:
     policy = HEADERS["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy

@@ -1,4 +1,4 @@
-"""Calls and reasoning in the form of every family: found by the chat template, read however they are cut, and bound."""
+"""Calls and reasoning in the form of every family: found by its chat template, read in any pieces, and bound."""
 
 # ruff: noqa: RUF001 (marks have such characters)
 
@@ -58,12 +58,12 @@ HARMONY, THINK = REASONING[0], REASONING[-1]
 
 
 def reasonings(form: Form) -> list[Reasoning | None]:
-    """Those that go with a form."""
+    """The forms of reasoning that models use together with a form of calls."""
     return [HARMONY] if form is FORMS["harmony"] else [None, *REASONING[1:]]
 
 
 def written(form: Form, reasoning: Reasoning | None, calls: Sequence[tuple[str, Any]]) -> tuple[str, str]:
-    """An answer with everything in it, and the text that it has."""
+    """An answer with reasoning, text and calls, and the text alone."""
     thought = f"{reasoning.opening}Is it\n\n1 < 2? {reasoning.closing}{reasoning.resumes}" if reasoning else ""
     said = "" if form.is_answer else "Let me look."
     between = "<|end|><|start|>assistant" if form is FORMS["harmony"] else "\n\n"
@@ -84,7 +84,7 @@ def named(said: Said) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_calls_are_read_however_they_are_cut(name: str) -> None:
+def test_calls_are_read_in_any_pieces(name: str) -> None:
     form = FORMS[name]
     calls = CALLS[:1] if form.is_answer else CALLS
     for reasoning in reasonings(form):
@@ -96,8 +96,8 @@ def test_calls_are_read_however_they_are_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_half_a_call_is_text(name: str) -> None:
-    """At whatever place it ends: no character of it is lost or doubled, but for white space and marks of messages."""
+def test_an_unfinished_call_is_text(name: str) -> None:
+    """Wherever a call is cut off, no character is lost or doubled, except white space and marks of messages."""
     form = FORMS[name]
     text = form.write(CALLS[:1])
     begins = text.index(form.opening) + len(form.opening)
@@ -111,7 +111,7 @@ def test_half_a_call_is_text(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_whatever_a_model_writes_nothing_is_lost_or_doubled(name: str, data: st.DataObject) -> None:
+def test_no_text_is_lost_or_doubled(name: str, data: st.DataObject) -> None:
     form = FORMS[name]
     parts = [form.opening, form.closing, *form.around, *form.also, *form.noise, "{", '"a"', "}", " ", "\n", "text", "é"]
     pieces = data.draw(st.lists(st.sampled_from([*filter(None, parts), form.write(CALLS[:1])]), max_size=8))
@@ -125,14 +125,14 @@ def test_whatever_a_model_writes_nothing_is_lost_or_doubled(name: str, data: st.
         assert re.sub(r"\s", "", answer.text) == re.sub(r"\s", "", left) or form.noise
 
 
-def test_what_looks_like_a_mark_within_a_string_ends_nothing() -> None:
+def test_a_closing_mark_within_a_string_does_not_end_a_call() -> None:
     for name in ("hermes", "qwen-coder", "glm-4.5", "gemma-4", "nemotron", "kimi"):
         form = FORMS[name]
         calls = [("weather", {"city": f"a{form.closing}b", "days": 1}), ("clock", {})]
         assert named(read(list(form.write(calls)), Forms(form))) == calls, name
 
 
-def test_a_call_behind_one_that_is_none_is_found() -> None:
+def test_a_call_after_an_invalid_call_is_found() -> None:
     form = FORMS["hermes"]
     bad = '<tool_call>\n{"name": "f", "arguments": {"a": "\n'
     answer = read(list(bad + form.write(CALLS[1:])), Forms(form))
@@ -161,9 +161,7 @@ CLOCK_CALL = '{"name": "clock", "arguments": {}}'
     ],
 )
 @pytest.mark.parametrize("name", ["hermes", "llama"])
-def test_a_call_without_marks_that_is_all_of_an_answer_is_read(
-    name: str, text: str, calls: list[tuple[str, Any]]
-) -> None:
+def test_an_unmarked_call_that_is_the_whole_answer_is_read(name: str, text: str, calls: list[tuple[str, Any]]) -> None:
     forms = Forms(FORMS[name], THINK)
     for pieces in [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]:
         answer = read(pieces, forms)
@@ -199,13 +197,13 @@ NOT_FITTING = [
 
 
 @pytest.mark.parametrize("text", [*NOT_ALL, *NOT_FITTING])
-def test_a_text_that_merely_has_such_json_stays_text(text: str) -> None:
+def test_json_that_is_not_a_fitting_call_stays_text(text: str) -> None:
     for pieces in [[text[:at], text[at:]] for at in range(len(text) + 1)] + [list(text)]:
         answer = read(pieces, Forms(FORMS["hermes"]))
         assert (answer.text, answer.calls) == (text, [])
 
 
-def test_where_no_call_may_be_without_marks_json_is_text() -> None:
+def test_json_is_text_in_forms_without_unmarked_calls() -> None:
     others = [form for form in FORMS.values() if not form.also_bare and not form.is_answer]
     assert others
     for form in others:
@@ -230,26 +228,26 @@ def test_where_no_call_may_be_without_marks_json_is_text() -> None:
         ('{"name": "weather", "arguments": oh, no}, so I say', False),
     ],
 )
-def test_what_may_become_a_call_without_marks_is_held_back_as_long_as_it_may(text: str, held: bool) -> None:
+def test_text_that_may_become_an_unmarked_call_is_held_back(text: str, held: bool) -> None:
     told = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS).push(text)
     assert (told.text, told.calls) == ("" if held else text, [])
 
 
 @pytest.mark.parametrize("deep", [{"$ref": "#"}, {"anyOf": [{"$ref": "#/properties/n"}] * 200}])
-def test_schemas_that_lead_nowhere_make_no_call(deep: Any) -> None:
+def test_circular_schemas_make_no_call(deep: Any) -> None:
     schemas = {"weather": {"type": "object", "properties": {"n": deep, "a": {"$ref": "#/$defs/n"}}}}
     answer = read(['{"name": "weather", "arguments": {"n": 1}}'], Forms(FORMS["hermes"]), schemas=schemas)
     assert not answer.calls and answer.text
 
 
-def test_without_functions_calls_are_text_and_reasoning_is_not() -> None:
+def test_without_functions_calls_are_text_but_reasoning_is_found() -> None:
     text, _ = written(FORMS["hermes"], THINK, CALLS)
     answer = read(list(text), Forms(FORMS["hermes"], THINK), schemas=None)
     assert answer.reasoning == "Is it\n\n1 < 2?" and not answer.calls
     assert answer.text == text.partition("</think>")[2].lstrip()
 
 
-def test_marks_that_a_text_speaks_of_are_text() -> None:
+def test_marks_mentioned_in_a_text_are_text() -> None:
     forms = Forms(FORMS["hermes"], THINK)
     for text in ('{"a": "<think>x", "b": 1}', "Use `<think>` for thoughts.\n\nThen answer.", "a <think>b</think> c"):
         assert read(list(text), forms) == Said(text)
@@ -268,12 +266,12 @@ def test_marks_that_a_text_speaks_of_are_text() -> None:
         ("lfm2", "<|tool_call_start|>[f(**{'a': 1})]<|tool_call_end|>"),
     ],
 )
-def test_what_no_json_can_have_is_no_call(name: str, text: str) -> None:
+def test_values_that_json_cannot_have_make_no_call(name: str, text: str) -> None:
     assert read([text], Forms(FORMS[name])) == Said(text)
 
 
-def test_a_text_full_of_marks_is_read_soon() -> None:
-    """Each opening is tried against a few closings only."""
+def test_a_text_full_of_marks_is_read_in_linear_time() -> None:
+    """Each opening mark is tried with only a few closing marks."""
     reads = 0
 
     class Counting:
@@ -303,13 +301,13 @@ def test_a_text_full_of_marks_is_read_soon() -> None:
         ({}, "12", 12),
     ],
 )
-def test_values_in_tags_have_the_kind_that_their_schema_allows(schema: Any, written: str, value: Any) -> None:
+def test_values_in_tags_have_a_type_of_their_schema(schema: Any, written: str, value: Any) -> None:
     text = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
     schemas = {"f": {"properties": {"a": schema}, "$defs": {"text": {"type": "string"}}}}
     assert named(read([text], Forms(FORMS["qwen-coder"]), schemas=schemas)) == [("f", {"a": value})]
 
 
-def test_names_that_are_none_in_the_language_of_a_form() -> None:
+def test_names_that_python_or_gemma_syntax_does_not_allow() -> None:
     lfm2, gemma = Forms(FORMS["lfm2"]), Forms(FORMS["gemma-4"])
     text = '<|tool_call_start|>[get-it(a="b")]<|tool_call_end|>'
     assert named(read([text], lfm2, schemas={"get-it": {}})) == [("get-it", {"a": "b"})]
@@ -317,7 +315,7 @@ def test_names_that_are_none_in_the_language_of_a_form() -> None:
     assert named(read([text], gemma)) == [("f", {"first name": "None", "b": None, "c": [True, False]})]
 
 
-def test_reasoning_that_the_prompt_begins() -> None:
+def test_reasoning_that_begins_in_the_prompt() -> None:
     assert read(list("\nwell</think>\n\nYes."), Forms(None, THINK), "<think>") == Said("Yes.", "well")
     assert read(["never ends <"], Forms(None, THINK), "<think>") == Said("", "never ends <")
     harmony = Forms(FORMS["harmony"], HARMONY)
@@ -337,7 +335,7 @@ def test_arguments_have_the_types_of_their_schema() -> None:
 
 CALL = "{% set f = call.function %}"
 TEMPLATES = {
-    # Each in the form in which the family's own template writes a call, without all that is around it.
+    # Each template writes a call as the family's own template does, without other text.
     "hermes": '<tool_call>\n{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>',
     "qwen-coder": "<tool_call>\n<function={{ f.name }}>\n{% for k, v in f.arguments.items() %}<parameter={{ k }}>\n"
     "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
@@ -388,13 +386,13 @@ class Templated:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_template_tells_the_form(name: str) -> None:
+def test_the_form_is_found_from_the_template(name: str) -> None:
     shown = render(Templated(TEMPLATES[name]), probe(as_text=name == "deepseek-v3"), answer=False, tools=[TOOL])
     assert form_in(shown, ["</s>", "<|eot_id|>"]) is FORMS[name]
 
 
 @pytest.mark.parametrize("name", sorted(FORMS.keys() - {"llama", "deepseek-v3", "glm-4.5"}))
-def test_a_template_that_shows_no_calls_tells_the_form_by_its_marks(name: str) -> None:
+def test_the_form_is_found_from_the_marks_of_a_template_without_calls(name: str) -> None:
     assert form_of_marks((), TEMPLATES[name]) is FORMS[name]
     assert form_of_marks((), "no marks") is None
 
@@ -414,7 +412,7 @@ def test_the_documents_name_the_forms_of_the_whole_catalogue() -> None:
     assert sorted(named) == sorted(catalogue) and len(named) == 49
 
 
-def test_a_history_is_told_as_templates_take_it() -> None:
+def test_history_takes_the_form_of_the_template() -> None:
     def told(form: str, id: str) -> tuple[str, str]:
         call = {"id": id, "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         history = [
@@ -433,7 +431,7 @@ def test_a_history_is_told_as_templates_take_it() -> None:
     assert re.fullmatch(r"\w{9}", told("mistral", "call_1")[0])
 
 
-def test_calls_of_one_message_are_told_one_by_one_where_the_template_takes_one() -> None:
+def test_calls_get_separate_messages_where_the_template_takes_one() -> None:
     calls = [{"id": id, "type": "function", "function": {"name": "f", "arguments": {}}} for id in "ab"]
     answers = [{"role": "tool", "content": id, "tool_call_id": id} for id in "ba"]
     history = [
@@ -449,7 +447,7 @@ def test_calls_of_one_message_are_told_one_by_one_where_the_template_takes_one()
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_checkpoint: Path) -> Any:
-    """One with a token for each mark that models have special tokens for."""
+    """A tokenizer with a token for each mark that is a special token of some model."""
     tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
     marks = {
         mark
@@ -472,7 +470,7 @@ def bound(tokenizer: Any) -> Bound:
 
 
 def is_kept_to(bounds: Bounds, forms: Forms, bound: Bound, text: str, *, thinks: bool = False) -> bool:
-    """Whether a text is a whole answer."""
+    """Whether a grammar allows a text as a whole answer."""
     tokenizer, grammars = bound
     allowed = AllowedTokens(grammars.of_answer(bounds, forms, thinks=thinks))
     answer = tokenizer(text, add_special_tokens=False).input_ids
@@ -541,7 +539,7 @@ def test_schemas_that_are_too_large_are_refused(schema: Any, bound: Bound) -> No
             bound[1].of_answer(Bounds([function], required=True), Forms(FORMS[name]))
 
 
-def test_the_types_of_choices_that_unfold_are_found_at_once() -> None:
+def test_types_of_exponentially_many_choices_are_found_fast() -> None:
     levels = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"} for _ in range(200)]} for n in range(8)}
     schema = {"$ref": "#/$defs/d0", "$defs": levels | {"d8": {"type": "integer"}}}
     assert kinds_of(schema, schema) == {"integer"}
@@ -569,7 +567,7 @@ def test_a_text_full_of_white_space_is_read_in_linear_time(name: str, text: str)
     assert long < 30 * short + 0.05
 
 
-def test_choices_that_unfold_are_refused_where_tags_tell_strings_apart(bound: Bound) -> None:
+def test_exponentially_many_choices_are_refused_in_tagged_forms(bound: Bound) -> None:
     levels = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(27)}
     parameter = {"$ref": "#/$defs/a0"}
     schema = {"type": "object", "$defs": levels | {"a27": {"type": "string"}}, "properties": {"p": parameter}}
@@ -606,18 +604,18 @@ def test_a_schema_of_many_levels_is_refused(bound: Bound) -> None:
         ("harmony", ' to=functions.weather<|channel|>commentary<|message|>{"city": 1}'),
     ],
 )
-def test_strict_arguments_are_bound_however_a_call_begins(name: str, text: str, bound: Bound) -> None:
+def test_strict_arguments_are_bound_for_every_opening(name: str, text: str, bound: Bound) -> None:
     assert not is_kept_to(Bounds(FUNCTIONS), Forms(FORMS[name]), bound, text)
 
 
-def test_calls_of_functions_that_are_not_strict_are_free(bound: Bound) -> None:
+def test_calls_of_functions_that_are_not_strict_are_unbound(bound: Bound) -> None:
     free = [FunctionDefinition(name="g", parameters={"type": "object", "properties": {"n": {"type": "integer"}}})]
     for name, form in FORMS.items():
         for arguments in ({"n": 3}, {"n": "x", "more": [1]}, {}):
             assert is_kept_to(Bounds(free, several=False), Forms(form), bound, form.write([("g", arguments)])), name
 
 
-def test_lists_of_gemma_have_as_many_items_as_they_may(bound: Bound) -> None:
+def test_lists_of_gemma_keep_min_and_max_items(bound: Bound) -> None:
     form = FORMS["gemma-4"]
     items = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
     function = FunctionDefinition(name="g", parameters={"properties": {"a": items}, "required": ["a"]})
@@ -631,7 +629,7 @@ def test_lists_of_gemma_have_as_many_items_as_they_may(bound: Bound) -> None:
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=60, deadline=None)
 @given(schema=st.dictionaries(st.sampled_from(WORDS), JSON, max_size=5))
-def test_whatever_a_schema_is_it_is_kept_to_or_refused(name: str, bound: Bound, schema: dict[str, Any]) -> None:
+def test_any_schema_is_bound_or_refused(name: str, bound: Bound, schema: dict[str, Any]) -> None:
     form = FORMS[name]
     function = FunctionDefinition(name="weather", parameters=schema)
     with suppress(ApiError):
@@ -641,7 +639,7 @@ def test_whatever_a_schema_is_it_is_kept_to_or_refused(name: str, bound: Bound, 
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_calls_that_may_be_made_are_bound_where_they_are_strict(name: str, bound: Bound) -> None:
+def test_optional_calls_are_bound_where_they_are_strict(name: str, bound: Bound) -> None:
     form, free = FORMS[name], Bounds(FUNCTIONS)
     assert is_kept_to(free, Forms(form), bound, form.lead + "Hello")
     assert is_kept_to(free, Forms(form), bound, form.write([GOOD]))

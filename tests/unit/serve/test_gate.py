@@ -1,4 +1,4 @@
-"""Requests are prepared beside the event loop, in turns of their clients."""
+"""Requests are prepared in other threads than the event loop's, and clients take turns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Caller:
 
 
 class Work:
-    """Notes what is done, and goes on when it may."""
+    """Work that records its beginnings and ends once `may_end` is set."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -48,7 +48,7 @@ class Work:
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
-def test_a_client_with_many_requests_holds_up_no_other(size: int) -> None:
+def test_a_client_with_many_requests_does_not_delay_others(size: int) -> None:
     async def does() -> None:
         preparing, work = Preparing(), Work()
         async with asyncio.TaskGroup() as tasks:
@@ -65,7 +65,7 @@ def test_a_client_with_many_requests_holds_up_no_other(size: int) -> None:
     asyncio.run(does())
 
 
-def test_the_request_of_a_client_that_is_gone_is_not_prepared() -> None:
+def test_the_request_of_a_disconnected_client_is_not_prepared() -> None:
     async def does() -> None:
         preparing, work = Preparing(), Work()
         callers = [Caller("a") for _ in range(3)]
@@ -84,7 +84,7 @@ def test_the_request_of_a_client_that_is_gone_is_not_prepared() -> None:
     asyncio.run(does())
 
 
-def test_a_thread_keeps_its_place_after_its_client_is_gone() -> None:
+def test_a_thread_keeps_its_place_after_its_client_disconnects() -> None:
     async def does() -> None:
         preparing, work = Preparing(), Work()
         callers = [Caller("a") for _ in range(3)]
@@ -94,7 +94,7 @@ def test_a_thread_keeps_its_place_after_its_client_is_gone() -> None:
         ]
         await work.has_begun("0")
         callers[0].gone.set()
-        for _ in range(20):  # turns of the loop, in which a free place would be taken
+        for _ in range(20):  # iterations of the loop, in which a free place would be taken
             await asyncio.sleep(0.001)
         assert work.begun == ["0"], "one thread for each client"
         work.may_end.set()

@@ -1,4 +1,4 @@
-"""Which model answers a request, when it is loaded, and which one gives way."""
+"""Which model answers a request, and when models are loaded and closed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def world() -> World:
 
 
 async def find(gateway: Gateway, name: str) -> Any:
-    """The model that a request finds, which has its answer at once."""
+    """The model that a request finds; the request ends at once."""
     with request():
         return await gateway.find(name)
 
@@ -63,13 +63,13 @@ def request() -> Iterator[None]:
 
 
 async def wait_until_open(world: World, *names: str) -> None:
-    """A model that gives way is closed beside the event loop."""
+    """Waits for models that are closed in other threads than the event loop's."""
     async with asyncio.timeout(10):
         while sorted(world.open) != sorted(names):
             await asyncio.sleep(0.001)
 
 
-def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives_way(world: World) -> None:
+def test_models_are_loaded_on_demand_and_the_least_recently_used_is_closed(world: World) -> None:
     gateway = Gateway(world.model("first"), [world.offer(name) for name in "abc"], keep=2)
     assert gateway.names == ["first", "a", "a-too", "b", "b-too", "c", "c-too"]
 
@@ -92,7 +92,7 @@ def test_models_are_loaded_once_when_they_are_asked_for_and_the_least_used_gives
     assert not world.open
 
 
-def test_one_kept_model_is_another_one_for_each_of_requests_that_alternate(world: World) -> None:
+def test_with_one_kept_model_alternating_requests_replace_it(world: World) -> None:
     gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=1)
 
     async def come() -> None:
@@ -104,7 +104,7 @@ def test_one_kept_model_is_another_one_for_each_of_requests_that_alternate(world
     assert world.loads == ["a", "b", "a"]
 
 
-def test_a_model_is_in_use_until_its_request_has_the_last_of_its_answer_and_others_wait_for_that(world: World) -> None:
+def test_a_model_is_in_use_until_the_end_of_the_answer(world: World) -> None:
     gateway = Gateway(world.model("first"), [world.offer(name) for name in "ab"], keep=1)
     waiting: list[asyncio.Task[Any]] = []
 
@@ -130,7 +130,7 @@ def test_a_model_is_in_use_until_its_request_has_the_last_of_its_answer_and_othe
     asyncio.run(come())
 
 
-def test_a_request_is_refused_after_it_has_waited_for_a_model_in_use(
+def test_a_request_is_refused_after_a_bounded_wait_for_models_in_use(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.0)
@@ -149,7 +149,7 @@ def test_a_request_is_refused_after_it_has_waited_for_a_model_in_use(
     assert world.loads == ["a", "b"]
 
 
-def test_a_model_that_loads_holds_up_no_other_and_loads_once_for_all_its_requests(world: World) -> None:
+def test_concurrent_requests_share_one_load_which_delays_no_other_model(world: World) -> None:
     may_end = threading.Event()
 
     def load() -> Any:
@@ -173,7 +173,7 @@ def test_a_model_that_loads_holds_up_no_other_and_loads_once_for_all_its_request
     assert world.loads == ["slow", "a", "b"]
 
 
-def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
+def test_a_failed_load_closes_no_other_model(world: World) -> None:
     def fails(error: Exception) -> Callable[[], Any]:
         def load() -> Any:
             raise error
@@ -195,9 +195,7 @@ def test_a_model_that_cannot_be_loaded_ends_no_other(world: World) -> None:
     asyncio.run(come())
 
 
-def test_models_of_the_swarm_are_looked_for_where_a_name_is_not_known(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_name_starts_a_search_for_models(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     searches = 0
 
     def search() -> list[Offer]:
@@ -221,7 +219,7 @@ def test_models_of_the_swarm_are_looked_for_where_a_name_is_not_known(
     asyncio.run(come())
 
 
-def test_requests_share_a_search_which_no_error_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_share_a_search_and_its_errors_are_not_theirs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REFRESH_S", 0.0)
     searches = 0
 
@@ -246,7 +244,7 @@ def test_requests_share_a_search_which_no_error_ends(world: World, monkeypatch: 
     asyncio.run(come())
 
 
-def test_models_of_the_swarm_are_looked_at_again_and_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_searches_for_models_are_repeated_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     now, fails, tried = 0.0, True, list[str]()
     monkeypatch.setattr(
         "splitnet.swarm.models.models_of",

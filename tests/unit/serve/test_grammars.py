@@ -1,4 +1,4 @@
-"""What may come next in an answer that keeps to a schema, in whatever order it is asked."""
+"""Tokens that may come next in answers with a grammar, and grammars that are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def possible(allowed: AllowedTokens, answer: list[int]) -> set[int]:
     return set(scores.isfinite().nonzero().flatten().tolist())
 
 
-def test_answers_may_be_looked_at_in_any_order(grammars: Grammars, tokenizer: Any) -> None:
+def test_allowed_tokens_take_answers_in_any_order(grammars: Grammars, tokenizer: Any) -> None:
     allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"enum": ["red", "rose", "blue"]})))
     red, blue = (tokenizer(text).input_ids for text in ('"red"', '"blue"'))
     for answer in (red, blue):
@@ -48,26 +48,26 @@ def test_answers_may_be_looked_at_in_any_order(grammars: Grammars, tokenizer: An
     assert possible(allowed, blue) == {2}
 
 
-def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) -> None:
+def test_only_allowed_tokens_are_chosen(grammars: Grammars, tokenizer: Any) -> None:
     allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"const": 7})))
     scores = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
     chooser = TokenChooser(Sampling(1.0, 1.0, seed=1), 1, begins=3, allowed=[allowed])
     (chosen,) = chooser(torch.zeros(1, 3, dtype=torch.long), scores).argmax(dim=-1).tolist()
     assert tokenizer.decode([chosen]) == "7"
-    # Its score is the model's own.
+    # The grammar does not change the score of the chosen token.
     assert torch.equal(scores, before)
     assert chooser.scored[0, 3].logprob == pytest.approx(float(scores.log_softmax(-1)[0, chosen]))
 
 
 @pytest.mark.parametrize("schema", [{"type": "rope"}, {"$ref": "#/none"}, {"minimum": "a"}])
-def test_schemas_that_cannot_be_kept_to(grammars: Grammars, schema: dict[str, Any]) -> None:
+def test_unsupported_schemas_are_refused(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="cannot be kept to"):
         grammars.of_answer(Bounds(schema=schema))
 
 
 def unfolding(kind: str, depth: int) -> dict[str, Any]:
-    """Two references at each level, so that the whole has `2 ** depth` parts."""
+    """A schema with two references at each level, with `2 ** depth` parts in all."""
     parts = {f"d{n}": {kind: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(depth)}
     return {"$ref": "#/$defs/d0", "$defs": parts | {f"d{depth}": {"type": "string", "pattern": "a+"}}}
 
@@ -84,7 +84,7 @@ def unfolding(kind: str, depth: int) -> dict[str, Any]:
     ],
     ids=["references", "patterns", "schema in a grammar", "repeats", "rules", "properties"],
 )
-def test_what_takes_too_much_is_refused_and_costs_this_process_nothing(grammars: Grammars, bounds: Bounds) -> None:
+def test_expensive_grammars_are_refused_without_cost_for_this_process(grammars: Grammars, bounds: Bounds) -> None:
     assert grammars.of_answer(Bounds(schema={"const": 7}))
     process, before = grammars._process._running, psutil.Process().memory_info().rss
     with pytest.raises(ApiError, match="cannot be kept to") as refused:
@@ -95,7 +95,7 @@ def test_what_takes_too_much_is_refused_and_costs_this_process_nothing(grammars:
     assert grammars._process._running is process, "what one question takes ends no other"
 
 
-def test_an_answer_that_takes_a_grammar_too_far_ends_with_an_error(grammars: Grammars, tokenizer: Any) -> None:
+def test_an_answer_that_exceeds_the_grammars_bounds_is_an_error(grammars: Grammars, tokenizer: Any) -> None:
     allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"type": "string", "pattern": ".*a.{400}"})))
     answer = tokenizer('"' + "ab " * 300, add_special_tokens=False).input_ids
     with pytest.raises(ApiError, match="the JSON schema cannot be kept to: lexer error"):
@@ -148,7 +148,7 @@ def call(name: str, arguments: Any) -> str:
 
 @pytest.fixture(scope="module", params=[None, False, True], ids=["spelled", "token", "special"])
 def tags(request: pytest.FixtureRequest, demo_checkpoint: Path) -> tuple[Grammars, Any]:
-    """A tokenizer that has tokens for the tags of calls, as those of Qwen and Hermes, which may be special, or none."""
+    """A tokenizer without tokens for the tags of calls, or with ordinary or special ones, as of Qwen and Hermes."""
     tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
     if request.param is not None:
         added = [AddedToken(tag, special=request.param, normalized=False) for tag in (HERMES.opening, HERMES.closing)]
@@ -158,7 +158,7 @@ def tags(request: pytest.FixtureRequest, demo_checkpoint: Path) -> tuple[Grammar
 
 
 def is_kept_to(grammar: Grammar, tokenizer: Any, text: str) -> bool:
-    """Whether a text is a whole answer."""
+    """Whether a grammar allows a text as a whole answer."""
     answer = tokenizer(text, add_special_tokens=False).input_ids
     allowed = AllowedTokens(grammar)
     return all(token in possible(allowed, answer[:length]) for length, token in enumerate([*answer, 2]))
@@ -178,7 +178,7 @@ def is_kept_to(grammar: Grammar, tokenizer: Any, text: str) -> bool:
         ("other", {}, False),
     ],
 )
-def test_references_in_parameters_are_to_places_in_themselves(
+def test_references_in_parameters_are_relative_to_the_parameters(
     tags: tuple[Grammars, Any], name: str, arguments: Any, fits: bool
 ) -> None:
     grammars, tokenizer = tags
@@ -203,7 +203,7 @@ ROME, OSLO = (call("trip", {"to": {"name": name}}) for name in ("Rome", "Oslo"))
         (ROME + OSLO, False, False),
     ],
 )
-def test_calls_that_a_model_may_make_are_bound_as_far_as_they_are_asked_to_be(
+def test_optional_calls_are_bound_by_strict_and_several(
     tags: tuple[Grammars, Any], text: str, one: bool, several: bool
 ) -> None:
     grammars, tokenizer = tags
@@ -212,7 +212,7 @@ def test_calls_that_a_model_may_make_are_bound_as_far_as_they_are_asked_to_be(
         assert is_kept_to(grammar, tokenizer, text) == fits
 
 
-def test_a_tag_that_is_spelled_begins_a_call_where_there_is_a_token_for_it(tags: tuple[Grammars, Any]) -> None:
+def test_a_tag_in_ordinary_tokens_begins_a_call(tags: tuple[Grammars, Any]) -> None:
     grammars, tokenizer = tags
     spelled = [
         number
@@ -224,24 +224,24 @@ def test_a_tag_that_is_spelled_begins_a_call_where_there_is_a_token_for_it(tags:
     assert all(token in possible(allowed, spelled[:length]) for length, token in enumerate([*spelled, 2]))
 
 
-def test_a_token_that_no_answer_has_does_not_end_it_in_silence(tags: tuple[Grammars, Any]) -> None:
+def test_a_token_that_the_grammar_excludes_is_an_error(tags: tuple[Grammars, Any]) -> None:
     grammars, tokenizer = tags
     allowed = AllowedTokens(grammars.of_answer(Bounds(tools(trip=TRIP), required=True)))
     with pytest.raises(RuntimeError, match="none of the grammar"):
         possible(allowed, tokenizer("x").input_ids)
 
 
-def test_calls_are_found_where_their_tags_are_special_tokens(tags: tuple[Grammars, Any]) -> None:
+def test_special_tags_of_calls_stay_in_the_text(tags: tuple[Grammars, Any]) -> None:
     _, tokenizer = tags
     text = ROME + "<|im_end|>"
     assert Prompts(tokenizer, 49154, None).decode(tokenizer(text, add_special_tokens=False).input_ids) == ROME
 
 
-def test_arguments_are_an_object(grammars: Grammars) -> None:
-    with pytest.raises(ApiError, match="the arguments of f are an object"):
+def test_parameters_must_be_an_object(grammars: Grammars) -> None:
+    with pytest.raises(ApiError, match="the arguments of f must be an object"):
         grammars.of_answer(Bounds(tools(f={"type": "integer"}), required=True))
 
 
-def test_a_tokenizer_that_does_not_fit() -> None:
+def test_an_unsuitable_tokenizer_is_refused() -> None:
     with pytest.raises(ApiError, match="ask for text"):
         Grammars(object(), 10, {2}).of_answer(Bounds(schema={"type": "object"}))

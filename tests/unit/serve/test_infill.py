@@ -1,4 +1,4 @@
-"""The text between two others, asked for with the marks of each family: the tokens of its prompts and its ends."""
+"""Prompts for the text between a prefix and a suffix with the marks of each family, and the ends of such answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_what_a_user_writes_is_never_a_mark(special: bool, demo_checkpoint: Path) -> None:
+def test_marks_in_texts_of_users_stay_text(special: bool, demo_checkpoint: Path) -> None:
     marks = MARKS[0]
     tokenizer = with_marks(
         demo_checkpoint, marks.prefix, marks.suffix, marks.middle, "<|repo_name|>", "<|file_sep|>", special=special
@@ -153,10 +153,10 @@ def test_suffix_is_honoured_or_refused_by_its_name(coder: Any) -> None:
     )
     for more in ({"echo": True}, {"truncate_prompt_tokens": 5}, {"prompt": [5, 6]}):
         refused = http.post("/v1/completions", json=body | more)
-        assert refused.status_code == 400 and "suffix goes with a text" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and "suffix needs a text" in refused.json()["error"]["message"]
     for more in ({"raw": True}, {"system": "Be brief."}, {"think": True}):
         refused = http.post("/api/generate", json=asked | more)
-        assert refused.status_code == 400 and "raw and suffix each say what the model reads" in refused.json()["error"]
+        assert refused.status_code == 400 and "exclude each other" in refused.json()["error"]
     ignored = http.post("/v1/completions", json=body | {"ignore_eos": True}).json()["choices"][0]
     assert AFTER in ignored["text"], "ignore_eos holds for marks, too"
 

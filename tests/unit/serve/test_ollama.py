@@ -1,4 +1,4 @@
-"""Ollama's protocol: what its requests ask of a chat, and how its answers are written."""
+"""Ollama's protocol: the chats that its requests become, and the form of its answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def called(name: str, id: str) -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": {"a": 1}}}
 
 
-def test_messages_are_those_of_chat_templates() -> None:
+def test_messages_take_the_form_of_chat_templates() -> None:
     said = [
         {"role": "system", "content": "Be brief.", "images": []},
         {"role": "user"},
@@ -67,7 +67,7 @@ def test_a_prompt_is_a_chat_or_a_bare_text() -> None:
     assert not GenerateRequest.model_validate({"model": "m", "system": "Be brief."}).chat.messages
 
 
-def test_options_are_what_they_mean() -> None:
+def test_options_become_sampling_and_limits() -> None:
     unused = {"num_keep": 4, "num_gpu": 1, "use_mmap": True, "penalize_newline": False, "numa": True}
     neutral = {"mirostat": 0, "tfs_z": 1.0, "typical_p": 1, "repeat_last_n": -1, "vocab_only": False}
     assert chat(options=dict.fromkeys(neutral)).chat == chat(options={}).chat
@@ -103,7 +103,7 @@ def test_images_are_refused_by_their_name() -> None:
         ({"format": "yaml"}, "format"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(more: dict[str, Any], wrong: str) -> None:
+def test_unsupported_requests_are_refused(more: dict[str, Any], wrong: str) -> None:
     with pytest.raises(ValidationError, match=wrong):
         chat(**more)
 

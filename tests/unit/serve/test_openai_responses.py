@@ -1,4 +1,4 @@
-"""OpenAI's Responses API: what its items mean, its events, and what is kept of it."""
+"""OpenAI's Responses API: messages from its items, its events, and stored responses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def told(events: Sequence[Any]) -> AsyncIterator[Any]:
 
 
 def streamed(events: Sequence[Any], **given: Any) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The events of a stream, as OpenAI's types have them, and what was kept."""
+    """The events of a stream in OpenAI's types, and the stored responses."""
     kept: list[dict[str, Any]] = []
     answer = Answer("m", body(**given), kept.append)
 
@@ -105,7 +105,7 @@ def test_an_answer_that_is_cut(text: str) -> None:
     assert last.response.output[0].status == "incomplete" and last.response.output_text == text and kept
 
 
-def test_an_answer_that_is_cut_behind_a_call() -> None:
+def test_an_answer_that_is_cut_after_a_call() -> None:
     events, _ = streamed([Delta(0, calls=[PARIS], finish="length"), Ended(1, 0, 2)])
     assert events[-1].type == "response.incomplete" and events[-1].response.output[0].status == "completed"
 
@@ -167,12 +167,12 @@ def test_items_as_templates_expect_them() -> None:
         {"metadata": {"a": "x" * 513}},
     ],
 )
-def test_what_is_refused(wrong: dict[str, Any]) -> None:
+def test_unsupported_requests_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         body(**wrong)
 
 
-def test_what_is_refused_is_named() -> None:
+def test_refusals_name_the_parameter() -> None:
     image = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA=="}]}
     for more, says in (
         ({"tools": [{"type": "web_search"}]}, "'web_search' is not supported, only 'function'"),
@@ -183,7 +183,7 @@ def test_what_is_refused_is_named() -> None:
             validated(ResponseRequest, {"model": "m", "input": "Hi"} | more)
 
 
-def test_what_official_clients_send() -> None:
+def test_requests_of_official_clients_are_accepted() -> None:
     always = {"store": False, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k", "user": None}
     always |= {"stream_options": {"include_obfuscation": False}, "truncation": "disabled", "background": False}
     asked = body(**always, reasoning={"effort": "low", "summary": "auto"}, text={"format": {"type": "text"}})
@@ -201,7 +201,7 @@ def test_formats_and_choices() -> None:
     assert len(body(tools=[TOOL], tool_choice="required", parallel_tool_calls=False).chat([]).to_call) == 1
 
 
-def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_responses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_responses, "KEPT_BYTES", 390)
     kept = KeptResponses()
     text = "x" * 50
@@ -218,12 +218,12 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for number in range(3):
         kept.keep("a", {"id": f"a{number}"}, [{"content": text}])
-    assert holds("a", "a0", "a1", "a2") == [False, True, True]  # half is for one
+    assert holds("a", "a0", "a1", "a2") == [False, True, True]  # half of the bytes is for one client
     kept.keep("b", {"id": "b0"}, [{"content": text}])
     kept.keep("b", {"id": "b1"}, [{"content": text}])
     kept.keep("c", {"id": "c0"}, [{"content": text}])
     assert holds("a", "a1", "a2") == [False, True] and holds("b", "b0", "b1") == [True, True]
-    assert holds("c", "c0", "b0") == [True, False]  # that is another's
+    assert holds("c", "c0", "b0") == [True, False]  # b0 belongs to another client
     with pytest.raises(ApiError):
         kept.drop("c", "b0")
     kept.drop("b", "b0")

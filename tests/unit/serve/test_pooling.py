@@ -1,4 +1,4 @@
-"""How embeddings are made, as the files beside the weights say."""
+"""How embeddings are made, read from the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pooling_of(folder: Path, files: dict[str, Any], config: dict[str, Any] | Non
     return Pooling.of(checkpoint)
 
 
-def test_what_sentence_transformers_says(tmp_path: Path) -> None:
+def test_files_of_sentence_transformers_are_read(tmp_path: Path) -> None:
     told = pooling_of(
         tmp_path,
         {
@@ -100,12 +100,12 @@ def test_modes(tmp_path: Path, pooled: dict[str, Any], mode: str) -> None:
         ),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path: Path, files: dict[str, Any], why: str) -> None:
+def test_unknown_descriptions_are_refused(tmp_path: Path, files: dict[str, Any], why: str) -> None:
     told = pooling_of(tmp_path, {"modules.json": QWEN3, "1_x/config.json": LAST} | files)
     assert why in told.refused and not told.reranks and told.sentence == f"no embeddings: {told.refused}"
 
 
-def test_a_hub_that_does_not_answer_is_no_word_of_the_checkpoint() -> None:
+def test_an_unreachable_hub_is_not_a_missing_description() -> None:
     def find(name: str) -> None:
         raise ModelNotFound("the hub cannot be reached")
 
@@ -113,7 +113,7 @@ def test_a_hub_that_does_not_answer_is_no_word_of_the_checkpoint() -> None:
     assert Pooling.of(checkpoint) == Pooling(refused="the hub cannot be reached")
 
 
-def test_a_checkpoint_that_says_nothing(tmp_path: Path) -> None:
+def test_defaults_without_a_description(tmp_path: Path) -> None:
     told = pooling_of(tmp_path, {"README.md": "# Qwen3-0.6B\n"})
     assert told == Pooling(most=512)
     assert told.sentence == "embeddings are the last token's state, normalised, as the checkpoint says nothing of them"

@@ -1,4 +1,4 @@
-"""Who is there: what answers, links and records together say of peers."""
+"""The states of peers, found from answers to pings, links and records."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp
 
 
 class FakeSwarm:
-    """Peers that answer or do not, as a test wants it."""
+    """A swarm of peers that answer pings or not, as a test sets."""
 
     def __init__(self) -> None:
         self.events = EventLog()
@@ -60,7 +60,7 @@ def endpoint_of(record: PeerRecord) -> Endpoint:
     return Endpoint(record.address, record.key)
 
 
-def test_who_answers_is_there_with_what_it_says(swarm: FakeSwarm) -> None:
+def test_a_peer_that_answers_is_here(swarm: FakeSwarm) -> None:
     assert swarm.look(RECORD) == [State.UNKNOWN]
     assert swarm.look(RECORD) == [State.HERE]
     (seen,) = swarm.presence.look([RECORD])
@@ -68,7 +68,7 @@ def test_who_answers_is_there_with_what_it_says(swarm: FakeSwarm) -> None:
     assert swarm.told() == []
 
 
-def test_who_stops_answering_is_gone_and_may_come_back(swarm: FakeSwarm) -> None:
+def test_a_silent_peer_is_gone_and_may_come_back(swarm: FakeSwarm) -> None:
     swarm.look(RECORD, OTHER)
     assert swarm.look(RECORD, OTHER) == [State.HERE, State.HERE]
     swarm.silent.add(endpoint_of(RECORD))
@@ -82,7 +82,7 @@ def test_who_stops_answering_is_gone_and_may_come_back(swarm: FakeSwarm) -> None
     assert states[-1] == [State.HERE, State.HERE] and swarm.told() == ["gone", "back"]
 
 
-def test_who_has_no_time_to_answer_for_an_answer_under_way_is_there(swarm: FakeSwarm) -> None:
+def test_a_silent_peer_on_a_route_of_a_running_answer_is_here(swarm: FakeSwarm) -> None:
     swarm.look(RECORD)
     swarm.look(RECORD)
     swarm.silent.add(endpoint_of(RECORD))
@@ -94,7 +94,7 @@ def test_who_has_no_time_to_answer_for_an_answer_under_way_is_there(swarm: FakeS
     assert swarm.look(RECORD, working=[RECORD]) == [State.GONE]
 
 
-def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:
+def test_a_peer_with_a_broken_link_is_gone_at_once(swarm: FakeSwarm) -> None:
     swarm.look(RECORD)
     swarm.look(RECORD)
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
@@ -105,7 +105,7 @@ def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:
     assert swarm.look(RECORD, after=0.1) == [State.REFUSES]
 
 
-def test_who_joins_moves_and_leaves_is_told(swarm: FakeSwarm) -> None:
+def test_joins_moves_and_leaves_are_noted(swarm: FakeSwarm) -> None:
     swarm.look(RECORD)
     swarm.look(RECORD, OTHER)
     swarm.look(RECORD, OTHER)
@@ -115,13 +115,13 @@ def test_who_joins_moves_and_leaves_is_told(swarm: FakeSwarm) -> None:
     assert "now serves blocks 3..4" in swarm.events.since(0)[1].text
 
 
-def test_nothing_is_told_of_what_changed_while_nobody_looked(swarm: FakeSwarm) -> None:
+def test_changes_during_a_pause_are_not_noted(swarm: FakeSwarm) -> None:
     swarm.look(RECORD)
     swarm.look(OTHER, after=PAUSE_S + 1)
     assert swarm.told() == []
 
 
-def test_of_many_peers_some_are_asked_and_always_the_same() -> None:
+def test_a_fixed_subset_of_many_peers_is_pinged() -> None:
     swarm = FakeSwarm()
     records = [dataclasses.replace(RECORD, key=Identity.generate().public) for _ in range(ASKED_PEERS + 8)]
     orders: Sequence[Any] = (records, records[::-1])
@@ -132,7 +132,7 @@ def test_of_many_peers_some_are_asked_and_always_the_same() -> None:
     assert (states.count(State.HERE), states.count(State.UNKNOWN)) == (ASKED_PEERS, 8)
 
 
-def test_an_overview_says_in_words_what_is_missing() -> None:
+def test_an_overview_names_missing_blocks_and_gives_advice() -> None:
     starting = dataclasses.replace(OTHER, start=4, end=6, serves=False)
     model, address = "/models/a b", "tcp://192.0.2.7:1?key=k"
     swarm: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""How answers come on: no token is lost or counted twice, and routes stay after the answer."""
+"""Progress of answers: no token is lost or counted twice, and routes are kept after the answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_token_is_counted_in_its_second(steps: list[tuple[float, int]]) ->
     assert answer.tokens == len(seconds)
 
 
-def test_an_answer_keeps_the_route_that_it_had_at_last() -> None:
+def test_an_ended_answer_keeps_its_last_route() -> None:
     now = 1.0
     log = ProgressLog(clock=lambda: now)
     answer = log.begin("answer")
@@ -42,12 +42,12 @@ def test_an_answer_keeps_the_route_that_it_had_at_last() -> None:
     assert answer.routes() == (ROUTE,) and answer.ended == 3.0 and log.answers() == [answer]
 
 
-def test_the_positions_of_the_prompt_that_are_read_are_told() -> None:
+def test_read_positions_of_the_prompt_are_counted() -> None:
     log = ProgressLog()
     answer = log.begin("answer", 100)
     assert answer.read() == 0
     answer.cached = 40
-    passed = iter([0, 32, 60, 70])  # with several choices more positions than those of the prompt
+    passed = iter([0, 32, 60, 70])  # several choices pass more positions than the prompt has
     answer.follow(lambda: (), lambda: next(passed))
     assert [answer.read() for _ in range(4)] == [40, 72, 100, 100]
     answer.follow(None)

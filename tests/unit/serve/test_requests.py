@@ -1,4 +1,4 @@
-"""What is accepted of a request, who is let in, and what is said otherwise."""
+"""Accepted and refused requests, API keys, admission of clients, and prompts of chats."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def refusal(kind: type[BaseModel], document: dict[str, Any]) -> ApiError:
         {"top_k": -1, "min_p": 0.05, "repetition_penalty": 1.1},
     ],
 )
-def test_what_is_supported(more: dict[str, Any]) -> None:
+def test_supported_parameters_are_accepted(more: dict[str, Any]) -> None:
     ChatRequest.model_validate(CHAT | more)
     CompletionRequest.model_validate(TEXT | more)
 
@@ -69,7 +69,7 @@ def test_what_is_supported(more: dict[str, Any]) -> None:
 TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
 
 
-def test_what_clients_of_openai_send_by_themselves_is_accepted() -> None:
+def test_parameters_that_clients_of_openai_add_are_accepted() -> None:
     defaults = {"store": False, "service_tier": "auto", "modalities": ["text"], "verbosity": "medium"}
     names = {"safety_identifier": "a", "prompt_cache_key": "b", "user": "c"}
     ChatRequest.model_validate(CHAT | defaults | names | {"tools": [TOOL], "parallel_tool_calls": False})
@@ -94,15 +94,15 @@ def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds
     ("more", "says"),
     [
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "one of guided_regex and response_format"),
-        ({"guided_regex": "a", "min_tokens": 4}, "guided_regex says where an answer ends"),
+        ({"guided_regex": "a", "min_tokens": 4}, "guided_regex sets where an answer ends"),
         ({"grammar": "root ::= ("}, "the grammar cannot be read"),
-        ({"guided_json": "[1]"}, "guided_json is no JSON schema"),
-        ({"guided_json": '{"title": "\\ud800"}'}, "guided_json is no JSON schema"),
+        ({"guided_json": "[1]"}, "guided_json is not a JSON schema"),
+        ({"guided_json": '{"title": "\\ud800"}'}, "guided_json is not a JSON schema"),
         ({"grammar": 'root ::= "a"\n' * 257}, "more than 256 rules"),
         ({"guided_grammar": 'start: "a"\n' * 257}, "more than 256 rules"),
     ],
 )
-def test_constraints_that_cannot_be(more: dict[str, Any], says: str) -> None:
+def test_wrong_constraints_are_refused(more: dict[str, Any], says: str) -> None:
     with pytest.raises(ApiError, match=says):
         _ = ChatRequest.model_validate(CHAT | more).chat
 
@@ -119,7 +119,7 @@ def test_prompts(prompt: Any) -> None:
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "only False is supported"),
-        ({"continue_final_message": True}, None, "end messages with one of it"),
+        ({"continue_final_message": True}, None, "end messages with one"),
         ({"echo": True}, None, "set continue_final_message"),
         ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, None, "leave out guided_regex"),
         ({"modalities": ["audio"]}, "modalities", "'audio' is not supported, only 'text'"),
@@ -127,14 +127,14 @@ def test_prompts(prompt: Any) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         ({"tools": [TOOL] * 257}, "tools", "at most 256 items"),
-        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
+        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not in tools"),
         (
             {
                 "tool_choice": {"type": "function", "function": {"name": "g"}},
                 "tools": [{"type": "function", "function": {"name": "f"}}],
             },
             None,
-            "tool_choice asks for a tool that is not there",
+            "tool_choice asks for a tool that is not in tools",
         ),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
@@ -155,14 +155,14 @@ def test_prompts(prompt: Any) -> None:
         ),
     ],
 )
-def test_what_is_refused_says_why(more: dict[str, Any], param: str | None, message: str) -> None:
+def test_refusals_name_parameter_and_reason(more: dict[str, Any], param: str | None, message: str) -> None:
     error = refusal(ChatRequest, CHAT | more)
     assert (error.status, error.param) == (400, param)
     assert message in str(error)
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [-1], 3, [True]])
-def test_prompts_that_are_none(prompt: Any) -> None:
+def test_invalid_prompts_are_refused(prompt: Any) -> None:
     assert refusal(CompletionRequest, TEXT | {"prompt": prompt}).status == 400
 
 
@@ -212,7 +212,7 @@ def test_keys(tmp_path: Path) -> None:
         (["--served-name", " "], "--served-name is empty"),
     ],
 )
-def test_options_of_the_command_that_cannot_be_are_refused_at_once(options: list[str], message: str) -> None:
+def test_wrong_options_of_the_command_are_refused_at_once(options: list[str], message: str) -> None:
     ran = CliRunner().invoke(app, ["serve", "no-such-model", "--port", "0", *options])
     assert isinstance(ran.exception, SplitnetError) and message in str(ran.exception)
 
@@ -237,7 +237,7 @@ def test_options_of_keys(tmp_path: Path) -> None:
         ("one train=no", "leave them out"),
         ("one two", "write one key"),
         ("weight=4", "write one key"),
-        ("first", "there already"),
+        ("first", "listed twice"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -248,7 +248,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) 
     assert message in str(refused.value)
 
 
-def test_a_quota_fills_evenly_and_what_was_taken_beyond_it_is_owed() -> None:
+def test_a_quota_fills_evenly_and_overspent_tokens_are_owed() -> None:
     now = 0.0
     client = Client("", tokens_per_minute=60, clock=lambda: now)
     client.check_quota()
@@ -267,7 +267,7 @@ def test_a_quota_fills_evenly_and_what_was_taken_beyond_it_is_owed() -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe"])
-def test_files_of_keys_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None:
+def test_wrong_files_of_keys_are_refused(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
@@ -275,7 +275,7 @@ def test_files_of_keys_that_cannot_be_used(tmp_path: Path, content: bytes | None
         ApiKeys.read(file)
 
 
-def test_requests_run_in_order_and_too_many_are_told_so() -> None:
+def test_requests_run_in_order_and_too_many_are_refused() -> None:
     async def come() -> list[str]:
         admission = Admission(at_a_time=1, waiting=1)
         log: list[str] = []
@@ -294,7 +294,7 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
         failure = failure_of(refused.value)
         assert (failure.status, failure.code) == (429, "overloaded")
         assert (admission.running, admission.waiting) == (1, 1)
-        second.cancel()  # makes room to wait
+        second.cancel()  # frees a place to wait
         await asyncio.wait([second])
         assert (admission.running, admission.waiting) == (1, 0)
         fourth = asyncio.create_task(request("fourth"))
@@ -307,7 +307,7 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
 
 
 def order_of(admission: Admission, asked: Sequence[Client]) -> list[str]:
-    """Who is let in after whom, where one request runs at a time and all of these wait."""
+    """The order in which waiting requests of clients are admitted, one at a time."""
 
     async def come() -> list[str]:
         order: list[str] = []
@@ -326,7 +326,7 @@ def order_of(admission: Admission, asked: Sequence[Client]) -> list[str]:
     return asyncio.run(come())
 
 
-def test_clients_take_turns_however_many_wait() -> None:
+def test_clients_take_turns_with_unequal_numbers_of_requests() -> None:
     greedy, modest = Client("greedy"), Client("modest")
     order = order_of(Admission(1, 64), [greedy] * 10 + [modest] * 2)
     assert order[:4] == ["modest", "greedy", "modest", "greedy"]
@@ -338,7 +338,7 @@ def test_turns_are_by_weight() -> None:
     assert 13 <= order[:20].count("heavy") <= 16
 
 
-def test_a_full_waiting_room_refuses_who_fills_it() -> None:
+def test_the_client_with_most_waiting_requests_is_refused() -> None:
     async def come() -> None:
         admission = Admission(1, 4)
         greedy, modest = Client("greedy"), Client("modest")
@@ -380,7 +380,7 @@ def test_a_client_leaves_the_spare_places_to_others() -> None:
     asyncio.run(come())
 
 
-def test_a_request_that_is_cancelled_as_it_is_let_in_gives_its_place_back() -> None:
+def test_a_request_that_is_cancelled_at_its_admission_frees_its_place() -> None:
     async def come() -> None:
         admission = Admission(1, 4)
 
@@ -402,7 +402,7 @@ def test_a_request_that_is_cancelled_as_it_is_let_in_gives_its_place_back() -> N
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.booleans()), max_size=40))
-def test_accounts_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[int, int, bool]]) -> None:
+def test_accounts_keep_their_bounds_unless_holdings_are_settled(grown: list[tuple[int, int, bool]]) -> None:
     account = FairAccount(100, 60)
     held: dict[int, Holding] = {}
     for number, (client, amount, settles) in enumerate(grown):
@@ -416,7 +416,7 @@ def test_accounts_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[
         assert list(account.holdings) == list(held.values())
 
 
-def test_who_holds_most_lets_go() -> None:
+def test_the_largest_holding_is_evicted() -> None:
     account = FairAccount(10)
     gone: list[str] = []
     for client, name, amount in (("a", "a1", 2), ("a", "a2", 5), ("b", "b1", 3)):
@@ -435,7 +435,7 @@ def test_a_client_may_hold_as_much_as_its_bound() -> None:
     assert gone == ["a"]
 
 
-def test_who_holds_most_for_its_weight_lets_go() -> None:
+def test_the_largest_holder_for_its_weight_is_evicted() -> None:
     account = FairAccount(10)
     gone: list[str] = []
     for client, amount in ((Client("heavy", 3), 6), (Client("light"), 4), (Client("light"), 1)):
@@ -443,7 +443,7 @@ def test_who_holds_most_for_its_weight_lets_go() -> None:
     assert gone == ["light"]
 
 
-def test_each_protocol_says_how_it_takes_a_key() -> None:
+def test_each_protocol_names_its_header_for_keys() -> None:
     other = Api(
         paths=("/other",),
         router=lambda *_: pytest.fail("the paths are not asked for"),
@@ -469,7 +469,7 @@ def test_each_protocol_says_how_it_takes_a_key() -> None:
             assert refused.json()["said"].endswith("as `x-other-key: KEY`")
             taken = await client.get("/other/models", headers={"x-other-key": "secret"})
             assert taken.json() == "key 1"
-            # On paths of several protocols a header tells them apart; it opens none.
+            # A header decides between protocols with the same path; it does not replace a key.
             theirs = {"other-version": "1"}
             refused = await client.get(
                 "/v1/models", headers=theirs | {"Authorization": "Bearer secret", "x-request-id": "a b"}
@@ -489,7 +489,7 @@ def messages(said: list[dict[str, Any]]) -> Any:
 
 
 class Tokenizer:
-    """Tokens are code points; the template shows what it is given."""
+    """A tokenizer whose tokens are code points; records the messages that its template is given."""
 
     bos_token_id = None
     special_tokens_map: Mapping[str, str] = {}
@@ -513,7 +513,7 @@ class Tokenizer:
 
 @pytest.fixture(autouse=True)
 def templated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What templates are given, and nothing of what they would make of it."""
+    """Replaces the rendering of templates: records their messages and variables, and returns a fixed text."""
 
     def render(tokenizer: Any, messages: Any, *, variables: Mapping[str, Any] = {}, **options: Any) -> str:
         if messages[:1] == probe(as_text=False)[:1]:
@@ -559,7 +559,7 @@ def test_messages_as_templates_expect_them() -> None:
 
 
 class WithVariables(Tokenizer):
-    """Its template has two variables of its own."""
+    """A tokenizer whose template has two variables for requests."""
 
     special_tokens_map: Mapping[str, str] = {"bos_token": "<s>"}
 
@@ -575,7 +575,7 @@ class WithVariables(Tokenizer):
         self.variables: dict[str, Any] = {}
 
 
-def test_a_template_is_given_the_variables_that_it_has() -> None:
+def test_a_template_gets_the_variables_that_it_uses() -> None:
     tokenizer = WithVariables()
     prompts = Prompts(tokenizer, 300, 256)
     said = ChatRequest.model_validate(
@@ -601,7 +601,7 @@ def test_a_template_is_given_the_variables_that_it_has() -> None:
         "inner",
     ],
 )
-def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
+def test_variables_that_a_template_does_not_use_are_refused(name: str) -> None:
     said = ChatRequest.model_validate(CHAT | {"chat_template_kwargs": {name: True}})
     with pytest.raises(ApiError, match=f"no place for '{name}'") as refused:
         Prompts(WithVariables(), 300, 256).of_chat(said.chat.messages, [], said.chat.variables)
@@ -612,7 +612,7 @@ def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
     assert refused.value.param == "reasoning_effort"
 
 
-def test_prompts_that_the_model_cannot_read() -> None:
+def test_prompts_that_the_model_cannot_read_are_refused() -> None:
     prompts = Prompts(Tokenizer(None), 100, 8)
     with pytest.raises(ApiError, match="no chat template"):
         prompts.of_chat([], [])
@@ -625,7 +625,7 @@ def test_prompts_that_the_model_cannot_read() -> None:
     assert prompts.of_text("A") == [65]
 
 
-def test_tokens_are_not_made_of_all_of_a_text_that_is_too_long() -> None:
+def test_a_too_long_text_is_not_tokenized_whole() -> None:
     tokenizer = Tokenizer("{{ messages }}")
     prompts = Prompts(tokenizer, 100, 100_000)
     assert len(prompts.of_text("A" * 90_000)) == 90_000
@@ -637,7 +637,7 @@ def test_tokens_are_not_made_of_all_of_a_text_that_is_too_long() -> None:
     assert tokenizer.made < 400_000
     with pytest.raises(ApiError, match="shorten the prompt"):
         prompts.checked_ids("A" * 10_000_000)
-    # What is cut may be longer, and not without bound.
+    # A text that is cut may be longer than the context, up to a bound.
     assert len(prompts.of_chat(messages([{"role": "user", "content": "A" * 1_000_000}]), [], last=2)) == 2
     tokenizer.made = 0
     with pytest.raises(ApiError, match="shorten the prompt"):

@@ -31,13 +31,13 @@ def test_samples_follow_the_probabilities() -> None:
     assert float((counts / 4000 - (LOGITS[0] / 0.7).softmax(-1)).abs().max()) < 0.032
 
 
-def test_top_p_leaves_out_what_is_unlikely() -> None:
+def test_top_p_excludes_unlikely_tokens() -> None:
     chosen = {choose(Sampling(1.0, 0.7, seed=7), LOGITS, position)[0] for position in range(300)}
     assert chosen == {1, 2}
     assert {choose(Sampling(1.0, 0.0, seed=7), LOGITS, position)[0] for position in range(20)} == {2}
 
 
-def test_what_a_choice_depends_on() -> None:
+def test_a_choice_depends_on_seed_row_and_position() -> None:
     flat = torch.zeros(2, 1000)
 
     def text(seed: int, rows: int = 2) -> list[list[int]]:
@@ -52,7 +52,7 @@ def test_what_a_choice_depends_on() -> None:
     assert len({tuple(map(tuple, text(seed))) for seed in (0, 5, 5 + 2**32, 2**64 - 1)}) == 4
 
 
-def test_prompts_with_one_seed_have_choices_of_their_own() -> None:
+def test_prompts_with_the_same_seed_have_different_noise() -> None:
     flat = torch.zeros(1, 1000)
     texts = [
         [choose(Sampling(1.0, 1.0, seed=5, prompt=prompt), flat, position) for position in range(5)]
@@ -80,7 +80,7 @@ def test_no_more_tokens_are_scored_than_there_are() -> None:
 
 
 def test_penalties_and_bias() -> None:
-    """The answer so far is 2, 2, 1, after a prompt of other tokens."""
+    """The answer begins with 2, 2, 1, after a prompt of other tokens."""
     ids = torch.tensor([[4, 4, 4, 2, 2, 1]])
 
     def chosen(**changes: Any) -> int:
@@ -95,8 +95,8 @@ def test_penalties_and_bias() -> None:
     assert chosen(bias=((3, 4.0), (2, -1.5))) == 3
 
 
-def test_what_a_checkpoint_recommends_can_be_taken() -> None:
-    """The prompt is 4, 2, the answer so far 2; logits become 0, 1, 1, -1, 0.25."""
+def test_recommendations_of_a_checkpoint_can_be_used() -> None:
+    """The prompt is 4, 2, and the answer begins with 2; logits become 0, 1, 1, -1, 0.25."""
     ids = torch.tensor([[4, 2, 2]])
 
     def chosen(**changes: Any) -> set[int]:
@@ -139,7 +139,7 @@ RECOMMENDED = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}
         ),
     ],
 )
-def test_nothing_of_a_checkpoint_is_taken_or_left_in_silence(
+def test_used_and_unused_options_of_a_checkpoint_are_reported(
     fields: Any, of_checkpoint: bool, defaults: Any, said: list[str]
 ) -> None:
     config = GenerationConfig(do_sample=True, eos_token_id=[1, 2], use_cache=True, **fields)

@@ -12,7 +12,7 @@ from splitnet.serve.session_cache import KeepLimits, SessionCache
 
 @dataclass
 class Kept:
-    """A cache of names, and what became of them."""
+    """A cache whose sessions are names, and a record of the closed ones."""
 
     sessions: int = 3
     positions: int = 1000
@@ -43,7 +43,7 @@ def test_a_session_is_not_taken_for_a_prompt_that_shares_little() -> None:
     assert kept.cache.take("me", [1, 2, 3, 9]) == ("five", 3)
 
 
-def test_who_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_session_is_closed_first() -> None:
     kept = Kept(sessions=2)
     kept.cache.keep("me", [1], 10, "a")
     kept.cache.keep("me", [2], 10, "b")
@@ -54,7 +54,7 @@ def test_who_was_not_used_for_longest_goes_first() -> None:
     assert kept.closed == ["b"]
 
 
-def test_nobody_is_given_what_was_kept_for_others() -> None:
+def test_owners_do_not_get_sessions_of_others() -> None:
     kept = Kept(sessions=3)
     kept.cache.keep("ann", [1, 2, 3], 10, "ann's")
     assert kept.cache.take("bob", [1, 2, 3, 4]) is None
@@ -87,7 +87,7 @@ def test_sessions_expire() -> None:
     assert kept.closed == ["a", "b"]
 
 
-def test_nothing_is_kept_if_nothing_may_be() -> None:
+def test_limits_of_zero_keep_no_session() -> None:
     kept = Kept(sessions=0)
     kept.cache.keep("me", [1], 10, "a")
     assert kept.closed == ["a"]
@@ -97,7 +97,7 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 
 @given(st.lists(st.one_of(st.tuples(st.just("keep"), TOKENS), st.tuples(st.just("take"), TOKENS)), max_size=30))
-def test_nobody_shares_a_session_and_none_is_lost(does: list[tuple[str, list[int]]]) -> None:
+def test_no_session_is_shared_or_lost(does: list[tuple[str, list[int]]]) -> None:
     kept = Kept(sessions=3, positions=12)
     inside: dict[str, list[int]] = {}
     for number, (what, tokens) in enumerate(does):

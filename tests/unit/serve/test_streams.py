@@ -21,7 +21,7 @@ from splitnet.serve.gate import Connection
 from splitnet.serve.responses import UNREAD, EventStream, ServedModel, framed, told
 
 
-def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
+def test_a_source_ends_without_a_reader_and_unread_bytes_are_bounded() -> None:
     async def come() -> None:
         unread = FairAccount(1000)
         ended: list[str] = []
@@ -68,7 +68,7 @@ def test_a_source_ends_while_nobody_reads_and_too_much_is_dropped() -> None:
 
 
 class Written:
-    """An answer that is what its events say."""
+    """An answer whose parts are its events."""
 
     id, media_type, alive = "1", "text/event-stream", ""
 
@@ -84,7 +84,7 @@ class Written:
 
 
 @pytest.mark.parametrize("wrong", ["\ud800", float("nan")])
-def test_what_json_cannot_say_is_an_error_that_is_told(wrong: Any) -> None:
+def test_values_that_json_cannot_have_are_an_error(wrong: Any) -> None:
     async def source() -> AsyncGenerator[Any]:
         yield "a"
         yield wrong
@@ -98,7 +98,7 @@ def test_what_json_cannot_say_is_an_error_that_is_told(wrong: Any) -> None:
             await asyncio.Event().wait()
 
         own: Any = None
-        with pytest.raises(ApiError, match="JSON has not") as refused:
+        with pytest.raises(ApiError, match="JSON cannot have") as refused:
             await ServedModel.respond(own, Request({"type": "http"}, receive), source(), Written(), stream=False)
         assert refused.value.status == 502
 

@@ -1,4 +1,4 @@
-"""What the server does with text: whole characters, stop strings, calls of tools; wherever it is cut."""
+"""Text from tokens, in any pieces: whole characters, stop strings, calls of tools."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_stop_strings_do_not_depend_on_where_text_is_cut(text: str, strings: lis
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_what_is_certain_holds_no_stop_string(text: str, strings: list[str]) -> None:
+def test_certain_text_holds_no_stop_string(text: str, strings: list[str]) -> None:
     certain, stopped = before_stop(list(text), strings)
     assert text.startswith(certain)
     assert not any(string in certain for string in strings)
@@ -63,7 +63,7 @@ def test_what_is_certain_holds_no_stop_string(text: str, strings: list[str]) -> 
     assert stopped or certain == text
 
 
-def test_text_is_told_as_soon_as_it_is_certain() -> None:
+def test_text_is_released_as_soon_as_it_is_certain() -> None:
     stops = StopStrings(["END"])
     assert [stops.push(piece)[0] for piece in ("one E", "N", "O ", "E", "ND two")] == ["one ", "", "ENO ", "", ""]
 
@@ -76,7 +76,7 @@ def test_tokens_give_the_text_in_whole_characters(text: str) -> None:
     assert all(len(piece) <= 1 for piece in pieces)
 
 
-def test_bytes_that_are_no_character_are_told_when_something_follows() -> None:
+def test_invalid_bytes_are_released_with_the_next_character() -> None:
     detokenizer = Detokenizer(decode)
     assert [detokenizer.push(byte) for byte in (0xE2, 0x82, ord("a"))] == ["", "", "\ufffda"]
     detokenizer.push(0xE2)
@@ -98,7 +98,7 @@ def llama() -> Prompts:
     return Prompts(wrapped, len(LLAMA), None)
 
 
-# Words, and a character of three bytes: bytes that are none make all bytes beside them unreadable, also earlier ones.
+# Words, and a character of three bytes. Wrong bytes make all neighbouring bytes unreadable, also earlier ones.
 PIECES = st.lists(st.sampled_from([[3], [4], [5], [6], [7], [8, 9, 10]]), max_size=6).map(
     lambda each: [*chain.from_iterable(each)]
 )
@@ -122,12 +122,12 @@ def test_a_message_begins_without_a_space(llama: Prompts) -> None:
     assert [choice.push(token, None).text for token in (6, 5, 6)] == ["Paris", " is", " Paris"]
 
 
-def test_the_text_of_a_token_is_that_within_a_text(llama: Prompts) -> None:
+def test_the_text_of_a_token_keeps_its_space(llama: Prompts) -> None:
     assert [llama.text_of(token) for token in (1, 6, 7, 8)] == ["<s>", " Paris", "ing", "\ufffd"]
 
 
 def test_tokens_begin_where_their_text_does(llama: Prompts) -> None:
-    """Special tokens of an answer are no text, and a character of three tokens is one."""
+    """Special tokens of an answer are not text, and three tokens make one character."""
     choice = Choice(0, llama.decode, 9, {2}, ())
     pieces = [choice.push(token, None) for token in (3, 1, 8, 9, 10, 5, 2)]
     assert [(piece.text, piece.begins) for piece in pieces] == [
@@ -144,7 +144,7 @@ def test_tokens_begin_where_their_text_does(llama: Prompts) -> None:
     assert llama.begins(ids, llama.decode_all(ids)) == [0, 3, 7, 15, 15, 15, 16]
 
 
-def test_bytes_that_are_no_characters_take_a_time_that_grows_with_their_number_only(llama: Prompts) -> None:
+def test_invalid_bytes_are_read_in_linear_time(llama: Prompts) -> None:
     made = 0
     decode_all = llama.decode_all
 
@@ -162,7 +162,7 @@ def test_bytes_that_are_no_characters_take_a_time_that_grows_with_their_number_o
 
 
 def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
-    """What is said, how each piece ends, and how many tokens there were, all of which are scored."""
+    """The text of an answer, the `finish` of each piece, and the number of tokens; checks that each token is scored."""
     choice = Choice(0, decode, max_tokens, {0}, stops)
     said, finishes = "", []
     for byte in text.encode():
@@ -175,7 +175,7 @@ def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> 
     return said, finishes, choice.tokens
 
 
-def test_an_answer_ends_at_its_end_token_with_what_was_held_back() -> None:
+def test_an_end_token_releases_held_back_text() -> None:
     assert answer("un\0more", stops=("nine",)) == ("un", [None, None, "stop"], 3)
 
 
@@ -194,15 +194,15 @@ def test_an_answer_ends_before_a_stop_string() -> None:
     ],
 )
 @given(places=st.lists(st.integers(0), max_size=8))
-def test_a_part_that_is_apart_holds_no_stop_string(text: str, said: tuple[str, bool], places: list[int]) -> None:
+def test_a_call_holds_no_stop_string(text: str, said: tuple[str, bool], places: list[int]) -> None:
     assert before_stop(cut(text, places), ["END"], (["<c>"], "</c>")) == said
 
 
-def test_a_part_that_nothing_ends_goes_on_to_the_end_of_the_text() -> None:
+def test_a_call_without_a_closing_mark_continues_to_the_end() -> None:
     assert before_stop(list("So [C] END"), ["END"], (["[C]"], "")) == ("So [C] END", False)
 
 
-def test_an_answer_ends_at_its_length_with_what_was_held_back() -> None:
+def test_the_length_limit_releases_held_back_text() -> None:
     assert answer("abcd", max_tokens=3, stops=("cd",)) == ("abc", [None, None, "length"], 3)
     assert answer("aé", max_tokens=2) == ("a\ufffd", [None, "length"], 2)
 
@@ -236,7 +236,7 @@ def test_calls_of_tools(text: str, said: str, calls: list[Any], places: list[int
     assert calls_in(cut(text, places)) == (said, calls)
 
 
-def test_calls_have_ids_of_their_own() -> None:
+def test_calls_have_unique_ids() -> None:
     said = AnswerParser(Forms(FORMS["hermes"]), {}).push(CLOCK + CLOCK)
     assert len({call.id for call in said.calls}) == 2
 

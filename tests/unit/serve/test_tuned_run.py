@@ -1,4 +1,4 @@
-"""What the dashboard reads of a run of `splitnet tune`: only what is new, and all of it when a run went back."""
+"""The dashboard reads only new metrics of a run of `splitnet tune`, and all again when the run has gone back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def line(step: int, **more: Any) -> str:
     return json.dumps({"step": step, "loss": 1 / step, "tokens": 10, "seconds": 0.5, "sent_bytes": 3, **more}) + "\n"
 
 
-def test_what_is_there_is_told_line_by_line(tmp_path: Path) -> None:
+def test_complete_lines_are_read(tmp_path: Path) -> None:
     run = TunedRun(tmp_path)
     assert run.look()["losses"] == []
     file = tmp_path / "metrics.jsonl"
@@ -26,7 +26,7 @@ def test_what_is_there_is_told_line_by_line(tmp_path: Path) -> None:
     assert (told["tokens"], told["sent_bytes"], told["joules"], told["tokens_per_s"]) == (20, 6, 2.5, 20.0)
 
 
-def test_a_run_that_went_back_is_read_anew(tmp_path: Path) -> None:
+def test_a_run_that_continues_from_an_earlier_step_is_read_again(tmp_path: Path) -> None:
     run, file = TunedRun(tmp_path), tmp_path / "metrics.jsonl"
     file.write_text("".join(line(step) for step in range(1, 6)))
     run.look()

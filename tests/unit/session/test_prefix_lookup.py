@@ -66,7 +66,7 @@ def begin(prefixes: PrefixLookup) -> SentLog:
 
 
 def ask(prefixes: PrefixLookup, hops: list[RouteHop], log: SentLog | None) -> list[tuple[int, tuple[bytes, ...]]]:
-    prefixes.begin_asking(hops, PLAIN, stores=prefixes.namespace.salt is not None)
+    prefixes.begin_asking(hops, PLAIN)
     return [prefixes.question(hop, log) for hop in hops]
 
 
@@ -134,9 +134,10 @@ def test_pages_are_named_by_all_that_they_depend_on() -> None:
     contexts: set[bytes] = set()
     for model, weights, codec in itertools.product(("a", "b"), ("float32", "int8"), ("none", "fp16")):
         prefixes = PrefixLookup(SID, model, (0, 2), 1, itertools.count(1).__next__)
+        prefixes.namespace = PrefixNamespace(b"salt")
         hops = [hop_of(0), hop_of(1)]
         hops[0].weights = weights
-        prefixes.begin_asking(hops, codec_by_name(codec), stores=True)
+        prefixes.begin_asking(hops, codec_by_name(codec))
         contexts |= {hop.context for hop in hops}
     assert len(contexts) == 16
 

@@ -16,16 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
 from splitnet import errors
-from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, PeerTooOld, SplitnetError, WrongKey
+from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
 from splitnet.session import events, failover, prefix_lookup
-from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Move, Phase, Received, Resize, Use, UseAdapter
+from splitnet.session.events import TRANSITIONS, Distrust, LinkFailed, Phase, Received, Resize, Use, UseAdapter
 from splitnet.session.machine import POLL_S
-from splitnet.swarm.plan import PlannedHop
 from splitnet.wire import sent_log
 from splitnet.wire.endpoints import Endpoint, Relay
 from splitnet.wire.messages import Failure, FailureCode, Fork
 from tests.tiers import examples
-from tests.unit.session_world import CLIENT, PAGE, PLAIN, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
+from tests.unit.session_world import CLIENT, PAGE, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -693,46 +692,6 @@ def test_a_hop_that_restarts_with_other_weights_is_another(any_weights: bool, ha
         assert isinstance(request.error, OtherWeights)
         assert "blocks 2..3 as int4 that were float32" in str(request.error)
     assert second.name not in world.banned, "it did nothing wrong"
-
-
-@pytest.mark.parametrize("version", ["new", "0.1.0"])
-def test_a_peer_that_does_not_know_of_hidden_states_is_used_only_where_none_are_wanted(version: str) -> None:
-    for taps, has_twin in (((1, 3), True), ((3,), False), ((1,), False)):
-        world = World(seed=1, taps=taps)
-        first, twin, tail = world.peers[:3]
-        first.is_old, first.record.version = True, version
-        world.peers = [first, tail]
-        if has_twin:
-            world._choose.choice = lambda seq: seq[0]
-            world.peers.insert(1, twin)
-        world.feed(Use())
-        world.settle()
-        if taps == (1,):
-            assert isinstance(world.state.error, PeerTooOld)
-            assert first.endpoint.address in str(world.state.error) and version in str(world.state.error)
-            assert "update it, or speculate without" in str(world.state.error)
-        else:
-            assert world.state.endpoints() == [twin.endpoint if has_twin else first.endpoint, tail.endpoint]
-            world.submit([(None, 0, 3, 2)])
-            world.settle()
-            assert world.asked[-1].request.done and world.asked[-1].request.tapped.keys() == set(taps)
-        assert first.name not in world.banned, "it did nothing wrong"
-
-
-def test_a_session_does_not_move_to_a_peer_that_was_too_old() -> None:
-    world = World(seed=1, taps=(1,))
-    first, twin, tail = world.peers[:3]
-    first.is_old = True
-    world.peers = [first, twin, tail]
-    world._choose.choice = lambda seq: seq[0]
-    world.feed(Use())
-    world.settle()
-    route, epoch = world.state.endpoints(), world.state.epoch
-    assert route == [twin.endpoint, tail.endpoint]
-    hops = PlannedHop(first.record, 0, 2), PlannedHop(tail.record, 2, 4)
-    world.feed(Move(hops, (PLAIN,) * 3))
-    world.settle()
-    assert (world.state.endpoints(), world.state.epoch) == (route, epoch)
 
 
 @pytest.mark.parametrize("at", [0, 2])

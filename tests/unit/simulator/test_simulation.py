@@ -382,7 +382,7 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, error: str) 
     table.write_text(text)
     with pytest.raises(SplitnetError, match=error):
         read_latencies(table)
-    with pytest.raises(SplitnetError, match="no table"):
+    with pytest.raises(SplitnetError, match="no square table"):
         read_latencies(tmp_path / "missing")
 
 

@@ -61,7 +61,7 @@ def test_against_all_is_one_table_with_intervals() -> None:
 
 def test_one_world_has_no_intervals() -> None:
     output = run("--against", "all", "--scenario", "burst", given=FEW, columns=250)
-    assert "of one world" in output and "nan" not in output
+    assert "from a single world" in output and "nan" not in output
 
 
 def test_a_narrow_terminal_leaves_nothing_out() -> None:
@@ -88,12 +88,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is_simulated(
         run(option, str(tmp_path / "file" / "below"))
     with pytest.raises(SplitnetError, match="name another file"):
         run("--output", str(tmp_path), "--plot", str(tmp_path / "results.json"))
-    with pytest.raises(SplitnetError, match="no table of round trips"):
+    with pytest.raises(SplitnetError, match="no square table of round trips"):
         run("--output", str(tmp_path), "--latencies", str(tmp_path / "file"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of what failed"
 
 
-@pytest.mark.parametrize(("peers", "said"), [("1", "simulate two"), ("2", "blocks .* are served by nobody")])
+@pytest.mark.parametrize(("peers", "said"), [("1", "simulate at least two"), ("2", "blocks .* are served by nobody")])
 def test_too_few_peers_have_no_routes(peers: str, said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
         run("--coordinates", "--peers", peers, "--blocks", "80", given=WORLD)
@@ -102,9 +102,9 @@ def test_too_few_peers_have_no_routes(peers: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--against", "all"), "no --policy beside it"),
+        (("--against", "all"), "without --policy"),
         (("--scenario", "flood"), "use light, heavy, burst, dark"),
-        (("--scenario", "burst", "--rate", "3"), "--rate says nothing"),
+        (("--scenario", "burst", "--rate", "3"), "leave out --rate"),
         (("--coordinates", "--worlds", "3", "--plot", "a.svg"), "leave out --policy, --plot, --worlds"),
         (("--coordinates",), "leave out --policy"),
     ],

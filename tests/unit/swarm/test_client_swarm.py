@@ -53,7 +53,7 @@ RECORD = PeerRecord(
     coordinate_error=1.0,
     bytes_per_ms=0.0,
     links=(),
-    version="0.1.0",
+    version="0.2.0",
     issued_at=time.time(),
 )
 
@@ -97,22 +97,20 @@ def served(**changes: object) -> PeerRecord:
     return dataclasses.replace(RECORD, key=Identity.generate().public, **changes)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(("version", "asked"), [("0.1.0", b""), ("0.2.0", bytes(range(16)))])
-def test_only_peers_that_know_the_question_are_asked_about_a_session(
-    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch, version: str, asked: bytes
+def test_peers_are_asked_about_a_session(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory.records = [served(version=version)]
-    peer, stranger = (Endpoint(record.address, record.key) for record in (directory.records[0], served()))
+    directory.records = [served()]
+    peer = directory.records[0].endpoint
     swarm.peers()
     sent: list[Message] = []
     monkeypatch.setattr(swarm.links._transport, "send", lambda _, frames: sent.append(decode(frames)))
-    answers = [swarm.ping(endpoint, bytes(range(16))) for endpoint in (peer, stranger)]
-    pings = [message for message in sent if isinstance(message, Ping)]
-    assert [ping.session for ping in pings] == [asked, b""]
-    for answer, endpoint, ping in zip(answers, (peer, stranger), pings, strict=True):
-        swarm.links._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
-        assert answer.result().holds is (True if ping.session else None)
-    assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
+    answer = swarm.ping(peer, bytes(range(16)))
+    [ping] = [message for message in sent if isinstance(message, Ping)]
+    assert ping.session == bytes(range(16))
+    swarm.links._receive(peer, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+    assert answer.result().holds
+    assert (answer.result().waiting, answer.result().done) == (3, 4)
 
 
 def test_who_has_planned_looks_around_in_the_background(

@@ -174,7 +174,7 @@ def test_those_that_lie_together_hide_others_until_an_honest_one_is_asked(world:
 
 def test_if_all_that_are_asked_lie_the_next_reading_tells(world: World) -> None:
     liars = [world.add() for _ in range(2)]
-    honest = world.add(version="0.1.0")
+    honest = world.add()
     world.look()
 
     def hides_one(asked: LookUp | Announce) -> Sequence[Message]:
@@ -241,25 +241,7 @@ def test_while_the_directory_is_silent_too_those_that_were_there_lately_count(wo
         world.look()
 
 
-def test_peers_that_tell_everything_are_asked_once(world: World) -> None:
-    def tells_all(asked: LookUp | Announce) -> Sequence[Message]:
-        return [Found(asked.number, 0, parts_of(world.there())[0])]
-
-    older = [world.add() for _ in range(3)]
-    for each in older:
-        world.links.scripts[each] = tells_all
-    newer = world.add()
-    world.look()
-    late = world.add()
-    for _ in range(12):
-        world.passes(20.0, *older, newer, late)
-        assert world.look() == {*older, newer, late}
-    assert all(world.asked.count(each) <= 1 for each in older)
-    assert world.reads == 1
-
-
 def test_peers_of_another_version_or_hidden_ones_without_a_link_are_not_asked(world: World) -> None:
-    old = world.add(version="0.1.0")
     other = world.add(protocol=2)
     helper = Identity.generate().public.raw
     hidden = world.add(LinkState.CONNECTING, relays=[("tcp://192.0.2.1:1", helper)])
@@ -269,7 +251,6 @@ def test_peers_of_another_version_or_hidden_ones_without_a_link_are_not_asked(wo
         world.look()
     assert {*world.asked} == {usual}
     assert world.known.find(world.owners[hidden].public) and world.known.find(world.owners[other].public)
-    assert world.known.find(world.owners[old].public)
 
 
 def test_of_very_many_those_are_named_that_routes_need_and_all_in_turns(world: World) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,18 +197,15 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         assert not pings, "a minute has so many pings and no more"
 
 
-def test_pings_ask_how_busy_peers_are_but_for_those_of_a_version_that_would_drop_them() -> None:
+def test_pings_ask_how_busy_peers_are() -> None:
     clock, echo = Clock(), Echo()
-    peers = [record(queue_ms=1.0, version=version) for version in ("0.2.0", "0.1.0")]
+    peers = [record(queue_ms=1.0)]
     measurements, facts = facts_with(clock, echo, peers)
     for measure, wait_ms in ((facts.look_at, 12.0), (facts.measure, 14.0)):
         echo.load = echo.load._replace(wait_ms=wait_ms)
         measure(peers)
-        assert [peer.queue_ms for peer in measurements.peers(peers)] == [wait_ms, 1.0]
+        assert [peer.queue_ms for peer in measurements.peers(peers)] == [wait_ms]
         clock.now += TRUST_S + 1
-    older = replace(peers[0], version="0.1.0")
-    facts.measure([older])
-    assert measurements.peers([older])[0].queue_ms == 1.0, "what it said as a later version is no answer of now"
     facts.close()
 
 

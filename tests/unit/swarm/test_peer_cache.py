@@ -113,7 +113,7 @@ def test_a_silent_directory_is_told_once_and_asked_now_and_then(
         client.now += 3
         assert client.known.look(fresh=True) == [record]
     assert client.directory.asked == 1 + 3
-    assert len(caplog.records) == 1 and "1 peers known" in caplog.text
+    assert len(caplog.records) == 1 and "1 known peers" in caplog.text
     client.directory.silent = False
     other = client.served()
     client.now += 11

@@ -31,7 +31,6 @@ from splitnet.tools.bench.report import (
     figures_of,
     measure,
     number,
-    percentile,
     turns,
     with_range,
 )
@@ -88,15 +87,6 @@ def test_arms_take_turns(cases: list[Case], arms: list[str], rounds: int, warm_u
         of_one = order[begin : begin + len(arms)]
         assert len({(number, case) for number, case, _ in of_one}) == 1
         assert [arm for _, _, arm in of_one] == (arms if of_one[0][0] % 2 else arms[::-1])
-
-
-@given(values=st.lists(SECONDS, min_size=1), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_percentiles_lie_among_the_values_and_rise(values: list[float], shares: tuple[float, float]) -> None:
-    low, high = (percentile(values, share) for share in sorted(shares))
-    assert min(values) <= low <= max(values)
-    assert low <= high or low == pytest.approx(high)
-    assert (percentile(values, 0), percentile(values, 1)) == (min(values), max(values))
-    assert percentile(values, 0.5) == pytest.approx(Spread.of(values).median)
 
 
 @given(gaps=st.lists(st.lists(SECONDS, min_size=3, max_size=3), min_size=1, max_size=4))

@@ -58,7 +58,7 @@ def test_libraries_that_are_missing_or_do_not_fit_are_named_with_the_command() -
     (found,) = hardware.libraries(["beta", "epsilon>=1"], there.get)
     assert found.text == "epsilon is not installed: run `pip install 'epsilon>=1'`"
     (found,) = hardware.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
-    assert found == passed("libraries", "2 are there, in versions that fit")
+    assert found == passed("libraries", "2 are installed, in versions that fit")
 
 
 def test_disk(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_a_context_fits_or_what_lacks_memory_is_named(tmp_path: Path) -> None:
         if (found := re.search(r"then ([\d.]+) tokens/s", told(8192, record).text))
     ]
     assert speeds == pytest.approx([1000 / 8, 1000 / 68], rel=0.02)
-    assert "which they do not tell" in told(2000, head, tail).text
-    assert "which they do not tell" not in told(2000, replace(head, **reads), replace(tail, **reads)).text
+    assert "which some peers do not report" in told(2000, head, tail).text
+    assert "which some peers do not report" not in told(2000, replace(head, **reads), replace(tail, **reads)).text
 
 
 def test_a_swarm_without_peers() -> None:

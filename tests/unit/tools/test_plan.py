@@ -140,7 +140,7 @@ def test_a_longer_context_takes_memory_and_time() -> None:
     plain_ms = 4096 * SIZES.flops_per_position / machine.flops_per_ms
     slowest_stage_ms = 4 * (arithmetic_ms + plain_ms)
     assert long.longest_first_token_ms == pytest.approx(slowest_stage_ms * 9 / 8, rel=0.1)
-    assert "a prompt that long gets its first token in" in " ".join(summary(long))
+    assert "a prompt of this length gets its first token in" in " ".join(summary(long))
 
 
 def test_measured_chains_are_foretold() -> None:

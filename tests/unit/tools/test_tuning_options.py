@@ -77,7 +77,7 @@ def test_an_option_that_would_do_nothing_is_refused(options: tuple[str, ...], to
     [
         (("--accumulate", "9"), "a step is cut into 8 parts at most"),
         (("--accumulate", "2", "--zeroth-order", "--method", "prompt"), "a step is cut into 1 parts at most"),
-        (("--template", "{text} is"), "--template tells labels, and the data has none"),
+        (("--template", "{text} is"), "--template is about labels, and the data has none"),
         (("--targets", " ,"), "--targets names no layer"),
     ],
 )

@@ -226,9 +226,9 @@ class TestFolder:
         folder.save_checkpoint({"parameter.w": torch.ones(2)}, {"step": 1})
         folder.save_adapter(Adapted(1.0))
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        with pytest.raises(DataError, match=r"is as before, as parameter\.w is not finite"):
+        with pytest.raises(DataError, match=r"is unchanged, because parameter\.w is not finite"):
             folder.save_checkpoint({"parameter.w": torch.full((2,), value)}, {"step": 2})
-        with pytest.raises(DataError, match="is as before, as w is not finite"):
+        with pytest.raises(DataError, match="is unchanged, because w is not finite"):
             folder.save_adapter(Adapted(value))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

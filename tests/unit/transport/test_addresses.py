@@ -51,7 +51,7 @@ def test_the_dht_listens_where_the_peer_does(listen: str, dht: str, reachable: b
         ("localhost:80", "127.0.0.1:80"),
     ],
 )
-def test_a_host_is_announced_by_its_address(given: str, literal: str) -> None:
+def test_a_host_name_is_replaced_by_its_address(given: str, literal: str) -> None:
     assert with_literal_host(given) == literal
 
 
@@ -77,7 +77,7 @@ V4, V6 = socket.AF_INET, socket.AF_INET6
         ("tcp://[fd00::9]:7", {V4: "192.0.2.7"}, {}, "[fd00::9]"),
     ],
 )
-def test_the_address_of_this_machine_is_one_at_which_it_listens(
+def test_the_announced_host_is_one_at_which_the_peer_listens(
     listen: str, routes: dict[Any, str], networks: dict[Any, str], host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "_on_default_route", lambda family: routes.get(family, ""))
@@ -97,7 +97,7 @@ def test_without_a_router_the_address_is_of_an_interface_that_is_up_and_leads_to
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {
-        "docker0": ["172.17.0.1"],  # of no kind that the kernel tells
+        "docker0": ["172.17.0.1"],  # recognised by its name only
         "inner": ["172.18.0.1", ("2001:4860::5", 0, 0)],  # a bridge of containers
         "off": ["10.9.9.9"],
         "br-lan": ["10.1.1.5", ("fd00::5", 0, 0), ("2001:4860::1", 0, 0)],  # a bridge with a card
@@ -133,7 +133,7 @@ def test_a_host_without_an_address_is_named(given: str) -> None:
         with_literal_host(given)
 
 
-def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_silent_name_server_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
 
     def hang(*_: Any, **__: Any) -> Any:
@@ -159,18 +159,18 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytes
         ("tcp://[fe80::1]:0", "tcp://[fe80::1]:7"),
     ],
 )
-def test_where_a_peer_finds_its_own_port(listen: str, inside: str) -> None:
+def test_the_address_of_a_peers_own_port_on_its_machine(listen: str, inside: str) -> None:
     assert inside_of(listen, 7) == inside
 
 
-def test_addresses_of_the_internet() -> None:
+def test_globally_routable_addresses() -> None:
     assert is_global("tcp://44.77.0.1:80") and is_global("tcp://[2600::1]:80")
     assert not any(
         map(is_global, ("tcp://192.168.1.2:80", "tcp://100.64.0.1:80", "tcp://127.0.0.1:80", "tcp://[::1]:8"))
     )
 
 
-def test_where_a_user_has_joined_is_known() -> None:
+def test_hosts_of_addresses_to_join_with() -> None:
     key = Identity.generate().public
     joined = ["/ip4/192.0.2.7/tcp/31330/p2p/Qm", "/ip6/2001:db8::7/tcp/1/p2p/Qm", "/dns4/localhost/tcp/1/p2p/Qm"]
     joined += [

@@ -1,4 +1,4 @@
-"""What waits to be sent is counted by receiver, without asking for every message what has become of it."""
+"""Waiting bytes are counted by receiver, without tracking every message."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_small_messages_are_counted_together() -> None:
     assert backlog.untracked(receiver(1), size)
 
 
-def test_a_slow_receiver_gets_half_and_what_is_sent_makes_room() -> None:
+def test_a_slow_receiver_gets_half_of_the_room_and_sent_messages_free_it() -> None:
     budget = Budget(100 * LARGE)
     backlog = Backlog(budget)
     parcels = [parcel for _ in range(100) if (parcel := sent(backlog, 1, LARGE)) is not None]
@@ -58,7 +58,7 @@ def test_a_slow_receiver_gets_half_and_what_is_sent_makes_room() -> None:
     assert budget.held(receiver(1).curve) == 20 * LARGE
 
 
-def test_what_waits_for_a_receiver_is_what_has_not_been_sent() -> None:
+def test_held_bytes_are_those_of_unsent_messages() -> None:
     backlog = Backlog(Budget(100 * LARGE))
     parcels = [parcel for number in (1, 2, 1) if (parcel := sent(backlog, number, LARGE)) is not None]
     assert [backlog.held(receiver(number)) for number in (1, 2, 3)] == [2 * LARGE, LARGE, 0]
@@ -67,7 +67,7 @@ def test_what_waits_for_a_receiver_is_what_has_not_been_sent() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30 * LARGE), st.booleans()), max_size=60))
-def test_what_is_not_sent_is_held_and_within_the_limit(messages: list[tuple[int, int, bool]]) -> None:
+def test_unsent_bytes_are_held_and_within_the_limit(messages: list[tuple[int, int, bool]]) -> None:
     budget = Budget(100 * LARGE)
     backlog = Backlog(budget)
     waiting: list[tuple[int, Parcel]] = []

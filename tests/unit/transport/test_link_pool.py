@@ -1,4 +1,4 @@
-"""Which links stay open, whoever wants how many."""
+"""The pool of links: which links stay open, and how many."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def peer(number: int) -> Endpoint:
 
 
 class FakeLinking:
-    """Links that are as the test says; one that is opened is connecting."""
+    """Links whose states the test sets; an opened link is connecting."""
 
     def __init__(self) -> None:
         self.open: dict[Endpoint, LinkState] = {}
@@ -49,7 +49,7 @@ class Fixture:
         self.pool = LinkPool(self.linking, most=MOST, keep_s=KEEP_S, keep_unreached_s=keep_unreached_s)
 
     def touch(self, number: int, state: LinkState | None = None) -> bool:
-        """Sends something, as the transport does."""
+        """Counts a message and opens its link, as the transport does."""
         allowed = self.pool.touch(peer(number))
         if allowed:
             self.linking.connect(peer(number))
@@ -89,7 +89,7 @@ def test_a_link_that_is_not_up_is_closed_sooner(links: Fixture, state: LinkState
     assert links.open == set()
 
 
-def test_how_a_closed_link_had_failed_is_known_for_a_while(links: Fixture) -> None:
+def test_the_failure_of_a_closed_link_is_remembered_for_a_while(links: Fixture) -> None:
     links.touch(1, LinkState.DOWN)
     links.pool.tick(0.0)
     links.pool.tick(100.0)
@@ -103,7 +103,7 @@ def test_how_a_closed_link_had_failed_is_known_for_a_while(links: Fixture) -> No
     assert links.open == set() and links.pool.state(peer(1)) is LinkState.CONNECTING
 
 
-def test_what_is_known_of_a_closed_link_is_forgotten(links: Fixture) -> None:
+def test_remembered_failures_of_closed_links_are_bounded(links: Fixture) -> None:
     links.touch(1, LinkState.DOWN)
     links.pool.tick(0.0)
     for now in (100.0, 100.0 + KEEP_S):
@@ -155,7 +155,7 @@ def test_links_in_use_make_no_room(links: Fixture) -> None:
     assert links.open == {0, 1, 2}
 
 
-def test_without_patience_a_link_that_is_not_up_is_closed_with_its_last_user() -> None:
+def test_without_a_delay_a_link_that_is_not_up_is_closed_with_its_last_user() -> None:
     links = Fixture(keep_unreached_s=0.0)
     links.pool.acquire(peer(1))
     links.pool.release(peer(1))
@@ -163,7 +163,7 @@ def test_without_patience_a_link_that_is_not_up_is_closed_with_its_last_user() -
 
 
 class Machine(RuleBasedStateMachine):
-    """Whatever is wanted in whatever order: what is in use is open, and there are never too many."""
+    """For any order of calls: links in use are open, and the number of links is bounded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def test_links_that_had_no_users_are_closed_sooner() -> None:
     assert linking.open.keys() == set(), "it had users before it was closed"
 
 
-def test_a_link_is_not_closed_unused_while_the_answer_to_what_waited_for_its_handshake_comes() -> None:
+def test_an_unused_link_stays_open_for_the_answer_to_a_message_that_waited_for_its_handshake() -> None:
     linking, handshake_s = FakeLinking(), 3 * BRIEF_S
     pool = LinkPool(linking, most=10, keep_s=KEEP_S, keep_unreached_s=handshake_s, keep_unused_s=BRIEF_S)
     assert pool.touch(peer(1))

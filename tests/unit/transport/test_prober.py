@@ -1,4 +1,4 @@
-"""What pings tell of links."""
+"""Pings, and their measurements of links."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEER, OTHER, THIRD = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().pu
 
 
 class Clock:
-    """Stands in for the time: every ping takes what `rtt_ms` says, and is answered at once."""
+    """A simulated clock: every ping takes the time that `rtt_ms` gives, and is answered without a real delay."""
 
     def __init__(self, rtt_ms: Callable[[int, int], float]) -> None:
         self.now = 0.0
@@ -42,7 +42,7 @@ class Clock:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, rtt_ms: Callable[[int, int], float]) -> tuple[float, float, int]:
-    """Latency in ms and bandwidth in bytes/ms that are found, and how many pings it took."""
+    """The measured latency in ms and bandwidth in bytes/ms, and the number of pings."""
     clock = Clock(rtt_ms)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     link = clock.prober.measure([PEER])[PEER]
@@ -56,7 +56,7 @@ def test_latency_and_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pings == 4
 
 
-def test_what_disturbs_the_first_probes_of_a_quick_link_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delays_of_the_first_probes_of_a_quick_link_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     def rtt_ms(index: int, size: int) -> float:
         return 0.2 + size / 100_000 + (8.0 if index < 4 else 0.0)
 
@@ -66,22 +66,22 @@ def test_what_disturbs_the_first_probes_of_a_quick_link_does_not_count(monkeypat
     assert pings == 4 + PROBES_OF_QUICK_LINKS + 1, "the second probe leaves no doubt"
 
 
-def test_a_link_that_is_not_so_quick_is_probed_some_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_less_quick_link_is_probed_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     _, bytes_per_ms, pings = measured(monkeypatch, lambda _, size: 10.0 + size / 8000)
     assert abs(bytes_per_ms - 8000) < 1e-6
     assert pings == 4 + 2 * PROBES_OF_QUICK_LINKS
 
 
-def test_a_probe_that_takes_no_time_at_all_is_no_infinite_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_takes_no_time_gives_a_finite_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     _, bytes_per_ms, _ = measured(monkeypatch, lambda *_: 1.0)
     assert bytes_per_ms < PROBE_BYTES * 1000
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
+def test_the_wait_for_a_far_peer_is_longer_after_it_has_accepted_the_connection(
     monkeypatch: pytest.MonkeyPatch, taken: bool
 ) -> None:
-    """The first ping of a link pays for its handshake."""
+    """The first ping of a link includes its handshake."""
     monkeypatch.setattr(prober_module, "ANSWER_S", 0.2)
     with answering([0.0, 0.3, 0.0], lambda asked: taken and asked > 1) as prober:
         assert prober.answering([OTHER]) == {OTHER}, "who is near tells how long it takes here"
@@ -90,7 +90,8 @@ def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
 
 @contextmanager
 def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[Prober]:
-    """Pings are answered so late, one after the other. is_taken: whether a connection is, after so many were sent."""
+    """A prober whose pings are answered after `late_s`, in order. is_taken: whether a connection is accepted, by the
+    number of pings sent."""
     timers: list[threading.Timer] = []
 
     def answer(endpoint: Endpoint, ping: Ping) -> None:
@@ -98,7 +99,7 @@ def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[
         timers.append(threading.Timer(late, prober.pong, (endpoint, pong)))
         if late:
             timers[-1].start()
-        else:  # however busy the machine is: what the round trip took decides how long others are waited for
+        else:  # an exact round trip even on a busy machine, because it decides how long other peers are waited for
             prober.pong(endpoint, pong)
 
     prober = Prober(answer, lambda _: is_taken(len(timers)))
@@ -109,10 +110,8 @@ def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[
 
 
 @pytest.mark.parametrize("somebody_is_near", [False, True])
-def test_where_all_are_far_the_first_answers_are_waited_for_longer(
-    monkeypatch: pytest.MonkeyPatch, somebody_is_near: bool
-) -> None:
-    """Over satellites a connection alone takes more than a second: as long as it took, so long the rest may take."""
+def test_the_first_wait_is_longer_if_all_peers_are_far(monkeypatch: pytest.MonkeyPatch, somebody_is_near: bool) -> None:
+    """Over a satellite a connection takes more than a second, and the rest of the handshake may take as long again."""
     for name, value in {"ANSWER_S": 0.1, "FIRST_ANSWER_S": 0.4}.items():
         monkeypatch.setattr(prober_module, name, value)
     began = time.monotonic()
@@ -123,7 +122,7 @@ def test_where_all_are_far_the_first_answers_are_waited_for_longer(
         assert (PEER in prober.round_trips([PEER], timeout_s=0.1)) is not somebody_is_near
 
 
-def test_answers_are_waited_for_as_long_as_round_trips_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_an_answer_follows_from_round_trips(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     pings: list[Ping] = []
@@ -151,7 +150,7 @@ def test_answers_are_waited_for_as_long_as_round_trips_are(monkeypatch: pytest.M
     assert prober.answer_limit_s(PEER) == MAX_ANSWER_S, "who answers as late as it likes is not waited for so long"
 
 
-def test_nobody_answers_for_another() -> None:
+def test_an_answer_of_another_peer_is_ignored() -> None:
     pings: list[Ping] = []
     prober = Prober(lambda _, ping: pings.append(ping))
     answer = prober.ping(PEER)
@@ -162,7 +161,7 @@ def test_nobody_answers_for_another() -> None:
     assert answer.done()
 
 
-def test_an_answer_tells_what_was_sent_before_it() -> None:
+def test_an_answer_shows_which_messages_have_arrived() -> None:
     pings: list[Ping] = []
     prober = Prober(lambda _, ping: pings.append(ping))
     first, second, third = (prober.probe(PEER) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Sockets: frames arrive whole and in order from those who may send them, and links tell how they are."""
+"""The transport: frames from authorized keys arrive complete and in order, and the states of links are reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAIT_S = 20.0
 
 
 class Node:
-    """A transport that records what happens to it, and lets a test wait for that."""
+    """A transport that records its events, so that a test can wait for them."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ def echo(source: Destination, frames: list[bytes]) -> list[bytes]:
 
 
 def until(event: threading.Event, timeout_s: float = WAIT_S) -> Callable[[Destination, list[bytes]], None]:
-    """An answer that keeps the transport from reading."""
+    """A handler that blocks the transport's thread until an event."""
 
     def wait(source: Destination, frames: list[bytes]) -> None:
         event.wait(timeout_s)
@@ -158,7 +158,7 @@ def test_the_largest_payload_arrives(node: Start) -> None:
     assert client.frames() == [[b"%d" % MAX_PAYLOAD_BYTES, b"tail!"]]
 
 
-def test_a_larger_one_ends_the_connection_and_the_next_works(node: Start) -> None:
+def test_a_too_large_payload_ends_the_connection_and_the_next_works(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     client.transport.send(server.endpoint, [b"header", bytes(MAX_PAYLOAD_BYTES + 1024)])
     client.wait_for_state(server.endpoint, LinkState.DOWN)
@@ -184,7 +184,7 @@ def test_many_threads_send_at_once(node: Start) -> None:
         assert mine == [b"%d" % number for number in range(each)]
 
 
-def test_answers_go_to_the_one_who_asked(node: Start) -> None:
+def test_answers_go_to_the_client_that_asked(node: Start) -> None:
     server, clients = node(ANY_PORT), [node() for _ in range(4)]
     server.answer = echo
     for number, client in enumerate(clients):
@@ -209,7 +209,7 @@ def test_a_key_that_is_not_listed_is_refused(node: Start, tmp_path: Path) -> Non
     assert (server.endpoint, LinkState.UP) not in stranger.states
 
 
-def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
+def test_a_server_with_another_key_gets_no_messages(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     expected = Endpoint(server.endpoint.address, Identity.generate().public)
     client.transport.send(expected, [b"secret"])
@@ -218,10 +218,9 @@ def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
     assert not server.received
 
 
-def test_a_server_that_stands_still_is_not_taken_for_another_and_is_found_when_it_goes_on(
-    node: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The system takes the connections of a process that stands still, and ZeroMQ tells of a time-out as of an end."""
+def test_a_suspended_server_is_down_and_up_again_after_it_resumes(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system accepts connections for a suspended process, and ZeroMQ reports the timeout of a handshake like its
+    end."""
     monkeypatch.setattr("splitnet.transport.transport._HANDSHAKE_MS", 300)
     monkeypatch.setattr("splitnet.transport.transport._REFUSES_S", 0.15)
     client = node()
@@ -246,7 +245,7 @@ def test_a_server_that_ends_is_noticed_and_one_that_comes_back_is_found(node: St
     assert client.transport.state(endpoint) is LinkState.DOWN
 
 
-def test_an_address_where_nobody_listens_is_down(node: Start) -> None:
+def test_an_address_without_a_listener_is_down(node: Start) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = Endpoint(f"tcp://127.0.0.1:{free.getsockname()[1]}", Identity.generate().public)
@@ -262,7 +261,7 @@ def test_a_client_that_is_gone_is_reported_when_something_is_sent_to_it(node: St
     connection = server.received[0][0]
     assert isinstance(connection, Connection)
     client.transport.close()
-    # Until the socket's end has arrived, a message is still taken.
+    # Messages are accepted until the end of the socket has arrived.
     server.on_tick = lambda: server.transport.send(connection, [b"are you there?"])
     server.wait(lambda: bool(server.lost))
     assert set(server.lost) == {connection}
@@ -317,7 +316,7 @@ def test_closing_sends_what_is_queued_and_leaves_no_thread(node: Start) -> None:
     client.transport.connect(server.endpoint)
 
 
-def test_closing_does_not_wait_for_those_who_are_gone(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_does_not_wait_for_links_that_are_down(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.transport.transport._CLOSE_LINGER_MS", int(1000 * WAIT_S))
     server, client = node(ANY_PORT), node()
     client.transport.connect(server.endpoint)
@@ -368,7 +367,9 @@ def test_an_error_in_a_handler_ends_nothing(node: Start) -> None:
     client.wait(lambda: client.frames() == [[b"again"]])
 
 
-def test_what_a_tick_sends_does_not_wait_for_the_next_event(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_sent_in_a_tick_does_not_wait_for_the_next_event(
+    node: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, client = node(ANY_PORT), node()
     poller, outbox = client.transport._poller, client.transport._outbox
     left: list[int] = []
@@ -383,7 +384,7 @@ def test_what_a_tick_sends_does_not_wait_for_the_next_event(node: Start, monkeyp
     assert not any(left), "nothing is left when the thread goes to sleep"
 
 
-def test_what_is_sent_together_goes_out_at_the_end(node: Start) -> None:
+def test_messages_sent_together_go_out_at_the_end(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     client.transport.connect(server.endpoint)
     client.wait_for_state(server.endpoint, LinkState.UP)
@@ -435,7 +436,7 @@ def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, caplog:
     sleeper.wait(lambda: len(sleeper.received) == 400 - len(dropped))
 
 
-def test_what_waits_for_a_link_is_told_until_it_is_sent(node: Start) -> None:
+def test_unsent_bytes_of_a_link_are_reported_until_they_are_sent(node: Start) -> None:
     sleeper, sender = node(ANY_PORT), node()
     asleep = threading.Event()
     sleeper.answer = until(asleep)
@@ -451,7 +452,7 @@ def test_what_waits_for_a_link_is_told_until_it_is_sent(node: Start) -> None:
     sender.wait(lambda: sender.transport.unsent(sleeper.endpoint) == 0)
 
 
-def test_what_a_link_carries_is_told(node: Start) -> None:
+def test_traffic_of_a_link_is_reported(node: Start) -> None:
     sleeper, sender = node(ANY_PORT), node()
     assert sender.transport.traffic(sleeper.endpoint) is None and not sender.transport.queues()
     asleep = threading.Event()
@@ -476,7 +477,7 @@ def test_what_a_link_carries_is_told(node: Start) -> None:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         passed = sender.transport.traffic(sleeper.endpoint)
-        # What zmq has handed over may have come before it hands over the rest.
+        # The bytes handed to the kernel may arrive before ZeroMQ hands over the rest.
         if passed is None or (not passed.unsent and passed.acked - before.acked > 100 << 20):
             break
         sender.transport.tick_soon()
@@ -507,13 +508,13 @@ def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start
 
 
 def test_small_messages_to_a_receiver_that_reads_late_all_arrive(node: Start) -> None:
-    """They are counted in bytes, so that no number of them makes a peer drop what answers a ping."""
+    """The bound is on bytes, so that a large number of small messages does not make a peer drop answers to pings."""
     server, sleeper = node(ANY_PORT), node()
     asleep = threading.Event()
     sleeper.answer = until(asleep)
     sleeper.transport.send(server.endpoint, [b"hello"])
     server.wait(lambda: bool(server.received))
-    count = 30_000  # more than both ends' buffers in the kernel hold
+    count = 30_000  # more than the kernel's buffers at both ends hold
     try:
         for number in range(count):
             server.transport.send(server.received[0][0], [b"%d" % number, bytes(200)])
@@ -551,7 +552,7 @@ def test_a_message_of_many_frames_is_cut_off(node: Start, to_the_client: bool) -
     other.wait(lambda: other.frames() == [[b"still there?"]])
 
 
-def test_many_large_messages_are_no_endless_one(node: Start) -> None:
+def test_many_large_messages_do_not_count_as_an_endless_one(node: Start) -> None:
     server, client = node(ANY_PORT), node(max_backlog=None)
     server.answer = until(threading.Event(), 0.5)
     for number in range(6):
@@ -561,7 +562,7 @@ def test_many_large_messages_are_no_endless_one(node: Start) -> None:
     assert (server.endpoint, LinkState.DOWN) not in client.states
 
 
-def test_an_address_with_a_name_is_refused_by_name(node: Start) -> None:
+def test_an_address_with_a_host_name_is_refused(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     named = Endpoint(f"tcp://localhost:{server.transport.port}", server.identity.public)
     client.transport.send(named, [b"look me up"])
@@ -629,7 +630,7 @@ def test_a_handshake_under_way_outlives_silent_connections_that_are_newer(monkey
         assert newcomer.ended, "it is spared once"
 
 
-def test_a_newcomer_gets_in_at_the_cost_of_a_key_with_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_connection_replaces_one_of_the_key_with_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.transport.connections.most_connections", lambda: 8)
     table = Connections(Budget(1 << 20), drained=lambda: 0, drain=lambda: None)
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=64) as server:
@@ -668,8 +669,9 @@ def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="connections are looked at on Linux")
-def test_links_from_an_address_that_is_gone_are_made_anew(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would hang for half a minute: nobody tells that what is sent from there arrives nowhere."""
+def test_links_from_a_lost_address_are_opened_again(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they would hang for half a minute, because no error reports that packets from the lost address
+    vanish."""
     monkeypatch.setattr("splitnet.transport.connections._MOVED_S", 0.05)
     server, client = node(ANY_PORT), node()
     server.answer = echo
@@ -682,7 +684,7 @@ def test_links_from_an_address_that_is_gone_are_made_anew(node: Start, monkeypat
     client.wait(lambda: client.frames() == [[b"one"], [b"two"]])
 
 
-def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_that_is_lost_for_a_moment_ends_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     connections = Connections(Budget(1), drained=lambda: 0, drain=lambda: None)
     monkeypatch.setattr(connections, "end", lambda known, reason: ended.append(f"{known.own_host} {reason}"))
@@ -702,7 +704,7 @@ def test_a_connection_that_zeromq_has_closed_is_hung_up_without_an_error() -> No
     flow.hang_up(descriptor, b"\0" * 8)
 
 
-def test_addresses_of_this_machine_are_told_from_others() -> None:
+def test_addresses_of_this_machine_are_recognised() -> None:
     assert flow.has_address("127.0.0.1") and flow.has_address("::ffff:127.0.0.1")
     assert not flow.has_address("192.0.2.7") and not flow.has_address("2001:db8::7")
 
@@ -731,7 +733,7 @@ def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypa
         context.destroy(linger=0)
 
 
-def test_nothing_of_what_a_client_sends_to_a_slow_receiver_is_lost(node: Start) -> None:
+def test_a_client_without_a_bound_loses_no_message_to_a_slow_receiver(node: Start) -> None:
     server, client = node(ANY_PORT), node(max_backlog=None)
     asleep = threading.Event()
 
@@ -749,7 +751,7 @@ def test_nothing_of_what_a_client_sends_to_a_slow_receiver_is_lost(node: Start) 
     assert not client.dropped
 
 
-def test_a_message_to_an_address_that_cannot_be_connected_to_is_told(node: Start) -> None:
+def test_a_message_to_an_invalid_address_is_reported_as_dropped(node: Start) -> None:
     client = node()
     nowhere = Endpoint("tcp://nowhere", Identity.generate().public)
     client.transport.send(nowhere, [b"header", b"payload"])

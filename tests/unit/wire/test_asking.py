@@ -1,4 +1,4 @@
-"""What peers say of weights that nobody has asked for is not kept."""
+"""Answers about weights to which there is no question are dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHER = Endpoint("tcp://127.0.0.1:2", Identity.generate().public)
 
 
 def test_one_answer_to_each_question_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that starts may not read them for hours, as while it reads from the hub."""
+    """A starting peer may read no answers for hours, for example while it downloads from the hub."""
     with Asking(Identity.generate()) as asking:
         sent: list[AskWeights] = []
         monkeypatch.setattr(asking._links, "send", lambda peer, message: sent.append(message))

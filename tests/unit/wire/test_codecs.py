@@ -1,4 +1,4 @@
-"""The codecs of boundary activations: exact sizes and bytes, bounded errors, nothing that crashes on bad input."""
+"""The codecs of boundary activations: exact sizes and bytes, bounded errors, no crash on bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.errors import CodecError
-from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, _by_name, codec_by_code, codec_by_name
+from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_code, codec_by_name
 
 INTEGER_BITS = {"int8": 8, "int8-block": 8, "int6": 6, "int4": 4}
 LOSSY = [name for name in CODECS if name != "none"]
@@ -36,7 +36,7 @@ def pieces(codec: Codec, payload: bytes, hidden: int) -> list[bytes]:
     return [payload[start : start + size] for start in range(0, len(payload), size)]
 
 
-def test_names_and_numbers_lead_to_the_same_codec() -> None:
+def test_a_codec_is_found_by_name_and_by_number() -> None:
     assert {codec_by_name(name) for name in CODECS} == {codec_by_code(codec.code) for codec in CODECS.values()}
     assert all(CODECS[name].name == name for name in CODECS)
     assert DEFAULT_INT8 in CODECS
@@ -58,13 +58,8 @@ def test_every_codec_has_its_rows_in_the_documentation() -> None:
     page = (Path(__file__).parents[3] / "docs" / "codecs.md").read_text(encoding="utf-8")
     for codec in CODECS.values():
         assert f"\n| `{codec.name}` | {codec.code} |" in page
-        assert page.count(f"\n| {codec.name} | ") == 3
+        assert page.count(f"\n| {codec.name} | ") == 2
         assert f"\n| {codec.name} | {codec.bytes_per_position(576)} | " in page
-
-
-def test_two_codecs_cannot_share_a_number_or_a_name() -> None:
-    with pytest.raises(ValueError, match="different"):
-        _by_name([CODECS["none"], CODECS["none"]])
 
 
 @given(names, st.integers(0, 5), hidden_sizes, seeds, st.sampled_from([torch.float16, torch.bfloat16, torch.float64]))
@@ -156,7 +151,7 @@ def test_integer_errors_are_bounded_by_the_block(
     padding = -hidden % 64
     exact = torch.nn.functional.pad(rows.double(), (0, padding)).reshape(-1, 64)
     error = torch.nn.functional.pad((decoded.double() - rows), (0, padding)).reshape(-1, 64).norm(dim=1)
-    # Half a step per value, steps up to 1/64 too wide (bfloat16 scales), and the grid of the rotation.
+    # The bound: half a step per value, with steps up to 1/64 too wide (bfloat16 scales), plus the grid of the rotation.
     rotated = exact if name == "int8-block" else exact @ torch.from_numpy(rotation())
     levels = 127 if name == "int8-block" else 2 ** (INTEGER_BITS[name] - 1)
     step = rotated.abs().amax(1) / levels * (1 + 2**-6)
@@ -186,7 +181,8 @@ def test_rotation_protects_the_neighbours_of_a_massive_value() -> None:
 
 
 def rotation() -> np.ndarray:
-    """The matrix of docs/codecs.md, made another way: Sylvester's construction, signs from x0 x1 + x2 x3 + x4 x5."""
+    """The matrix of docs/codecs.md, computed independently: Sylvester's construction, signs from x0 x1 + x2 x3 + x4
+    x5."""
     matrix = np.ones((1, 1))
     while len(matrix) < 64:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
@@ -202,7 +198,7 @@ def test_rotation_is_orthonormal_and_spreads_equal_values_evenly() -> None:
 
 @given(seeds, st.sampled_from([64, 576]))
 def test_int8_agrees_bit_for_bit_with_its_definition(seed: int, hidden: int) -> None:
-    """Written again from docs/codecs.md in float64, where no sum can round."""
+    """Compares with an implementation of docs/codecs.md in float64, in which no sum rounds."""
     row = activations(1, hidden, seed)
     blocks = row.double().numpy().reshape(-1, 64)
     peak = np.abs(blocks).max(axis=1, keepdims=True)
@@ -233,7 +229,7 @@ def test_int8_agrees_bit_for_bit_with_its_definition(seed: int, hidden: int) -> 
     ],
 )
 def test_bytes_on_the_wire_are_stable(name: str, digest: str) -> None:
-    """A failure means that old and new peers no longer understand each other: give the new format a new number."""
+    """A failure means that old and new peers cannot decode each other's payloads: give the new format a new number."""
     rows = (torch.arange(3 * 100).reshape(3, 100) * 37 % 101 - 50.0) / 16
     rows[:, 9] *= 1000
     assert hashlib.sha256(CODECS[name].encode(rows)).hexdigest()[:16] == digest
@@ -272,7 +268,7 @@ def test_only_matrices_of_floats_are_encoded(name: str, rows: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_views_and_gradients_do_not_matter_and_the_input_is_untouched(name: str) -> None:
+def test_views_and_gradients_are_encoded_alike_and_the_input_is_unchanged(name: str) -> None:
     codec, rows = CODECS[name], activations(5, 576, seed=7)
     before = rows.clone()
     payload = codec.encode(rows)
@@ -283,7 +279,7 @@ def test_views_and_gradients_do_not_matter_and_the_input_is_untouched(name: str)
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.filterwarnings("error")
-def test_decoded_memory_is_its_own(name: str) -> None:
+def test_decoded_tensors_own_their_memory(name: str) -> None:
     codec = CODECS[name]
     payload = codec.encode(activations(2, 100, seed=8))
     first = codec.decode(payload, 2, 100)

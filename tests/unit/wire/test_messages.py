@@ -1,4 +1,4 @@
-"""Messages and frames: what goes in comes out, and whatever else arrives is a `ProtocolError`."""
+"""Messages and frames: a message is decoded as it was encoded, and invalid frames raise `ProtocolError`."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ attempts = st.integers(0, MAX_ATTEMPT)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
-    # What steers a terminal comes back escaped, see tests/unit/test_printable.py.
+    # Control characters are escaped when decoded, see tests/unit/test_printable.py.
     return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 
@@ -277,7 +277,7 @@ def fields_of(message: Message) -> list[Any]:
 
 
 def decode_or_refuse(frames: list[Any]) -> Message | None:
-    """None if the frames were refused in the one way that the protocol allows."""
+    """The message; None: the frames were refused with a `ProtocolError`."""
     try:
         return decode(frames)
     except ProtocolError:
@@ -289,7 +289,7 @@ def test_there_is_an_example_of_every_message() -> None:
 
 
 @given(messages)
-def test_a_message_comes_back_from_its_frames(message: Message) -> None:
+def test_a_message_is_decoded_from_its_frames(message: Message) -> None:
     frames = encode(message)
     assert decode(frames) == message
     assert decode([memoryview(frame) for frame in frames]) == message
@@ -298,7 +298,7 @@ def test_a_message_comes_back_from_its_frames(message: Message) -> None:
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 @settings(max_examples=examples(50))
 @given(data=st.data())
-def test_frames_that_were_changed_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
+def test_changed_frames_raise_only_protocol_errors(message: Message, data: st.DataObject) -> None:
     header, *payload = encode(message)
     changed = bytearray(header)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -310,7 +310,7 @@ def test_frames_that_were_changed_raise_nothing_but_protocol_errors(message: Mes
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_no_beginning_of_a_header_is_a_message(message: Message) -> None:
+def test_a_truncated_header_is_refused(message: Message) -> None:
     header, *payload = encode(message)
     for length in range(len(header)):
         with pytest.raises(ProtocolError):
@@ -332,7 +332,7 @@ def test_random_bodies_are_refused_or_valid(tag: int, body: bytes) -> None:
 
 
 @given(st.integers(0, 255).filter(lambda version: version != PROTOCOL_VERSION), st.binary(max_size=40))
-def test_another_version_is_named_whatever_follows(version: int, rest: bytes) -> None:
+def test_another_version_is_named_for_any_later_bytes(version: int, rest: bytes) -> None:
     with pytest.raises(ProtocolVersionError, match=rf"protocol {version}, this one {PROTOCOL_VERSION}"):
         decode([MAGIC + bytes((version,)) + b"\1" + rest])
 
@@ -344,7 +344,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4), max_le
 
 
 @given(st.sampled_from(EXAMPLES), st.data())
-def test_a_field_of_any_other_value_is_refused_or_harmless(message: Message, data: st.DataObject) -> None:
+def test_any_value_of_a_field_is_refused_or_valid(message: Message, data: st.DataObject) -> None:
     fields = fields_of(message)
     fields[data.draw(st.integers(0, len(fields) - 1))] = data.draw(values)
     decoded = decode_or_refuse(frames_of(message.TAG, fields))
@@ -513,7 +513,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
 
 
 @pytest.mark.parametrize(("message", "name", "allowed", "refused"), BOUNDS)
-def test_every_bound_is_kept(message: Message, name: str, allowed: Any, refused: Any) -> None:
+def test_bounds_of_fields_are_checked(message: Message, name: str, allowed: Any, refused: Any) -> None:
     names = [item.name for item in dataclasses.fields(message) if item.name != "payload"]
     fields = fields_of(message)
     fields[names.index(name)] = allowed
@@ -523,9 +523,9 @@ def test_every_bound_is_kept(message: Message, name: str, allowed: Any, refused:
         decode(frames_of(message.TAG, fields))
 
 
-def test_the_bounds_name_every_field_that_has_one() -> None:
+def test_every_bounded_field_is_tested() -> None:
     bounded = {(type(message), name) for message, name, _, _ in BOUNDS}
-    # These share a check with a field that is listed.
+    # These fields share their check with a listed field.
     same = {"session", "epoch", "nonce", "number", "codec", "until"}
     for message in EXAMPLES:
         for item in dataclasses.fields(message):
@@ -534,7 +534,7 @@ def test_the_bounds_name_every_field_that_has_one() -> None:
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-def test_what_is_no_array_and_surplus_frames_are_refused(message: Message) -> None:
+def test_bodies_that_are_no_arrays_and_surplus_frames_are_refused(message: Message) -> None:
     fields = fields_of(message)
     for wrong in (None, 7, b"bytes", "text"):
         with pytest.raises(ProtocolError):
@@ -560,7 +560,7 @@ def test_no_frames_are_refused() -> None:
 def test_frames_that_are_too_large_are_refused() -> None:
     with pytest.raises(ProtocolError, match="header"):
         decode([bytes(encode(Close(SESSION))[0]) + bytes(MAX_HEADER_BYTES)])
-    zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # pages that are never touched take no memory
+    zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # memory pages that are never written are not allocated
     with pytest.raises(ProtocolError, match="payload"):
         decode([*encode(Ping(1)), memoryview(zeros)])
     assert isinstance(decode([*encode(Ping(1)), memoryview(zeros)[:-1]]), Ping)
@@ -580,7 +580,7 @@ HUGE_CLAIMS = {
 
 
 @pytest.mark.parametrize("body", HUGE_CLAIMS.values(), ids=HUGE_CLAIMS.keys())
-def test_a_header_that_claims_much_allocates_little(body: bytes) -> None:
+def test_a_header_with_large_lengths_allocates_little(body: bytes) -> None:
     header = MAGIC + bytes((PROTOCOL_VERSION, Step.TAG)) + body
     tracemalloc.start()
     try:
@@ -592,7 +592,7 @@ def test_a_header_that_claims_much_allocates_little(body: bytes) -> None:
     assert peak < 32 * 2**20
 
 
-def test_a_step_with_as_much_as_allowed_fits_in_a_header() -> None:
+def test_a_step_at_all_bounds_fits_in_a_header() -> None:
     most = (Chunk(LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS),) * MAX_ROWS
     step = Step(
         SESSION, LARGEST_EPOCH, LARGEST_NUMBER, most, (Fork(LARGEST_NUMBER, LARGEST_NUMBER),) * MAX_ROWS, 0, 255

@@ -1,4 +1,4 @@
-"""Logs of sent activations and the forks of rows: a replay gives exactly what was last sent."""
+"""Logs of sent activations and the forks of rows: a replay gives exactly the rows that were sent last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 3
 
 @dataclass(frozen=True)
 class Sent:
-    """One step as a sender logs it."""
+    """The arguments with which a sender logs a step."""
 
     parts: tuple[Chunk, ...]
     forks: tuple[Fork, ...] | None
@@ -33,19 +33,19 @@ class Sent:
 
 @dataclass
 class Model:
-    """What a log must hold: per row the list of its positions' bytes, which end with the reach of their step."""
+    """The expected content of a log: per row, the bytes of each position, which end with the reach of its step."""
 
     rows: dict[int, list[bytes]] = field(default_factory=dict)
     next_row: int = 1
     written: int = 0
 
     def fresh(self, reach: int) -> bytes:
-        """Bytes that no other position has."""
+        """Bytes of a new position, different from those of all other positions."""
         self.written += 1
         return self.written.to_bytes(SIZE - 1, "big") + bytes([reach])
 
     def step(self, data: st.DataObject) -> Sent:
-        """Draws a step that a client could send next, and takes it in."""
+        """Draws a step that a client could send next, and applies it to the model."""
         forks = self._forks(data) if self.rows and data.draw(st.booleans(), "with forks") else None
         candidates = [*self.rows, self.next_row]
         chosen = data.draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique=True), "rows")
@@ -74,7 +74,7 @@ class Model:
 
 
 def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[bytes]]:
-    """The rows that a hop would hold after a replay into nothing."""
+    """The rows that an empty hop would hold after a replay."""
     receiver: dict[int, list[bytes]] = {}
     for parts, payload, reach, _ in log.replay(positions_per_step):
         assert 1 <= sum(part.length for part in parts) <= positions_per_step
@@ -91,7 +91,7 @@ def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[byt
 
 
 @given(st.data())
-def test_a_replay_gives_what_was_last_sent(data: st.DataObject) -> None:
+def test_a_replay_gives_the_rows_that_were_sent_last(data: st.DataObject) -> None:
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 12), "steps")):
         sent = model.step(data)
@@ -114,7 +114,7 @@ def test_a_step_that_is_logged_twice_changes_nothing(data: st.DataObject) -> Non
         assert contents(log) == once
 
 
-def test_a_fork_goes_its_own_way() -> None:
+def test_a_fork_does_not_change_its_source() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
     log.record([Chunk(1, 0, 3, 0)], None, b"abc")
     log.record([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
@@ -141,7 +141,7 @@ def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
     ],
     ids=["gap", "gap in a new row", "fork of nothing", "gap in the second part"],
 )
-def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
+def test_invalid_steps_are_refused_and_change_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
     log = SentLog(codec=0, bytes_per_position=1)
     log.record([Chunk(1, 0, 2, 0)], None, b"ab")
     log.record([Chunk(9, 0, 1, 0)], None, b"c")
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Chunk], fo
 def test_a_replayed_step_never_exceeds_a_payload() -> None:
     size = MAX_PAYLOAD_BYTES // 4
     log = SentLog(codec=0, bytes_per_position=size)
-    payload = bytearray(6 * size)  # pages that are never touched take no memory
+    payload = bytearray(6 * size)  # memory pages that are never written are not allocated
     log.record([Chunk(1, 0, 6, 0)], None, memoryview(payload))
     assert [parts[0].length for parts, *_ in log.replay(512)] == [4, 2]
 
@@ -173,7 +173,7 @@ def test_forks_made_twice_change_nothing(rows: dict[int, list[int]], forks: list
     finally:
         assert rows == before
     assert list(once) == [fork.row for fork in forks]
-    # Once made, a source may be gone: the rows are there, so nothing is looked up.
+    # The second time a source may be gone: the forked rows exist, so no source is needed.
     again = fork_rows(once, forks, list)
     assert again == once
     assert all(again[row] is once[row] for row in once)
@@ -190,7 +190,7 @@ def pages_of(positions: int) -> Iterator[None]:
 
 
 def labelled(positions: Sequence[tuple[bytes, int]], cuts: Sequence[int], salt: bytes = b"salt") -> SentLog:
-    """A client's log of a row of positions with their reach, in steps that end at `cuts` and where reach changes."""
+    """A client's log of one row. Steps end at `cuts`, and at positions where the reach changes."""
     log = SentLog(codec=0, bytes_per_position=SIZE, salt=salt)
     changes = {index for index in range(1, len(positions)) if positions[index][1] != positions[index - 1][1]}
     ends = sorted({*(cut for cut in cuts if 0 < cut < len(positions)), *changes, len(positions)})
@@ -211,7 +211,7 @@ cut_lists = st.lists(st.integers(1, 24), max_size=6)
 
 
 @given(text=texts, cuts=cut_lists, others=cut_lists, page=st.integers(1, 5))
-def test_labels_follow_from_the_text_alone(
+def test_labels_depend_only_on_the_text(
     text: list[tuple[bytes, int]], cuts: list[int], others: list[int], page: int
 ) -> None:
     with pages_of(page):
@@ -222,7 +222,7 @@ def test_labels_follow_from_the_text_alone(
 
 
 @given(text=texts, cuts=cut_lists, page=st.integers(1, 5), at=st.integers(0, 23), what=st.booleans())
-def test_another_position_or_reach_changes_all_labels_behind_it(
+def test_another_position_or_reach_changes_all_later_labels(
     text: list[tuple[bytes, int]], cuts: list[int], page: int, at: int, what: bool
 ) -> None:
     at %= len(text)
@@ -236,15 +236,15 @@ def test_another_position_or_reach_changes_all_labels_behind_it(
 
 
 def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tuple[Sent, Sequence[bytes]]]:
-    """Some steps that a client logs, each with its labels."""
+    """Draws steps that a client logs, each with its labels."""
     for _ in range(data.draw(st.integers(1, 10), "steps")):
         sent = model.step(data)
         yield sent, client.record(sent.parts, sent.forks, sent.payload, sent.reach)
 
 
 @given(data=st.data(), page=st.integers(1, 4))
-def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int) -> None:
-    """After any steps, rewinds and forks; what is replayed to the next one has them too, and so has a new client."""
+def test_a_hop_knows_the_labels_of_its_pages(data: st.DataObject, page: int) -> None:
+    """After any steps, rewinds and forks. The next hop after a replay has the same labels, and so has a new client."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
         for sent, labels in recorded(data, model, client):
@@ -260,8 +260,8 @@ def test_a_hop_knows_the_labels_of_what_it_holds(data: st.DataObject, page: int)
 
 
 @given(data=st.data(), page=st.integers(1, 4))
-def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int) -> None:
-    """Steps without labels leave gaps; what follows them is not labelled wrongly."""
+def test_a_hop_that_misses_labels_has_no_later_ones(data: st.DataObject, page: int) -> None:
+    """Steps without labels leave gaps; later pages get no wrong labels."""
     model, client, hop = Model(), SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
     with pages_of(page):
         for sent, labels in recorded(data, model, client):
@@ -273,7 +273,7 @@ def test_a_hop_that_misses_labels_has_none_behind(data: st.DataObject, page: int
 
 
 @given(text=texts, cuts=cut_lists, page=st.integers(1, 4), kept=st.integers(0, 24), step=st.integers(1, 7))
-def test_pages_and_what_is_replayed_since_make_the_whole_row(
+def test_pages_and_a_replay_of_the_rest_make_the_whole_row(
     text: list[tuple[bytes, int]], cuts: list[int], page: int, kept: int, step: int
 ) -> None:
     with pages_of(page):
@@ -300,7 +300,7 @@ def test_pages_and_what_is_replayed_since_make_the_whole_row(
         assert [(each.payload, each.reach) for each in hop.replay()] == [(e.payload, e.reach) for e in log.replay()]
 
 
-def test_what_a_log_lacks_is_no_page() -> None:
+def test_a_page_that_is_not_logged_is_an_error() -> None:
     with pages_of(2):
         log = labelled([(b"abc", 0)] * 5, [])
         assert log.page(1, 1) == (b"abcabc", 0)
