@@ -356,8 +356,8 @@ DIRECTORY = [
     Fault(
         "a record is stored in the place of another key",
         "splitnet/directory/record.py",
-        "return subkey == peer.key.text and record.key in",
-        "return record.key in",
+        "return subkey == peer.key.text and record.key ==",
+        "return record.key ==",
         (
             "tests/unit/directory/test_records.py",
             "tests/unit/directory/test_directory.py",
