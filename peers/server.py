@@ -18,7 +18,7 @@ import torch
 from peers.any_model import ChosenModel, ModelChoice
 from peers.counters import Counters
 from peers.directory import DirectoryService
-from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
+from peers.engine import Engine
 from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
 from peers.options import PeerOptions, Report, SpanWish
@@ -40,6 +40,7 @@ from peers.queue import WorkQueue
 from peers.reach import PeerWays
 from peers.service import ServedBlocks, SessionService, renumbered
 from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
+from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from peers.weights import DEFAULT_RATE, WeightService
 from scheduler.placement import BLOCKS_SHARE
 from splitnet.blocks.device import find_device

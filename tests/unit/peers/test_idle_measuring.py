@@ -12,12 +12,12 @@ import torch
 
 from peers import engine, server
 from peers.counters import Counters
-from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.options import PeerOptions
 from peers.queue import WorkQueue
 from peers.server import SpanServer
 from peers.sessions import PassWork, SessionTable
+from peers.speed import ObservedSpeed
 from scheduler.facts import CONTEXTS, PastCost
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint

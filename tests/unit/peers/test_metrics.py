@@ -26,12 +26,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from peers import metrics as metrics_server
 from peers.counters import Counters, Histogram
-from peers.engine import ObservedSpeed
 from peers.metrics import MetricsServer, registry_of
 from peers.power import EnergyMeter
 from peers.prefixes import PrefixStore
 from peers.queue import WorkQueue
 from peers.sessions import MemoryAccount, SessionTable
+from peers.speed import ObservedSpeed
 from scheduler.batching import Load
 from splitnet.cli.arguments import parse_host_port
 from splitnet.errors import AddressInUse, SplitnetError

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from peers import service
-from peers.engine import Engine, ObservedSpeed, measure_speed
+from peers.engine import Engine
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.prefixes import READ_S, Page, PrefixStore, Space
 from peers.queue import WorkQueue
@@ -36,6 +36,7 @@ from peers.sessions import (
     Work,
     room_for,
 )
+from peers.speed import ObservedSpeed, measure_speed
 from scheduler.batching import PASS_POSITIONS
 from scheduler.facts import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
