@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peers.counters import Traffic
-from peers.sessions import PassWork, Work
 from scheduler.candidates import by_use
 from scheduler.facts import MIN_HEIGHT_MS, Link, Network
 from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
@@ -25,7 +24,7 @@ from splitnet.transport.pool import KEEP_S, LinkPool
 from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Destination, Endpoint
-from splitnet.wire.messages import Message, Timing, encode
+from splitnet.wire.messages import Message, encode
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +64,6 @@ class Outbox:
     def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
         """How long to wait for a pong, or for a link to come up and a pong: more where round trips are long."""
         return self.prober.answer_limit_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
-
-
-def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
-    following = work.session.next
-    rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
-    return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))
 
 
 class NextHops(LinkPool):

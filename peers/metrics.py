@@ -166,14 +166,7 @@ def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
         return 0
     span = server.span
     block_bytes = span.kv_bytes_per_position / (span.end - span.start)
-    # Lists at once, as other threads add sessions and rows meanwhile.
-    return round(
-        sum(
-            (session.end - session.start) * row.length * block_bytes + row.near_bytes + row.state_bytes
-            for session in list(service.sessions)
-            for row in list(session.rows.values())
-        )
-    )
+    return round(service.rows.cached_bytes(block_bytes))
 
 
 def _token_joules(peer: Peer, server: SpanServer | None) -> float:

@@ -13,8 +13,9 @@ from itertools import takewhile
 from typing import Final
 
 from peers.links import Answering
-from peers.prefixes import PrefixStore, Space, page_name, unpack
-from peers.service import SessionService, endpoint_of
+from peers.prefixes import PrefixNamespace, PrefixStore, page_name, unpack
+from peers.served import endpoint_of
+from peers.service import SessionService
 from splitnet.checkpoint.transfer.fetching import Asking
 from splitnet.errors import ProtocolError
 from splitnet.limits import FairAccount, Holding, Places
@@ -50,7 +51,7 @@ class _Job:
     message: CopyPages
     service: SessionService
     store: PrefixStore
-    space: Space
+    namespace: PrefixNamespace
     hop: Endpoint
     began: float = field(default_factory=time.monotonic)
     turn: float = field(default_factory=time.monotonic)
@@ -61,7 +62,7 @@ class _Job:
     @property
     def held(self) -> int:
         """Pages in a row, from the first one on, that are here now."""
-        return len(list(takewhile(lambda label: self.store.has(self.space, label), self.message.labels)))
+        return len(list(takewhile(lambda label: self.store.has(self.namespace, label), self.message.labels)))
 
 
 class PageCopies:
@@ -113,11 +114,11 @@ class PageCopies:
 
     def _job(self, source: Connection, message: CopyPages) -> _Job | None:
         service = self._service()
-        store, space = service.sessions.prefixes, service.space(source.curve, message)
-        if store is None or not space.name:
+        store, namespace = service.sessions.prefixes, service.rows.namespace(source.curve, message)
+        if store is None or not namespace.name:
             return None
         hop = endpoint_of(message.source_key, message.source_address, message.source_relays, "the source")
-        return _Job(source, message, service, store, space, hop)
+        return _Job(source, message, service, store, namespace, hop)
 
     def _work(self) -> None:
         with Asking(self._identity, self._swarm) as asking:
@@ -158,8 +159,8 @@ class PageCopies:
         message, names, due = job.message, list[bytes](), 0.0
         place = {"if_faster": message.if_faster, "key": job.source.curve}
         for label in message.labels:
-            name = page_name(job.space, label)
-            if not job.store.has(job.space, label):
+            name = page_name(job.namespace, label)
+            if not job.store.has(job.namespace, label):
                 while time.monotonic() < due or not self._under_way.take(**place):
                     yield
                 try:
@@ -169,10 +170,10 @@ class PageCopies:
                 if data is None:
                     return
                 page = unpack(name, data)
-                job.service.check_page(page, message.start, message.end, message.codec, first=not names)
+                job.service.served.check_page(page, message.start, message.end, message.codec, first=not names)
                 if not are_finite(page.tensors.values()):
                     raise ProtocolError("a page has values that are no numbers")
-                if not job.store.put_copied(job.space, page, names) and not job.store.has(job.space, label):
+                if not job.store.put_copied(job.namespace, page, names) and not job.store.has(job.namespace, label):
                     return  # there is no room
                 job.copied += 1
                 job.turn = time.monotonic()
@@ -202,7 +203,7 @@ class PageCopies:
                 return None
             total = part.total
             left = total - len(data)
-            if not 0 < total <= job.service.most_page_bytes or len(part.payload) != min(left, MAX_PART_BYTES):
+            if not 0 < total <= job.service.rows.most_page_bytes or len(part.payload) != min(left, MAX_PART_BYTES):
                 raise ProtocolError("what came is no page")
             data += part.payload
             job.nbytes += len(part.payload)

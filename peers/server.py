@@ -38,8 +38,10 @@ from peers.power import EnergyMeter, find_sources
 from peers.prefixes import STATES, PageFiles, PrefixStore
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
-from peers.service import ServedBlocks, SessionService, renumbered
-from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
+from peers.rows import AHEAD
+from peers.served import ServedBlocks, renumbered
+from peers.service import SessionService
+from peers.sessions import TENSOR_BYTES, KeyPolicy, SessionTable
 from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from peers.weights import DEFAULT_RATE, WeightService
 from scheduler.placement import BLOCKS_SHARE

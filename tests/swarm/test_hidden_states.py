@@ -237,13 +237,13 @@ def test_a_hop_that_sends_nonsense_is_replaced(
         assert isinstance(cache.session, Session)
         liar = cache.session.hops[1].endpoint
         service: Any = next(peer for peer in twins.peers if peer.endpoint == liar).service
-        tapped = service.tapped
+        send_taps = service.outputs.send_taps
 
         def lie(work: Any, taps: Any) -> None:
             work.tapped = {boundary: [unit * 64] for boundary in work.tapped}
-            tapped(work, taps)
+            send_taps(work, taps)
 
-        monkeypatch.setattr(service, "tapped", lie)
+        monkeypatch.setattr(service.outputs, "send_taps", lie)
         check()
         assert len(repairs(cache.session)) == 1
         assert liar not in [hop.endpoint for hop in cache.session.hops]
