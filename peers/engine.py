@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 SHORT_S = 0.02  # bound of a step that the receiving thread runs itself, because that thread receives nothing meanwhile
 LOG_S = 60.0  # interval between two logs of the same error, which a client may cause a thousand times a second
+
+Ready = list[tuple[Work, int]]  # steps of a pass, with the number of positions of each
+Tapped = tuple[Work, dict[int, torch.Tensor]]  # a step, and its hidden states by boundary
 
 _logged_until: dict[tuple[type[Exception], int], float] = {}  # by type of error and line of code
 
@@ -100,12 +103,12 @@ class Engine:
         self._service = service
         self._queue = queue = service.queue
         self._speed = speed
-        self._load = service.load
         self._training = service.training
         self._rows = service.rows
         self._outputs = service.outputs
         self._counters = service.counters
-        self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        whole = span.start, span.end
+        self._view = cache(lambda start, end: span if (start, end) == whole else span.view(start, end))
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
         self._turns = threading.Lock()  # held by the thread that runs work
         self._publish_speed()
@@ -114,11 +117,9 @@ class Engine:
             None  # when the last pass over whole sequences ended; None: none since memory was trimmed
         )
         self._piece_began = 0.0
-        blocks = span.end - span.start
+        pieces = partial(queue.piece_positions, span.end - span.start)
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
-        self._passes = SpanPasses(
-            span, self._end_piece, partial(queue.piece_positions, blocks), graph_bytes=graph_bytes
-        )
+        self._passes = SpanPasses(span, self._end_piece, pieces, graph_bytes=graph_bytes)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -206,7 +207,7 @@ class Engine:
             self._speed.replace(measured)
             self._publish_speed()
 
-    def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
+    def _run_steps(self, chosen: Ready) -> None:
         ready = [(work, count) for work, count in chosen if self._begin(work, count)]
         if ready:
             self._compute(ready)
@@ -241,7 +242,7 @@ class Engine:
             self._give_up(work, *_refusal(error, "step"))
         return False
 
-    def _compute(self, ready: list[tuple[Work, int]]) -> None:
+    def _compute(self, ready: Ready) -> None:
         """Runs a pass; if the pass fails, runs each step alone, so that no step fails because of another."""
         began = time.monotonic()
         try:
@@ -261,7 +262,7 @@ class Engine:
             for item in ready:
                 self._compute([item])
 
-    def _pass(self, ready: list[tuple[Work, int]]) -> None:
+    def _pass(self, ready: Ready) -> None:
         began_cpu = time.thread_time()
         began_at = time.monotonic()
         fresh = [work for work, _ in ready if not work.done]
@@ -298,7 +299,7 @@ class Engine:
             self._queue.delay.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         others = [len(hidden) - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
-        self._load.observe(began_at, waits, others, elapsed_ms)
+        self._service.load.observe(began_at, waits, others, elapsed_ms)
         for work in fresh:
             self._counters.step_began(work)
         for work, count in computed:
@@ -310,11 +311,9 @@ class Engine:
                     failure_of(error, "stored page")
         self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(chunks))
 
-    def _finish(
-        self, ready: list[tuple[Work, int]], wanted: list[torch.Tensor], elapsed_ms: float
-    ) -> list[tuple[Work, int]]:
+    def _finish(self, ready: Ready, wanted: list[torch.Tensor], elapsed_ms: float) -> Ready:
         """Gives the outputs of a pass to `Outputs`, and finishes steps; returns the steps that have not failed."""
-        computed = list[tuple[Work, int]]()
+        computed = Ready()
         for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden, failure = None, None
             try:
@@ -337,7 +336,7 @@ class Engine:
                     self._service.failed(work, *failure_of(error, "step"))
         return computed
 
-    def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
+    def _wanted(self, ready: Ready, output: torch.Tensor) -> list[torch.Tensor]:
         """The positions to send of the output of a pass, by step, in one copy to the CPU."""
         own = output.split([count for _, count in ready])
         wanted = [self._outputs.wanted(*item, each) for item, each in zip(ready, own, strict=True)]
@@ -454,12 +453,6 @@ class Engine:
         values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
         return to_device(values, self._span.device, values.dtype)
 
-    def _view(self, start: int, end: int) -> Span:
-        view = self._views.get((start, end))
-        if view is None:
-            view = self._views[start, end] = self._span.view(start, end)
-        return view
-
     def _offer_less(self, session: Session, error: Exception) -> None:
         """After a failed allocation for a session, the peer offers less memory."""
         if is_out_of_memory(error):
@@ -475,14 +468,12 @@ class Engine:
         self._service.ms_per_position = blocks * self._speed.block_ms[-1] / PASS_SIZES[-1]
 
 
-def _tapped(
-    ready: list[tuple[Work, int]], output: torch.Tensor, boundaries: Sequence[int]
-) -> list[tuple[Work, dict[int, torch.Tensor]]]:
+def _tapped(ready: Ready, output: torch.Tensor, boundaries: Sequence[int]) -> list[Tapped]:
     """The hidden states of a pass that clients want, by step and boundary.
 
     output: `[positions, boundaries * hidden]`, see `Span.forward`.
     """
-    found: list[tuple[Work, dict[int, torch.Tensor]]] = []
+    found: list[Tapped] = []
     own = output.split([count for _, count in ready])
     for (work, count), rows in zip(ready, own, strict=True):
         if work.taps is not None:

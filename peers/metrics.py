@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from socketserver import ThreadingTCPServer
@@ -31,7 +32,6 @@ from prometheus_client.registry import Collector
 
 from peers.counters import OTHER_CODEC, Histogram
 from peers.server import Peer, SpanServer
-from peers.service import SessionService
 from peers.sessions import Purpose
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules
@@ -45,6 +45,7 @@ PATH = "/metrics"
 REQUEST_S = 5.0  # how long a connection lasts at most
 MOST_CONNECTIONS = 16  # at the same time: for one more the oldest ends
 Label = TypeVar("Label", bound=str)
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()} | {OTHER_CODEC: "other"}
 _LINKS = {False: "incoming", True: "outgoing"}
@@ -79,7 +80,7 @@ class PeerMetrics(Collector):
         yield from self._sessions()
         yield _counter("moves", "Moves to other blocks.", counters.moves)
         yield from self._work()
-        yield from self._memory(server)
+        yield from self._memory()
         yield from self._traffic()
         yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
         help = "Energy of a decoded token in all blocks of the peer."
@@ -115,13 +116,13 @@ class PeerMetrics(Collector):
         help = "Rows (sequences) that share a pass, over all sessions."
         yield _histograms("pass_rows", help, "work", {kind: of.rows for kind, of in passes.items()})
 
-    def _memory(self, server: SpanServer | None) -> Iterator[Metric]:
+    def _memory(self) -> Iterator[Metric]:
         service = self._peer.service
         training, kv = service.training_memory, service.sessions.memory
         help = "Memory for KV caches: reserved by sessions, and free for others."
         yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
         help = "Keys and values that sessions hold of what they reserved."
-        yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
+        yield _gauge("kv_cached_bytes", help, round(service.rows.cached_bytes))
         store = service.sessions.prefixes
         help = "Keys and values of texts that are stored for later ones that begin alike."
         held = (store.nbytes, store.disk_bytes) if store is not None else (0, 0)
@@ -160,15 +161,6 @@ def registry_of(peer: Peer) -> CollectorRegistry:
     return registry
 
 
-def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
-    """Bytes that rows hold; a session may have fewer blocks than the span."""
-    if server is None:
-        return 0
-    span = server.span
-    block_bytes = span.kv_bytes_per_position / (span.end - span.start)
-    return round(service.rows.cached_bytes(block_bytes))
-
-
 def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     if server is None:
         return 0.0
@@ -178,21 +170,15 @@ def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     return hop_joules(facts, span.end - span.start) or 0.0
 
 
-def _gauge(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
-    return _filled(GaugeMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
+def _metric(family: Family, name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
+    """A metric with one value, or one for each value of `label`."""
+    metric = family(f"splitnet_peer_{name}", help, labels=[label] if label else [])
+    for key, one in value.items() if isinstance(value, Mapping) else [("", value)]:
+        metric.add_metric([key] if label else [], one)
+    return metric
 
 
-def _counter(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
-    return _filled(CounterMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
-
-
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, value: float | Mapping[Label, float]) -> Metric:
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            family.add_metric([key], one)
-    else:
-        family.add_metric([], value)
-    return family
+_gauge, _counter = partial(_metric, GaugeMetricFamily), partial(_metric, CounterMetricFamily)
 
 
 def _if_known(name: str, help: str, value: float) -> Metric:

@@ -114,8 +114,8 @@ class PageCopies:
 
     def _job(self, source: Connection, message: CopyPages) -> _Job | None:
         service = self._service()
-        store, namespace = service.sessions.prefixes, service.rows.namespace(source.curve, message)
-        if store is None or not namespace.name:
+        store = service.sessions.prefixes
+        if store is None or not (namespace := service.rows.namespace(store, source.curve, message)).name:
             return None
         hop = endpoint_of(message.source_key, message.source_address, message.source_relays, "the source")
         return _Job(source, message, service, store, namespace, hop)

@@ -106,10 +106,12 @@ class PrefixNamespace:
 
 
 NOWHERE = PrefixNamespace()
+MakePage = Callable[[bytes], Page]
+UsePages = Callable[[list[Page]], None]
 
 
-def page_name(namespace: PrefixNamespace, label: bytes) -> bytes:
-    return digest(namespace.name, label)
+def page_name(space: PrefixNamespace, label: bytes) -> bytes:
+    return digest(space.name, label)
 
 
 def _checked(name: bytes, data: bytes) -> bytes:
@@ -175,46 +177,39 @@ class PrefixStore:
         keep_latest(self._packed, name, pack(held.page), PACKED)
         return self._packed[name], True
 
-    def has(self, namespace: PrefixNamespace, label: bytes) -> bool:
+    def has(self, space: PrefixNamespace, label: bytes) -> bool:
         """Whether a page is in memory."""
-        return page_name(namespace, label) in self._held
+        return page_name(space, label) in self._held
 
     def put(
-        self,
-        namespace: PrefixNamespace,
-        label: bytes,
-        page: Callable[[bytes], Page],
-        cost_ms: float,
-        before: Sequence[bytes] = (),
+        self, space: PrefixNamespace, label: bytes, page: MakePage, cost_ms: float, before: Sequence[bytes] = ()
     ) -> None:
         """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute.
         before: names of the pages before it in its text: without them it is of no use, so they stay as long."""
-        name = page_name(namespace, label)
-        if not namespace.name or name in self._held or self._limit() <= 0:
+        name = page_name(space, label)
+        if not space.name or name in self._held or self._limit() <= 0:
             return
         made = page(name)
-        self.counts.stored += self._take_in(made, namespace, cost_ms, before, uses=1)
+        self.counts.stored += self._take_in(made, space, cost_ms, before, uses=1)
 
-    def put_copied(self, namespace: PrefixNamespace, page: Page, before: Sequence[bytes]) -> bool:
+    def put_copied(self, space: PrefixNamespace, page: Page, before: Sequence[bytes]) -> bool:
         """Takes in a page that is copied from another peer, if there is room; before: as of `put`. It is not written to
         disk before a session has used it: others could fill that."""
-        return self._take_in(page, namespace, self._most_cost_ms(), before, uses=0)
+        return self._take_in(page, space, self._most_cost_ms(), before, uses=0)
 
     def _most_cost_ms(self) -> float:
         """What a page counts for of which it is not known what it took to compute."""
         return max((each.cost_ms for each in list(self._held.values())), default=1.0)
 
-    def lookup_prefix(
-        self, namespace: PrefixNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]
-    ) -> None:
+    def lookup_prefix(self, space: PrefixNamespace, labels: Sequence[bytes], then: UsePages) -> None:
         """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
         once, or from another thread if some are on disk."""
-        names = [page_name(namespace, label) for label in labels] if namespace.name else []
+        names = [page_name(space, label) for label in labels] if space.name else []
         pages, until = self._in_memory(names), time.monotonic() + READ_S
         following = names[len(pages) : len(pages) + 1]
-        on_disk = self._files is not None and following and self._files.has(namespace.owner, following[0])
+        on_disk = self._files is not None and following and self._files.has(space.owner, following[0])
         if on_disk and self._jobs.qsize() < 2 * MOST_QUEUED:
-            self._put_job(0, lambda: then(self._read(namespace, names, pages, until)))
+            self._put_job(0, lambda: then(self._read(space, names, pages, until)))
         else:
             self.counts.found += len(pages)
             then(pages)
@@ -268,7 +263,7 @@ class PrefixStore:
                 value = held.value = max(value, held.value, self._floor + held.uses * held.cost_ms)
             return [held.page for held in found]
 
-    def _read(self, namespace: PrefixNamespace, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
+    def _read(self, space: PrefixNamespace, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
         """Goes on behind `pages`, with those on disk and in memory."""
         assert self._files is not None
         found = list(pages)
@@ -276,22 +271,20 @@ class PrefixStore:
             with self._lock:
                 held = self._held.get(name)
             page = held.page if held is not None else None
-            if page is None and time.monotonic() < until and self._files.has(namespace.owner, name):
-                page = self._files.read(namespace.owner, name)
+            if page is None and time.monotonic() < until and self._files.has(space.owner, name):
+                page = self._files.read(space.owner, name)
                 self.counts.read += page is not None
                 self.counts.broken += page is None
                 if page is not None:
-                    self._take_in(page, namespace, self._most_cost_ms(), names[: len(found)], uses=2)
+                    self._take_in(page, space, self._most_cost_ms(), names[: len(found)], uses=2)
             if page is None:
                 break
             found.append(page)
         self.counts.found += len(found)
         return found
 
-    def _take_in(
-        self, page: Page, namespace: PrefixNamespace, cost_ms: float, before: Sequence[bytes], uses: int
-    ) -> bool:
-        owner = namespace.owner
+    def _take_in(self, page: Page, space: PrefixNamespace, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
+        owner = space.owner
         with self._lock:
             if not page.nbytes or page.name in self._held:
                 return False
@@ -299,9 +292,7 @@ class PrefixStore:
                 return False
             if not self._hold(before, owner, cost_ms):
                 return False
-            self._held[page.name] = _Held(
-                page, owner, cost_ms, len(before), self._floor + cost_ms, namespace.secret, uses
-            )
+            self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, space.secret, uses)
             self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
             self.nbytes += page.nbytes
             return True

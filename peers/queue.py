@@ -192,7 +192,9 @@ class WorkQueue:
 
     def release_prefix_hit(self, session: Session) -> None:
         with self._changed:
-            self._drop_prefix_hit(session)
+            if session in self._prefix_hits:
+                del self._prefix_hits[session]
+                self._shares.left(session.owner, time.monotonic())
 
     def gather(self) -> None:
         """Waits for work, and then for expected steps while these keep arriving."""
@@ -274,19 +276,13 @@ class WorkQueue:
 
     def discard_waiting(self, session: Session) -> None:
         """Drops the steps of a session that no pass has begun: the client will repeat them."""
-        steps = session.queue_state.steps
         with self._changed:
-            while len(steps) > self._begun(session):
-                self._drop(steps.pop())
-            if not steps:
-                self._ready.pop(session, None)
+            self._drop_steps(session, keep=self._begun(session))
 
     def discard(self, session: Session) -> None:
         with self._changed:
-            while session.queue_state.steps:
-                self._drop(session.queue_state.steps.pop())
-            self._ready.pop(session, None)
-            self._drop_prefix_hit(session)
+            self._drop_steps(session, keep=0)
+            self.release_prefix_hit(session)
             self.delay.left(session.id)
             self.memory.end(session)
 
@@ -401,10 +397,12 @@ class WorkQueue:
         steps = session.queue_state.steps
         return int(bool(steps) and (session not in self._ready or steps[0].done > 0))
 
-    def _drop_prefix_hit(self, session: Session) -> None:
-        if session in self._prefix_hits:
-            del self._prefix_hits[session]
-            self._shares.left(session.owner, time.monotonic())
+    def _drop_steps(self, session: Session, keep: int) -> None:
+        steps = session.queue_state.steps
+        while len(steps) > keep:
+            self._drop(steps.pop())
+        if not steps:
+            self._ready.pop(session, None)
 
     def _drop(self, work: Work) -> None:
         work.session.waiting_size -= work.size

@@ -184,13 +184,9 @@ class Outputs:
         step."""
         for boundary, values in states.items():
             work.tapped.setdefault(boundary, []).append(taps.codec.encode(to_host(values)))
-        if not work.remaining:
-            self.send_taps(work, taps)
-
-    def send_taps(self, work: Work, taps: Taps) -> None:
         with self.lock:
             session, step = work.session, work.step
-            if session.closed or step.epoch != session.epoch:
+            if work.remaining or session.closed or step.epoch != session.epoch:
                 return
             for boundary, parts in work.tapped.items():
                 payload = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -201,14 +197,14 @@ class Outputs:
         """Sends the encoded output of a forward pass. The caller holds the lock."""
         session, route = work.session, work.session.route_state
         route.last = max(route.last, message.number)
+        code, end = session.codec.code, session.end
         timings = (*message.timings, timing_of(work, self.outbox))
-        codec = session.codec.code
         if session.next is not None:
             route.sent_on = True
-            onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
+            onward = replace(message, codec=code, payload=payload, boundary=end, timings=timings)
             self.outbox.send(session.next, onward)
         else:
-            result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
+            result = Result(session.id, message.epoch, message.number, end, code, timings, payload)
             self.outbox.send(session.reply_to, result)
 
     def replay(self, source: Connection, session: Session, message: Replay) -> None:

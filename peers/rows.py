@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from peers.prefixes import NOWHERE, STATES, Page, PrefixNamespace, page_name
+from peers.prefixes import NOWHERE, STATES, Page, PrefixNamespace, PrefixStore, UsePages, page_name
 from peers.queue import WorkQueue
 from peers.served import ServedBlocks, renumbered
 from peers.sessions import PrefixHit, PrefixLoad, RowPages, Session, SessionTable, SessionTooLong, Work
@@ -58,9 +59,10 @@ class Rows:
         sessions = self.sessions
         return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
 
-    def cached_bytes(self, block_bytes: float) -> float:
-        """Bytes that rows hold. block_bytes: of a position in one block; a session may have fewer blocks than the
-        span. Any thread may call it."""
+    @property
+    def cached_bytes(self) -> float:
+        """Bytes that rows hold; a session may have fewer blocks than the span. Any thread may read it."""
+        block_bytes = self.sessions.position_bytes / (self.served.end - self.served.start)
         # Lists, because other threads add sessions and rows.
         return sum(
             (session.end - session.start) * cache.length * block_bytes + cache.near_bytes + cache.state_bytes
@@ -68,35 +70,32 @@ class Rows:
             for cache in list(session.row_state.caches.values())
         )
 
-    def namespace(self, owner: bytes, message: Open | CopyPages) -> PrefixNamespace:
+    def namespace(self, store: PrefixStore, owner: bytes, message: Open | CopyPages) -> PrefixNamespace:
         """The namespace of the pages of a session of the key `owner`."""
         shared = isinstance(message, Open) and message.shared
         group = self.keys.options_of(owner).share if shared else None
         whose = owner if group is None else b"group " + group.encode()
-        if (store := self.sessions.prefixes) is None:
-            return NOWHERE
         hop = message.context, message.start, message.end, message.codec
         return store.namespace(whose, *hop, secret=not shared)
 
-    def labels_to_look_up(self, session: Session, message: Open) -> Sequence[bytes]:
-        """Takes over the namespace of an `Open`. Returns the labels of the stored pages with which a row could begin;
-        none for a row that exists. The caller holds the lock."""
-        if self.sessions.prefixes is None:
-            return ()
-        own, namespace = session.row_state, self.namespace(session.owner, message)
+    def look_up(self, session: Session, message: Open, then: UsePages) -> bool:
+        """Takes over the namespace of an `Open`, and looks for stored pages, see `PrefixStore.lookup_prefix`. False:
+        there is nothing to look for. The caller holds the lock."""
+        store, own = self.sessions.prefixes, session.row_state
+        if store is None:
+            return False
+        namespace = self.namespace(store, session.owner, message)
         if namespace != session.namespace or message.labels:
             session.namespace, own.hit = namespace, None
-        return () if message.row in own.caches else message.labels[: session.reservation // PAGE]
+        if not message.labels or message.row in own.caches:
+            return False
+        store.lookup_prefix(namespace, message.labels[: session.reservation // PAGE], then)
+        return True
 
-    def look_up(self, session: Session, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
-        """Finds stored pages, see `PrefixStore.lookup_prefix`."""
-        if self.sessions.prefixes is not None:
-            self.sessions.prefixes.lookup_prefix(session.namespace, labels, then)
-
-    def found(self, session: Session, row: int, pages: Sequence[Page], labels: Sequence[bytes]) -> None:
-        """Has `row` begin with stored pages. The caller holds the lock."""
+    def found(self, session: Session, message: Open, pages: Sequence[Page]) -> None:
+        """Has the row of an `Open` begin with stored pages. The caller holds the lock."""
         if pages:
-            session.row_state.hit = PrefixHit(row, pages, labels)
+            session.row_state.hit = PrefixHit(message.row, pages, message.labels)
             self.queue.put_prefix_hit(session)
 
     def held(self, session: Session) -> tuple[int, bool, bool]:
@@ -245,20 +244,17 @@ class Rows:
                 if cache.length < (index + 1) * PAGE:
                     break
                 # A row has the states after its last position only.
-                has_states = cache.length == cache.computed == (index + 1) * PAGE
-                make = partial(self._page, session, part.row, cache, index, has_states)
+                ends = cache.length == cache.computed == (index + 1) * PAGE
+                make = partial(self._page, session, part.row, cache, index, ends)
                 with suppress(ValueError):
                     store.put(work.namespace, label, make, cost_ms, pages.names)
                 pages.names.append(page_name(work.namespace, label))
 
-    def log_hit(self, session: Session) -> None:
-        """Logs the outputs of pages that were found and that no step has used: the next hop may lack some of them. The
-        caller holds the lock."""
-        if session.row_state.hit is not None:
-            self._log(session, session.row_state.hit)
-
-    def _log(self, session: Session, hit: PrefixHit) -> None:
-        if session.end != self.served.num_blocks:
+    def log_hit(self, session: Session, hit: PrefixHit | None = None) -> None:
+        """Logs the outputs of pages; without `hit` of the pages that no step has used: the next hop may lack some of
+        them. The caller holds the lock."""
+        hit = hit or session.row_state.hit
+        if hit is not None and session.end != self.served.num_blocks:
             pages = zip(hit.pages, hit.labels, strict=False)
             session.log.restore(hit.row, [(page.output, page.reach, label) for page, label in pages])
 
@@ -272,7 +268,7 @@ class Rows:
             if part.row != hit.row or not part.start:
                 return None
             hit = hit._replace(pages=hit.pages[: -(-part.start // PAGE)])
-            self._log(session, hit)
+            self.log_hit(session, hit)
             return hit
 
     def _new_load(self, session: Session, hit: PrefixHit, end: int, span: Span) -> PrefixLoad:
@@ -319,14 +315,13 @@ class Rows:
             if self.sessions.prefixes is not None:
                 self.sessions.prefixes.forget(load.hit.pages)
 
-    def _page(
-        self, session: Session, row: int, cache: SequenceCache, index: int, has_states: bool, name: bytes
-    ) -> Page:
-        """Raises ValueError: the page is not to be stored."""
+    def _page(self, session: Session, row: int, cache: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
+        """A page of a row. ends: it ends with the row, so it has states. Raises ValueError: the page is not to be
+        stored."""
         tensors = cache.page(index * PAGE, (index + 1) * PAGE)
         if not are_finite(tensors.values()):
             raise ValueError("the page has values that are no numbers")
-        if has_states:
+        if ends:
             tensors |= {STATES + state: tensor for state, tensor in cache.states().items()}
         tensors = renumbered(tensors, self.served.start)
         if session.end == self.served.num_blocks:
@@ -335,8 +330,7 @@ class Rows:
             return Page(name, tensors, *session.log.page(row, index))
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
+class _Copy(NamedTuple):
     source: SequenceCache
     length: int
     prefix_length: int
@@ -371,8 +365,6 @@ def prepare_rows(session: Session, step: Step) -> None:
     row that does not exist, or a gap before a chunk.
     """
     own = session.row_state
-    if _continues(session, step):
-        return
     rows: dict[int, SequenceCache | _Copy] = dict(own.caches)
     if step.forks is not None:
         rows = fork_rows(rows, step.forks, _copy_of)

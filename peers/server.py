@@ -143,10 +143,9 @@ class SpanServer:
         where = span.device.type
         on_cpu = where == "cpu"
         beside = 0 if on_cpu else min(kv_memory, free_memory(torch.device("cpu")) // 4)
-        self.prefixes = None
         if options.prefixes:
             folder = options.prefix_folder
-            self.prefixes = sessions.prefixes = PrefixStore(
+            sessions.prefixes = PrefixStore(
                 f"{__version__} {torch.__version__} {where} {checkpoint.fingerprint} {span.held_as} {span.dtype}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
@@ -155,16 +154,9 @@ class SpanServer:
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
         page, states = span.page_layout() if options.prefixes else ({}, {})
-        served = ServedBlocks(
-            model=checkpoint.fingerprint,
-            start=span.start,
-            end=span.end,
-            num_blocks=checkpoint.num_blocks,
-            hidden_size=checkpoint.hidden_size,
-            max_positions=checkpoint.max_positions,
-            weights=span.held_as,
-            page=renumbered(page | {STATES + name: each for name, each in states.items()}, span.start),
-        )
+        page = renumbered(page | {STATES + name: each for name, each in states.items()}, span.start)
+        facts = checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.max_positions
+        served = ServedBlocks(checkpoint.fingerprint, span.start, span.end, *facts, span.held_as, page)
         if training_memory is None:
             training_memory = free_memory(span.device) // 8
         self.service = SessionService(
@@ -206,8 +198,8 @@ class SpanServer:
     def close(self) -> None:
         self.engine.close()
         self.service.forget_all()
-        if self.prefixes is not None:
-            self.prefixes.close()
+        if self.service.sessions.prefixes is not None:
+            self.service.sessions.prefixes.close()
 
 
 class Peer:
@@ -364,9 +356,8 @@ class Peer:
             start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
             span = _load(checkpoint, start, end, options, partial(report, f"load blocks {start}..{end - 1}"))
             report("measure the device", 0, 0)
-            counters = Counters(
-                EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
-            )
+            find = partial(find_sources, torch.device(options.device), options.sysfs)
+            counters = Counters(EnergyMeter(find, options.watts))
             most = _row_positions(checkpoint, span, options)
             speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy, most)
             peer = cls(joined, span, speed, options, identity, counters, fitting, choice)

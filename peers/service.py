@@ -94,9 +94,8 @@ class SessionService:
         self.queue = queue
         self.ms_per_position = 0.0  # of the device, set by the engine
         self.leaving = False  # it takes no new sessions
-        self.training_memory = MemoryAccount(
-            training_memory, "no training memory for", "train with fewer positions at a time"
-        )
+        refusal = "no training memory for", "train with fewer positions at a time"
+        self.training_memory = MemoryAccount(training_memory, *refusal)
         self.counters = counters or Counters()
         self._policy = policy or KeyPolicy()
         self.load = Load()
@@ -110,14 +109,9 @@ class SessionService:
         self._probe_at = 0.0
 
     @property
-    def queue_ms(self) -> float:
-        """Expected wait of a new step for the device; 0: no step waits."""
-        return self.queue.queued_positions * self.ms_per_position
-
-    @property
     def busy_ms(self) -> float:
-        """Expected time of all steps and passes; 0: there are none."""
-        return self.queue_ms + self.queue.pass_positions * self.ms_per_position
+        """Expected time of all steps and passes on the device; 0: there are none."""
+        return (self.queue.queued_positions + self.queue.pass_positions) * self.ms_per_position
 
     def receive(self, source: Destination, message: Message, now: float) -> None:
         with self._lock:
@@ -157,9 +151,7 @@ class SessionService:
         """Ends all sessions; their clients notice with the next step."""
         with self._lock:
             for session in list(self.sessions):
-                self.sessions.remove(session)
-                self._forget(session)
-                self.counters.ended[SessionEnd.DROPPED] += 1
+                self._end(session, SessionEnd.DROPPED)
 
     def reject(self, source: Destination, error: ProtocolError) -> None:
         """Handles frames that are not a message."""
@@ -209,7 +201,6 @@ class SessionService:
                 self._ended(session, SessionEnd.EXPIRED)
             # The connection of a revoked key ends, but the hop before would still send its steps.
             for session in [session for session in self.sessions if not self._policy.keys.allows(session.owner)]:
-                self.sessions.remove(session)
                 self._ended(session, SessionEnd.REVOKED, REVOKED)
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
@@ -252,19 +243,9 @@ class SessionService:
             self._policy.spend(source.curve, 0, now)
             is_new = session is None
             if session is None:
-                session = Session(
-                    id=message.session,
-                    owner=source.curve,
-                    reply_to=source,
-                    epoch=message.epoch,
-                    start=message.start,
-                    end=message.end,
-                    reservation=message.reservation,
-                    codec=codec,
-                    next=None,
-                    log=SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size)),
-                    used_at=now,
-                )
+                sent = SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size))
+                facts = message.epoch, message.start, message.end, message.reservation
+                session = Session(message.session, source.curve, source, *facts, codec, None, sent, now)
             text = "your key had more than its share of this peer's KV memory, and others waited for it"
             for ended in self.sessions.make_room(session, message.reservation, now):
                 self._ended(ended, SessionEnd.EXPIRED, text)
@@ -297,17 +278,16 @@ class SessionService:
     def _look_up(self, session: Session, message: Open, now: float) -> None:
         """Begins the look-up of stored pages for a row that the session does not have; `Opened` waits for it."""
         route, epoch = session.route_state, session.epoch
-        route.labelled, route.next_reachable, route.lookup_until = bool(message.context), None, None
+        route.labelled, route.next_reachable, route.lookup_until = bool(message.context), None, now + 2 * READ_S
 
         def found(pages: list[Page]) -> None:
             with self._lock:
                 if route.lookup_until is not None and session.epoch == epoch and not session.closed:
-                    self.rows.found(session, message.row, pages, labels)
+                    self.rows.found(session, message, pages)
                     self._hops.looked_up(session)
 
-        if labels := self.rows.labels_to_look_up(session, message):
-            route.lookup_until = now + 2 * READ_S
-            self.rows.look_up(session, labels, found)
+        if not self.rows.look_up(session, message, found):
+            route.lookup_until = None
 
     def _refusal(self, source: Connection, message: Open, session: Session | None) -> tuple[FailureCode, str] | None:
         """Why this peer does not open a session, or a newer epoch of an open session."""
@@ -330,14 +310,15 @@ class SessionService:
         if text and waiting is not None:
             number: int = getattr(waiting, "number", 0)
             self._fail(session.reply_to, session.id, session.epoch, number, FailureCode.BUSY, text)
-        self._forget(session)
-        self.counters.ended[how] += 1
+        self._end(session, how)
         log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
 
-    def _forget(self, session: Session) -> None:
+    def _end(self, session: Session, how: SessionEnd) -> None:
+        self.sessions.remove(session)
         self.queue.discard(session)
         self.training.end(session)
         self._hops.end(session)
+        self.counters.ended[how] += 1
 
     def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
         """Takes a message of a next hop: a failure for the client, or a gradient for this hop."""
@@ -411,9 +392,7 @@ class SessionService:
     def _close(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)
         if session is not None and session.owner == source.curve:
-            self.sessions.remove(session)
-            self._forget(session)
-            self.counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
+            self._end(session, SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED)
 
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
         """Has the log of a session sent to its next hop."""

@@ -54,8 +54,7 @@ class SessionTooLong(ProtocolError):
     """More positions than the model or the session allows."""
 
 
-@dataclass(slots=True)
-class GradientSum:
+class GradientSum(NamedTuple):
     """Gradients by an adapter, added up over some passes of an epoch."""
 
     epoch: int

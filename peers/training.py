@@ -70,13 +70,7 @@ class Training:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
             check_size(message.codec, message.payload, forward.positions, self.hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
-            more = work.nbytes - forward.nbytes
-            self._take(session, Purpose.PASSES, more)
-            try:
-                self.queue.put_pass(work)
-            except PeerBusy:
-                self.memory.give_back(session, Purpose.PASSES, more)
-                raise
+            self._put(work)
             del kept[message.number]
         elif isinstance(message, FetchKV):
             self._put(PassWork(session, message, source, now))
@@ -165,10 +159,9 @@ class Training:
             self._release(work)
             if session.closed or message.epoch != session.epoch:
                 return
+            ids = session.id, message.epoch, message.number
             for remaining, part in counted_down(parts):
-                self.outbox.send(
-                    session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
-                )
+                self.outbox.send(session.reply_to, AdapterGradient(*ids, remaining, part))
             codec = forward.message.gradient_codec
             timings = (*message.timings, timing_of(work, self.outbox))
             back = replace(message, boundary=session.start, codec=codec, payload=payload, timings=timings)
@@ -190,10 +183,9 @@ class Training:
             session, message = work.session, work.message
             assert isinstance(message, FetchKV)
             self._release(work)
+            ids = session.id, message.epoch, message.number
             for remaining, part in counted_down(parts if not session.closed else ()):
-                self.outbox.send(
-                    session.reply_to, FetchedKV(session.id, message.epoch, message.number, remaining, part)
-                )
+                self.outbox.send(session.reply_to, FetchedKV(*ids, remaining, part))
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         with self.lock:
@@ -216,13 +208,14 @@ class Training:
         check_size(message.codec, message.payload, message.positions, self.hidden_size)
 
     def _put(self, work: PassWork) -> None:
-        """Queues a pass; the memory of a refused pass is freed."""
-        if not isinstance(work.message, Adapter):  # memory was reserved for each part
-            self._take(work.session, Purpose.PASSES, work.nbytes)
+        """Queues a pass, and reserves its memory; a refused pass has none."""
+        purpose, nbytes = _purpose_of(work), work.nbytes - (work.forward.nbytes if work.forward is not None else 0)
+        if purpose is Purpose.PASSES:  # for an adapter memory was reserved with each part
+            self._take(work.session, purpose, nbytes)
         try:
             self.queue.put_pass(work)
         except PeerBusy:
-            self._release(work)
+            self.memory.give_back(work.session, purpose, nbytes)
             raise
 
     def _take_part(self, session: Session, message: Adapter, source: Connection, now: float) -> None:
@@ -257,13 +250,16 @@ class Training:
         for one in (work, work.forward):
             if one is not None:
                 self._drop_graph(one)
-        purpose = Purpose.ADAPTERS if isinstance(work.message, Adapter) else Purpose.PASSES
-        self.memory.give_back(work.session, purpose, work.nbytes)
+        self.memory.give_back(work.session, _purpose_of(work), work.nbytes)
 
     def _drop(self, session: Session, number: int) -> None:
         work = session.training_state.kept.pop(number, None)
         if work is not None:
             self._release(work)
+
+
+def _purpose_of(work: PassWork) -> Purpose:
+    return Purpose.ADAPTERS if isinstance(work.message, Adapter) else Purpose.PASSES
 
 
 class MissingPass(ProtocolError):

@@ -59,7 +59,7 @@ def peer_of(counters: Counters) -> Any:
     service = SimpleNamespace(
         sessions=SessionTable(1000), queue=WorkQueue(), training_memory=MemoryAccount(1000, "", ""), load=Load()
     )
-    service.leaving, service.rows = False, SimpleNamespace(cached_bytes=lambda block_bytes: 0.0)
+    service.leaving, service.rows = False, SimpleNamespace(cached_bytes=0.0)
     service.sessions.prefixes = PrefixStore("", lambda: 1000)
     helper = SimpleNamespace(reservations=4, streams=SimpleNamespace(taken=5), passed_bytes=6)
     hidden = SimpleNamespace(relays=("a", "b"), streams=SimpleNamespace(taken=3))
