@@ -21,17 +21,17 @@ from splitnet.quant import native
 from splitnet.quant.device import seconds_after_work, to_device, trim_memory
 from splitnet.version import __version__
 
-SHARE = 0.1  # weight of the latest pass in the average
-PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
-PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
-PAST_CHUNKS = 2  # passes of so many
-PAST_S = 0.1  # a pass that is to take longer is derived from the one behind fewer positions
-NOISE_POSITIONS = 256  # drawn at random, with which a row is filled again and again
-DISTURBED = 2.0  # a pass this much slower than a smaller one foretells is timed once more: others may have computed
+SHARE = 0.1  # weight of the latest pass in the moving average
+PAST_POSITIONS = 64  # chunk size from which the prefill cost of longer contexts is extrapolated
+PAST_STEPS = 4  # timed passes of one position at each context; the first one is a warm-up
+PAST_CHUNKS = 2  # timed passes of `PAST_POSITIONS` at each context
+PAST_S = 0.1  # seconds; a slower pass is extrapolated from a shorter context
+NOISE_POSITIONS = 256  # random positions with which a row is filled repeatedly
+DISTURBED = 2.0  # a pass this many times slower than a smaller pass predicts is timed again: the device may be shared
 
 
 class ObservedSpeed:
-    """Ms per block at each of `scheduler.facts.PASS_SIZES`, and what reading positions before a pass adds.
+    """Ms per block for each of `scheduler.facts.PASS_SIZES`, and the extra ms for positions before a pass (`past`).
 
     on_measured: called after a new measurement.
     """
@@ -51,7 +51,7 @@ class ObservedSpeed:
         self.on_measured()
 
     def observe(self, positions: int, blocks: int, elapsed_ms: float, past_ms: float = 0.0) -> None:
-        """Takes in one pass: corrects the sizes on both sides of it. past_ms: of a block, as `past` tells."""
+        """Corrects the two sizes around a pass. past_ms: extra ms per block for the positions before the pass."""
         factor = elapsed_ms / blocks / max(self._speed.at(positions) + past_ms, 1e-6)
         correction = MovingAverage(SHARE, 1.0).add(factor)
         above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
@@ -62,14 +62,14 @@ class ObservedSpeed:
 
 
 def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
-    """Times passes of all sizes through the span; the first is a warm-up. None: it was interrupted between two.
+    """Times passes of all sizes through the span, after a warm-up. None: it was interrupted between two passes.
 
-    A position of a larger pass takes at most about as long as one of a smaller, as it shares the weights with more.
-    So a long pass runs once, and only again (twice at most) if it takes far longer than that.
+    A position of a larger pass takes at most about as long as one of a smaller pass, because more positions share the
+    weights. So a long pass runs once, and at most twice more if it takes far longer than predicted.
 
     Call it from the thread that uses the span.
     """
-    # A generator of its own: the common one may be seeded by others in this process.
+    # Not the global generator, which other code in this process may seed.
     hidden = torch.randn(PASS_SIZES[-1], span.hidden_size, generator=torch.Generator().manual_seed(0))
     blocks = span.end - span.start
 
@@ -83,7 +83,7 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
     for size in PASS_SIZES:
         times: list[float] = []
         predicted_ms = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
-        # A short pass is easily disturbed, a long one takes its time.
+        # Short passes vary more.
         while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * predicted_ms else 1):
             if interrupted():
                 return None
@@ -94,13 +94,13 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
 
 
 def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda: False) -> PastCost:
-    """Times passes of single blocks behind rows full of noise, and without them: the difference is what reading takes.
+    """Times passes of single blocks after rows of random positions, and without rows: the difference is the cost.
 
-    Of the blocks that keep alike what they keep, one is timed for all. A pass of a prefill is derived from one of
-    `PAST_POSITIONS`, as attention takes a time in proportion to both numbers of positions.
+    One block is timed for all blocks with the same kind of cache. A prefill is extrapolated from `PAST_POSITIONS`,
+    because the time of attention is proportional to both numbers of positions.
 
-    most: positions that a row may have; longer contexts are left out, and all if it was interrupted. Call it from the
-    thread that uses the span.
+    most: positions that a row may have; longer contexts are left out. An interruption leaves out all contexts. Call it
+    from the thread that uses the span.
     """
     contexts = [context for context in CONTEXTS if context <= most]
     if not contexts:
@@ -159,15 +159,15 @@ def _past_of(block: Span, contexts: Sequence[int], interrupted: Callable[[], boo
 
 
 class KnownSpeeds:
-    """Speeds in a file, by what they depend on. They may be wrong by now, but a peer measures again when it is idle."""
+    """Speeds in a file, by the facts that they depend on. An idle peer measures again, because a speed may change."""
 
     def __init__(self, file: Path) -> None:
         self._known = KnownFigures(file)
 
     def find(self, span: Span, model: str, most: int = 0) -> ObservedSpeed | None:
-        """The speed of the same blocks, held and computed in the same way; the span computes once, as if measured.
+        """The speed of the same blocks with the same formats and software; the span runs one pass as a warm-up.
 
-        most: as of `measure_past`; what was kept for fewer positions is not found.
+        most: as in `measure_past`; a speed that was kept for fewer positions is not found.
         """
         figures = self._known.find(_key(span, model))
         contexts = sum(context <= most for context in CONTEXTS)
@@ -182,15 +182,15 @@ class KnownSpeeds:
         self._known.keep(_key(span, model), _figures(speed))
 
     def follow(self, span: Span, model: str, speed: ObservedSpeed) -> None:
-        """Keeps later measurements of `speed`, too. Refers to no span: a peer that moves frees the old one."""
+        """Keeps later measurements of `speed`. Holds no reference to the span, which a peer that moves frees."""
         key = _key(span, model)
         speed.on_measured = lambda: self._known.keep(key, _figures(speed))
 
 
 def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter, most: int = 0) -> ObservedSpeed:
-    """The speed of the span as known from an earlier start, or else measured now, by the thread that uses the span.
+    """The speed of the span from an earlier start, or measured. Call it from the thread that uses the span.
 
-    model: its fingerprint. file: where speeds are kept; None: nowhere. energy: counts what measuring takes. most:
+    model: fingerprint. file: where speeds are kept; None: nowhere. energy: counts the joules of the measurement. most:
     positions that a row may have, see `measure_past`.
     """
     known = KnownSpeeds(file) if file is not None else None
@@ -221,7 +221,7 @@ def _is_speed(figures: Any) -> bool:
 
 
 def _key(span: Span, model: str) -> str:
-    """All that a speed depends on and does not change by itself."""
+    """The constant facts that a speed depends on."""
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
     software = f"splitnet-{__version__} torch-{torch.__version__} kernels-{native.version()}"
     hardware = f"{platform.node()}/{span.device}/{device} threads-{torch.get_num_threads()}"
