@@ -1,4 +1,4 @@
-"""Which blocks a peer serves: those that it takes when it joins, and those that it moves to when others are lost."""
+"""The blocks that a peer serves: its choice when it joins, and its moves when other peers are lost."""
 
 from __future__ import annotations
 
