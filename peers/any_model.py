@@ -1,7 +1,7 @@
-"""A peer that may serve any model: which one its swarm wants most, by `scheduler.models`.
+"""The choice of a model by demand, for a peer that may serve any model; the rules are in `scheduler.models`.
 
-A peer that means to leave announces itself where it goes, as one that is on its way, and looks again a moment later: so
-of several that would go there at once only as many do as are needed. Then it moves as to other blocks of its model.
+A peer that will change to another model first announces itself there as arriving, and decides again a moment later: so
+no more peers arrive at the same time than the model needs. Then it moves as to other blocks of its model.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 10.0  # between two looks at other models
-HOLD_S: Final = 3.0  # from the announcement that the peer leaves until it looks again, and goes
-ASKED_S: Final = 180.0  # after the last demand for a model nobody uses it
-RETRY_S: Final = 300.0  # until a model that could not be opened is tried again
-MAX_CONSIDERED: Final = 8  # models at one look, the most wanted ones
-MAX_REMEMBERED: Final = 256  # models of which it is known when they were wanted, or could not be opened
+LOOK_S: Final = 10.0  # interval between two decisions about other models
+HOLD_S: Final = 3.0  # time from the announcement of a change until the decision that makes it
+ASKED_S: Final = 180.0  # a model is unused this long after its last demand
+RETRY_S: Final = 300.0  # time until a model that could not be opened is tried again
+MAX_CONSIDERED: Final = 8  # models of one decision, those with most demand
+MAX_REMEMBERED: Final = 256  # models whose last demand or failure is remembered
 
 
 @dataclass(frozen=True)
 class ChosenModel:
-    """A model that the peer can serve, and how it would."""
+    """A model that the peer can serve, with the blocks that it would serve."""
 
     checkpoint: Checkpoint
     fetcher: Fetcher | None
@@ -56,7 +56,7 @@ class ChosenModel:
         return self.offered.own.start, self.offered.own.end
 
     def arriving(self, own: PeerRecord) -> PeerRecord:
-        """The record of the peer there, while it is on its way; own: its present one."""
+        """The record of the arriving peer at the model; own: its present record."""
         (start, end), now = self.span, time.time()
         there = {"model": self.checkpoint.fingerprint, "model_name": self.checkpoint.name, "start": start, "end": end}
         there |= {"num_blocks": self.checkpoint.num_blocks, "max_blocks": self.max_blocks, "moving_to": (start, end)}
@@ -66,10 +66,10 @@ class ChosenModel:
 
 
 class ModelChoice:
-    """Chooses for one peer among the models that its options allow. Not thread-safe.
+    """Chooses a model for one peer, among the models that its options allow. Not thread-safe.
 
-    go_on: is called while something slow is done; an error that it raises ends that. authorized: the keys whose demand
-    counts, if strangers may not connect.
+    go_on: called repeatedly during slow work; an error that it raises ends the work. authorized: the keys whose demand
+    counts if strangers may not connect.
     """
 
     def __init__(
@@ -81,23 +81,27 @@ class ModelChoice:
         self._authorized = authorized
         self.go_on = go_on
         self._opened: dict[str, Found] = {}  # by fingerprint
-        self._retry_at: dict[str, float] = {}  # of models that could not be opened
-        self._asked_at: dict[str, float] = {}  # when there was demand for a model, or a session of the own one
-        self._leaving_for: PeerRecord | None = None  # the record where the peer means to go
+        self._retry_at: dict[str, float] = {}  # by fingerprint, of models that could not be opened
+        self._asked_at: dict[
+            str, float
+        ] = {}  # by fingerprint: time of the last demand, or of the last session of the own model
+        self._leaving_for: PeerRecord | None = None  # the announced record at the model to change to
         self._look_at = -math.inf
 
     def first(self, directory: SwarmDirectory) -> Found:
-        """The model that is wanted most; of FILE the first that is there if the swarm has none. Raises SplitnetError as
-        `join_swarm`, and ModelNotFound: there is none."""
+        """The model with most demand; if the swarm has no allowed model, the first allowed model that exists. Raises
+        SplitnetError as `join_swarm`, and ModelNotFound: there is no model."""
         demand, listed = self._demand(directory), directory.models()
-        names = {model: one.name for model, one in demand.items()} | listed  # what a peer claims counts more
+        names = {
+            model: one.name for model, one in demand.items()
+        } | listed  # a name from a record replaces one from demand
         found = {one.offered.id: one for one in self._destinations(directory, names, demand)}
         while found:
             chosen = found.pop(first_model([one.offered for one in found.values()]))
             try:
                 chosen.checkpoint.get_blocks(*chosen.span)
                 return self._opened[chosen.offered.id]
-            except ModelNotFound as error:  # nobody gives its weights
+            except ModelNotFound as error:  # no peer offers its weights
                 log.warning("%s is not served here: %s", chosen.checkpoint.name, error)
         for model in self._allowed:
             try:
@@ -107,15 +111,15 @@ class ModelChoice:
         raise ModelNotFound("this swarm serves no model that this peer may and can serve: give MODEL, or --allow FILE")
 
     def serves(self, found: Found) -> None:
-        """Tells what the peer serves now: it may come back to it."""
+        """Records the model that the peer serves, which it may return to."""
         self._leaving_for = None
         keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
 
     def better(
         self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, size: float, in_use: bool
     ) -> ChosenModel | None:
-        """The model to leave for now, see `serves` and `give_up`; None: the peer stays, or has announced that it leaves
-        (`is_leaving`). size: of a position on links, in bytes. in_use: whether sessions of the peer are in use."""
+        """The model to change to at once; call `serves` or `give_up` then. None: the peer stays, or has announced a
+        change (`is_leaving`). size: bytes of a position on links. in_use: whether sessions of the peer are in use."""
         now = time.monotonic()
         if in_use:
             self._asked_at[own.model] = now
@@ -128,7 +132,7 @@ class ModelChoice:
         here = Offered(
             own.model,
             own.num_blocks,
-            [facts_of(record, size) for record in others if record.serves],  # it relies on no promise
+            [facts_of(record, size) for record in others if record.serves],  # moving peers do not count
             facts_of(own, size),
             demand[own.model].tokens_per_s if own.model in demand else 0.0,
             in_use=now - self._asked_at.get(own.model, -math.inf) < ASKED_S,
@@ -154,24 +158,24 @@ class ModelChoice:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it has announced that it leaves, and will look again soon."""
+        """Whether the peer has announced a change and will decide again soon."""
         return self._leaving_for is not None
 
     def renew(self, directory: SwarmDirectory) -> None:
-        """Announces again that the peer leaves, if it does: to get blocks takes long. May be called in any thread."""
+        """Renews the announcement of a change, because to get blocks takes long. Any thread may call it."""
         if (record := self._leaving_for) is not None:
             directory.announce(replace(record, issued_at=time.time()), self._identity)
 
     def give_up(self, directory: SwarmDirectory, chosen: ChosenModel) -> None:
-        """Stays, as the chosen model cannot be served."""
+        """Withdraws the change to a model that cannot be served."""
         keep_latest(self._retry_at, chosen.offered.id, time.monotonic() + RETRY_S, MAX_REMEMBERED)
         self.stay(directory)
 
     def stay(self, directory: SwarmDirectory) -> None:
-        """Takes back that the peer leaves."""
+        """Withdraws the announcement of a change."""
         record, self._leaving_for = self._leaving_for, None
         if record is not None:
-            with suppress(SplitnetError):  # it expires by itself
+            with suppress(SplitnetError):  # the record expires anyway
                 directory.withdraw(record, self._identity)
 
     def _demand(self, directory: SwarmDirectory) -> dict[str, Wanted]:
@@ -183,7 +187,7 @@ class ModelChoice:
     def _destinations(
         self, directory: SwarmDirectory, names: dict[str, str], demand: dict[str, Wanted]
     ) -> list[ChosenModel]:
-        """Those of these models, by fingerprint and name, that the peer may and can serve."""
+        """The models among `names` (name by fingerprint) that the peer may and can serve."""
         found: list[ChosenModel] = []
         now = time.monotonic()
         considered = [model for model in names if self._sources(names[model]) and self._retry_at.get(model, 0.0) <= now]
@@ -199,14 +203,14 @@ class ModelChoice:
         return found
 
     def _sources(self, name: str) -> list[str]:
-        """What may be opened for a model of this name."""
+        """The folders, files or hub ids to open for a model name."""
         return [one for one in self._allowed if name in names_of(one)] if self._allowed else [name]
 
     def _open_one(self, directory: SwarmDirectory, model: str, name: str) -> Found:
         if model in self._opened:
             return self._opened[model]
         options = replace(self._options, model_id=model)
-        # Without a list of the owner others give the names: these bring nothing from the hub that was not here before.
+        # Without the owner's list, strangers choose the names, so a model of the hub is only opened from the cache.
         cached = is_on_hub(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
         is_named = bool(self._allowed) or cached
         for source in self._sources(name):
@@ -235,8 +239,8 @@ class ModelChoice:
         return ChosenModel(checkpoint, fetcher, fitting, offered)
 
     def _counts(self, record: PeerRecord) -> bool:
-        """Whether this peer counts on another one: of those that have just announced that they come, as it has itself,
-        on those with lower ids, so that not all of them turn back."""
+        """Whether this peer relies on another peer. Of peers that have just announced their arrival, as this one has,
+        it relies on those with lower keys, so that not all of them turn back."""
         mine = self._leaving_for
         if mine is None or record.serves or record.placed_at < mine.placed_at - HOLD_S:
             return True

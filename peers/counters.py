@@ -1,6 +1,6 @@
-"""What a peer counts of its work, for `peers/metrics.py`; as cheaply as a decode step allows.
+"""The counters of a peer for `peers/metrics.py`, cheap enough for every decode step.
 
-Every number has one writer at a time: the engine, or the thread that holds the lock of the service.
+Each counter has one writer at a time: the engine, or the thread that holds the lock of the service.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 POSITIONS = tuple(2.0**power for power in range(13))
 ROWS = tuple(2.0**power for power in range(9))
 
-OTHER_CODEC = -1  # stands for the codec of messages that carry neither activations nor gradients
+OTHER_CODEC = -1  # the codec of messages without activations and gradients
 _ENCODED = frozenset((Step, Result, Tapped, Forward, Gradient))
 
 
 class WorkKind(StrEnum):
-    """What a client has a peer compute."""
+    """The kinds of work for a client."""
 
     DECODE = "decode"  # a step of at most `DECODE_POSITIONS` positions
     PREFILL = "prefill"
-    REPLAY = "replay"  # positions that were computed before, at another peer: a failover or a move to a better route
+    REPLAY = "replay"  # of positions that another peer has computed before: after a failover or a re-plan
     FORWARD = "forward"
     BACKWARD = "backward"
 
 
 class PassKind(StrEnum):
-    """What the device runs in one go."""
+    """The kinds of passes on the device."""
 
     STEPS = "steps"
     FORWARD = "forward"
@@ -47,13 +47,13 @@ class PassKind(StrEnum):
 class SessionEnd(StrEnum):
     CLOSED = "closed"  # by its client
     EXPIRED = "expired"
-    REVOKED = "revoked"  # the owner of the peer has taken its key out of the list
-    HANDED_OVER = "handed_over"  # by its client, which had been told that the peer leaves and has replaced it
-    DROPPED = "dropped"  # by the peer, which ended or moved before the client had replaced it
+    REVOKED = "revoked"  # the owner of the peer has removed the client's key from the list
+    HANDED_OVER = "handed_over"  # by its client, which has replaced the leaving peer
+    DROPPED = "dropped"  # by the peer, which ended or moved before the client replaced it
 
 
 class Histogram:
-    """Counts of values by bucket; `bounds`: the largest value of each, ascending; one more bucket has no bound."""
+    """Counts of values by bucket. bounds: the largest value of each bucket, ascending; the last bucket has no bound."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -69,7 +69,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class WorkCounts:
-    """Of one kind of work: steps and passes, their positions, and seconds from their arrival until they began."""
+    """Of one kind of work: steps or passes, their positions, and their seconds from arrival to first pass."""
 
     steps: int = 0
     positions: int = 0
@@ -78,7 +78,7 @@ class WorkCounts:
 
 @dataclass
 class PassHistograms:
-    """Of one kind of pass: how long each took, and what it carried."""
+    """Of one kind of pass: seconds, positions and rows of each pass."""
 
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     positions: Histogram = field(default_factory=lambda: Histogram(POSITIONS))
@@ -91,7 +91,7 @@ class PassHistograms:
 
 
 class Traffic:
-    """Bytes of messages, headers included, by whether this peer has opened the link, and by codec. Thread-safe."""
+    """Bytes of messages with their headers, by codec and by whether this peer has opened the link. Thread-safe."""
 
     def __init__(self) -> None:
         self._sent: Counter[tuple[bool, int]] = Counter()
@@ -103,7 +103,7 @@ class Traffic:
             return self._sent.copy(), self._received.copy()
 
     def count(self, other: Destination, message: Message | None, frames: Sequence[Payload], *, sent: bool) -> None:
-        """Counts a message that was sent or received; None: frames that are no message."""
+        """Counts a sent or received message. message: None: the frames are not a message."""
         codec: int = message.codec if type(message) in _ENCODED else OTHER_CODEC  # pyright: ignore
         key = (isinstance(other, Endpoint), codec)
         size = sum(map(len, frames))
@@ -112,7 +112,7 @@ class Traffic:
 
 
 class Counters:
-    """All that a peer counts from its start to its end, also when it moves to other blocks."""
+    """The counters of a peer since its start; a move to other blocks keeps them."""
 
     def __init__(self, energy: EnergyMeter | None = None) -> None:
         self.energy = energy or EnergyMeter()
@@ -123,24 +123,24 @@ class Counters:
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
         self.traffic = Traffic()
-        # Looking an enum up takes longer than counting.
+        # A look-up by enum takes longer than the count.
         self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
         self._replay = self.work[WorkKind.REPLAY]
         self.step_passes = self.passes[PassKind.STEPS]
 
     def step_began(self, work: Work) -> None:
-        """A step has waited for its first pass."""
+        """Counts the wait of a step that begins its first pass."""
         self._of(work).waits.observe(work.wait_ms / 1000)
 
     def step_computed(self, work: Work, count: int) -> None:
-        """A pass has computed the next `count` positions of a step."""
+        """Counts the next `count` positions of a step, which a pass has computed."""
         counts = self._of(work)
         counts.positions += count
         if not work.remaining:
             counts.steps += 1
 
     def sequences_passed(self, kind: PassKind, work: PassWork, lengths: Sequence[int], seconds: float) -> None:
-        """The device has run a pass over whole sequences of these lengths."""
+        """Counts a pass over whole sequences of these lengths."""
         counts = self.work[WorkKind(kind.value)]
         positions = sum(lengths)
         counts.steps += 1

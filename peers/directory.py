@@ -1,7 +1,7 @@
-"""A peer's part in the directory: it answers others that ask it instead of the DHT.
+"""Answers of a peer to questions about the directory, for peers and clients that do not use the DHT.
 
-All that may connect may ask. An answer is kept for all that ask within the next moment, so that a flood of questions
-does not become one of the DHT; and the answers to a key are bounded in bytes per minute.
+Every key that may connect may ask. An answer is reused for a moment, so that a flood of questions does not reach the
+DHT, and the answers to a key are bounded in bytes per minute.
 """
 
 from __future__ import annotations
@@ -30,65 +30,65 @@ from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, Fa
 
 log = logging.getLogger(__name__)
 
-FRESH_S: Final = 1.0  # how old an answer may be
-FRESH_PER_RECORD_S: Final = 0.1  # how old one with changes may be: so much for each record, as reading many is slow,
-FRESH_CHANGES_S: Final = 10.0  # up to this: a client that asks for changes asks again soon
-BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a full directory a few times, or some thousand small swarms
-BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the own model; half for other kinds
-LOOK_UP_BYTES: Final = 4096  # what a question costs besides its answer
-READ_BYTES: Final = 1 << 18  # besides, of a question about another model: the directory is read for it alone
+FRESH_S: Final = 1.0  # age up to which an answer is reused
+FRESH_PER_RECORD_S: Final = 0.1  # the same for an answer with changes, for each record: many records are slow to read
+FRESH_CHANGES_S: Final = 10.0  # bound of that age, because a client that asks for changes asks again soon
+BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a few full directories, or some thousand small swarms
+BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the peer's own model; half for other kinds
+LOOK_UP_BYTES: Final = 4096  # that a question counts besides its answer
+READ_BYTES: Final = 1 << 18  # that a question about another model counts besides, because it reads the directory
 ANNOUNCEMENTS_PER_MINUTE: Final = 256  # of one key; a peer announces itself four times
-PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4  # of all keys, under this peer's, which needs some
-RECORDS_PER_ANNOUNCER: Final = 64  # keys for which one key may announce, as a peer without a DHT does
-WAITING_PER_KEY: Final = 4
-MAX_WAITING: Final = 1024  # of all keys: half of it about the own model and announcements, the rest for other kinds
-MAX_MODELS: Final = 16  # answers that are kept, or being made
-MAX_KEYS: Final = 4096  # of which it is known what they have used
+PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4  # of all keys, below this peer's own announcements
+RECORDS_PER_ANNOUNCER: Final = 64  # keys for which one key may announce: a peer without a DHT announces for others
+WAITING_PER_KEY: Final = 4  # questions and announcements of one key that may wait
+MAX_WAITING: Final = 1024  # of all keys: half for the peer's own model and announcements, a quarter for each other kind
+MAX_MODELS: Final = 16  # answers that are kept or being read
+MAX_KEYS: Final = 4096  # keys whose use is remembered
 
 
 class _About(StrEnum):
-    """What a question is about. Each kind has bytes and places of its own."""
+    """The subjects of questions. Each kind has separate bounds."""
 
     OWN = "own"  # this peer's model, or all models
-    KNOWN = "known"  # another model of a closed swarm: only members can name it
-    OTHER = "other"  # anything else, which anybody may name
+    KNOWN = "known"  # another model of a closed swarm, which only members can name
+    OTHER = "other"  # everything else, which any sender can name
 
 
 _Payer = tuple[_About, bytes]
-"""Whose bytes and places a question counts among. What a key asks about other models leaves it those of this peer's
-own, as it may be a peer that asks on behalf of strangers."""
+"""The account of a question. Questions of a key about other models leave its account for this peer's own model free,
+because the key may be a peer that asks on behalf of strangers."""
 
 
 @dataclass
 class _Reading:
-    """An answer that is being made, or was made a moment ago."""
+    """An answer that is being read, or was read a moment ago."""
 
     waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
-    told: DirectoryDelta | None = None  # None: nothing is known of this model
+    told: DirectoryDelta | None = None  # None: the model is unknown
     fresh_changes_s: float = FRESH_S
     read_at: float = 0.0
 
     def serves(self, now: float, *, changes: bool) -> bool:
-        """Whether it is fresh enough, or not complete yet."""
+        """Whether the answer is fresh enough, or still being read."""
         return self.parts is None or now - self.read_at <= (self.fresh_changes_s if changes else FRESH_S)
 
 
 class DirectoryService:
     """Answers questions about records. Thread-safe; close it before the directory.
 
-    model: fingerprint of this peer's own model: questions about it wait for no others. swarm: the key of a closed one.
+    model: fingerprint of this peer's own model, whose questions wait for no others. swarm: key of a closed swarm.
     """
 
     def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
         self._directory = directory
         self._swarm = swarm
-        self._home: dict[str, str] = {}  # models by how questions name them
+        self._home: dict[str, str] = {}  # models, by their names in questions
         self._outbox = outbox
-        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()  # by model and depth, latest last
+        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()  # by model and depth, the latest last
         self._known: dict[int, tuple[float, dict[str, str]]] = {}
-        """Of a closed swarm, by depth: when its models were read, and the models by their names in questions."""
-        self._waiting: Counter[_Payer] = Counter()  # questions and announcements that are not answered yet
+        """Of a closed swarm, by depth: the time of the last read, and the models by their names in questions."""
+        self._waiting: Counter[_Payer] = Counter()  # questions and announcements without an answer
         self._waiting_in: Counter[_About] = Counter()
         self._bytes: dict[_Payer, TokenBucket] = {}
         self._announcements: dict[bytes, TokenBucket] = {}
@@ -96,7 +96,7 @@ class DirectoryService:
         self._passed_on = TokenBucket()
         self._announced: dict[bytes, dict[bytes, float]] = {}  # announcer: key of record: expires at
         self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
-        """By kind and depth, each with a thread: peers may wait for each other's answers, but depths only fall."""
+        """By kind and depth, each with a thread: peers may wait for each other, but each question has a lower depth."""
         self._threads: set[threading.Thread] = set()
         self._closed = False
         self._lock = threading.Lock()
@@ -118,7 +118,7 @@ class DirectoryService:
                 del self._waiting[payer]
 
     def serve(self, model: str) -> None:
-        """From now on this is the own model."""
+        """Changes the peer's own model."""
         with self._lock:
             self._home = {self._swarm.place(""): "", self._swarm.place(model): model}
 
@@ -175,7 +175,7 @@ class DirectoryService:
         self._waiting_in[payer[0]] += 1
 
     def _make_room(self, model: str, now: float) -> bool:
-        """Forgets old answers; whether one more may be made."""
+        """Drops old answers; returns whether one more may be read."""
         for name, reading in list(self._readings.items()):
             is_full = len(self._readings) >= MAX_MODELS
             if not reading.serves(now, changes=True) or (is_full and reading.parts is not None):
@@ -188,13 +188,13 @@ class DirectoryService:
         try:
             records = self._records(*name)
             if records is None:
-                parts = [b""]  # the sender may lack the key of this swarm, and learns nothing
+                parts = [b""]  # a sender without the swarm key learns nothing
             else:
                 parts = [self._swarm.seal(part) for part in parts_of(records)]
                 reading.told = DirectoryDelta(records)
                 reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
         except SplitnetError as error:
-            # Errors name the peers that this one has joined through: that is for members, which can name what is here.
+            # Errors name peers of a closed swarm, so only members get them: members can name the model.
             is_told = not self._swarm.is_closed or name[0] in self._home
             failure = str(error) if is_told else "this peer's directory does not answer: ask again later"
         except Exception:
@@ -230,8 +230,8 @@ class DirectoryService:
         return [record for record in self._directory.records(model, depth) if record.signed]
 
     def _model_at(self, place: str, depth: int) -> str | None:
-        """The model of a closed swarm that a question names. All models are read for it, but once per `FRESH_S`, as
-        outsiders ask, too."""
+        """The model that a question in a closed swarm names. The models are read at most once per `FRESH_S`, because
+        outsiders may ask."""
         read_at, known = self._known.get(depth, (-math.inf, {}))
         if place not in known and time.monotonic() - read_at > FRESH_S:
             models = {record.model for record in self._directory.records("", depth)}
@@ -247,7 +247,7 @@ class DirectoryService:
         used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
         packed: bytes | None = None
         if len(message.payload) <= MAX_RECORD_BYTES + SEAL_BYTES:
-            with suppress(NotAuthorized):  # announcements of outsiders take no place
+            with suppress(NotAuthorized):  # announcements of outsiders do not wait
                 packed = self._swarm.unseal(message.payload)
         if packed is None:
             self._outbox.send(source, Announced(message.number, False))
@@ -273,7 +273,7 @@ class DirectoryService:
             failure = "an error at this peer"
         with self._lock:
             self._done((_About.OWN, source.curve))
-            if record is not None and taken:  # its announcer may ask at once
+            if record is not None and taken:  # the announcer may ask for the record at once
                 for name, reading in list(self._readings.items()):
                     if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
                         del self._readings[name]
@@ -283,7 +283,7 @@ class DirectoryService:
                 self._outbox.send(source, Announced(number, taken))
 
     def _depth_left(self, depth: int) -> int:
-        """0 if this peer has passed on enough: then a record is kept here alone."""
+        """The depth to pass a record on with; 0: this peer has passed on enough, and only stores the record."""
         with self._lock:
             now = time.monotonic()
             if not depth or self._passed_on.wait_s(PASSED_ON_PER_MINUTE, now):

@@ -1,48 +1,35 @@
-"""The loop that owns the device: takes ready steps, runs them as one packed pass, hands the results on.
+"""The loop that owns the device: it runs ready steps as one packed pass, and gives their outputs to `Outputs`.
 
-Between these it runs passes over whole sequences of clients that train, piece by piece. How fast the device runs its
-blocks is timed at the start, and corrected by every pass.
+Between passes of steps it runs passes over whole sequences of clients that train, piece by piece.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import platform
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cache, partial
 
 import torch
 
 from peers.counters import PassKind
-from peers.power import EnergyMeter
 from peers.service import SessionService
 from peers.sessions import (
-    Filling,
-    GradientSum,
     PassWork,
-    Recalled,
     Session,
     SessionTooLong,
     Work,
-    room_for,
-    shared_room,
 )
-from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, MovingAverage
-from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, PastCost, Speed
+from peers.speed import ObservedSpeed, measure_past, measure_speed
+from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
+from scheduler.facts import CONTEXTS, PASS_SIZES
 from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
 from splitnet.blocks.span import Chunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, NotFinite, PeerBusy, ProtocolError
-from splitnet.paths import KnownFigures
-from splitnet.quant import native
 from splitnet.quant.device import (
     Stopwatch,
     end_threads,
@@ -52,31 +39,24 @@ from splitnet.quant.device import (
     to_host,
     trim_memory,
 )
-from splitnet.version import __version__
 from splitnet.wire.codecs import are_finite, check_values, codec_by_code, encode_finite, kept_rows
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
 
-SHORT_S = 0.02  # a step that takes no longer may run in the thread that received it: nothing else is received meanwhile
-TELL_S = 60.0  # how often the same error is logged at most: a client may cause it a thousand times a second
-FILLED_AT_ONCE = 1 << 27  # bytes of pages that are put into a row before other steps run
-FILLED_BESIDE = 1 << 25  # the same, where several keys are active
-SHARE = 0.1  # weight of the latest pass in the average
-PAST_POSITIONS = 64  # of the pass from which it is derived what one of a prefill takes to read the positions before it
-PAST_STEPS = 4  # passes of one position before that, the first as a warm-up
-PAST_CHUNKS = 2  # passes of so many
-PAST_S = 0.1  # a pass that is to take longer is derived from the one behind fewer positions
-NOISE_POSITIONS = 256  # drawn at random, with which a row is filled again and again
-DISTURBED = 2.0  # a pass this much slower than a smaller one foretells is timed once more: others may have computed
+SHORT_S = 0.02  # bound of a step that the receiving thread runs itself, because that thread receives nothing meanwhile
+LOG_S = 60.0  # interval between two logs of the same error, which a client may cause a thousand times a second
 
-_told: dict[tuple[type[Exception], int], float] = {}  # when errors were told, by kind and place in the code
+Ready = list[tuple[Work, int]]  # steps of a pass, with the number of positions of each
+Tapped = tuple[Work, dict[int, torch.Tensor]]  # a step, and its hidden states by boundary
+
+_logged_until: dict[tuple[type[Exception], int], float] = {}  # by type of error and line of code
 
 
 def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
-    """Code and text for an error of `what` while it was computed; the cause goes to the log if it is not the client's.
+    """Code and text for an error while `what` was computed; an error that the client has not caused is logged.
 
-    Some layers show only when they run that an adapter does not fit.
+    AdapterError: some layers notice only when they run that an adapter does not fit.
     """
     if isinstance(error, PeerBusy):
         return FailureCode.BUSY, str(error)
@@ -86,8 +66,8 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = type(error), trace.tb_lineno if trace is not None else 0
-    if now >= _told.get(place, 0.0):
-        _told[place] = now + TELL_S
+    if now >= _logged_until.get(place, 0.0):
+        _logged_until[place] = now + LOG_S
         log.error("a %s failed", what, exc_info=error)
     if is_out_of_memory(error):
         text = f"memory is short at this peer, which could not compute this {what}: send fewer positions at a time"
@@ -95,7 +75,7 @@ def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     return FailureCode.INTERNAL, f"the peer could not compute this {what}; see its log"
 
 
-_CODES = {  # special kinds first
+_CODES = {  # subclasses first
     SessionTooLong: FailureCode.TOO_LONG,
     NotFinite: FailureCode.NOT_FINITE,
     CodecError: FailureCode.BAD_MESSAGE,
@@ -104,7 +84,7 @@ _CODES = {  # special kinds first
 
 
 def _refusal(error: Exception, what: str) -> tuple[FailureCode, str]:
-    """Code and text for an error of what was to be computed: as `failure_of`, if it is not about the message."""
+    """Code and text for an error of `what`: of the message, or as in `failure_of`."""
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -112,262 +92,65 @@ def _refusal(error: Exception, what: str) -> tuple[FailureCode, str]:
 
 
 class _Abandoned(Exception):
-    """The session of a pass has ended."""
-
-
-class ObservedSpeed:
-    """Ms per block at each of `scheduler.facts.PASS_SIZES`, and what reading positions before a pass adds.
-
-    on_measured: called after a new measurement.
-    """
-
-    def __init__(self, block_ms: tuple[float, ...], past: PastCost = UNKNOWN_PAST) -> None:
-        self.block_ms = block_ms
-        self.past = past
-        self._speed = Speed(block_ms)
-        self.on_measured: Callable[[], None] = lambda: None
-
-    def pass_s(self, positions: int, blocks: int) -> float:
-        return blocks * self._speed.at(positions) / 1000
-
-    def replace(self, measured: ObservedSpeed) -> None:
-        self.block_ms, self._speed = measured.block_ms, measured._speed
-        self.past = measured.past if measured.past.ms else self.past
-        self.on_measured()
-
-    def observe(self, positions: int, blocks: int, elapsed_ms: float, past_ms: float = 0.0) -> None:
-        """Takes in one pass: corrects the sizes on both sides of it. past_ms: of a block, as `past` tells."""
-        factor = elapsed_ms / blocks / max(self._speed.at(positions) + past_ms, 1e-6)
-        correction = MovingAverage(SHARE, 1.0).add(factor)
-        above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
-        touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
-        corrected = [value * correction if index in touched else value for index, value in enumerate(self.block_ms)]
-        self.block_ms = tuple(corrected)
-        self._speed = Speed(self.block_ms)
-
-
-def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
-    """Times passes of all sizes through the span; the first is a warm-up. None: it was interrupted between two.
-
-    A position of a larger pass takes at most about as long as one of a smaller, as it shares the weights with more.
-    So a long pass runs once, and only again (twice at most) if it takes far longer than that.
-
-    Call it from the thread that uses the span.
-    """
-    # A generator of its own: the common one may be seeded by others in this process.
-    hidden = torch.randn(PASS_SIZES[-1], span.hidden_size, generator=torch.Generator().manual_seed(0))
-    blocks = span.end - span.start
-
-    def elapsed_ms(positions: int) -> float:
-        began = seconds_after_work(span.device)
-        span.forward(hidden[:positions], [SpanChunk(span.new_row(), 0, positions)])
-        return (seconds_after_work(span.device) - began) * 1000
-
-    elapsed_ms(PASS_SIZES[0])
-    block_ms: list[float] = []
-    for size in PASS_SIZES:
-        times: list[float] = []
-        predicted_ms = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
-        # A short pass is easily disturbed, a long one takes its time.
-        while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * predicted_ms else 1):
-            if interrupted():
-                return None
-            times.append(elapsed_ms(size))
-        block_ms.append(min(times) / blocks)
-    trim_memory()
-    return ObservedSpeed(tuple(block_ms))
-
-
-def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda: False) -> PastCost:
-    """Times passes of single blocks behind rows full of noise, and without them: the difference is what reading takes.
-
-    Of the blocks that keep alike what they keep, one is timed for all. A pass of a prefill is derived from one of
-    `PAST_POSITIONS`, as attention takes a time in proportion to both numbers of positions.
-
-    most: positions that a row may have; longer contexts are left out, and all if it was interrupted. Call it from the
-    thread that uses the span.
-    """
-    contexts = [context for context in CONTEXTS if context <= most]
-    if not contexts:
-        return UNKNOWN_PAST
-    row = span.new_row()
-    span.forward(torch.zeros(1, span.hidden_size), [SpanChunk(row, 0, 1)])
-    total = [(0.0, 0.0)] * len(contexts)
-    for block, count in span.kinds(row).items():
-        share = count / (span.end - span.start)
-        found = _past_of(span.view(block, block + 1), contexts, interrupted)
-        if len(found) < len(contexts):
-            return UNKNOWN_PAST
-        total = [(a + share * x, b + share * y) for (a, b), (x, y) in zip(total, found, strict=True)]
-    trim_memory()
-    return PastCost(tuple(total))
-
-
-@torch.inference_mode()
-def _past_of(block: Span, contexts: Sequence[int], interrupted: Callable[[], bool]) -> list[tuple[float, float]]:
-    timed = PAST_STEPS + PAST_CHUNKS * PAST_POSITIONS
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(PAST_POSITIONS, block.hidden_size, generator=generator)
-    row = block.new_row(contexts[-1])
-
-    def elapsed_ms(positions: int) -> float:
-        began = seconds_after_work(block.device)
-        block.forward(hidden[:positions], [SpanChunk(row, row.length, positions)])
-        return (seconds_after_work(block.device) - began) * 1000
-
-    def steps_ms() -> float:
-        return min([elapsed_ms(1) for _ in range(PAST_STEPS)][1:])
-
-    def chunk_ms() -> float:
-        return min(elapsed_ms(PAST_POSITIONS) for _ in range(PAST_CHUNKS))
-
-    none = steps_ms(), chunk_ms()
-    index, keys, values = next(row.held(1))
-    noise: list[torch.Tensor] = []
-    for each in (keys, values):
-        drawn = torch.randn(*each.shape[:2], NOISE_POSITIONS, each.shape[3], generator=generator)
-        noise.append(to_device(drawn, each.device, each.dtype))
-    found: list[tuple[float, float]] = []
-    for number, context in enumerate(contexts):
-        if interrupted():
-            break
-        while (missing := context - timed - row.length) > 0:
-            some = [each[:, :, :missing] for each in noise]
-            row.store(index, row.length, *some)
-            row.advance(some[0].shape[2])
-        step_ms = max(found[-1][0] if found else 0.0, steps_ms() - none[0])
-        more_ms = found[-1][1] * context / contexts[number - 1] if number else 0.0
-        if none[1] + more_ms * PAST_POSITIONS / PASS_POSITIONS <= 1000 * PAST_S or not number:
-            more_ms = (chunk_ms() - none[1]) * PASS_POSITIONS / PAST_POSITIONS
-        found.append((step_ms, max(step_ms, more_ms)))
-    return found
-
-
-class KnownSpeeds:
-    """Speeds in a file, by what they depend on. They may be wrong by now, but a peer measures again when it is idle."""
-
-    def __init__(self, file: Path) -> None:
-        self._known = KnownFigures(file)
-
-    def find(self, span: Span, model: str, most: int = 0) -> ObservedSpeed | None:
-        """The speed of the same blocks, held and computed in the same way; the span computes once, as if measured.
-
-        most: as of `measure_past`; what was kept for fewer positions is not found.
-        """
-        figures = self._known.find(_key(span, model))
-        contexts = sum(context <= most for context in CONTEXTS)
-        if not _is_speed(figures) or len(figures) < len(PASS_SIZES) + 2 * contexts:
-            return None
-        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [SpanChunk(span.new_row(), 0, PASS_SIZES[0])])
-        past = figures[len(PASS_SIZES) :][: 2 * contexts]
-        pairs = tuple(zip(past[::2], past[1::2], strict=True))
-        return ObservedSpeed(tuple(figures[: len(PASS_SIZES)]), PastCost(pairs))
-
-    def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:
-        self._known.keep(_key(span, model), _figures(speed))
-
-    def follow(self, span: Span, model: str, speed: ObservedSpeed) -> None:
-        """Keeps later measurements of `speed`, too. Refers to no span: a peer that moves frees the old one."""
-        key = _key(span, model)
-        speed.on_measured = lambda: self._known.keep(key, _figures(speed))
-
-
-def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter, most: int = 0) -> ObservedSpeed:
-    """The speed of the span as known from an earlier start, or else measured now, by the thread that uses the span.
-
-    model: its fingerprint. file: where speeds are kept; None: nowhere. energy: counts what measuring takes. most:
-    positions that a row may have, see `measure_past`.
-    """
-    known = KnownSpeeds(file) if file is not None else None
-    speed = known.find(span, model, most) if known is not None else None
-    if speed is None:
-        with energy.computing():
-            speed = measure_speed(span)
-            assert speed is not None
-            speed.past = measure_past(span, most)
-        if known is not None:
-            known.keep(span, model, speed)
-    if known is not None:
-        known.follow(span, model, speed)
-    return speed
-
-
-def _figures(speed: ObservedSpeed) -> list[float]:
-    return [*speed.block_ms, *(ms for pair in speed.past.ms for ms in pair)]
-
-
-def _is_speed(figures: Any) -> bool:
-    sizes = range(len(PASS_SIZES), len(PASS_SIZES) + 2 * len(CONTEXTS) + 1, 2)
-    if not isinstance(figures, list) or len(figures) not in sizes:
-        return False
-    if not all(isinstance(value, float) and math.isfinite(value) and value >= 0 for value in figures):
-        return False
-    return all(value > 0 for value in figures[: len(PASS_SIZES)])
-
-
-def _key(span: Span, model: str) -> str:
-    """All that a speed depends on and does not change by itself."""
-    device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else native.processor()
-    software = f"splitnet-{__version__} torch-{torch.__version__} kernels-{native.version()}"
-    hardware = f"{platform.node()}/{span.device}/{device} threads-{torch.get_num_threads()}"
-    return f"{software} {hardware} {model} {span.start}:{span.end} {span.weights.kind} {span.dtype} kv-{span.kv}"
+    """The session has ended during its pass."""
 
 
 class Engine:
-    """Runs the steps of a service through a span until closed; `speed` is updated with every pass."""
+    """Runs the work of a service through a span until it is closed, and corrects `speed` with every pass."""
 
     def __init__(self, span: Span, service: SessionService, speed: ObservedSpeed) -> None:
         self._span = span
         self._service = service
         self._queue = queue = service.queue
         self._speed = speed
-        self._load = service.load
         self._training = service.training
+        self._rows = service.rows
+        self._outputs = service.outputs
         self._counters = service.counters
-        self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        whole = span.start, span.end
+        self._view = cache(lambda start, end: span if (start, end) == whole else span.view(start, end))
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
-        self._turns = threading.Lock()  # held by the thread that runs what was waiting
+        self._turns = threading.Lock()  # held by the thread that runs work
         self._publish_speed()
-        self._running: PassWork | None = None  # the pass over whole sequences that the device is at
-        self.passed_at: float | None = None  # when the last one ended; None: none has run since memory was trimmed
-        self._piece_began = 0.0
-        blocks = span.end - span.start
-        graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
-        self._passes = SpanPasses(
-            span, self._end_piece, partial(queue.piece_positions, blocks), graph_bytes=graph_bytes
+        self._running: PassWork | None = None  # the pass over whole sequences on the device
+        self.passed_at: float | None = (
+            None  # when the last pass over whole sequences ended; None: none since memory was trimmed
         )
+        self._piece_began = 0.0
+        pieces = partial(queue.piece_positions, span.end - span.start)
+        graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
+        self._passes = SpanPasses(span, self._end_piece, pieces, graph_bytes=graph_bytes)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to compute; from now on call `run_here` after messages were received.
-
-        Call it from the thread that has loaded the blocks, which computes no more.
-        """
+        """Begins to compute. Call it from the thread that has loaded the blocks, and call `run_here` after each message
+        that was received."""
         end_threads()
         self._queue.defers = True
         self._thread.start()
 
     def measure_when_idle(self) -> None:
-        """Times the device again between passes, as nothing else may use it meanwhile; gives way to work."""
+        """Has the engine's thread time the device while no work waits; arriving work interrupts it."""
         self._queue.put_idle_job(self._measure)
 
     def close(self) -> None:
         self._queue.close()
         if self._thread.ident is not None:
             self._thread.join()
-        with self._turns:  # what `run_here` has begun ends, too
+        with self._turns:  # waits for `run_here`
             pass
 
     def run_here(self) -> None:
-        """Runs a short decode step that waits alone in the thread that has received it; the engine's runs all else.
+        """Runs a short decode step that waits alone, in the thread that has received it; wakes the engine's thread for
+        other work.
 
-        Handing a step to another thread and its output back takes some tenths of a millisecond. Where several threads
-        share the work of a pass, the engine's thread runs all of it: OpenMP has helpers for each thread that computes,
-        and more of them than cores are slow.
+        To hand a step to another thread takes some tenths of a millisecond. Where several threads share a pass, the
+        engine's thread runs all passes: OpenMP has helper threads for each thread that computes, and more threads than
+        cores are slow.
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:
-                work = self._queue.take_short(SHORT_S)
+                work = self._queue.take_short(SHORT_S, self._rows.is_quick)
                 if work is not None:
                     self._run_steps([(work, work.remaining)])
                     return
@@ -380,7 +163,7 @@ class Engine:
             pass
 
     def _turn(self) -> bool:
-        """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
+        """Waits for work and runs one pass; False: the queue is closed. No reference to a session remains."""
         self._queue.gather()
         with self._turns:
             chosen = self._queue.take(PASS_POSITIONS)
@@ -390,11 +173,19 @@ class Engine:
                 self._run_pass(work)
                 self._queue.release_pass(work)
                 self.passed_at = time.monotonic()
-            elif (session := self._queue.take_recalled()) is not None:
-                self._fill_ahead(session)
+            elif (session := self._queue.take_prefix_hit()) is not None:
+                self._load_ahead(session)
             elif (job := self._queue.take_idle_job()) is not None:
                 job()
         return not self._queue.closed
+
+    def _load_ahead(self, session: Session) -> None:
+        try:
+            if self._rows.load_ahead(session, self._view):
+                return
+        except Exception as error:  # the step of the row will try again
+            failure_of(error, "stored page")
+        self._queue.release_prefix_hit(session)
 
     def _measure(self) -> None:
         contexts = CONTEXTS[: len(self._speed.past.ms)]
@@ -405,7 +196,7 @@ class Engine:
         try:
             with self._counters.energy.computing():
                 measured = measure_speed(self._span, interrupted)
-                # Of one block, so of as many positions as the memory of all has room for.
+                # One block is timed, so the row may have as many positions as all blocks together have memory for.
                 most = self._service.sessions.free_positions * (self._span.end - self._span.start)
                 if measured is not None and contexts and contexts[-1] <= most:
                     measured.past = measure_past(self._span, contexts[-1], interrupted)
@@ -416,7 +207,7 @@ class Engine:
             self._speed.replace(measured)
             self._publish_speed()
 
-    def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
+    def _run_steps(self, chosen: Ready) -> None:
         ready = [(work, count) for work, count in chosen if self._begin(work, count)]
         if ready:
             self._compute(ready)
@@ -425,9 +216,9 @@ class Engine:
         self._publish_speed()
 
     def _begin(self, work: Work, count: int) -> bool:
-        """Before a pass of a step: decodes `count` positions, and before the first one prepares the session's rows.
+        """Decodes `count` positions of a step before a pass, and prepares its rows before the first pass.
 
-        False if it does not run in this pass.
+        False: the step does not run in this pass.
         """
         if work.session.closed:
             work.done = work.total
@@ -435,97 +226,31 @@ class Engine:
         try:
             if not work.done:
                 work.adapter = work.session.adapter
-                if self._recalls(work):
+                if self._rows.is_loading(work, self._view):
                     return False
-                self._service.prepare(work)
+                self._rows.prepare(work)
             codec = codec_by_code(work.step.codec)
             size = codec.bytes_per_position(self._span.hidden_size)
             payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
             work.hidden = codec.decode(payload, count, self._span.hidden_size)
-            return bool(work.done) or not self._catches_up(work)
+            if not work.done and (computed := self._rows.catch_up(work, self._view, PASS_POSITIONS)):
+                work.session.done += computed
+                return False
+            return True
         except Exception as error:
             self._offer_less(work.session, error)
             self._give_up(work, *_refusal(error, "step"))
         return False
 
-    def _recalls(self, work: Work) -> bool:
-        """Begins a row with the pages that were found for it when the session was opened, if a step goes on there; some
-        pages at a time, so that steps of others run meanwhile. True: there are more."""
-        session, part, filling = work.session, work.step.parts[0], work.session.filling
-        if filling is None and session.recalled is None:
-            return False
-        if filling is None or filling.work is not work:
-            self._queue.release_recalled(session)
-            recalled = self._service.take_recalled(work) if session.recalled is not None else None
-            if recalled is None:
-                session.filling = None
-                return False
-            # A row depends on an adapter by its prefix alone.
-            if filling is None or not filling.begins(recalled) or filling.row.prefix_length or session.prefix_length:
-                filling = session.filling = self._new_filling(session, recalled, part.start + part.length)
-            filling.recalled, filling.work = recalled, work
-        self._fill(session, filling)
-        if filling.goes_on:
-            return True
-        self._service.begin_row(work, filling, self._span.device)
-        session.filling = None
-        return False
-
-    def _fill_ahead(self, session: Session) -> None:
-        """Puts some of the pages that were found for a session into a row, before its step comes: all hops of a route
-        do so at the same time."""
-        recalled, filling = session.recalled, session.filling
-        # With the rows that it has it would hold more than it has reserved; texts by turns would be work for nothing.
-        waits = session.closed or session.rows or session.prefix_length
-        if not waits and recalled is not None and (filling is None or filling.begins(recalled)):
-            try:
-                filling = session.filling = filling or self._new_filling(session, recalled, recalled.positions)
-                self._fill(session, filling)
-                if filling.goes_on:
-                    return
-            except Exception as error:  # it is tried again with the step, and refused
-                failure_of(error, "stored page")
-        self._queue.release_recalled(session)
-
-    def _new_filling(self, session: Session, recalled: Recalled, end: int) -> Filling:
-        """A row with room for these pages, and for `end` positions."""
-        end = max(recalled.positions, end) + session.prefix_length
-        room = shared_room({recalled.row: end}, {}, room_for(session.reservation))[recalled.row]
-        row = self._view(session.start, session.end).new_row(room - session.prefix_length, session.adapter)
-        return Filling(row, recalled)
-
-    def _fill(self, session: Session, filling: Filling) -> None:
-        began = time.perf_counter()
-        if filling.goes_on:
-            nbytes = FILLED_BESIDE if self._queue.is_contended else FILLED_AT_ONCE
-            most = max(1, nbytes // filling.recalled.pages[0].nbytes)
-            self._service.fill(session, filling, self._span.device, most)
-            self._queue.charge(session, seconds_after_work(self._span.device) - began)
-
-    def _catches_up(self, work: Work) -> bool:
-        """After a rewind far back, computes some positions again; False: few are left, so the step can run.
-
-        One pass at a time: so steps of others run meanwhile, and the client sees progress.
-        """
-        session = work.session
-        for part in work.step.parts:
-            row = session.rows.get(part.row)
-            if row is not None and row.length - row.computed > PASS_POSITIONS:
-                span, began = self._view(session.start, session.end), time.perf_counter()
-                session.done += span.catch_up(row, work.adapter, PASS_POSITIONS)
-                self._queue.charge(session, seconds_after_work(self._span.device) - began)
-                return True
-        return False
-
-    def _compute(self, ready: list[tuple[Work, int]]) -> None:
-        """Runs a pass; if that fails, each of its steps alone, so that none fails because of another."""
+    def _compute(self, ready: Ready) -> None:
+        """Runs a pass; if the pass fails, runs each step alone, so that no step fails because of another."""
         began = time.monotonic()
         try:
             with self._counters.energy.computing():
                 self._pass(ready)
             return
         except Exception as error:
-            # A pass that fails leaves all rows as they were.
+            # A failed pass changes no row.
             failure = failure_of(error, "step")
             if len(ready) == 1:
                 self._offer_less(ready[0][0].session, error)
@@ -537,7 +262,7 @@ class Engine:
             for item in ready:
                 self._compute([item])
 
-    def _pass(self, ready: list[tuple[Work, int]]) -> None:
+    def _pass(self, ready: Ready) -> None:
         began_cpu = time.thread_time()
         began_at = time.monotonic()
         fresh = [work for work, _ in ready if not work.done]
@@ -545,62 +270,54 @@ class Engine:
             work.wait_ms = (began_at - work.arrived_at) * 1000
         session = ready[0][0].session
         span = self._view(session.start, session.end)
-        parts: list[SpanChunk] = []
+        chunks: list[SpanChunk] = []
         inputs: list[torch.Tensor] = []
         for work, count in ready:
             assert work.hidden is not None
             inputs.append(work.hidden)
-            for part in work.parts(count):
-                row = work.session.rows.get(part.row)
-                if row is None:
-                    room = work.session.new_room[part.row]
-                    row = work.session.rows[part.row] = span.new_row(room, work.adapter)
-                parts.append(SpanChunk(row, part.start, part.length, work.adapter, work.step.reach))
+            chunks += self._rows.chunks(work, count, span)
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         watch = Stopwatch(self._span.device)
         tapping = [work.taps.boundaries for work, _ in ready if work.taps is not None]
         taps = sorted({tap for boundaries in tapping for tap in boundaries if tap < span.end}) if tapping else ()
-        output = span.forward(hidden, parts, taps)
+        output = span.forward(hidden, chunks, taps)
         watch.stop()
         tapped = _tapped(ready, output, [*taps, span.end]) if tapping else ()
         wanted = self._wanted(ready, output[:, -span.hidden_size :] if taps else output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
-        # First of all, since the next hops wait for it. Steps that they gather arrive at once.
+        # Sent before all else, because the next hops wait. Their steps arrive together, so they share passes again.
         with self._service.outbox.together() if len(ready) > 1 else nullcontext():
-            computed = self._hand_on(ready, wanted, elapsed_ms)
+            computed = self._finish(ready, wanted, elapsed_ms)
         for work, states in tapped:
             if any(work is each for each, _ in computed):
-                self._send_taps(work, states)
-        past_ms = sum(self._speed.past.at(part.count, part.start) for part in parts)
+                self._add_taps(work, states)
+        past_ms = sum(self._speed.past.at(chunk.count, chunk.start) for chunk in chunks)
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms, past_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
             self._queue.delay.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         others = [len(hidden) - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
-        self._load.observe(began_at, waits, others, elapsed_ms)
+        self._service.load.observe(began_at, waits, others, elapsed_ms)
         for work in fresh:
             self._counters.step_began(work)
         for work, count in computed:
             self._counters.step_computed(work, count)
             if work.step.labels and not work.remaining:
                 try:
-                    self._service.keep_pages(work)
-                except Exception as error:  # the step is done
+                    self._rows.keep_pages(work)
+                except Exception as error:  # the step itself has succeeded
                     failure_of(error, "stored page")
-        self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(parts))
+        self._counters.step_passes.observe(elapsed_ms / 1000, len(hidden), len(chunks))
 
-    def _hand_on(
-        self, ready: list[tuple[Work, int]], wanted: list[torch.Tensor], elapsed_ms: float
-    ) -> list[tuple[Work, int]]:
-        """Keeps what is wanted of a pass, and sends on finished steps; returns the steps that have not failed."""
-        computed = list[tuple[Work, int]]()
+    def _finish(self, ready: Ready, wanted: list[torch.Tensor], elapsed_ms: float) -> Ready:
+        """Gives the outputs of a pass to `Outputs`, and finishes steps; returns the steps that have not failed."""
+        computed = Ready()
         for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden, failure = None, None
             try:
-                if len(values):
-                    work.outputs.append(work.session.codec.encode(values))
+                self._outputs.add(work, values)
             except CodecError as error:
                 failure = FailureCode.INTERNAL, str(error)
             except Exception as error:
@@ -613,42 +330,28 @@ class Engine:
                 continue
             computed.append((work, count))
             if not work.remaining:
-                self._finish(work)
+                try:
+                    self._outputs.finish(work)
+                except Exception as error:
+                    self._service.failed(work, *failure_of(error, "step"))
         return computed
 
-    def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
-        """What is sent of the output of a pass, by step, copied to the CPU at once."""
+    def _wanted(self, ready: Ready, output: torch.Tensor) -> list[torch.Tensor]:
+        """The positions to send of the output of a pass, by step, in one copy to the CPU."""
         own = output.split([count for _, count in ready])
-        wanted = [
-            kept_rows(work.parts(count), each) if self._at_tail(work) else each
-            for (work, count), each in zip(ready, own, strict=True)
-        ]
+        wanted = [self._outputs.wanted(*item, each) for item, each in zip(ready, own, strict=True)]
         if output.device.type == "cpu":
             return wanted
         together = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
         return list(to_host(together).split([len(each) for each in wanted]))
 
-    def _send_taps(self, work: Work, states: dict[int, torch.Tensor]) -> None:
-        """Encodes hidden states of a pass, behind what was sent on, and sends those of a step that is finished."""
+    def _add_taps(self, work: Work, states: dict[int, torch.Tensor]) -> None:
+        """Gives hidden states of a pass to `Outputs`, after the outputs."""
         assert work.taps is not None
         try:
-            for tap, values in states.items():
-                work.tapped.setdefault(tap, []).append(work.taps.codec.encode(to_host(values)))
-            if not work.remaining:
-                self._service.tapped(work, work.taps)
+            self._outputs.add_taps(work, work.taps, states)
         except Exception as error:
             self._give_up(work, *failure_of(error, "step"))
-
-    def _finish(self, work: Work) -> None:
-        output = work.outputs[0] if len(work.outputs) == 1 else b"".join(work.outputs)
-        work.outputs = []
-        try:
-            self._service.finished(work, *((b"", output) if self._at_tail(work) else (output, b"")))
-        except Exception as error:
-            self._service.failed(work, *failure_of(error, "step"))
-
-    def _at_tail(self, work: Work) -> bool:
-        return work.session.end == self._service.served.num_blocks
 
     def _run_pass(self, work: PassWork) -> None:
         if work.session.closed:
@@ -663,9 +366,10 @@ class Engine:
                 elif isinstance(work.message, Gradient):
                     self._backward(work, work.message, began)
                 elif isinstance(work.message, FetchKV):
-                    self._fetch_kv(work, work.message)
+                    kv = self._rows.read(work.session, work.message, self._span)
+                    self._training.fetched_kv(work, write_groups(kv))
                 else:
-                    self._adopt(work)
+                    self._load_adapter(work)
         except _Abandoned:
             pass
         except Exception as error:
@@ -690,14 +394,14 @@ class Engine:
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
-        adapter = self._adapter(work, message)
+        adapter = self._training.adapter_of(session, message)
         hidden = self._decode(message.codec, message.payload, message.positions)
         run = hidden, message.lengths, adapter, session.start, session.end
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
-        if message.kept and nbytes is not None and self._training.may_keep_way(work, nbytes):
-            output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
-            self._training.keep_saved(work, way)
-            del way
+        if message.kept and nbytes is not None and self._training.reserve_graph(work, nbytes):
+            output, graph = self._passes.forward_kept(*run, nbytes, reach=message.reach)
+            self._training.keep_graph(work, graph)
+            del graph
         else:
             output = self._passes.forward(*run, reach=message.reach)
         payload = encode_finite(session.codec, to_host(output))
@@ -710,11 +414,11 @@ class Engine:
         session = work.session
         assert work.forward is not None and isinstance(work.forward.message, Forward)
         forward = work.forward.message
-        adapter = self._adapter(work, forward)
+        adapter = self._training.adapter_of(session, forward)
         gradient = self._decode(message.codec, message.payload, forward.positions)
-        way = self._training.take_saved(work.forward)
-        if way is not None:
-            gradient, by_adapter = self._passes.go_back(way, gradient)
+        graph = self._training.take_graph(work.forward)
+        if graph is not None:
+            gradient, by_adapter = self._passes.go_back(graph, gradient)
         else:
             hidden = self._decode(forward.codec, forward.payload, forward.positions)
             gradient, by_adapter = self._passes.backward(
@@ -723,26 +427,14 @@ class Engine:
         payload = encode_finite(codec_by_code(forward.gradient_codec), to_host(gradient))
         if not are_finite(by_adapter.values()):
             raise NotFinite("the gradients by the adapter hold inf or NaN")
-        by_adapter = self._added_up(session, message, by_adapter)
+        by_adapter = self._training.added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
         work.compute_ms = self._ms_since(began)
         self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, work.compute_ms / 1000)
-        self._training.went_back(work, payload, parts)
+        self._training.backward_done(work, payload, parts)
 
-    @staticmethod
-    def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradient by the adapter that goes to the client now: none, or the sum of its batch."""
-        before, session.gradient_sum = session.gradient_sum, None
-        # The sum of an abandoned batch is of another epoch, or begins at another number.
-        if tensors and before is not None and (before.epoch, before.since) == (message.epoch, message.since):
-            tensors = {name: before.tensors[name] + tensor for name, tensor in tensors.items()}
-        if tensors and message.held:
-            session.gradient_sum = GradientSum(message.epoch, message.since, tensors)
-            return {}
-        return tensors
-
-    def _adopt(self, work: PassWork) -> None:
+    def _load_adapter(self, work: PassWork) -> None:
         session = work.session
         tensors: dict[str, torch.Tensor] = {}
         for part in work.parts:
@@ -751,22 +443,7 @@ class Engine:
         if adapter.outside(session.start, session.end):
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
-        session.adapter, session.adapter_version = adapter, work.parts[0].version
-        session.gradient_sum = None  # of the former one, whose memory is given back
-        self._training.adapter_loaded(work)
-
-    def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:
-        session = work.session
-        row = session.rows.get(message.row)
-        if row is None or not 0 < message.length <= row.length:
-            raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        self._training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
-
-    def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
-        session = work.session
-        if message.adapter and message.adapter != session.adapter_version:
-            raise ProtocolError(f"version {message.adapter} of the adapter is not here")
-        return session.adapter if message.adapter else None
+        self._training.adapter_loaded(work, adapter)
 
     def _ms_since(self, began: float) -> float:
         return (seconds_after_work(self._span.device) - began) * 1000
@@ -776,14 +453,8 @@ class Engine:
         values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
         return to_device(values, self._span.device, values.dtype)
 
-    def _view(self, start: int, end: int) -> Span:
-        view = self._views.get((start, end))
-        if view is None:
-            view = self._views[start, end] = self._span.view(start, end)
-        return view
-
     def _offer_less(self, session: Session, error: Exception) -> None:
-        """Where an allocation for a session failed, the peer takes back memory that it offers."""
+        """After a failed allocation for a session, the peer offers less memory."""
         if is_out_of_memory(error):
             self._service.fell_short(session, time.monotonic())
             trim_memory()
@@ -797,14 +468,12 @@ class Engine:
         self._service.ms_per_position = blocks * self._speed.block_ms[-1] / PASS_SIZES[-1]
 
 
-def _tapped(
-    ready: list[tuple[Work, int]], output: torch.Tensor, boundaries: Sequence[int]
-) -> list[tuple[Work, dict[int, torch.Tensor]]]:
-    """The hidden states that clients want of a pass, by step and boundary.
+def _tapped(ready: Ready, output: torch.Tensor, boundaries: Sequence[int]) -> list[Tapped]:
+    """The hidden states of a pass that clients want, by step and boundary.
 
-    output: `[positions, boundaries * hidden]`, as of `Span.forward`.
+    output: `[positions, boundaries * hidden]`, see `Span.forward`.
     """
-    found: list[tuple[Work, dict[int, torch.Tensor]]] = []
+    found: list[Tapped] = []
     own = output.split([count for _, count in ready])
     for (work, count), rows in zip(ready, own, strict=True):
         if work.taps is not None:

@@ -1,4 +1,4 @@
-"""How a peer that starts gets into its swarm, or begins one, and to its model."""
+"""The start of a peer: it joins or begins a swarm, and finds its model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
 
-FILE_TIMEOUT_S = 180.0  # how long a peer waits for the file with the address of the first peer
+FILE_TIMEOUT_S = 180.0  # bound of the wait for the file with the address of the first peer
 
 
 class LanPresence:
-    """Announces a node of the DHT on the local network, and joins its DHT with those of others there.
+    """Announces a node of the DHT on the local network, and connects it to the DHTs of other peers there.
 
-    Peers that start at the same time each begin a DHT, so they go on looking. `close` may be called more than once.
+    Peers that start at the same time begin separate DHTs, so the search continues. `close` may be called repeatedly.
     """
 
     def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
@@ -50,9 +50,9 @@ class LanPresence:
     def start(
         cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Report
     ) -> LanPresence | None:
-        """Announces the node and joins others; None if this machine has no local network to do that on.
+        """Announces the node and connects it to others; None: this machine has no local network.
 
-        has_joined: the node is in a swarm already, so that it does not wait for others.
+        has_joined: the node is in a swarm already, so the start does not wait for a search.
         """
         with ExitStack() as on_failure:
             try:
@@ -66,15 +66,15 @@ class LanPresence:
         return presence
 
     def of_model(self, checkpoint: Checkpoint) -> LanPresence | None:
-        """The same for another model, in the place of this one."""
+        """Replaces this presence with one for another model."""
         self.close()
         return LanPresence.start(self._directory, checkpoint, has_joined=True, report=lambda *_: None)
 
     def look(self) -> None:
-        """Announces the addresses of the node if they have changed; may take seconds."""
+        """Announces changed addresses of the node; may take seconds."""
         addresses = self._directory.addresses
         now = frozenset(filter(is_lan_address, addresses))
-        if not now or now == self._announced:  # without a network for a moment it is still known by its last ones
+        if not now or now == self._announced:  # while the network is lost, the last addresses remain
             return
         self._announced = now
         try:
@@ -83,7 +83,7 @@ class LanPresence:
             log.warning("others find this peer by --join only: %s", error)
 
     def _announce_and_join(self, model: str, has_joined: bool, report: Report) -> None:
-        # Before the search, so that of two that start together at least one finds the other.
+        # Before the search, so that at least one of two peers that start together finds the other.
         addresses = self._directory.addresses
         self._network.announce(addresses)
         self._announced = frozenset(filter(is_lan_address, addresses))
@@ -107,12 +107,12 @@ class LanPresence:
 
 @dataclass
 class Joined:
-    """A swarm, and the model that it serves. Close it, or all but the checkpoint."""
+    """A swarm and its model. Close it, or close its directory and presence."""
 
     checkpoint: Checkpoint
     directory: SwarmDirectory
-    lan: LanPresence | None  # None: the peer is not found on the local network
-    fetcher: Fetcher | None  # gets missing weights; None: all are here
+    lan: LanPresence | None  # None: the peer is not announced on the local network
+    fetcher: Fetcher | None  # gets missing weights; None: no weight is missing
 
     def close(self) -> None:
         if self.lan is not None:
@@ -128,13 +128,12 @@ def join_swarm(
     report: Report,
     choose: Callable[[SwarmDirectory], Found] | None = None,
 ) -> Joined:
-    """Joins as `options` say, and finds out what the model is where not all of it is here.
+    """Joins a swarm with `options`, and identifies a model of which files are missing here.
 
-    model: as the user calls it; None: one that `choose` finds. checkpoint: what there is of it; None: nothing, neither
-    here nor at the hub.
+    model: the user's name of it; None: `choose` finds a model. checkpoint: the local or hub files; None: no file.
 
-    Raises SplitnetError as `join` does, and if there is no `options.join_file`, or options of the DHT are given without
-    one; ModelNotFound if the model is not here, and no peer of the swarm gives it.
+    Raises SplitnetError as `join`: also `options.join_file` does not appear, or options of the DHT are given without a
+    DHT; ModelNotFound: the model is missing here, and no peer of the swarm offers it.
     """
     if checkpoint is not None and checkpoint.is_whole:
         checkpoint.manifest(partial(report, "check the weights"))
@@ -159,7 +158,7 @@ def join_swarm(
 
 
 Found = tuple[Checkpoint, Fetcher | None]
-"""A model, and what gets its missing weights; None: all are here."""
+"""A model, and the fetcher of its missing weights; None: no weight is missing."""
 
 
 def find_model(
@@ -170,11 +169,11 @@ def find_model(
     identity: Identity,
     report: Report,
 ) -> Found:
-    """What the model is, where not all of it is here. Arguments and errors as of `join_swarm`."""
+    """Identifies a model, also if files of it are missing here. Arguments and errors as in `join_swarm`."""
     if checkpoint is None or not checkpoint.is_whole:
         return _find_missing(options, model, checkpoint, directory, identity, report)
     if options.invited and options.model_id is None:
-        # A model that an invitation names is not served to a swarm that does not know it.
+        # A local model that an invitation names is only served if the swarm has the same model.
         own, joined = checkpoint.fingerprint, options.initial_peers
 
         def accept(one: Manifest, heads: Sequence[bytes]) -> str:
@@ -217,7 +216,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
 
 
 def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report: Report) -> None:
-    """A peer that does not know its model yet joins the peers on the network, to ask them."""
+    """Connects a peer that does not know its model to the peers on the local network, which may know it."""
     node = part_of(directory, Directory)
     if node is None or not options.lan or options.initial_peers or options.join_file:
         return
@@ -247,7 +246,7 @@ def _find_missing(
         return read_manifest(weights_folder(fingerprint)) is None
 
     def accept(one: Manifest, heads: Sequence[bytes]) -> str:
-        """Compares it with the local files, and makes the folder; returns why that cannot be."""
+        """Compares a manifest with the local files, and makes its folder; returns the reason of a failure."""
         if store is not None and (reason := differs(one, store, hashing)):
             return reason
         if has_no_folder(one.fingerprint):
@@ -284,7 +283,7 @@ def _find_missing(
                 log.warning("%s: all of it is read through at the hub", error)
             if found is not None:
                 manifest, name = found
-            elif checkpoint is not None and not options.invited:  # nobody has it yet: this peer says what it is
+            elif checkpoint is not None and not options.invited:  # no peer has the model: this peer makes the manifest
                 name = str(model)
                 manifest = checkpoint.manifest(partial(report, "read the weights once"))
                 _check_expected(checkpoint, options)
@@ -308,24 +307,25 @@ def _find_missing(
     if store is not None:
         try:
             hub = HubPieces(manifest, store, store.commit.rpartition("@")[2])
-        except ModelNotFound as error:  # it is not reached, and the manifest is known from before
+        except ModelNotFound as error:  # the hub is unreachable, and the manifest is already known
             log.warning("weights come from peers alone: %s", error)
     fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
     folder.fetch = fetcher.fetch
-    filled = Checkpoint.of(files)  # of some files the config needs tensors, too
+    filled = Checkpoint.of(files)  # the configs of some files depend on tensors
     check_file_bytes(filled)
     filled.name = name
     return filled, fetcher
 
 
 def _check_layout(manifest: Manifest, path: Path) -> None:
-    """Refuses files whose heads do not say what the manifest says: the fingerprint does not cover them."""
+    """Checks the heads of files against the manifest, because the fingerprint does not cover heads. Raises
+    ModelNotFound: they differ."""
     store = open_store(path)
     if reason := headers_differ(manifest, store):
         raise ModelNotFound(f"what a peer says of the files of this model does not fit it ({reason}): join another one")
     if not manifest.heads and is_of_gguf(manifest.config):
         raise ModelNotFound("a peer leaves out what stands before the tensors in the files of this model")
-    HeldPieces(manifest, store)  # raises if pieces do not fit each other
+    HeldPieces(manifest, store)  # raises an error if pieces overlap or leave gaps
 
 
 def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:

@@ -1,4 +1,4 @@
-"""The links of a peer to others: what is sent over them, which stay open, and what the peer measures of them."""
+"""The links of a peer to other peers: sending, links that stay open, and measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peers.counters import Traffic
-from peers.sessions import PassWork, Work
 from scheduler.candidates import by_use
 from scheduler.facts import MIN_HEIGHT_MS, Link, Network
 from scheduler.liveness import ANSWER_TRIPS, FIRST_TRIPS
@@ -25,28 +24,28 @@ from splitnet.transport.pool import KEEP_S, LinkPool
 from splitnet.transport.prober import Prober
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Destination, Endpoint
-from splitnet.wire.messages import Message, Timing, encode
+from splitnet.wire.messages import Message, encode
 
 log = logging.getLogger(__name__)
 
-MAX_NEXT_HOPS = 64
-PROBE_S = 2.0  # how often the links that sessions use are measured
-MEASURED_AT_ONCE = 8  # half of them for the place of the peer: the least known; and half that routes need
-USEFUL_S = 600.0  # how long a peer relies on a measurement of a link
-RENEW_S = 60.0  # after that the links that it publishes are measured again, one after the other
-ASKED_AT_ONCE = 32
-HEARD_S = 600.0  # after which a peer that has answered is asked again
-KEPT_HEARD = 4096
+MAX_NEXT_HOPS = 64  # links that a peer opens to others
+PROBE_S = 2.0  # interval between pings on links that sessions use
+MEASURED_AT_ONCE = 8  # links of one round: half of them the least known, for network coordinates, half for routes
+USEFUL_S = 600.0  # age up to which a measurement of a link is used
+RENEW_S = 60.0  # age after which a published measurement is renewed
+ASKED_AT_ONCE = 32  # peers that are pinged in one call
+HEARD_S = 600.0  # time after which a peer that has answered is pinged again
+KEPT_HEARD = 4096  # peers whose last answers are remembered
 
 
 class Answering(Protocol):
-    """Where answers go."""
+    """A sender of answers."""
 
     def send(self, destination: Destination, message: Message) -> None: ...
 
 
 class Outbox:
-    """Encodes, counts and sends the messages of a peer, with the methods of its transport and prober for links."""
+    """Encodes, counts and sends the messages of a peer; has the link methods of its transport and prober."""
 
     def __init__(self, transport: Transport, traffic: Traffic) -> None:
         self._transport = transport
@@ -57,24 +56,18 @@ class Outbox:
         self.probe, self.answered, self.rtt_ms = self.prober.probe, self.prober.answered, self.prober.rtt_ms
 
     def send(self, destination: Destination, message: Message) -> None:
-        """Sends a message; it must not be changed afterwards."""
+        """Sends a message, which must not be changed afterwards."""
         frames = encode(message)
         self._traffic.count(destination, message, frames, sent=True)
         self._transport.send(destination, frames)
 
     def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """How long to wait for a pong, or for a link to come up and a pong: more where round trips are long."""
+        """Seconds to wait for a pong, longer for long round trips; connects: the link must come up first."""
         return self.prober.answer_limit_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
 
 
-def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
-    following = work.session.next
-    rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
-    return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))
-
-
 class NextHops(LinkPool):
-    """The links of a peer to others, used by the sessions that push over them. Thread-safe."""
+    """The links of a peer to the next hops of its sessions. Thread-safe."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(outbox, most=MAX_NEXT_HOPS, keep_s=KEEP_S)
@@ -82,7 +75,7 @@ class NextHops(LinkPool):
         self._probe_at = 0.0
 
     def tick(self, now: float) -> None:
-        """Closes links that were not used for long, and measures the others."""
+        """Closes links without use, and pings the peers of the others."""
         super().tick(now)
         if now >= self._probe_at:
             self._probe_at = now + PROBE_S
@@ -92,20 +85,20 @@ class NextHops(LinkPool):
 
 @dataclass(eq=False)
 class Neighbours:
-    """Measures links to a few peers at a time, first those that it knows least about."""
+    """Measures links to a few peers at a time, the least known first."""
 
-    others: Callable[[], Sequence[PeerRecord]]  # looks up all other peers
-    links: NextHops  # opened for a measurement as for a session
+    others: Callable[[], Sequence[PeerRecord]]  # looks up the records of all other peers
+    links: NextHops  # open the links to measure
     prober: Prober
-    own: Callable[[], PeerRecord | None] = lambda: None  # the peer's own record; None: not known yet what it serves
+    own: Callable[[], PeerRecord | None] = lambda: None  # the peer's own record; None: its blocks are not chosen yet
 
     def __post_init__(self) -> None:
         self.network_coordinates = NetworkCoordinates()
-        self._seen: dict[str, tuple[float, Link]] = {}  # when which link was measured, by key text
-        self._used: dict[str, tuple[float, float]] = {}  # of links of sessions: when what round trip in ms was seen
-        self._answered: dict[Endpoint, int] = {}  # the latest ping that came back on links that sessions use
-        self._tried_at: dict[str, float] = {}  # the same of those that were silent, too
-        self._useful: Sequence[str] = ()  # those of the measured ones to which a chain may go on, the most useful first
+        self._seen: dict[str, tuple[float, Link]] = {}  # time and result of measurements, by key text
+        self._used: dict[str, tuple[float, float]] = {}  # time and round trip in ms on links of sessions, by key text
+        self._answered: dict[Endpoint, int] = {}  # number of the last answered ping on links of sessions
+        self._tried_at: dict[str, float] = {}  # time of the last attempt, answered or not, by key text
+        self._useful: Sequence[str] = ()  # key texts of measured peers that can follow in a route, best first
         self._random = random.Random()
         self._heard_at: dict[Endpoint, float] = {}
         self._asked_at: dict[Endpoint, float] = {}
@@ -116,11 +109,10 @@ class Neighbours:
             keep_latest(self._heard_at, endpoint, time.monotonic(), KEPT_HEARD)
 
     def answering(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
+        """The records whose peers have answered a ping, which proves their keys. Takes a second if a peer is silent.
 
-        Records of peers that do not exist can be announced. At most `ASKED_AT_ONCE` are asked in one call: first those
-        whose keys have cost work, then those asked longest ago. An answer counts until the peer is asked again, after
-        `HEARD_S`, and is silent.
+        A record may name a peer that does not exist. One call pings at most `ASKED_AT_ONCE` peers: keys with a proof of
+        work first, then peers by the time of their last ping. An answer counts until a ping after `HEARD_S` fails.
         """
         begin = time.monotonic()
         due = [record for record in records if begin - self._heard_at.get(record.endpoint, -math.inf) > HEARD_S]
@@ -139,7 +131,7 @@ class Neighbours:
             return [record for record in records if record.endpoint in self._heard_at]
 
     def hear_used(self) -> None:
-        """Takes in the round trips of links that sessions use, if a ping has come back since the last call."""
+        """Records the round trips of links of sessions with a ping that was answered since the last call."""
         now, before = time.monotonic(), self._answered
         self._answered = {endpoint: self.prober.answered(endpoint) for endpoint in self.links.in_use}
         heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, number)]
@@ -147,7 +139,7 @@ class Neighbours:
         self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
 
     def look_around(self) -> None:
-        """Measures some links; takes a few round trips, a few seconds at most."""
+        """Measures some links; takes a few round trips, at most a few seconds."""
         try:
             others = list(self.others())
         except SplitnetError as error:
@@ -179,7 +171,7 @@ class Neighbours:
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
     def _link(self, name: str, seen: tuple[float, Link]) -> Link:
-        """The latest of a link that was `seen`, by sessions too."""
+        """The latest measurement of a link, on its own or by sessions. seen: time and result of the former."""
         at, link = seen
         used_at, rtt_ms = self._used.get(name, (at, 0.0))
         return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link
@@ -189,7 +181,7 @@ class Neighbours:
         return time.monotonic() - at
 
     def _by_use(self, others: Sequence[PeerRecord]) -> list[str]:
-        """Keys of those that a chain may go on to from here, the most useful first."""
+        """Key texts of the peers that can follow this one in a route, the most useful first."""
         own = self.own()
         if own is None or not others:
             return []
@@ -205,7 +197,7 @@ class Neighbours:
 
     @property
     def seen_links(self) -> tuple[SeenLink, ...]:
-        """The measurements that are published: those that routes need first, then the latest."""
+        """The measurements to publish: first the links that routes need, then the latest."""
         seen = self._seen
         latest = sorted(seen, key=self._age_s)
         best = dict.fromkeys([*(name for name in self._useful if name in seen), *latest])
@@ -217,6 +209,6 @@ class Neighbours:
 
     @property
     def coordinate(self) -> tuple[tuple[float, ...], float]:
-        """Vector with the height behind it, and the relative error, as they are published."""
+        """The network coordinate to publish: the vector with the height as last element, and the relative error."""
         coordinate = self.network_coordinates.place.coordinate
         return (*coordinate.vector, max(coordinate.height_ms, MIN_HEIGHT_MS)), coordinate.error

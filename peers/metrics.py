@@ -1,4 +1,4 @@
-"""Metrics of a peer for Prometheus: its counters, its state at the moment of a scrape, and the server of both."""
+"""Metrics of a peer for Prometheus: counters, the state at the time of a scrape, and the HTTP server of both."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from itertools import accumulate
 from socketserver import ThreadingTCPServer
@@ -31,7 +32,6 @@ from prometheus_client.registry import Collector
 
 from peers.counters import OTHER_CODEC, Histogram
 from peers.server import Peer, SpanServer
-from peers.service import SessionService
 from peers.sessions import Purpose
 from scheduler import facts as swarm
 from scheduler.cost import hop_joules
@@ -42,16 +42,17 @@ from splitnet.wire.codecs import CODECS
 log = logging.getLogger(__name__)
 
 PATH = "/metrics"
-REQUEST_S = 5.0  # how long a connection lasts at most
-MOST_CONNECTIONS = 16  # at the same time: for one more the oldest ends
+REQUEST_S = 5.0  # bound of the duration of a connection
+MOST_CONNECTIONS = 16  # at the same time; one more ends the oldest connection
 Label = TypeVar("Label", bound=str)
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
 _CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()} | {OTHER_CODEC: "other"}
 _LINKS = {False: "incoming", True: "outgoing"}
 
 
 class PeerMetrics(Collector):
-    """Makes metrics of what a peer counts, and of its state at each scrape; while it moves it has no blocks."""
+    """Metrics of a peer's counters, and of its state at each scrape. A moving peer has no blocks."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -79,7 +80,7 @@ class PeerMetrics(Collector):
         yield from self._sessions()
         yield _counter("moves", "Moves to other blocks.", counters.moves)
         yield from self._work()
-        yield from self._memory(server)
+        yield from self._memory()
         yield from self._traffic()
         yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
         help = "Energy of a decoded token in all blocks of the peer."
@@ -115,13 +116,13 @@ class PeerMetrics(Collector):
         help = "Rows (sequences) that share a pass, over all sessions."
         yield _histograms("pass_rows", help, "work", {kind: of.rows for kind, of in passes.items()})
 
-    def _memory(self, server: SpanServer | None) -> Iterator[Metric]:
+    def _memory(self) -> Iterator[Metric]:
         service = self._peer.service
         training, kv = service.training_memory, service.sessions.memory
         help = "Memory for KV caches: reserved by sessions, and free for others."
         yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
         help = "Keys and values that sessions hold of what they reserved."
-        yield _gauge("kv_cached_bytes", help, _cached_bytes(service, server))
+        yield _gauge("kv_cached_bytes", help, round(service.rows.cached_bytes))
         store = service.sessions.prefixes
         help = "Keys and values of texts that are stored for later ones that begin alike."
         held = (store.nbytes, store.disk_bytes) if store is not None else (0, 0)
@@ -160,22 +161,6 @@ def registry_of(peer: Peer) -> CollectorRegistry:
     return registry
 
 
-def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
-    """Bytes that rows hold; a session may have fewer blocks than the span."""
-    if server is None:
-        return 0
-    span = server.span
-    block_bytes = span.kv_bytes_per_position / (span.end - span.start)
-    # Lists at once, as other threads add sessions and rows meanwhile.
-    return round(
-        sum(
-            (session.end - session.start) * row.length * block_bytes + row.near_bytes + row.state_bytes
-            for session in list(service.sessions)
-            for row in list(session.rows.values())
-        )
-    )
-
-
 def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     if server is None:
         return 0.0
@@ -185,33 +170,27 @@ def _token_joules(peer: Peer, server: SpanServer | None) -> float:
     return hop_joules(facts, span.end - span.start) or 0.0
 
 
-def _gauge(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
-    return _filled(GaugeMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
+def _metric(family: Family, name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
+    """A metric with one value, or one for each value of `label`."""
+    metric = family(f"splitnet_peer_{name}", help, labels=[label] if label else [])
+    for key, one in value.items() if isinstance(value, Mapping) else [("", value)]:
+        metric.add_metric([key] if label else [], one)
+    return metric
 
 
-def _counter(name: str, help: str, value: float | Mapping[Label, float], label: str = "") -> Metric:
-    return _filled(CounterMetricFamily(f"splitnet_peer_{name}", help, labels=[label] if label else []), value)
-
-
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, value: float | Mapping[Label, float]) -> Metric:
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            family.add_metric([key], one)
-    else:
-        family.add_metric([], value)
-    return family
+_gauge, _counter = partial(_metric, GaugeMetricFamily), partial(_metric, CounterMetricFamily)
 
 
 def _if_known(name: str, help: str, value: float) -> Metric:
-    """Without a value where it is 0, which means that it is not known."""
+    """A gauge without a value if `value` is 0, which means unknown."""
     return _gauge(name, help, value or dict[str, float]())
 
 
 def _bytes(name: str, help: str, totals: Counter[tuple[bool, int]]) -> Metric:
-    """All links and codecs, also those that were not used: a rate needs the zero before the first byte."""
+    """Bytes of all links and codecs, used or not: a rate needs the zero before the first byte."""
     known = Counter({(link, name): 0 for link in _LINKS.values() for name in _CODEC_NAMES.values()})
     for (outgoing, code), size in totals.items():
-        # What a sender calls a codec may be none.
+        # A sender may name a codec that does not exist.
         known[_LINKS[outgoing], _CODEC_NAMES.get(code, _CODEC_NAMES[OTHER_CODEC])] += size
     family = CounterMetricFamily(f"splitnet_peer_{name}", help, labels=["link", "codec"])
     for key, size in known.items():
@@ -229,19 +208,19 @@ def _histograms(name: str, help: str, label: str, histograms: Mapping[Label, His
 
 
 class MetricsServer(ThreadingTCPServer):
-    """Listens from the start, answers once it serves. Use it as a context manager. Port 0: any free one.
+    """Listens from construction on, and answers after `serve`. Use it as a context manager. Port 0: any free port.
 
-    Raises AddressInUse if something else listens there, and SplitnetError if it is not an address of this machine.
+    Raises AddressInUse: another program listens there; SplitnetError: the address is not of this machine.
     """
 
-    allow_reuse_address = sys.platform != "win32"  # where others could take the port, too
+    allow_reuse_address = sys.platform != "win32"  # on Windows other programs could use the port, too
     daemon_threads = True
     registry: CollectorRegistry
 
     def __init__(self, host: str, port: int) -> None:
         shown = f"[{host}]" if ":" in host else host
-        self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # of this machine in requests
-        self._until: dict[socket.socket, float] = {}  # of connections that have not ended, the oldest first
+        self.names = {"localhost", host.lower(), socket.gethostname().lower()}  # names of this machine in requests
+        self._until: dict[socket.socket, float] = {}  # end of the time of open connections, the oldest first
         self._places = threading.BoundedSemaphore(2 * MOST_CONNECTIONS)
         fix = "give --metrics-port PORT, or HOST:PORT with a host of this machine"
         with listening_at(f"{shown}:{port}", "--metrics-port", fix):
@@ -284,7 +263,7 @@ class MetricsServer(ThreadingTCPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Ends connections whose time is up; called for each new one, and twice a second."""
+        """Ends connections after `REQUEST_S`; called for each new connection, and twice a second."""
         now = time.monotonic()
         for request, until in list(self._until.items()):
             if now >= until:
@@ -292,11 +271,11 @@ class MetricsServer(ThreadingTCPServer):
 
     def _end(self, request: socket.socket) -> None:
         self._until.pop(request, None)
-        with suppress(OSError):  # its thread, which waits for it, has closed it just now
+        with suppress(OSError):  # the connection's thread has closed it already
             request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # The client is gone, or does not speak HTTP.
+        # The client has disconnected, or does not use HTTP.
         log.debug("a reader of the metrics was lost", exc_info=True)
 
 
@@ -324,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _names_this_machine(self) -> bool:
-        """False for a name that a page of another site may have been given for this address."""
+        """Whether the request names this machine; another name may come from a web page that uses DNS rebinding."""
         host = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
         if "." not in host or host in self.server.names:
             return True

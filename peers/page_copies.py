@@ -1,4 +1,4 @@
-"""Copies pages of sessions from the hops that have them, as clients ask: a replica goes on where a hop has died."""
+"""Copies pages of sessions from other hops on request of clients, so that a replica can replace a hop that dies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from itertools import takewhile
 from typing import Final
 
 from peers.links import Answering
-from peers.prefixes import PrefixStore, Space, page_name, unpack
-from peers.service import SessionService, endpoint_of
+from peers.prefixes import PrefixNamespace, PrefixStore, page_name, unpack
+from peers.served import endpoint_of
+from peers.service import SessionService
 from splitnet.checkpoint.transfer.fetching import Asking
 from splitnet.errors import ProtocolError
 from splitnet.limits import FairAccount, Holding, Places
@@ -26,14 +27,14 @@ from splitnet.wire.messages import MAX_PART_BYTES, CopiedPages, CopyPages, Weigh
 
 log = logging.getLogger(__name__)
 
-PER_KEY: Final = 8  # requests of a key that wait or run
-WAITING: Final = 64
-AT_ONCE: Final = 4  # pages that come at the same time for sessions that wait, and as many for all others
-AT_ONCE_OF_KEY: Final = 2  # of both kinds together, so that slow sources of one key leave places for other keys
-ANSWER_S: Final = 1.0  # a hop that does not answer for this time has nothing more
-TICK_S: Final = 0.02
-TRIED: Final = 4  # pages, before it is known whether copying is faster
-JOB_S: Final = 60.0  # a request ends then, with what has come
+PER_KEY: Final = 8  # requests of one key that may wait or run
+WAITING: Final = 64  # requests of all keys that may wait or run
+AT_ONCE: Final = 4  # pages that are copied at the same time for sessions that wait; as many for all other requests
+AT_ONCE_OF_KEY: Final = 2  # of these, pages of one key, so that its slow sources leave places for other keys
+ANSWER_S: Final = 1.0  # the copy ends when the source does not answer for this long
+TICK_S: Final = 0.02  # poll interval while all sources are silent
+TRIED: Final = 4  # pages that are copied before their time is compared with that of computing them
+JOB_S: Final = 60.0  # a request ends after this time, with the pages that were copied
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class _Client:
 
 @dataclass(eq=False)
 class _Job:
-    """A request, and how far it is. turn: when its last page came. run: the generator that copies."""
+    """A request and its progress. turn: time of its last page. run: the generator that copies."""
 
     source: Connection
     message: CopyPages
     service: SessionService
     store: PrefixStore
-    space: Space
+    namespace: PrefixNamespace
     hop: Endpoint
     began: float = field(default_factory=time.monotonic)
     turn: float = field(default_factory=time.monotonic)
@@ -60,15 +61,15 @@ class _Job:
 
     @property
     def held(self) -> int:
-        """Pages in a row, from the first one on, that are here now."""
-        return len(list(takewhile(lambda label: self.store.has(self.space, label), self.message.labels)))
+        """Number of the first pages of the text that this peer has without a gap."""
+        return len(list(takewhile(lambda label: self.store.has(self.namespace, label), self.message.labels)))
 
 
 class PageCopies:
-    """Answers `CopyPages`. Thread-safe; close it when done. service: of the blocks that the peer serves now.
+    """Answers `CopyPages`. Thread-safe; close it when done. service: returns the service of the present blocks.
 
-    One thread copies for all requests and waits for several sources at the same time: a slow source holds up no copy
-    from another source. The request of the key with fewest pages under way goes first.
+    One thread copies for all requests and waits for several sources at the same time, so a slow source does not delay
+    other copies. The request of the key with the fewest pages under way comes first.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class PageCopies:
         self._jobs: dict[_Job, Holding] = {}
         self._waiting = FairAccount(WAITING, PER_KEY, newest_first=True)
         self._under_way = Places(2 * AT_ONCE, if_faster=AT_ONCE, key=AT_ONCE_OF_KEY)
-        self._answers: dict[int, object] = {}  # that came since the last turn, by the number of the question
+        self._answers: dict[int, object] = {}  # received since the last round, by the number of the question
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def receive(self, source: Connection, message: CopyPages) -> None:
-        """Takes a request; one too many, or of no use, is answered at once."""
+        """Takes a request; a request that cannot be served, or is one too many, is answered at once."""
         try:
             job = self._job(source, message)
         except Exception as error:  # a key that is no point of the curve, a malformed address
@@ -113,11 +114,11 @@ class PageCopies:
 
     def _job(self, source: Connection, message: CopyPages) -> _Job | None:
         service = self._service()
-        store, space = service.sessions.prefixes, service.space(source.curve, message)
-        if store is None or not space.name:
+        store = service.sessions.prefixes
+        if store is None or not (namespace := service.rows.namespace(store, source.curve, message)).name:
             return None
         hop = endpoint_of(message.source_key, message.source_address, message.source_relays, "the source")
-        return _Job(source, message, service, store, space, hop)
+        return _Job(source, message, service, store, namespace, hop)
 
     def _work(self) -> None:
         with Asking(self._identity, self._swarm) as asking:
@@ -134,7 +135,7 @@ class PageCopies:
                         self._answers[getattr(answer, "number", 0)] = answer
 
     def _next(self) -> list[_Job]:
-        """All requests in the order of their turns; none: closed."""
+        """All requests, in the order in which they may copy; none: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             jobs = [] if self._closed else list(self._jobs)
@@ -154,12 +155,12 @@ class PageCopies:
         self._outbox.send(job.source, CopiedPages(job.message.session, job.message.number, job.held, job.nbytes))
 
     def _copy(self, asking: Asking, job: _Job) -> Generator[None]:
-        """Gets the pages that are missing, one after the other; gives way while it waits, and after each page."""
+        """Copies the missing pages in order; yields while it waits, and after each page."""
         message, names, due = job.message, list[bytes](), 0.0
         place = {"if_faster": message.if_faster, "key": job.source.curve}
         for label in message.labels:
-            name = page_name(job.space, label)
-            if not job.store.has(job.space, label):
+            name = page_name(job.namespace, label)
+            if not job.store.has(job.namespace, label):
                 while time.monotonic() < due or not self._under_way.take(**place):
                     yield
                 try:
@@ -169,10 +170,10 @@ class PageCopies:
                 if data is None:
                     return
                 page = unpack(name, data)
-                job.service.check_page(page, message.start, message.end, message.codec, first=not names)
+                job.service.served.check_page(page, message.start, message.end, message.codec, first=not names)
                 if not are_finite(page.tensors.values()):
                     raise ProtocolError("a page has values that are no numbers")
-                if not job.store.put_copied(job.space, page, names) and not job.store.has(job.space, label):
+                if not job.store.put_copied(job.namespace, page, names) and not job.store.has(job.namespace, label):
                     return  # there is no room
                 job.copied += 1
                 job.turn = time.monotonic()
@@ -185,7 +186,7 @@ class PageCopies:
             names.append(name)
 
     def _bytes_of(self, asking: Asking, job: _Job, name: bytes) -> Generator[None, None, bytearray | None]:
-        """The bytes of a page; None: the hop does not have it, or does not answer. A short answer is an error: with
+        """The bytes of a page; None: the hop lacks the page, or does not answer. A short part is an error: in parts of
         single bytes a page would take days."""
         data, total = bytearray(), 1
         while len(data) < total:
@@ -202,7 +203,7 @@ class PageCopies:
                 return None
             total = part.total
             left = total - len(data)
-            if not 0 < total <= job.service.most_page_bytes or len(part.payload) != min(left, MAX_PART_BYTES):
+            if not 0 < total <= job.service.rows.most_page_bytes or len(part.payload) != min(left, MAX_PART_BYTES):
                 raise ProtocolError("what came is no page")
             data += part.payload
             job.nbytes += len(part.payload)

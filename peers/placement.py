@@ -1,4 +1,4 @@
-"""Which blocks a peer serves: those that it takes when it joins, and those that it moves to when others are lost."""
+"""The blocks that a peer serves: its choice when it joins, and its moves when other peers are lost."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from splitnet.wire.endpoints import Endpoint, LinkState
 
 log = logging.getLogger(__name__)
 
-LINK_CODEC = "int8"
+LINK_CODEC = "int8"  # codec of activations that is assumed for slow links
 
-TRIED_AT_ONCE = 32
-WITNESSES = 5  # the nearest of the first peers that answer: most of their coordinates decide which other peers are near
-PROBED = 4  # peers that answer and are sent 64 KiB, which measures what this machine can send
-READ_BYTES = 32 * 2**20
-READS = 3  # of memory; the fastest one tells how fast the device reads
+TRIED_AT_ONCE = 32  # peers that are pinged in one round
+WITNESSES = 5  # nearest answering peers whose coordinates estimate the distances of all other peers
+PROBED = 4  # answering peers that receive 64 KiB, which measures the uplink of this machine
+READ_BYTES = 32 * 2**20  # bytes of memory that are read to estimate the speed of the device
+READS = 3  # timed reads of memory; the fastest counts
 FEW = 3  # servers of a block that may all be lost at once
-MAX_WATCHED = 16
+MAX_WATCHED = 16  # peers that one peer pings all the time
 
-LOOK_S = 15.0  # how often a peer looks at the records of all others, at most
-QUICK_LOOK_S = 2.0
-LOOK_PER_PEER_S = 0.3  # small swarms are looked at more often: a lookup costs little, and holes are filled sooner
-URGENT_LOOK_S = 1.0
-URGENT_LOOK_PER_PEER_S = 0.05  # while some blocks have no server: the peer that is to move waits for records of others
-CHECK_S = 0.5  # how often a peer checks whether the peers that it watches are there
+LOOK_S = 15.0  # longest interval between two looks at the records of all other peers
+QUICK_LOOK_S = 2.0  # shortest interval
+LOOK_PER_PEER_S = 0.3  # interval for each peer: small swarms cost little to look up, and replace lost blocks sooner
+URGENT_LOOK_S = 1.0  # shortest interval while some blocks have no server
+URGENT_LOOK_PER_PEER_S = 0.05  # interval for each peer meanwhile: the peer that moves waits for new records of others
+CHECK_S = 0.5  # interval between two checks of the watched peers
 Blocks = tuple[int, int]
 
 
 def fitting_blocks(
     checkpoint: Checkpoint, wish: SpanWish, device: str, dtype: str | None, weights: str | None = None
 ) -> int:
-    """How many blocks the peer has memory for; 0 if it was told which blocks to serve. Arguments as of `Span.load`.
+    """The number of blocks that fit into the memory; 0 if `wish` names blocks. Arguments as in `Span.load`.
 
-    Raises OutOfMemory if not even one block fits, and WeightsError if weights cannot be held so.
+    Raises OutOfMemory: no block fits; WeightsError: the weight format is impossible.
     """
     if wish.blocks is not None:
         return 0
@@ -71,7 +71,7 @@ def fitting_blocks(
 
 
 def expected_block_ms(checkpoint: Checkpoint, device: str, dtype: str | None, weights: str | None = None) -> float:
-    """Ms of a token at a block, as the device reads memory: an estimate before blocks are loaded, for comparisons."""
+    """Ms of a token in a block, estimated from the speed of memory before blocks are loaded; for comparisons only."""
     values = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
     took_s = math.inf
     for _ in range(READS):
@@ -83,7 +83,7 @@ def expected_block_ms(checkpoint: Checkpoint, device: str, dtype: str | None, we
 
 @dataclass(frozen=True)
 class Present:
-    """Peers that are there. away_ms: one way to each, by name; bytes_per_ms: that can be sent to them; 0: not known."""
+    """Peers that answer. away_ms: latency to each, by key text. bytes_per_ms: uplink of this machine; 0: unknown."""
 
     records: Sequence[PeerRecord] = ()
     away_ms: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -94,11 +94,11 @@ NOBODY = Present()
 
 
 def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
-    """Those of the peers that answer, of many a sample: anybody can announce peers that do not exist.
+    """The peers that answer; of many peers a sample. A record may name a peer that does not exist.
 
-    First such whose keys have cost work; then those that stand near, by what the nearest that have answered say.
+    The first round pings keys with a proof of work, the second one peers that are near by network coordinates.
     """
-    records = [record for record in records if record.key != identity.public]  # of an earlier life of this peer
+    records = [record for record in records if record.key != identity.public]  # without an earlier run of this peer
     if not records:
         return NOBODY
     others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
@@ -115,7 +115,7 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
                 places = [place_of(record).coordinate for _, record in nearest]
                 others.sort(key=lambda record: _far_ms(place_of(record).coordinate, places))
         probed = links.prober.measure(record.endpoint for _, record in found[:PROBED])
-    slowest = PROBE_BYTES / (1000 * ANSWER_S) if found else 0.0  # none has arrived in time
+    slowest = PROBE_BYTES / (1000 * ANSWER_S) if found else 0.0  # no probe arrived in time
     return Present(
         [record for _, record in found],
         {record.key.text: rtt_ms / 2 for rtt_ms, record in found},
@@ -124,18 +124,18 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
 
 
 def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, float]:
-    """How far a place is from most of the others; an unknown place comes last."""
+    """Sort key: the median round trip in ms from a coordinate to the witnesses; an unknown coordinate comes last."""
     return place.error >= 1.0, median_low(place.rtt_ms(each) for each in witnesses)
 
 
 def choose_blocks(
     checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Present, own_ms: float | None = None
 ) -> tuple[int, int]:
-    """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
+    """The blocks `[start, end)` to serve next to the `present` peers: those of `wish`, or at most `fitting` blocks.
 
-    own_ms: of a token at a block of the new peer; None: not known.
+    own_ms: of a token in a block of the new peer; None: unknown.
 
-    Raises SplitnetError if the blocks asked for do not exist in the model.
+    Raises SplitnetError: the model does not have the blocks of `wish`.
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
@@ -152,7 +152,7 @@ def choose_blocks(
 
 
 def expected_speed(own_ms: float, peers: Sequence[Peer]) -> Speed:
-    """Of a peer that takes so many ms for a token: arithmetic takes what it takes at the peer that is most like it."""
+    """The speed of a peer with `own_ms` for a token: larger passes scale as at the peer with the most similar speed."""
     if not peers:
         return Speed.of(own_ms, own_ms / PASS_SIZES[1])
     alike = min(
@@ -162,7 +162,7 @@ def expected_speed(own_ms: float, peers: Sequence[Peer]) -> Speed:
 
 
 def position_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of a position on slow links, which count where peers choose their blocks."""
+    """Bytes of a position on slow links, for the choice of blocks."""
     return codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
 
 
@@ -171,25 +171,25 @@ def _positive(ms: float) -> float:
 
 
 class Mover:
-    """Decides for one peer. See `scheduler.peer_moves` for the rules, and why peers do not leave a block together.
+    """Decides the moves of one peer. `scheduler.peer_moves` has the rules, which keep peers from leaving together.
 
-    position_bytes: that a position takes on links; 0: the bandwidth of peers does not count.
+    position_bytes: of a position on links; 0: the bandwidth of peers does not count.
     """
 
     def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
-        self.lacking = False  # at the last decision blocks had no server, and none was on the way to them
+        self.lacking = False  # at the last decision, blocks had no server and no peer was moving to them
         self._num_blocks = num_blocks
         self._position_bytes = position_bytes
-        self._announced: Move | None = None  # it waits for newer records of all that may leave the same blocks
-        self._issued: dict[str, float] = {}  # times of the older records, by key
+        self._announced: Move | None = None  # waits for newer records of all peers that may leave the same blocks
+        self._issued: dict[str, float] = {}  # times of these peers' older records, by key text
 
     @property
     def intended(self) -> tuple[int, int] | None:
-        """The span of a move that is announced but not done yet."""
+        """The span of an announced move."""
         return (self._announced.start, self._announced.end) if self._announced else None
 
     def decide(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> tuple[int, int] | None:
-        """The span `[start, end)` to move to now, or None; `others`: all other records, `now`: Unix time."""
+        """The span `[start, end)` to move to now, or None. others: all other records. now: Unix time."""
         expected = [expected_facts_of(record) for record in others if record.serves or record.moving_to]
         self.lacking = bool(missing_blocks([facts_of(own), *expected], self._num_blocks))
         move = self._named(own, others, now)
@@ -207,7 +207,7 @@ class Mover:
         return move.start, move.end
 
     def guarded(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> list[PeerRecord]:
-        """The peers whose loss this one would have to make up for: few serve a block, and this is the one to move."""
+        """The peers whose loss this peer would replace by a move: servers of a block that few peers serve."""
         guarded: dict[PublicKey, PeerRecord] = {}
         if own.max_blocks:
             for holders in self._few_holders(own, others):
@@ -217,18 +217,18 @@ class Mover:
         return list(guarded.values())
 
     def _few_holders(self, own: PeerRecord, others: Sequence[PeerRecord]) -> list[list[PeerRecord]]:
-        """The servers of a block, for blocks that only one to `FEW` others serve; each group once."""
+        """The servers of each block that one to `FEW` other peers serve; each group once."""
         groups: dict[frozenset[PublicKey], list[PeerRecord]] = {}
         serving = [record for record in others if record.serves]
         edges = sorted({edge for record in serving for edge in (record.start, record.end)} | {own.start, own.end})
-        for block in edges:  # between these all blocks have the same
+        for block in edges:  # all blocks between two edges have the same servers
             holders = [record for record in serving if record.start <= block < record.end]
             if 0 < len(holders) <= FEW and not own.start <= block < own.end:
                 groups[frozenset(record.key for record in holders)] = holders
         return list(groups.values())
 
     def _named(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> Move | None:
-        """The best move, if it is this peer's."""
+        """The best move of the swarm, if this peer is to make it."""
         if not own.max_blocks:
             return None
         present = [own, *(record for record in others if record.serves or record.moving_to)]
@@ -246,16 +246,16 @@ class Mover:
 
 
 class HolderWatch:
-    """Keeps links to some peers, over which they are pinged, and notes their answers. Thread-safe."""
+    """Keeps links to some peers, pings them, and records their answers. Thread-safe."""
 
     def __init__(self, links: NextHops, state: Callable[[Endpoint], LinkState]) -> None:
         self._links = links
         self._state = state
-        self._heard_at: dict[Endpoint, float | None] = {}  # in seconds; None: not yet
+        self._heard_at: dict[Endpoint, float | None] = {}  # time of the last answer; None: no answer yet
         self._lock = threading.Lock()
 
     def watch(self, records: Iterable[PeerRecord]) -> None:
-        """Watches the first `MAX_WATCHED` of these peers, and no others, from now on."""
+        """Watches the first `MAX_WATCHED` of these peers, and no others."""
         wanted = list(dict.fromkeys(record.endpoint for record in records))[:MAX_WATCHED]
         with self._lock:
             for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
@@ -271,7 +271,7 @@ class HolderWatch:
                 self._heard_at[endpoint] = now
 
     def gone(self, now: float) -> frozenset[PublicKey]:
-        """The watched peers that have answered and do not any more."""
+        """The watched peers that have answered and then become silent."""
         with self._lock:
             return frozenset(
                 endpoint.key
@@ -283,34 +283,36 @@ class HolderWatch:
 
 @dataclass(eq=False)
 class Relocation:
-    """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe."""
+    """Looks at the swarm regularly, and moves the peer to blocks that need it more. Thread-safe."""
 
     mover: Mover
-    watch: HolderWatch  # knows which peers are gone although their records are still there
+    watch: HolderWatch  # knows lost peers before their records expire
     leaving: threading.Event  # set when the peer ends
     own: Callable[[], PeerRecord]
     others: Callable[[], Sequence[PeerRecord]]  # looks up all other records
-    publish: Callable[[], None]  # announces this peer's record beside the regular refreshes
-    move: Callable[[Blocks, bool], None]  # makes the peer serve other blocks; True: in haste, as some have no server
+    publish: Callable[[], None]  # announces this peer's record at once
+    move: Callable[
+        [Blocks, bool], None
+    ]  # makes the peer serve other blocks; True: without delay, because blocks have no server
     leave: Callable[[PeerRecord, Sequence[PeerRecord]], bool | None] = lambda own, others: False
-    """Leaves the model for another one, if that is wanted more; tells whether it has, None: it is about to."""
+    """Changes to another model if that has more demand; True: the peer has changed, None: it is about to."""
 
     def __post_init__(self) -> None:
         self._gone: frozenset[PublicKey] = frozenset()
-        self._issued: dict[PublicKey, float] = {}  # times of the records of those that are gone, as of the loss
-        self._heard_of: set[tuple[PublicKey, Blocks]] = set()  # moves of others that were announced
+        self._issued: dict[PublicKey, float] = {}  # times of the lost peers' records at their loss
+        self._heard_of: set[tuple[PublicKey, Blocks]] = set()  # announced moves of other peers
         self._pause_s = QUICK_LOOK_S
         self.lock = threading.Lock()  # prevents moves
         self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)
         self.start = self._thread.start
 
     def join(self) -> None:
-        """Waits until the thread has ended, as it does when the peer leaves."""
+        """Waits for the end of the thread, after `leaving` was set."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def reconsider(self) -> bool:
-        """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
+        """Moves to other blocks if the swarm needs this peer there more; returns whether it has moved."""
         with self.lock:
             if self.leaving.is_set():
                 return False
@@ -325,11 +327,11 @@ class Relocation:
             if leaves:
                 return True
             lost = [record for record in others if record.key in self._gone]
-            # Where peers are few all watch all: the one to move may be lost with those that it was to replace.
+            # In a small swarm every peer watches all: the peer that would move may be lost as well.
             rest = others if len(others) <= MAX_WATCHED else ()
             self.watch.watch([*lost, *self.mover.guarded(own, present, now), *rest])
             announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
-            # A peer that announces a move waits until it has heard of others.
+            # A peer with an announced move waits for newer records of other peers.
             if self.mover.intended != before or announced - self._heard_of:
                 self.publish()
             least_s, per_peer_s = (
@@ -340,7 +342,7 @@ class Relocation:
             return False
 
     def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those that are not known to be gone; a renewed record shows that its peer is there."""
+        """The records of peers that are not lost; a record that is newer than the loss proves its peer present."""
         self._gone = self.watch.gone(time.monotonic())
         self._issued = {
             record.key: self._issued.get(record.key, record.issued_at) for record in others if record.key in self._gone
@@ -356,5 +358,5 @@ class Relocation:
                 self.reconsider()
             except SplitnetError as error:
                 log.warning("could not look for better blocks to serve: %s", error)
-            # Not at the same moment as others: a later look sees their announcements.
+            # At a random time: the later of two looks sees the announcement of the other peer.
             look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

@@ -1,4 +1,4 @@
-"""The power that the device draws while it computes: counters and sensors are read around its work."""
+"""The power of the device while it computes: counters and sensors are read before and after each computation."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from scheduler.facts import MAX_WATTS
 
 log = logging.getLogger(__name__)
 
-HALF_LIFE_S = 20.0  # of computing: energy of before that counts half
-SENSOR_S = 0.5  # a sensor is read at most this often: over I2C that takes a millisecond
-MOST_WATTS = 2000.0  # of one counter. One that leaps by more was set back, and did not wrap.
+HALF_LIFE_S = 20.0  # seconds of computation after which a measurement has half its weight
+SENSOR_S = 0.5  # interval between two readings of a sensor, because a reading over I2C takes a millisecond
+MOST_WATTS = 2000.0  # bound of one counter's power: after a larger difference the counter was reset, and did not wrap
 SYSFS = Path("/sys")
 
 _MICRO = 1e-6
-_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})  # chips whose power is that of a GPU
-_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of a sensor that includes its board's others
+_OTHER_DEVICES = frozenset(
+    {"amdgpu", "radeon", "nouveau", "i915", "xe"}
+)  # drivers of GPUs, whose power is not that of the CPU
+_WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of sensors for a whole board
 
 
 @dataclass(frozen=True)
 class Source:
-    """A counter of energy or a sensor of power of (a part of) the device; those with the same names are equal.
+    """A counter of energy or a sensor of power, of the device or a part of it. Sources with equal names are equal.
 
-    read: joules so far of a counter, watts now of a sensor. Raises OSError or ValueError if that cannot be read.
+    read: total joules of a counter, present watts of a sensor. Raises OSError or ValueError: the reading failed.
     """
 
     name: str
     read: Callable[[], float] = field(compare=False)
-    wraps_at: float | None = None  # joules at which a counter begins again at 0; 0: not known; None: it is a sensor
+    wraps_at: float | None = None  # joules at which a counter wraps to 0; 0: unknown; None: the source is a sensor
 
 
 @dataclass(frozen=True)
 class Sources:
-    """All that add up to the device; none if its power is not known. problem: why not, and what helps."""
+    """The sources whose sum is the power of the device; empty: unknown. problem: the reason, and what helps."""
 
     parts: tuple[Source, ...] = ()
     problem: str = ""
@@ -54,10 +56,10 @@ class Sources:
 
 
 class EnergyMeter:
-    """Adds up what is read around the work of the device; failed readings add nothing.
+    """Adds up the energy of computations; failed readings add nothing.
 
-    One thread at a time computes; another may look for sources. find: the sources that can be read now.
-    watts: what the device draws while it computes, if the user says so; then nothing is read.
+    One thread at a time computes; another thread may call `look`. find: finds the readable sources. watts: power of the
+    device while it computes, from the user; with it no source is read.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class EnergyMeter:
         watts: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.joules = 0.0  # of all work so far, as far as it is known
+        self.joules = 0.0  # of all computations whose energy is known
         self._find = find
         self._given = watts
         self._clock = clock
@@ -78,7 +80,7 @@ class EnergyMeter:
 
     @property
     def watts(self) -> float:
-        """Drawn while the device computes; 0: not known."""
+        """Power while the device computes; 0: unknown."""
         if self._given is not None:
             return self._given
         joules, seconds = self._recent_joules, self._recent_s
@@ -86,25 +88,25 @@ class EnergyMeter:
 
     @property
     def origin(self) -> str:
-        """Where that is known from, or why it is not; "" without any source."""
+        """The origin of `watts`, or why they are unknown; "" without any source."""
         if self._given is not None:
             return f"{self._given:g} W while it computes, as --watts says"
         return self._sources.names or self._sources.problem
 
     def look(self) -> None:
-        """Finds the sources that can be read now: they come and go with drivers and rights."""
+        """Finds the readable sources, which change with drivers and rights."""
         if self._given is not None:
             return
         try:
             found = self._find()
-        except OSError:  # something vanishes while it is looked at
+        except OSError:  # a file vanished during the search
             found = Sources()
         if found != self._sources:
             self._use(found)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts what the device draws within. For one thread; what is nested counts once."""
+        """Counts the energy of the block within. For one thread; nested blocks count once."""
         sources = self._sources
         if self._within or (self._given is None and not sources.parts):
             yield
@@ -144,7 +146,7 @@ class EnergyMeter:
         return self._readings(sources, [part for part in sources.parts if part.wraps_at is not None])
 
     def _sensed(self, sources: Sources) -> float | None:
-        """Watts of all sensors, as read lately; None: not all can be read."""
+        """Watts of all sensors, at most `SENSOR_S` old; None: a reading failed."""
         sensors = [part for part in sources.parts if part.wraps_at is None]
         now = self._clock()
         if sensors and now - self._sensed_at >= SENSOR_S:
@@ -155,7 +157,7 @@ class EnergyMeter:
         return self._sensed_watts if sensors else 0.0
 
     def _readings(self, sources: Sources, parts: list[Source]) -> list[float] | None:
-        """Of each part; None: not all can be read."""
+        """A reading of each part; None: one failed."""
         try:
             return [part.read() for part in parts]
         except (OSError, ValueError) as error:
@@ -171,7 +173,7 @@ class EnergyMeter:
 
 
 def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
-    """The sources of the power of `device` now. sysfs: where Linux shows counters and sensors."""
+    """The readable sources of the power of `device`. sysfs: where Linux has counters and sensors."""
     if device.type == "cuda":
         return _of_nvidia(device)
     if device.type != "cpu":
@@ -181,7 +183,7 @@ def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
 
 
 def _of_rapl(sysfs: Path) -> Sources:
-    """The packages. Domains within them are in them; a platform (psys) has all in it, and counts where it is alone."""
+    """The counters of packages, which include their subdomains; without packages, that of the platform (psys)."""
     domains = [
         (folder, _text(folder / "name"))
         for folder in sorted((sysfs / "class/powercap").glob("intel-rapl:*"))
@@ -197,7 +199,7 @@ def _of_rapl(sysfs: Path) -> Sources:
         except PermissionError:
             return Sources(problem=_not_allowed(file, folder.parent / "intel-rapl:*/energy_uj"))
         except (OSError, ValueError):
-            return Sources()  # a sum without it would be too small
+            return Sources()  # the sum of the other packages would be too small
         range_uj = _text(folder / "max_energy_range_uj")
         wraps_at = int(range_uj) * _MICRO if range_uj.isdigit() else 0.0
         parts.append(Source(f"RAPL {name}", partial(_read, file, _MICRO), wraps_at))
@@ -205,11 +207,11 @@ def _of_rapl(sysfs: Path) -> Sources:
 
 
 def _of_sensors(sysfs: Path) -> Sources | None:
-    """Those of one kind of chip: what different ones measure may be the same current. None: there are none."""
+    """Sensors of one kind of chip, because different kinds may measure the same current. None: there are no sensors."""
     by_kind: dict[str, list[tuple[Source, str]]] = {}
     for chip in sorted((sysfs / "class/hwmon").glob("hwmon*")):
         name = _text(chip / "name")
-        # What hangs on a power supply or battery is what flows into it, or could.
+        # The sensor of a power supply or battery measures its charge or its limit.
         if name and name not in _OTHER_DEVICES and not (chip / "device/type").exists():
             sensors = list(_sensors(chip, name))
             if sensors:
@@ -242,7 +244,7 @@ def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
             found = True
     if found or not name.startswith("ina"):
         return
-    for number in (1, 2, 3):  # beyond these an INA3221 has voltages of shunts and sums
+    for number in (1, 2, 3):  # higher numbers of an INA3221 are voltages of shunts and sums
         current, voltage = chip / f"curr{number}_input", chip / f"in{number}_input"
         if current.exists() and voltage.exists() and _text(chip / f"in{number}_enable") != "0":
             label = _text(chip / f"in{number}_label")
@@ -263,7 +265,7 @@ def _of_nvidia(device: torch.device) -> Sources:
 def _nvidia_watts(device: torch.device) -> float:
     try:
         return torch.cuda.power_draw(device) / 1000
-    except Exception as error:  # NVML has errors of its own, and which there are depends on its version
+    except Exception as error:  # the errors of NVML depend on its version
         raise OSError(f"NVML: {error}") from error
 
 
@@ -272,12 +274,12 @@ def _not_allowed(file: Path, files: Path) -> str:
 
 
 def _product(current: Path, voltage: Path) -> float:
-    """Watts of mA and mV."""
+    """Watts from mA and mV."""
     return _read(current, 1e-3) * _read(voltage, 1e-3)
 
 
 def _read(file: Path, unit: float) -> float:
-    # In the way of every step, so without the layers of `open`.
+    # Without `open`, whose layers would slow down every step.
     descriptor = os.open(file, os.O_RDONLY)
     try:
         return int(os.read(descriptor, 64)) * unit

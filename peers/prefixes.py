@@ -1,13 +1,14 @@
-"""Pages of keys and values that sessions have left: a later session whose text begins alike goes on from them.
+"""The prefix store: pages of keys and values that sessions leave for later sessions whose texts begin alike.
 
-A page is named by a digest of all that it depends on: the client's label, which covers the text up to its end (see
-`splitnet.wire.sent_log`), what the client says of the hops before (`Open.context`), the blocks and how they are held,
-and the key that it was computed for. So what is found is right, and nobody finds pages of others.
+The name of a page is a digest of everything that the page depends on: the client's label, which covers the text up to
+the end of the page (see `splitnet.wire.sent_log`), the client's digest of the hops before (`Open.context`), the blocks
+and their weight format, and the key of the client. So a page that is found is right, and no client finds pages of
+another key.
 
-Pages are held in the part of the KV memory that no session has reserved. There the least valuable go first, by use and
-by what it costs to compute them again (GreedyDual-Size-Frequency; Cherkasova, HPL-98-69R1, 1998), of the key with the
-most by its weight. Pages that were used again, or are there at the end, are written to `PageFiles` by a thread of its
-own. A store that fails loses pages, and nothing else.
+Pages use the KV memory that no session has reserved. The least valuable page is evicted first, by its uses and the cost
+to compute it again (GreedyDual-Size-Frequency; Cherkasova, HPL-98-69R1, 1998), from the key with most bytes for its
+weight. A thread writes to `PageFiles` the pages that were used again, and all pages when the peer ends. A store that
+fails loses pages only.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ from splitnet.wire.sent_log import digest
 
 log = logging.getLogger(__name__)
 
-STATES = "states."  # begins the names of what blocks keep besides keys and values, as it is behind a page
-READ_S = 2.0  # a session waits no longer for pages from the disk
-CLOSE_S = 5.0  # nor the end of a peer for pages that are written
-PACKED = 32  # pages that are kept as they were given to other peers, which ask for them in parts
-MOST_QUEUED = 256  # pages that wait to be written
-SHRINK = 1 / 16  # of its limit that the store frees beyond what is needed, so that it looks for victims less often
-FREE_DISK = 1 << 30  # bytes that are left to others in any case
-MOST_DISK = 8 << 30  # bytes, if nothing else is said
+STATES = "states."  # prefix of the names of states: tensors after the last position of a page, not keys or values
+READ_S = 2.0  # bound of a session's wait for pages from the disk
+CLOSE_S = 5.0  # bound of a closing peer's wait for pages that are written
+PACKED = 32  # packed pages that are kept, because other peers ask for a page in several parts
+MOST_QUEUED = 256  # pages that may wait to be written
+SHRINK = 1 / 16  # share of the limit that is freed beyond the need, so that searches for pages to evict are rare
+FREE_DISK = 1 << 30  # bytes of the disk that pages always leave free
+MOST_DISK = 8 << 30  # bytes of pages on disk by default
 _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What the positions of a page have left at a hop: `SequenceCache.page`, and states behind `STATES`; and what the
-    hop sent on for them, with their `Step.reach`."""
+    """The tensors of 32 positions at a hop (`SequenceCache.page`), states with names that begin with `STATES`, and the
+    hop's encoded output for the positions, with their `Step.reach`."""
 
     name: bytes
     tensors: dict[str, Tensor]
@@ -75,15 +76,15 @@ class _Held:
     page: Page
     owner: bytes
     cost_ms: float
-    depth: int  # pages before it in its text
-    value: float  # never more than that of those
-    secret: bool  # as of its `Space`
+    depth: int  # number of pages before this page in its text
+    value: float  # at most the value of each page before
+    secret: bool  # see `PrefixNamespace`
     uses: int = 1
 
 
 @dataclass(slots=True)
 class Counts:
-    """Pages since the start. broken: files that were damaged, or could not be read or written."""
+    """Pages since the start of the peer. broken: a page that did not fit, or whose file was damaged or failed."""
 
     stored: int = 0
     found: int = 0
@@ -94,10 +95,10 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Where the pages of a session are: those of the same owner, with the same context. Empty `name`: nowhere.
+class PrefixNamespace:
+    """The pages that a session can find: of the same owner, with the same context. Empty `name`: no pages.
 
-    secret: only the client of the session, and peers that it tells, can name them.
+    secret: only the client of the session, and peers that the client tells, know the names of the pages.
     """
 
     name: bytes = b""
@@ -105,23 +106,25 @@ class Space:
     secret: bool = True
 
 
-NOWHERE = Space()
+NOWHERE = PrefixNamespace()
+MakePage = Callable[[bytes], Page]
+UsePages = Callable[[list[Page]], None]
 
 
-def page_name(space: Space, label: bytes) -> bytes:
+def page_name(space: PrefixNamespace, label: bytes) -> bytes:
     return digest(space.name, label)
 
 
 def _checked(name: bytes, data: bytes) -> bytes:
-    """Digest of a page as it is packed."""
+    """Digest of a packed page."""
     return blake2b(data, digest_size=_DIGEST_BYTES, key=name).digest()
 
 
 class PrefixStore:
     """Pages in memory and on disk. Thread-safe.
 
-    facts: all that pages of this peer depend on besides. limit: bytes in memory, as of now. weight: of an owner. files:
-    None: none are written.
+    facts: everything else that pages of this peer depend on. limit: the present bound of bytes in memory. weight: of an
+    owner. files: None: no page is written.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class PrefixStore:
         files: PageFiles | None = None,
     ) -> None:
         self.counts = Counts()
-        self.nbytes = 0  # of the pages in memory
+        self.nbytes = 0  # of all pages in memory
         self._facts = facts.encode()
         self._limit = limit
         self._weight = weight
@@ -140,11 +143,11 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._held: dict[bytes, _Held] = {}
         self._bytes: dict[bytes, int] = {}  # by owner
-        self._packed: dict[bytes, bytes] = {}  # the pages that were given last
-        self._floor = 0.0  # value of the page that was evicted last
+        self._packed: dict[bytes, bytes] = {}  # the pages that other peers asked for last, by name
+        self._floor = 0.0  # highest value of an evicted page
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], object] | None]] = queue.PriorityQueue()
         self._next_job = itertools.count().__next__
-        self._queued: set[bytes] = set()  # pages that are to be written
+        self._queued: set[bytes] = set()  # names of pages that wait to be written
         self._thread = threading.Thread(target=self._work, name="splitnet-prefixes", daemon=True) if files else None
         if self._thread is not None:
             self._thread.start()
@@ -156,15 +159,17 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def space(self, owner: bytes, context: bytes, start: int, end: int, codec: int, *, secret: bool = True) -> Space:
-        """Where pages of blocks `[start, end)` are, with outputs in `codec`. owner: a key, or the name of a group of
-        keys that share pages. secret: see `Space`."""
+    def namespace(
+        self, owner: bytes, context: bytes, start: int, end: int, codec: int, *, secret: bool = True
+    ) -> PrefixNamespace:
+        """The namespace of pages of blocks `[start, end)`, with outputs in `codec`. owner: a key, or the name of a
+        group of keys that share pages. secret: see `PrefixNamespace`."""
         hop = f"{start}:{end} {codec} {secret}".encode()
-        return Space(digest(self._facts, owner, context, hop), owner, secret) if context else NOWHERE
+        return PrefixNamespace(digest(self._facts, owner, context, hop), owner, secret) if context else NOWHERE
 
     def packed(self, name: bytes) -> tuple[bytes, bool] | None:
-        """A page with its digest, as `unpack` takes it, and whether it was packed now; None: it is not in memory, or
-        others could guess its name."""
+        """A page with its digest, for `unpack`, and whether this call has packed it; None: the page is not in memory,
+        or other clients could guess its name."""
         held, known = self._held.get(name), self._packed.get(name)
         if held is None or not held.secret:
             return None
@@ -173,33 +178,33 @@ class PrefixStore:
         keep_latest(self._packed, name, pack(held.page), PACKED)
         return self._packed[name], True
 
-    def has(self, space: Space, label: bytes) -> bool:
+    def has(self, space: PrefixNamespace, label: bytes) -> bool:
         """Whether a page is in memory."""
         return page_name(space, label) in self._held
 
     def put(
-        self, space: Space, label: bytes, page: Callable[[bytes], Page], cost_ms: float, before: Sequence[bytes] = ()
+        self, space: PrefixNamespace, label: bytes, page: MakePage, cost_ms: float, before: Sequence[bytes] = ()
     ) -> None:
-        """Takes in a page that is not there yet, if there is room. page: makes it. cost_ms: what it took to compute.
-        before: names of the pages before it in its text: without them it is of no use, so they stay as long."""
+        """Stores a page that is missing, if there is room. page: makes the page. cost_ms: of its computation. before:
+        names of the pages before it in its text; they are kept as long, because the page is useless without them."""
         name = page_name(space, label)
         if not space.name or name in self._held or self._limit() <= 0:
             return
         made = page(name)
         self.counts.stored += self._take_in(made, space, cost_ms, before, uses=1)
 
-    def put_copied(self, space: Space, page: Page, before: Sequence[bytes]) -> bool:
-        """Takes in a page that is copied from another peer, if there is room; before: as of `put`. It is not written to
-        disk before a session has used it: others could fill that."""
+    def put_copied(self, space: PrefixNamespace, page: Page, before: Sequence[bytes]) -> bool:
+        """Stores a page from another peer, if there is room; before: as in `put`. The page is not written to disk until
+        a session has used it, because other peers could fill the disk."""
         return self._take_in(page, space, self._most_cost_ms(), before, uses=0)
 
     def _most_cost_ms(self) -> float:
-        """What a page counts for of which it is not known what it took to compute."""
+        """The cost of a page whose computation was not timed here."""
         return max((each.cost_ms for each in list(self._held.values())), default=1.0)
 
-    def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
-        """Finds the pages of a text, as many in a row from its beginning as there are, and gives them to `then`: at
-        once, or from another thread if some are on disk."""
+    def lookup_prefix(self, space: PrefixNamespace, labels: Sequence[bytes], then: UsePages) -> None:
+        """Finds the pages of a text, from its beginning to the first missing page, and calls `then` with them: at once,
+        or from another thread if a page is on disk."""
         names = [page_name(space, label) for label in labels] if space.name else []
         pages, until = self._in_memory(names), time.monotonic() + READ_S
         following = names[len(pages) : len(pages) + 1]
@@ -211,14 +216,14 @@ class PrefixStore:
             then(pages)
 
     def used(self, pages: Sequence[Page]) -> None:
-        """Writes pages with which a row was begun; not sooner, as that takes time from those who fill the row."""
+        """Has pages written that a row has loaded: later than the load, which would be slower."""
         with self._lock:
             for page in pages:
                 if (held := self._held.get(page.name)) is not None:
                     self._write_later(held)
 
     def forget(self, pages: Sequence[Page]) -> None:
-        """Drops pages that were of no use."""
+        """Drops pages that did not fit."""
         self.counts.broken += len(pages)
         with self._lock:
             for page in pages:
@@ -227,12 +232,12 @@ class PrefixStore:
             self._put_job(1, lambda name=page.name: self._files and self._files.remove(name))
 
     def shrink(self) -> None:
-        """Frees memory that is wanted for sessions."""
+        """Frees memory that sessions need."""
         with self._lock:
             self._make_room(0)
 
     def close(self) -> None:
-        """Writes pages, the most valuable first, for some seconds, and ends."""
+        """Writes pages for up to `CLOSE_S`, the most valuable first, and ends the thread."""
         if self._thread is None:
             return
         with self._lock:
@@ -245,7 +250,8 @@ class PrefixStore:
         self._thread.join(2 * CLOSE_S)
 
     def _in_memory(self, names: Sequence[bytes]) -> list[Page]:
-        """The first pages, as many as are there, which are worth more from now on; none less than those behind it."""
+        """The first pages up to the first missing one. Each use raises their values, and no page is worth less than a
+        page after it."""
         with self._lock:
             found: list[_Held] = []
             for name in names:
@@ -259,8 +265,8 @@ class PrefixStore:
                 value = held.value = max(value, held.value, self._floor + held.uses * held.cost_ms)
             return [held.page for held in found]
 
-    def _read(self, space: Space, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
-        """Goes on behind `pages`, with those on disk and in memory."""
+    def _read(self, space: PrefixNamespace, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
+        """Continues `pages` with pages on disk and in memory."""
         assert self._files is not None
         found = list(pages)
         for name in names[len(pages) :]:
@@ -279,7 +285,7 @@ class PrefixStore:
         self.counts.found += len(found)
         return found
 
-    def _take_in(self, page: Page, space: Space, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
+    def _take_in(self, page: Page, space: PrefixNamespace, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
         owner = space.owner
         with self._lock:
             if not page.nbytes or page.name in self._held:
@@ -294,7 +300,7 @@ class PrefixStore:
             return True
 
     def _hold(self, names: Sequence[bytes], owner: bytes, cost_ms: float) -> bool:
-        """Makes pages worth what a new one behind them is; False: some are not there any more."""
+        """Raises the values of pages to that of a new page after them; False: a page is missing."""
         for name in names:
             held = self._held.get(name)
             if held is not None:
@@ -304,14 +310,14 @@ class PrefixStore:
         return True
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evicts pages until so many bytes more are within the limit; False: they are more than that."""
+        """Evicts pages until `nbytes` more are within the limit; False: the limit is lower than `nbytes`."""
         limit = max(0, self._limit())
         if nbytes > limit:
             return False
         if self.nbytes + nbytes <= limit:
             return True
         most = max(0, limit - nbytes - int(limit * SHRINK))
-        # Heaps, as a turn of an owner may end after one page: a sort for each would take quadratic time in all.
+        # Heaps, because the owner may change after each page: sorting each time would take quadratic time.
         weights = {owner: self._weight(owner) for owner in self._bytes}
         owners = [(-held / weights[owner], index, owner) for index, (owner, held) in enumerate(self._bytes.items())]
         pages = {owner: list[tuple[float, int, bytes]]() for owner in weights}
@@ -352,7 +358,7 @@ class PrefixStore:
             self._put_job(1, lambda: self._write(held.page, held.owner))
 
     def _put_job(self, order: int, job: Callable[[], object] | None) -> None:
-        """Has the thread do a job, or end; what sessions wait for goes first."""
+        """Has the thread do a job; None ends it. Jobs of a lower `order` come first: sessions wait for reads."""
         self._jobs.put((order, self._next_job(), job))
 
     def _write(self, page: Page, owner: bytes) -> None:
@@ -372,14 +378,14 @@ class PrefixStore:
 
 
 def pack(page: Page) -> bytes:
-    """A page in the safetensors format, behind its digest."""
+    """The digest of a page, and the page in the safetensors format."""
     output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
     data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
     return _checked(page.name, data) + data
 
 
 def unpack(name: bytes, data: bytes | bytearray) -> Page:
-    """The page in `data`. Raises ValueError: it is damaged; and whatever the reader of the format does."""
+    """The page in `data`. Raises ValueError: the page is damaged; also raises errors of safetensors."""
     body = bytes(data[_DIGEST_BYTES:])
     if _checked(name, body) != data[:_DIGEST_BYTES]:
         raise ValueError("its digest is another")
@@ -390,9 +396,9 @@ def unpack(name: bytes, data: bytes | bytearray) -> Page:
 
 @dataclass
 class PageFiles:
-    """Pages in a folder that its owner alone can read: a file each, written at once, with its digest, checked when it
-    is read. All peers of this machine share a folder and its limit; of the key with most bytes, what was used longest
-    ago goes first.
+    """Pages in a folder that only its owner can read: a file for each page, replaced atomically, with a digest that is
+    checked on reading. All peers of a machine share the folder and its limit. The page that was used longest ago, of
+    the key with most bytes, is removed first.
 
     limit: bytes; None: a tenth of the free disk, at most `MOST_DISK`.
     """
@@ -400,7 +406,7 @@ class PageFiles:
     folder: Path
     limit: int | None = None
     nbytes: int = 0
-    _unseen: float = 0.0  # bytes that were written since the folder was looked at; other peers write there too
+    _unseen: float = 0.0  # bytes written since the folder was listed; other peers write to it, too
     _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
     _told_at: float = -1e9
 
@@ -419,21 +425,21 @@ class PageFiles:
         return self._file(owner, name) in self._sizes
 
     def read(self, owner: bytes, name: bytes) -> Page | None:
-        """A page; None: it is not there, or damaged, and is removed."""
+        """A page; None: its file is missing, or was damaged and is removed."""
         file = self._file(owner, name)
         try:
             page = unpack(name, file.read_bytes())
             with suppress(OSError):
                 os.utime(file)
             return page
-        except Exception as error:  # of a damaged file anything
+        except Exception as error:  # a damaged file may cause any error
             if not isinstance(error, FileNotFoundError):  # another peer may have removed it
                 self._tell(error)
             self._remove(file)
             return None
 
     def write(self, owner: bytes, page: Page) -> bool:
-        """Keeps a page; False: it could not be written."""
+        """Writes a page; False: that failed, or there is no room."""
         data = pack(page)
         file = self._file(owner, page.name)
         partial = file.with_suffix(f".{os.getpid()}")
@@ -462,7 +468,7 @@ class PageFiles:
         return self.folder / digest(owner).hex() / f"{name.hex()}.page"
 
     def _look(self) -> None:
-        """Lists the pages in the folder, and removes partial files and empty folders of keys."""
+        """Lists the pages in the folder; removes partial files and empty folders."""
         self._sizes, self._unseen = {}, 0.0
         for file in self.folder.glob("*/*"):
             with suppress(OSError):
@@ -471,7 +477,7 @@ class PageFiles:
                 elif time.time() - file.stat().st_mtime > 60:
                     file.unlink()
         for folder in list(self.folder.iterdir()):
-            with suppress(OSError):  # there are pages in it
+            with suppress(OSError):  # the folder has pages
                 folder.rmdir()
         self.nbytes = sum(self._sizes.values())
 
@@ -489,7 +495,7 @@ class PageFiles:
                     used.setdefault(file.parent, []).append((file.stat().st_mtime, file))
                     held[file.parent] += size
             for files in used.values():
-                files.sort(reverse=True)  # the one that was used longest ago is the last
+                files.sort(reverse=True)  # the page that was used longest ago is the last
             folders = [(-size, index, folder) for index, (folder, size) in enumerate(held.items())]
             heapify(folders)
             free = nbytes + FREE_DISK + limit * SHRINK
@@ -505,7 +511,7 @@ class PageFiles:
         self.nbytes -= self._sizes.pop(file, 0)
         with suppress(OSError):
             file.unlink(missing_ok=True)
-            file.parent.rmdir()  # fails while there are pages in it
+            file.parent.rmdir()  # fails while the folder has pages
 
     def _tell(self, error: Exception) -> None:
         if time.monotonic() > self._told_at + 60:

@@ -1,4 +1,4 @@
-"""How others reach a peer: at its address, or through relays; and how it relays for others."""
+"""How others reach a peer: at its address, at a port of its router, or through relays; and its relay for others."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from splitnet.wire.endpoints import Endpoint, LinkState, Relay, is_global
 
 log = logging.getLogger(__name__)
 
-ASKED = 2  # peers that try to connect, each time, and as many helpers
-MOVED_S = 2.0  # how often the peer looks whether the machine has another address
-REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # time after which others are asked again, by their answers
+ASKED = 2  # peers that are asked to connect back in one check, and as many relays
+MOVED_S = 2.0  # interval between two checks of the machine's address
+REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # interval until the next check, by the result of the last
 
 
 class PeerWays:
-    """Of a running peer; close it after the transport.
+    """The ways to a running peer; close it after the transport.
 
-    address: `tcp://IP:port` as the peer would announce it. authorized: keys that it may relay for; None: any. others:
-    looks up the other peers of the model. directory: where relays are found. vouched: whether the user, or a friend,
-    has named a relay. changed: called when the record of the peer has changed; it must return at once.
+    address: `tcp://IP:port` of this machine. authorized: keys to relay for; None: any key. others: looks up the other
+    peers of the model. directory: lists relays. vouched: whether the user or a friend has named a relay. changed:
+    called when the record of the peer has changed; must return at once.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class PeerWays:
                 "--listen tcp://[::]:PORT",
                 listen,
             )
-        self.endpoint = Endpoint(address, identity.public)  # at its own address, as that is now
+        self.endpoint = Endpoint(address, identity.public)  # at the present address of the machine
         self._reach = options.reach
-        # On loopback are tests and demos: what others reach of them is no question.
+        # A peer on loopback is a test or demo, which other machines never reach.
         self._asks = options.reach is Reach.auto and is_reachable(listen)
         self._others = others
         self._directory = directory
         self._ask_at = -math.inf
         self._mapping = PortMapping(transport.port) if options.port_mapping and self._asks else None
-        self._mapped: str | None = None  # what the router has given, and others reach
+        self._mapped: str | None = None  # address of the router's port, if others reach it
         inside = inside_of(listen, transport.port)
-        # Its connections to relays; their `relays` are empty if it is reached directly.
+        # Connections to relays; `relays` is empty if others reach the peer directly.
         self.hidden = UnreachablePeer(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
-        self.helper: RelayServer | None = None  # relays for others
+        self.helper: RelayServer | None = None  # the relay for others
         if options.relay_port is not None:
             self.helper = RelayServer(
                 tunnels.loop,
@@ -89,12 +89,12 @@ class PeerWays:
 
     @property
     def address(self) -> str:
-        """`tcp://IP:port` to announce: its own, or that of a port of the router."""
+        """`tcp://IP:port` to announce: of this machine, or of a port of the router."""
         return self._mapped or self.endpoint.address
 
     @property
     def relay_port(self) -> int:
-        """Where it relays for others; 0: it does not, as when the port that others reach is the router's."""
+        """Port of the relay for others; 0: no relay, also while others reach the peer at a port of the router."""
         return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     def start(self) -> None:
@@ -111,13 +111,13 @@ class PeerWays:
             self.helper.close()
 
     def moves(self, now: float) -> bool:
-        """Whether the machine has another address since the last look, which the peer announces from now on."""
+        """Whether the machine has a new address since the last call; the peer must announce it."""
         if not self._may_move or now < self._moved_at:
             return False
         self._moved_at = now + MOVED_S
         host = reachable_host(self._listen)
         address = f"tcp://{host}:{self._transport.port}"
-        # Without a network for a moment it is still known by its last address.
+        # While the network is lost, the last address remains.
         if address == self.endpoint.address or not is_reachable(address):
             return False
         log.warning("this machine has another address: %s, before %s", address, self.endpoint.address)
@@ -126,8 +126,9 @@ class PeerWays:
         return True
 
     def look(self) -> None:
-        """Asks others now and then whether they reach this peer, and acts on that; may take seconds."""
-        if self._has_moved:  # nothing that was found out there holds here, and streams from there are dead
+        """Asks others at intervals whether they reach this peer, and maps a port or connects to relays; may take
+        seconds."""
+        if self._has_moved:  # results and streams of the former network are void
             self._has_moved = False
             if self._mapped is not None:
                 self._unmap("it is in another network")
@@ -150,22 +151,22 @@ class PeerWays:
         if reached is False:
             if not self.hidden.relays:
                 log.warning("others cannot connect to %s: looking for helpers", self.endpoint.address)
-            self.hidden.start()  # routers may take long to answer
+            self.hidden.start()  # before the router, which may answer slowly
             reached = self._mapping is not None and self._map(self._mapping)
         self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
         if reached and (self._mapped is None or self._reaches_itself()):
             self.hidden.stop()
-        elif reached:  # those of this network need helpers, as the router does not lead its own back in
+        elif reached:  # the router does not loop back, so peers of this network need relays
             self.hidden.start()
 
     def _map(self, mapping: PortMapping) -> bool:
-        """Maps a port of the router; whether others reach it. It is announced only then."""
+        """Maps a port of the router, and keeps it if others reach it; returns whether they do."""
         try:
             address = mapping.open()
         except MappingError as error:
             log.info("no port is mapped: %s", error)
             return False
-        # A peer that knows the address from before waits until it tries again; a new link is tried at once.
+        # Twice: a peer that knows the address may wait before its next attempt, while a new link is tried at once.
         if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
             log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
             mapping.close()
@@ -182,9 +183,9 @@ class PeerWays:
             self._mapping.close()
 
     def _is_reached(self, address: str) -> bool | None:
-        """Whether others on the internet reach this peer; None: there are none, or they do not try.
+        """Whether others on the internet reach this peer; None: no peer has tried.
 
-        Connections count, not answers: a liar could leave it without relays, or have it choose the liar's.
+        Connections count, not answers: a liar could leave the peer without relays, or offer it the liar's relay.
         """
         began = time.monotonic()
         try:
@@ -197,7 +198,7 @@ class PeerWays:
         return False if said else None
 
     def _asked_peers(self, address: str) -> list[bool]:
-        # Those of this network reach what others do not.
+        # Peers of this network may reach addresses that other networks do not.
         able = [record for record in self._others() if not record.relays and is_global(record.address)]
         asked = random.sample(able, min(ASKED, len(able)))
         if not asked:
@@ -225,10 +226,11 @@ class PeerWays:
 
 
 def _is_outside(host: str, address: str) -> bool:
-    """Whether a host that has connected shows that others reach an address: it is on the internet, as that is meant."""
+    """Whether a connection from `host` proves that the internet reaches `address`: both have global addresses of the
+    same IP version."""
     try:
         ip = ipaddress.ip_address(host)
-    except ValueError:  # through a helper
+    except ValueError:  # through a relay
         return False
     literal = str(ip) if ip.version == 4 else f"[{ip}]"
     return is_global(f"tcp://{literal}:1") and ("[" in literal) == ("[" in address)

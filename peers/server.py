@@ -1,6 +1,6 @@
-"""A running peer: it joins a swarm, puts directory, transport and service together, and moves to other blocks.
+"""A running peer: it joins a swarm, connects directory, transport and service, and moves to other blocks.
 
-A `SpanServer` serves one span; a peer that moves replaces it.
+A `SpanServer` serves one span; a peer that moves replaces the `SpanServer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from peers.any_model import ChosenModel, ModelChoice
 from peers.counters import Counters
 from peers.directory import DirectoryService
-from peers.engine import Engine, KnownSpeeds, ObservedSpeed, speed_of
+from peers.engine import Engine
 from peers.joining import Joined, join_swarm
 from peers.links import Neighbours, NextHops, Outbox
 from peers.options import PeerOptions, Report, SpanWish
@@ -38,8 +38,11 @@ from peers.power import EnergyMeter, find_sources
 from peers.prefixes import STATES, PageFiles, PrefixStore
 from peers.queue import WorkQueue
 from peers.reach import PeerWays
-from peers.service import ServedBlocks, SessionService, renumbered
-from peers.sessions import AHEAD, TENSOR_BYTES, KeyPolicy, SessionTable
+from peers.rows import AHEAD
+from peers.served import ServedBlocks, renumbered
+from peers.service import SessionService
+from peers.sessions import TENSOR_BYTES, KeyPolicy, SessionTable
+from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from peers.weights import DEFAULT_RATE, WeightService
 from scheduler.placement import BLOCKS_SHARE
 from splitnet.blocks.device import find_device
@@ -71,19 +74,19 @@ from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyP
 
 log = logging.getLogger(__name__)
 
-MOVE_DRAIN_S = 15.0  # how long a peer that moves waits for its sessions to be taken over
-FIRST_REMEASURE_S = 20.0
-TRIM_S = 20.0  # after the last pass over whole sequences, until the C library's free memory is given back
+MOVE_DRAIN_S = 15.0  # bound of a moving peer's wait until its sessions are replaced
+FIRST_REMEASURE_S = 20.0  # idle time before the device is timed again; it doubles each time
+TRIM_S = 20.0  # time after the last pass over whole sequences until free memory of the C library is returned
 
-LEAST_STEP_MEMORY = 128 * 2**20  # bytes for waiting steps, or half of the KV memory; one key gets half of them
+LEAST_STEP_MEMORY = 128 * 2**20  # bytes for waiting steps, if half of the KV memory is less; one key gets half of them
 
 
 class IsLeaving(Exception):
-    """The peer was told to end while it was getting or loading blocks."""
+    """The peer ends while it gets or loads blocks."""
 
 
 def _row_positions(checkpoint: Checkpoint, span: Span, options: PeerOptions) -> int:
-    """About how many positions one row may have here at most."""
+    """Approximate bound of the positions of one row."""
     memory = options.kv_memory if options.kv_memory is not None else free_memory(span.device) // 4
     held = int(memory / (1 + AHEAD)) // max(1, span.kv_bytes_per_position)
     return min(held, checkpoint.max_positions or held)
@@ -99,7 +102,7 @@ def _load(
 class SpanServer:
     """Serves one span: a service for its sessions, and an engine for their steps.
 
-    Raises OutOfMemory if the `kv_memory` of its options is less than the states of one sequence take.
+    Raises OutOfMemory: the `kv_memory` of the options is less than the states of one sequence.
     """
 
     def __init__(
@@ -140,10 +143,9 @@ class SpanServer:
         where = span.device.type
         on_cpu = where == "cpu"
         beside = 0 if on_cpu else min(kv_memory, free_memory(torch.device("cpu")) // 4)
-        self.prefixes = None
         if options.prefixes:
             folder = options.prefix_folder
-            self.prefixes = sessions.prefixes = PrefixStore(
+            sessions.prefixes = PrefixStore(
                 f"{__version__} {torch.__version__} {where} {checkpoint.fingerprint} {span.held_as} {span.dtype}",
                 (lambda: sessions.memory.free) if on_cpu else (lambda: beside),
                 lambda owner: 1.0 if owner.startswith(b"group ") else policy.weight(owner),
@@ -152,16 +154,9 @@ class SpanServer:
         pass_s = partial(speed.pass_s, blocks=span.end - span.start)
         queue = WorkQueue(pass_s, policy.weight, max(LEAST_STEP_MEMORY, kv_memory // 2), outbox.unsent)
         page, states = span.page_layout() if options.prefixes else ({}, {})
-        served = ServedBlocks(
-            model=checkpoint.fingerprint,
-            start=span.start,
-            end=span.end,
-            num_blocks=checkpoint.num_blocks,
-            hidden_size=checkpoint.hidden_size,
-            max_positions=checkpoint.max_positions,
-            weights=span.held_as,
-            page=renumbered(page | {STATES + name: each for name, each in states.items()}, span.start),
-        )
+        page = renumbered(page | {STATES + name: each for name, each in states.items()}, span.start)
+        facts = checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.max_positions
+        served = ServedBlocks(checkpoint.fingerprint, span.start, span.end, *facts, span.held_as, page)
         if training_memory is None:
             training_memory = free_memory(span.device) // 8
         self.service = SessionService(
@@ -179,7 +174,7 @@ class SpanServer:
         self._measure_after_s = FIRST_REMEASURE_S
 
     def remeasure_if_idle(self) -> None:
-        """Times the device again if it was idle since, ever more rarely: other processes may have kept it busy."""
+        """Has an idle device timed again, at growing intervals, because other processes may have slowed it down."""
         now = time.monotonic()
         last = max(self._measured_at, self.service.load.last_at)
         if now - last > self._measure_after_s and not self.service.queue.has_work:
@@ -191,9 +186,9 @@ class SpanServer:
             self.service.queue.put_idle_job(trim_memory)
 
     def drain(self, timeout_s: float) -> None:
-        """Takes no new sessions, and tells the clients of the running ones to replace this peer.
+        """Takes no new sessions, and has the clients of open sessions replace this peer.
 
-        Returns when no session is in use any more, or after `timeout_s` seconds.
+        Returns when no session is in use, or after `timeout_s` seconds.
         """
         self.service.leave()
         deadline = time.monotonic() + timeout_s
@@ -203,14 +198,14 @@ class SpanServer:
     def close(self) -> None:
         self.engine.close()
         self.service.forget_all()
-        if self.prefixes is not None:
-            self.prefixes.close()
+        if self.service.sessions.prefixes is not None:
+            self.service.sessions.prefixes.close()
 
 
 class Peer:
     """A running peer of one model. Use `Peer.start`, then `close`.
 
-    Raises SplitnetError of any kind, with the fix: the model, the swarm, the address, memory.
+    Raises SplitnetError, with a remedy: for the model, the swarm, the address, or memory.
     """
 
     def __init__(
@@ -259,7 +254,7 @@ class Peer:
         except BaseException:
             self.transport.close()
             raise
-        self.service = self._server.service  # while the peer moves, that of the blocks that it has left
+        self.service = self._server.service  # while the peer moves, the service of its former blocks
         self._placed_at = time.time()
         self._watch = HolderWatch(self._next_hops, self.transport.state)
         self._joined_at = hosts_of(options.initial_peers)
@@ -305,11 +300,11 @@ class Peer:
 
     @classmethod
     def start(cls, model: str | Path | None, options: PeerOptions, *, progress: Report | None = None) -> Peer:
-        """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder; None: the one that
-        is wanted most, of those that `options` allow.
+        """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder; None: the model
+        with most demand that `options` allow.
 
-        progress: called with a stage, bytes done and bytes in all, again and again while it waits for others. An error
-        that it raises ends the start.
+        progress: called with a stage, bytes done and bytes in all, repeatedly while the start waits. An error that it
+        raises ends the start.
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
@@ -323,7 +318,7 @@ class Peer:
             if not (options.initial_peers or options.join_file or options.model_id):
                 raise
             checkpoint, absent = None, error
-        # Mistakes that can be seen before anything slow are told at once.
+        # Options are checked before slow work.
         authorized = AuthorizedKeys(options.authorized_keys) if options.authorized_keys is not None else None
         if options.public_host is not None:
             reach = Reach.direct if options.reach is Reach.auto else options.reach
@@ -340,7 +335,7 @@ class Peer:
         )
         choice: ModelChoice | None = None
         if options.any_model is not None:
-            if options.wish.memory is None:  # what is free changes with the model
+            if options.wish.memory is None:  # free memory changes with the model
                 memory = int(free_memory(torch.device(options.device)) * BLOCKS_SHARE)
                 options = replace(options, wish=SpanWish(memory=memory))
             choice = ModelChoice(options, identity, report, authorized)
@@ -361,9 +356,8 @@ class Peer:
             start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
             span = _load(checkpoint, start, end, options, partial(report, f"load blocks {start}..{end - 1}"))
             report("measure the device", 0, 0)
-            counters = Counters(
-                EnergyMeter(partial(find_sources, torch.device(options.device), options.sysfs), options.watts)
-            )
+            find = partial(find_sources, torch.device(options.device), options.sysfs)
+            counters = Counters(EnergyMeter(find, options.watts))
             most = _row_positions(checkpoint, span, options)
             speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy, most)
             peer = cls(joined, span, speed, options, identity, counters, fitting, choice)
@@ -384,28 +378,28 @@ class Peer:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where the peer is reached if others can connect to it, as of now."""
+        """The present endpoint of the peer for others that can connect to it."""
         return self.ways.endpoint
 
     @property
     def join_address(self) -> str:
-        """`tcp://IP:port?key=...`: what others join the swarm with through this peer's own port."""
+        """`tcp://IP:port?key=...`, with which others join the swarm through this peer."""
         return peer_address(self.endpoint)
 
     @property
     def server(self) -> SpanServer:
-        """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
+        """The server of the present blocks. Raises SplitnetError while the peer moves to other blocks."""
         if self._server is None:
             raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
         return self._server
 
     @property
     def span(self) -> Span:
-        """The blocks that it serves. Raises SplitnetError while the peer moves to other blocks."""
+        """The served blocks. Raises SplitnetError while the peer moves to other blocks."""
         return self.server.span
 
     def record(self) -> PeerRecord:
-        """What the peer announces of itself, as of now."""
+        """The present record of the peer."""
         if self._last_record is not None:
             return replace(self._last_record, issued_at=time.time())
         server = self.server
@@ -449,10 +443,10 @@ class Peer:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Leaves the directory and hands running sessions over, see `SpanServer.drain`."""
+        """Leaves the directory and drains sessions, see `SpanServer.drain`."""
         self._leaving.set()
         with self.relocation.lock:
-            self.service.leave()  # before the directory, which may take a second
+            self.service.leave()  # before the directory, which may be slow
             self._announcer.close()
             if self._choice is not None:
                 self._choice.stay(self.directory)
@@ -494,11 +488,11 @@ class Peer:
         self.service.tick(time.monotonic())
         if self.ways.moves(time.monotonic()):
             self._announcer.publish_soon(moved=True)
-        self._watchdog.alive()  # this thread runs, and no other keeps the locks that it needs
+        self._watchdog.alive()  # this thread runs, so no other thread blocks its locks
 
     def _look_around(self) -> None:
         self.counters.energy.look()
-        if self._server is not None:  # not kept in a variable: the rest takes seconds, and a move frees the span
+        if self._server is not None:  # not in a variable, which would keep the span from being freed by a move
             self._server.remeasure_if_idle()
         self.ways.look()
         if self._lan is not None:
@@ -510,7 +504,7 @@ class Peer:
         self._prove_work()
 
     def _prove_work(self) -> None:
-        """Finds a proof of work for a key that is kept; that takes seconds, once."""
+        """Makes a proof of work for a key in a file, once; takes seconds."""
         if self._options.key_file is None or self._proof:
             return
         file = self._options.key_file.with_name(f"{self._options.key_file.name}.proof")
@@ -524,7 +518,7 @@ class Peer:
         return [record for record in present if record.key != self.identity.public]
 
     def _vouches(self, relay: Relay) -> bool:
-        """Whether a relay is a friend's, or runs where the user has joined."""
+        """Whether a relay has an authorized key, or an address through which the user has joined."""
         is_friend = self._authorized is not None and self._authorized.names(PublicKey(relay.key).curve_raw)
         return is_friend or relay.address.removeprefix("tcp://").rpartition(":")[0] in self._joined_at
 
@@ -550,19 +544,19 @@ class Peer:
         return True
 
     def _move(self, span: tuple[int, int], urgent: bool = False, chosen: ChosenModel | None = None) -> None:
-        """Hands its sessions over, then serves other blocks under the same key and address.
+        """Drains sessions, then serves other blocks under the same key and address.
 
-        urgent: some blocks have no server, so that sessions cannot go on anyway, and are not waited for. chosen: the
-        model whose blocks they are, if it is another one.
+        urgent: some blocks have no server, so sessions cannot continue and the move does not wait for them. chosen:
+        another model that has the blocks.
         """
         try:
-            (chosen or self).checkpoint.get_blocks(*span)  # while the old ones are still served
+            (chosen or self).checkpoint.get_blocks(*span)  # while the present blocks are served
         except IsLeaving:
             return
         self._last_record = replace(self.record(), moving_to=None if chosen else span, serves=False)
         try:
             self._announcer.publish()
-        except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
+        except SplitnetError as error:  # nodes of the DHT may be lost together with the blocks
             log.warning("the swarm is not told of the move: %s", error)
         if self._change_to(*span, 0.0 if urgent else MOVE_DRAIN_S, chosen):
             self._last_record = None
@@ -572,7 +566,7 @@ class Peer:
             log.warning("serving blocks %d..%d%s", start, end - 1, of, extra={"blocks": f"{start}:{end}"})
 
     def _change_to(self, start: int, end: int, drain_s: float, chosen: ChosenModel | None) -> bool:
-        """Hands the sessions over, then serves other blocks, or the old ones on errors; False: the peer ends before."""
+        """Drains sessions, then serves other blocks, or the old blocks after an error; False: the peer ends."""
         server, leaves = self.server, self._last_record
         old, speed = (server.span.start, server.span.end), server.speed
         former = self.checkpoint, self._fetcher, self._max_blocks
@@ -581,7 +575,7 @@ class Peer:
         log.warning("moving from blocks %d..%d to %d..%d%s", old[0], old[1] - 1, start, end - 1, of, extra=blocks)
         server.drain(drain_s)
         server.close()
-        # The memory of the old blocks is needed for the new ones. Meanwhile the old service answers.
+        # The new blocks need the memory of the old blocks. Until they are loaded, the old service answers messages.
         self._server = server = None
         give_back_memory()
         try:
@@ -604,7 +598,7 @@ class Peer:
     def _serve_model(
         self, checkpoint: Checkpoint, fetcher: Fetcher | None, max_blocks: int, record: PeerRecord | None
     ) -> None:
-        """Changes all that depends on the model; record: what is announced until its blocks are served."""
+        """Changes everything that depends on the model; record: announced until its blocks are served."""
         former, self._last_record = self._last_record, record
         self.checkpoint, self._fetcher, self._max_blocks = checkpoint, fetcher, max_blocks
         if fetcher is not None:
@@ -627,13 +621,13 @@ class Peer:
             log.warning("the swarm is not told of the move: %s", error)
 
     def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed | None) -> None:
-        """speed: of other blocks of the model; None: it is measured."""
+        """speed: of other blocks of the model; None: the new blocks are timed."""
         options = self._options
         span = _load(self.checkpoint, start, end, options, self._go_on)
         if speed is None:
             most = _row_positions(self.checkpoint, span, options)
             speed = speed_of(span, self.checkpoint.fingerprint, options.speeds_file, self.counters.energy, most)
-        # All blocks of a model are about as fast. Timing these takes seconds, so it waits until the peer is idle.
+        # All blocks of a model have about the same speed. The new blocks are timed when the peer is idle.
         elif options.speeds_file is not None:
             KnownSpeeds(options.speeds_file).follow(span, self.checkpoint.fingerprint, speed)
         server = self._server_of(span, speed)

@@ -1,4 +1,4 @@
-"""What a peer gives of its weights, in a thread of its own: bounded by key, and slower while sessions are served."""
+"""Sends weights to other peers and clients, from a thread: bounded by key, and slower while sessions are served."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from splitnet.wire.messages import LABEL_BYTES, AskWeights, Failure, FailureCode
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RATE: Final = 64 << 20  # bytes per second, to all together
-SERVING_SHARE: Final = 0.25  # of the rate, while sessions are served
-QUESTION_BYTES: Final = 1024  # what a question costs besides its answer
-BITS_S: Final = 1.0  # how long the answer to what is here stays as it is: to find it out takes as long as many pieces
-WAITING_PER_KEY: Final = 64
-MAX_WAITING: Final = 1024
+DEFAULT_RATE: Final = 64 << 20  # bytes per second, to all receivers together
+SERVING_SHARE: Final = 0.25  # share of the rate while sessions are served
+QUESTION_BYTES: Final = 1024  # bytes that a question counts besides its answer
+BITS_S: Final = 1.0  # age up to which the list of present pieces is sent again: to make it costs as much as many pieces
+WAITING_PER_KEY: Final = 64  # questions of one key that may wait
+MAX_WAITING: Final = 1024  # questions of all keys that may wait
 
 
 @dataclass(eq=False)
@@ -34,22 +34,24 @@ class WeightService:
 
     held: HeldPieces
     outbox: Answering
-    shares: Callable[[], bool]  # whether pieces are given; the manifest is, as clients must know it
+    shares: Callable[[], bool]  # whether pieces are sent; the manifest always is, because clients need it
     rate: float = DEFAULT_RATE  # bytes per second
-    swarm: OpenSwarm = OPEN  # the key of a closed one
+    swarm: OpenSwarm = OPEN  # key of a closed swarm
     serving: Callable[[], bool] = lambda: False  # whether sessions are being served
-    # A stored page, by its name, and whether it was packed for that; see `peers.prefixes`.
+    # A stored page, by its name, and whether this call has packed it; see `PrefixStore.packed`.
     page: Callable[[bytes], tuple[bytes, bool] | None] = lambda _: None
 
     def __post_init__(self) -> None:
         self.sent = 0  # bytes of pieces
         self._spent = TokenBucket()
         self._model = bytes.fromhex(self.swarm.place(self.held.manifest.fingerprint))
-        self._pieces: dict[bytes, bytes] | None = None  # digests, by the names that members of a closed swarm give them
+        self._pieces: dict[bytes, bytes] | None = None  # digests, by their names in a closed swarm
         self._packed: bytes | None = None
         self._bits = b""
         self._bits_at = -math.inf
-        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()  # by key, next first
+        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = (
+            OrderedDict()
+        )  # by key, the next key first
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._answer_all, name="splitnet-weights", daemon=True)
@@ -80,24 +82,24 @@ class WeightService:
                 key, questions = self._waiting.popitem(last=False)
                 source, message = questions.popleft()
                 if questions:
-                    self._waiting[key] = questions  # behind all others
+                    self._waiting[key] = questions  # after all other keys
             try:
                 nbytes = self._answer(source, message)
             except Exception:
                 log.exception("weights could not be given")
                 nbytes = 0
                 self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
-            # Pages are of sessions that are being served.
+            # Pages have the full rate, because served sessions need them.
             is_page = message.kind == WeightsKind.PAGE
             rate = self.rate * (SERVING_SHARE if self.serving() and not is_page else 1.0)
-            # Evenly: what was not used is not saved.
+            # The rate is even: an idle time allows no burst.
             owed = self._spent.spend(nbytes + QUESTION_BYTES, rate * MINUTE_S, time.monotonic())
             self._closed.wait(owed / rate)
 
     def _answer(self, source: Connection, message: AskWeights) -> int:
-        """Returns how many bytes were sent, or read for it."""
+        """Answers a question; returns the bytes that were sent or read."""
         data: bytes | None = None
-        whole = message.kind == WeightsKind.PIECE  # it is read and hashed, whatever part of it is asked for
+        whole = message.kind == WeightsKind.PIECE  # a whole piece is read and hashed for any part
         if message.kind == WeightsKind.PIECE:
             data = self._piece(message.name) if self.shares() else None
         elif message.name == self._model and message.kind == WeightsKind.MANIFEST:

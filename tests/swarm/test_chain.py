@@ -130,7 +130,7 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
     assert [recovered.cause for recovered in with_replay.recoveries] == [Cause.SESSION_LOST]
     held = tail.service.sessions.get(with_replay.id)
     assert held is not None
-    assert {row: cache.length for row, cache in held.rows.items()} == {1: 16}
+    assert {row: cache.length for row, cache in held.row_state.caches.items()} == {1: 16}
     for session in (with_replay, undisturbed):
         session.close()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from peers.engine import ObservedSpeed
 from peers.metrics import registry_of
 from peers.server import Peer
+from peers.speed import ObservedSpeed
 from splitnet.directory.dht import Directory
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions

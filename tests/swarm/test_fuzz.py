@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from peers.links import MAX_NEXT_HOPS
-from peers.sessions import MAX_SESSIONS, room_for
+from peers.rows import room_for
+from peers.sessions import MAX_SESSIONS
 from splitnet.blocks.adapters import write_tensors
 from splitnet.directory.dht import Directory
 from splitnet.security.identity import Identity
@@ -506,7 +507,7 @@ def test_peers_cannot_be_made_to_push_in_a_circle(running: LocalSwarm, attacker:
     held = first.service.sessions.get(SESSIONS[0])
     assert held is not None
     attacker.wait_until_idle()
-    assert {row: cache.length for row, cache in held.rows.items()} == {1: 1}
+    assert {row: cache.length for row, cache in held.row_state.caches.items()} == {1: 1}
 
 
 def test_rows_that_were_cropped_are_not_collected(running: LocalSwarm, attacker: Attacker) -> None:
@@ -520,7 +521,7 @@ def test_rows_that_were_cropped_are_not_collected(running: LocalSwarm, attacker:
     session = held.get(SESSIONS[0])
     assert session is not None
     per_position = running.peers[0].span.kv_bytes_per_position
-    assert sum(row.nbytes for row in session.rows.values()) <= room_for(session.reservation) * per_position
+    assert sum(row.nbytes for row in session.row_state.caches.values()) <= room_for(session.reservation) * per_position
 
 
 def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> None:
@@ -532,7 +533,7 @@ def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> 
     attacker.wait_until_idle()
     session = running.peers[0].service.sessions.get(SESSIONS[0])
     assert session is not None
-    assert list(session.rows) == [1]
+    assert list(session.row_state.caches) == [1]
 
 
 @pytest.mark.full

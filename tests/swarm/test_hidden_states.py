@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,13 +236,13 @@ def test_a_hop_that_sends_nonsense_is_replaced(
         assert isinstance(cache.session, Session)
         liar = cache.session.hops[1].endpoint
         service: Any = next(peer for peer in twins.peers if peer.endpoint == liar).service
-        tapped = service.tapped
+        add_taps = service.outputs.add_taps
 
-        def lie(work: Any, taps: Any) -> None:
-            work.tapped = {boundary: [unit * 64] for boundary in work.tapped}
-            tapped(work, taps)
+        def lie(work: Any, taps: Any, states: Any) -> None:
+            codec: Any = SimpleNamespace(code=taps.codec.code, encode=lambda _: unit * 64)
+            add_taps(work, taps._replace(codec=codec), states)
 
-        monkeypatch.setattr(service, "tapped", lie)
+        monkeypatch.setattr(service.outputs, "add_taps", lie)
         check()
         assert len(repairs(cache.session)) == 1
         assert liar not in [hop.endpoint for hop in cache.session.hops]

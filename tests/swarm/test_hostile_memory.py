@@ -72,9 +72,9 @@ class Watched:
     def look(self) -> None:
         for peer in self.peers:
             sessions = list(peer.service.sessions)
-            self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
+            self.kept = max(self.kept, *(len(each.training_state.kept) for each in sessions), 0)
             try:
-                held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
+                held = sum(row.nbytes for each in sessions for row in list(each.row_state.caches.values()))
                 held += sum(each.log.nbytes for each in sessions)
             except RuntimeError:  # they change meanwhile
                 continue

@@ -96,13 +96,13 @@ def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monke
 
     def slow_down() -> None:
         slow.append(peer_at(twins, cache, 1))
-        prepare = slow[0].service.prepare
+        prepare = slow[0].service.rows.prepare
 
         def slowly(work: Any) -> None:
             time.sleep(0.15)
             prepare(work)
 
-        monkeypatch.setattr(slow[0].service, "prepare", slowly)
+        monkeypatch.setattr(slow[0].service.rows, "prepare", slowly)
 
     slow: list[Peer] = []
     model = twins.model()

@@ -254,9 +254,9 @@ def test_pages_with_which_a_row_was_begun_are_written(
 def test_hops_that_do_not_reach_each_other(
     node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peers.service import NextHopOpening
+    from peers.route import HopConnector
 
-    monkeypatch.setattr(NextHopOpening, "_set_next", lambda opening, session, following: following is None)
+    monkeypatch.setattr(HopConnector, "_set_next", lambda hops, session, following: following is None)
     asks = texts(3, first=1100)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = model_of(swarm)

@@ -96,7 +96,7 @@ def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monk
 
     def is_filled(peer: Peer, session: Session) -> bool:
         held = peer.service.sessions.get(session.id)
-        return held is not None and held.filling is not None and held.filling.done == 3
+        return held is not None and held.row_state.load is not None and held.row_state.load.done == 3
 
     def look_up_and_wait(session: Session, *given: Any) -> int:
         waited.append(look_up(session, *given))

@@ -118,7 +118,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
             Step(owner_id, held.epoch, 99, (Chunk(1, 0, 1, 0),), None, 0, 0, bytes(256)),
             time.monotonic(),
         )
-        assert {row: cache.length for row, cache in held.rows.items()} == {1: 3}
+        assert {row: cache.length for row, cache in held.row_state.caches.items()} == {1: 3}
         again = session.step(torch.ones(3, 64), [Chunk(1, 0, 3, 1)])
         assert torch.equal(before, again)
         assert stolen_id != owner_id

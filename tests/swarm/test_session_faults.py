@@ -262,7 +262,7 @@ def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the
     """The first hop does not reach its next, then does, then does not; each time the next one is lost."""
     with local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
         model = swarm.model()
-        links: Any = swarm.peers[0].service._opening._links
+        links: Any = swarm.peers[0].service._hops._links
         acquire, apart = links.acquire, [True]
         links.acquire = lambda endpoint: not apart[0] and acquire(endpoint)
 

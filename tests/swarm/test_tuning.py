@@ -217,7 +217,7 @@ def test_training_by_forward_passes_alone(
         (passes,) = blocks.passes.values()
         for peer in swarm.peers:
             session = peer.service.sessions.get(passes.id)
-            assert session is not None and not session.kept
+            assert session is not None and not session.training_state.kept
     assert float(expected.norm()) > 0
     assert float((found - expected).norm() / expected.norm()) < 0.02
 

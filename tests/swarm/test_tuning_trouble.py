@@ -136,7 +136,7 @@ def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSw
             if step == 1:
                 service = used(swarm, model, 1).service
                 session = service.sessions.get(session_of(model).id)
-                assert session is not None and session.kept
+                assert session is not None and session.training_state.kept
                 with service._lock:
                     service.training.forget(session)
 
@@ -199,7 +199,7 @@ def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: L
             model(**batch(seed))  # nobody goes back
             session = used(swarm, model, 0).service.sessions.get(session_of(model).id)
             assert session is not None
-            kept.append(len(session.kept))
+            kept.append(len(session.training_state.kept))
         assert kept[0] > 1
         assert len(set(kept)) == 1  # those of the last batch, as the next one says
     memories = [peer.service.training.memory for peer in swarm.peers]

@@ -154,6 +154,30 @@ def test_nothing_is_pickled() -> None:
     assert not offenders
 
 
+PART_OWNERS = {
+    "route_state": {"peers.route", "peers.service"},
+    "row_state": {"peers.rows"},
+    "queue_state": {"peers.queue"},
+    "training_state": {"peers.training"},
+}
+
+
+def test_each_part_of_a_session_is_for_its_owner_and_each_field_has_one_writer() -> None:
+    """Reads of a part are its owner's, too; the other fields of `peers/sessions.py:Session` are read by all modules."""
+    touched: dict[str, set[str]] = {part: set() for part in PART_OWNERS}
+    writers: dict[str, set[str]] = {}
+    for module in MODULES.keys() - {"peers.sessions"}:
+        for node in ast.walk(parse(MODULES[module])) if module.startswith("peers.") else ():
+            if not isinstance(node, ast.Attribute):
+                continue
+            if node.attr in touched or (node.attr.endswith("_state") and ast.unparse(node.value).endswith("session")):
+                touched.setdefault(node.attr, set()).add(module)
+            elif isinstance(node.ctx, ast.Store) and ast.unparse(node.value).endswith("session"):
+                writers.setdefault(node.attr, set()).add(module)
+    assert touched == PART_OWNERS
+    assert writers and {field: modules for field, modules in writers.items() if len(modules) > 1} == {}
+
+
 def defines(body: list[ast.stmt], path: list[str]) -> bool:
     """Whether statements define the name `path`, e.g. ["Session", "step"]."""
     for node in body:

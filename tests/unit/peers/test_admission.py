@@ -43,7 +43,6 @@ def session(name: int, reservation: int, used_at: float = 0.0, owner: bytes = b"
         end=4,
         reservation=reservation,
         codec=CODECS["none"],
-        previous=None,
         next=None,
         log=SentLog(0, 4),
         used_at=used_at,

@@ -12,12 +12,12 @@ import torch
 
 from peers import engine, server
 from peers.counters import Counters
-from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.options import PeerOptions
 from peers.queue import WorkQueue
 from peers.server import SpanServer
-from peers.sessions import PassWork, SessionTable
+from peers.sessions import PassWork, QueueState, SessionTable
+from peers.speed import ObservedSpeed
 from scheduler.facts import CONTEXTS, PastCost
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ def test_memory_that_a_pass_has_left_is_given_back_before_the_device_is_idle_for
         monkeypatch.setattr(server, "TRIM_S", -1.0)
         peer.remeasure_if_idle()
         assert not trimmed.wait(0.1), "no pass has run"
-        closed = Mock(owner=bytes(32), passes={}, waiting_passes=0, closed=True)
+        closed = Mock(owner=bytes(32), queue_state=QueueState(), closed=True)
         peer.service.queue.put_pass(PassWork(closed, Mock(spec=FetchKV), Mock(), time.monotonic()))
         until = time.monotonic() + WAIT_S
         while not trimmed.wait(0.02):

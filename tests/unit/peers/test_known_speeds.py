@@ -11,9 +11,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import engine
-from peers.engine import KnownSpeeds, ObservedSpeed, speed_of
+from peers import speed
 from peers.power import EnergyMeter
+from peers.speed import KnownSpeeds, ObservedSpeed, speed_of
 from scheduler.facts import PastCost
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -56,12 +56,12 @@ def test_another_device_model_or_way_to_compute_has_its_own(
     assert known.find(Span.load(checkpoint, 0, 3), "model") is None
     assert known.find(Span.load(checkpoint, 0, 2, dtype="bfloat16"), "model") is None
     for owner, name, value in (
-        (engine.native, "path_in_use", lambda: "other"),
-        (engine, "__version__", "other"),
-        (engine.native, "processor", lambda: "other"),
+        (speed.native, "path_in_use", lambda: "other"),
+        (speed, "__version__", "other"),
+        (speed.native, "processor", lambda: "other"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "other"),
-        (engine.platform, "node", lambda: "other"),
+        (speed.platform, "node", lambda: "other"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -110,7 +110,7 @@ def test_a_peer_measures_at_its_first_start_and_keeps_what_it_measures_later(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Mock(side_effect=lambda *_: ObservedSpeed((9.0, 9.0, 9.0, 9.0, 9.0)))
-    monkeypatch.setattr(engine, "measure_speed", measured)
+    monkeypatch.setattr(speed, "measure_speed", measured)
 
     def start() -> ObservedSpeed:
         return speed_of(Span.load(checkpoint, 0, 2), "model", tmp_path / "speeds.json", EnergyMeter())

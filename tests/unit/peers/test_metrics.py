@@ -26,12 +26,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from peers import metrics as metrics_server
 from peers.counters import Counters, Histogram
-from peers.engine import ObservedSpeed
 from peers.metrics import MetricsServer, registry_of
 from peers.power import EnergyMeter
 from peers.prefixes import PrefixStore
 from peers.queue import WorkQueue
 from peers.sessions import MemoryAccount, SessionTable
+from peers.speed import ObservedSpeed
 from scheduler.batching import Load
 from splitnet.cli.arguments import parse_host_port
 from splitnet.drafts.draft_stats import Counts
@@ -59,7 +59,7 @@ def peer_of(counters: Counters) -> Any:
     service = SimpleNamespace(
         sessions=SessionTable(1000), queue=WorkQueue(), training_memory=MemoryAccount(1000, "", ""), load=Load()
     )
-    service.leaving = False
+    service.leaving, service.rows = False, SimpleNamespace(cached_bytes=0.0)
     service.sessions.prefixes = PrefixStore("", lambda: 1000)
     helper = SimpleNamespace(reservations=4, streams=SimpleNamespace(taken=5), passed_bytes=6)
     hidden = SimpleNamespace(relays=("a", "b"), streams=SimpleNamespace(taken=3))

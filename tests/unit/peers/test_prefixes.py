@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peers import prefixes
-from peers.prefixes import NOWHERE, STATES, Page, PageFiles, PrefixStore, Space, page_name
+from peers.prefixes import NOWHERE, STATES, Page, PageFiles, PrefixNamespace, PrefixStore, page_name
 from splitnet.wire.sent_log import digest
 from tests.tiers import examples
 
@@ -59,16 +59,18 @@ def same(one: Page, other: Page) -> bool:
     return alike and (one.name, one.output, one.reach) == (other.name, other.output, other.reach)
 
 
-def recalled(store: PrefixStore, space: Space, labels: list[bytes]) -> list[Page]:
+def recalled(store: PrefixStore, space: PrefixNamespace, labels: list[bytes]) -> list[Page]:
     """Pages of a text, with which a row is begun."""
     found: Queue[list[Page]] = Queue()
-    store.recall(space, labels, found.put)
+    store.lookup_prefix(space, labels, found.put)
     pages = found.get(timeout=SOON_S)
     store.used(pages)
     return pages
 
 
-def put_text(store: PrefixStore, space: Space, text: int = 0, depth: int = DEPTH, cost_ms: float = 1.0) -> list[bytes]:
+def put_text(
+    store: PrefixStore, space: PrefixNamespace, text: int = 0, depth: int = DEPTH, cost_ms: float = 1.0
+) -> list[bytes]:
     names: list[bytes] = []
     for index in range(depth):
         store.put(space, label(text, index), made_page, cost_ms, names)
@@ -97,8 +99,8 @@ class Stores(RuleBasedStateMachine):
         self.store = PrefixStore("facts", lambda: self.limit, WEIGHTS.__getitem__, files)
         self.bound = max(self.bound, self.limit)
 
-    def _space(self, owner: int, context: int) -> Space:
-        return self.store.space(OWNERS[owner], b"context %d" % context, 0, 2, 0)
+    def _space(self, owner: int, context: int) -> PrefixNamespace:
+        return self.store.namespace(OWNERS[owner], b"context %d" % context, 0, 2, 0)
 
     @rule(owner=st.integers(0, 2), context=st.integers(0, 1), text=st.integers(0, 3), cost=st.floats(0, 100))
     def put(self, owner: int, context: int, text: int, cost: float) -> None:
@@ -185,8 +187,8 @@ def test_what_a_page_depends_on_is_in_its_name() -> None:
         (OWNERS[0], b"context", 0, 3, 0),
         (OWNERS[0], b"context", 0, 2, 1),
     ]
-    spaces = [store.space(*change) for change in changes]
-    spaces.append(PrefixStore("other facts", lambda: 1).space(*changes[0]))
+    spaces = [store.namespace(*change) for change in changes]
+    spaces.append(PrefixStore("other facts", lambda: 1).namespace(*changes[0]))
     assert len({page_name(space, label(0, 0)) for space in spaces}) == len(spaces)
     put_text(store, spaces[0])
     labels = [label(0, index) for index in range(DEPTH)]
@@ -195,7 +197,7 @@ def test_what_a_page_depends_on_is_in_its_name() -> None:
 
 def test_without_a_context_nothing_is_stored() -> None:
     store = in_memory()
-    assert store.space(OWNERS[0], b"", 0, 2, 0) == NOWHERE
+    assert store.namespace(OWNERS[0], b"", 0, 2, 0) == NOWHERE
     put_text(store, NOWHERE)
     assert not len(store) and not recalled(store, NOWHERE, [label(0, 0)])
 
@@ -208,7 +210,7 @@ def test_without_a_context_nothing_is_stored() -> None:
 def test_no_page_stays_without_those_before_it(texts: list[tuple[int, int, float]], limits: list[int]) -> None:
     limit = limits[0]
     store = PrefixStore("facts", lambda: limit)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     for turn, (text, depth, cost) in enumerate(texts):
         limit = limits[turn % len(limits)]
         put_text(store, space, text, depth, cost)
@@ -222,7 +224,7 @@ def test_no_page_stays_without_those_before_it(texts: list[tuple[int, int, float
 def test_what_is_used_and_took_long_stays() -> None:
     size = made_page(bytes(16)).nbytes + 32
     store = in_memory(20 * size)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space, 2, cost_ms=100.0)
     put_text(store, space, 4, cost_ms=1.0)
     recalled(store, space, [label(4, index) for index in range(DEPTH)])
@@ -236,7 +238,7 @@ def test_each_owner_has_a_share_by_its_weight() -> None:
     """What one puts does not drive out what is within the share of another."""
     size = max(made_page(bytes((first, *bytes(15)))).nbytes for first in (0, 1))
     store = in_memory(16 * size)
-    mine, other = (store.space(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
+    mine, other = (store.namespace(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
     put_text(store, other, 0, cost_ms=0.1)
     for text in range(2, 30, 2):
         put_text(store, mine, text, cost_ms=100.0)
@@ -283,7 +285,7 @@ def test_pages_are_evicted_in_the_order_of_sorting_them_each_time(seed: int) -> 
         owner, text, depth = random.randrange(3), random.randrange(12), random.randint(1, DEPTH)
         cost_ms, now[0] = random.choice([0.5, 1.0, 4.0]), random.randrange(60_000) if what == "shrink" else now[0]
         for store, _ in stores:
-            space = store.space(OWNERS[owner], b"context", 0, 2, 0)
+            space = store.namespace(OWNERS[owner], b"context", 0, 2, 0)
             if what == "put":
                 put_text(store, space, text, depth, cost_ms)
             elif what == "recall":
@@ -319,7 +321,7 @@ def test_the_work_of_evictions_grows_as_the_pages_do(owners: int) -> None:
 
     tensors = {"0.k": torch.zeros(16)}
     store = PrefixStore("facts", lambda: pages * 64, weight)
-    spaces = [store.space(index.to_bytes(32, "big"), b"context", 0, 1, 0) for index in range(owners)]
+    spaces = [store.namespace(index.to_bytes(32, "big"), b"context", 0, 1, 0) for index in range(owners)]
 
     def put(index: int) -> None:
         cost_ms = CountedCost(index * 7919 % pages)  # in no order
@@ -339,13 +341,13 @@ def test_the_work_of_evictions_grows_as_the_pages_do(owners: int) -> None:
 
 def test_a_store_without_memory_takes_nothing_in() -> None:
     store = in_memory(0)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     store.put(space, label(0, 0), lambda _: pytest.fail("it was made for nothing"), 1.0)
     assert not len(store)
 
 
 def test_a_restarted_store_goes_on_from_its_files(store: PrefixStore, tmp_path: Path) -> None:
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space)
     store.close()
     later = PrefixStore("facts", lambda: 1 << 30, files=PageFiles(tmp_path / "pages", 1 << 30))
@@ -354,7 +356,7 @@ def test_a_restarted_store_goes_on_from_its_files(store: PrefixStore, tmp_path: 
         pages = recalled(later, space, labels)
         assert len(pages) == DEPTH and all(same(page, made_page(page.name)) for page in pages)
         assert later.counts.read == later.counts.found == DEPTH and len(later) == DEPTH
-        assert not recalled(later, later.space(OWNERS[1], b"context", 0, 2, 0), labels)
+        assert not recalled(later, later.namespace(OWNERS[1], b"context", 0, 2, 0), labels)
     finally:
         later.close()
 
@@ -385,7 +387,7 @@ DAMAGES = ["cut", "flipped digest", "flipped head", "flipped end", "empty", "del
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_what_is_damaged_is_not_used_and_written_again(how: str, store: PrefixStore) -> None:
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     on_disk(store, space)
     names = [page_name(space, label(0, index)) for index in range(DEPTH)]
     assert store._files is not None
@@ -400,14 +402,14 @@ def test_what_is_damaged_is_not_used_and_written_again(how: str, store: PrefixSt
 
 
 def test_others_cannot_read_the_folder(store: PrefixStore, tmp_path: Path) -> None:
-    put_text(store, store.space(OWNERS[0], b"context", 0, 2, 0))
+    put_text(store, store.namespace(OWNERS[0], b"context", 0, 2, 0))
     store.close()
     folders = [tmp_path / "pages", *(each for each in (tmp_path / "pages").iterdir())]
     assert len(folders) == 2 and {stat.S_IMODE(each.stat().st_mode) for each in folders} == {0o700}
 
 
 def test_names_in_the_folder_tell_no_key(store: PrefixStore, tmp_path: Path) -> None:
-    put_text(store, store.space(OWNERS[0], b"context", 0, 2, 0))
+    put_text(store, store.namespace(OWNERS[0], b"context", 0, 2, 0))
     store.close()
     names = [str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")]
     assert names and not any(OWNERS[0].hex() in name or label(0, 0).hex() in name for name in names)
@@ -506,7 +508,7 @@ def test_a_disk_that_takes_nothing_costs_pages_alone(
     elif fault == "no folder":
         folder.rmdir()
     store = PrefixStore("facts", lambda: 1 << 30, files=files)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
     for _ in range(2):
@@ -527,9 +529,9 @@ def test_files_that_were_not_written_to_their_end_are_removed(tmp_path: Path) ->
 
 
 def test_pages_are_written_once_a_row_was_begun_with_them(store: PrefixStore) -> None:
-    space, found = store.space(OWNERS[0], b"context", 0, 2, 0), Queue[list[Page]]()
+    space, found = store.namespace(OWNERS[0], b"context", 0, 2, 0), Queue[list[Page]]()
     put_text(store, space)
-    store.recall(space, [label(0, index) for index in range(DEPTH)], found.put)
+    store.lookup_prefix(space, [label(0, index) for index in range(DEPTH)], found.put)
     pages = found.get(timeout=SOON_S)
     assert not store._queued
     with store._lock:
@@ -554,7 +556,7 @@ class Stuck:
         monkeypatch.setattr(PageFiles, "read", slow)
 
 
-def on_disk(store: PrefixStore, space: Space) -> None:
+def on_disk(store: PrefixStore, space: PrefixNamespace) -> None:
     put_text(store, space)
     recalled(store, space, [label(0, index) for index in range(DEPTH)])
     while store.counts.written < DEPTH:
@@ -568,14 +570,14 @@ def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
     store: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of those that wait behind others longer than a session does, none is read; and not all wait."""
-    mine, other = (store.space(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
+    mine, other = (store.namespace(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
     on_disk(store, mine)
     put_text(store, other)
     disk, found = Stuck(monkeypatch), Queue[list[Page]]()
     labels = [label(0, index) for index in range(DEPTH)]
     asked = 10 * prefixes.MOST_QUEUED
     for _ in range(asked):
-        store.recall(mine, labels, found.put)
+        store.lookup_prefix(mine, labels, found.put)
     assert asked - found.qsize() <= 2 * prefixes.MOST_QUEUED + 1
     assert len(recalled(store, other, labels)) == DEPTH, "it is in memory"
     while not disk.reads:
@@ -587,25 +589,25 @@ def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
 
 
 def test_reads_go_before_writes(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, other = (store.space(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
+    mine, other = (store.namespace(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
     on_disk(store, mine)
     disk, order = Stuck(monkeypatch), Queue[str]()
     write = PageFiles.write
     monkeypatch.setattr(PageFiles, "write", lambda *args: (order.put("write"), write(*args))[1])
     labels = [label(0, index) for index in range(DEPTH)]
-    store.recall(mine, labels, lambda _: order.put("read"))
+    store.lookup_prefix(mine, labels, lambda _: order.put("read"))
     put_text(store, other)
     assert len(recalled(store, other, labels)) == DEPTH  # used again, so they are to be written
-    store.recall(mine, labels[:3], lambda _: order.put("read"))
+    store.lookup_prefix(mine, labels[:3], lambda _: order.put("read"))
     disk.go.set()
     assert [order.get(timeout=SOON_S) for _ in range(3)] == ["read", "read", "write"]
 
 
 def test_the_end_does_not_wait_for_a_disk_that_hangs(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     on_disk(store, space)
     disk = Stuck(monkeypatch)
-    store.recall(space, [label(0, 0)], lambda _: None)
+    store.lookup_prefix(space, [label(0, 0)], lambda _: None)
     waited: list[float | None] = []
     monkeypatch.setattr(threading.Thread, "join", lambda _, timeout=None: waited.append(timeout))
     store.close()
@@ -617,7 +619,7 @@ def test_the_end_does_not_wait_for_a_disk_that_hangs(store: PrefixStore, monkeyp
 def test_the_first_pages_of_a_text_are_written_first(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind them are of no use without."""
     monkeypatch.setattr(prefixes, "MOST_QUEUED", 3)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     names = put_text(store, space)
     with monkeypatch.context() as patch:
         patch.setattr(store, "_put_job", lambda order, job: None)
@@ -627,7 +629,7 @@ def test_the_first_pages_of_a_text_are_written_first(store: PrefixStore, monkeyp
 
 
 def test_pages_that_did_not_fit_are_forgotten_on_disk_too(store: PrefixStore, tmp_path: Path) -> None:
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
     pages = recalled(store, space, labels)
@@ -637,10 +639,10 @@ def test_pages_that_did_not_fit_are_forgotten_on_disk_too(store: PrefixStore, tm
     assert store.counts.broken == DEPTH
 
 
-def recalled_after(store: PrefixStore, space: Space, labels: list[bytes]) -> list[Page]:
+def recalled_after(store: PrefixStore, space: PrefixNamespace, labels: list[bytes]) -> list[Page]:
     """Of a store that has ended."""
     found: list[list[Page]] = []
-    store.recall(space, labels, found.append)
+    store.lookup_prefix(space, labels, found.append)
     return found[0]
 
 
@@ -649,7 +651,7 @@ def test_a_job_that_fails_ends_nothing(store: PrefixStore, caplog: pytest.LogCap
         raise RuntimeError("of no kind that is known")
 
     store._put_job(0, fail)
-    space = store.space(OWNERS[0], b"context", 0, 2, 0)
+    space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     on_disk(store, space)
     assert len(recalled(store, space, [label(0, 0)])) == 1
     assert "of no kind that is known" in caplog.text
@@ -659,7 +661,7 @@ def test_threads_that_put_recall_and_shrink_at_once_leave_it_whole() -> None:
     limits = [4_000, 30_000, 9_000]
     state = {"limit": limits[0]}
     store = PrefixStore("facts", lambda: state["limit"], WEIGHTS.__getitem__)
-    spaces = [store.space(owner, b"context", 0, 2, 0) for owner in OWNERS]
+    spaces = [store.namespace(owner, b"context", 0, 2, 0) for owner in OWNERS]
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.sessions import Session, SessionTooLong, prepare_rows, room_for
+from peers.rows import prepare_rows, room_for
+from peers.sessions import Session, SessionTooLong
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
@@ -31,7 +32,6 @@ class Rows:
             end=1,
             reservation=reservation,
             codec=CODECS["none"],
-            previous=None,
             next=None,
             log=SentLog(0, 4),
             used_at=0.0,
@@ -47,22 +47,22 @@ class Rows:
     @property
     def allocated(self) -> float:
         """In positions."""
-        return sum(row.nbytes for row in self.session.rows.values()) / BYTES_PER_POSITION
+        return sum(row.nbytes for row in self.session.row_state.caches.values()) / BYTES_PER_POSITION
 
     def name(self) -> int:
         self.names += 1
         return self.names
 
     def step(self, *parts: Chunk, forks: tuple[Fork, ...] | None = None) -> None:
-        places = {row_id: self.place(row) for row_id, row in self.session.rows.items()}
+        places = {row_id: self.place(row) for row_id, row in self.session.row_state.caches.items()}
         prepare_rows(self.session, Step(bytes(16), 1, 0, parts, forks, 0, 0))
         expected = self.expected
         if forks is not None:
             expected = {fork.row: expected.get(fork.row, expected.get(fork.source, [])) for fork in forks}
         for part in parts:
-            row = self.session.rows.get(part.row)
+            row = self.session.row_state.caches.get(part.row)
             if row is None:
-                row = self.session.rows[part.row] = SequenceCache(self.session.new_room[part.row])
+                row = self.session.row_state.caches[part.row] = SequenceCache(self.session.row_state.new_room[part.row])
             assert row.length == part.start
             new = [float(100_000 * part.row + part.start + i) for i in range(part.length)]
             tensor = torch.tensor(new)[None, None, :, None]
@@ -71,7 +71,7 @@ class Rows:
             expected = expected | {part.row: expected.get(part.row, [])[: part.start] + new}
             assert keys.flatten().tolist() == expected[part.row] == (-values).flatten().tolist()
         self.expected = expected
-        now = {row_id: self.place(row) for row_id, row in self.session.rows.items()}
+        now = {row_id: self.place(row) for row_id, row in self.session.row_state.caches.items()}
         self.moved += sum(places.get(row_id, place) != place for row_id, place in now.items())
 
     @staticmethod
@@ -80,11 +80,11 @@ class Rows:
 
 
 def check(rows: Rows) -> None:
-    assert {row_id: row.length for row_id, row in rows.session.rows.items()} == {
+    assert {row_id: row.length for row_id, row in rows.session.row_state.caches.items()} == {
         row_id: len(values) for row_id, values in rows.expected.items()
     }
     for row_id, values in rows.expected.items():
-        [(_, keys, _)] = rows.session.rows[row_id].held(len(values))
+        [(_, keys, _)] = rows.session.row_state.caches[row_id].held(len(values))
         assert keys.flatten().tolist() == values
     assert rows.allocated <= room_for(rows.session.reservation)
 
@@ -118,10 +118,10 @@ def test_every_step_within_the_budget_is_taken(data: st.DataObject, reservation:
         if not parts:
             continue
         if held > reservation:
-            before = dict(rows.session.rows)
+            before = dict(rows.session.row_state.caches)
             with pytest.raises(SessionTooLong):
                 rows.step(*parts, forks=forks)
-            assert rows.session.rows == before
+            assert rows.session.row_state.caches == before
         else:
             rows.step(*parts, forks=forks)
         check(rows)

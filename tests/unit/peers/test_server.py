@@ -8,11 +8,11 @@ from unittest.mock import Mock
 import pytest
 
 from peers.counters import Counters
-from peers.engine import ObservedSpeed
 from peers.links import NextHops
 from peers.options import PeerOptions
 from peers.server import SpanServer
 from peers.sessions import TENSOR_BYTES
+from peers.speed import ObservedSpeed
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import OutOfMemory

@@ -17,11 +17,14 @@ import pytest
 import torch
 
 from peers import service
-from peers.engine import Engine, ObservedSpeed, measure_speed
+from peers.engine import Engine
 from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
-from peers.prefixes import READ_S, Page, PrefixStore, Space
+from peers.prefixes import READ_S, Page, PrefixNamespace, PrefixStore
 from peers.queue import WorkQueue
-from peers.service import CLIENT_LOST_S, FAR_TIMES, PROBE_S, ServedBlocks, SessionService
+from peers.route import FAR_TIMES
+from peers.rows import room_for
+from peers.served import ServedBlocks
+from peers.service import CLIENT_LOST_S, PROBE_S, SessionService
 from peers.sessions import (
     MAX_SESSIONS,
     MESSAGE_BYTES,
@@ -34,8 +37,8 @@ from peers.sessions import (
     SessionTable,
     SessionTooLong,
     Work,
-    room_for,
 )
+from peers.speed import ObservedSpeed, measure_speed
 from scheduler.batching import PASS_POSITIONS
 from scheduler.facts import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
@@ -202,18 +205,18 @@ class Peer:
         """The engine takes the next step and prepares its rows."""
         [(work, count)] = self.queue.take(10_000)
         assert count == work.remaining
-        self.service.prepare(work)
+        self.service.rows.prepare(work)
         return work
 
     def end_pass(self, work: Work, output: bytes | None = None, kept: bytes = b"kept") -> list[tuple[Destination, Any]]:
         """The engine has computed a step."""
         for part in work.parts(work.remaining):
-            new: Any = FakeRow(room=work.session.new_room.get(part.row, 0))
-            row: Any = work.session.rows.setdefault(part.row, new)
+            new: Any = FakeRow(room=work.session.row_state.new_room.get(part.row, 0))
+            row: Any = work.session.row_state.caches.setdefault(part.row, new)
             row.length += part.length
         work.done = work.total
-        at_tail = work.session.end == 8
-        self.service.finished(work, b"" if at_tail else (output or bytes(work.step.payload)), kept if at_tail else b"")
+        work.outputs = [kept if work.session.end == 8 else output or bytes(work.step.payload)]
+        self.service.outputs.finish(work)
         self.queue.release(work)
         return self.heard()
 
@@ -403,7 +406,7 @@ class TestOpen:
         opened.compute(step())
         assert is_opened(opened.says(opening()), reachable=True)
         assert opened.table.free_positions == CAPACITY - 1000
-        assert opened.session().rows[1].length == 3
+        assert opened.session().row_state.caches[1].length == 3
 
     def test_again_with_more_budget_reserves_more_and_never_less(self, opened: Peer) -> None:
         opened.says(opening(reservation=1500))
@@ -638,10 +641,10 @@ class TestStep:
         opened.compute(step(Chunk(1, 0, 3, 0)))
         again = step(Chunk(1, 3, 1, 1), Chunk(2, 3, 1, 1), forks=(Fork(1, 1), Fork(2, 1)))
         first = opened.compute(again)
-        rows = {row: held.length for row, held in opened.session().rows.items()}
+        rows = {row: held.length for row, held in opened.session().row_state.caches.items()}
         second = opened.compute(again)
         assert first == second
-        assert rows == {1: 4, 2: 4} == {row: held.length for row, held in opened.session().rows.items()}
+        assert rows == {1: 4, 2: 4} == {row: held.length for row, held in opened.session().row_state.caches.items()}
 
 
 class TestTaps:
@@ -688,7 +691,7 @@ class TestRows:
     def test_are_cropped_to_the_start(self, opened: Peer) -> None:
         opened.compute(step(Chunk(1, 0, 10, 0)))
         opened.compute(step(Chunk(1, 4, 1, 0)))
-        assert opened.session().rows[1].length == 5
+        assert opened.session().row_state.caches[1].length == 5
 
     @pytest.mark.parametrize(
         ("wrong", "error"),
@@ -706,33 +709,33 @@ class TestRows:
     ) -> None:
         opened.compute(step(Chunk(1, 0, 10, 0)))
         session = opened.session()
-        row = session.rows[1]
+        row = session.row_state.caches[1]
         opened.says(wrong)
         [(work, _)] = opened.queue.take(10_000)
         if error is None:
-            opened.service.prepare(work)
+            opened.service.rows.prepare(work)
             return
         with pytest.raises(error):
-            opened.service.prepare(work)
-        assert session.rows == {1: row}
+            opened.service.rows.prepare(work)
+        assert session.row_state.caches == {1: row}
         assert row.length == 10
 
     def test_that_a_refused_step_would_drop_stay_reserved(self, opened: Peer) -> None:
         opened.compute(step(Chunk(1, 0, 10, 0)))
         opened.compute(step(Chunk(1, 10, 1, 0), forks=(Fork(1, 1), Fork(2, 1))))
         session = opened.session()
-        assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
+        assert (set(session.row_state.caches), session.reserved_rows) == ({1, 2}, 2)
         opened.says(step(Chunk(1, 15, 1, 0), forks=(Fork(1, 1),)))
         [(work, _)] = opened.queue.take(10_000)
         with pytest.raises(ProtocolError):
-            opened.service.prepare(work)
-        assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
+            opened.service.rows.prepare(work)
+        assert (set(session.row_state.caches), session.reserved_rows) == ({1, 2}, 2)
 
     def test_that_were_long_once_give_their_memory_to_others(self, opened: Peer) -> None:
         opened.compute(step(Chunk(1, 0, 990, 0)))
         for row in range(2, 10):
             opened.compute(step(Chunk(row - 1, 0, 1, 0), Chunk(row, 0, 900, 0)))
-            assert sum(held.room for held in opened.session().rows.values()) <= room_for(1000)
+            assert sum(held.room for held in opened.session().row_state.caches.values()) <= room_for(1000)
 
     def test_of_a_batch_fit_in_what_a_client_reserves_for_them(self, opened: Peer) -> None:
         """Up to the last position, with forks to and fro, and in a second batch of another size."""
@@ -746,7 +749,7 @@ class TestRows:
                     forks = tuple(Fork(row + 100 * position, rows[0]) for row in rows)
                     rows = [fork.row for fork in forks]
                 opened.compute(step(*(Chunk(row, position, 1, 1) for row in rows), forks=forks))
-            assert sum(row.length for row in opened.session().rows.values()) == batch * columns
+            assert sum(row.length for row in opened.session().row_state.caches.values()) == batch * columns
 
 
 class TestClose:
@@ -770,7 +773,7 @@ class TestClose:
         opened.says(step(Chunk(1, 3, 1, 1)))
         work = opened.begin()
         opened.says(Close(SID))
-        assert work.session.rows[1].length == 3, "the pass that runs keeps its rows"
+        assert work.session.row_state.caches[1].length == 3, "the pass that runs keeps its rows"
         assert opened.end_pass(work) == []
         opened.service.failed(work, FailureCode.INTERNAL, "too late")
         assert opened.heard() == []
@@ -780,7 +783,7 @@ class TestClose:
         opened.compute(step())
         opened.says(Close(SID))
         assert is_opened(opened.says(opening()), reachable=True)
-        assert not opened.session().rows
+        assert not opened.session().row_state.caches
 
 
 class TestEpochs:
@@ -1109,7 +1112,7 @@ class TestEngine:
         engine.run_here()
         session = peer.table.get(bytes([1]) * 16)
         assert session is not None and span.passes == [2]
-        row: Any = session.rows[1]
+        row: Any = session.row_state.caches[1]
         row.room, row.has_states = room, has_states
         peer.heard()
         self.send(peer, 1, start=start, forks=forks)
@@ -1126,7 +1129,7 @@ class TestEngine:
         engine.run_here()
         session = peer.table.get(bytes([1]) * 16)
         assert session is not None
-        session.rows[1].room = 100
+        session.row_state.caches[1].room = 100
         peer.heard()
         self.send(peer, 1, start=1)
         engine.run_here()
@@ -1220,7 +1223,7 @@ class TestEngine:
         self.answers(peer)
         session = peer.table.get(b"\1" * 16)
         assert session is not None
-        owed[session.rows[1]] = 3 * PASS_POSITIONS  # type: ignore[index]
+        owed[session.row_state.caches[1]] = 3 * PASS_POSITIONS  # type: ignore[index]
         done = session.done
         self.send(peer, 1, start=2)
         for _ in range(2):
@@ -1306,14 +1309,14 @@ class TestEngine:
     def test_an_error_while_a_result_is_sent_fails_alone(
         self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        finished = peer.service.finished
+        finish = peer.service.outputs.finish
 
-        def fail(work: Work, payload: bytes, result: bytes) -> None:
+        def fail(work: Work) -> None:
             if work.session.id[0] == 2:
                 raise RuntimeError("a bug")
-            finished(work, payload, result)
+            finish(work)
 
-        monkeypatch.setattr(peer.service, "finished", fail)
+        monkeypatch.setattr(peer.service.outputs, "finish", fail)
         for name in (1, 2, 3):
             self.send(peer, name)
         engine._turn()
@@ -1386,7 +1389,7 @@ class TestEngine:
         engine._turn()
         session = peer.table.get(b"\1" * 16)
         assert session is not None
-        row: Any = session.rows[1]
+        row: Any = session.row_state.caches[1]
         alive = weakref.ref(row)
         del row, session
         peer.says(Close(b"\1" * 16), Connection(b"\1", OWNER.curve_raw))
@@ -1418,7 +1421,7 @@ class TestOthers:
         assert opened.says(Ping(5)) == [(CLIENT, unknown)]
         session = opened.table.get(SID)
         assert session is not None
-        session.timing = Timing(1, 2, 3)
+        session.route_state.timing = Timing(1, 2, 3)
         assert opened.says(Ping(5, session=SID)) == [(CLIENT, replace(held, timing=(Timing(1, 2, 3),)))]
         assert opened.says(Ping(5, session=SID), STRANGER) == [(STRANGER, unknown)]
         opened.says(Close(SID))
@@ -1494,7 +1497,9 @@ class SlowStore(PrefixStore):
         super().__init__("facts", lambda: 1 << 30)
         self.asked: list[tuple[Sequence[bytes], Callable[[list[Page]], None]]] = []
 
-    def recall(self, space: Space, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
+    def lookup_prefix(
+        self, namespace: PrefixNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]
+    ) -> None:
         self.asked.append((labels, then))
 
 
@@ -1533,7 +1538,7 @@ class TestPages:
         assert slow.passes(READ_S) == []
         [(_, message)] = slow.passes(READ_S)
         assert isinstance(message, Opened) and not message.recalled
-        assert self.found(slow, 0, 2) == [] and slow.session().recalled is None
+        assert self.found(slow, 0, 2) == [] and slow.session().row_state.hit is None
 
     @pytest.mark.parametrize("then", ["closed", "a newer epoch", "without labels"])
     def test_what_is_found_too_late_counts_no_more(self, slow: Peer, then: str) -> None:
@@ -1570,4 +1575,4 @@ class TestPages:
         own = replace(self.asks(), session=bytes(16))
         slow.says(own, STRANGER)
         held = slow.table.get(bytes(16))
-        assert held is not None and held.space != slow.session().space
+        assert held is not None and held.namespace != slow.session().namespace

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from peers import engine
-from peers.engine import ObservedSpeed, measure_past, measure_speed
+from peers import speed
+from peers.speed import ObservedSpeed, measure_past, measure_speed
 from scheduler.facts import CONTEXTS, PASS_SIZES, PastCost
 from splitnet.blocks.span import Chunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ def test_a_long_pass_that_was_disturbed_is_timed_again(
     disturbed: set[int], passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = TimedSpan(disturbed)
-    monkeypatch.setattr(engine, "seconds_after_work", lambda device: span.now_s)
+    monkeypatch.setattr(speed, "seconds_after_work", lambda device: span.now_s)
     measured = measure_speed(span)  # pyright: ignore[reportArgumentType]
     assert measured is not None
     assert measured.block_ms == pytest.approx([max(1.0, size / 4) for size in PASS_SIZES])
@@ -60,7 +60,7 @@ def test_a_long_pass_that_was_disturbed_is_timed_again(
 def test_a_size_that_is_slow_by_itself_costs_two_more_passes() -> None:
     span = TimedSpan({10, 11, 12})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "seconds_after_work", lambda device: span.now_s)
+        patch.setattr(speed, "seconds_after_work", lambda device: span.now_s)
         measured = measure_speed(span)  # pyright: ignore[reportArgumentType]
     assert measured is not None
     assert measured.block_ms[3:] == pytest.approx((160.0, 64.0))
@@ -85,7 +85,7 @@ class Timeline:
             return forward(this, hidden, parts, *taps)
 
         monkeypatch.setattr(Span, "forward", timed)
-        monkeypatch.setattr(engine, "seconds_after_work", lambda device: self.pairs * self.ms_per_pair / 1000)
+        monkeypatch.setattr(speed, "seconds_after_work", lambda device: self.pairs * self.ms_per_pair / 1000)
 
 
 @pytest.fixture(scope="module")

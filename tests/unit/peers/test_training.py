@@ -41,6 +41,7 @@ from tests.unit.peers.test_service import (
 )
 
 PAYLOAD = bytes(3 * 4 * HIDDEN)
+ADAPTER: Any = object()
 
 BYTES = len(PAYLOAD) + MESSAGE_BYTES
 """Of a pass of three positions."""
@@ -91,11 +92,11 @@ def ends(peer: Peer, work: PassWork, *parts: bytes) -> list[tuple[Destination, A
     if isinstance(work.message, Forward):
         peer.service.training.forwarded(work, b"output")
     elif isinstance(work.message, Gradient):
-        peer.service.training.went_back(work, b"gradient", list(parts))
+        peer.service.training.backward_done(work, b"gradient", list(parts))
     elif isinstance(work.message, FetchKV):
         peer.service.training.fetched_kv(work, list(parts))
     else:
-        peer.service.training.adapter_loaded(work)
+        peer.service.training.adapter_loaded(work, ADAPTER)
     peer.queue.release_pass(work)
     return peer.heard()
 
@@ -199,7 +200,7 @@ def test_what_the_client_does_not_need_is_dropped(opened: Peer) -> None:
         goes_forward(opened, forward(number))
     assert kept_bytes(opened) == 3 * BYTES
     goes_forward(opened, forward(10, oldest=9))
-    assert sorted(opened.session().kept) == [9, 10]
+    assert sorted(opened.session().training_state.kept) == [9, 10]
     assert kept_bytes(opened) == 2 * BYTES
 
 
@@ -316,7 +317,7 @@ def test_what_waits_is_counted_with_its_objects(opened: Peer) -> None:
 
 
 def test_keys_and_values_are_not_sent_again_and_again(opened: Peer) -> None:
-    opened.session().rows[3] = FakeRow(5)  # type: ignore[assignment]
+    opened.session().row_state.caches[3] = FakeRow(5)  # type: ignore[assignment]
     asked = FetchKV(SID, 1, 9, row=3, length=5)
     for _ in range(MOST_RESENT):
         assert opened.says(asked, CLIENT) == []
@@ -338,7 +339,7 @@ def test_a_peer_that_only_trains_is_busy(opened: Peer) -> None:
     opened.says(forward(), PREVIOUS)
     [(_, pong)] = opened.says(Ping(1))
     assert isinstance(pong, Pong) and pong.queue_ms == 6.0
-    assert opened.service.queue_ms == 0.0  # a step would be let in
+    assert opened.service.queue.queued_positions == 0
 
 
 WAY: Any = object()
@@ -348,9 +349,9 @@ def keeps_way(peer: Peer, number: int, nbytes: int, **changes: Any) -> PassWork 
     """A pass goes forward; the engine keeps its way back if it may."""
     assert peer.says(forward(number, **changes), PREVIOUS) == []
     work, training = take(peer), peer.service.training
-    may = training.may_keep_way(work, nbytes)
+    may = training.reserve_graph(work, nbytes)
     if may:
-        training.keep_saved(work, WAY)
+        training.keep_graph(work, WAY)
     ends(peer, work)
     return work if may else None
 
@@ -361,8 +362,8 @@ def test_a_way_back_that_is_kept_is_accounted_for_until_the_gradient_has_gone_ba
     assert opened.says(gradient(), AFTER) == []
     work = take(opened)
     assert work.forward is kept
-    assert opened.service.training.take_saved(kept) is WAY
-    assert opened.service.training.take_saved(kept) is None
+    assert opened.service.training.take_graph(kept) is WAY
+    assert opened.service.training.take_graph(kept) is None
     ends(opened, work)
     assert kept_bytes(opened) == 0
 
@@ -375,10 +376,10 @@ def test_ways_back_make_room_for_what_cannot_be_computed_again(opened: Peer) -> 
     assert keeps_way(opened, 9, 5 * BYTES) is None  # it would leave too little
     for number in (10, 11, 12, 13, 14):
         goes_forward(opened, forward(number))
-    assert first.way is None and second.way is WAY
+    assert first.graph is None and second.graph is WAY
     for number in (15, 16):
         goes_forward(opened, forward(number))
-    assert second.way is None
+    assert second.graph is None
     assert kept_bytes(opened) == 10 * BYTES
     memory.limit = 40 * BYTES
     assert opened.says(gradient(7), AFTER) == []  # its input is still there
@@ -392,19 +393,19 @@ def test_ways_back_end_with_their_passes(opened: Peer) -> None:
     opened.says(opening(epoch=2))
     assert kept_bytes(opened) == 0
     kept = keeps_way(opened, 9, 1000, epoch=2)
-    assert kept is not None and kept.way is WAY
+    assert kept is not None and kept.graph is WAY
     opened.says(Close(SID))
-    assert kept.way is None and kept_bytes(opened) == 0
+    assert kept.graph is None and kept_bytes(opened) == 0
 
 
 def test_a_way_back_of_a_session_that_has_ended_is_not_kept(opened: Peer) -> None:
     opened.says(forward(), PREVIOUS)
     work, training = take(opened), opened.service.training
-    assert training.may_keep_way(work, 1000)
+    assert training.reserve_graph(work, 1000)
     opened.says(Close(SID))
-    training.keep_saved(work, WAY)
-    assert work.way is None
-    assert not training.may_keep_way(work, 1000)
+    training.keep_graph(work, WAY)
+    assert work.graph is None
+    assert not training.reserve_graph(work, 1000)
     ends(opened, work)
     assert kept_bytes(opened) == 0
 
@@ -415,4 +416,4 @@ def test_a_pass_that_fails_keeps_no_way_back(opened: Peer) -> None:
     opened.says(gradient(), AFTER)
     work = take(opened)
     opened.service.training.failed(work, FailureCode.INTERNAL, "broken")
-    assert kept_bytes(opened) == 0 and kept.way is None
+    assert kept_bytes(opened) == 0 and kept.graph is None

@@ -52,7 +52,6 @@ def session(
         end=end,
         reservation=reservation,
         codec=CODECS["none"],
-        previous=None,
         next=following,
         log=SentLog(0, 4),
         used_at=0.0,
@@ -126,9 +125,9 @@ def test_a_session_that_has_ended_is_not_waited_for() -> None:
     owner, ended = session(1), session(2)
     queue.delay.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
     queue.put(work(owner, 1))
-    assert queue.take_short(WAIT_S) is None
+    assert queue.take_short(WAIT_S, lambda _: True) is None
     queue.discard(ended)
-    assert queue.take_short(WAIT_S) is not None
+    assert queue.take_short(WAIT_S, lambda _: True) is not None
 
 
 def test_windows_that_a_later_step_takes_back_do_not_run() -> None:
@@ -141,7 +140,7 @@ def test_windows_that_a_later_step_takes_back_do_not_run() -> None:
         queue.put(work(owner, 4, number=number, start=start))
     instead = work(owner, 4, number=5, start=12)
     queue.put(instead)
-    assert list(owner.waiting) == [running, instead]
+    assert list(owner.queue_state.steps) == [running, instead]
     assert queue.queued_positions == owner.waiting_size == 8
     running.done = 4
     queue.release(running)
@@ -160,7 +159,7 @@ def test_what_a_later_step_does_not_take_back_runs() -> None:
         queue = WorkQueue()
         queue.put(earlier)
         queue.put(work(earlier.session, 4, number=number, start=start))
-        assert len(earlier.session.waiting) == 2
+        assert len(earlier.session.queue_state.steps) == 2
 
 
 def test_a_speculated_window_is_decode_and_a_longer_step_is_not() -> None:
@@ -231,7 +230,7 @@ def test_a_prefill_without_end_starves_nobody() -> None:
         queue.put(work(greedy, 10 * PASS))
     queue.put(work(modest, 2 * PASS))
     passes = 0
-    while modest.waiting:
+    while modest.queue_state.steps:
         run_pass(queue)
         passes += 1
     assert passes <= 4
@@ -247,7 +246,7 @@ def test_decode_without_end_does_not_starve_prefill() -> None:
     prefill = session(99)
     queue.put(work(prefill, 2 * PASS))
     passes = 0
-    while prefill.waiting:
+    while prefill.queue_state.steps:
         chosen = run_pass(queue)
         assert any(item.session is not prefill for item, _ in chosen), "decode goes on beside it"
         passes += 1
@@ -283,7 +282,7 @@ def test_other_blocks_are_not_starved() -> None:
     lonely = session(3, 0, 2)
     queue.put(work(lonely, PASS))
     passes = 0
-    while lonely.waiting:
+    while lonely.queue_state.steps:
         run_pass(queue)
         passes += 1
     # One pass for each half that is kept for it would be the worst.
@@ -358,7 +357,7 @@ def test_steps_from_several_threads_all_run_once_and_in_order() -> None:
     for owner in owners:
         assert [item.step.number for item in done if item.session is owner] == list(range(steps))
     assert queue.queued_positions == 0
-    assert all(not owner.waiting and owner.waiting_size == 0 for owner in owners)
+    assert all(not owner.queue_state.steps and owner.waiting_size == 0 for owner in owners)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -438,7 +437,7 @@ class QueueMachine(RuleBasedStateMachine):
         waiting = [item for items in self.expected.values() for item in items]
         assert self.queue.queued_positions == sum(item.total for item in waiting)
         for owner, items in self.expected.items():
-            assert list(owner.waiting) == items
+            assert list(owner.queue_state.steps) == items
             assert owner.waiting_size == sum(item.size for item in items)
 
     def teardown(self) -> None:
@@ -558,13 +557,13 @@ def test_passes_of_a_session_that_ends_are_forgotten() -> None:
     gone, kept = training(ends), training(stays)
     queue.put_pass(gone)
     queue.put_pass(kept)
-    assert (ends.waiting_passes, stays.waiting_passes) == (1, 1)
+    assert (ends.queue_state.pass_count, stays.queue_state.pass_count) == (1, 1)
     assert queue.discard_passes(ends) == [gone]
     assert queue.pass_positions == 5
     assert queue.take_pass() is kept
-    assert (ends.waiting_passes, stays.waiting_passes) == (0, 1), "one that runs still counts"
+    assert (ends.queue_state.pass_count, stays.queue_state.pass_count) == (0, 1), "one that runs still counts"
     queue.release_pass(kept)
-    assert stays.waiting_passes == 0
+    assert stays.queue_state.pass_count == 0
 
 
 class TestSeveralKeys:
@@ -638,7 +637,7 @@ class TestSeveralKeys:
         patient = session(1, owner=b"patient", reservation=5000)
         queue.put(work(patient, 5000))
         had, number = Counter[bytes](), 1
-        while patient.waiting[0].remaining > 1000:
+        while patient.queue_state.steps[0].remaining > 1000:
             if not any(owner.owner == b"hurried" for owner in queue._ready):
                 number += 1
                 queue.put(work(session(number, owner=b"hurried", reservation=100), 100, start=0))
@@ -656,7 +655,7 @@ class TestSeveralKeys:
         had_s, took_s = 0.0, 0.0
         while took_s < 120.0:
             for owner in others:
-                if not owner.waiting:
+                if not owner.queue_state.steps:
                     queue.put(work(owner, 88, start=0))
             chosen = self.run(queue)
             pass_s = queue.pass_s(sum(count for _, count in chosen))
@@ -671,7 +670,7 @@ class TestSeveralKeys:
             # They come in two halves, as those that missed a pass do.
             for owner in owners[:: 1 if number % 3 else 2]:
                 queue.put(work(owner, 1, number=number))
-            ready = {owner for owner in owners if owner.waiting}
+            ready = {owner for owner in owners if owner.queue_state.steps}
             assert {item.session for item, _ in self.run(queue)} == ready
 
     def test_a_prefill_is_cut_while_another_key_is_active(self) -> None:
@@ -691,7 +690,7 @@ class TestSeveralKeys:
         took_s, prefilled = 0.0, 0
         for number in range(200):
             queue.put(work(one, 1, number=number))
-            while one.waiting:
+            while one.queue_state.steps:
                 chosen = self.run(queue)
                 took_s += queue.pass_s(sum(count for _, count in chosen))
                 prefilled += sum(count for item, count in chosen if item.session is long)
@@ -709,7 +708,7 @@ class TestSeveralKeys:
         waited, longest = 0.0, 0.0
         for number in range(400):
             queue.put(work(one, 1, number=number))
-            while one.waiting:
+            while one.queue_state.steps:
                 chosen = self.run(queue)
                 took = queue.pass_s(sum(count for _, count in chosen))
                 took_s += took

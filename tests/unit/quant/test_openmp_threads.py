@@ -46,7 +46,7 @@ from peers.counters import Counters
 from peers.links import NextHops
 from peers.options import PeerOptions
 from peers.server import SpanServer
-from peers.engine import measure_speed
+from peers.speed import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.blocks.span import Span
 checkpoint, outbox = Checkpoint.open(sys.argv[1]), Mock()

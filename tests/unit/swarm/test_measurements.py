@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from peers.engine import ObservedSpeed
 from peers.links import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
+from peers.speed import ObservedSpeed
 from scheduler import route_search
 from scheduler.batching import HALF_LIFE_S, Load
 from scheduler.facts import CLIENT, PASS_SIZES, UNMEASURED, Link
