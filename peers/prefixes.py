@@ -107,6 +107,7 @@ class PrefixNamespace:
 
 
 NOWHERE = PrefixNamespace()
+MakePage = Callable[[bytes], Page]
 UsePages = Callable[[list[Page]], None]
 
 
@@ -182,12 +183,7 @@ class PrefixStore:
         return page_name(space, label) in self._held
 
     def put(
-        self,
-        space: PrefixNamespace,
-        label: bytes,
-        page: Callable[[bytes], Page],
-        cost_ms: float,
-        before: Sequence[bytes] = (),
+        self, space: PrefixNamespace, label: bytes, page: MakePage, cost_ms: float, before: Sequence[bytes] = ()
     ) -> None:
         """Stores a page that is missing, if there is room. page: makes the page. cost_ms: of its computation. before:
         names of the pages before it in its text; they are kept as long, because the page is useless without them."""
