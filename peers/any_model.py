@@ -82,9 +82,8 @@ class ModelChoice:
         self.go_on = go_on
         self._opened: dict[str, Found] = {}  # by fingerprint
         self._retry_at: dict[str, float] = {}  # by fingerprint, of models that could not be opened
-        self._asked_at: dict[
-            str, float
-        ] = {}  # by fingerprint: time of the last demand, or of the last session of the own model
+        # By fingerprint: time of the last demand, or of the last session of the peer's model.
+        self._asked_at: dict[str, float] = {}
         self._leaving_for: PeerRecord | None = None  # the announced record at the model to change to
         self._look_at = -math.inf
 
@@ -92,9 +91,7 @@ class ModelChoice:
         """The model with most demand; if the swarm has no allowed model, the first allowed model that exists. Raises
         SplitnetError as `join_swarm`, and ModelNotFound: there is no model."""
         demand, listed = self._demand(directory), directory.models()
-        names = {
-            model: one.name for model, one in demand.items()
-        } | listed  # a name from a record replaces one from demand
+        names = {model: one.name for model, one in demand.items()} | listed  # names in records replace others
         found = {one.offered.id: one for one in self._destinations(directory, names, demand)}
         while found:
             chosen = found.pop(first_model([one.offered for one in found.values()]))
@@ -239,8 +236,8 @@ class ModelChoice:
         return ChosenModel(checkpoint, fetcher, fitting, offered)
 
     def _counts(self, record: PeerRecord) -> bool:
-        """Whether this peer relies on another peer. Of peers that have just announced their arrival, as this one has,
-        it relies on those with lower keys, so that not all of them turn back."""
+        """Whether this peer relies on another peer. An arriving peer ignores other peers that have just announced their
+        arrival, unless their keys are lower: so only some of the arriving peers turn back."""
         mine = self._leaving_for
         if mine is None or record.serves or record.placed_at < mine.placed_at - HOLD_S:
             return True

@@ -31,7 +31,7 @@ from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, Fa
 log = logging.getLogger(__name__)
 
 FRESH_S: Final = 1.0  # age up to which an answer is reused
-FRESH_PER_RECORD_S: Final = 0.1  # the same for an answer with changes, for each record: many records are slow to read
+FRESH_PER_RECORD_S: Final = 0.1  # the same for each record of an answer with changes: many records are slow to read
 FRESH_CHANGES_S: Final = 10.0  # bound of that age, because a client that asks for changes asks again soon
 BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a few full directories, or some thousand small swarms
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the peer's own model; half for other kinds

@@ -107,15 +107,12 @@ class Engine:
         self._rows = service.rows
         self._outputs = service.outputs
         self._counters = service.counters
-        whole = span.start, span.end
-        self._view = cache(lambda start, end: span if (start, end) == whole else span.view(start, end))
+        self._view = cache(lambda *blocks: span if blocks == (span.start, span.end) else span.view(*blocks))
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
         self._turns = threading.Lock()  # held by the thread that runs work
         self._publish_speed()
         self._running: PassWork | None = None  # the pass over whole sequences on the device
-        self.passed_at: float | None = (
-            None  # when the last pass over whole sequences ended; None: none since memory was trimmed
-        )
+        self.passed_at: float | None = None  # end of the last pass over whole sequences since memory was trimmed
         self._piece_began = 0.0
         pieces = partial(queue.piece_positions, span.end - span.start)
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)

@@ -128,7 +128,7 @@ def join_swarm(
     report: Report,
     choose: Callable[[SwarmDirectory], Found] | None = None,
 ) -> Joined:
-    """Joins a swarm with `options`, and identifies a model of which files are missing here.
+    """Joins a swarm with `options`, and identifies a model that may lack files here.
 
     model: the user's name of it; None: `choose` finds a model. checkpoint: the local or hub files; None: no file.
 

@@ -11,9 +11,7 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.transport.addresses import Reach
 
-Report = Callable[
-    [str, int, int], None
-]  # stage of a start, bytes done, and bytes in all; called again while the start waits
+Report = Callable[[str, int, int], None]  # stage of a start, bytes done, bytes in all; repeated during a wait
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,7 @@ class PeerOptions:
     identity: Identity | None = None  # the peer's key, in place of `key_file`
     swarm_key: SwarmKey | None = None  # of a closed swarm, which has no DHT; None: the swarm is open
     idle_s: float = 600.0  # a session ends after this long without a message
-    watts: float | None = (
-        None  # power of the device while it computes; None: read from counters and sensors if possible
-    )
+    watts: float | None = None  # power of the device while it computes; None: read from counters and sensors
     sysfs: Path = SYSFS  # where Linux has counters of energy
     reach: Reach = Reach.auto  # how others reach the peer; with a `public_host` other peers are not asked
     port_mapping: bool = True  # ask the router for a port if others do not reach the peer

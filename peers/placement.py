@@ -131,7 +131,7 @@ def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, f
 def choose_blocks(
     checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Present, own_ms: float | None = None
 ) -> tuple[int, int]:
-    """The blocks `[start, end)` to serve next to the `present` peers: those of `wish`, or at most `fitting` blocks.
+    """The blocks `[start, end)` to serve next to the `present` peers: the blocks of `wish`, or at most `fitting`.
 
     own_ms: of a token in a block of the new peer; None: unknown.
 
@@ -228,7 +228,7 @@ class Mover:
         return list(groups.values())
 
     def _named(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> Move | None:
-        """The best move of the swarm, if this peer is to make it."""
+        """The best move of the swarm, if it is a move of this peer."""
         if not own.max_blocks:
             return None
         present = [own, *(record for record in others if record.serves or record.moving_to)]
@@ -291,9 +291,7 @@ class Relocation:
     own: Callable[[], PeerRecord]
     others: Callable[[], Sequence[PeerRecord]]  # looks up all other records
     publish: Callable[[], None]  # announces this peer's record at once
-    move: Callable[
-        [Blocks, bool], None
-    ]  # makes the peer serve other blocks; True: without delay, because blocks have no server
+    move: Callable[[Blocks, bool], None]  # makes the peer serve other blocks; True: at once, as blocks have no server
     leave: Callable[[PeerRecord, Sequence[PeerRecord]], bool | None] = lambda own, others: False
     """Changes to another model if that has more demand; True: the peer has changed, None: it is about to."""
 

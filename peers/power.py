@@ -25,9 +25,7 @@ MOST_WATTS = 2000.0  # bound of one counter's power: after a larger difference t
 SYSFS = Path("/sys")
 
 _MICRO = 1e-6
-_OTHER_DEVICES = frozenset(
-    {"amdgpu", "radeon", "nouveau", "i915", "xe"}
-)  # drivers of GPUs, whose power is not that of the CPU
+_OTHER_DEVICES = frozenset({"amdgpu", "radeon", "nouveau", "i915", "xe"})  # drivers of GPUs, not of the CPU
 _WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of sensors for a whole board
 
 

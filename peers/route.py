@@ -1,4 +1,4 @@
-"""The route of a session at this hop: the link to its next hop, and what is sent there or to the client."""
+"""The route of a session at this hop: the link to the next hop, and the messages to the next hop and the client."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
 
 @dataclass(eq=False)
 class Outputs:
-    """The seam behind the last block of a session here: selects, sends and logs what a pass has computed.
+    """The seam after the last block of a session at this hop: selects, sends and logs the output of each pass.
 
     The engine and `Training` give it every output. At the tail it sends the client the positions that the client wants;
     elsewhere it sends all positions to the next hop, or to the client that relays them.
@@ -180,8 +180,8 @@ class Outputs:
                 session.log.record(step.parts, step.forks, payload, step.reach, step.labels)
 
     def add_taps(self, work: Work, taps: Taps, states: Mapping[int, torch.Tensor]) -> None:
-        """Takes in the hidden states of one pass of a step, by boundary, and sends the client those of a finished
-        step."""
+        """Takes in the hidden states of one pass of a step, by boundary. Sends the client all hidden states of a
+        finished step."""
         for boundary, values in states.items():
             work.tapped.setdefault(boundary, []).append(taps.codec.encode(to_host(values)))
         with self.lock:

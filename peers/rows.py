@@ -33,7 +33,7 @@ from splitnet.wire.sent_log import PAGE, fork_rows, page_ends
 log = logging.getLogger(__name__)
 
 AHEAD = 1 / 8  # share of the reservation that rows may allocate beyond it; with less, full sessions move rows often
-PAGE_BYTES = 1 << 20  # bound of a page's bytes besides its numbers, as it is sent to another peer
+PAGE_BYTES = 1 << 20  # bound of a packed page's bytes besides its numbers
 LOADED_AT_ONCE = 1 << 27  # bytes of pages that are loaded into a row before other steps run
 LOADED_BESIDE = 1 << 25  # the same while several keys are active
 
@@ -55,7 +55,7 @@ class Rows:
 
     @property
     def most_page_bytes(self) -> int:
-        """Bound of a page's bytes, as it is sent to another peer."""
+        """Bound of the bytes of a packed page."""
         sessions = self.sessions
         return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
 
@@ -99,8 +99,8 @@ class Rows:
             self.queue.put_prefix_hit(session)
 
     def held(self, session: Session) -> tuple[int, bool, bool]:
-        """For `Opened`: positions with which steps can go on, whether these are stored pages, and whether rows leave
-        pages. The caller holds the lock."""
+        """For `Opened`: positions after which steps can continue, whether the positions are stored pages, and whether
+        rows leave pages. The caller holds the lock."""
         own = session.row_state
         held = own.hit.positions if own.hit else sum(cache.length for cache in list(own.caches.values()))
         return held, own.hit is not None, bool(session.namespace.name)
@@ -134,8 +134,8 @@ class Rows:
         return True
 
     def is_loading(self, work: Work, view_of: ViewOf) -> bool:
-        """Loads some of the stored pages with which a step's row begins. True: pages remain, so the step waits and
-        steps of others run; False: the row has all of them, or there are none."""
+        """Loads some of the stored pages with which a step's row begins. True: pages remain, so the step waits while
+        other steps run; False: the row has all its pages, or no page was found."""
         session, own = work.session, work.session.row_state
         load = own.load
         if load is None and own.hit is None:
@@ -194,8 +194,8 @@ class Rows:
         pages = own.pages
         if step.forks is not None:
             held = {fork.row: pages.get(fork.row) or pages.get(fork.source) for fork in step.forks}
-            pages = {row: RowPages(each.namespace, list(each.names)) for row, each in held.items() if each is not None}
-            own.pages = pages
+            copied = ((row, RowPages(each.namespace, list(each.names))) for row, each in held.items() if each)
+            pages = own.pages = dict(copied)
         for part in step.parts:
             if not part.start:
                 pages[part.row] = RowPages(work.namespace, [])
@@ -251,8 +251,8 @@ class Rows:
                 pages.names.append(page_name(work.namespace, label))
 
     def log_hit(self, session: Session, hit: PrefixHit | None = None) -> None:
-        """Logs the outputs of pages; without `hit` of the pages that no step has used: the next hop may lack some of
-        them. The caller holds the lock."""
+        """Logs the outputs of pages; without `hit` of the pages that no step has used, because the next hop may
+        lack some pages. The caller holds the lock."""
         hit = hit or session.row_state.hit
         if hit is not None and session.end != self.served.num_blocks:
             pages = zip(hit.pages, hit.labels, strict=False)
@@ -417,7 +417,7 @@ def shared_room(ends: Mapping[int, int], present: Mapping[int, int], total: int)
     free = total - sum(room.values()) - sum(ends[row] for row in growing)
     wanted = {row: max(ends[row], FIRST_CAPACITY - ends[row]) for row in growing}
     if free < min(spare // 2, sum(wanted.values())):
-        room = {row: ends[row] for row in room}  # rows that do not grow give back what they have ahead
+        room = {row: ends[row] for row in room}  # rows that do not grow give back positions without content
         free = spare
     share = free // len(growing) if not room else free // 2 // len(growing)
     return room | {row: ends[row] + min(wanted[row], share) for row in growing}

@@ -90,8 +90,7 @@ class ServedBlocks:
         text. Raises ProtocolError: the page is another one.
         """
         tensors = page.tensors
-        blocks = {name: _block_of(name) for name in self.page}
-        wanted = {name for name, block in blocks.items() if block is None or start <= block < end}
+        wanted = {name for name in self.page if (block := _block_of(name)) is None or start <= block < end}
         states = {name for name in wanted if name.startswith(STATES)}
         sinks = {name for name in wanted if ".first_" in name}
         due = wanted - states - sinks | (sinks if first else set[str]())

@@ -128,14 +128,13 @@ class SpanServer:
         policy = policy or KeyPolicy()
         if kv_memory is None:
             kv_memory = free_memory(span.device) // 4
-        keeps_logs = span.end < checkpoint.num_blocks
         usual = codec_by_name(DEFAULT_INT8).bytes_per_position(checkpoint.hidden_size)
         sessions = SessionTable(
             kv_memory,
             idle_s=options.idle_s,
             position_bytes=span.kv_bytes_per_position,
             row_bytes=span.row_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
-            usual_log_bytes=usual if keeps_logs else 0,
+            usual_log_bytes=usual if span.end < checkpoint.num_blocks else 0,
             ahead=AHEAD,
             num_blocks=checkpoint.num_blocks,
             keys=policy.keys,
@@ -378,7 +377,7 @@ class Peer:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The present endpoint of the peer for others that can connect to it."""
+        """The present endpoint of the peer for direct connections."""
         return self.ways.endpoint
 
     @property

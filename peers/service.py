@@ -1,4 +1,4 @@
-"""The protocol of sessions at a peer: what it does with each message. It has no sockets, no device and no clock.
+"""The protocol of sessions at a peer: the effect of each message. It has no sockets, no device and no clock.
 
 The transport brings messages, the engine reports computed steps, and answers are sent through `Outbox`. Every answer
 that a misbehaving sender can cause is a `Failure` or silence.
@@ -276,7 +276,7 @@ class SessionService:
         return PAGE * self.ms_per_position * blocks / (self.served.end - self.served.start)
 
     def _look_up(self, session: Session, message: Open, now: float) -> None:
-        """Begins the look-up of stored pages for a row that the session does not have; `Opened` waits for it."""
+        """Looks up stored pages for a row that the session does not have; `Opened` waits for the result."""
         route, epoch = session.route_state, session.epoch
         route.labelled, route.next_reachable, route.lookup_until = bool(message.context), None, now + 2 * READ_S
 

@@ -113,7 +113,7 @@ class RowPages(NamedTuple):
 class RouteState:
     """The hops before and after this one. Owner: `peers.service`, with `peers.route`."""
 
-    previous: bytes | None = None  # CURVE key of the hop whose steps are accepted besides those of the client
+    previous: bytes | None = None  # CURVE key of the previous hop, which sends steps as the client does
     weights: str = ""  # the weight format for `Opened`; empty: the client did not ask
     taps: Taps | None = None
     labelled: bool = False  # the client's steps have labels of pages
@@ -141,8 +141,8 @@ class QueueState:
     """The work of a session that waits. Owner: `peers.queue`."""
 
     steps: deque[Work] = field(default_factory=deque)  # in the order of arrival; the engine takes the first
-    passes: dict[PassWork, None] = field(default_factory=dict)  # passes over whole sequences that wait
-    pass_count: int = 0  # passes that wait or run
+    passes: dict[PassWork, None] = field(default_factory=dict)  # passes over whole sequences in the queue
+    pass_count: int = 0  # passes in the queue and on the device
     passed_over: int = 0  # passes of others since the session's first step was ready
 
 
@@ -180,7 +180,7 @@ class Session:
     opened_at: float = 0.0
     stepped_at: float = 0.0  # when the last step or pass came
     reserved_rows: int = 0  # rows that have memory for their states
-    waiting_size: int = 0  # of the steps that wait, see `Work.size`
+    waiting_size: int = 0  # of all waiting steps, see `Work.size`
     done: int = 0  # positions computed so far, of steps and passes
     adapter: Adapter | None = None  # the client's parameters for these blocks
     namespace: PrefixNamespace = NOWHERE  # of the pages that new rows leave

@@ -125,7 +125,7 @@ class Training:
 
     @staticmethod
     def added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradient by the adapter that the client gets: the sum over its batch, or none while the batch goes on."""
+        """The gradient by the adapter for the client: the sum over a batch; empty until the last pass of the batch."""
         state = session.training_state
         before, state.gradient_sum = state.gradient_sum, None
         # The sum of an abandoned batch has another epoch, or begins at another number.
@@ -263,4 +263,4 @@ def _purpose_of(work: PassWork) -> Purpose:
 
 
 class MissingPass(ProtocolError):
-    """A gradient for a forward pass that is not kept any more; the client repeats the pass."""
+    """A gradient for a forward pass that is not kept; the client repeats the pass."""

@@ -49,9 +49,7 @@ class WeightService:
         self._packed: bytes | None = None
         self._bits = b""
         self._bits_at = -math.inf
-        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = (
-            OrderedDict()
-        )  # by key, the next key first
+        self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()  # by key, next first
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._answer_all, name="splitnet-weights", daemon=True)

@@ -1498,7 +1498,7 @@ class SlowStore(PrefixStore):
         self.asked: list[tuple[Sequence[bytes], Callable[[list[Page]], None]]] = []
 
     def lookup_prefix(
-        self, namespace: PrefixNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]
+        self, space: PrefixNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]
     ) -> None:
         self.asked.append((labels, then))
 
