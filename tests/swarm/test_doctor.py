@@ -79,7 +79,7 @@ def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
 
 @contextmanager
 def announced(node: Directory, record: PeerRecord, identity: Identity) -> Iterator[None]:
-    """A record stands in the DHT for a while."""
+    """Publishes a record in the DHT for some time."""
     assert node.announce(record, identity)
     try:
         yield
