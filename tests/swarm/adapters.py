@@ -26,8 +26,8 @@ CAUSAL, CLASSES = TaskType.CAUSAL_LM, TaskType.SEQ_CLS
 
 
 LAYERS = {"llama": ["k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
-"""Target modules by family for methods other than LoRA. A method that may scale inputs scales those of the second
-one."""
+"""Target modules by family for methods other than LoRA. If a method may scale inputs, it scales those of the second
+module."""
 
 
 def lora(family: str = "llama", task: TaskType = CAUSAL) -> LoraConfig:

@@ -54,6 +54,6 @@ def pairs(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def twins(pairs: LocalSwarm) -> Iterator[LocalSwarm]:
-    """Two peers for every span; a test may end some of them. Its client does not know the peers yet."""
+    """Two peers for every span; the test may end peers. Its client does not know the peers yet."""
     with pairs.mended() as swarm:
         yield swarm

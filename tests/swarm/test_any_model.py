@@ -198,7 +198,7 @@ def test_names_of_strangers_cause_no_downloads_without_a_list_of_models(
 
 @pytest.mark.full
 def test_demand_claimed_by_strangers_is_bounded(node: Directory, folder: Path, other: Path) -> None:
-    """The demand of a gateway beside them still counts."""
+    """The demand of another gateway still counts."""
     served, wanted = (Checkpoint.open(each) for each in (folder, other))
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
@@ -210,6 +210,6 @@ def test_demand_claimed_by_strangers_is_bounded(node: Directory, folder: Path, o
         assert found[wanted.fingerprint].tokens_per_s <= MAX_WANTED_TOKENS
         assert found[served.fingerprint].tokens_per_s == pytest.approx(10.0, rel=0.2)
         assert set(node.models()) == {served.fingerprint}
-        idle = any_peer(swarm, folder, [folder], 6)  # This peer may serve no other model, whatever demand is claimed.
+        idle = any_peer(swarm, folder, [folder], 6)  # This peer may serve no other model.
         look(idle)
         assert serves(idle, folder)

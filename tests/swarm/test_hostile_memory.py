@@ -47,7 +47,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 
 @dataclass
 class Watched:
-    """What was seen of the peers while an attack went on: the highest of each."""
+    """The highest figures of the peers during an attack."""
 
     peers: list[Peer]
     rss: int = 0
@@ -59,7 +59,7 @@ class Watched:
     training: int = 0
     """Bytes of passes, including waiting ones."""
     honest: int = 0
-    """Number of answers to the honest client, all of them right."""
+    """Number of correct answers to the honest client."""
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:

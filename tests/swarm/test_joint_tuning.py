@@ -62,7 +62,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Running:
-    """A coordinator that runs in a thread, and its key."""
+    """A coordinator in a thread, and its key."""
 
     coordinator: Coordinator
     identity: Identity
@@ -513,7 +513,7 @@ def test_a_trusted_key_chooses_among_coordinators_of_the_same_name(
 def test_a_round_is_found_without_a_dht(
     key: SwarmKey | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The round is found through another peer than the one that the coordinator joined through, and is not taken for a
+    """The round is found through another peer, not the one that the coordinator joined through, and is not taken for a
     model."""
     monkeypatch.setattr("splitnet.directory.joining.have_hivemind", lambda: False)
     with local_swarm(folder, [(0, 6)], swarm_key=key, join=()) as swarm, ExitStack() as stack:

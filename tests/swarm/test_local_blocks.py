@@ -149,7 +149,7 @@ def test_invalid_ranges_of_blocks_are_refused(folder: Path, swarm: LocalSwarm, b
 
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block takes 2 ms at peers and 1 ms at the client, whatever the load of this machine."""
+    """A block takes 2 ms at peers and 1 ms at the client, under any load of this machine."""
     monkeypatch.setattr(Planner, "cost_ms", lambda _, __, hops: 2.0 * sum(hop.end - hop.start for hop in hops))
     monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 1.0)
 

@@ -244,7 +244,7 @@ def test_a_parameter_of_generation_has_the_effect_of_transformers_or_is_refused(
 
 
 def forward_parameters(folder: Path) -> set[str]:
-    """The parameters of a family, and those that its methods pass on as keywords."""
+    """The parameters of a family's methods, including keywords that they pass on."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     named = inspect.signature(model.forward).parameters.keys() - {"kwargs"}
     return named | set(TransformersKwargs.__optional_keys__)

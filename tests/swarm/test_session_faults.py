@@ -215,7 +215,7 @@ def test_a_prefill_with_progress_may_take_any_time(
 def test_a_long_step_with_progress_may_take_any_time(
     long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt in one step, then its replay: no output arrives until all of it is computed."""
+    """A prompt in one step, then its replay: no output arrives before the step is complete."""
     be_impatient(monkeypatch)
     monkeypatch.setattr(Session, "step_positions", lambda _, positions, *__: positions)
     monkeypatch.setattr(engine, "PASS_POSITIONS", 64)

@@ -60,7 +60,7 @@ def options(**more: Any) -> dict[str, Any]:
 
 
 def drafter_of(kind: str, folder: Path, tmp_path: Path) -> Any:
-    """A drafter that is always right, one that is mostly wrong, or none."""
+    """A drafter that is always right, or mostly wrong, or None."""
     if kind == "prompt-lookup":
         return kind
     if kind == "same model":

@@ -1,4 +1,4 @@
-"""Swarms without hivemind, on this system and on emulations of others."""
+"""Swarms without hivemind, on this system and on emulated ones."""
 
 from __future__ import annotations
 
