@@ -1,4 +1,4 @@
-"""The server's page in Chromium, in which every error and every request to others is a failure."""
+"""The server's page in Chromium; every error of the page and every request to another server is a failure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SCREENSHOTS = Path(__file__).resolve().parents[1] / "test-output"
 NEEDED = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
 
 NewPage = Callable[..., Page]
-"""Makes a page with a screen of some size, and a preference for a theme."""
+"""Opens a page with a given screen size and preferred theme."""
 
 
 @contextmanager
 def browsing(server: str, *expected: str) -> Iterator[NewPage]:
-    """Makes pages for a server; texts of the browser's errors that are expected may be named."""
+    """Opens pages of a server; `expected` are texts of browser errors that are allowed."""
     assert CHROMIUM is not None
     wrong: list[str] = []
     expect.set_options(timeout=PATIENCE_MS)
@@ -54,6 +54,6 @@ def browsing(server: str, *expected: str) -> Iterator[NewPage]:
 
 
 def photograph(page: Page, name: str) -> None:
-    """Keeps a screenshot in `test-output/`."""
+    """Saves a screenshot in `test-output/`."""
     SCREENSHOTS.mkdir(exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"dashboard-{name}.png", animations="disabled")

@@ -1,4 +1,4 @@
-"""What all tests share: one thread for torch, the demo checkpoint, and no test may leave anything running."""
+"""Settings for all tests: one torch thread, the demo checkpoint, and no test may leave threads or processes running."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported; peer daemons inherit it. Tests share few cores, and one thread keeps sums reproducible.
+# Set before torch is imported, and inherited by peer daemons. Tests share few cores, and one thread keeps sums
+# reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests start many processes: all read what the first one has compiled.
+# Tests start many processes: later ones read the bytecode that the first one has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
@@ -30,29 +31,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The user's settings of splitnet, and other peers on this network, must not matter."""
+    """Removes the influence of the user's splitnet settings and of other peers on this network."""
     load_profile(config.option.tier)
     if not hasattr(config, "workerinput"):
         os.environ[RUN_MARK] = uuid.uuid4().hex
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the run ends all of it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # A signal that ends the run ends all its processes.
     for name in [name for name in os.environ if name.startswith("SPLITNET_") and name != "SPLITNET_CACHE"]:
         del os.environ[name]
     os.environ["SPLITNET_CONFIG"] = os.devnull
     os.environ["SPLITNET_LAN"] = "false"
     os.environ["SPLITNET_DEVICE"] = "cpu"
     look = device.find_present
-    # Figures are compared with those of CPUs; tests of GPUs name their device.
+    # Tests compare figures with those measured on CPUs; GPU tests name their device.
     device.find_present = lambda *, tried=True: device.Present() if tried else look(tried=False)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Also after an interruption."""
+    """Runs after an interruption, too."""
     if not hasattr(config, "workerinput"):
         end_run(os.environ.pop(RUN_MARK))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three for all tests, which wait half of their time. None for a part: a worker takes seconds to start."""
+    """Three workers for all tests, which wait half of their time. None for a part: a worker takes seconds to start."""
     return 3 if config.args == config.getini("testpaths") and not config.option.keyword else 0
 
 
@@ -62,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogethe
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # What the command line names by its id runs in any case.
+    # A test named by its id on the command line always runs.
     named = any("::" in argument for argument in config.args)
     chosen, others = select(items, "all" if named else config.option.tier)
     config.hook.pytest_deselected(items=others)
@@ -70,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Prepare the demo checkpoint before the first test: a slow download must not run into a test's timeout."""
+    """Prepares the demo checkpoint before the first test: a slow download must not run into a test's timeout."""
     wanted = any("demo_checkpoint" in getattr(item, "fixturenames", ()) for item in session.items)
     if not wanted or session.config.option.collectonly:
         return
@@ -88,7 +89,7 @@ def demo_checkpoint() -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Fail a test that leaves a thread or a child process behind; fixtures of a wider scope may keep theirs."""
+    """Fails a test that leaves a thread or a child process behind; fixtures of a wider scope may keep theirs."""
     before = Running()
     yield
     left = end_leftovers(before)

@@ -1,6 +1,6 @@
-"""What a test leaves running: threads and child processes, but for those that fixtures of a wider scope own.
+"""Threads and child processes that a test leaves running, except for fixtures of a wider scope.
 
-And what a run of tests leaves that was interrupted: whatever has inherited its mark.
+Also ends all processes of an interrupted test run, which are recognised by an inherited environment variable.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import psutil
 
 RUN_MARK = "TESTS_OF_SPLITNET"
-"""The variable that marks all processes of a run of tests."""
+"""The environment variable that marks all processes of a test run."""
 GRACE_SECONDS = 30.0
-"""How long what a test started may take to end after the test."""
+"""Seconds that a test's threads and processes may take to end after the test."""
 
 SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollectorThread")
 SHARED_CHILDREN = (
@@ -24,14 +24,14 @@ SHARED_CHILDREN = (
     "multiprocessing.forkserver",
     "bounded_program.py",
 )
-"""Helpers that are started once and kept for the life of the process."""
+"""Helper processes that start once and stay for the life of the process."""
 
 _owned_threads: set[threading.Thread] = set()
 _owned_children: set[psutil.Process] = set()
 
 
 class Running:
-    """What runs now, to compare with later."""
+    """The current threads and children, for a later comparison."""
 
     def __init__(self) -> None:
         self.threads = set(threading.enumerate())
@@ -40,7 +40,7 @@ class Running:
 
 @contextmanager
 def outliving_tests() -> Iterator[None]:
-    """What is started meanwhile belongs to a fixture of a wider scope, which ends it."""
+    """Threads and processes started inside belong to a fixture of a wider scope, which ends them."""
     before = Running()
     yield
     now = Running()
@@ -49,10 +49,10 @@ def outliving_tests() -> Iterator[None]:
 
 
 def end_leftovers(before: Running) -> list[str]:
-    """What was started since and still runs after a while; processes are killed."""
+    """Threads and processes started since and still running after the grace period; processes are killed."""
     deadline = time.monotonic() + GRACE_SECONDS
     expected = before.threads | _owned_threads
-    # Not joined: one that is about to start is among them already, and cannot be.
+    # Threads are not joined, because a thread that has not started yet may be in the list.
     while (threads := _unexpected(expected)) and time.monotonic() < deadline:
         time.sleep(0.01)
     owned = before.children | _owned_children
@@ -66,8 +66,8 @@ def end_leftovers(before: Running) -> list[str]:
 
 
 def end_run(mark: str) -> list[int]:
-    """Ends all processes with this mark but this one, as workers of an interrupted run are killed before their
-    fixtures end; returns their ids."""
+    """Ends all processes with this mark except this one, because workers of an interrupted run are killed before their
+    fixtures end; returns the ids of the ended processes."""
     left: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
@@ -75,7 +75,7 @@ def end_run(mark: str) -> list[int]:
                 process.terminate()
                 left.append(process)
         except psutil.Error:
-            continue  # of another user, or it has just ended
+            continue  # The process belongs to another user, or has just ended.
     for process in psutil.wait_procs(left, timeout=GRACE_SECONDS)[1]:
         process.kill()
     return [process.pid for process in left]
@@ -90,7 +90,7 @@ def _is_shared(thread: threading.Thread) -> bool:
 
 
 def _children() -> list[psutil.Process]:
-    if hasattr(os, "waitid"):  # most tests have none, and to look through all processes takes milliseconds
+    if hasattr(os, "waitid"):  # Most tests have no children, and a search through all processes takes milliseconds.
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -100,7 +100,7 @@ def _children() -> list[psutil.Process]:
 
 
 def _with_ancestors(process: psutil.Process) -> list[psutil.Process]:
-    """The process and its ancestors: a daemon of a wider scope may start processes of its own at any time."""
+    """The process and its ancestors: a daemon of a wider scope may start its own processes at any time."""
     try:
         return [process, *process.parents()]
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, made of what the tests run: `python -m tests.models_page docs/models.md`."""
+"""The tables of docs/models.md, generated from the tests' data: `python -m tests.models_page docs/models.md`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.swarm.test_families import FAMILIES
 
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 SIDE = 4096
-"""Outputs and inputs of the weight for which bits are told."""
+"""Outputs and inputs of the weight whose bits per weight are shown."""
 
 IN_SAFETENSORS = {
     "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
@@ -34,11 +34,11 @@ IN_SAFETENSORS = {
     "MLX: 4 bits, groups of 64": Layout(4, 64, Kind.BFLOAT16, Kind.BFLOAT16),
     "MLX: 8 bits, groups of 64": Layout(8, 64, Kind.BFLOAT16, Kind.BFLOAT16),
 }
-"""How weights are published in safetensors, by the layout that most have."""
+"""Published formats of weights in safetensors files, with the most common layout of each."""
 
 
 def with_tables(text: str) -> str:
-    """A document with the present tables between its two marks."""
+    """A document with the current tables between its two marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     parts = [part if part.startswith(("|", "#")) else fill(part, 125) for part in sections()]
@@ -98,7 +98,7 @@ def _family_of(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 

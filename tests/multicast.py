@@ -1,4 +1,4 @@
-"""Local networks for tests, which nobody outside can see."""
+"""Local networks for tests, invisible from outside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def use_network_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes services found on loopback, under a name that no other run of these tests uses; skips if that fails."""
+    """Makes services discoverable on loopback only, under a name that no other test run uses; skips if that fails."""
     if not _carries_multicast():
         pytest.skip("loopback carries no multicast here")
     monkeypatch.setattr(mdns, "SERVICE_TYPE", f"_sn{secrets.token_hex(4)}._tcp.local.")

@@ -16,21 +16,21 @@ COLUMNS = ("flag", "commands", "for all of them", "default", "meaning")
 
 
 def settings() -> list[Setting]:
-    """Every option of every command that can be set from elsewhere than the command line."""
+    """Every option of every command that the environment or a file can set."""
     group = typer.main.get_command(app)
     assert isinstance(group, ConfigurableGroup)
     return group.settings
 
 
 def with_table(text: str) -> str:
-    """A document with the present table between its two marks."""
+    """A document with the current table between its two marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
 def table() -> str:
-    """All options in Markdown; a row for all commands that have the same option."""
+    """All options in Markdown; commands with the same option share a row."""
     commands: dict[tuple[str, ...], list[str]] = {_config_row(): ["(before the command)"]}
     for setting in settings():
         name = "(before the command)" if setting.command == COMMON else setting.command
@@ -65,7 +65,7 @@ def _default(setting: Setting) -> str:
 
 
 def main() -> None:
-    """Writes the table into the documents that are named."""
+    """Writes the table into the named documents."""
     for name in sys.argv[1:]:
         file = Path(name)
         file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")

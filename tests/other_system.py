@@ -1,6 +1,6 @@
-"""Makes a program that a test starts lack what another system lacks: only Linux is here to try.
+"""Removes from a test's program the features that another system lacks, because only Linux is available for tests.
 
-The standard library and others' packages are imported before, as they choose their own code by the system.
+The standard library and other packages are imported first, because they choose their own code by the system.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, Never
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 NO_WHEEL = {"hivemind", "multiaddr", "uvloop"}
-"""Packages that are not to be had for all systems."""
+"""Packages without a wheel for some systems."""
 
 OF_UNIX = {"fcntl", "grp", "pwd", "resource", "termios", "tty"}
-"""Modules that Python has on Unix alone."""
+"""Modules of Python that exist on Unix only."""
 
 FREE_BYTES = 3 << 30
-"""That the stand-in of Windows says are free."""
+"""Free memory that the emulated Windows reports, in bytes."""
 
 _LIBRARIES = """
 asyncio ctypes.util multiprocessing.pool platform shutil subprocess tempfile uuid zipfile
@@ -60,7 +60,7 @@ _LACKING: dict[str, dict[ModuleType | type, str]] = {
 
 
 class _Without:
-    """A finder of modules that finds all but some."""
+    """A module finder that does not find the given modules."""
 
     def __init__(self, finder: Any, names: set[str]) -> None:
         self._finder = finder
@@ -86,9 +86,9 @@ class _Windll:
 
 
 def become(system: str) -> None:
-    """From now on this is `system`, as `sys.platform` calls it, without hivemind; "here": the same as before.
+    """Emulates `system`, named as in `sys.platform`, without hivemind; "here": no other change.
 
-    To be called before splitnet is imported.
+    Call this before splitnet is imported.
     """
     assert not {name.partition(".")[0] for name in sys.modules} & {"hivemind", "peers", "scheduler", "splitnet"}
     for name in _LIBRARIES.split():
@@ -123,7 +123,7 @@ def modules() -> list[str]:
 
 
 def _only_named_libraries() -> None:
-    """Windows has no library without a name, of what is in the process already."""
+    """On Windows, the process itself cannot be opened as a library without a name."""
     load = ctypes.CDLL.__init__
 
     def named(self: ctypes.CDLL, name: Any, *args: Any, **options: Any) -> None:
@@ -135,14 +135,14 @@ def _only_named_libraries() -> None:
 
 
 def _loopback_pair() -> tuple[socket.socket, socket.socket]:
-    """As Python makes one on Windows."""
+    """A socket pair, as Python makes it on Windows."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         return one, listener.accept()[0]
 
 
 def _hide_files(folders: tuple[str, ...]) -> None:
-    """Those that Linux tells of itself, or Android tells programs nothing of."""
+    """Hides the system files of Linux, or the files that Android hides from programs."""
     read = pathlib.Path.read_text
 
     def unless_hidden(self: pathlib.Path, *args: Any, **options: Any) -> str:
@@ -154,5 +154,5 @@ def _hide_files(folders: tuple[str, ...]) -> None:
 
 
 def _no_links(*_: Any, **__: Any) -> Never:
-    """As file systems without hard links say: FAT, and those of Android."""
+    """Fails like a file system without hard links: FAT, or Android's."""
     raise PermissionError(1, "Operation not permitted")

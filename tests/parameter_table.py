@@ -12,7 +12,7 @@ TABLES = {"generation": GENERATION, "forward": FORWARD}
 
 
 def with_tables(text: str) -> str:
-    """A document with the present tables between their marks."""
+    """A document with the current tables between their marks."""
     for name, parameters in TABLES.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)

@@ -1,6 +1,6 @@
-"""Makes the pictures of docs/dashboard.md: `python -m tests.pictures CHECKPOINT docs/images`.
+"""Takes the pictures of docs/dashboard.md: `python -m tests.pictures CHECKPOINT docs/images`.
 
-The pictures show daemons of a real chat model, a server in front of them, and Chromium.
+The pictures show daemons of a real chat model, a server connected to them, and Chromium.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tests.browser import NewPage, browsing
 from tests.e2e.daemons import Daemon, background, daemons
 
 PARTS = 3
-ANSWERED = 40  # characters of an answer that a picture shows at least
+ANSWERED = 40  # The minimal number of characters of an answer in a picture.
 
 
 def main(checkpoint: Path, images: Path) -> None:
-    """Writes the pictures of four peers; the two that serve the same blocks are killed at the end."""
+    """Takes the pictures with four peers; the two that serve the same blocks are killed at the end."""
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     blocks = Checkpoint.open(checkpoint).num_blocks
@@ -78,7 +78,7 @@ def under_way(page: Page, text: str) -> None:
 
 
 def save(page: Page, file: Path) -> None:
-    """Few colours make a small file."""
+    """Reduces the number of colours, for a small file."""
     page.screenshot(path=file, animations="disabled")
     Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 

@@ -1,6 +1,6 @@
-"""Small random checkpoints with the family, the names and the layout of tensors that models are published with.
+"""Small random checkpoints with the family, names and tensor layout of published models.
 
-Each is written twice: as its makers would store it, and with the numbers that this stands for.
+Each checkpoint is written twice: in the published format, and as float32 with the same numbers.
 """
 
 from __future__ import annotations
@@ -78,17 +78,17 @@ QWEN_VISION: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint as it is published.
+    """A checkpoint in its published format.
 
     Attributes:
         family: the `model_type` of its config.
-        text: values of the config of the text model; None takes a usual one away.
-        vision: of the vision tower, where the text model is inside of another.
-        store: what becomes of the tensors.
+        text: values of the config of the text model; None removes a usual value.
+        vision: values of the config of the vision tower, if the text model is part of a multimodal one.
+        store: converts the tensors to the published format.
         quantization: the config's `quantization_config`.
-        stored_as: the `model_type` that the file has, where transformers has another name for it.
-        text_only: the text model is published by itself, though transformers has it only inside of another.
-        rename: pattern -> replacement, for names that transformers does not write as they are published.
+        stored_as: the `model_type` in the file, if transformers has another name.
+        text_only: the text model is published alone, though transformers has it only in a multimodal model.
+        rename: pattern -> replacement, for names that transformers writes in another form than published.
     """
 
     family: str
@@ -101,7 +101,7 @@ class Published:
     rename: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, published: Path, plain: Path, *, seed: int = 0) -> PreTrainedModel:
-        """Writes both checkpoints and gives the model of the second, float32."""
+        """Writes both checkpoints, and returns the model of the second, in float32."""
         model = self._model(seed)
         model.save_pretrained(plain)
         tensors = {self._renamed(name): value for name, value in load_file(plain / "model.safetensors").items()}
@@ -151,7 +151,7 @@ class Published:
 
 
 def bfloat16(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """All in bfloat16, but for what routers add, which is stored as it is."""
+    """All tensors in bfloat16, except for router biases, which stay in float32."""
     stored = {name: tensor if "bias" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     return stored, {name: tensor.float() for name, tensor in stored.items()}
 
@@ -221,7 +221,7 @@ def _some(
     which: re.Pattern[str],
     store: Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]],
 ) -> tuple[Tensors, Tensors]:
-    """Those that are meant in the given way, others in bfloat16."""
+    """Stores the tensors that match `which` with `store`, and the others in bfloat16."""
     stored, numbers = bfloat16({name: tensor for name, tensor in tensors.items() if not which.search(name)})
     for name, tensor in tensors.items():
         if which.search(name):

@@ -1,4 +1,4 @@
-"""How workers share the tests: each takes a file after the other; those that start daemons are taken at once, first."""
+"""How workers share the tests: each takes one file after the other; files with daemons go to one worker, and first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class FilesTogether(LoadScopeScheduling):
-    """Gives a worker that has nothing more to do the next file, or all of a folder `e2e`: they share daemons."""
+    """Gives an idle worker the next file, or all files of a folder `e2e`, which share daemons."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])
@@ -18,9 +18,9 @@ class FilesTogether(LoadScopeScheduling):
 
 
 def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Those with daemons come first, so that no worker waits for the other in the end; then files with many tests.
+    """Files with daemons come first, so that no worker waits for another at the end; then files with many tests.
 
-    Whole peers come last: some of their tests bound seconds, and the daemons are done by then.
+    Tests of whole peers come last: some bound seconds, and the daemons have ended by then.
     """
     counts = Counter(_file(item) for item in items)
     kinds = {_file(item): _kind(item) for item in sorted(items, key=_kind, reverse=True)}

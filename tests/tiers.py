@@ -1,12 +1,12 @@
 """Which tests run when: `make test` runs the default tier, `make test-all` everything, `make test-rest` the difference.
 
-A test itself says what it is:
+Marks of a test decide its tier:
 
 - `@pytest.mark.full`: the default tier leaves it out.
-- `@pytest.mark.default_cases(family=("llama", "gpt2"))`: of its cases, the default tier takes those whose parameters
-  have one of these values. Several such marks of a test add up. A file may have one, too; it says nothing about tests
-  without such parameters.
-- A property has as many examples as the profile of the tier says, or `settings(max_examples=examples(400))`.
+- `@pytest.mark.default_cases(family=("llama", "gpt2"))`: the default tier takes only cases with these values of the
+  parameters. Several such marks of a test add up. A mark of a file does not affect tests without such
+  parameters.
+- The profile of the tier sets the number of examples of a property, unless `settings(max_examples=examples(400))` does.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ TIERS = ("default", "all", "rest")
 MOST_EXAMPLES, DEFAULT_EXAMPLES = 100, 25
 
 WITHOUT_SHRINKING = "TESTS_WITHOUT_SHRINKING"
-"""A variable of the environment: it is only asked whether a property fails, as by benchmarks/mutations.py."""
+"""An environment variable, set if only the failure of a property matters, as in benchmarks/mutations.py."""
 
 PHASES = [phase for phase in hypothesis.Phase if phase.name != "shrink" or WITHOUT_SHRINKING not in os.environ]
 
-# A busy machine must not fail a property by its clock.
+# A busy machine must not fail a property by a deadline.
 hypothesis.settings.register_profile("all", deadline=None, phases=PHASES, max_examples=MOST_EXAMPLES)
 hypothesis.settings.register_profile("default", deadline=None, phases=PHASES, max_examples=DEFAULT_EXAMPLES)
 
 
 def load_profile(tier: str) -> None:
-    """Sets how many examples properties have; before files of tests are imported, which ask for `examples`."""
+    """Sets the number of examples of properties. Call this before test files are imported, because they ask for
+    `examples`."""
     hypothesis.settings.load_profile("default" if tier == "default" else "all")
 
 
 def examples(most: int) -> int:
-    """How many examples of a property this tier takes if a full run takes `most`."""
+    """The number of examples of a property in this tier, if a full run takes `most`."""
     profile = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
     return most * profile.max_examples // MOST_EXAMPLES
 
@@ -44,8 +45,8 @@ def select(items: list[pytest.Item], tier: str) -> tuple[list[pytest.Item], list
     """The tests of a tier, and the others.
 
     Raises:
-        pytest.UsageError: marks that leave a test no case in the default tier, or that name a parameter that
-            it has not.
+        pytest.UsageError: when marks leave a test no case in the default tier, or name a parameter that the test
+            does not have.
     """
     default = [item for item in items if in_default(item)]
     lost = {_test_of(item) for item in items if not item.get_closest_marker("full")} - {_test_of(i) for i in default}
@@ -58,7 +59,7 @@ def select(items: list[pytest.Item], tier: str) -> tuple[list[pytest.Item], list
 
 
 def in_default(item: pytest.Item) -> bool:
-    """Whether the default tier has this test."""
+    """Whether the default tier includes this test."""
     if item.get_closest_marker("full"):
         return False
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
@@ -76,10 +77,10 @@ def _takes(mark: pytest.Mark, parameters: dict[str, object]) -> bool:
 
 
 def _test_of(item: pytest.Item) -> str:
-    """The name of a test without its case."""
+    """The name of a test without its parameters."""
     return item.nodeid.partition("[")[0]
 
 
 def _is_property(item: pytest.Item) -> bool:
-    """Whether a full run has more examples of it."""
+    """Whether a full run takes more examples of this property."""
     return isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)

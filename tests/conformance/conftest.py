@@ -1,4 +1,4 @@
-"""Prints how many tests of others pass."""
+"""Prints the number of passed tests of other projects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tests of others pass."""
+"""Counts the results of tests of other projects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Outcome(Enum):
 
 
 def counted(config: pytest.Config, tests: str) -> Callable[[Outcome], None]:
-    """What counts an outcome of some tests."""
+    """A function that counts an outcome of the given tests."""
     return partial(_count, config.stash.setdefault(KEY, {}).setdefault(tests, Counter()))
 
 

@@ -1,11 +1,11 @@
 """PEFT's own tests of decoders, run on models whose blocks are on peers.
 
-They are not in PEFT's wheel: `PEFT_CHECKOUT=FOLDER` names its unpacked sdist, or a checkout of its repository, of the
-version that is installed. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses families; `CONFORMANCE_METHODS=all` takes
-every method of PEFT, not only those that peers apply. `pytest -rs` tells why tests are skipped.
+PEFT's wheel lacks them: `PEFT_CHECKOUT=FOLDER` names its unpacked sdist, or a checkout of its repository, of the
+installed version. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses families; `CONFORMANCE_METHODS=all` takes every
+method of PEFT, also methods that peers do not apply. `pytest -rs` prints why tests are skipped.
 
-Models are random and small, in the place of the hub's. Inputs have no hole in their mask, which peers refuse, and LoRA
-has no dropout. A test that fails as well on the whole model in plain transformers does not apply.
+Small random models replace the hub's models. Inputs have no hole in their mask, which peers refuse, and LoRA has no
+dropout. A test that also fails on the whole model in plain transformers does not apply.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAMILIES = os.environ.get("CONFORMANCE_FAMILIES", "llama").split()
 ALL_METHODS = os.environ.get("CONFORMANCE_METHODS") == "all"
 APPLIED = ("LoraConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig", "CPTConfig")
 PARTS = {"llama": "Llama", "gpt2": "GPT2LM", "gptj": "GPTJ", "opt": "OPT", "qwen2": "qwen2", "gemma3_text": "Gemma3"}
-"""Of the names of the hub's models, by family."""
+"""Parts of the names of the hub's models, by family."""
 
 PACKAGE = "peft_tests"
 
@@ -50,13 +50,13 @@ def peft_tests() -> Any:
     """The module with the tests."""
     if loaded := sys.modules.get(f"{PACKAGE}.test_decoder_models"):
         return loaded
-    importlib.import_module("transformers.trainer")  # before it finds what stands in
+    importlib.import_module("transformers.trainer")  # Imported before the replacements below are visible to it.
     package: Any = ModuleType(PACKAGE)
     package.__path__ = [str(Path(CHECKOUT) / "tests")]
     absent: Any = {"diffusers": ["StableDiffusionPipeline"], "datasets": ["load_dataset", "Dataset"]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytest.mark, "_config", None)  # they have marks that are not declared here
-        for name, members in absent.items():  # which tests of other models need
+        patch.setattr(pytest.mark, "_config", None)  # The tests have marks that are not declared here.
+        for name, members in absent.items():  # Tests of other models need these packages.
             stand_in: Any = ModuleType(name)
             vars(stand_in).update(dict.fromkeys(members, object))
             patch.setitem(sys.modules, name, stand_in)
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is about something that peers apply; aLoRA's tests are all those of LoRA once more."""
+        """Whether peers apply the method under test; aLoRA repeats all tests of LoRA."""
         method = getattr(self.values.get("config_cls"), "__name__", APPLIED[0])
         return method in APPLIED and "alora_invocation_tokens" not in self.values.get("config_kwargs", ())
 
@@ -94,7 +94,7 @@ def cases() -> Iterator[Any]:
             continue
         marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
         if not marks and family != FAMILIES[0]:
-            continue  # it names its model itself
+            continue  # The test names its model itself.
         for values in itertools.product(*(_choices(mark, family) for mark in marks)):
             case = Case(name, {key: value for each in values for key, value in each.items()})
             if ALL_METHODS or case.is_usual:
@@ -123,7 +123,7 @@ def swarms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Local
 
 
 def stand_in(swarms: dict[str, LocalSwarm], *, remote: bool) -> Any:
-    """What is in the place of `AutoModelForCausalLM`."""
+    """Replaces `AutoModelForCausalLM`."""
 
     class AutoModel:
         @staticmethod
@@ -149,7 +149,7 @@ def inputs(self: Any) -> dict[str, torch.Tensor]:
 
 
 def attempt(case: Case, model_class: Any, request: pytest.FixtureRequest) -> BaseException | None:
-    """What a test raises."""
+    """The exception that a test raises."""
     module = peft_tests()
     test = module.TestDecoderModels()
     function = getattr(test, case.name)
@@ -175,11 +175,11 @@ def attempt(case: Case, model_class: Any, request: pytest.FixtureRequest) -> Bas
 
 
 PEFTS_OWN = "not a plain torch.nn.Linear"
-"""What GLoRA says of the layers that stand for those of peers."""
+"""GLoRA's message about the layers that replace remote ones."""
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether it says by name what cannot be had with remote blocks, or comes of such an error."""
+    """Whether the error names a feature that remote blocks do not have, or was caused by such an error."""
     while error is not None:
         if isinstance(error, AdapterError | UnsupportedParameter | UnsupportedModel) or PEFTS_OWN in str(error):
             return True
@@ -191,11 +191,13 @@ SENSELESS = {
     "test_training_decoders_layer_indexing": "counts the blocks of the model, after all that it compares was equal",
     "test_lora_layer_replication": "counts the blocks of the model",
 }
-"""Tests of what a remote model is not."""
+"""Tests of properties that a remote model does not have."""
 
 
 @pytest.mark.parametrize(("family", "case"), [*cases()])
-def test_decoders(family: str, case: Case, swarms: dict[str, LocalSwarm], request: pytest.FixtureRequest) -> None:
+def test_peft_tests_of_decoders_pass_on_remote_blocks(
+    family: str, case: Case, swarms: dict[str, LocalSwarm], request: pytest.FixtureRequest
+) -> None:
     count = counted(request.config, f"PEFT's tests of decoders on {family}")
     raised = attempt(case, stand_in(swarms, remote=True), request)
     if raised is None:

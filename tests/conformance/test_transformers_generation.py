@@ -1,10 +1,10 @@
 """transformers' own tests of `generate()`, run on models whose blocks are on peers.
 
-They are not in transformers' wheel: `TRANSFORMERS_CHECKOUT=FOLDER` names a checkout of its repository, near the version
-that is installed; they also need the package `parameterized`. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses families;
-each takes a minute or two. The counts stand at the end of what pytest prints.
+transformers' wheel lacks them: `TRANSFORMERS_CHECKOUT=FOLDER` names a checkout of its repository, close to the
+installed version; the tests also need the package `parameterized`. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses
+families; each takes a minute or two. pytest prints the counts at the end.
 
-Hidden states and attentions, which peers do not send, are not asked for; a cache is compared by its length.
+Hidden states and attentions, which peers do not send, are not requested; caches are compared by their length.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.unit.random_models import random_config
 CHECKOUT = os.environ.get("TRANSFORMERS_CHECKOUT", "")
 FAMILIES = os.environ.get("CONFORMANCE_FAMILIES", "llama").split()
 HERE = "tests"
-"""The package that transformers' tests call themselves by is also ours."""
+"""The package name that transformers' tests use for themselves, and splitnet's tests, too."""
 
 pytestmark = [
     pytest.mark.swarm,
@@ -42,12 +42,12 @@ pytestmark = [
 
 
 def transformers_tests() -> Any:
-    """The module with the tests; it is imported in the place of our own `tests`, which comes back."""
+    """The module with the tests; it is imported in place of splitnet's own `tests`, which is restored afterwards."""
     ours = {name: sys.modules.pop(name) for name in list(sys.modules) if f"{name}.".startswith(f"{HERE}.")}
     sys.path.insert(0, CHECKOUT)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pytest.mark, "_config", None)  # they have marks that are not declared here
+            patch.setattr(pytest.mark, "_config", None)  # The tests have marks that are not declared here.
             return importlib.import_module(f"{HERE}.generation.test_utils")
     except ImportError as error:
         pytest.skip(f"transformers' tests in {CHECKOUT} do not go with what is installed: {error}")
@@ -59,7 +59,7 @@ def transformers_tests() -> Any:
 
 
 def names() -> list[str]:
-    """Of the tests, where there are any; they are collected before it is known whether they can be had."""
+    """The names of the tests, if available; collection happens before it is known whether they can be imported."""
     if not CHECKOUT:
         return ["none"]
     try:
@@ -70,7 +70,7 @@ def names() -> list[str]:
 
 
 class Inputs:
-    """What transformers' tests ask for models and inputs: small ones, padded on the left."""
+    """Provides models and inputs to transformers' tests: small ones, padded on the left."""
 
     batch_size = 3
     seq_length = 7
@@ -120,7 +120,7 @@ NOT_ASKED = {"output_attentions": None, "output_hidden_states": None}
 
 
 class Adapted:
-    """What is checked of outputs in another way, or not at all."""
+    """Checks of outputs that are changed or omitted."""
 
     has_attentions = True
 
@@ -137,7 +137,7 @@ class Adapted:
 
 
 class Observed(unittest.TestResult):
-    """Keeps the errors themselves."""
+    """Keeps the exceptions themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,11 +158,11 @@ class Observed(unittest.TestResult):
 
 
 REFUSED = re.compile("^cache_implementation |would lack them")
-"""What cannot be had with remote blocks: caches of other kinds, and saving."""
+"""Features that remote blocks do not have: other kinds of caches, and saving."""
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether it says by name what cannot be had with remote blocks."""
+    """Whether the error names a feature that remote blocks do not have."""
     return isinstance(error, UnsupportedParameter | UnsupportedModel) and bool(REFUSED.search(str(error)))
 
 
@@ -173,7 +173,7 @@ SENSELESS = {
     "test_custom_4d_attention_mask": "gives a mask that is used inside the blocks",
     **{f"test_eager_matches_{other}_generate": "compares attentions" for other in ("sdpa", "fa2", "fa3", "fa4")},
 }
-"""Tests of what a remote model is not."""
+"""Tests of properties that a remote model does not have."""
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,9 @@ def node() -> Iterator[Directory]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation(family: str, name: str, node: Directory, tmp_path: Path, request: Any) -> None:
+def test_transformers_tests_of_generation_pass_on_remote_blocks(
+    family: str, name: str, node: Directory, tmp_path: Path, request: Any
+) -> None:
     mixin = transformers_tests().GenerationTesterMixin
     count: Callable[[Outcome], None] = counted(request.config, f"transformers' tests of generate() on {family}")
     if name in SENSELESS:

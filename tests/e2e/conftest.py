@@ -1,4 +1,5 @@
-"""What all end-to-end tests share: daemons of the demo model, peers of a small one, and commands run here."""
+"""Fixtures of the end-to-end tests: daemons of the demo model, peers of a small model, and commands run in this
+process."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def trio(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="session")
 def address(trio: list[Daemon]) -> str:
-    """Where to join the swarm of the three daemons."""
+    """The address to join the swarm of the three daemons."""
     return trio[0].address()
 
 
@@ -50,20 +51,20 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def duo(small: Path) -> Iterator[str]:
-    """Where to join two peers that serve the small model; they run in this process, which has loaded the libraries."""
+    """The address of two peers that serve the small model; they run in this process, which has loaded the libraries."""
     with local_swarm(small, DUO_SPANS) as swarm:
         yield swarm.addresses[0]
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the user keeps the key."""
+    """The folder with the user's key."""
     return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture
 def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
-    """Runs a command in this process, which has loaded the libraries already: that takes seconds."""
+    """Runs a command in this process, which has loaded the libraries already; that saves seconds."""
     monkeypatch.setenv("SPLITNET_KEY_FILE", str(home / "key"))
     monkeypatch.setenv("COLUMNS", "100")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -88,15 +89,15 @@ def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
 
 @pytest.fixture(scope="session")
 def tokenizer(demo_checkpoint: Path) -> Any:
-    """Its tokenizer."""
+    """The tokenizer of the demo model."""
     return splitnet.AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
 
 
 @pytest.fixture(scope="session")
 def local(demo_checkpoint: Path) -> PreTrainedModel:
-    """The demo model in plain transformers, which makes numbers of what the file has in codes."""
+    """The demo model in plain transformers, which converts the codes of the file to numbers."""
     folder, file = demo_checkpoint.parent, demo_checkpoint.name
     with pytest.MonkeyPatch.context() as patch:
-        for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again with the same arguments
+        for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls these again with the same arguments.
             patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
         return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Peer daemons and client commands as a user starts them: processes of `python -m splitnet`."""
+"""Peer daemons and client commands, started like a user starts them: processes of `python -m splitnet`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 SPLITNET = (sys.executable, "-m", "splitnet")
 LOOPBACK = ("--listen", "tcp://127.0.0.1:0", "--threads", "1", "--weights", "float32")
 RUN_VARIABLE = "SPLITNET_TEST_RUN"
-"""Marks a started process and, by inheritance, all that it starts."""
+"""Marks a started process, and its children by inheritance."""
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 COMMAND_TIMEOUT_S = 90.0
@@ -27,7 +27,7 @@ COMMAND_TIMEOUT_S = 90.0
 
 @dataclass
 class Daemon:
-    """A process of `splitnet peer` or `dht` that has been started; it may not serve yet."""
+    """A started process of `splitnet peer` or `dht`, which may not serve yet."""
 
     process: subprocess.Popen[bytes]
     run: str
@@ -43,15 +43,15 @@ class Daemon:
         return self.address_file.exists()
 
     def address(self) -> str:
-        """Waits until the daemon serves and gives the address to join with."""
+        """Waits until the daemon serves, and returns the address to join with."""
         self.wait_for(lambda: self.serves)
-        # The file is there at once with all of its text.
+        # The file appears together with its whole text.
         text = self.address_file.read_text()
         assert re.fullmatch(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+|tcp://127\.0\.0\.1:\d+\?key=\w+)\n", text), text
         return text.strip()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Waits until something is true of a daemon that runs."""
+        """Waits for a condition while the daemon runs."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not condition():
             assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}:\n{self.log}"
@@ -59,7 +59,7 @@ class Daemon:
             time.sleep(0.01)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> float:
-        """Sends a signal, waits for the end, expects that nothing is left; gives the seconds that took."""
+        """Sends a signal, waits for the end, and checks that no child is left; returns the seconds that this took."""
         began = time.monotonic()
         self.process.send_signal(number)
         try:
@@ -77,19 +77,19 @@ def starting(folder: Path, model: str | Path, *arguments: str) -> AbstractContex
     """Starts `splitnet peer MODEL ...` on loopback, and stops it at the end.
 
     Args:
-        folder: for its log and its address file; must exist.
-        arguments: more than where to listen.
+        folder: an existing folder for the log and the address file.
+        arguments: further arguments beside --listen.
     """
     return daemon(folder, "peer", str(model), *LOOPBACK, *arguments)
 
 
 @contextmanager
 def daemon(folder: Path, *arguments: str) -> Iterator[Daemon]:
-    """Starts `splitnet ...`, which serves until it is told to end, and stops it at the end.
+    """Starts `splitnet ...`, which serves until a signal ends it, and stops it at the end.
 
     Args:
-        folder: for its log and its address file; must exist.
-        arguments: all but --address-file.
+        folder: an existing folder for the log and the address file.
+        arguments: all arguments except --address-file.
     """
     run = uuid.uuid4().hex
     address_file, log_file = folder / f"{run}.address", folder / f"{run}.log"
@@ -114,7 +114,8 @@ def daemons(
     *arguments: str,
     each: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[list[Daemon]]:
-    """Daemons that serve `spans` of a model in one swarm; the first began it. each: more arguments of each."""
+    """Daemons that serve `spans` of a model in one swarm, which the first one starts. each: more arguments of each
+    daemon."""
     with ExitStack() as stack:
         running: list[Daemon] = []
         for (start, end), own in zip(spans, each or [()] * len(spans), strict=True):
@@ -128,7 +129,7 @@ def daemons(
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit code, its two outputs, and how long it took."""
+    """The result of a command: its exit code, its two outputs, and its duration."""
 
     code: int
     output: str
@@ -137,7 +138,7 @@ class Finished:
 
     @property
     def error(self) -> str:
-        """The one sentence with which a command that failed ends; before it may stand only what it was doing."""
+        """The last sentence of a failed command; only progress messages may come before it."""
         assert self.code == 1, self.errors
         *progress, last = self.errors.splitlines()
         assert all(line.endswith(" ...") for line in progress), self.errors
@@ -146,11 +147,11 @@ class Finished:
 
 
 def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
-    """Runs `splitnet ...` to its end and expects that nothing is left of it.
+    """Runs `splitnet ...` to its end, and checks that no process of it is left.
 
     Args:
-        folder: holds the key of this user.
-        given: what it reads from stdin.
+        folder: has the user's key.
+        given: text for its stdin.
     """
     began = time.monotonic()
     run = uuid.uuid4().hex
@@ -182,7 +183,7 @@ class Background:
     began: float
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Waits until something is true while the command runs."""
+        """Waits for a condition while the command runs."""
         deadline = time.monotonic() + COMMAND_TIMEOUT_S
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[1].decode()
@@ -190,12 +191,12 @@ class Background:
             time.sleep(0.005)
 
     def stop(self, number: signal.Signals) -> Finished:
-        """Sends a signal and waits for the end."""
+        """Sends a signal, and waits for the end."""
         self.process.send_signal(number)
         return self.finish(left=number == signal.SIGKILL)
 
     def finish(self, *, left: bool = False) -> Finished:
-        """Waits for the end. left: a child may be left that ends when it sees its parent gone."""
+        """Waits for the end. left: allows a child that ends when it notices the end of its parent."""
         output, errors = (text.decode() for text in self.process.communicate(timeout=COMMAND_TIMEOUT_S))
         if not left:
             expect_nothing_left(self.run)
@@ -204,7 +205,7 @@ class Background:
 
 @contextmanager
 def background(folder: Path, *arguments: str) -> Iterator[Background]:
-    """Starts `splitnet ...`, and kills it at the end if it still runs; `folder` holds the key of this user."""
+    """Starts `splitnet ...`, and kills it at the end if it still runs; `folder` has the user's key."""
     run = uuid.uuid4().hex
     process = subprocess.Popen(
         [*SPLITNET, *arguments],
@@ -222,18 +223,18 @@ def background(folder: Path, *arguments: str) -> Iterator[Background]:
 
 
 def expect_nothing_left(run: str) -> None:
-    """Fails if a process lives that a command started."""
+    """Fails if a process that a command has started is alive."""
     left: list[str] = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(RUN_VARIABLE) == run:
                 left.append(" ".join(process.cmdline()))
         except psutil.Error:
-            continue  # of another user, or it has just ended
+            continue  # The process belongs to another user, or has just ended.
     assert not left, f"still running: {left}"
 
 
 def _environment(folder: Path, run: str) -> dict[str, str]:
-    """This process's, with a key of its own, without a hub, and with output that is the same on every terminal."""
+    """This process's environment, with its own key, without a hub, and with the same output on every terminal."""
     own = {"SPLITNET_KEY_FILE": str(folder / "key"), RUN_VARIABLE: run}
     return {**os.environ, **own, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100"}

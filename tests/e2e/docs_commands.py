@@ -1,4 +1,4 @@
-"""The commands that the documents show: what stands in code blocks and begins with a program that can be run."""
+"""The commands in the documents: lines of code blocks that start with a program known to the tests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ANY_OF = re.compile(r"^(\w+)(\|[\w-]+)+$")
 
 @dataclass(frozen=True)
 class Command:
-    """A command as a document writes it.
+    """A command in a document.
 
     Attributes:
         place: file and line.
-        words: as a shell would split them, without `sudo`, `nice`, variables and the folder of the program.
-        program: the first of them.
+        words: split like in a shell, without `sudo`, `nice`, variables and the folder of the program.
+        program: the first word.
     """
 
     place: str
@@ -37,7 +37,7 @@ class Command:
 
 
 def documents() -> list[Path]:
-    """Everything that shows commands to users."""
+    """All documents that show commands to users."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
 
 
@@ -51,11 +51,11 @@ def commands_in(text: str, name: str, *, is_code: bool = False) -> Iterator[Comm
     """All commands of a text, in order.
 
     Args:
-        name: of the text, for the places.
-        is_code: all of it is code, such as a program with commands in its docstring.
+        name: name of the text, for the places of commands.
+        is_code: the whole text is code, such as a program with commands in its docstring.
 
     Raises:
-        ValueError: a block for a shell holds a line that is none of a known program and is not exempt.
+        ValueError: when a shell block has a line without a known program and without an exemption.
     """
     for number, line, for_shell in _code_lines(text, is_code=is_code):
         for part in line.split(" && "):
@@ -67,7 +67,7 @@ def commands_in(text: str, name: str, *, is_code: bool = False) -> Iterator[Comm
 
 
 def python_blocks(document: Path) -> Iterator[tuple[str, str]]:
-    """Blocks of Python in a document: place and code."""
+    """Blocks of Python in a document: their place and code."""
     text = document.read_text(encoding="utf-8")
     for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield f"{document.relative_to(ROOT)}:{text.count(chr(10), 0, block.start()) + 1}", block[1]
@@ -85,7 +85,8 @@ def _may_be_command(line: str) -> bool:
 
 
 def _program_and_arguments(words: list[str]) -> list[str]:
-    """Drops what only changes how a program runs, and resolves the notation of a synopsis: `[--a B|C]` is `--a B`."""
+    """Drops words that only change how a program runs, and resolves the notation of a synopsis: `[--a B|C]` is `--a
+    B`."""
     while words and (words[0] in {"sudo", "nice", "-n", "-10", "$"} or re.match(r"^[A-Z_]+=", words[0])):
         words = words[1:]
     if not words:
@@ -96,7 +97,7 @@ def _program_and_arguments(words: list[str]) -> list[str]:
 
 
 def _code_lines(text: str, *, is_code: bool) -> Iterator[tuple[int, str, bool]]:
-    """Lines of blocks of code, with what continues them: number, line, whether the block is one for a shell."""
+    """Lines of code blocks with their continuations: number, line, whether it is a block for a shell."""
     language: str | None = None
     exempt = False
     for number, line in _logical_lines(text):
@@ -112,7 +113,7 @@ def _code_lines(text: str, *, is_code: bool) -> Iterator[tuple[int, str, bool]]:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; one that ends in a backslash goes on, and a synopsis does where `[-` begins a line."""
+    """Lines with their numbers. A backslash continues a line, and a line that begins with `[-` continues a synopsis."""
     pending, began = "", 0
     for number, line in enumerate(text.splitlines(), start=1):
         if pending and (pending.endswith(BACKSLASH) or line.lstrip().startswith("[-")):

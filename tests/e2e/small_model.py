@@ -1,4 +1,4 @@
-"""A model that is quick to load and to train."""
+"""A model that loads and trains quickly."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MORE = ("--clients", "1", "--clients", "3", "--rounds", str(ROUNDS), "--threads"
 
 
 @pytest.mark.full
-def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Path) -> None:
+def test_bench_measures_a_swarm_and_plain_transformers_alternately(small: Path, duo: str, home: Path) -> None:
     where = ("--join", duo, "--local", "--codec", "none")
     finished = run(home, "bench", str(small), *where, *SIZES, *MORE, "--json")
     assert finished.code == 0, finished.errors
@@ -62,7 +62,7 @@ def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Pa
             for answer in answers:
                 assert answer["new_tokens"] == 1 + decoded and len(answer["token_ms"]) == decoded
                 assert answer["first_token_ms"] > 0 and all(took > 0 for took in answer["token_ms"])
-                # What went through the peers counts the tokens, too.
+                # The positions computed by the peers count the tokens, too.
                 assert answer.get("positions") == (prompt + decoded if arm == "swarm" else None)
         for each in test["swarm"]["rounds"]:
             assert each["received_bytes_per_token"] == (hidden_bytes if decoded else hidden_bytes / prompt)
@@ -70,7 +70,7 @@ def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Pa
             assert all(answer["route"] == 0 and answer["repairs"] == 0 for answer in each["answers"])
 
 
-def test_a_table_for_people(small: Path, here: Here) -> None:
+def test_bench_prints_a_table(small: Path, here: Here) -> None:
     finished = here("bench", str(small), "--local", "--prefill", "8", "--decode", "5", "--rounds", "1")
     assert finished.code == 0, finished.errors
     title, *head, prefill, decode, sentence = finished.output.splitlines()

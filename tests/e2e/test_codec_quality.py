@@ -1,4 +1,4 @@
-"""The codecs on real boundary activations: none may become worse than what docs/codecs.md promises."""
+"""The codecs on real boundary activations: none may be worse than docs/codecs.md promises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 TOKENS = 512
 CUTS = [(10, 20), (5, 25)]
 LARGEST_DIVERGENCE = {"none": 0.0, "fp16": 1e-6, "bf16": 5e-5, "int8-block": 5e-3, "int6": 3e-3, "int4": 4e-2}
-"""In nats, with cuts before blocks 10 and 20: about twice what was measured, so that a real loss of quality fails."""
+"""In nats, with cuts before blocks 10 and 20: about twice the measured values, so that a real loss of quality fails."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def comparison(demo_checkpoint: Path) -> Comparison:
 
 @pytest.mark.default_cases(cuts=CUTS[:1])
 @pytest.mark.parametrize("cuts", CUTS)
-def test_default_int8_stays_below_5e_4(comparison: Comparison, cuts: tuple[int, int]) -> None:
+def test_the_divergence_of_int8_is_below_5e_4(comparison: Comparison, cuts: tuple[int, int]) -> None:
     assert comparison.ids.shape == (1, TOKENS)
     quality = comparison.quality(CODECS[DEFAULT_INT8], cuts)
     assert 0 < quality.divergence < 5e-4
@@ -33,7 +33,7 @@ def test_default_int8_stays_below_5e_4(comparison: Comparison, cuts: tuple[int, 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", LARGEST_DIVERGENCE)
-def test_no_other_codec_got_worse(comparison: Comparison, name: str) -> None:
+def test_the_divergence_of_every_other_codec_is_bounded(comparison: Comparison, name: str) -> None:
     assert comparison.quality(CODECS[name], CUTS[0]).divergence <= LARGEST_DIVERGENCE[name]
 
 

@@ -1,4 +1,4 @@
-"""Every command as a user runs it."""
+"""Every command, run like a user runs it."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def fine_tuned(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def holed(small: Path) -> Iterator[str]:
-    """Where to join a swarm that lacks blocks 4 and 5."""
+    """The address of a swarm that lacks blocks 4 and 5."""
     with local_swarm(small, [(0, 4)]) as swarm:
         yield swarm.addresses[0]
 
 
 @pytest.fixture(scope="module")
 def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where to join a swarm of one peer that accepts only the user's key, as `splitnet key` prints it."""
+    """The address of a swarm of one peer that accepts only the user's key, as `splitnet key` prints it."""
     keys = tmp_path_factory.mktemp("private") / "keys"
     shown = run(home, "key")
     assert shown.code == 0
@@ -91,7 +91,8 @@ shown = [CliRunner().invoke(app, [command, "--help"]) for command in sys.argv[1:
 print(json.dumps([[[each.exit_code, each.stdout, each.stderr] for each in shown], list(sys.modules)]))
 """
 MOST_MODULES = 900
-"""That help imports: 620 when this was written; torch alone has 1,000, and takes seconds."""
+"""Number of modules that help may import: it was 620 when this was written; torch alone has 1,000, and takes
+seconds."""
 
 
 def test_help_is_fast(home: Path) -> None:
@@ -192,7 +193,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "status: other weights": ("status {fine_tuned} --join {holed}", "this swarm serves other weights than your"),
     "client: no such codec": ("generate {small} hi --join {holed} --codec zip", "there is no codec 'zip'; use one of"),
     "client: no layer for drafts": (
-        "generate {small} hi --join {holed} --speculate mtp",  # before blocks are missed
+        "generate {small} hi --join {holed} --speculate mtp",  # This error comes before that of missing blocks.
         "small.* has no layer for multi-token prediction: speculate by 'auto'",
     ),
     "client: no head for drafts": (
@@ -272,14 +273,14 @@ SAID_BY_OTHERS = {
     "serve: other weights",
     "status: other weights",
 }
-"""Other commands say the same."""
+"""Failures that another command reports in the same sentence."""
 
 
 @pytest.fixture(scope="module")
 def words(
     small: Path, fine_tuned: Path, holed: str, private: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
-    """What the words in braces stand for."""
+    """The values of the words in braces."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "good").write_text(
         '{"text": "it is dark in here", "label": "lights"}\n{"text": "sing", "label": "music"}'
@@ -311,7 +312,7 @@ def words(
 
 @pytest.mark.default_cases(name=tuple(FAILURES.keys() - SAID_BY_OTHERS))
 @pytest.mark.parametrize("name", FAILURES)
-def test_one_sentence_says_what_is_wrong_and_the_fix(
+def test_a_failure_is_one_sentence_with_its_remedy(
     words: dict[str, str], here: Here, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
@@ -328,23 +329,23 @@ def test_one_sentence_says_what_is_wrong_and_the_fix(
         ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),
     ],
 )
-def test_nothing_is_started_before_a_mistake_is_told(
+def test_errors_are_reported_before_a_process_starts(
     words: dict[str, str], here: Here, arguments: str, sentence: str
 ) -> None:
     finished = here(*arguments.format_map(words).split())
     assert sentence in finished.error and not re.search("start|swarm", finished.errors), finished.errors
 
 
-def test_a_server_says_what_it_does_before_it_serves(words: dict[str, str], here: Here) -> None:
+def test_a_server_prints_its_progress_before_it_serves(words: dict[str, str], here: Here) -> None:
     told = here(*"serve {small} --join {nobody} --port 0".format_map(words).split()).errors.splitlines()
     assert told[0] == "opening the checkpoint ..." and "joining the swarm and loading the client part ..." in told
 
 
-def test_nobody_to_join_is_told_without_a_sentence_of_the_library(words: dict[str, str], here: Here) -> None:
+def test_an_unreachable_join_address_is_reported_without_library_messages(words: dict[str, str], here: Here) -> None:
     assert "bootstrap" not in here(*"status {small} --join {nobody}".format_map(words).split()).error
 
 
-def test_a_word_of_other_programs_is_answered_with_commands_that_do_the_same(here: Here) -> None:
+def test_a_command_of_another_program_is_answered_with_equivalent_commands(here: Here) -> None:
     told = " ".join(here("run", "demo").errors.split())
     assert "Did you mean 'generate', 'chat', 'serve' or 'demo'?" in told and "round" not in told
 
@@ -355,9 +356,9 @@ def test_every_command_that_takes_a_model_takes_a_gguf_file(here: Here) -> None:
 
 
 @pytest.mark.full
-def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
+def test_failures_in_separate_processes(words: dict[str, str], home: Path) -> None:
     failing = [FAILURES[name] for name in ("client: a hole", "port taken")]
-    # Only in a process of its own can the hub be made unreachable.
+    # Only another process can run without access to the hub.
     failing.append(("peer no-such/model", "no-such/model is neither a folder here nor in the cache"))
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda failure: run(home, *failure[0].format_map(words).split()), failing))
@@ -381,13 +382,13 @@ def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
         "fly",
     ],
 )
-def test_wrong_use_is_exit_code_2(here: Here, arguments: str) -> None:
+def test_wrong_usage_has_exit_code_2(here: Here, arguments: str) -> None:
     finished = here(*arguments.format(nobody=NOBODY).split())
     assert finished.code == 2
     assert "Usage: " in finished.errors and not finished.output
 
 
-def test_a_process_ends_with_the_exit_code(home: Path) -> None:
+def test_a_process_has_the_exit_code_of_its_command(home: Path) -> None:
     finished = run(home, "fly")
     assert finished.code == 2
     assert "Usage: " in finished.errors and not finished.output
@@ -407,7 +408,7 @@ def test_a_peer_leaves_cleanly(
         with starting(tmp_path, small, *KV, "--blocks", "4:6", "--join", holed) as daemon:
             assert not daemon.serves
             daemon.address()
-            # Who sees the file finds the peer.
+            # The peer can be found as soon as the file exists.
             assert served() == [(0, 4), (4, 6)]
             assert daemon.stop(number) < 10
             assert daemon.process.returncode == 0
@@ -433,7 +434,7 @@ def test_a_peer_leaves_cleanly(
 
 
 @pytest.mark.full
-def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:
+def test_a_peer_may_hold_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:
     with starting(tmp_path, small, *KV, "--blocks", "0:6", "--weights", "float16") as daemon:
         address = daemon.address()
         assert "(float32 with weights as float16 on cpu)" in daemon.log
@@ -444,7 +445,7 @@ def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_p
 
 
 def imports_torch(daemon: Daemon) -> bool:
-    """Whether a process is in the middle of its imports, or further."""
+    """Whether a process has begun to import torch."""
     return any("libtorch_cpu" in region.path for region in psutil.Process(daemon.process.pid).memory_maps())
 
 
@@ -454,7 +455,7 @@ def imports_torch(daemon: Daemon) -> bool:
     "moment",
     [imports_torch, "open the checkpoint", "start a swarm", "load blocks", "measure the device"],
 )
-def test_a_peer_that_is_stopped_while_it_starts(
+def test_a_peer_can_be_stopped_while_it_starts(
     small: Path, tmp_path: Path, moment: str | Callable[[Daemon], bool], number: signal.Signals
 ) -> None:
     with starting(tmp_path, small, *KV, "--blocks", "0:6") as daemon:
@@ -465,7 +466,7 @@ def test_a_peer_that_is_stopped_while_it_starts(
 
 
 @pytest.mark.full
-def test_a_peer_that_is_stopped_while_it_waits_for_others(small: Path, tmp_path: Path) -> None:
+def test_a_peer_can_be_stopped_while_it_waits_for_other_peers(small: Path, tmp_path: Path) -> None:
     with starting(tmp_path, small, *KV, "--join-file", str(tmp_path / "never")) as daemon:
         daemon.wait_for(lambda: "join the swarm" in daemon.log)
         assert daemon.stop(signal.SIGTERM) < 10
@@ -473,7 +474,7 @@ def test_a_peer_that_is_stopped_while_it_waits_for_others(small: Path, tmp_path:
         assert daemon.log.splitlines()[-1] == "join the swarm ..."
 
 
-def test_options_from_a_configuration_file(
+def test_options_are_read_from_a_configuration_file(
     private: str, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "config.toml"
@@ -488,7 +489,7 @@ def test_options_from_a_configuration_file(
 
 
 @pytest.mark.full
-def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_path: Path) -> None:
+def test_peers_and_clients_join_through_a_bootstrap_node(small: Path, here: Here, tmp_path: Path) -> None:
     at = ("--listen", "/ip4/127.0.0.1/tcp/0", "--key-file", str(tmp_path / "node-key"))
     with ExitStack() as at_end:
         node = at_end.enter_context(daemon(tmp_path, "dht", *at))
@@ -510,9 +511,7 @@ def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_pa
 
 
 @pytest.mark.full
-def test_peers_and_clients_that_join_through_a_peers_own_port(
-    small: Path, home: Path, here: Here, tmp_path: Path
-) -> None:
+def test_peers_and_clients_join_through_a_peers_own_port(small: Path, home: Path, here: Here, tmp_path: Path) -> None:
     generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
     with starting(tmp_path, small, *KV, "--blocks", "0:2") as first:
         multiaddr = first.address()
@@ -533,7 +532,7 @@ def test_peers_and_clients_that_join_through_a_peers_own_port(
         assert "blocks 2..5" in missing.error
 
 
-def test_an_invitation_is_all_that_a_friend_needs_and_can_be_revoked(small: Path, here: Here, tmp_path: Path) -> None:
+def test_an_invitation_suffices_to_join_and_can_be_revoked(small: Path, here: Here, tmp_path: Path) -> None:
     swarm_key, keys, other_key = tmp_path / "swarm.key", tmp_path / "keys", tmp_path / "other.key"
     for file in (swarm_key, other_key):
         assert here("key", "--swarm-key", str(file)).code == 0
@@ -638,7 +637,7 @@ def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
 
 
 @pytest.mark.full
-def test_a_stranger_is_told_so_at_once(
+def test_a_client_without_an_accepted_key_gets_an_error_at_once(
     private: str, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))

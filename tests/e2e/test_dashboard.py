@@ -1,6 +1,6 @@
-"""The dashboard in a browser: the real model, daemons in processes of their own, and what a person sees of them.
+"""The dashboard in a browser, with the real model and daemons in separate processes.
 
-Every test fails if the page logs an error or asks anybody but its server. Screenshots are kept in `test-output/`.
+Every test fails if the page logs an error or sends a request to another server. Screenshots are kept in `test-output/`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def peers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
-    """Daemons that a test may kill: one for the first half of the model, two for the second."""
+    """Daemons that a test may kill: one for the first half of the model, two for the second half."""
     with daemons(tmp_path_factory.mktemp("peers"), demo_checkpoint, SPANS, "--kv-memory", "128MiB") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def server(peers: list[Daemon], demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that wants a key; where its page is."""
+    """The URL of a server that requires a key."""
     home = tmp_path_factory.mktemp("home")
     (home / "keys").write_text(f"{KEY}\n")
     run = home / "birds"
@@ -57,13 +57,13 @@ def server(peers: list[Daemon], demo_checkpoint: Path, tmp_path_factory: pytest.
 
 @dataclass
 class Visitor:
-    """Somebody with a browser."""
+    """A visitor with a browser."""
 
     page: Page
     origin: str
 
     def come(self, key: str | None = KEY) -> Page:
-        """Opens the page, and gives a key if there is one."""
+        """Opens the page, and enters the key, if any."""
         self.page.goto(self.origin)
         if key is not None:
             self.give(key)
@@ -85,8 +85,8 @@ Visit = Callable[..., Visitor]
 
 @pytest.fixture
 def visit(server: str) -> Iterator[Visit]:
-    """Makes visitors of the server's page, with a screen of some size and a preference."""
-    # A browser itself tells of replies like this one, which is how the page learns that it needs a key.
+    """Makes visitors of the server's page, with a screen size and a preferred theme."""
+    # The browser logs replies like this one, from which the page learns that it needs a key.
     with browsing(server, "401 (Unauthorized)") as new:
         yield lambda **options: Visitor(new(**options), server)
 
@@ -152,7 +152,7 @@ def test_a_chat_shows_its_route_and_its_speed_and_can_be_stopped(visit: Visit) -
     expect(page.locator("#send")).to_be_visible()
 
 
-def test_a_phone_and_both_themes(visit: Visit) -> None:
+def test_the_page_fits_a_phone_in_both_themes(visit: Visit) -> None:
     visitor = visit(width=390, height=844, theme="dark")
     page = visitor.come()
     expect(page.locator("#map .span")).to_have_count(3)
@@ -170,7 +170,7 @@ def test_a_phone_and_both_themes(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("width", [800, 1280])
-def test_the_table_stays_in_its_place(visit: Visit, width: int) -> None:
+def test_the_table_of_peers_fits_its_column(visit: Visit, width: int) -> None:
     page = visit(width=width).come()
     expect(page.locator("#peers tr")).to_have_count(3)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -180,8 +180,8 @@ def test_the_table_stays_in_its_place(visit: Visit, width: int) -> None:
     assert width < 1240 or table["width"] <= shown["width"]
 
 
-def test_what_peers_say_is_never_read_as_html(visit: Visit) -> None:
-    """More than a record allows: the page must not rely on what others have checked."""
+def test_texts_of_peers_are_never_parsed_as_html(visit: Visit) -> None:
+    """The texts are longer than a record allows: the page must not rely on checks of other parts."""
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     peer = {
         "key": evil,
@@ -242,12 +242,13 @@ def test_what_peers_say_is_never_read_as_html(visit: Visit) -> None:
     assert page.title() == f"{evil}: blocks are missing"
 
 
-def test_killed_peers_are_seen_at_once_and_what_they_leave_is_told(visit: Visit, peers: list[Daemon]) -> None:
+def test_killed_peers_and_their_missing_blocks_are_shown_at_once(visit: Visit, peers: list[Daemon]) -> None:
     visitor = visit(height=1300)
     page = visitor.come()
     visitor.ask("Write a very long story about the sea.")
-    expect(page.locator(".answer .chip").first).to_be_visible()  # a route that does not stand yet is not repaired
-    # The twin that runs the end of the answer: the other takes its place. It may run some blocks before it already.
+    expect(page.locator(".answer .chip").first).to_be_visible()  # A route that is not open yet cannot be repaired.
+    # The twin that runs the end of the answer is killed, and the other one replaces it, although it may already run
+    # some blocks.
     used = page.locator("#routes .hop b").last.inner_text()
     port = page.locator("#peers tr", has_text=used).locator(".address").inner_text().rpartition(":")[2]
     first, second = sorted(peers[1:], key=lambda daemon: f":{port} " not in f"{daemon.log} ".replace("\n", " "))

@@ -1,4 +1,4 @@
-"""What the documents tell users to run can be run: on a real swarm where it ends by itself, else as far as parsing."""
+"""The commands in the documents work: they run on a real swarm if they end by themselves, and are parsed otherwise."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ COMMANDS = list({command.words: command for document in documents() for command 
 EXECUTED = {"chat", "generate", "key", "plan", "status"}
 """Commands of splitnet that end by themselves within seconds."""
 NEEDS_SWARM = {"chat", "generate", "status"}
-"""Without --join these look for one on the local network, where tests must not find any."""
+"""Without --join, these commands search the local network, where tests must not find a swarm."""
 SERVED_NAMES = {name for command in COMMANDS for option, name in pairwise(command.words) if option == "--served-name"}
 NEEDS_MORE = {"--adapter", "--swarm-key", "round", "simulate", "tune"}
-"""What needs files of an earlier command, or minutes."""
+"""Commands that need files of an earlier command, or minutes."""
 PLACEHOLDERS = {
     "ADDR": NOBODY,
     "CHECKPOINT": "demo",
@@ -62,13 +62,13 @@ def of_program(*programs: str) -> Any:
 
 
 def filled(words: tuple[str, ...], **others: str) -> list[str]:
-    """The words with something in place of their placeholders."""
+    """The words, with values in place of their placeholders."""
     return [{**PLACEHOLDERS, **others}.get(word, word) for word in words]
 
 
 @functools.cache
 def commands() -> Any:
-    """The group of all commands, none of which does anything."""
+    """The group of all commands, each without effect."""
     group: Any = typer.main.get_command(app)
     for command in group.commands.values():
         command.invoke = lambda context: None
@@ -76,15 +76,15 @@ def commands() -> Any:
 
 
 def parse(words: list[str]) -> Any:
-    """Has splitnet's own parser read a command line, and gives the exit code."""
+    """Parses a command line with splitnet's own parser, and returns the exit code."""
     with pytest.raises(SystemExit) as end:
         commands().main(words, prog_name="splitnet")
     return end.value.code
 
 
 @of_program("splitnet")
-def test_splitnet_parses_it(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")  # the first thing that is looked at
+def test_documented_splitnet_commands_are_parsed(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")  # The file that is checked first.
     words = filled(command.words[1:])
     given = [str(tmp_path) if before == "--adapter" else word for before, word in pairwise(["", *words])]
     assert parse(given) == 0
@@ -99,12 +99,12 @@ def test_splitnet_parses_it(command: Command, tmp_path: Path) -> None:
         if command.program == "splitnet"
         and EXECUTED & {*command.words}
         and not NEEDS_MORE & {*command.words}
-        and not any(word.startswith("eagle=") for word in command.words)  # see test_draft_head_command
+        and not any(word.startswith("eagle=") for word in command.words)  # See test_draft_head_command.
         and ("--join" in command.words or not NEEDS_SWARM & {*command.words})
     ],
     ids=lambda command: command.place,
 )
-def test_splitnet_runs_it(
+def test_documented_splitnet_commands_run(
     command: Command, address: str, demo_checkpoint: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path if "key" in command.words else ROOT)
@@ -135,7 +135,7 @@ pip install .
 """
 
 
-def test_commands_are_found_as_a_shell_would_read_them() -> None:
+def test_commands_in_documents_are_split_like_in_a_shell() -> None:
     assert [(command.place, *command.words) for command in commands_in(TEXT, "page")] == [
         ("page:2", "splitnet", "plan", "MODEL", "--for", "latency", "--json"),
         ("page:6", "python", "x.py", "a b", "--c"),
@@ -144,14 +144,14 @@ def test_commands_are_found_as_a_shell_would_read_them() -> None:
         list(commands_in("```bash\n$ make demo && pip install .\n```", "page"))
 
 
-def test_what_does_not_exist_is_found() -> None:
+def test_missing_commands_and_options_are_found() -> None:
     assert parse(["generate", "demo", "hi", "--join", NOBODY, "--fast"]) == 2
     assert parse(["fly"]) == 2
     assert wrong_options(("splitnet", "serve", "--port", "1", "--fast")) == {"--fast"}
 
 
 def wrong_options(words: tuple[str, ...]) -> set[str]:
-    """Options in a text such as `splitnet serve --port` that the command has not."""
+    """Options in a text such as `splitnet serve --port` that the command does not have."""
     command = commands().commands[words[1]]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
         "--help"
@@ -160,23 +160,23 @@ def wrong_options(words: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
-def test_options_that_the_text_mentions_exist(document: Path) -> None:
+def test_options_in_the_text_exist(document: Path) -> None:
     for words in mentions_of(document):
         assert not wrong_options(words), words
 
 
 @of_program("make")
-def test_make_has_the_target(command: Command) -> None:
+def test_documented_make_targets_exist(command: Command) -> None:
     shown = subprocess.run(["make", "--dry-run", *filled(command.words[1:])], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
 
 
 class _Parsed(Exception):
-    """Raised in place of what a script would do with its arguments."""
+    """Raised in place of the script's work on its arguments."""
 
 
 @of_program("python")
-def test_the_script_takes_these_arguments(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_scripts_accept_their_arguments(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     is_module = command.words[1] == "-m"
     script, *arguments = filled(command.words[1 + is_module :])
     path = ROOT / script
@@ -198,7 +198,7 @@ def test_the_script_takes_these_arguments(command: Command, monkeypatch: pytest.
 
 
 def _expect_arguments(example: Path, arguments: list[str]) -> None:
-    """Examples hand their arguments to a function `main`."""
+    """Checks the number of arguments; examples pass them to a function `main`."""
     for main in ast.parse(example.read_text()).body:
         if isinstance(main, ast.FunctionDef) and main.name == "main":
             least = len(main.args.args) - len(main.args.defaults)
@@ -209,7 +209,7 @@ def _expect_arguments(example: Path, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
-def test_python_in_the_text_compiles_and_imports_what_exists(document: Path) -> None:
+def test_documented_python_compiles_and_its_imports_exist(document: Path) -> None:
     for place, code in python_blocks(document):
         tree = ast.parse(code, place)
         for node in ast.walk(tree):
@@ -219,7 +219,7 @@ def test_python_in_the_text_compiles_and_imports_what_exists(document: Path) -> 
 
 @pytest.mark.full
 @pytest.mark.parametrize("benchmark", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda benchmark: benchmark.stem)
-def test_benchmark_imports_what_exists(benchmark: Path) -> None:
+def test_imports_of_benchmarks_exist(benchmark: Path) -> None:
     importlib.import_module(f"benchmarks.{benchmark.stem}")
 
 
@@ -241,7 +241,9 @@ def chat_server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.full
 @of_program("curl")
-def test_the_server_answers(command: Command, chat_server: str, small: Path, demo_checkpoint: Path) -> None:
+def test_documented_curl_requests_are_answered(
+    command: Command, chat_server: str, small: Path, demo_checkpoint: Path
+) -> None:
     _, url, *options = command.words
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert given.keys() <= {"-H", "-d"}

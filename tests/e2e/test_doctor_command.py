@@ -1,4 +1,4 @@
-"""`splitnet doctor` as a user runs it, on daemons."""
+"""`splitnet doctor`, run like a user runs it, on daemons."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 
 
-def test_a_sound_swarm(duo: str, small: Path, here: Here) -> None:
+def test_a_sound_swarm_passes(duo: str, small: Path, here: Here) -> None:
     told = here("doctor", str(small), "--join", duo, "--listen", "tcp://127.0.0.1:0")
     assert told.code == 0 and not told.errors
     *lines, summary = told.output.splitlines()
-    # Whether there is a compiler here is no matter.
+    # The result must not depend on a compiler on this machine.
     warned = [line for line in lines if line.startswith("warn kernels")]
     assert all(line.startswith("pass ") for line in lines if line not in warned)
     assert summary == f"{len(lines) - len(warned)} passed, {len(warned)} warned, 0 failed"
@@ -30,7 +30,7 @@ def test_a_sound_swarm(duo: str, small: Path, here: Here) -> None:
         )
 
 
-def test_a_session_of_a_length(duo: str, small: Path, here: Here) -> None:
+def test_a_context_length_is_checked(duo: str, small: Path, here: Here) -> None:
     told = here("doctor", str(small), "--join", duo, "--context", "200", "--json")
     by_check = {finding["check"]: finding for finding in json.loads(told.output)["findings"]}
     assert by_check["context"]["status"] == "pass"
@@ -41,7 +41,7 @@ def test_a_session_of_a_length(duo: str, small: Path, here: Here) -> None:
     assert here("doctor", "--context", "200").error == "--context is about a model: give MODEL, too"
 
 
-def test_a_swarm_of_other_weights_in_json(
+def test_a_swarm_of_other_weights_fails_in_json(
     duo: str, small: Path, demo_checkpoint: Path, here: Here, tmp_path: Path
 ) -> None:
     (tmp_path / small.name).mkdir()
@@ -54,7 +54,7 @@ def test_a_swarm_of_other_weights_in_json(
     assert f"another revision of {small.name}" in failed["swarm"]
 
 
-def test_other_commands_point_to_it(small: Path, here: Here) -> None:
+def test_errors_of_other_commands_recommend_doctor(small: Path, here: Here) -> None:
     told = here("status", str(small), "--join", NOBODY)
     assert told.error.endswith("; `splitnet doctor --join ADDR` looks for the cause")
     assert "doctor" not in here("peer", str(small), "--blocks", "4-9").error

@@ -1,4 +1,4 @@
-"""`splitnet tune --draft-head` as a user runs it, on a small model."""
+"""`splitnet tune --draft-head`, run like a user runs it, on a small model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-def test_a_head_is_trained_from_what_the_model_writes_and_drafts(
+def test_a_head_is_trained_on_answers_of_the_model_and_used_for_drafts(
     here: Here, small: Path, duo: str, prompts: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "head"
@@ -57,7 +57,7 @@ def test_a_head_is_trained_from_what_the_model_writes_and_drafts(
 
     again = here(*words)
     assert again.code != 0 and "--resume goes on with it" in again.errors
-    resumed = here(*words, "--resume")  # without anything left to do
+    resumed = here(*words, "--resume")  # No step is left.
     assert resumed.code == 0, resumed.errors
     assert "going on after step" in resumed.errors
 
@@ -74,7 +74,7 @@ def test_a_head_is_trained_from_what_the_model_writes_and_drafts(
         (["--draft-head", "--generate", "4", "--max-length", "999999"], "lower --max-length"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_by_name(
+def test_invalid_options_are_refused_by_name(
     here: Here, small: Path, duo: str, prompts: Path, tmp_path: Path, options: list[str], said: str
 ) -> None:
     words = ["tune", str(small), "--join", duo, "--output", str(tmp_path / "head")]

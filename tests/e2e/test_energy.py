@@ -1,4 +1,4 @@
-"""Energy as a user sees it: a daemon with --watts, a peer with a sensor, and the commands that tell of them."""
+"""Energy as a user sees it: a daemon with --watts, a peer with a sensor, and the output of commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
 @pytest.mark.full
-def test_status_and_bench_tell_the_energy_of_a_token(small: Path, tmp_path: Path, here: Here) -> None:
+def test_status_and_bench_print_the_energy_per_token(small: Path, tmp_path: Path, here: Here) -> None:
     chip = tmp_path / "sys/class/hwmon/hwmon0"
     chip.mkdir(parents=True)
     (chip / "name").write_text("ina3221\n")

@@ -1,4 +1,4 @@
-"""The examples run as their headers say."""
+"""The examples run as their headers describe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str, *arguments: str) -> str:
-    """What an example prints; it runs in this process, which has loaded the libraries already."""
+    """The output of an example, which runs in this process, where the libraries are loaded."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -31,7 +31,7 @@ def example(name: str, *arguments: str) -> str:
 
 
 def example_by_itself(name: str, *arguments: str) -> str:
-    """The same as a process."""
+    """The output of an example in a separate process."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, timeout=120)
     assert ended.returncode == 0, ended.stderr
@@ -40,13 +40,13 @@ def example_by_itself(name: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the example of training saves what it has trained."""
+    """The folder in which the training example saves its adapter."""
     return tmp_path_factory.mktemp("adapter")
 
 
 @pytest.fixture(scope="module")
 def printed(demo_checkpoint: Path, address: str, adapter: Path, small: Path, duo: str) -> dict[str, str]:
-    """What each example prints, by its file name; one of them runs beside the others."""
+    """The output of each example, by file name; one example runs parallel to the others."""
     swarm = (str(demo_checkpoint), address)
     arguments = {
         "chat.py": (*swarm, "Name a colour.", "And another one."),
@@ -64,13 +64,13 @@ def test_every_example_runs(printed: dict[str, str]) -> None:
     assert printed.keys() == {file.name for file in EXAMPLES.glob("*.py")}
 
 
-def test_generate(printed: dict[str, str], tokenizer: Any) -> None:
+def test_the_generate_example_continues_its_prompt(printed: dict[str, str], tokenizer: Any) -> None:
     text = printed["generate.py"]
     assert text.startswith(PROMPT)
     assert len(tokenizer(text).input_ids) >= len(tokenizer(PROMPT).input_ids) + 8
 
 
-def test_chat_sends_only_what_is_new(printed: dict[str, str]) -> None:
+def test_chat_sends_only_new_positions(printed: dict[str, str]) -> None:
     text = printed["chat.py"]
     assert len(re.findall("^model: .+", text, re.MULTILINE)) == 2
     lengths, sent = zip(*re.findall(r"\((\d+) tokens of prompt; (\d+) positions", text), strict=True)
@@ -86,12 +86,12 @@ def test_beam_search_on_a_padded_batch(printed: dict[str, str]) -> None:
     )
 
 
-def test_dna_is_told_apart(printed: dict[str, str]) -> None:
-    """Too small a model and too few steps to learn anything; it runs from the characters to both figures."""
+def test_the_dna_example_prints_both_figures(printed: dict[str, str]) -> None:
+    """The model is too small and the steps too few to learn; the test runs all code up to both figures."""
     assert re.fullmatch(r"before: \d+% of the held-out pieces are told right\nafter: \d+%\n", printed["promoters.py"])
 
 
-def test_tuning_teaches_a_fact_that_the_command_line_knows_too(
+def test_a_tuned_fact_is_known_to_the_command_line(
     printed: dict[str, str], demo_checkpoint: Path, address: str, adapter: Path, here: Here
 ) -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed["tune.py"])]

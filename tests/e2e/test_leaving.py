@@ -1,4 +1,4 @@
-"""A daemon that is told to end hands its session over, and the text of the real model goes on."""
+"""A daemon that gets a signal to end hands its session over, and the text of the real model continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 TOKENS = 40
 
 
-def test_sigterm_hands_the_session_over(
+def test_a_daemon_with_sigterm_hands_its_session_over(
     trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     prompt = tokenizer("Bees find their way home by", return_tensors="pt")
@@ -40,7 +40,7 @@ def test_sigterm_hands_the_session_over(
             model.swarm.bans.lift(twin)
             leaver.process.send_signal(signal.SIGTERM)
 
-        model.swarm.ban(twin, seconds=60.0)  # so that the session begins on the one that is to leave
+        model.swarm.ban(twin, seconds=60.0)  # The session then begins on the peer that will leave.
         try:
             with model.session() as cache:
                 got = model.generate(**prompt, **options, streamer=After(5, leave))

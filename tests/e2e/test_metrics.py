@@ -1,4 +1,4 @@
-"""Daemons tell Prometheus what they serve, where they say."""
+"""Daemons serve Prometheus metrics at the address that they print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.e2e.daemons import Daemon
 pytestmark = pytest.mark.e2e
 
 
-def test_each_daemon_has_metrics_of_its_own(trio: list[Daemon]) -> None:
+def test_each_daemon_has_its_own_metrics(trio: list[Daemon]) -> None:
     told: list[str] = []
     for daemon in trio:
         (url,) = re.findall(r"^metrics at (http://127\.0\.0\.1:\d+/metrics)$", daemon.log, re.MULTILINE)

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 TOOLS = "You may call:\n" + "\n".join(
     json.dumps({"name": f"tool_{number}", "parameters": {"path": "string", "lines": number}}) for number in range(12)
 )
-SPARE = PAGE + 64  # of a prompt: the last page, and what differs
+SPARE = PAGE + 64  # Positions of a prompt that are computed again: the last page, and the new text.
 
 
 @contextmanager
@@ -40,7 +40,8 @@ def served(home: Path, model: Path, daemon: Daemon) -> Iterator[OpenAI]:
 
 
 def ask(client: OpenAI, question: str) -> tuple[str, int, int]:
-    """A question behind the tools: the answer, the tokens of the prompt, and how many the peers had stored."""
+    """Asks a question after the tools: the answer, the tokens of the prompt, and the number of tokens stored by the
+    peers."""
     (model,) = client.models.list()
     messages: list[Any] = [{"role": "system", "content": TOOLS}, {"role": "user", "content": question}]
     said = client.chat.completions.create(model=model.id, messages=messages, temperature=0, max_tokens=12)
@@ -50,7 +51,7 @@ def ask(client: OpenAI, question: str) -> tuple[str, int, int]:
 
 
 def expected(local: Any, tokenizer: Any, question: str) -> str:
-    """What plain transformers says."""
+    """The answer of plain transformers."""
     messages = [{"role": "system", "content": TOOLS}, {"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = local.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -61,7 +62,7 @@ def ports(running: Sequence[Daemon]) -> list[str]:
     return [re.findall(r" at tcp://127\.0\.0\.1:(\d+)", daemon.log)[0] for daemon in running]
 
 
-def test_the_second_request_goes_on_behind_the_tools(
+def test_the_second_request_continues_after_the_stored_tools(
     trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     with served(tmp_path, demo_checkpoint, trio[0]) as client:
@@ -73,7 +74,7 @@ def test_the_second_request_goes_on_behind_the_tools(
 
 
 @pytest.mark.full
-def test_it_does_so_after_all_daemons_have_started_again(
+def test_stored_tools_are_used_after_a_restart_of_all_daemons(
     demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
@@ -89,7 +90,7 @@ def test_it_does_so_after_all_daemons_have_started_again(
 
 
 @pytest.mark.full
-def test_daemons_that_store_nothing_know_nothing(
+def test_daemons_without_a_store_use_no_stored_tools(
     demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))

@@ -21,14 +21,14 @@ TEXT = "The tide comes in twice a day."
 
 @pytest.fixture(scope="module")
 def attacker(small: Path, tokenizer: Any) -> Attacker:
-    """With few texts of his own: what the probe learns only decides what is tried first."""
+    """An attacker with few texts: the training of the probe only decides which candidates are tried first."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(privacy, "PROBE_SEQUENCES", 2)
         return Attacker(str(small), tokenizer)
 
 
 @torch.no_grad()
-def test_candidates_are_what_the_model_computes(attacker: Attacker, small: Path, tokenizer: Any) -> None:
+def test_candidates_equal_the_activations_of_the_model(attacker: Attacker, small: Path, tokenizer: Any) -> None:
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
     exact = attacker.activations(attacker.embeddings[ids], [CUT])[CUT]
     first, cache = FirstBlocks(str(small), CUT), DynamicCache()

@@ -1,4 +1,4 @@
-"""The real model through three daemon processes: the tokens are those of plain transformers."""
+"""The real model through three daemon processes gives the tokens of plain transformers."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def generate(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
 
 
 def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options: Any) -> None:
-    """Generates with both, to the full length, and expects equal tokens."""
+    """Generates with both models, to the full length, and expects equal tokens."""
     with ThreadPoolExecutor(1) as beside:
         reference = beside.submit(generate, local, inputs, **options)
         if options.get("do_sample"):
-            reference.result()  # the generator of random numbers is one for all threads
+            reference.result()  # All threads share one random number generator.
         got = generate(remote, inputs, **options)
     expected = reference.result()
     assert got.shape[1] == inputs["input_ids"].shape[1] + TOKENS
@@ -62,7 +62,7 @@ def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options:
 
 @pytest.mark.default_cases(prompt=PROMPTS[:1])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
+def test_greedy_generation(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
     same(local, remote, tokenizer(prompt, return_tensors="pt"))
 
 
@@ -119,7 +119,7 @@ def test_a_chat_over_int8_makes_sense(demo_checkpoint: Path, address: str, token
 
 
 def test_the_client_holds_no_blocks(remote: RemoteCausalLM, demo_checkpoint: Path) -> None:
-    """It holds the embeddings, which are the head as well, in the codes of the file, and the last norm."""
+    """It holds the embeddings, which are also the head, in the codes of the file, and the last norm."""
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*remote.parameters(), *remote.buffers())}
     facts = Checkpoint.open(demo_checkpoint).store.facts(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     assert facts.layout is not None
@@ -128,7 +128,7 @@ def test_the_client_holds_no_blocks(remote: RemoteCausalLM, demo_checkpoint: Pat
 
 @pytest.mark.full
 def test_memory_of_a_daemon_grows_with_its_span(trio: list[Daemon], demo_checkpoint: Path, local: Any) -> None:
-    # Spans of 7 and 12 blocks: what lies between is five blocks, and not a second copy of them.
+    # The spans have 7 and 12 blocks: the memory differs by five blocks, without a second copy of them.
     small, large = (psutil.Process(daemon.process.pid).memory_full_info().uss for daemon in trio[:2])
     block = sum(parameter.nbytes for parameter in local.model.layers[0].parameters())
     assert abs((large - small) - 5 * block) < 3 * block

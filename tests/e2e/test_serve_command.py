@@ -1,4 +1,4 @@
-"""`splitnet serve` as a user runs it: OpenAI's own client, the real model, daemons in processes of their own."""
+"""`splitnet serve`, run like a user runs it: OpenAI's own client, the real model, daemons in separate processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 MODEL = "served"
 KEY = "sk-test"
 STARTING = "opening the checkpoint ...\njoining the swarm and loading the client part ...\n"
-"""What a server that meets no trouble tells on stderr."""
+"""The output of a healthy server on stderr."""
 TOOLS: list[Any] = [
     {
         "type": "function",
@@ -43,7 +43,7 @@ TOOLS: list[Any] = [
         },
     }
 ]
-# The demo model was not trained to call tools, but it repeats what it has just seen.
+# The demo model was not trained to call tools, but it repeats the example in its prompt.
 SHOWN = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
 EXAMPLE = TURN.format(role="user", content="What is the weather in Paris?") + TURN.format(
@@ -59,7 +59,7 @@ WITH_TOOLS = (
 
 @pytest.fixture(scope="module")
 def served(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model; in the same folder is its tokenizer with a chat template that has tools."""
+    """The demo model. The folder also has its tokenizer with a chat template for tools."""
     folder = tmp_path_factory.mktemp("serve")
     tokenizer = Checkpoint.open(demo_checkpoint).tokenizer()
     tokenizer.chat_template = f"{{% if tools %}}{WITH_TOOLS}{{% else %}}{tokenizer.chat_template}{{% endif %}}"
@@ -98,7 +98,7 @@ def client(url: str) -> Iterator[OpenAI]:
 
 @pytest.fixture(scope="module")
 def free_positions(served: Path, address: str) -> Iterator[Callable[[], list[int]]]:
-    """Asks the daemons how much of their KV memory is free."""
+    """Reads the free KV memory of the daemons."""
     with Swarm(ModelFacts.of(Checkpoint.open(served)), [address]) as swarm:
         endpoints = [Endpoint(record.address, record.key) for record in swarm.peers()]
 
@@ -109,7 +109,7 @@ def free_positions(served: Path, address: str) -> Iterator[Callable[[], list[int
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Asks until it is true, for 20 s at most; every question waits for the daemons' answers."""
+    """Checks until it is true, for at most 20 s; every check waits for the daemons' answers."""
     out_of_time = threading.Event()
     timer = threading.Timer(20, out_of_time.set)
     timer.start()
@@ -126,7 +126,7 @@ def user(text: str) -> list[Any]:
 
 
 def expected(local: Any, tokenizer: Any, messages: list[Any], tokens: int) -> str:
-    """What plain transformers says."""
+    """The answer of plain transformers."""
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = local.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -166,7 +166,7 @@ def test_a_conversation_of_responses(client: OpenAI, local: Any, tokenizer: Any)
     assert text == expected(local, tokenizer, messages, 12)
 
 
-def test_a_stream(client: OpenAI, local: Any, tokenizer: Any) -> None:
+def test_a_stream_equals_plain_transformers(client: OpenAI, local: Any, tokenizer: Any) -> None:
     messages = user("Name three colours.")
     stream = client.chat.completions.create(
         model=MODEL,
@@ -191,7 +191,7 @@ def test_a_stream(client: OpenAI, local: Any, tokenizer: Any) -> None:
 def test_completions(client: OpenAI, local: Any, tokenizer: Any) -> None:
     counted = client.completions.create(model=MODEL, prompt="1, 2, 3,", temperature=0, max_tokens=40, stop=[" 7"])
     assert (counted.choices[0].text, counted.choices[0].finish_reason) == (" 4, 5, 6,", "stop")
-    # As lm-eval asks how likely a text is.
+    # lm-eval asks for the likelihood of a text in this form.
     ids = tokenizer("The sun rises in the east").input_ids
     scored = client.completions.create(model=MODEL, prompt=ids, temperature=0, max_tokens=1, echo=True, logprobs=1)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_tool_is_called(client: OpenAI, stream: bool) -> None:
 
 
 @pytest.mark.full
-def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, tokenizer: Any) -> None:
+def test_concurrent_streams_equal_single_ones(url: str, local: Any, tokenizer: Any) -> None:
     def options(number: int) -> tuple[str, float]:
         return f"{number} is a number that", 0.9 if number % 2 else 0.0
 
@@ -242,7 +242,7 @@ def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, token
             return await asyncio.gather(*(ask(client, number) for number in range(16)))
 
     def alone(number: int) -> str:
-        """In plain transformers, where nobody else can disturb it."""
+        """The answer of plain transformers to one request alone."""
         prompt, temperature = options(number)
         inputs = tokenizer(prompt, return_tensors="pt")
         chooser = TokenChooser(Sampling(temperature, 1.0, seed=number), None)
@@ -255,10 +255,10 @@ def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, token
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 6000])
-def test_a_client_that_goes_frees_the_peers_at_once(
+def test_a_disconnected_client_frees_the_peers_at_once(
     url: str, free_positions: Callable[[], list[int]], prompt_tokens: int
 ) -> None:
-    """In the middle of its answer, or of a prompt that takes the daemons seconds."""
+    """The client disconnects in the middle of its answer, or of a prompt that takes the daemons seconds."""
     before = free_positions()
 
     async def go_in_the_middle() -> None:
@@ -276,11 +276,13 @@ def test_a_client_that_goes_frees_the_peers_at_once(
             asking.cancel()
 
     asyncio.run(go_in_the_middle())
-    # A session of an answer that has come to its end would be kept.
+    # The session of a complete answer would be kept.
     until(lambda: free_positions() == before)
 
 
-def test_a_client_that_goes_ends_the_reading_of_its_texts(url: str, free_positions: Callable[[], list[int]]) -> None:
+def test_a_disconnected_client_ends_the_computation_of_its_embeddings(
+    url: str, free_positions: Callable[[], list[int]]
+) -> None:
     before = free_positions()
 
     async def go_in_the_middle() -> None:
@@ -303,7 +305,7 @@ def test_a_client_that_goes_ends_the_reading_of_its_texts(url: str, free_positio
         (KEY, {"extra_body": {"magic": 1}}, openai.BadRequestError),
     ],
 )
-def test_errors_are_those_that_the_client_knows(url: str, key: str, options: Any, kind: type[Exception]) -> None:
+def test_errors_have_the_types_of_openais_client(url: str, key: str, options: Any, kind: type[Exception]) -> None:
     with OpenAI(base_url=url, api_key=key, max_retries=0) as client, pytest.raises(kind):
         client.chat.completions.create(**({"model": MODEL, "messages": user("hi")} | options))
 
@@ -327,7 +329,7 @@ def test_running_requests_end_with_the_server(served: Path, address: str, tmp_pa
 
 @pytest.mark.default_cases(warned=(True,))
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned: bool) -> None:
+def test_a_server_open_to_other_machines_prints_a_warning(served: Path, host: str, warned: bool) -> None:
     options = ServeOptions(
         host=host,
         port=0,

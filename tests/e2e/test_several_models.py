@@ -57,7 +57,7 @@ def gateway(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.full
-def test_each_model_and_its_adapter_answers_as_in_one_piece(
+def test_each_model_and_its_adapter_answer_like_plain_transformers(
     gateway: tuple[Background, OpenAI], folders: dict[str, Path], demo_checkpoint: Path
 ) -> None:
     server, client = gateway
@@ -84,7 +84,7 @@ def test_each_model_and_its_adapter_answers_as_in_one_piece(
 
 
 @pytest.mark.full
-def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
+def test_a_peer_without_a_fixed_model_serves_a_model_in_demand(
     folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     models = [str(folders[name]) for name in PARTS]
@@ -103,7 +103,7 @@ def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
         def is_answered() -> bool:
             try:
                 return bool(client.completions.create(model="beta", prompt="Bees fly", max_tokens=2).choices)
-            except openai.InternalServerError:  # its blocks are served by nobody
+            except openai.InternalServerError:  # Its blocks have no peer.
                 return False
 
         assert not is_answered()
@@ -112,6 +112,6 @@ def test_a_peer_without_a_fixed_model_serves_what_a_gateway_is_asked_for(
         assert server.stop(signal.SIGTERM).code == 0
 
 
-def test_what_an_adapter_cannot_be_is_told_at_the_start(folders: dict[str, Path], here: Here) -> None:
+def test_invalid_adapters_are_refused_at_the_start(folders: dict[str, Path], here: Here) -> None:
     finished = here("serve", str(folders["alpha"]), "--adapter", "tuned=nowhere")
     assert finished.code == 1 and "give NAME=DIR with the folder" in finished.errors

@@ -1,4 +1,4 @@
-"""`splitnet tune` as a user runs it, on a small model."""
+"""`splitnet tune`, run like a user runs it, on a small model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Words = Callable[..., list[str]]
 
 @pytest.fixture
 def words(small: Path, duo: str, data: Path) -> Words:
-    """The arguments of a run, whose folder and options are given."""
+    """The arguments of a run with the given folder and options."""
 
     def arguments(output: Path, *options: str) -> list[str]:
         fixed = ["tune", str(small), "--join", duo, "--data", str(data), "--output", str(output)]
@@ -66,7 +66,7 @@ def expect_trained(finished: Finished, folder: Path, steps: int) -> None:
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_trained_is_the_same_in_plain_peft(
+def test_a_trained_adapter_gives_the_same_in_plain_peft(
     words: Words, here: Here, small: Path, data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"
@@ -87,14 +87,14 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
 
-    # A process of its own, which has imported nothing that it does not use.
+    # A separate process, which imports no unused library.
     generated = run(tmp_path, *shlex.split(told[1]), "--max-new-tokens", "8")
     prompt = tokenizer(TEMPLATE.replace("{text}", "..."), return_tensors="pt")
     tokens = plain.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors
 
 
-def test_a_side_network_is_trained_on_states_that_come_once(
+def test_a_side_network_is_trained_on_states_that_are_sent_once(
     words: Words, here: Here, duo: str, small: Path, data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "side"
@@ -122,7 +122,7 @@ def test_a_side_network_is_trained_on_states_that_come_once(
 def test_prompts_are_trained_on_a_gguf_file(
     method: str, here: Here, demo_checkpoint: Path, address: str, data: Path, tmp_path: Path
 ) -> None:
-    """Its embeddings stay in codes, and transformers cannot read its tokenizer by its path."""
+    """The embeddings stay in codes, and transformers cannot read the tokenizer by the path of the file."""
     output = tmp_path / "adapter"
     words = ["tune", str(demo_checkpoint), "--join", address, "--data", str(data), "--output", str(output)]
     finished = here(*words, "--method", method, "--steps", "2", "--batch-size", "2", "--lr", "0.01")
@@ -137,7 +137,7 @@ def test_prompts_are_trained_on_a_gguf_file(
 def test_two_owners_train_one_adapter_together(
     words: Words, here: Here, small: Path, duo: str, data: Path, tmp_path: Path
 ) -> None:
-    """The coordinator's owner says what is trained; the other has other examples, and a key of its own, here."""
+    """The coordinator's owner decides the settings; the other owner has other examples, and its own key."""
     coordinator, guest = tmp_path / "coordinator", tmp_path / "guest"
     for folder in (coordinator, guest):
         folder.mkdir()
@@ -187,8 +187,9 @@ def test_two_owners_train_one_adapter_together(
 
 
 @pytest.mark.full
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Here, tmp_path: Path) -> None:
-    """First by Ctrl-C, then by a kill, which leaves steps that no checkpoint has; in another process it ends."""
+def test_a_resumed_run_equals_an_uninterrupted_one(words: Words, here: Here, tmp_path: Path) -> None:
+    """First stopped by Ctrl-C, then by a kill, which loses steps after the checkpoint; another process completes the
+    run."""
     folder, options = tmp_path / "stopped", ["--steps", str(STEPS), "--save-every", "10"]
     with background(tmp_path, *words(folder, *options)) as process:
         process.wait_for(lambda: len(metrics(folder)) > 4)
@@ -209,8 +210,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Her
 
 
 @pytest.mark.full
-def test_small_differences_of_losses_do_not_travel_as_integers(words: Words, here: Here, tmp_path: Path) -> None:
-    """Without gradients `--codec auto` is fp16; all directions of a step go together."""
+def test_zeroth_order_training_uses_the_fp16_codec(words: Words, here: Here, tmp_path: Path) -> None:
+    """Without gradients, `--codec auto` is fp16; all directions of a step run in one batch."""
     sent: dict[str, int] = {}
     for codec in ("none", "auto"):
         options = ["--method", "prompt", "--tokens", "4", "--zeroth-order", "--directions", "5", "--codec", codec]
@@ -220,7 +221,7 @@ def test_small_differences_of_losses_do_not_travel_as_integers(words: Words, her
     assert sent["auto"] == pytest.approx(sent["none"] / 2, rel=0.1)
 
 
-def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_path: Path) -> None:
+def test_a_plan_lists_the_cost_of_each_method(words: Words, here: Here, tmp_path: Path) -> None:
     words_of = words(tmp_path / "none", "--plan", "--steps", "40")
     refused = here(*words_of)
     assert refused.code == 1 and "--output does not go with --plan" in refused.errors
@@ -246,14 +247,14 @@ def test_a_plan_tells_what_each_method_would_cost(words: Words, here: Here, tmp_
         (("--states-limit", "1GiB"), "--states-limit is for --method side and --draft-head"),
     ],
 )
-def test_what_side_networks_do_not_do_is_refused(
+def test_options_unsupported_by_side_networks_are_refused(
     words: Words, here: Here, tmp_path: Path, options: tuple[str, ...], told: str
 ) -> None:
     finished = here(*words(tmp_path / "side", *options))
     assert finished.code == 1 and told in finished.errors, finished.errors
 
 
-def test_a_head_that_tells_labels(
+def test_a_classification_head_is_trained(
     words: Words, here: Here, small: Path, data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"

@@ -1,4 +1,4 @@
-"""Examples as the demo model's tokenizer and chat template write them."""
+"""Training examples, encoded by the demo model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode(tmp_path: Path, tokenizer: Any, *examples: Any, max_length: int = 256
 
 
 def learned(tokenizer: Any, row: Encoded) -> list[str]:
-    """The stretches of text that have a loss."""
+    """The parts of the text that have a loss."""
     stretches: list[list[int]] = []
     for before, target in zip([IGNORED, *row.targets], row.targets, strict=False):
         if target != IGNORED:
@@ -37,7 +37,7 @@ def learned(tokenizer: Any, row: Encoded) -> list[str]:
     return [tokenizer.decode(stretch) for stretch in stretches]
 
 
-def test_answers_of_a_chat_are_learned_and_nothing_else(tmp_path: Path, tokenizer: Any) -> None:
+def test_only_answers_of_a_chat_are_learned(tmp_path: Path, tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
@@ -48,12 +48,12 @@ def test_answers_of_a_chat_are_learned_and_nothing_else(tmp_path: Path, tokenize
     (row,) = encode(tmp_path, tokenizer, {"messages": messages})
     assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert learned(tokenizer, row) == ["Two.<|im_end|>\n", "Four.<|im_end|>\n"]
-    # What comes before the answer is what the model is asked with.
+    # The text before the answer is the prompt that the model gets.
     asked = tokenizer.apply_chat_template(messages[:4], add_generation_prompt=True)["input_ids"]
     assert row.ids[: len(asked)] == asked
 
 
-def test_an_answer_whose_history_changes_later_has_a_row_of_its_own(
+def test_an_answer_whose_history_changes_later_has_its_own_row(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = (
@@ -93,7 +93,7 @@ FAMILY = (
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_calls_are_learned_in_the_form_of_the_family(
+def test_calls_are_learned_in_the_format_of_the_family(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES[name]))
@@ -116,7 +116,7 @@ def test_calls_are_learned_in_the_form_of_the_family(
 def test_reasoning_is_learned_once_and_left_out_of_later_histories(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Qwen3's template does: only answers after the last message of the user keep their reasoning."""
+    """As in Qwen3's template, only answers after the user's last message keep their reasoning."""
     last = "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.at = loop.index0 %}"
     thinks = "{% if m.role == 'assistant' and loop.index0 > ns.at and (loop.last or m.reasoning_content) %}"
     thinks += "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
@@ -134,7 +134,7 @@ def test_reasoning_is_learned_once_and_left_out_of_later_histories(
     assert "I ask." not in history and "Grey is wet." not in history and "It rains." in history
 
 
-def test_a_turn_of_weight_0_is_read_and_not_learned(
+def test_a_turn_of_weight_0_is_encoded_but_not_learned(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = [call("weather", "a", city="Rome"), call("weather", "b", city="Oslo")]
@@ -147,7 +147,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(
         {"role": "tool", "tool_call_id": "a", "content": "sun"},
         {"role": "assistant", "content": "GOOD", "weight": 1},
     ]
-    for name in ("hermes", "llama"):  # the second takes one call a message
+    for name in ("hermes", "llama"):  # The second template takes one call per message.
         monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES[name]))
         (row,) = encode(tmp_path, tokenizer, {"messages": chat}, max_length=2048)
         assert learned(tokenizer, row) == ["GOOD<|im_end|>\n"]
@@ -156,7 +156,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(
         assert sorted(order, key=text.index) == order
 
 
-def test_results_of_calls_that_stand_in_texts_are_all_read(
+def test_calls_and_results_in_plain_text_are_encoded(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", FAMILY.replace("CALL", TEMPLATES["llama"]))
@@ -185,7 +185,7 @@ THOUGHT = {"messages": [*CALLED[:1], {"role": "assistant", "content": "Yes.", "r
         ("{{ raise_exception('no roles') }}", {}, "refuses the messages .no roles."),
     ],
 )
-def test_what_a_template_leaves_out_is_refused(
+def test_messages_omitted_by_a_template_are_refused(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, chat: Any, said: str
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
@@ -196,13 +196,13 @@ def test_what_a_template_leaves_out_is_refused(
         encode(tmp_path, tokenizer, {"messages": spoken, **chat}, max_length=2048)
 
 
-def test_completions_end(tmp_path: Path, tokenizer: Any) -> None:
+def test_completions_have_an_end_token(tmp_path: Path, tokenizer: Any) -> None:
     (row,) = encode(tmp_path, tokenizer, {"prompt": "The sky is", "completion": " blue today"})
     assert tokenizer.decode(row.ids) == "The sky is blue today<|im_end|>"
     assert learned(tokenizer, row) == [" blue today<|im_end|>"]
 
 
-def test_long_text_is_cut_and_nothing_is_lost(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_long_text_is_split_without_loss(tmp_path: Path, tokenizer: Any) -> None:
     text = "The quick brown fox jumps over the lazy dog, " * 9
     rows = encode(tmp_path, tokenizer, {"text": text}, max_length=16)
     assert len(rows) > 4
@@ -210,13 +210,13 @@ def test_long_text_is_cut_and_nothing_is_lost(tmp_path: Path, tokenizer: Any) ->
     assert all(row.targets == [IGNORED, *row.ids[1:]] for row in rows)
 
 
-def test_other_examples_are_not_cut(tmp_path: Path, tokenizer: Any) -> None:
+def test_other_long_examples_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="line 2: 31 tokens are more than 16: shorten it or raise --max-length"):
         short, long = {"prompt": "a", "completion": "b"}, {"prompt": "a" + " b" * 28, "completion": " c"}
         encode(tmp_path, tokenizer, short, long, max_length=16)
 
 
-def test_labels_by_words(tmp_path: Path, tokenizer: Any) -> None:
+def test_labels_are_encoded_as_words(tmp_path: Path, tokenizer: Any) -> None:
     examples = {"text": "it is dark", "label": "lights"}, {"text": "a song", "label": "music"}
     rows = encode(tmp_path, tokenizer, *examples, template="{text} ->")
     assert tokenizer.decode(rows[0].ids) == "it is dark -> lights<|im_end|>"
@@ -228,7 +228,7 @@ def test_labels_by_words(tmp_path: Path, tokenizer: Any) -> None:
         Encoder(tokenizer, 16, labels=["blue sky", "blue sea"]).words()
 
 
-def test_labels_by_a_head(tmp_path: Path, tokenizer: Any) -> None:
+def test_labels_are_encoded_for_a_head(tmp_path: Path, tokenizer: Any) -> None:
     rows = encode(tmp_path, tokenizer, {"text": "it is dark", "label": "b"}, {"text": "x", "label": "a"}, head=True)
     assert tokenizer.decode(rows[0].ids) == "it is dark"
     batch = collate(rows, pad=2, head=True)
@@ -237,15 +237,15 @@ def test_labels_by_a_head(tmp_path: Path, tokenizer: Any) -> None:
     assert batch["input_ids"][1].tolist() == [rows[1].ids[0], 2, 2]
 
 
-def test_a_label_that_training_does_not_know(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_label_missing_in_the_training_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "held_out.jsonl"
     file.write_text('{"text": "a", "label": "weather"}')
     with pytest.raises(DataError, match="line 1: the label 'weather' is none of the training data's: lights, music"):
         Encoder(tokenizer, 16, labels=["lights", "music"]).encode(read_examples(file))
 
 
-def test_a_text_of_one_token_teaches_nothing(tmp_path: Path, tokenizer: Any) -> None:
-    assert encode(tmp_path, tokenizer, {"text": "The"})[0].learned == 1  # the end
+def test_a_text_of_one_token_without_an_end_token_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    assert encode(tmp_path, tokenizer, {"text": "The"})[0].learned == 1  # The end token.
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     with pytest.raises(DataError, match="line 1: nothing to learn"):

@@ -1,7 +1,7 @@
-"""On which devices the tests of GPUs run: each GPU that torch finds; on the stand-in, in a process of its own.
+"""The devices of the GPU tests: each GPU that torch finds, or the stand-in, in a separate process.
 
-The stand-in changes torch for a whole process, so that it is asked for: `GPU_TESTS_ON=stand-in pytest -n0 tests/gpu`;
-`tests/unit/blocks/test_gpu_stand_in.py` does so.
+The stand-in changes torch for the whole process, so that it must be requested: `GPU_TESTS_ON=stand-in pytest -n0
+tests/gpu`; `tests/unit/blocks/test_gpu_stand_in.py` does so.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = ("stand-in",) if STAND_IN else ("cuda", "mps", "xpu")
 
 @pytest.fixture(scope="session", params=KINDS)
 def device(request: pytest.FixtureRequest) -> Any:
-    """A device that is no CPU, as torch names it."""
+    """A device other than the CPU, as torch names it."""
     if request.param != "stand-in":
         if not device_choice.find_present(tried=False).names[request.param]:
             pytest.skip(f"torch {torch.__version__} finds no device {request.param!r} here")
@@ -45,7 +45,7 @@ def device(request: pytest.FixtureRequest) -> Any:
         patch.setattr(peers.server, "find_device", found)
         patch.setattr(options, "find_device", found)
         patch.setattr(torch.accelerator, "synchronize", lambda device: None)
-        # Graphs and the grouped product always pay: what a timing decides is the same at every run.
+        # Graphs and the grouped product are always used, so that no decision depends on timing.
         patch.setattr(graph_step, "recorder_for", lambda device: OperationRecorder() if device == OTHER else None)
         patch.setattr(graph_step, "SIZES", (1, 4))
         for module in (graph_step, experts):
@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def gpu(device: str) -> str:
-    """The same, but not the stand-in, which has neither kernels nor memory of its own."""
+    """The same, without the stand-in, which has neither kernels nor its own memory."""
     if STAND_IN:
         pytest.skip("the stand-in computes on the CPU")
     return device

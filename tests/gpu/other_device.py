@@ -1,7 +1,7 @@
-"""A device beside the CPU on every machine: its tensors are refused where they meet those of the CPU, as a GPU's are.
+"""A second device on every machine: like a GPU, it refuses operations that mix its tensors with CPU tensors.
 
-It computes on the CPU, so what it gives is the same. What it finds are tensors that were made, or left, in the wrong
-place. torch has room for one device that is written in Python, `privateuseone`.
+It computes on the CPU, so that results are equal. It detects tensors that were made, or left, on the wrong device.
+torch has room for one device written in Python, `privateuseone`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ OTHER = torch.device("privateuseone", 0)
 
 _aten: Any = torch.ops.aten
 _BETWEEN = {_aten.copy_, _aten._to_copy, _aten._copy_from, _aten._copy_from_and_resize}
-"""Operations that may have tensors of both."""
+"""Operations that accept tensors of both devices."""
 
 _INDEXED = {_aten.index, _aten.index_put_, _aten.index_put, _aten._index_put_impl_, _aten._unsafe_index}
-"""A GPU takes indices that are on the CPU."""
+"""A GPU accepts indices on the CPU."""
 
 
 class _Other(torch.Tensor):
-    """A tensor of the other device, by one of the CPU."""
+    """A tensor of the other device, backed by one of the CPU."""
 
     on_cpu: torch.Tensor
 
@@ -49,7 +49,7 @@ class _Other(torch.Tensor):
             return args[0].on_cpu.tolist()
         if func is torch.Tensor.new_tensor:
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, "device": OTHER, **(kwargs or {})})
-        # Below this its parts look at the device.
+        # The operations inside this function check the device.
         if func is torch.nn.functional.scaled_dot_product_attention and not torch.is_grad_enabled():
             return _run(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
@@ -63,7 +63,7 @@ class _Other(torch.Tensor):
         return f"on the other device: {self.on_cpu!r}"
 
 
-@torch.inference_mode(False)  # or views of them would have no versions
+@torch.inference_mode(False)  # Otherwise, views of these tensors would have no versions.
 @torch.no_grad()
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     packet = getattr(func, "overloadpacket", func)
@@ -75,7 +75,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                     raise RuntimeError(f"{func}: expected all tensors to be on the same device, found a {one.device}")
     there = torch.device(kwargs.get("device") or OTHER).type == OTHER.type
     given = {name: torch.device("cpu") if name == "device" and there else value for name, value in kwargs.items()}
-    if packet is _aten.histc and not args[0].is_floating_point():  # GPUs count integers, too
+    if packet is _aten.histc and not args[0].is_floating_point():  # GPUs count integers, too.
         return _run(func, (args[0].double(), *args[1:]), kwargs).to(args[0].dtype)
     found = func(*_each(_inside, args), **{name: _each(_inside, value) for name, value in given.items()})
     if packet is _aten.copy_ and not isinstance(args[0], _Other):
@@ -95,25 +95,26 @@ def _outside(value: Any) -> Any:
 
 
 def _each(change: Callable[[Any], Any], values: Any) -> Any:
-    """As torch's `tree_map` for what operations take and give; that took a third of the time of all these tests."""
+    """Replaces torch's `tree_map` for arguments and results, which took a third of the time of all these tests."""
     return type(values)(_each(change, value) for value in values) if type(values) in (list, tuple) else change(values)
 
 
 @cache
 def add_other_device() -> torch.device:
-    """Makes it known to torch, for the rest of the process."""
-    backends._setup_privateuseone_for_python_backend("standin")  # without a name torch sends no gradients back
+    """Adds the device to torch, for the rest of the process."""
+    # Without a name, torch computes no gradients for the device.
+    backends._setup_privateuseone_for_python_backend("standin")
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
     _kept.append(library)
     plain: Any = torch.tensor
-    _device_constructors()  # which then stay those that torch knows
+    _device_constructors()  # The call caches torch's own constructors.
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         made = plain(data, device=None if device == OTHER else device, **options)
         return made.to(OTHER) if device == OTHER else made
 
-    torch.tensor = tensor  # which goes past what is registered
+    torch.tensor = tensor  # `torch.tensor` bypasses registered operations.
     storage: Any = torch.Tensor.untyped_storage
     torch.Tensor.untyped_storage = lambda self: storage(_inside(self))
     return OTHER

@@ -1,4 +1,4 @@
-"""A span on a GPU computes what it does on the CPU, whatever its weights are held as."""
+"""A span on a GPU computes the same as on the CPU, in every weight format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = {
     ("int4", "float32"): 0.01,
     ("int4", "bfloat16"): 0.03,
 }
-"""How far outputs may be from those of the CPU, by what weights are held as and what blocks compute in."""
+"""Largest relative difference to the outputs of the CPU, by weight format and by type of the computation."""
 
 HIDDEN = 64
 
@@ -44,7 +44,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def session(span: Span) -> list[torch.Tensor]:
-    """Two rows of which passes have prompts, single positions and both, one rewound and one forked, on the CPU."""
+    """Outputs, on the CPU, of two rows in passes with prompts, single positions and both, with one row rewound and one
+    forked."""
     noise = torch.Generator().manual_seed(0)
     first, second = span.new_row(), span.new_row()
 
@@ -64,7 +65,7 @@ def session(span: Span) -> list[torch.Tensor]:
 @pytest.mark.default_cases(family=("gpt2",), kind=("bfloat16",))
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_are_those_of_the_cpu(
+def test_steps_equal_those_of_the_cpu(
     family: str, kind: str, dtype: str, device: str, checkpoints: dict[str, Path]
 ) -> None:
     checkpoint = Checkpoint.open(checkpoints[family])
@@ -73,7 +74,8 @@ def test_steps_are_those_of_the_cpu(
     assert there.device == torch.device(device) and there.weights.kind == kind
     assert (there.kv_bytes_per_position, there.state_bytes) == (here.kv_bytes_per_position, here.state_bytes)
     for got, expected in zip(session(there), session(here), strict=True):
-        # Of the median position: where experts are chosen, a position near the border may get others.
+        # The difference of the median position: where blocks choose experts, positions near the border may get other
+        # experts.
         away = ((got - expected).norm(dim=1) / expected.norm(dim=1)).median()
         assert away <= KINDS[kind, dtype]
 
@@ -90,10 +92,10 @@ def test_steps_are_those_of_the_cpu(
         ("mixtral", "int8", "float32"),
     ],
 )
-def test_steps_from_graphs_are_those_of_the_cpu(
+def test_steps_from_graphs_equal_those_of_the_cpu(
     family: str, kind: str, dtype: str, device: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With rows that come and go, and whose memory moves; of a view, too."""
+    """Rows join and leave, and their memory moves; also with a view."""
     caplog.set_level(logging.INFO, "splitnet")
     checkpoint = Checkpoint.open(checkpoints[family])
     here, there = (Span.load(checkpoint, 0, 4, weights=kind, dtype=dtype, device=where) for where in ("cpu", device))
@@ -115,8 +117,8 @@ def test_steps_from_graphs_are_those_of_the_cpu(
     assert there.replayed_positions
 
 
-def test_steps_prove_themselves_on_cuda(gpu: str, checkpoints: dict[str, Path]) -> None:
-    """What this machine's driver records is right; that it pays is not asked of blocks so small."""
+def test_steps_from_graphs_are_verified_on_cuda(gpu: str, checkpoints: dict[str, Path]) -> None:
+    """Graphs recorded by this machine's driver are correct; with such small blocks they need not pay."""
     if torch.device(gpu).type != "cuda":
         pytest.skip("graphs are those of CUDA")
     span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, dtype="bfloat16", device=gpu)
@@ -133,7 +135,7 @@ def test_steps_prove_themselves_on_cuda(gpu: str, checkpoints: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_the_grouped_product_proves_itself_or_is_named(
+def test_the_grouped_product_is_verified_or_reported(
     wrong: bool,
     device: str,
     checkpoints: dict[str, Path],
@@ -156,7 +158,7 @@ def test_the_grouped_product_proves_itself_or_is_named(
     assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [Chunk(span.new_row(), 0, 3)])).all()
 
 
-def test_activations_travel_as_they_are(device: str) -> None:
+def test_activations_are_copied_unchanged(device: str) -> None:
     noise = torch.Generator().manual_seed(0)
     for shape in ((1, 64), (3, 4096), (600, 4096), (0, 64)):
         values = torch.randn(shape, generator=noise)
@@ -165,7 +167,7 @@ def test_activations_travel_as_they_are(device: str) -> None:
             assert there.device == torch.device(device) and torch.equal(to_host(there), values.to(dtype))
 
 
-def test_a_stopwatch_measures_what_the_clock_does(gpu: str) -> None:
+def test_a_stopwatch_agrees_with_the_clock(gpu: str) -> None:
     device = torch.device(gpu)
     square = torch.zeros(2048, 2048, device=device)
     torch.mm(square, square)
@@ -180,7 +182,7 @@ def test_a_stopwatch_measures_what_the_clock_does(gpu: str) -> None:
 @pytest.mark.default_cases(count=(7,), name=("int4", "Q4_K", "GPTQ", "FP8 in blocks", "NF4", "int8 by output"))
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 @pytest.mark.parametrize("count", [1, 7, 90])
-def test_codes_stand_for_the_same(name: str, count: int, device: str) -> None:
+def test_codes_represent_the_same_numbers_on_each_device(name: str, count: int, device: str) -> None:
     matrix = matrix_of(LAYOUTS[name], 64, 512, seed=1)
     held = hold_stored([matrix], torch.device(device))
     assert torch.equal(held.dequantised(torch.float32).cpu(), matrix.floats())
@@ -192,9 +194,7 @@ def test_codes_stand_for_the_same(name: str, count: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "GPTQ", "Q4_K", "int8 by output", "FP8 by output"])
-def test_kernels_of_the_device_prove_themselves_or_are_named(
-    name: str, gpu: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_of_the_device_are_verified_or_reported(name: str, gpu: str, caplog: pytest.LogCaptureFixture) -> None:
     matrix = matrix_of(LAYOUTS[name], 256, 1024, seed=1)
     made = device_form(hold_stored([matrix], torch.device(gpu)), torch.bfloat16)
     if made is None:
@@ -206,8 +206,8 @@ def test_kernels_of_the_device_prove_themselves_or_are_named(
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
-def test_memory_is_what_was_foretold(kind: str, gpu: str, checkpoints: dict[str, Path]) -> None:
-    # What libraries and graphs set up once is not that of the span.
+def test_memory_is_as_predicted(kind: str, gpu: str, checkpoints: dict[str, Path]) -> None:
+    # Memory that libraries and graphs allocate once does not belong to the span.
     Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, weights=kind, dtype="bfloat16", device=gpu)
     give_back_memory()
     allocated = torch.accelerator.memory_allocated(gpu)

@@ -1,4 +1,4 @@
-"""Peers and clients on a GPU and on the CPU in one swarm: the tokens are those of the CPU alone."""
+"""Peers and clients on a GPU and on the CPU in one swarm give the tokens of the CPU alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tokens(length: int, batch: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.default_cases(remote=("the device", "the device, with local blocks"))
-def test_greedy(local: Any, remote: Any) -> None:
+def test_greedy_generation(local: Any, remote: Any) -> None:
     found = remote.generate(tokens(7), **GREEDY)
     assert torch.equal(found.cpu(), local.generate(tokens(7), **GREEDY))
 
@@ -80,7 +80,7 @@ def test_drafts_and_a_session(local: Any, remote: Any) -> None:
 
 
 @pytest.mark.default_cases(remote=("the device, with local blocks",))
-def test_logits(local: Any, remote: Any) -> None:
+def test_logits_equal_those_of_the_cpu(local: Any, remote: Any) -> None:
     with torch.no_grad():
         found = remote(tokens(8).to(remote.device)).logits
         expected = local(tokens(8)).logits
@@ -90,7 +90,7 @@ def test_logits(local: Any, remote: Any) -> None:
 @pytest.mark.default_cases(remote=("the device",), method=("lora",))
 @pytest.mark.default_cases(remote=("the device, with local blocks",), method=("prefix",))
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
-def test_gradients(local: Any, remote: Any, folder: Path, method: str) -> None:
+def test_gradients_equal_those_of_the_cpu(local: Any, remote: Any, folder: Path, method: str) -> None:
     if remote.device.type != "cpu":
         pytest.skip("torch has one thread for gradients on a device, and the peer that it waits for is in this process")
     task = TaskType.CAUSAL_LM

@@ -1,4 +1,4 @@
-"""Adapters of every kind as PEFT makes them, and what to train them on."""
+"""Adapters of every kind that PEFT makes, and data to train them on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ CAUSAL, CLASSES = TaskType.CAUSAL_LM, TaskType.SEQ_CLS
 
 
 LAYERS = {"llama": ["k_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
-"""By family, for other methods: the second is scaled before it, where that is the choice."""
+"""Target modules by family for methods other than LoRA. If a method may scale inputs, it scales those of the second
+module."""
 
 
 def lora(family: str = "llama", task: TaskType = CAUSAL) -> LoraConfig:
@@ -70,22 +71,22 @@ METHODS: dict[str, Callable[[str, TaskType], Any]] = {
         task_type=task, r=3, target_modules=LAYERS.get(family, LAYERS["llama"]), init_weights=False
     ),
 }
-"""By name: the config for a family and a task."""
+"""Functions that make the config for a family and a task, by name."""
 
 
 def wrapped(model: Any, config: Any, seed: int = 3) -> PeftModel:
-    """The model with a new adapter; the seed tells which."""
+    """The model with a new adapter, whose weights the seed determines."""
     torch.manual_seed(seed)
     made = get_peft_model(model, config)
     assert isinstance(made, PeftModel)
     for name, parameter in made.named_parameters():
-        if ".lora_E." in name:  # PEFT begins it so that errors of floats grow
+        if ".lora_E." in name:  # PEFT initialises these so large that float errors grow.
             parameter.data.mul_(0.05)
-    return made.eval()  # peers know no dropout
+    return made.eval()  # Peers do not apply dropout.
 
 
 def padded(seed: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows of different lengths, with their padding on one side."""
+    """Rows of different lengths, padded on one side."""
     ids = torch.randint(3, 300, (5, 14), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     for row, length in enumerate((14, 9, 11, 4, 14)):
@@ -103,7 +104,7 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def gradients(model: PeftModel, *batches: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean loss of batches, and its gradient by every trained parameter that has one."""
+    """The mean loss of batches, and its gradient for every trained parameter that has one."""
     model.zero_grad()
     loss = torch.stack([model(**inputs).loss for inputs in batches]).mean()
     loss.backward()
@@ -113,5 +114,5 @@ def gradients(model: PeftModel, *batches: dict[str, torch.Tensor]) -> tuple[floa
 
 
 def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All of them in one row."""
+    """All tensors as one row."""
     return torch.cat([tensor.flatten() for tensor in tensors.values()])

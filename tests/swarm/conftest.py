@@ -1,4 +1,5 @@
-"""What most swarm tests share: a small random llama, the same in one piece to compare with, and peers that may die."""
+"""Fixtures of most swarm tests: a small random llama, the same model in transformers for comparison, and peers that may
+fail."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ def local(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Directory]:
-    """A node of a DHT for all swarms of a module; they must be of different models, or see each other."""
+    """A DHT node for all swarms of a module. Swarms of the same model would find each other's peers."""
     with dht_node() as directory:
         yield directory
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Weights that no other test has: peers of theirs do not see others at the same node of the DHT."""
+    """Weights that no other test has, so that their peers do not find others at the same DHT node."""
     return random_checkpoint("llama", tmp_path / "own", seed=zlib.crc32(request.node.nodeid.encode()))
 
 
@@ -53,6 +54,6 @@ def pairs(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def twins(pairs: LocalSwarm) -> Iterator[LocalSwarm]:
-    """Two peers for every span, of which a test may end some, and a client that knows nothing of them yet."""
+    """Two peers for every span; the test may end peers. Its client does not know the peers yet."""
     with pairs.mended() as swarm:
         yield swarm

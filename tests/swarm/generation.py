@@ -1,4 +1,4 @@
-"""A prompt, how to go on from it, and what to do meanwhile."""
+"""A prompt, options of generation, and actions during it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
 
 
 def force_window(monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
-    """Has drafts sent in such windows, whatever would pay."""
+    """Sends drafts in the given windows, whether they pay or not."""
     monkeypatch.setattr(DraftStats, "knows_steps", True)
     monkeypatch.setattr(DraftStats, "window", lambda *_: window)
     monkeypatch.setattr(
@@ -30,7 +30,7 @@ def force_window(monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
 
 
 class Collector(BaseStreamer):
-    """Notes what is streamed, and -1 at the end."""
+    """Records the streamed tokens, and -1 at the end."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -43,10 +43,10 @@ class Collector(BaseStreamer):
 
 
 class After(BaseStreamer):
-    """Does something once a number of tokens has come."""
+    """Runs an action after a number of tokens."""
 
     def __init__(self, tokens: int, action: Callable[[], None]) -> None:
-        self._left = tokens + 1  # the prompt comes first
+        self._left = tokens + 1  # The first call of `put` has the prompt.
         self._action = action
 
     def put(self, value: torch.Tensor) -> None:

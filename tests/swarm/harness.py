@@ -34,9 +34,9 @@ SPANS = [(0, 2), (2, 4), (4, 6)]
 
 @dataclass
 class LocalSwarm:
-    """Running peers of one checkpoint, and clients of theirs; all end with the swarm.
+    """Running peers of one checkpoint, and their clients; all end with the swarm.
 
-    node: of the DHT, for all of them; None: each has its own.
+    node: the DHT node of all peers and clients; None: each has its own.
     """
 
     folder: Path
@@ -47,23 +47,24 @@ class LocalSwarm:
 
     @property
     def addresses(self) -> list[str]:
-        """Of the first peer that is there."""
+        """The addresses of the first peer in the swarm."""
         return next(peer.directory.addresses for peer in self.peers if not _has_ended(peer))
 
     @property
     def client(self) -> Swarm:
-        """The connection that all models without an identity of their own share."""
+        """The connection shared by all models without their own identity."""
         return self._client or self.join()
 
     def join(self) -> Swarm:
-        """Opens the connection that models share; without this, the first model does."""
+        """Opens the shared connection; without this call, the first model opens it."""
         self._client = self.connect()
         return self._client
 
     def add(self, start: int, end: int, **options: Any) -> Peer:
-        """Starts a peer for blocks `[start, end)`, or for what `wish` says; it computes as transformers does.
+        """Starts a peer for blocks `[start, end)`, or for the span of `wish`; it computes in the precision of
+        transformers.
 
-        join: in the place of the address of the first peer.
+        join: replaces the address of the first peer.
         """
         chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
         chosen |= options
@@ -81,7 +82,7 @@ class LocalSwarm:
 
     @contextmanager
     def mended(self) -> Iterator[LocalSwarm]:
-        """The same peers for a test that may end some, and a client of its own; then others take their place."""
+        """The same peers for a test that may end some, with its own client; later, new peers replace the ended ones."""
         with self.newcomer() as visitor:
             yield visitor
         ended = [peer for peer in self.peers if _has_ended(peer)]
@@ -93,7 +94,7 @@ class LocalSwarm:
 
     @contextmanager
     def visit(self) -> Iterator[LocalSwarm]:
-        """The same peers and the same client for a while: sessions of its models end with the visit."""
+        """The same peers and client for some time: sessions of its models end with the visit."""
         try:
             yield self
         finally:
@@ -101,19 +102,19 @@ class LocalSwarm:
 
     @contextmanager
     def newcomer(self) -> Iterator[LocalSwarm]:
-        """The same peers for a while, and a client that knows nothing of them yet; it ends with the visit."""
+        """The same peers for some time, with a new client that does not know them yet and ends with the visit."""
         visitor = LocalSwarm(self.folder, self.peers, self.node)
         with visitor._stack:
             yield visitor
 
     def connect(self, identity: Identity | None = None) -> Swarm:
-        """A client's connection of its own, without a model."""
+        """A new client connection, without a model."""
         facts = ModelFacts.of(Checkpoint.open(self.folder))
         with self._using_node():
             return self._stack.enter_context(Swarm(facts, self.addresses, identity=identity))
 
     def model(self, codec: str = "none", identity: Identity | None = None, **options: Any) -> RemoteCausalLM:
-        """A causal LM whose blocks are on these peers."""
+        """A causal language model whose blocks are on these peers."""
         client = self.client if identity is None else self.connect(identity)
         return attach(Checkpoint.open(self.folder), client, codec=codec, **options)
 
@@ -137,7 +138,7 @@ def _has_ended(peer: Peer) -> bool:
 
 
 class _LentDirectory:
-    """A directory that somebody else closes."""
+    """A directory whose owner closes it."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -150,7 +151,7 @@ class _LentDirectory:
 
 
 def dht_node() -> Directory:
-    """A node of a DHT, for swarms whose peers and clients need not have one each: it is a process, slow to start."""
+    """A DHT node for swarms whose peers and clients need no own nodes: a node is a process that starts slowly."""
     return Directory.start(listen=["/ip4/127.0.0.1/tcp/0"])
 
 
@@ -158,7 +159,7 @@ def dht_node() -> Directory:
 def local_swarm(
     folder: Path, spans: Sequence[tuple[int, int]], *, node: Directory | None = None, **options: Any
 ) -> Iterator[LocalSwarm]:
-    """Peers for `spans` of the checkpoint in `folder`; `node`: of the DHT, see `LocalSwarm`."""
+    """Peers for `spans` of the checkpoint in `folder`; `node`: the DHT node, see `LocalSwarm`."""
     swarm = LocalSwarm(folder, node=node)
     with swarm._stack:
         for start, end in spans:
@@ -168,14 +169,15 @@ def local_swarm(
 
 @contextmanager
 def shared_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any) -> Iterator[LocalSwarm]:
-    """The same with a client that is there from the beginning, for all tests of a module."""
+    """The same, with a client that exists from the beginning, for all tests of a module."""
     with local_swarm(folder, spans, **options) as swarm:
         swarm.join()
         yield swarm
 
 
 def repairs(session: Session | MixedSession) -> list[Recovered]:
-    """What was mended after a loss: on a machine that others use a session may move to a better route, too."""
+    """Recoveries from losses. On a machine with other work, a session may also move to a better route; moves are left
+    out."""
     return [each for each in session.recoveries if each.cause is not Cause.BETTER_ROUTE]
 
 

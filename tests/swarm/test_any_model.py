@@ -1,4 +1,4 @@
-"""Peers that serve any model go to the one that is wanted, stay there, and uncover none that is in use."""
+"""Peers that serve any model move to the model with demand, stay there, and uncover no model in use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.swarm
 
 @pytest.fixture
 def node() -> Iterator[Directory]:
-    """Of its own for each test: the models of all tests are alike."""
+    """A DHT node for each test, because all tests use the same models."""
     with dht_node() as directory:
         yield directory
 
@@ -46,7 +46,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All looks come more often."""
+    """All looks happen more often."""
     for module, name, times in ((any_model, "LOOK_S", 40), (any_model, "HOLD_S", 10), (placement, "QUICK_LOOK_S", 10)):
         monkeypatch.setattr(module, name, getattr(module, name) / times)
     monkeypatch.setattr(placement, "CHECK_S", 0.05)
@@ -66,7 +66,7 @@ def serves(peer: Peer, folder: Path) -> bool:
 
 
 def look(*peers: Peer) -> None:
-    """Waits until these peers have begun to look at other models three times more: two looks are over then."""
+    """Waits until these peers have started three more looks at other models, so that two looks are complete."""
     for choice in [peer._choice for peer in peers] * 3:
         assert choice is not None
         before = choice._look_at
@@ -103,7 +103,8 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
         assert not any(model.missing for model in listed.values())
         assert listed[facts[other].fingerprint].demand > 0
         assert len(listed[facts[folder].fingerprint].records) == 1, "its record there is withdrawn"
-        gateway.asked(facts[folder], 50_000)  # much, and the peer there does it; the idle one is needed where it is
+        # The busy peer of this model handles this demand; the idle peer is needed where it is.
+        gateway.asked(facts[folder], 50_000)
         wait_until(lambda: facts[folder].fingerprint in demand_of(node))
         look(idle)
         assert serves(idle, other) and idle.counters.moves == 1
@@ -113,10 +114,10 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
 
 
 @pytest.mark.full
-def test_of_two_idle_peers_one_goes_where_one_is_needed(node: Directory, folder: Path, other: Path) -> None:
+def test_only_one_of_two_idle_peers_moves_to_missing_blocks(node: Directory, folder: Path, other: Path) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         idle = [any_peer(swarm, folder, [], 6) for _ in range(2)]
-        for peer in idle:  # weights come from a peer of the model: nobody here has named its files
+        for peer in idle:  # The weights come from a peer of the model, because this peer has no folder with its files.
             peer.relocation.leave = lambda own, others: False
         swarm.add(0, 2, folder=other, share_weights=True)
         swarm.add(2, 4, folder=other, share_weights=True)
@@ -132,7 +133,7 @@ def test_of_two_idle_peers_one_goes_where_one_is_needed(node: Directory, folder:
         assert sorted(peer.counters.moves for peer in idle) == [0, 1]
 
 
-def test_a_peer_in_use_stays_until_it_can_be_spared(node: Directory, folder: Path, other: Path) -> None:
+def test_a_peer_in_use_stays_until_another_peer_covers_its_blocks(node: Directory, folder: Path, other: Path) -> None:
     facts = {each: ModelFacts.of(Checkpoint.open(each)) for each in (folder, other)}
     with local_swarm(other, [(0, 4)], node=node) as swarm:
         alone = any_peer(swarm, folder, [folder, other], 6)
@@ -146,7 +147,7 @@ def test_a_peer_in_use_stays_until_it_can_be_spared(node: Directory, folder: Pat
         assert serves(alone, folder)
 
 
-def test_a_peer_without_a_model_begins_with_the_one_that_lacks_blocks(
+def test_a_peer_without_a_model_starts_with_the_model_that_lacks_blocks(
     node: Directory, folder: Path, other: Path, tmp_path: Path
 ) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
@@ -157,7 +158,7 @@ def test_a_peer_without_a_model_begins_with_the_one_that_lacks_blocks(
             any_peer(swarm, None, [tmp_path / "absent"], 6)
 
 
-def test_a_peer_stays_if_nobody_gives_the_weights(
+def test_a_peer_stays_if_no_source_has_the_weights(
     node: Directory, folder: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "WAIT_LIMIT_S", 0.5)
@@ -176,7 +177,7 @@ def test_a_peer_stays_if_nobody_gives_the_weights(
         assert torch.equal(answer(swarm, folder), whole_answer(folder))
 
 
-def test_without_a_list_nothing_is_got_from_the_hub_for_a_name_of_strangers(
+def test_names_of_strangers_cause_no_downloads_without_a_list_of_models(
     node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, cached = list[str](), list[str]()
@@ -196,8 +197,8 @@ def test_without_a_list_nothing_is_got_from_the_hub_for_a_name_of_strangers(
 
 
 @pytest.mark.full
-def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, other: Path) -> None:
-    """And a gateway beside them is heard."""
+def test_demand_claimed_by_strangers_is_bounded(node: Directory, folder: Path, other: Path) -> None:
+    """The demand of another gateway still counts."""
     served, wanted = (Checkpoint.open(each) for each in (folder, other))
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         gateway = swarm._stack.enter_context(closing(DemandPublisher(node, Identity.generate())))
@@ -209,6 +210,6 @@ def test_strangers_that_claim_demand_are_bounded(node: Directory, folder: Path, 
         assert found[wanted.fingerprint].tokens_per_s <= MAX_WANTED_TOKENS
         assert found[served.fingerprint].tokens_per_s == pytest.approx(10.0, rel=0.2)
         assert set(node.models()) == {served.fingerprint}
-        idle = any_peer(swarm, folder, [folder], 6)  # it may serve no other model, whatever they claim
+        idle = any_peer(swarm, folder, [folder], 6)  # This peer may serve no other model.
         look(idle)
         assert serves(idle, folder)

@@ -139,7 +139,7 @@ def test_a_client_of_the_dht_finds_peers_that_joined_through_a_peer(swarm: Local
         assert spans(visitor.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
 
 
-def test_addresses_of_both_kinds_go_together(swarm: LocalSwarm, node: Directory) -> None:
+def test_addresses_of_peers_and_of_the_dht_may_be_combined(swarm: LocalSwarm, node: Directory) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     gone = peer_address(Endpoint("tcp://127.0.0.1:9", Identity.generate().public))
     for joined in ([*node.addresses, swarm.peers[2].join_address], [*node.addresses, gone]):
@@ -237,7 +237,7 @@ def test_a_peer_without_a_dht_cannot_be_found_on_the_local_network(swarm: LocalS
         swarm.add(0, 2, join=[swarm.peers[0].join_address], lan=True)
 
 
-def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
+def test_a_swarm_continues_without_its_first_peer(folder: Path) -> None:
     with local_swarm(folder, [(0, 3)]) as swarm:
         first = swarm.peers[0]
         second = swarm.add(0, 3, join=[first.join_address])

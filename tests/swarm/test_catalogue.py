@@ -1,7 +1,7 @@
-"""The models that people split over devices, as they are published, with small random weights.
+"""Published models that people split over devices, with small random weights.
 
-The list is that of the model cards of exo (commit b5375f8). Three spans of unequal size give what transformers gives
-with the numbers that the published codes stand for.
+The list is that of the model cards of exo (commit b5375f8). Three unequal spans compute the same as transformers with
+the numbers that the published codes represent.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], Published]] = {
     ),
     "qwen3_vl-bfloat16": (("Qwen3-VL-4B-Instruct",), Published("qwen3_vl", {}, QWEN_VISION, bfloat16)),
 }
-"""Family and format -> the models that are published so, and a small one."""
+"""Family and format -> the models published in it, and a small checkpoint of it."""
 
 NOT_CUT = (
     (
@@ -215,12 +215,12 @@ NOT_CUT = (
         "between its blocks there are several hidden states, and some blocks choose experts by the token",
     ),
 )
-"""Models, family, and why they are refused."""
+"""Models, their family, and the reason of the refusal."""
 
 
 @pytest.mark.default_cases(entry=("deepseek_v3-fp8", "gpt_oss-mxfp4", "gemma4-bfloat16"))
 @pytest.mark.parametrize("entry", CATALOGUE)
-def test_published_models_give_what_transformers_gives(entry: str, node: Directory, tmp_path: Path) -> None:
+def test_published_models_compute_the_same_as_transformers(entry: str, node: Directory, tmp_path: Path) -> None:
     _, published = CATALOGUE[entry]
     local: Any = published.write(tmp_path / "published", tmp_path / "plain")
     ids = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(1))
@@ -229,7 +229,8 @@ def test_published_models_give_what_transformers_gives(entry: str, node: Directo
         remote = swarm.model(dtype="float32")
         with torch.no_grad():
             logits, expected = remote(ids).logits, local(input_ids=ids).logits
-        # Random indexers score many keys zero. Which of these are the best depends on how many positions go together.
+        # Random indexers give many keys a score of zero, and the choice among these depends on the number of positions
+        # per step.
         drafts = {"speculate": "off"} if "index_topk" in published.text else {}
         tokens = remote.generate(ids, attention_mask=torch.ones_like(ids), **options, **drafts)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
@@ -237,11 +238,11 @@ def test_published_models_give_what_transformers_gives(entry: str, node: Directo
 
 
 @pytest.mark.parametrize(("family", "why"), [(family, why) for _, family, why in NOT_CUT])
-def test_models_that_cannot_be_cut_are_refused_with_the_reason(family: str, why: str) -> None:
+def test_models_that_cannot_be_split_are_refused_with_the_reason(family: str, why: str) -> None:
     with pytest.raises(UnsupportedModel, match=why):
         check_can_be_cut(CONFIG_MAPPING[family]().get_text_config())
 
 
-def test_all_forty_nine_are_there() -> None:
+def test_the_catalogue_has_all_forty_nine_models() -> None:
     assert sum(len(models) for models, _ in CATALOGUE.values()) == 45
     assert sum(len(models) for models, *_ in NOT_CUT) == 4

@@ -1,4 +1,4 @@
-"""The chain: activations go from peer to peer, through the client where they must, and sessions stay apart."""
+"""The chain: hops push activations to each other, or through the client if they must, and sessions stay separate."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def test_peers_push_to_each_other(shared: LocalSwarm, local: Any, monkeypatch: p
     assert set(ends) == {6}, "only the tail answers the client"
 
 
-def test_the_client_carries_where_a_peer_is_not_let_in(
+def test_the_client_relays_to_a_hop_that_refuses_other_peers(
     node: Directory, own_folder: Path, own_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(client.public.text + "\n")
     with local_swarm(own_folder, [(0, 2)], node=node) as swarm:
-        # This peer lets the client in, and no other peer; so nobody can push to it.
+        # This peer accepts the client and no other peer, so no peer can push to it.
         swarm.add(2, 3, authorized_keys=keys)
         swarm.add(3, 6)
         ends = _record_result_ends(monkeypatch)
@@ -79,7 +79,7 @@ def test_the_client_carries_where_a_peer_is_not_let_in(
     assert set(ends) == {2, 6}, "the first hop's output came to the client, the second pushed its own"
 
 
-def test_a_span_is_entered_and_left_in_the_middle(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_hop_may_run_a_part_of_its_span(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 4), (2, 6)], node=node) as swarm:
         model = swarm.model()
         with model.session() as cache:
@@ -91,7 +91,7 @@ def test_a_span_is_entered_and_left_in_the_middle(node: Directory, own_folder: P
 
 
 @pytest.mark.full
-def test_clients_at_once_get_what_each_gets_alone(shared: LocalSwarm) -> None:
+def test_concurrent_clients_get_the_same_tokens_as_alone(shared: LocalSwarm) -> None:
     work = [("none", 5), ("int8", 40), ("fp16", 17), ("none", 90), ("int8", 9), ("bf16", 23)]
     models = [shared.model(codec, identity=Identity.generate()) for codec, _ in work]
     prompts = [prompt(length, seed=length) for _, length in work]
@@ -111,7 +111,7 @@ def test_one_model_serves_several_threads(shared: LocalSwarm, local: Any) -> Non
         assert torch.equal(tokens, generate(local, ids))
 
 
-def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSwarm) -> None:
+def test_a_hop_rebuilds_its_cache_from_the_log_of_the_previous_hop(shared: LocalSwarm) -> None:
     swarm = shared.connect()
     torch.manual_seed(0)
     hidden = torch.randn(20, 64)
@@ -120,7 +120,7 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
     for session in (with_replay, undisturbed):
         session.step(hidden[:12], [Chunk(1, 0, 12, 0)])
         session.step(hidden[12:15], [Chunk(1, 12, 3, 1)])
-    # The last hop has lost the session; the hop before sends its log again.
+    # The last hop has lost the session; the hop before it sends its log again.
     tail = next(peer for peer in shared.peers if peer.span.end == 6)
     held = tail.service.sessions.get(with_replay.id)
     assert held is not None
@@ -145,7 +145,7 @@ def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
     session.close()
 
 
-def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
+def test_a_step_with_a_gap_behind_the_cache_is_refused(shared: LocalSwarm) -> None:
     from splitnet.errors import ProtocolError
 
     session = Session(shared.connect(), ConnectionOptions(codec="none"), reservation=64)
@@ -154,17 +154,17 @@ def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
     session.close()
 
 
-def test_memory_that_is_not_there_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
+def test_a_session_larger_than_the_kv_memory_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4, node=node) as small:
         model = small.model()
         with pytest.raises(TooLongForPeers, match=r"hold .* at most: .*--kv-memory"):
             model.generate(prompt(), max_new_tokens=200, eos_token_id=None)
-        # A session that fits is served, and closing it makes room again.
+        # A session that fits is served, and closing it frees the memory.
         for _ in range(3):
             model.generate(prompt(), max_new_tokens=60, eos_token_id=None)
 
 
-def test_a_hole_is_named(node: Directory, own_folder: Path) -> None:
+def test_missing_blocks_are_named(node: Directory, own_folder: Path) -> None:
     with (
         local_swarm(own_folder, [(0, 2), (5, 6)], node=node) as swarm,
         pytest.raises(CoverageError, match=r"blocks 2\.\.4 .*--blocks 2:5"),
@@ -173,7 +173,7 @@ def test_a_hole_is_named(node: Directory, own_folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swarm_of_other_weights_is_named(shared: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
     other = LocalSwarm(random_checkpoint("llama", tmp_path, seed=9), peers=shared.peers)
     with other.newcomer() as visitor, pytest.raises(WrongSwarm, match="other weights"):
@@ -208,8 +208,8 @@ def _record_result_ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.default_cases(columns=(1,))
 @pytest.mark.parametrize("columns", [0, 1, 20])
-def test_another_thread_can_close_a_session_that_is_used(shared: LocalSwarm, columns: int) -> None:
-    """While its route is opened, at its first token, or in the middle of an answer."""
+def test_another_thread_can_close_a_session_in_use(shared: LocalSwarm, columns: int) -> None:
+    """The session is closed while its route opens, at its first token, or in the middle of an answer."""
     model = shared.model()
     cache = model.new_cache()
     ids = prompt()

@@ -1,4 +1,4 @@
-"""A client that runs for long: a silent directory, peers that come and go, garbage in reference cycles."""
+"""A client that runs for long: a silent directory, peers that join and leave, garbage in reference cycles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
 
 @pytest.mark.default_cases(speculate=(None,))
 @pytest.mark.parametrize("speculate", [None, "prompt-lookup"])
-def test_a_silent_directory_ends_no_generation_and_forbids_none(
+def test_a_silent_directory_neither_ends_nor_prevents_a_generation(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch, speculate: str | None
 ) -> None:
     model = swarm.model()
@@ -133,7 +133,7 @@ def test_a_thousand_peers_that_come_and_go_leave_room_for_the_others(swarm: Loca
 
 
 @pytest.mark.full
-def test_a_cache_that_the_collector_frees_gives_back_the_memory_of_peers(swarm: LocalSwarm) -> None:
+def test_a_collected_cache_frees_the_memory_of_its_peers(swarm: LocalSwarm) -> None:
     model = swarm.model()
     output = model(**prompt(), use_cache=True)
     sessions = {peer.endpoint: peer.service.sessions for peer in swarm.peers}

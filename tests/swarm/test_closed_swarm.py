@@ -99,7 +99,7 @@ def test_a_model_that_no_peer_serves_is_not_reported_as_a_wrong_key(
 
 
 @pytest.mark.full
-def test_the_first_peer_is_gone_at_once_when_it_leaves(folder: Path) -> None:
+def test_the_first_peer_disappears_at_once_when_it_leaves(folder: Path) -> None:
     with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
         first = swarm.peers[0]
         second = swarm.add(0, 6, swarm_key=KEY, join=[first.join_address])

@@ -1,4 +1,4 @@
-"""What is admitted has memory to its end; what has none is refused before a position is computed."""
+"""An admitted request has memory until its end; a request without memory is refused before a position is computed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.swarm.test_serve import GREEDY, TEMPLATE, Server
 
 pytestmark = pytest.mark.swarm
 
-POSITIONS = 240  # that the peer has room for
+POSITIONS = 240  # Positions that the peer has memory for.
 MORE = GREEDY | {"ignore_eos": True}
 PROMPT = torch.arange(20)[None]
 
@@ -44,7 +44,8 @@ def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, node:
 @pytest.fixture
 def model(swarm: LocalSwarm) -> Iterator[RemoteCausalLM]:
     wait_until(lambda: not len(swarm.peers[0].service.sessions))
-    swarm.peers[0]._announcer.publish()  # or what others tested stands in its record for seconds
+    # Without this, the record would show the memory use of the previous test for seconds.
+    swarm.peers[0]._announcer.publish()
     with swarm.newcomer() as visitor:
         yield visitor.model()
 
@@ -57,12 +58,12 @@ def server(swarm: LocalSwarm, model: RemoteCausalLM) -> Iterator[Server]:
 
 
 def computed(swarm: LocalSwarm) -> int:
-    """Positions so far."""
+    """Positions computed so far."""
     return sum(work.positions for peer in swarm.peers for work in peer.counters.work.values())
 
 
 async def begun(swarm: LocalSwarm, request: Coroutine[Any, Any, httpx.Response]) -> asyncio.Task[httpx.Response]:
-    """A request for which the peer has computed something."""
+    """A request for which the peer has begun to compute."""
     before = computed(swarm)
     running = asyncio.create_task(request)
     while computed(swarm) == before:
@@ -70,16 +71,16 @@ async def begun(swarm: LocalSwarm, request: Coroutine[Any, Any, httpx.Response])
     return running
 
 
-def test_an_admitted_request_ends_with_all_its_tokens_and_the_next_is_refused_at_its_start(
+def test_an_admitted_request_gets_all_its_tokens_and_the_next_is_refused(
     swarm: LocalSwarm, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "RESERVED_ANSWER", 20)  # of answers of no certain length alone
+    monkeypatch.setattr(generation, "RESERVED_ANSWER", 20)  # This applies only to answers of unknown length.
 
     async def does() -> None:
         async with server.running():
             body = MORE | {"prompt": "Bees", "max_tokens": 150}
             first = await begun(swarm, server.http.post("/v1/completions", json=body))
-            # Others of its swarm are told of it within seconds only, so the peer itself refuses this.
+            # The record shows the reservation only after seconds, so the peer itself refuses this request.
             late = await server.http.post("/v1/completions", json=MORE | {"prompt": "Ants", "max_tokens": 150})
             assert not first.done()
             assert late.status_code == 429 and late.json()["error"]["code"] == "peers_busy", late.text
@@ -88,7 +89,7 @@ def test_an_admitted_request_ends_with_all_its_tokens_and_the_next_is_refused_at
     asyncio.run(does())
 
 
-def test_what_fits_no_peer_is_refused_before_it_is_computed(swarm: LocalSwarm, server: Server) -> None:
+def test_a_request_that_fits_no_peer_is_refused_before_computation(swarm: LocalSwarm, server: Server) -> None:
     before = computed(swarm)
 
     async def does() -> None:
@@ -106,7 +107,7 @@ def test_what_fits_no_peer_is_refused_before_it_is_computed(swarm: LocalSwarm, s
 
 
 @pytest.mark.full
-def test_answers_side_by_side_have_memory_from_the_start(swarm: LocalSwarm, server: Server) -> None:
+def test_parallel_answers_have_memory_from_the_start(swarm: LocalSwarm, server: Server) -> None:
     async def does() -> None:
         async with server.running():
             two = MORE | {"prompt": "Bees", "max_tokens": 100, "n": 2, "temperature": 1}
@@ -120,7 +121,7 @@ def test_answers_side_by_side_have_memory_from_the_start(swarm: LocalSwarm, serv
 
 @pytest.mark.default_cases(alone=(False,))
 @pytest.mark.parametrize("alone", [True, False])
-def test_an_answer_of_no_certain_length_ends_where_there_is_no_more_memory(
+def test_an_answer_of_unknown_length_ends_when_memory_runs_out(
     swarm: LocalSwarm, server: Server, model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     monkeypatch.setattr(generation, "RESERVED_ANSWER", 40)
@@ -147,7 +148,7 @@ def test_an_answer_of_no_certain_length_ends_where_there_is_no_more_memory(
         assert usage["completion_tokens"] >= 40 and tokens <= free - 120
 
 
-def test_generate_has_memory_for_all_its_tokens_or_refuses(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
+def test_generate_reserves_memory_for_all_its_tokens_or_fails(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
     before = computed(swarm)
     with pytest.raises(TooLongForPeers, match="300 positions"):
         model.generate(PROMPT.expand(2, -1), max_new_tokens=130)
@@ -155,21 +156,21 @@ def test_generate_has_memory_for_all_its_tokens_or_refuses(swarm: LocalSwarm, mo
     with model.session():
         assert model.generate(PROMPT, max_new_tokens=130, eos_token_id=None).shape == (1, 150)
         prompts = swarm.peers[0].counters.work[WorkKind.PREFILL]
-        between = prompts.positions  # the last tokens are counted a moment after their results are sent
+        between = prompts.positions  # The last tokens are counted a moment after their results are sent.
         with pytest.raises(PeerBusy) as busy:
             model.generate(PROMPT, max_new_tokens=130, cache=model.new_cache())
         assert not isinstance(busy.value, ContextTooLong)
         assert prompts.positions == between
 
 
-def test_a_session_that_was_too_long_may_be_used_for_less(model: RemoteCausalLM) -> None:
+def test_a_refused_session_may_be_used_for_a_shorter_text(model: RemoteCausalLM) -> None:
     with model.session():
         with pytest.raises(TooLongForPeers):
             model.generate(PROMPT.expand(2, -1), max_new_tokens=130)
         assert model.generate(PROMPT, max_new_tokens=5, eos_token_id=None).shape == (1, 25)
 
 
-def test_more_than_the_context_is_refused_before_anything_is_computed(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
+def test_a_text_longer_than_the_context_is_refused_before_computation(swarm: LocalSwarm, model: RemoteCausalLM) -> None:
     before, most = computed(swarm), model.swarm.facts.max_positions
     assert most is not None
     with pytest.raises(ContextTooLong, match=f"context of {most}"):

@@ -51,14 +51,14 @@ def server(swarm: LocalSwarm, model: RemoteCausalLM) -> Iterator[Server]:
 
 
 async def shown(server: Server, **headers: str) -> list[Any]:
-    """What somebody sees who looks at a server that is about to end, which therefore ends the stream."""
+    """The events that a viewer gets from a server that is about to end, so that the stream ends."""
     server.generations.draining = True
     reply = await server.http.get("/dashboard/events", headers={"Authorization": f"Bearer {KEY}"} | headers)
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
     return [json.loads(event.removeprefix("data: ")) for event in reply.text.split("\n\n")[:-1]]
 
 
-def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: Server, swarm: LocalSwarm) -> None:
+def test_a_snapshot_has_the_peers_and_answers_with_their_routes(server: Server, swarm: LocalSwarm) -> None:
     async def does() -> None:
         async with server.running():
             server.http.headers["Authorization"] = f"Bearer {KEY}"
@@ -88,10 +88,10 @@ def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: 
     asyncio.run(does())
 
 
-def test_peers_are_shown_for_as_long_as_the_swarm_knows_them(
+def test_peers_are_shown_as_long_as_the_swarm_knows_them(
     server: Server, model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client asks what has changed, so it may hold a record that was renewed long ago."""
+    """The client asks for changes only, so it may hold a record that was renewed long ago."""
     old = [dataclasses.replace(record, issued_at=record.issued_at - 3600) for record in model.swarm.peers()]
     assert all(record.expires_at < time.time() for record in old)
     monkeypatch.setattr(model.swarm, "peers", lambda fresh: old)
@@ -107,11 +107,10 @@ def test_peers_are_shown_for_as_long_as_the_swarm_knows_them(
 
 @pytest.mark.default_cases(local_blocks=("2:4",))
 @pytest.mark.parametrize("local_blocks", [None, "2:4"])
-def test_it_is_told_how_far_a_prompt_is_read(
+def test_events_show_the_progress_of_a_prompt(
     swarm: LocalSwarm, local_blocks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a second turn as well, of which the peers hold the beginning. A stream has the id of its answer from the
-    beginning."""
+    """Also for a second turn, whose beginning the peers hold. A stream has the id of its answer from the beginning."""
     model = swarm.model(local_blocks=local_blocks)
     server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
     read: list[int] = []
@@ -141,7 +140,7 @@ def test_it_is_told_how_far_a_prompt_is_read(
     server.generations.close()
 
 
-def test_the_answers_of_all_models_are_told(swarm: LocalSwarm, server: Server, model: RemoteCausalLM) -> None:
+def test_events_include_the_answers_of_all_models(swarm: LocalSwarm, server: Server, model: RemoteCausalLM) -> None:
     other = Server(model, AutoTokenizer.from_pretrained(swarm.folder))
     loaded = dataclasses.replace(other.app.state.gateway.served, name="other")
     server.app.state.gateway.offers = [Offer(["other"], lambda: loaded)]
@@ -170,7 +169,7 @@ def test_the_answers_of_all_models_are_told(swarm: LocalSwarm, server: Server, m
     other.generations.close()
 
 
-def test_requests_that_run_and_wait_are_counted(server: Server) -> None:
+def test_running_and_waiting_requests_are_counted(server: Server) -> None:
     async def does() -> None:
         async with server.running():
             server.http.headers["Authorization"] = f"Bearer {KEY}"
@@ -205,7 +204,7 @@ def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
     asyncio.run(does())
 
 
-def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
+def test_an_open_stream_ends_with_the_server(server: Server) -> None:
     async def does() -> None:
         stream = Dashboard(server.app.state.gateway).stream(ANYONE)
         assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
@@ -216,7 +215,7 @@ def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
     asyncio.run(does())
 
 
-def test_blocks_of_the_server_itself_are_told_and_the_route_is_the_rest(swarm: LocalSwarm) -> None:
+def test_local_blocks_of_the_server_are_shown_beside_the_route(swarm: LocalSwarm) -> None:
     model = swarm.model(local_blocks="0:2")
     server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
 
@@ -234,7 +233,7 @@ def test_blocks_of_the_server_itself_are_told_and_the_route_is_the_rest(swarm: L
     server.generations.close()
 
 
-def test_a_hole_is_told_with_what_to_do(swarm: LocalSwarm) -> None:
+def test_missing_blocks_are_shown_with_advice(swarm: LocalSwarm) -> None:
     with local_swarm(swarm.folder, [(0, 4)]) as holed:
         model = holed.model()
         server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])

@@ -1,6 +1,6 @@
 """The chat of the dashboard in a browser, on a small random model. Screenshots are kept in `test-output/`.
 
-What a random model does not write, prepared events say in its place.
+Prepared events replace text that a random model does not write.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def model(swarm: LocalSwarm) -> RemoteCausalLM:
 
 @contextmanager
 def served(swarm: LocalSwarm, model: RemoteCausalLM, names: Sequence[str] = ()) -> Iterator[NewPage]:
-    """Opens the page of a server; it loads other models when they are asked for."""
+    """Opens the page of a server; it loads other models on request."""
     server, other = (Server(model, AutoTokenizer.from_pretrained(swarm.folder)) for _ in range(2))
     server.app.state.gateway.offers = [Offer([name], lambda: other.app.state.gateway.served) for name in names]
     with listening(server.app) as url, browsing(url) as new:
@@ -102,7 +102,7 @@ def visit(swarm: LocalSwarm, model: RemoteCausalLM) -> Iterator[NewPage]:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step through the peers takes a while."""
+    """Every step through the peers takes some time."""
     decoded = Session._decoded
 
     def later(self: Session, request: Any) -> Any:
@@ -113,7 +113,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(page: Page, text: str) -> Locator:
-    """Sends a message; the last answer."""
+    """Sends a message, and returns the last answer."""
     page.fill("#question", text)
     page.keyboard.press("Enter")
     return page.locator(".answer").last
@@ -126,7 +126,7 @@ def ended(answer: Locator) -> Locator:
 
 
 def say(page: Page, *deltas: dict[str, Any], finish: str = "stop") -> list[Any]:
-    """From now on answers are these; the requests for them."""
+    """Replaces all further answers with these deltas, and returns the requests for them."""
     asked: list[Any] = []
     choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     choices.append({"index": 0, "delta": {}, "finish_reason": finish})
@@ -144,7 +144,7 @@ def say(page: Page, *deltas: dict[str, Any], finish: str = "stop") -> list[Any]:
 
 
 def listed(page: Page) -> list[Any]:
-    """The bodies of requests for answers, as they are sent."""
+    """The bodies of the requests for answers, in order."""
     sent: list[Any] = []
     page.on("request", lambda each: sent.append(each.post_data_json) if "/v1/chat" in each.url else None)
     return sent
@@ -154,7 +154,7 @@ def said(request: Any) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in request["messages"]]
 
 
-def test_an_answer_of_the_swarm_is_stopped_and_the_chat_goes_on(visit: NewPage, slow: None) -> None:
+def test_the_chat_continues_after_a_stopped_answer(visit: NewPage, slow: None) -> None:
     page = visit()
     sent = listed(page)
     first = ask(page, "Tell me of bees")
@@ -176,7 +176,7 @@ def test_an_answer_of_the_swarm_is_stopped_and_the_chat_goes_on(visit: NewPage, 
 
 
 @pytest.mark.full
-def test_the_prompt_is_told_as_it_is_read(visit: NewPage, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_of_the_prompt_is_shown(visit: NewPage, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses, "FIRST_S", 0.1)
     monkeypatch.setattr(Session, "step_positions", lambda *_: 2)
     page = visit()
@@ -191,7 +191,7 @@ def test_the_prompt_is_told_as_it_is_read(visit: NewPage, slow: None, monkeypatc
     page.keyboard.press("Escape")
 
 
-def test_a_question_is_changed_and_an_answer_made_anew(visit: NewPage) -> None:
+def test_a_question_can_be_changed_and_an_answer_repeated(visit: NewPage) -> None:
     page = visit()
     sent = say(page, {"role": "assistant", "content": ""}, {"content": "one"})
     for text in ("first", "second", "third"):
@@ -220,7 +220,7 @@ def test_a_question_is_changed_and_an_answer_made_anew(visit: NewPage) -> None:
 
 
 @pytest.mark.full
-def test_a_change_while_an_answer_comes_ends_it(visit: NewPage, slow: None) -> None:
+def test_a_changed_question_ends_the_current_answer(visit: NewPage, slow: None) -> None:
     page = visit()
     expect(ask(page, "Tell me of bees").locator(".text")).not_to_be_empty()
     sent = listed(page)
@@ -255,7 +255,7 @@ def test_the_chat_stays_when_the_page_is_loaded_again(visit: NewPage) -> None:
     assert page.evaluate("localStorage.getItem('chat')") is None
 
 
-def test_the_model_is_chosen(swarm: LocalSwarm, model: RemoteCausalLM, slow: None) -> None:
+def test_a_model_can_be_chosen(swarm: LocalSwarm, model: RemoteCausalLM, slow: None) -> None:
     with served(swarm, model, [OTHER]) as opened:
         page = opened()
         sent = listed(page)
@@ -312,7 +312,7 @@ def test_markdown_is_shown_and_copied(visit: NewPage) -> None:
     photograph(page, "chat-markdown")
     page.get_by_role("button", name="Full page").click()
     photograph(page, "chat-wide")
-    # Without a clipboard, as over plain HTTP from another machine.
+    # Without a clipboard, as with plain HTTP from another machine.
     page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     page.get_by_role("button", name="Copy the code").click()
     expect(text.locator(".code-head button")).to_have_text("Copied")
@@ -345,7 +345,7 @@ def test_reasoning_is_folded_away_and_calls_are_shown(visit: NewPage) -> None:
     assert said(sent[-1]) == [("user", "bees?"), ("assistant", "So."), ("user", "more")]
 
 
-def test_errors_are_told_and_the_question_is_asked_again(visit: NewPage) -> None:
+def test_errors_are_shown_and_the_question_can_be_repeated(visit: NewPage) -> None:
     page = visit()
     error = {"error": {"message": "blocks 2..5 are served by nobody"}}
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=f"data: {json.dumps(error)}\n\n"))
@@ -423,12 +423,12 @@ def test_long_and_deep_texts_do_not_stop_the_page(visit: NewPage, name: str) -> 
     page, text = visit(), LONG[name]
     size = len(text) // 4 + 1
     say(page, *({"content": text[start : start + size]} for start in range(0, len(text), size)))
-    ended(ask(page, "bees?"))  # soon enough
+    ended(ask(page, "bees?"))  # The answer ends before the timeout.
     say(page, {"content": "*still here*"})
     expect(ask(page, "and now?").locator("em")).to_have_text("still here")
 
 
-def test_a_keyboard_is_enough(visit: NewPage) -> None:
+def test_the_chat_can_be_used_by_keyboard_alone(visit: NewPage) -> None:
     page = visit()
     say(page, {"content": "```js\nlet a\n```"})
     page.keyboard.press("Tab")
@@ -453,7 +453,7 @@ def test_a_keyboard_is_enough(visit: NewPage) -> None:
     for place in [*expected, ".actions button >> nth=1", "#question", "#send"]:
         page.keyboard.press("Tab")
         expect(page.locator(place)).to_be_focused()
-    page.keyboard.press("Enter")  # with nothing to send
+    page.keyboard.press("Enter")  # The input is empty.
     expect(page.locator(".message")).to_have_count(2)
 
 
@@ -565,7 +565,7 @@ def test_code_without_a_language_has_no_empty_header(visit: NewPage) -> None:
 
 
 def looked_at(visit: NewPage, spans: dict[str, tuple[int, int]], **options: Any) -> Page:
-    """A page that is told of these peers, and of an answer that goes through them in turn."""
+    """A page with events of these peers, and of an answer that passes through them in turn."""
     peer = {"state": "here", "state_s": 1.0, "serves": True, "address": "192.0.2.7:31331", "moving_to": None}
     peer |= {
         "device": "cpu",
@@ -602,7 +602,7 @@ def looked_at(visit: NewPage, spans: dict[str, tuple[int, int]], **options: Any)
 THREE = {"sn1xfgzqtaa": (0, 12), "sn1iq3okjbb": (12, 20), "sn1ah6rcdcc": (20, 30)}
 
 
-def test_a_peer_has_the_colour_of_its_key_whoever_else_is_there(visit: NewPage) -> None:
+def test_the_colour_of_a_peer_depends_on_its_key_alone(visit: NewPage) -> None:
     def colours(spans: dict[str, tuple[int, int]]) -> dict[str, set[str]]:
         page = looked_at(visit, spans)
         places = {"#map .span": ".span-name", "#routes .hop": "b", "#peers tr": "b"}
@@ -621,7 +621,7 @@ def test_a_peer_has_the_colour_of_its_key_whoever_else_is_there(visit: NewPage) 
 
 @pytest.mark.default_cases(count=(3,))
 @pytest.mark.parametrize("count", [3, 9])
-def test_no_end_of_a_route_stands_alone(visit: NewPage, count: int) -> None:
+def test_the_last_hop_of_a_route_is_not_alone_in_its_line(visit: NewPage, count: int) -> None:
     edges = [30 * index // count for index in range(count + 1)]
     spans = {f"sn1{chr(97 + index) * 8}": (edges[index], edges[index + 1]) for index in range(count)}
     page = looked_at(visit, spans, width=1280)
@@ -632,7 +632,7 @@ def test_no_end_of_a_route_stands_alone(visit: NewPage, count: int) -> None:
     photograph(page, f"route-{count}")
 
 
-def test_the_page_says_in_plain_words_how_weights_are_held(visit: NewPage) -> None:
+def test_the_page_explains_weight_formats_in_plain_words(visit: NewPage) -> None:
     page = looked_at(visit, THREE)
     cell = page.locator("#peers td.wraps").first
     expect(cell).to_have_text("cpu, as in the files")
@@ -648,7 +648,7 @@ def test_the_page_says_in_plain_words_how_weights_are_held(visit: NewPage) -> No
 
 
 @pytest.mark.full
-def test_fingers_break_lines_with_enter(visit: NewPage) -> None:
+def test_enter_breaks_lines_on_a_touch_screen(visit: NewPage) -> None:
     page = visit(width=390, height=844, has_touch=True, is_mobile=True)
     say(page, {"content": "one"})
     page.fill("#question", "one")

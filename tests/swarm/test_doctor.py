@@ -1,4 +1,4 @@
-"""`splitnet doctor` on set-ups that are broken in one way each: it names that way, and nothing else."""
+"""`splitnet doctor` on set-ups with one fault each: it names this fault and no other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sound(folder: Path, swarm: LocalSwarm, key_file: Path) -> Setup:
-    """A set-up in which nothing is wrong."""
+    """A set-up without a fault."""
     options = ConnectionOptions(initial_peers=swarm.addresses, lan=False, key_file=key_file)
     return Setup(model=str(folder), options=options, listen=LOOPBACK)
 
@@ -66,12 +66,12 @@ def examined(setup: Setup, **options: Any) -> dict[str, list[Finding]]:
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether there is a compiler here is no matter."""
+    """The result must not depend on a compiler on this machine."""
     monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: Kernels.FAST)
 
 
 def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
-    """By check what did not pass; each check has at most one such finding."""
+    """The finding of each check that did not pass; each check has at most one."""
     bad = [finding for findings in found.values() for finding in findings if finding.status is not Status.passed]
     assert len({finding.check for finding in bad}) == len(bad), bad
     return {finding.check: finding for finding in bad}
@@ -79,7 +79,7 @@ def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
 
 @contextmanager
 def announced(node: Directory, record: PeerRecord, identity: Identity) -> Iterator[None]:
-    """A record stands in the DHT for a while."""
+    """Publishes a record in the DHT for some time."""
     assert node.announce(record, identity)
     try:
         yield
@@ -98,7 +98,7 @@ def test_a_sound_set_up_passes_every_check(sound: Setup, folder: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_session_of_a_length_fits_or_not(sound: Setup, swarm: LocalSwarm) -> None:
+def test_the_check_of_a_context_passes_only_if_it_fits(sound: Setup, swarm: LocalSwarm) -> None:
     fits, too_long = (examined(dataclasses.replace(sound, context=positions)) for positions in (256, 257))
     assert wrong(fits) == {}
     assert "a session of 256 positions fits: " in fits["context"][0].text
@@ -117,7 +117,7 @@ def test_a_session_of_a_length_fits_or_not(sound: Setup, swarm: LocalSwarm) -> N
         each._announcer.publish()
 
 
-def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -> None:
+def test_a_second_examination_can_use_the_same_port(sound: Setup) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     for _ in range(2):
@@ -146,7 +146,7 @@ def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest
 
 
 class TestPort:
-    def test_that_is_taken(self, sound: Setup) -> None:
+    def test_a_port_that_is_taken(self, sound: Setup) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             listen = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
             found = examined(joining(sound, (), listen=listen))
@@ -155,7 +155,7 @@ class TestPort:
         )
 
     @pytest.mark.full
-    def test_that_is_taken_by_the_peer_with_our_key(self, sound: Setup, swarm: LocalSwarm, key_file: Path) -> None:
+    def test_a_port_taken_by_the_peer_with_the_same_key(self, sound: Setup, swarm: LocalSwarm, key_file: Path) -> None:
         own = Identity.load_or_create(key_file)
         peer = swarm.peers[0]
         record = dataclasses.replace(peer.record(), key=own.public)
@@ -165,26 +165,26 @@ class TestPort:
         assert "is taken by the peer that has the key of this machine" in found["port"][0].text
 
     @pytest.mark.full
-    def test_that_is_blocked(self, sound: Setup) -> None:
+    def test_a_port_that_is_blocked(self, sound: Setup) -> None:
         bad = wrong(examined(dataclasses.replace(sound, public_host="127.0.0.1:9")))
         assert list(bad) == ["reach"] and bad["reach"].status is Status.failed
         assert "no peer reaches this machine at tcp://127.0.0.1:9: open the port in firewalls" in bad["reach"].text
 
-    def test_that_leads_to_somebody_else(self, sound: Setup, swarm: LocalSwarm) -> None:
+    def test_a_port_that_leads_to_another_peer(self, sound: Setup, swarm: LocalSwarm) -> None:
         elsewhere = swarm.peers[1].endpoint.address.removeprefix("tcp://")
         bad = wrong(examined(dataclasses.replace(sound, public_host=elsewhere)))
         assert list(bad) == ["reach"] and f"no peer reaches this machine at tcp://{elsewhere}" in bad["reach"].text
 
 
 class TestWrongKey:
-    def test_of_the_address_to_join_with(self, sound: Setup) -> None:
+    def test_a_wrong_key_in_the_join_address(self, sound: Setup) -> None:
         where, _, there = sound.options.initial_peers[0].rpartition("/p2p/")
         address = f"{where}/p2p/{NOBODY.rpartition('/')[2]}"
         bad = wrong(examined(joining(sound, [address])))
         assert list(bad) == ["join"] and bad["join"].status is Status.failed
         assert f"{address}: what answers there has another key, {there}:" in bad["join"].text
 
-    def test_of_a_peer(self, sound: Setup, swarm: LocalSwarm) -> None:
+    def test_a_peer_with_another_key_than_its_record(self, sound: Setup, swarm: LocalSwarm) -> None:
         impostor = Identity.generate()
         lie = dataclasses.replace(swarm.peers[0].record(), key=impostor.public)
         assert swarm.node is not None
@@ -194,10 +194,10 @@ class TestWrongKey:
         assert "as if it has another key than the record of the peer there" in bad["peer"].text
         assert impostor.public.text[:9] in bad["peer"].text
 
-    def test_of_this_machine(self, sound: Setup, tmp_path: Path) -> None:
+    def test_a_key_of_this_machine_that_a_peer_does_not_accept(self, sound: Setup, tmp_path: Path) -> None:
         guests = tmp_path / "authorized_keys"
         guests.write_text(Identity.generate().public.text)
-        # Of another model, so that the other tests do not see it.
+        # This is another model, so that other tests do not find its peers.
         other = random_checkpoint("llama", tmp_path / "private", seed=3)
         with dht_node() as node, local_swarm(other, [(0, 6)], node=node, authorized_keys=guests) as private:
             bad = wrong(examined(joining(sound, private.addresses, model=str(other))))
@@ -205,7 +205,7 @@ class TestWrongKey:
         assert "does not accept this client's key: ask its owner" in bad["peer"].text
 
     @pytest.mark.parametrize("fault", ["readable", "damaged", "a folder"])
-    def test_file(self, fault: str, tmp_path: Path) -> None:
+    def test_a_key_file_that_cannot_be_used(self, fault: str, tmp_path: Path) -> None:
         path = tmp_path / "key"
         Identity.load_or_create(path)
         if fault == "readable":
@@ -223,21 +223,21 @@ class TestWrongKey:
 
 
 class TestNoRoute:
-    def test_to_the_address_to_join_with(self, sound: Setup) -> None:
+    def test_an_unreachable_join_address(self, sound: Setup) -> None:
         bad = wrong(examined(joining(sound, [NOBODY])))
         assert list(bad) == ["join"]
         assert bad["join"].text.startswith(f"{NOBODY}: nothing listens there: check that the peer runs")
 
-    def test_to_one_of_two_such_addresses_is_only_a_warning(self, sound: Setup) -> None:
+    def test_one_of_two_unreachable_join_addresses_is_only_a_warning(self, sound: Setup) -> None:
         bad = wrong(examined(joining(sound, [NOBODY, *sound.options.initial_peers])))
         assert list(bad) == ["join"] and bad["join"].status is Status.warned
 
-    def test_to_a_host_without_an_address(self, sound: Setup) -> None:
+    def test_a_join_host_without_an_address(self, sound: Setup) -> None:
         address = NOBODY.replace("/ip4/127.0.0.1/", "/dns4/no-such-host.invalid/")
         bad = wrong(examined(joining(sound, [address])))
         assert bad["join"].text == f"{address}: its host name has no address: check the name"
 
-    def test_to_a_peer_that_is_announced(self, sound: Setup, swarm: LocalSwarm) -> None:
+    def test_an_announced_peer_that_is_unreachable(self, sound: Setup, swarm: LocalSwarm) -> None:
         gone = Identity.generate()
         record = dataclasses.replace(swarm.peers[1].record(), key=gone.public, address="tcp://127.0.0.1:9")
         assert swarm.node is not None
@@ -247,7 +247,7 @@ class TestNoRoute:
         assert bad["peer"].status is Status.warned and "nothing listens there" in bad["peer"].text
 
     @pytest.mark.full
-    def test_to_the_only_peer_of_some_blocks(self, sound: Setup, tmp_path: Path) -> None:
+    def test_an_unreachable_peer_that_alone_serves_some_blocks(self, sound: Setup, tmp_path: Path) -> None:
         model = random_checkpoint("llama", tmp_path / "holed", seed=4)
         gone = Identity.generate()
         with dht_node() as node, local_swarm(model, [(0, 4)], node=node) as holed:
@@ -260,14 +260,14 @@ class TestNoRoute:
 
 
 class TestModel:
-    def test_of_another_name(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
+    def test_a_model_of_another_name(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
         mine = random_checkpoint("llama", tmp_path / "mine", blocks=2)
         bad = wrong(examined(dataclasses.replace(sound, model=str(mine))))
         assert list(bad) == ["swarm"] and bad["swarm"].status is Status.failed
         assert bad["swarm"].text.startswith(f"serves {folder.name}, not your mine: use that model")
 
     @pytest.mark.full
-    def test_in_another_revision(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
+    def test_a_model_in_another_revision(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
         revised = random_checkpoint("llama", tmp_path / folder.name, seed=5)
         bad = wrong(examined(dataclasses.replace(sound, model=str(revised))))
         assert list(bad) == ["swarm"] and bad["swarm"].status is Status.failed
@@ -276,7 +276,7 @@ class TestModel:
 
 @pytest.mark.default_cases(seconds=(600,))
 @pytest.mark.parametrize(("seconds", "direction"), [(600, "ahead of"), (-600, "behind")])
-def test_a_clock_that_is_off(sound: Setup, seconds: int, direction: str) -> None:
+def test_a_wrong_clock(sound: Setup, seconds: int, direction: str) -> None:
     bad = wrong(examined(sound, clock=lambda: time.time() + seconds))
     assert list(bad) == ["clock"] and bad["clock"].status is Status.failed
     assert f"this machine is 600 s {direction} the swarm's, and 3 s are allowed: set it" in bad["clock"].text

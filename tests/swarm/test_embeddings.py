@@ -173,7 +173,7 @@ def test_a_side_network_adds_to_embeddings(
     assert float(cosines(vectors, expected).min()) > 0.9999
 
 
-def test_ollamas_paths(asking: Callable[..., Any], whole: Any, tokenizer: Any) -> None:
+def test_embeddings_through_ollamas_api(asking: Callable[..., Any], whole: Any, tokenizer: Any) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         transport = httpx.ASGITransport(server.app)
         ollama = AsyncClient(host="http://127.0.0.1", transport=transport)
@@ -183,7 +183,7 @@ def test_ollamas_paths(asking: Callable[..., Any], whole: Any, tokenizer: Any) -
         assert several.prompt_eval_count == sum(map(len, ids)) and several.model == MODEL
         one = await ollama.embeddings(MODEL, TEXTS[0])
         assert list(one.embedding) == pytest.approx(list(several.embeddings[0]), abs=1e-3)
-        short = await ollama.embed(MODEL, "Bees " * 300, dimensions=8)  # cut to the context
+        short = await ollama.embed(MODEL, "Bees " * 300, dimensions=8)  # The text is cut to the context.
         assert len(short.embeddings[0]) == 8 and short.prompt_eval_count == 256
         with pytest.raises(ResponseError, match="shorten"):
             await ollama.embed(MODEL, "Bees " * 300, truncate=False)
@@ -206,7 +206,9 @@ def test_a_checkpoint_without_a_head_generates_nothing(
         attach(Checkpoint.open(folder), swarm.client)
 
 
-def test_lengths_of_other_texts_change_no_frequencies(tmp_path: Path, node: Directory, tokenizer: Any) -> None:
+def test_the_lengths_of_other_texts_do_not_change_rope_frequencies(
+    tmp_path: Path, node: Directory, tokenizer: Any
+) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [32.0] * 8}
     folder = random_checkpoint("llama", tmp_path / "long", vocab=49152, rope_parameters=rope, seed=9)
@@ -231,7 +233,7 @@ def test_lengths_of_other_texts_change_no_frequencies(tmp_path: Path, node: Dire
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_other_poolings(asking: Callable[..., Any], whole: Any, tokenizer: Any, mode: str) -> None:
+def test_mean_and_cls_pooling(asking: Callable[..., Any], whole: Any, tokenizer: Any, mode: str) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> Any:
         return await client.embeddings.create(model=MODEL, input=TEXTS)
 
@@ -267,7 +269,7 @@ def test_texts_are_read_in_smaller_batches_where_peers_lack_memory(
     monkeypatch.setattr(generation, "READ_POSITIONS", 8)
     read.clear()
     asking(does)
-    assert read[0] == 1  # the longest text is read alone
+    assert read[0] == 1  # The longest text is read alone.
 
 
 def test_wrong_embedding_requests_are_refused(asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +301,7 @@ def test_wrong_embedding_requests_are_refused(asking: Callable[..., Any], monkey
     asking(does, pooling=Pooling(most=40, prompts={"query": "Q", "document": ""}))
 
 
-def test_paths_that_need_a_key(asking: Callable[..., Any]) -> None:
+def test_embeddings_need_a_key(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         for path in ("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"):
             assert (await server.http.post(path, json={})).status_code == 401

@@ -1,4 +1,4 @@
-"""Energy through real peers: from files as Linux has them to records, metrics and the routes of clients."""
+"""Energy through real peers: from files in the format of Linux to records, metrics and routes of clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def sensor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swarm(folder: Path, node: Directory, sensor: Path) -> Iterator[LocalSwarm]:
-    """All blocks at a fast peer that takes 200 W, at a slower one with the sensor, and at one that says nothing."""
+    """A fast peer with 200 W, a slower peer with the sensor, and a peer without published watts; each serves all
+    blocks."""
     with local_swarm(folder, [], node=node) as swarm:
         swarm.add(0, 6, watts=200.0)
         swarm.add(0, 6, sysfs=sensor.parents[2])
@@ -46,7 +47,7 @@ def swarm(folder: Path, node: Directory, sensor: Path) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def peers(swarm: LocalSwarm) -> list[Peer]:
-    """They say how fast they are; nobody has seen it yet."""
+    """Peers with published speeds that no client has measured yet."""
     for peer, block_ms in zip(swarm.peers, (FAST_MS, THRIFTY_MS, THRIFTY_MS), strict=True):
         peer.server.speed.replace(ObservedSpeed((block_ms,) * 5))
         peer._announcer.publish()
@@ -63,7 +64,7 @@ def told(peer: Peer, name: str) -> float | None:
     return registry_of(peer).get_sample_value(f"splitnet_peer_{name}")
 
 
-def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[Peer]) -> None:
+def test_records_and_metrics_have_the_energy_per_token(client: Swarm, peers: list[Peer]) -> None:
     status = Overview.of(client, client.peers(fresh=True)).as_json()
     by_key = {peer["key"]: peer for peer in status["peers"]}
     given, read, silent = (by_key[peer.identity.public.text] for peer in peers)
@@ -76,7 +77,7 @@ def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[P
         assert told(peer, "token_joules") == shown["joules_per_token"]
         record = peer.record()
         assert shown["joules_per_token"] in (None, pytest.approx(record.watts * token_ms(record) / 1000))
-    assert all((told(peer, "joules_total") or 0) > 0 for peer in peers[:2])  # of timing the device
+    assert all((told(peer, "joules_total") or 0) > 0 for peer in peers[:2])  # Timing the device has taken energy.
     assert told(peers[2], "joules_total") == 0
 
 
@@ -88,7 +89,7 @@ def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[P
         ({"prefer": "energy", "energy_slowdown": 1.1}, 0),
     ],
 )
-def test_a_client_takes_the_route_that_it_prefers(
+def test_a_client_takes_its_preferred_route(
     client: Swarm, peers: list[Peer], options: dict[str, Any], chosen: int
 ) -> None:
     session = Session(client, ConnectionOptions(codec="none", **options), reservation=16)
@@ -97,7 +98,7 @@ def test_a_client_takes_the_route_that_it_prefers(
     session.close()
 
 
-def test_tokens_of_the_thrifty_route_are_the_same_and_are_counted(
+def test_the_route_of_least_energy_gives_the_same_tokens_and_counts_energy(
     swarm: LocalSwarm, peers: list[Peer], local: Any
 ) -> None:
     asked = prompt(5) | GREEDY
@@ -108,17 +109,18 @@ def test_tokens_of_the_thrifty_route_are_the_same_and_are_counted(
     taken = [(told(peer, "joules_total") or 0.0) - joules for peer, joules in zip(peers, before, strict=True)]
     assert taken[0] == taken[2] == 0.0
     passes = registry_of(peers[1]).get_sample_value("splitnet_peer_pass_seconds_sum", {"work": "steps"}) or 0.0
-    assert taken[1] > 0 and (told(peers[1], "joules_total") or 0) >= 5.0 * passes * 0.99  # which is timed within it
+    # The counter of the pass runs inside the counter of energy.
+    assert taken[1] > 0 and (told(peers[1], "joules_total") or 0) >= 5.0 * passes * 0.99
 
 
-def test_a_sensor_that_vanishes_and_comes_back(peers: list[Peer], sensor: Path) -> None:
+def test_a_sensor_may_vanish_and_return(peers: list[Peer], sensor: Path) -> None:
     peer, file = peers[1], sensor / "power1_input"
     file.unlink()
     peer._look_around()
     assert peer.record().watts == 0.0 and told(peer, "watts") is None
     file.write_text("7000000\n")
     peer._look_around()
-    assert peer.record().watts == 0.0  # nothing was computed since
+    assert peer.record().watts == 0.0  # No pass has run since.
     with peer.counters.energy.computing():
         pass
     assert peer.record().watts == pytest.approx(7.0)
@@ -126,7 +128,7 @@ def test_a_sensor_that_vanishes_and_comes_back(peers: list[Peer], sensor: Path) 
 
 @pytest.mark.default_cases(watts=((200.0, None),))
 @pytest.mark.parametrize("watts", [(200.0, 10.0), (200.0, None)])
-def test_training_tells_what_peers_have_spent(
+def test_a_trained_model_counts_the_energy_of_its_peers(
     folder: Path, node: Directory, tmp_path: Path, watts: tuple[float | None, ...]
 ) -> None:
     with local_swarm(folder, [], node=node) as swarm:

@@ -1,4 +1,4 @@
-"""Peers die, and the text goes on with the same tokens."""
+"""Peers fail, and the text continues with the same tokens."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ def kill_hops(swarm: LocalSwarm, cache: Any, *indexes: int) -> Callable[[], None
 
 @pytest.mark.default_cases(indexes=((0, 1, 2),))
 @pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
-def test_hops_that_die_are_replaced(twins: LocalSwarm, local: Any, indexes: tuple[int, ...]) -> None:
+def test_lost_hops_are_replaced(twins: LocalSwarm, local: Any, indexes: tuple[int, ...]) -> None:
     model = twins.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, kill_hops(twins, cache, *indexes)))
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
-    # Once it is whole, a session may leave its route for a better one, as where a busy machine slows a hop for long.
+    # A complete session may still leave its route for a better one, for example when a busy machine slows a hop for
+    # long.
     told = [event.kind for event in model.swarm.events.since(0) if event.kind != "rerouted"]
     assert told.count("lost") >= len(indexes) and told[-1] == "repaired" and "failed" not in told
 
 
-def test_beams_survive(twins: LocalSwarm, local: Any) -> None:
+def test_beam_search_continues_after_a_lost_hop(twins: LocalSwarm, local: Any) -> None:
     model = twins.model()
     options = {**GREEDY, "num_beams": 3}
     calls = 0
@@ -63,7 +64,7 @@ def test_beams_survive(twins: LocalSwarm, local: Any) -> None:
 
 
 @pytest.mark.full
-def test_a_batch_of_many_short_rows_survives(twins: LocalSwarm, local: Any) -> None:
+def test_a_batch_of_many_short_rows_continues_after_a_lost_hop(twins: LocalSwarm, local: Any) -> None:
     model, inputs = twins.model(), prompt(batch=8)
     with model.session() as cache:
         kill = kill_hops(twins, cache, 1)
@@ -78,7 +79,7 @@ def test_a_batch_of_many_short_rows_survives(twins: LocalSwarm, local: Any) -> N
 
 
 @pytest.mark.full
-def test_one_after_the_other(twins: LocalSwarm, local: Any) -> None:
+def test_two_hops_lost_one_after_the_other_are_replaced(twins: LocalSwarm, local: Any) -> None:
     model = twins.model()
     with model.session() as cache:
         first, second = After(5, kill_hops(twins, cache, 0)), After(15, kill_hops(twins, cache, 2))
@@ -95,7 +96,7 @@ def test_one_after_the_other(twins: LocalSwarm, local: Any) -> None:
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_with_the_int8_codec_the_text_is_the_undisturbed_one(twins: LocalSwarm) -> None:
+def test_failover_with_the_int8_codec_gives_the_same_tokens(twins: LocalSwarm) -> None:
     model = twins.model("int8")
     undisturbed = model.generate(**prompt(), **GREEDY)
     with model.session() as cache:
@@ -116,7 +117,7 @@ def test_a_session_that_all_peers_have_dropped_is_rebuilt(twins: LocalSwarm, loc
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_replacement_that_comes_late_is_waited_for(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_session_waits_for_a_late_replacement(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model()
 
@@ -143,7 +144,7 @@ def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any, monkeypatch
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_message_that_is_lost_between_peers_is_sent_again(twins: LocalSwarm, local: Any) -> None:
+def test_a_message_lost_between_hops_is_sent_again(twins: LocalSwarm, local: Any) -> None:
     def lose_one() -> None:
         assert cache.session is not None
         sender = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[0].endpoint)
@@ -160,7 +161,7 @@ def test_a_message_that_is_lost_between_peers_is_sent_again(twins: LocalSwarm, l
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_without_a_replacement_the_blocks_are_named(node: Directory, own_folder: Path) -> None:
+def test_the_error_without_a_replacement_names_the_blocks(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=1.0)
         with model.session() as cache, pytest.raises(CoverageError, match=r"2\.\.3"):
@@ -169,7 +170,7 @@ def test_without_a_replacement_the_blocks_are_named(node: Directory, own_folder:
 
 
 @pytest.mark.full
-def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(node: Directory, own_folder: Path) -> None:
+def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=60.0)
         events = model.swarm.events
@@ -189,7 +190,7 @@ def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(node: Directory,
         assert "failed" not in [event.kind for event in events.since(0)]
 
 
-def test_what_was_generated_before_an_error_is_kept_to_go_on_from(
+def test_generation_can_continue_from_the_tokens_before_an_error(
     node: Directory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
@@ -205,13 +206,13 @@ def test_what_was_generated_before_an_error_is_kept_to_go_on_from(
             mask = torch.ones_like(generated)
             got = model.generate(generated, attention_mask=mask, speculate="off", **options)
             assert cache.session is not None
-            # The prompt was not sent again: only the token that failed, and those after it.
+            # Only the token that failed and later tokens were sent, not the prompt.
             assert cache.session.traffic.positions - before == options["max_new_tokens"]
         assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.full
-def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(
+def test_a_peer_with_another_weight_format_replaces_a_hop_only_if_allowed(
     node: Directory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
@@ -242,7 +243,7 @@ def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(
 
 
 @pytest.mark.full
-def test_hops_that_the_client_carries_between_are_replaced_too(
+def test_lost_hops_with_links_relayed_by_the_client_are_replaced(
     node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     client = Identity.generate()
@@ -250,7 +251,7 @@ def test_hops_that_the_client_carries_between_are_replaced_too(
     keys.write_text(client.public.text + "\n")
     with local_swarm(own_folder, [(0, 2)], node=node) as swarm:
         for start, end in ((2, 4), (2, 4), (4, 6)):
-            # Nobody but the client may connect, so it carries between all hops.
+            # These peers accept only the client, so that it relays between all hops.
             swarm.add(start, end, authorized_keys=keys)
         model = swarm.model(identity=client)
         with model.session() as cache:

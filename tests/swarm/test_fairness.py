@@ -1,4 +1,4 @@
-"""Whatever one client's key does to a live peer, the others have their share."""
+"""Under any load by one client's key, other keys get their share of a peer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ pytestmark = pytest.mark.swarm
 
 SECONDS = 2.0
 PASS_S, POSITION_S = 0.006, 0.0006
-"""What the device that stands in for this one takes for a pass, and for each position beyond the fourth."""
+"""Simulated times of a pass, and of each position beyond the fourth."""
 
 
 def slow_down(patch: pytest.MonkeyPatch) -> None:
-    """Spans take as long as on a device on which a decode step is bound by memory and a prefill by arithmetic."""
+    """Spans take as long as on a device whose decode steps are bound by memory and whose prefill is bound by
+    arithmetic."""
     forward, sequences = Span.forward, Span.sequences
 
     def slow_forward(span: Span, hidden: Any, parts: Any, taps: Any = ()) -> Any:
@@ -59,7 +60,7 @@ def facts(folder: Path) -> ModelFacts:
 
 
 def ms_per_token(peer: Peer, facts: ModelFacts, load: Callable[..., int], **options: Any) -> float:
-    """Of a client with one session beside a load of another key."""
+    """Ms per token of a client with one session, beside a load of another key."""
     began = threading.Event()
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
         running = threads.submit(load, peer.endpoint, facts, seconds=SECONDS, began=began.set, **options)
@@ -89,19 +90,19 @@ def equal_ms(peer: Peer, facts: ModelFacts) -> float:
     ],
     ids=["64 sessions", "prompts", "training", "passes"],
 )
-def test_a_token_beside_another_keys_load_takes_little_longer_than_beside_an_equal(
+def test_a_load_of_another_key_delays_tokens_little_more_than_an_equal_client(
     peer: Peer, facts: ModelFacts, equal_ms: float, load: Callable[..., int], options: dict[str, Any]
 ) -> None:
-    """1.3 is what benchmarks/fairness.py measures on a quiet machine; without shares it is 5 and more."""
+    """benchmarks/fairness.py measures a factor of 1.3 on a quiet machine; without shares it is 5 or more."""
     assert ms_per_token(peer, facts, load, **options) <= 2.0 * equal_ms
 
 
 @pytest.mark.full
-def test_lookups_that_are_queued_and_discarded_freeze_nobody(peer: Peer, facts: ModelFacts) -> None:
+def test_queued_and_discarded_look_ups_block_no_other_client(peer: Peer, facts: ModelFacts) -> None:
     assert fairness.recalls(peer.endpoint, facts, seconds=0.1, count=60_000) < 2500
 
 
-def test_who_holds_all_memory_without_steps_makes_room(
+def test_an_idle_key_that_holds_all_memory_makes_room(
     peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.5)
@@ -123,7 +124,7 @@ def test_who_holds_all_memory_without_steps_makes_room(
         load.result()
 
 
-def test_the_smallest_sessions_of_a_key_do_not_lock_out_others(
+def test_many_small_sessions_of_one_key_do_not_exclude_other_keys(
     peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.0)

@@ -1,4 +1,4 @@
-"""Every supported family, with random weights: three spans of unequal size generate what plain transformers does."""
+"""Every supported family, with random weights: three unequal spans generate the same tokens as plain transformers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAMILIES = (
 
 @pytest.mark.default_cases(family=("gemma2", "gpt2"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generates_as_transformers_does(
+def test_families_generate_the_same_tokens_as_transformers(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 3))
@@ -100,7 +100,7 @@ def kill_hop(swarm: LocalSwarm, cache: Any) -> Callable[[], None]:
 
 
 def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """That of a loss by the embeddings of its input."""
+    """The gradient of a loss by the input embeddings."""
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
     assert embedded.grad is not None
@@ -109,10 +109,10 @@ def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.default_cases(family=("jamba",))
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
-def test_a_conversation_goes_back_far(
+def test_a_conversation_may_be_rewound_far(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # what is to run once more takes several passes
+    monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # The positions to run again take several passes.
     folder = random_checkpoint(family, tmp_path, **HYBRIDS[family])
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(3, 300, (1, 30), generator=torch.Generator().manual_seed(1))
@@ -146,10 +146,10 @@ GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ],
     ids=["computed anew", "long", "growing"],
 )
-def test_texts_beyond_the_length_where_the_rotary_embedding_changes(
+def test_texts_beyond_the_length_at_which_rotary_embeddings_change(
     family: str, config: dict[str, Any], node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts under it and over it, in pieces and in batches, with drafts, and where a hop is lost."""
+    """Prompts below and above this length, in chunks and in batches, with drafts, and with a lost hop."""
     force_window(monkeypatch, Window(2, 3))
     monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
     folder = random_checkpoint(family, tmp_path, **config)
@@ -158,7 +158,7 @@ def test_texts_beyond_the_length_where_the_rotary_embedding_changes(
     mask = torch.ones_like(ids)
     mask[0, :19], mask[2, :1] = 0, 0
 
-    def local() -> Any:  # it remembers the longest text so far
+    def local() -> Any:  # The local model remembers the longest text so far.
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def plain(ids: torch.Tensor, mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every stored format, with random weights: three spans of unequal size give what its numbers give in transformers."""
+"""Every stored format, with random weights: three unequal spans compute the same as transformers with its numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IN_GGUF = (Type.Q8_0, Type.Q5_1, Type.Q4_0, Type.Q4_1)
 
 @pytest.mark.default_cases(scheme=("fp8", "gptq", "Q4_0"))
 @pytest.mark.parametrize("scheme", [*IN_SAFETENSORS, *(kind.name for kind in IN_GGUF)])
-def test_generates_as_transformers_does(
+def test_stored_formats_generate_the_same_tokens_as_transformers(
     scheme: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 3))

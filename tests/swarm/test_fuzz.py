@@ -550,7 +550,7 @@ def test_the_queue_of_small_steps_is_bounded(attacker: Attacker) -> None:
     assert slowest < ANSWER_S * 1000
 
 
-def test_another_client_is_not_disturbed_while_it_lasts(running: LocalSwarm, folder: Path, attacker: Attacker) -> None:
+def test_an_attack_does_not_disturb_another_client(running: LocalSwarm, folder: Path, attacker: Attacker) -> None:
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(4))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}

@@ -1,4 +1,4 @@
-"""What transformers can do with a local model it can do with remote blocks, with the same tokens."""
+"""Generation with remote blocks has the features and the tokens of transformers with a local model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left_padded(batch: torch.Tensor, pads: list[int]) -> dict[str, torch.Tensor]
 
 
 def same(local: Any, remote: RemoteCausalLM, inputs: Any, *, speculate: Any = "auto", **options: Any) -> torch.Tensor:
-    """Generates with both and expects equal tokens."""
+    """Generates with both models, and expects equal tokens."""
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     if isinstance(inputs, torch.Tensor):
         inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
@@ -59,11 +59,11 @@ def same(local: Any, remote: RemoteCausalLM, inputs: Any, *, speculate: Any = "a
     return got
 
 
-def test_greedy(local: Any, remote: RemoteCausalLM) -> None:
+def test_greedy_generation(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt())
 
 
-def test_only_prompts_take_the_way_through_the_whole_model_unless_somebody_watches_it(
+def test_decode_steps_bypass_transformers_forward_unless_the_model_has_a_hook(
     local: Any, remote: RemoteCausalLM
 ) -> None:
     calls: list[int] = []
@@ -82,7 +82,7 @@ def test_only_prompts_take_the_way_through_the_whole_model_unless_somebody_watch
 
 
 @pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
-def test_a_row_of_the_head_that_was_changed_between_two_calls_counts_at_once(
+def test_a_changed_row_of_the_head_takes_effect_in_the_next_call(
     remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head: Any = remote.get_output_embeddings()
@@ -100,7 +100,7 @@ def test_a_row_of_the_head_that_was_changed_between_two_calls_counts_at_once(
         head.weight.data.copy_(before)
 
 
-def test_threads_that_share_a_model_get_what_each_gets_alone(local: Any, remote: RemoteCausalLM) -> None:
+def test_threads_that_share_a_model_get_the_same_tokens_as_alone(local: Any, remote: RemoteCausalLM) -> None:
     prompts = [prompt(4 + seed, seed=seed) for seed in range(6)]
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -139,17 +139,17 @@ def test_prompt_lookup(local: Any, remote: RemoteCausalLM) -> None:
 
 
 def test_assisted_decoding(local: Any, remote: RemoteCausalLM, tmp_path: Path) -> None:
-    # The assistant is another random model, so most of what it drafts is rejected and cropped.
+    # The assistant is another random model, so that most of its drafts are rejected and cropped.
     assistant = AutoModelForCausalLM.from_pretrained(random_checkpoint("llama", tmp_path, blocks=2, seed=0)).eval()
     same(local, remote, prompt(), assistant_model=assistant)
 
 
-def test_without_a_cache(local: Any, remote: RemoteCausalLM) -> None:
+def test_generation_without_a_cache(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), use_cache=False, max_new_tokens=6)
 
 
 def test_a_prompt_longer_than_a_step(local: Any, remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It flows through the hops in several steps."""
+    """The prompt passes the hops in several steps."""
     monkeypatch.setattr(Session, "step_positions", lambda *_: 64)
     same(local, remote, prompt(220), max_new_tokens=4)
 
@@ -204,18 +204,17 @@ def test_a_session_keeps_the_cache_between_calls(local: Any, remote: RemoteCausa
         moved = cache.session.traffic.positions
         longer = torch.cat([first, prompt(5, seed=1)], dim=1)
         same(local, remote, longer, speculate="off")
-        # Only what the peers did not hold was sent: the last token of the first answer, the 5 new, 23 decoded.
+        # Only positions that the peers did not hold were sent: the last token of the first answer, 5 new tokens, 23
+        # decoded ones.
         assert cache.session.traffic.positions - moved == 1 + 5 + 23
-        # Another conversation shares nothing and starts over; one that shares a beginning is cut back to it.
+        # A conversation without a common beginning starts over; one with a common beginning is cropped to it.
         same(local, remote, prompt(9, seed=2))
         same(local, remote, torch.cat([longer[:, :10], prompt(3, seed=3)], dim=1))
         same(local, remote, prompt(6, batch=3, seed=4))
 
 
 @pytest.mark.parametrize("how", [{}, {"speculate": "prompt-lookup"}, {"return_dict_in_generate": True}], ids=str)
-def test_a_call_within_a_call_of_a_session_is_outside_of_it(
-    local: Any, remote: RemoteCausalLM, how: dict[str, Any]
-) -> None:
+def test_a_call_within_a_call_does_not_use_its_session(local: Any, remote: RemoteCausalLM, how: dict[str, Any]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     inner: list[torch.Tensor] = []
 
@@ -265,7 +264,7 @@ def test_the_cache_of_an_output_can_be_used(local: Any, remote: RemoteCausalLM, 
         assert output.cache.get_seq_length() == prompt().shape[1] + 4
         assert torch.equal(remote.generate(output.sequences, cache=output.cache, **options), whole)
         output = remote.generate(prompt(), return_dict_in_generate=True, **options)
-        if in_session:  # which has another text in it by then
+        if in_session:  # The session holds another text by now.
             remote.generate(prompt(seed=3), **options)
         assert torch.equal(remote.generate(output.sequences, past_key_values=output.cache, **options), whole)
         beams = remote.generate(prompt(), return_dict_in_generate=True, num_beams=2, **options)
@@ -273,7 +272,7 @@ def test_the_cache_of_an_output_can_be_used(local: Any, remote: RemoteCausalLM, 
             assert remote(beams.sequences[:, -1:].repeat(2, 1), cache=beams.cache).logits.shape[:2] == (2, 1)
 
 
-def test_a_session_knows_what_its_caller_did_with_the_cache(local: Any, remote: RemoteCausalLM) -> None:
+def test_a_session_notices_changes_of_its_cache_by_the_caller(local: Any, remote: RemoteCausalLM) -> None:
     with remote.session() as cache, torch.no_grad():
         first = same(local, remote, prompt())
         cache.crop(-4)
@@ -281,7 +280,7 @@ def test_a_session_knows_what_its_caller_did_with_the_cache(local: Any, remote: 
         same(local, remote, first)
 
 
-def test_remote_models_assist(local: Any, remote: RemoteCausalLM) -> None:
+def test_a_remote_model_may_be_the_assistant(local: Any, remote: RemoteCausalLM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = local.generate(prompt(), **options)
     assert torch.equal(local.generate(prompt(), assistant_model=remote, **options), expected)
@@ -291,14 +290,16 @@ def test_remote_models_assist(local: Any, remote: RemoteCausalLM) -> None:
         remote.generate(prompt(), speculate=remote, **options)
 
 
-def test_what_a_remote_model_is_and_is_not(remote: RemoteCausalLM, folder: Path, tmp_path: Path) -> None:
+def test_a_remote_model_has_its_checkpoints_name_and_cannot_be_saved(
+    remote: RemoteCausalLM, folder: Path, tmp_path: Path
+) -> None:
     assert remote.config._name_or_path == remote.name_or_path == str(folder)
     with pytest.raises(UnsupportedModel, match=r"blocks of .* are on peers.*peft_model\.save_pretrained"):
         remote.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_has_no_token_is_refused(remote: RemoteCausalLM) -> None:
+def test_an_empty_prompt_is_refused(remote: RemoteCausalLM) -> None:
     nothing = torch.zeros(1, 0, dtype=torch.long)
     for call in (remote, remote.generate, lambda ids: remote(ids, use_cache=True)):
         with pytest.raises(UnsupportedParameter, match="input_ids have no token"):
@@ -318,7 +319,7 @@ def test_a_forward_pass_with_a_cache(local: Any, remote: RemoteCausalLM) -> None
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_more_than_the_context_is_refused(remote: RemoteCausalLM) -> None:
+def test_a_text_longer_than_the_context_is_refused(remote: RemoteCausalLM) -> None:
     longest = remote.config.max_position_embeddings
     with pytest.raises(ContextTooLong, match=str(longest)):
         remote(prompt(longest + 1))
@@ -339,7 +340,7 @@ def test_padding_on_the_right_is_refused_for_generation(remote: RemoteCausalLM) 
         remote.generate(ids, attention_mask=mask, max_new_tokens=2)
 
 
-def test_nothing_stays_reserved(remote: RemoteCausalLM) -> None:
+def test_no_memory_stays_reserved(remote: RemoteCausalLM) -> None:
     remote.generate(prompt(), max_new_tokens=2, eos_token_id=None)
     records = remote.swarm.peers(fresh=True)
     assert len(records) == 3

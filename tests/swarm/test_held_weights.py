@@ -37,7 +37,7 @@ def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def rounded(folder: Path) -> Any:
-    """What the swarm computes: a model whose weights are rounded as its peers round them."""
+    """The model that the swarm computes: its weights are rounded like those of the peers."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for path, parameter in model.named_parameters():
         name, block = path.split(".")[-2], path.split(".")[2] if "layers" in path else ""
@@ -49,7 +49,7 @@ def rounded(folder: Path) -> Any:
     return model
 
 
-def test_they_serve_tokens_and_say_what_they_hold(swarm: LocalSwarm, rounded: Any) -> None:
+def test_peers_with_other_weight_formats_serve_tokens_and_publish_the_format(swarm: LocalSwarm, rounded: Any) -> None:
     assert [(peer.span.start, peer.span.end, peer.record().dtype) for peer in swarm.peers] == [
         (0, 2, "float16/float32"),
         (2, 4, "int8/float32"),
@@ -60,12 +60,12 @@ def test_they_serve_tokens_and_say_what_they_hold(swarm: LocalSwarm, rounded: An
         model = visitor.model()
         with torch.no_grad():
             found, expected = model(ids).logits, rounded(ids).logits
-        assert float((found - expected).norm() / expected.norm()) < 0.02  # kernels for int8 compute in bfloat16
+        assert float((found - expected).norm() / expected.norm()) < 0.02  # Kernels for int8 compute in bfloat16.
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         assert generated.shape[1] > ids.shape[1]
 
 
-def test_gradients_come_back_through_them(swarm: LocalSwarm, rounded: Any) -> None:
+def test_gradients_pass_through_peers_with_other_weight_formats(swarm: LocalSwarm, rounded: Any) -> None:
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(6))
     found: list[torch.Tensor] = []
     with swarm.visit() as visitor:

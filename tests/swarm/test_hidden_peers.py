@@ -76,7 +76,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY)
         assert cache.session is not None
-        assert not any(hop.relayed for hop in cache.session.hops)  # unreachable peers reach each other, too
+        assert not any(hop.relayed for hop in cache.session.hops)  # Unreachable peers reach each other, too.
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
     assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
@@ -84,7 +84,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
 
 
 @pytest.mark.full
-def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
+def test_better_ways_are_found_during_a_session(swarm: LocalSwarm, local: Any) -> None:
     swarm.add(0, 2, relay_port=0)
     add_hidden(swarm, 2, 4)
     add_hidden(swarm, 4, 6)
@@ -203,7 +203,7 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
     wait_until(lambda: not peer.ways._has_moved and peer.ways.hidden.relays)
     stopped = peer.ways.hidden._task
-    hosts.append("127.0.0.1")  # for a moment there is no network
+    hosts.append("127.0.0.1")  # The machine has no network for a moment.
     hosts.append("127.0.0.3")
     wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
     wait_until(lambda: peer.ways.hidden._task is not stopped and peer.ways.hidden.relays)

@@ -1,4 +1,4 @@
-"""Hidden states within the model come with the outputs, as transformers has them, wherever the blocks run."""
+"""Hidden states within the model arrive with the outputs and equal those of transformers, wherever the blocks run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def tokens(length: int, batch: int = 1) -> torch.Tensor:
 
 @torch.no_grad()
 def states_of(folder: Path, ids: torch.Tensor, **given: Any) -> list[torch.Tensor]:
-    """At each boundary, `[batch, seq, hidden]`; what transformers calls the last are those behind the final norm."""
+    """The states at each boundary, `[batch, seq, hidden]`; the last one is before the final norm, unlike in
+    transformers."""
     whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     last: list[torch.Tensor] = []
     norm = whole.base_model.norm if hasattr(whole.base_model, "norm") else whole.base_model.ln_f
@@ -72,10 +73,10 @@ def joined(states: Sequence[torch.Tensor], taps: Sequence[int]) -> torch.Tensor:
 @pytest.mark.parametrize("taps", TAPS, ids=str)
 @pytest.mark.parametrize("local_blocks", [None, "0:1", "3:4", "1:3,5:6", "0:6"])
 @pytest.mark.default_cases(local_blocks=(None, "1:3,5:6"), chain=("llama",))
-def test_they_are_those_of_transformers(
+def test_hidden_states_equal_those_of_transformers(
     chain: LocalSwarm, taps: tuple[int, ...], local_blocks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a prompt in pieces, a token, a window of drafts, and behind a rewind."""
+    """For a prompt in chunks, a token, a window of drafts, and positions after a rewind."""
     monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
     ids = tokens(40)
     expected = joined(states_of(chain.folder, ids), taps)
@@ -90,7 +91,9 @@ def test_they_are_those_of_transformers(
 
 @of_llama
 @pytest.mark.parametrize("local_blocks", [None, "0:1,3:4", "4:6"])
-def test_of_a_padded_batch_those_come_whose_outputs_are_wanted(chain: LocalSwarm, local_blocks: str | None) -> None:
+def test_a_padded_batch_gets_the_hidden_states_of_its_wanted_positions(
+    chain: LocalSwarm, local_blocks: str | None
+) -> None:
     ids, taps, padding = tokens(9, batch=3), (0, 2, 3, 6), torch.tensor([4, 0, 7])
     mask = torch.arange(9)[None] >= padding[:, None]
     given = {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
@@ -110,8 +113,10 @@ def test_of_a_padded_batch_those_come_whose_outputs_are_wanted(chain: LocalSwarm
 
 
 @of_llama
-def test_the_output_and_the_embeddings_cost_no_message(chain: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those within are counted as received."""
+def test_taps_at_the_embeddings_and_the_output_cost_no_message(
+    chain: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only states at inner boundaries count as received."""
     opened: list[Open] = []
     receive = SessionService.receive
 
@@ -135,7 +140,7 @@ def test_the_output_and_the_embeddings_cost_no_message(chain: LocalSwarm, monkey
 
 
 @of_llama
-def test_links_of_few_bits_bring_them_in_few_bits(chain: LocalSwarm) -> None:
+def test_hidden_states_use_the_codec_of_the_link(chain: LocalSwarm) -> None:
     ids, taps = tokens(12), (1, 4)
     states = joined(states_of(chain.folder, ids), taps)
     with chain.visit() as visit:
@@ -151,7 +156,7 @@ def test_links_of_few_bits_bring_them_in_few_bits(chain: LocalSwarm) -> None:
 
 
 @of_llama
-def test_sessions_with_and_without_share_passes(chain: LocalSwarm) -> None:
+def test_sessions_with_and_without_taps_share_passes(chain: LocalSwarm) -> None:
     ids = tokens(20)
     states = states_of(chain.folder, ids)
     with chain.visit() as visit:
@@ -175,8 +180,8 @@ def test_sessions_with_and_without_share_passes(chain: LocalSwarm) -> None:
 
 @pytest.mark.default_cases(at=(1,))
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_hop_that_is_lost_in_mid_text_is_replaced_and_they_go_on(folder: Path, twins: LocalSwarm, at: int) -> None:
-    """A replay brings none, and what comes of a step that is made again is that of the step."""
+def test_hidden_states_continue_after_a_lost_hop(folder: Path, twins: LocalSwarm, at: int) -> None:
+    """A replay brings no hidden states; a repeated step brings only its own."""
     ids, taps = tokens(24), (1, 3, 4)
     expected = joined(states_of(folder, ids), taps)
     model = twins.model()
@@ -196,7 +201,7 @@ def test_a_hop_that_is_lost_in_mid_text_is_replaced_and_they_go_on(folder: Path,
 
 @contextmanager
 def after_a_prompt(folder: Path, twins: LocalSwarm) -> Iterator[tuple[RemoteCache, Callable[[], None]]]:
-    """A cache that holds 12 tokens; and a check that the hidden states of the next four, one by one, are right."""
+    """A cache that holds 12 tokens, and a check of the hidden states of the next four tokens, one at a time."""
     ids, taps = tokens(16), (1, 3)
     expected = joined(states_of(folder, ids), taps)
     model = twins.model()
@@ -211,7 +216,7 @@ def after_a_prompt(folder: Path, twins: LocalSwarm) -> Iterator[tuple[RemoteCach
         yield cache, check
 
 
-def test_those_that_get_lost_come_with_the_step_again(
+def test_lost_hidden_states_arrive_with_the_repeated_step(
     folder: Path, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with after_a_prompt(folder, twins) as (cache, check):
@@ -229,7 +234,7 @@ def test_those_that_get_lost_come_with_the_step_again(
 
 
 @pytest.mark.parametrize("unit", [b"\x00\x00\xc0\x7f", b"x"], ids=["not finite", "short"])
-def test_a_hop_that_sends_nonsense_is_replaced(
+def test_a_hop_that_sends_malformed_hidden_states_is_replaced(
     folder: Path, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch, unit: bytes
 ) -> None:
     with after_a_prompt(folder, twins) as (cache, check):
@@ -249,7 +254,7 @@ def test_a_hop_that_sends_nonsense_is_replaced(
 
 
 @of_llama
-def test_a_cache_forgets_what_it_has_for_other_taps(chain: LocalSwarm) -> None:
+def test_a_cache_drops_positions_of_other_taps(chain: LocalSwarm) -> None:
     ids = tokens(8)
     states = states_of(chain.folder, ids)
     with chain.visit() as visit:

@@ -1,4 +1,4 @@
-"""Clients that want more memory, traffic or log than a peer has budgeted for, beside an honest one."""
+"""Clients that want more memory, traffic or log than a peer's budget, beside an honest client."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.swarm
 KV_MEMORY, TRAINING_MEMORY = 16 * 2**20, 32 * 2**20
 STEP_MEMORY = 128 * 2**20
 SLACK = 96 * 2**20
-"""What the process may take besides: for activations, messages on their way, and what is not given back at once."""
+"""Further memory of the process, in bytes: activations, messages in transit, and memory that is freed late."""
 
 BUDGET = 6000
-"""Of a hostile session: more than half of the memory for keys and values, so that an honest one has room."""
+"""Positions of a hostile session: more than half of the KV memory, so that an honest session has room."""
 
 SECONDS = 0.6
 HEADS, HEAD_SIZE = 2, 16
@@ -47,7 +47,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 
 @dataclass
 class Watched:
-    """What was seen of the peers while an attack went on: the highest of each."""
+    """The highest figures of the peers during an attack."""
 
     peers: list[Peer]
     rss: int = 0
@@ -55,11 +55,11 @@ class Watched:
     """Bytes of keys and values, and of logs."""
     accounted: int = 0
     kept: int = 0
-    """Passes that a gradient may come for."""
+    """Passes that wait for a gradient."""
     training: int = 0
-    """Bytes of passes, those that wait among them."""
+    """Bytes of passes, including waiting ones."""
     honest: int = 0
-    """How often the honest client was answered, always rightly."""
+    """Number of correct answers to the honest client."""
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
@@ -76,7 +76,7 @@ class Watched:
             try:
                 held = sum(row.nbytes for each in sessions for row in list(each.row_state.caches.values()))
                 held += sum(each.log.nbytes for each in sessions)
-            except RuntimeError:  # they change meanwhile
+            except RuntimeError:  # The rows and logs change at the same time.
                 continue
             self.rows = max(self.rows, held)
             self.accounted = max(self.accounted, peer.service.sessions.memory.used)
@@ -88,7 +88,7 @@ Attack = Callable[[Callable[[], None]], Any]
 
 @dataclass
 class Victims:
-    """A swarm of two peers, and a client of theirs."""
+    """A swarm of two peers, and a client of these."""
 
     swarm: LocalSwarm
     facts: ModelFacts
@@ -100,11 +100,11 @@ class Victims:
 
     @contextmanager
     def attacked(self, attack: Attack) -> Iterator[Watched]:
-        """Runs `attack`, which is given what to call when it has begun; the client generates meanwhile."""
+        """Runs `attack`, which calls its argument when it has begun; the client generates at the same time."""
         watched, began = Watched(self.swarm.peers), threading.Event()
 
         def begin() -> None:
-            watched.look()  # on a slow machine the thread that watches may not see it
+            watched.look()  # On a slow machine, the watching thread may miss the attack.
             began.set()
 
         prompt = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -127,7 +127,7 @@ class Victims:
         self.wait_until_forgotten()
 
     def wait_until_forgotten(self) -> None:
-        """What the attack occupied is given back."""
+        """Waits until the memory of the attack is freed."""
         deadline = time.monotonic() + 10
         for peer in self.swarm.peers:
             accounts = (peer.service.queue.memory, peer.service.training_memory)
@@ -214,7 +214,7 @@ def test_one_key_does_not_keep_another_from_training(folder: Path) -> None:
 def test_small_requests_have_little_sent(victims: Victims) -> None:
     figures: list[tuple[int, int, int]] = []
     options: dict[str, Any] = {"seconds": SECONDS, "reservation": BUDGET, "blocks": (0, 3)}
-    most = 14  # logs
+    most = 14  # Number of logs.
 
     def attack(began: Callable[[], None]) -> None:
         figures.append(attacks.replays(victims.endpoint, victims.facts, **options, least=10 * most + 1, began=began))

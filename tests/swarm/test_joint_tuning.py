@@ -44,7 +44,7 @@ pytestmark = pytest.mark.swarm
 NAME = "birds"
 SIZE = 1000
 ROUNDS = Settings(4, 0.01, schedule=Schedule.CONSTANT, clip=0.1, weight_decay=0.1)
-"""Of owners that have no model, and always give the same gradient."""
+"""Rules for owners without a model that give the same gradient in every round."""
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners that wait ask often, and do not wait long for a coordinator that a failed test has ended."""
+    """Waiting owners ask often, and wait only briefly for a coordinator that a failed test has ended."""
     monkeypatch.setattr(owner_module, "ASK_AGAIN_S", 0.2)
     monkeypatch.setattr(owner_module, "SILENT_S", 30.0)
 
 
 @dataclass
 class Running:
-    """A coordinator that runs in a thread, and its key."""
+    """A coordinator in a thread, and its key."""
 
     coordinator: Coordinator
     identity: Identity
@@ -114,7 +114,7 @@ def visitor(swarm: LocalSwarm) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def owners(visitor: LocalSwarm) -> Iterator[Callable[..., RoundLink]]:
-    """Makes links of owners with keys of their own, or with a given one, by the address of the coordinator."""
+    """Makes links of owners to a coordinator by address; each has a new or a given key."""
     with ExitStack() as stack:
 
         def made(running: Running, examples: int = 1, identity: Identity | None = None) -> RoundLink:
@@ -126,7 +126,7 @@ def owners(visitor: LocalSwarm) -> Iterator[Callable[..., RoundLink]]:
 
 
 def linked(client: Swarm, examples: int) -> RoundLink:
-    """By the name, as soon as the coordinator is announced."""
+    """A link by the name of the round, as soon as the coordinator is announced."""
     wait_until(lambda: client.directory.peers(round_place(client.facts.fingerprint, NAME)))
     return RoundLink(client, NAME, examples)
 
@@ -146,12 +146,12 @@ def told(settings: Settings) -> bytes:
 
 
 def take_part(link: RoundLink, gradient: Numbers, settings: Settings = ROUNDS, stopped: Sequence[int] = ()) -> Numbers:
-    """Joins, and gives the same gradient in every round to the last one; returns the parameters that all have then."""
+    """Joins and gives the same gradient in every round until the last; returns the final parameters of all owners."""
     state, parameters = link.ask(RoundWish.JOIN, payload=told(settings), stopped=stopped)
     link.begin(np.ones(SIZE, np.float32))
     while state.number < state.rounds:
         state, new = link.ask(RoundWish.READY, state.number, gradient=gradient, stopped=stopped)
-        parameters = parameters if new is None else new  # None: they were ended with those that are here
+        parameters = parameters if new is None else new  # None: the rounds have ended with the current parameters.
     assert parameters is not None
     return parameters
 
@@ -161,7 +161,7 @@ def finished(futures: Sequence[Future[Numbers]]) -> list[Numbers]:
 
 
 def stepped(gradients: Sequence[Numbers], settings: Settings = ROUNDS) -> Numbers:
-    """What torch's AdamW makes of ones."""
+    """The result of torch's AdamW, starting from ones."""
     parameter = torch.nn.Parameter(torch.ones(SIZE))
     optimizer = torch.optim.AdamW([parameter], settings.learning_rate, weight_decay=settings.weight_decay)
     for number, gradient in enumerate(gradients):
@@ -185,7 +185,7 @@ SETTINGS = Settings(
 
 
 class Gradients(TuningRun):
-    """Takes no steps."""
+    """Computes gradients without taking steps."""
 
     def _descend(self) -> None:
         pass
@@ -196,7 +196,7 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def trained_alone(models: Sequence[Any], rows: Sequence[list[Encoded]]) -> dict[str, torch.Tensor]:
-    """What one optimizer makes of the weighed mean of gradients at the same parameters."""
+    """The result of one optimizer with the weighted mean of gradients at the same parameters."""
     runs = [Gradients(model, own, SETTINGS, pad=0) for model, own in zip(models, rows, strict=True)]
     weights = [len(own) / sum(map(len, rows)) for own in rows]
     base = {name: torch.nn.Parameter(each) for name, each in tensors(models[0]).items()}
@@ -223,7 +223,7 @@ def set_all(run: TuningRun, to: Mapping[str, torch.Tensor]) -> None:
 
 
 def train(run: TuningRun) -> list[float]:
-    """To the end; returns the losses."""
+    """Trains to the end; returns the losses."""
     losses = list[float]()
     while run.done < run.settings.steps:
         losses.append(run.step().loss)
@@ -232,7 +232,7 @@ def train(run: TuningRun) -> list[float]:
 
 @pytest.fixture
 def adapted(visitor: LocalSwarm, folder: Path) -> Callable[..., Any]:
-    """Makes models with an adapter that begins with other numbers for each seed."""
+    """Makes models with an adapter whose initial values depend on the seed."""
 
     def made(identity: Identity | None = None, seed: int = 3) -> Any:
         client = visitor.client if identity is None else visitor.connect(identity)
@@ -241,10 +241,10 @@ def adapted(visitor: LocalSwarm, folder: Path) -> Callable[..., Any]:
     return made
 
 
-def test_rounds_are_steps_with_the_mean_of_the_gradients_of_owners(
+def test_rounds_are_steps_with_the_mean_gradient_of_all_owners(
     visitor: LocalSwarm, adapted: Callable[..., Any], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    """Though their adapters begin with other numbers, all owners end with the same."""
+    """The adapters of the owners start with different values, but all owners end with the same."""
     rows = [ROWS[:3], ROWS[3:]]
     keys = [Identity.generate(), Identity.generate()]
     models = [adapted(key, seed) for key, seed in zip(keys, (3, 4), strict=True)]
@@ -269,10 +269,10 @@ def test_rounds_are_steps_with_the_mean_of_the_gradients_of_owners(
 
 @pytest.mark.default_cases(clip=(0.0,))
 @pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_rounds_of_one_owner_are_the_steps_that_it_takes_alone(
+def test_rounds_of_a_single_owner_equal_its_own_steps(
     clip: float, visitor: LocalSwarm, adapted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Also if it goes on from a checkpoint with rounds that have not begun."""
+    """This also holds when the owner continues from a checkpoint of rounds that have not begun."""
     settings, key = replace(SETTINGS, steps=6, clip=clip), Identity.generate()
     alone = TuningRun(adapted(), ROWS, settings, pad=0)
     first = tensors(alone.model)
@@ -294,7 +294,7 @@ def test_rounds_of_one_owner_are_the_steps_that_it_takes_alone(
         assert moved > 0 and float((tensors(run.model)[name] - value).norm()) < 1e-3 * moved, name
 
 
-def test_masked_sums_are_the_plain_ones_to_rounding(
+def test_masked_sums_equal_plain_sums_except_for_rounding(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     results = list[Numbers]()
@@ -311,7 +311,7 @@ def test_masked_sums_are_the_plain_ones_to_rounding(
     assert abs(results[0] - 1).mean() > ROUNDS.learning_rate
 
 
-def test_an_owner_that_sends_far_too_long_gradients_has_no_say(
+def test_an_owner_with_far_too_large_gradients_has_no_effect(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     with coordinated(visitor.connect(Identity.generate()), Rules(owners=4), tmp_path / "kept") as running:
@@ -322,7 +322,7 @@ def test_an_owner_that_sends_far_too_long_gradients_has_no_say(
     assert np.allclose(found[0], stepped([np.mean(gradients[:3], axis=0)] * ROUNDS.steps), atol=1e-5)
 
 
-def test_owners_wait_for_the_parameters_which_then_stay(
+def test_owners_wait_for_the_first_parameters_which_then_stay(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
@@ -350,14 +350,14 @@ def test_owners_wait_for_the_parameters_which_then_stay(
         own.ask(RoundWish.END)
 
 
-def test_rounds_go_on_without_an_owner_that_drops_out_and_with_one_that_comes_late(
+def test_rounds_continue_without_a_lost_owner_and_with_a_late_one(
     visitor: LocalSwarm,
     owners: Callable[..., RoundLink],
     tmp_path: Path,
     threads: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In masked rounds: what is left of the masks of the one that is gone must not be in the average."""
+    """In masked rounds, leftover masks of the lost owner must not be part of the average."""
     rules, clock, settings = Rules(owners=4, norm=1.0, masked=True), _Clock(), replace(ROUNDS, steps=MAX_ROUNDS)
     monkeypatch.setattr(coordinator_module, "time", clock)
     with coordinated(visitor.connect(Identity.generate()), rules, tmp_path / "kept") as running:
@@ -405,10 +405,10 @@ class _Deaf:
         self._transport.close()
 
 
-def test_a_coordinator_that_is_started_again_goes_on(
+def test_a_restarted_coordinator_continues_its_rounds(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    """With the moments of the optimizer, too: as if it had never been away."""
+    """The optimizer's moments continue, too, as if the coordinator had never stopped."""
     rules, client = Rules(owners=2, norm=1.0, noise=1e-7), visitor.connect(Identity.generate())
     both = (values(0) + values(1)) / 2
 
@@ -448,7 +448,7 @@ def test_a_coordinator_that_is_started_again_goes_on(
             assert np.allclose(parameters, stepped([both, values(0), both]), atol=1e-4)
 
 
-def test_the_key_of_the_coordinator_alone_ends_the_rounds(
+def test_only_the_key_of_the_coordinator_may_end_the_rounds(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
@@ -467,7 +467,7 @@ def test_the_key_of_the_coordinator_alone_ends_the_rounds(
         assert np.allclose(found[0], stepped([(values(0) + values(1)) / 2] * state.number, settings), atol=1e-4)
 
 
-def test_two_processes_with_one_key_are_told_so(
+def test_two_owners_with_the_same_key_get_an_error(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
@@ -483,7 +483,7 @@ def test_two_processes_with_one_key_are_told_so(
             first.result(60)
 
 
-def test_of_coordinators_of_one_name_that_of_a_listed_key_is_joined(
+def test_a_trusted_key_chooses_among_coordinators_of_the_same_name(
     visitor: LocalSwarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, stranger = Identity.generate(), Identity.generate()
@@ -513,7 +513,8 @@ def test_of_coordinators_of_one_name_that_of_a_listed_key_is_joined(
 def test_a_round_is_found_without_a_dht(
     key: SwarmKey | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through another peer than the coordinator has joined by; nobody takes it for a model, and it ends."""
+    """The round is found through another peer, not the one that the coordinator joined through, and is not taken for a
+    model."""
     monkeypatch.setattr("splitnet.directory.joining.have_hivemind", lambda: False)
     with local_swarm(folder, [(0, 6)], swarm_key=key, join=()) as swarm, ExitStack() as stack:
         first = swarm.peers[0]

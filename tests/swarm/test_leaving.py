@@ -1,4 +1,4 @@
-"""Peers that leave on purpose, and peers that are left because they have become slow."""
+"""Peers that leave on purpose, and slow peers that sessions leave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
 def test_a_peer_that_leaves_hands_its_session_over(
     twins: LocalSwarm, local: Any, index: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # On a slow machine the session may find a better route before that.
+    # On a slow machine, the session may find a better route before the peer leaves.
     monkeypatch.setattr("splitnet.session.driver.Routes.better", lambda *_: None)
     model = twins.model()
     drained: list[float] = []
@@ -49,7 +49,7 @@ def test_a_peer_that_leaves_hands_its_session_over(
     thread = threading.Thread(target=drain)
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, leave))
-        # The text may have been quicker than the thread, so one more token comes when the peer surely leaves.
+        # The text may have ended before the thread ran, so one more token follows once the peer is leaving.
         while not leavers[0].service.leaving:
             time.sleep(0.01)
         more = model.generate(got, attention_mask=torch.ones_like(got), **{**GREEDY, "max_new_tokens": 1})
@@ -77,7 +77,7 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
     assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
-def test_idle_sessions_do_not_hold_a_leaving_peer_up(
+def test_idle_sessions_do_not_delay_a_leaving_peer(
     node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "IN_USE_S", 0.5)
@@ -91,7 +91,9 @@ def test_idle_sessions_do_not_hold_a_leaving_peer_up(
 
 
 @pytest.mark.full
-def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_leaves_a_hop_that_has_become_slow(
+    twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {**GREEDY, "max_new_tokens": 60}
 
     def slow_down() -> None:

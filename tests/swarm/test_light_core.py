@@ -1,4 +1,4 @@
-"""What `pip install splitnet` brings is enough for peers and clients; what needs an extra says which."""
+"""The base installation is enough for peers and clients; features that need an extra name it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 ABSENT = {*(module for modules in EXTRAS.values() for module in modules), "accelerate", "starlette"}
-"""Packages of the extras, and what only these bring."""
+"""Packages of the extras, and packages that only these depend on."""
 
 WITHOUT_EXTRAS = f"""
 import sys
@@ -63,14 +63,14 @@ assert torch.equal(remote, whole), (remote, whole)
 
 
 @pytest.mark.swarm
-def test_without_extras_every_module_but_the_servers_is_imported_and_a_swarm_generates(tmp_path: Path) -> None:
+def test_without_extras_all_modules_but_the_servers_import_and_a_swarm_generates(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "model")
     command = [sys.executable, "-c", WITHOUT_EXTRAS + EVERY_MODULE + GENERATE, str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=90)
     assert ended.returncode == 0, ended.stderr
 
 
-def test_extras_are_those_of_the_package() -> None:
+def test_the_table_of_extras_equals_that_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def names(requirements: list[str]) -> set[str]:
@@ -82,7 +82,7 @@ def test_extras_are_those_of_the_package() -> None:
     assert project["optional-dependencies"]["all"] == [f"splitnet[{','.join(sorted(EXTRAS))}]"]
 
 
-def test_what_lacks_its_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_spec(module: str) -> Any:
         return None if module == "llguidance" else PathFinder.find_spec(module)
 

@@ -1,4 +1,4 @@
-"""A client that holds some of the blocks itself gets the same tokens and gradients, wherever in the model they are."""
+"""A client with local blocks gets the same tokens and gradients, wherever in the model the blocks are."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def options(**more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.default_cases(remote=("0:1,5:6", "0:6"))
-def test_greedy(local: Any, remote: RemoteCausalLM) -> None:
+def test_greedy_generation_with_local_blocks(local: Any, remote: RemoteCausalLM) -> None:
     assert torch.equal(remote.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
 
 
@@ -72,7 +72,7 @@ def test_rejected_drafts_are_forgotten(local: Any, remote: RemoteCausalLM) -> No
 def test_all_logits_of_a_prompt_in_several_steps(
     local: Any, remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the logits of all positions, or of the last ones only, of a prompt that goes in pieces."""
+    """Logits of all positions or of the last ones only, for a prompt in chunks."""
     monkeypatch.setattr(Session, "step_positions", lambda *_: 64)
     ids = tokens(230)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_all_logits_of_a_prompt_in_several_steps(
 
 
 @pytest.mark.default_cases(remote=("0:1,5:6",))
-def test_a_conversation_goes_on_from_where_it_was(local: Any, remote: RemoteCausalLM) -> None:
+def test_a_conversation_continues_from_the_held_positions(local: Any, remote: RemoteCausalLM) -> None:
     with remote.session() as cache:
         first = remote.generate(tokens(7), **options())
         moved = cache.session.traffic.positions if cache.session else 0
@@ -94,7 +94,7 @@ def test_a_conversation_goes_on_from_where_it_was(local: Any, remote: RemoteCaus
 
 
 @pytest.mark.default_cases(remote=("0:1,5:6",))
-def test_keys_and_values_come_from_both_sides(swarm: LocalSwarm, remote: RemoteCausalLM) -> None:
+def test_keys_and_values_are_fetched_from_peers_and_local_blocks(swarm: LocalSwarm, remote: RemoteCausalLM) -> None:
     with swarm.visit() as visit:
         expected = visit.model().keys_and_values(tokens(5))
     got = remote.keys_and_values(tokens(5))
@@ -103,7 +103,7 @@ def test_keys_and_values_come_from_both_sides(swarm: LocalSwarm, remote: RemoteC
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_gradients(folder: Path, swarm: LocalSwarm, method: str) -> None:
+def test_gradients_equal_those_of_local_training(folder: Path, swarm: LocalSwarm, method: str) -> None:
     task = TaskType.CAUSAL_LM
     config = (
         LoraConfig(task_type=task, r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -142,23 +142,21 @@ def test_a_lost_hop_between_local_blocks_is_replaced(node: Directory, own_folder
 
 
 @pytest.mark.parametrize("blocks", ["", "3", "2:2", "4:7", "0:3,2:4", "0:2;4:6"])
-def test_what_is_no_range_of_blocks_is_refused(folder: Path, swarm: LocalSwarm, blocks: str) -> None:
+def test_invalid_ranges_of_blocks_are_refused(folder: Path, swarm: LocalSwarm, blocks: str) -> None:
     with swarm.visit() as visit, pytest.raises(SplitnetError, match="local blocks"):
         visit.model(local_blocks=blocks)
 
 
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block takes 2 ms at peers and 1 ms here, whatever else this machine does."""
+    """A block takes 2 ms at peers and 1 ms at the client, under any load of this machine."""
     monkeypatch.setattr(Planner, "cost_ms", lambda _, __, hops: 2.0 * sum(hop.end - hop.start for hop in hops))
     monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 1.0)
 
 
 @pytest.mark.usefixtures("costs")
-def test_auto_takes_what_makes_tokens_come_soonest(
-    swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All blocks where there is memory for them, otherwise as many as fit; none where a peer is as fast."""
+def test_auto_chooses_the_fastest_local_blocks(swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks if they fit into memory, otherwise as many as fit; none if a peer is as fast."""
     with swarm.visit() as visit:
         whole = visit.model(local_blocks="auto")
         assert torch.equal(whole.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
@@ -185,7 +183,7 @@ def test_auto_takes_what_makes_tokens_come_soonest(
 
 
 @pytest.mark.usefixtures("costs")
-def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
+def test_auto_compares_the_costs_of_routes_after_planning_all(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[object] = []
@@ -203,7 +201,7 @@ def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
 
 
 @pytest.mark.usefixtures("costs")
-def test_auto_takes_what_nobody_serves(
+def test_auto_includes_blocks_without_a_peer(
     node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 3.0)

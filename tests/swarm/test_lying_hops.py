@@ -1,4 +1,4 @@
-"""One peer claims to be the fastest and lies: every text beside honest peers is right, and the liar is left alone."""
+"""One peer claims to be the fastest and lies: beside honest peers, every text is right and the liar is banned."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.swarm
 
 HIDDEN = 64
 MODEST_MS = 50.0
-"""That a block is said to take at honest peers."""
+"""The time per block that honest peers publish."""
 
 OPTIONS: dict[str, Any] = GREEDY | {"max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
 def company(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    """Two honest peers for every span, and a third that may lie; it looks best even if it does not."""
+    """Two honest peers for every span, and a third that may lie; it always publishes the best speed."""
     with local_swarm(folder, SPANS * 3, node=node) as swarm:
         for peer in swarm.peers[:6]:
             claim(peer, MODEST_MS)
@@ -43,7 +43,7 @@ def company(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 
 def claim(peer: Peer, block_ms: float) -> None:
-    """Has a peer announce that a block takes it so long, and that it has nothing else to do."""
+    """Makes a peer publish this time per block, and an empty queue."""
     announcer: Any = peer._announcer
 
     def describe() -> Any:
@@ -60,14 +60,14 @@ Answer = Callable[[Peer, Held, Step], None]
 
 @contextmanager
 def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None) -> Iterator[list[int]]:
-    """A peer that claims to take no time and does something else with every step.
+    """A peer that publishes a time of zero, and gives a false answer to every step.
 
     Args:
-        answer: what it does.
-        pong: what it answers to pings; None: what is true.
+        answer: gives the false answer.
+        pong: makes the answers to pings; None: the true answers.
 
     Yields:
-        The numbers of the steps that it was sent.
+        The numbers of the steps sent to the peer.
     """
     service: Any = peer.service
     step, tell = service._step, service._pong
@@ -105,7 +105,7 @@ def fails(code: FailureCode) -> Answer:
 
 
 def answers(unit: bytes, count: int | None = None, codec: int | None = None) -> Answer:
-    """Values that are all `unit`, as many as is right or `count`."""
+    """Answers with values that all are `unit`; `count` values, or the right number."""
 
     def answer(peer: Peer, session: Held, step: Step) -> None:
         named = session.codec.code if codec is None else codec
@@ -146,7 +146,7 @@ LIES: dict[str, Answer] = {
 @pytest.mark.default_cases(index=(2,), lie=("too long",))
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
 @pytest.mark.parametrize("lie", LIES)
-def test_a_liar_beside_honest_peers(
+def test_a_liar_beside_honest_peers_is_replaced(
     company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch, index: int, lie: str
 ) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
@@ -164,7 +164,9 @@ def test_a_liar_beside_honest_peers(
         assert not met
 
 
-def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_liar_that_reports_progress_is_replaced(
+    company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
     monkeypatch.setattr(machine, "DECODE_PROGRESS_S", 1.5)
     done = iter(range(1, 1 << 20))
@@ -186,7 +188,7 @@ def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypat
 
 @pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
-def test_what_a_hop_says_after_it_was_replaced_changes_nothing(company: LocalSwarm, local: Any, index: int) -> None:
+def test_messages_of_a_replaced_hop_change_nothing(company: LocalSwarm, local: Any, index: int) -> None:
     liar = company.peers[6 + index]
     clients: dict[bytes, Any] = {}
     stop = threading.Event()
@@ -224,7 +226,7 @@ def test_what_a_hop_says_after_it_was_replaced_changes_nothing(company: LocalSwa
 
 
 class Rewriting:
-    """An outbox that lies about the hops before."""
+    """An outbox that forges the measurements of earlier hops."""
 
     def __init__(self, outbox: Any) -> None:
         self._outbox = outbox
@@ -239,7 +241,9 @@ class Rewriting:
         self._outbox.send(destination, message)
 
 
-def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_of_other_hops_from_the_tail_are_ignored(
+    company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     liar: Any = company.peers[8]
     monkeypatch.setattr(liar.service, "outbox", Rewriting(liar.service.outbox))
     with company.newcomer() as visitor, lying(liar, swallows):
@@ -255,14 +259,14 @@ def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, mon
         until = time.monotonic() + 10.0
         while not set(names) <= measurements._hops.keys() and time.monotonic() < until:
             time.sleep(0.01)
-        # All are known by what they say of themselves.
+        # Every hop is measured by its own reports.
         assert set(names) <= measurements._hops.keys()
         for seen in measurements._hops.values():
             assert max(seen.wait_ms) < 10_000 and max(seen.block_ms) < 10_000
         assert all(rtt_ms < 10_000 for _, rtt_ms in measurements._links.values())
 
 
-def test_a_liar_that_nobody_can_replace_ends_the_answer(own_folder: Path, node: Directory) -> None:
+def test_a_liar_without_a_replacement_ends_the_answer(own_folder: Path, node: Directory) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm, lying(swarm.peers[1], LIES["nan"]) as met:
         with pytest.raises(PeerFailed, match="not finite"):
             swarm.model().generate(**prompt(), **OPTIONS)

@@ -1,4 +1,4 @@
-"""What peers tell Prometheus of work that a client has had them do, read over HTTP."""
+"""Prometheus metrics of peers about a client's work, read over HTTP."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def scrape(swarm: LocalSwarm) -> Iterator[Callable[[], list[Told]]]:
-    """Reads what each peer tells."""
+    """Reads the metrics of each peer."""
     with ExitStack() as stack:
         servers = [stack.enter_context(MetricsServer("127.0.0.1", 0)) for _ in swarm.peers]
         for server, peer in zip(servers, swarm.peers, strict=True):
@@ -61,7 +61,7 @@ def scrape(swarm: LocalSwarm) -> Iterator[Callable[[], list[Told]]]:
         yield lambda: [Told(server.url) for server in servers]
 
 
-def test_numbers_are_those_of_a_generation(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
+def test_metrics_count_a_generation(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
     model = swarm.model()
     before = scrape()
     with model.session():
@@ -79,7 +79,7 @@ def test_numbers_are_those_of_a_generation(swarm: LocalSwarm, scrape: Callable[[
         span = peer.span
         assert during[index]("blocks") == span.end - span.start
         assert done(index, "tokens_total", kind="prefill") == PROMPT
-        # Nobody computes what comes after the last token.
+        # The last token is never sent to the peers.
         assert done(index, "tokens_total", kind="decode") == done(index, "steps_total", kind="decode") == ANSWER - 1
         assert done(index, "tokens_total", kind="replay") == 0
         assert done(index, "pass_tokens_sum", work="steps") == PROMPT + ANSWER - 1
@@ -99,7 +99,7 @@ def test_numbers_are_those_of_a_generation(swarm: LocalSwarm, scrape: Callable[[
     assert activations < pushed == done(1, "received_bytes_total", link="incoming", codec="none")
 
 
-def test_numbers_are_those_of_training(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
+def test_metrics_count_training(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
     model: Any = swarm.model()
     ids = prompt(8, batch=3)["input_ids"]
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -113,7 +113,7 @@ def test_numbers_are_those_of_training(swarm: LocalSwarm, scrape: Callable[[], l
             assert other("pass_seconds_sum", work=kind) > one("pass_seconds_sum", work=kind)
 
 
-def test_what_is_refused_is_told_by_cause(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
+def test_metrics_count_refusals_by_cause(swarm: LocalSwarm, scrape: Callable[[], list[Told]]) -> None:
     before = scrape()
     session = Session(swarm.client, ConnectionOptions(codec="none"), reservation=64)
     session.open()

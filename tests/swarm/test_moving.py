@@ -1,4 +1,4 @@
-"""Peers move to blocks that the swarm lacks, under the same address, while text goes on."""
+"""Peers move to blocks without a peer, under the same address, while texts continue."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from tests.swarm.harness import local_swarm
 pytestmark = pytest.mark.swarm
 
 COVERED_S = 45.0
-"""Before the records of dead peers expire (60 s) their blocks are served again, on a slow machine, too."""
+"""On slow machines, too, the blocks are served again before the records of failed peers expire (60 s)."""
 
 
 @pytest.fixture
 def moves_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peers do not look by themselves whether they should move."""
+    """Peers do not decide by themselves whether to move."""
     monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)
 
 
@@ -41,7 +41,7 @@ def memory_for(folder: Path, blocks: int) -> SpanWish:
 
 
 def has_moved(spare: Peer, others: list[Peer]) -> bool:
-    """Lets a peer move; should it have to announce that first, until all others have spoken again."""
+    """Lets a peer move. If it must announce the move first, all other peers publish again before."""
     for _ in range(3):
         if spare.relocation.reconsider():
             return True
@@ -51,7 +51,7 @@ def has_moved(spare: Peer, others: list[Peer]) -> bool:
 
 
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_hole_is_filled_by_a_peer_that_can_be_spared(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_replicated_peer_moves_to_missing_blocks(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         address, before = spare.endpoint, spare.span.start
@@ -77,7 +77,7 @@ def die(peer: Peer) -> None:
 
 @pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
-def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
+def test_blocks_of_failed_peers_are_soon_served_again(
     node: Directory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, moved = threading.Event(), threading.Event()
@@ -112,11 +112,11 @@ def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_what_a_peer_has_moved_from_takes_no_memory(node: Directory, own_folder: Path) -> None:
+def test_a_moved_peer_frees_the_memory_of_its_old_span(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
         mover = swarm.peers[1]
         gc.collect()
-        gc.freeze()  # as the daemon does when it has started
+        gc.freeze()  # The daemon does the same after its start.
         try:
             left = weakref.ref(mover.span)
             mover._move((2, 4))
@@ -128,7 +128,7 @@ def test_what_a_peer_has_moved_from_takes_no_memory(node: Directory, own_folder:
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_moves_though_the_directory_is_silent(
+def test_a_peer_moves_while_the_directory_is_silent(
     node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
@@ -147,7 +147,9 @@ def test_a_peer_moves_though_the_directory_is_silent(
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_session_waits_for_the_blocks_that_are_moved_to(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_session_waits_for_a_peer_that_moves_to_its_lost_blocks(
+    node: Directory, own_folder: Path, own_local: Any
+) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         doomed = next(peer for peer in swarm.peers[1:3] if peer.span.start != spare.span.start)
@@ -191,7 +193,7 @@ def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: P
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_ends_while_it_moves(node: Directory, own_folder: Path) -> None:
+def test_a_peer_may_be_closed_while_it_moves(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 6)], node=node) as swarm:
         peer = swarm.peers[1]
         peer._leaving.set()

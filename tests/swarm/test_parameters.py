@@ -1,4 +1,5 @@
-"""Every parameter of transformers' `GenerationConfig` and `forward` does what it does there, or is refused by name."""
+"""Every parameter of transformers' `GenerationConfig` and `forward` has the effect that it has in transformers, or is
+refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.swarm
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parameters.md"
 FAMILIES = ("llama", "gpt2", "mixtral")
 ENDS = {"eos_token_id": list(range(3, 200))}
-"""An end is near."""
+"""Most tokens end a text."""
 SAMPLES = {"do_sample": True}
 BEAMS = {"num_beams": 3}
 ALL = {"return_dict_in_generate": True}
@@ -114,7 +115,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "prefill_chunk_size": {"prefill_chunk_size": 4},
     "transformers_version": {"transformers_version": "5"},
 }
-"""By parameter: what to generate with, that it is not as if it were not given. `None` for a model stands for one."""
+"""By parameter, options with which it has an effect. `None` is replaced by an assistant model."""
 
 SOME = (
     *("max_new_tokens", "min_new_tokens", "stop_strings", "num_beams", "use_cache", "top_p", "repetition_penalty"),
@@ -128,10 +129,10 @@ SOME = (
     ),
     *("bos_token_id", "prompt_lookup_num_tokens", "num_assistant_tokens", "penalty_alpha", "compile_config"),
 )
-"""One of each kind: what ends a text, what chooses tokens, what is told beside it, what drafts, what is refused."""
+"""Parameters of each kind: ends of texts, choice of tokens, further outputs, drafts, refused ones."""
 
 FAILS_IN_TRANSFORMERS = {"token_healing"}
-"""What plain transformers cannot do with these models either; nor does the remote model, with the same error."""
+"""Parameters that fail in plain transformers with these models; the remote model raises the same error."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -175,7 +176,7 @@ def prompt(rows: int = 1) -> torch.Tensor:
 
 
 def flat(output: Any) -> list[torch.Tensor]:
-    """All tensors in an output, without its cache."""
+    """All tensors of an output, without its cache."""
     if isinstance(output, torch.Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -193,10 +194,10 @@ def outcome(call: Any, **options: Any) -> list[torch.Tensor] | Exception:
 
 
 def compare(name: str, rule: str | Refused, expected: Any, got: Any) -> None:
-    """As plain transformers, or refused by name, as the table says.
+    """Expects the outcome of plain transformers, or a refusal by name, as the table says.
 
     Args:
-        expected: called only where the rule is not to refuse: transformers may break a model for good before it fails.
+        expected: called only if the parameter is not refused, because transformers may break a model before it fails.
     """
     if isinstance(rule, Refused):
         assert isinstance(got, UnsupportedParameter), got
@@ -216,19 +217,21 @@ def compare(name: str, rule: str | Refused, expected: Any, got: Any) -> None:
 
 
 @pytest.mark.default_cases(family=("llama",))
-def test_the_tables_know_every_parameter(folder: Path) -> None:
+def test_the_tables_have_every_parameter(folder: Path) -> None:
     of_config = vars(GenerationConfig()).keys() - {"_from_model_config"}
     assert of_config == GENERATION.keys() == GIVEN.keys()
     assert not forward_parameters(folder) - FORWARD.keys()
 
 
-def test_the_page_shows_the_tables() -> None:
+def test_the_documented_tables_are_up_to_date() -> None:
     assert PAGE.read_text() == with_tables(PAGE.read_text()), "python -m tests.parameter_table docs/parameters.md"
 
 
 @pytest.mark.default_cases(family=("llama",), name=SOME)
 @pytest.mark.parametrize("name", GIVEN)
-def test_of_generation(local: Any, remote: Any, assistant: Any, tokenizer: Any, name: str) -> None:
+def test_a_parameter_of_generation_has_the_effect_of_transformers_or_is_refused(
+    local: Any, remote: Any, assistant: Any, tokenizer: Any, name: str
+) -> None:
     ids = prompt()
     options: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 7}
     options |= {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **GIVEN[name]}
@@ -241,14 +244,14 @@ def test_of_generation(local: Any, remote: Any, assistant: Any, tokenizer: Any, 
 
 
 def forward_parameters(folder: Path) -> set[str]:
-    """Those of a family, and those that go through it unnamed."""
+    """The parameters of a family's methods, including keywords that they pass on."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     named = inspect.signature(model.forward).parameters.keys() - {"kwargs"}
     return named | set(TransformersKwargs.__optional_keys__)
 
 
 def forward_values(local: Any) -> dict[str, dict[str, Any]]:
-    """By parameter: what to call a model with."""
+    """Values to call a model with, by parameter."""
     ids, mask = prompt(2), torch.ones(2, 9, dtype=torch.long)
     mask[1, :3] = 0
     counts = torch.tensor([0, 9, 18])
@@ -282,7 +285,9 @@ def forward_values(local: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.default_cases(family=("llama",))
 @pytest.mark.parametrize("name", FORWARD)
-def test_of_forward(folder: Path, local: Any, remote: Any, name: str) -> None:
+def test_a_parameter_of_forward_has_the_effect_of_transformers_or_is_refused(
+    folder: Path, local: Any, remote: Any, name: str
+) -> None:
     if name not in forward_parameters(folder) | {"return_dict"}:
         with pytest.raises(UnsupportedParameter, match=name), torch.no_grad():
             remote(**{"input_ids": prompt(2), **forward_values(local)[name]})

@@ -1,4 +1,5 @@
-"""Stored prefixes over families, adapters, drafts, batches and kinds of routes: the tokens of plain transformers."""
+"""Stored prefixes with all families, adapters, drafts, batches and kinds of routes give the tokens of plain
+transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def text(length: int, seed: int = 0) -> torch.Tensor:
 
 
 def texts(count: int, pages: int = 3, first: int = 100) -> list[torch.Tensor]:
-    """Texts that begin with the same pages, and then differ."""
+    """Texts with the same first pages and different ends."""
     tools = text(pages * PAGE + 3, seed=first)
     return [torch.cat((tools, text(5 + index, seed=first + 1 + index)), dim=1) for index in range(count)]
 
@@ -55,7 +56,7 @@ def plain(folder: Path) -> Any:
 
 
 def recalled(model: Any, ids: torch.Tensor, expected: torch.Tensor, **options: Any) -> int:
-    """Generates in a session of its own, and tells how much of the text the hops had stored."""
+    """Generates in a new session, and returns how many positions of the text the hops had stored."""
     with model.session() as cache:
         assert torch.equal(generate(model, ids, **options), expected)
         return cache.session.prefix_hit
@@ -78,7 +79,9 @@ FAMILIES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_that_begin_alike(family: str, node: Directory, tmp_path: Path) -> None:
+def test_texts_with_a_common_beginning_give_the_tokens_of_transformers(
+    family: str, node: Directory, tmp_path: Path
+) -> None:
     folder = random_checkpoint(family, tmp_path / "model", **FAMILIES[family])
     local, asks = plain(folder), texts(5)
     expected = [generate(local, ids) for ids in asks]
@@ -91,13 +94,15 @@ def test_texts_that_begin_alike(family: str, node: Directory, tmp_path: Path) ->
         forget(swarm.peers[0], every=2)
         forget(swarm.peers[2], every=3)
         assert recalled(model, asks[3], expected[3], speculate=None) == 3 * PAGE
-        # A draft that was wrong has hops go back behind what they recalled.
+        # A rejected draft makes the hops rewind behind the stored positions.
         assert recalled(model, asks[4], expected[4], speculate="prompt-lookup") == 3 * PAGE
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.full)])
 @pytest.mark.parametrize("damage", ["none", pytest.param("cut", marks=pytest.mark.full), "flipped"])
-def test_restarted_peers_go_on_from_their_disks(family: str, damage: str, node: Directory, tmp_path: Path) -> None:
+def test_restarted_peers_use_the_pages_on_their_disks(
+    family: str, damage: str, node: Directory, tmp_path: Path
+) -> None:
     folder = random_checkpoint(family, tmp_path / "model", seed=len(damage), **FAMILIES.get(family, {}))
     local, asks = plain(folder), texts(2)
     expected, disk = [generate(local, ids) for ids in asks], tmp_path / "pages"
@@ -137,10 +142,10 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_hop_that_dies_after_a_recall_is_replaced(
+def test_a_hop_lost_after_a_use_of_stored_pages_is_replaced(
     index: int, own_folder: Path, own_local: Any, node: Directory
 ) -> None:
-    """The hop before it replays what it had stored, too."""
+    """The hop before it also replays the positions that it had taken from its store."""
     one, two = texts(2, first=200 + 10 * index)
     expected = generate(own_local, two, max_new_tokens=12)
     with local_swarm(own_folder, [*SPANS, SPANS[index]], node=node) as swarm:
@@ -154,8 +159,8 @@ def test_a_hop_that_dies_after_a_recall_is_replaced(
             assert len(repairs(cache.session)) == 1
 
 
-def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
-    """Also where a hop lacks it, which holds another."""
+def test_a_new_text_in_an_open_session_uses_stored_pages(swarm: LocalSwarm, local: Any) -> None:
+    """Also if a hop lacks the text and holds another one."""
     model, asks, other = model_of(swarm), texts(3, first=300), text(5 * PAGE, seed=301)
     recalled(model, asks[0], generate(local, asks[0]), speculate=None)
     with model.session() as cache:
@@ -168,7 +173,7 @@ def test_a_new_text_in_an_open_session(swarm: LocalSwarm, local: Any) -> None:
         assert not repairs(cache.session)
 
 
-def test_what_a_batch_has_left_serves_each_of_its_rows(swarm: LocalSwarm, local: Any) -> None:
+def test_pages_of_a_batch_serve_each_of_its_rows(swarm: LocalSwarm, local: Any) -> None:
     model, asks = model_of(swarm), texts(2, first=400)
     batch = torch.cat((asks[0][:, :50], asks[1][:, :50]))
     assert torch.equal(generate(model, batch, speculate=None), generate(local, batch))
@@ -178,7 +183,7 @@ def test_what_a_batch_has_left_serves_each_of_its_rows(swarm: LocalSwarm, local:
 
 @pytest.mark.default_cases(options=({"num_beams": 3},))
 @pytest.mark.parametrize("options", [{"num_return_sequences": 2, "num_beams": 2}, {"num_beams": 3}], ids=str)
-def test_beams_go_on_behind_a_recalled_text(options: dict[str, int], swarm: LocalSwarm, local: Any) -> None:
+def test_beams_continue_a_text_from_stored_pages(options: dict[str, int], swarm: LocalSwarm, local: Any) -> None:
     model, asks = model_of(swarm), texts(2, first=500 + options["num_beams"])
     recalled(model, asks[0], generate(local, asks[0]), speculate=None)
     expected = generate(local, asks[1], **options)
@@ -187,7 +192,7 @@ def test_beams_go_on_behind_a_recalled_text(options: dict[str, int], swarm: Loca
 
 
 @pytest.mark.full
-def test_drafts_of_a_small_model_and_of_the_text(
+def test_drafts_of_a_model_and_of_the_text_continue_stored_pages(
     node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     draft = plain(random_checkpoint("llama", tmp_path / "draft", blocks=1, hidden=32, seed=5))
@@ -206,7 +211,7 @@ def computed(swarm: LocalSwarm) -> int:
 
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_each_adapter_has_pages_of_its_own(method: str, node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_each_adapter_has_its_own_pages(method: str, node: Directory, own_folder: Path, own_local: Any) -> None:
     asks = texts(3, first=700)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         assert recalled(model_of(swarm), asks[0], generate(own_local, asks[0]), speculate=None) == 0
@@ -219,19 +224,19 @@ def test_each_adapter_has_pages_of_its_own(method: str, node: Directory, own_fol
                 expected = generate(plainly, ids, speculate=None)
                 before = computed(swarm)
                 assert torch.equal(generate(stored, ids, speculate=None), expected)
-                # What answers last may not be counted yet.
+                # The steps of the last answer may not be counted yet.
                 assert (computed(swarm) - before < len(SPANS) * ids.shape[1]) == (number > 0)
 
 
 @pytest.mark.full
-def test_blocks_that_run_here_are_beside_peers_with_pages(swarm: LocalSwarm, local: Any) -> None:
+def test_local_blocks_are_combined_with_pages_of_peers(swarm: LocalSwarm, local: Any) -> None:
     for blocks in ("0:2", "4:6", "2:4"):
         model, asks = model_of(swarm, local_blocks=blocks), texts(3, first=900 + int(blocks[0]))
         for ids in asks:
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
 
 
-def test_peers_without_a_store_are_in_the_chain(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_route_may_include_peers_without_a_store(node: Directory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, SPANS[:1], node=node) as swarm:
         swarm.add(*SPANS[1], prefixes=False)
         swarm.add(*SPANS[2])
@@ -241,7 +246,7 @@ def test_peers_without_a_store_are_in_the_chain(node: Directory, own_folder: Pat
             assert known == (3 * PAGE if number else 0)
 
 
-def test_pages_with_which_a_row_was_begun_are_written(
+def test_pages_at_the_beginning_of_a_row_are_written_to_disk(
     node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node, prefix_folder=tmp_path, prefix_disk=1 << 30) as swarm:
@@ -251,7 +256,7 @@ def test_pages_with_which_a_row_was_begun_are_written(
         wait_until(lambda: all(store and store.counts.written == 3 for store in stores))
 
 
-def test_hops_that_do_not_reach_each_other(
+def test_stored_pages_are_used_by_hops_relayed_through_the_client(
     node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peers.route import HopConnector
@@ -279,7 +284,7 @@ def test_hops_that_do_not_reach_each_other(
         (("others", None), ("shared", "shared"), False),
     ],
 )
-def test_keys_share_pages_where_the_owner_and_both_clients_want_it(
+def test_keys_share_pages_only_if_the_owner_and_both_clients_allow_it(
     groups: tuple[str | None, ...],
     scopes: tuple[Any, ...],
     finds: bool,

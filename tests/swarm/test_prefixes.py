@@ -1,4 +1,4 @@
-"""Texts that begin alike: peers go on from the keys and values that earlier sessions have left."""
+"""Texts with a common beginning: peers continue from the keys and values of earlier sessions."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
         yield visitor
 
 
-def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) -> None:
+def test_a_second_text_computes_only_new_positions(swarm: LocalSwarm, local: Any) -> None:
     model = swarm.model()
     tools = text(3 * PAGE + 5, seed=1)
     for question, known in ((2, 0), (3, 3 * PAGE)):
@@ -89,7 +89,9 @@ def test_a_second_text_computes_only_what_is_new(swarm: LocalSwarm, local: Any) 
         assert new == [ids.shape[1] - known + GREEDY["max_new_tokens"] - 1] * len(new)
 
 
-def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_filled_before_the_first_step_arrives(
+    swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, ids = swarm.model(), text(3 * PAGE + 9, seed=10)
     generate(model, ids)
     look_up, waited = Session._look_up_prefix, list[int]()
@@ -111,7 +113,7 @@ def test_rows_are_filled_before_a_step_comes(swarm: LocalSwarm, local: Any, monk
     assert waited == [3 * PAGE]
 
 
-def test_what_a_hop_lacks_comes_from_the_hop_before(swarm: LocalSwarm, local: Any) -> None:
+def test_missing_pages_of_a_hop_are_replayed_by_the_previous_hop(swarm: LocalSwarm, local: Any) -> None:
     model, ids = swarm.model(), text(4 * PAGE + 9, seed=4)
     generate(model, ids)
     store = swarm.peers[1].service.sessions.prefixes
@@ -126,7 +128,7 @@ def test_what_a_hop_lacks_comes_from_the_hop_before(swarm: LocalSwarm, local: An
     assert second == first + 4 * PAGE
 
 
-def test_keys_do_not_find_pages_of_others(swarm: LocalSwarm) -> None:
+def test_keys_do_not_find_pages_of_other_keys(swarm: LocalSwarm) -> None:
     ids = text(2 * PAGE + 9, seed=5)
     for _ in range(2):
         model = swarm.model(identity=Identity.generate())
@@ -135,7 +137,7 @@ def test_keys_do_not_find_pages_of_others(swarm: LocalSwarm) -> None:
             assert cache.session is not None and cache.session.prefix_hit == 0
 
 
-def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
+def test_a_text_without_permission_to_store_is_not_stored(swarm: LocalSwarm) -> None:
     ids, model = text(2 * PAGE + 9, seed=6), swarm.model(prefixes="off")
     for _ in range(2):
         with model.session() as cache:
@@ -143,7 +145,7 @@ def test_a_text_that_is_not_to_be_stored_is_not(swarm: LocalSwarm) -> None:
             assert cache.session is not None and cache.session.prefix_hit == 0
 
 
-def test_a_replica_takes_over_with_the_pages_that_it_has_copied(node: Directory, own_long: Path) -> None:
+def test_a_replacement_uses_its_standby_copies_of_pages(node: Directory, own_long: Path) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm:
         model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=7)
@@ -165,7 +167,7 @@ def test_a_replica_takes_over_with_the_pages_that_it_has_copied(node: Directory,
         assert replica.counters.work[WorkKind.REPLAY].positions < PAGE
 
 
-def test_pages_come_from_a_replica_where_that_is_faster(
+def test_pages_are_copied_from_a_replica_if_that_is_faster(
     node: Directory, own_long: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
@@ -176,7 +178,7 @@ def test_pages_come_from_a_replica_where_that_is_faster(
             first = generate(model, ids)
             assert isinstance(cache.session, Session)
             middle = cache.session.hops[1]
-        # It lives, but is not planned with.
+        # The peer is alive, but excluded from planning.
         monkeypatch.setattr(swarm.client, "_look", lambda *_, **__: (swarm.client.peers(), {middle.name}))
         replica = next(each for each in swarm.peers if each.span.start == 2 and _name(each) != middle.name)
         with model.session() as cache:
@@ -188,7 +190,7 @@ def test_pages_come_from_a_replica_where_that_is_faster(
 
 
 class Source:
-    """What a client names as the source of pages: a socket that answers each question with `part` bytes of a page, or
+    """A socket that a client names as the source of pages. It answers each question with `part` bytes of a page, or
     never. asked: the questions."""
 
     def __init__(self, part: int | None) -> None:
@@ -223,13 +225,13 @@ class Source:
         self._context.destroy(linger=0)
 
     def request(self, number: int, *, if_faster: bool) -> CopyPages:
-        """Has a peer of the second span copy a page from here."""
+        """Asks a peer of the second span to copy a page from this source."""
         place = self.identity.public.raw, self.address, ()
         ids = os.urandom(16), 1e9, if_faster, number
         return CopyPages(*ids, *SPANS[1], 0, bytes(16), (os.urandom(16),), *place)
 
 
-def test_a_source_that_gives_single_bytes_is_asked_once(node: Directory, folder: Path) -> None:
+def test_a_source_that_sends_single_bytes_is_asked_once(node: Directory, folder: Path) -> None:
     with (
         local_swarm(folder, [SPANS[1]], node=node) as swarm,
         Source(part=1) as source,
@@ -261,7 +263,7 @@ def test_pages_are_copied_while_the_source_of_another_client_is_silent(
         assert len(source.asked) == page_copies.AT_ONCE_OF_KEY * len(replicas)
 
 
-def test_the_key_with_most_requests_makes_place_for_another_key(
+def test_the_key_with_most_requests_makes_room_for_another_key(
     node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_copies, "ANSWER_S", math.inf)
@@ -272,7 +274,7 @@ def test_the_key_with_most_requests_makes_place_for_another_key(
         for client in clients:
             for number in range(page_copies.PER_KEY):
                 client.say(source.request(number, if_faster=False))
-            client.ping()  # the peer has taken the requests
+            client.ping()  # The peer has received the requests.
         newcomer = stack.enter_context(Client(victim))
         newcomer.say(last.request(9, if_faster=True))
         assert newcomer.hear(CopiedPages).number == 9 and len(last.asked) == 1
@@ -282,14 +284,14 @@ def _name(peer: Peer) -> str:
     return peer.identity.public.text
 
 
-def test_what_was_stored_beside_a_hop_that_lied_is_not_used(node: Directory, own_long: Path) -> None:
+def test_pages_from_a_session_with_a_lying_hop_are_not_used(node: Directory, own_long: Path) -> None:
     with local_swarm(own_long, [*SPANS, SPANS[2]], node=node) as swarm:
         model, ids = swarm.model(), text(2 * PAGE + 9, seed=9)
         with model.session() as cache:
             expected = generate(model, ids)
             assert isinstance(cache.session, Session)
             tail = cache.session.hops[2].name
-            cache.reset()  # and the route stays
+            cache.reset()  # The route stays.
             with lying(next(each for each in swarm.peers if _name(each) == tail), LIES["nan"]):
                 assert torch.equal(generate(model, ids), expected)
             assert cache.session.recoveries
@@ -299,6 +301,6 @@ def test_what_was_stored_beside_a_hop_that_lied_is_not_used(node: Directory, own
 
 
 @pytest.mark.parametrize("options", [{"prefixes": "off"}, {"prefixes": "shared"}, {"standby": 0}, {"standby": "much"}])
-def test_a_standby_that_could_copy_nothing_is_refused(options: dict[str, Any]) -> None:
+def test_a_standby_without_pages_to_copy_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SplitnetError, match=r"standby copies|amount of memory"):
         ConnectionOptions(**{"standby": "8MiB", **options})

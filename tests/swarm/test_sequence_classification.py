@@ -85,7 +85,7 @@ def takes_prefixes(model: Any) -> Any:
 
 
 @pytest.mark.default_cases(swarm=("llama",))
-def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> None:
+def test_a_new_head_equals_that_of_transformers(swarm: LocalSwarm) -> None:
     expected = local_model(swarm.folder)
     with swarm.visit() as visit:
         model = remote_model(visit)
@@ -101,8 +101,8 @@ def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> Non
 
 @pytest.mark.default_cases(swarm=("llama",), method=("lora", "prompt"))
 @of_each_method
-def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
-    """With padding on either side, of all parameters of the adapter and of the head."""
+def test_gradients_equal_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
+    """With padding on either side, for all parameters of the adapter and of the head."""
     family = swarm.folder.name
     base = local_model(swarm.folder)
     local = wrapped(takes_prefixes(base) if method == "prefix" else base, METHODS[method](family, CLASSES))
@@ -120,20 +120,20 @@ def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -
 
 
 def counts_padding(method: str, side: str, family: str) -> bool:
-    """Whether a row of a padded batch differs from the row alone on a local model; here it is as alone.
+    """Whether padding changes the result of a row on a local model; on a remote model it never does.
 
-    transformers takes padding on the right of a trained prompt for the last token. On the left, padding stands between
-    what was trained and the text, and moves the text away from it.
+    transformers takes padding on the right of a trained prompt for the last token. On the left, padding separates
+    the trained positions from the text.
     """
     if method == "prefix":
-        return side == "left" and family != "gpt2"  # whose position embeddings are the client's
+        return side == "left" and family != "gpt2"  # The client applies gpt2's position embeddings.
     return method in ("prompt", "p-tuning-mlp")
 
 
 @pytest.mark.default_cases(swarm=("llama",), method=("lora", "prompt"))
 @of_each_method
-def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
-    """Saved from a remote model and loaded on a local one, and the other way round, with its head."""
+def test_an_adapter_gives_the_same_logits_locally_and_remotely(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
+    """An adapter saved from a remote model loads on a local one, and vice versa, with its head."""
     config = METHODS[method](swarm.folder.name, CLASSES)
     inputs = list(rows_of(batch(1)))[1]
     with swarm.visit() as visit, torch.no_grad():
@@ -163,8 +163,8 @@ def test_a_head_in_the_checkpoint_is_loaded(trained: LocalSwarm) -> None:
             visit.classifier(num_labels=5)
 
 
-def test_labels_by_name(trained: LocalSwarm, tmp_path: Path) -> None:
-    """Of the public class; both directions of the names hold, whichever is given."""
+def test_labels_have_names(trained: LocalSwarm, tmp_path: Path) -> None:
+    """With the public class; both mappings of names are consistent, whichever is given."""
     options: dict[str, Any] = {"initial_peers": trained.addresses, "codec": "none", "identity": Identity.generate()}
     load = splitnet.AutoModelForSequenceClassification.from_pretrained
     model = load(trained.folder, label2id={"a": 0, "b": 1, "c": 2, "d": 3}, **options)
@@ -190,7 +190,7 @@ def test_padding_must_be_known(trained: LocalSwarm) -> None:
             model(**{name: tensor[1:2] for name, tensor in batch().items()})
 
 
-def test_there_are_no_caches(trained: LocalSwarm) -> None:
+def test_caches_are_refused(trained: LocalSwarm) -> None:
     with trained.visit() as visit, torch.no_grad():
         model = visit.classifier()
         assert model(**batch(), use_cache=True).cache is None

@@ -1,4 +1,4 @@
-"""What goes wrong along the route of a session, with peers that mean well: nothing of the text is lost."""
+"""Faults along the route of a session, with honest peers: no token of the text is lost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def thirds(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def swarm(thirds: LocalSwarm) -> Iterator[LocalSwarm]:
-    """The same, as a new client finds them."""
+    """The same peers for a new client."""
     with thirds.newcomer() as swarm:
         yield swarm
 
@@ -55,8 +55,8 @@ def long_local(long_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(long_folder, dtype=torch.float32).eval()
 
 
-def test_an_effect_that_fails_takes_no_other_with_it(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The route is planned again though the ban of the lost hop fails, so the wait ends."""
+def test_a_failing_effect_does_not_prevent_other_effects(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route is planned again although the ban of the lost hop fails, so that the wait ends."""
     model, ids = swarm.model(), prompt()["input_ids"]
     cache = model.new_cache()
     expected = model.step(ids, cache).logits
@@ -79,7 +79,7 @@ def test_an_effect_that_fails_takes_no_other_with_it(swarm: LocalSwarm, monkeypa
 
 
 def forget(peers: Sequence[Peer]) -> None:
-    """They drop all sessions, as they do after ten idle minutes."""
+    """Drops all sessions of the peers, as after ten idle minutes."""
     for peer in peers:
         for session in list(peer.service.sessions):
             peer.service.sessions.remove(session)
@@ -91,20 +91,22 @@ def generated(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
 
 
 def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """The logits behind the last of these tokens."""
+    """The logits after the last of these tokens."""
     with torch.no_grad():
         return model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
 
 def follows(local: Any, ids: torch.Tensor, logits: torch.Tensor) -> bool:
-    """Whether these are the logits behind a text."""
+    """Whether these are the logits after a text."""
     with torch.no_grad():
         return torch.allclose(logits, local(ids).logits[0, -1], atol=1e-4)
 
 
 @pytest.mark.default_cases(lost=((0, 1, 2),))
 @pytest.mark.parametrize("lost", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
-def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path, lost: tuple[int, ...]) -> None:
+def test_a_lora_is_loaded_again_when_hops_lose_the_session(
+    swarm: LocalSwarm, folder: Path, lost: tuple[int, ...]
+) -> None:
     ids = prompt(7)["input_ids"]
     tuned: Any = wrapped(AutoModelForCausalLM.from_pretrained(folder), lora())
     model = swarm.model()
@@ -117,7 +119,7 @@ def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path
         forget([swarm.peers[index] for index in lost])
         longer = torch.cat((first, prompt(3)["input_ids"]), dim=1)
         assert torch.equal(generated(remote, longer), generated(tuned, longer))
-        # All of them have done what they should, so none is replaced.
+        # All hops have behaved correctly, so none is replaced.
         assert [hop.name for hop in cache.session.hops] == route
         assert [repair.cause for repair in cache.session.recoveries] == ["session_lost"]
     assert not model.swarm.bans.keys()
@@ -125,7 +127,7 @@ def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path
 
 @pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
+def test_a_lost_message_is_repaired_while_peers_are_busy_with_other_sessions(
     swarm: LocalSwarm, local: Any, index: int
 ) -> None:
     model = swarm.model()
@@ -165,19 +167,19 @@ def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
         assert cache.session is not None and lost.is_set()
         assert [repair.cause for repair in cache.session.recoveries] == ["stalled"]
     assert follows(local, ids, logits)
-    assert took_s < 20.0  # instead of two minutes
+    assert took_s < 20.0  # The default limit is two minutes.
     assert not model.swarm.bans.keys()
 
 
 PAUSE_S = 0.3
-"""That each pass of a slow peer takes longer."""
+"""Additional time of each pass of a slow peer."""
 
 PROGRESS_S = 1.2
-"""Instead of two minutes."""
+"""Replaces the default of two minutes."""
 
 
 def slow_passes(monkeypatch: pytest.MonkeyPatch, least: int) -> list[int]:
-    """Has passes of at least so many positions take long; notes them."""
+    """Slows down passes of at least `least` positions, and records them."""
     run, ran = Engine._pass, []
 
     def slow(self: Engine, ready: Any) -> None:
@@ -197,7 +199,7 @@ def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
 
 
-def test_a_prefill_may_take_as_long_as_it_goes_on(
+def test_a_prefill_with_progress_may_take_any_time(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     be_impatient(monkeypatch)
@@ -210,10 +212,10 @@ def test_a_prefill_may_take_as_long_as_it_goes_on(
 
 
 @pytest.mark.full
-def test_a_long_step_may_take_as_long_as_it_goes_on(
+def test_a_long_step_with_progress_may_take_any_time(
     long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt in one step, then the same as a replay: nothing comes back until all of it is computed."""
+    """A prompt in one step, then its replay: no output arrives before the step is complete."""
     be_impatient(monkeypatch)
     monkeypatch.setattr(Session, "step_positions", lambda _, positions, *__: positions)
     monkeypatch.setattr(engine, "PASS_POSITIONS", 64)
@@ -237,7 +239,7 @@ def test_a_long_step_may_take_as_long_as_it_goes_on(
 
 @pytest.mark.default_cases(limit=({"max_new_tokens": 60},))
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 60}, {"max_new_tokens": None, "max_length": 260}], ids=str)
-def test_memory_is_extended_while_drafts_are_under_way(
+def test_memory_is_extended_while_drafts_are_in_flight(
     long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
 ) -> None:
     force_window(monkeypatch, Window(3, 4))
@@ -256,10 +258,10 @@ def test_memory_is_extended_while_drafts_are_under_way(
 
 @pytest.mark.default_cases(rewinds=(True,))
 @pytest.mark.parametrize("rewinds", [True, False])
-def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the_hops_pushed(
+def test_a_relay_log_is_not_replayed_in_place_of_pushed_steps(
     folder: Path, local: Any, node: Directory, rewinds: bool
 ) -> None:
-    """The first hop does not reach its next, then does, then does not; each time the next one is lost."""
+    """The first hop cannot reach the next one, then can, then cannot; each time the next hop is lost."""
     with local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
         model = swarm.model()
         links: Any = swarm.peers[0].service._hops._links
@@ -289,8 +291,8 @@ def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the
             assert cache.session.hops[0].relayed
 
 
-def test_a_text_that_finds_no_memory_says_so_each_time(long_folder: Path, long_local: Any, node: Directory) -> None:
-    with local_swarm(long_folder, [(0, 2)], node=node, kv_memory=2 * 256 * 300) as swarm:  # for 300 positions
+def test_a_text_without_memory_fails_each_time(long_folder: Path, long_local: Any, node: Directory) -> None:
+    with local_swarm(long_folder, [(0, 2)], node=node, kv_memory=2 * 256 * 300) as swarm:  # Memory for 300 positions.
         model = swarm.model()
         ids = prompt(100)["input_ids"]
         with model.session():
@@ -299,12 +301,12 @@ def test_a_text_that_finds_no_memory_says_so_each_time(long_folder: Path, long_l
             for _ in range(3):
                 with pytest.raises(PeerBusy):
                     generated(model, longer, max_new_tokens=100)
-            # What fits goes on from what is held.
+            # A text that fits continues from the held positions.
             shorter = longer[:, :200]
             assert torch.equal(generated(model, shorter), generated(long_local, shorter))
 
 
-def test_a_peer_that_finds_no_memory_for_a_long_text_serves_short_ones(
+def test_a_peer_without_memory_for_a_long_text_serves_short_texts(
     long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with local_swarm(long_folder, [(0, 2)], node=node) as swarm:

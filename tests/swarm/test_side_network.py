@@ -1,4 +1,5 @@
-"""A network beside a model: trained on states that came home once, it adds the same here as on the whole model."""
+"""A side network: trained on hidden states that are received once, it adds the same with remote blocks as on the whole
+model."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def whole(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def adapter(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a network that changes what the model says."""
+    """The folder of a side network that changes the model's tokens."""
     saved = tmp_path_factory.mktemp("side")
     torch.manual_seed(5)
     config = whole.config.get_text_config()
@@ -62,7 +63,7 @@ def adapter(whole: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def beside(model: Any, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits of a whole model with a side network, in plain transformers: the lines of docs/tuning.md."""
+    """Logits of a whole model with a side network, in plain transformers: the code of docs/tuning.md."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     width = config["width"]
@@ -83,15 +84,15 @@ def beside(model: Any, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @torch.no_grad()
 def continued(logits: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedily, one token after the other, of one row."""
+    """Greedy continuation of one row, one token at a time."""
     for _ in range(count):
         ids = torch.cat((ids, logits(ids)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     return ids
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
-    """Token by token, in a session that goes on, and in a batch with padding on the left."""
+def test_a_side_network_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
+    """Token by token, in a session that continues, and in a batch with padding on the left."""
     logits = beside(whole, adapter)
     expected = continued(logits, prompt()["input_ids"], 12)
     assert not expected.equal(whole.generate(**prompt(), **{**GREEDY, "max_new_tokens": 12}))
@@ -102,7 +103,7 @@ def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, a
         with model.session():
             first = model.generate(**prompt(), **options)
             assert model.generate(input_ids=first, attention_mask=torch.ones_like(first), **options).equal(expected)
-            # A prompt that shares its beginning alone with what is held.
+            # A prompt that shares only its beginning with the held text.
             assert model.generate(**prompt(), **options).equal(first)
         rows = padded(side="left")
         found = model.generate(**rows, **options)
@@ -112,7 +113,7 @@ def test_it_adds_the_same_as_on_the_whole_model(swarm: LocalSwarm, whole: Any, a
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
+def test_the_cache_of_a_side_network_matches_that_of_the_peers(swarm: LocalSwarm, whole: Any, adapter: Path) -> None:
     logits = beside(whole, adapter)
     options = {**GREEDY, "max_new_tokens": 4}
     ids = prompt()["input_ids"]
@@ -125,7 +126,7 @@ def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whol
             left = {name: torch.nn.functional.pad(tensor, (2, 0)) for name, tensor in prompt().items()}
             first = model.generate(**left, **options)
             assert first[:, 2:].equal(expected)
-            longer = torch.cat((first[:, 2:], ids[:, :2]), dim=1)  # without the padding
+            longer = torch.cat((first[:, 2:], ids[:, :2]), dim=1)  # Without the padding.
             found = model.generate(input_ids=longer, attention_mask=torch.ones_like(longer), **options)
             assert found.equal(continued(logits, longer, 4))
             two = longer.repeat(2, 1)
@@ -145,10 +146,10 @@ def test_its_own_cache_keeps_step_with_that_of_the_peers(swarm: LocalSwarm, whol
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_its_own_cache_follows_rows_that_are_repeated_and_reordered(
+def test_the_cache_of_a_side_network_follows_repeated_and_reordered_rows(
     swarm: LocalSwarm, whole: Any, adapter: Path
 ) -> None:
-    """As `n` answers of one prompt, and as beams."""
+    """As for `n` answers to one prompt, and for beams."""
     logits, ids = beside(whole, adapter), prompt()["input_ids"]
 
     def forward(input_ids: torch.Tensor, **_: Any) -> CausalLMOutput:
@@ -174,8 +175,10 @@ def test_its_own_cache_follows_rows_that_are_repeated_and_reordered(
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adapter: Path, tmp_path: Path) -> None:
-    """On states that lie on the disk, with 16 bits each; and it goes down, with no peer left."""
+def test_the_loss_of_a_side_network_equals_that_on_the_whole_model(
+    swarm: LocalSwarm, whole: Any, adapter: Path, tmp_path: Path
+) -> None:
+    """Trained on states on the disk, in 16 bits, without any peer; the loss decreases."""
     rows = batch()
     encoded = [
         Encoded(ids[mask.bool()].tolist(), labels[mask.bool()].tolist())
@@ -213,7 +216,9 @@ def test_the_loss_is_that_of_the_whole_model(swarm: LocalSwarm, whole: Any, adap
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_what_does_not_go_together_is_refused(swarm: LocalSwarm, adapter: Path, tmp_path: Path) -> None:
+def test_options_that_conflict_with_a_side_network_are_refused(
+    swarm: LocalSwarm, adapter: Path, tmp_path: Path
+) -> None:
     with swarm.visit() as visit:
         model: RemoteCausalLM = load_adapter(visit.model(), adapter)
         with pytest.raises(UnsupportedParameter, match="side network"):

@@ -1,4 +1,4 @@
-"""With drafts, whoever makes them, a text is the same as without."""
+"""Drafts of any drafter never change a text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def remote(swarm: LocalSwarm, request: pytest.FixtureRequest) -> Iterator[Remote
 
 @pytest.fixture(params=WINDOWS, ids=str)
 def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Window:
-    """What is sent at once, whatever would pay."""
+    """Sends this window, whether it pays or not."""
     force_window(monkeypatch, request.param)
     return request.param
 
@@ -61,7 +61,7 @@ def options(**more: Any) -> dict[str, Any]:
 
 
 def drafter_of(kind: str, folder: Path, tmp_path: Path) -> Any:
-    """One that is always right, one that is mostly wrong, or none."""
+    """A drafter that is always right, or mostly wrong, or None."""
     if kind == "prompt-lookup":
         return kind
     if kind == "same model":
@@ -97,7 +97,7 @@ def random_head(folder: Path, target: Path, taps: tuple[int, ...]) -> Path:
 @pytest.mark.default_cases(window=(Window(15, 2),), remote=("0:2,5:6",), sample=(False,), kind=("same model",))
 @pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model", "head", "head of three depths"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
-def test_the_text_is_the_same(
+def test_drafts_do_not_change_the_text(
     local: Any, remote: RemoteCausalLM, window: Window, kind: str, sample: bool, folder: Path, tmp_path: Path
 ) -> None:
     chosen = options(do_sample=sample, temperature=0.7 if sample else None, repetition_penalty=1.1)
@@ -111,7 +111,7 @@ def test_the_text_is_the_same(
 
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,), kind=("head",))
 @pytest.mark.parametrize("kind", ["prompt-lookup", "other model", "head", "head of three depths"])
-def test_embeddings_in_the_place_of_a_prompt(
+def test_drafts_with_embeddings_in_place_of_a_prompt(
     local: Any, remote: RemoteCausalLM, window: Window, kind: str, folder: Path, tmp_path: Path
 ) -> None:
     """Embeddings have no tokens, so a head drafts from the generated tokens on."""
@@ -130,13 +130,15 @@ def test_right_drafts_save_round_trips(remote: RemoteCausalLM, folder: Path, win
         assert cache.session is not None
         sessions = getattr(cache.session, "sessions", [cache.session])
         steps = sessions[0].traffic.steps
-    # The prompt, then 39 tokens: a window's drafts are all right, and the model adds one where none follows.
+    # The prompt, then 39 tokens: all drafts of a window are right, and the model adds one where no draft follows.
     assert steps <= 2 + 39 / window.length
 
 
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
-def test_it_stops_where_it_should(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
-    """In the middle of a window: at a stop token, and at the length."""
+def test_a_text_ends_at_the_right_token_within_a_window(
+    local: Any, remote: RemoteCausalLM, folder: Path, window: Window
+) -> None:
+    """In the middle of a window: at a stop token, and at the maximal length."""
     plain = local.generate(repeating(), **options())
     stop = int(plain[0, 18 + 10])
     drafter = AutoModelForCausalLM.from_pretrained(folder)
@@ -146,7 +148,9 @@ def test_it_stops_where_it_should(local: Any, remote: RemoteCausalLM, folder: Pa
 
 
 @pytest.mark.default_cases(window=(Window(2, 3),), remote=(None,))
-def test_a_conversation_goes_on_after_it(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
+def test_a_conversation_continues_after_drafts(
+    local: Any, remote: RemoteCausalLM, folder: Path, window: Window
+) -> None:
     drafter = AutoModelForCausalLM.from_pretrained(folder)
     with remote.session():
         first = remote.generate(repeating(), speculate=drafter, **options())
@@ -165,7 +169,7 @@ def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) 
     assert streamer.tokens == [*got[0].tolist(), -1]
 
 
-def test_a_hop_that_dies_with_windows_under_way(
+def test_a_hop_lost_with_windows_in_flight_is_replaced(
     node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 4))
@@ -186,9 +190,9 @@ def test_a_hop_that_dies_with_windows_under_way(
 
 
 class FollowingHead:
-    """Drafts as a head does, from features; knows the text, and is wrong at every fifth token.
+    """Drafts from features as a head does; knows the text, and makes every fifth token wrong.
 
-    Notes the features that it is given, by the number of tokens before their own position.
+    Records the features that it receives, by the number of tokens before their own position.
     """
 
     priors = (0.5,)
@@ -213,10 +217,10 @@ class FollowingHead:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
-def test_hops_that_die_again_and_again_with_windows_under_way(
+def test_hops_lost_repeatedly_with_windows_in_flight_are_replaced(
     folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:
-    """Another one comes each time. The tokens and the hidden states are those of transformers."""
+    """A new peer replaces each lost hop. The tokens and hidden states equal those of transformers."""
     force_window(monkeypatch, Window(2, 4))
     chosen = options(max_new_tokens=6 * kills + 6)
     expected = local.generate(repeating(), **chosen)
@@ -241,7 +245,8 @@ def test_hops_that_die_again_and_again_with_windows_under_way(
             assert cache.session is not None
             assert len(repairs(cache.session)) == kills
     assert torch.equal(got, expected)
-    assert kills < 20 or sum(count > 0 for count in under_way) >= 5, under_way  # on a quick machine some have come
+    # On a quick machine, some windows have already arrived.
+    assert kills < 20 or sum(count > 0 for count in under_way) >= 5, under_way
     assert [*drafter.features] == [*range(17, got.shape[1] - 1)]
     states = local(got, output_hidden_states=True).hidden_states
     for position, features in drafter.features.items():
@@ -259,14 +264,16 @@ def test_hops_that_die_again_and_again_with_windows_under_way(
         ({"speculate": "tea leaves"}, "tea leaves"),
     ],
 )
-def test_what_does_not_go_together_is_refused(remote: RemoteCausalLM, more: dict[str, Any], complaint: str) -> None:
+def test_parameters_that_conflict_with_drafts_are_refused(
+    remote: RemoteCausalLM, more: dict[str, Any], complaint: str
+) -> None:
     with pytest.raises(SplitnetError, match=complaint):
         remote.generate(repeating(), **options(**{"speculate": "prompt-lookup", **more}))
 
 
 @pytest.mark.default_cases(family=("deepseek_v3",))
 @pytest.mark.parametrize("family", ["deepseek_v3", "mellum", "nemotron_h", "qwen3_5_text", "qwen3_next"])
-def test_drafts_by_the_layer_that_a_checkpoint_has_for_them(
+def test_drafts_by_the_mtp_layer_of_a_checkpoint(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = mtp_checkpoint(family, tmp_path)

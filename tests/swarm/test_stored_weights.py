@@ -1,4 +1,4 @@
-"""Peers and clients that hold weights in the few bits in which the checkpoint stores them."""
+"""Peers and clients that hold weights in the quantized format of the checkpoint."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def swarm(file: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def exact(file: Path) -> Any:
-    """Plain transformers on the numbers that the file stands for."""
+    """Plain transformers with the numbers that the file represents."""
     checkpoint = Checkpoint.open(file)
     with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
@@ -48,7 +48,7 @@ def exact(file: Path) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def test_they_give_what_its_numbers_give(swarm: LocalSwarm, exact: Any) -> None:
+def test_stored_weights_compute_the_same_as_their_numbers(swarm: LocalSwarm, exact: Any) -> None:
     assert {peer.record().dtype for peer in swarm.peers} == {"stored/float32"}
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
@@ -58,14 +58,14 @@ def test_they_give_what_its_numbers_give(swarm: LocalSwarm, exact: Any) -> None:
         assert isinstance(model.get_output_embeddings(), QuantizedHead)
         with torch.no_grad():
             found, expected = model(ids).logits, exact(ids).logits
-        assert float((found - expected).norm() / expected.norm()) < 2e-3  # kernels round activations to 16 bits
+        assert float((found - expected).norm() / expected.norm()) < 2e-3  # Kernels round activations to 16 bits.
         generated, wanted = (
             each.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False) for each in (model, exact)
         )
         assert torch.equal(generated, wanted)
 
 
-def test_gradients_come_back_through_them(swarm: LocalSwarm, exact: Any) -> None:
+def test_gradients_pass_through_stored_weights(swarm: LocalSwarm, exact: Any) -> None:
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(6))
     found: list[torch.Tensor] = []
     with swarm.visit() as visitor:

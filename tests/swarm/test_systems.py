@@ -1,4 +1,4 @@
-"""Swarms without hivemind, on the system that is here and on others as far as Linux can play them."""
+"""Swarms without hivemind, on this system and on emulated ones."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def trainer(model: Any, collate: Any, folder: Path, **options: Any) -> Trainer:
 
 
 def losses(trained: Trainer) -> list[float]:
-    """Of each step, and at the end of what was not trained on."""
+    """The losses of all steps, and the final loss on held-out data."""
     steps = [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
     return [*steps, trained.evaluate()["eval_loss"]]
 
@@ -99,7 +99,7 @@ def with_one_logit(rows: list[Example]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("smoothing", "collate"), [(0.0, for_next_token), (0.1, for_next_token), (0.0, with_one_logit)]
 )
-def test_a_causal_model_trains_as_a_local_one(
+def test_a_causal_model_trains_like_a_local_one(
     smoothing: float, collate: Any, swarm: LocalSwarm, folder: Path, tmp_path: Path
 ) -> None:
     def train(model: PreTrainedModel, name: str) -> tuple[list[float], PeftModel]:
@@ -117,7 +117,8 @@ def test_a_causal_model_trains_as_a_local_one(
     pairs = zip(parameters(remote).items(), parameters(local).items(), strict=True)
     for (name, tensor), (same_name, wanted) in pairs:
         assert name == same_name
-        # As a whole: where a gradient is almost nothing, Adam makes a step as large as any of what rounding left of it.
+        # Compared as a whole: where a gradient is almost zero, Adam takes a full step in the direction of its rounding
+        # error.
         assert float((tensor - wanted).norm()) < 1e-3 * float(wanted.norm())
 
 
@@ -127,7 +128,7 @@ def parameters(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.full
-def test_a_classifier_trains_as_a_local_one(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
+def test_a_classifier_trains_like_a_local_one(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
     def train(model: PreTrainedModel, name: str) -> tuple[list[float], torch.Tensor]:
         training = trainer(with_lora(model, TaskType.SEQ_CLS), for_class, tmp_path / name)
         training.train()
@@ -145,8 +146,8 @@ def test_a_classifier_trains_as_a_local_one(swarm: LocalSwarm, folder: Path, tmp
 
 
 @pytest.mark.full
-def test_training_goes_on_from_a_checkpoint(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
-    """What the Trainer saved after the second step continues to the same third, and loads on a local model."""
+def test_training_resumes_from_a_checkpoint(swarm: LocalSwarm, folder: Path, tmp_path: Path) -> None:
+    """After the second step, the saved state continues to the same third step, and loads on a local model."""
 
     def training(visit: LocalSwarm) -> Trainer:
         tuned = with_lora(visit.model(), TaskType.CAUSAL_LM)

@@ -1,4 +1,4 @@
-"""What PEFT trains on a local model it trains on remote blocks: the same gradients, by the same calls."""
+"""PEFT trains the same on remote blocks as on a local model: the same gradients, by the same calls."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def train_locally(local_model: Callable[[], Any], config: Config) -> Callable[[s
 @pytest.mark.default_cases(folder=("llama",), method=OFTEN)
 @pytest.mark.default_cases(folder=("gpt2",), method=("lora",))
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_those_of_local_training(
+def test_gradients_equal_those_of_local_training(
     method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
 ) -> None:
     expected_loss, expected = train_locally(method)
@@ -89,10 +89,10 @@ def test_gradients_are_those_of_local_training(
 
 
 @pytest.mark.default_cases(folder=("llama",))
-def test_hops_train_that_have_no_part_of_an_adapter(
+def test_hops_without_a_part_of_the_adapter_take_part_in_training(
     swarm: LocalSwarm, local_model: Callable[[], Any], folder: Path
 ) -> None:
-    """And others after them: each has a part of one of the two adapters, which take turns."""
+    """And later hops: each has a part of one of two adapters, which are used in turn."""
 
     def train(model: Any) -> torch.Tensor:
         adapted = wrapped(model, lora_on(folder.name, [3]))
@@ -145,7 +145,9 @@ def test_gradients_over_compressed_links_point_the_same_way(
 
 
 @pytest.mark.default_cases(folder=("gemma3_text",))
-def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], Any], config: Config) -> None:
+def test_a_prefix_made_of_a_text_acts_like_the_text(
+    swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
+) -> None:
     """With the keys and values of a text as its prefix, a model answers as if the text were there."""
     text, rest = batch()["input_ids"][:1, :5], batch()["input_ids"][:1, 5:]
     expected = local_model()(torch.cat((text, rest), dim=1)).logits[:, 5:]
@@ -162,10 +164,10 @@ def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], 
 
 @pytest.mark.default_cases(folder=("llama",), method=OFTEN)
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_gives_the_same_on_both_sides(
+def test_an_adapter_gives_the_same_output_locally_and_remotely(
     method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, tmp_path: Path
 ) -> None:
-    """Saved from a remote model and loaded on a local one, and the other way round: logits and generated tokens."""
+    """An adapter saved from a remote model loads on a local one, and vice versa: logits and generated tokens."""
     inputs = padded(1)
     with swarm.visit() as visit, torch.no_grad():
         wrapped(visit.model(), config(method), seed=4).save_pretrained(str(tmp_path / "there"))
@@ -196,10 +198,10 @@ def greedy(model: Any, prompt: torch.Tensor, new_tokens: int, **more: Any) -> to
 @pytest.mark.default_cases(folder=("llama",), method=("lora",))
 @pytest.mark.default_cases(folder=("gemma3_text",), method=("prefix",))
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
-def test_training_by_forward_passes_alone(
+def test_zeroth_order_training_takes_the_same_steps_as_locally(
     method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
 ) -> None:
-    """The same steps as on a local model, and peers keep nothing for a way back."""
+    """The same steps as on a local model, and peers keep nothing for backward passes."""
 
     def train(model: PeftModel) -> torch.Tensor:
         before = trained(model)
@@ -227,7 +229,7 @@ def test_training_by_forward_passes_alone(
 @pytest.mark.parametrize("room", [2**26, 1], ids=["one call", "a call for each"])
 @pytest.mark.parametrize("method", ["prompt", "p-tuning-lstm", "lora"])
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
-def test_prompts_of_many_directions_go_together(
+def test_prompts_of_many_directions_run_in_one_batch(
     method: str, room: int, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, monkeypatch: Any
 ) -> None:
     """With the steps that they have one by one, on a local model."""
@@ -277,7 +279,7 @@ def lora_with(**fields: Any) -> LoraConfig:
         ({"modules_to_save": ["mlp"]}, "modules_to_save"),
     ],
 )
-def test_what_peers_do_not_apply_is_refused_when_a_model_is_wrapped(
+def test_unsupported_adapter_fields_are_refused_when_a_model_is_wrapped(
     fields: dict[str, Any], named: str, swarm: LocalSwarm
 ) -> None:
     with swarm.visit() as visit, pytest.raises(AdapterError, match=named):
@@ -304,9 +306,9 @@ def test_other_methods_of_peft_are_refused_when_a_model_is_wrapped(swarm: LocalS
             targets = own_targets.get(kind, {"target_modules": ["q_proj"]})
             try:
                 config = made(task_type=CAUSAL, **targets, **needs.get(kind, {}))
-            except ImportError:  # it needs a package that is not here
+            except ImportError:  # The package of this method is not installed.
                 continue
-            # One looks for the very class of torch, and says so.
+            # GLORA requires the exact class of torch, and says so.
             with pytest.raises(ValueError if kind == "GLORA" else AdapterError, match=r"peers|plain torch\.nn\.Linear"):
                 get_peft_model(visit.model(), config)
 
@@ -329,9 +331,7 @@ def test_an_adapter_that_is_switched_within_a_text_is_refused(method: str, swarm
 
 
 @on_one_family
-def test_adalora_that_has_left_nothing_of_a_layer(
-    swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
-) -> None:
+def test_adalora_may_prune_a_whole_layer(swarm: LocalSwarm, local_model: Callable[[], Any], config: Config) -> None:
     inputs = padded()
 
     def pruned(model: Any) -> torch.Tensor:
@@ -346,13 +346,13 @@ def test_adalora_that_has_left_nothing_of_a_layer(
 
 
 @on_one_family
-def test_ranks_that_peers_do_not_take_are_told_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
+def test_too_large_ranks_are_refused_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit, pytest.raises(AdapterError, match="has the rank 1,600, and peers take 1,024"):
         get_peft_model(visit.model(), LoHaConfig(task_type=CAUSAL, r=40, target_modules=["q_proj"]))
 
 
 @on_one_family
-def test_what_changes_after_wrapping_is_applied_or_refused(
+def test_changes_after_wrapping_are_applied_or_refused(
     swarm: LocalSwarm, local_model: Callable[[], Any], folder: Path
 ) -> None:
     inputs = padded(2)

@@ -1,4 +1,4 @@
-"""Training while peers die, links are lossy, and others use the same peers."""
+"""Training while peers fail, links are lossy, and other clients use the same peers."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def pairs(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers for every span; that a client finds others when nodes of the DHT die is tested without training."""
+    """Two peers for every span. Failures of DHT nodes are tested without training."""
     with dht_node() as node, local_swarm(folder, SPANS * 2, node=node) as swarm:
         yield swarm
 
 
 @pytest.fixture(autouse=True)
 def several_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for batches as small as these."""
+    """Even small batches are split into micro-batches."""
     monkeypatch.setattr("splitnet.session.training.MIN_POSITIONS", 8)
 
 
 def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda step: None) -> torch.Tensor:
-    """Some steps of SGD; `between` runs after each forward pass. Gives the adapter."""
+    """Some steps of SGD; `between` runs after each forward pass. Returns the adapter."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for step in range(steps):
@@ -83,7 +83,7 @@ def used(swarm: LocalSwarm, model: Any, index: int) -> Peer:
 @pytest.mark.default_cases(indexes=((1,),), method=("lora",))
 @pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 2)], ids=str)
 @pytest.mark.parametrize("method", ["lora", "prompt"])
-def test_peers_that_die_between_forward_and_backward_change_nothing(
+def test_peers_lost_between_forward_and_backward_pass_change_nothing(
     method: str, indexes: tuple[int, ...], twins: LocalSwarm
 ) -> None:
     config = METHODS[method]("llama", CAUSAL)
@@ -102,9 +102,7 @@ def test_peers_that_die_between_forward_and_backward_change_nothing(
 @pytest.mark.default_cases(victim=(1,), ways=(("backward", "go_back"),))
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("ways", [("forward", "forward_kept"), ("backward", "go_back")], ids=["forward", "backward"])
-def test_a_peer_that_dies_while_it_computes_changes_nothing(
-    ways: tuple[str, ...], victim: int, twins: LocalSwarm
-) -> None:
+def test_a_peer_lost_during_a_pass_changes_nothing(ways: tuple[str, ...], victim: int, twins: LocalSwarm) -> None:
     undisturbed = train(wrapped(twins.model(), lora()), 3)
     model = wrapped(twins.model(), lora())
     killed = threading.Event()
@@ -127,7 +125,7 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(
     assert killed.is_set()
 
 
-def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSwarm) -> None:
+def test_a_forward_pass_that_peers_have_dropped_is_repeated(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
         undisturbed = train(wrapped(visit.model(), lora()), 2)
         model = wrapped(visit.model(), lora())
@@ -143,7 +141,7 @@ def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSw
         assert torch.equal(train(model, 2, forget), undisturbed)
 
 
-def test_a_lost_peer_without_another_ends_in_an_error_and_training_can_go_on(node: Directory, own_folder: Path) -> None:
+def test_training_can_continue_after_the_error_of_a_lost_peer(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         undisturbed = train(wrapped(swarm.model(), lora()), 2)
@@ -191,24 +189,25 @@ def test_clients_with_different_adapters_do_not_see_each_other(swarm: LocalSwarm
         assert torch.equal(together[index], tokens)
 
 
-def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: LocalSwarm) -> None:
+def test_kept_passes_of_a_client_are_dropped_with_its_next_batch_or_session(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
         model = wrapped(visit.model(), lora())
         kept: list[int] = []
         for seed in range(5):
-            model(**batch(seed))  # nobody goes back
+            model(**batch(seed))  # No backward pass follows.
             session = used(swarm, model, 0).service.sessions.get(session_of(model).id)
             assert session is not None
             kept.append(len(session.training_state.kept))
         assert kept[0] > 1
-        assert len(set(kept)) == 1  # those of the last batch, as the next one says
+        # Peers keep only the passes of the last batch, because the next batch releases the earlier ones.
+        assert len(set(kept)) == 1
     memories = [peer.service.training.memory for peer in swarm.peers]
     for peer in swarm.peers:
         peer.service.forget_all()
     assert all(memory.used == 0 for memory in memories)
 
 
-def test_two_ways_back_of_one_pass_are_refused(swarm: LocalSwarm) -> None:
+def test_a_second_backward_pass_is_refused(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
         loss = wrapped(visit.model(), lora())(**batch()).loss
         loss.backward(retain_graph=True)
@@ -216,7 +215,7 @@ def test_two_ways_back_of_one_pass_are_refused(swarm: LocalSwarm) -> None:
             loss.backward()
 
 
-def test_gradients_do_not_end_silently_at_a_cache(swarm: LocalSwarm) -> None:
+def test_a_backward_pass_through_a_cache_is_refused(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
         ids = batch()["input_ids"]
         loss = wrapped(visit.model(), lora())(input_ids=ids, labels=ids, use_cache=True).loss
@@ -224,7 +223,7 @@ def test_gradients_do_not_end_silently_at_a_cache(swarm: LocalSwarm) -> None:
             loss.backward()
 
 
-def test_an_adapter_that_peers_do_not_know_is_refused_here(swarm: LocalSwarm) -> None:
+def test_an_unsupported_adapter_is_refused_by_the_client(swarm: LocalSwarm) -> None:
     config = LoraConfig(task_type=CAUSAL, target_modules=["q_proj"], lora_dropout=0.1)
     with swarm.visit() as visit:
         model = get_peft_model(visit.model(), config).train()
@@ -234,7 +233,9 @@ def test_an_adapter_that_peers_do_not_know_is_refused_here(swarm: LocalSwarm) ->
 
 @pytest.mark.default_cases(use_cache=(False,))
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node: Directory, tmp_path: Path) -> None:
+def test_an_adapted_layer_that_skips_positions_is_refused_by_name(
+    use_cache: bool, node: Directory, tmp_path: Path
+) -> None:
     folder = random_checkpoint("qwen2_moe", tmp_path, blocks=1)
     with local_swarm(folder, [(0, 1)], node=node) as swarm:
         config = LoraConfig(task_type=CAUSAL, target_modules=["shared_expert.up_proj"])
@@ -244,7 +245,7 @@ def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node
 
 
 @pytest.mark.full
-def test_a_peer_without_memory_for_training_says_so(node: Directory, own_folder: Path) -> None:
+def test_a_peer_without_memory_for_training_is_an_error(node: Directory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, training_memory=1000, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         with pytest.raises(SplitnetError, match="train with fewer positions"):
@@ -292,9 +293,9 @@ WAYS: dict[str, tuple[type[Message], ...]] = {
 
 @dataclass
 class Fault:
-    """What the first peer of a span that has something to send does instead, from when it is armed.
+    """A fault of the first peer of a span that sends something once the fault is armed.
 
-    hits: how many messages it has changed.
+    hits: the number of messages that it has changed.
     """
 
     start: int
@@ -306,14 +307,15 @@ class Fault:
     closing: threading.Thread | None = None
 
     def sent(self, peer: Peer, message: Any) -> Any:
-        """Returns the message that the peer sends in the place of another; None: it sends nothing."""
+        """Returns the message that the peer sends instead; None: no message."""
         if self.change in (silence, death) and self.victim is peer:
-            return None  # also no answers to pings
+            return None  # This includes answers to pings.
         concerned = self.armed and peer.span.start == self.start and self.victim in (None, peer)
         if not concerned or not isinstance(message, self.kinds) or not len(getattr(message, "payload", b"")):
             return message
         self.victim, self.hits = peer, self.hits + 1
-        if self.change is death:  # in a thread of its own: the transport waits for the lock of the thread that sends
+        # Closed in another thread, because the transport waits for a lock of the thread that sends.
+        if self.change is death:
             self.closing = threading.Thread(target=peer.transport.close)
             self.closing.start()
         return self.change(message)
@@ -336,7 +338,7 @@ class Faulty:
 
 @contextmanager
 def failing(swarm: LocalSwarm, index: int, way: str, name: str) -> Iterator[Fault]:
-    """A fault of one of the peers that run the hop at `index`."""
+    """A fault of one of the peers that serve the hop at `index`."""
     fault = Fault(SPANS[index][0], WAYS[way], FAULTS[name])
     with pytest.MonkeyPatch.context() as patch:
         for peer in swarm.peers:
@@ -359,10 +361,10 @@ def tuned(
     resume: bool = False,
     **options: Any,
 ) -> torch.Tensor:
-    """What `splitnet tune` trains, in a folder; the steps are `SETTINGS`.
+    """The adapter that `splitnet tune` trains in a folder, with `SETTINGS`.
 
-    method: prompt, lora, side, or joint: of an owner that is alone in a round. look: called before the first step and
-    after each, with the number of steps.
+    method: prompt, lora, side, or joint: a round with a single owner. look: called before the first step and after
+    each, with the number of steps.
     """
     folder, model = TuningFolder(path), swarm.model(**options)
     saved = folder.load_checkpoint() if resume else None
@@ -394,7 +396,7 @@ def tuned(
 
 @pytest.fixture(scope="module")
 def undisturbed(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.Tensor]:
-    """What a run gives without a fault, by the method; computed once."""
+    """The result of a run without a fault, by method; computed once."""
 
     @cache
     def of(method: str) -> torch.Tensor:
@@ -444,7 +446,7 @@ def test_a_peer_with_a_fault_is_replaced_and_the_adapter_is_the_same(
 @pytest.mark.default_cases(fault=("nan",), trouble=OFTEN)
 @pytest.mark.parametrize("trouble", TROUBLES, ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_nobody_can_replace_ends_the_run_which_goes_on_from_what_is_saved(
+def test_a_run_ended_by_a_faulty_peer_resumes_from_its_checkpoint(
     fault: str,
     trouble: tuple[str, str, int],
     swarm: LocalSwarm,
@@ -474,7 +476,7 @@ def test_a_fault_that_nobody_can_replace_ends_the_run_which_goes_on_from_what_is
 
 @pytest.mark.default_cases(codec=("none",))
 @pytest.mark.parametrize("codec", ["none", "bf16"])
-def test_numbers_of_the_client_that_are_not_finite_are_its_own_fault(codec: str, swarm: LocalSwarm) -> None:
+def test_values_of_the_client_that_are_not_finite_are_an_error_of_the_client(codec: str, swarm: LocalSwarm) -> None:
     with swarm.newcomer() as visit:
         model = wrapped(visit.model(codec=codec), lora())
         loss = model(**batch()).loss
@@ -490,8 +492,8 @@ def test_numbers_of_the_client_that_are_not_finite_are_its_own_fault(codec: str,
         assert not visit.client.bans.keys()
 
 
-def test_blocks_that_overflow_at_every_peer_are_the_fault_of_the_adapter(twins: LocalSwarm) -> None:
-    """An adapter that is finite, and far too large."""
+def test_an_overflow_at_every_peer_is_blamed_on_the_adapter(twins: LocalSwarm) -> None:
+    """The values of the adapter are finite, but far too large."""
     model = wrapped(twins.model(), lora())
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -502,10 +504,10 @@ def test_blocks_that_overflow_at_every_peer_are_the_fault_of_the_adapter(twins: 
 
 @pytest.mark.default_cases(way=("backward",))
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_peer_that_computes_what_is_not_finite_is_replaced(
+def test_a_peer_that_computes_values_that_are_not_finite_is_replaced(
     way: str, twins: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one with bad memory does: it finds that out itself."""
+    """A peer with defective memory detects this itself."""
     undisturbed = train(wrapped(twins.model(), lora()), 3)
     model = wrapped(twins.model(), lora())
     victims: list[Peer] = []

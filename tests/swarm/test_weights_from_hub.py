@@ -1,4 +1,5 @@
-"""Peers get blocks from the hub by ranges of bytes; clients with some files learn from peers what their model is."""
+"""Peers get the byte ranges of their blocks from the hub; clients with some files learn the identity of their model
+from peers."""
 
 from __future__ import annotations
 
@@ -41,13 +42,13 @@ class Hub:
 
     folder: Path
     ranges: int = 0
-    """Bytes that were given by ranges."""
+    """Bytes sent in ranges."""
     whole: list[str] = field(default_factory=list[str])
-    """Files that were given as a whole."""
+    """Names of files sent as a whole."""
     deaf: bool = False
-    """Ranges are not heard: files come as a whole, and large."""
+    """Ignores ranges: files are sent as a whole, and are large."""
     large: int = 0
-    """Bytes that were given so."""
+    """Bytes of large files sent as a whole."""
     read: int = 0
     """How often a file was opened to be read in parts."""
 
@@ -136,7 +137,7 @@ def test_a_peer_gets_ranges_of_its_blocks_and_no_whole_files(folder: Path, node:
         assert needed <= hub.ranges <= 1.01 * needed
         assert not [name for name in hub.whole if name.endswith(".safetensors")]
         read, hub.ranges = hub.read, 0
-    # What the model is was found out once, and is known from then on; pieces are kept, too.
+    # The identity of the model is now known, and the pieces are kept, too.
     with local_swarm(folder, [], node=node) as swarm:
         again = swarm.add(0, 3, folder="someone/tiny", join=())
         assert computes_as(again.span, folder)
@@ -156,7 +157,7 @@ def test_the_hub_and_peers_are_sources_at_once(folder: Path, node: Directory, hu
         assert sum(fetched.values()) == block_bytes_of(folder, 0, 4)
 
 
-def test_a_client_with_some_of_the_files_learns_what_its_model_is(folder: Path, node: Directory, hub: Hub) -> None:
+def test_a_client_with_some_files_learns_the_fingerprint_of_its_model(folder: Path, node: Directory, hub: Hub) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         swarm.peers[0].checkpoint.name = "someone/tiny"
         swarm.peers[0]._announcer.publish()
@@ -171,10 +172,8 @@ def test_a_client_with_some_of_the_files_learns_what_its_model_is(folder: Path, 
         assert Checkpoint.open("someone/tiny").knows_manifest, "it is asked once"
 
 
-def test_a_client_does_not_take_another_model_for_its_own(
-    folder: Path, node: Directory, hub: Hub, tmp_path: Path
-) -> None:
-    """Not even one with the same headers: of what is here all bytes are compared."""
+def test_a_client_refuses_peers_of_another_model(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Even a model with the same headers is refused, because all bytes of the local files are compared."""
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     shard = other / weight_map(folder)["model.embed_tokens.weight"]
@@ -183,13 +182,14 @@ def test_a_client_does_not_take_another_model_for_its_own(
         swarm.peers[0].checkpoint.name = "someone/tiny"
         swarm.peers[0]._announcer.publish()
         checkpoint = Checkpoint.open("someone/tiny")
-        safetensors.hf_hub_download("someone/tiny", shard.name)  # as a client does that has loaded its embeddings
+        # A client that has loaded its embeddings has this file.
+        safetensors.hf_hub_download("someone/tiny", shard.name)
         with pytest.raises(ModelNotFound, match="has other weights"):
             learn_manifest(checkpoint, [swarm.peers[0].join_address], Identity.generate())
 
 
-def test_the_hub_decides_what_its_model_is(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
-    """Peers that call another model so, with the same headers, are found out by the first piece."""
+def test_the_hub_decides_the_fingerprint_of_its_model(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Peers that give the same name to another model with the same headers are detected by the first piece."""
     other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
     shutil.copy(folder / "config.json", other)
     with local_swarm(other, [(0, 6)], node=node, share_weights=True) as swarm:
@@ -212,8 +212,8 @@ def test_a_hub_without_ranges_sends_no_whole_files(folder: Path, hub: Hub) -> No
     assert hub.large < LARGE // 4
 
 
-def test_what_was_told_before_gives_way_to_a_model_id(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
-    """Another swarm may have told of a model with the same headers."""
+def test_a_model_id_overrides_an_earlier_fingerprint(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Another swarm may have named a model with the same headers."""
     other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
     shutil.copy(folder / "config.json", other)
     told = make_manifest(Checkpoint.open(other).store)

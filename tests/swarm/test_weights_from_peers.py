@@ -1,4 +1,4 @@
-"""Peers that have no files get their blocks from others, and from nobody who lies or whom they do not know."""
+"""Peers without files get their blocks from other peers, and never from liars or from peers outside a closed swarm."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_a_peer_without_files_gets_its_blocks_from_three_others(folder: Path, sw
         needed = block_bytes_of(folder, 1, 5)
         assert needed <= sum(fetched.by_source.values()) <= 1.01 * needed and fetched.wasted <= 0.01 * needed
         assert len(fetched.by_source) == 3, "three sources at once"
-        # What was sent is that and the manifest.
+        # The bytes sent are the blocks and the manifest.
         manifest = len(peer.checkpoint.manifest().pack())
         sent = sum(sent_by(swarm)) - sum(before)
         assert needed <= sent <= 1.01 * needed + manifest + 3 * 1024
         held = peer.checkpoint.held()
         assert isinstance(held, WeightFolder)
-        peer.checkpoint.get_blocks(0, 6)  # as if it moved
+        peer.checkpoint.get_blocks(0, 6)  # A move does the same.
         assert computes_as(Span.load(peer.checkpoint, 0, 6, weights=None), folder)
 
 
@@ -108,10 +108,10 @@ def test_a_corrupt_source_is_named_and_left_out(
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Ends the process."""
 
 
-def test_what_was_fetched_is_not_fetched_again_and_what_is_damaged_is(
+def test_only_missing_and_damaged_pieces_are_fetched_again(
     folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, written = WeightFolder.write, list[bytes]()
@@ -127,7 +127,7 @@ def test_what_was_fetched_is_not_fetched_again_and_what_is_damaged_is(
             patch.setattr(WeightFolder, "write", some)
             with pytest.raises(Killed):
                 visitor.add(0, 2, folder="shared-llama")
-        # One of the pieces on the disk is damaged meanwhile.
+        # One of the pieces on the disk is then damaged.
         fingerprint = swarm.peers[0].checkpoint.fingerprint
         checkpoint = Checkpoint.open(weights_folder(fingerprint))
         held = checkpoint.held()
@@ -144,7 +144,7 @@ def test_what_was_fetched_is_not_fetched_again_and_what_is_damaged_is(
         assert sum(peer._fetcher.fetched.by_source.values()) == block_bytes_of(folder, 0, 2) - kept
 
 
-def test_holes_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
+def test_missing_pieces_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
     with swarm.newcomer() as visitor:
         peer = visitor.add(0, 1, folder="shared-llama")
         visitor.peers.remove(peer)
@@ -155,17 +155,20 @@ def test_holes_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
             Span.load(partial, 3, 4)
 
 
-def test_who_does_not_share_gives_nothing(node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_without_share_weights_sends_no_weights(
+    node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("splitnet.checkpoint.transfer.fetching.WAIT_LIMIT_S", 0.5)
     own = random_checkpoint("llama", tmp_path / "kept-llama", seed=2)
-    with local_swarm(own, [(0, 6)], node=node) as swarm:  # anybody may connect, so it does not by itself
+    # Any client may connect to this peer, so it does not share weights by default.
+    with local_swarm(own, [(0, 6)], node=node) as swarm:
         with pytest.raises(ModelNotFound, match=r"at no source .*--share-weights"):
             swarm.add(0, 2, folder="kept-llama")
         assert swarm.peers[0].weights.sent == len(swarm.peers[0].checkpoint.manifest().pack())
 
 
 def test_a_stranger_gets_nothing_of_a_closed_swarm(folder: Path, tmp_path: Path) -> None:
-    """Neither one whose key is not listed, nor one whose key is, without that of the swarm."""
+    """Refuses both a key that is not listed, and a listed key without the swarm key."""
     key = SwarmKey.generate()
     member, listed = Identity.generate(), Identity.generate()
     keys = tmp_path / "keys"
@@ -182,8 +185,8 @@ def test_a_stranger_gets_nothing_of_a_closed_swarm(folder: Path, tmp_path: Path)
         assert computes_as(guest.span, folder)
 
 
-def test_a_peer_that_leaves_out_heads_is_passed_over(folder: Path, node: Directory, tmp_path: Path) -> None:
-    """The fingerprint does not cover them; nothing of what it tells is kept."""
+def test_a_source_without_file_headers_is_skipped(folder: Path, node: Directory, tmp_path: Path) -> None:
+    """The fingerprint does not cover the heads; nothing of this peer's manifest is kept."""
     file = write_gguf(folder, tmp_path / "some.gguf", GGMLQuantizationType.Q8_0)
     with local_swarm(file, [(0, 6)], node=node, share_weights=True) as swarm:
         liar = swarm.peers[0]
@@ -197,7 +200,7 @@ def test_a_peer_that_leaves_out_heads_is_passed_over(folder: Path, node: Directo
         assert computes_as(peer.span, file)
 
 
-def test_two_models_of_one_name_are_told_apart_by_their_id(folder: Path, node: Directory, tmp_path: Path) -> None:
+def test_the_model_id_distinguishes_two_models_of_the_same_name(folder: Path, node: Directory, tmp_path: Path) -> None:
     other = random_checkpoint("llama", tmp_path / "other" / "shared-llama", hidden=128, seed=1)
     with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
         second = swarm.add(0, 6, folder=other, share_weights=True)
@@ -207,8 +210,8 @@ def test_two_models_of_one_name_are_told_apart_by_their_id(folder: Path, node: D
         assert computes_as(peer.span, other)
 
 
-def test_an_invitation_gives_nothing_of_this_machine_away(folder: Path, tmp_path: Path) -> None:
-    """Its model may be a folder here that nobody else has: it is no model of that swarm, and stays here."""
+def test_an_invited_peer_shares_no_local_model(folder: Path, tmp_path: Path) -> None:
+    """The model may be a local folder that exists nowhere else: it is no model of the swarm, and is not shared."""
     private = random_checkpoint("llama", tmp_path / "private", hidden=128, seed=7)
     key = SwarmKey.generate()
     with local_swarm(folder, [(0, 6)], node=None, swarm_key=key) as swarm:
@@ -217,7 +220,7 @@ def test_an_invitation_gives_nothing_of_this_machine_away(folder: Path, tmp_path
             swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True)
         guest = swarm.add(0, 2, join=address, swarm_key=key, invited=True)
         assert not guest.weights.shares() and swarm.peers[0].weights.shares()
-        # A stranger may know what it is, of another swarm, and say so.
+        # A stranger may know the fingerprint and name it in an invitation.
         expected = Checkpoint.open(private).fingerprint
         guest = swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True, model_id=expected)
         assert not guest.weights.shares()

@@ -1,6 +1,6 @@
-"""Writes small checkpoints as GGUF files, with what llama.cpp's converters change in them, for tests of reading them.
+"""Writes small checkpoints as GGUF files, with the changes of llama.cpp's converters, for tests that read them.
 
-Names come from the `gguf` package; the changes were compared with what llama.cpp's own converters write.
+Names come from the `gguf` package; the changes were compared with the output of llama.cpp's own converters.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def write_gguf(folder: Path, path: Path, stored: Type = Type.F32, *, split: int 
     """Writes a checkpoint in a folder as a GGUF file.
 
     Args:
-        stored: type of the matrices, where their rows fit it.
-        split: tensors in a file; 0: all in one, or `path` is the prefix of several.
+        stored: type of the matrices whose rows fit the type.
+        split: tensors per file, with `path` as the prefix of the files; 0: one file.
         metadata: more keys of the architecture, with `__` for a full stop.
 
     Returns:
-        The path of the file, or of the first.
+        The path of the file, or of the first file.
     """
     config = AutoConfig.from_pretrained(folder)
     architecture = ARCHITECTURES[config.model_type]
@@ -224,10 +224,10 @@ def _converted(config: Any, architecture: str, tensors: Tensors) -> Iterator[tup
             module, _, kind = changed.rpartition(".")
             found = names.get_name(module)
             if match := re.search(r"layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)$", module):
-                # The package knows it in fewer architectures than the converters of today.
+                # The package knows this tensor in fewer architectures than current converters.
                 found = f"blk.{match[1]}.nextn.{match[2].replace('.', '_')}"
             assert found is not None, changed
-            # transformers' own name for a parameter that is no weight: A, D
+            # transformers' own name of a parameter without the suffix `weight`: A, D
             yield found + ("" if kind == "plain" else f".{kind}"), value
 
 
@@ -243,7 +243,8 @@ def _experts_stacked(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _changed(config: Any, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a converter makes of one tensor, with names that the `gguf` package knows, or `.plain` without a suffix."""
+    """The tensors that a converter makes of one tensor, with names that the `gguf` package knows, or `.plain` without a
+    suffix."""
     family = config.model_type
     if family in ("llama", "mixtral", "granitemoehybrid") and re.search(r"[qk]_proj\.(weight|bias)$", name):
         heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads

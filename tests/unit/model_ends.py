@@ -1,4 +1,4 @@
-"""Ends of a model that has no more than these."""
+"""The client part of a model without anything else."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
 }
-"""What configs say besides, of the blocks and of those of the layer behind them."""
+"""More values of each family's config, for its blocks and the MTP layer."""
 
 _BEHIND = ("model.layers.{n}.{}", "model.layers.{n}.{}", ("enorm", "hnorm", "eh_proj", "shared_head.norm"))
 _BESIDE = ("mtp.{}", "mtp.layers.0.{}", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"))
@@ -74,12 +74,13 @@ PUBLISHED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "qwen3_5_text": _BESIDE,
     "qwen3_next": _BESIDE,
 }
-"""Names of what stands around the blocks, and within; of the norms of embeddings and states, projection, last norm."""
+"""Name patterns of tensors outside and inside the block; names of the norms of embeddings and states, the projection
+and the last norm."""
 
 
 def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = False, **more: Any) -> tuple[Path, Path]:
-    """Two folders: a checkpoint whose last block, or last two, are an MTP layer, and the same with these as ordinary
-    blocks. behind: numbered behind the other blocks, whatever the family has; more: values of the config."""
+    """Two folders: a checkpoint whose last block, or last two, are an MTP layer, and the same with ordinary blocks
+    instead. behind: numbers the MTP layer after the other blocks, in any family; more: values of the config."""
     overrides = OVERRIDES[family] | more
     longer = random_checkpoint(
         family, folder / "longer", blocks=4 if family != "nemotron_h" else 5, seed=seed, **overrides
@@ -121,7 +122,7 @@ def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = F
 
 @torch.no_grad()
 def states_of(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What the last block of a whole model gives, `[seq, hidden]`, before the final norm and behind it."""
+    """Output of the last block of a whole model, `[seq, hidden]`, before and after the final norm."""
     seen: list[Tensor] = []
     backbone = model.get_decoder()
     norm = getattr(backbone, "norm", None) or backbone.norm_f

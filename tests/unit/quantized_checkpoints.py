@@ -1,7 +1,7 @@
-"""Small checkpoints in the formats that quantized weights are published in, each with a plain one that stands for it.
+"""Small checkpoints in published quantized formats, each with a plain checkpoint of the same numbers.
 
-What a weight stands for comes from the library that defines the format where it runs here, else from the integers that
-the writer packed.
+The numbers of a weight come from the library that defines the format if it runs on this machine, otherwise from the
+integers that the writer packed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Writer = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
-"""Name and value of a weight -> the tensors of it in the files, and what they stand for, float32."""
+"""Name and value of a weight -> its tensors in the files, and the float32 numbers that they represent."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Scheme:
 
     Attributes:
         settings: `quantization_config`.
-        only: a part of the names of those weights that are quantized.
+        only: a text in the names of all quantized weights.
     """
 
     settings: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Scheme:
 
 
 def quantized_pair(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
-    """Writes a checkpoint quantized by the scheme of this name, and the plain float32 one that it stands for."""
+    """Writes a checkpoint quantized by the scheme of this name, and a plain float32 checkpoint of the same numbers."""
     scheme = SCHEMES[name]
     tensors = tensors_of(source)
     stored: dict[str, torch.Tensor] = {}
@@ -65,7 +65,7 @@ def quantized_pair(source: Path, folder: Path, name: str) -> tuple[Path, Path]:
 def write_checkpoint(
     folder: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> Path:
-    """A folder with these tensors in one file, this config, and what else `source` has."""
+    """A folder with these tensors in one file, this config, and all other files of `source`."""
     folder.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix != ".safetensors" and not file.name.endswith("index.json"):
@@ -81,7 +81,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _fp8(high: int, wide: int, *, scales: torch.dtype = torch.float32, suffix: str = "_scale_inv") -> Writer:
-    """Blocks; a height or width of 0 is all of it."""
+    """Scales by blocks; a height or width of 0 is that of the whole matrix."""
 
     def write(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         outputs, inputs = weight.shape[-2:]
@@ -209,7 +209,8 @@ def _awq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torc
 
 
 def mlx(bits: int, group: int, mode: str = "affine") -> Writer:
-    """MLX: codes in words of uint32; in other modes than "affine" they are numbers themselves, and scales are bytes."""
+    """MLX: codes in words of uint32. Except in mode "affine", codes are numbers in a float format, and scales are
+    bytes."""
 
     def write(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         codes = torch.randint(0, 2**bits, weight.shape)
@@ -241,7 +242,7 @@ def mlx(bits: int, group: int, mode: str = "affine") -> Writer:
 
 
 def mlx_settings(bits: int, group: int, mode: str = "affine") -> dict[str, Any]:
-    """What MLX says of it in a config."""
+    """The settings of MLX in a config."""
     return {"group_size": group, "bits": bits, "mode": mode}
 
 
@@ -375,4 +376,4 @@ SCHEMES: dict[str, Scheme] = {
     "int8-bitsandbytes": Scheme({"quant_method": "bitsandbytes", "load_in_8bit": True}, _int8),
     "modelopt-nvfp4": Scheme({"quant_method": "modelopt", "quant_algo": "NVFP4"}, _modelopt_nvfp4),
 }
-"""By name."""
+"""The schemes by name."""

@@ -1,4 +1,4 @@
-"""Random weights in the codes of checkpoints."""
+"""Random weights in the codes of quantized checkpoints."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LAYOUTS = {
     "int2": Layout(2, 64, Kind.FLOAT32, Kind.FLOAT16, offset=2),
     "int6": Layout(6, 64, Kind.BFLOAT16, Kind.CODES),
 }
-"""Of the formats of these names, and others."""
+"""Layouts of published formats, and others."""
 
 
 def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
-    """Random ones."""
+    """Random codes of a layout."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
@@ -55,7 +55,7 @@ def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
 
     codes = integers(0, 1 << layout.bits, outputs, inputs)
     if layout.table == "e4m3":
-        codes[codes & 127 == 127] = 3  # which are no numbers
+        codes[codes & 127 == 127] = 3  # These codes are not numbers.
     if layout.table == "e5m2":
         codes[codes & 124 == 124] = 3
     scales = numbers(layout.scale)

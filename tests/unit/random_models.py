@@ -1,4 +1,4 @@
-"""Small checkpoints with random weights, one per family, for tests that need a model but no sense in its words."""
+"""Small checkpoints with random weights, one per family, for tests that need a model but no meaningful text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from splitnet.checkpoint.families import make_known
 
 MAX_SHARD_SIZE = "200KB"
-"""Small, so that the blocks of even these models lie in several shards."""
+"""So small that the blocks of even these models are in several shards."""
 
 
 def random_checkpoint(
@@ -88,7 +88,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "mamba": {"intermediate_size": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    # In the family's code, steps of one position do not know the least time step that longer ones keep.
+    # In transformers' code of this family, steps of one position ignore the minimal time step of longer ones.
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "attention"],
         "time_step_min": 1e-12,
@@ -98,7 +98,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
     "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
 }
-"""Families whose blocks keep states, with what a small config of each says besides: for six blocks."""
+"""Families whose blocks keep states, with further values of a small config for six blocks."""
 
 
 _LATENT_ATTENTION = {
@@ -112,7 +112,7 @@ _LATENT_ATTENTION = {
     "topk_group": 1,
     "num_key_value_heads": 4,
 }
-_INDEXER = {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 32}  # with few heads, scores are often equal
+_INDEXER = {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 32}  # With few heads, scores are often equal.
 
 SPARSE: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**_LATENT_ATTENTION, "first_k_dense_replace": 2, **_INDEXER},
@@ -136,7 +136,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 6, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
     "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
 }
-"""Families whose blocks attend to some positions only, in a way of their own."""
+"""Families whose blocks attend to selected positions only."""
 
 
 def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overrides: Any) -> Any:
@@ -158,7 +158,7 @@ def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overri
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        # opt, whose embeddings may have another width than its blocks
+        # opt: its embeddings may have another width than its blocks
         "ffn_dim": 2 * hidden,
         "word_embed_proj_dim": hidden,
         # mixtures of experts
@@ -179,7 +179,8 @@ def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overri
 
 @torch.no_grad()
 def _randomize(model: PreTrainedModel) -> None:
-    """Gives every weight a scale at which each block visibly changes the hidden state, and norms and biases one too."""
+    """Gives every weight a scale at which each block visibly changes the hidden state; norms and biases get one,
+    too."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parameter in model.parameters():
         if id(parameter) in embeddings:

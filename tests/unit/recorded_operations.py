@@ -1,4 +1,4 @@
-"""Graphs without a GPU: what torch is told to do is written down, and done once more in the same memory."""
+"""Recorded graphs without a GPU: torch's operations are logged, and repeated in the same memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 
 
 class OperationRecorder:
-    """As a recorder of graphs: numbers and addresses stay what they were, and whatever was computed is overwritten.
+    """Like a recorder of CUDA graphs: numbers and addresses stay as recorded, and a replay overwrites all results.
 
     Attributes:
-        recordings: how many there are.
-        replays: how often any was replayed.
-        fails: at so many replays from the first one; None: never.
-        spoils: what is left in the place of every result is off by so much.
+        recordings: number of recordings.
+        replays: number of replays of all recordings.
+        fails: number of replays before all others fail; None: no replay fails.
+        spoils: error added to the last result of a replay.
     """
 
     def __init__(self, *, fails: int | None = None, spoils: float = 0.0) -> None:
@@ -47,7 +47,7 @@ class _Log(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
-        """Operation, what it was given, and its results that are in memory of their own."""
+        """The operation, its arguments, and its results that have their own memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -58,7 +58,7 @@ class _Log(TorchDispatchMode):
 
     def replay(self, spoils: float) -> None:
         made = [tensor for _, _, _, results in self._done for tensor in results]
-        for tensor in made:  # nothing of the last time may be of use
+        for tensor in made:  # No result of the last run may be of use.
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
         for func, args, kwargs, results in self._done:
             again = func(*args, **kwargs)

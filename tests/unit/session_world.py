@@ -1,7 +1,7 @@
-"""A world around a session's state machine: models of peers, links that lose and repeat, a planner, a clock.
+"""A world around a session's state machine: models of peers, links that lose and repeat messages, a planner, a clock.
 
-A block is a hash of all that came before, so a cache that is not what it should be gives another value from then on.
-In a `Kind.ROUGH` world anything may happen, so a request may fail. In the others it may not.
+A block is a hash of all earlier input, so that a wrong cache changes all later values. In a `Kind.ROUGH` world any
+fault may happen, so that a request may fail. In other worlds it may not.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4), (0, 1), (1, 2)]
 PLAIN = codec_by_name("none")
 SIZE = PLAIN.bytes_per_position(1)
 NOT_FINITE = b"\xff" * SIZE
-"""A value that any client can tell from a right one."""
+"""A value that every client recognises as wrong."""
 CLIENT = "client"
 PAGE = 3
 """Positions of a page in these worlds."""
@@ -87,19 +87,19 @@ _KEYS = [Identity.generate().public for _ in SPANS]
 
 Values = tuple[bytes, ...]
 Tags = tuple[int, ...]
-"""Which adapter each block of the model runs with; 0: none."""
+"""The adapter that each block of the model runs with; 0: none."""
 
 
 @lru_cache(1 << 16)
 def run_block(block: int, tag: int, values: Values) -> bytes:
-    """What a block makes of the last of the values at its input."""
+    """The output of a block for the last of the values at its input."""
     if NOT_FINITE in values:
         return NOT_FINITE
     return _digest(bytes((block, tag)), *values)
 
 
 def run_blocks(start: int, end: int, tags: Tags, values: Values) -> Values:
-    """All positions of a row through the blocks `[start, end)`."""
+    """The outputs of blocks `[start, end)` for all positions of a row."""
     for block in range(start, end):
         values = tuple(run_block(block, tags[block], values[: index + 1]) for index in range(len(values)))
     return values
@@ -122,7 +122,8 @@ def sequences_of(message: Forward) -> list[Values]:
 def go_back(
     start: int, end: int, tags: Tags, sequences: Sequence[Values], gradient: bytes, sums: dict[int, bytes]
 ) -> bytes:
-    """The gradient by the input, which depends on all of the way; `sums` takes in what blocks with an adapter add."""
+    """The gradient for the input, which depends on all blocks on the way; `sums` collects the parts of blocks with an
+    adapter."""
     for block in reversed(range(start, end)):
         at_input = b"".join(b"".join(run_blocks(start, block, tags, values)) for values in sequences)
         if tags[block]:
@@ -153,18 +154,19 @@ def tags_of(which: Adapter | None) -> Tags:
 
 
 class Kind(Enum):
-    """What can happen in a world."""
+    """The faults that can happen in a world."""
 
     ROUGH = "rough"
-    """Anything, at any time."""
+    """Any fault, at any time."""
     CALM = "calm"
-    """Peers come and go and reach each other or not, and restart between requests. Nobody lies, nothing gets lost."""
+    """Peers leave and return, connections break and recover, and peers restart between requests. No peer lies, and no
+    message is lost."""
     LIAR = "liar"
-    """As calm, but all peers stay, and one of them begins to lie."""
+    """As `CALM`, but all peers stay, and one peer begins to lie."""
 
 
 class StoredPage(NamedTuple):
-    """What a peer keeps of a page: all values that came in up to its end, and what it sent on for its own."""
+    """A page kept by a peer: all input values up to its end, and its own outputs."""
 
     values: Values
     output: bytes
@@ -188,20 +190,20 @@ class Held:
     context: bytes = b""
     recalled: tuple[int, list[StoredPage]] | None = None
     contexts: dict[int, bytes] = field(default_factory=dict)
-    """By row: in which all of it was computed; empty: in several."""
+    """By row, the context in which the whole row was computed; empty: in several contexts."""
     rows: dict[int, Values] = field(default_factory=dict)
     tags: Tags = (0,) * BLOCKS
     version: int = 0
     done: int = 0
     last: int = 0
     kept: dict[int, tuple[Forward, str]] = field(default_factory=dict)
-    """Passes that may go back, with who sent their input."""
+    """Passes that may be sent back, with the sender of their input."""
     sums: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    """By the number of the first pass and by block: what stands for the sum of gradients."""
+    """By number of the first pass and by block: the simulated sum of gradients."""
 
 
 class Faulty:
-    """What a peer can do wrong with a step."""
+    """Faults of a peer's handling of a step."""
 
     KINDS = (
         "internal",
@@ -235,7 +237,7 @@ class _Ping:
 
 
 class PeerModel:
-    """A peer, as docs/protocol.md has it; `fault`: what it does with every step instead."""
+    """A peer as specified in docs/protocol.md; `fault`: its behaviour at every step instead."""
 
     def __init__(self, world: World, index: int) -> None:
         self.world = world
@@ -249,13 +251,14 @@ class PeerModel:
         self.sessions: dict[bytes, Held] = {}
         self.pages: dict[tuple[bytes, bytes, int, int, int], StoredPage] = {}
         self.id = SID
-        """Of the session that the message at hand is about."""
+        """The session of the current message."""
         self.alive = True
         self.leaves = False
         self.full = False
         self.fault: str | None = None
         self.dams = False
-        """Takes no step or replay, and answers no ping of the hop before: that believes that they are on their way."""
+        """Takes no step or replay, and answers no ping of the previous hop, which therefore believes that they are in
+        transit."""
 
     @property
     def held(self) -> Held | None:
@@ -274,7 +277,7 @@ class PeerModel:
         self.world.post(self.name, CLIENT, message)
 
     def leave(self) -> None:
-        """Takes no new sessions, and says so to the owner of the one that it holds."""
+        """Takes no new sessions, and tells the owner of the held session."""
         self.world.gone.add(self.name)
         for session, held in self.sessions.items() if not self.leaves else ():
             self.to_client(Failure(session, held.epoch, 0, FailureCode.LEAVING, "leaving"))
@@ -313,7 +316,7 @@ class PeerModel:
                 self.to_client(AdapterLoaded(self.id, held.epoch, message.version))
             case Replay() if held is not None and message.epoch == held.epoch:
                 self._replay(held, message)
-            case Failure():  # of the next hop, which does not know whom else to tell
+            case Failure():  # The failure comes from the next hop, which knows no other receiver.
                 self.to_client(message)
             case _:
                 pass
@@ -369,7 +372,7 @@ class PeerModel:
         held.recalled = (message.row, pages) if pages else None
 
     def _recall(self, held: Held, step: Step) -> None:
-        """A row begins with the pages that were found for it."""
+        """Starts a row with the pages found in the store."""
         recalled, held.recalled = held.recalled, None
         part = step.parts[0]
         if recalled is not None and part.row == recalled[0] and part.start:
@@ -492,7 +495,7 @@ class PeerModel:
             "out of order": FailureCode.OUT_OF_ORDER,
         }
         if self.fault == "for the tail" and held.end == BLOCKS:
-            return False  # values that the last hop makes up cannot be told from others
+            return False  # Made-up values of the last hop cannot be told from real ones.
         if self.fault in codes:
             self.fail(step.epoch, step.number, codes[self.fault])
         elif self.fault == "short":
@@ -500,7 +503,8 @@ class PeerModel:
         elif self.fault == "codec":
             result(codec=99, end=held.end)
         elif self.fault == "other end":
-            result(end=held.end - 1 if held.end > 1 else held.end + 1)  # with its own, values would only be wrong
+            # With the correct end, only the values would be wrong.
+            result(end=held.end - 1 if held.end > 1 else held.end + 1)
         elif self.fault == "for the tail":
             kept = step.positions if isinstance(step, Forward) else sum(part.keep for part in step.parts)
             result(payload=bytes(SIZE * kept))
@@ -567,18 +571,18 @@ class PeerModel:
 
 @dataclass
 class Asked:
-    """A step of the caller, and what must come of it."""
+    """A step of the caller, and its expected result."""
 
     request: StepRequest
     wanted: bytes
     tapped: dict[int, bytes]
     useless: int = 0
-    """Answers that the caller could not use."""
+    """Number of answers that the caller could not use."""
 
 
 @dataclass
 class AskedBatch:
-    """A batch of the caller, and what must come of it."""
+    """A batch of the caller, and its expected result."""
 
     batch: Batch
     adapter: Adapter | None
@@ -593,7 +597,7 @@ class AskedBatch:
 
     @property
     def is_forward(self) -> bool:
-        """It may go back."""
+        """All passes are done forward, and the batch has not been sent back."""
         return not self.goes_back and all(each.done and each.error is None for each in self.batch.passes)
 
     @property
@@ -602,7 +606,7 @@ class AskedBatch:
 
 
 class _Watched(SessionState):
-    """Remembers every change of phase."""
+    """Records every change of phase."""
 
     seen: set[tuple[Phase, Phase]]
 
@@ -613,7 +617,7 @@ class _Watched(SessionState):
 
 
 class World:
-    """A session, its peers, and what is under way between them."""
+    """A session, its peers, and the messages in transit between them."""
 
     def __init__(
         self,
@@ -632,7 +636,7 @@ class World:
         self.apart: set[tuple[str, str]] = set()
         """Pairs that cannot reach each other."""
         self.gone: set[str] = set()
-        """Names of peers that have died or left at some time."""
+        """Names of peers that have failed or left at some time."""
         self.banned: dict[str, float] = {}
         self.questions: deque[AskRoute] = deque()
         self.asked: list[Asked] = []
@@ -641,7 +645,7 @@ class World:
         self.tags: Tags = (0,) * BLOCKS
         self.restarts = True
         self.untold: set[str] = set()
-        """Peers to which the end of the session got lost: they drop it when it was idle for long."""
+        """Peers that did not get the `Close` of the session; they drop the session after a long idle time."""
         self.seen: set[tuple[Phase, Phase]] = set()
         self._row_ids = iter(range(1, 1 << 30))
         self._token = 0
@@ -654,12 +658,12 @@ class World:
         self.state.seen = self.seen
         self.state.prefixes.namespace = PrefixNamespace(b"salt" if stores else None)
         self.text: tuple[int, Values] | None = None
-        """Of the caller, which has asked for what the hops hold of it: its row, its positions."""
+        """The caller's text for which the hops were asked for stored pages: its row, its positions."""
         self.recalled = 0
-        """Texts that went on behind what hops held."""
+        """Number of texts that continued stored pages."""
         self.state.taps = taps
 
-    # The outside of the machine.
+    # Around the state machine.
 
     def feed(self, event: Event) -> None:
         self._events.append(event)
@@ -671,7 +675,7 @@ class World:
         self.check()
 
     def _distrusts(self) -> list[Event]:
-        """The caller decodes what has come."""
+        """The caller decodes the arrived results, and distrusts hops with values that are not finite."""
         distrusts: list[Event] = []
         for each in self.asked:
             if each.request.result is None or not each.request.done:
@@ -713,14 +717,14 @@ class World:
         return [link for link, messages in self.links.items() if messages]
 
     def deliver(self, link: tuple[str, str], *, keep: bool = False) -> None:
-        """Takes the first message from a link to its other end; `keep`: it will come once more."""
+        """Delivers the first message of a link; `keep`: it will be delivered again."""
         messages = self.links[link]
         message = messages[0] if keep else messages.popleft()
         source, target = link
         if target == CLIENT:
             sender = next(peer for peer in self.peers if peer.name == source)
             if getattr(message, "session", self.state.session) != self.state.session:
-                return  # nobody is registered for it
+                return  # No session with this id is registered.
             if isinstance(message, Alive):
                 self.feed(message)
             else:
@@ -731,13 +735,13 @@ class World:
                 peer.receive(source, message)
 
     def lose(self, link: tuple[str, str], *, newest: bool = False) -> None:
-        """Takes the first or the last message from a link; it never arrives."""
+        """Removes the first or the last message of a link; it never arrives."""
         messages = self.links[link]
         if isinstance(messages.pop() if newest else messages.popleft(), CloseMessage):
             self.untold.add(link[1])
 
     def answer(self) -> None:
-        """The planner answers the oldest question."""
+        """Lets the planner answer the oldest question."""
         asked = self.questions.popleft()
         if asked.unban:
             self.banned = {name: until for name, until in self.banned.items() if not self._peer(name).alive}
@@ -783,7 +787,7 @@ class World:
             position = end
         return route
 
-    # What the caller does.
+    # The caller.
 
     @property
     def ready(self) -> bool:
@@ -795,7 +799,8 @@ class World:
         forks: tuple[Fork, ...] | None = None,
         tokens: Values = (),
     ) -> None:
-        """Sends new positions: (row or None for a new one, start, length, keep) of each. tokens: of the first one."""
+        """Sends new positions: (row or None for a new row, start, length, keep) of each. tokens: the tokens of the
+        first one."""
         given = tokens
         parts: list[Chunk] = []
         payload: list[bytes] = []
@@ -822,7 +827,7 @@ class World:
         self.feed(Submit((request,)))
 
     def begin_text(self, tokens: Values) -> None:
-        """Asks for what the hops hold of a text, and wants a route."""
+        """Asks the hops for stored pages of a text, and requests a route."""
         self.text, self.rows = (self.new_row_id(), tokens), {}
         most = (len(tokens) - 1) // PAGE * PAGE
         if most and self.state.prefixes.namespace.salt is not None:
@@ -830,7 +835,8 @@ class World:
         self.feed(Use())
 
     def send_text(self, keep: int = 1) -> int:
-        """Sends what the hops do not hold of it, once the route is open; returns how much they do."""
+        """Sends the positions of the text that the hops do not hold, once the route is open; returns the number of
+        positions held."""
         assert self.text is not None and self.state.is_open
         (row, tokens), self.text = self.text, None
         finds = len(tokens) > PAGE and self.state.prefixes.namespace.salt is not None
@@ -846,7 +852,7 @@ class World:
         return self._token.to_bytes(SIZE, "big")
 
     def submit_batch(self, batch: Sequence[Sequence[int]], which: Adapter | None) -> None:
-        """Sends a batch forward: the lengths of the sequences of each of its passes."""
+        """Sends a batch forward; `batch` has the lengths of the sequences of each pass."""
         version = self.state.adapter_version if which is not None else 0
         passes: list[PassRequest] = []
         outputs: list[bytes] = []
@@ -871,7 +877,7 @@ class World:
         self.feed(Submit(tuple(passes)))
 
     def send_back(self, asked: AskedBatch) -> None:
-        """Sends the gradients of a batch that has come forward."""
+        """Sends the gradients of a batch whose forward passes are done."""
         asked.goes_back = True
         for each in asked.batch.passes:
             gradient = b"".join(self._new_token() for _ in range(each.message.positions))
@@ -885,12 +891,12 @@ class World:
         return next(self._row_ids)
 
     def abandon_from(self, index: int) -> None:
-        """Awaits the steps from the one at `index` on no longer; what they sent is undone by the next."""
+        """Abandons the steps from `index` on; the next step undoes their positions."""
         dropped, self.asked = self.asked[index:], self.asked[:index]
         self.feed(Abandon(tuple(each.request.number for each in dropped)))
 
     def can_spare(self, peer: PeerModel) -> bool:
-        """Whether the peers that never went away serve all blocks without it, and without each one more."""
+        """Whether the peers that were always present serve all blocks without this peer, even if another peer fails."""
         stay = [each for each in self.peers if each.name not in self.gone and each is not peer]
         return all(sum(each.span[0] <= block < each.span[1] for each in stay) > 1 for block in range(BLOCKS))
 
@@ -901,7 +907,7 @@ class World:
         self.feed(LinkFailed(peer.endpoint, PeerLost("gone")))
 
     def tick(self) -> bool:
-        """Lets time pass until the machine wants to be woken; False: it does not."""
+        """Advances time until the machine wants to wake; False: it waits for no time."""
         at = self.state.wake_at
         if at == float("inf"):
             return False
@@ -909,7 +915,7 @@ class World:
         self.feed(Tick())
         return True
 
-    # What must hold.
+    # Checks.
 
     def check(self) -> None:
         for each in self.asked:
@@ -929,7 +935,7 @@ class World:
     def _check_that_none_failed(self) -> None:
         passes = (each for asked in self.batches for each in asked.batch.passes)
         for request in (*(each.request for each in self.asked), *passes):
-            error = request.error  # of the base class: the caller's own doing
+            error = request.error  # An error of the base class is the caller's own fault.
             assert error is None or type(error) is SplitnetError, f"a request failed: {error!r}"
 
     def _check_batch(self, asked: AskedBatch) -> None:
@@ -945,12 +951,12 @@ class World:
 
     @property
     def is_at_rest(self) -> bool:
-        """Nothing is on its way, and nothing is awaited."""
+        """No message is in transit, and no answer is awaited."""
         waits = self.state.under_way or not self.state.is_settled
         return not waits and not self.busy_links() and not self.questions
 
     def settle(self, most: int = 4000) -> None:
-        """Runs until the machine waits for nobody and nothing is under way."""
+        """Runs until the machine waits for nothing and no request is in flight."""
         for _ in range(most):
             links = self.busy_links()
             if links:
@@ -964,7 +970,7 @@ class World:
         raise AssertionError(f"the machine does not come to rest in {self.state.phase}")
 
     def reaches(self, phase: Phase) -> bool:
-        """Runs in order until the machine is in that phase; False: it comes to rest before."""
+        """Runs in order until the machine is in that phase; False: it comes to rest first."""
         while self.state.phase is not phase:
             if links := self.busy_links():
                 self.deliver(links[0])
@@ -975,7 +981,7 @@ class World:
         return True
 
     def close(self) -> None:
-        """Closes, and checks that no peer that lives holds the session."""
+        """Closes the session, and checks that no living peer holds it."""
         self.feed(Close())
         while links := self.busy_links():
             self.deliver(links[0])

@@ -1,4 +1,4 @@
-"""Runs of a span's blocks on noise, for tests that compare two ways through them."""
+"""Runs of a span's blocks on noise, for tests that compare two implementations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from splitnet.blocks.span import Chunk, Span
 
 
 def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:
-    """Outputs of some steps of sequences that share passes, after prompts of these lengths."""
+    """Outputs of some steps of sequences that share passes, after prompts of the given lengths."""
     torch.manual_seed(7)
     rows = [span.new_row() for _ in lengths]
     prompts = torch.randn(sum(lengths), span.hidden_size)
@@ -21,7 +21,7 @@ def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:
 
 
 def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:
-    """Outputs of passes with several positions of each sequence, some of which are taken back before the next pass."""
+    """Outputs of passes with several positions per sequence, where some positions are cropped before the next pass."""
     torch.manual_seed(8)
     rows = [span.new_row() for _ in counts]
     outputs: list[torch.Tensor] = []

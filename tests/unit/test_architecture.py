@@ -1,4 +1,4 @@
-"""The rules that keep the project readable: one-way imports, no circles, no pickle, documents that name what exists."""
+"""The rules of the architecture: one-way imports, no import cycles, no pickle, documents that name existing code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def targets(node: ast.Import | ast.ImportFrom, importer: str) -> Iterator[str]:
 
 @cache
 def imports(module: str) -> set[str]:
-    """What a module imports, also within functions and for annotations alone."""
+    """The modules that a module imports, also within functions and for annotations alone."""
     return {
         name
         for node in ast.walk(parse(MODULES[module]))
@@ -62,7 +62,7 @@ def imports(module: str) -> set[str]:
 
 
 def importers_of(packages: set[str], within: str) -> set[str]:
-    """Modules of the package `within` that import one of `packages` anywhere, functions included."""
+    """Modules of the package `within` that import one of `packages`, also within functions."""
     return {
         module
         for module in MODULES
@@ -90,8 +90,8 @@ def test_one_file_of_splitnet_imports_the_peers() -> None:
     assert importers_of({"peers"}, within="splitnet") == {MAY_IMPORT_PEERS}
 
 
-def test_nothing_imports_the_simulator() -> None:
-    """`splitnet/cli/main.py` names its command, and does without it."""
+def test_no_product_module_imports_the_simulator() -> None:
+    """`splitnet/cli/main.py` names the module of its command, and works without it."""
     for package in ("scheduler", "splitnet", "peers"):
         assert importers_of({"simulator"}, within=package) == set()
     assert importers_of({"peers"}, within="simulator") == set()
@@ -99,8 +99,8 @@ def test_nothing_imports_the_simulator() -> None:
     assert [module_name(file) for file in named] == ["splitnet.cli.main"]
 
 
-def test_only_its_command_imports_the_server() -> None:
-    """But for the forms of calls, which chat templates of training data have, too, and which need no extra."""
+def test_only_the_serve_command_imports_the_server() -> None:
+    """Except for the forms of tool calls, which chat templates of training data use, too, and which need no extra."""
     forms = "splitnet.serve.answers.forms"
     importers = {
         module
@@ -116,19 +116,19 @@ def test_one_file_of_the_server_calls_the_model() -> None:
         file.name
         for file in source_files("splitnet/serve")
         for node in ast.walk(parse(file))
-        if not isinstance(node, ast.keyword)  # may be an argument of a library
+        if not isinstance(node, ast.keyword)  # This may be an argument of a library.
         if isinstance(node, ast.Call) and re.search(r"(^|\.)(generate|model|new_cache)$", ast.unparse(node.func))
     }
     assert calls == {"generation.py"}
 
 
 def package(module: str) -> str:
-    """The folder of splitnet/ that a module is in; of one that is in none, its own name."""
+    """The folder of splitnet/ that holds a module, or the name of a module in none."""
     return ".".join(module.split(".")[:2])
 
 
 @pytest.mark.parametrize("place", [str, package])
-def test_neither_modules_nor_packages_import_each_other_in_circles(place: Callable[[str], str]) -> None:
+def test_modules_and_packages_have_no_import_cycles(place: Callable[[str], str]) -> None:
     graph: dict[str, set[str]] = {place(module): set() for module in MODULES}
     for module in MODULES:
         graph[place(module)] |= {place(name) for name in imports(module) & MODULES.keys()} - {place(module)}
@@ -138,7 +138,7 @@ def test_neither_modules_nor_packages_import_each_other_in_circles(place: Callab
         pytest.fail(f"import circle: {' <- '.join(error.args[1])}", pytrace=False)
 
 
-def test_nothing_is_pickled() -> None:
+def test_no_module_uses_pickle() -> None:
     offenders: list[str] = []
     for file in source_files(*PACKAGES, "benchmarks", "examples"):
         for node in ast.walk(parse(file)):
@@ -148,7 +148,7 @@ def test_nothing_is_pickled() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
-                names = ["pickle"]  # What both use underneath.
+                names = ["pickle"]  # Both functions use pickle internally.
             if UNSAFE_SERIALIZERS & {name.split(".")[0] for name in names}:
                 offenders.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
     assert not offenders
@@ -194,7 +194,7 @@ def defines(body: list[ast.stmt], path: list[str]) -> bool:
 
 
 def wrong_mentions(text: str) -> tuple[int, list[str]]:
-    """How many `path/file.py` or `path/file.py:Name.part` a text holds, and those that do not exist."""
+    """The number of `path/file.py` or `path/file.py:Name.part` in a text, and the list of missing ones."""
     mentions = re.findall(r"(?<![\w/.-])([\w./-]+\.py)(?::([A-Za-z_][\w.]*\w))?(?!\w)", text)
     wrong: list[str] = []
     for path, name in mentions:
@@ -207,13 +207,13 @@ def wrong_mentions(text: str) -> tuple[int, list[str]]:
     return len(mentions), wrong
 
 
-def test_mentions_of_what_is_absent_are_found() -> None:
+def test_mentions_of_missing_code_are_found() -> None:
     here = "tests/unit/test_architecture.py"
     text = f"`{here}:defines`, `{here}:nothing`, {here}:defines. scheduler/absent.py, `test_architecture.py:ROOT`"
     assert wrong_mentions(text) == (5, [f"{here}:nothing", "scheduler/absent.py"])
 
 
-def test_architecture_names_what_exists() -> None:
+def test_architecture_names_existing_code() -> None:
     mentioned, wrong = wrong_mentions((ROOT / "ARCHITECTURE.md").read_text())
     assert mentioned > 0
     assert not wrong
@@ -221,11 +221,11 @@ def test_architecture_names_what_exists() -> None:
 
 OTHER_SENSES = {"Adopted", "budget", "carried", "consumption", "ends", "form", "helper", "kind", "lift"}
 OTHER_SENSES |= {"part", "path", "piece", "place", "quota", "recovery", "repair", "row", "stage"}
-"""Words that the glossary does not use for a thing, and that names have in another sense, or have in public."""
+"""Words that the glossary forbids for one thing, and that names use in another sense, or in public."""
 
 
 def glossary() -> Iterator[tuple[str, set[str]]]:
-    """Each entry with the single words that are never used for it."""
+    """Each entry with the single words that must not be used instead."""
     for line in (ROOT / "docs" / "concepts.md").read_text().partition("## Glossary")[2].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 3 and cells[0] not in ("word", "---") and " for " not in cells[2]:
@@ -240,7 +240,7 @@ def test_names_keep_to_the_glossary() -> None:
         f"{name} ({word})"
         for file in MODULES.values()
         for node in ast.walk(parse(file))
-        if not isinstance(node, ast.keyword)  # may be an argument of a library
+        if not isinstance(node, ast.keyword)  # This may be an argument of a library.
         for name in (getattr(node, field, None) for field in ("name", "attr", "arg", "id"))
         if isinstance(name, str)
         for word in map(str.lower, re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+", name))

@@ -1,4 +1,4 @@
-"""A process for work on what strangers wrote."""
+"""A separate process for work on untrusted input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rendered(process: BoundedProcess, template: str) -> str | None:
     return answer
 
 
-def test_questions_are_answered_one_after_the_other_by_one_process() -> None:
+def test_one_process_answers_questions_in_turn() -> None:
     process = BoundedProcess("template")
     answers: list[str | None] = []
     threads = [threading.Thread(target=lambda n=n: answers.append(rendered(process, f"{n}"))) for n in range(8)]
@@ -37,14 +37,14 @@ def test_questions_are_answered_one_after_the_other_by_one_process() -> None:
         process.end()
 
 
-def test_a_process_that_does_not_start_is_named_with_a_command_that_shows_why() -> None:
+def test_the_error_of_a_process_that_does_not_start_names_a_command() -> None:
     process = BoundedProcess("unknown")
     with pytest.raises(SplitnetError, match=r"run `.*bounded_program.py unknown` to see why"):
         process.ask(None)
     process.end()
 
 
-def test_an_answer_that_comes_too_late_ends_the_process_and_all_that_it_has_forked(
+def test_a_late_answer_ends_the_process_and_its_children(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process = BoundedProcess("template")

@@ -1,4 +1,4 @@
-"""One account of bytes for everything that others fill: never more than the limit, and always some for the next."""
+"""A budget of bytes that others fill: its limit holds, and a new account always gets a part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_one_account_gets_half_and_the_others_the_rest() -> None:
     assert budget.reserve(120, "a fourth"), "what an account takes first only has to fit"
 
 
-def test_levels_have_limits_of_their_own() -> None:
+def test_each_level_has_its_limit() -> None:
     budget = Budget(1000, most=(400, 150))
     assert budget.reserve(100, "key", 1)
     assert not budget.reserve(51, "key", 1)
@@ -34,7 +34,7 @@ def test_levels_have_limits_of_their_own() -> None:
     assert (budget.held("key"), budget.held("key", 2), budget.used) == (250, 0, 400)
 
 
-def test_what_is_measured_may_exceed_the_limit() -> None:
+def test_measured_bytes_may_exceed_the_limit() -> None:
     budget = Budget(100)
     budget.hold(80, "key", 1)
     budget.hold(70, "key", 2)
@@ -51,7 +51,7 @@ def test_what_is_measured_may_exceed_the_limit() -> None:
         max_size=80,
     )
 )
-def test_the_sums_are_right_and_nothing_is_left(calls: list[tuple[bool, int, int, int]]) -> None:
+def test_sums_are_exact_and_all_bytes_are_released(calls: list[tuple[bool, int, int, int]]) -> None:
     budget = Budget(1000, most=(None, 300))
     held: list[tuple[int, int, int]] = []
     for releases, key, connection, size in calls:
@@ -69,7 +69,7 @@ def test_the_sums_are_right_and_nothing_is_left(calls: list[tuple[bool, int, int
     assert not budget._held
 
 
-def test_threads_share_an_account() -> None:
+def test_threads_may_share_an_account() -> None:
     budget = Budget(1 << 40)
 
     def use(key: int) -> None:

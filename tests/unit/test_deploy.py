@@ -1,4 +1,4 @@
-"""What `deploy/` holds fits the command line as it is, and what systemd and Compose understand."""
+"""The files of `deploy/` fit the command line, systemd and Compose."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ COMMANDS: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-def
 
 
 def parsed(command: list[str]) -> dict[str, Any]:
-    """The values that `splitnet ...` would run with; fails if it is used wrongly."""
+    """The options that `splitnet ...` would run with; fails for wrong usage."""
     name, *arguments = command
     with COMMANDS[name].make_context(name, arguments) as context:
         return context.params
 
 
 def assignments(text: str, *, pattern: str) -> dict[str, str]:
-    """Variables that a text sets: `NAME=value`, where the pattern allows it to stand."""
+    """Variables that a text sets: `NAME=value`, at places that the pattern allows."""
     return {match[1]: match[2] for match in re.finditer(pattern + r"([A-Z_]+)=(\S*)", text, re.MULTILINE)}
 
 
@@ -55,19 +55,19 @@ def compose() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", UNITS)
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
-def test_systemd_understands_the_unit(name: str, tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     unit = tmp_path / name
     unit.write_text((DEPLOY / name).read_text().replace(BINARY, sys.executable))
     told = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stderr
-    # Of a setting that it does not know it only warns.
+    # systemd only warns of an unknown setting.
     assert name not in told.stderr, told.stderr
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_a_unit_starts_a_command_that_exists(name: str) -> None:
+def test_a_unit_starts_an_existing_command(name: str) -> None:
     text = (DEPLOY / name).read_text()
     (line,) = re.findall(r"^ExecStart=(.+)$", text, re.MULTILINE)
     binary, *command = shlex.split(line.replace("${SPLITNET_MODEL}", "model"))
@@ -80,7 +80,7 @@ def test_a_unit_starts_a_command_that_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_a_unit_bounds_memory_and_descriptors_and_restarts_what_hangs(name: str) -> None:
+def test_a_unit_bounds_memory_and_descriptors_and_restarts_hung_daemons(name: str) -> None:
     text = (DEPLOY / name).read_text()
     assert re.search(r"^MemoryMax=(\d+%|\dG)$", text, re.MULTILINE)
     assert re.search(r"^LimitNOFILE=\d{5}$", text, re.MULTILINE)
@@ -91,7 +91,7 @@ def test_a_unit_bounds_memory_and_descriptors_and_restarts_what_hangs(name: str)
 
 
 @pytest.mark.parametrize("name", [*UNITS, "dht.env", "peer.env", "serve.env", "Dockerfile"])
-def test_variables_set_options_to_values_that_they_take(name: str) -> None:
+def test_variables_set_options_to_valid_values(name: str) -> None:
     text = (DEPLOY / name).read_text()
     where = {"e": r"(?:^Environment=|^#?| )", "k": r"(?:^ENV |^ +)", "v": r"^#?"}[name[-1]]
     options = variables_of_options()
@@ -106,19 +106,19 @@ def test_variables_set_options_to_values_that_they_take(name: str) -> None:
             assert parameter.process_value(context, [taken] if parameter.multiple else taken) is not None
 
 
-def test_the_document_names_variables_that_exist() -> None:
+def test_the_document_names_existing_variables() -> None:
     named = set(re.findall(r"SPLITNET_[A-Z_]+", (DEPLOY.parent / "docs" / "deploy.md").read_text()))
     assert named and named <= variables_of_options().keys()
 
 
 def services(compose: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Each service with its command, as Compose fills in variables."""
+    """Each service with its command, with variables filled in as Compose does."""
     for name, service in compose["services"].items():
         command = [re.sub(r"\$\{(\w+)(?::-([^}]*)|:\?[^}]*)\}", r"\2", word) for word in service["command"]]
         yield name, service, [word if word != "/models/" else "/models/model" for word in command]
 
 
-def test_every_service_runs_a_command_that_exists(compose: dict[str, Any]) -> None:
+def test_every_service_runs_an_existing_command(compose: dict[str, Any]) -> None:
     kinds: list[str] = []
     for _, service, command in services(compose):
         kinds.append(command[0])
@@ -144,7 +144,7 @@ def test_the_entrypoint_of_peers_joins_through_the_address_in_the_file(compose: 
     assert told.stdout == f"peer|a model|--join|{ADDRESS}|"
 
 
-def test_services_refer_to_what_is_there(compose: dict[str, Any]) -> None:
+def test_services_refer_to_known_keys_services_and_volumes(compose: dict[str, Any]) -> None:
     known = {"build", "cap_drop", "command", "depends_on", "entrypoint", "image", "ports", "restart", "security_opt"}
     known |= {"stop_grace_period", "volumes"}
     for name, service in compose["services"].items():
@@ -161,7 +161,7 @@ def test_services_refer_to_what_is_there(compose: dict[str, Any]) -> None:
     assert (root / build["dockerfile"]) == DEPLOY / "Dockerfile"
 
 
-def test_the_image_is_made_of_files_that_exist_and_runs_without_root() -> None:
+def test_the_image_is_built_from_existing_files_and_runs_without_root() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     copied = {word for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for word in line.split()}

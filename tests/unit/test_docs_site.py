@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, and asks no other server for anything."""
+"""The documentation site builds without a warning, and loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//")
-"""A tag that has a browser fetch something from elsewhere; links that readers follow are `<a>`."""
+"""A tag that makes a browser load a file from another server; `<a>` links are left to the reader."""
 QUOTED = re.compile(r"`([^`]+)`")
 
 
@@ -30,13 +30,13 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
     assert not [page.name for page in pages if LOADED.search(page.read_text(encoding="utf-8"))]
 
 
-def test_the_messages_that_troubleshooting_explains_are_those_of_the_code() -> None:
+def test_the_messages_in_the_troubleshooting_page_occur_in_the_code() -> None:
     source = "\n".join(file.read_text() for folder in ("peers", "splitnet") for file in (ROOT / folder).rglob("*.py"))
-    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # Joins literals that continue on the next line.
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = [quoted for row in re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE) for quoted in QUOTED.findall(row)]
     assert len(messages) > 30
-    # Dots and names of examples stand for what the code fills in.
+    # Dots and example names are placeholders for values that the code fills in.
     parts = [part.strip() for message in messages for part in re.split(r"\.\.\.|\d+\.\.\d+|\S+:\d+|line N", message)]
     assert not [part for part in parts if len(part) > 5 and part not in source]
 
@@ -45,7 +45,7 @@ def test_the_messages_that_troubleshooting_explains_are_those_of_the_code() -> N
 @pytest.mark.parametrize(
     "text", ["[gone](gone.md)", "[gone](../gone.py)", "[no such part](../ARCHITECTURE.md#nowhere)"]
 )
-def test_a_link_to_nowhere_ends_the_build(tmp_path: Path, text: str) -> None:
+def test_a_broken_link_fails_the_build(tmp_path: Path, text: str) -> None:
     for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md"):
         (tmp_path / name).write_text("# Here\n")
     docs = tmp_path / "docs"

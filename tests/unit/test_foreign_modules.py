@@ -1,4 +1,4 @@
-"""A module of another project in the place of ours is noticed, and the advice names its file."""
+"""Modules of another project with the name of splitnet's are noticed, and the advice names their file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def advice(name: str, file: Path) -> str:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a folder, whose modules come first."""
+    """Runs Python in a folder; its modules take precedence."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     return subprocess.run(
@@ -46,11 +46,11 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_ours_are_not_foreign() -> None:
+def test_splitnets_own_modules_are_not_foreign() -> None:
     assert foreign_modules() == []
 
 
-def test_the_first_import_warns(name: str, foreign: Path, tmp_path: Path) -> None:
+def test_the_first_import_warns_of_a_foreign_module(name: str, foreign: Path, tmp_path: Path) -> None:
     ran = run(tmp_path / "first", "-c", "import splitnet")
     assert ran.returncode == 0
     assert f"RuntimeWarning: {advice(name, foreign)}" in ran.stderr
@@ -58,14 +58,14 @@ def test_the_first_import_warns(name: str, foreign: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("foreign", ["{}.py"], indirect=True)
 @pytest.mark.parametrize("name", ["scheduler"])
-def test_commands_that_cannot_be_imported_end_with_the_advice(name: str, foreign: Path, tmp_path: Path) -> None:
+def test_commands_with_a_foreign_import_end_with_the_advice(name: str, foreign: Path, tmp_path: Path) -> None:
     for command in ("doctor", "status"):
         ran = run(tmp_path / "first", "-m", "splitnet", command)
         assert ran.returncode == 1
         assert ran.stderr.splitlines()[-1].startswith(f"error: {advice(name, foreign)}")
 
 
-def test_doctor_fails_and_a_peer_does_not_start(
+def test_doctor_and_peer_fail_with_a_foreign_module(
     name: str, foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -76,7 +76,7 @@ def test_doctor_fails_and_a_peer_does_not_start(
     assert isinstance(ran.exception, SplitnetError) and str(ran.exception).startswith(advice(name, foreign))
 
 
-def test_a_module_that_a_program_has_made_is_foreign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_without_a_file_is_foreign(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, type(sys)(name))
     (sentence,) = foreign_modules()
     assert sentence.startswith(f"`import {name}` finds a module without a file, which is not part of splitnet")

@@ -1,4 +1,4 @@
-"""The check that a test leaves nothing running."""
+"""The check that a test leaves no thread or process running."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ child.communicate(b"\\n")
 
 
 @pytest.mark.parametrize("wider", [True, False])
-def test_only_the_processes_that_a_fixture_of_a_wider_scope_starts_may_stay(
-    wider: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The node of a gateway's DHT rests, and starts its process again during any test."""
+def test_only_processes_of_fixtures_of_a_wider_scope_may_stay(wider: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The DHT node of a gateway pauses, and restarts its process during any later test."""
     monkeypatch.setattr(leftovers, "GRACE_SECONDS", 0.2)
     with subprocess.Popen([sys.executable, "-c", SPAWNER], stdin=-1, stdout=-1, text=True) as spawner:
         assert spawner.stdin and spawner.stdout

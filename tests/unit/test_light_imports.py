@@ -1,4 +1,4 @@
-"""A process of a command does not import what it does not use; each workaround for that says when it can go."""
+"""A command's process imports no unused libraries; a test of each workaround for this fails when it can go."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 UNUSED = {"hivemind.averaging", "scipy", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
-"""What libraries bring along: 3 s, and 130 MiB."""
+"""Libraries that other libraries import: 3 s and 130 MiB in total."""
 
 
 def imported(program: str, *arguments: str) -> set[str]:
-    """Those of `UNUSED` that a process has imported that has run a program."""
+    """The modules of `UNUSED` that a process has imported after a program."""
     program += f"\nimport json, sys; print(json.dumps(sorted({UNUSED} & sys.modules.keys())))"
     command = [sys.executable, "-c", program, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
@@ -54,19 +54,19 @@ peer.close()
 @pytest.mark.default_cases(family=("llama",))
 @pytest.mark.swarm
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_peer_and_a_client_do_without_what_they_do_not_use(tmp_path: Path, family: str) -> None:
+def test_a_peer_and_a_client_import_no_unused_library(tmp_path: Path, family: str) -> None:
     assert imported(SERVE_AND_ASK, str(random_checkpoint(family, tmp_path / "model"))) == set()
 
 
 @pytest.mark.full
-def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
+def test_a_program_that_imports_splitnet_gets_unchanged_transformers() -> None:
     program = "from splitnet.import_shims import import_models; import_models(); import sys"
     program += "; assert 'transformers' not in sys.modules; import transformers.modeling_utils"
     assert imported(program) >= {"scipy", "torch._dynamo", "torch.distributed.tensor"}
 
 
 @pytest.mark.full
-def test_what_is_imported_late_is_there_when_it_is_used() -> None:
+def test_late_imports_are_present_when_used() -> None:
     program = f"""
 {AS_A_COMMAND}
 from splitnet.directory.hivemind_node import import_hivemind
@@ -81,14 +81,14 @@ assert torch.distributed.tensor.DTensor and not hasattr(torch.distributed, "tens
     assert imported(program) >= {"torch._dynamo", "torch.distributed.tensor"}
 
 
-@pytest.mark.parametrize("family", ["llama", "jamba"])  # a rotary embedding, and a weight made of a range
-def test_a_model_without_weights_is_on_the_meta_device_as_a_whole(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "jamba"])  # llama has a rotary embedding, jamba a weight made of a range.
+def test_a_model_without_weights_is_entirely_on_the_meta_device(tmp_path: Path, family: str) -> None:
     config = Checkpoint.open(random_checkpoint(family, tmp_path / "model")).config
     model = on_meta(causal_class(config), config)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() -> None:
+def test_a_model_that_mixes_real_and_meta_tensors_is_built() -> None:
     assert _made_on_meta(lambda: torch.arange(3) / 2).device.type == "cpu"
     assert _made_on_meta(lambda: torch.arange(3) * torch.ones(3)).is_meta
 

@@ -1,4 +1,4 @@
-"""The log as JSON: one line per event, whatever is logged, and everything that goes to stderr with it."""
+"""The log as JSON: one line per event, for any logged text, including all other output to stderr."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_exception_is_a_field() -> None:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]]]:
-    """Has the log written as JSON, and reads it."""
+    """Sets the log format to JSON, and reads the lines."""
     root = logging.getLogger()
     level = root.level
     stderr = StringIO()
@@ -102,7 +102,7 @@ def test_an_error_that_ends_a_command_is_an_event() -> None:
     assert told["level"] == "error" and "write START:END" in told["message"]
 
 
-def test_what_the_hub_client_logs_is_written_once() -> None:
+def test_events_of_the_hub_client_are_written_once() -> None:
     program = (
         "import logging; from splitnet.logs import *; from splitnet.cli.arguments import quiet_libraries\n"
         "set_up(LogFormat.text, logging.WARNING); quiet_libraries(); import huggingface_hub.file_download\n"
@@ -114,8 +114,9 @@ def test_what_the_hub_client_logs_is_written_once() -> None:
 
 @pytest.mark.default_cases(bars=("0",))
 @pytest.mark.parametrize("bars", [None, "0", "1"])
-def test_nothing_is_warned_of_where_transformers_hides_a_bar(bars: str | None) -> None:
-    """The hub client warns if the environment says something else, and on terminals that stood above every answer."""
+def test_hiding_transformers_progress_bars_causes_no_warning(bars: str | None) -> None:
+    """The hub client warns about a conflict with the environment; on terminals, that warning appeared above every
+    answer."""
     program = (
         "from splitnet.cli.arguments import quiet_libraries; quiet_libraries()\n"
         "from transformers.utils import logging; logging.disable_progress_bar(); logging.enable_progress_bar()"

@@ -1,4 +1,4 @@
-"""docs/models.md tells what the tests run."""
+"""docs/models.md lists the models that the tests run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from tests.models_page import with_tables
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
-def test_the_page_of_models_is_that_of_the_tests() -> None:
+def test_the_page_of_models_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text == with_tables(text), "run: python -m tests.models_page docs/models.md"

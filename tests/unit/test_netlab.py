@@ -1,4 +1,4 @@
-"""The emulated network of the benchmarks; most of it needs a machine on which a lab can be opened."""
+"""The emulated network of the benchmarks; most tests need the rights to create network namespaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SILENCE_S = 0.2
 
 @contextmanager
 def opened(*hosts: str) -> Iterator[Lab]:
-    """A lab, where one can be opened."""
+    """A lab; skips the test if none can be opened."""
     with ExitStack() as stack:
         try:
             lab = stack.enter_context(Lab(hosts))
@@ -35,7 +35,7 @@ def lab() -> Iterator[Lab]:
 
 @contextmanager
 def sockets(lab: Lab) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """UDP sockets of host a, connected to that of host b, and of host b."""
+    """A UDP socket of host a connected to one of host b, and the socket of host b."""
     with lab.inside("b"):
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with lab.inside("a"):
@@ -65,7 +65,7 @@ def test_no_packet_is_earlier_than_its_delay(lab: Lab, delay_ms: float) -> None:
     assert min(took_ms) < delay_ms + 20.0, "a busy machine may be late, but not every time"
 
 
-def test_what_is_cut_or_down_hears_nothing_until_it_is_healed(lab: Lab) -> None:
+def test_cut_links_and_stopped_hosts_receive_nothing_until_healed(lab: Lab) -> None:
     with sockets(lab) as (sender, receiver):
         assert arrives(sender, receiver, WAIT_S)
         lab.cut("a", "b")
@@ -78,7 +78,7 @@ def test_what_is_cut_or_down_hears_nothing_until_it_is_healed(lab: Lab) -> None:
         assert arrives(sender, receiver, WAIT_S)
 
 
-def test_a_link_that_loses_everything(lab: Lab) -> None:
+def test_a_link_with_total_loss_delivers_nothing(lab: Lab) -> None:
     with sockets(lab) as (sender, receiver):
         lab.loss("a", "b", 100.0)
         assert not arrives(sender, receiver, SILENCE_S)
@@ -98,7 +98,7 @@ def test_a_program_belongs_to_its_host_and_ends_with_the_lab() -> None:
         socket.create_server(("10.77.0.1", 0))
 
 
-def test_mistakes_are_told() -> None:
+def test_invalid_labs_are_refused() -> None:
     with pytest.raises(LabError, match="same name"):
         Lab(["a", "a"])
     with pytest.raises(LabError, match="not open"):
@@ -109,6 +109,6 @@ def test_mistakes_are_told() -> None:
         Lab(["a", "b"]).loss("a", "b", 101.0)
 
 
-def test_values_that_the_hub_refuses(lab: Lab) -> None:
+def test_invalid_link_values_are_refused(lab: Lab) -> None:
     with pytest.raises(LabError):
         lab.delay("a", "b", -1.0)

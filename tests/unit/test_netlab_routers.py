@@ -1,4 +1,4 @@
-"""Routers of the emulated network; needs a machine on which a lab can be opened."""
+"""Routers of the emulated network; the tests need the rights to create network namespaces."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lab() -> Iterator[Lab]:
 
 @contextmanager
 def udp(lab: Lab, *hosts: str) -> Iterator[list[socket.socket]]:
-    """A UDP socket in each host, bound to a port of its own."""
+    """A UDP socket in each host, bound to its own port."""
     opened = [inside(lab, host, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for host in hosts]
     try:
         for one, host in zip(opened, hosts, strict=True):
@@ -57,7 +57,7 @@ def inside(lab: Lab, host: str, do: Callable[[], T]) -> T:
 
 
 def seen(sender: socket.socket, receiver: socket.socket) -> Endpoint:
-    """From where a packet comes, as the receiver sees it. One may be lost where many were sent just before."""
+    """The source endpoint of a packet, as the receiver sees it. A packet may be lost right after many others."""
     sender.sendto(b"look", receiver.getsockname())
     try:
         message, endpoint = receiver.recvfrom(100)
@@ -71,9 +71,10 @@ def seen(sender: socket.socket, receiver: socket.socket) -> Endpoint:
 def passes(
     lab: Lab, sender: socket.socket, endpoint: Endpoint, receiver: socket.socket, permitted: socket.socket
 ) -> bool:
-    """Whether a packet of a public host passes a router: it comes before one of `permitted`, which does, or not at all.
+    """Whether a packet of a public host passes a router: it arrives before a packet of `permitted`, which passes, or
+    never.
 
-    Packets of a host stay in order: when a second one is at a neighbour, the first has been decided on.
+    Packets of a host stay in order: when a second packet arrives at a neighbour, the router has decided on the first.
     """
     sender.sendto(b"asked", endpoint)
     with udp(lab, "second" if sender.getsockname()[0] == lab.address("first") else "first") as (neighbour,):
@@ -88,7 +89,7 @@ def passes(
 
 @pytest.mark.parametrize("random_ports", [False, True])
 @pytest.mark.parametrize("mapping", KINDS)
-def test_which_remotes_see_the_same_public_port(lab: Lab, mapping: Kind, random_ports: bool) -> None:
+def test_the_mapping_decides_which_hosts_see_the_same_public_port(lab: Lab, mapping: Kind, random_ports: bool) -> None:
     lab.configure("home", Router(mapping=mapping, random_ports=random_ports))
     with udp(lab, "a", "first", "first", "second") as (a, first, same_host, second):
         endpoints = [seen(a, remote) for remote in (first, same_host, second)]
@@ -102,7 +103,7 @@ def test_which_remotes_see_the_same_public_port(lab: Lab, mapping: Kind, random_
 
 @pytest.mark.parametrize("filtering", KINDS)
 @pytest.mark.parametrize("mapping", KINDS)
-def test_which_remotes_may_send_to_a_public_port(lab: Lab, mapping: Kind, filtering: Kind) -> None:
+def test_the_filter_decides_which_hosts_may_send_to_a_public_port(lab: Lab, mapping: Kind, filtering: Kind) -> None:
     lab.configure("home", Router(mapping=mapping, filtering=filtering))
     with udp(lab, "a", "first", "first", "second") as (a, first, same_host, second):
         endpoint = seen(a, first)
@@ -110,7 +111,7 @@ def test_which_remotes_may_send_to_a_public_port(lab: Lab, mapping: Kind, filter
         assert passes(lab, second, endpoint, a, first) is (filtering == "independent")
 
 
-def test_what_came_in_is_answered_from_the_port_to_which_it_came(lab: Lab) -> None:
+def test_an_answer_leaves_from_the_port_of_the_request(lab: Lab) -> None:
     lab.configure("home", Router(mapping="address-and-port", filtering="independent"))
     with udp(lab, "a", "first", "second") as (a, first, second):
         endpoint = seen(a, first)
@@ -132,8 +133,8 @@ def test_two_hosts_with_the_same_port_have_different_public_ones(lab: Lab) -> No
                 assert one.recv(100) == endpoint[1].to_bytes(2)
 
 
-def test_checksums_stay_right(lab: Lab) -> None:
-    """The receiving kernel drops what is not."""
+def test_checksums_stay_correct(lab: Lab) -> None:
+    """The receiving kernel drops packets with a wrong checksum."""
     lab.configure("home", Router(random_ports=True))
     with udp(lab, "first") as (first,):
         for size in range(0, 1400, 7):
@@ -158,7 +159,7 @@ def test_mappings_expire(lab: Lab) -> None:
         assert seen(a, first) != endpoint
 
 
-def test_what_is_idle_expires_by_protocol(lab: Lab) -> None:
+def test_idle_mappings_expire_by_protocol(lab: Lab) -> None:
     lab.configure("home", Router(udp_idle_s=1000.0, tcp_idle_s=SILENCE_S / 2))
     with udp(lab, "a", "first") as (a, first), tcp(lab, "a", "first") as (calling, answering, _):
         endpoint = seen(a, first)
@@ -171,7 +172,7 @@ def test_what_is_idle_expires_by_protocol(lab: Lab) -> None:
 
 @contextmanager
 def tcp(lab: Lab, caller: str, listener: str) -> Iterator[tuple[socket.socket, socket.socket, Endpoint]]:
-    """A connection: both ends, and from where the listener sees it. The caller may use its port for more."""
+    """A connection: both ends, and its source endpoint as the listener sees it. The caller may reuse its port."""
     listening = inside(lab, listener, lambda: socket.create_server((lab.address(listener), 0)))
     with listening, inside(lab, caller, lambda: nat_matrix.reusable((lab.address(caller), 0))) as calling:
         calling.settimeout(WAIT_S)
@@ -205,7 +206,7 @@ def test_a_connection_out_carries_data_both_ways(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("filtering", KINDS)
-def test_who_may_call_a_public_port(lab: Lab, filtering: Kind) -> None:
+def test_the_filter_decides_which_hosts_may_connect_to_a_public_port(lab: Lab, filtering: Kind) -> None:
     lab.configure("home", Router(filtering=filtering, reset=True))
     with (
         tcp(lab, "a", "first") as (calling, _, endpoint),
@@ -216,7 +217,7 @@ def test_who_may_call_a_public_port(lab: Lab, filtering: Kind) -> None:
         assert connects(lab, "second", endpoint) is (filtering == "independent")
 
 
-def test_a_call_that_is_filtered_is_not_answered(lab: Lab) -> None:
+def test_a_filtered_connection_attempt_gets_no_answer(lab: Lab) -> None:
     lab.configure("home", Router())
     with pytest.raises(TimeoutError):
         connects(lab, "first", (lab.public_address("a"), 4000), SILENCE_S)
@@ -225,7 +226,7 @@ def test_a_call_that_is_filtered_is_not_answered(lab: Lab) -> None:
 def test_only_an_outgoing_syn_makes_a_tcp_mapping(lab: Lab) -> None:
     lab.configure("home", Router())
     with tcp(lab, "a", "first") as (calling, answering, _):
-        lab.configure("home", Router())  # forgets it
+        lab.configure("home", Router())  # The router loses its mappings.
         calling.send(b"lost")
         assert not select.select([answering], [], [], SILENCE_S)[0]
 
@@ -262,7 +263,7 @@ def test_a_forwarded_port_leads_to_its_host(lab: Lab) -> None:
         assert not connects(lab, "second", endpoint)
 
 
-def test_a_forwarded_port_is_its_hosts_own(lab: Lab) -> None:
+def test_a_forwarded_port_is_mapped_for_its_host_only(lab: Lab) -> None:
     lab.configure("home", Router())
     with udp(lab, "a", "first") as (a, first), udp(lab, "twin") as (twin,):
         port = twin.getsockname()[1]
@@ -272,12 +273,12 @@ def test_a_forwarded_port_is_its_hosts_own(lab: Lab) -> None:
         lab.unforward("home", "udp", port)
 
 
-def test_a_full_table_loses_the_mapping_that_ends_first(lab: Lab) -> None:
+def test_a_full_table_drops_the_mapping_that_expires_first(lab: Lab) -> None:
     lab.configure("home", Router())
     with udp(lab, "a", "first", "second") as (a, first, second):
         endpoint = seen(a, first)
         for port in range(20000, 20000 + 1023):
-            a.sendto(b"", (lab.address("first"), port))  # which its host answers with an ICMP error
+            a.sendto(b"", (lab.address("first"), port))  # The host answers each packet with an ICMP error.
         first.sendto(b"known", endpoint)
         assert a.recv(100) == b"known"
         for port in range(21023, 21023 + 1023):
@@ -286,12 +287,12 @@ def test_a_full_table_loses_the_mapping_that_ends_first(lab: Lab) -> None:
         assert not passes(lab, first, endpoint, a, second)
 
 
-def test_a_call_to_a_closed_port_is_refused(lab: Lab) -> None:
+def test_a_connection_to_a_closed_port_is_refused(lab: Lab) -> None:
     lab.configure("home", Router())
     assert not connects(lab, "a", (lab.address("first"), 9))
 
 
-def test_a_router_behind_a_router(lab: Lab) -> None:
+def test_a_router_may_be_behind_another_router(lab: Lab) -> None:
     lab.configure("home", Router())
     lab.configure("inner", Router())
     with tcp(lab, "deep", "first") as (calling, answering, endpoint):
@@ -302,7 +303,7 @@ def test_a_router_behind_a_router(lab: Lab) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("kind", "opens"), [("port-restricted", True), ("symmetric", False)])
-def test_simultaneous_open(lab: Lab, kind: str, opens: bool) -> None:
+def test_simultaneous_open_works_through_port_restricted_routers_only(lab: Lab, kind: str, opens: bool) -> None:
     for router in ("home", "other"):
         lab.configure(router, NAMED[kind])
     assert nat_matrix.both_call(lab, "a", "b", "first") is opens
@@ -316,7 +317,7 @@ def ask_nat_pmp(lab: Lab, request: bytes) -> bytes:
     return answer
 
 
-def test_nat_pmp(lab: Lab) -> None:
+def test_nat_pmp_forwards_a_port(lab: Lab) -> None:
     lab.configure("home", Router(reset=True))
     assert ask_nat_pmp(lab, bytes(2))[8:] == socket.inet_aton(lab.public_address("a"))
     with inside(lab, "a", lambda: socket.create_server((lab.address("a"), 0))) as listening:
@@ -332,7 +333,7 @@ def test_nat_pmp(lab: Lab) -> None:
 
 
 @pytest.mark.full
-def test_a_lease_of_nat_pmp_ends(lab: Lab) -> None:
+def test_a_lease_of_nat_pmp_expires(lab: Lab) -> None:
     lab.configure("home", Router(reset=True))
     with inside(lab, "a", lambda: socket.create_server((lab.address("a"), 0))) as listening:
         ask_nat_pmp(lab, struct.pack("!BBHHHI", 0, 2, 0, listening.getsockname()[1], 8001, 2))
@@ -359,7 +360,7 @@ def call_igd(lab: Lab, control: str, action: str, **values: object) -> str:
             return error.read().decode()
 
 
-def test_upnp(lab: Lab) -> None:
+def test_upnp_forwards_a_port(lab: Lab) -> None:
     lab.configure("home", Router(reset=True))
     with udp(lab, "a") as (a,):
         wanted = "urn:schemas-upnp-org:device:InternetGatewayDevice:1"
@@ -399,7 +400,7 @@ def test_upnp(lab: Lab) -> None:
         )
 
 
-def test_links_are_those_of_the_routers(lab: Lab) -> None:
+def test_a_router_can_be_cut_off_and_stopped(lab: Lab) -> None:
     lab.configure("home", Router())
     with udp(lab, "a", "first") as (a, first):
         seen(a, first)
@@ -418,7 +419,7 @@ def test_links_are_those_of_the_routers(lab: Lab) -> None:
         lab.cut("deep", "home")
 
 
-def test_addresses(lab: Lab) -> None:
+def test_addresses_are_those_seen_from_each_host(lab: Lab) -> None:
     assert lab.address("a") == lab.address("b") == "192.168.1.2", "homes are alike"
     assert lab.address("home") == "192.168.1.1"
     assert lab.public_address("first") == lab.address("first") == "10.77.0.5"
@@ -430,7 +431,7 @@ def test_addresses(lab: Lab) -> None:
     assert lab.address_from("deep", "a") == lab.public_address("a"), "their own network has the same numbers"
 
 
-def test_mistakes_about_routers_are_told(lab: Lab) -> None:
+def test_invalid_routers_are_refused(lab: Lab) -> None:
     with pytest.raises(LabError, match="no router of the lab"):
         Lab(["a"], behind={"a": "home"})
     with pytest.raises(LabError, match="same name"):

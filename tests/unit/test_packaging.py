@@ -1,4 +1,4 @@
-"""What is packed, and what an installation without a compiler is like."""
+"""The contents of the packages, and an installation without a compiler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLANG = next(filter(shutil.which, ("clang", "clang-19", "clang-14")), None)
 
 
 def build(kind: str, source: Path, to: Path) -> Path:
-    """Builds an sdist or a wheel as pip does, where no compiler works."""
+    """Builds an sdist or a wheel as pip does, with no working compiler."""
     code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
     environment = {**os.environ, "CC": "/bin/false"}
     ran = subprocess.run(
@@ -36,7 +36,7 @@ def build(kind: str, source: Path, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the sdist holds."""
+    """The folder with the contents of the sdist."""
     tree, packed, unpacked = (tmp_path_factory.mktemp(name) for name in ("tree", "packed", "unpacked"))
     for name in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -65,12 +65,12 @@ def test_the_sdist_has_all_sources_of_the_kernels_and_the_licence(unpacked: Path
     assert not [name for name in packed if name.startswith("tests/")]
 
 
-def test_what_the_compiler_depends_on_is_named() -> None:
+def test_the_extension_names_all_its_source_files() -> None:
     named = {*EXTENSION["sources"], *EXTENSION["depends"]}
     assert named == {f"{NATIVE}/{name}" for name in files_of(ROOT / NATIVE)}
 
 
-def test_the_wheel_has_what_runs_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
         licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
@@ -80,12 +80,12 @@ def test_the_wheel_has_what_runs_and_nothing_else(wheel: Path) -> None:
     assert len(licences) == 1
 
 
-def test_the_wheel_is_for_all_versions_of_python(wheel: Path) -> None:
+def test_the_wheel_fits_all_versions_of_python(wheel: Path) -> None:
     assert wheel.name.split("-")[2:4] == ["cp311", "abi3"]
 
 
 @pytest.mark.full
-def test_without_a_compiler_it_installs_and_the_doctor_says_what_to_do(wheel: Path, tmp_path: Path) -> None:
+def test_an_installation_without_a_compiler_works_and_doctor_gives_advice(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
 import splitnet
@@ -111,7 +111,7 @@ print(found.text)
 
 
 def test_the_kernels_link_no_openmp() -> None:
-    """With `-fopenmp` Apple's compiler makes nothing, and others what may need a second OpenMP beside torch's."""
+    """With `-fopenmp`, Apple's compiler fails, and others may load a second OpenMP beside torch's."""
     assert not [flag for flag in EXTENSION["extra-compile-args"] if "openmp" in flag]
     assert not EXTENSION.get("extra-link-args")
     for path in (ROOT / NATIVE).iterdir():
@@ -121,7 +121,7 @@ def test_the_kernels_link_no_openmp() -> None:
 @pytest.mark.full
 @pytest.mark.skipif(CLANG is None, reason="there is no clang here")
 def test_clang_compiles_the_kernels(tmp_path: Path) -> None:
-    """As on a Mac. Without optimisation, which takes a third of the time."""
+    """As on a Mac. The optimisation is off, which saves two thirds of the time."""
     assert CLANG
     flags = [*EXTENSION["extra-compile-args"], "-Wall", "-Werror", f"-I{sysconfig.get_path('include')}", "-O0"]
     to_object = ["-c", str(ROOT / NATIVE / "module.c"), "-o", str(tmp_path / "module.o")]

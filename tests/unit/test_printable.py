@@ -16,26 +16,26 @@ TITLE = "\x1b]0;pwned\x07\x1b[2J\x9b31m\rok\u202etxt"
 
 
 @given(st.text())
-def test_nothing_steers_a_terminal_and_it_can_be_encoded(text: str) -> None:
+def test_printable_text_has_no_control_sequences_and_can_be_encoded(text: str) -> None:
     safe = printable(text)
     assert not any((ord(c) < 32 and c not in "\n\t") or 0x7F <= ord(c) < 0xA0 for c in safe)
     safe.encode()
     assert printable(safe) == safe
 
 
-def test_what_people_write_stays_as_it_is() -> None:
+def test_ordinary_text_stays_unchanged() -> None:
     text = "naïve 漢字\u3000 עברית \U0001f468\u200d\U0001f469\n\ttabs"
     assert printable(text) == text
 
 
-def test_the_text_of_a_failure_cannot_steer_a_terminal() -> None:
+def test_the_text_of_a_failure_has_no_control_sequences() -> None:
     failure = Failure(bytes(16), 1, 1, FailureCode.INTERNAL, TITLE)
     (got,) = (decode(encode(failure)),)
     assert isinstance(got, Failure)
     assert got.text == printable(TITLE) and "\x1b" not in got.text
 
 
-def test_neither_errors_nor_the_log_steer_a_terminal(
+def test_errors_and_the_log_have_no_control_sequences(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "for_programs", lambda: False)
@@ -56,9 +56,7 @@ class _Terminal:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_what_a_model_says_is_escaped_on_terminals_and_nowhere_else(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_of_a_model_is_escaped_on_terminals_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from splitnet.cli.generation import _TimedStreamer
 
     tokenizer: Any = None

@@ -1,4 +1,4 @@
-"""What other systems lack or do otherwise, piece by piece; `tests/swarm/test_systems.py` has all of it at once."""
+"""Single features that other systems lack or have in another form; `tests/swarm/test_systems.py` tests all together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.other_system import ROOT
 
 @pytest.fixture
 def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
-    """Two connections: this end and the other one of each."""
+    """Two connections: this end and the other end of each."""
     made: list[tuple[socket.socket, socket.socket]] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for _ in range(2):
@@ -38,7 +38,7 @@ def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
             end.close()
 
 
-def test_a_flag_without_eventfds_is_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wake_flag_is_a_socket_without_eventfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "eventfd", raising=False)
     wake = Wake()
     poller = zmq.Poller()
@@ -46,7 +46,7 @@ def test_a_flag_without_eventfds_is_a_socket(monkeypatch: pytest.MonkeyPatch) ->
     assert socket.socket(fileno=os.dup(wake.fileno())).close() is None, "ZeroMQ on Windows polls nothing else"
     assert not poller.poll(0)
     for _ in range(2):
-        for _ in range(100_000):  # more than a buffer holds
+        for _ in range(100_000):  # More than a socket buffer holds.
             wake.set()
         assert poller.poll(1000)
         wake.clear()
@@ -55,7 +55,7 @@ def test_a_flag_without_eventfds_is_a_socket(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("lacks", ["the option", "Linux"])
-def test_without_cookies_connections_are_told_by_their_ends(
+def test_without_socket_cookies_connections_are_identified_by_their_ends(
     lacks: str, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[socket.socket, socket.socket]]
 ) -> None:
     if lacks == "Linux":
@@ -65,7 +65,7 @@ def test_without_cookies_connections_are_told_by_their_ends(
     (first, its_end), (second, other_end) = pairs
     cookies = [flow.cookie(end.fileno()) for pair in pairs for end in pair]
     assert len(set(cookies)) == 4 and flow.cookie(first.fileno()) == cookies[0]
-    flow.hang_up(second.fileno(), cookies[0])  # its descriptor belonged to the first before
+    flow.hang_up(second.fileno(), cookies[0])  # The descriptor belonged to the first connection before.
     other_end.setblocking(False)
     with pytest.raises(BlockingIOError):
         other_end.recv(1)
@@ -76,12 +76,12 @@ def test_without_cookies_connections_are_told_by_their_ends(
 
 
 @pytest.mark.parametrize("model", [r"C:\models\llama", r"models\llama", "C:/models/llama", "./llama"])
-def test_a_folder_that_is_not_there_is_no_id_of_the_hub(model: str) -> None:
+def test_a_missing_folder_is_not_taken_for_a_hub_id(model: str) -> None:
     with pytest.raises(ModelNotFound, match="there is no folder"):
         SafetensorsStore.open(model, None)
 
 
-def test_pipes_of_windows_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_use_utf_8_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
@@ -119,10 +119,10 @@ def blamed(cause: BaseException, text: str = "the model cannot be read: check th
         (blamed(ConnectionRefusedError(errno.ECONNREFUSED, "x")), "the model cannot be read: check the network"),
     ],
 )
-def test_what_this_machine_lacks_is_said_in_a_sentence(
+def test_errors_of_the_operating_system_are_one_sentence(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever else the error may blame."""
+    """Even if the error itself blames something else."""
 
     def fail() -> None:
         raise error
@@ -135,7 +135,7 @@ def test_what_this_machine_lacks_is_said_in_a_sentence(
     assert end.value.code == 1 and said in capsys.readouterr().err
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "app", lambda: [].pop())
     monkeypatch.setattr(main, "claim_process", lambda: None)
     monkeypatch.setattr(main, "ENDING", ())
@@ -150,7 +150,7 @@ def test_a_full_disk_does_not_blame_the_index_of_packages() -> None:
     assert "check the network" in str(demo._download_error("ERROR: No matching distribution"))
 
 
-def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_a_system_that_hides_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -159,7 +159,7 @@ def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
         mdns.LocalNetwork("ab" * 32)
 
 
-def test_text_is_read_and_written_in_one_encoding_everywhere() -> None:
+def test_all_text_files_are_opened_with_an_explicit_encoding() -> None:
     files = [
         file for folder in ("peers", "scheduler", "simulator", "splitnet") for file in (ROOT / folder).rglob("*.py")
     ]

@@ -1,4 +1,4 @@
-"""What systemd is told of a daemon that serves."""
+"""The messages that a serving daemon sends to systemd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitnet.process import EVERY_S, Watchdog
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_systemd_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+def test_systemd_gets_a_message_at_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
     name = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
     now = [0.0]
@@ -25,10 +25,10 @@ def test_systemd_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(BlockingIOError):
             systemd.recv(100)
     now[0] = 3 * EVERY_S
-    watchdog.alive()  # nobody listens any more
+    watchdog.alive()  # No socket listens any more.
 
 
-def test_nobody_is_told_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_message_is_sent_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.setattr(socket, "socket", None)
     Watchdog().alive()

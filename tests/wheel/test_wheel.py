@@ -1,4 +1,5 @@
-"""What is installed, wheel or not, has its kernels, and they share torch's threads. `cibuildwheel` runs this alone."""
+"""Any installation, from a wheel or not, has its kernels, and they share torch's threads. `cibuildwheel` runs only this
+file."""
 
 from __future__ import annotations
 
@@ -17,23 +18,23 @@ from splitnet.quant import native
 from splitnet.quant.choose import INT4_TILES
 
 LARGE = 4096
-"""So many outputs that every thread has some."""
+"""Enough outputs for every thread to compute a part."""
 
 
 def run(code: str) -> list[str]:
-    """The lines that a fresh Python prints."""
+    """The lines that a new Python process prints."""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
 
 
-def test_the_kernels_are_there_and_have_threads() -> None:
+def test_the_kernels_are_present_and_have_threads() -> None:
     assert native.paths_here()
     assert not native.why_none
     assert native.have_threads()
 
 
-def test_the_version_is_the_one_that_is_installed() -> None:
+def test_the_version_is_that_of_the_installed_package() -> None:
     import splitnet
 
     assert splitnet.__version__ == metadata.version("splitnet")
@@ -41,7 +42,7 @@ def test_the_version_is_the_one_that_is_installed() -> None:
 
 @pytest.mark.parametrize("path", native.paths_here())
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_products_are_the_same_with_any_number_of_threads(path: str, threads: int) -> None:
+def test_products_are_equal_for_any_number_of_threads(path: str, threads: int) -> None:
     before, many = native.path_in_use(), torch.get_num_threads()
     assert before is not None
     weight, rows = torch.randn(77, 160), torch.randn(3, 160)
@@ -54,7 +55,7 @@ def test_products_are_the_same_with_any_number_of_threads(path: str, threads: in
         torch.set_num_threads(threads)
         assert torch.equal(held.multiply(rows), alone)
         wanted = rows @ held.dequantised(torch.float32).T
-        assert (alone - wanted).norm() < 1e-3 * wanted.norm()  # rows are rounded
+        assert (alone - wanted).norm() < 1e-3 * wanted.norm()  # Rows are rounded.
     finally:
         torch.set_num_threads(many)
         native.use_path(before)
@@ -75,7 +76,9 @@ def raising(error: Exception) -> Callable[[str], Any]:
         (lambda name: SimpleNamespace(__file__="old.so"), "compiled, but from older sources (old.so)"),
     ],
 )
-def test_why_there_are_no_kernels(load: Callable[[str], Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_missing_kernels_is_named(
+    load: Callable[[str], Any], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native, "import_module", load)
     assert native._load() == (None, why)
 
@@ -84,7 +87,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /
 
 
 @LINUX
-def test_there_is_one_openmp_in_a_process() -> None:
+def test_a_process_has_one_openmp() -> None:
     code = """
 from splitnet.quant import native as kernels
 kernels.multiply_floats
@@ -95,8 +98,8 @@ print(*(name for name in names if name.startswith(("libgomp", "libomp", "libiomp
 
 
 @LINUX
-def test_threads_are_torchs() -> None:
-    """A kernel starts the threads that torch computes with afterwards, or takes those that it has."""
+def test_kernels_share_the_threads_of_torch() -> None:
+    """A kernel starts the threads that torch uses afterwards, or uses the threads that torch has started."""
     code = f"""
 import os, torch
 from splitnet.quant.choose import INT4_TILES
@@ -115,7 +118,7 @@ print(*counts[1:], sep="\\n")
 
 
 @pytest.mark.full
-def test_without_an_openmp_there_is_one_thread_and_the_doctor_says_so() -> None:
+def test_without_openmp_kernels_have_one_thread_and_doctor_warns() -> None:
     code = f"""
 import ctypes
 real = ctypes.CDLL

@@ -47,7 +47,7 @@ def moor(place: Annotated[list[str] | None, typer.Option("--to", envvar="SPLITNE
 
 
 def told(arguments: str, file: Path | None = None, **environment: str) -> str:
-    """What a command prints; `file` and `environment` are its configuration."""
+    """The output of a command; `file` and `environment` are its configuration."""
     variables = {"SPLITNET_CONFIG": str(file or os.devnull), **environment}
     result = CliRunner().invoke(small, arguments.split(), env=variables, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -60,7 +60,7 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
-def test_flags_then_environment_then_file_then_default(tmp_path: Path) -> None:
+def test_flags_override_the_environment_then_the_file_then_defaults(tmp_path: Path) -> None:
     common = '[common]\nto = ["Rio"]\n'
     both = written(tmp_path, f'{common}[sail]\nto = ["Bergen", "Ulvik"]\ncrew-size = 3\n')
     assert told("sail") == "None 5.0 1 log True"
@@ -72,7 +72,7 @@ def test_flags_then_environment_then_file_then_default(tmp_path: Path) -> None:
     assert told("sail --to Cork --crew-size 4", both, SPLITNET_SAIL_TO="Narvik") == "['Cork'] 5.0 4 log True"
 
 
-def test_every_type_comes_from_the_file_and_the_environment(tmp_path: Path) -> None:
+def test_options_of_every_type_are_read_from_the_file_and_the_environment(tmp_path: Path) -> None:
     file = written(tmp_path, '[common]\nloud = true\n[sail]\nknots = 7\nlog = "~/log"\nnight = false\n')
     assert told("sail", file) == f"loud\nNone 7.0 1 {Path.home()}/log False"
     assert told("sail --night", file, SPLITNET_LOUD="0", SPLITNET_SAIL_KNOTS="1.5") == (
@@ -81,7 +81,7 @@ def test_every_type_comes_from_the_file_and_the_environment(tmp_path: Path) -> N
     assert told("sail", None, SPLITNET_SAIL_NIGHT="false", SPLITNET_SAIL_CREW_SIZE="2") == "None 5.0 2 log False"
 
 
-def test_the_file_on_the_command_line_is_taken_instead(tmp_path: Path) -> None:
+def test_the_file_of_the_command_line_has_priority(tmp_path: Path) -> None:
     file = written(tmp_path, "[sail]\ncrew-size = 3\n")
     assert told(f"--config {file} sail", Path("/no/such/file")) == "None 5.0 3 log True"
 
@@ -108,23 +108,23 @@ def test_the_file_on_the_command_line_is_taken_instead(tmp_path: Path) -> None:
         ("a = " + "[" * 100_000, "is not TOML: "),
     ],
 )
-def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+def test_the_error_of_a_bad_file_names_the_mistake(tmp_path: Path, text: str, sentence: str) -> None:
     file = written(tmp_path, text)
     with pytest.raises(ConfigurationError, match=f"^{re.escape(str(file))}.*{sentence}"):
         told("sail", file)
 
 
-def test_what_the_file_says_of_other_commands_is_not_checked_in_depth(tmp_path: Path) -> None:
+def test_values_for_other_commands_are_not_checked(tmp_path: Path) -> None:
     file = written(tmp_path, "[sail]\ncrew-size = 10\n")
     assert told("moor", file) == "None"
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_a_missing_configuration_file_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"^/no/file cannot be read \(No such file or directory\): give"):
         told("--config /no/file sail")
 
 
-def test_no_two_options_have_a_name_in_common() -> None:
+def test_options_have_unique_variables() -> None:
     own = Counter(setting.variables[0] for setting in settings())
     shared = {setting.shared for setting in settings() if setting.shared}
     assert {name: count for name, count in own.items() if count > 1} == {}
@@ -132,7 +132,7 @@ def test_no_two_options_have_a_name_in_common() -> None:
     assert not {"SPLITNET_CONFIG", "SPLITNET_CACHE"} & (shared | own.keys())
 
 
-def test_the_default_of_every_option_may_stand_in_the_file() -> None:
+def test_the_default_of_every_option_is_valid_in_the_file() -> None:
     context: Any = None
     defaults = [(setting, setting.parameter.default) for setting in settings()]
     plain = [(setting, default) for setting, default in defaults if type(default) in (bool, int, float, str)]
@@ -142,7 +142,7 @@ def test_the_default_of_every_option_may_stand_in_the_file() -> None:
         setting.check(default, context)
 
 
-def test_daemons_of_a_demo_are_not_configured_from_outside() -> None:
+def test_daemons_of_a_demo_ignore_the_users_configuration() -> None:
     variables = {name: "x" for setting in settings() if setting.command == "peer" for name in setting.variables}
     assert "SPLITNET_JOIN" in variables
     assert without_options({**variables, "HOME": "/", "SPLITNET_CACHE": "/c"}) == {
@@ -152,6 +152,6 @@ def test_daemons_of_a_demo_are_not_configured_from_outside() -> None:
     }
 
 
-def test_the_table_in_the_documents_is_that_of_the_commands() -> None:
+def test_the_documented_table_of_options_is_up_to_date() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert text == with_table(text), "run: python -m tests.option_table docs/configuration.md"

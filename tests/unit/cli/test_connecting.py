@@ -1,4 +1,4 @@
-"""Every command that reaches a swarm hands on all that it takes for that."""
+"""Every command that connects to a swarm passes on all its connection options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "--swarm-key": ("swarm_key", Path("swarm.key")),
     "--trusted-peers": ("trusted_peers", Path("trusted")),
 }
-"""Of each option its field, and what is given."""
+"""The field of each option, and a test value."""
 
 LACKS = {
     "tune": {"--prefer", "--energy-slowdown"},
@@ -49,7 +49,7 @@ COMMANDS = {command.__name__: examples for command, examples in EXAMPLES.items()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_boxes_of_options_and_two_examples_that_can_be_given(name: str) -> None:
+def test_help_has_groups_of_options_and_valid_examples(name: str) -> None:
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
     boxes = Counter(getattr(option, "rich_help_panel", None) for option in command.params if option.opts[0][0] == "-")
     assert max(boxes.values(), default=0) <= 13, boxes
@@ -59,7 +59,7 @@ def test_help_has_boxes_of_options_and_two_examples_that_can_be_given(name: str)
         given = example.replace("/ip4/...", "/ip4/192.0.2.7/tcp/1/p2p/Qm1").replace("tcp://...", ADDRESS)
         words = shlex.split(given)
         assert words[:2] == ["splitnet", name]
-        command.make_context(name, words[2:])  # raises where that is no use of it
+        command.make_context(name, words[2:])  # Raises for invalid options.
 
 
 EARLY = {
@@ -75,10 +75,10 @@ EARLY = {
 
 
 @pytest.mark.parametrize("command", EARLY)
-def test_wrong_options_are_told_before_anything_slow(
+def test_wrong_options_are_refused_before_slow_steps(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model is looked for, and libraries are imported."""
+    """The error comes before the model is looked for and before libraries are imported."""
     for module in ("cli.generate", "cli.demo", "tools.tune"):
         monkeypatch.setattr(f"splitnet.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
@@ -99,7 +99,7 @@ def test_wrong_options_are_told_before_anything_slow(
         (AttributeError("module 'splitnet' has no attribute 'absent'"), False),
     ],
 )
-def test_a_tool_that_is_not_installed_is_told_and_a_fault_of_ours_raised(
+def test_a_missing_library_is_explained_and_a_bug_is_raised(
     error: Exception, is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: str) -> Never:
@@ -115,7 +115,7 @@ def test_a_tool_that_is_not_installed_is_told_and_a_fault_of_ours_raised(
 
 
 class Reached(Exception):
-    """With the arguments of the connection."""
+    """Carries the arguments of the connection."""
 
 
 def refuse(*given: Any) -> Never:
@@ -123,7 +123,7 @@ def refuse(*given: Any) -> Never:
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve", "tune", "bench", "status"])
-def test_what_a_command_takes_reaches_its_connection(
+def test_the_options_of_a_command_reach_its_connection(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data.jsonl"
@@ -154,7 +154,7 @@ def test_what_a_command_takes_reaches_its_connection(
         ConnectionOptions(),
     ],
 )
-def test_what_was_given_can_be_given_to_another_command(
+def test_connection_options_convert_to_arguments_of_another_command(
     given: ConnectionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "Connection", refuse)

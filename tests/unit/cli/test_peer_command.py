@@ -1,4 +1,4 @@
-"""What `splitnet peer` makes of its options, without a peer."""
+"""The options of `splitnet peer`, without a peer."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ KEYS = [Identity.generate() for _ in range(2)]
 
 
 class Reached(Exception):
-    """With the options of the peer."""
+    """Carries the options of the peer."""
 
 
 class NoSignals:
-    """Leaves the signals of the tests alone."""
+    """Leaves the signal handlers of the test process unchanged."""
 
     def check(self) -> None: ...
 
@@ -53,7 +53,7 @@ def options_of(*arguments: str) -> tuple[PeerOptions, str]:
     return ran.exception.args[0], ran.output
 
 
-def test_models_that_a_peer_may_serve(tmp_path: Path) -> None:
+def test_the_models_that_a_peer_may_serve_are_read(tmp_path: Path) -> None:
     file = tmp_path / "models"
     file.write_text("# mine\n\n./llama  # a folder\nQwen/Qwen3-8B\n")
     assert options_of("m", "--listen", "tcp://127.0.0.1:0")[0].any_model is None
@@ -71,7 +71,7 @@ def test_models_that_a_peer_may_serve(tmp_path: Path) -> None:
         assert ran.exit_code and fault in f"{ran.output}{ran.exception}"
 
 
-def test_a_list_of_models_is_read_as_editors_write_it_and_a_line_that_is_no_name_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_models_is_read_and_bad_lines_are_refused(tmp_path: Path) -> None:
     file, spaced = tmp_path / "models", tmp_path / "my model"
     spaced.mkdir()
     file.write_bytes(f"\ufefforg/a\r\n/m/C#-coder\t# a folder\r\n{spaced}\n".encode())
@@ -89,7 +89,7 @@ def invitation(folder: Path, *authorized: str) -> Path:
     return file
 
 
-def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> None:
+def test_an_invited_peer_authorizes_the_keys_of_its_invitation(tmp_path: Path) -> None:
     file = invitation(tmp_path, KEYS[0].public.text, KEYS[1].public.text)
     options, said = options_of("--invite", str(file))
     assert options.authorized_keys == tmp_path / "anna.invite.keys"
@@ -99,13 +99,13 @@ def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> No
     assert options_of("--invite", str(file), "--authorized-keys", str(own))[0].authorized_keys == own
 
 
-def test_an_invitation_that_names_nobody_is_told(tmp_path: Path) -> None:
+def test_a_warning_names_an_invitation_without_keys(tmp_path: Path) -> None:
     options, said = options_of("--invite", str(invitation(tmp_path)))
     assert options.authorized_keys is None
     assert "anyone who knows this peer's address may use it" in said
 
 
-def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_without_hivemind_warns_that_others_cannot_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options_of("m")[0].lan
     monkeypatch.setattr(hivemind_node, "have_hivemind", lambda: False)
     options, said = options_of("m")
@@ -114,7 +114,7 @@ def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.M
     assert not options.lan and "hivemind" not in said
 
 
-def test_a_peer_of_a_private_network_says_how_others_join() -> None:
+def test_a_peer_in_a_private_network_prints_addresses_for_others() -> None:
     private, key = "tcp://192.168.1.5:31331", "?key=x"
     node = "/ip4/203.0.113.7/tcp/31330/p2p/Qm"
     known = [
@@ -135,7 +135,7 @@ def test_a_peer_of_a_private_network_says_how_others_join() -> None:
     assert "--join" in (told("tcp://8.8.8.8:31331", reach=Reach.helpers) or ""), "nobody connects to its own address"
 
 
-def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
+def test_a_share_rate_without_shared_files_is_refused(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["peer", "m", "--share-rate", "1MiB"])
     assert ran.exit_code == 2 and "--share-rate needs --share-weights" in ran.output
     for also in (["--share-weights"], ["--authorized-keys", str(tmp_path / "keys")]):
@@ -160,9 +160,7 @@ def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
         (Weights("stored", torch.float32), "(float32 with weights as stored on cpu)", None),
     ],
 )
-def test_a_start_says_what_weights_are_held_as_and_what_else_there_is(
-    weights: Weights, serves: str, others: str | None
-) -> None:
+def test_the_start_names_the_weight_format_and_alternatives(weights: Weights, serves: str, others: str | None) -> None:
     span = SimpleNamespace(start=0, end=2, dtype=weights.dtype, weights=weights, device=torch.device("cpu"), kv="auto")
     peer: Any = SimpleNamespace(
         span=span, checkpoint=SimpleNamespace(name="m"), endpoint=SimpleNamespace(address="tcp://127.0.0.1:1")

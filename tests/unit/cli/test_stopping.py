@@ -1,4 +1,4 @@
-"""Signals to stop raise where nothing is half done, and the second ends at once."""
+"""A stop signal raises only where no work is half done; the second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ print("is not reached", flush=True)
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run under nohup.
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_what_an_interrupted_run_of_tests_leaves_is_ended() -> None:
-    """A worker that is killed ends no fixture, and its daemons are nobody's children."""
+def test_processes_of_an_interrupted_test_run_are_ended() -> None:
+    """A killed worker runs no teardown of fixtures, and its daemons have no parent."""
     mark = uuid.uuid4().hex
     shell = ["sh", "-c", "sleep 600 >/dev/null & echo $!"]
     started = subprocess.run(shell, env={**os.environ, RUN_MARK: mark}, stdout=subprocess.PIPE, text=True, check=True)
@@ -64,7 +64,7 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_raises_where_it_is_looked_for(number: signal.Signals) -> None:
+def test_a_signal_raises_at_the_next_check(number: signal.Signals) -> None:
     stop = StopSignals()
     stop.check()
     signal.raise_signal(number)
@@ -74,7 +74,7 @@ def test_a_signal_raises_where_it_is_looked_for(number: signal.Signals) -> None:
         assert end.value.code == 128 + number
 
 
-def test_a_signal_of_before_ends_the_wait_and_the_next_raises() -> None:
+def test_an_earlier_signal_ends_the_wait_and_the_next_one_raises() -> None:
     stop = StopSignals()
     stop.check()
     signal.raise_signal(signal.SIGTERM)
@@ -113,7 +113,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_a_signal_waits_for_the_end_of_an_import_and_the_second_does_not() -> None:
+def test_the_first_signal_waits_for_the_end_of_an_import() -> None:
     arrived: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
     with _signals_held():
@@ -126,7 +126,7 @@ def test_a_signal_waits_for_the_end_of_an_import_and_the_second_does_not() -> No
         assert arrived == [signal.SIGTERM] * 3
 
 
-def test_what_a_held_signal_raises_comes_after_the_import() -> None:
+def test_a_held_signal_raises_after_the_import() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     imported = False
     with pytest.raises(KeyboardInterrupt), _signals_held():

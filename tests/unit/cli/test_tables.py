@@ -1,4 +1,4 @@
-"""Tables of commands: nothing is cut in a terminal of any width."""
+"""Tables of commands: no text is cut at any width of the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shown(width: int, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Sequence[s
     return table(HEADS, rows, ("ms/\ntoken",), title="small, 30 blocks").splitlines()
 
 
-def test_columns_that_do_not_fit_stand_below_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_that_do_not_fit_are_printed_below_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(200, monkeypatch) == [
         "small, 30 blocks",
         "                                        ms/",
@@ -62,7 +62,7 @@ def test_no_cell_is_cut_and_no_line_is_too_long(rows: list[tuple[str, ...]], wid
     assert all(cell_len(line) <= max(width, longest) for line in lines[1:])
 
 
-def test_what_strangers_call_themselves_stays_in_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_from_other_peers_stay_in_their_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     told = shown(80, monkeypatch, [("0..1", "a\n0..1  b", "\x1b[2J", "[bold]cpu[/bold]", "k")])
     assert len(told) <= 5 and "a 0..1 b" in told[3] and "\x1b[2J" not in "\n".join(told)
     assert "[bold]cpu[/bold]" in "\n".join(told)
@@ -81,7 +81,7 @@ def test_costs_of_tuning_name_their_methods_in_a_narrow_terminal(
     assert all(len(line) <= 80 for line in row.splitlines()) and "1,234,567" in row
 
 
-def test_all_commands_print_their_tables_so() -> None:
+def test_no_command_uses_tables_of_rich() -> None:
     root = Path(splitnet.__file__).parents[1]
     files = [file for folder in ("splitnet", "peers", "simulator") for file in (root / folder).rglob("*.py")]
     assert [file for file in files if "rich.table" in file.read_text(encoding="utf-8")] == []

@@ -1,4 +1,4 @@
-"""When drafting pays, where drafts come from, and what is learned of them."""
+"""When drafts pay, how drafters make them, and how their acceptance and cost are learned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.unit.random_models import HYBRIDS, random_config
 
 
 def pace(link_ms: float = 80.0, pass_ms: float = 20.0, position_ms: float = 1.0, draft_ms: float = 0.0) -> Pace:
-    """Of a chain of four hops."""
+    """Times of a chain of four hops."""
     return Pace(
         latency_ms=lambda positions: link_ms + pass_ms + position_ms * positions,
         slowest_hop_ms=lambda positions: (pass_ms + position_ms * positions) / 4,
@@ -56,29 +56,30 @@ acceptances = st.floats(0, 1)
 
 
 class TestBestWindow:
-    def test_none_where_drafts_are_always_wrong(self) -> None:
+    def test_no_drafts_where_drafts_are_always_wrong(self) -> None:
         assert best_window(alike(0.0), pace()) == NO_DRAFTS
 
-    def test_none_where_every_position_costs_as_much_as_the_first(self) -> None:
+    def test_no_drafts_where_every_position_costs_as_much_as_the_first(self) -> None:
         assert best_window(alike(0.5), pace(link_ms=0, pass_ms=0.001, position_ms=50)) == NO_DRAFTS
 
-    def test_long_windows_where_drafts_are_right_and_links_are_long(self) -> None:
+    def test_windows_are_long_where_acceptance_and_latency_are_high(self) -> None:
         window = best_window(alike(0.95), pace(link_ms=400))
         assert window.length >= 8 and window.in_flight > 1
 
-    def test_a_model_that_drafts_slowly_is_asked_for_less(self) -> None:
+    def test_windows_are_shorter_with_a_slow_draft_model(self) -> None:
         free, slow = best_window(alike(0.8), pace()), best_window(alike(0.8), pace(draft_ms=40))
         assert slow.length < free.length
 
     @given(acceptances, paces)
-    def test_it_promises_more_than_a_token_at_a_time(self, acceptance: float, given_pace: Pace) -> None:
+    def test_a_window_is_predicted_to_be_faster_than_plain_steps(self, acceptance: float, given_pace: Pace) -> None:
         window = best_window(alike(acceptance), given_pace)
         if window != NO_DRAFTS:
             assert tokens_per_ms(window, alike(acceptance), given_pace) > WORTHWHILE / given_pace.latency_ms(1)
 
     @given(paces, st.sampled_from(LENGTHS))
     def test_better_drafts_are_never_slower(self, given_pace: Pace, length: int) -> None:
-        """In one window, and in the best. Windows of one token behind each other bring less than one that is alone."""
+        """Holds for a single window and for the best window. Several windows of one token may be slower than one window
+        alone."""
 
         def promised(acceptance: float) -> tuple[float, float]:
             every = [Window(*each) for each in itertools.product(LENGTHS, IN_FLIGHT)]
@@ -90,8 +91,10 @@ class TestBestWindow:
             assert all(after >= before * (1 - 1e-9) for before, after in zip(early, late, strict=True))
 
     @given(paces, acceptances, st.sampled_from(LENGTHS))
-    def test_one_window_gives_what_leviathan_says(self, given_pace: Pace, acceptance: float, length: int) -> None:
-        """The expected number of tokens of section 3.1, over the time of the window."""
+    def test_the_speed_of_one_window_is_that_of_leviathan(
+        self, given_pace: Pace, acceptance: float, length: int
+    ) -> None:
+        """The expected number of tokens (Leviathan et al., section 3.1), divided by the time of the window."""
         accepted = min(acceptance, 0.98)
         expected = sum(accepted**count for count in range(length + 1))
         took_ms = given_pace.latency_ms(length + 1) + length * given_pace.draft_ms
@@ -99,16 +102,16 @@ class TestBestWindow:
 
 
 class TestBestLength:
-    """Of one window, by what is known of each guess."""
+    """The best length of one window, from the acceptance of each guess."""
 
-    def test_it_ends_before_what_is_unsure(self) -> None:
+    def test_a_window_ends_before_unsure_guesses(self) -> None:
         sure, unsure = Guessed(0.95, 0.8), Guessed(0.02, 0.02)
         assert best_length(iter([sure, sure, sure, unsure, unsure, sure]), pace()) == 3
 
-    def test_nothing_unsure_is_sent(self) -> None:
+    def test_unsure_guesses_are_not_sent(self) -> None:
         assert best_length(iter([Guessed(0.03, 0.9)]), pace(position_ms=10)) == 0
 
-    def test_no_more_are_drafted_than_pay(self) -> None:
+    def test_drafting_stops_where_guesses_no_longer_pay(self) -> None:
         asked: list[int] = []
 
         def guesses() -> Iterator[Guessed]:
@@ -120,7 +123,9 @@ class TestBestLength:
         assert length == len(asked) < LENGTHS[-1]
 
     @given(st.lists(st.tuples(acceptances, acceptances), max_size=20), paces)
-    def test_it_promises_more_than_a_token_at_a_time(self, shares: list[tuple[float, float]], given_pace: Pace) -> None:
+    def test_a_window_is_predicted_to_be_faster_than_plain_steps(
+        self, shares: list[tuple[float, float]], given_pace: Pace
+    ) -> None:
         length = best_length((Guessed(*each) for each in shares), given_pace)
         rights = itertools.accumulate((min(own, MOST_ACCEPTED) for own, _ in shares[:length]), lambda a, b: a * b)
         expected, most = 1 + sum(rights), WORTHWHILE / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
@@ -128,7 +133,7 @@ class TestBestLength:
             assert expected / (given_pace.latency_ms(length + 1) + given_pace.drafting_ms(length)) > most
 
     @given(st.floats(0.05, 0.95), paces)
-    def test_for_guesses_alike_no_single_window_is_better(self, acceptance: float, given_pace: Pace) -> None:
+    def test_for_equal_guesses_no_other_length_is_faster(self, acceptance: float, given_pace: Pace) -> None:
         length = best_length(itertools.repeat(Guessed(acceptance, acceptance)), given_pace)
         plain = 1 / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
         speeds = {n: tokens_per_ms(Window(n, 1), alike(acceptance), given_pace) for n in range(1, LENGTHS[-1] + 1)}
@@ -146,19 +151,19 @@ class TestPromptLookup:
         drafter.begin(tokens)
         return drafter
 
-    def test_what_followed_the_last_time(self) -> None:
+    def test_drafts_continue_the_last_equal_ngram(self) -> None:
         drafter = self.drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
         assert drafted(drafter, [], 3) == [4, 5, 6]
 
-    def test_the_latest_place_of_the_longest_ngram(self) -> None:
+    def test_the_longest_ngram_is_preferred_then_the_latest(self) -> None:
         drafter = self.drafter([7, 8, 1, 9, 8, 2, 8, 3, 7, 8])
         assert drafted(drafter, [], 1) == [1]
 
-    def test_it_goes_on_behind_what_was_drafted(self) -> None:
+    def test_drafts_continue_behind_pending_drafts(self) -> None:
         drafter = self.drafter([1, 2, 3, 4, 5, 6, 1, 2, 3])
         assert drafted(drafter, [4, 5], 2) == [6, 1]
 
-    def test_a_repeating_end_repeats(self) -> None:
+    def test_a_periodic_end_of_the_text_is_continued(self) -> None:
         assert drafted(self.drafter([5, 6, 5, 6, 5]), [], 5) == [6, 5, 6, 5, 6]
 
     def test_a_name_that_has_changed_twice_is_drafted_with_its_new_name(self) -> None:
@@ -167,25 +172,25 @@ class TestPromptLookup:
         begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10]
         assert drafted(self.drafter([*original, 99, *begun]), [], 4) == [11, new, 12, 13]
 
-    def test_a_place_is_followed_past_a_change(self) -> None:
+    def test_a_copied_passage_is_followed_past_a_changed_token(self) -> None:
         original = [1, 2, 3, 4, 5, 6, 7, 8, 9]
         assert drafted(self.drafter([*original, 99, 1, 2, 3, 4, 77]), [], 3) == [6, 7, 8]
 
-    def test_a_name_that_changes_back_is_let_go(self) -> None:
+    def test_a_name_that_changes_back_is_drafted_unchanged(self) -> None:
         old, new = 50, 60
         original = [1, 2, 3, old, 4, 5, 6, 7, old, 8, 9, 10, 11, old, 12, 13, 14, 15, old, 16]
         begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10, 11, old, 12, 13, 14]
         assert drafted(self.drafter([*original, 99, *begun]), [], 2) == [15, old]
 
-    def test_what_changed_once_keeps_its_name(self) -> None:
+    def test_a_name_that_has_changed_once_is_drafted_unchanged(self) -> None:
         original = [1, 2, 3, 50, 4, 5, 6, 7, 50, 8]
         assert drafted(self.drafter([*original, 99, 1, 2, 3, 60, 4, 5, 6]), [], 2) == [7, 50]
 
-    def test_nothing_to_go_by(self) -> None:
+    def test_a_text_without_repetition_gets_no_drafts(self) -> None:
         assert drafted(self.drafter([1, 2, 3]), [], 4) == []
         assert drafted(self.drafter([]), [], 4) == []
 
-    def test_a_longer_match_is_another_kind(self) -> None:
+    def test_a_longer_match_is_a_kind_of_higher_acceptance(self) -> None:
         text = list(range(100, 112))
         short = next(self.drafter([*text, 1, 2, 111]).draft([]))
         long = next(self.drafter([*text, 1, 2, *text]).draft([]))
@@ -193,7 +198,7 @@ class TestPromptLookup:
         assert PromptLookup.priors[long.kind] > PromptLookup.priors[short.kind]
 
     @given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 20))
-    def test_whatever_the_text_drafts_are_tokens_of_it(self, text: list[int], pending: list[int], count: int) -> None:
+    def test_drafts_are_tokens_of_the_text(self, text: list[int], pending: list[int], count: int) -> None:
         guesses = list(itertools.islice(self.drafter(text).draft(pending), count))
         assert len(guesses) in (0, count)
         assert {guess.token for guess in guesses} <= {*text, *pending}
@@ -202,7 +207,7 @@ class TestPromptLookup:
 
 
 class _Counting(torch.nn.Module):
-    """After token n comes n + 1; the cache is what was given so far."""
+    """Predicts token n + 1 after token n, and records its input tokens in `given`."""
 
     class config:
         vocab_size = 50
@@ -225,29 +230,29 @@ class _Counting(torch.nn.Module):
 
 
 class TestDraftModel:
-    def test_it_continues_the_text_and_what_was_drafted(self) -> None:
+    def test_a_draft_model_continues_the_text_and_pending_drafts(self) -> None:
         drafter = DraftModel(_Counting(), 50)
         drafter.begin([3, 4])
         assert drafted(drafter, [], 3) == [5, 6, 7]
         assert drafted(drafter, [5, 6, 7], 2) == [8, 9]
 
-    def test_it_computes_only_what_is_new(self) -> None:
+    def test_a_draft_model_computes_only_new_tokens(self) -> None:
         model = _Counting()
         drafter = DraftModel(model, 50)
         drafter.begin([3, 4])
-        drafted(drafter, [], 3)  # has seen 3 4 5 6, and 7 is what comes next
+        drafted(drafter, [], 3)  # The model has run 3 4 5 6 and predicts 7.
         drafter.observe(5)
         drafter.observe(20)
         model.given.clear()
         assert drafted(drafter, [], 1) == [21]
         assert model.given == [20]
 
-    def test_other_tokens_are_refused(self) -> None:
+    def test_a_draft_model_of_another_vocabulary_is_refused(self) -> None:
         with pytest.raises(SplitnetError, match="50 tokens, the model 60"):
             DraftModel(_Counting(), 60)
 
     @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "gpt2", "gemma3_text"])
-    def test_its_caches_are_rewound(self, family: str) -> None:
+    def test_caches_of_the_draft_model_are_rewound(self, family: str) -> None:
         config = random_config(family, blocks=6, hidden=64, vocab=300, **HYBRIDS.get(family, {}))
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config).eval()
@@ -263,7 +268,7 @@ class TestDraftModel:
             )
             assert drafted(drafter, [], 5) == expected[0, len(text) :].tolist()
 
-    def test_states_that_cannot_be_rewound_are_refused(self) -> None:
+    def test_a_draft_model_with_states_that_cannot_be_rewound_is_refused(self) -> None:
         model: Any = _Counting()
         model._is_stateful = True
         with pytest.raises(SplitnetError, match="'counting' keep states"):
@@ -271,7 +276,7 @@ class TestDraftModel:
 
 
 class CountingHead:
-    """Its features and outputs are one number, and it says the next token. caches: what it has run."""
+    """A head whose features and outputs are the last token plus one. caches: the positions that it has run."""
 
     taps = (6,)
     draft_vocabulary: torch.Tensor | None = None
@@ -297,21 +302,21 @@ class CountingHead:
 
 
 class TestHeadDrafter:
-    """Positions whose features have come home are run with these, others with what the head gave before."""
+    """Positions whose features have arrived run with them; the others run with the head's own output."""
 
     def begun(self) -> tuple[CountingHead, HeadDrafter]:
         head = CountingHead()
         drafter = HeadDrafter(head)
-        drafter.begin([3, 4, 5], torch.tensor([[0.5]]))  # of the second position; the first is not known
+        drafter.begin([3, 4, 5], torch.tensor([[0.5]]))  # The feature of the second position; the first has none.
         drafter.observe(6, torch.tensor([1.5]))
         return head, drafter
 
-    def test_it_goes_on_from_its_own_outputs(self) -> None:
+    def test_a_head_continues_from_its_own_outputs(self) -> None:
         head, drafter = self.begun()
         assert drafted(drafter, [], 3) == [7, 8, 9]
         assert head.caches[-1] == [(5, 0.5, False), (6, 1.5, False), (7, 7.0, True), (8, 8.0, True)]
 
-    def test_what_was_drafted_is_run_again_when_its_features_have_come(self) -> None:
+    def test_drafted_positions_run_again_once_their_features_arrive(self) -> None:
         head, drafter = self.begun()
         drafted(drafter, [], 3)
         drafter.observe(7, torch.tensor([2.5]))
@@ -319,25 +324,25 @@ class TestHeadDrafter:
         assert drafted(drafter, [], 2) == [21, 22]
         assert head.caches[-1][2:] == [(7, 2.5, False), (20, 3.5, False), (21, 21.0, True)]
 
-    def test_it_goes_on_behind_what_was_drafted(self) -> None:
+    def test_drafts_continue_behind_pending_drafts(self) -> None:
         head, drafter = self.begun()
         assert drafted(drafter, [], 2) == [7, 8]
         assert drafted(drafter, [7, 8], 2) == [9, 10]
         assert [token for token, *_ in head.caches[-1]] == [5, 6, 7, 8, 9]
 
-    def test_it_goes_on_behind_what_others_drafted(self) -> None:
+    def test_a_head_continues_behind_drafts_of_another_drafter(self) -> None:
         head, drafter = self.begun()
         drafted(drafter, [], 3)
         assert drafted(drafter, [7, 30, 31], 2) == [32, 33]
         assert head.caches[-1][2:] == [(7, 7.0, True), (30, 8.0, True), (31, 31.0, True), (32, 32.0, True)]
 
-    def test_without_features_it_drafts_nothing(self) -> None:
+    def test_a_head_drafts_nothing_without_features(self) -> None:
         drafter = HeadDrafter(CountingHead())
         drafter.begin([3, 4, 5])
         drafter.observe(6)
         assert drafted(drafter, [], 3) == []
 
-    def test_a_new_text_begins_anew(self) -> None:
+    def test_a_new_text_starts_with_an_empty_cache(self) -> None:
         head, drafter = self.begun()
         drafted(drafter, [], 3)
         drafter.begin([8, 9], None)
@@ -345,12 +350,12 @@ class TestHeadDrafter:
         assert drafted(drafter, [], 1) == [11]
         assert head.caches[-1] == [(10, 4.5, False)]
 
-    def test_tokens_of_a_draft_vocabulary(self) -> None:
+    def test_draft_tokens_are_mapped_from_the_draft_vocabulary(self) -> None:
         head, drafter = self.begun()
         head.draft_vocabulary = torch.arange(100, 150)
         assert drafted(drafter, [], 1) == [107]
 
-    def test_kinds_follow_its_confidence(self) -> None:
+    def test_the_kind_of_a_guess_follows_the_confidence_of_the_head(self) -> None:
         _, drafter = self.begun()
         assert next(drafter.draft([])).kind == len(HeadDrafter.priors) - 1
         assert list(HeadDrafter.priors) == sorted(HeadDrafter.priors)
@@ -363,17 +368,17 @@ class TestCombined:
         drafter.observe(text[-1], torch.zeros(1))
         return drafter.draft([])
 
-    def test_copies_that_are_surely_right_come_first(self) -> None:
+    def test_sure_copies_are_preferred_to_the_head(self) -> None:
         text = [*range(10, 30), 1, 2, *range(10, 28)]
         assert [token for token, _ in itertools.islice(self.drafts(DraftStats(Combined.priors), text), 2)] == [28, 29]
 
-    def test_the_head_drafts_where_copies_are_unsure_or_there_are_none(self) -> None:
+    def test_the_head_drafts_where_copies_are_unsure_or_absent(self) -> None:
         stats = DraftStats(Combined.priors)
         assert next(self.drafts(stats, [1, 2, 3])).token == 4
         guess = next(self.drafts(stats, [1, 2, 30, 7, 1]))
         assert guess.token == 2 and guess.kind >= len(PromptLookup.priors)
 
-    def test_copies_that_were_wrong_are_left(self) -> None:
+    def test_copies_of_low_acceptance_are_not_drafted(self) -> None:
         stats = DraftStats(Combined.priors)
         text = [*range(10, 30), 1, 2, *range(10, 28)]
         copied = next(self.drafts(stats, text))
@@ -388,7 +393,7 @@ class TestDraftStats:
     def prediction(positions: int) -> Prediction:
         return Prediction(latency_ms=80.0 + positions, slowest_hop_ms=5.0)
 
-    def test_nothing_is_drafted_before_a_plain_step_was_seen(self) -> None:
+    def test_no_drafts_before_the_first_plain_step(self) -> None:
         stats = DraftStats([0.9])
         assert not stats.knows_steps
         stats.observe_latency(1, 100.0, 2.0, self.prediction)
@@ -405,7 +410,7 @@ class TestDraftStats:
         assert stats.window(0, self.prediction).length > 0
         assert stats.window(1, self.prediction) == NO_DRAFTS
 
-    def test_long_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
+    def test_long_windows_that_take_longer_than_predicted_are_no_longer_chosen(self) -> None:
         stats = DraftStats([0.7])
         stats.observe_latency(1, 100.0, 2.0, self.prediction)
         length = stats.window(0, self.prediction).length
@@ -414,7 +419,7 @@ class TestDraftStats:
                 stats.observe_latency(positions, 100.0 * positions, 2.0, self.prediction)
         assert length > 1 and stats.window(0, self.prediction).length <= 1
 
-    def test_a_client_that_is_slow_itself_sends_fewer_windows(self) -> None:
+    def test_a_slow_client_sends_fewer_windows(self) -> None:
         quick, slow = DraftStats([0.95]), DraftStats([0.95])
         quick.observe_latency(1, 400.0, 2.0, lambda positions: Prediction(400.0, 2.0))
         slow.observe_latency(1, 400.0, 200.0, lambda positions: Prediction(400.0, 2.0))
@@ -422,8 +427,8 @@ class TestDraftStats:
         few = slow.window(0, lambda positions: Prediction(400.0, 2.0))
         assert many.in_flight > few.in_flight
 
-    def test_positions_that_other_texts_wait_for_must_bring_more(self) -> None:
-        """A hop that eight texts keep busy: drafts that bring less than what they take there are left."""
+    def test_drafts_must_save_more_time_while_other_texts_wait(self) -> None:
+        """When eight texts keep a hop busy, drafts that save less time than they cost at this hop are not sent."""
 
         def prediction(positions: int) -> Prediction:
             return Prediction(80.0 + 20.0 * positions, 20.0 * positions)
@@ -440,18 +445,18 @@ class TestDraftStats:
             assert idle.window(0, self.prediction) != NO_DRAFTS
         assert stats.window(0, prediction) != NO_DRAFTS
 
-    def test_it_counts_where_in_a_window_guesses_are_right(self) -> None:
+    def test_acceptance_is_counted_by_place_in_the_window(self) -> None:
         stats = DraftStats([0.5])
         stats.verified(Drafted(7, 0, 0, None), True)
         stats.verified(Drafted(8, 0, 1, 0), False)
         stats.verified(Drafted(9, 0, 0, None), True)
         assert stats.by_place == {0: [2, 2], 1: [1, 0]} and stats.accepted == 2
 
-    def test_a_drafter_that_takes_longer_than_it_saves_is_seldom_asked(self) -> None:
+    def test_a_drafter_that_takes_longer_than_it_saves_is_seldom_used(self) -> None:
         stats = DraftStats([0.5])
         stats.observe_latency(1, 100.0, 2.0, self.prediction)
         stats._drafting_ms[0].add(3.0)
-        for _ in range(100):  # one draft in three brings a token
+        for _ in range(100):  # One draft in three brings an additional token.
             for tokens in (2, 1, 1):
                 assert stats.drafts_pay(self.prediction)
                 stats.received(tokens, drafted=True)
@@ -462,14 +467,14 @@ class TestDraftStats:
         stats.received(2, drafted=True)
         assert stats.drafts_pay(self.prediction)
 
-    def test_a_drafter_that_takes_no_time_is_always_asked(self) -> None:
+    def test_a_drafter_that_takes_no_time_is_always_used(self) -> None:
         stats = DraftStats([0.5])
         stats.observe_latency(1, 100.0, 2.0, self.prediction)
         for _ in range(100):
             stats.received(1, drafted=True)
         assert stats.drafts_pay(self.prediction)
 
-    def test_the_reading_of_a_prompt_is_not_the_time_of_a_guess(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_drafters_prefill_does_not_count_as_drafting_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         now = itertools.count()
         monkeypatch.setattr("splitnet.drafts.draft_stats.time.perf_counter", lambda: float(next(now)))
         stats = DraftStats([0.5])

@@ -1,4 +1,4 @@
-"""EAGLE heads: what the published formats say is what is computed, and what is not known is refused by name."""
+"""EAGLE heads compute what the published formats define, and unknown fields and tensors are refused by name."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 
 def rotated(heads: Tensor) -> Tensor:
-    """`[seq, heads, size]`, position after position."""
+    """Rotary embedding of heads `[seq, heads, size]` at positions 0, 1, ..."""
     angles = torch.arange(len(heads))[:, None] * 5000.0 ** (-torch.arange(0, SIZE, 2) / SIZE)
     cosines, sines = angles.cos()[:, None], angles.sin()[:, None]
     first, second = heads[..., : SIZE // 2], heads[..., SIZE // 2 :]
@@ -145,7 +145,7 @@ def rotated(heads: Tensor) -> Tensor:
 
 
 def block(tensors: Tensors, given: Tensor, residual: Tensor, own: str = "layers.0.") -> Tensor:
-    """What a block of the Llama family gives for what it attends with, and its residual, `[seq, hidden]`."""
+    """Output of a Llama block for the given attention input and residual, both `[seq, hidden]`."""
 
     def heads(name: str) -> Tensor:
         made = given @ tensors[f"{own}self_attn.{name}_proj.weight"].T
@@ -169,7 +169,7 @@ def block(tensors: Tensors, given: Tensor, residual: Tensor, own: str = "layers.
 
 
 def outputs3(tensors: Tensors, tokens: Tensor, hidden: Tensor, *, normed_residual: bool = False) -> Tensor:
-    """What the layers of EAGLE-3 make of features that went through `fc`."""
+    """Output of the EAGLE-3 layer for features after `fc`."""
     normed = norm(hidden, tensors["layers.0.hidden_norm.weight"])
     embedded = norm(EMBEDDINGS[tokens], tensors["layers.0.input_layernorm.weight"])
     given = torch.cat((embedded, normed), dim=-1)
@@ -184,7 +184,7 @@ TOKENS = torch.tensor([4, 9, 30, 2, 49, 7, 7])
 
 
 def check(head: EagleHead, outputs: Tensor, logits: Tensor, features: Tensor) -> None:
-    """Runs the positions in pieces, the last one alone, after others that were forgotten."""
+    """Runs the positions in pieces, the last one alone, with a cropped piece in between."""
     cache = SequenceCache()
     pieces = [head.run(TOKENS[:3], features[:3], cache)]
     head.run(TOKENS[:2], features[:2], cache)
@@ -197,7 +197,7 @@ def check(head: EagleHead, outputs: Tensor, logits: Tensor, features: Tensor) ->
 
 
 @pytest.mark.parametrize("normed_residual", [False, True])
-def test_eagle3_of_speculators(write: Callable[..., Path], normed_residual: bool) -> None:
+def test_eagle3_in_the_format_of_speculators(write: Callable[..., Path], normed_residual: bool) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     folder = write(speculators(norm_before_residual=normed_residual), tensors)
     head = EagleHead.open(folder, part(), trainable=True)
@@ -207,7 +207,7 @@ def test_eagle3_of_speculators(write: Callable[..., Path], normed_residual: bool
     assert head.draft_vocabulary is not None and head.draft_vocabulary.equal(targets())
 
 
-def test_outputs_of_the_head_stand_for_features(write: Callable[..., Path]) -> None:
+def test_outputs_of_the_head_replace_features(write: Callable[..., Path]) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     head = EagleHead.open(write(speculators(), tensors), part(), trainable=True)
     begun = features @ tensors["fc.weight"].T
@@ -222,7 +222,7 @@ def test_outputs_of_the_head_stand_for_features(write: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize("flag", ["norm_before_fc", "fc_norm", "norm_output"])
-def test_flags_of_speculators(write: Callable[..., Path], flag: str) -> None:
+def test_flags_of_speculators_configs_are_followed(write: Callable[..., Path], flag: str) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     given, read = features, dict(tensors)
     if flag == "norm_before_fc":
@@ -239,7 +239,7 @@ def test_flags_of_speculators(write: Callable[..., Path], flag: str) -> None:
     check(EagleHead.open(write(speculators(**{flag: True}), read), part(), trainable=True), outputs, logits, features)
 
 
-def test_further_layers_norms_of_queries_biases_and_own_embeddings(write: Callable[..., Path]) -> None:
+def test_eagle3_with_two_layers_query_norms_biases_and_own_embeddings(write: Callable[..., Path]) -> None:
     tensors = eagle3(qk_norms=True) | layer(1, joined=False, qk_norms=True)
     tensors["layers.0.self_attn.q_proj.bias"] = numbers(HEADS * SIZE)
     tensors["embed_tokens.weight"] = EMBEDDINGS.clone()
@@ -252,7 +252,7 @@ def test_further_layers_norms_of_queries_biases_and_own_embeddings(write: Callab
     check(EagleHead.open(write(config, tensors), model, trainable=True), outputs, logits3(tensors, outputs), features)
 
 
-def test_eagle3_of_its_authors_and_specforge(write: Callable[..., Path]) -> None:
+def test_eagle3_in_the_formats_of_its_authors_and_specforge(write: Callable[..., Path]) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     outputs = outputs3(tensors, TOKENS, features @ tensors["fc.weight"].T)
     head = EagleHead.open(write(specforge(), as_midlayer(tensors)), part(num_blocks=12), trainable=True)
@@ -260,12 +260,12 @@ def test_eagle3_of_its_authors_and_specforge(write: Callable[..., Path]) -> None
     assert head.taps == (2, 6, 9)
     given = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 5], "use_aux_hidden_state": True}}
     head = EagleHead.open(write(specforge(**given), as_midlayer(tensors)), part(), trainable=True)
-    assert head.taps == (1, 3, 6)  # as SGLang has it, it names the layers whose outputs are taken
+    assert head.taps == (1, 3, 6)  # As in SGLang, this list names the layers whose outputs are taken.
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_eagle_1_and_2(write: Callable[..., Path], layers: int, bias: bool) -> None:
+def test_eagle_1_and_eagle_2(write: Callable[..., Path], layers: int, bias: bool) -> None:
     tensors: Tensors = {"fc.weight": numbers(HIDDEN, 2 * HIDDEN), "embed_tokens.weight": EMBEDDINGS.clone()}
     if bias:
         tensors["fc.bias"] = numbers(HIDDEN)
@@ -293,7 +293,7 @@ def test_eagle_1_and_2(write: Callable[..., Path], layers: int, bias: bool) -> N
         head.save(Path("nowhere"), None, [])
 
 
-def test_weights_in_16_bits_draft_the_same(write: Callable[..., Path]) -> None:
+def test_weights_in_16_bits_give_the_same_drafts(write: Callable[..., Path]) -> None:
     tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in eagle3().items()}
     features = numbers(len(TOKENS), 3 * HIDDEN)
     folder = write(speculators(), tensors)
@@ -321,7 +321,7 @@ def test_long_prompts_run_in_pieces(write: Callable[..., Path], monkeypatch: pyt
     assert torch.allclose(found, expected, atol=1e-5) and first == second
 
 
-def test_what_is_written_is_read_again(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_saved_head_can_be_opened_again(write: Callable[..., Path], tmp_path: Path) -> None:
     tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in eagle3().items()}
     head = EagleHead.open(write(speculators(norm_output=True), tensors), part(), trainable=True)
     head.save(tmp_path / "saved", "someone/model", ["LlamaForCausalLM"])
@@ -387,7 +387,7 @@ def changed(config: dict[str, Any], **layer_values: Any) -> dict[str, Any]:
         (changed(speculators(), quantization_config={"bits": 4}), "quantization_config"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused_by_name(
+def test_unsupported_config_fields_are_refused_by_name(
     write: Callable[..., Path], config: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(SplitnetError, match=field):

@@ -1,4 +1,4 @@
-"""MTP layers compute what they were published to compute, and are read only where they are asked for."""
+"""MTP layers compute what their authors published, and their tensors are read only on request."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def head_of(folder: Path, weights: str | None = None) -> MtpHead:
 
 
 def published(folder: Path) -> tuple[Any, MtpModel]:
-    """A whole model in transformers, and its MTP layer there."""
+    """A whole model in transformers, and its MTP layer."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     config = model.config
     if not hasattr(config, "num_mtp_layers"):
         config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
     config.mtp_mlp_layer_types = ["sparse"]
-    # transformers knows the numbers of the layers of published checkpoints alone.
+    # transformers ignores only the layer numbers of published checkpoints.
     model._keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"model\.layers\.3\."]
     return model, MtpModel.from_pretrained(model).eval()
 
 
 @pytest.mark.parametrize("family", OF_TRANSFORMERS)
-def test_as_in_transformers(family: str, tmp_path: Path) -> None:
+def test_mtp_layers_compute_the_same_as_in_transformers(family: str, tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint(family, tmp_path)
     model, mtp = published(folder)
     head = head_of(folder)
@@ -81,13 +81,13 @@ def test_as_in_transformers(family: str, tmp_path: Path) -> None:
         positions = torch.arange(1, 24)[None]
         expected = mtp.forward_layer(0, behind[None], positions, expected_cache, input_ids=TOKENS[None, 1:])[0]
         expected_logits = mtp._project_to_logits(expected)
-    # In pieces, some of which are forgotten again.
+    # The positions run in pieces, and one piece is cropped and run again.
     got = [head.run(TOKENS[1:10], before[:9], cache), head.run(TOKENS[10:14], before[9:13], cache)]
     cache.crop(9)
     got[1:] = [head.run(TOKENS[10:11], before[9:10], cache), head.run(TOKENS[11:], before[10:], cache)]
     torch.testing.assert_close(torch.cat(got), expected, **CLOSE)
     torch.testing.assert_close(head.logits(torch.cat(got)), expected_logits, **CLOSE)
-    # Drafts: the layer goes on from its own outputs.
+    # Drafts: the layer continues from its own outputs.
     token, state, length = int(expected_logits[-1].argmax()), expected[-1:], 23
     mine = got[-1][-1:]
     for index in range(4):
@@ -111,8 +111,8 @@ def _mask(count: int, window: int | None) -> Tensor:
 
 @torch.no_grad()
 def described(family: str, folder: Path, longer: Path, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """States before the final norm, and what the layer gives for `tokens[1:]`, in plain torch: as vLLM describes it,
-    but for the zeros that it puts in the place of the first embedding."""
+    """States before the final norm, and the output of the layer for `tokens[1:]`, in plain torch. Follows vLLM's
+    description, except that vLLM puts zeros in place of the first embedding."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=Checkpoint.open(folder).config).eval()
     whole: Any = AutoModelForCausalLM.from_pretrained(longer).eval()
     before, behind = states_of(model, tokens[:-1])
@@ -150,7 +150,7 @@ DESCRIBED = ("deepseek_v32", "ernie4_5_moe", "glm_moe_dsa", "mimo_v2_flash", "ne
 
 @pytest.mark.default_cases(family=("deepseek_v32", "nemotron_h"))
 @pytest.mark.parametrize("family", DESCRIBED)
-def test_as_described(family: str, tmp_path: Path) -> None:
+def test_mtp_layers_compute_the_same_as_vllms_description(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path)
     before, expected = described(family, folder, longer, TOKENS)
     head = head_of(folder)
@@ -160,7 +160,7 @@ def test_as_described(family: str, tmp_path: Path) -> None:
 
 
 def outputs_of(head: MtpHead, states: Tensor) -> Tensor:
-    """For some tokens, then for a draft."""
+    """Outputs for some tokens, then for one draft."""
     cache = SequenceCache()
     outputs = head.run(TOKENS[1 : len(states) + 1], states, cache)
     return torch.cat([outputs, head.run(TOKENS[:1], outputs[-1:], cache, own=True)])
@@ -171,7 +171,7 @@ STATES = torch.randn(12, 64, generator=torch.Generator().manual_seed(7))
 
 @pytest.mark.default_cases(family=("glm4_moe",))
 @pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen3_5_moe_text"])
-def test_gguf_files(family: str, tmp_path: Path) -> None:
+def test_mtp_layers_are_read_from_gguf_files(family: str, tmp_path: Path) -> None:
     folder, longer = mtp_checkpoint(family, tmp_path, behind=True)
     config = json.loads((longer / "config.json").read_text())
     to_convert = write_checkpoint(tmp_path / "to_convert", longer, tensors_of(folder), config)
@@ -184,7 +184,7 @@ def test_gguf_files(family: str, tmp_path: Path) -> None:
         got = outputs_of(head_of(path), STATES)
         assert float((got - expected).norm() / expected.norm()) < close
         load_whole(checkpoint, torch.float32)
-    # Tensors that are not known do no harm where nobody asks for them.
+    # Unknown tensors do no harm while no one asks for the MTP layer.
     path = write_gguf(to_convert, tmp_path / "odd.gguf", nextn_predict_layers=1)
     data = path.read_bytes()
     assert data.count(b"blk.3.nextn.hnorm.weight") == 1
@@ -197,7 +197,7 @@ def test_gguf_files(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.default_cases(scheme=("awq",))
 @pytest.mark.parametrize("scheme", ["fp8", "awq", "int4-group"])
-def test_quantized_checkpoints(scheme: str, tmp_path: Path) -> None:
+def test_mtp_layers_are_read_from_quantized_checkpoints(scheme: str, tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
     quantized, plain = quantized_pair(folder, tmp_path, scheme)
     expected = outputs_of(head_of(plain), STATES)
@@ -207,7 +207,7 @@ def test_quantized_checkpoints(scheme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [None, "int8", "int4", "bfloat16"])
-def test_bytes_of_it(weights: str | None, tmp_path: Path) -> None:
+def test_the_predicted_bytes_of_an_mtp_layer_are_right(weights: str | None, tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("qwen3_next", tmp_path)
     head = head_of(folder, weights)
     parts = sum(one.nbytes for one in (*head._parts.parameters(), *head._parts.buffers()))
@@ -216,7 +216,7 @@ def test_bytes_of_it(weights: str | None, tmp_path: Path) -> None:
     outputs_of(head, STATES)
 
 
-def test_nothing_of_it_is_read_where_it_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mtp_tensors_are_read_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
     load_tensors = SafetensorsStore.load_tensors
 
@@ -236,7 +236,7 @@ def test_nothing_of_it_is_read_where_it_is_not_asked_for(tmp_path: Path, monkeyp
         read.clear()
 
 
-def test_a_multimodal_checkpoint(tmp_path: Path) -> None:
+def test_an_mtp_layer_is_read_from_a_multimodal_checkpoint(tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("qwen3_5_text", tmp_path)
     expected = outputs_of(head_of(folder), STATES)
     text = json.loads((folder / "config.json").read_text())
@@ -247,7 +247,7 @@ def test_a_multimodal_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs_of(head_of(whole), STATES), expected)
 
 
-def test_copies_of_embeddings_and_head_and_further_layers_are_left(tmp_path: Path) -> None:
+def test_copies_of_embeddings_and_head_and_further_mtp_layers_are_ignored(tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("glm4_moe", tmp_path)
     tensors = tensors_of(folder)
     more = {f"model.layers.3.{name}.weight": torch.ones(2, 2) for name in ("embed_tokens", "shared_head.head")}
@@ -257,7 +257,7 @@ def test_copies_of_embeddings_and_head_and_further_layers_are_left(tmp_path: Pat
     torch.testing.assert_close(outputs_of(head_of(other), STATES), outputs_of(head_of(folder), STATES))
 
 
-def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_missing_and_unusable_mtp_tensors_are_refused_by_name(tmp_path: Path) -> None:
     folder, _ = mtp_checkpoint("qwen3_next", tmp_path)
     tensors, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         mtp_head(Checkpoint.open(folder), model_ends(None, None, None, hidden_size=64, num_blocks=3, vocabulary=300))
 
 
-def test_a_family_whose_layers_are_not_known(tmp_path: Path) -> None:
+def test_mtp_layers_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
     source = random_checkpoint("llama", tmp_path / "llama", blocks=2)
     config = json.loads((source / "config.json").read_text())
     folder = write_checkpoint(tmp_path / "more", source, tensors_of(source) | {"mtp.fc.weight": torch.ones(4)}, config)
@@ -297,8 +297,8 @@ def test_a_family_whose_layers_are_not_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next"])
-def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) -> None:
-    """Whatever was drafted and dropped between."""
+def test_a_drafter_makes_the_same_drafts_as_the_layer(family: str, tmp_path: Path) -> None:
+    """Earlier dropped drafts make no difference."""
     head = head_of(mtp_checkpoint(family, tmp_path)[0])
     text, states = TOKENS.tolist(), torch.randn(23, 64, generator=torch.Generator().manual_seed(3))
     drafter = HeadDrafter(head)
@@ -319,7 +319,9 @@ def test_a_drafter_makes_the_drafts_of_the_layer(family: str, tmp_path: Path) ->
 
 @pytest.mark.default_cases(coded=(True,))
 @pytest.mark.parametrize("coded", [False, True])
-def test_pieces_of_the_layer_alone_are_fetched(coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_weight_pieces_of_the_mtp_layer_are_fetched(
+    coded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
     folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
     whole = Checkpoint.open(quantized_pair(folder, tmp_path, "awq")[0] if coded else folder)
@@ -343,7 +345,9 @@ def test_pieces_of_the_layer_alone_are_fetched(coded: bool, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("kind", ["plain", "awq", "gguf"])
-def test_auto_takes_it_where_it_is_here_and_small(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_an_mtp_layer_that_is_present_and_small(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, longer = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
     if kind == "awq":
         folder, _ = quantized_pair(folder, tmp_path, "awq")
@@ -361,7 +365,7 @@ def test_auto_takes_it_where_it_is_here_and_small(kind: str, tmp_path: Path, mon
     assert isinstance(Speculator(model, checkpoint).drafts_by("auto").drafter, PromptLookup)
     speculator = Speculator(model, checkpoint)
     assert isinstance(speculator.drafts_by("mtp").drafter, Combined)
-    assert isinstance(speculator.drafts_by("auto").drafter, Combined)  # as it is in memory anyway
+    assert isinstance(speculator.drafts_by("auto").drafter, Combined)  # The layer is already in memory.
 
 
 def test_the_documents_name_the_families() -> None:

@@ -1,4 +1,4 @@
-"""A model behind a chain of hops that exists only as arithmetic, for the loop that generates a text."""
+"""An arithmetic model behind a simulated chain of hops, for tests of the decoding loop."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ VOCABULARY = 50
 
 
 def next_token(text: Sequence[int]) -> int:
-    """Of the model: depends on all tokens before."""
+    """The token that the model chooses after a text; it depends on all tokens of the text."""
     return zlib.crc32(bytes(text)) % VOCABULARY
 
 
 def feature(text: Sequence[int]) -> float:
-    """Of the last position of a text; it tells the text."""
+    """The feature of the last position of a text; it is unique to the text."""
     return float(zlib.crc32(bytes(text)))
 
 
 def continued(prompt: Sequence[int], count: int) -> list[int]:
-    """The text that the model makes of a prompt, one token after the other."""
+    """The prompt, continued by the model by `count` tokens, one at a time."""
     text = [*prompt]
     while len(text) < len(prompt) + count:
         text.append(next_token(text))
@@ -38,14 +38,14 @@ def continued(prompt: Sequence[int], count: int) -> list[int]:
 
 
 def text_of(prompt: Sequence[int], most: int, stop: Sequence[int] = (VOCABULARY,)) -> Text:
-    """A text of at most so many tokens, which ends at others."""
+    """A text of at most `most` tokens, which ends at a token of `stop`."""
     criteria = StoppingCriteriaList([MaxLengthCriteria(most), EosTokenCriteria([*stop])])
     config = GenerationConfig(max_length=most, do_sample=False)
     return Text(torch.tensor([[*prompt]]), LogitsProcessorList(), criteria, config, None)
 
 
 class Clock:
-    """In the place of the module `time`."""
+    """Replaces the module `time`."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -58,7 +58,7 @@ class Clock:
 
 @dataclass
 class _Pass:
-    """At a hop, in s."""
+    """One pass at a hop; times in seconds."""
 
     begins: float
     ends: float
@@ -67,7 +67,7 @@ class _Pass:
 
 @dataclass(eq=False)
 class Sent:
-    """Positions under way."""
+    """Positions in flight."""
 
     chain: Chain
     outputs: Outputs
@@ -82,8 +82,8 @@ class Sent:
 class Chain:
     """Hops with links of `delay_ms` between them, and a client that takes `client_ms` for a step.
 
-    pass_ms: of so many positions at a hop. told_ms: what predictions say of it. A pass that has begun runs to its end,
-    and one that waits is dropped once positions come that show it to be rejected.
+    pass_ms: duration of a pass of `positions` positions at a hop. told_ms: duration that predictions assume. A pass
+    that has begun runs to its end; a waiting pass is dropped when later positions show that its drafts were rejected.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Chain:
 
     @property
     def prompted(self) -> Outputs:
-        """Of the positions of the prompt."""
+        """The outputs of the positions of the prompt."""
         return self._outputs(0)
 
     def predictions(self) -> Callable[[int], Prediction]:

@@ -1,4 +1,4 @@
-"""Adapters whose tensors cannot be multiplied with each other are refused before a step finds out."""
+"""Adapters whose two matrices cannot be multiplied are refused before a step fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def low_rank(a: torch.dtype, b: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_both_of_a_pair_have_one_type(dtype: torch.dtype) -> None:
+def test_an_adapter_keeps_the_common_type_of_its_two_matrices(dtype: torch.dtype) -> None:
     kept = Adapter(low_rank(dtype, dtype)).tensors.values()
     assert {tensor.dtype for tensor in kept} == {dtype}
 
@@ -30,6 +30,6 @@ def test_both_of_a_pair_have_one_type(dtype: torch.dtype) -> None:
         (torch.float64, torch.float64),
     ],
 )
-def test_other_types_are_refused(a: torch.dtype, b: torch.dtype) -> None:
+def test_matrices_of_different_or_unsupported_types_are_refused(a: torch.dtype, b: torch.dtype) -> None:
     with pytest.raises(AdapterError, match=r"float"):
         Adapter(low_rank(a, b))

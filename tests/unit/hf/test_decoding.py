@@ -1,4 +1,4 @@
-"""The loop that generates a text, over a chain of hops that is only arithmetic: the same text, as fast as foretold."""
+"""The decoding loop over a simulated chain of hops: drafts never change the text, and the speed is as predicted."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PROMPTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4)
 
 
 class Scripted:
-    """Guesses as it is told: of each token whether it is right, its kind, and whether the draft ends before it.
+    """Drafts by a script: for each token whether it is right, its kind, and whether the draft ends before it.
 
-    Checks that features are those of the position before a token, that drafts are asked for behind all that is under
-    way, and that a text is followed token by token.
+    Checks that each token comes with the features of the position before it, that drafts continue behind all tokens in
+    flight, and that it observes the text token by token.
     """
 
     priors = (0.5,) * KINDS
@@ -63,7 +63,7 @@ class Scripted:
 
 
 class Forced(DraftStats):
-    """Takes windows as it is told, whatever would pay; None: as the rule says."""
+    """Uses the windows of a list, whether they pay or not; None: the window that `DraftStats` chooses."""
 
     def __init__(self, windows: Sequence[Window | None]) -> None:
         super().__init__(Scripted.priors)
@@ -85,7 +85,7 @@ class Forced(DraftStats):
 
 
 class Watched(Chain):
-    """Sees what is sent: at most so many tokens as the text may have, and nothing behind what does not count."""
+    """Checks that at most `most` tokens are sent."""
 
     most = 0
 
@@ -117,7 +117,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     st.one_of(st.none(), st.integers(0, 24)),
     st.one_of(st.none(), st.integers(0, 25)),
 )
-def test_whatever_is_drafted_and_sent_the_text_is_the_same(
+def test_drafts_never_change_the_text(
     prompt: list[int],
     new: int,
     before: int,
@@ -126,8 +126,8 @@ def test_whatever_is_drafted_and_sent_the_text_is_the_same(
     stop: int | None,
     room: int | None,
 ) -> None:
-    """before: columns that the cache has already. stop: the new token that, wherever it comes, ends the text. room:
-    positions of the model's context behind the prompt."""
+    """before: columns already in the cache. stop: place of the new token whose value ends the text. room: positions of
+    the model's context behind the prompt."""
     true = continued(prompt, new + 1)
     stops = VOCABULARY if stop is None else true[len(prompt) + min(stop, new)]
     ends = next((end for end in range(len(prompt) + 1, len(true)) if true[end - 1] == stops), len(prompt) + new)
@@ -141,14 +141,14 @@ def test_whatever_is_drafted_and_sent_the_text_is_the_same(
         drafter, stats = Scripted(chain, true, script), Forced(windows)
         decoded = Decoding(chain, chain.cache, text, Drafts(drafter, stats), limit).run(chain.prompted)
     assert decoded[0].tolist() == true[:ends] == drafter.text
-    assert not chain.under_way  # all were awaited, or were told to be of no use
+    assert not chain.under_way  # Every exchange was received or abandoned.
     assert chain.layer.columns == before + ends - 1 and chain.held[: ends - 1] == true[: ends - 1]
     assert stats.tokens == ends - len(prompt) - 1 and stats.round_trips <= stats.tokens
     assert stats.accepted == sum(right for _, right in stats.by_place.values()) <= stats.drafted
 
 
 class Known:
-    """Makes every guess right with the same probability, in no time."""
+    """Each guess is right with the same probability; drafting takes no time."""
 
     priors = (0.5,)
     taps = ()
@@ -176,7 +176,7 @@ TRUE = [continued([first, 1, 2, 3], TOKENS) for first in range(6)]
 def speeds(
     share: float, delay_ms: float, pass_ms: Callable[[int], float], told_ms: Callable[[int], float] | None = None
 ) -> tuple[float, float, float]:
-    """Tokens/ms over such links without drafts, with drafts that are so often right, and as foretold."""
+    """Tokens/ms without drafts, with drafts of acceptance `share`, and as predicted."""
     stats, clock = DraftStats(Known.priors), Clock()
     taken_s = {"none": 0.0, "drafts": 0.0}
     with pytest.MonkeyPatch.context() as patch:
@@ -199,12 +199,12 @@ def speeds(
 
 
 def slow(positions: int) -> float:
-    """Ms of a third of a small model, in floats."""
+    """Ms per pass of a third of a small model in float weights."""
     return 25.0 + 2.0 * (positions - 1)
 
 
 def quick(positions: int) -> float:
-    """The same with 4 bits."""
+    """Ms per pass of the same blocks in 4-bit weights."""
     return 3.0 + 1.0 * (positions - 1)
 
 
@@ -212,11 +212,11 @@ def quick(positions: int) -> float:
 @pytest.mark.default_cases(share=(0.8,), delay_ms=(60.0,))
 @pytest.mark.parametrize("delay_ms", [20.0, 60.0])
 @pytest.mark.parametrize("pass_ms", [slow, quick])
-def test_drafts_of_known_acceptance_are_as_fast_as_foretold(
+def test_drafts_of_known_acceptance_are_as_fast_as_predicted(
     share: float, delay_ms: float, pass_ms: Callable[[int], float]
 ) -> None:
     plain, measured, foretold = speeds(share, delay_ms, pass_ms)
-    # At 0.9 a text is through in 20 round trips, and its last windows are cut.
+    # With 0.9, a text takes only 20 round trips, and its last windows are cut.
     assert measured == pytest.approx(foretold, rel=0.05 if share < 0.9 else 0.08)
     if share == 0.8 and delay_ms == 60:
         assert measured > 3 * plain
@@ -230,7 +230,7 @@ def test_drafts_of_known_acceptance_are_as_fast_as_foretold(
 def test_drafts_that_are_mostly_wrong_are_not_slower_than_none(
     share: float, delay_ms: float, pass_ms: Callable[[int], float], hiccups: bool
 ) -> None:
-    """hiccups: times of passes scatter, and predictions know only their usual ones."""
+    """hiccups: the times of passes scatter, and predictions know only their median."""
     chance = random.Random(1)
 
     def scattered(positions: int) -> float:
@@ -241,7 +241,7 @@ def test_drafts_that_are_mostly_wrong_are_not_slower_than_none(
 
 
 @pytest.mark.parametrize("required", [True, False])
-def test_with_many_texts_at_once_only_drafts_that_were_asked_for_are_sent(required: bool) -> None:
+def test_with_many_concurrent_texts_only_required_drafts_are_sent(required: bool) -> None:
     true, stats, clock = TRUE[0], DraftStats(Known.priors), Clock()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as texts:
         patch.setattr(decoding, "time", clock)

@@ -1,4 +1,4 @@
-"""What families do between two calls of their model, and whether splitnet's loop knows of it."""
+"""Splitnet's decoding loop recognises model families whose own code acts between two calls of the model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def remote_without_peers(folder: Path) -> RemoteCausalLM:
         ("phimoe", PHI, [41]),
     ],
 )
-def test_where_a_family_does_something_of_its_own(
+def test_the_loop_knows_the_lengths_at_which_a_family_acts_itself(
     family: str, config: dict[str, Any], expected: list[int], tmp_path: Path
 ) -> None:
     model = remote_without_peers(random_checkpoint(family, tmp_path, **config))
@@ -57,8 +57,8 @@ def test_where_a_family_does_something_of_its_own(
 
 
 @pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample"])
-def test_methods_of_others_are_not_passed_over(name: str, tmp_path: Path) -> None:
-    """Of a family, or of a caller who sets one."""
+def test_overridden_methods_of_generation_are_not_skipped(name: str, tmp_path: Path) -> None:
+    """The method belongs to the family's class, or a caller sets it on the model."""
     model = remote_without_peers(random_checkpoint("llama", tmp_path, blocks=1))
 
     def other(self: Any, *args: Any, **given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The cache that stands for the peers' caches: whatever generation does to it, the peers' rows follow."""
+"""The client's cache object in place of the peers' KV caches: each operation of generation reaches the peers' rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiers import examples
 
 
 class FakeSession:
-    """Rows as peers hold them, with a token in the place of each position's keys and values."""
+    """Rows as peers hold them, with a token in place of each position's keys and values."""
 
     def __init__(self, reservation: int) -> None:
         self.reservation = reservation
@@ -47,7 +47,7 @@ class FakeSession:
         self.closed_later += 1
 
     def step(self, parts: list[Chunk], forks: list[Fork] | None, tokens: list[list[int]]) -> None:
-        """Does what a peer does; `tokens` are those of each part."""
+        """Does what a peer does; `tokens` has the tokens of each part."""
         if forks is not None:
             new = [fork.row for fork in forks if fork.row not in self.rows]
             assert not set(new) & self.seen, "row ids are never used twice"
@@ -77,7 +77,7 @@ def mask(*paddings: int, columns: int) -> torch.Tensor:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Generation in any order of steps, rewinds, beams and new conversations."""
+    """Steps, rewinds, beams and new conversations in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 6))
     def crop(self, count: int) -> None:
-        # A prompt is never cut into: padding stays what it was.
+        # A prompt is never cropped, so that padding stays unchanged.
         count = min(count, self.columns - 4)
         self.layer.crop(-count)
         self.columns -= count
@@ -148,7 +148,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def look(self) -> None:
-        """What is held after the next step is what the model would have in its own cache."""
+        """After the next step, the peers hold exactly the tokens that the model would have in its own cache."""
         self.step(1)
         [session] = self.made
         assert [session.rows[row] for row in self.current] == [held for _, held in self.batch]
@@ -169,7 +169,7 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=examples(60), stateful_step_count=25)
 
 
-def test_a_beam_that_stays_is_not_copied() -> None:
+def test_a_beam_that_continues_is_not_copied() -> None:
     layer, made = make_layer()
     session, parts, forks = layer.begin_step(mask(0, 0, 0, columns=2), 1)
     cast(FakeSession, session).step(parts, forks, [[1, 2], [3, 4], [5, 6]])
@@ -181,7 +181,7 @@ def test_a_beam_that_stays_is_not_copied() -> None:
     assert [made[0].rows[part.row] for part in parts] == [[1, 2, 7], [3, 4, 8], [3, 4, 9]]
 
 
-def test_nothing_is_forked_where_nothing_moved() -> None:
+def test_an_unchanged_order_of_rows_needs_no_forks() -> None:
     layer, _ = make_layer()
     layer.begin_step(mask(0, 0, columns=2), 1)
     layer.reorder_cache(torch.tensor([0, 1]))
@@ -189,12 +189,12 @@ def test_nothing_is_forked_where_nothing_moved() -> None:
     assert layer.begin_step(mask(0, 0, columns=3), 1)[2] is None
 
 
-def test_the_first_step_drops_what_a_session_held_before() -> None:
+def test_the_first_step_drops_all_earlier_rows_of_the_session() -> None:
     layer, _ = make_layer()
     assert layer.begin_step(mask(0, columns=2), 1)[2] == []
 
 
-def test_padding_does_not_travel() -> None:
+def test_padding_is_not_sent() -> None:
     layer, _ = make_layer()
     _, parts, _ = layer.begin_step(mask(0, 2, 3, columns=4), 0)
     assert [(part.start, part.length, part.keep) for part in parts] == [(0, 4, 4), (0, 2, 2), (0, 1, 1)]
@@ -216,7 +216,7 @@ def test_memory_is_reserved_ahead_and_for_all_rows() -> None:
     assert session.reservation == 12 * RESERVE_STEP
 
 
-def test_a_length_that_is_known_is_reserved_at_once_and_exactly() -> None:
+def test_a_known_length_is_reserved_at_once_and_exactly() -> None:
     layer, made = make_layer()
     layer.reserve(40)
     layer.reserve(20)
@@ -261,7 +261,7 @@ def test_cropping_takes_a_negative_number_as_transformers_does() -> None:
     assert layer.get_seq_length() == 0
 
 
-def test_keys_and_values_are_not_here() -> None:
+def test_the_cache_has_no_keys_and_values() -> None:
     layer, _ = make_layer()
     nothing = torch.empty(0)
     with pytest.raises(NotImplementedError):
@@ -270,8 +270,8 @@ def test_keys_and_values_are_not_here() -> None:
         layer.lazy_initialization(nothing, nothing)
 
 
-def test_a_cache_that_is_gone_has_its_session_closed_by_others() -> None:
-    """The collector may run in a thread that holds the locks which closing takes."""
+def test_the_session_of_a_collected_cache_is_closed_later_by_another_thread() -> None:
+    """The garbage collector may run in a thread that holds the locks which closing takes."""
     made: list[FakeSession] = []
 
     def open_session(reservation: int) -> Any:
@@ -295,7 +295,7 @@ def test_a_cache_that_is_gone_has_its_session_closed_by_others() -> None:
 
 
 def test_columns_of_padding_alone_send_nothing_and_begin_nothing() -> None:
-    """As with a prefill in chunks: rows begin with the chunk that has their first token."""
+    """In a prefill in chunks, a row begins with the chunk that has its first token."""
     layer, _ = make_layer()
     _, parts, forks = layer.begin_step(mask(4, 3, columns=2), 1)
     assert [part.length for part in parts] == [0, 0]
@@ -308,7 +308,7 @@ def test_columns_of_padding_alone_send_nothing_and_begin_nothing() -> None:
         layer.begin_step(mask(5, 3, columns=6), 1)
 
 
-def test_rows_that_are_padded_anew_keep_what_they_share() -> None:
+def test_rows_with_changed_padding_keep_their_common_positions() -> None:
     layer, _ = make_layer()
     session, parts, forks = layer.begin_step(mask(2, 0, columns=6), 1)
     cast(FakeSession, session).step(parts, forks, [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]])
@@ -318,7 +318,7 @@ def test_rows_that_are_padded_anew_keep_what_they_share() -> None:
     assert [(part.start, part.length) for part in parts] == [(4, 1), (3, 1)]
 
 
-def test_another_adapter_takes_another_session_and_only_where_a_sequence_begins() -> None:
+def test_another_adapter_needs_a_new_sequence_and_gets_a_new_session() -> None:
     layer, made = make_layer()
     layer.begin_step(mask(0, columns=2), 1)
     adapter = Adapter({})
@@ -344,7 +344,7 @@ def test_parts_are_the_real_positions_of_the_mask(paddings: list[int], new: int,
     assert len({part.row for part in parts}) == len(parts)
 
 
-def test_a_cache_that_was_closed_before_its_first_step_opens_no_session_that_stays() -> None:
+def test_a_cache_closed_before_its_first_step_keeps_no_session_open() -> None:
     layer, made = make_layer()
     layer.close()
     layer.begin_step(mask(0, columns=4), 0)

@@ -5,7 +5,7 @@ import pytest
 from scheduler.batching import MovingAverage
 
 
-def test_the_first_value_counts_in_full_and_later_ones_by_their_share() -> None:
+def test_the_first_value_sets_the_average_and_later_values_move_it() -> None:
     average = MovingAverage(0.25)
     assert average.value == 0.0
     average.add(8.0)
@@ -14,7 +14,7 @@ def test_the_first_value_counts_in_full_and_later_ones_by_their_share() -> None:
     assert average.value == pytest.approx(6.0)
 
 
-def test_one_with_a_beginning_moves_from_there() -> None:
+def test_an_average_with_an_initial_value_moves_from_it() -> None:
     average = MovingAverage(0.25, 0.0)
     average.add(8.0)
     assert average.value == pytest.approx(2.0)

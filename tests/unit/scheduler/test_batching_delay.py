@@ -1,4 +1,4 @@
-"""How long work waits for more: never for what is not expected, never longer than it takes itself."""
+"""The dynamic batching delay: no wait for sessions that are not expected, and never longer than the pass itself."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from scheduler.batching import LATELY_S, OWN_WAIT, BatchingDelay
 seconds = st.floats(0, 1, allow_subnormal=False)
 
 
-def test_nothing_is_waited_for_that_was_not_seen() -> None:
+def test_no_wait_for_sessions_that_have_not_been_seen() -> None:
     delay = BatchingDelay()
     assert delay.delay_s(1) == 0
     delay.ran(["a"], 0.01, 0.01, 0.0)
     assert delay.delay_s(1) == 0
 
 
-def test_others_are_waited_for_until_they_are_there() -> None:
+def test_the_wait_ends_when_all_expected_sessions_have_arrived() -> None:
     delay = BatchingDelay()
     delay.ran(["a", "b"], 0.01, 0.01, 0.0)
     assert delay.delay_s(1) == pytest.approx(0.01 * OWN_WAIT)
     assert delay.delay_s(2) == 0
 
 
-def test_who_stays_away_is_forgotten() -> None:
+def test_an_absent_session_is_forgotten() -> None:
     delay = BatchingDelay()
     delay.ran(["a", "b"], 0.01, 0.01, 0.0)
     delay.ran(["a"], 0.01, 0.01, LATELY_S + 0.1)
     assert delay.delay_s(1) == 0
 
 
-def test_a_busy_processor_makes_it_wait_longer() -> None:
+def test_the_delay_is_longer_on_a_busy_processor() -> None:
     alone, among_others = BatchingDelay(), BatchingDelay()
     alone.ran(["a", "b", "c"], 0.01, 0.01, 0.0)
     among_others.ran(["a", "b", "c"], 0.01, 0.008, 0.0)
@@ -41,7 +41,7 @@ def test_a_busy_processor_makes_it_wait_longer() -> None:
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(0, 5), min_size=1), seconds, seconds), min_size=1), st.integers(1, 6))
-def test_never_longer_than_the_work(turns: list[tuple[set[int], float, float]], ready: int) -> None:
+def test_the_delay_never_exceeds_the_longest_pass(turns: list[tuple[set[int], float, float]], ready: int) -> None:
     delay = BatchingDelay()
     for number, (sources, took, computed) in enumerate(turns):
         delay.ran(sources, took, computed, number / 10)

@@ -1,4 +1,4 @@
-"""What reading a long context costs, as the cost model has it."""
+"""The cost of reading a long context in the cost model."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def peer(name: str, past: PastCost, decode_ms: float = 1.0) -> Peer:
         (1 + 511 / 2, 8192, 404.0),
     ],
 )
-def test_reading_is_linear_between_what_is_stated(positions: float, context: int, ms: float) -> None:
+def test_the_cost_is_linear_between_published_contexts(positions: float, context: int, ms: float) -> None:
     assert PAST.at(positions, context) == pytest.approx(ms)
 
 
-def test_beyond_the_longest_stated_context_it_is_in_proportion() -> None:
+def test_the_cost_is_proportional_beyond_the_longest_published_context() -> None:
     assert PastCost(PAST.ms[:1]).at(1, 4 * CONTEXTS[0]) == pytest.approx(4.0)
     assert PastCost(PAST.ms[:2]).at(512, 2 * CONTEXTS[1]) == pytest.approx(1600.0)
     assert PastCost().at(512, 10**6) == 0.0
 
 
-def test_a_step_and_its_prompt_cost_what_they_read() -> None:
+def test_the_cost_of_steps_and_prompts_includes_reading_the_context() -> None:
     reads, none = peer("reads", PAST), peer("none", PastCost())
     assert block_ms(reads, 1, context=8192) == pytest.approx(block_ms(none, 1) + 8.0)
     prompt = 8192
@@ -50,13 +50,13 @@ def test_a_step_and_its_prompt_cost_what_they_read() -> None:
     assert more == pytest.approx(8.0 + PROMPT_SHARE * passes * PAST.at(512, prompt / 2))
 
 
-def test_moving_a_long_context_costs_what_the_replay_reads() -> None:
+def test_the_cost_of_a_move_includes_reading_during_the_replay() -> None:
     hops = [Hop("a", 0, 4)]
     ms = [move_ms(hops, {"a": peer("a", past)}, NETWORK, cached=8192, encodings=PLAIN) for past in (PastCost(), PAST)]
     assert ms[1] - ms[0] == pytest.approx(16 * 4 * PAST.at(512, 4096))
 
 
-def test_a_long_context_goes_to_the_peer_that_reads_it_sooner() -> None:
+def test_a_long_context_is_routed_to_the_peer_that_reads_it_faster() -> None:
     slow = peer("reads slowly", PAST)
     fast = peer("reads fast", PastCost(tuple((a / 10, b / 10) for a, b in PAST.ms)), decode_ms=2.0)
     for context, chosen in ((0, slow), (512, slow), (8192, fast), (32768, fast)):
@@ -66,7 +66,7 @@ def test_a_long_context_goes_to_the_peer_that_reads_it_sooner() -> None:
         assert route.cost_ms == expected
 
 
-def test_of_a_crowd_the_peers_that_read_a_long_context_sooner_are_kept() -> None:
+def test_candidates_for_a_long_context_read_it_fast() -> None:
     from scheduler.candidates import CandidateIndex
 
     crowd = [replace(peer(f"{number}", PAST), end=1) for number in range(20)]

@@ -1,4 +1,4 @@
-"""Places found from round trips predict those that were never measured."""
+"""Network coordinates found from round trips predict round trips that were never measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ directions = st.tuples(*[numbers] * DIMENSIONS)
 @given(coordinates, coordinates, st.floats(0.0, 1e5), directions)
 @example(Coordinate(height_ms=0.125, error=0.0), Coordinate(height_ms=1.0, error=0.0), 0.0, (0.0, 0.0, 1.0))
 @example(Coordinate(height_ms=1.0), Coordinate((0.0, 0.0, 1.0), 11.0, error=0.0), 0.0, (0.0, 0.0, 0.0))
-def test_a_measurement_moves_the_foretold_round_trip_towards_it(
+def test_a_measurement_moves_the_predicted_round_trip_towards_it(
     here: Coordinate, there: Coordinate, rtt_ms: float, direction: tuple[float, ...]
 ) -> None:
     moved = here.moved(there, rtt_ms, direction)
@@ -32,7 +32,7 @@ def test_a_measurement_moves_the_foretold_round_trip_towards_it(
     assert after <= before + 2 * MIN_HEIGHT_MS + 1e-6 * (rtt_ms + here.rtt_ms(there))
 
 
-def test_forty_devices_in_a_plane_find_their_places() -> None:
+def test_forty_devices_in_a_plane_find_their_coordinates() -> None:
     rng = random.Random(1)
     true = [Coordinate((rng.uniform(0, 100), rng.uniform(0, 100), 0.0), rng.uniform(1, 10)) for _ in range(40)]
     found = [Coordinate() for _ in true]
@@ -51,7 +51,7 @@ def test_forty_devices_in_a_plane_find_their_places() -> None:
 
 
 @given(st.lists(st.tuples(coordinates, st.floats(0.0, 1e5)), max_size=8), directions)
-def test_a_place_has_an_error_that_says_how_little_was_measured(
+def test_the_error_of_a_coordinate_shrinks_with_the_number_of_measurements(
     measured: list[tuple[Coordinate, float]], direction: tuple[float, ...]
 ) -> None:
     place = place_among(measured, direction)
@@ -59,7 +59,7 @@ def test_a_place_has_an_error_that_says_how_little_was_measured(
     assert min(MAX_ERROR, 1 / max(1, len(measured))) <= place.error <= MAX_ERROR
 
 
-def test_who_does_not_know_its_place_does_not_tell_that_of_others() -> None:
+def test_peers_without_a_coordinate_do_not_affect_other_coordinates() -> None:
     rng = random.Random(3)
     true = Coordinate((80.0, 40.0, 0.0), 2.0)
     placed = [Coordinate(tuple(rng.uniform(0, 100) for _ in range(DIMENSIONS)), 1.0, 0.2) for _ in range(32)]
@@ -70,8 +70,8 @@ def test_who_does_not_know_its_place_does_not_tell_that_of_others() -> None:
     assert place_among(unplaced, direction).error > 0.0
 
 
-def test_a_newcomer_far_from_most_finds_those_that_are_near() -> None:
-    """Most stand together; a few stand far off, all in one place. The newcomer is one of those."""
+def test_a_newcomer_in_a_distant_region_finds_its_near_peers() -> None:
+    """Most peers are in one region and a few in a distant one. The newcomer is in the distant region."""
     rng = random.Random(2)
 
     def around(x: float, count: int) -> list[Coordinate]:
@@ -79,7 +79,7 @@ def test_a_newcomer_far_from_most_finds_those_that_are_near() -> None:
 
     crowd, far = around(0.0, 31), around(250.0, 12)
     true = Coordinate((250.0, 0.0, 0.0), 2.0)
-    # Real ways are no straight lines: what is far is a fifth farther or nearer than places can say.
+    # Real routes are no straight lines: distances are up to a fifth longer or shorter than coordinates can express.
     measured = [(other, true.rtt_ms(other) * rng.uniform(0.8, 1.2)) for other in [*crowd, far[0]]]
     place = place_among(measured, tuple(rng.gauss(0, 1) for _ in range(DIMENSIONS)))
     assert place.error < 0.3
@@ -92,8 +92,8 @@ liars = st.builds(
 
 
 @given(st.lists(st.tuples(liars, st.floats(0.5, 5.0)), max_size=15), st.integers(0, 100))
-def test_those_who_lie_about_their_places_lead_nobody_astray(lies: list[tuple[Coordinate, float]], seed: int) -> None:
-    """Near ones that are fewer than a third, and are as sure of what they say as nobody is."""
+def test_false_coordinates_of_a_minority_do_little_harm(lies: list[tuple[Coordinate, float]], seed: int) -> None:
+    """Liars are fewer than a third of the near peers, and publish an error of 0."""
     rng = random.Random(seed)
     true = Coordinate((80.0, 40.0, 0.0), 2.0)
     others = [Coordinate(tuple(rng.uniform(0, 100) for _ in range(DIMENSIONS)), 1.0, 0.2) for _ in range(32)]
@@ -102,7 +102,7 @@ def test_those_who_lie_about_their_places_lead_nobody_astray(lies: list[tuple[Co
     assert statistics.median(abs(place.rtt_ms(other) - rtt_ms) / rtt_ms for other, rtt_ms in measured) < 0.5
 
 
-def test_one_lie_does_not_throw_a_place_across_the_world() -> None:
+def test_one_false_coordinate_moves_another_only_a_bounded_distance() -> None:
     here = Coordinate((10.0, 20.0, 0.0), 1.0, 0.2)
     moved = here.moved(Coordinate((1e9, 0.0, 0.0), 1.0, 0.0), 5.0, (1.0, 0.0, 0.0))
     assert math.dist(moved.vector, here.vector) <= TUNING * MOST_OFF_MS

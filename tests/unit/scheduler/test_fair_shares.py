@@ -1,4 +1,4 @@
-"""Device time is shared by weight, nobody waits for more than a bound, and the device is not left idle for nothing."""
+"""Device time is shared by weight, waits are bounded, and the device is not left idle without need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ weights = st.sampled_from([0.5, 1.0, 2.0, 4.0])
 
 
 class Device:
-    """Keys whose work never ends, run piece by piece in the order of their shares."""
+    """Keys with endless work, run piece by piece in the order of their shares."""
 
     def __init__(self, weight: dict[str, float], piece_s: dict[str, float]) -> None:
         self.piece_s = piece_s
@@ -52,7 +52,7 @@ def test_device_time_is_shared_by_weight(given_keys: dict[str, tuple[float, floa
 
 
 @given(keys, pieces)
-def test_a_key_that_comes_waits_for_one_piece_at_most_and_then_has_its_share(
+def test_a_new_key_waits_for_one_piece_and_then_gets_its_share(
     given_keys: dict[str, tuple[float, float]], piece_s: float
 ) -> None:
     device = Device(
@@ -63,13 +63,13 @@ def test_a_key_that_comes_waits_for_one_piece_at_most_and_then_has_its_share(
     device.piece_s["z"] = piece_s
     device.shares.came("z", device.now)
     assert device.run(piece_s / 2) == ["z"], "what others had before is not forgotten in its favour, nor its absence"
-    # Between two of its pieces each of the others has at most what its weight gives it, and one piece more.
+    # Between two pieces of key z, each other key gets at most the time of its weight and one piece more.
     others_s = sum(w * (piece_s + CREDIT_S) + p for w, p in given_keys.values())
     order = device.run(3 * (others_s + piece_s))
     assert "z" in order
 
 
-def test_prefill_and_training_leave_decoding_four_fifths() -> None:
+def test_decode_gets_four_fifths_beside_prefill_and_training() -> None:
     shares = FairShares[str]()
     shares.came("decodes", 0.0)
     shares.came("trains", 0.0)
@@ -83,7 +83,7 @@ def test_prefill_and_training_leave_decoding_four_fifths() -> None:
     assert used["decodes"] / sum(used.values()) == pytest.approx(BULK_COST / (BULK_COST + 1), abs=0.02)
 
 
-def test_one_key_alone_is_not_contended_and_a_second_is_for_a_while() -> None:
+def test_a_device_is_contended_for_a_while_after_a_second_key() -> None:
     shares = FairShares[str]()
     assert not shares.contended(0.0)
     shares.came("a", 0.0)
@@ -97,7 +97,7 @@ def test_one_key_alone_is_not_contended_and_a_second_is_for_a_while() -> None:
 
 
 def returning(away_s: float) -> FairShares[str]:
-    """`b` has had less than `a`, and comes back after so many seconds each time; it left just now, at 10 s."""
+    """`b` has used less time than `a`, and returns `away_s` seconds after each departure. It has just left, at 10 s."""
     shares = FairShares[str]()
     shares.came("a", 0.0)
     for turn in range(5):
@@ -107,7 +107,7 @@ def returning(away_s: float) -> FairShares[str]:
     return shares
 
 
-def test_who_has_had_more_waits_for_who_has_had_less_and_is_about_to_come() -> None:
+def test_a_key_ahead_of_its_share_waits_for_an_expected_key_behind_its_share() -> None:
     shares = returning(0.01)
     waits = shares.awaited("a", 0.05, 10.0)
     assert waits is not None and waits[0] == "b"
@@ -121,7 +121,7 @@ def test_who_has_had_more_waits_for_who_has_had_less_and_is_about_to_come() -> N
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(0, 40))))
-def test_keys_that_are_gone_are_forgotten(visits: list[tuple[int, float]]) -> None:
+def test_absent_keys_are_forgotten(visits: list[tuple[int, float]]) -> None:
     shares = FairShares[int]()
     now = 0.0
     for key, after_s in visits:

@@ -9,7 +9,7 @@ from scheduler.liveness import Alive, Liveness
 
 
 class Interrupted(dict[str, Alive[str] | None]):
-    """Answers of a round that another thread ends while this one reads them."""
+    """Answers of a round that another thread ends while this thread reads them."""
 
     def __init__(self, round_of: Liveness[str]) -> None:
         super().__init__(hop=None)
@@ -20,7 +20,7 @@ class Interrupted(dict[str, Alive[str] | None]):
         yield from super().items()
 
 
-def test_a_round_may_end_while_another_thread_asks_when_it_is_due() -> None:
+def test_a_round_may_end_while_another_thread_reads_its_deadline() -> None:
     liveness = Liveness[str]()
     liveness.ask(["hop"], 1.0)
     liveness._answers = Interrupted(liveness)

@@ -1,4 +1,5 @@
-"""Which model a peer serves that may serve any: it goes where tokens wait, uncovers nothing in use, and stays."""
+"""The choice of a model by a peer that may serve several: it follows waiting demand, uncovers no model in use, and
+settles."""
 
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ def test_a_rate_is_smoothed_and_decays() -> None:
     assert rate.at(600.0) == pytest.approx(20.0, rel=0.02)
     assert rate.at(600.0 + SMOOTHED_S) == pytest.approx(20.0 / 2.72, rel=0.02)
     assert rate.at(2000.0) < 1e-7
-    rate.add(60.0, 0.0)  # a clock that went back
+    rate.add(60.0, 0.0)  # The clock has gone back.
     assert 0.9 < rate.at(600.0) < 21.0
 
 
-def test_an_idle_peer_goes_where_blocks_lack_and_not_back() -> None:
+def test_an_idle_peer_moves_to_missing_blocks_and_stays() -> None:
     own = peer("m", 0, 6)
     here = offered("a", own=own)
     there = offered("b", peer("c", 0, 3), own=own, demand=1.0)
@@ -56,14 +57,15 @@ def test_an_idle_peer_helps_a_model_that_is_busy(left: list[Peer]) -> None:
     assert better_model(here, [offered("b", others, own=own, demand=400.0 / slow_ms)]) == "b"
 
 
-def test_a_peer_leaves_a_model_in_use_only_if_it_can_be_spared() -> None:
+def test_a_peer_leaves_a_model_in_use_only_if_other_peers_cover_it() -> None:
     own, wanted = peer("m", 0, 6), offered("b", own=peer("m", 0, 6), demand=900.0)
     assert better_model(offered("a", own=own, demand=0.02), [wanted]) is None
-    assert better_model(offered("a", peer("z", 0, 6), own=own, demand=0.02), [wanted]) is None  # it relies on this one
+    # The other peer of all blocks relies on this peer to stay.
+    assert better_model(offered("a", peer("z", 0, 6), own=own, demand=0.02), [wanted]) is None
     assert better_model(offered("a", peer("c", 0, 6), own=own, demand=0.02), [wanted]) == "b"
 
 
-def test_a_peer_that_has_just_moved_stays_where_all_blocks_are_served() -> None:
+def test_a_peer_with_a_recent_move_stays_where_all_blocks_are_served() -> None:
     own = peer("m", 0, 6)
     here, there = (
         offered(name, peer("c", 0, 6), own=own, demand=demand) for name, demand in (("a", 1.0), ("b", 290.0))
@@ -73,7 +75,7 @@ def test_a_peer_that_has_just_moved_stays_where_all_blocks_are_served() -> None:
     assert better_model(here, [there], sessions=10_000_000) is None
 
 
-def test_the_first_model_is_the_one_that_is_wanted_most() -> None:
+def test_the_first_model_is_the_one_with_the_most_need() -> None:
     own = peer("m", 0, 6)
     whole, holed = offered("a", peer("c", 0, 6), own=own), offered("b", peer("c", 0, 4), own=own)
     assert first_model([whole, holed]) == "b"
@@ -86,7 +88,8 @@ speeds = st.sampled_from([0.5, 1.0, 2.0, 8.0])
 
 @st.composite
 def swarms(draw: st.DrawFn) -> tuple[dict[str, tuple[int, float]], dict[str, tuple[str, int, int, float]], list[str]]:
-    """Models with their blocks and demand; peers with their model, start, length and ms; those that serve any."""
+    """Models with their blocks and demand; peers with their model, start, length and ms; names of peers that serve any
+    model."""
     models = {name: (draw(st.integers(1, 8)), draw(st.sampled_from([0.0, 0.5, 5.0, 300.0]))) for name in "abc"}
     peers: dict[str, tuple[str, int, int, float]] = {}
     for at in range(draw(st.integers(1, 8))):
@@ -97,10 +100,10 @@ def swarms(draw: st.DrawFn) -> tuple[dict[str, tuple[int, float]], dict[str, tup
 
 
 @given(swarms(), st.randoms(use_true_random=False))
-def test_peers_come_to_rest_and_uncover_no_model_in_use(
+def test_moves_between_models_end_and_uncover_no_model_in_use(
     swarm: tuple[dict[str, tuple[int, float]], dict[str, tuple[str, int, int, float]], list[str]], random: Random
 ) -> None:
-    """While the demand stays the same, whichever of the peers that serve any model decides next."""
+    """The demand is constant, and the peers with several models decide in any order."""
     models, peers, free = swarm
     serving = {
         name: (model, Peer(name, start, start + length, Speed.of(ms, ms / 20)))
@@ -143,10 +146,10 @@ def test_peers_come_to_rest_and_uncover_no_model_in_use(
 
 
 @given(swarms())
-def test_however_stale_the_views_a_block_in_use_keeps_a_peer(
+def test_stale_views_never_uncover_a_block_in_use(
     swarm: tuple[dict[str, tuple[int, float]], dict[str, tuple[str, int, int, float]], list[str]],
 ) -> None:
-    """All peers leave at once by what they saw before."""
+    """All peers leave at the same time, each with the same old view."""
     models, peers, free = swarm
     placed = {name: Peer(name, start, start + length, FAST) for name, (_, start, length, _) in peers.items()}
     for model, (blocks, demand) in models.items():

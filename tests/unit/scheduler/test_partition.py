@@ -26,7 +26,7 @@ ENCODINGS = (Encoding("none", 2304.0), Encoding("int8", 612.0, 0.2, 0.003))
 
 @dataclass(frozen=True)
 class Home:
-    """Devices that a model of `num_blocks` blocks is to be cut over."""
+    """Devices for a partition of a model with `num_blocks` blocks."""
 
     devices: list[Device]
     num_blocks: int
@@ -45,7 +45,7 @@ class Home:
         return max(*(hop_ms(self.peers[hop.peer], hop.end - hop.start, positions) for hop in hops), *links)
 
     def all_chains(self) -> Iterator[list[Hop]]:
-        """Every way to cut the model: all subsets in all orders with all numbers of blocks."""
+        """All partitions: each subset of devices in each order with each number of blocks."""
         for size in range(1, min(len(self.devices), self.num_blocks) + 1):
             for order in permutations(self.devices, size):
                 for cuts in compositions(self.num_blocks, [device.max_blocks for device in order]):
@@ -63,7 +63,7 @@ def compositions(total: int, most: list[int]) -> Iterator[list[int]]:
 
 
 def random_home(rng: random.Random, count: int, num_blocks: int, *, scarce: bool = False) -> Home:
-    """Devices of unlike speed and memory; links of all kinds, each direction for itself."""
+    """Devices of different speed and memory; each direction of a link has its own latency and bandwidth."""
     most = max(1, 3 * num_blocks // count) if scarce else num_blocks
     devices = [
         Device(
@@ -88,7 +88,7 @@ def homes(draw: st.DrawFn, most_devices: int = 4) -> Home:
 
 
 def check_feasible(home: Home, route: Route) -> None:
-    """The hops are in a row, within memory, no device twice."""
+    """The hops are consecutive and fit into memory, and no device occurs twice."""
     assert [hop.start for hop in route.hops] == [0, *(hop.end for hop in route.hops[:-1])]
     assert route.hops[-1].end == home.num_blocks
     assert len({hop.peer for hop in route.hops}) == len(route.hops)
@@ -112,7 +112,7 @@ def test_the_fastest_partition_is_the_best_of_all(home: Home) -> None:
 
 @settings(max_examples=examples(60))
 @given(homes(), st.sampled_from([1, 8]))
-def test_the_widest_partition_has_the_fastest_slowest_stage_and_then_the_least_time(home: Home, positions: int) -> None:
+def test_the_widest_partition_has_the_fastest_bottleneck_and_then_the_lowest_cost(home: Home, positions: int) -> None:
     chains = list(home.all_chains())
     if not chains:
         return
@@ -126,7 +126,7 @@ def test_the_widest_partition_has_the_fastest_slowest_stage_and_then_the_least_t
 
 @settings(max_examples=examples(40))
 @given(homes())
-def test_everyone_takes_part_if_told_to(home: Home) -> None:
+def test_all_devices_take_part_on_request(home: Home) -> None:
     usable = [device for device in home.devices if device.max_blocks]
     chains = [hops for hops in home.all_chains() if len(hops) == len(usable)]
     if not chains:
@@ -148,7 +148,7 @@ def test_the_local_search_comes_near_the_optimum(seed: int) -> None:
     assert best.cost_ms <= found.cost_ms + 1e-6 <= 1.03 * best.cost_ms
 
 
-def test_the_local_search_comes_near_the_fastest_slowest_stage() -> None:
+def test_the_local_search_comes_near_the_fastest_bottleneck() -> None:
     home = random_home(random.Random(4), 9, 16)
     best = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS)
     found = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS, exact_devices=0)
@@ -156,7 +156,7 @@ def test_the_local_search_comes_near_the_fastest_slowest_stage() -> None:
     assert home.slowest(found.hops, 1) <= 1.03 * home.slowest(best.hops, 1)
 
 
-def test_more_devices_than_the_exact_search_takes() -> None:
+def test_partitions_over_more_devices_than_the_exact_search_takes() -> None:
     home = random_home(random.Random(7), 24, 80, scarce=True)
     route = fastest_partition(home.devices, 80, home.network, encodings=ENCODINGS)
     check_feasible(home, route)
@@ -169,7 +169,7 @@ def one_network(link: Link) -> Network:
     return Network(unmeasured=link)
 
 
-def test_one_device_alone_where_the_other_would_only_add_a_link() -> None:
+def test_a_device_that_would_only_add_a_link_gets_no_blocks() -> None:
     devices = [Device("strong", 8, Speed.of(1.0, 0.1)), Device("weak", 8, Speed.of(2.0, 0.1))]
     network = one_network(Link(1.0, 1e5))
     assert fastest_partition(devices, 8, network, encodings=ENCODINGS).hops == (Hop("strong", 0, 8),)
@@ -177,13 +177,13 @@ def test_one_device_alone_where_the_other_would_only_add_a_link() -> None:
     assert {hop.peer: hop.end - hop.start for hop in widest.hops} == {"strong": 6, "weak": 2}
 
 
-def test_the_fast_device_takes_what_it_has_memory_for() -> None:
+def test_the_fast_device_gets_as_many_blocks_as_fit() -> None:
     devices = [Device("slow", 8, Speed.of(5.0, 0.1)), Device("fast", 5, Speed.of(1.0, 0.1))]
     route = fastest_partition(devices, 8, one_network(Link(1.0, 1e5)), encodings=ENCODINGS)
     assert {hop.peer: hop.end - hop.start for hop in route.hops} == {"fast": 5, "slow": 3}
 
 
-def test_the_order_follows_the_links_there_and_back() -> None:
+def test_the_order_of_devices_follows_the_direction_of_links() -> None:
     devices = [Device(name, 2, Speed.of(1.0, 0.1)) for name in "abc"]
     near = {(CLIENT, "b"), ("b", "c"), ("c", "a"), ("a", CLIENT)}
     network = Network(dict.fromkeys(near, Link(1.0, 1e5)), unmeasured=Link(2.0, 1e5))
@@ -191,7 +191,7 @@ def test_the_order_follows_the_links_there_and_back() -> None:
     assert [hop.peer for hop in route.hops] == ["b", "c", "a"]
 
 
-def test_what_is_missing_is_told() -> None:
+def test_the_error_has_the_number_of_blocks_that_do_not_fit() -> None:
     devices = [Device("a", 3, Speed.of(1.0, 0.1)), Device("b", 0, Speed.of(1.0, 0.1))]
     for plan in (fastest_partition, widest_partition):
         with pytest.raises(DoesNotFit) as error:
@@ -209,7 +209,7 @@ PEERS = {
 FREE = (Encoding("free", 0.0),)
 
 
-def test_sessions_fill_the_chain_until_its_slowest_stage_is_busy() -> None:
+def test_more_sessions_add_throughput_until_the_slowest_hop_is_busy() -> None:
     network = one_network(Link(10.0, 1.0))
 
     def rate(sessions: int, client_ms: float = 0.0) -> float:
@@ -218,14 +218,14 @@ def test_sessions_fill_the_chain_until_its_slowest_stage_is_busy() -> None:
     trip_ms = 40 + 20 + 3 * 10
     assert rate(1) == pytest.approx(1000 / trip_ms)
     assert rate(1, client_ms=10.0) == pytest.approx(1000 / (trip_ms + 10))
-    # Passes of up to 256 positions take no longer than 10 ms here, so all sessions can share one.
+    # Passes of up to 256 positions take at most 10 ms here, so that all sessions can share one pass.
     assert rate(8) == pytest.approx(8000 / trip_ms)
     slow_in_batches = {name: Device(name, 4, Speed.of(10.0, 10.0), hop_ms=0.0).peer(0, 1) for name in "ab"}
     full = tokens_per_s(HOPS, slow_in_batches, network, encodings=FREE, sessions=8)
     assert full == pytest.approx(1000 / 40)
 
 
-def test_the_steps_of_a_prompt_follow_each_other() -> None:
+def test_the_steps_of_a_prompt_are_pipelined() -> None:
     network = one_network(Link(10.0, 1.0))
     peers = {name: Device(name, 4, Speed.of(1.0, 1.0), hop_ms=0.0).peer(0, 1) for name in "ab"}
 

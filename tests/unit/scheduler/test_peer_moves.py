@@ -33,7 +33,7 @@ def moved(peers: Sequence[Peer], move: Move) -> list[Peer]:
 
 @st.composite
 def swarms(draw: st.DrawFn, most_peers: int = 9) -> tuple[list[Peer], int, dict[str, int]]:
-    """Peers, the number of blocks, and for how many blocks each has memory: no fewer than it serves."""
+    """Peers, the number of blocks, and the number of blocks that fit into each peer's memory, at least its span."""
     num_blocks = draw(st.integers(1, 12))
     peers: list[Peer] = []
     max_blocks: dict[str, int] = {}
@@ -46,11 +46,11 @@ def swarms(draw: st.DrawFn, most_peers: int = 9) -> tuple[list[Peer], int, dict[
 
 
 @given(swarms(), st.integers(0, 10), st.randoms(use_true_random=False))
-def test_repeated_moves_end_never_make_it_worse_and_do_not_depend_on_order(
+def test_repeated_moves_end_never_lower_throughput_and_ignore_the_order_of_peers(
     swarm: tuple[list[Peer], int, dict[str, int]], fixed: int, rng: random.Random
 ) -> None:
     peers, num_blocks, max_blocks = swarm
-    max_blocks = dict(list(max_blocks.items())[:fixed])  # the others stay where they are
+    max_blocks = dict(list(max_blocks.items())[:fixed])  # Peers without an entry never move.
     for _ in range(300):
         move = best_move(peers, num_blocks, max_blocks=max_blocks)
         shuffled = rng.sample(peers, len(peers))
@@ -73,7 +73,7 @@ def test_repeated_moves_end_never_make_it_worse_and_do_not_depend_on_order(
 
 
 @given(swarms(), st.sets(st.sampled_from("abcdefghi")))
-def test_departures_are_made_up_for_if_there_is_memory(
+def test_departures_are_compensated_if_memory_suffices(
     swarm: tuple[list[Peer], int, dict[str, int]], gone: set[str]
 ) -> None:
     peers, num_blocks, max_blocks = swarm
@@ -88,13 +88,13 @@ def test_departures_are_made_up_for_if_there_is_memory(
 
 @settings(max_examples=examples(100))
 @given(swarms(), st.randoms(use_true_random=False), st.integers(1, 8))
-def test_moves_at_once_uncover_nothing_however_stale_the_views(
+def test_simultaneous_moves_with_stale_views_uncover_no_block(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, rounds: int
 ) -> None:
-    """Each peer sees of each other what it was at some time before; all who name themselves move at the same time."""
+    """Each peer has an old view of each other peer, and all peers that plan their own move make it at the same time."""
     peers, num_blocks, max_blocks = swarm
     history = [list(peers)]
-    loading: dict[str, tuple[int, Peer]] = {}  # those that serve nothing for a while, and what comes then
+    loading: dict[str, tuple[int, Peer]] = {}  # Peers that serve nothing while they load, and their span afterwards.
     for now in range(rounds):
         state = list(history[-1])
         moves: list[Move] = []
@@ -121,7 +121,7 @@ def test_moves_at_once_uncover_nothing_however_stale_the_views(
 
 
 class Announcing:
-    """A peer of a swarm in which all moves are announced, held and asked for again; views are `late` rounds old."""
+    """A peer of a swarm that announces each move, holds it and checks it again; views are up to `late` rounds old."""
 
     def __init__(self, own: Peer, late: int) -> None:
         self.own = own
@@ -163,7 +163,7 @@ class Announcing:
 
 @settings(max_examples=examples(40))
 @given(swarms(), st.randoms(use_true_random=False), st.integers(0, 3))
-def test_announced_moves_uncover_nothing_while_views_are_not_older_than_they_are_held(
+def test_announced_moves_uncover_no_block_if_held_longer_than_views_are_old(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, late: int
 ) -> None:
     peers, num_blocks, max_blocks = swarm
@@ -189,17 +189,17 @@ def test_a_replica_moves_into_a_hole_at_once() -> None:
     busy = Willingness(sessions={"b": 1000}, load_s={"b": 1e6}, settled_s={"b": 0.0})
     assert best_move(swarm, 10, max_blocks=budgets, willingness=busy) == Move("b", 5, 10)
     assert best_move(swarm, 10, max_blocks={"a": 5, "c": 3}) == Move("a", 5, 10, confirm=True)
-    # Only block 8 is missing, which 4:9 and 5:10 both fill; 4:9 also helps block 4, which is weaker than block 9.
+    # Only block 8 is missing. Spans 4:9 and 5:10 both fill it; 4:9 also helps block 4, which is weaker than block 9.
     assert best_move([*swarm, peer("d", 9, 10)], 10, max_blocks=budgets) == Move("b", 4, 9)
 
 
-def test_the_peer_that_is_missed_least_fills_the_hole() -> None:
+def test_the_most_replicated_peer_fills_the_hole() -> None:
     swarm = [peer("a", 0, 4), peer("b", 0, 4), peer("c", 4, 8), peer("d", 4, 8), peer("e", 4, 8)]
     assert best_move(swarm, 12, max_blocks=dict.fromkeys("abcde", 4)) == Move("d", 8, 12)
     assert best_move(swarm, 12, max_blocks={**dict.fromkeys("acde", 3), "b": 4}) == Move("b", 8, 12)
 
 
-def test_spare_memory_is_shifted_to_where_it_lacks() -> None:
+def test_spans_shift_towards_missing_blocks() -> None:
     swarm = [peer("a", 0, 2), peer("b", 1, 3), peer("c", 3, 5)]
     budgets = dict.fromkeys("abc", 2)
     first = best_move(swarm, 6, max_blocks=budgets)
@@ -210,7 +210,7 @@ def test_spare_memory_is_shifted_to_where_it_lacks() -> None:
     assert best_move([peer("a", 0, 2)], 4, max_blocks={"a": 2}) is None
 
 
-def test_others_leave_a_hole_to_the_peer_that_is_on_its_way() -> None:
+def test_a_hole_is_left_to_the_peer_that_moves_into_it() -> None:
     swarm = [peer("a", 0, 4), peer("b", 0, 4), peer("c", 0, 4)]
     budgets = dict.fromkeys("abc", 4)
     assert best_move(swarm, 8, max_blocks=budgets) == Move("b", 4, 8)
@@ -246,22 +246,22 @@ def test_a_move_must_be_worth_its_cost() -> None:
     assert best_move(nearly, 8, max_blocks={"b": 4}) is None
 
 
-def test_one_of_several_moves_that_are_needed_is_made() -> None:
+def test_several_needed_moves_are_made_one_at_a_time() -> None:
     swarm = [*(peer(name, 0, 4) for name in "abcdef"), peer("g", 4, 12, decode_ms=1.0)]
     budgets = dict.fromkeys("abcdef", 4)
     first = best_move(swarm, 12, max_blocks=budgets)
     assert first is not None and first == Move("b", 4, 8)
     second = best_move(moved(swarm, first), 12, max_blocks=budgets)
     assert second == Move("c", 8, 12)
-    assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) is None  # one at a time
+    assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) is None  # Only one peer moves at a time.
 
 
-def test_the_lowest_id_of_a_block_stays() -> None:
+def test_the_peer_with_the_lowest_id_stays() -> None:
     swarm = [peer("a", 0, 4, decode_ms=9.0), *(peer(name, 0, 4) for name in "bcd"), peer("e", 4, 8)]
     assert best_move(swarm, 8, max_blocks={"a": 4}) is None
     assert best_move(swarm, 8, max_blocks={"a": 4, "d": 4}) == Move("d", 4, 8)
 
 
-def test_ids_that_are_equal_are_refused() -> None:
+def test_equal_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="ids"):
         best_move([peer("a", 0, 4), peer("a", 0, 4)], 4, max_blocks={})

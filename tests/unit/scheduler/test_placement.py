@@ -29,7 +29,7 @@ peers_strategy = st.lists(
 
 
 @given(peers=peers_strategy, num_blocks=st.integers(1, 12), max_blocks=st.integers(1, 20))
-def test_span_is_in_range_and_fills_as_much_of_the_holes_as_any_other(
+def test_a_span_is_in_range_and_fills_the_most_missing_blocks(
     peers: list[Peer], num_blocks: int, max_blocks: int
 ) -> None:
     start, end = choose_span(peers, num_blocks, max_blocks)
@@ -47,7 +47,7 @@ def test_joining_peers_cover_the_model(peers: list[Peer], num_blocks: int, max_b
     assert missing_blocks(peers, num_blocks) == []
 
 
-def test_a_hole_goes_before_a_weak_block() -> None:
+def test_missing_blocks_have_priority_over_weak_ones() -> None:
     assert choose_span([peer(0, 10, decode_ms=100.0), peer(14, 20)], 20, 4) == (10, 14)
 
 
@@ -57,21 +57,21 @@ def test_the_weakest_blocks_are_reinforced() -> None:
     assert choose_span([*swarm, peer(10, 20, decode_ms=0.1)], 30, 10) == (0, 10)
 
 
-def test_a_peer_gives_no_more_than_its_way_up_carries() -> None:
+def test_the_throughput_of_a_peer_is_bounded_by_its_uplink() -> None:
     slow_way = Peer("far", 0, 10, Speed.of(1.0, 0.1), sending_ms=100.0)
     swarm = [slow_way, Peer("near", 10, 20, Speed.of(2.0, 0.2), sending_ms=0.1)]
     assert choose_span(swarm, 20, 10) == (0, 10)
     assert choose_span([replace(slow_way, sending_ms=0.0), swarm[1]], 20, 10) == (10, 20)
 
 
-def test_who_sends_slowly_goes_where_little_is() -> None:
+def test_a_peer_with_a_slow_uplink_serves_the_weakest_blocks() -> None:
     swarm = [Peer(str(start), start, start + 10, Speed.of(1.0, 0.1), sending_ms=60.0) for start in (0, 10, 0, 10, 10)]
     swarm.append(Peer("fast", 10, 20, Speed.of(0.1, 0.01), sending_ms=1.0))
     assert choose_span(swarm, 20, 10, own_ms=0.1) == (0, 10)
     assert choose_span([*swarm[:2], replace(swarm[0], id="0b")], 20, 10, own_ms=12.0) == (10, 20)
 
 
-def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
+def test_a_fast_peer_joins_blocks_of_slow_peers() -> None:
     swarm = [peer(0, 10, decode_ms=10.0), peer(0, 10, decode_ms=10.0), peer(10, 20, decode_ms=20.0)]
     swarm.append(Peer("fast", 10, 20, Speed.of(1.0, 1.0)))
     assert choose_span(swarm, 20, 10, own_ms=1.0) == (0, 10)
@@ -82,8 +82,8 @@ def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
     assert choose_span([peer(0, 10)], 20, 10, own_ms=0.01) == (10, 20), "a hole goes before all"
 
 
-def test_peers_far_away_do_not_keep_a_near_one_away() -> None:
-    """Each region serves all of the model, if it has enough peers: no chain crosses the sea where it need not."""
+def test_distant_peers_count_less_than_near_ones() -> None:
+    """Each region serves the whole model if it has enough peers, so that routes do not cross regions without need."""
     near, far = peer(0, 10), [Peer(f"far{number}", 10, 20, Speed.of(1.0, 1.0)) for number in range(3)]
     swarm, away_ms = [near, *far], {each.id: 80.0 for each in far}
     assert choose_span(swarm, 20, 10, own_ms=1.0, away_ms=away_ms) == (10, 20)
@@ -93,7 +93,7 @@ def test_peers_far_away_do_not_keep_a_near_one_away() -> None:
     assert choose_span([near, peer(0, 10), far[0]], 30, 10, 1.0, away_ms) == (20, 30), "a hole goes before all"
 
 
-def test_empty_swarm_is_filled_from_the_front() -> None:
+def test_an_empty_swarm_is_filled_from_the_first_block() -> None:
     assert choose_span([], 30, 12) == (0, 12)
     assert choose_span([peer(0, 12)], 30, 12) == (12, 24)
     assert choose_span([peer(0, 12), peer(12, 24)], 30, 12) == (18, 30)
@@ -106,15 +106,16 @@ def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> N
         choose_span([], num_blocks, max_blocks)
 
 
-def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_expected_time_of_a_block_is_that_of_reading_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peers.placement.block_bytes", lambda *_: 10 * READ_BYTES)
     now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
     monkeypatch.setattr("peers.placement.time.perf_counter", lambda: next(now))
     assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore
 
 
-def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
-    """Three like the newcomer give more than one that is worth two of them, also where prompts are arithmetic."""
+def test_a_new_peer_compares_speeds_by_decode_alone() -> None:
+    """Three peers as fast as the newcomer give more than one peer twice as fast, also when arithmetic limits
+    prompts."""
     cpu, twice = Speed.of(12.0, 4.0), Speed.of(6.0, 2.0)
     own = replace(RECORD, block_ms=cpu.block_ms, bytes_per_ms=0.0)
     present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
@@ -124,7 +125,7 @@ def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
 
 
 class FewLinks:
-    """Peers answer after as long as their places say; `silent` ones never."""
+    """Peers answer after the round trip of their coordinate; peers of `silent` never answer."""
 
     tried: ClassVar[list[set[Endpoint]]]
     rtt_ms: ClassVar[dict[Endpoint, float]]
@@ -155,7 +156,7 @@ def at(place_ms: float, error: float = 0.1) -> PeerRecord:
     return replace(RECORD, key=key, coordinate=(place_ms, 0.0, 0.0, 1.0), coordinate_error=error)
 
 
-def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks]) -> None:
+def test_a_new_peer_pings_random_peers_and_then_near_ones(links: type[FewLinks]) -> None:
     near, far, lost = ([at(place_ms, error) for _ in range(80)] for place_ms, error in ((0, 0.1), (90, 0.1), (0, 1.0)))
     links.rtt_ms = {each.endpoint: 2.0 if each in near else 92.0 for each in (*near, *far, *lost)}
     found = answering([*near, *far, *lost], Identity.generate())
@@ -167,7 +168,7 @@ def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks])
     assert found.bytes_per_ms == 500.0
 
 
-def test_who_lies_about_its_place_leads_nobody_astray(links: type[FewLinks]) -> None:
+def test_false_coordinates_do_not_mislead_a_new_peer(links: type[FewLinks]) -> None:
     near, far = [at(0) for _ in range(80)], [at(90) for _ in range(80)]
     liars = [at(place_ms, 0.0) for place_ms in (1e9, -1e9)]
     links.rtt_ms = {each.endpoint: 92.0 if each in far else 2.0 for each in (*near, *far)}
@@ -182,7 +183,7 @@ def test_who_lies_about_its_place_leads_nobody_astray(links: type[FewLinks]) -> 
     assert len(found.records) == 2 * TRIED_AT_ONCE
 
 
-def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) -> None:
+def test_a_new_peer_ignores_silent_peers(links: type[FewLinks]) -> None:
     there, gone = [at(0) for _ in range(3)], [at(0) for _ in range(TRIED_AT_ONCE - 2)]
     links.rtt_ms = {each.endpoint: 2.0 for each in there}
     found = answering([*there, *gone], Identity.generate())
@@ -200,7 +201,7 @@ def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) 
     )
 
 
-def test_a_peer_that_comes_again_does_not_count_what_it_was(links: type[FewLinks]) -> None:
+def test_a_returning_peer_ignores_its_own_old_record(links: type[FewLinks]) -> None:
     identity, other = Identity.generate(), at(0)
     before = replace(at(0), key=identity.public)
     links.rtt_ms = {each.endpoint: 2.0 for each in (before, other)}
@@ -208,8 +209,8 @@ def test_a_peer_that_comes_again_does_not_count_what_it_was(links: type[FewLinks
     assert answering([before], identity) == Present()
 
 
-def test_what_is_measured_before_joining_decides() -> None:
-    """A region of its own, in which nobody serves the second half."""
+def test_measured_latencies_decide_the_first_span() -> None:
+    """In the region of the newcomer, no peer serves the second half."""
     near, *far = (
         replace(at(place_ms), start=start, end=start + 10, num_blocks=20, block_ms=(1.0,) * 5, bytes_per_ms=0.0)
         for place_ms, start in ((0, 0), (90, 10), (90, 10))

@@ -1,4 +1,4 @@
-"""When a session leaves its route, and what a client learns from routes that were slower than predicted."""
+"""When a session leaves its route, and the prediction error that a client learns from slow routes."""
 
 import pytest
 
@@ -19,11 +19,11 @@ from scheduler.replan import (
 
 
 class TestMovePays:
-    def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
+    def test_a_move_pays_only_if_the_remaining_steps_save_more_than_it_costs(self) -> None:
         assert move_pays(100.0, 50.0, move_ms=400.0 / MOVE_COUNTS, steps_left=9, expected_ms=50.0)
         assert not move_pays(100.0, 50.0, move_ms=400.0 / MOVE_COUNTS, steps_left=8, expected_ms=50.0)
 
-    def test_small_gains_move_nobody(self) -> None:
+    def test_small_gains_cause_no_move(self) -> None:
         assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6, expected_ms=50.0)
 
     def test_a_route_that_is_as_fast_as_predicted_is_not_left(self) -> None:
@@ -33,7 +33,7 @@ class TestMovePays:
 
 
 class TestPresentMs:
-    def test_is_what_the_last_steps_took(self) -> None:
+    def test_present_ms_is_the_median_of_the_last_steps(self) -> None:
         watch = RouteWatch()
         watch.begin(10.0)
         for elapsed_ms in [11.0, *[80.0] * (RECENT_STEPS // 2 - 1), *[90.0] * 2, *[500.0] * (RECENT_STEPS // 2 - 1)]:
@@ -43,14 +43,14 @@ class TestPresentMs:
         watch.look(RECENT_S + 1, 95.0, news=True, ends_silent=False)
         assert watch.present_ms(95.0) == 95.0
 
-    def test_steps_of_several_positions_say_nothing_of_single_ones(self) -> None:
+    def test_steps_of_several_positions_do_not_count(self) -> None:
         watch = RouteWatch()
         watch.begin(10.0)
         for _ in range(RECENT_STEPS):
             watch.step_took(90.0, positions=8)
         assert watch.present_ms(10.0) == 10.0
 
-    def test_is_not_known_of_a_route_that_was_hardly_used(self) -> None:
+    def test_present_ms_is_unknown_for_a_new_route(self) -> None:
         watch = RouteWatch()
         for _ in range(RECENT_STEPS):
             watch.step_took(500.0)
@@ -62,7 +62,7 @@ class TestPresentMs:
 
 class TestExpectedMs:
     @pytest.mark.parametrize(("step_ms", "expected_ms"), [(6.0, 6.0), (14.0, 10.0)])
-    def test_is_what_was_predicted_or_what_the_first_steps_took(self, step_ms: float, expected_ms: float) -> None:
+    def test_expected_ms_is_the_smaller_of_prediction_and_first_steps(self, step_ms: float, expected_ms: float) -> None:
         watch = RouteWatch()
         watch.begin(10.0)
         assert watch.expected_ms == 10.0
@@ -74,22 +74,22 @@ class TestExpectedMs:
         assert watch.expected_ms == expected_ms
 
 
-class TestForecasts:
-    def test_of_a_route_its_best_counts(self) -> None:
+class TestPredictionErrors:
+    def test_the_best_ratio_of_a_route_counts(self) -> None:
         watch = RouteWatch()
         watch.begin(10.0)
         steps = [elapsed_ms for elapsed_ms in (30.0, 40.0, 12.0, 20.0) for _ in range(TRIAL_STEPS)]
         ratios = [watch.step_took(elapsed_ms) for elapsed_ms in steps]
         assert [ratio for ratio in ratios if ratio is not None] == [3.0, 1.2]
 
-    def test_a_single_slow_route_says_nothing_of_others(self) -> None:
+    def test_a_single_slow_route_changes_no_error(self) -> None:
         predictions = PredictionErrors()
         assert predictions.error == 1.0
         for ratio in (1.6, 3.0, 3.0):
             predictions.came("a", ratio)
         assert predictions.error == 1.0
 
-    def test_where_two_routes_are_slower_than_predicted_others_will_be(self) -> None:
+    def test_two_routes_slower_than_predicted_raise_the_error(self) -> None:
         predictions = PredictionErrors()
         predictions.came("a", 3.0)
         predictions.came("b", 2.0)
@@ -98,7 +98,7 @@ class TestForecasts:
         predictions.came("b", 1e6)
         assert predictions.error == MAX_ERROR
 
-    def test_the_latest_routes_count(self) -> None:
+    def test_only_the_latest_routes_count(self) -> None:
         predictions = PredictionErrors()
         for route in range(PREDICTIONS):
             predictions.came(route, 3.0)
@@ -108,8 +108,9 @@ class TestForecasts:
         assert predictions.error == 1.0, "routes that are faster than predicted make up for none"
 
     @pytest.mark.parametrize("factor", [2.0, 4.0])
-    def test_a_session_comes_to_rest_where_each_route_is_slower_than_it_looks(self, factor: float) -> None:
-        """As where all devices are one machine. It has computed its context again on few routes until then."""
+    def test_a_session_stops_moving_when_all_routes_are_slower_than_predicted(self, factor: float) -> None:
+        """This happens when all devices are on one machine. Until then, the session recomputes its context on only few
+        routes."""
         predictions, watch, moves = PredictionErrors(), RouteWatch(), 0
         watch.begin(10.0)
         for _ in range(100):
@@ -122,7 +123,7 @@ class TestForecasts:
                 watch.begin(10.0)
         assert moves == 1
 
-    def test_a_session_that_began_on_a_slow_route_leaves_it(self) -> None:
+    def test_a_session_leaves_a_slow_first_route(self) -> None:
         predictions, watch = PredictionErrors(), RouteWatch()
         watch.begin(10.0)
         *_, ratio = [watch.step_took(10.0 * DISAPPOINTING) for _ in range(TRIAL_STEPS)]
@@ -143,7 +144,5 @@ class TestForecasts:
         ("", "ab", None, "ab"),
     ],
 )
-def test_only_hops_between_those_that_stay_are_filled(
-    present: str, route: str, before: str | None, changed: str
-) -> None:
+def test_a_move_fills_only_changed_hops(present: str, route: str, before: str | None, changed: str) -> None:
     assert changed_hops(present, route) == (before, list(changed))

@@ -57,7 +57,7 @@ def plan(peers: Sequence[Peer], num_blocks: int, network: Network | None = None,
 def all_routes(
     peers: Sequence[Peer], num_blocks: int, start: int = 0, used: tuple[str, ...] = ()
 ) -> Iterator[list[Hop]]:
-    """Every chain of peers over blocks [start, num_blocks) in which no peer stands twice."""
+    """Every chain of peers over blocks [start, num_blocks) in which each peer occurs once."""
     if start == num_blocks:
         yield []
         return
@@ -156,7 +156,7 @@ def test_repaired_route_is_valid_when_the_search_is_cut_short(swarm: tuple[list[
         check_route(plan(peers, num_blocks, network, kv_needed=0), peers, num_blocks)
 
 
-def test_spans_are_entered_and_left_in_the_middle() -> None:
+def test_a_hop_may_use_a_part_of_a_span() -> None:
     peers = [peer("slow", 0, 10, decode_ms=10.0), peer("fast", 4, 12, decode_ms=1.0)]
     assert plan(peers, 12).hops == (Hop("slow", 0, 4), Hop("fast", 4, 12))
     peers = [peer("fast", 0, 10, decode_ms=1.0), peer("slow", 4, 12, decode_ms=10.0)]
@@ -164,34 +164,34 @@ def test_spans_are_entered_and_left_in_the_middle() -> None:
 
 
 @pytest.mark.parametrize("in_flight", [1, 10])
-def test_a_queue_counts_wherever_its_peer_stands_on_the_route(in_flight: int) -> None:
+def test_a_queue_counts_at_each_place_of_the_route(in_flight: int) -> None:
     first, busy, slow = peer("a", 0, 1), peer("b", 1, 2, queue_ms=20.0), peer("c", 1, 2, decode_ms=10.0)
     for peers in ([first, busy, slow], [replace(busy, start=0, end=1), replace(slow, start=0, end=1), peer("a", 1, 2)]):
         assert "c" in [hop.peer for hop in plan(peers, 2, in_flight=in_flight).hops]
 
 
-def test_no_peer_is_visited_twice_even_where_that_would_be_faster() -> None:
+def test_no_peer_occurs_twice_even_if_that_were_faster() -> None:
     peers = [peer("wide", 0, 30, decode_ms=10.0), peer("fast", 10, 20, decode_ms=0.1)]
     assert plan(peers, 30).hops == (Hop("wide", 0, 30),)
     peers.append(peer("end", 20, 30, decode_ms=11.0))
     assert plan(peers, 30).hops == (Hop("wide", 0, 10), Hop("fast", 10, 20), Hop("end", 20, 30))
 
 
-def test_a_hop_is_not_taken_for_less_than_its_link_costs() -> None:
+def test_a_hop_must_save_more_than_its_link_costs() -> None:
     peers = [peer("whole", 0, 10, decode_ms=1.0), peer("half", 0, 5, decode_ms=0.5)]
     assert plan(peers, 10).hops == (Hop("half", 0, 5), Hop("whole", 5, 10))
     slow_links = Network(unmeasured=Link(latency_ms=5.0, bytes_per_ms=1e6))
     assert plan(peers, 10, slow_links).hops == (Hop("whole", 0, 10),)
 
 
-def test_measured_links_win_over_unmeasured_ones() -> None:
+def test_measured_links_are_preferred_to_unmeasured_ones() -> None:
     peers = [peer("known", 0, 4, decode_ms=2.0), peer("unknown", 0, 4, decode_ms=1.0)]
     network = Network().with_links({(CLIENT, "known"): FAST, ("known", CLIENT): FAST})
     assert plan(peers, 4, network).hops == (Hop("known", 0, 4),)
     assert plan(peers, 4, Network()).hops == (Hop("unknown", 0, 4),)
 
 
-def test_long_steps_choose_by_arithmetic_and_short_ones_by_weights() -> None:
+def test_long_steps_prefer_fast_arithmetic_and_short_steps_fast_memory() -> None:
     peers = [
         Peer("decoder", 0, 4, Speed.of(1.0, 1.0), kv_free=1000),
         Peer("prefiller", 0, 4, Speed.of(5.0, 0.1), kv_free=1000),
@@ -219,7 +219,7 @@ def test_missing_blocks_are_named() -> None:
     assert caught.value.missing == [(0, 3)]
 
 
-def test_clients_with_the_same_facts_spread_over_near_equal_peers_only() -> None:
+def test_clients_spread_over_nearly_equal_peers_only() -> None:
     peers = [peer("a", 0, 8), peer("b", 0, 8), peer("c", 0, 8, decode_ms=1.01), peer("slow", 0, 8, decode_ms=1.5)]
     network = Network(unmeasured=Link(latency_ms=0.0, bytes_per_ms=1e9))
     rng = random.Random(7)
@@ -234,7 +234,7 @@ def test_two_peers_of_one_id_are_refused() -> None:
         plan([peer("a", 0, 4), peer("a", 0, 4)], 4)
 
 
-def test_cost_is_the_sum_that_the_design_names() -> None:
+def test_the_cost_of_a_route_is_the_sum_of_its_hops_and_links() -> None:
     peers = {"a": Peer("a", 0, 4, Speed.of(2.0, 0.5), 3.0), "b": Peer("b", 4, 6, Speed.of(4.0, 0.25), 1.0)}
     links = {(CLIENT, "a"): Link(10, 100), ("a", "b"): Link(1, 1000), ("b", CLIENT): Link(20, 50)}
     hops = [Hop("a", 0, 4), Hop("b", 4, 6)]
@@ -248,7 +248,7 @@ def test_cost_is_the_sum_that_the_design_names() -> None:
     assert steps == pytest.approx(decode + 4 * (3 + 4 * 2))
 
 
-def test_network_is_immutable_and_pessimistic() -> None:
+def test_an_unknown_link_is_slow_and_a_network_is_immutable() -> None:
     empty = Network()
     assert empty.link("a", "b") == UNMEASURED
     assert empty.with_links({("a", "b"): FAST}).link("a", "b") == FAST
@@ -256,7 +256,7 @@ def test_network_is_immutable_and_pessimistic() -> None:
     assert Network({("a", "b"): FAST}).link("b", "a") == UNMEASURED
 
 
-def test_a_part_of_a_route_begins_and_ends_at_the_peers_beside_it() -> None:
+def test_a_partial_route_includes_the_links_to_its_neighbours() -> None:
     peers = [peer("near", 2, 6, decode_ms=2.0), peer("far", 2, 6)]
     network = Network({("before", "near"): FAST, ("near", "after"): FAST})
     part = best_route(peers, (3, 6), network, encodings=PLAIN, kv_needed=1, source="before", target="after")
@@ -267,7 +267,7 @@ def test_a_part_of_a_route_begins_and_ends_at_the_peers_beside_it() -> None:
     assert caught.value.missing == [(1, 2), (6, 7)]
 
 
-def test_to_move_takes_a_replay_whose_chunks_follow_each_other_through_the_new_hops() -> None:
+def test_the_cost_of_a_move_is_that_of_a_pipelined_replay() -> None:
     peers = {name: peer(name, 0, 8) for name in ("left", "right")}
     hops = [Hop("left", 2, 4), Hop("right", 4, 8)]
     network = Network({("before", "left"): Link(1.0, 1e6), ("left", "right"): Link(2.0, 1e6)}, Link(4.0, 1e6))
@@ -277,17 +277,17 @@ def test_to_move_takes_a_replay_whose_chunks_follow_each_other_through_the_new_h
 
     chunk_ms = (2 + 4) * PASS_POSITIONS / 10
     assert ms(PASS_POSITIONS) == pytest.approx(1 + 2 + 4 + chunk_ms, rel=1e-3)
-    # Each further chunk keeps the slower of the two hops busy, not both one after the other.
+    # Each further chunk occupies the slower of the two hops only, not both hops in sequence.
     assert ms(3 * PASS_POSITIONS) == pytest.approx(1 + 2 + 4 + chunk_ms + 2 * 4 * PASS_POSITIONS / 10, rel=1e-3)
     assert ms(1) == pytest.approx(1 + 2 + 4 + 6, rel=1e-3)
 
 
-def test_a_slow_link_is_worth_encoding_for() -> None:
+def test_the_faster_codec_of_a_link_counts() -> None:
     assert transfer_ms(Link(0, 1), 10, CODECS) == pytest.approx(2.1 + 200)
     assert occupied_ms(Link(5, 1e6), 10, CODECS) == pytest.approx(0.001)
 
 
-def test_latency_prefers_one_hop_and_throughput_many() -> None:
+def test_one_hop_has_the_lowest_latency_and_many_the_highest_throughput() -> None:
     peers = [peer("whole", 0, 8), peer("left", 0, 4), peer("right", 4, 8)]
     network = Network(unmeasured=Link(1.0, 1e6))
     assert plan(peers, 8, network).hops == (Hop("whole", 0, 8),)
@@ -313,14 +313,14 @@ def test_a_table_holds_the_same_links_as_the_network() -> None:
                 assert 1 / table.ms_per_byte[row, column] == pytest.approx(link.bytes_per_ms)
 
 
-def test_a_prompt_counts_with_its_passes_and_bytes() -> None:
+def test_the_cost_of_a_prompt_includes_its_passes_and_bytes() -> None:
     hops, fast = [Hop("a", 0, 2)], {"a": peer("a", 0, 2)}
     network = Network({(CLIENT, "a"): Link(5.0, 10.0), ("a", CLIENT): Link(5.0, 10.0)})
 
     def cost(prompt: int) -> float:
         return route_ms(hops, fast, network, positions=1, encodings=PLAIN, prompt=prompt)
 
-    # Two passes of 300 positions, 30 ms a block, and 60,000 bytes on both links, at 10 bytes per ms.
+    # Two passes of 300 positions at 30 ms a block, and 60,000 bytes on both links at 10 bytes per ms.
     assert cost(600) - cost(0) == pytest.approx(PROMPT_SHARE * (2 * 2 * 30.0 + 2 * 6000.0))
 
 
@@ -344,7 +344,7 @@ def joules_of(hops: Sequence[Hop], peers: Sequence[Peer], positions: int = 1) ->
 
 
 def corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of the points (ms, J) that cost least for some weight of joules, and for that alone."""
+    """The points (ms, J) that have the lowest cost for some weight of joules."""
     slopes = {(b[0] - a[0]) / (a[1] - b[1]) for a in points for b in points if a[1] > b[1] and b[0] > a[0]}
     ordered = [0.0, *sorted(slopes)]
     weights = [(a + b) / 2 for a, b in pairwise(ordered)] + [ordered[-1] * 2 + 1]
@@ -352,7 +352,7 @@ def corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 @given(swarm=swarms(), positions=st.sampled_from([1, 7]), slowdown=st.sampled_from([1.0, 1.2, 1.5, 4.0, 1000.0]))
-def test_the_route_with_least_energy_among_those_that_are_fast_enough(
+def test_the_route_has_the_least_energy_within_the_slowdown(
     swarm: tuple[list[Peer], int, Network], positions: int, slowdown: float
 ) -> None:
     peers, num_blocks, network = swarm
@@ -399,7 +399,7 @@ def test_energy_decides_only_within_the_slowdown() -> None:
         plan(peers, 10, energy_slowdown=1.5, in_flight=2)
 
 
-def test_a_part_of_the_route_is_thrifty_where_all_of_it_would_be_too_slow() -> None:
+def test_only_some_hops_save_energy_if_all_would_be_too_slow() -> None:
     hungry = replace(peer("hungry", 0, 10), watts=100.0)
     thrifty = replace(peer("thrifty", 0, 5, decode_ms=1.6), watts=10.0)
     also = replace(peer("also", 5, 10, decode_ms=1.6), watts=50.0)
@@ -407,22 +407,23 @@ def test_a_part_of_the_route_is_thrifty_where_all_of_it_would_be_too_slow() -> N
     assert {hop.peer for hop in route.hops} == {"hungry", "thrifty"}
 
 
-def test_a_peer_that_does_not_say_what_it_draws_is_not_free() -> None:
+def test_a_peer_without_published_watts_counts_with_a_default() -> None:
     unknown, known = peer("unknown", 0, 10), replace(peer("known", 0, 10, decode_ms=1.2), watts=UNKNOWN_WATTS / 2)
     assert {hop.peer for hop in plan([unknown, known], 10, energy_slowdown=1.5).hops} == {"known"}
     hungrier = replace(known, watts=UNKNOWN_WATTS * 2)
     assert {hop.peer for hop in plan([unknown, hungrier], 10, energy_slowdown=1.5).hops} == {"unknown"}
-    # Where nobody says it, the least work of devices is the least energy.
+    # If no peer publishes watts, the least device time counts as the least energy.
     assert {hop.peer for hop in plan([unknown, peer("slow", 0, 10, decode_ms=1.2)], 10, energy_slowdown=1.5).hops} == {
         "unknown"
     }
     assert hop_joules(unknown, 10) is None
 
 
-def test_joules_are_watts_times_the_share_of_a_pass() -> None:
+def test_joules_are_watts_times_the_share_of_a_pass_of_the_session() -> None:
     alone = replace(peer("alone", 0, 10, decode_ms=4.0), watts=15.0)
     assert block_joules(alone, 1) == pytest.approx(15.0 * 0.004)
     assert hop_joules(alone, 6) == pytest.approx(6 * 15.0 * 0.004)
-    # Reading the weights takes as long for four positions: three of others bear three quarters of it.
+    # Reading the weights takes as long for four positions as for one, so three other sessions bear three quarters of
+    # the energy.
     assert hop_joules(replace(alone, batch=3.0), 6) == pytest.approx(6 * 15.0 * 0.004 / 4)
     assert block_joules(alone, 100) == pytest.approx(15.0 * alone.speed.at(100) / 1000)

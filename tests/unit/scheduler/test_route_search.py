@@ -1,4 +1,4 @@
-"""Past silent peers: swarms on a line in which some are dead, and who is asked and left out until there is a route."""
+"""The search for a route past silent peers: which peers it pings and leaves out, for peers on a line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from splitnet.errors import CoverageError
 
 @dataclass
 class Line:
-    """Peers by the places where they stand, numbers; each serves all blocks, and the first of them is the fastest.
+    """Peers named by their place on a line. Each serves all blocks, and the first one is the fastest.
 
-    budget: how many may be asked. told: peers that were silent a moment ago. stepped: peers from which steps came then.
-    answered: peers that answered then.
+    budget: how many peers may be pinged. told: peers that were silent recently. stepped: peers that recently sent
+    outputs of steps. answered: peers that answered recently.
     """
 
     peers: Sequence[str]
@@ -71,7 +71,7 @@ class Line:
         return set() if chosen else None
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
-        """Who stands nearer to two silent ones than to any that answered."""
+        """Peers nearer to two silent peers than to any peer that answered."""
         places = {name: int(name) for name in self.peers}
         if len(silent) < 2 or not answered:
             return set()
@@ -102,7 +102,7 @@ def lines(draw: st.DrawFn) -> Line:
 
 
 @given(lines())
-def test_of_any_swarm(line: Line) -> None:
+def test_a_search_pings_no_peer_twice_and_uses_no_silent_peer_without_need(line: Line) -> None:
     try:
         [hop] = line.search()
     except CoverageError:
@@ -121,7 +121,7 @@ def test_of_any_swarm(line: Line) -> None:
         )
 
 
-def test_of_a_silent_region_few_are_asked() -> None:
+def test_few_peers_of_a_silent_region_are_pinged() -> None:
     names = [f"{number:03}" for number in range(600)]
     line = Line(names, dead=set(names[:300]), told={"000", "001"}, answered={"320"})
     [hop] = line.search()
@@ -129,13 +129,13 @@ def test_of_a_silent_region_few_are_asked() -> None:
     assert len(line.asked & line.dead) < len(line.dead) / 2
 
 
-def test_where_few_are_silent_nobody_is_asked() -> None:
+def test_no_peer_is_pinged_if_few_are_silent() -> None:
     line = Line(["1", "2", "3"], dead={"3"}, told={"3"})
     assert line.search() == ["1"] and not line.rounds
 
 
-def test_a_hop_that_was_lost_says_nothing_for_those_beside_it() -> None:
-    """Its last steps came a moment ago."""
+def test_a_lost_hop_is_no_sign_that_its_neighbours_are_alive() -> None:
+    """The last outputs of its steps arrived recently."""
     near, far = ([f"{number:02}" for number in range(start, start + 30)] for start in (0, 70))
     lost = {"10", "11"}
     line = Line([*near, *far], dead=set(near), told={"14", "15"}, stepped=lost, answered={"99"}, excluded=lost)
@@ -144,7 +144,7 @@ def test_a_hop_that_was_lost_says_nothing_for_those_beside_it() -> None:
     assert len(line.asked.intersection(near)) == len(line.told) + 1 + ASKED_BESIDE, "all others were left out"
 
 
-def test_who_is_known_to_live_speaks_for_those_beside_it() -> None:
+def test_a_peer_known_to_be_alive_is_used_beside_silent_peers() -> None:
     peers = ["10", "12", "13", "90", "91"]
     line = Line([*peers, "11"], dead={"10", "11"}, told={"11"}, answered={"90"}, excluded={"11"})
     assert line.search({"12"}, given_up={"10", "11"}) == ["12"]

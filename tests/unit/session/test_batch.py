@@ -1,4 +1,4 @@
-"""Gradients go back in the order of their passes, and a batch is done, or repeated, as one."""
+"""Gradients are sent back in the order of their passes, and a batch is completed or repeated as a whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD, TAIL = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) fo
 
 @dataclass
 class FakeRoute:
-    """Two hops, both with a part of the adapter."""
+    """Two hops, each with a part of the adapter."""
 
     epoch: int = 1
     hidden_size: int = 4
@@ -73,7 +73,7 @@ def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
 
 
 def answer(made: list[PassRequest], route: FakeRoute) -> None:
-    """All that the peers send for the gradients."""
+    """Delivers every message that the peers send in reply to the gradients."""
     for each in made:
         each.take(HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
     for hop in (HEAD, TAIL):
@@ -82,14 +82,14 @@ def answer(made: list[PassRequest], route: FakeRoute) -> None:
 
 
 def sent_back(route: FakeRoute) -> list[tuple[int, int, bool]]:
-    """Number, since and held of the gradients that were sent."""
+    """The number, `since` and `held` of each gradient sent."""
     return [(each.number, each.since, each.held) for each in route.heard() if isinstance(each, Gradient)]
 
 
 IN_ORDER = [(10, 10, True), (11, 10, True), (12, 10, False)]
 
 
-def test_the_sum_is_asked_for_with_the_last_pass() -> None:
+def test_adapter_gradients_are_summed_when_the_last_pass_goes_back() -> None:
     route = FakeRoute()
     made = passes(route)
     for each in made:
@@ -102,8 +102,9 @@ def test_the_sum_is_asked_for_with_the_last_pass() -> None:
     assert {name: tensor.tolist() for name, tensor in batch.by_adapter.items()} == SUMS
 
 
-def test_a_pass_of_an_older_route_has_all_repeated_and_sent_back_in_order() -> None:
-    """Some have gone through again in the new epoch already, but their gradients must not overtake the first."""
+def test_gradients_wait_until_a_pass_of_an_older_route_is_repeated() -> None:
+    """Some passes have been repeated in the new epoch, but their gradients must not be sent before that of the first
+    pass."""
     route = FakeRoute()
     made = passes(route)
     made[0].take(TAIL, result(made[0]), route)
@@ -120,8 +121,8 @@ def test_a_pass_of_an_older_route_has_all_repeated_and_sent_back_in_order() -> N
         assert sent_back(route) == (IN_ORDER if index == 0 else [])
 
 
-def test_a_batch_is_repeated_as_one() -> None:
-    """A hop that died took its part of the sum along, also of passes whose own gradient has come."""
+def test_a_new_route_repeats_all_passes_of_a_batch() -> None:
+    """A lost hop also loses its part of the gradient sums, including passes whose own gradient has arrived."""
     route = FakeRoute()
     made = passes(route)
     for each in made:
@@ -154,7 +155,7 @@ def of_the_adapter(remaining: int, payload: bytes = b"part") -> AdapterGradient:
         (of_the_adapter(1), of_the_adapter(0, bytes(5000)), "more than was asked for"),
     ],
 )
-def test_a_hop_that_sends_parts_without_end_is_found_out(
+def test_adapter_gradients_larger_than_the_adapter_are_refused(
     first: AdapterGradient, more: AdapterGradient, text: str
 ) -> None:
     route = FakeRoute()
@@ -168,7 +169,7 @@ def test_a_hop_that_sends_parts_without_end_is_found_out(
             made[-1].take(HEAD, replace(more, remaining=max(0, more.remaining - index)), route)
 
 
-def test_an_answer_that_is_there_already_is_no_progress() -> None:
+def test_a_repeated_answer_is_no_progress() -> None:
     route = FakeRoute()
     made = passes(route)
     assert made[0].take(TAIL, result(made[0]), route) and not made[0].take(TAIL, result(made[0]), route)
@@ -176,7 +177,7 @@ def test_an_answer_that_is_there_already_is_no_progress() -> None:
     assert made[0].take(HEAD, gradient, route) and not made[0].take(HEAD, gradient, route)
 
 
-def test_a_replay_ends_only_where_it_was_to_end() -> None:
+def test_only_the_last_hop_of_a_replay_ends_it() -> None:
     route = FakeRoute()
     replay = ReplayRequest(Replay(SID, 1, 9, 6), to=HEAD, last=TAIL)
     with pytest.raises(ProtocolError):
@@ -198,7 +199,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("tensors", WRONG.values(), ids=WRONG)
-def test_gradients_of_another_adapter_or_not_finite_are_refused(tensors: dict[str, torch.Tensor]) -> None:
+def test_adapter_gradients_that_are_not_finite_or_do_not_fit_the_adapter_are_refused(
+    tensors: dict[str, torch.Tensor],
+) -> None:
     route = FakeRoute()
     made = passes(route)
     for each in made:

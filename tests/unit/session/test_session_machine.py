@@ -1,4 +1,4 @@
-"""Whatever happens to a session, its values are right, or there is one clear error, and nothing is held at the end."""
+"""Under all faults, a session returns correct values or one clear error, and its peers hold nothing at the end."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def small_pages() -> Iterator[None]:
 
 
 def text_of(which: int, length: int) -> tuple[bytes, ...]:
-    """Texts that begin alike: each has the first `which` positions of the first one."""
+    """Texts with common beginnings: each starts with the first `which` positions of text 12."""
     return tuple(bytes((1, 1 if at < which else 2 + which, at, 0)) for at in range(length))
 
 
 class Trouble(RuleBasedStateMachine):
-    """What networks, peers and callers may do at any time."""
+    """Faults of networks and peers, and calls of the caller, at any time."""
 
     world: World
 
     LIES: Sequence[str]
-    """What one peer may do wrong without that a request fails."""
+    """Faults of one peer that must not make a request fail."""
 
     @initialize(
         kind=st.sampled_from(Kind),
@@ -115,13 +115,13 @@ class Trouble(RuleBasedStateMachine):
             self.world.tick()
 
     def _peer(self, at: int) -> PeerModel:
-        """Mostly one that is on the route."""
+        """Usually a peer of the route."""
         hops = [self.world.at(hop.endpoint) for hop in self.world.state.hops]
         return hops[at % len(hops)] if hops and at % 8 else self.world.peers[at % len(SPANS)]
 
     @rule(at=index)
     def part_or_join(self, at: int) -> None:
-        """Two hops in a row reach each other no more, or do again."""
+        """Breaks or restores the connection between two neighbouring hops."""
         hops = self.world.state.hops
         if len(hops) > 1:
             first = at % (len(hops) - 1)
@@ -130,7 +130,7 @@ class Trouble(RuleBasedStateMachine):
     @precondition(lambda self: self.is_rough or self.world.is_at_rest)
     @rule(at=index, behind=st.booleans(), restarts=st.integers(1, 3))
     def part_or_join_and_reopen(self, at: int, behind: bool, restarts: int) -> None:
-        """Hops from the first or the second of them on have restarted, so the session finds out."""
+        """Several hops, starting with the first or second of the two, also restart, so the session notices."""
         hops = self.world.state.hops
         self.part_or_join(at)
         if len(hops) > 1:
@@ -141,7 +141,7 @@ class Trouble(RuleBasedStateMachine):
     @precondition(lambda self: self.world.kind is Kind.CALM)
     @rule(at=index, what=st.sampled_from(["kill", "leave"]))
     def go_away(self, at: int, what: str) -> None:
-        """While others are left for all blocks."""
+        """A peer fails or leaves while other peers still serve all blocks."""
         peer = self._peer(at)
         if self.world.can_spare(peer):
             if what == "kill":
@@ -204,7 +204,7 @@ class Trouble(RuleBasedStateMachine):
 
 
 class Steps(Trouble):
-    """A session with caches: prompts, tokens, windows, rewinds, forks."""
+    """A session with KV caches: prompts, tokens, windows, rewinds, forks."""
 
     LIES = (*Faulty.KINDS, *Faulty.WITH_STEPS)
 
@@ -231,19 +231,19 @@ class Steps(Trouble):
     def send_text(self) -> None:
         if self.world.state.is_open and self.world.state.is_settled:
             self.world.send_text()
-        elif self.world.state.is_settled:  # the caller has had its error
+        elif self.world.state.is_settled:  # The error has been reported to the caller.
             self.world.text, self.world.restarts = None, True
 
     @rule(at=index, some=st.integers(0, 15))
     def lose_pages(self, at: int, some: int) -> None:
-        """A peer needs the memory."""
+        """A peer frees the memory of some pages."""
         peer = self._peer(at)
         peer.pages = {name: page for index, (name, page) in enumerate(peer.pages.items()) if some >> index % 4 & 1}
 
     @precondition(lambda self: not self.world.state.hops)
     @rule(at=peer)
     def hold_otherwise(self, at: int) -> None:
-        """Than its record says."""
+        """The peer holds its weights in another format than its record says."""
         self.world.peers[at].record.dtype = "int8"
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
@@ -270,15 +270,15 @@ class Steps(Trouble):
         for each in self.world.asked:
             for part in each.request.message.parts if not each.request.done and each.request.error is None else ():
                 if part.row == row and part.start < start < part.start + part.length:
-                    start = part.start  # not inside of a step under way
+                    start = part.start  # The row starts before a step in flight, not inside it.
                 if part.row == row and start < part.start + part.length and len(each.request.message.parts) > 1:
-                    return  # its other rows would end too
+                    return  # The other rows of that step would end, too.
         self.world.submit([(row, start, 1, 1)])
 
     @precondition(lambda self: self.world.is_at_rest and self.world.ready and self.world.rows)
     @rule(at=index, turns=st.lists(st.integers(0, 1), min_size=2, max_size=4))
     def part_and_join_by_turns(self, at: int, turns: list[int]) -> None:
-        """With a step after each, which goes on or takes the place of the last position."""
+        """After each change follows a step that appends a position or replaces the last one."""
         for back in turns:
             self.part_or_join_and_reopen(at, behind=True, restarts=1)
             if self.world.ready and self.world.rows and not self.world.restarts:
@@ -314,7 +314,7 @@ class Steps(Trouble):
     @precondition(lambda self: any(not each.request.done for each in self.world.asked))
     @rule()
     def abandon(self) -> None:
-        """As drafts that were wrong: what they sent stands behind the text, and the next positions begin before it."""
+        """Abandons rejected drafts: the next positions replace those of the drafts."""
         first = next(at for at, each in enumerate(self.world.asked) if not each.request.done)
         for each in self.world.asked[first:]:
             for part in each.request.message.parts:
@@ -331,7 +331,7 @@ class Steps(Trouble):
 
 
 class Passes(Trouble):
-    """A session that trains: batches forward and back, with adapters that change."""
+    """A session that trains: forward and backward passes of batches, with adapters that change."""
 
     LIES = Faulty.KINDS
 
@@ -376,7 +376,7 @@ FAULTS = [None, *Faulty.KINDS, *Faulty.WITH_STEPS, *Faulty.OTHERS]
 
 
 def wander(seed: int, kind: Kind, turns: int = 60) -> World:
-    """Texts one after the other, most of which begin as one before, with all that may happen meanwhile."""
+    """Runs many texts, mostly with the beginning of an earlier text, with random faults in between."""
     chance, run = random.Random(seed), Steps()
     run.begin(kind=kind, seed=seed, opens=chance.random() < 0.5, which=chance.choice(ADAPTERS), taps=())
     world, state = run.world, run.world.state
@@ -423,7 +423,7 @@ def wander(seed: int, kind: Kind, turns: int = 60) -> World:
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_texts_that_begin_alike_are_as_computed_anew(kind: Kind) -> None:
+def test_texts_with_reused_pages_get_the_same_values_as_without(kind: Kind) -> None:
     worlds = [wander(seed, kind) for seed in range(examples(200))]
     assert sum(world.recalled for world in worlds) > len(worlds) // 4, "hardly any text was recalled"
 
@@ -431,11 +431,11 @@ def test_texts_that_begin_alike_are_as_computed_anew(kind: Kind) -> None:
 @pytest.mark.parametrize("fault", [*Faulty.KINDS, *Faulty.WITH_STEPS])
 @settings(MANY, max_examples=examples(25))
 @given(at=peer, seed=st.integers(0, 1 << 16), losses=st.lists(st.integers(0, 40), max_size=2))
-def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
-    """Nor do two messages that get lost meanwhile."""
+def test_one_faulty_peer_among_honest_peers_fails_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
+    """Two lost messages do not make a request fail either."""
     world = World(seed=seed, taps=(1, 2, 3))
     world.peers[at].fault = fault
-    # For each of its blocks there is another.
+    # Each block of the lying peer is also served by another peer.
     world.feed(Use())
     world.settle()
     row = world.new_row_id()
@@ -453,7 +453,7 @@ def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int,
 
 
 def fall_silent_while_it_opens(world: World) -> None:
-    """The first hop of a route does, of which there is a twin."""
+    """Makes the first hop of the route fall silent. Another peer serves the same span."""
     first, twin, tail = world.peers[:3]
     world.peers = [first, tail]
     world.feed(Use())
@@ -464,8 +464,8 @@ def fall_silent_while_it_opens(world: World) -> None:
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool) -> None:
-    """Unless it may take long to reach."""
+def test_a_hop_that_is_silent_while_a_route_opens_is_replaced_early(hidden: bool) -> None:
+    """A hop behind a relay gets more time, because connecting to it may take long."""
     world = World(seed=1)
     first, twin, tail = world.peers[:3]
     if hidden:
@@ -478,8 +478,8 @@ def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool)
     assert world.now >= MAX_SILENCE_S + ANSWER_S
 
 
-def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
-    """What it is asked, and what opens the session there, wait behind what else is sent to it."""
+def test_the_wait_for_a_hop_with_a_busy_link_is_bounded() -> None:
+    """The ping and the `Open` message wait behind other data that is sent to the hop."""
     world = World(seed=1)
     first = world.peers[0]
     fall_silent_while_it_opens(world)
@@ -495,7 +495,7 @@ def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
     assert world.state.is_open
 
 
-def test_a_hop_that_answers_late_was_not_dead_and_is_waited_for_from_then_on() -> None:
+def test_a_hop_that_answers_late_is_unbanned_and_its_next_answer_gets_more_time() -> None:
     world = World(seed=1)
     world.feed(Use())
     world.settle()
@@ -512,7 +512,7 @@ def test_a_hop_that_answers_late_was_not_dead_and_is_waited_for_from_then_on() -
     assert first.name not in world.banned, "it has answered"
     world.settle()
     assert world.asked[-1].request.done
-    # The next time its round trips are known.
+    # The second time, the round trips of the hop are known.
     patience = dict.fromkeys(world.state.endpoints(), 4.5)
     began = world.now
     world.submit([(None, 0, 2, 1)])
@@ -523,8 +523,8 @@ def test_a_hop_that_answers_late_was_not_dead_and_is_waited_for_from_then_on() -
 
 
 @pytest.mark.parametrize("error", [NotAuthorized, WrongKey, PeerLost])
-def test_who_takes_the_clients_key_away_is_not_waited_for(error: type[SplitnetError]) -> None:
-    """Its connection ends, and is refused when it is made anew. With a new key it may be back under that."""
+def test_a_hop_that_revokes_the_clients_key_ends_the_session_at_once(error: type[SplitnetError]) -> None:
+    """The peer closes the connection and refuses new ones. It may serve again under another key."""
     world = World(seed=1)
     world.peers = [world.peers[0], world.peers[2]]
     world.feed(Use())
@@ -543,8 +543,8 @@ def test_who_takes_the_clients_key_away_is_not_waited_for(error: type[SplitnetEr
 
 
 @pytest.mark.parametrize("refills", [False, True])
-def test_a_hop_that_takes_nothing_is_replaced_after_one_that_sends_to_it(refills: bool) -> None:
-    """The hop before it says that something of the session is on its way, for ever."""
+def test_a_hop_that_reads_no_messages_is_replaced(refills: bool) -> None:
+    """The hop before it reports, without end, that data of the session is on its way."""
     world = World(seed=1)
     world.peers = [*world.peers[:4], *world.peers[5:7]]
     world.banned = {peer.name: 60.0 for peer in world.peers[4:]}
@@ -566,7 +566,7 @@ def test_a_hop_that_takes_nothing_is_replaced_after_one_that_sends_to_it(refills
     assert world.now < 3 * 120.0
 
 
-def test_what_hops_say_of_a_step_that_they_were_not_sent_is_nothing() -> None:
+def test_failures_of_a_step_that_was_not_sent_are_ignored() -> None:
     world = World(seed=1)
     world.feed(Use())
     world.settle()
@@ -581,8 +581,8 @@ def test_what_hops_say_of_a_step_that_they_were_not_sent_is_nothing() -> None:
     assert len(liars) == 2 and world.asked[0].request.done
 
 
-def test_what_hops_say_of_a_route_that_is_given_up_is_nothing() -> None:
-    """One that was let go does not know the session, which the hop before it passes on."""
+def test_failures_of_an_abandoned_route_are_ignored() -> None:
+    """The replaced hop does not know the session, and the hop before it passes that error on."""
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -602,8 +602,8 @@ def test_what_hops_say_of_a_route_that_is_given_up_is_nothing() -> None:
 
 
 @pytest.mark.parametrize("then", ["a step", "doubt", "a way back"])
-def test_what_is_sent_just_after_a_hop_has_left_waits_for_another(then: str) -> None:
-    """The caller has found the route open, and its thread is overtaken by the message."""
+def test_requests_sent_just_after_a_hop_has_left_wait_for_its_replacement(then: str) -> None:
+    """The message that a hop leaves arrives after the caller has found the route open."""
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -629,14 +629,14 @@ def test_what_is_sent_just_after_a_hop_has_left_waits_for_another(then: str) -> 
 
 
 @pytest.mark.parametrize("repairs", [False, True])
-def test_a_new_session_that_fits_no_peer_waits_for_none(repairs: bool) -> None:
+def test_a_new_session_that_is_too_long_for_all_peers_fails_at_once(repairs: bool) -> None:
     setup, kinds = failover.RouteSetup(0.0, repairs), (errors.TooLongForPeers, PeerBusy)
     waits = [setup.may_wait(events.NoRoute(1, kind(""), frozenset(), True), grows=False) for kind in kinds]
     assert waits == [repairs, True]
 
 
-def test_a_step_that_a_later_one_undid_is_not_sent_again() -> None:
-    """It would build on the later one; its sender learns that it has ended."""
+def test_a_step_that_a_later_step_undid_is_not_sent_again() -> None:
+    """The undone step builds on positions that the later step replaced; its sender gets an error."""
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -653,7 +653,7 @@ def test_a_step_that_a_later_one_undid_is_not_sent_again() -> None:
     world.close()
 
 
-def test_hops_that_restart_between_adapters_stay() -> None:
+def test_hops_that_restart_between_two_adapters_stay_on_the_route() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -667,8 +667,9 @@ def test_hops_that_restart_between_adapters_stay() -> None:
 
 
 @pytest.mark.parametrize(("any_weights", "has_twin"), [(False, True), (False, False), (True, True)])
-def test_a_hop_that_restarts_with_other_weights_is_another(any_weights: bool, has_twin: bool) -> None:
-    """Its record may not tell yet. Where that is allowed it stays, and the user is told."""
+def test_a_hop_that_restarts_with_other_weights_is_replaced(any_weights: bool, has_twin: bool) -> None:
+    """The record of the peer may still name the old weights. If other weights are allowed, the hop stays and the user
+    is told."""
     world = World(seed=1, any_weights=any_weights)
     first, _, second, twin = world.peers[:4]
     world.peers = [first, second]
@@ -695,8 +696,8 @@ def test_a_hop_that_restarts_with_other_weights_is_another(any_weights: bool, ha
 
 
 @pytest.mark.parametrize("at", [0, 2])
-def test_a_hop_that_keeps_hidden_states_is_replaced(at: int) -> None:
-    """First the route is opened again, as they may have been lost."""
+def test_a_hop_that_sends_no_hidden_states_is_replaced(at: int) -> None:
+    """The session first opens the route again, because the hidden states may have been lost on the way."""
     world = World(seed=1, taps=(1, 3))
     first, twin, tail, last = world.peers[:4]
     world.peers = [first, tail]
@@ -711,7 +712,7 @@ def test_a_hop_that_keeps_hidden_states_is_replaced(at: int) -> None:
 
 
 def test_hidden_states_of_a_step_may_come_after_the_output_of_the_next() -> None:
-    """From another hop than the last; and what comes twice, or late, is nothing."""
+    """Hidden states come from another hop than the tail. Repeated or late copies are ignored."""
     world = World(seed=1, taps=(1,))
     first, _, tail = world.peers[:3]
     world.peers = [first, tail]
@@ -731,7 +732,7 @@ def test_hidden_states_of_a_step_may_come_after_the_output_of_the_next() -> None
     assert all(request.done for request in requests) and not world.state.recoveries
 
 
-def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None:
+def test_a_relay_log_of_a_new_row_alone_is_not_replayed_to_the_next_hop() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -753,8 +754,8 @@ def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None
     assert world.asked[-1].request.done and not world.state.recoveries
 
 
-def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
-    """The client does not know the parts of what a hop replays, so it could not relay them."""
+def test_a_replay_of_a_hop_ends_before_a_relayed_link() -> None:
+    """The client cannot relay a replay of another hop, because it does not know the parts of its steps."""
 
     def opened(seed: int) -> World:
         world = World(seed=seed, kind=Kind.CALM)
@@ -776,8 +777,8 @@ def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
     assert world.asked[-1].request.done and world.state.recoveries
 
 
-def test_what_was_relayed_before_hops_reached_each_other_fills_no_hop() -> None:
-    """What the first hop has pushed itself since then is missing in it."""
+def test_a_relay_log_from_before_hops_reached_each_other_is_not_replayed() -> None:
+    """The log of relayed steps lacks the steps that the first hop has pushed itself since."""
 
     def opened(seed: int) -> World:
         world = World(seed=seed, kind=Kind.CALM)
@@ -799,8 +800,8 @@ def test_what_was_relayed_before_hops_reached_each_other_fills_no_hop() -> None:
     assert world.state.endpoints()[:2] == [first.endpoint, second.endpoint]
 
 
-def test_who_answers_for_the_tail_does_not_tell_of_a_lost_step() -> None:
-    """Of two steps, a hop before the tail answers the second, too: what it says is not that the first was lost."""
+def test_an_answer_from_a_hop_before_the_tail_does_not_show_a_lost_step() -> None:
+    """When a hop before the tail answers the second of two steps, this does not show that the first was lost."""
     run = Steps()
     run.begin(kind=Kind.LIAR, seed=0, opens=True, which=None)
     run.resize(more=1)
@@ -812,7 +813,7 @@ def test_who_answers_for_the_tail_does_not_tell_of_a_lost_step() -> None:
     run.teardown()
 
 
-def test_what_is_relayed_of_a_replay_that_did_not_end_fills_no_hop() -> None:
+def test_a_relay_log_of_an_interrupted_replay_is_not_replayed() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
     world.settle()
@@ -835,8 +836,8 @@ def test_what_is_relayed_of_a_replay_that_did_not_end_fills_no_hop() -> None:
     assert world.asked[-1].request.done and len(world.state.recoveries) <= 1
 
 
-def test_a_step_does_not_undo_some_rows_of_one_under_way() -> None:
-    """Were that one lost, other rows would go on from what it was to replace."""
+def test_a_step_may_not_undo_only_some_rows_of_a_step_in_flight() -> None:
+    """If the undone step were lost, its other rows would continue from the state that it was to replace."""
     world = World(seed=1)
     world.feed(Use())
     world.settle()
@@ -859,7 +860,7 @@ def test_a_step_does_not_undo_some_rows_of_one_under_way() -> None:
     assert all(each.request.done for each in world.asked)
 
 
-def test_memory_that_is_refused_leaves_the_session_as_it_was() -> None:
+def test_a_refused_reservation_leaves_the_session_unchanged() -> None:
     world = World(reservation=8)
     world.feed(Use())
     world.settle()
@@ -885,7 +886,7 @@ ALL_AT_ONCE = ["killed", "forget", "apart", "refuses adapters", "fails replays",
 
 
 def befall(world: World, what: str) -> None:
-    """The same happens to all peers, or the last hop is lost."""
+    """The same fault at all peers, or the loss of the last hop."""
     match what:
         case "lost tail":
             if world.state.hops:
@@ -904,7 +905,7 @@ def befall(world: World, what: str) -> None:
 
 
 def changes_after(trouble: str, phase: Phase, which: Any, *, repairs: bool, seed: int) -> set[tuple[Phase, Phase]]:
-    """What a session goes through whose first or repaired route is in `phase` when the trouble comes."""
+    """The changes of phase of a session whose first or repaired route is in `phase` when the fault occurs."""
     world = World(seed=seed)
     world.feed(Use())
     if repairs:
@@ -932,8 +933,8 @@ def changes_after(trouble: str, phase: Phase, which: Any, *, repairs: bool, seed
     return world.seen
 
 
-def test_the_table_of_transitions_is_what_happens() -> None:
-    """Every change of phase that the table has happens in one of these runs; one that it lacks is an AssertionError."""
+def test_the_table_of_transitions_is_complete_and_exact() -> None:
+    """Every transition of the table occurs in a run. A transition outside the table raises AssertionError."""
     cases = product([*ALL_AT_ONCE, "lost tail"], ROUTE_PHASES, ADAPTERS[:2], [False, True], range(4))
     seen = {
         change
@@ -943,7 +944,7 @@ def test_the_table_of_transitions_is_what_happens() -> None:
     world = World(seed=1)
     world.feed(Use())
     world.settle()
-    # An adapter for a route that stands.
+    # An adapter for an open route.
     world.feed(UseAdapter(adapter(1)))
     world.settle()
     table = {(before, after) for before, afters in TRANSITIONS.items() for after in afters}

@@ -31,7 +31,7 @@ from splitnet.errors import SplitnetError
 from splitnet.session.events import Cause, Phase
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
-"""A world in which peers come and go all the time."""
+"""A world in which peers join and leave all the time."""
 FEW = replace(SMALL, clients=10)
 
 
@@ -42,7 +42,7 @@ def small_world() -> World:
 
 @cache
 def ran(world: World, policy: str) -> Simulation:
-    """Not to be changed: several tests look at the same one."""
+    """A finished simulation, which several tests share. Do not change it."""
     chosen = POLICIES[policy]
     world = world.under(**chosen.rules)
     simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
@@ -53,7 +53,7 @@ def ran(world: World, policy: str) -> Simulation:
 
 @pytest.mark.default_cases(policy=("own", "petals", "random", "stale"))
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_every_session_ends_and_gives_back_what_it_took(small_world: World, policy: str) -> None:
+def test_every_session_ends_and_frees_its_memory(small_world: World, policy: str) -> None:
     simulation = ran(small_world, policy)
     assert len(simulation.sessions) == SMALL.clients
     for session in simulation.sessions:
@@ -70,7 +70,7 @@ def test_every_session_ends_and_gives_back_what_it_took(small_world: World, poli
     assert any(session.state == FINISHED for session in simulation.sessions)
 
 
-def test_peers_that_leave_are_replaced_in_mid_session(small_world: World) -> None:
+def test_leaving_peers_are_replaced_during_a_session(small_world: World) -> None:
     sessions = ran(small_world, "own").sessions
     assert sum(session.repairs for session in sessions if session.state == FINISHED) > 0
 
@@ -85,19 +85,19 @@ def test_another_seed_gives_another_result() -> None:
     assert simulate(World(replace(FEW, seed=2)), "random") != simulate(World(FEW), "random")
 
 
-def test_policies_meet_the_same_world(small_world: World) -> None:
+def test_all_policies_run_in_the_same_world(small_world: World) -> None:
     simulations = [ran(small_world, policy) for policy in ("own", "stale", "petals", "random")]
     asked = [[session.request for session in simulation.sessions] for simulation in simulations]
     assert all(requests == asked[0] == small_world.requests for requests in asked)
     joined = [[node.device for node in simulation.nodes.values()] for simulation in simulations]
-    for devices in joined:  # how many join depends on when the last session ends
+    for devices in joined:  # The end of the last session decides how many devices join.
         assert devices == small_world.devices[: len(devices)]
         assert len(devices) > SMALL.peers
     with pytest.raises(ValueError, match="seed"):
         small_world.under(seed=2)
 
 
-def test_progress_grows_to_the_end() -> None:
+def test_progress_increases_until_the_end() -> None:
     told: list[float] = []
     simulate(World(FEW), "own", told.append)
     assert told == sorted(told)
@@ -105,7 +105,7 @@ def test_progress_grows_to_the_end() -> None:
 
 
 class Fixed:
-    """Routing and placement as they are written down."""
+    """Fixed routes and placement."""
 
     through_client = False
     replans = False
@@ -134,7 +134,7 @@ class Fixed:
 
 
 def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
-    """Five peers, each 2 ms per block and token, that stay; (at_s, prompt, output) of each request."""
+    """Five peers that stay, each with 2 ms per block and token; (at_s, prompt, output) of each request."""
     settings = Settings(
         peers=5, clients=len(requests), num_blocks=5, hidden=100, uptime=float("inf"), own_use=False, moves=False,
         jitter=0.0, loss=loss, window_bytes=math.inf, sessions_per_peer_hour=len(requests) * 3600 / 5 / 100,
@@ -165,13 +165,13 @@ THREE_HOPS = (Hop("p000000", 0, 2), Hop("p000002", 2, 3), Hop("p000004", 3, 5))
 SPANS = ((0, 2), (0, 2), (2, 3), (3, 5), (3, 5))
 
 
-def test_five_peers_take_as_long_as_computed_by_hand() -> None:
+def test_the_times_of_five_peers_equal_a_calculation_by_hand() -> None:
     world = tiny_world((0.0, 16, 11))
     _, outcome = outcome_in(world, SPANS, THREE_HOPS)
     stations = [5, 0, 2, 4, 5]
     links = [world.geography.link(here, there) for here, there in pairwise(stations)]
-    # Of the two codecs int8 takes 0.24 + 0.0029 n + 103 n / rate ms for n positions, none 0.0001 n + 400 n / rate.
-    # A link has that which is the sooner for two.
+    # For n positions, int8 takes 0.24 + 0.0029 n + 103 n / rate ms, and none takes 0.0001 n + 400 n / rate ms. A link
+    # uses the codec that is faster for two positions.
     codecs = [(0.24, 0.0029, 103) if link.bytes_per_ms < 2 * 297 / 0.2456 else (0.0, 0.0001, 400) for link in links]
 
     def sent_ms(positions: int) -> list[float]:
@@ -184,7 +184,8 @@ def test_five_peers_take_as_long_as_computed_by_hand() -> None:
     token_ms = sum(link.latency_ms for link in links) + sum(wires) + 5 * 2.0
     assert outcome.token_ms == [pytest.approx(token_ms)]
     prompt = sent_ms(16)[:-1]
-    # All connect to who comes after them, in four round trips, the peers when they are asked to open; one more answers.
+    # Each connection takes four round trips: the client connects to each hop, and a hop connects to the next one when
+    # it is opened. The answer to `Open` takes one more round trip.
     one_way_ms = world.geography.one_way_ms
     opened_ms = max(
         10 * one_way_ms(5, 0) + 8 * one_way_ms(0, 2),
@@ -197,21 +198,21 @@ def test_five_peers_take_as_long_as_computed_by_hand() -> None:
     assert outcome.failed == outcome.repairs == outcome.peer_moves == 0
 
 
-def test_the_simulated_time_per_token_is_that_of_the_cost_model() -> None:
+def test_the_simulated_time_per_token_equals_the_cost_model() -> None:
     world = tiny_world((0.0, 16, 11))
     simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
     peers = {record.peer.id: record.peer for record in simulation.membership.view.records.values()}
     idle = {name: replace(peer, queue_ms=0.0, batch=0.0) for name, peer in peers.items()}
     network = TrueNetwork(world.geography, world.names_for(5))
     cost = route_ms(THREE_HOPS, idle, network, positions=1, encodings=world.settings.encodings)
-    # A link keeps the codec that is the sooner for two positions; the model takes that for one.
+    # A link keeps the codec that is faster for two positions; the cost model takes the faster one for one position.
     assert outcome.token_ms == [pytest.approx(cost, rel=0.001)]
 
 
-def test_a_connection_begins_slowly_and_again_after_silence() -> None:
-    link = Link(50.0, 1000.0)  # 100 KB are under way on it
+def test_a_connection_has_a_slow_start_again_after_silence() -> None:
+    link = Link(50.0, 1000.0)  # 100 KB are in flight on this link.
     stream = Stream(10_000.0)
-    # 10, 20, 40 and 80 KB are sent in turns of a round trip, 100 ms; the rest goes on without waiting.
+    # 10, 20, 40 and 80 KB are sent in successive round trips of 100 ms; the rest is sent without a wait.
     waits_ms = (100 - 10) + (100 - 20) + (100 - 40) + (100 - 80)
     assert stream.sent(0.0, 200.0, 200_000.0, link) == pytest.approx(200 + waits_ms)
     assert stream.sent(450.0, 200.0, 200_000.0, link) == pytest.approx(200 + waits_ms + 200), "it has come to speed"
@@ -220,8 +221,8 @@ def test_a_connection_begins_slowly_and_again_after_silence() -> None:
     assert stream.sent(3000.0, 200.0, 200_000.0, link) == pytest.approx(3000 + 200 + waits_ms)
 
 
-def test_what_goes_through_the_client_stays_in_order() -> None:
-    # The second step of each prompt is short, and its latency varies: it never comes before the first one.
+def test_steps_relayed_through_the_client_stay_in_order() -> None:
+    # The second step of each prompt is short and its latency varies, but it never arrives before the first step.
     world = tiny_world(*[(20.0 * number, PASS_POSITIONS + 1 + number % 7, 2) for number in range(12)])
     world.settings = replace(world.settings, jitter=2.0)
     simulation, _ = outcome_in(world, SPANS, THREE_HOPS, through_client=True)
@@ -230,7 +231,7 @@ def test_what_goes_through_the_client_stays_in_order() -> None:
 
 
 @pytest.mark.parametrize("through_client", [False, True])
-def test_prompts_share_the_way_up_of_a_peer(through_client: bool) -> None:
+def test_prompts_share_the_uplink_of_a_peer(through_client: bool) -> None:
     ttft_ms: list[float] = []
     for later_s in (0.0, 40.0):
         world = tiny_world((0.0, 100, 2), (later_s, 100, 2))
@@ -248,35 +249,35 @@ def test_a_lost_message_costs_time_and_no_token() -> None:
     assert with_loss.token_ms[0] > without.token_ms[0]
 
 
-def test_a_prompt_is_done_when_all_of_its_steps_are() -> None:
-    # Decode comes first at a hop, but a session's steps stay in order: the last few positions overtake nothing.
+def test_a_prompt_ends_with_the_last_of_its_steps() -> None:
+    # Decode has priority at a hop, but the steps of a session stay in order, so the last positions overtake nothing.
     _, whole = outcome_in(tiny_world((0.0, PASS_POSITIONS, 2)), SPANS, THREE_HOPS)
     _, longer = outcome_in(tiny_world((0.0, PASS_POSITIONS + 4, 2)), SPANS, THREE_HOPS)
     assert longer.ttft_ms[0] > 0.99 * whole.ttft_ms[0]
 
 
-def behind_a_slow_way(*prompts: int) -> tuple[Simulation, Outcome]:
-    """Prompts that come at once, through a first hop that sends 5 bytes per ms: 100 positions take 2 s."""
+def through_a_slow_uplink(*prompts: int) -> tuple[Simulation, Outcome]:
+    """Prompts that arrive together at a first hop that sends 5 bytes per ms, so that 100 positions take 2 s."""
     world = tiny_world(*((0.0, prompt, 2) for prompt in prompts))
     world.devices = [replace(device, kv_positions=10_000) for device in world.devices]
     world.geography.up[0] = 5.0
     return outcome_in(world, SPANS, THREE_HOPS)
 
 
-def test_a_prompt_that_waits_for_a_way_up_is_not_taken_for_lost() -> None:
-    _, outcome = behind_a_slow_way(*[100] * 12)
+def test_a_prompt_waiting_for_an_uplink_does_not_count_as_lost() -> None:
+    _, outcome = through_a_slow_uplink(*[100] * 12)
     assert max(outcome.ttft_ms) > 20_000
     assert (outcome.failed, outcome.repairs) == (0, 0)
 
 
-def test_of_prompts_that_wait_for_a_way_up_the_shortest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shortest_prompt_waiting_for_an_uplink_is_sent_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simulator.node.UNSENT_BYTES", 1000)
-    _, outcome = behind_a_slow_way(1500, 100)
+    _, outcome = through_a_slow_uplink(1500, 100)
     assert outcome.ttft_ms[1] < 15_000 < 30_000 < outcome.ttft_ms[0]
 
 
 class InOrder(Fixed):
-    """The first peer that serves the next block and is not excluded."""
+    """Takes the first peer that serves the next block and is not excluded."""
 
     def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
         block, end = plan.blocks
@@ -293,7 +294,7 @@ class InOrder(Fixed):
 
 @pytest.mark.parametrize("crashes", [True, False])
 @pytest.mark.parametrize(("lost", "instead"), [(0, 1), (3, 4)])
-def test_a_lost_hop_is_replaced_and_given_the_cache(lost: int, instead: int, crashes: bool) -> None:
+def test_a_lost_hop_is_replaced_and_its_cache_computed_again(lost: int, instead: int, crashes: bool) -> None:
     world = tiny_world((0.0, 600, 40))
     world.devices[lost] = replace(world.devices[lost], leaves_s=5.0, crashes=crashes)
     routing = InOrder(SPANS, ())
@@ -307,12 +308,13 @@ def test_a_lost_hop_is_replaced_and_given_the_cache(lost: int, instead: int, cra
     names = [node.id for node, _, _ in session.hops]
     assert device_id(instead) in names
     assert device_id(lost) not in names
-    assert simulation.nodes[device_id(instead)].busy_ms > 600 * 0.01 * 2  # it computed the whole context
+    # The replacement has computed the whole context.
+    assert simulation.nodes[device_id(instead)].busy_ms > 600 * 0.01 * 2
     assert session.machine.phase is Phase.CLOSED
     assert not session.machine.under_way
 
 
-def test_a_machine_that_lives_on_tells_that_its_program_has_died() -> None:
+def test_a_crashed_peer_on_a_running_machine_is_noticed_sooner() -> None:
     ended_ms: list[float] = []
     for resets in (False, True):
         world = tiny_world((0.0, 600, 40))
@@ -324,11 +326,11 @@ def test_a_machine_that_lives_on_tells_that_its_program_has_died() -> None:
         (session,) = simulation.sessions
         assert (session.state, [each.cause for each in session.machine.recoveries]) == (FINISHED, [Cause.LOST])
         ended_ms.append(session.ended_ms)
-    assert ended_ms[1] < ended_ms[0] - 1000  # nobody had to be silent for long
+    assert ended_ms[1] < ended_ms[0] - 1000  # The machine refused the connection at once, so that no timeout passed.
 
 
 def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
-    """A peer of 5 blocks, and clients that are 10 ms from it."""
+    """One peer with 5 blocks, and clients with a latency of 10 ms to it."""
     settings = Settings(
         peers=1, clients=len(requests), num_blocks=5, hidden=100, moves=False, jitter=0.0, loss=0.0,
         sessions_per_peer_hour=len(requests) * 36,
@@ -341,16 +343,16 @@ def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
     return World.given(settings, geography, [device], asked)
 
 
-def test_a_world_may_be_given() -> None:
+def test_a_world_may_be_built_from_given_devices_and_requests() -> None:
     _, outcome = outcome_in(given_world(Speed.of(2.0, 0.01), (0.0, 10, 21)), [(0, 5)], [Hop(device_id(0), 0, 5)])
     assert outcome.token_ms == [pytest.approx(2 * 10 + 5 * 2, rel=0.01)]
-    # To connect takes four round trips, to open one, then the prompt comes.
+    # Connecting takes four round trips and opening takes one; then the prompt is sent.
     assert outcome.ttft_ms == [pytest.approx(5 * 20 + 20 + 5 * 2, rel=0.01)]
 
 
-def test_measured_latencies_stand_in_for_made_up_ones(tmp_path: Path) -> None:
+def test_a_table_of_measured_latencies_replaces_random_ones(tmp_path: Path) -> None:
     table = tmp_path / "rtt"
-    table.write_text("0 10 0\n14 0 30\n-1 20 0\n")  # of the first and the third nobody has measured the way
+    table.write_text("0 10 0\n14 0 30\n-1 20 0\n")  # The round trip between the first and the third node is missing.
     rtt_ms = read_latencies(table)
     assert rtt_ms.tolist() == [[0, 12, 37], [12, 0, 25], [37, 25, 0]]
     world = World(replace(FEW, latencies=table))
@@ -377,7 +379,7 @@ def test_measured_latencies_stand_in_for_made_up_ones(tmp_path: Path) -> None:
         ("# a remark\n", "empty"),
     ],
 )
-def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, error: str) -> None:
+def test_a_malformed_table_of_latencies_is_refused(tmp_path: Path, text: str, error: str) -> None:
     table = tmp_path / "rtt"
     table.write_text(text)
     with pytest.raises(SplitnetError, match=error):
@@ -387,14 +389,14 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, error: str) 
 
 
 @pytest.mark.parametrize(("pause_s", "trips"), [(50.0, 1), (70.0, 5)])
-def test_connections_stay_for_a_minute(pause_s: float, trips: int) -> None:
+def test_connections_stay_open_for_a_minute(pause_s: float, trips: int) -> None:
     world = given_world(Speed.of(2.0, 0.01), (0.0, 10, 21), (1.0 + pause_s, 10, 21))
     world.requests[1] = replace(world.requests[1], number=world.requests[0].number)
     _, outcome = outcome_in(world, [(0, 5)], [Hop(device_id(0), 0, 5)])
     assert outcome.ttft_ms[1] == pytest.approx(trips * 20 + 20 + 5 * 2, rel=0.01)
 
 
-def test_peers_wait_a_tenth_of_a_pass_for_who_may_come_meanwhile() -> None:
+def test_peers_wait_a_tenth_of_a_pass_for_other_sessions() -> None:
     alone, both = (
         outcome_in(given_world(Speed.of(2.0, 0.01), *requests), [(0, 5)], [Hop(device_id(0), 0, 5)])[1].token_ms[0]
         for requests in ([(0.0, 4, 41)], [(0.0, 4, 41), (0.015, 4, 41)])
@@ -403,7 +405,7 @@ def test_peers_wait_a_tenth_of_a_pass_for_who_may_come_meanwhile() -> None:
 
 
 def test_tokens_of_a_client_do_not_wait_for_the_whole_prompt_of_another() -> None:
-    speed = Speed.of(2.0, 1.0)  # 64 positions take 320 ms
+    speed = Speed.of(2.0, 1.0)  # 64 positions take 320 ms.
     alone, both = (
         outcome_in(given_world(speed, *requests), [(0, 5)], [Hop(device_id(0), 0, 5)])[1].token_ms[0]
         for requests in ([(0.0, 4, 21)], [(0.0, 4, 21), (0.3, 400, 2)])
@@ -412,13 +414,13 @@ def test_tokens_of_a_client_do_not_wait_for_the_whole_prompt_of_another() -> Non
     assert both < alone + 80
 
 
-def test_sessions_that_find_no_memory_fail() -> None:
+def test_sessions_without_kv_memory_fail() -> None:
     simulation, outcome = outcome_in(tiny_world((0.0, 700, 300), (0.0, 700, 300)), SPANS, THREE_HOPS)
     assert outcome.failed == 1
     assert [session.state for session in simulation.sessions] == [FINISHED, FAILED]
 
 
-def test_a_session_that_never_ends_has_failed() -> None:
+def test_a_session_without_an_end_counts_as_failed() -> None:
     world = tiny_world((0.0, 16, 500))
     world.geography.delay[:] = 5000.0
     world.geography._delay = [5000.0] * 6  # pyright: ignore[reportPrivateUsage]
@@ -428,12 +430,12 @@ def test_a_session_that_never_ends_has_failed() -> None:
     assert all(node.kv_used == 0 for node in simulation.nodes.values())
 
 
-def test_a_session_doubts_forecasts_that_did_not_come_true() -> None:
+def test_a_session_learns_the_error_of_its_predictions() -> None:
     world = tiny_world((0.0, 16, 30))
     simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
     predictions = simulation.sessions[0].predictions
     predictions.came("another route", 5.0)
-    assert predictions.error == 1.0  # nothing was predicted
+    assert predictions.error == 1.0  # No prediction was given.
     fixed = Fixed(SPANS, THREE_HOPS, predicted_ms=outcome.token_ms[0] / 3)
     doubting = Simulation(world, fixed, fixed)
     for _ in doubting.run():
@@ -444,7 +446,7 @@ def test_a_session_doubts_forecasts_that_did_not_come_true() -> None:
     assert outcome_of(doubting).predicted == [pytest.approx(1 / 3)]
 
 
-def test_one_by_one_events_come_in_the_order_of_time_and_then_of_planning() -> None:
+def test_events_run_in_order_of_time_and_then_of_planning() -> None:
     events, seen = Events(), list[str]()
     for ms, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (9.0, "late")):
         events.at(ms, seen.append, name)
@@ -454,7 +456,7 @@ def test_one_by_one_events_come_in_the_order_of_time_and_then_of_planning() -> N
     assert events.now == 2.0
 
 
-def test_gini() -> None:
+def test_the_gini_coefficient_of_utilisations() -> None:
     def gini(*busy: float) -> float:
         return replace(EMPTY, utilisation=busy).gini
 
@@ -487,13 +489,13 @@ def test_policies_are_compared_world_by_world() -> None:
     assert np.isnan(differences(tokens(0), tokens(5), "goodput_tokens_per_s")[0])
 
 
-def test_in_a_burst_all_come_within_a_second() -> None:
+def test_all_requests_of_a_burst_arrive_within_a_second() -> None:
     arrivals = [request.at_s for request in World(replace(SMALL, burst=True)).requests]
     assert arrivals == sorted(arrivals)
     assert 0 < arrivals[-1] - arrivals[0] <= 1.0
 
 
-def test_a_region_goes_dark_half_way(small_world: World) -> None:
+def test_all_peers_of_a_region_fail_at_half_time(small_world: World) -> None:
     settings = replace(SMALL, dark=True)
     world, at_s = World(settings), settings.duration_s / 2
     assert world.requests == small_world.requests
@@ -523,11 +525,11 @@ def test_coordinates_converge(small_world: World) -> None:
             other = int((number + rng.integers(1, 60)) % 60)
             places[number] = measured_to(rng, plane, number, places[number], other, places[other])
     assert before > 0.9
-    assert float(np.median(errors())) < 0.12  # every round trip is measured up to 10% too long
+    assert float(np.median(errors())) < 0.12  # Every round trip is measured up to 10 % too long.
     assert coordinate_error(small_world).median < 0.5
 
 
-def test_plans_are_compared_with_the_best(small_world: World) -> None:
+def test_plan_qualities_are_relative_to_the_best_route(small_world: World) -> None:
     ticks = iter(range(10_000))
     qualities = list(plan_qualities(small_world, 8, lambda: float(next(ticks))))
     assert all(excess >= -1e-9 for quality in qualities for excess in quality.excess)
@@ -577,6 +579,6 @@ def test_a_chart_shows_every_policy(small_world: World) -> None:
     assert texts.count("nobody got one") == 2
 
 
-def test_the_groups_name_policies_that_exist() -> None:
+def test_groups_of_policies_name_existing_ones() -> None:
     assert {*AGAINST, *BASELINES, *ABLATIONS} <= POLICIES.keys()
     assert sum(kind.share for kind in KINDS) == pytest.approx(1.0)

@@ -24,7 +24,7 @@ def run(*options: str, given: list[str] = SMALL, columns: int = 200) -> str:
     return result.output
 
 
-def test_it_prints_a_row_for_each_policy_and_writes_results_and_chart(tmp_path: Path) -> None:
+def test_the_command_prints_a_row_per_policy_and_writes_results_and_chart(tmp_path: Path) -> None:
     output = run(
         "--policy", "fewest-hops", "--worlds", "2", "--output", str(tmp_path), "--plot", str(tmp_path / "a.svg")
     )
@@ -38,7 +38,7 @@ def test_it_prints_a_row_for_each_policy_and_writes_results_and_chart(tmp_path: 
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
-def test_it_tells_what_coordinates_cost() -> None:
+def test_the_command_prints_the_cost_of_coordinates() -> None:
     output = run("--coordinates", given=WORLD)
     assert "routes of 20 clients" in output
     assert "relative error" in output
@@ -64,12 +64,12 @@ def test_one_world_has_no_intervals() -> None:
     assert "from a single world" in output and "nan" not in output
 
 
-def test_a_narrow_terminal_leaves_nothing_out() -> None:
+def test_a_narrow_terminal_shows_all_columns() -> None:
     narrow = run("--scenario", "dark", columns=60)
     assert "…" not in narrow and "a continent vanishes" in narrow and "repairs" in narrow
 
 
-def test_figures_of_nobody_are_null_in_the_results(tmp_path: Path) -> None:
+def test_missing_figures_are_null_in_the_results(tmp_path: Path) -> None:
     run(
         "--output", str(tmp_path), "--uptime", "inf", given=[*SMALL, "--peers", "1", "--clients", "1", "--blocks", "80"]
     )
@@ -79,7 +79,7 @@ def test_figures_of_nobody_are_null_in_the_results(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--output", "--plot"])
-def test_what_cannot_be_written_is_refused_before_anything_is_simulated(
+def test_unwritable_outputs_are_refused_before_the_simulation(
     tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
@@ -109,12 +109,12 @@ def test_too_few_peers_have_no_routes(peers: str, said: str) -> None:
         (("--coordinates",), "leave out --policy"),
     ],
 )
-def test_what_goes_not_together_is_refused(options: tuple[str, ...], said: str) -> None:
+def test_conflicting_options_are_refused(options: tuple[str, ...], said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
         run(*options)
 
 
-def test_where_the_simulator_is_absent_the_command_says_what_to_do() -> None:
+def test_the_command_explains_a_missing_simulator() -> None:
     program = """
 import sys
 sys.modules["simulator"] = None

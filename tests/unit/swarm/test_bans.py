@@ -1,4 +1,4 @@
-"""Whom a client plans without."""
+"""Bans: the peers that a client plans without."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_ban_ends() -> None:
     assert bans.keys() == set()
 
 
-def test_who_died_may_be_pardoned() -> None:
+def test_a_lost_peer_may_be_unbanned() -> None:
     bans, peer = Bans(Clock()), record()
     bans.add(peer.key.text)
     assert bans.may_be_unbanned([peer, record()]) == [peer]
@@ -27,7 +27,7 @@ def test_who_died_may_be_pardoned() -> None:
     assert bans.keys() == set()
 
 
-def test_who_left_may_be_pardoned_only_when_it_serves_other_blocks() -> None:
+def test_a_peer_that_left_may_be_unbanned_only_when_it_serves_again() -> None:
     bans, peer = Bans(Clock()), replace(RECORD, placed_at=1.0)
     bans.add(peer.key.text, peer)
     assert bans.may_be_unbanned([peer]) == []

@@ -1,4 +1,4 @@
-"""A client's links: open while a session uses them, bounded whatever peers come and go, closed from any thread."""
+"""A client's links stay open while a session uses them, are bounded in number, and close from any thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_S = 20.0
 
 
 class FakeSession:
-    """A session that notes what it is told."""
+    """A session that records link failures."""
 
     def __init__(self, links: Links, number: int = 1) -> None:
         self.id = bytes([number]) * 16
@@ -56,12 +56,12 @@ KEY = Identity.generate().public
 
 
 def peer(number: int = 0) -> Endpoint:
-    """One that nobody listens at."""
+    """An endpoint at a port without a listener."""
     return Endpoint(f"tcp://127.0.0.1:{1 + number}", KEY)
 
 
 def open_links(links: Links) -> set[Endpoint]:
-    """After all that was sent before has reached the transport's thread."""
+    """The open links, once the transport's thread has handled all earlier messages."""
     done = threading.Event()
     on_tick = links._transport.on_tick
 
@@ -76,7 +76,7 @@ def open_links(links: Links) -> set[Endpoint]:
     return set(links._transport._links)
 
 
-def test_what_a_session_opened_is_in_use_until_it_closes_it(links: Links) -> None:
+def test_a_link_is_in_use_until_its_last_session_closes(links: Links) -> None:
     first, second = FakeSession(links), FakeSession(links, 2)
     for session in (first, second):
         session.open(peer())
@@ -90,14 +90,14 @@ def test_what_a_session_opened_is_in_use_until_it_closes_it(links: Links) -> Non
     assert open_links(links) == {peer()}, "the next session finds it open"
 
 
-def test_the_pool_is_told_that_a_link_has_come_up(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_learns_that_a_link_is_up(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Endpoint] = []
     monkeypatch.setattr(links.pool, "came_up", told.append)
     links._link_changed(peer(), LinkState.UP)
     assert told == [peer()]
 
 
-def test_a_session_that_is_over_uses_no_link(links: Links) -> None:
+def test_a_closed_session_uses_no_link(links: Links) -> None:
     session = FakeSession(links)
     session.close()
     session.open(peer())
@@ -105,7 +105,7 @@ def test_a_session_that_is_over_uses_no_link(links: Links) -> None:
     assert links.pool.in_use == []
 
 
-def test_links_that_no_session_uses_make_room(links: Links) -> None:
+def test_unused_links_are_closed_for_new_links(links: Links) -> None:
     session = FakeSession(links)
     session.open(peer())
     for number in range(1, 4 * MOST):
@@ -114,14 +114,15 @@ def test_links_that_no_session_uses_make_room(links: Links) -> None:
     assert len(remaining) == MOST and {peer(), peer(4 * MOST - 1)} <= remaining
 
 
-def test_a_session_learns_that_there_are_too_many_links(links: Links) -> None:
+def test_a_session_gets_an_error_when_all_links_are_in_use(links: Links) -> None:
     session = FakeSession(links)
     assert all(session.open(peer(number)) for number in range(MOST))
     assert session.open(peer(MOST)) == 0
     failed: list[SplitnetError] = []
     while not failed:
         endpoint, error = session.failures.get(timeout=WAIT_S)
-        failed += [error] if endpoint == peer(MOST) else []  # the others are lost, as nobody listens there
+        # The links to the other peers fail, because their ports have no listener.
+        failed += [error] if endpoint == peer(MOST) else []
     assert isinstance(failed[0], PeerLost) and f"{MOST} links in use" in str(failed[0])
     assert links.send(peer(MOST), Ping(1)) == 0
     assert peer(MOST) not in open_links(links)
@@ -129,7 +130,7 @@ def test_a_session_learns_that_there_are_too_many_links(links: Links) -> None:
     assert session.open(peer(MOST)) > 0
 
 
-def test_a_session_learns_that_its_message_cannot_be_sent(links: Links) -> None:
+def test_a_session_gets_an_error_for_a_message_that_cannot_be_sent(links: Links) -> None:
     session = FakeSession(links)
     nowhere = Endpoint("tcp://nowhere", KEY)
     session.open(nowhere)
@@ -137,7 +138,7 @@ def test_a_session_learns_that_its_message_cannot_be_sent(links: Links) -> None:
     assert endpoint == nowhere and isinstance(error, PeerLost)
 
 
-def test_a_link_that_was_lost_is_closed_and_remembered(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_link_is_closed_and_stays_known_as_down(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
     session = FakeSession(links)
     session.open(peer())
     assert isinstance(session.failures.get(timeout=WAIT_S)[1], PeerLost)
@@ -162,14 +163,15 @@ def test_a_thousand_peers_that_come_and_go_take_few_descriptors() -> None:
         links.close()
 
 
-def test_a_session_is_closed_later_while_its_thread_holds_a_lock_of_the_transport(links: Links) -> None:
+def test_close_later_works_while_the_caller_holds_a_lock_of_the_transport(links: Links) -> None:
     session = FakeSession(links)
-    with links._transport._outbox.lock, links._lock, links.pool._lock:  # as where the collector of garbage comes in
+    # The garbage collector may run while its thread holds these locks.
+    with links._transport._outbox.lock, links._lock, links.pool._lock:
         links.close_later(session)
     assert session.closed.wait(WAIT_S)
 
 
-def test_a_session_that_cannot_be_closed_does_not_keep_others_open(links: Links) -> None:
+def test_a_session_that_fails_to_close_does_not_keep_other_sessions_open(links: Links) -> None:
     class Broken(FakeSession):
         def close(self) -> None:
             raise RuntimeError("cannot be closed")

@@ -1,4 +1,4 @@
-"""What a client makes of the records that it finds."""
+"""How a client uses the records of the directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORD = PeerRecord(
     key=Identity.generate().public,
     model=FACTS.fingerprint,
     model_name=FACTS.name,
-    # Nobody listens on the discard port here, so the link stays unmeasured.
+    # The discard port has no listener on this machine, so the link stays unmeasured.
     address="tcp://127.0.0.1:9",
     start=0,
     end=6,
@@ -59,7 +59,7 @@ RECORD = PeerRecord(
 
 
 class FakeDirectory:
-    """A directory that holds what a test puts into it."""
+    """A directory with the records that a test puts in."""
 
     def __init__(self) -> None:
         self.records: list[PeerRecord] = []
@@ -97,9 +97,7 @@ def served(**changes: object) -> PeerRecord:
     return dataclasses.replace(RECORD, key=Identity.generate().public, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def test_peers_are_asked_about_a_session(
-    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ping_asks_about_a_session(swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     directory.records = [served()]
     peer = directory.records[0].endpoint
     swarm.peers()
@@ -113,10 +111,10 @@ def test_peers_are_asked_about_a_session(
     assert (answer.result().waiting, answer.result().done) == (3, 4)
 
 
-def test_who_has_planned_looks_around_in_the_background(
+def test_a_client_that_has_planned_reads_the_directory_in_the_background(
     directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the next session need not wait for the directory."""
+    """The next session need not wait for the directory."""
     monkeypatch.setattr(peer_cache, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:
@@ -130,13 +128,13 @@ def test_who_has_planned_looks_around_in_the_background(
         assert swarm.measurer.news == 0
 
 
-def test_newer_peers_ask_for_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_newer_peers_require_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(protocol=PROTOCOL_VERSION + 1)]
     with pytest.raises(ProtocolVersionError, match="upgrade this client"):
         swarm.peers()
 
 
-def test_older_peers_are_to_be_upgraded(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_older_peers_must_be_upgraded(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(protocol=PROTOCOL_VERSION - 1)]
     with pytest.raises(ProtocolVersionError, match="upgrade the peers"):
         swarm.peers()
@@ -148,7 +146,7 @@ def test_peers_of_another_version_are_left_out(swarm: Swarm, directory: FakeDire
     assert swarm.peers() == [spoken]
 
 
-def test_a_swarm_of_other_weights_is_named_once_no_record_has_arrived(
+def test_a_swarm_without_records_of_the_model_is_named(
     swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_cache, "ARRIVE_S", 0.0)
@@ -159,7 +157,7 @@ def test_a_swarm_of_other_weights_is_named_once_no_record_has_arrived(
     assert swarm.peers() == [], "then the missing blocks are named"
 
 
-def test_a_record_that_arrives_after_those_of_other_models_is_waited_for(
+def test_a_client_waits_for_records_of_its_model(
     swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer_cache, "ARRIVE_LOOK_S", 0.0)
@@ -180,7 +178,7 @@ def test_records_are_looked_up_once_for_a_while(swarm: Swarm, directory: FakeDir
     assert directory.lookups == 2
 
 
-def test_a_hole_within_the_planned_blocks_has_the_models_numbers(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_missing_blocks_are_named_by_their_number_in_the_model(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(start=0, end=3), served(start=5, end=6)]
     with pytest.raises(CoverageError, match=r"blocks 3\.\.4 .*--blocks 3:5"):
         swarm.plan(NEEDS, blocks=(2, 6))
@@ -192,7 +190,7 @@ def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -
         swarm.plan(NEEDS)
 
 
-def test_banned_peers_and_those_that_were_lost_are_tried_again(
+def test_banned_and_lost_peers_are_tried_again(
     swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     banned, silent, lost, _ = directory.records = [served() for _ in range(4)]
@@ -211,7 +209,7 @@ def test_banned_peers_and_those_that_were_lost_are_tried_again(
     assert swarm.bans.keys() == {silent.key.text}
 
 
-def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_a_route_between_two_peers_covers_part_of_the_model(swarm: Swarm, directory: FakeDirectory) -> None:
     whole, first, last = served(), served(start=0, end=2), served(start=4, end=6)
     directory.records = [whole, first, last]
     hops = swarm.plan(
@@ -223,7 +221,7 @@ def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: F
     assert [(hop.record, hop.start, hop.end) for hop in hops] == [(whole, 2, 4)]
 
 
-def test_a_banned_peer_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_routes_avoid_banned_peers(swarm: Swarm, directory: FakeDirectory) -> None:
     good, bad = served(block_ms=(50.0,) * 5), served()
     directory.records = [good, bad]
     assert swarm.plan(NEEDS)[0].record == bad
@@ -233,7 +231,7 @@ def test_a_banned_peer_is_not_planned_with(swarm: Swarm, directory: FakeDirector
     assert swarm.plan(NEEDS)[0].record == bad
 
 
-def test_a_peer_that_cannot_be_connected_to_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
+def test_routes_avoid_peers_with_a_failed_link(swarm: Swarm, directory: FakeDirectory) -> None:
     living, killed = served(block_ms=(50.0,) * 5), served()
     directory.records = [living, killed]
     directory.states[Endpoint(killed.address, killed.key)] = LinkState.DOWN
@@ -244,7 +242,7 @@ def test_a_peer_that_cannot_be_connected_to_is_not_planned_with(swarm: Swarm, di
 
 
 @given(st.lists(st.integers(0, 2 * KEPT_EVENTS), max_size=4))
-def test_who_asks_again_and_again_gets_every_event_that_is_kept_once(bursts: list[int]) -> None:
+def test_a_reader_of_the_event_log_gets_each_kept_event_once(bursts: list[int]) -> None:
     log = EventLog(clock=lambda: 7.0)
     last, told, noted = 0, 0, 0
     for burst in bursts:
@@ -259,7 +257,7 @@ def test_who_asks_again_and_again_gets_every_event_that_is_kept_once(bursts: lis
     assert log.since(last) == [] and len(log.since(0)) == min(noted, KEPT_EVENTS) and told <= noted
 
 
-def test_threads_may_note_at_the_same_time() -> None:
+def test_several_threads_may_note_events_at_once() -> None:
     log = EventLog()
 
     def note() -> None:

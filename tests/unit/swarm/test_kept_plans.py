@@ -1,4 +1,4 @@
-"""What a client keeps between plans changes no route."""
+"""The caches of the planner change no route."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENCODINGS = (Encoding("none", 256.0), Encoding("int8", 66.0, 0.24, 0.003))
 
 
 def crowd_of(choices: random.Random, count: int) -> list[PeerRecord]:
-    """Peers of blocks 0 to 5, the first two of which cover all; each has measured links to two others."""
+    """Peers of blocks 0 to 5; the first two cover all blocks. Each peer has measured its links to two others."""
     peers = [record(0, 3), record(3, 6)]
     while len(peers) < count:
         start = choices.randrange(6)
@@ -54,7 +54,7 @@ def crowd_of(choices: random.Random, count: int) -> list[PeerRecord]:
 
 
 class World:
-    """One client that keeps what it has read, and the same one without a memory."""
+    """A client whose planner caches earlier results. A planner without them can be compared."""
 
     def __init__(self, seed: int) -> None:
         self.choices = random.Random(seed)
@@ -75,7 +75,7 @@ class World:
             self.records[some] = replace(self.records[some], queue_ms=self.choices.expovariate(0.01))
 
         def read_again() -> None:
-            self.records = [replace(each) for each in self.records]  # equal ones, but others
+            self.records = [replace(each) for each in self.records]  # Equal records, but new objects.
 
         def wait(seconds: float) -> None:
             self.clock.now += seconds
@@ -104,7 +104,7 @@ class World:
         return planner.plan(self.records, needs, part, ends=ends, exclude=exclude, holders=holders)
 
     def route_with_all_links(self, seed: int, exclude: Collection[str]) -> list[PlannedHop]:
-        """The same without holders, as of a planner that knows nothing but the functions of `scheduler`."""
+        """The same without `holders`, planned by the functions of `scheduler` alone."""
         peers, network = self.measurements.peers(self.records), self.measurements.network(self.records)
         wanted: dict[str, Any] = {"encodings": NEEDS.encodings, "kv_needed": NEEDS.kv_positions, "prompt": self.prompt}
         outside = [network.places[CLIENT]] if CLIENT in network.places else []
@@ -114,7 +114,7 @@ class World:
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def not_needed(self, count: int) -> list[str]:
-        """Some peers without which all blocks are served."""
+        """Some peers that routes can do without, because the first two peers serve all blocks."""
         names = [each.key.text for each in self.records if (each.start, each.end) not in ((0, 3), (3, 6))]
         return self.choices.sample(names, count)
 
@@ -124,7 +124,7 @@ CHANGES = tuple(World(0).changes())
 
 @settings(max_examples=examples(60))
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(CHANGES), min_size=3, max_size=10))
-def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: list[str]) -> None:
+def test_a_planner_with_caches_chooses_the_same_routes_as_a_new_one(seed: int, changes: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planner_module, "EXACT_PEERS", FEW)
         world = World(seed)
@@ -143,7 +143,7 @@ def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: lis
                 assert world.route_with_all_links(number, exclude) == expected
 
 
-def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_index_is_reused_for_the_same_records_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner_module, "EXACT_PEERS", FEW)
     world, made = World(1), list[int]()
     world.planner.crowd = Latest(lambda records: made.append(1) or planner_module._crowd_of(records), 2)
@@ -161,7 +161,7 @@ def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.Monkey
     assert plan() == 2
 
 
-def test_the_latest_are_kept_and_no_more() -> None:
+def test_a_cache_keeps_only_the_latest_results() -> None:
     made: list[object] = []
     latest = Latest(lambda fact: made.append(fact) or fact, 2)
     for fact in ({1: 2}, {1: 3}, {1: 2}, [4], {1: 3}):
@@ -175,7 +175,7 @@ def test_the_latest_are_kept_and_no_more() -> None:
     st.integers(1, 600),
     st.integers(0, 5000),
 )
-def test_a_crowd_counts_as_routes_do(
+def test_candidate_costs_equal_route_costs(
     speeds: list[tuple[float, ...]], batch: float, positions: int, prompt: int
 ) -> None:
     peers = [Peer(str(number), 0, 1, Speed(speed), batch=batch) for number, speed in enumerate(speeds)]
@@ -188,7 +188,7 @@ def test_a_crowd_counts_as_routes_do(
 
 
 @given(st.integers(0, 2**32), st.integers(0, 5))
-def test_a_corrected_crowd_is_one_of_the_corrected_peers(seed: int, count: int) -> None:
+def test_a_corrected_index_equals_an_index_of_the_corrected_peers(seed: int, count: int) -> None:
     choices = random.Random(seed)
 
     def facts(peer: Peer) -> Peer:
@@ -214,7 +214,7 @@ def test_a_corrected_crowd_is_one_of_the_corrected_peers(seed: int, count: int) 
         crowd.corrected([replace(peers[0], end=6)])
 
 
-def test_a_table_with_links_is_that_of_the_network_with_them() -> None:
+def test_a_table_with_changed_links_equals_the_table_of_the_changed_network() -> None:
     places = {name: Place(Coordinate((len(name), 0.0, 0.0), 1.0, 0.2), 100.0) for name in ("a", "bb", CLIENT)}
     network = Network({("a", "bb"): Link(3.0, 70.0)}, places=places)
     changed = {("a", "bb"): Link(9.0, 30.0), ("bb", "elsewhere"): Link(1.0, 1.0), (CLIENT, "a"): Link(2.0, 3.0)}
@@ -241,7 +241,7 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
 @given(
     st.lists(st.tuples(*[st.integers(-9, 9)] * 3, st.sampled_from(["silent", "answered", "never asked", "no place"]))),
 )
-def test_who_stands_beside_silent_ones(points: list[tuple[int, int, int, str]]) -> None:
+def test_peers_near_silent_peers_are_found_by_coordinates(points: list[tuple[int, int, int, str]]) -> None:
     peers = [Peer(str(number), 0, 1, Speed((1.0,) * 5)) for number in range(len(points))]
     places = {
         peer.id: Place(Coordinate((float(x), float(y), float(z)), error=0.1), 100.0)
@@ -266,7 +266,7 @@ def test_who_stands_beside_silent_ones(points: list[tuple[int, int, int, str]]) 
     assert crowd.beside_silent([*silent, *unknown], [*answered, *unknown]) == expected - {*answered}
 
 
-def test_who_must_not_be_used_does_not_say_where_chains_run() -> None:
+def test_excluded_peers_do_not_change_the_choice_of_candidates() -> None:
     choices = random.Random(1)
     peers: list[Peer] = []
     places = {CLIENT: Place(Coordinate((0.0, 0.0, 0.0), 2.0, 0.1), 5000.0)}

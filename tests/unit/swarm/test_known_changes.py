@@ -1,4 +1,4 @@
-"""What a client knows that asks peers what has changed: it reads the directory seldom, and misses nobody for long."""
+"""A client that asks peers for changed records reads the directory seldom, and misses no peer for long."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ TTL_S = 60.0
 
 
 class World:
-    """Peers that tell each other's records, a directory that has them all, and a client whose clock the test moves."""
+    """Peers that pass on each other's records, a directory with all records, and a client with a clock moved by the
+    test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ask, "DIRECTORY_SOON_S", 0.1)
@@ -42,7 +43,7 @@ class World:
         self.known = PeerCache(cast(Any, self), MODEL, "a model", self.links, peers=PeerDirectory([], self.links))
 
     def peers(self, _: str) -> list[PeerRecord]:
-        """What the directory says."""
+        """The records in the directory."""
         self.reads += 1
         self.rests = False
         if self.directory_is_silent:
@@ -87,7 +88,7 @@ class World:
         return self.tells(asked, [])
 
     def passes(self, seconds: float, *renewed: Endpoint) -> None:
-        """Time, in which these peers tell their records again."""
+        """Moves the clock, and lets the peers of `renewed` publish their records again."""
         self.offset_s += seconds
         self.renew(*renewed)
 
@@ -104,7 +105,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     yield World(monkeypatch)
 
 
-def test_who_comes_leaves_and_moves_is_told_with_the_next_question(world: World) -> None:
+def test_new_leaving_and_moving_peers_are_reported_with_the_next_look_up(world: World) -> None:
     first, second, third = world.add(), world.add(), world.add()
     assert world.look() == {first, second, third}
     fourth = world.add()
@@ -115,7 +116,7 @@ def test_who_comes_leaves_and_moves_is_told_with_the_next_question(world: World)
     assert world.reads == 1 and len(world.asked) == 1
 
 
-def test_peers_that_say_nothing_new_count_for_longer_than_their_records(world: World) -> None:
+def test_peers_reported_as_unchanged_outlive_their_records(world: World) -> None:
     everybody = [world.add() for _ in range(10)]
     world.look()
     before = [record.issued_at for record in world.known.look()]
@@ -128,7 +129,7 @@ def test_peers_that_say_nothing_new_count_for_longer_than_their_records(world: W
     assert sent < 300
 
 
-def test_a_peer_that_has_died_is_missed_once_its_record_has_expired_and_two_say_so(world: World) -> None:
+def test_a_lost_peer_is_dropped_after_its_record_expires_and_two_peers_confirm(world: World) -> None:
     dead, *living = everybody = [world.add() for _ in range(5)]
     world.look()
     world.passes(20.0, *everybody)
@@ -142,7 +143,7 @@ def test_a_peer_that_has_died_is_missed_once_its_record_has_expired_and_two_say_
     assert len(world.known._held) == len(living), "nothing is kept of it"
 
 
-def test_the_only_other_peer_is_believed(world: World) -> None:
+def test_the_only_other_peer_may_confirm_a_loss_alone(world: World) -> None:
     dead, living = world.add(), world.add()
     world.look()
     world.links.scripts[dead], world.links.states[dead] = says_nothing, LinkState.REFUSED
@@ -150,7 +151,7 @@ def test_the_only_other_peer_is_believed(world: World) -> None:
     assert world.look() == {living}
 
 
-def test_one_that_lies_hides_nobody(world: World) -> None:
+def test_one_lying_peer_hides_no_other_peer(world: World) -> None:
     liar, *_ = everybody = [world.add() for _ in range(3)]
     world.links.scripts[liar] = world.hides_all
     world.look()
@@ -160,7 +161,7 @@ def test_one_that_lies_hides_nobody(world: World) -> None:
     assert liar in world.asked and world.reads == 1
 
 
-def test_those_that_lie_together_hide_others_until_an_honest_one_is_asked(world: World) -> None:
+def test_several_lying_peers_hide_others_only_until_an_honest_peer_is_asked(world: World) -> None:
     liars, honest = [world.add() for _ in range(3)], [world.add(LinkState.CONNECTING) for _ in range(3)]
     for liar in liars:
         world.links.scripts[liar] = world.hides_all
@@ -172,7 +173,7 @@ def test_those_that_lie_together_hide_others_until_an_honest_one_is_asked(world:
     assert complete > 5, "though the client has links to liars alone, every other time it asks any peer"
 
 
-def test_if_all_that_are_asked_lie_the_next_reading_tells(world: World) -> None:
+def test_a_peer_hidden_by_all_asked_peers_is_found_at_the_next_reading(world: World) -> None:
     liars = [world.add() for _ in range(2)]
     honest = world.add()
     world.look()
@@ -192,7 +193,7 @@ def test_if_all_that_are_asked_lie_the_next_reading_tells(world: World) -> None:
     assert honest in world.look() and world.reads == 2
 
 
-def test_without_a_route_everything_is_read_but_not_all_the_time(world: World) -> None:
+def test_without_a_route_the_directory_is_read_but_not_at_each_look(world: World) -> None:
     everybody = [world.add() for _ in range(3)]
     world.look()
     world.look(whole=True)
@@ -202,8 +203,9 @@ def test_without_a_route_everything_is_read_but_not_all_the_time(world: World) -
     assert world.reads == 2
 
 
-def test_a_silent_peer_costs_no_reading_and_a_moment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)  # that nobody waits for the silent one
+def test_a_silent_peer_causes_no_reading_and_no_wait(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than the test runs, so that waiting for the silent peer would show.
+    monkeypatch.setattr(ask, "DIRECTORY_ANSWER_S", 60.0)
     silent, *_ = everybody = [world.add() for _ in range(4)]
     world.links.scripts[silent] = says_nothing
     world.look()
@@ -215,7 +217,7 @@ def test_a_silent_peer_costs_no_reading_and_a_moment(world: World, monkeypatch: 
     assert silent in world.asked and world.reads == 1
 
 
-def test_if_all_are_silent_everything_is_read(world: World) -> None:
+def test_the_directory_is_read_when_all_peers_are_silent(world: World) -> None:
     everybody = [world.add() for _ in range(3)]
     for each in everybody:
         world.links.scripts[each] = says_nothing
@@ -226,7 +228,7 @@ def test_if_all_are_silent_everything_is_read(world: World) -> None:
     assert world.reads == 2
 
 
-def test_while_the_directory_is_silent_too_those_that_were_there_lately_count(world: World) -> None:
+def test_recently_confirmed_peers_count_while_peers_and_directory_are_silent(world: World) -> None:
     everybody = [world.add(LinkState.CONNECTING) for _ in range(3)]
     world.look()
     world.passes(TTL_S - 10.0, *everybody)
@@ -241,7 +243,7 @@ def test_while_the_directory_is_silent_too_those_that_were_there_lately_count(wo
         world.look()
 
 
-def test_peers_of_another_version_or_hidden_ones_without_a_link_are_not_asked(world: World) -> None:
+def test_peers_of_another_version_and_unlinked_unreachable_peers_are_not_asked(world: World) -> None:
     other = world.add(protocol=2)
     helper = Identity.generate().public.raw
     hidden = world.add(LinkState.CONNECTING, relays=[("tcp://192.0.2.1:1", helper)])
@@ -253,7 +255,7 @@ def test_peers_of_another_version_or_hidden_ones_without_a_link_are_not_asked(wo
     assert world.known.find(world.owners[hidden].public) and world.known.find(world.owners[other].public)
 
 
-def test_of_very_many_those_are_named_that_routes_need_and_all_in_turns(world: World) -> None:
+def test_look_ups_of_large_swarms_name_likely_peers_always_and_others_alternately(world: World) -> None:
     count = LISTED + 120
     placed = time.time() - 1000
     everybody = [world.add(placed_at=placed) for _ in range(count)]
@@ -280,7 +282,7 @@ def test_of_very_many_those_are_named_that_routes_need_and_all_in_turns(world: W
     assert world.known.find(dead.key) is None
 
 
-def test_what_nobody_speaks_of_is_not_kept(world: World) -> None:
+def test_a_peer_without_confirmation_is_dropped(world: World) -> None:
     lost, usual = world.add(), [world.add() for _ in range(3)]
     world.look()
     world.known._listed = lambda: [record for record in world.known._records if record.endpoint != lost]
@@ -291,7 +293,7 @@ def test_what_nobody_speaks_of_is_not_kept(world: World) -> None:
         assert (lost in world.look()) is counts
 
 
-def test_a_flood_of_new_peers_is_taken_in_bit_by_bit(world: World) -> None:
+def test_a_flood_of_new_peers_is_accepted_slowly(world: World) -> None:
     flood = [signed(issued_at=time.time(), version="0.2.0") for _ in range(100)]
     liar = world.add()
 

@@ -1,4 +1,4 @@
-"""What a client, and a peer that looks around, know of others."""
+"""Measurements of clients and peers: hops, links, load and network coordinates."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Clock:
 
 
 class TestMeasurements:
-    def test_what_was_seen_of_a_hop_counts_more_than_what_it_says(self) -> None:
+    def test_measured_times_of_a_hop_replace_its_published_times(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0)
         measurements = Measurements(clock)
         for _ in range(2):
             measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
         (seen,) = measurements.peers([peer])
         assert seen.speed.at(1) == pytest.approx(5.0)
-        # Slower by the same factor at all sizes.
+        # The hop is slower by the same factor for all sizes.
         assert seen.speed.at(256) == pytest.approx(5.0 * peer.block_ms[-1] / peer.block_ms[0])
         assert seen.queue_ms == 40.0
 
-    def test_what_was_seen_long_ago_counts_no_more(self) -> None:
+    def test_old_measurements_of_a_hop_expire(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0)
         measurements = Measurements(clock)
         measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
@@ -66,7 +66,7 @@ class TestMeasurements:
         (told,) = measurements.peers([peer])
         assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
 
-    def test_what_a_ping_tells_of_the_load_counts_until_a_later_record_comes(self) -> None:
+    def test_the_load_from_a_ping_counts_until_a_later_record_arrives(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
         measurements, link = Measurements(clock), {peer.endpoint: Link(1.0, 100.0)}
         later = replace(peer, issued_at=peer.issued_at + 20)
@@ -91,7 +91,7 @@ class TestMeasurements:
         assert told(peer) == (1.0, 0.0), "it does not answer any more"
 
     @pytest.mark.parametrize("before", [0, 1, 2, 3])
-    def test_one_slow_step_says_nothing_of_a_hop_and_two_do(self, before: int) -> None:
+    def test_one_slow_step_is_ignored_and_two_count(self, before: int) -> None:
         measurements, peer = Measurements(Clock()), record(queue_ms=0.0)
         told_ms = peer.block_ms[0]
 
@@ -105,7 +105,7 @@ class TestMeasurements:
         assert see(100 * told_ms, 50.0) == pytest.approx((told_ms, 0.0))
         assert see(100 * told_ms, 50.0) == pytest.approx((100 * told_ms, 50.0))
 
-    def test_a_link_that_a_step_has_passed_replaces_what_is_told(self) -> None:
+    def test_a_link_measured_by_a_step_replaces_the_published_link(self) -> None:
         clock, there = Clock(), record()
         here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
         measurements = Measurements(clock)
@@ -116,7 +116,7 @@ class TestMeasurements:
         clock.now += TRUST_S + 1
         assert measurements.network([here, there]).link(*between) == Link(5.0, 500.0)
 
-    def test_who_says_that_it_takes_no_time_takes_what_was_seen(self) -> None:
+    def test_a_peer_that_publishes_zero_times_gets_the_measured_times(self) -> None:
         liar = record(block_ms=(0.0,) * len(PASS_SIZES), queue_ms=0.0)
         measurements = Measurements(Clock())
         for _ in range(STEPS):
@@ -125,7 +125,7 @@ class TestMeasurements:
         assert [seen.speed.at(size) for size in PASS_SIZES] == [5.0] * len(PASS_SIZES)
         assert seen.queue_ms == 7.0
 
-    def test_no_link_is_shorter_than_the_way_of_its_ends_allows(self) -> None:
+    def test_published_links_obey_the_triangle_inequality(self) -> None:
         near = record()
         far = record(links=(SeenLink(near.key.raw[:KEY_PREFIX_BYTES], 0.0, 1e9),))
         measurements = Measurements(Clock())
@@ -135,19 +135,19 @@ class TestMeasurements:
         for ends in ((near, far), (far, near)):
             assert network.link(ends[0].key.text, ends[1].key.text).latency_ms == 79.0
 
-    def test_what_a_peer_measured_counts_for_the_way_back(self) -> None:
+    def test_a_published_link_counts_for_both_directions(self) -> None:
         there = record()
         here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
         network = Measurements(Clock()).network([here, there])
         assert network.link(there.key.text, here.key.text) == Link(5.0, 500.0)
 
-    def test_nothing_unknown_is_free(self) -> None:
+    def test_an_unknown_link_has_the_cost_of_an_unmeasured_one(self) -> None:
         here, there = record(), record()
         network = Measurements(Clock()).network([here, there])
         assert network.link(here.key.text, there.key.text) == UNMEASURED
         assert network.link(CLIENT, here.key.text) == UNMEASURED
 
-    def test_who_was_silent_is_told_apart_until_it_answers(self) -> None:
+    def test_a_peer_counts_as_silent_until_it_answers(self) -> None:
         clock = Clock()
         measurements, here, silent = Measurements(clock), record(), record()
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
@@ -164,7 +164,7 @@ class TestMeasurements:
         clock.now += SILENT_S + 1
         assert measurements.silent() == set(), "it was late for one ping only, perhaps"
 
-    def test_own_links_are_measured_again_after_a_while(self) -> None:
+    def test_measured_links_become_stale(self) -> None:
         clock, peer = Clock(), record()
         measurements = Measurements(clock)
         assert measurements.unknown([peer]) == [peer] == measurements.stale([peer])
@@ -174,7 +174,7 @@ class TestMeasurements:
         assert measurements.unknown([peer]) == []
         assert measurements.stale([peer]) == [peer]
 
-    def test_records_of_ever_new_peers_take_no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_memory_for_measured_peers_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(route_search, "KEPT_ASKED", 2)
         measurements, peers = Measurements(Clock()), [record() for _ in range(3)]
         for peer in (*peers[:2], peers[0], peers[2]):
@@ -182,8 +182,8 @@ class TestMeasurements:
         assert measurements.unknown(peers) == [peers[1]], "the one that was tried longest ago"
 
 
-class TestWhereabouts:
-    def test_who_has_moved_is_found_by_its_latest_links(self) -> None:
+class TestNetworkCoordinates:
+    def test_a_coordinate_follows_the_latest_links(self) -> None:
         clock = Clock()
         coordinates = NetworkCoordinates(clock)
         rng = random.Random(1)
@@ -203,7 +203,7 @@ class TestWhereabouts:
         assert abs(coordinates.place.coordinate.vector[0] - 250.0) < 10.0
         assert coordinates.place.coordinate.error < 0.3
 
-    def test_links_are_forgotten(self) -> None:
+    def test_old_links_are_forgotten(self) -> None:
         clock, peer = Clock(), record()
         network_coordinates = NetworkCoordinates(clock)
         network_coordinates.measured(peer, Link(3.0, 100.0))
@@ -211,7 +211,7 @@ class TestWhereabouts:
         clock.now += MAX_AGE_S + 1
         assert network_coordinates.links == {}
 
-    def test_the_latest_link_stands_last_and_the_best_bandwidth_counts(self) -> None:
+    def test_the_latest_link_is_last_and_the_highest_bandwidth_counts(self) -> None:
         first, second = record(), record()
         network_coordinates = NetworkCoordinates(Clock())
         for peer, bandwidth in ((first, 900.0), (second, 50.0), (first, 100.0)):
@@ -219,7 +219,7 @@ class TestWhereabouts:
         assert list(network_coordinates.links) == [second.key.text, first.key.text]
         assert network_coordinates.place.bytes_per_ms == 900.0
 
-    def test_the_coordinate_becomes_one_that_foretells(self) -> None:
+    def test_the_coordinate_learns_to_predict_round_trips(self) -> None:
         anchor = record(coordinate=(0.0, 0.0, 0.0, 1.0), coordinate_error=0.1)
         network_coordinates = NetworkCoordinates(Clock())
         for _ in range(60):
@@ -230,7 +230,7 @@ class TestWhereabouts:
 
 
 class Echo:
-    """A peer whose link takes no time but counts bytes; it may be silent."""
+    """A peer whose link takes no time and counts bytes; chosen endpoints stay silent."""
 
     def __init__(self) -> None:
         self.silent: set[Endpoint] = set()
@@ -258,7 +258,7 @@ class TestProber:
         assert 0 < answer.rtt_ms < 1000
         assert echo.prober.rtt_ms(there) == answer.rtt_ms
 
-    def test_an_answer_that_nobody_asked_for_is_ignored(self) -> None:
+    def test_an_unexpected_pong_is_ignored(self) -> None:
         echo, there = Echo(), self.endpoint()
         echo.prober.pong(there, Pong(12345, 0.0, 0))
         assert echo.prober.rtt_ms(there) == 0.0
@@ -277,7 +277,7 @@ class TestProber:
 
 
 class Links:
-    """Next hops that count."""
+    """Links to next hops that count how many are open."""
 
     def __init__(self, refused: Sequence[Endpoint] = ()) -> None:
         self.open = 0
@@ -293,7 +293,7 @@ class Links:
 
 
 class TestNeighbours:
-    def test_all_are_measured_in_turns(self) -> None:
+    def test_all_peers_are_measured_in_several_rounds(self) -> None:
         others = [record(address=f"tcp://192.0.2.1:{port}") for port in range(1, 2 * MEASURED_AT_ONCE + 1)]
         links: Any = Links()
         neighbours = Neighbours(lambda: others, links, Echo().prober)
@@ -306,7 +306,7 @@ class TestNeighbours:
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
         assert all(link.peer in prefixes and link.rtt_ms > 0 for link in neighbours.seen_links)
 
-    def test_the_links_that_routes_need_come_first(self) -> None:
+    def test_links_that_routes_need_are_measured_and_published_first(self) -> None:
         behind = {"start": 6, "end": 12, "num_blocks": 12}
         slow = tuple(100 * ms for ms in RECORD.block_ms)
         useful = [record(address=f"tcp://192.0.2.1:{port}", **behind) for port in range(1, MEASURED_AT_ONCE)]
@@ -326,7 +326,7 @@ class TestNeighbours:
         assert set(best) == {peer.key.raw[:KEY_PREFIX_BYTES] for peer in useful[1:]}
         assert len(neighbours.network_coordinates.links) > len(useful), "others count for the place"
 
-    def test_what_sessions_meet_on_a_link_is_told_until_it_is_measured_again(
+    def test_round_trips_of_sessions_are_published_until_the_next_measurement(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         there, unknown = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
@@ -349,8 +349,8 @@ class TestNeighbours:
         (again,) = neighbours.seen_links
         assert again.rtt_ms < 5000.0
 
-    def test_what_is_published_may_be_forgotten_meanwhile(self) -> None:
-        """Records are made in other threads, too."""
+    def test_links_may_be_forgotten_while_they_are_published(self) -> None:
+        """Another thread may make a record at the same time."""
         there = record(address="tcp://192.0.2.1:1")
         neighbours = Neighbours(lambda: [there], Links(), Echo().prober)  # pyright: ignore[reportArgumentType]
         neighbours.look_around()
@@ -363,9 +363,7 @@ class TestNeighbours:
         neighbours._useful = Useful()
         assert len(neighbours.seen_links) == 1
 
-    def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_only_answering_peers_count_and_few_are_asked_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Prober, "answer_limit_s", lambda *_, **__: 0.0)
         monkeypatch.setattr("splitnet.transport.prober.FIRST_ANSWER_S", 0.0)
         here, echo = record(address="tcp://192.0.2.1:1"), Echo()
@@ -405,7 +403,7 @@ class TestNeighbours:
 
 
 class TestLoad:
-    def test_rises_with_waiting_and_fades(self) -> None:
+    def test_the_load_rises_with_queue_waits_and_decays(self) -> None:
         load = Load()
         for _ in range(30):
             load.observe(10.0, [8.0], [3])
@@ -415,27 +413,27 @@ class TestLoad:
         assert load.at(10.0 + HALF_LIFE_S) == pytest.approx((wait_ms / 2, batch / 2))
         assert load.at(10.0 + 100 * HALF_LIFE_S) == pytest.approx((0.0, 0.0))
 
-    def test_nothing_is_no_load(self) -> None:
+    def test_the_load_is_zero_without_passes(self) -> None:
         assert Load().at(5.0) == (0.0, 0.0)
 
-    def test_a_step_that_comes_at_any_time_waits_for_the_pass_under_way(self) -> None:
-        """Also where all of the passes are prefill, and whenever it is asked."""
+    def test_the_load_includes_the_wait_for_the_current_pass(self) -> None:
+        """This holds when all passes are prefill, and at any time of asking."""
         load = Load()
-        for number in range(1000):  # of 40 ms, one every 100 ms
+        for number in range(1000):  # Passes of 40 ms, one every 100 ms.
             load.observe(number / 10, [], [], took_ms=40.0)
         assert load.at(99.9) == (pytest.approx(0.4 * 40.0 / 2, rel=0.02), 0.0)
         assert load.at(99.95)[0] == pytest.approx(load.at(99.9)[0], rel=0.01)
 
 
 class TestObservedSpeed:
-    def test_follows_what_passes_take_at_their_size_only(self) -> None:
+    def test_a_pass_changes_the_speed_of_its_size_only(self) -> None:
         speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
         for _ in range(100):
             speed.observe(positions=1, blocks=4, elapsed_ms=12.0)
         assert speed.block_ms[0] == pytest.approx(3.0, rel=0.01)
         assert speed.block_ms[1:] == (1.0, 2.0, 8.0, 32.0)
 
-    def test_between_two_sizes_both_move(self) -> None:
+    def test_a_pass_between_two_sizes_changes_both(self) -> None:
         speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
         for _ in range(100):
             speed.observe(positions=40, blocks=1, elapsed_ms=10.0)

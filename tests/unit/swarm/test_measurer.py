@@ -1,4 +1,4 @@
-"""Which links a client measures, and how many."""
+"""The links that a client measures, and their number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.unit.swarm.test_measurements import Clock, Echo, record
 
 
 def links_of(echo: Echo) -> SimpleNamespace:
-    """Stands for `Links` that no session uses."""
+    """Replaces `Links`; no session uses them."""
     return SimpleNamespace(prober=echo.prober, has_sessions=False, in_use=[], is_busy=lambda _: False)
 
 
@@ -38,7 +38,7 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
 
 
 def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
-    """Peers of one place, which serve each third of the blocks in turns."""
+    """Peers at one place; a third of them serves each third of the blocks."""
     return [
         record(
             address=f"tcp://{host}:{port}",
@@ -58,7 +58,7 @@ def endpoints(peers: Sequence[PeerRecord]) -> set[Endpoint]:
 
 @contextmanager
 def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swarm]:
-    """A client of these peers; their coordinates say how far they are, while pings take no time."""
+    """A client of these peers. Their coordinates give their distance; pings take no time."""
     directory = FakeDirectory()
     directory.records = peers
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +74,7 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
             yield swarm
 
 
-def test_a_minute_has_so_many_pings_and_no_more() -> None:
+def test_pings_per_minute_are_bounded() -> None:
     clock, echo = Clock(), Echo()
     peers = [record() for _ in range(PINGS_PER_MINUTE)]
     _, facts = facts_with(clock, echo, peers)
@@ -110,7 +110,7 @@ def test_among_more_peers_more_links_are_measured_first(count: int, measured: in
     facts.close()
 
 
-def test_the_first_look_goes_to_any_peers_and_to_those_that_routes_go_through() -> None:
+def test_the_first_round_measures_random_peers_and_likely_hops() -> None:
     clock, echo = Clock(), Echo()
     peers = [record() for _ in range(100)]
     measurements, facts = facts_with(clock, echo, peers[90:])
@@ -122,7 +122,7 @@ def test_the_first_look_goes_to_any_peers_and_to_those_that_routes_go_through() 
     facts.close()
 
 
-def test_a_link_of_unknown_bandwidth_has_that_of_its_ends() -> None:
+def test_a_link_of_unknown_bandwidth_gets_the_bandwidth_of_its_ends() -> None:
     measurements, peer = Measurements(Clock()), record(bytes_per_ms=300.0)
     measurements.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 0.0)})
     assert measurements.network([peer]).link(CLIENT, peer.key.text) == Link(5.0, 300.0)
@@ -135,7 +135,7 @@ def test_a_link_of_unknown_bandwidth_has_that_of_its_ends() -> None:
     assert measurements.unprobed([peer]) == [], "who is silent is not asked for more"
 
 
-def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -> None:
+def test_bandwidth_is_probed_again_later_than_round_trips() -> None:
     clock, echo = Clock(), Echo()
     end, other = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
     measurements, facts = facts_with(clock, echo, [])
@@ -156,7 +156,7 @@ def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -
     facts.close()
 
 
-def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_hops_are_pinged_before_use_while_other_peers_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, echo = Clock(), Echo()
     there = [
         record(address=f"tcp://192.0.2.1:{port}", start=port % 3 * 2, end=port % 3 * 2 + 2) for port in range(1, 31)
@@ -166,7 +166,7 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
     with client_of(everyone, clock, echo) as swarm:
 
         def asked(among: list[PeerRecord], **options: Any) -> tuple[list[PeerRecord], list[Endpoint]]:
-            """The hops of a route, and who was asked for it."""
+            """The hops of a route, and the endpoints that were pinged."""
             clock.now += LOST_S + 1
             monkeypatch.setattr(swarm, "_look", lambda *_, **__: (among, set[str]()))
             echo.asked.clear()
@@ -197,7 +197,7 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         assert not pings, "a minute has so many pings and no more"
 
 
-def test_pings_ask_how_busy_peers_are() -> None:
+def test_pings_ask_for_the_load_of_peers() -> None:
     clock, echo = Clock(), Echo()
     peers = [record(queue_ms=1.0)]
     measurements, facts = facts_with(clock, echo, peers)
@@ -209,8 +209,8 @@ def test_pings_ask_how_busy_peers_are() -> None:
     facts.close()
 
 
-def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
-    """Also past those of it that were never asked, which are faster than all others."""
+def test_routes_avoid_a_silent_region() -> None:
+    """Peers of the region that were never asked are avoided, too, although they are faster than all others."""
     clock, echo = Clock(), Echo()
     near, far = region("192.0.2.1", 0.0, 1.0, 300), region("192.0.2.2", 90.0, 2.0, 300)
     with client_of([*near, *far], clock, echo) as swarm:
@@ -229,8 +229,8 @@ def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
 
 @pytest.mark.default_cases(strangers=(4,))
 @pytest.mark.parametrize("strangers", [4, 20])
-def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> None:
-    """Two machines of a site are lost; or somebody puts peers that do not exist beside those of others."""
+def test_answering_peers_near_silent_peers_are_used(strangers: int) -> None:
+    """Two machines of a site are lost, or an attacker publishes nonexistent peers near existing ones."""
     clock, echo = Clock(), Echo()
     near = [peer for peer in region("192.0.2.1", 0.0, 1.0, 9) if peer.start]
     far, gone = region("192.0.2.2", 90.0, 500.0, 9), region("192.0.2.3", 0.5, 0.1, strangers)
@@ -248,7 +248,7 @@ def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> N
 
 @pytest.mark.default_cases(known=("it holds the session",))
 @pytest.mark.parametrize("known", ["it holds the session", "it was heard a moment ago"])
-def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) -> None:
+def test_a_peer_known_to_be_alive_is_used_despite_silent_neighbours(known: str) -> None:
     clock, echo = Clock(), Echo()
     [near], far = region("192.0.2.1", 0.0, 1.0, 1), region("192.0.2.2", 90.0, 500.0, 30)
     gone = [*region("192.0.2.3", 0.5, 0.1, 1), *region("192.0.2.4", 0.6, 0.1, 1)]

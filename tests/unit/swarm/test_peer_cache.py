@@ -1,4 +1,4 @@
-"""Which peers a client knows of, also while the directory does not answer."""
+"""The peers that a client knows, and keeps while the directory does not answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_S = 20.0
 
 
 class FakeDirectory:
-    """Holds what a test puts into it, or says nothing."""
+    """Returns the records that a test puts in, or does not answer."""
 
     def __init__(self) -> None:
         self.records: list[PeerRecord] = []
@@ -46,7 +46,7 @@ class FakeDirectory:
 
 
 class Client:
-    """What a client knows, with a clock that the test moves."""
+    """The peers known to a client, with a clock that the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = FakeDirectory()
@@ -62,7 +62,7 @@ class Client:
         )
 
     def state(self, endpoint: Endpoint) -> LinkState:
-        """Of the client's link to a peer."""
+        """The state of the client's link to a peer."""
         return self.states.get(endpoint, LinkState.CONNECTING)
 
     def served(self, ttl_s: float = 60.0) -> PeerRecord:
@@ -77,7 +77,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Client:
     return Client(monkeypatch)
 
 
-def test_without_an_answer_the_last_records_count_until_they_expire(client: Client) -> None:
+def test_the_last_records_count_until_they_expire_while_the_directory_is_silent(client: Client) -> None:
     short, long = client.served(ttl_s=30.0), client.served(ttl_s=120.0)
     assert client.known.look() == [short, long]
     client.directory.silent = True
@@ -90,7 +90,7 @@ def test_without_an_answer_the_last_records_count_until_they_expire(client: Clie
         client.known.look()
 
 
-def test_a_peer_that_is_connected_counts_after_its_record_has_expired(client: Client) -> None:
+def test_a_connected_peer_counts_after_its_record_has_expired(client: Client) -> None:
     connected, _ = client.served(), client.served()
     client.known.look()
     client.states[connected.endpoint] = LinkState.UP
@@ -103,9 +103,7 @@ def test_a_peer_that_is_connected_counts_after_its_record_has_expired(client: Cl
         client.known.look()
 
 
-def test_a_silent_directory_is_told_once_and_asked_now_and_then(
-    client: Client, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_silent_directory_is_logged_once_and_asked_seldom(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     record = client.served(ttl_s=300.0)
     client.known.look()
     client.directory.silent = True
@@ -124,7 +122,7 @@ def test_a_silent_directory_is_told_once_and_asked_now_and_then(
     assert len(caplog.records) == 2, "another outage is told again"
 
 
-def test_records_that_are_not_old_are_not_waited_for(client: Client) -> None:
+def test_recent_records_are_used_without_asking_the_directory(client: Client) -> None:
     client.served()
     client.known.look()
     client.now += 19
@@ -155,7 +153,7 @@ def test_only_one_thread_waits_for_a_silent_directory(client: Client) -> None:
         waiting.join(WAIT_S)
 
 
-def test_who_has_no_records_is_told_that_nothing_answers(client: Client) -> None:
+def test_without_records_a_silent_directory_is_an_error(client: Client) -> None:
     client.directory.silent = True
     for _ in range(2):
         with pytest.raises(DirectoryError):
@@ -163,7 +161,7 @@ def test_who_has_no_records_is_told_that_nothing_answers(client: Client) -> None
 
 
 @pytest.mark.parametrize(("count", "look_s"), [(1, 10.0), (32, 10.0), (64, 20.0), (96, 20.0), (200, 20.0)])
-def test_of_many_peers_the_directory_is_asked_less_often(client: Client, count: int, look_s: float) -> None:
+def test_the_directory_of_a_large_swarm_is_asked_less_often(client: Client, count: int, look_s: float) -> None:
     record = client.served(ttl_s=300.0)
     client.directory.records = [record] * count
     client.known.look()

@@ -37,8 +37,8 @@ def plan(records: list[PeerRecord], needs: Needs = NEEDS, measurements: Measurem
     return [hop.record for hop in route]
 
 
-def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
-    # The one is a little faster per token, the other ten times faster at many positions.
+def test_a_long_prompt_takes_the_route_with_the_fastest_prefill() -> None:
+    # The first peer is slightly faster per token, the second ten times faster for many positions.
     decodes = record(0, 6, block_ms=(10.0, 11.0, 40.0, 160.0, 640.0))
     prefills = record(0, 6, block_ms=(12.0, 12.0, 12.5, 16.0, 64.0))
     measurements = Measurements()
@@ -49,7 +49,7 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     assert plan([decodes, prefills], long, measurements) == [prefills]
 
 
-def test_a_long_context_takes_the_route_that_reads_it_soonest() -> None:
+def test_a_long_context_takes_the_route_that_reads_contexts_fastest() -> None:
     decodes = record(0, 6, block_ms=(10.0,) * 5, past_ms=((1.0, 9.0), (8.0, 70.0)))
     reads = record(0, 6, block_ms=(12.0,) * 5, past_ms=((0.1, 1.0), (0.8, 7.0)))
     measurements = Measurements()
@@ -70,7 +70,7 @@ def held(*blocks: tuple[int, int, str]) -> Needs:
 
 
 @pytest.mark.parametrize("crowd", [planner_module.EXACT_PEERS, 1])
-def test_blocks_that_must_be_held_alike_are(monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
+def test_a_route_holds_blocks_in_the_required_weight_format(monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
     monkeypatch.setattr(planner_module, "EXACT_PEERS", crowd)
     exact, fast, half = record(0, 6, block_ms=SLOW), record(0, 6, dtype="int4"), record(0, 2, dtype="float16/float32")
     everybody = [exact, fast, half]
@@ -80,7 +80,7 @@ def test_blocks_that_must_be_held_alike_are(monkeypatch: pytest.MonkeyPatch, cro
     assert plan(everybody, held((0, 2, "float16/float32"))) == [half, fast], "of the others nothing was said"
 
 
-def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> None:
+def test_the_error_for_a_missing_weight_format_names_the_formats_present() -> None:
     others = [record(0, 6, dtype="int4"), record(2, 6, dtype="int8/float32"), record(0, 2)]
     with pytest.raises(OtherWeights) as raised:
         plan(others, held((0, 6, "float32")))
@@ -106,18 +106,18 @@ def test_peers_with_coarser_keys_and_values_than_asked_for_are_not_used(
         plan([eight], replace(NEEDS, kv_at_least="int8"))
 
 
-def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
+def test_the_energy_of_a_route_uses_measured_times_of_its_hops() -> None:
     told, silent = record(0, 2, watts=15.0), record(2, 6)
     measurements = Measurements()
     planner = Planner(measurements, "a-model")
     hops = [PlannedHop(told, 0, 2), PlannedHop(silent, 2, 6)]
     assert planner.token_joules(hops) == [pytest.approx(2 * 0.001 * 15.0), None]
     for _ in range(STEPS):
-        measurements.hop_seen(told.key.text, 1, 4.0, 0.0)  # it takes four times as long as it says
+        measurements.hop_seen(told.key.text, 1, 4.0, 0.0)  # The hop takes four times as long as it publishes.
     assert planner.token_joules(hops) == [pytest.approx(2 * 0.004 * 15.0), None]
 
 
-def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
+def test_a_claim_of_low_energy_attracts_no_slow_route() -> None:
     honest = record(0, 6, watts=100.0)
     liars = [record(0, 6, watts=1e-300, block_ms=tuple(2 * ms for ms in RECORD.block_ms)) for _ in range(5)]
     measurements = Measurements()
@@ -127,7 +127,7 @@ def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
     assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), measurements)[0] in liars
 
 
-def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_among_very_many_peers_routes_use_the_likely_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner_module, "EXACT_PEERS", 50)
     choices = random.Random(1)
     records = [
@@ -151,21 +151,21 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
         ({"prefer": "energy", "energy_slowdown": True}, "slowdown of True is none: give 1 or more"),
     ],
 )
-def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
+def test_invalid_preferences_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
         ConnectionOptions.of(options)
 
 
 class Facts:
-    """A swarm in which each route costs what it is told to, and the best one is `best`."""
+    """A swarm with given costs of routes, where `best` is the best route."""
 
     def __init__(self, best: list[PlannedHop]) -> None:
         self.best = best
         self.costs: dict[str, float] = {}
-        """Ms of a step by the first hop; 10 if not told."""
+        """Ms per step of the route with this first hop; 10 if missing."""
         self.planned = 0
         self.holds = {"float32"}
-        """What peers hold blocks as."""
+        """Weight formats that peers hold."""
         self.wished: list[tuple[HeldBlocks, ...]] = []
         self.was_covered = True
         self.peers = list[PeerRecord]
@@ -188,7 +188,7 @@ class Facts:
         return Routes(self, codecs, (0, 6), any_weights=any_weights)  # pyright: ignore[reportArgumentType]
 
     def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
-        """Whether to move, after a while with so many news."""
+        """Asks for a better route after some time, with `news` new facts."""
         self.measurer.news += news
         routes.watch._looked_s = 0.0
         return routes.better(hops, lambda: needs, 10, 100)
@@ -215,7 +215,7 @@ def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
 
 
 @pytest.mark.parametrize("any_weights", [False, True])
-def test_other_weights_are_taken_if_nobody_has_the_same_and_that_is_allowed(any_weights: bool) -> None:
+def test_other_weights_are_used_only_if_allowed_and_the_same_are_missing(any_weights: bool) -> None:
     hops = [PlannedHop(record(0, 6), 0, 6)]
     facts = Facts(hops)
     routes = facts.routes(any_weights=any_weights)
@@ -228,7 +228,7 @@ def test_other_weights_are_taken_if_nobody_has_the_same_and_that_is_allowed(any_
     assert not isinstance(answer, NoRoute) or isinstance(answer.error, OtherWeights)
 
 
-def test_a_move_never_changes_what_weights_are_held_as() -> None:
+def test_a_re_plan_never_changes_the_weight_format() -> None:
     hops = [PlannedHop(record(0, 6), 0, 6)]
     facts = Facts([PlannedHop(record(0, 6), 0, 6)])
     facts.costs = {hops[0].name: 100.0}
@@ -241,8 +241,8 @@ def test_a_move_never_changes_what_weights_are_held_as() -> None:
     assert set(facts.wished) == {needs.held}
 
 
-def test_a_route_counts_as_slow_by_what_was_known_when_it_was_planned() -> None:
-    """Facts may tell before the first step that it has become slow."""
+def test_a_route_is_compared_with_its_prediction_at_planning_time() -> None:
+    """New facts may show before the first step that the route has become slow."""
     hops = [PlannedHop(record(0, 6), 0, 6)]
     facts = Facts(hops)
     routes = facts.routes()
@@ -252,7 +252,7 @@ def test_a_route_counts_as_slow_by_what_was_known_when_it_was_planned() -> None:
     assert routes.watch.expected_ms == 10.0
 
 
-def test_what_no_fact_explains_may_be_a_link_that_the_other_route_has_too() -> None:
+def test_an_unexplained_slow_route_is_left_only_for_a_route_without_common_links() -> None:
     first, twin, middle, last, other = (record(*span) for span in ((0, 2), (0, 2), (2, 4), (4, 6), (4, 6)))
 
     def route(*records: PeerRecord) -> list[PlannedHop]:
@@ -271,7 +271,7 @@ def test_what_no_fact_explains_may_be_a_link_that_the_other_route_has_too() -> N
         assert (move is not None) == (explained or best == avoids)
 
 
-def test_what_was_not_explained_is_looked_at_until_it_is() -> None:
+def test_an_unexplained_slow_route_is_checked_until_explained() -> None:
     hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
     facts = Facts(hops)
     routes = facts.routes()
@@ -284,8 +284,9 @@ def test_what_was_not_explained_is_looked_at_until_it_is() -> None:
         assert (facts.look(routes, hops, news=0) is not None) == moves
 
 
-def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_out() -> None:
-    """As where all devices are one machine, and steps so slow that few are taken until it looks for a better route."""
+def test_a_session_stops_changing_routes_after_few_moves() -> None:
+    """This happens when all devices are on one machine, and steps are so slow that a session takes only few steps on a
+    route."""
     hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
     facts = Facts(other)
     predictions = PredictionErrors()
@@ -303,14 +304,14 @@ def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_o
     assert moves <= 3
 
 
-def test_what_was_left_after_a_loss_is_left_for_a_route_that_is_as_good_as_the_lost_one() -> None:
+def test_a_replacement_route_is_left_only_for_one_as_fast_as_the_lost_route() -> None:
     good, slow, middling, again = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(4))
     facts = Facts(good)
     facts.costs = {slow[0].name: 40.0, middling[0].name: 22.0}
     routes = facts.routes()
     routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
     facts.look(routes, good)
-    steps(routes, 14.0)  # of the lost route what it took counts, if that is more than was predicted
+    steps(routes, 14.0)  # For the lost route, the measured time of a step counts if it exceeds the predicted time.
     facts.costs[again[0].name] = 18.0
     facts.best = slow
     routes.answer(AskRoute(2, (), frozenset(), fresh=True, unban=False), NEEDS)

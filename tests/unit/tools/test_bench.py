@@ -1,4 +1,4 @@
-"""What `splitnet bench` measures, what it makes of it, and what it prints; without a model."""
+"""`splitnet bench`: its measurements, figures and tables, without a model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def traffic(case: Case, route: Route = ROUTE, repairs: int = 0, joules: float | 
     return Traffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route, joules)
 
 
-def test_prompts_come_first_and_zero_leaves_out() -> None:
+def test_prefill_cases_come_first_and_zero_omits_a_case() -> None:
     assert cases_of([0, 8], 0, [0], [1]) == [Case(8)]
     assert cases_of([0], 4, [0, 9], [1, 2]) == [Case(4, True, c, n) for c in (0, 9) for n in (1, 2)]
     assert cases_of([8, 8], 4, [0], [1, 1]) == [Case(8), Case(4, True)]
@@ -60,9 +60,9 @@ def test_prompts_come_first_and_zero_leaves_out() -> None:
 
 
 @given(tokens=st.integers(1, 50), context=st.integers(0, 50), decodes=st.booleans())
-def test_a_case_fits_exactly_as_many_positions_as_it_has(tokens: int, context: int, decodes: bool) -> None:
+def test_a_case_needs_exactly_its_own_number_of_positions(tokens: int, context: int, decodes: bool) -> None:
     case = Case(tokens, decodes, context if decodes else 0)
-    # A prompt is fed whole, of an answer all but the last token.
+    # All tokens of a prompt are fed, and all but the last token of an answer.
     assert case.positions == case.prompt + case.new_tokens - 1 >= tokens
     check_room([case], case.positions)
     check_room([case], None)
@@ -76,13 +76,13 @@ def test_a_case_fits_exactly_as_many_positions_as_it_has(tokens: int, context: i
     rounds=st.integers(1, 5),
     warm_up=st.integers(0, 2),
 )
-def test_arms_take_turns(cases: list[Case], arms: list[str], rounds: int, warm_up: int) -> None:
+def test_arms_alternate(cases: list[Case], arms: list[str], rounds: int, warm_up: int) -> None:
     order = list(turns(cases, arms, rounds, warm_up))
     assert [number for number, _, _ in order] == sorted(number for number, _, _ in order)
     counted = Counter((case, arm) for number, case, arm in order if number > 0)
     assert counted == {(case, arm): rounds for case in cases for arm in arms}
     assert len(order) == (rounds + warm_up) * len(cases) * len(arms)
-    # No other case comes between the arms of a case.
+    # The arms of a case follow each other directly.
     for begin in range(0, len(order), len(arms)):
         of_one = order[begin : begin + len(arms)]
         assert len({(number, case) for number, case, _ in of_one}) == 1
@@ -90,7 +90,7 @@ def test_arms_take_turns(cases: list[Case], arms: list[str], rounds: int, warm_u
 
 
 @given(gaps=st.lists(st.lists(SECONDS, min_size=3, max_size=3), min_size=1, max_size=4))
-def test_clients_together_are_as_fast_as_the_slowest_lets_them(gaps: list[list[float]]) -> None:
+def test_the_slowest_client_bounds_the_common_speed(gaps: list[list[float]]) -> None:
     case = Case(3, True, clients=len(gaps))
     figures = figures_of(case, tuple(Answer(1.0, tuple(of_one)) for of_one in gaps))
     speeds = [3 / sum(of_one) for of_one in gaps]
@@ -122,7 +122,7 @@ def test_figures_of_a_round() -> None:
 
 
 class Scripted:
-    """An arm whose answers take given times, one after the other."""
+    """An arm whose answers take the given times in turn."""
 
     def __init__(self, *seconds: float, remote: bool = False, missing: int = 0) -> None:
         self._seconds = iter(seconds)
@@ -136,7 +136,7 @@ class Scripted:
 
 
 def measured(rounds: int = 3) -> list[Measured]:
-    """Warm-up, then rounds of a prefill and a decode; a swarm that is half as fast as the process itself."""
+    """A warm-up, then rounds of a prefill and a decode; the swarm is half as fast as the process itself."""
     swarm = Scripted(*(99, 99), *(2, 0.2, 4, 0.4, 8, 0.8)[: 2 * rounds], remote=True)
     local = Scripted(*(99, 99), *(1, 0.1, 2, 0.2, 4, 0.4)[: 2 * rounds])
     spans: list[tuple[str, int, int]] = []
@@ -155,7 +155,7 @@ def measured(rounds: int = 3) -> list[Measured]:
     return result
 
 
-def test_the_warm_up_does_not_count_and_rounds_are_compared_with_each_other() -> None:
+def test_the_warm_up_does_not_count_and_arms_are_compared_by_round() -> None:
     prefill, decode = measured()
     assert prefill.spreads(SWARM)["first_token_ms"] == Spread(4000, 2000, 8000)
     assert decode.spreads(LOCAL)["token_ms_p50"] == Spread(200, 100, 400)
@@ -172,7 +172,7 @@ ENVIRONMENT = {"threads": 2, "kernels": "avx2"}
 
 
 def printed(report: Report) -> list[list[str]]:
-    """Cells of the table that are not empty, line by line."""
+    """The non-empty cells of the table, line by line."""
     lines = report.table().splitlines()
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
 
@@ -219,7 +219,7 @@ def test_the_sentence_draws_the_route_with_codecs_and_bytes() -> None:
     )
 
 
-def test_other_routes_and_repairs_are_told() -> None:
+def test_the_sentence_names_other_routes_and_repairs() -> None:
     other = Route(ROUTE.hops[:1], ROUTE.links[:1])
     answers = (Answer(1, (1.0, 1.0), traffic(DECODE, repairs=1)), Answer(1, (1.0, 1.0), traffic(DECODE, other)))
     rounds = [answers, answers[:1] * 2]
@@ -228,7 +228,7 @@ def test_other_routes_and_repairs_are_told() -> None:
     assert sentence.endswith(" 3 times a route was repaired or left for a better one. The client's kernels: torch.")
 
 
-def test_energy_is_told_where_all_hops_of_all_answers_say_it() -> None:
+def test_energy_is_shown_only_if_all_hops_of_all_answers_report_it() -> None:
     def report(*joules: float | None) -> Report:
         rounds = [tuple(Answer(1, (1.0, 1.0), traffic(DECODE, joules=each)) for each in joules)] * 2
         prompts = [(Answer(1, (), traffic(PREFILL, joules=joules[0])),)] * 2
@@ -274,13 +274,13 @@ def test_the_document_has_all_rounds() -> None:
 
 
 @given(value=st.floats(0.01, 1e7))
-def test_numbers_keep_three_digits(value: float) -> None:
+def test_numbers_have_three_digits(value: float) -> None:
     shown = float(number(value).replace(",", ""))
     assert shown == pytest.approx(value, rel=0.006, abs=0.0051)
     assert with_range(Spread(value, value, value)) == number(value)
 
 
-def test_clients_begin_together() -> None:
+def test_clients_start_together() -> None:
     gate = Gate(3)
     arrived: list[int] = []
 
@@ -294,7 +294,7 @@ def test_clients_begin_together() -> None:
     assert opened == [gate.opened_at] * 3 and gate.opened_at > 0
 
 
-def test_the_failure_of_a_client_ends_the_others() -> None:
+def test_the_failure_of_one_client_ends_all() -> None:
     gate = Gate(3)
     passed: list[int] = []
 

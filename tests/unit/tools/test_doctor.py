@@ -40,16 +40,16 @@ SIZES = ModelSizes(
 
 
 @pytest.mark.parametrize("version", ["3.11.0", "3.14.0rc1"])
-def test_python_that_is_new_enough(version: str) -> None:
+def test_a_supported_python_passes(version: str) -> None:
     assert hardware.python_version(">=3.11", version) == passed("python", version)
 
 
-def test_python_that_is_too_old() -> None:
+def test_an_old_python_fails() -> None:
     found = hardware.python_version(">=3.11", "3.10.12")
     assert found.status is Status.failed and "3.10.12, splitnet needs >=3.11: install that" in found.text
 
 
-def test_libraries_that_are_missing_or_do_not_fit_are_named_with_the_command() -> None:
+def test_missing_and_unfit_libraries_are_named_with_a_command() -> None:
     requirements = ["alpha>=2,<3", "beta", "gamma>=1; extra == 'dev'", "delta; python_version < '3'"]
     there = {"alpha": "3.1", "beta": "0.1"}
     (found,) = hardware.libraries(requirements, there.get)
@@ -61,13 +61,13 @@ def test_libraries_that_are_missing_or_do_not_fit_are_named_with_the_command() -
     assert found == passed("libraries", "2 are installed, in versions that fit")
 
 
-def test_disk(tmp_path: Path) -> None:
+def test_little_disk_space_is_a_warning(tmp_path: Path) -> None:
     assert hardware.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
     found = hardware.disk(tmp_path, 1 << 60)
     assert found.status is Status.warned and "the whole model takes" in found.text and "HF_HOME" in found.text
 
 
-def test_a_key_is_not_made(tmp_path: Path) -> None:
+def test_the_key_check_creates_no_key(tmp_path: Path) -> None:
     found, identity = hardware.key_of(tmp_path / "folder" / "key")
     assert found.status is Status.passed and identity is None and list(tmp_path.iterdir()) == []
     mine = Identity.load_or_create(tmp_path / "key")
@@ -84,13 +84,13 @@ def test_a_key_is_not_made(tmp_path: Path) -> None:
         (2**28, Status.failed, "a client of small takes 0.5 GiB: end other programs"),
     ],
 )
-def test_memory(free: int, status: Status, text: str) -> None:
+def test_the_memory_check_counts_blocks_and_the_client_part(free: int, status: Status, text: str) -> None:
     found = memory(SIZES, free)
     assert found.status is status and text in found.text
 
 
 @pytest.mark.parametrize("fault", ["no folder", "no config", "a shard is missing", "the index is damaged", "a family"])
-def test_a_model_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
+def test_an_unusable_model_fails_with_a_remedy(fault: str, tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path / "model", blocks=2)
     assert open_model(str(folder))[0].status is Status.passed
     index, config = folder / "model.safetensors.index.json", folder / "config.json"
@@ -117,7 +117,7 @@ answers = st.lists(st.builds(NodeAnswer, st.uuids().map(str), ahead_s=st.floats(
 
 
 @given(answers)
-def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAnswer]) -> None:
+def test_the_clock_check_fails_only_if_most_nodes_disagree(nodes: list[NodeAnswer]) -> None:
     found = examination.clocks(nodes, ALLOWED_S)
     off = [node for node in nodes if abs(node.ahead_s) > ALLOWED_S]
     if not off:
@@ -131,12 +131,12 @@ def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAn
 
 
 @given(st.text(max_size=60))
-def test_every_fault_of_a_node_comes_with_something_to_do(fault: str) -> None:
+def test_every_fault_of_a_node_has_a_remedy(fault: str) -> None:
     (found,) = examination.join_addresses([NodeAnswer("/ip4/192.0.2.1/tcp/1/p2p/x", fault=f"!{fault}")])
     assert found.status is Status.failed and ("check" in found.text or "copy" in found.text)
 
 
-def test_a_context_fits_or_what_lacks_memory_is_named(tmp_path: Path) -> None:
+def test_blocks_without_memory_for_a_context_are_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path / "llama", blocks=6, max_position_embeddings=8192))
 
     def peer(start: int, end: int, free: int, capacity: int = 8192, **facts: Any) -> PeerRecord:
@@ -155,7 +155,7 @@ def test_a_context_fits_or_what_lacks_memory_is_named(tmp_path: Path) -> None:
     small = told(4096, head, peer(3, 6, 3000, 3500))
     assert small.status is Status.failed and "blocks 3..5 hold 3500 at most: start peers" in small.text
     assert "made for 8192 positions" in told(10_000, head, tail).text
-    # The blocks take 6 ms for a token and the links 2 ms; behind 8,192 positions each block reads for 10 ms more.
+    # The blocks take 6 ms per token and the links 2 ms; after 8,192 positions each block reads for 10 ms more.
     whole = peer(0, 6, 8192)
     speeds = [
         float(found[1])
@@ -167,12 +167,12 @@ def test_a_context_fits_or_what_lacks_memory_is_named(tmp_path: Path) -> None:
     assert "which some peers do not report" not in told(2000, replace(head, **reads), replace(tail, **reads)).text
 
 
-def test_a_swarm_without_peers() -> None:
+def test_a_swarm_without_peers_fails() -> None:
     found = examination.served_model({}, None)
     assert found.status is Status.failed and "splitnet peer MODEL" in found.text
 
 
-def test_report() -> None:
+def test_the_report_counts_and_lists_findings() -> None:
     findings = [passed("python", "3.11"), warned("disk", "little"), failed("port", "taken")]
     assert summary(findings).startswith("1 passed, 1 warned, 1 failed: docs/doctor.md")
     assert summary(findings[:1]) == "1 passed, 0 warned, 0 failed"
@@ -182,7 +182,7 @@ def test_report() -> None:
     assert told["findings"][1] == {"check": "disk", "status": "warn", "text": "little"}
 
 
-def test_the_package_itself_is_sound() -> None:
+def test_the_installed_package_passes() -> None:
     assert {finding.check: finding.status for finding in hardware.software()} == {
         "python": Status.passed,
         "libraries": Status.passed,
@@ -194,6 +194,6 @@ def test_the_package_itself_is_sound() -> None:
     ("kernels", "status"),
     [(Kernels.FAST, Status.passed), (Kernels.PLAIN, Status.passed), (Kernels.NONE, Status.warned)],
 )
-def test_kernels_that_are_missing_are_told(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_kernels_are_a_warning(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: kernels)
     assert hardware.kernels().status is status

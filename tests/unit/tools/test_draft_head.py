@@ -1,4 +1,4 @@
-"""Training of draft heads: unrolled as they draft, learning what a model goes on with, and going on after a stop."""
+"""Training of draft heads: unrolled like drafting, on the model's own continuations, and resumed after a stop."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.unit.random_models import random_checkpoint
 HIDDEN, VOCABULARY = 32, 40
 CPU = torch.device("cpu")
 CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
-"""Of the model."""
+"""The config of the model."""
 
 
 def part() -> Ends:
@@ -66,7 +66,7 @@ def following(token: int) -> int:
 
 
 def row(first: int, length: int) -> Encoded:
-    """A text in which each token tells the next one; its first two tokens are a prompt."""
+    """A text in which each token determines the next one; its first two tokens are a prompt."""
     ids = [first]
     while len(ids) < length:
         ids.append(following(ids[-1]))
@@ -74,7 +74,7 @@ def row(first: int, length: int) -> Encoded:
 
 
 def states_of(row: Encoded) -> Tensor:
-    """Hidden states by which the model finds the next token likeliest."""
+    """Hidden states from which the model's head predicts the next token."""
     directions = MODEL.head(torch.eye(HIDDEN)).T  # [vocabulary, hidden]
     nexts = torch.tensor([following(token) for token in row.ids])
     return torch.nn.functional.normalize(directions[nexts], dim=-1) * 5 + 0.01 * torch.arange(len(nexts))[:, None]
@@ -103,7 +103,7 @@ def a_run(states: States, head: EagleHead | None = None, **changed: Any) -> Head
     return HeadRun(head or a_head(), packs, settings, unembedding_of(MODEL, torch.arange(20), CPU), halves=False)
 
 
-def test_texts_and_states_come_back_as_they_were_written(states: States) -> None:
+def test_texts_and_states_are_read_as_written(states: States) -> None:
     learned, held_out = packs_of(states)
     assert states.texts == 2 * HELD_OUT
     assert len({int(text) for pack in held_out for text in pack.texts}) == 2
@@ -129,7 +129,7 @@ def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
     assert bool((packs_of(states)[0][0].read() > 9e5).all())
 
 
-def test_files_that_are_damaged_are_written_again(states: States, tmp_path: Path) -> None:
+def test_damaged_files_of_states_are_dropped(states: States, tmp_path: Path) -> None:
     folder, path = TuningFolder(states.files[0].parent), states.files[-1]
     assert len(States(folder).files) == len(states.files)
     written = bytearray(path.read_bytes())
@@ -138,20 +138,20 @@ def test_files_that_are_damaged_are_written_again(states: States, tmp_path: Path
     assert States(folder).files == states.files[:-1]
 
 
-def test_frequent_tokens_are_those_of_what_is_written(states: States) -> None:
+def test_frequent_tokens_are_counted_in_the_stored_texts(states: States) -> None:
     assert frequent(states, 20, VOCABULARY).equal(torch.arange(20))
     assert frequent(states, VOCABULARY, VOCABULARY).equal(torch.arange(VOCABULARY))
     assert len(frequent(states, 7, VOCABULARY)) == 7
 
 
-def test_the_head_of_the_model_is_read_in_whatever_form_it_is() -> None:
+def test_the_rows_of_the_models_head_are_read_in_any_format() -> None:
     ids = torch.tensor([3, 9, 30])
     found = unembedding_of(MODEL, ids, CPU)
     hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(hidden @ found.T, MODEL.head(hidden)[:, ids], atol=1e-5)
 
 
-def test_a_head_is_unrolled_as_it_drafts() -> None:
+def test_an_unrolled_head_computes_the_same_as_drafting() -> None:
     head = a_head()
     generator = torch.Generator().manual_seed(1)
     for parameter in head.parameters():
@@ -167,7 +167,8 @@ def test_a_head_is_unrolled_as_it_drafts() -> None:
         for begin, end in ((0, 13), (13, 30)):
             for at in range(begin, end - 2):
                 cache = SequenceCache()
-                # The cache counts from the beginning of its text, the pack from its own.
+                # Positions in the cache count from the beginning of the text, those in the pack from the beginning of
+                # the pack.
                 output = head.run(ids[begin + 1 : at + 2], hidden[begin : at + 1], cache)[-1:]
                 for depth in range(DEPTH if at + DEPTH + 1 < end else 1):
                     if depth:
@@ -176,7 +177,7 @@ def test_a_head_is_unrolled_as_it_drafts() -> None:
     assert not found
 
 
-def test_its_layer_begins_as_the_last_block_of_the_model(tmp_path: Path) -> None:
+def test_the_layer_of_a_new_head_is_the_last_block_of_the_model(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=2, vocab=20))
     part, ids = client_part(checkpoint, "cpu"), torch.arange(20)
     head = new_head(part, checkpoint.config, ids, unembedding_of(part, ids, CPU))
@@ -190,7 +191,7 @@ def test_its_layer_begins_as_the_last_block_of_the_model(tmp_path: Path) -> None
     assert not torch.equal(layer["self_attn.k_proj.weight"][:, : part.hidden_size], block["self_attn.k_proj.weight"])
 
 
-def test_divergence_is_that_of_torch() -> None:
+def test_the_divergence_equals_that_of_torch() -> None:
     generator = torch.Generator().manual_seed(2)
     logits, expected = (torch.randn(rows, 30, generator=generator, requires_grad=True) for rows in (150, 200))
     places = torch.randperm(200, generator=generator)[:150]
@@ -204,7 +205,7 @@ def test_divergence_is_that_of_torch() -> None:
     assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
 
-def test_only_what_the_model_writes_is_learned() -> None:
+def test_only_tokens_of_the_model_are_learned() -> None:
     head, learned = a_head(), torch.zeros(30, dtype=torch.bool)
     learned[20:] = True
     pack = Pack(torch.arange(30) % 20, torch.zeros(30, dtype=torch.long), learned, lambda: torch.zeros(30, HIDDEN))
@@ -228,7 +229,7 @@ def test_training_lowers_the_loss_and_raises_the_acceptance(states: States) -> N
     assert len(after.acceptance) == DEPTH
 
 
-def test_acceptance_is_that_of_drafting(states: States) -> None:
+def test_the_evaluated_acceptance_equals_that_of_drafting(states: States) -> None:
     head = a_head()
     run = a_run(states, head)
     for _ in range(40):
@@ -269,7 +270,7 @@ def test_a_seed_gives_the_same_head(states: States) -> None:
     assert first.equal(second) and not first.equal(other)
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(states: States) -> None:
+def test_a_resumed_run_has_the_same_losses(states: States) -> None:
     whole, parted = a_run(states), a_run(states)
     expected = [whole.step().loss for _ in range(6)]
     found = [parted.step().loss for _ in range(3)]
@@ -279,7 +280,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(states: States) -> None:
     assert found == expected
 
 
-def test_halves_train_too(states: States) -> None:
+def test_training_works_in_16_bits(states: States) -> None:
     run = a_run(states)
     run.halves = True
     losses = [run.step().loss for _ in range(4)]

@@ -36,7 +36,7 @@ SIZES = ModelSizes(
     max_positions=4096,
 )
 DEMAND = Demand(context=1024, prompt=512, sessions=1, throughput=False)
-PER_BLOCK = 11 * MIB  # weights and the cache of one session
+PER_BLOCK = 11 * MIB  # The weights and the KV cache of one session.
 NEAR = Network(unmeasured=Link(1.0, 1e5))
 
 
@@ -44,7 +44,7 @@ def device(name: str, memory_mib: int, decode_ms: float = 1.0, torch_device: str
     return KnownDevice(name, memory_mib * MIB, Speed.of(decode_ms, 0.01), torch_device)
 
 
-def test_memory_is_for_weights_and_caches_and_for_the_clients_part_on_its_host() -> None:
+def test_memory_holds_weights_caches_and_the_client_part_of_the_host() -> None:
     devices = device("a", 4 * 11), device("b", 4 * 11)
     plan = make_plan(SIZES, DevicesFile(devices, None, NEAR), DEMAND)
     assert [(span.start, span.end) for span in plan.spans] == [(0, 4), (4, 8)]
@@ -52,7 +52,7 @@ def test_memory_is_for_weights_and_caches_and_for_the_clients_part_on_its_host()
     assert all(span.kv_memory == 4 * MIB for span in plan.spans)
     with pytest.raises(ModelTooBig) as error:
         make_plan(SIZES, DevicesFile(devices, "a", NEAR), DEMAND)
-    assert error.value.missing_blocks == 3  # of 30 MiB
+    assert error.value.missing_blocks == 3  # For a device of 30 MiB.
     assert error.value.missing_bytes == 3 * PER_BLOCK
     on_host = make_plan(SIZES, DevicesFile((device("a", 4 * 11 + 30), devices[1]), "a", NEAR), DEMAND)
     assert {span.device.name: span.memory_used for span in on_host.spans} == {"a": 74 * MIB, "b": 44 * MIB}
@@ -64,7 +64,8 @@ def test_more_sessions_take_more_memory() -> None:
         make_plan(SIZES, file, replace(DEMAND, sessions=3))
     roomy = DevicesFile((device("a", 4 * 13), device("b", 4 * 15)), None, NEAR)
     assert make_plan(SIZES, roomy, replace(DEMAND, sessions=3)).sessions == 3
-    assert make_plan(SIZES, roomy, DEMAND).sessions == 3  # as many as the tighter device has room for
+    # As many sessions as the device with less memory has room for.
+    assert make_plan(SIZES, roomy, DEMAND).sessions == 3
 
 
 def test_a_single_device_is_recommended_where_it_is_faster() -> None:
@@ -92,7 +93,7 @@ def test_fewer_devices_are_recommended_where_they_are_faster_than_all() -> None:
     assert "slow alone would give 1.3 tokens/s" in " ".join(summary(make_plan(SIZES, slow, DEMAND)))
 
 
-def test_many_sessions_get_most_from_stages_of_equal_pace() -> None:
+def test_many_sessions_get_the_highest_throughput_from_equally_fast_hops() -> None:
     file = DevicesFile((device("a", 300), device("b", 300, 1.5)), None, NEAR)
     slow_in_batches = [
         replace(known, speed=Speed.of(size, size)) for known, size in zip(file.devices, (1.0, 1.5), strict=True)
@@ -106,7 +107,7 @@ def test_many_sessions_get_most_from_stages_of_equal_pace() -> None:
     assert many.tokens_per_s < one.tokens_per_s
 
 
-def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
+def test_the_times_of_blocks_and_head_follow_from_the_machine() -> None:
     machine = MachineSpeed(bytes_per_ms=10.0 * MIB, flops_per_ms=1e9)
     links = {(CLIENT, "a"): SAME_MACHINE, ("a", CLIENT): SAME_MACHINE}
     plan = make_plan(SIZES, DevicesFile((KnownDevice("a", 300 * MIB, machine),), "a", Network(links)), DEMAND)
@@ -115,10 +116,10 @@ def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
     block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).at(1)
     assert block_ms == pytest.approx(1.1)
     assert plan.spans[0].ms_per_token == pytest.approx(8 * 1.1 + HOP_MS)
-    shared_ms = 8 * 2.6 + HOP_MS + 2.0  # 16 sessions share the weights, but each reads a cache of its own
+    shared_ms = 8 * 2.6 + HOP_MS + 2.0  # 16 sessions share the weights, but each reads its own cache.
     assert plan.all_tokens_per_s == pytest.approx(16_000 / shared_ms, rel=0.03)
     measured = make_plan(SIZES, DevicesFile((device("a", 300),), "a", Network(links)), DEMAND)
-    assert measured.client_ms == pytest.approx(2.0)  # a head as big as two blocks
+    assert measured.client_ms == pytest.approx(2.0)  # A head as large as two blocks.
     parts = sum(span.ms_per_token for span in plan.spans) + sum(link.ms_per_token for link in plan.links)
     assert 1000 / plan.tokens_per_s == pytest.approx(parts + 2.0)
 
@@ -135,7 +136,7 @@ def test_a_longer_context_takes_memory_and_time() -> None:
         on_devices_ms = sum(span.ms_per_token for span in plan.spans) - HOP_MS * len(plan.spans)
         assert on_devices_ms == pytest.approx(8 * (1.0 + tokens * 0.1)), "weights, and the cache"
     assert long.first_token_ms == pytest.approx(short.first_token_ms, rel=0.2), "of a prompt of 512"
-    # The chunks go one after the other through both devices, with half of the prompt before them on average.
+    # The chunks pass both devices in sequence, after half of the prompt on average.
     arithmetic_ms = 4 * 4096 * 2048 * SIZES.hidden_size / machine.flops_per_ms
     plain_ms = 4096 * SIZES.flops_per_position / machine.flops_per_ms
     slowest_stage_ms = 4 * (arithmetic_ms + plain_ms)
@@ -143,8 +144,8 @@ def test_a_longer_context_takes_memory_and_time() -> None:
     assert "a prompt of this length gets its first token in" in " ".join(summary(long))
 
 
-def test_measured_chains_are_foretold() -> None:
-    """The table "What a hop adds" of docs/benchmarks.md: one peer with all 30 blocks, and three with ten each."""
+def test_measured_chains_are_predicted() -> None:
+    """The table "What a hop adds" of docs/benchmarks.md: one peer with all 30 blocks, and three peers with ten each."""
     smollm = replace(SIZES, num_blocks=30, hidden_size=576, block_bytes=13 * MIB, client_part_bytes=0, head_bytes=0)
     loopback = Network(unmeasured=SAME_MACHINE)
     for on_device_ms, total_ms, count in [(29.61, 31.41, 1), (32.89, 36.36, 3)]:
@@ -177,14 +178,14 @@ links:
 """
 
 
-def test_the_command_prints_tables_and_what_to_run(model: Path) -> None:
+def test_the_command_prints_tables_and_commands(model: Path) -> None:
     result = run(model, TWO, "--context", "64", "--prompt", "16")
     assert result.exit_code == 0, result.output
     for text in ("desk", "0..", "-> desk", "tokens/s for one session", "first token of a prompt of 16", "--join ADDR"):
         assert text in result.output
 
 
-def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(model: Path) -> None:
+def test_json_holds_the_plan_and_valid_peer_commands(model: Path) -> None:
     result = run(model, TWO, "--context", "64", "--dtype", "float32", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.output)
@@ -202,7 +203,7 @@ def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(mode
         assert words[words.index("--dtype") + 1] == "float32"
 
 
-def test_peers_compute_in_the_type_whose_caches_were_planned(model: Path, tmp_path: Path) -> None:
+def test_peer_commands_have_the_type_of_the_planned_caches(model: Path, tmp_path: Path) -> None:
     config = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = json.loads(run(tmp_path, TWO, "--context", "64", "--json").output)
@@ -210,7 +211,7 @@ def test_peers_compute_in_the_type_whose_caches_were_planned(model: Path, tmp_pa
     assert all("--dtype float16" in span["command"] for span in plan["devices"])
 
 
-def test_energy_is_told_where_it_is_known(model: Path) -> None:
+def test_energy_is_printed_if_known(model: Path) -> None:
     one = TWO.replace("decode: 1,", "decode: 1.0,").replace("name: desk,", "name: desk, watts: 100,")
     plan = json.loads(run(model, one, "--json").output)
     by_name = {span["name"]: span for span in plan["devices"]}
@@ -230,7 +231,7 @@ def test_energy_is_told_where_it_is_known(model: Path) -> None:
     assert "J/token" not in run(model, TWO).output
 
 
-def test_a_model_that_does_not_fit(model: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused(model: Path) -> None:
     result = run(model, TWO.replace("700KiB", "300KiB"), "--json")
     assert result.exit_code == 1
     told = json.loads(result.output)
@@ -245,7 +246,7 @@ def test_a_model_that_does_not_fit(model: Path) -> None:
     ("options", "said"),
     [(["--context", "999"], "made for 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
 )
-def test_lengths_that_cannot_be(model: Path, options: list[str], said: str) -> None:
+def test_impossible_lengths_are_refused(model: Path, options: list[str], said: str) -> None:
     result = run(model, TWO, *options)
     assert isinstance(result.exception, SplitnetError)
     assert said in str(result.exception)

@@ -22,7 +22,7 @@ def two(links: str = f"{{{DEFAULT}}}", client: str = "") -> str:
     return f"devices:\n  - {LAPTOP}\n  - {BOARD}\nlinks: {links}\n{client}"
 
 
-def test_devices_with_their_units(tmp_path: Path) -> None:
+def test_devices_are_read_with_units(tmp_path: Path) -> None:
     file = read(tmp_path, two())
     laptop, board = file.devices
     assert laptop.name == "laptop"
@@ -35,7 +35,7 @@ def test_devices_with_their_units(tmp_path: Path) -> None:
     assert file.client_host is None
 
 
-def test_what_a_device_draws(tmp_path: Path) -> None:
+def test_the_watts_of_a_device_are_read(tmp_path: Path) -> None:
     text = two().replace("memory: 500MB", "memory: 500MB, watts: 7.5")
     assert [device.watts for device in read(tmp_path, text).devices] == [0.0, 7.5]
     for wrong in ("0", "-1", "much", ".inf", "1e6"):
@@ -43,7 +43,7 @@ def test_what_a_device_draws(tmp_path: Path) -> None:
             read(tmp_path, text.replace("7.5", wrong))
 
 
-def test_a_pair_goes_before_the_default_and_a_direction_may_differ(tmp_path: Path) -> None:
+def test_a_pair_overrides_the_default_link_and_may_differ_by_direction(tmp_path: Path) -> None:
     pairs = (
         "[{between: [laptop, client], latency_ms: 0, bandwidth: 10MB/s},"
         "{from: board, to: laptop, latency_ms: 5, bandwidth: 8kbit/s}]"
@@ -123,13 +123,13 @@ def device(text: str) -> str:
         ),
     ],
 )
-def test_mistakes_are_told_with_their_place(tmp_path: Path, text: str, said: str) -> None:
+def test_errors_name_the_place_of_the_mistake(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DevicesFileError, match=said) as error:
         read(tmp_path, text)
     assert str(error.value).startswith(str(tmp_path / "devices.yaml"))
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DevicesFileError, match="cannot read"):
         read_devices(tmp_path / "absent.yaml")
 

@@ -1,4 +1,4 @@
-"""Rounds of joint tuning: arithmetic, and the coordinator's machine under owners that do anything."""
+"""Rounds of joint tuning: arithmetic, and the coordinator's state machine with arbitrary owners."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from splitnet.tools.tune.rounds import (
 )
 from splitnet.wire.messages import MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
-PATIENT_S = 2 * LOST_S  # longer than any round waits for owners that are silent
+PATIENT_S = 2 * LOST_S  # Longer than any round waits for silent owners.
 SIZE = 5
 SETTINGS = Settings(6, 0.1, warmup_steps=2, schedule=Schedule.COSINE, clip=0.5, weight_decay=0.1)
 
@@ -69,12 +69,12 @@ def keys(count: int) -> dict[bytes, bytes]:
         ({"norm": 1.0, "noise": 2 * MAX_NOISE}, "--noise of 0 to"),
     ],
 )
-def test_rules_that_do_not_hold_are_refused(rules: dict[str, Any], told: str) -> None:
+def test_contradictory_rules_are_refused(rules: dict[str, Any], told: str) -> None:
     with pytest.raises(SplitnetError, match=told):
         Rules(**rules)
 
 
-def test_an_average_is_weighed() -> None:
+def test_an_average_is_weighted() -> None:
     gradients = [numbers(1), numbers(2), numbers(3)]
     found = mean_of(gradients, [0.5, 0.3, 0.2], Rules())
     assert np.allclose(found, 0.5 * gradients[0] + 0.3 * gradients[1] + 0.2 * gradients[2], atol=1e-6)
@@ -82,7 +82,7 @@ def test_an_average_is_weighed() -> None:
     assert np.allclose(some, (0.5 * gradients[0] + 0.3 * gradients[1]) / 0.8, atol=1e-6), "of those that were sent"
 
 
-def test_gradients_that_are_long_or_no_numbers_do_no_harm() -> None:
+def test_gradients_that_are_too_long_or_not_finite_do_no_harm() -> None:
     honest = [numbers(seed) for seed in range(3)]
     told = list[str]()
     nonsense = [np.full(SIZE, value, np.float32) for value in (np.nan, np.inf)]
@@ -106,7 +106,7 @@ def test_gradients_that_are_long_or_no_numbers_do_no_harm() -> None:
 
 @pytest.mark.parametrize("factor", [-20, 20, 1e6, -(OUTLIES + 0.01)])
 @pytest.mark.parametrize("norm", [0.0, 3.0])
-def test_a_gradient_that_is_far_too_long_is_left_out(factor: float, norm: float) -> None:
+def test_a_gradient_of_far_too_large_norm_is_left_out(factor: float, norm: float) -> None:
     honest, told = [each / np.linalg.norm(each) for each in map(numbers, range(4))], list[str]()
     found = mean_of([*honest, honest[2] * factor], [0.1, 0.2, 0.3, 0.2, 0.2], Rules(norm=norm), told.append)
     expected = sum(share * each for share, each in zip((0.1, 0.2, 0.3, 0.2), honest, strict=True)) / 0.8
@@ -115,16 +115,16 @@ def test_a_gradient_that_is_far_too_long_is_left_out(factor: float, norm: float)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_so_many_liars_leave_the_median_among_the_honest_gradients(seed: int) -> None:
+def test_the_tolerated_liars_leave_the_average_among_honest_gradients(seed: int) -> None:
     rules = Rules(owners=10, liars=2)
     honest = [1 + 0.1 * numbers(each, 50) for each in range(8)]
-    gradients = [*honest, *(-1.9 * each for each in honest[:2])]  # no longer than may be
+    gradients = [*honest, *(-1.9 * each for each in honest[:2])]  # As long as the limit of norms allows.
     random = np.random.default_rng(seed)
     found = averaged(gradients, np.full(10, 0.1), rules, random)
     assert (found > np.min(honest, axis=0) - 1e-6).all() and (found < np.max(honest, axis=0) + 1e-6).all()
 
 
-def test_what_is_sent_is_shortened_and_has_noise() -> None:
+def test_an_update_is_clipped_and_has_noise() -> None:
     gradient = numbers(1, 4000)
     want = WantGradient(0, 1, 0.5, 2.0, 0.0, ())
     sent = np.frombuffer(sendable(gradient, want, "birds", b"", b""), "<f4")
@@ -165,7 +165,7 @@ def test_masks_hide_each_update_and_cancel_in_the_sum() -> None:
         )
 
 
-def test_a_lie_in_a_masked_sum_is_no_longer_than_an_update() -> None:
+def test_a_lie_in_a_masked_sum_has_at_most_the_norm_of_an_update() -> None:
     rounds = begun(Rules(owners=3, norm=0.5, masked=True))
     wants = joined(rounds, keys(3))
     for number, (key, want) in enumerate(wants.items()):
@@ -175,7 +175,7 @@ def test_a_lie_in_a_masked_sum_is_no_longer_than_an_update() -> None:
     assert np.linalg.norm(rounds.gradients[0]) == pytest.approx(0.5, rel=1e-5)
 
 
-def test_noise_fits_into_masked_sums() -> None:
+def test_masked_sums_carry_the_noise_of_all_owners() -> None:
     rules = Rules(owners=3, norm=2.0, noise=MAX_NOISE, masked=True)
     rounds, owners = begun(rules, 4000), keys(3)
     wants = joined(rounds, owners, 4000)
@@ -184,20 +184,22 @@ def test_noise_fits_into_masked_sums() -> None:
         payload = sendable(numbers(1, 4000), want, "birds", key, owners[key])
         rounds.take(key, RoundNumbers(0, want.attempt, payload))
     rounds.step(1.0)
-    found = rounds.gradients[0] * 3  # the sum: two of three add as much noise as was promised
+    # The sum has more noise than promised, because two of three owners suffice for the promise.
+    found = rounds.gradients[0] * 3
     assert np.std(found) == pytest.approx(MAX_NOISE * 2.0 * math.sqrt(3 / 2), rel=0.1)
 
 
 @pytest.mark.parametrize(("liars", "owners", "group"), [(0, 5, 5), (1, 9, 3), (1, 3, 1)])
-def test_the_noise_of_other_owners_is_as_much_as_the_budget_counts(liars: int, owners: int, group: int) -> None:
+def test_the_budget_counts_the_noise_of_other_owners(liars: int, owners: int, group: int) -> None:
     rules = Rules(owners=owners, norm=0.5, noise=2.0, liars=liars)
     (want, *_) = joined(begun(rules), keys(owners)).values()
     of_others = want.noise * math.sqrt(max(1, group - 1))
     assert of_others == pytest.approx(rules.noise * rules.norm)
 
 
-def test_the_budget_is_that_of_the_gaussian_mechanism() -> None:
-    """Against its exact privacy profile: Balle and Wang, arXiv:1805.06530, theorem 8, for all releases as one."""
+def test_the_privacy_budget_is_that_of_the_gaussian_mechanism() -> None:
+    """Compared with the exact privacy profile (Balle and Wang, arXiv:1805.06530, theorem 8) of all releases
+    together."""
 
     def normal(x: float) -> float:
         return (1 + math.erf(x / math.sqrt(2))) / 2
@@ -227,7 +229,7 @@ class Recorded(Rounds):
 
 
 class Reference:
-    """What torch's AdamW makes of the same gradients."""
+    """The parameters that torch's AdamW computes from the same gradients."""
 
     def __init__(self, parameters: Numbers, settings: Settings) -> None:
         self.parameter = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
@@ -255,7 +257,7 @@ def begun(rules: Rules, size: int = SIZE, settings: Settings = SETTINGS) -> Reco
 
 
 def joined(rounds: Rounds, owners: Any, size: int = SIZE) -> dict[bytes, WantGradient]:
-    """All are ready; what each is asked for."""
+    """All owners become ready; returns what each is asked for."""
     for number, key in enumerate(owners):
         rounds.join(key, 1 + number, 0.0)
         rounds.offer(key, size)
@@ -264,7 +266,7 @@ def joined(rounds: Rounds, owners: Any, size: int = SIZE) -> dict[bytes, WantGra
     return wants
 
 
-def test_nothing_begins_before_the_parameters_are_known() -> None:
+def test_no_round_begins_before_the_parameters_are_known() -> None:
     rounds = Rounds(Rules(owners=1))
     rounds.join(b"one", 1, 0.0)
     rounds.begin(SETTINGS)
@@ -285,7 +287,7 @@ def test_nothing_begins_before_the_parameters_are_known() -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("schedule", list(Schedule))
-def test_rounds_are_steps_of_adamw_with_the_weighed_mean(schedule: Schedule, clip: float) -> None:
+def test_rounds_are_steps_of_adamw_with_the_weighted_mean(schedule: Schedule, clip: float) -> None:
     settings = Settings(8, 0.05, warmup_steps=2, schedule=schedule, clip=clip, weight_decay=0.1)
     rounds = begun(Rules(), 50, settings)
     assert rounds.parameters is not None
@@ -304,7 +306,7 @@ def test_rounds_are_steps_of_adamw_with_the_weighed_mean(schedule: Schedule, cli
     assert rounds.is_over
 
 
-def test_what_is_not_as_wanted_does_not_take_the_place_of_a_gradient() -> None:
+def test_a_malformed_update_does_not_replace_a_gradient() -> None:
     rounds = begun(Rules())
     wants = joined(rounds, (b"a", b"b"))
     right = {key: numbers(seed) for seed, key in enumerate(wants)}
@@ -320,7 +322,7 @@ def test_what_is_not_as_wanted_does_not_take_the_place_of_a_gradient() -> None:
     assert np.allclose(rounds.gradients[0], sum(wants[key].share * each for key, each in right.items()), atol=1e-6)
 
 
-def test_examples_that_are_claimed_count_to_a_bound() -> None:
+def test_the_weight_of_claimed_examples_is_bounded() -> None:
     rounds = begun(Rules(owners=3))
     for key, count in ((b"a", 10), (b"b", 10), (b"liar", 1 << 31)):
         rounds.join(key, count, 0.0)
@@ -329,8 +331,8 @@ def test_examples_that_are_claimed_count_to_a_bound() -> None:
     assert wants[b"liar"].share == pytest.approx(OUTWEIGHS / (OUTWEIGHS + 2))
 
 
-def test_an_owner_that_joins_anew_while_its_update_is_wanted_breaks_nothing() -> None:
-    """With its former process still sending, of nothing, or of the right size."""
+def test_an_owner_may_join_again_while_its_update_is_awaited() -> None:
+    """The former process of the owner still sends, either nothing or an update of the right size."""
     for payload in (b"", np.ones(SIZE, np.float32).tobytes()):
         rounds = begun(Rules(owners=3, liars=1))
         wants = joined(rounds, (b"a", b"b", b"c"))
@@ -344,7 +346,7 @@ def test_an_owner_that_joins_anew_while_its_update_is_wanted_breaks_nothing() ->
 
 
 def played(rounds: Rounds, honest: Sequence[bytes], silent: Sequence[bytes], until: int) -> list[float]:
-    """Seconds of each round. Honest owners answer at once; silent ones say again and again that they are ready."""
+    """The seconds of each round. Honest owners answer at once; silent owners only repeat that they are ready."""
     now, began, took = 0.0, 0.0, list[float]()
     for key in (*honest, *silent):
         rounds.join(key, 10, now)
@@ -366,7 +368,7 @@ def played(rounds: Rounds, honest: Sequence[bytes], silent: Sequence[bytes], unt
 @pytest.mark.parametrize(
     "rules", [Rules(), Rules(owners=3, norm=1.0, masked=True), Rules(owners=3, norm=1.0, noise=1.0)]
 )
-def test_owners_that_never_send_their_gradients_delay_few_rounds_and_these_for_seconds(rules: Rules) -> None:
+def test_silent_owners_delay_few_rounds_by_seconds(rules: Rules) -> None:
     settings = replace(SETTINGS, steps=16)
     honest = [bytes([number]) * 32 for number in range(rules.owners)]
     silent = [bytes([100 + number]) * 32 for number in range(rules.owners + 1)]
@@ -378,7 +380,7 @@ def test_owners_that_never_send_their_gradients_delay_few_rounds_and_these_for_s
     assert max(took) < 2 * LEAST_WAIT_S
 
 
-def test_owners_that_delivered_once_and_are_silent_then_hold_up_a_round_by_its_measured_pace() -> None:
+def test_an_owner_silent_after_a_delivery_delays_a_round_by_its_measured_pace() -> None:
     rounds = begun(Rules(), settings=replace(SETTINGS, steps=9))
     honest, gone = [b"a", b"b"], [b"x", b"y", b"z"]
     played(rounds, [*honest, *gone], [], 1)
@@ -387,7 +389,7 @@ def test_owners_that_delivered_once_and_are_silent_then_hold_up_a_round_by_its_m
     assert LEAST_LOST_S < took[0] < LEAST_LOST_S + 2 and max(took[1:]) < 2 * LEAST_WAIT_S
 
 
-def test_keys_that_only_join_take_nothing_from_owners_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_only_join_do_not_displace_delivering_owners(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_GRADIENTS_BYTES", 2 * 4 * SIZE)
     rounds = begun(Rules())
     played(rounds, [b"a", b"b"], [], 1)
@@ -401,7 +403,7 @@ def test_keys_that_only_join_take_nothing_from_owners_that_work(monkeypatch: pyt
     assert rounds.step(1.0).keys() == {b"a", b"b"}, "they wait for none of the others"
 
 
-def test_a_place_is_taken_by_a_new_owner_unless_all_owners_deliver() -> None:
+def test_a_new_owner_replaces_one_without_deliveries() -> None:
     rounds = begun(Rules(owners=1))
     owners = [number.to_bytes(32) for number in range(MAX_OWNERS)]
     played(rounds, owners[:-1], [], 1)
@@ -430,7 +432,8 @@ def test_a_round_waits_for_a_newcomer_from_its_first_gradient_on() -> None:
 
 
 class Coordination(RuleBasedStateMachine):
-    """Owners join, are ready, send, vanish and lie as hypothesis likes; the coordinator's machine is stepped."""
+    """Owners join, become ready, send, vanish and lie in any order, while the coordinator's state machine takes its
+    steps."""
 
     @initialize(
         owners=st.integers(1, 5),
@@ -450,9 +453,9 @@ class Coordination(RuleBasedStateMachine):
         self.at = 0.0
         self.number = self.releases = 0
         self.asked: dict[bytes, WantGradient] = {}
-        """Of the attempt that is under way."""
+        """The owners' wants in the current attempt."""
         self.sent: dict[bytes, Numbers] = {}
-        """Of it, by the honest owners and the liars alike."""
+        """The gradients of the current attempt, from honest owners and liars."""
         self.shares: dict[bytes, float] = {}
 
     @rule(owner=st.integers(0, 6), examples=st.sampled_from([0, 1, 10, 1000, 1 << 31]))
@@ -538,7 +541,7 @@ class Coordination(RuleBasedStateMachine):
         self.shares = {key: want.share for key, want in wants.items()}
 
     def check_average(self, found: Numbers, sent: list[tuple[Numbers, float]]) -> None:
-        """It follows from gradients of this attempt alone."""
+        """The average depends on gradients of this attempt alone."""
         assert np.isfinite(found).all()
         norms = [float(np.linalg.norm(gradient.astype(float))) for gradient, _ in sent]
         finite = [norm for norm in norms if norm < LONGEST]
@@ -561,7 +564,7 @@ class Coordination(RuleBasedStateMachine):
     @precondition(lambda self: not self.rounds.is_over)
     @rule(rounds=st.integers(1, 3))
     def owners_that_live_finish_rounds(self, rounds: int) -> None:
-        """Whatever was before: so many owners as begin, and a clock that goes on."""
+        """In any state, enough live owners finish a round as time passes."""
         live = list(self.keys)[: max(self.terms.owners, self.terms.quorum)]
         for _ in range(rounds):
             number, steps = self.rounds.number, 0

@@ -1,4 +1,4 @@
-"""Training data: what is accepted, and what is said of the rest."""
+"""Training data: accepted formats, and errors for all other files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def write(file: Path, *examples: Any) -> Path:
 
 
 @pytest.mark.parametrize("form", SAMPLES)
-def test_the_first_example_tells_the_form(file: Path, form: Form) -> None:
+def test_the_first_example_decides_the_format(file: Path, form: Form) -> None:
     examples = read_examples(write(file, {**SAMPLES[form], "source": 7, "id": "a"}, SAMPLES[form]))
     assert examples.form == form
     assert [row.fields for row in examples.rows] == [SAMPLES[form]] * 2
 
 
-def test_lines_are_counted_as_an_editor_does(file: Path) -> None:
+def test_lines_are_counted_like_in_an_editor(file: Path) -> None:
     file.write_bytes("\ufeff\n".encode() + b'{"text": "a"}\r\n\r\n' + '{"text": "b\u2028c"}'.encode())
     examples = read_examples(file)
     assert [(row.line, row.fields["text"]) for row in examples.rows] == [(2, "a"), (4, "b\u2028c")]
@@ -51,7 +51,7 @@ def test_labels_may_be_numbers(file: Path) -> None:
     assert examples.labels == ["0", "1"]
 
 
-def test_white_space_around_a_label_makes_no_other_class(file: Path) -> None:
+def test_white_space_around_a_label_is_ignored(file: Path) -> None:
     examples = read_examples(write(file, {"text": " a", "label": "cat"}, {"text": "b", "label": " cat\n"}))
     assert examples.labels == ["cat"] and examples.rows[0].fields["text"] == " a"
 
@@ -96,7 +96,7 @@ def test_a_bad_line_is_named(file: Path, bad: str, said: str) -> None:
         ),
     ],
 )
-def test_a_bad_chat_is_told_why(file: Path, messages: Any, said: str) -> None:
+def test_the_error_of_a_bad_chat_says_why(file: Path, messages: Any, said: str) -> None:
     with pytest.raises(DataError, match=f"line 1: .*{said}"):
         read_examples(write(file, {"messages": messages}))
 
@@ -116,7 +116,7 @@ def answer(content: str = "rain", **more: Any) -> dict[str, Any]:
     return {"role": "tool", "content": content, **more}
 
 
-def test_calls_are_read_as_templates_take_them(file: Path) -> None:
+def test_tool_calls_are_read_in_the_form_of_chat_templates(file: Path) -> None:
     function = {"parameters": {"type": "object"}, "name": "f", "strict": True, "description": None}
     told = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
     as_text = calling(call('{"a": [1]}', id="x"), content=None, refusal=None)
@@ -168,12 +168,12 @@ def test_calls_are_read_as_templates_take_them(file: Path) -> None:
         ({"messages": [USER, calling(call()), answer(), answer()]}, "message 4 answers the call ''"),
     ],
 )
-def test_a_key_of_a_chat_is_honoured_or_refused(file: Path, chat: Any, said: str) -> None:
+def test_an_unsupported_key_of_a_chat_is_refused(file: Path, chat: Any, said: str) -> None:
     with pytest.raises(DataError, match=f"line 2: .*{said}"):
         read_examples(write(file, CHAT, {**CHAT, **chat}))
 
 
-def test_ids_may_come_again_in_later_turns_and_are_made_where_there_are_none(file: Path) -> None:
+def test_ids_of_tool_calls_may_recur_and_missing_ids_are_made(file: Path) -> None:
     turns = [USER, calling(call(id="call_1"), call()), answer(), answer(), USER, calling(call(id="call_1", index=0))]
     last = {**CHAT["messages"][1], "weight": 1.0, "annotations": []}
     (example,) = read_examples(write(file, {"messages": [*turns, answer(), last]})).rows
@@ -182,12 +182,12 @@ def test_ids_may_come_again_in_later_turns_and_are_made_where_there_are_none(fil
     assert [one["tool_call_id"] for one in said if one["role"] == "tool"] == ["call_1", "call_0", "call_1"]
 
 
-def test_a_first_line_of_no_form_lists_the_forms(file: Path) -> None:
+def test_the_error_of_an_unknown_format_lists_all_formats(file: Path) -> None:
     with pytest.raises(DataError, match=r'line 1: no example with the fields question, answer: give one of .*"prompt"'):
         read_examples(write(file, {"question": "a", "answer": "b"}))
 
 
-def test_a_held_out_file_has_the_form_of_the_training_data(file: Path) -> None:
+def test_held_out_data_must_have_the_format_of_the_training_data(file: Path) -> None:
     with pytest.raises(DataError, match="line 1: 'label' is missing"):
         read_examples(write(file, {"text": "a"}), "classification")
 
@@ -199,7 +199,7 @@ def test_an_empty_file_is_refused(file: Path, content: bytes) -> None:
         read_examples(file)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_examples(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
@@ -219,7 +219,7 @@ objects = st.dictionaries(st.sampled_from(["text", "label", "prompt", "completio
 
 @settings(max_examples=examples(200), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary() | st.lists(objects).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
-def test_whatever_a_file_holds_it_is_read_or_refused(file: Path, content: bytes) -> None:
+def test_any_content_is_read_or_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     try:
         examples = read_examples(file)

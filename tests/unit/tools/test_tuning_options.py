@@ -1,4 +1,4 @@
-"""Options of `splitnet tune`: each does something in the run that it is given for, or is refused by name."""
+"""Each option of `splitnet tune` has an effect in the run, or is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitnet.errors import AdapterError, SplitnetError
 from splitnet.tools.tune.methods import AdapterOptions, Method, with_new_adapter
 from tests.unit.random_models import random_checkpoint
 
-TAKEN = "there is nothing to learn from"  # the next check
+TAKEN = "there is nothing to learn from"  # The error of the next check.
 
 
 def said(*options: str) -> str:
@@ -44,7 +44,7 @@ def test_an_option_of_some_methods_is_refused_with_others(option: tuple[str, str
     assert said("--plan", *option).startswith(TAKEN), "a plan is for all methods"
 
 
-def test_the_options_of_an_adapter_are_those_of_the_table() -> None:
+def test_the_help_lists_the_adapter_options_of_the_table() -> None:
     parameters = get_command(app).commands["tune"].params  # pyright: ignore[reportAttributeAccessIssue]
     boxed = {each.opts[0] for each in parameters if getattr(each, "rich_help_panel", None) == "Adapter"}
     assert boxed == {option for option, _ in NEEDS} - {"--states-limit"}
@@ -68,7 +68,7 @@ def test_the_options_of_an_adapter_are_those_of_the_table() -> None:
         (("--clip", "inf"), "--clip is inf: give a finite number"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(options: tuple[str, ...], told: str) -> None:
+def test_an_option_without_effect_is_refused(options: tuple[str, ...], told: str) -> None:
     assert said("--output" if "--plan" not in options else "--seed", "1", *options).startswith(told)
 
 
@@ -81,7 +81,7 @@ def test_an_option_that_would_do_nothing_is_refused(options: tuple[str, ...], to
         (("--targets", " ,"), "--targets names no layer"),
     ],
 )
-def test_an_option_that_does_not_fit_the_others_is_refused(
+def test_an_option_that_contradicts_others_is_refused(
     tmp_path: Path, options: tuple[str, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data.jsonl"
@@ -90,7 +90,7 @@ def test_an_option_that_does_not_fit_the_others_is_refused(
     assert told in said("--output", str(tmp_path / "new"), "--data", str(data), *options)
 
 
-def test_targets_that_no_layer_has_are_refused(tmp_path: Path) -> None:
+def test_targets_that_match_no_layer_are_refused(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     random_checkpoint("llama", tmp_path, blocks=2)

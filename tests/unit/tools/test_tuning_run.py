@@ -1,4 +1,4 @@
-"""Training runs: order of the data, gradients of parts, and going on as if nothing had happened."""
+"""Training runs: the order of the data, gradients of batch parts, and resumption without a difference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOCABULARY = 11
 
 
 class Bigram(nn.Module):
-    """A language model that looks at one token, with a loss as transformers' models have it."""
+    """A language model that sees one token, with the loss of transformers' models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Bigram(nn.Module):
 
 
 class Sparing(Bigram):
-    """The same with a loss in parts, which keeps the logits that it is asked for and no others."""
+    """The same model with a loss in parts; it keeps only the requested logits."""
 
     loss_in_parts = True
 
@@ -62,7 +62,7 @@ def run(**changed: Any) -> TuningRun:
 
 
 @given(count=st.integers(1, 20), size=st.integers(1, 30), seed=st.integers(0, 5))
-def test_every_example_comes_once_before_any_comes_again(count: int, size: int, seed: int) -> None:
+def test_every_example_is_used_once_per_epoch(count: int, size: int, seed: int) -> None:
     lengths = range(2, 2 + count)
     tuning = TuningRun(Bigram(), rows(*lengths), Settings(9, 0.1, batch_size=size, seed=seed), pad=0)
     taken = [len(row.ids) for step in range(2 * count) for row in tuning._rows_of(step)]
@@ -70,7 +70,7 @@ def test_every_example_comes_once_before_any_comes_again(count: int, size: int, 
         assert sorted(taken[epoch * count : (epoch + 1) * count]) == list(lengths)
 
 
-def test_orders_differ_between_epochs_and_seeds() -> None:
+def test_the_order_differs_between_epochs_and_seeds() -> None:
     def order(seed: int, epoch: int) -> list[int]:
         return run(seed=seed)._order(epoch)
 
@@ -87,8 +87,8 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts: int) -> None:
     torch.testing.assert_close(cut.model.table, whole.model.table)
 
 
-def test_a_model_that_can_is_asked_for_one_logit_only() -> None:
-    """It has no default."""
+def test_only_the_needed_logits_are_requested_if_the_model_can_omit_others() -> None:
+    """`logits_to_keep` has no default in this model."""
     whole, sparing = (
         TuningRun(model, rows(4, 7, 2, 5, 3), Settings(6, 0.1, batch_size=3), pad=0) for model in (Bigram(), Sparing())
     )
@@ -97,14 +97,14 @@ def test_a_model_that_can_is_asked_for_one_logit_only() -> None:
 
 
 def test_gradients_are_clipped() -> None:
-    # AdamW forgets the scale of gradients in its first step, so look at what it was given.
+    # The first step of AdamW ignores the scale of gradients, so the test looks at the gradients given to it.
     tuning = run(clip=0.01)
     norm = tuning.step().gradient_norm
     assert norm > 0.05
     assert tuning.model.table.grad.norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_learning_rates() -> None:
+def test_learning_rates_follow_the_schedule() -> None:
     settings = Settings(steps=10, learning_rate=1.0, warmup_steps=2)
     assert [settings.learning_rate_at(step) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
     cosine = Settings(steps=8, learning_rate=1.0, schedule=Schedule.COSINE)
@@ -113,7 +113,7 @@ def test_learning_rates() -> None:
 
 
 @pytest.mark.parametrize("method", [{}, {"zeroth_order": True, "directions": 2}], ids=["adamw", "zeroth order"])
-def test_a_run_that_goes_on_is_the_run_that_never_stopped(method: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(method: dict[str, Any], tmp_path: Path) -> None:
     whole, first = run(**method), run(**method)
     losses = [whole.step().loss for _ in range(6)]
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("zeroth_order", [False, True])
-def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
+def test_a_loss_that_is_not_finite_changes_no_parameter(zeroth_order: bool) -> None:
     tuning = run(zeroth_order=zeroth_order)
     with torch.no_grad():
         tuning.model.table[3, 3] = float("inf")
@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", [Bigram, Sparing])
-def test_accuracy_by_words(kind: type[Bigram]) -> None:
+def test_accuracy_compares_the_logits_of_the_label_words(kind: type[Bigram]) -> None:
     model = kind()
     told = [int(model.table[last, [4, 9]].argmax()) for last in range(VOCABULARY)]
     examples = [Encoded([1, last, 4], [IGNORED, IGNORED, 4], choice=told[last]) for last in range(VOCABULARY)]
@@ -163,10 +163,10 @@ def test_accuracy_by_words(kind: type[Bigram]) -> None:
 
 
 class TestFolder:
-    def test_a_run_goes_on_with_its_own_options_only(self, tmp_path: Path) -> None:
+    def test_a_run_is_resumed_with_its_own_options_only(self, tmp_path: Path) -> None:
         folder = TuningFolder(tmp_path / "run")
         folder.check({"steps": 3, "method": "lora"}, resume=False)
-        folder.begin({"steps": 9, "method": "lora"})  # and ended before anything was trained
+        folder.begin({"steps": 9, "method": "lora"})  # This run ended before its first step.
         folder.check({"steps": 3, "method": "lora"}, resume=False)
         folder.begin({"steps": 3, "method": "lora"})
         folder.save_checkpoint({}, {})
@@ -176,7 +176,7 @@ class TestFolder:
         with pytest.raises(DataError, match="has steps 3, not 4"):
             folder.check({"steps": 4, "method": "lora"}, resume=True)
 
-    def test_folders_of_something_else_are_left_alone(self, tmp_path: Path) -> None:
+    def test_a_folder_with_other_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(DataError, match="already holds files"):
             TuningFolder(tmp_path).check({}, resume=False)
@@ -213,7 +213,9 @@ class TestFolder:
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite_leaves_the_last_checkpoint_and_adapter(self, value: float, tmp_path: Path) -> None:
+    def test_values_that_are_not_finite_leave_the_last_checkpoint_and_adapter(
+        self, value: float, tmp_path: Path
+    ) -> None:
         class Adapted:
             def __init__(self, weight: float) -> None:
                 self.weight = weight
@@ -232,7 +234,7 @@ class TestFolder:
             folder.save_adapter(Adapted(value))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_what_was_not_written_whole_leaves_the_last_checkpoint(
+    def test_an_incomplete_write_leaves_the_last_checkpoint(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder = TuningFolder(tmp_path)
@@ -243,7 +245,7 @@ class TestFolder:
         saved = folder.load_checkpoint()
         assert saved is not None and saved[1] == {"step": 1}
 
-    def test_a_run_that_overflows_leaves_what_was_saved(self, tmp_path: Path) -> None:
+    def test_a_run_that_overflows_keeps_its_last_checkpoint(self, tmp_path: Path) -> None:
         folder, tuning = TuningFolder(tmp_path), run()
         folder.begin({})
 
@@ -262,7 +264,9 @@ class TestFolder:
         saved = folder.load_checkpoint()
         assert saved is not None and saved[1]["step"] == 1
 
-    def test_steps_are_said_to_be_saved_once_they_are(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_steps_are_reported_as_saved_only_after_saving(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         folder, tuning = TuningFolder(tmp_path), run()
         folder.begin({})
 
@@ -277,7 +281,7 @@ class TestFolder:
             take_steps(tuning, folder, TuningProgress(4), None, "training", look=look, keep=full)
         assert "saved" not in capsys.readouterr().err
 
-    def test_an_adapter_and_metrics_that_cannot_be_written_are_told(self, tmp_path: Path) -> None:
+    def test_unwritable_adapters_and_metrics_are_an_error(self, tmp_path: Path) -> None:
         class Full:
             def save_pretrained(self, folder: str, **options: Any) -> None:
                 raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -289,7 +293,7 @@ class TestFolder:
                 write()
         assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
 
-    def test_a_damaged_checkpoint_is_told(self, tmp_path: Path) -> None:
+    def test_a_damaged_checkpoint_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoint.safetensors").write_bytes(b"x" * 40)
         with pytest.raises(DataError, match="is damaged"):
             TuningFolder(tmp_path).load_checkpoint()

@@ -17,21 +17,21 @@ def grad(weights: torch.nn.Parameter) -> torch.Tensor:
     return weights.grad
 
 
-def test_an_estimate_is_the_slope_along_its_direction() -> None:
+def test_an_estimate_is_the_directional_derivative() -> None:
     """Exact on a linear loss: the direction times its product with the gradient."""
     gradient = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
     weights = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     loss = estimate_gradients([weights], lambda: (weights * gradient).sum() + 7, seed=5, eps=0.01)
     assert loss == pytest.approx(7.0)
     estimate = grad(weights)
-    # estimate = (gradient . z) z, so its product with the gradient is the square of (gradient . z)
+    # The estimate is (gradient . z) z, so its product with the gradient is the square of (gradient . z).
     z = estimate / (estimate @ gradient).sqrt()
     assert torch.allclose(estimate, (gradient @ z) * z)
     assert torch.equal(weights, torch.zeros(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("directions", "passes"), [(1, 2), (2, 3), (8, 9)])
-def test_several_directions_share_the_loss_where_they_begin(directions: int, passes: int) -> None:
+def test_several_directions_share_the_loss_of_the_initial_point(directions: int, passes: int) -> None:
     weights = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
     seen: list[torch.Tensor] = []
 
@@ -47,8 +47,8 @@ def test_several_directions_share_the_loss_where_they_begin(directions: int, pas
     assert torch.allclose(grad(weights), torch.as_tensor(expected), rtol=2e-2, atol=2e-2)
 
 
-def test_losses_are_told_together() -> None:
-    """`loss` may return what makes them."""
+def test_losses_of_all_points_may_be_computed_together() -> None:
+    """`loss` may return the points at which `losses` computes all losses together."""
     one, other = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
     asked: list[int] = []
 
@@ -69,7 +69,7 @@ def test_many_directions_come_near_the_gradient() -> None:
     assert float(grad(weights).norm() / gradient.norm()) == pytest.approx(1, abs=0.1)
 
 
-def test_it_minimises() -> None:
+def test_estimated_gradients_minimise_a_loss() -> None:
     target = torch.randn(8, generator=torch.Generator().manual_seed(1))
     weights = torch.nn.Parameter(torch.zeros(8))
     optimizer = torch.optim.SGD([weights], lr=0.02)
@@ -80,7 +80,7 @@ def test_it_minimises() -> None:
     assert losses[-1] < 0.01 * losses[0]
 
 
-def test_the_seed_makes_the_directions() -> None:
+def test_the_seed_determines_the_directions() -> None:
     estimates: list[torch.Tensor] = []
     for seed in (3, 3, 4):
         weights = torch.nn.Parameter(torch.ones(4))
@@ -90,7 +90,7 @@ def test_the_seed_makes_the_directions() -> None:
     assert not torch.equal(estimates[0], estimates[2])
 
 
-def test_frozen_parameters_stay_and_errors_leave_everything_as_it_was() -> None:
+def test_frozen_parameters_stay_and_errors_restore_all_parameters() -> None:
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     weights = torch.nn.Parameter(torch.ones(2))
     calls: list[torch.Tensor] = []
@@ -123,7 +123,7 @@ def test_no_graph_is_recorded() -> None:
 
 
 class Prompted(torch.nn.Module):
-    """As PEFT's prompts on a remote model, and not one that looks at anything but a row's prompt and its last token."""
+    """Like PEFT's prompt tuning on a remote model. The logits of a row depend only on its prompt and each token."""
 
     active_peft_config = SimpleNamespace(peft_type="PROMPT_TUNING")
     loss_in_parts = True
@@ -149,7 +149,7 @@ class Prompted(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("room", "calls"), [(2**26, [15]), (2 * 15 * 11, [6, 6, 3]), (1, [3] * 5)])
-def test_prompts_that_go_together_have_the_losses_that_they_have_alone(
+def test_prompts_in_one_batch_have_the_same_losses_as_alone(
     room: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitnet.tools.tune.run.PACKED", room)
