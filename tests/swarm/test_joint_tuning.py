@@ -513,8 +513,7 @@ def test_a_trusted_key_chooses_among_coordinators_of_the_same_name(
 def test_a_round_is_found_without_a_dht(
     key: SwarmKey | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The round is found through another peer, not the one that the coordinator joined through, and is not taken for a
-    model."""
+    """The round is found through a peer that the coordinator did not join through, and does not count as a model."""
     monkeypatch.setattr("splitnet.directory.joining.have_hivemind", lambda: False)
     with local_swarm(folder, [(0, 6)], swarm_key=key, join=()) as swarm, ExitStack() as stack:
         first = swarm.peers[0]
