@@ -120,16 +120,24 @@ def test_a_completion_equals_that_of_transformers(serve: Serve, whole: Any, toke
     [
         (
             "/v1/responses",
-            {"input": "Hi", "max_output_tokens": 9},
+            {"input": "Hi", "temperature": 0, "max_output_tokens": 9},
             lambda told: told["output"][0]["content"][0]["text"],
         ),
-        ("/v1/messages", {"messages": HELLO, "max_tokens": 9}, lambda told: told["content"][0]["text"]),
+        (
+            "/v1/messages",
+            {"messages": HELLO, "temperature": 0, "max_tokens": 9},
+            lambda told: told["content"][0]["text"],
+        ),
         (
             "/api/chat",
             {"messages": HELLO, "stream": False, "options": {"num_predict": 9, "temperature": 0}},
             lambda told: told["message"]["content"],
         ),
-        ("/infill", {"input_prefix": "a", "input_suffix": "b", "n_predict": 9}, lambda told: told["content"]),
+        (
+            "/infill",
+            {"input_prefix": "a", "input_suffix": "b", "temperature": 0, "n_predict": 9},
+            lambda told: told["content"],
+        ),
     ],
 )
 def test_an_answer_in_each_protocol_equals_that_of_transformers(
@@ -140,7 +148,7 @@ def test_an_answer_in_each_protocol_equals_that_of_transformers(
     expected = tokenizer.decode(greedy(whole, tokenizer(prompt).input_ids, 9), skip_special_tokens=True)
 
     async def does(server: Server) -> None:
-        reply = await server.http.post(path, json=GREEDY | body)
+        reply = await server.http.post(path, json={"model": MODEL} | body)
         assert reply.status_code == 200 and text_of(reply.json()) == expected
 
     serve(does)

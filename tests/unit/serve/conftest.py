@@ -13,6 +13,7 @@ import pytest
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.serve.answers.grammars import Bounds, Grammars
 from tests.leftovers import outliving_tests
+from tests.unit.serve.clients import KEY, THINKING, gateway
 from tests.unit.serve.fake_model import VOCABULARY, FakeModel
 from tests.unit.serve.serving import TEMPLATE, Serve, Server, servers
 
@@ -49,3 +50,17 @@ def serve(model: FakeModel, tokenizer: Any, grammars: Grammars) -> Iterator[Serv
     """Runs the coroutine of a test with a new server."""
     with servers(partial(Server, model, tokenizer, grammars=grammars)) as run:
         yield run
+
+
+@pytest.fixture
+def url(tokenizer: Any, grammars: Grammars) -> Iterator[str]:
+    """The URL of a gateway with one key."""
+    with gateway(tokenizer, grammars, [KEY]) as url:
+        yield url
+
+
+@pytest.fixture
+def thinking(shared_tokenizer: Any, grammars: Grammars) -> Iterator[str]:
+    """The URL of a gateway whose model never ends its reasoning."""
+    with gateway(copy.copy(shared_tokenizer), grammars, template=THINKING) as url:
+        yield url
