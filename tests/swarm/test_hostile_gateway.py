@@ -22,7 +22,7 @@ from tests.attacks import gateway as attacks
 from tests.e2e.daemons import background
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_serve import TEMPLATE
+from tests.unit.serve.serving import TEMPLATE
 
 pytestmark = pytest.mark.swarm
 
