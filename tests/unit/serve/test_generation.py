@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from splitnet.serve import generation
-from tests.unit.serve.fake_model import FakeModel
+from tests.unit.serve.fake_model import FakeModel, FakeSession
 from tests.unit.serve.serving import GREEDY, Serve, Server, until
 
 
@@ -80,3 +80,12 @@ def test_too_many_waiting_requests_are_refused(serve: Serve) -> None:
                 assert reply.json()["error"]["type"] == "rate_limit_error"
 
     serve(does, at_a_time=1, waiting=1)
+
+
+def test_a_prefix_that_the_peers_stored_counts_as_cached(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeSession, "reused", 2)
+
+    async def does(server: Server) -> Any:
+        return (await server.chat("Who are you?", max_tokens=2))["usage"]
+
+    assert serve(does)["prompt_tokens_details"]["cached_tokens"] == 2
