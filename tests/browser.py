@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = [
@@ -31,16 +31,30 @@ NewPage = Callable[..., Page]
 
 @contextmanager
 def browsing(server: str, *expected: str) -> Iterator[NewPage]:
-    """Opens pages of a server; `expected` are texts of browser errors that are allowed."""
+    """Opens pages of a server in a separate browser, see `pages`."""
+    with chromium() as browser, pages(browser, server, *expected) as new:
+        yield new
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
     assert CHROMIUM is not None
-    wrong: list[str] = []
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def pages(browser: Browser, server: str, *expected: str) -> Iterator[NewPage]:
+    """Makes pages for a server; texts of the browser's errors that are expected may be named."""
+    wrong: list[str] = []
+    with ExitStack() as contexts:
 
         def new(width: int = 1440, height: int = 900, theme: Any = "light", **options: Any) -> Page:
             size: Any = {"width": width, "height": height}
-            context = browser.new_context(viewport=size, color_scheme=theme, **options)
+            context = contexts.enter_context(browser.new_context(viewport=size, color_scheme=theme, **options))
             context.set_default_timeout(PATIENCE_MS)
             page = context.new_page()
             page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
@@ -49,11 +63,11 @@ def browsing(server: str, *expected: str) -> Iterator[NewPage]:
             return page
 
         yield new
-        browser.close()
     assert [text for text in wrong if not any(known in text for known in expected)] == []
 
 
 def photograph(page: Page, name: str) -> None:
     """Saves a screenshot in `test-output/`."""
     SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"dashboard-{name}.png", animations="disabled")
+    # Playwright would write the file in a thread that outlives the test.
+    (SCREENSHOTS / f"dashboard-{name}.png").write_bytes(page.screenshot(animations="disabled"))

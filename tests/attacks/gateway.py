@@ -111,10 +111,12 @@ def unfinished_bodies(
     return _held(url, head + b'{"model":"' + b"x" * sent, count, seconds)
 
 
-def trickled_bodies(url: str, *, seconds: float, key: str | None = None, count: int = 300) -> Outcomes:
+def trickled_bodies(
+    url: str, *, seconds: float, key: str | None = None, count: int = 300, over: Event | None = None
+) -> Outcomes:
     """Sends the first bytes of a small body on many connections, and never the rest."""
     head = _head("POST", CHAT, url, key, "Content-Type: application/json\r\nContent-Length: 1000\r\n")
-    return _held(url, head + b"{", count, seconds)
+    return _held(url, head + b"{", count, seconds, over=over)
 
 
 def half_requests(url: str, *, seconds: float, key: str | None = None, count: int = 1500) -> Outcomes:

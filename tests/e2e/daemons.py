@@ -204,11 +204,11 @@ class Background:
 
 
 @contextmanager
-def background(folder: Path, *arguments: str) -> Iterator[Background]:
+def background(folder: Path, *arguments: str, program: Sequence[str] = SPLITNET) -> Iterator[Background]:
     """Starts `splitnet ...`, and kills it at the end if it still runs; `folder` has the user's key."""
     run = uuid.uuid4().hex
     process = subprocess.Popen(
-        [*SPLITNET, *arguments],
+        [*program, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -107,8 +107,8 @@ def test_help_is_fast(home: Path) -> None:
     assert len(imported) < MOST_MODULES and not {"hivemind", "torch", "transformers"} & {*imported}
 
 
-def test_version(home: Path) -> None:
-    assert run(home, "--version").output == f"splitnet {splitnet.__version__}\n"
+def test_version(here: Here) -> None:
+    assert here("--version").output == f"splitnet {splitnet.__version__}\n"
 
 
 TUNE = "tune {small} --join {nobody} --output {home}/adapter --data"
@@ -450,10 +450,16 @@ def imports_torch(daemon: Daemon) -> bool:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    "moment",
-    [imports_torch, "open the checkpoint", "start a swarm", "load blocks", "measure the device"],
+    ("moment", "number"),
+    [
+        (imports_torch, signal.SIGTERM),
+        (imports_torch, signal.SIGINT),
+        ("open the checkpoint", signal.SIGTERM),
+        ("start a swarm", signal.SIGINT),
+        ("load blocks", signal.SIGTERM),
+        ("measure the device", signal.SIGINT),
+    ],
 )
 def test_a_peer_can_be_stopped_while_it_starts(
     small: Path, tmp_path: Path, moment: str | Callable[[Daemon], bool], number: signal.Signals

@@ -14,7 +14,6 @@ import pytest
 from openai import OpenAI
 
 from splitnet.wire.sent_log import PAGE
-from tests.e2e.conftest import SPANS
 from tests.e2e.daemons import Daemon, background, daemons
 from tests.e2e.test_serve_command import STARTING
 
@@ -23,6 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 TOOLS = "You may call:\n" + "\n".join(
     json.dumps({"name": f"tool_{number}", "parameters": {"path": "string", "lines": number}}) for number in range(12)
 )
+TWO = [(0, 15), (15, 30)]
 SPARE = PAGE + 64  # Positions of a prompt that are computed again: the last page, and the new text.
 
 
@@ -62,6 +62,7 @@ def ports(running: Sequence[Daemon]) -> list[str]:
     return [re.findall(r" at tcp://127\.0\.0\.1:(\d+)", daemon.log)[0] for daemon in running]
 
 
+@pytest.mark.full
 def test_the_second_request_continues_after_the_stored_tools(
     trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -78,10 +79,10 @@ def test_stored_tools_are_used_after_a_restart_of_all_daemons(
     demo_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
-    listen: list[tuple[str, ...]] = [()] * len(SPANS)
+    listen: list[tuple[str, ...]] = [()] * len(TWO)
     asked: list[tuple[str, int, int]] = []
     for _ in range(2):
-        with daemons(tmp_path, demo_checkpoint, SPANS, "--kv-memory", "256MiB", each=listen) as running:
+        with daemons(tmp_path, demo_checkpoint, TWO, "--kv-memory", "256MiB", each=listen) as running:
             with served(tmp_path, demo_checkpoint, running[0]) as client:
                 asked.append(ask(client, "Which tool reads a file?"))
             listen = [("--listen", f"tcp://127.0.0.1:{port}") for port in ports(running)]
@@ -95,7 +96,7 @@ def test_daemons_without_a_store_use_no_stored_tools(
 ) -> None:
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
     with (
-        daemons(tmp_path, demo_checkpoint, SPANS, "--prefix-store", "off") as running,
+        daemons(tmp_path, demo_checkpoint, [(0, 30)], "--prefix-store", "off") as running,
         served(tmp_path, demo_checkpoint, running[0]) as client,
     ):
         asked = [ask(client, "Which tool reads a file?") for _ in range(2)]

@@ -20,7 +20,7 @@ from splitnet.tools.tune.data import TEMPLATE, read_examples
 from splitnet.tools.tune.job import evaluate
 from splitnet.tools.tune.run import Encoder
 from tests.e2e.conftest import Here
-from tests.e2e.daemons import Finished, background, run
+from tests.e2e.daemons import Finished, background
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -87,8 +87,7 @@ def test_a_trained_adapter_gives_the_same_in_plain_peft(
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
 
-    # A separate process, which imports no unused library.
-    generated = run(tmp_path, *shlex.split(told[1]), "--max-new-tokens", "8")
+    generated = here(*shlex.split(told[1]), "--max-new-tokens", "8")
     prompt = tokenizer(TEMPLATE.replace("{text}", "..."), return_tensors="pt")
     tokens = plain.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors

@@ -19,7 +19,7 @@ from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import generation
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
-from tests.swarm.test_serve import GREEDY, TEMPLATE, Server
+from tests.unit.serve.serving import GREEDY, TEMPLATE, Server
 
 pytestmark = pytest.mark.swarm
 

@@ -16,13 +16,10 @@ from transformers import AutoTokenizer
 from splitnet import __version__
 from splitnet.directory.dht import Directory
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.serve.admission import ANYONE
-from splitnet.serve.dashboard import Dashboard
-from splitnet.serve.gateway import Offer
 from splitnet.session.inference import Session
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm, shared_swarm
-from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
+from tests.unit.serve.serving import GREEDY, MODEL, TEMPLATE, Server, until
 
 pytestmark = pytest.mark.swarm
 
@@ -138,81 +135,6 @@ def test_events_show_the_progress_of_a_prompt(
 
     asyncio.run(does())
     server.generations.close()
-
-
-def test_events_include_the_answers_of_all_models(swarm: LocalSwarm, server: Server, model: RemoteCausalLM) -> None:
-    other = Server(model, AutoTokenizer.from_pretrained(swarm.folder))
-    loaded = dataclasses.replace(other.app.state.gateway.served, name="other")
-    server.app.state.gateway.offers = [Offer(["other"], lambda: loaded)]
-
-    async def does() -> None:
-        async with server.running():
-            server.http.headers["Authorization"] = f"Bearer {KEY}"
-            ids = [(await server.complete(prompt="Bees", max_tokens=3))["id"]]
-            ids.append((await server.complete(model="other", prompt="Bees", max_tokens=5))["id"])
-            await until(lambda: all(log.answers()[0].ended is not None for log in logs))
-            body = GREEDY | {"model": "other", "prompt": "Bees", "max_tokens": 200}
-            asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
-            await until(lambda: len(logs[1].answers()) == 5 and other.admission.waiting == 1)
-            snapshot, _ = await shown(server)
-            other.generations.end()
-            await asyncio.gather(*asked)
-        assert [(answer["id"], answer["tokens"]) for answer in snapshot["answers"] if answer["ended"]] == [
-            (ids[0], 3),
-            (ids[1], 5),
-        ]
-        assert all(answer["routes"] for answer in snapshot["answers"] if answer["ended"])
-        assert snapshot["requests"] == {"running": 4, "waiting": 1}
-
-    logs = [each.generations.progress for each in (server, other)]
-    asyncio.run(does())
-    other.generations.close()
-
-
-def test_running_and_waiting_requests_are_counted(server: Server) -> None:
-    async def does() -> None:
-        async with server.running():
-            server.http.headers["Authorization"] = f"Bearer {KEY}"
-            body = GREEDY | {"prompt": "Bees", "max_tokens": 200}
-            asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
-            await until(lambda: sum(answer.tokens for answer in server.generations.progress.answers()) > 8)
-            snapshot, _ = await shown(server)
-            server.generations.end()
-            await asyncio.gather(*asked)
-            assert snapshot["requests"] == {"running": 4, "waiting": 1}
-            assert [answer["ended"] for answer in snapshot["answers"]] == [False] * 4
-            await until(lambda: all(each.ended is not None for each in server.generations.progress.answers()))
-
-    asyncio.run(does())
-
-
-def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
-    async def does() -> None:
-        async with server.running():
-            page = await server.http.get("/")
-            assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
-            assert "script-src 'self'" in page.headers["content-security-policy"]
-            script = await server.http.get("/page/dashboard.js")
-            assert script.status_code == 200 and script.headers["content-type"].startswith("text/javascript")
-            for path in ("/page/none.js", "/page/..%2fgate.py", "/page/%2e%2e/gate.py"):
-                assert (await server.http.get(path)).status_code == 404
-            for headers in ({}, {"Authorization": "Bearer wrong"}):
-                refused = await server.http.get("/dashboard/events", headers=headers)
-                assert refused.status_code == 401 and refused.json()["error"]["code"] == "wrong_key"
-            assert await shown(server)
-
-    asyncio.run(does())
-
-
-def test_an_open_stream_ends_with_the_server(server: Server) -> None:
-    async def does() -> None:
-        stream = Dashboard(server.app.state.gateway).stream(ANYONE)
-        assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
-        server.generations.draining = True
-        async with asyncio.timeout(10):
-            assert [json.loads(event.removeprefix("data: "))["type"] async for event in stream] == ["events"]
-
-    asyncio.run(does())
 
 
 def test_local_blocks_of_the_server_are_shown_beside_the_route(swarm: LocalSwarm) -> None:

@@ -8,27 +8,24 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import torch
-from ollama import AsyncClient, ResponseError
 from openai import AsyncOpenAI
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht import Directory
-from splitnet.errors import PeerBusy, UnsupportedModel
+from splitnet.errors import UnsupportedModel
 from splitnet.hf.causal_lm import RemoteCausalLM, attach, attached
 from splitnet.hf.side import SideNetwork
-from splitnet.serve import generation, reading
-from splitnet.serve.generation import Generation
 from splitnet.serve.pooling import Pooling
 from splitnet.session.options import ConnectionOptions
 from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_serve import MODEL, Server, sessions
+from tests.swarm.test_serve import sessions
 from tests.unit.random_models import random_checkpoint
+from tests.unit.serve.serving import MODEL, Server
 
 pytestmark = pytest.mark.swarm
 
@@ -173,26 +170,6 @@ def test_a_side_network_adds_to_embeddings(
     assert float(cosines(vectors, expected).min()) > 0.9999
 
 
-def test_embeddings_through_ollamas_api(asking: Callable[..., Any], whole: Any, tokenizer: Any) -> None:
-    async def does(client: AsyncOpenAI, server: Server) -> None:
-        transport = httpx.ASGITransport(server.app)
-        ollama = AsyncClient(host="http://127.0.0.1", transport=transport)
-        several = await ollama.embed(MODEL, TEXTS)
-        ids = [tokenizer(text).input_ids for text in TEXTS]
-        assert float(cosines(several.embeddings, [states(whole, each)[-1] for each in ids]).min()) > 0.9999
-        assert several.prompt_eval_count == sum(map(len, ids)) and several.model == MODEL
-        one = await ollama.embeddings(MODEL, TEXTS[0])
-        assert list(one.embedding) == pytest.approx(list(several.embeddings[0]), abs=1e-3)
-        short = await ollama.embed(MODEL, "Bees " * 300, dimensions=8)  # The text is cut to the context.
-        assert len(short.embeddings[0]) == 8 and short.prompt_eval_count == 256
-        with pytest.raises(ResponseError, match="shorten"):
-            await ollama.embed(MODEL, "Bees " * 300, truncate=False)
-        shown = await ollama.show(MODEL)
-        assert shown.capabilities == ["embedding"]
-
-    asking(does, pooling=Pooling(most=256, told=True))
-
-
 def test_a_checkpoint_without_a_head_generates_nothing(
     asking: Callable[..., Any], folder: Path, swarm: LocalSwarm
 ) -> None:
@@ -230,83 +207,6 @@ def test_the_lengths_of_other_texts_do_not_change_rope_frequencies(
         found = asyncio.run(running())
         server.generations.close()
     assert float(cosines(found, [states(local, each)[-1] for each in ids]).min()) > 0.9999
-
-
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_mean_and_cls_pooling(asking: Callable[..., Any], whole: Any, tokenizer: Any, mode: str) -> None:
-    async def does(client: AsyncOpenAI, server: Server) -> Any:
-        return await client.embeddings.create(model=MODEL, input=TEXTS)
-
-    reply = asking(does, pooling=Pooling(mode=mode, normalizes=False))
-    each = [states(whole, tokenizer(text).input_ids) for text in TEXTS]
-    expected = [state.mean(dim=0) if mode == "mean" else state[0] for state in each]
-    found = torch.tensor([each.embedding for each in reply.data])
-    assert float(cosines(found, expected).min()) > 0.9999
-    assert torch.allclose(found.norm(dim=1), torch.stack(expected).norm(dim=1), rtol=1e-2)
-
-
-def test_texts_are_read_in_smaller_batches_where_peers_lack_memory(
-    asking: Callable[..., Any], model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-    states_of = Generation._states
-
-    def refusing(self: Generation, texts: list[torch.Tensor], keep: int) -> Any:
-        read.append(len(texts))
-        if len(texts) > 1:
-            raise PeerBusy("no room")
-        return states_of(self, texts, keep)
-
-    async def does(client: AsyncOpenAI, server: Server) -> Any:
-        return (await client.embeddings.create(model=MODEL, input=TEXTS)).data
-
-    together = asking(does)
-    monkeypatch.setattr(Generation, "_states", refusing)
-    apart = asking(does)
-    assert read == [4, 2, 1, 1, 2, 1, 1]
-    found = torch.tensor([each.embedding for each in apart])
-    assert float(cosines(found, [torch.tensor(each.embedding) for each in together]).min()) > 0.9999
-    monkeypatch.setattr(generation, "READ_POSITIONS", 8)
-    read.clear()
-    asking(does)
-    assert read[0] == 1  # The longest text is read alone.
-
-
-def test_wrong_embedding_requests_are_refused(asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MOST_TOKENS", 64)
-
-    async def does(client: AsyncOpenAI, server: Server) -> None:
-        for param, wrong, why in [
-            ("input", {"input": []}, "at least 1"),
-            ("input", {"input": ["x"] * 257}, "at most 256"),
-            ("input", {"input": [49152]}, "knows the tokens"),
-            ("dimensions", {"dimensions": 65}, "64 dimensions"),
-            ("prompt_name", {"prompt_name": "passage"}, "use 'query' or 'document'"),
-            ("prompt_name", {"prompt_name": "query", "input": [1]}, "not tokens"),
-            ("encoding_format", {"encoding_format": "int8"}, "'float' or 'base64'"),
-            ("task", {"task": "x"}, "not supported"),
-            (None, {"input": "word " * 50}, "shorten"),
-            (None, {"input": ["word " * 30] * 3}, "send fewer texts"),
-        ]:
-            reply = await server.http.post("/v1/embeddings", json={"model": MODEL, "input": "x"} | wrong)
-            assert reply.status_code in (400, 413) and why in reply.json()["error"]["message"], reply.text
-            assert reply.json()["error"]["param"] == param
-        reply = await client.embeddings.create(
-            model=MODEL, input="word " * 50, extra_body={"truncate_prompt_tokens": -1}
-        )
-        assert reply.usage.prompt_tokens == 40
-        with pytest.raises(openai.BadRequestError, match="is not a reranker"):
-            await client.post("/rerank", body={"model": MODEL, "query": "x", "documents": ["y"]}, cast_to=object)
-
-    asking(does, pooling=Pooling(most=40, prompts={"query": "Q", "document": ""}))
-
-
-def test_embeddings_need_a_key(asking: Callable[..., Any]) -> None:
-    async def does(client: AsyncOpenAI, server: Server) -> None:
-        for path in ("/v1/embeddings", "/rerank", "/v1/rerank", "/v2/rerank"):
-            assert (await server.http.post(path, json={})).status_code == 401
-
-    asking(does, keys=["secret"])
 
 
 ASKED = (
@@ -348,34 +248,6 @@ def test_documents_are_ranked_by_the_probability_of_yes(
         reply = (await server.http.post("/v1/rerank", json=body)).json()
         scores = {each["index"]: each["relevance_score"] for each in reply["results"]}
         assert [scores[index] for index in range(3)] == pytest.approx([*map(probability, ids)], abs=1e-5)
-        assert sorted(scores.values(), reverse=True) == list(scores.values())
-        assert reply["usage"]["total_tokens"] == sum(map(len, ids)) and reply["model"] == MODEL
-        objects = {"documents": [{"text": text} for text in documents], "top_n": 1, "return_documents": True}
-        best = (await server.http.post("/v2/rerank", json=body | objects)).json()["results"]
-        assert best == [reply["results"][0] | {"document": {"text": documents[reply["results"][0]["index"]]}}]
-        texts = {"query": "Paris?", "texts": documents, "top_n": 1, "return_text": True}
-        first = reply["results"][0]
-        told = {"index": first["index"], "score": first["relevance_score"], "text": documents[first["index"]]}
-        assert (await server.http.post("/rerank", json=texts)).json() == [told]
-        spoofed = {"documents": ["<|im_end|>"], "instruction": "x"}
-        told = (await server.http.post("/rerank", json=body | spoofed)).json()
-        assert (
-            told["usage"]["total_tokens"]
-            > len(tokenizer(ASKED.format(instruction="x", query="Paris?", document="")).input_ids) + 1
-        )
-        shorter = (await server.http.post("/rerank", json=body | {"max_tokens_per_doc": 3})).json()
-        bare = len(tokenizer(ASKED.format(instruction=instruction, query="Paris?", document="")).input_ids)
-        assert bare < shorter["usage"]["total_tokens"] / 3 <= bare + 3
-        for wrong, why in [
-            ({"documents": []}, "at least 1"),
-            ({"documents": [1]}, "string"),
-            ({"texts": ["Rome"]}, "give one of documents and texts"),
-            ({"query": "word " * 300}, "shorten"),
-        ]:
-            refused = await server.http.post("/rerank", json=body | wrong)
-            assert refused.status_code == 400 and why in refused.json()["error"]["message"], refused.text
-        with pytest.raises(openai.BadRequestError, match="the model is a reranker"):
-            await client.embeddings.create(model=MODEL, input="x")
 
     with local_swarm(reranker, [(0, 6)], node=node) as swarm:
         pooling = Pooling.of(Checkpoint.open(reranker))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from tests.swarm.test_protocols import listening
+from tests.unit.serve.serving import listening
 from tests.unit.serve.stand_in import MODEL, served
 
-pytestmark = [pytest.mark.swarm, pytest.mark.full]
+pytestmark = pytest.mark.full
 
 TASK = "Add 2 and 3 and multiply the sum by 4."
 STEPS = [("add", {"a": 2, "b": 3}), ("multiply", {"a": 5, "b": 4}), ("final_answer", {"answer": "It is 20."})]

@@ -1,10 +1,9 @@
-"""OpenAI's Responses API on a small swarm, with OpenAI's own client."""
+"""OpenAI's Responses API with OpenAI's own client."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -12,15 +11,10 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.responses import Response
 from pydantic import BaseModel
-from transformers import AutoTokenizer
 
-from splitnet.directory.dht import Directory
-from splitnet.hf.causal_lm import RemoteCausalLM
-from tests.e2e.small_model import small_model
-from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_serve import MODEL, Server
-
-pytestmark = pytest.mark.swarm
+from splitnet.serve.answers.grammars import Grammars
+from tests.unit.serve.fake_model import FakeModel
+from tests.unit.serve.serving import MODEL, Server
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }}\n{% endfor %}{% for m in messages %}"
@@ -45,36 +39,15 @@ class Place(BaseModel):
     wet: bool
 
 
-@pytest.fixture(scope="module")
-def folder(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("responses") / MODEL, demo_checkpoint, seed=5)
-
-
-@pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 6)], node=node) as swarm:
-        yield swarm
-
-
-@pytest.fixture(scope="module")
-def model(swarm: LocalSwarm) -> RemoteCausalLM:
-    return swarm.model()
-
-
-Ask = Callable[[AsyncOpenAI, Server], Awaitable[Any]]
-
-
 @pytest.fixture
-def asking(folder: Path, model: RemoteCausalLM) -> Iterator[Callable[..., Any]]:
+def asking(model: FakeModel, tokenizer: Any, grammars: Grammars) -> Iterator[Callable[..., Any]]:
     """Runs the coroutine of a test with OpenAI's client."""
     made: list[Server] = []
 
-    def run(does: Ask, template: str = TEMPLATE, **options: Any) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    def run(does: Callable[..., Any], template: str = TEMPLATE, **options: Any) -> Any:
         tokenizer.chat_template = template
-        server = Server(model, tokenizer, **options)
-        made.append(server)
-        return server.with_openai(does)
+        made.append(Server(model, tokenizer, grammars=grammars, **options))
+        return made[-1].with_openai(does)
 
     yield run
     for server in made:
@@ -126,7 +99,6 @@ def test_calls_and_their_results(asking: Callable[..., Any]) -> None:
     asking(does, TEMPLATE.partition("{% if enable_thinking")[0])  # a random model would never stop thinking
 
 
-@pytest.mark.full
 def test_formats_and_reasoning(asking: Callable[..., Any]) -> None:
     async def does(client: AsyncOpenAI, server: Server) -> None:
         parsed = await client.responses.parse(**asked(text_format=Place, max_output_tokens=60))

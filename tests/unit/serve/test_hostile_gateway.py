@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,26 +18,14 @@ import httpx
 import psutil
 import pytest
 
-from splitnet.directory.dht import Directory
 from tests.attacks import gateway as attacks
 from tests.e2e.daemons import background
-from tests.e2e.small_model import small_model
-from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_serve import TEMPLATE
 
-pytestmark = pytest.mark.swarm
-
+PROGRAM = (sys.executable, "-m", "tests.unit.serve.gateway_process")
 MIB = 2**20
+REQUEST_S = 4
 ANN, BOB = "sk-ann", "sk-bob"
 KEYS = f"{ANN} weight=1\ntokens-per-minute=100000000,weight=2 {BOB}\nsk-poor tokens-per-minute=20\n"
-
-
-@pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    folder = small_model(tmp_path_factory.mktemp("hostile") / "small", demo_checkpoint, seed=0)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with local_swarm(folder, [(0, 6)], node=node) as swarm:
-        yield swarm
 
 
 @dataclass
@@ -117,9 +106,8 @@ def reading_s() -> float:
 
 
 @contextmanager
-def gateway(swarm: LocalSwarm, home: Path, *options: str, key: str | None = None) -> Iterator[Gateway]:
-    arguments = ("--join", swarm.addresses[0], "--codec", "none", "--no-lan", "--port", "0", *options)
-    with background(home, "serve", str(swarm.folder), *arguments) as server:
+def gateway(home: Path, *options: str, key: str | None = None) -> Iterator[Gateway]:
+    with background(home, *options, program=PROGRAM) as server:
         assert server.process.stdout is not None
         line = server.process.stdout.readline().decode()
         assert line.startswith("serving small at http://"), line
@@ -129,19 +117,18 @@ def gateway(swarm: LocalSwarm, home: Path, *options: str, key: str | None = None
 
 
 @pytest.fixture(scope="module")
-def public(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A server without keys."""
-    with gateway(swarm, tmp_path_factory.mktemp("public"), "--max-requests", "2") as running:
+    with gateway(tmp_path_factory.mktemp("public"), "2", "32", str(REQUEST_S)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def keyed(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A server with keys; Ann is honest."""
     home = tmp_path_factory.mktemp("keyed")
     (home / "keys").write_text(KEYS)
-    options = ("--max-requests", "4", "--max-waiting", "8", "--api-key-file", str(home / "keys"))
-    with gateway(swarm, home, *options, key=ANN) as running:
+    with gateway(home, "4", "8", "10", str(home / "keys"), key=ANN) as running:
         yield running
 
 
@@ -185,9 +172,11 @@ def test_requests_that_never_end(public: Gateway) -> None:
     with public.under(lambda: attacks.half_requests(public.url, seconds=1, count=400)) as beside:
         assert beside.outcomes["open"] <= 256, beside.outcomes
         assert beside.readings < 100, beside.readings
-    with public.under(lambda: attacks.trickled_bodies(public.url, seconds=1)) as beside:
+    five = threading.Event()
+    attack = partial(attacks.trickled_bodies, public.url, seconds=1, over=five)
+    with public.under(attack, enough=five) as beside:
         assert beside.outcomes["open"] <= 256, beside.outcomes
-    attacked = attacks.half_requests(public.url, seconds=10.5, count=10)
+    attacked = attacks.half_requests(public.url, seconds=REQUEST_S + 0.5, count=10)
     assert attacked["open"] == 0, attacked
     assert public.process.num_fds() < descriptors + 20
 
