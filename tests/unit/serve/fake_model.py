@@ -116,7 +116,7 @@ class FakeModel:
         **_: Any,
     ) -> torch.Tensor:
         held, ids = self._held(cache), input_ids
-        for _ in range(max_new_tokens):
+        for _token in range(max_new_tokens):
             self._step(cache, torch.ones_like(ids, dtype=torch.bool))
             rows = [[*held, *row[len(held) :]] for row in ids.tolist()]
             self._hold(cache, rows[0])
