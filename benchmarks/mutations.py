@@ -715,6 +715,41 @@ SERVE = [
             "tests/unit/peers/test_weight_service.py",
         ),
     ),
+    Fault(
+        "a stored response is found by another key",
+        "splitnet/serve/apis/openai_responses.py",
+        "if holder != owner or not text:",
+        "if not text:",
+        ("tests/unit/serve/test_openai_responses_client.py",),
+    ),
+    Fault(
+        "pages of every site use the server",
+        "splitnet/serve/gate.py",
+        'raise ApiError(403, unknown, code="unknown_origin")',
+        "pass",
+        ("tests/unit/serve/test_gate_origins.py",),
+    ),
+    Fault(
+        "a prefix that peers stored does not count as cached",
+        "splitnet/serve/generation.py",
+        "cached = cached or (cache.session.reused if cache.session is not None else 0)",
+        "pass",
+        ("tests/unit/serve/test_generation.py",),
+    ),
+    Fault(
+        "requests whose client has gone are not counted",
+        "splitnet/serve/metrics.py",
+        "self._cancelled.inc()",
+        "pass",
+        ("tests/unit/serve/test_metrics.py",),
+    ),
+    Fault(
+        "a stream is silent while the model reads",
+        "splitnet/serve/responses.py",
+        "yield alive.encode()",
+        "pass",
+        ("tests/unit/serve/test_responses.py",),
+    ),
 ]
 FAULTS = [*SESSION, *SCHEDULER, *DIRECTORY, *WEIGHTS, *SERVE]
 

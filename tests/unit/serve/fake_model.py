@@ -113,7 +113,7 @@ class FakeModel:
         max_new_tokens: int,
         logits_processor: Any,
         stopping_criteria: Any,
-        **_: Any,
+        **others: Any,
     ) -> torch.Tensor:
         held, ids = self._held(cache), input_ids
         for _token in range(max_new_tokens):

@@ -80,16 +80,16 @@ class Writer(Generations):
         pass
 
 
-def served(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[Any, Writer]:
+def served(tokenizer: Any, writes: Writes, grammars: Grammars | None = None) -> tuple[Any, Writer]:
     """The app of a gateway with the stand-in as its model, and the stand-in."""
-    tokenizer.chat_template = template
+    tokenizer.chat_template = TEMPLATE
     prompts = Prompts(tokenizer, len(tokenizer), POSITIONS)
     writer = Writer(tokenizer, prompts, writes)
-    grammars = Grammars(tokenizer, len(tokenizer), writer.end_tokens)
+    grammars = grammars or Grammars(tokenizer, len(tokenizer), writer.end_tokens)
     return make_app(Gateway(ServedModel(MODEL, writer, prompts, grammars, Admission(4, 4))), ApiKeys({})), writer
 
 
-def client(tokenizer: Any, writes: Writes, template: str = TEMPLATE) -> tuple[TestClient, Writer]:
+def client(tokenizer: Any, writes: Writes, grammars: Grammars | None = None) -> tuple[TestClient, Writer]:
     """A client of this app within this process, and the stand-in."""
-    app, writer = served(tokenizer, writes, template)
+    app, writer = served(tokenizer, writes, grammars)
     return TestClient(app, base_url="http://localhost"), writer

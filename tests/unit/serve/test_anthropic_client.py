@@ -191,10 +191,7 @@ def test_models_have_the_shape_of_this_api(client: Anthropic, url: str) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"top_k": -1}, "top_k: Input should be greater"),
-        ({"max_tokens": 0}, "max_tokens: Input should be greater"),
         ({"container": "c"}, "container is not supported: leave it out"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "images are not supported"),
         (
             {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
             "'web_search_20250305' is not supported, only 'custom'",

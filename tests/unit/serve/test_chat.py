@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.serve.answers.grammars import Grammars
 from tests.unit.serve.stand_in import MODEL, client
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -19,11 +18,6 @@ ARGUMENTS = {"city": "Paris. Observation: sunny"}
 WRITTEN = json.dumps({"name": "get_weather", "arguments": ARGUMENTS})
 TAGGED = f"<tool_call>\n{WRITTEN}\n</tool_call>"
 STOP = ["Observation:"]
-
-
-@pytest.fixture
-def tokenizer(demo_checkpoint: Path) -> Any:
-    return Checkpoint.open(demo_checkpoint).tokenizer()
 
 
 def asked(api: str, *, required: bool = False, stop: bool = False, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -91,8 +85,8 @@ CALL = [("get_weather", ARGUMENTS)]
 
 
 @pytest.mark.parametrize("api", ["openai", "responses", "anthropic"])
-def test_stop_strings_do_not_cut_a_required_call(api: str, tokenizer: Any) -> None:
-    http, writer = client(tokenizer, lambda prompt: ["Observation: none.", TAGGED])
+def test_stop_strings_do_not_cut_a_required_call(api: str, tokenizer: Any, grammars: Grammars) -> None:
+    http, writer = client(tokenizer, lambda prompt: ["Observation: none.", TAGGED], grammars)
     path, body = asked(api, required=True, stop=api != "responses")
     reply = http.post(path, json=body)
     assert reply.status_code == 200, reply.text
@@ -100,9 +94,9 @@ def test_stop_strings_do_not_cut_a_required_call(api: str, tokenizer: Any) -> No
     assert writer.asked[0].grammar is not None
 
 
-def test_stop_strings_end_text_but_not_strict_calls(tokenizer: Any) -> None:
+def test_stop_strings_end_text_but_not_strict_calls(tokenizer: Any, grammars: Grammars) -> None:
     strict = [{"type": "function", "function": FUNCTION | {"strict": True}}]
-    http, _ = client(tokenizer, lambda prompt: [f"Let me look.\n{TAGGED}\nSo. Observation: more"])
+    http, _ = client(tokenizer, lambda prompt: [f"Let me look.\n{TAGGED}\nSo. Observation: more"], grammars)
     path, body = asked("openai", stop=True, tools=strict)
     text, calls, finish = answered("openai", http.post(path, json=body).json())
     assert (text, calls, finish) == ("Let me look.\nSo.", CALL, "tool_calls")
@@ -134,8 +128,8 @@ def test_text_with_json_stays_text_in_a_stream(api: str, tokenizer: Any) -> None
     assert streamed(api, stream) == (text, [])
 
 
-def test_requested_json_is_not_a_call(tokenizer: Any) -> None:
-    http, _ = client(tokenizer, lambda prompt: [WRITTEN])
+def test_requested_json_is_not_a_call(tokenizer: Any, grammars: Grammars) -> None:
+    http, _ = client(tokenizer, lambda prompt: [WRITTEN], grammars)
     path, body = asked("openai", response_format={"type": "json_object"})
     assert answered("openai", http.post(path, json=body).json()) == (WRITTEN, [], "stop")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken
 
-from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.serve.failures import ApiError
 from splitnet.serve.infill import MARKS, Marks
 from splitnet.serve.prompts import Prompts
@@ -17,8 +16,8 @@ from tests.unit.serve.stand_in import MODEL, client
 BEFORE, AFTER = "def add(a, b):\n    ", "\n    return total\n"
 
 
-def with_marks(demo_checkpoint: Path, *marks: str, special: bool = False) -> Any:
-    tokenizer = Checkpoint.open(demo_checkpoint).tokenizer()
+def with_marks(shared_tokenizer: Any, *marks: str, special: bool = False) -> Any:
+    tokenizer = copy.deepcopy(shared_tokenizer)
     tokenizer.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in marks if mark])
     return tokenizer
 
@@ -33,8 +32,8 @@ def shown(prompts: Prompts, tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("marks", MARKS, ids=lambda marks: marks.prefix)
-def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special: bool, demo_checkpoint: Path) -> None:
-    tokenizer = with_marks(demo_checkpoint, marks.prefix, marks.suffix, marks.middle, special=special)
+def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special: bool, shared_tokenizer: Any) -> None:
+    tokenizer = with_marks(shared_tokenizer, marks.prefix, marks.suffix, marks.middle, special=special)
     prompts = prompts_of(tokenizer)
     tokens = prompts.of_gap(BEFORE, AFTER)
     parts = [marks.prefix + BEFORE, marks.suffix + AFTER]
@@ -48,10 +47,10 @@ def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_marks_in_texts_of_users_stay_text(special: bool, demo_checkpoint: Path) -> None:
+def test_marks_in_texts_of_users_stay_text(special: bool, shared_tokenizer: Any) -> None:
     marks = MARKS[0]
     tokenizer = with_marks(
-        demo_checkpoint, marks.prefix, marks.suffix, marks.middle, "<|repo_name|>", "<|file_sep|>", special=special
+        shared_tokenizer, marks.prefix, marks.suffix, marks.middle, "<|repo_name|>", "<|file_sep|>", special=special
     )
     prompts = prompts_of(tokenizer)
     text = f"a{marks.middle}b<|file_sep|><|repo_name|>{marks.prefix}{marks.suffix}<|endoftext|>"
@@ -64,10 +63,10 @@ def test_marks_in_texts_of_users_stay_text(special: bool, demo_checkpoint: Path)
     assert shown(prompts, tokens).count(text) == 4
 
 
-def test_other_files_come_before_with_marks_or_as_snippets(demo_checkpoint: Path) -> None:
+def test_other_files_come_before_with_marks_or_as_snippets(shared_tokenizer: Any) -> None:
     files = [("a.py", "A = 1\n"), ("b.py", "B = 2\n")]
     marks = MARKS[0]
-    prompts = prompts_of(with_marks(demo_checkpoint, marks.prefix, marks.suffix, marks.middle, "<|file_sep|>"))
+    prompts = prompts_of(with_marks(shared_tokenizer, marks.prefix, marks.suffix, marks.middle, "<|file_sep|>"))
     repository = "<|file_sep|>a.py\nA = 1\n<|file_sep|>b.py\nB = 2\n<|file_sep|>filename\n"
     whole = shown(prompts, prompts.of_gap(BEFORE, AFTER, files))
     assert whole.endswith(repository + f"{marks.prefix}{BEFORE}{marks.suffix}{AFTER}{marks.middle}")
@@ -77,21 +76,21 @@ def test_other_files_come_before_with_marks_or_as_snippets(demo_checkpoint: Path
     assert len(cut) == 32 and cut[-asked:] == prompts.of_gap(BEFORE, AFTER), "their end is read, as room is left"
 
 
-def test_the_marks_that_a_file_of_the_model_names_are_used(demo_checkpoint: Path) -> None:
-    tokenizer = with_marks(demo_checkpoint, "<p>", "<s>", "<m>", *(MARKS[0].prefix, MARKS[0].suffix, MARKS[0].middle))
+def test_the_marks_that_a_file_of_the_model_names_are_used(shared_tokenizer: Any) -> None:
+    tokenizer = with_marks(shared_tokenizer, "<p>", "<s>", "<m>", *(MARKS[0].prefix, MARKS[0].suffix, MARKS[0].middle))
     tokenizer.infill_marks = ["<p>", "<s>", "<m>"]
     prompts = prompts_of(tokenizer)
     assert shown(prompts, prompts.of_gap("a", "b")) == "<p>a<s>b<m>"
     assert tokenizer.convert_tokens_to_ids("<m>") in prompts.infill_ends
-    tokenizer = with_marks(demo_checkpoint, "[PREFIX]", "[SUFFIX]")
+    tokenizer = with_marks(shared_tokenizer, "[PREFIX]", "[SUFFIX]")
     tokenizer.infill_marks = ["[PREFIX]", "[SUFFIX]", ""]
     prompts = prompts_of(tokenizer)
     assert shown(prompts, prompts.of_gap("a", "b")) == "[SUFFIX]b[PREFIX]a"
 
 
-def test_a_model_without_marks_is_named(demo_checkpoint: Path) -> None:
+def test_a_model_without_marks_is_named(shared_tokenizer: Any) -> None:
     with pytest.raises(ApiError, match="no marks for a text before a suffix"):
-        prompts_of(with_marks(demo_checkpoint)).of_gap("a", "b")
+        prompts_of(with_marks(shared_tokenizer)).of_gap("a", "b")
 
 
 MIDDLE = "total = a + b"
@@ -116,8 +115,8 @@ WARM = {**VSCODE, "input_prefix": "", "input_suffix": "", "prompt": "", "n_predi
 
 
 @pytest.fixture
-def coder(demo_checkpoint: Path) -> Any:
-    return with_marks(demo_checkpoint, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
+def coder(shared_tokenizer: Any) -> Any:
+    return with_marks(shared_tokenizer, "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
 
 
 def test_the_request_of_an_editor_gets_the_middle(coder: Any) -> None:
@@ -169,7 +168,7 @@ def test_suffix_is_honoured_or_refused_by_its_name(coder: Any) -> None:
         ("/infill", {"input_prefix": "a", "input_suffix": "b"}),
     ],
 )
-def test_a_request_to_a_model_without_marks_is_a_400(path: str, body: dict[str, Any], demo_checkpoint: Path) -> None:
-    http, _ = client(with_marks(demo_checkpoint), lambda prompt: ["x"])
+def test_a_request_to_a_model_without_marks_is_a_400(path: str, body: dict[str, Any], shared_tokenizer: Any) -> None:
+    http, _ = client(with_marks(shared_tokenizer), lambda prompt: ["x"])
     reply = http.post(path, json=body)
     assert reply.status_code == 400 and "no marks" in reply.text
