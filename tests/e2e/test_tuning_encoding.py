@@ -181,7 +181,7 @@ THOUGHT = {"messages": [*CALLED[:1], {"role": "assistant", "content": "Yes.", "r
         (HERMES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), {}, "leaves out 'One moment.'"),
         (HERMES.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), {}, 'leaves out \'{"sky": '),
         (HERMES, THOUGHT, "leaves out 'It may be.'"),
-        (HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), THOUGHT, "asks with '.*<think>', and"),
+        (HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), THOUGHT, "asks with '.*<think>', but"),
         ("{{ raise_exception('no roles') }}", {}, "refuses the messages .no roles."),
     ],
 )

@@ -81,7 +81,7 @@ if __name__ == "__main__":
             folder, initial_peers=["/ip4/127.0.0.1/tcp/9/p2p/12D3KooW"], identity=Identity.generate()
         )
     except DirectoryError as error:
-        assert "join through a peer" in str(error), error
+        assert "Join through the address" in str(error), error
     else:
         raise AssertionError("there is no hivemind")
     peer.close()

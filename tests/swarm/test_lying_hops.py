@@ -245,7 +245,7 @@ def test_measurements_of_other_hops_from_the_tail_are_ignored(
     company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     liar: Any = company.peers[8]
-    monkeypatch.setattr(liar.service, "outbox", Rewriting(liar.service.outbox))
+    monkeypatch.setattr(liar.service.outputs, "outbox", Rewriting(liar.service.outbox))
     with company.newcomer() as visitor, lying(liar, swallows):
         liar.service._step = type(liar.service)._step.__get__(liar.service)
         model = visitor.model()

@@ -345,6 +345,7 @@ def failing(swarm: LocalSwarm, index: int, way: str, name: str) -> Iterator[Faul
             outbox = Faulty(peer.service.outbox, peer, fault)
             patch.setattr(peer.service, "outbox", outbox)
             patch.setattr(peer.service.training, "outbox", outbox)
+            patch.setattr(peer.service.outputs, "outbox", outbox)
         try:
             yield fault
         finally:

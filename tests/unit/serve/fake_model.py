@@ -25,13 +25,13 @@ class FakeSession:
     """The tokens that a session holds, and what metrics read of a session."""
 
     timings = recoveries = hops = ()
-    recalled = reused = 0
+    prefix_hit = reused = 0
 
     def __init__(self, opened: list[FakeSession]) -> None:
         self.tokens: list[int] = []
         self.passed = 0
         self.traffic = SimpleNamespace(bytes_sent=0, bytes_received=0)
-        self.use_scope = self.reserve = lambda given: None
+        self.use_namespace = self.reserve = lambda given: None
         self.close = self.close_later = lambda: opened.remove(self) if self in opened else None
         self.links = tuple
         opened.append(self)
