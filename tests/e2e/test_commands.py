@@ -566,7 +566,10 @@ def test_an_invitation_suffices_to_join_and_can_be_revoked(small: Path, here: He
             assert "another swarm key, or none" in here(*own, str(other_key)).error
             trusted = tmp_path / "trusted"
             trusted.write_text(here("key").output)
-            assert "you trust none of them" in here(*generate, "--invite", bob, "bees", "--trusted-peers", str(trusted)).error
+            assert (
+                "you trust none of them"
+                in here(*generate, "--invite", bob, "bees", "--trusted-peers", str(trusted)).error
+            )
             keys.write_text("".join(line for line in keys.read_text().splitlines(True) if "bob" not in line))
             deadline = time.monotonic() + 10
             while (refused := here(*generate, "--invite", bob, "bees")).code == 0:
