@@ -184,7 +184,7 @@ def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: Directory, 
             closing = threading.Thread(target=close_once_a_hop_is_lost)
             closing.start()
             with pytest.raises(SessionClosed):
-                model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+                model.generate(**prompt(), **GREEDY, speculate="off", streamer=After(12, kill_hops(swarm, cache, 1)))
             closing.join()
         # It was the client's own wish, and no failure.
         assert "failed" not in [event.kind for event in events.since(0)]
