@@ -184,7 +184,7 @@ def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: Directory, 
             closing = threading.Thread(target=close_once_a_hop_is_lost)
             closing.start()
             with pytest.raises(SessionClosed):
-                model.generate(**prompt(), **GREEDY, speculate="off", streamer=After(12, kill_hops(swarm, cache, 1)))
+                model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
             closing.join()
         # It was the client's own wish, and no failure.
         assert "failed" not in [event.kind for event in events.since(0)]
@@ -197,7 +197,8 @@ def test_generation_can_continue_from_the_tokens_before_an_error(
         model = swarm.model(recovery_timeout_s=0.5)
         with model.session() as cache:
             with pytest.raises(CoverageError) as caught:
-                model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+                kill = After(12, kill_hops(swarm, cache, 1))
+                model.generate(**prompt(), **GREEDY, streamer=kill, speculate="off")
             generated = caught.value.generated
             assert generated.shape == (1, prompt()["input_ids"].shape[1] + 12)
             swarm.add(2, 4)
