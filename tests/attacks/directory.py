@@ -187,9 +187,10 @@ def announce_fakes(
 
 def ask_of_nothing(peer: Endpoint, *, seconds: float = 600.0, keys: int = 16) -> int:
     """Asks a peer about new models that no peer serves, with many keys. Returns the number of answers."""
-    answered, ends = 0, time.monotonic() + seconds
+    answered = 0
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(peer)) for _ in range(keys)]
+        ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             for number, client in enumerate(clients, start=1):
                 client.say(LookUp(number, os.urandom(32).hex(), 0))
