@@ -126,7 +126,7 @@ SESSION = [
     Fault(
         "the sum of gradients is not waited for",
         "splitnet/session/requests.py",
-        "for each in self.passes) and self.sums.whole",
+        "for each in self.passes) and self.sums.is_complete",
         "for each in self.passes)",
         ("tests/unit/session/test_session_machine.py",),
     ),
@@ -383,8 +383,8 @@ DIRECTORY = [
     Fault(
         "the places of an identity are not given back",
         "splitnet/directory/interface.py",
-        "self.places.leave(key=key, identity=record.key)",
-        "self.places.leave(key=key)",
+        "self.places.leave_place(key=key, identity=record.key)",
+        "self.places.leave_place(key=key)",
         ("tests/unit/directory/test_dht_places.py",),
     ),
     Fault(
@@ -524,8 +524,8 @@ WEIGHTS = [
     Fault(
         "strikes are not forgiven",
         "splitnet/checkpoint/transfer/fetching.py",
-        "state.heard_at, state.strikes = now, 0",
-        "state.heard_at = now",
+        "state.last_answer_at, state.strikes = now, 0",
+        "state.last_answer_at = now",
         ("tests/unit/checkpoint/test_fetch_plan.py",),
     ),
     Fault(
@@ -551,7 +551,7 @@ WEIGHTS = [
     ),
     Fault(
         "a damaged piece is read",
-        "splitnet/checkpoint/transfer/held.py",
+        "splitnet/checkpoint/transfer/weight_pieces.py",
         "            if digest(data) == name:\n                return data",
         "            return data",
         (
@@ -562,8 +562,8 @@ WEIGHTS = [
     ),
     Fault(
         "a damaged piece is not fetched again",
-        "splitnet/checkpoint/transfer/held.py",
-        "if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):",
+        "splitnet/checkpoint/transfer/weight_pieces.py",
+        "if not (self._written[slot] and digest(self._read_slot(slot)) == self.name_of(slot)):",
         "if not self._written[slot]:",
         (
             "tests/unit/checkpoint/test_manifest.py",
@@ -638,7 +638,7 @@ SERVE = [
     Fault(
         "a request that ends while it is let in keeps its place",
         "splitnet/serve/admission.py",
-        "turn.exception() is None:\n                self._leave(client)\n",
+        "turn.exception() is None:\n                self._leave_place(client)\n",
         "turn.exception() is None:\n                self._places[client] -= 1\n",
         ("tests/unit/serve/test_requests.py",),
     ),

@@ -29,19 +29,19 @@ def test_each_level_has_its_limit() -> None:
     assert budget.reserve(100, "key", 3)
     assert not budget.reserve(1, "key", 4), "the key has its all"
     assert budget.reserve(150, "another", 1)
-    assert (budget.held("key"), budget.held("key", 2), budget.held("another")) == (400, 150, 150)
+    assert (budget.held_bytes("key"), budget.held_bytes("key", 2), budget.held_bytes("another")) == (400, 150, 150)
     budget.release(150, "key", 2)
-    assert (budget.held("key"), budget.held("key", 2), budget.used) == (250, 0, 400)
+    assert (budget.held_bytes("key"), budget.held_bytes("key", 2), budget.used) == (250, 0, 400)
 
 
 def test_measured_bytes_may_exceed_the_limit() -> None:
     budget = Budget(100)
-    budget.hold(80, "key", 1)
-    budget.hold(70, "key", 2)
-    assert (budget.used, budget.held("key")) == (150, 150)
+    budget.set_held(80, "key", 1)
+    budget.set_held(70, "key", 2)
+    assert (budget.used, budget.held_bytes("key")) == (150, 150)
     assert not budget.reserve(1, "another")
-    budget.hold(0, "key", 1)
-    budget.hold(0, "key", 2)
+    budget.set_held(0, "key", 1)
+    budget.set_held(0, "key", 2)
     assert budget.used == 0
 
 
@@ -61,8 +61,10 @@ def test_sums_are_exact_and_all_bytes_are_released(calls: list[tuple[bool, int, 
         elif budget.reserve(size, key, connection):
             held.append((key, connection, size))
         assert budget.used == sum(size for _, _, size in held) <= budget.limit
-        assert budget.held(key) == sum(size for who, _, size in held if who == key)
-        assert budget.held(key, connection) == sum(size for who, at, size in held if (who, at) == (key, connection))
+        assert budget.held_bytes(key) == sum(size for who, _, size in held if who == key)
+        assert budget.held_bytes(key, connection) == sum(
+            size for who, at, size in held if (who, at) == (key, connection)
+        )
     for who, where, nbytes in held:
         budget.release(nbytes, who, where)
     assert budget.used == 0

@@ -39,7 +39,7 @@ def test_errors_and_the_log_have_no_control_sequences(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "for_programs", lambda: False)
-    logs.tell(logging.ERROR, TITLE)
+    logs.write_user_message(logging.ERROR, TITLE)
     assert capsys.readouterr().err == f"error: {printable(TITLE)}\n"
     record = logging.LogRecord("peers", logging.WARNING, "file", 1, "%s", (TITLE,), None)
     assert logs.TextFormatter().format(record) == printable(TITLE)
@@ -57,7 +57,7 @@ class _Terminal:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_text_of_a_model_is_escaped_on_terminals_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from splitnet.cli.generation import _TimedStreamer
+    from splitnet.cli.text_generator import _TimedStreamer
 
     tokenizer: Any = None
     out = _Terminal(terminal=terminal)

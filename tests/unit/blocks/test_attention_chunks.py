@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from splitnet.blocks import attention
 from splitnet.blocks import span as spans
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import PeerBusy
 from tests.unit.random_models import SPARSE, random_checkpoint
@@ -70,8 +70,8 @@ def test_steps(
 
     def run() -> list[torch.Tensor]:
         rows = [span.new_row(50) for _ in LENGTHS]
-        first = span.forward(hidden, [Chunk(row, 0, count) for row, count in zip(rows, LENGTHS, strict=True)])
-        more = [Chunk(row, count, count) for row, count in zip(rows, LENGTHS, strict=True)]
+        first = span.forward(hidden, [RowChunk(row, 0, count) for row, count in zip(rows, LENGTHS, strict=True)])
+        more = [RowChunk(row, count, count) for row, count in zip(rows, LENGTHS, strict=True)]
         return [first, span.forward(hidden.flip(0), more)]
 
     whole = run()
@@ -137,7 +137,7 @@ def test_steps_by_blocks_of_positions(
     monkeypatch.setattr(attention, "attend_blockwise", blockwise)
     monkeypatch.setattr(attention, "BLOCK", block)
     row = span.new_row()
-    parts = [span.forward(some, [Chunk(row, row.length, len(some))]) for some in hidden.split((3, 20, 9))]
+    parts = [span.forward(some, [RowChunk(row, row.length, len(some))]) for some in hidden.split((3, 20, 9))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
     assert blockwise.called
 
@@ -196,7 +196,7 @@ def test_long_sequences_run_in_passes(
 ) -> None:
     span, lengths = span_of(family), (*LENGTHS[:1], 2, 7)
     whole = SpanPasses(span).forward(hidden, lengths, None, 0, 3)
-    monkeypatch.setattr(spans, "PASS", 5)
+    monkeypatch.setattr(spans, "PASS_POSITIONS", 5)
     torch.testing.assert_close(SpanPasses(span).forward(hidden, lengths, None, 0, 3), whole, rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from splitnet.blocks.fast import describe
 from splitnet.blocks.fast.describe import Activation, Norm, UnknownPart
 from splitnet.blocks.fast.native_step import NativeStep
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant import native
@@ -291,15 +291,15 @@ def test_attention_to_long_sequences_runs_in_parts(family: str, sizes: dict[str,
         span._lean = fast
         rows = [span.new_row() for _ in LONG]
         for row, length in zip(rows, LONG, strict=True):
-            span.forward(hidden[:1], [Chunk(row, 0, 1)])
+            span.forward(hidden[:1], [RowChunk(row, 0, 1)])
             seen = torch.Generator().manual_seed(length)
             for block, shapes in row.shapes().items():
                 sizes = [(1, heads, length - 1, size) for heads, size in shapes]
                 row.append(block, *(2 * torch.randn(size, generator=seen, dtype=torch.float32) for size in sizes))
             row.advance(length - 1)
         if alone is not None:
-            return span.forward(hidden[3 * alone : 3 * alone + 3], [Chunk(rows[alone], rows[alone].length, 3)])
-        return span.forward(hidden, [Chunk(row, row.length, 3) for row in rows])
+            return span.forward(hidden[3 * alone : 3 * alone + 3], [RowChunk(rows[alone], rows[alone].length, 3)])
+        return span.forward(hidden, [RowChunk(row, row.length, 3) for row in rows])
 
     compiled, step = run(span._lean), span._lean
     expected = run(None)

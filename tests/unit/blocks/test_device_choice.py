@@ -9,18 +9,18 @@ import pytest
 import torch
 import typer
 
-from splitnet.blocks import device as device_choice
-from splitnet.blocks.device import DEVICE_NAME, Present, choose_device, find_device
+from splitnet.blocks import chosen_device as device_choice
+from splitnet.blocks.chosen_device import DEVICE_NAME, TorchDevices, choose_device, find_device
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
 from splitnet.session.options import ConnectionOptions
 
-TWO = Present({"cuda": ("NVIDIA A", "NVIDIA B"), "xpu": ("Arc",)})
-ALL = Present({"xpu": ("Arc",), "mps": ("Metal",), "cuda": ("Instinct",)})
+TWO = TorchDevices({"cuda": ("NVIDIA A", "NVIDIA B"), "xpu": ("Arc",)})
+ALL = TorchDevices({"xpu": ("Arc",), "mps": ("Metal",), "cuda": ("Instinct",)})
 
 
-def without(present: Present, *devices: str) -> Present:
-    return Present(present.names, dict.fromkeys(devices, "driver too old"))
+def without(present: TorchDevices, *devices: str) -> TorchDevices:
+    return TorchDevices(present.names, dict.fromkeys(devices, "driver too old"))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def without(present: Present, *devices: str) -> Present:
         ("auto", without(ALL, "cuda:0", "mps", "xpu:0"), "cpu", "cuda:0 cannot be used: driver too old; mps"),
         ("auto", TWO, "cuda:0", "NVIDIA A, the first of 2"),
         ("auto", without(TWO, "cuda:0"), "cuda:1", "NVIDIA B"),
-        ("auto", Present(), "cpu", "torch finds no GPU"),
+        ("auto", TorchDevices(), "cpu", "torch finds no GPU"),
         ("cpu", TWO, "cpu", "as asked for"),
         ("cuda", TWO, "cuda:0", "NVIDIA A, as asked for"),
         ("cuda:1", TWO, "cuda:1", "NVIDIA B, as asked for"),
@@ -40,7 +40,7 @@ def without(present: Present, *devices: str) -> Present:
         ("xpu", TWO, "xpu:0", "Arc, as asked for"),
     ],
 )
-def test_the_device(asked: str, present: Present, device: str, why: str) -> None:
+def test_the_device(asked: str, present: TorchDevices, device: str, why: str) -> None:
     choice = choose_device(asked, present)
     assert choice.device == device
     assert choice.why.startswith(why)
@@ -49,7 +49,7 @@ def test_the_device(asked: str, present: Present, device: str, why: str) -> None
 @pytest.mark.parametrize(
     ("asked", "present", "sentence"),
     [
-        ("cuda", Present(), "this machine has no device 'cuda' for torch, only cpu: use --device auto or cpu"),
+        ("cuda", TorchDevices(), "this machine has no device 'cuda' for torch, only cpu: use --device auto or cpu"),
         ("cuda:2", TWO, "no device 'cuda:2' for torch, only cpu, cuda:0, cuda:1, xpu:0: use --device auto or cpu"),
         ("mps", TWO, "no device 'mps'"),
         ("mps:0", ALL, "no device 'mps:0'"),
@@ -57,7 +57,7 @@ def test_the_device(asked: str, present: Present, device: str, why: str) -> None
         ("cuda:1", without(TWO, "cuda:1"), r"cuda:1 \(NVIDIA B\) cannot be used \(driver too old\): use --device auto"),
     ],
 )
-def test_an_absent_device_is_refused_by_name(asked: str, present: Present, sentence: str) -> None:
+def test_an_absent_device_is_refused_by_name(asked: str, present: TorchDevices, sentence: str) -> None:
     with pytest.raises(SplitnetError, match=sentence):
         choose_device(asked, present)
 
@@ -92,7 +92,7 @@ def test_a_driver_that_does_not_start_ends_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_named_device_is_tried_before_anything_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_choice, "find_present", lambda *, tried=True: Present({"cuda": ("Ghost",)}))
+    monkeypatch.setattr(device_choice, "find_present", lambda *, tried=True: TorchDevices({"cuda": ("Ghost",)}))
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, so that it would not fail")
     with pytest.raises(SplitnetError, match=r"cuda:0 \(Ghost\) cannot be used \(.+\): use --device auto or cpu"):

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.blocks.span import Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.quant.choose import Weights
+from splitnet.quant.choose import WeightChoice
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
-BFLOAT16 = Weights("bfloat16", torch.bfloat16)
+BFLOAT16 = WeightChoice("bfloat16", torch.bfloat16)
 
 
 def config_only(checkpoint: Path, folder: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitnet.blocks.kv_cache import COPIES, REACH, OneSequence, SequenceCache, SequenceStates
+from splitnet.blocks.kv_cache import COPIES, OLDEST_COPY_DISTANCE, OneSequence, SequenceCache, SequenceStates
 from tests.tiers import examples
 
 SIZE = 3
@@ -98,8 +98,8 @@ def test_rewinds_within_reach_run_little_again() -> None:
             if row.length > 210:
                 fork = row.fork(row.length - back)
                 assert fork.computed == fork.length, "a copy was made before each window"
-    fork = row.fork(row.length - REACH)
-    assert fork.length - 2 * REACH < fork.computed <= fork.length
+    fork = row.fork(row.length - OLDEST_COPY_DISTANCE)
+    assert fork.length - 2 * OLDEST_COPY_DISTANCE < fork.computed <= fork.length
 
 
 def test_the_bytes_of_a_row_are_known() -> None:

@@ -16,22 +16,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.blocks.backbone import QuantizedEmbedding, load_whole
 from splitnet.blocks.block_sizes import block_bytes, block_sizes
-from splitnet.blocks.client_part import ends_of, load_client_part
+from splitnet.blocks.client_part import client_part_of, load_client_part
 from splitnet.blocks.head import QuantizedHead
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import Progress, TensorFacts
-from splitnet.checkpoint.transfer.held import Place, WeightFolder
+from splitnet.checkpoint.transfer.weight_pieces import TensorLocation, WeightFolder
 from splitnet.errors import ModelNotFound
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, ScaleFormat, StoredMatrix
 from splitnet.tools.doctor.hardware import room_on_disk
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
@@ -40,8 +40,8 @@ from tests.unit.random_models import random_checkpoint
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, BLOCKS = 64, 320, 3
 LAYOUTS = {
-    "4 bits": Layout(4, 32, Kind.FLOAT16, Kind.CODES, offset=8),
-    "8 bits": Layout(8, 32, Kind.FLOAT16, offset=128),
+    "4 bits": CodeLayout(4, 32, ScaleFormat.FLOAT16, ScaleFormat.CODES, offset=8),
+    "8 bits": CodeLayout(8, 32, ScaleFormat.FLOAT16, offset=128),
 }
 TOLERANCE = 2e-3
 """Kernels round their inputs to 16 bits."""
@@ -67,13 +67,13 @@ class CodedStore:
         return True
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
 
-    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+    def tensor_facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
         return {name: _facts(self.tensors[name]) for name in names}
 
-    def find(self, file: str) -> Path | None:
+    def find_file(self, file: str) -> Path | None:
         return None
 
     def load_tensors(
@@ -84,10 +84,10 @@ class CodedStore:
     def told_config(self) -> str:
         return "{}"
 
-    def places(self) -> Mapping[str, Place]:
+    def tensor_locations(self) -> Mapping[str, TensorLocation]:
         return {}
 
-    def heads(self) -> Mapping[str, int]:
+    def file_heads(self) -> Mapping[str, int]:
         return {}
 
     def file_bytes(self, names: Iterable[str]) -> int:
@@ -143,33 +143,33 @@ def _facts(tensor: torch.Tensor) -> TensorFacts:
     return TensorFacts(tuple(tensor.shape), tensor.dtype, matrix.layout, nbytes, tensor.transposed)
 
 
-def coded(weight: torch.Tensor, layout: Layout, *, transposed: bool = False) -> torch.Tensor:
+def coded(weight: torch.Tensor, layout: CodeLayout, *, transposed: bool = False) -> torch.Tensor:
     """A weight in codes, near the given values."""
     values = (weight.T if transposed else weight).contiguous()
     groups = values.view(len(values), -1, layout.group)
     low, high = groups.amin(-1), groups.amax(-1)
     most = 2**layout.bits - 1
-    if layout.zero is Kind.CODES:
+    if layout.zero is ScaleFormat.CODES:
         scales = ((high - low) / most).half()
         zeros = (-low / scales.float()).round().clamp(0, most)
     else:
         scales = (2 * torch.maximum(-low, high) / most).half()
         zeros = torch.full_like(low, layout.offset)
     codes = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, most).to(torch.uint8)
-    stored_zeros = zeros.to(torch.uint8) if layout.zero is Kind.CODES else None
+    stored_zeros = zeros.to(torch.uint8) if layout.zero is ScaleFormat.CODES else None
     made = Codes(codes.view(values.shape), scales, stored_zeros)
     matrix = StoredMatrix(layout, (values.shape[0], values.shape[1]), lambda: made)
     weight_in_codes = PackedTensor.of(matrix)
     return weight_in_codes.T if transposed else weight_in_codes
 
 
-def in_codes(family: str, layout: Layout, folder: Path, **overrides: Any) -> tuple[Checkpoint, Any]:
+def in_codes(family: str, layout: CodeLayout, folder: Path, **overrides: Any) -> tuple[Checkpoint, Any]:
     """A random checkpoint with its matrices in codes, and transformers' model of the decoded numbers."""
     random_checkpoint(family, folder, blocks=BLOCKS, hidden=HIDDEN, vocab=VOCAB, **overrides)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     plain = Checkpoint.open(folder)
     transposed = {f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, Conv1D)}
-    with plain.store.load_tensors({name: name for name in plain.store.names}, torch.float32) as tensors:
+    with plain.store.load_tensors({name: name for name in plain.store.tensor_names}, torch.float32) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
     stored = {
         name: coded(tensor, layout, transposed=name in transposed or f"transformer.{name}" in transposed)
@@ -177,7 +177,9 @@ def in_codes(family: str, layout: Layout, folder: Path, **overrides: Any) -> tup
         else tensor
         for name, tensor in read.items()
     }
-    numbers = {name: tensor.floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in stored.items()}
+    numbers = {
+        name: tensor.to_floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in stored.items()
+    }
     exact = type(model).from_pretrained(None, config=model.config, state_dict=numbers, dtype=torch.float32)
     return Checkpoint(CodedStore(folder, stored), plain.config), exact.eval().requires_grad_(False)
 
@@ -208,7 +210,7 @@ def held_layers(span: Span) -> set[str]:
 
 
 def run(span: Span, hidden: torch.Tensor) -> torch.Tensor:
-    return span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
+    return span.forward(hidden, [RowChunk(span.new_row(), 0, len(hidden))])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -249,7 +251,9 @@ def test_a_span_takes_the_predicted_bytes(family: str, checkpoints: Any) -> None
     if family == "llama":
         assert sizes.held_as == "codes of 5.0 bits"
     assert sizes.saved_bytes == foretold[0].plain - foretold[0].held
-    assert sizes.file_bytes == sum(one.nbytes for one in checkpoint.store.facts(checkpoint.store.names).values())
+    assert sizes.file_bytes == sum(
+        one.nbytes for one in checkpoint.store.tensor_facts(checkpoint.store.tensor_names).values()
+    )
 
 
 def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
@@ -267,11 +271,11 @@ def test_gradients_and_low_rank_additions_are_those_of_the_numbers(family: str, 
     outputs = HIDDEN * 3 if family == "gpt2" else HIDDEN
     torch.manual_seed(0)
     low, high = torch.randn(4, HIDDEN) / 8, torch.randn(outputs, 4)
-    adapter = Adapter({f"1.{path}.lora_A": low, f"1.{path}.lora_B": high})
+    adapter = AdapterTensors({f"1.{path}.lora_A": low, f"1.{path}.lora_B": high})
     hidden, gradient = torch.randn(2, 9, HIDDEN)
     found: list[list[torch.Tensor]] = []
     for span in spans:
-        span.fit(adapter)
+        span.fit_adapter(adapter)
         passes = SpanPasses(span)
         output = passes.forward(hidden, (4, 5), adapter, 0, 2)
         by_input, by_adapter = passes.backward(hidden, (4, 5), gradient, adapter, 0, 2)
@@ -295,7 +299,7 @@ def test_weights_are_converted_to_another_requested_format(checkpoints: Any) -> 
 
 
 def test_weights_that_fit_no_requested_format_keep_their_codes(tmp_path: Path) -> None:
-    layout = Layout(8, 16, Kind.FLOAT16, offset=128)
+    layout = CodeLayout(8, 16, ScaleFormat.FLOAT16, offset=128)
     # layers with 48 inputs, which are not groups of 32
     checkpoint, _ = in_codes("llama", layout, tmp_path / "model", intermediate_size=48)
     span = Span.load(checkpoint, 0, 1, weights="int4")
@@ -307,7 +311,7 @@ def test_weights_that_fit_no_requested_format_keep_their_codes(tmp_path: Path) -
 def test_numbers_and_codes_of_one_block_are_both_kept(checkpoints: Any) -> None:
     whole, _ = checkpoints("llama")
     tensors = {
-        name: tensor.floats() if isinstance(tensor, PackedTensor) and "mlp" in name else tensor
+        name: tensor.to_floats() if isinstance(tensor, PackedTensor) and "mlp" in name else tensor
         for name, tensor in whole.store.tensors.items()
     }
     checkpoint = Checkpoint(CodedStore(Path(whole.source), tensors), whole.config)
@@ -342,7 +346,7 @@ def test_embeddings_and_head_stay_in_their_codes(family: str, checkpoints: Any) 
     assert sizes.head_bytes == held_bytes(LAYOUTS["4 bits"], VOCAB, HIDDEN)
     if family == "llama":
         assert sizes.client_part_bytes < 0.2 * 4 * 2 * VOCAB * HIDDEN
-        assert ends_of(client_part).are_all
+        assert client_part_of(client_part).compute_everything
 
 
 @torch.no_grad()
@@ -398,7 +402,7 @@ def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Pat
     span, exact = Span.load(checkpoint, 0, 2), Span.load(checkpoint, 0, 2, weights="float32")
     hidden = torch.randn(5, 64)
     assert close(run(span, hidden), run(exact, hidden))
-    facts = checkpoint.store.facts(checkpoint.store.names)
+    facts = checkpoint.store.tensor_facts(checkpoint.store.tensor_names)
     in_file = sum(facts[tensor.name].nbytes for block in checkpoint.block_tensors for tensor in block)
     if family != "qwen3_moe":
         assert span.weight_bytes < 1.1 * in_file + 1024
@@ -433,7 +437,7 @@ def test_models_loaded_in_inference_mode_are_used_outside_it(kind: str, tmp_path
             load_client_part(Checkpoint.open(path), nn.Identity()),
         )
         whole = load_whole(Checkpoint.open(path), "auto")
-    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, expected))
+    found, wanted = (each.forward(hidden, [RowChunk(each.new_row(), 0, 5)]) for each in (span, expected))
     torch.testing.assert_close(found, wanted)
     for model in (client_part, whole):
         given = model.get_input_embeddings()(ids).detach().requires_grad_()

@@ -31,7 +31,7 @@ class Fetching(RuleBasedStateMachine):
 
     @rule(source=st.sampled_from(SOURCES), held=st.sets(st.sampled_from(NAMES)))
     def comes(self, source: str, held: set[bytes]) -> None:
-        self.plan.add(source, held)
+        self.plan.add_source(source, held)
         if source not in self.liars:
             self.held[source] = held
 
@@ -104,7 +104,7 @@ class Fetching(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In each state, one good source delivers all missing pieces."""
-        self.plan.add("good", NAMES)
+        self.plan.add_source("good", NAMES)
         for _ in range(200):
             if self.plan.is_done:
                 break
@@ -125,7 +125,7 @@ def drive(
     names = [index.to_bytes(32, "big") for index in range(pieces)]
     plan: FetchPlan[str] = FetchPlan(dict.fromkeys(names, size))
     for source in rates:
-        plan.add(source, names)
+        plan.add_source(source, names)
     now = 0.0
     free_at = dict.fromkeys(rates, 0.0)
     sent = dict.fromkeys(rates, 0)
@@ -151,15 +151,15 @@ def test_sources_send_at_full_rate_and_almost_nothing_twice() -> None:
 
 def test_rare_pieces_come_first() -> None:
     plan: FetchPlan[str] = FetchPlan(SIZES)
-    plan.add("all", NAMES)
-    plan.add("some", NAMES[:12])
+    plan.add_source("all", NAMES)
+    plan.add_source("some", NAMES[:12])
     asked = [name for source, name in plan.asks(0.0) if source == "all"]
     assert asked and set(asked) <= set(NAMES[12:])
 
 
 def test_a_silent_source_is_left_out_in_the_end() -> None:
     plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10})
-    plan.add("silent", NAMES)
+    plan.add_source("silent", NAMES)
     now = 0.0
     for _ in range(MAX_STRIKES):
         assert plan.asks(now) == [("silent", NAMES[0])]
@@ -171,7 +171,7 @@ def test_a_silent_source_is_left_out_in_the_end() -> None:
 
 def test_a_piece_resets_the_strikes_of_its_source() -> None:
     plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10, NAMES[1]: 10})
-    plan.add("slow", NAMES)
+    plan.add_source("slow", NAMES)
     now = 0.0
     for silence in range(MAX_STRIKES):
         asked = plan.asks(now)
@@ -186,7 +186,7 @@ def test_a_piece_resets_the_strikes_of_its_source() -> None:
 
 def test_a_busy_source_is_asked_again_after_a_while() -> None:
     plan: FetchPlan[str] = FetchPlan({NAMES[0]: 10})
-    plan.add("busy", NAMES)
+    plan.add_source("busy", NAMES)
     assert plan.asks(0.0) == [("busy", NAMES[0])]
     plan.busy("busy", NAMES[0], 0.0)
     assert plan.asks(BUSY_S / 2) == []

@@ -41,12 +41,12 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.architectures import FAMILIES, _value_rows
 from splitnet.checkpoint.gguf.config import _scaled_frequencies
 from splitnet.checkpoint.gguf.file import GgufFile
-from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.errors import AdapterError, SplitnetError
-from splitnet.hf.adapters import load_adapter
 from splitnet.hf.causal_lm import AutoTokenizer
-from splitnet.limits import ALL_S, Patterns
-from splitnet.quant.stored import PackedTensor
+from splitnet.hf.local_adapters import load_adapter
+from splitnet.limits import ALL_MATCHES_S, Patterns
+from splitnet.quant.packed_tensor import PackedTensor
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
 from tests.tiers import examples
@@ -305,7 +305,7 @@ def test_repeated_scales_take_no_more_than_the_weight(
     name = "model.layers.0.self_attn.q_proj.weight"
     with Largest() as largest, checkpoint.store.load_tensors({name: name}, torch.float32) as read:
         weight = read[name][...]
-        assert (weight.floats() if isinstance(weight, PackedTensor) else weight).shape == (128, 128)
+        assert (weight.to_floats() if isinstance(weight, PackedTensor) else weight).shape == (128, 128)
     assert largest.most <= 16 * 128 * 128
 
 
@@ -335,7 +335,7 @@ def test_huge_numbers_of_experts_take_no_memory_before_use(tmp_path: Path) -> No
         write_checkpoint(tmp_path / "all", folder, tensors, json.loads((folder / "config.json").read_text()))
     )
     with few_objects():
-        assert checkpoint.store.facts([name])[name].shape == (EXPERTS, 32, 1)
+        assert checkpoint.store.tensor_facts([name])[name].shape == (EXPERTS, 32, 1)
         with checkpoint.store.load_tensors({name: name}, torch.float32) as read:
             lazy = read[name][...]
     assert [len(matrices) for matrices in lazy[EXPERTS - 1 :].experts] == [1]
@@ -361,7 +361,7 @@ def test_huge_numbers_of_experts_in_a_gguf_file_take_no_memory(tmp_path: Path) -
         some: Any = both[:, 1:3].transpose(1, 2)
         assert both.shape == (EXPERTS, 4, 32)
     assert [matrix.shape for matrix in some.experts[EXPERTS - 1]] == [(1, 32), (1, 32)]
-    assert some[-1].floats().shape == (32, 2)
+    assert some[-1].to_floats().shape == (32, 2)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_only_matches_that_take_long_use_up_the_time_for_all(
     monkeypatch.setattr("splitnet.limits.time", clock)
     patterns = Patterns("it")
     assert all(patterns.match("lm_head", "lm_head") for _ in range(200))
-    assert patterns._left / ALL_S == pytest.approx(left, abs=1e-6)
+    assert patterns._left / ALL_MATCHES_S == pytest.approx(left, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_only_matches_that_take_long_use_up_the_time_for_all(
 def test_a_pattern_that_may_run_without_end_is_refused(
     pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("splitnet.limits.ONE_S", 0.05)
+    monkeypatch.setattr("splitnet.limits.MATCH_S", 0.05)
     made, _ = quantized_pair(random_checkpoint("llama", tmp_path / "source", blocks=1), tmp_path, "int4-group")
     config = json.loads((made / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()

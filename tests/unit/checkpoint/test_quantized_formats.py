@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.client_part import check_all_is_taken
-from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.quant.format import Part as FilePart
 from splitnet.checkpoint.quant.integers import Mlx
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import QuantizedExperts
-from splitnet.quant.stored import PackedTensor, unpack_words
+from splitnet.quant.packed_tensor import PackedTensor, unpack_words
 from tests.unit.quantized_checkpoints import (
     SCHEMES,
     Scheme,
@@ -77,15 +77,15 @@ def test_weights_decode_as_the_format_says(
     folder, plain_folder = quantized_pair(source, tmp_path, name)
     checkpoint, plain = Checkpoint.open(folder), Checkpoint.open(plain_folder)
     expected = tensors_of(plain_folder)
-    assert set(checkpoint.store.names) == set(expected)
+    assert set(checkpoint.store.tensor_names) == set(expected)
     assert checkpoint.dtype == torch.float32
-    facts = checkpoint.store.facts(checkpoint.store.names)
+    facts = checkpoint.store.tensor_facts(checkpoint.store.tensor_names)
     sizes = {part.name: part.stat().st_size for part in folder.glob("*.safetensors")}
     assert 0.8 * sum(sizes.values()) < sum(fact.nbytes for fact in facts.values()) < sum(sizes.values())
     with caplog.at_level(logging.WARNING):
-        loading = checkpoint.store.load_tensors({key: key for key in checkpoint.store.names}, torch.float32)
+        loading = checkpoint.store.load_tensors({key: key for key in checkpoint.store.tensor_names}, torch.float32)
         with loading as lazy:
-            read = {key: lazy[key][...] for key in checkpoint.store.names}
+            read = {key: lazy[key][...] for key in checkpoint.store.tensor_names}
     coded = {key for key, tensor in read.items() if isinstance(tensor, PackedTensor)}
     assert bool(coded) is (name != "gptq-desc_act")
     assert ("as numbers they take" in caplog.text) is (name == "gptq-desc_act")
@@ -98,7 +98,7 @@ def test_weights_decode_as_the_format_says(
             matrices = [matrix for matrices in tensor.experts for matrix in matrices]
             in_layout = sum(fact.layout.nbytes(*matrix.shape) for matrix in matrices)
             assert in_layout >= 0.7 * fact.nbytes - 2000
-            tensor = tensor.floats()
+            tensor = tensor.to_floats()
         torch.testing.assert_close(tensor, expected[key], rtol=8e-3 if name in ROUNDED else 1e-6, atol=1e-7)
     assert checkpoint.fingerprint != plain.fingerprint
 
@@ -106,7 +106,7 @@ def test_weights_decode_as_the_format_says(
         return
     span, whole = (Span.load(each, 0, each.num_blocks, weights="float32") for each in (checkpoint, plain))
     hidden = torch.randn(5, checkpoint.hidden_size)
-    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [RowChunk(each.new_row(), 0, 5)]) for each in (span, whole))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3  # kernels round activations to 16 bits
 
 
@@ -244,7 +244,7 @@ def test_mlx_in_all_bits_and_groups(bits: int, group: int) -> None:
         for role, one in zip(("weight", "scales", "biases"), stored.values(), strict=True)
     }
     weight = Mlx(mlx_settings(bits, group), "llama").tensor("a.weight", parts, torch.float32)
-    torch.testing.assert_close(weight.floats(), expected)
+    torch.testing.assert_close(weight.to_floats(), expected)
 
 
 def test_mlx_may_quantize_layers_in_different_ways(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_experts_of_mlx_are_stacked(family: str, tmp_path: Path) -> None:
     span, whole = Span.load(checkpoint, 0, 2), Span.load(plain, 0, 2)
     assert any(isinstance(one, QuantizedExperts) for one in span._backbone.modules())
     hidden = torch.randn(5, 64)
-    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [RowChunk(each.new_row(), 0, 5)]) for each in (span, whole))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3
 
 
@@ -333,7 +333,7 @@ def test_numbers_of_codes_are_rounded_once(sources: dict[str, Path], tmp_path: P
         torch.testing.assert_close(read[name][...], tensors_of(plain)[name], rtol=1e-6, atol=1e-7)
     span, whole = (Span.load(Checkpoint.open(one), 1, 2, dtype="float32") for one in (folder, plain))
     hidden = torch.randn(5, 128)
-    found, wanted = (each.forward(hidden, [Chunk(each.new_row(), 0, 5)]) for each in (span, whole))
+    found, wanted = (each.forward(hidden, [RowChunk(each.new_row(), 0, 5)]) for each in (span, whole))
     torch.testing.assert_close(found, wanted)
 
 
@@ -368,10 +368,10 @@ def test_layers_may_be_quantized_in_different_ways(sources: dict[str, Path], tmp
     config = json.loads((sources["llama"] / "config.json").read_text())
     config["quantization_config"] = {**int4.settings} | {"format": "mixed-precision", "config_groups": groups}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "mixed", sources["llama"], stored, config))
-    with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as lazy:
+    with checkpoint.store.load_tensors({name: name for name in checkpoint.store.tensor_names}, torch.float32) as lazy:
         for name, tensor in expected.items():
             read = lazy[name][...]
-            torch.testing.assert_close(read.floats() if isinstance(read, PackedTensor) else read, tensor)
+            torch.testing.assert_close(read.to_floats() if isinstance(read, PackedTensor) else read, tensor)
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(1, 3), columns=st.integers(1, 70), seed=st.integers(0, 2**16))
@@ -393,13 +393,13 @@ def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> 
     for index, coded in ((order, True), (torch.full((128,), -1), True), (order[torch.randperm(128)], False)):
         stored = tensors | {name + "_g_idx": index.int()}
         checkpoint = Checkpoint.open(write_checkpoint(tmp_path / str(index.tolist()[:9]), folder, stored, config))
-        assert (checkpoint.store.facts([name])[name].layout is not None) is coded
+        assert (checkpoint.store.tensor_facts([name])[name].layout is not None) is coded
         with checkpoint.store.load_tensors({name: name}, torch.float32) as lazy:
             read = lazy[name][...]
         assert isinstance(read, PackedTensor) is coded
         of = order if coded else index
         expected = (codes - shift[:, of]) * tensors[name + "_scale"][:, of]
-        torch.testing.assert_close(read.floats() if isinstance(read, PackedTensor) else read, expected)
+        torch.testing.assert_close(read.to_floats() if isinstance(read, PackedTensor) else read, expected)
 
 
 def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> Non
     ]
     spans = [Span.load(Checkpoint.open(folder), 0, 2) for folder in folders]
     hidden = torch.randn(5, 128)
-    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [RowChunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
@@ -454,7 +454,7 @@ def test_codes_across_the_inputs_of_experts_become_numbers(
     folders = quantized_pair(sources["gpt_oss"], tmp_path, "across")
     spans = [Span.load(Checkpoint.open(folder), 0, 2, weights=weights) for folder in folders]
     hidden = torch.randn(5, 64)
-    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [RowChunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs)
     foretold = block_bytes(Checkpoint.open(folders[0]), None, weights)
     assert abs(spans[0].weight_bytes - 2 * foretold) < 1024
@@ -472,8 +472,8 @@ def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, 
     with checkpoint.store.load_tensors({"a": "a.experts.up", "b": "b.experts.up"}, torch.float32) as lazy:
         a, b = lazy["a"][...], lazy["b"][...]
     assert isinstance(a, PackedTensor) and isinstance(b, PackedTensor) and a.stacked and len(a.experts) == 4
-    torch.testing.assert_close(a.floats(), codes.float() * wide.repeat_interleave(32, 1).repeat_interleave(64, 2))
-    torch.testing.assert_close(b.floats(), codes.float() * one[:, None, None])
+    torch.testing.assert_close(a.to_floats(), codes.float() * wide.repeat_interleave(32, 1).repeat_interleave(64, 2))
+    torch.testing.assert_close(b.to_floats(), codes.float() * one[:, None, None])
 
 
 def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -> None:
@@ -494,7 +494,7 @@ def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -
     assert checkpoints["quantized"].multimodal and checkpoints["quantized"].dtype == torch.float32
     spans = [Span.load(checkpoint, 0, 3) for checkpoint in checkpoints.values()]
     hidden = torch.randn(5, 128)
-    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 5)]) for span in spans]
+    outputs = [span.forward(hidden, [RowChunk(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
 
 
@@ -507,4 +507,4 @@ def test_the_type_that_a_config_gives_of_codes_is_not_what_blocks_compute_in(
         (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
         checkpoint = Checkpoint.open(folder)
         assert checkpoint.dtype in (torch.float32, torch.bfloat16)
-        assert checkpoint.store.facts(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == torch.bfloat16
+        assert checkpoint.store.tensor_facts(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == torch.bfloat16

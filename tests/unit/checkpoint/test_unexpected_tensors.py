@@ -100,7 +100,7 @@ def test_a_classifier_leaves_the_head_of_a_causal_model(llama: Path) -> None:
     checkpoint = Checkpoint.open(llama)
     config = checkpoint.config
     config.num_labels, config.pad_token_id = 3, 0
-    assert "lm_head.weight" in checkpoint.store.names
+    assert "lm_head.weight" in checkpoint.store.tensor_names
     load_classifier_part(checkpoint, config, nn.Identity())
 
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from splitnet.cli import connection, main
-from splitnet.cli.arguments import as_arguments
+from splitnet.cli.arguments import command_arguments
 from splitnet.cli.main import EXAMPLES, app
 from splitnet.errors import SplitnetError
 from splitnet.security.identity import Identity
@@ -95,7 +95,7 @@ def test_wrong_options_are_refused_before_slow_steps(
         (ModuleNotFoundError("No module named 'yaml'", name="yaml"), True),
         (ModuleNotFoundError("No module named 'splitnet.tools.plan'", name="splitnet.tools.plan"), True),
         (ModuleNotFoundError("No module named 'splitnet.blocks.absent'", name="splitnet.blocks.absent"), False),
-        (ImportError("cannot import name 'absent'", name="splitnet.blocks.device"), False),
+        (ImportError("cannot import name 'absent'", name="splitnet.blocks.chosen_device"), False),
         (AttributeError("module 'splitnet' has no attribute 'absent'"), False),
     ],
 )
@@ -108,10 +108,10 @@ def test_a_missing_library_is_explained_and_a_bug_is_raised(
     monkeypatch.setattr(main, "import_module", fail)
     if not is_told:
         with pytest.raises(type(error)):
-            main._leaf("splitnet.tools.plan:plan")
+            main.optional_command("splitnet.tools.plan:plan")
         return
     with pytest.raises(SplitnetError, match=f"needs splitnet.tools.plan, which cannot be imported .*{error}"):
-        main._leaf("splitnet.tools.plan:plan")()
+        main.optional_command("splitnet.tools.plan:plan")()
 
 
 class Reached(Exception):
@@ -128,7 +128,7 @@ def test_the_options_of_a_command_reach_its_connection(
 ) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')
-    monkeypatch.setattr(connection, "Connection", refuse)
+    monkeypatch.setattr(connection, "ModelConnection", refuse)
     more = {"generate": ["prompt"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
     taken = {option: one for option, one in GIVEN.items() if option not in LACKS.get(command, ())}
     words = [text for option, (_, value) in taken.items() for text in (option, str(value))]
@@ -157,10 +157,10 @@ def test_the_options_of_a_command_reach_its_connection(
 def test_connection_options_convert_to_arguments_of_another_command(
     given: ConnectionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "Connection", refuse)
+    monkeypatch.setattr(connection, "ModelConnection", refuse)
     for name in [name for name in os.environ if name.startswith("SPLITNET_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SPLITNET_CONFIG", os.devnull)
-    ran = CliRunner().invoke(app, ["generate", "m", "prompt", *as_arguments(given)])
+    ran = CliRunner().invoke(app, ["generate", "m", "prompt", *command_arguments(given)])
     assert isinstance(ran.exception, Reached), ran.output
     assert ran.exception.args == ("m", replace(given, key_file=None) if given.invite else given)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peers.options import PeerOptions
-from peers.server import Peer
+from peers.peer_options import PeerOptions
+from peers.running_peer import RunningPeer
 from splitnet.cli import peer as command
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
 from splitnet.directory import hivemind_node
 from splitnet.errors import SplitnetError
-from splitnet.quant.choose import Weights
+from splitnet.quant.choose import WeightChoice
 from splitnet.quant.native import has_integer_kernels
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
@@ -33,7 +33,7 @@ class Reached(Exception):
 class NoSignals:
     """Leaves the signal handlers of the test process unchanged."""
 
-    def check(self) -> None: ...
+    def raise_if_stopped(self) -> None: ...
 
 
 def start(checkpoint: Any, options: PeerOptions, **_: Any) -> Never:
@@ -43,7 +43,7 @@ def start(checkpoint: Any, options: PeerOptions, **_: Any) -> Never:
 @pytest.fixture(autouse=True)
 def no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "StopSignals", NoSignals)
-    monkeypatch.setattr(Peer, "start", start)
+    monkeypatch.setattr(RunningPeer, "start", start)
     monkeypatch.delenv("SPLITNET_LAN", raising=False)
 
 
@@ -125,7 +125,7 @@ def test_a_peer_in_a_private_network_prints_addresses_for_others() -> None:
     ]
 
     def told(address: str, *joined: str, reach: Reach = Reach.auto) -> str | None:
-        return command.from_elsewhere(address, joined, reach)
+        return command.join_advice(address, joined, reach)
 
     assert told("tcp://8.8.8.8:31331") is None and told("tcp://127.0.0.1:31331") is None
     assert told(private, *known) == f"from other networks with\n  --join {known[2]}\n  --join {known[3]}"
@@ -147,20 +147,22 @@ def test_a_share_rate_without_shared_files_is_refused(tmp_path: Path) -> None:
     ("weights", "serves", "others"),
     [
         (
-            Weights("float16", torch.float32),
+            WeightChoice("float16", torch.float32),
             "(float32 with weights as float16 on cpu)",
             "exact and slower with --weights",
         ),
         (
-            Weights("bfloat16", torch.float32, exact=True),
+            WeightChoice("bfloat16", torch.float32, exact=True),
             "(float32 with weights exactly as bfloat16 on",
             "weights: faster",
         ),
-        (Weights("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "faster and less exact with --weights int8"),
-        (Weights("stored", torch.float32), "(float32 with weights as stored on cpu)", None),
+        (WeightChoice("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "faster and less exact with --weights int8"),
+        (WeightChoice("stored", torch.float32), "(float32 with weights as stored on cpu)", None),
     ],
 )
-def test_the_start_names_the_weight_format_and_alternatives(weights: Weights, serves: str, others: str | None) -> None:
+def test_the_start_names_the_weight_format_and_alternatives(
+    weights: WeightChoice, serves: str, others: str | None
+) -> None:
     span = SimpleNamespace(start=0, end=2, dtype=weights.dtype, weights=weights, device=torch.device("cpu"), kv="auto")
     peer: Any = SimpleNamespace(
         span=span, checkpoint=SimpleNamespace(name="m"), endpoint=SimpleNamespace(address="tcp://127.0.0.1:1")

@@ -23,7 +23,7 @@ from splitnet.cli.daemon import StopSignals
 from splitnet.directory.hivemind_node import NodeLoop
 
 stop = StopSignals()
-stop.check()
+stop.raise_if_stopped()
 loop = NodeLoop()
 asyncio.set_event_loop(loop)
 child = loop.run_until_complete(asyncio.create_subprocess_exec("sleep", "60"))
@@ -66,17 +66,17 @@ def test_a_signal_before_the_first_step_ends_the_process_at_once() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_raises_at_the_next_check(number: signal.Signals) -> None:
     stop = StopSignals()
-    stop.check()
+    stop.raise_if_stopped()
     signal.raise_signal(number)
     for _ in range(2):
         with pytest.raises(SystemExit) as end:
-            stop.check()
+            stop.raise_if_stopped()
         assert end.value.code == 128 + number
 
 
 def test_an_earlier_signal_ends_the_wait_and_the_next_one_raises() -> None:
     stop = StopSignals()
-    stop.check()
+    stop.raise_if_stopped()
     signal.raise_signal(signal.SIGTERM)
     stop.wait()
     with pytest.raises(KeyboardInterrupt):
@@ -85,15 +85,15 @@ def test_an_earlier_signal_ends_the_wait_and_the_next_one_raises() -> None:
 
 def test_a_lost_terminal_ends_a_daemon_and_nohup_keeps_it() -> None:
     stop = StopSignals()
-    stop.check()
+    stop.raise_if_stopped()
     signal.raise_signal(signal.SIGHUP)
     with pytest.raises(SystemExit):
         stop.wait()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = StopSignals()
-    stop.check()
+    stop.raise_if_stopped()
     signal.raise_signal(signal.SIGHUP)
-    stop.check()
+    stop.raise_if_stopped()
 
 
 def test_the_second_signal_ends_the_process_and_its_children_at_once() -> None:

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import pytest
 
+from splitnet.directory.announcer import FIRST_TRIES, SOON, Announcer
 from splitnet.directory.ask import PeerDirectory
-from splitnet.directory.offers import FIRST_TRIES, SOON, Announcer
 from splitnet.errors import DirectoryError
 
 
@@ -25,7 +25,7 @@ class Slow:
         self.taken: list[float] = []
         self.moves = 0
 
-    def moved(self) -> None:
+    def address_changed(self) -> None:
         self.moves += 1
 
     def announce(self, record: float, identity: Any) -> bool:

@@ -34,27 +34,27 @@ def record(key: PublicKey, *, proven: bool = False, issued_at: float = NOW, ttl_
 
 def test_a_flood_is_bounded_and_replaces_no_earlier_record() -> None:
     places = RecordTable()
-    assert places.take((b"k", "honest"), record(KEYS[0]), NOW) == []
-    taken = [places.take((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
+    assert places.add_record((b"k", "honest"), record(KEYS[0]), NOW) == []
+    taken = [places.add_record((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
     assert taken.count([]) == 7 and places.places.taken == 8
     renewed = record(KEYS[0], issued_at=NOW + 15)
-    assert places.take((b"k", "honest"), renewed, NOW + 15) == []
+    assert places.add_record((b"k", "honest"), renewed, NOW + 15) == []
 
 
 def test_a_proven_record_replaces_an_unproven_one() -> None:
     places = RecordTable()
     for n, key in enumerate(KEYS[:8]):
-        places.take((b"k", str(n)), record(key, proven=n > 0), NOW)
-    assert places.take((b"k", "late"), record(KEYS[8], proven=True), NOW) == [(b"k", "0")]
-    assert places.take((b"k", "later"), record(KEYS[9], proven=True), NOW) is None
+        places.add_record((b"k", str(n)), record(key, proven=n > 0), NOW)
+    assert places.add_record((b"k", "late"), record(KEYS[8], proven=True), NOW) == [(b"k", "0")]
+    assert places.add_record((b"k", "later"), record(KEYS[9], proven=True), NOW) is None
     assert places.places.taken == 8
 
 
 def test_places_of_one_identity_are_bounded() -> None:
     places = RecordTable()
-    taken = [places.take((b"models", str(n)), record(KEYS[0]), NOW) for n in range(8)]
+    taken = [places.add_record((b"models", str(n)), record(KEYS[0]), NOW) for n in range(8)]
     assert taken == [[]] * 3 + [None] * 5
-    assert places.take((b"models", "other"), record(KEYS[1]), NOW) == []
+    assert places.add_record((b"models", "other"), record(KEYS[1]), NOW) == []
 
 
 def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire() -> None:
@@ -62,23 +62,23 @@ def test_an_identity_gets_its_places_back_when_its_records_are_renewed_or_expire
     for seconds, names in ((0, "abc"), (30, "abc"), (100, "def")):
         for name in names:
             renewed = record(KEYS[0], issued_at=NOW + seconds)
-            assert places.take((b"models", name), renewed, NOW + seconds) == []
-        assert places.take((b"models", "more"), record(KEYS[0], issued_at=NOW + seconds), NOW + seconds) is None
+            assert places.add_record((b"models", name), renewed, NOW + seconds) == []
+        assert places.add_record((b"models", "more"), record(KEYS[0], issued_at=NOW + seconds), NOW + seconds) is None
 
 
 def test_an_unproven_key_does_not_replace_a_proven_record_of_a_model() -> None:
     places = RecordTable()
-    assert places.take((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
-    assert places.take((b"models", "m"), record(KEYS[1], ttl_s=300), NOW) is None
-    assert places.take((b"models", "m"), record(KEYS[2], proven=True, ttl_s=61), NOW) == []
+    assert places.add_record((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
+    assert places.add_record((b"models", "m"), record(KEYS[1], ttl_s=300), NOW) is None
+    assert places.add_record((b"models", "m"), record(KEYS[2], proven=True, ttl_s=61), NOW) == []
 
 
 def test_places_are_free_again_when_records_expire() -> None:
     places = RecordTable()
     for n, key in enumerate(KEYS[:8]):
-        places.take((b"k", str(n)), record(key), NOW)
-    assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 59), NOW + 59) is None
-    assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 61), NOW + 61) == []
+        places.add_record((b"k", str(n)), record(key), NOW)
+    assert places.add_record((b"k", "late"), record(KEYS[9], issued_at=NOW + 59), NOW + 59) is None
+    assert places.add_record((b"k", "late"), record(KEYS[9], issued_at=NOW + 61), NOW + 61) == []
     assert places.places.taken == 1
 
 
@@ -101,7 +101,7 @@ def test_bounds_hold_for_any_records(steps: list[tuple[bytes, int, int, bool, fl
         now += later
         place = (key, str(subkey))
         one = record(KEYS[who], proven=proven, issued_at=now, ttl_s=ttl_s)
-        gone = places.take(place, one, now)
+        gone = places.add_record(place, one, now)
         held = {other: kept for other, kept in held.items() if kept.expires_at >= now}
         if gone is not None:
             for other in gone:

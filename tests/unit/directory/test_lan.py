@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
-from peers.joining import LanPresence
+from peers.joined_swarm import LanPresence
 from splitnet.directory import mdns
 from splitnet.directory.mdns import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
 from splitnet.errors import LanError, ProtocolError
@@ -50,8 +50,8 @@ def node_at(number: int, model: str = MODEL) -> LanNode:
 
 @given(nodes())
 def test_an_announcement_is_read_as_it_was_written(node: LanNode) -> None:
-    text: dict[bytes, bytes | None] = {key.encode(): value.encode() for key, value in node.text().items()}
-    assert LanNode.of(text) == node
+    text: dict[bytes, bytes | None] = {key.encode(): value.encode() for key, value in node.txt_entries().items()}
+    assert LanNode.from_txt(text) == node
     assert all(len(key) + 1 + len(value or b"") <= 255 for key, value in text.items())
 
 
@@ -60,12 +60,12 @@ def test_an_announcement_is_read_as_it_was_written(node: LanNode) -> None:
         st.sampled_from([b"model", b"protocol", *(f"dht{index}".encode() for index in range(12))]),
         st.none()
         | st.binary(max_size=80)
-        | nodes().flatmap(lambda node: st.sampled_from([*node.text().values()])).map(str.encode),
+        | nodes().flatmap(lambda node: st.sampled_from([*node.txt_entries().values()])).map(str.encode),
     )
 )
 def test_any_announcement_is_valid_or_refused(text: dict[bytes, bytes | None]) -> None:
     try:
-        node = LanNode.of(text)
+        node = LanNode.from_txt(text)
     except ProtocolError:
         return
     assert 1 <= len(node.addresses) <= MAX_ADDRESSES
@@ -101,7 +101,7 @@ def test_addresses_outside_the_local_network_are_refused(place: str) -> None:
 def test_only_addresses_that_others_can_reach_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     with LocalNetwork(MODEL) as network, pytest.raises(LanError, match="no address on a local network"):
-        network.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'2' * 46}", f"/ip4/8.8.8.8/tcp/31330/p2p/{'2' * 46}"])
+        network.announce_node([f"/ip4/127.0.0.1/tcp/31330/p2p/{'2' * 46}", f"/ip4/8.8.8.8/tcp/31330/p2p/{'2' * 46}"])
     monkeypatch.setattr(mdns, "_own_addresses", list)
     with pytest.raises(LanError, match="this machine has no address on a local network"):
         LocalNetwork(MODEL)
@@ -112,10 +112,10 @@ def test_nodes_of_a_model_find_each_other(monkeypatch: pytest.MonkeyPatch) -> No
     use_network_of_its_own(monkeypatch)
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as first, LocalNetwork(MODEL) as second, LocalNetwork("cd" * 16) as other:
-        first.watch(seen.put)
-        first.announce(node_at(1).addresses)
-        other.announce(node_at(2, "cd" * 16).addresses)
-        second.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'3' * 46}", *node_at(3).addresses])
+        first.watch_nodes(seen.put)
+        first.announce_node(node_at(1).addresses)
+        other.announce_node(node_at(2, "cd" * 16).addresses)
+        second.announce_node([f"/ip4/127.0.0.1/tcp/31330/p2p/{'3' * 46}", *node_at(3).addresses])
         assert second.search(FOUND_S) == [node_at(1)]
         assert seen.get(timeout=FOUND_S) == [node_at(3)]
         assert seen.empty()
@@ -126,17 +126,17 @@ def test_invalid_announcements_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> No
     with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as old, LocalNetwork(MODEL) as honest:
         with monkeypatch.context() as patch:
             patch.setattr(mdns, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-            old.announce(node_at(4).addresses)
+            old.announce_node(node_at(4).addresses)
         stranger = Zeroconf(interfaces=[LOOPBACK], ip_version=IPVersion.V4Only)
         try:
-            good = node_at(5).text()
+            good = node_at(5).txt_entries()
             for number, text in enumerate(
                 ({}, {"model": b"\xff" * 200}, {**good, "dht0": "/ip4/8.8.8.8/tcp/1/p2p/x"}, {**good, "protocol": "-1"})
             ):
                 name = f"s{number}.{mdns.SERVICE_TYPE}"
                 info = ServiceInfo(mdns.SERVICE_TYPE, name, port=9, parsed_addresses=[LOOPBACK], properties=text)
                 stranger.register_service(info, cooperating_responders=True)
-            honest.announce(node_at(6).addresses)
+            honest.announce_node(node_at(6).addresses)
             assert network.search(FOUND_S) == [node_at(6)]
             assert network.foreign_protocols == {PROTOCOL_VERSION + 1}
         finally:
@@ -151,8 +151,8 @@ def test_fake_nodes_do_not_hide_a_later_node(monkeypatch: pytest.MonkeyPatch) ->
     with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest, flooded_lan(MODEL, count=9):
         assert len(victim.search(FOUND_S)) == 3
         assert len(victim._waiting) <= 5
-        victim.watch(seen.put)
-        honest.announce(node_at(7).addresses)
+        victim.watch_nodes(seen.put)
+        honest.announce_node(node_at(7).addresses)
         while node_at(7) not in seen.get(timeout=FOUND_S):
             pass
 
@@ -164,15 +164,15 @@ def test_a_flood_does_not_hide_a_later_node(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mdns, "FIRST_PAUSE_S", 0.05)
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest:
-        victim.announce(node_at(6).addresses)
-        victim.watch(seen.put)
+        victim.announce_node(node_at(6).addresses)
+        victim.watch_nodes(seen.put)
         hide_on_lan(MODEL)
-        honest.announce(node_at(7).addresses)
+        honest.announce_node(node_at(7).addresses)
         while node_at(7) not in seen.get(timeout=FOUND_S):
             pass
         assert victim._records() <= mdns.MOST_RECORDS
         with LocalNetwork(MODEL) as newcomer:
-            newcomer.watch(seen.put)
+            newcomer.watch_nodes(seen.put)
             while node_at(6) not in seen.get(timeout=FOUND_S):  # the node announces itself repeatedly
                 pass
 
@@ -184,9 +184,9 @@ def test_a_node_is_found_at_its_new_address(monkeypatch: pytest.MonkeyPatch) -> 
     moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
     seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as other:
-        other.watch(seen.put)
-        network.watch(seen.put)
-        network.announce(node_at(8).addresses)
+        other.watch_nodes(seen.put)
+        network.watch_nodes(seen.put)
+        network.announce_node(node_at(8).addresses)
         assert node_at(8) in seen.get(timeout=FOUND_S)
         with monkeypatch.context() as patch:
             patch.setattr(mdns, "_own_addresses", list)
@@ -204,18 +204,18 @@ def test_a_node_announces_its_new_addresses(monkeypatch: pytest.MonkeyPatch) -> 
     directory: Any = SimpleNamespace(addresses=list(node_at(8).addresses), meet=len)
     checkpoint: Any = SimpleNamespace(fingerprint=MODEL, name="tiny")
     with LocalNetwork(MODEL) as other:
-        other.watch(seen.put)
+        other.watch_nodes(seen.put)
         presence = LanPresence.start(directory, checkpoint, has_joined=True, report=lambda *_: None)
         assert presence is not None
         try:
             assert node_at(8) in seen.get(timeout=FOUND_S)
             begun = presence._network._mdns
-            presence.look()
+            presence.announce_addresses()
             directory.addresses = [f"/ip4/127.0.0.1/tcp/31330/p2p/{'8' * 46}"]
-            presence.look()
+            presence.announce_addresses()
             assert presence._network._mdns is begun
             directory.addresses = list(moved.addresses)
-            presence.look()
+            presence.announce_addresses()
             while moved not in seen.get(timeout=FOUND_S):
                 pass
         finally:

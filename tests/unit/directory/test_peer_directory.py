@@ -91,7 +91,7 @@ class ScriptedPeers:
         assert self.on_answer is not None
         self.on_answer(endpoint, decode(encode(message)))
 
-    def state(self, endpoint: Endpoint) -> LinkState:
+    def link_state(self, endpoint: Endpoint) -> LinkState:
         return self.states.get(endpoint, LinkState.CONNECTING)
 
     def is_connecting(self, endpoint: Endpoint) -> bool:
@@ -216,7 +216,7 @@ def test_an_error_names_the_reason_of_each_silent_peer(links: ScriptedPeers) -> 
     endpoints = {links.add(says_nothing, state): text for state, text in states.items()}
     busy = links.add(refuses)
     with pytest.raises(DirectoryError) as told:
-        PeerDirectory.join([*endpoints, busy], links)
+        PeerDirectory.join_peers([*endpoints, busy], links)
     for endpoint, text in {**endpoints, busy: "refuses (ask again in 7 s)"}.items():
         assert f"{peer_address(endpoint)} {text}" in str(told.value)
 
@@ -264,7 +264,7 @@ def test_the_depth_of_a_question_is_bounded(links: ScriptedPeers) -> None:
         asked.records(MODEL, depth)
         identity = Identity.generate()
         record = record_of(identity, model=MODEL)
-        assert asked.store(record, record.pack(identity), depth)
+        assert asked.store_record(record, record.pack(identity), depth)
     told = [message.depth for _, message in links.asked if isinstance(message, LookUp | Announce)]
     assert told == sorted([*range(MAX_DEPTH + 1), *range(MAX_DEPTH + 1)])
 
@@ -289,7 +289,7 @@ def test_a_void_record_is_not_kept_for_others(links: ScriptedPeers) -> None:
     asked = PeerDirectory([], links, serving=True)
     for issued_at in (time.time() - 61, time.time() + 1000):
         record = signed(issued_at=issued_at)
-        assert not asked.store(record, record.signed, depth=0)
+        assert not asked.store_record(record, record.signed, depth=0)
     assert asked.peers(MODEL) == []
 
 
@@ -297,7 +297,7 @@ def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -
     upstream = links.add(says_nothing)
     asked = PeerDirectory([upstream], links, serving=True)
     record = signed()
-    assert asked.store(record, record.signed, depth=1)  # also while the joined peers are gone
+    assert asked.store_record(record, record.signed, depth=1)  # also while the joined peers are gone
     assert asked.peers(MODEL) == [record]
     assert asked.models() == {MODEL: "tiny"}
     asked.close()
@@ -334,7 +334,7 @@ def test_only_the_latest_answer_of_each_peer_is_kept(links: ScriptedPeers) -> No
 def test_a_client_keeps_no_records_and_its_links_stay_open(links: ScriptedPeers) -> None:
     record = signed()
     asked = PeerDirectory([links.add(says_nothing)], links)
-    assert not asked.store(record, record.signed, depth=0)
+    assert not asked.store_record(record, record.signed, depth=0)
     with pytest.raises(DirectoryError, match="No peer answers with records"):
         asked.announce(*_of_mine())
     asked.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.errors import AdapterError
 
 LAYER = "0.self_attn.q_proj"
@@ -17,7 +17,7 @@ def low_rank(a: torch.dtype, b: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_adapter_keeps_the_common_type_of_its_two_matrices(dtype: torch.dtype) -> None:
-    kept = Adapter(low_rank(dtype, dtype)).tensors.values()
+    kept = AdapterTensors(low_rank(dtype, dtype)).tensors.values()
     assert {tensor.dtype for tensor in kept} == {dtype}
 
 
@@ -32,4 +32,4 @@ def test_an_adapter_keeps_the_common_type_of_its_two_matrices(dtype: torch.dtype
 )
 def test_matrices_of_different_or_unsupported_types_are_refused(a: torch.dtype, b: torch.dtype) -> None:
     with pytest.raises(AdapterError, match=r"float"):
-        Adapter(low_rank(a, b))
+        AdapterTensors(low_rank(a, b))

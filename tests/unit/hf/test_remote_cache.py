@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.errors import AdapterError
 from splitnet.hf.cache import RESERVE_STEP, RemoteCache, RemoteLayer
 from splitnet.session.inference import Session
@@ -28,7 +28,7 @@ class FakeSession:
         self.seen: set[int] = set()
         self.closed = 0
         self.closed_later = 0
-        self.adapter: Adapter | None = None
+        self.adapter: AdapterTensors | None = None
         self.copies = 0
 
     def reserve(self, positions: int) -> None:
@@ -37,7 +37,7 @@ class FakeSession:
     def use_namespace(self, name: str) -> None:
         assert not name
 
-    def use_adapter(self, adapter: Adapter) -> None:
+    def use_adapter(self, adapter: AdapterTensors) -> None:
         self.adapter = adapter
 
     def close(self) -> None:
@@ -321,7 +321,7 @@ def test_rows_with_changed_padding_keep_their_common_positions() -> None:
 def test_another_adapter_needs_a_new_sequence_and_gets_a_new_session() -> None:
     layer, made = make_layer()
     layer.begin_step(mask(0, columns=2), 1)
-    adapter = Adapter({})
+    adapter = AdapterTensors({})
     with pytest.raises(AdapterError, match="new cache"):
         layer.begin_step(mask(0, columns=3), 1, adapter)
     layer.rewind(0, [0])

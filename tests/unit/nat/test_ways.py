@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.limits import ACTIVE_S, LEAST_BURST, Places, SharedRate
-from splitnet.nat.messages import (
+from splitnet.nat.punch import attempts_of
+from splitnet.nat.relay_messages import (
     KINDS,
     LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
@@ -24,18 +25,17 @@ from splitnet.nat.messages import (
     Joined,
     Moved,
     Proof,
-    Purpose,
     Refused,
     Reserve,
     Reserved,
+    StreamPurpose,
     Tried,
     Try,
     Welcome,
     pack,
     unpack,
 )
-from splitnet.nat.punch import lines
-from splitnet.nat.stream import Answering, Dialing
+from splitnet.nat.stream import AcceptedStream, Dialing
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import host_and_port
 
@@ -92,62 +92,64 @@ def test_addresses_with_host_names_are_refused(address: Any) -> None:
         unpack(pack(dataclasses.replace(Call(KEY, ""), here=address))[LENGTH_BYTES:])
 
 
-def shaken(purpose: Purpose = Purpose.CALL, token: bytes = b"", *, theirs: bytes | None = None) -> Answering:
+def shaken(
+    purpose: StreamPurpose = StreamPurpose.CALL, token: bytes = b"", *, theirs: bytes | None = None
+) -> AcceptedStream:
     dialing = Dialing(DIALER, LISTENER.public, purpose, token)
-    answering = Answering(LISTENER, dialing.hello, token if theirs is None else theirs)
-    answering.check(dialing.prove(answering.welcome))
+    answering = AcceptedStream(LISTENER, dialing.hello, token if theirs is None else theirs)
+    answering.check_proof(dialing.prove(answering.welcome))
     return answering
 
 
-@given(st.sampled_from(Purpose), st.sampled_from([b"", TOKEN]))
-def test_both_sides_prove_their_keys(purpose: Purpose, token: bytes) -> None:
+@given(st.sampled_from(StreamPurpose), st.sampled_from([b"", TOKEN]))
+def test_both_sides_prove_their_keys(purpose: StreamPurpose, token: bytes) -> None:
     answering = shaken(purpose, token)
     assert answering.key == DIALER.public and answering.purpose is purpose
 
 
 def test_a_handshake_belongs_to_its_call() -> None:
     with pytest.raises(NotAuthorized):
-        shaken(Purpose.TUNNEL, TOKEN, theirs=b"u" * 16)
+        shaken(StreamPurpose.TUNNEL, TOKEN, theirs=b"u" * 16)
 
 
 def test_a_peer_with_another_key_cannot_answer() -> None:
-    dialing = Dialing(DIALER, LISTENER.public, Purpose.CALL)
+    dialing = Dialing(DIALER, LISTENER.public, StreamPurpose.CALL)
     with pytest.raises(NotAuthorized):
-        dialing.prove(Answering(STRANGER, dialing.hello).welcome)
-    forged = Answering(STRANGER, dialing.hello).welcome
+        dialing.prove(AcceptedStream(STRANGER, dialing.hello).welcome)
+    forged = AcceptedStream(STRANGER, dialing.hello).welcome
     with pytest.raises(NotAuthorized):
         dialing.prove(dataclasses.replace(forged, key=LISTENER.public.raw))
 
 
 def test_a_key_without_its_secret_is_refused() -> None:
-    dialing = Dialing(STRANGER, LISTENER.public, Purpose.RESERVE)
-    answering = Answering(LISTENER, dataclasses.replace(dialing.hello, key=DIALER.public.raw))
+    dialing = Dialing(STRANGER, LISTENER.public, StreamPurpose.RESERVE)
+    answering = AcceptedStream(LISTENER, dataclasses.replace(dialing.hello, key=DIALER.public.raw))
     with pytest.raises(NotAuthorized):
-        answering.check(Proof(STRANGER.sign(b"anything")))
+        answering.check_proof(Proof(STRANGER.sign(b"anything")))
 
 
 def test_a_signature_for_one_relay_is_invalid_at_another() -> None:
     """A malicious relay passes on messages of a peer, to impersonate this peer at another relay."""
-    dialing = Dialing(DIALER, STRANGER.public, Purpose.CALL)
-    elsewhere = Answering(LISTENER, dialing.hello)
-    own = Answering(STRANGER, dialing.hello).welcome
+    dialing = Dialing(DIALER, STRANGER.public, StreamPurpose.CALL)
+    elsewhere = AcceptedStream(LISTENER, dialing.hello)
+    own = AcceptedStream(STRANGER, dialing.hello).welcome
     with pytest.raises(NotAuthorized):
-        elsewhere.check(dialing.prove(own))
+        elsewhere.check_proof(dialing.prove(own))
 
 
-@pytest.mark.parametrize("change", [{"purpose": Purpose.RESERVE}, {"nonce": b"m" * 32}], ids=str)
+@pytest.mark.parametrize("change", [{"purpose": StreamPurpose.RESERVE}, {"nonce": b"m" * 32}], ids=str)
 def test_a_proof_is_invalid_for_any_other_handshake(change: dict[str, Any]) -> None:
-    dialing = Dialing(DIALER, LISTENER.public, Purpose.CALL)
-    answering = Answering(LISTENER, dataclasses.replace(dialing.hello, **change))
+    dialing = Dialing(DIALER, LISTENER.public, StreamPurpose.CALL)
+    answering = AcceptedStream(LISTENER, dataclasses.replace(dialing.hello, **change))
     with pytest.raises(NotAuthorized):
-        answering.check(dialing.prove(answering.welcome))
+        answering.check_proof(dialing.prove(answering.welcome))
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"purpose": 0}, {"key": bytes(32)}], ids=str)
 def test_other_versions_and_nonsense_are_refused(change: dict[str, Any]) -> None:
-    hello = dataclasses.replace(Dialing(DIALER, LISTENER.public, Purpose.CALL).hello, **change)
+    hello = dataclasses.replace(Dialing(DIALER, LISTENER.public, StreamPurpose.CALL).hello, **change)
     with pytest.raises(ProtocolError):
-        Answering(LISTENER, hello)
+        AcceptedStream(LISTENER, hello)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=60))
@@ -158,14 +160,14 @@ def test_places_by_name_are_bounded(steps: list[tuple[bool, int, int]]) -> None:
         if takes:
             keys, hosts = [each[0] for each in held], [each[1] for each in held]
             fits = len(held) < 5 and keys.count(key) < 2 and hosts.count(host) < 3
-            assert places.take(key=key, host=host) is fits
+            assert places.take_place(key=key, host=host) is fits
             held += [(key, host)] * fits
         elif (key, host) in held:
             held.remove((key, host))
-            places.leave(key=key, host=host)
+            places.leave_place(key=key, host=host)
         assert places.taken == len(held)
     for key, host in held:
-        places.leave(key=key, host=host)
+        places.leave_place(key=key, host=host)
     assert not len(places) and not places.taken
 
 
@@ -209,14 +211,16 @@ def test_addresses_behind_a_router_are_tried_only_behind_the_same() -> None:
 
 
 def addresses(own: str, joined: Joined) -> list[str]:
-    tried = lines(own, joined)
+    tried = attempts_of(own, joined)
     assert all(line.source == host_and_port(own) and not line.after_s for line in tried)
     return [line.address for line in tried]
 
 
 def test_ports_are_guessed_only_where_routers_keep_them() -> None:
     def guessed(own: str, you: str, seen: str, here: str) -> list[tuple[int, str]]:
-        return [(line.source[1], line.address) for line in lines(own, Joined(TOKEN, you, seen, here)) if line.after_s]
+        return [
+            (line.source[1], line.address) for line in attempts_of(own, Joined(TOKEN, you, seen, here)) if line.after_s
+        ]
 
     own, here, host = "tcp://192.168.1.7:5000", "tcp://192.168.1.5:4000", "tcp://203.0.113.1"
     you, other = "tcp://198.51.100.1:5000", "tcp://198.51.100.1:5007"

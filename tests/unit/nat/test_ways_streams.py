@@ -18,24 +18,24 @@ from splitnet.errors import AddressInUse
 from splitnet.nat import punch, stream
 from splitnet.nat import relay as helper_module
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.messages import (
+from splitnet.nat.punch import PathKind
+from splitnet.nat.relay import RelayBounds, RelayServer
+from splitnet.nat.relay_messages import (
     Beat,
     Call,
     Join,
     Joined,
-    Purpose,
     Refused,
     Reserve,
     Reserved,
+    StreamPurpose,
     Tried,
     Try,
     Welcome,
     pack,
     unpack,
 )
-from splitnet.nat.punch import Way
-from splitnet.nat.relay import RelayBounds, RelayServer
-from splitnet.nat.stream import Dialing, WaysLoop
+from splitnet.nat.stream import Dialing, StreamLoop
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.transport.connections import Connections, TcpConnection
@@ -63,7 +63,7 @@ class World:
         self.hosts: dict[RelayServer, str] = {}
 
     def helper(self, kind: type[RelayServer] = RelayServer, host: str = HOST, **options: Any) -> RelayServer:
-        loop = WaysLoop()
+        loop = StreamLoop()
         self.stack.callback(loop.close)
         made = kind(loop, Identity.generate(), f"tcp://{host}:0", **options)
         self.stack.callback(made.close)
@@ -102,7 +102,7 @@ class World:
             vouched,
         )
         hidden.start()
-        self.stack.callback(hidden.stop)
+        self.stack.callback(hidden.stop_relaying)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
         wait_until(lambda: not any(helper.streams.taken for helper in self.helpers))  # its test calls have ended
         return hidden
@@ -143,7 +143,7 @@ def test_a_hidden_peer_answers_through_a_helper(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"small", bytes(3 << 20), b"last")
-    assert client.tunnels.way(endpoint) is Way.RELAYED and client.states == [(endpoint, LinkState.UP)]
+    assert client.tunnels.path_kind(endpoint) is PathKind.RELAYED and client.states == [(endpoint, LinkState.UP)]
     assert helper.passed_bytes > 4 * (3 << 20) and helper.streams.taken == hidden.streams.taken == 1
     client.transport.disconnect(endpoint)
     wait_until(lambda: not helper.streams.taken and not hidden.streams.taken)
@@ -186,7 +186,9 @@ def test_a_better_way_continues_the_stream_without_a_gap(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"first")
-    wait_until(lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.tunnels.way(endpoint) != Way.RELAYED)
+    wait_until(
+        lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.tunnels.path_kind(endpoint) != PathKind.RELAYED
+    )
     wait_until(lambda: ask(client, endpoint, b"y") or not helper.streams.taken)
     before = helper.passed_bytes
     ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
@@ -203,7 +205,7 @@ def test_a_peer_that_is_gone_is_down_and_comes_back(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     relays = hidden.relays
-    hidden.stop()
+    hidden.stop_relaying()
     wait_until(lambda: not world.helpers[0].reservations)
     client.transport.connect(endpoint)
     client.wait_for_state(endpoint, LinkState.DOWN)
@@ -373,11 +375,11 @@ def test_too_many_requests_to_try_are_refused(world: World, stranger: Connect) -
     node = world.node(ANY_PORT)
     question = Try(f"tcp://{HOST}:{node.transport.port}")
     first = stranger(helper)
-    assert first.ask(Purpose.TRY, question) == Tried(True)
-    assert isinstance(stranger(helper).ask(Purpose.TRY, question), Refused)
+    assert first.ask(StreamPurpose.TRY, question) == Tried(True)
+    assert isinstance(stranger(helper).ask(StreamPurpose.TRY, question), Refused)
     first.sock.close()
     wait_until(lambda: not helper._trying.taken)
-    assert stranger(helper).ask(Purpose.TRY, question) == Tried(True)
+    assert stranger(helper).ask(StreamPurpose.TRY, question) == Tried(True)
 
 
 @pytest.mark.usefixtures("no_holes")
@@ -408,7 +410,7 @@ def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, str
     node, _ = world.hidden()
     call = Call(node.identity.public.raw, "tcp://127.0.0.3:9")
     silent = [stranger(helper) for _ in range(punch.AT_ONCE)]
-    assert all(isinstance(each.ask(Purpose.CALL, call), Joined) for each in silent)
+    assert all(isinstance(each.ask(StreamPurpose.CALL, call), Joined) for each in silent)
     assert not punch._places.taken
 
 
@@ -431,7 +433,8 @@ def test_few_attempts_to_punch_run_at_once() -> None:
 
     async def many(*hosts: int) -> list[Any]:
         tried = [
-            punch.punch((HOST, 0), [punch.Line((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2) for host in hosts
+            punch.punch((HOST, 0), [punch.ConnectAttempt((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2)
+            for host in hosts
         ]
         tasks = [asyncio.ensure_future(each) for each in tried]
         await asyncio.sleep(0)
@@ -461,7 +464,7 @@ class Stranger:
             return unpack(self.sock.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)) if size else None
         return None
 
-    def ask(self, purpose: Purpose, *request: Any) -> Any:
+    def ask(self, purpose: StreamPurpose, *request: Any) -> Any:
         dialing = Dialing(self.identity, self.helper.identity.public, purpose)
         self.say(dialing.hello)
         welcome = self.hear()
@@ -487,7 +490,7 @@ Connect = Callable[..., Stranger]
 def test_silent_streams_end_and_block_no_other(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(handshakes_of_host=4, handshake_s=0.3))
     silent = [stranger(helper) for _ in range(40)]
-    assert stranger(helper).ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert stranger(helper).ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
     assert all(each.hear() is None for each in silent)
 
 
@@ -504,18 +507,18 @@ def test_a_key_that_is_not_authorized_is_refused_by_a_relay(world: World, strang
     member, keys = Identity.generate(), tmp_path / "keys"
     keys.write_text(f"{member.public}\n")
     helper = world.helper(authorized=AuthorizedKeys(keys))
-    for purpose, request in ((Purpose.RESERVE, Reserve()), (Purpose.CALL, Call(member.public.raw, ""))):
+    for purpose, request in ((StreamPurpose.RESERVE, Reserve()), (StreamPurpose.CALL, Call(member.public.raw, ""))):
         assert isinstance(stranger(helper).ask(purpose, request), Refused)
-    assert stranger(helper, member).ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert stranger(helper, member).ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
 
 
 def test_reservations_are_bounded_by_host_and_a_key_has_one(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(reservations_of_host=3))
     kept = [stranger(helper) for _ in range(3)]
-    assert all(each.ask(Purpose.RESERVE, Reserve()) == Reserved() for each in kept)
-    assert isinstance(stranger(helper).ask(Purpose.RESERVE, Reserve()), Refused)
+    assert all(each.ask(StreamPurpose.RESERVE, Reserve()) == Reserved() for each in kept)
+    assert isinstance(stranger(helper).ask(StreamPurpose.RESERVE, Reserve()), Refused)
     again = stranger(helper, kept[0].identity)
-    assert again.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert again.ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
     assert kept[0].hear() is None
     assert helper.reservations == 3
 
@@ -523,11 +526,11 @@ def test_reservations_are_bounded_by_host_and_a_key_has_one(world: World, strang
 def test_reservations_end_after_silence_and_after_a_flood(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(silent_s=0.2))
     silent = stranger(helper)
-    assert silent.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert silent.ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
     assert silent.hear() is None
     helper = world.helper()
     loud = stranger(helper)
-    assert loud.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert loud.ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
     with suppress(ConnectionError):
         loud.say(*[Beat()] * 1000)
     answers = 0
@@ -540,38 +543,39 @@ def test_reservations_end_after_silence_and_after_a_flood(world: World, stranger
 def test_calls_are_bounded_by_key_and_only_the_called_peer_joins(world: World, stranger: Connect) -> None:
     helper = world.helper(bounds=RelayBounds(streams_of_key=2, join_s=0.5))
     hidden, caller = stranger(helper), Identity.generate()
-    assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert hidden.ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
     call = Call(hidden.identity.public.raw, "")
     waiting = [stranger(helper, caller) for _ in range(2)]
     threads = [
-        threading.Thread(target=lambda each=each: answers.append(each.ask(Purpose.CALL, call))) for each in waiting
+        threading.Thread(target=lambda each=each: answers.append(each.ask(StreamPurpose.CALL, call)))
+        for each in waiting
     ]
     answers: list[Any] = []
     for thread in threads:
         thread.start()
     tokens = [hidden.hear().token for _ in waiting]
-    third = stranger(helper, caller).ask(Purpose.CALL, call)
+    third = stranger(helper, caller).ask(StreamPurpose.CALL, call)
     assert isinstance(third, Refused) and "no room" in third.text
-    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # another peer was called
-    assert isinstance(stranger(helper, hidden.identity).ask(Purpose.JOIN, Join(b"?" * 16, "")), Refused)
+    assert isinstance(stranger(helper).ask(StreamPurpose.JOIN, Join(tokens[0], "")), Refused)  # another peer was called
+    assert isinstance(stranger(helper, hidden.identity).ask(StreamPurpose.JOIN, Join(b"?" * 16, "")), Refused)
     for thread in threads:
         thread.join()
     assert [answer.text for answer in answers] == ["that peer does not answer calls"] * 2
     wait_until(lambda: not helper.streams.taken and not helper._waiting)
-    nobody = stranger(helper).ask(Purpose.CALL, Call(Identity.generate().public.raw, ""))
+    nobody = stranger(helper).ask(StreamPurpose.CALL, Call(Identity.generate().public.raw, ""))
     assert isinstance(nobody, Refused)
 
 
 def joined(helper: RelayServer, stranger: Connect) -> tuple[Stranger, Stranger]:
     """Both sides of a stream that the relay has joined."""
     hidden, caller = stranger(helper), stranger(helper)
-    assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
-    dialing = Dialing(caller.identity, helper.identity.public, Purpose.CALL)
+    assert hidden.ask(StreamPurpose.RESERVE, Reserve()) == Reserved()
+    dialing = Dialing(caller.identity, helper.identity.public, StreamPurpose.CALL)
     caller.say(dialing.hello)
     caller.say(dialing.prove(caller.hear()), Call(hidden.identity.public.raw, "tcp://192.168.0.2:7"))
     token = hidden.hear().token
     other = stranger(helper, hidden.identity)
-    told = other.ask(Purpose.JOIN, Join(token, "tcp://10.0.0.2:8"))
+    told = other.ask(StreamPurpose.JOIN, Join(token, "tcp://10.0.0.2:8"))
     heard = caller.hear()
     assert (told.here, heard.here) == ("tcp://192.168.0.2:7", "tcp://10.0.0.2:8")
     assert (told.you, told.seen) == (heard.seen, heard.you)
@@ -620,7 +624,7 @@ def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
 
 def test_a_relay_reports_that_its_port_is_taken(world: World) -> None:
     taken = world.helper()
-    loop = WaysLoop()
+    loop = StreamLoop()
     with closing(loop), pytest.raises(AddressInUse):
         RelayServer(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
 
@@ -678,15 +682,15 @@ def test_a_fast_sender_delays_no_other_stream() -> None:
 def test_ending_a_task_does_not_wait_for_a_hanging_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that ends a task is the one that announces the peer, so it must not hang."""
     monkeypatch.setattr(stream, "END_S", 0.05)
-    over, loop = threading.Event(), WaysLoop()
+    over, loop = threading.Event(), StreamLoop()
 
     async def hang() -> None:
         over.wait(WAIT_S)
 
-    task = loop.begin(asyncio.sleep(WAIT_S))
+    task = loop.start_task(asyncio.sleep(WAIT_S))
     assert task is not None
     loop.run(hang())
-    loop.end(task)
+    loop.cancel_task(task)
     assert not over.is_set()
     over.set()
     loop.close()

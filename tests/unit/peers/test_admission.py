@@ -12,7 +12,7 @@ from peers.sessions import (
     MAX_SESSIONS,
     MIN_RESERVATION,
     WANTED_S,
-    Session,
+    HopSession,
     SessionTable,
 )
 from splitnet.errors import PeerBusy
@@ -33,8 +33,8 @@ class Granted(AuthorizedKeys):
         return self._granted.get(curve_raw.decode(), KeyOptions())
 
 
-def session(name: int, reservation: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:
-    return Session(
+def session(name: int, reservation: int, used_at: float = 0.0, owner: bytes = b"owner") -> HopSession:
+    return HopSession(
         id=name.to_bytes(16, "big"),
         owner=owner,
         reply_to=Connection(b"client", b"owner"),
@@ -52,8 +52,8 @@ def session(name: int, reservation: int, used_at: float = 0.0, owner: bytes = b"
 def test_a_session_is_found_by_its_id_until_it_is_removed() -> None:
     table = SessionTable(1000)
     first, second = session(1, 100), session(2, 200)
-    table.add(first)
-    table.add(second)
+    table.add_session(first)
+    table.add_session(second)
     assert (table.get(first.id), table.get(second.id), table.get(b"other")) == (first, second, None)
     assert list(table) == [first, second]
     table.remove(first)
@@ -64,7 +64,7 @@ def test_a_session_is_found_by_its_id_until_it_is_removed() -> None:
 def test_removing_twice_frees_once() -> None:
     table = SessionTable(1000)
     one = session(1, 100)
-    table.add(one)
+    table.add_session(one)
     table.remove(one)
     table.remove(one)
     assert table.free_positions == 1000
@@ -72,17 +72,17 @@ def test_removing_twice_frees_once() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_is_free() -> None:
     table = SessionTable(1000)
-    table.add(session(1, 900))
+    table.add_session(session(1, 900))
     with pytest.raises(PeerBusy, match="101 bytes: 100 of 1000 are free"):
-        table.add(session(2, 101))
-    table.add(session(3, 100))
+        table.add_session(session(2, 101))
+    table.add_session(session(3, 100))
     assert table.free_positions == 0
 
 
 def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
     table = SessionTable(1000)
     one = session(1, 300)
-    table.add(one)
+    table.add_session(one)
     table.resize(one, 800)
     table.resize(one, 100)
     assert (one.reservation, table.free_positions) == (800, 200)
@@ -95,14 +95,14 @@ def test_rows_with_states_take_their_place_before_any_position() -> None:
     table = SessionTable(1000, row_bytes=100)
     one = session(1, 300)
     assert table.free_positions == 900, "a session has a row at least"
-    table.add(one)
+    table.add_session(one)
     assert table.free_positions == 500
     table.hold_rows(one, 4)
     assert table.free_positions == 200
     with pytest.raises(PeerBusy, match="400 bytes: 300 of 1000 are free"):
         table.hold_rows(one, 8)
     with pytest.raises(PeerBusy):
-        table.add(session(2, 201))
+        table.add_session(session(2, 201))
     table.hold_rows(one, 0)
     assert table.free_positions == 500
     table.hold_rows(one, 3)
@@ -113,28 +113,28 @@ def test_rows_with_states_take_their_place_before_any_position() -> None:
 
 def test_the_smallest_session_takes_something_even_where_there_is_little() -> None:
     table = SessionTable(MIN_RESERVATION + 1)
-    table.add(session(1, 0))
+    table.add_session(session(1, 0))
     assert table.free_positions == 1
     with pytest.raises(PeerBusy):
-        table.add(session(2, 0))
+        table.add_session(session(2, 0))
     tiny = SessionTable(5)
-    tiny.add(session(1, 0))
+    tiny.add_session(session(1, 0))
     assert tiny.free_positions == 0
 
 
 def test_the_number_of_sessions_is_bounded() -> None:
     table = SessionTable(10 * MIN_RESERVATION * MAX_SESSIONS)
     for name in range(MAX_SESSIONS):
-        table.add(session(name, 1))
+        table.add_session(session(name, 1))
     with pytest.raises(PeerBusy, match=str(MAX_SESSIONS)):
-        table.add(session(MAX_SESSIONS, 1))
+        table.add_session(session(MAX_SESSIONS, 1))
 
 
 def test_only_idle_sessions_expire() -> None:
     table = SessionTable(1000, idle_s=60)
     old, young = session(1, 100, used_at=0), session(2, 100, used_at=50)
-    table.add(old)
-    table.add(young)
+    table.add_session(old)
+    table.add_session(young)
     assert table.expire(60) == []
     assert table.expire(61) == [old]
     assert old.closed
@@ -150,13 +150,13 @@ operations = st.lists(
 @given(operations)
 def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, int]]) -> None:
     table = SessionTable(2000, idle_s=100)
-    made: dict[int, Session] = {}
+    made: dict[int, HopSession] = {}
     for kind, name, amount in steps:
         current = made.get(name)
         try:
             if kind == "add" and current is None:
                 current = session(name, amount, used_at=amount)
-                table.add(current)
+                table.add_session(current)
                 made[name] = current
             elif kind == "resize" and current is not None:
                 table.resize(current, amount)
@@ -173,11 +173,11 @@ def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, 
         assert not any(held.closed for held in made.values())
 
 
-def opens(table: SessionTable, name: int, reservation: int, now: float, owner: bytes) -> Session:
+def opens(table: SessionTable, name: int, reservation: int, now: float, owner: bytes) -> HopSession:
     """What the service does with an `Open`."""
     opened = session(name, reservation, now, owner)
     table.make_room(opened, reservation, now)
-    table.add(opened)
+    table.add_session(opened)
     return opened
 
 
@@ -281,8 +281,8 @@ def test_a_key_within_its_share_is_never_ended_for_another(steps: list[tuple[int
             assert held[one.owner] > 1000 / len(keys)
             held[one.owner] -= one.reservation
         try:
-            table.add(one_more)
+            table.add_session(one_more)
         except PeerBusy:
             assert not ended
-        by_key = [table.memory.held(key) for key in {it.owner for it in table}]
+        by_key = [table.memory.held_bytes(key) for key in {it.owner for it in table}]
         assert table.memory.used == sum(it.reservation for it in table) == sum(by_key) <= 1000

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peers import power
-from peers.power import EnergyMeter, Source, Sources, find_sources
+from peers.power import EnergyMeter, PowerSource, PowerSources, find_sources
 
 CPU = torch.device("cpu")
 WRAP_UJ = 262_143_328_850
@@ -158,17 +158,17 @@ def test_a_counter_vanishes_and_appears(tree: Tree, clock: Clock, meter_of: Call
     work(meter, clock, 1.0)
     assert (meter.watts, meter.origin) == (0.0, "")
     packages = [tree.rapl("intel-rapl:0", "package-0"), tree.rapl("intel-rapl:1", "package-1")]
-    meter.look()
+    meter.find_sources()
     work(meter, clock, 1.0, *(counts(file, 10.0) for file in packages))
-    meter.look()  # finds the same, and keeps what was measured
+    meter.find_sources()  # finds the same, and keeps what was measured
     assert meter.watts == pytest.approx(20.0)
     work(meter, clock, 1.0, packages[1].unlink)
     assert (meter.watts, meter.origin) == (0.0, "")  # half of the device is not the device
     work(meter, clock, 1.0, counts(packages[0], 10.0))
-    meter.look()
+    meter.find_sources()
     assert (meter.watts, meter.origin) == (0.0, "")
     tree.rapl("intel-rapl:1", "package-1")
-    meter.look()
+    meter.find_sources()
     work(meter, clock, 1.0, *(counts(file, 15.0) for file in packages))
     assert (meter.watts, meter.joules) == pytest.approx((30.0, 50.0))
 
@@ -181,7 +181,7 @@ def test_a_counter_that_says_no_number(
     meter = meter_of()
     work(meter, clock, 1.0, lambda: package.write_text(text))
     assert (meter.watts, meter.joules) == (0.0, 0.0)
-    meter.look()
+    meter.find_sources()
     assert meter.origin == ""
 
 
@@ -198,9 +198,9 @@ def test_counters_that_only_root_may_read_say_what_helps(
         work(meter, clock, 1.0, counts(package, 10.0))
         assert meter.watts == 0.0
         tree.chip(0, "ina226", power1_input=4_000_000)
-        meter.look()
+        meter.find_sources()
         assert meter.origin == "ina226 power1"
-    meter.look()
+    meter.find_sources()
     assert meter.origin == "RAPL package-0"
 
 
@@ -307,7 +307,7 @@ def test_which_sensors_count(tree: Tree, chips: list[tuple[str, dict[str, object
 def test_a_gpu_does_not_draw_what_its_processor_draws(tree: Tree) -> None:
     tree.rapl("intel-rapl:0", "package-0")
     for device in ("mps", "xpu", "cuda"):
-        assert find_sources(torch.device(device), tree.root) == Sources()
+        assert find_sources(torch.device(device), tree.root) == PowerSources()
 
 
 def test_a_gpu_of_nvidia_tells_its_power(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
@@ -324,18 +324,18 @@ def test_a_gpu_of_nvidia_tells_its_power(monkeypatch: pytest.MonkeyPatch, clock:
 
 
 def test_what_the_user_says_is_taken_and_nothing_is_read(clock: Clock) -> None:
-    def find() -> Sources:
+    def find() -> PowerSources:
         raise AssertionError("it is read")
 
     meter = EnergyMeter(find, 15.0, clock)
     work(meter, clock, 2.0)
-    meter.look()
+    meter.find_sources()
     assert (meter.watts, meter.joules) == (15.0, 30.0)
     assert meter.origin == "15 W while it computes, as --watts says"
 
 
 def test_a_chip_that_vanishes_while_it_is_looked_at(clock: Clock) -> None:
-    def find() -> Sources:
+    def find() -> PowerSources:
         raise FileNotFoundError("hwmon0")
 
     assert EnergyMeter(find, clock=clock).watts == 0.0
@@ -349,7 +349,7 @@ def test_what_is_known_of_nothing_is_nothing(clock: Clock) -> None:
 
 def test_a_long_time_ago_counts_little(clock: Clock) -> None:
     joules = [0.0]
-    meter = EnergyMeter(lambda: Sources((Source("test", lambda: joules[0], 0.0),)), clock=clock)
+    meter = EnergyMeter(lambda: PowerSources((PowerSource("test", lambda: joules[0], 0.0),)), clock=clock)
 
     def draw(watts: float, seconds: int) -> None:
         for _ in range(10 * seconds):

@@ -9,8 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from peers import placement
-from peers.placement import MAX_WATCHED, HolderWatch, Mover, Relocation
+from peers import relocation
+from peers.relocation import MAX_WATCHED, HolderWatch, Mover, Relocation
 from scheduler.liveness import HOLDER_LOST_S, HOLDER_SILENT_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
@@ -55,23 +55,23 @@ def endpoint_of(peer: PeerRecord) -> Endpoint:
 
 def test_links_are_held_to_those_that_are_watched(watch: HolderWatch, links: Links) -> None:
     first, second = record(0, 2), record(2, 4)
-    watch.watch([first, second])
-    watch.watch([second])
+    watch.watch_holders([first, second])
+    watch.watch_holders([second])
     assert links.open == [endpoint_of(second)]
-    watch.watch([record(0, 2) for _ in range(MAX_WATCHED + 5)])
+    watch.watch_holders([record(0, 2) for _ in range(MAX_WATCHED + 5)])
     assert len(links.open) == MAX_WATCHED
 
 
 def test_who_falls_silent_is_gone_and_sooner_if_its_link_is_lost(watch: HolderWatch, links: Links) -> None:
     peer = record(0, 2)
-    watch.watch([peer])
+    watch.watch_holders([peer])
     assert not watch.gone(1000.0), "it was never heard of, so it may be out of reach only from here"
-    watch.heard(endpoint_of(peer), 0.0)
+    watch.message_received(endpoint_of(peer), 0.0)
     assert not watch.gone(HOLDER_SILENT_S)
     assert watch.gone(HOLDER_SILENT_S + 0.1) == {peer.key}
     links.states[endpoint_of(peer)] = LinkState.DOWN
     assert watch.gone(HOLDER_LOST_S + 0.1) == {peer.key}
-    watch.heard(endpoint_of(peer), HOLDER_LOST_S + 0.2)
+    watch.message_received(endpoint_of(peer), HOLDER_LOST_S + 0.2)
     assert not watch.gone(HOLDER_LOST_S + 0.3)
 
 
@@ -109,12 +109,12 @@ def swarm(watch: HolderWatch) -> Swarm:
 
 def test_blocks_of_who_is_gone_are_taken_over(swarm: Swarm, links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Mock()
-    monkeypatch.setattr(placement.time, "monotonic", clock)
+    monkeypatch.setattr(relocation.time, "monotonic", clock)
     clock.return_value = 0.0
     assert not swarm.relocation.reconsider()
     last = swarm.others[2]
     assert endpoint_of(last) in links.open
-    swarm.watch.heard(endpoint_of(last), 0.0)
+    swarm.watch.message_received(endpoint_of(last), 0.0)
     clock.return_value = HOLDER_SILENT_S + 1
     assert swarm.relocation.reconsider()
     assert swarm.moves == [((4, 6), True)]
@@ -132,10 +132,10 @@ def test_who_renews_its_record_is_there_though_it_does_not_answer(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Mock(return_value=0.0)
-    monkeypatch.setattr(placement.time, "monotonic", clock)
+    monkeypatch.setattr(relocation.time, "monotonic", clock)
     swarm.relocation.reconsider()
     monkeypatch.setattr(swarm.relocation.mover, "decide", decide := Mock(return_value=None))
-    swarm.watch.heard(endpoint_of(swarm.others[2]), 0.0)
+    swarm.watch.message_received(endpoint_of(swarm.others[2]), 0.0)
     clock.return_value = HOLDER_SILENT_S + 1
     swarm.relocation.reconsider()
     assert swarm.others[2] not in decide.call_args.args[1]

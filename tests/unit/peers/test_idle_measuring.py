@@ -10,16 +10,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import engine, server
+from peers import engine, running_peer
 from peers.counters import Counters
-from peers.links import NextHops
-from peers.options import PeerOptions
+from peers.peer_links import NextHops
+from peers.peer_options import PeerOptions
 from peers.queue import WorkQueue
-from peers.server import SpanServer
+from peers.running_peer import SpanServer
 from peers.sessions import PassWork, QueueState, SessionTable
 from peers.speed import ObservedSpeed
-from scheduler.facts import CONTEXTS, PastCost
-from splitnet.blocks.span import Chunk, Span
+from scheduler.facts import CONTEXTS, ContextCost
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.wire.messages import FetchKV
 from tests.unit.random_models import random_checkpoint
@@ -51,7 +51,7 @@ def server_of(checkpoint: Checkpoint, span: Span) -> SpanServer:
 def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "FIRST_REMEASURE_S", -1.0)
+    monkeypatch.setattr(running_peer, "FIRST_REMEASURE_S", -1.0)
     span = Span.load(checkpoint, 0, 1)
     peer = server_of(checkpoint, span)
     forward, threads, measured = span.forward, set[str](), threading.Event()
@@ -77,7 +77,7 @@ def test_what_reading_takes_is_measured_again_if_nobody_waits_and_there_is_memor
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, interrupted: bool, room: bool
 ) -> None:
     peer = server_of(checkpoint, Span.load(checkpoint, 0, 1))
-    before = peer.speed.past = PastCost(((1.0, 2.0),))
+    before = peer.speed.past = ContextCost(((1.0, 2.0),))
     monkeypatch.setattr(SessionTable, "free_positions", property(lambda self: CONTEXTS[0] - (not room)))
     monkeypatch.setattr(engine, "measure_speed", lambda *_: ObservedSpeed((1.0,) * 5))
     # Work comes as soon as the first length is to be timed.
@@ -92,11 +92,13 @@ def test_memory_that_a_pass_has_left_is_given_back_before_the_device_is_idle_for
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, trimmed = list[str](), threading.Event()
-    monkeypatch.setattr(server, "trim_memory", lambda: (threads.append(threading.current_thread().name), trimmed.set()))
+    monkeypatch.setattr(
+        running_peer, "trim_memory", lambda: (threads.append(threading.current_thread().name), trimmed.set())
+    )
     peer = server_of(checkpoint, Span.load(checkpoint, 0, 1))
     peer.engine.start()
     try:
-        monkeypatch.setattr(server, "TRIM_S", -1.0)
+        monkeypatch.setattr(running_peer, "TRIM_S", -1.0)
         peer.remeasure_if_idle()
         assert not trimmed.wait(0.1), "no pass has run"
         closed = Mock(owner=bytes(32), queue_state=QueueState(), closed=True)
@@ -116,7 +118,7 @@ def test_one_sequence_at_a_time_passes_where_frequencies_depend_on_it(checkpoint
     alone: list[bool] = []
     rope.register_forward_pre_hook(lambda *_: alone.append(span._ropes._lock.locked()))
     for some in (span, span.view(0, 1)):
-        some.forward(torch.randn(8, span.hidden_size), [Chunk(some.new_row(), 0, 8)])
+        some.forward(torch.randn(8, span.hidden_size), [RowChunk(some.new_row(), 0, 8)])
         assert some._ropes is span._ropes
     assert alone
     assert all(alone)

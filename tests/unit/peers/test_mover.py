@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peers.placement import Mover
+from peers.relocation import Mover
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from tests.unit.swarm.test_client_swarm import RECORD

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peers.rows import prepare_rows, room_for
-from peers.sessions import Session, SessionTooLong
+from peers.sessions import HopSession, SessionTooLong
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Connection
@@ -23,7 +23,7 @@ class Rows:
     """A session whose steps are prepared and stored as the engine does it; values tell the row and the position."""
 
     def __init__(self, reservation: int) -> None:
-        self.session = Session(
+        self.session = HopSession(
             id=bytes(16),
             owner=b"owner",
             reply_to=Connection(b"client", b"owner"),
@@ -84,7 +84,7 @@ def check(rows: Rows) -> None:
         row_id: len(values) for row_id, values in rows.expected.items()
     }
     for row_id, values in rows.expected.items():
-        [(_, keys, _)] = rows.session.row_state.caches[row_id].held(len(values))
+        [(_, keys, _)] = rows.session.row_state.caches[row_id].keys_and_values(len(values))
         assert keys.flatten().tolist() == values
     assert rows.allocated <= room_for(rows.session.reservation)
 

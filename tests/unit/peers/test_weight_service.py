@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from peers.options import PeerOptions
+from peers.peer_options import PeerOptions
 from peers.weights import QUESTION_BYTES, SERVING_SHARE, WAITING_PER_KEY, WeightService
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.transfer.held import HeldPieces
 from splitnet.checkpoint.transfer.manifest import Manifest, digest
+from splitnet.checkpoint.transfer.weight_pieces import HeldPieces
 from splitnet.limits import MINUTE_S, TokenBucket
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import OPEN, SwarmKey
@@ -25,7 +25,7 @@ from tests.unit.random_models import random_checkpoint
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> HeldPieces:
     folder: Path = random_checkpoint("llama", tmp_path_factory.mktemp("models") / "tiny", blocks=2)
-    return Checkpoint.open(folder).held()
+    return Checkpoint.open(folder).held_pieces()
 
 
 class Asker:
@@ -43,7 +43,7 @@ class Asker:
         self, kind: int, name: bytes, offset: int = 0, length: int = MAX_PART_BYTES, key: bytes = b"k" * 32
     ) -> None:
         self.number += 1
-        self.service.receive(Connection(b"route", key), AskWeights(self.number, kind, name, offset, length))
+        self.service.receive_request(Connection(b"route", key), AskWeights(self.number, kind, name, offset, length))
 
     def answer(self) -> Any:
         return self.answers.get(timeout=10)[1]
@@ -70,13 +70,13 @@ def test_a_manifest_comes_in_parts_and_pieces_are_right(held: HeldPieces) -> Non
         assert Manifest.unpack(data) == held.manifest
         asker.ask(WeightsKind.HELD, name)
         assert asker.answer().payload == held.bits()
-        for piece in held.names:
+        for piece in held.piece_names:
             asker.ask(WeightsKind.PIECE, piece)
             assert digest(asker.answer().payload) == piece
 
 
 def test_what_is_not_here_or_not_shared_is_refused(held: HeldPieces) -> None:
-    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.names))
+    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.piece_names))
     with Asker(held) as asker:
         for kind, asked in ((WeightsKind.MANIFEST, bytes(32)), (WeightsKind.PIECE, bytes(32)), (77, name)):
             asker.ask(kind, asked)
@@ -90,7 +90,7 @@ def test_what_is_not_here_or_not_shared_is_refused(held: HeldPieces) -> None:
 
 
 def test_members_of_a_closed_swarm_name_what_nobody_else_can(held: HeldPieces) -> None:
-    key, piece = SwarmKey.generate(), next(iter(held.names))
+    key, piece = SwarmKey.generate(), next(iter(held.piece_names))
     with Asker(held, swarm=key) as asker:
         for kind, name in (
             (WeightsKind.MANIFEST, bytes.fromhex(held.manifest.fingerprint)),
@@ -103,9 +103,9 @@ def test_members_of_a_closed_swarm_name_what_nobody_else_can(held: HeldPieces) -
 
 
 def test_a_piece_that_is_not_what_it_was_is_not_given(held: HeldPieces, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "_read", lambda slot: b"damaged")
+    monkeypatch.setattr(held, "_read_slot", lambda slot: b"damaged")
     with Asker(held) as asker:
-        asker.ask(WeightsKind.PIECE, next(iter(held.names)))
+        asker.ask(WeightsKind.PIECE, next(iter(held.piece_names)))
         assert isinstance(asker.answer(), Failure)
 
 
@@ -126,7 +126,7 @@ def test_keys_take_turns_and_wait_in_bounded_numbers(held: HeldPieces) -> None:
 def test_questions_without_length_cost_what_they_make_a_peer_do(
     held: HeldPieces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.names))
+    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.piece_names))
     paced: list[int] = []
     monkeypatch.setattr(TokenBucket, "spend", lambda self, tokens, per_minute, now: paced.append(tokens) or 0.0)
     bits, looked = held.bits(), list[int]()
@@ -146,7 +146,7 @@ def test_weights_come_more_slowly_while_sessions_are_served(
     rates: list[float] = []
     monkeypatch.setattr(TokenBucket, "spend", lambda self, tokens, per_minute, now: rates.append(per_minute) or 0.0)
     with Asker(held, rate=1000.0, serving=lambda: serving) as asker:
-        asker.ask(WeightsKind.PIECE, next(iter(held.names)))
+        asker.ask(WeightsKind.PIECE, next(iter(held.piece_names)))
         assert isinstance(asker.answer(), WeightsPart)
     assert rates == [MINUTE_S * 1000.0 * share]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from peers.queue import MAX_SESSION_PASSES, STUCK_S, WorkQueue
-from peers.sessions import PassWork, Session, Work
+from peers.sessions import HopSession, PassWork, Work
 from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES
 from scheduler.fairness import AHEAD_S
 from splitnet.errors import PeerBusy
@@ -42,8 +42,8 @@ def session(
     *,
     reservation: int = 1 << 20,
     following: Endpoint | None = None,
-) -> Session:
-    return Session(
+) -> HopSession:
+    return HopSession(
         id=name.to_bytes(16, "big"),
         owner=owner,
         reply_to=Connection(b"client", b"owner"),
@@ -59,7 +59,7 @@ def session(
 
 
 def work(
-    owner: Session,
+    owner: HopSession,
     *lengths: int,
     number: int = 0,
     forks: tuple[Fork, ...] | None = None,
@@ -71,26 +71,26 @@ def work(
     return Work(owner, Step(owner.id, 1, number, parts, forks, replay_until, 0), sum(lengths), 0.0)
 
 
-def training(owner: Session, positions: int = 5) -> PassWork:
+def training(owner: HopSession, positions: int = 5) -> PassWork:
     forward = Forward(owner.id, 1, 1, 0, (positions,), False, 0, 0, 0)
     return PassWork(owner, forward, owner.reply_to, 0.0)
 
 
 def run_pass(queue: WorkQueue, positions: int = PASS) -> list[tuple[Work, int]]:
     """What the engine does with a pass, without a device."""
-    chosen = queue.take(positions)
+    chosen = queue.take_steps(positions)
     for item, count in chosen:
         item.done += count
     for item, _ in chosen:
-        queue.release(item)
+        queue.release_work(item)
     return chosen
 
 
 def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
     queue = WorkQueue()
     prefill, decode = session(1), session(2)
-    queue.put(work(prefill, 200))
-    queue.put(work(decode, 1))
+    queue.put_step(work(prefill, 200))
+    queue.put_step(work(decode, 1))
     chosen = run_pass(queue)
     assert [(item.session, count) for item, count in chosen] == [(decode, 1), (prefill, PASS - 1)]
 
@@ -98,22 +98,22 @@ def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
 def test_a_pass_waits_for_a_session_that_is_about_to_come() -> None:
     queue = WorkQueue()
     sessions = [session(1), session(2)]
-    queue.delay.ran([owner.id for owner in sessions], WAIT_S, 0.0, 0.0)
-    queue.put(work(sessions[0], 1))
+    queue.delay.observe_pass([owner.id for owner in sessions], WAIT_S, 0.0, 0.0)
+    queue.put_step(work(sessions[0], 1))
     with ThreadPoolExecutor(1) as threads:
         gathered = threads.submit(queue.gather)
-        queue.put(work(sessions[1], 1))
+        queue.put_step(work(sessions[1], 1))
         gathered.result(WAIT_S / 2)
-    assert {item.session.id for item, _ in queue.take(PASS)} == {owner.id for owner in sessions}
+    assert {item.session.id for item, _ in queue.take_steps(PASS)} == {owner.id for owner in sessions}
 
 
 def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed() -> None:
     queue = WorkQueue()
     owner, other = session(1), session(2)
-    queue.delay.ran([owner.id], WAIT_S, 0.0, 0.0)
-    queue.put(work(owner, 1))
+    queue.delay.observe_pass([owner.id], WAIT_S, 0.0, 0.0)
+    queue.put_step(work(owner, 1))
     queue.gather()
-    queue.delay.ran([owner.id, other.id], WAIT_S, 0.0, 0.0)
+    queue.delay.observe_pass([owner.id, other.id], WAIT_S, 0.0, 0.0)
     with ThreadPoolExecutor(1) as threads:
         gathered = threads.submit(queue.gather)
         queue.close()
@@ -123,8 +123,8 @@ def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed(
 def test_a_session_that_has_ended_is_not_waited_for() -> None:
     queue = WorkQueue()
     owner, ended = session(1), session(2)
-    queue.delay.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
-    queue.put(work(owner, 1))
+    queue.delay.observe_pass([owner.id, ended.id], WAIT_S, 0.0, 0.0)
+    queue.put_step(work(owner, 1))
     assert queue.take_short(WAIT_S, lambda _: True) is None
     queue.discard(ended)
     assert queue.take_short(WAIT_S, lambda _: True) is not None
@@ -134,16 +134,16 @@ def test_windows_that_a_later_step_takes_back_do_not_run() -> None:
     queue = WorkQueue()
     owner = session(1)
     running = work(owner, 4, number=1, start=10)
-    queue.put(running)
-    assert queue.take(PASS) == [(running, 4)]
+    queue.put_step(running)
+    assert queue.take_steps(PASS) == [(running, 4)]
     for number, start in ((2, 14), (3, 18), (4, 22)):
-        queue.put(work(owner, 4, number=number, start=start))
+        queue.put_step(work(owner, 4, number=number, start=start))
     instead = work(owner, 4, number=5, start=12)
-    queue.put(instead)
+    queue.put_step(instead)
     assert list(owner.queue_state.steps) == [running, instead]
     assert queue.queued_positions == owner.waiting_size == 8
     running.done = 4
-    queue.release(running)
+    queue.release_work(running)
     assert run_pass(queue) == [(instead, 4)]
 
 
@@ -157,16 +157,16 @@ def test_what_a_later_step_does_not_take_back_runs() -> None:
         (work(session(1), 4, number=2, start=10), 1, 10),
     ):
         queue = WorkQueue()
-        queue.put(earlier)
-        queue.put(work(earlier.session, 4, number=number, start=start))
+        queue.put_step(earlier)
+        queue.put_step(work(earlier.session, 4, number=number, start=start))
         assert len(earlier.session.queue_state.steps) == 2
 
 
 def test_a_speculated_window_is_decode_and_a_longer_step_is_not() -> None:
     queue = WorkQueue()
     long, window = session(1), session(2)
-    queue.put(work(long, DECODE_POSITIONS + 1))
-    queue.put(work(window, DECODE_POSITIONS))
+    queue.put_step(work(long, DECODE_POSITIONS + 1))
+    queue.put_step(work(window, DECODE_POSITIONS))
     assert [item.session for item, _ in run_pass(queue)] == [window, long]
 
 
@@ -174,15 +174,15 @@ def test_a_step_waits_until_the_one_before_is_through() -> None:
     queue = WorkQueue()
     owner = session(1)
     first, second = work(owner, 100), work(owner, 1)
-    queue.put(first)
-    queue.put(second)
-    assert queue.take(PASS) == [(first, PASS)]
+    queue.put_step(first)
+    queue.put_step(second)
+    assert queue.take_steps(PASS) == [(first, PASS)]
     first.done = PASS
     other = work(session(2), 1)
-    queue.put(other)
+    queue.put_step(other)
     # While a pass runs, its session has nothing that could run.
-    assert queue.take(PASS) == [(other, 1)]
-    queue.release(first)
+    assert queue.take_steps(PASS) == [(other, 1)]
+    queue.release_work(first)
     assert run_pass(queue) == [(first, 36)]
     assert run_pass(queue) == [(second, 1)]
 
@@ -218,7 +218,7 @@ def test_prefills_take_turns() -> None:
     queue = WorkQueue()
     owners = [session(name) for name in range(3)]
     for owner in owners:
-        queue.put(work(owner, 10 * PASS))
+        queue.put_step(work(owner, 10 * PASS))
     turns = [run_pass(queue)[0][0].session for _ in range(9)]
     assert turns == owners * 3
 
@@ -227,8 +227,8 @@ def test_a_prefill_without_end_starves_nobody() -> None:
     queue = WorkQueue()
     greedy, modest = session(1), session(2)
     for _ in range(50):
-        queue.put(work(greedy, 10 * PASS))
-    queue.put(work(modest, 2 * PASS))
+        queue.put_step(work(greedy, 10 * PASS))
+    queue.put_step(work(modest, 2 * PASS))
     passes = 0
     while modest.queue_state.steps:
         run_pass(queue)
@@ -242,9 +242,9 @@ def test_decode_without_end_does_not_starve_prefill() -> None:
     decoders = [session(name) for name in range(2 * PASS // DECODE_POSITIONS)]
     for owner in decoders:
         for _ in range(200):
-            queue.put(work(owner, DECODE_POSITIONS))
+            queue.put_step(work(owner, DECODE_POSITIONS))
     prefill = session(99)
-    queue.put(work(prefill, 2 * PASS))
+    queue.put_step(work(prefill, 2 * PASS))
     passes = 0
     while prefill.queue_state.steps:
         chosen = run_pass(queue)
@@ -257,8 +257,8 @@ def test_decode_of_all_sessions_goes_on_when_it_fills_more_than_a_pass() -> None
     queue = WorkQueue()
     owners = [session(name) for name in range(3 * PASS)]
     for owner in owners:
-        queue.put(work(owner, 1))
-        queue.put(work(owner, 1))
+        queue.put_step(work(owner, 1))
+        queue.put_step(work(owner, 1))
     first = [item.session for _ in range(3) for item, _ in run_pass(queue)]
     assert len(first) == len(set(first)) == len(owners)
 
@@ -268,7 +268,7 @@ def test_only_sessions_with_the_same_blocks_share_a_pass() -> None:
     whole = [session(1), session(2)]
     half = session(3, 0, 2)
     for owner in (*whole, half):
-        queue.put(work(owner, 1))
+        queue.put_step(work(owner, 1))
     assert [item.session for item, _ in run_pass(queue)] == whole
     assert [item.session for item, _ in run_pass(queue)] == [half]
 
@@ -278,9 +278,9 @@ def test_other_blocks_are_not_starved() -> None:
     decoders = [session(1), session(2)]
     for owner in decoders:
         for _ in range(200):
-            queue.put(work(owner, 1))
+            queue.put_step(work(owner, 1))
     lonely = session(3, 0, 2)
-    queue.put(work(lonely, PASS))
+    queue.put_step(work(lonely, PASS))
     passes = 0
     while lonely.queue_state.steps:
         run_pass(queue)
@@ -293,23 +293,23 @@ def test_discarding_a_session_whose_step_is_in_a_pass() -> None:
     queue = WorkQueue()
     owner, other = session(1), session(2)
     running, waiting = work(owner, 100), work(owner, 5)
-    queue.put(running)
-    queue.put(waiting)
-    [(item, count)] = queue.take(PASS)
+    queue.put_step(running)
+    queue.put_step(waiting)
+    [(item, count)] = queue.take_steps(PASS)
     queue.discard(owner)
     assert queue.queued_positions == 0
     assert owner.waiting_size == 0
     item.done += count
-    queue.release(item)
+    queue.release_work(item)
     assert queue.queued_positions == 0
-    queue.put(work(other, 1))
+    queue.put_step(work(other, 1))
     assert [item.session for item, _ in run_pass(queue)] == [other]
 
 
 def test_forks_count_as_memory_but_not_as_work() -> None:
     queue = WorkQueue()
     owner = session(1)
-    queue.put(work(owner, 2, forks=tuple(Fork(row, 1) for row in range(30))))
+    queue.put_step(work(owner, 2, forks=tuple(Fork(row, 1) for row in range(30))))
     assert owner.waiting_size == 32
     assert queue.queued_positions == 2
     run_pass(queue)
@@ -319,11 +319,11 @@ def test_forks_count_as_memory_but_not_as_work() -> None:
 def test_closing_wakes_the_engine() -> None:
     queue = WorkQueue()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(queue.take, PASS)
+        waiting = pool.submit(queue.take_steps, PASS)
         queue.close()
         assert waiting.result(timeout=WAIT_S) == []
-    queue.put(work(session(1), 1))
-    assert queue.take(PASS) == []
+    queue.put_step(work(session(1), 1))
+    assert queue.take_steps(PASS) == []
 
 
 def test_steps_from_several_threads_all_run_once_and_in_order() -> None:
@@ -334,19 +334,19 @@ def test_steps_from_several_threads_all_run_once_and_in_order() -> None:
     finished = threading.Event()
 
     def engine() -> None:
-        while chosen := queue.take(PASS):
+        while chosen := queue.take_steps(PASS):
             for item, count in chosen:
                 item.done += count
                 if not item.remaining:
                     done.append(item)
             for item, _ in chosen:
-                queue.release(item)
+                queue.release_work(item)
             if len(done) == steps * len(owners):
                 finished.set()
 
-    def send(owner: Session) -> None:
+    def send(owner: HopSession) -> None:
         for number in range(steps):
-            queue.put(work(owner, 1 + 13 * number % 90, number=number))
+            queue.put_step(work(owner, 1 + 13 * number % 90, number=number))
 
     with ThreadPoolExecutor(len(owners) + 1) as pool:
         running = pool.submit(engine)
@@ -370,14 +370,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.unsent = dict.fromkeys((NEXT, OTHER_NEXT), 0)
         self.queue = WorkQueue(unsent=self.unsent.__getitem__)
         self.owners = [session(name, 0, 2 + name % 2, following=FOLLOWING[name % 3]) for name in range(5)]
-        self.expected: dict[Session, list[Work]] = {owner: [] for owner in self.owners}
-        self.in_passes: Counter[Session] = Counter()
+        self.expected: dict[HopSession, list[Work]] = {owner: [] for owner in self.owners}
+        self.in_passes: Counter[HopSession] = Counter()
 
     @rule(owner=st.integers(0, 4), lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3))
     def put(self, owner: int, lengths: list[int]) -> None:
         item = work(self.owners[owner], *lengths)
         self.expected[item.session].append(item)
-        self.queue.put(item)
+        self.queue.put_step(item)
 
     @rule(target=running, positions=st.integers(1, 128))
     def take(self, positions: int) -> list[tuple[Work, int]]:
@@ -386,7 +386,7 @@ class QueueMachine(RuleBasedStateMachine):
             for owner, waiting in self.expected.items()
         ):
             return []  # it would wait
-        chosen = self.queue.take(positions)
+        chosen = self.queue.take_steps(positions)
         assert chosen
         assert sum(count for _, count in chosen) <= positions
         assert len({(item.session.start, item.session.end) for item, _ in chosen}) == 1
@@ -415,7 +415,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.in_passes[item.session] -= 1
             if not item.remaining and item in self.expected.get(item.session, []):
                 self.expected[item.session].remove(item)
-            self.queue.release(item)
+            self.queue.release_work(item)
 
     @rule(owner=st.integers(0, 4))
     def leave(self, owner: int) -> None:
@@ -468,7 +468,7 @@ def test_every_step_is_computed_in_full(steps: list[tuple[int, int]]) -> None:
     owners = [session(name, 0, 2 + name % 2) for name in range(5)]
     items = [work(owners[owner], length) for owner, length in steps]
     for item in items:
-        queue.put(item)
+        queue.put_step(item)
     while queue.queued_positions:
         run_pass(queue)
     assert all(not item.remaining for item in items)
@@ -481,11 +481,11 @@ def test_prompts_wait_for_the_way_to_their_next_hop_and_nothing_else_does() -> N
         session(number, following=following) for number, following in enumerate((NEXT, NEXT, OTHER_NEXT, None))
     )
     for owner, length in ((held, 100), (decodes, 1), (elsewhere, 20), (ends_here, 20)):
-        queue.put(work(owner, length))
+        queue.put_step(work(owner, length))
     assert {item.session for item, _ in run_pass(queue)} == {decodes, elsewhere, ends_here}
     with ThreadPoolExecutor(1) as threads:
         taken = threads.submit(run_pass, queue)
-        queue.put(work(decodes, 1))
+        queue.put_step(work(decodes, 1))
         assert [item.session for item, _ in taken.result(WAIT_S)] == [decodes]
         taken = threads.submit(run_pass, queue)
         unsent[NEXT] = UNSENT_BYTES
@@ -502,10 +502,10 @@ def test_prompts_do_not_wait_for_a_way_that_takes_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr("peers.queue.time", SimpleNamespace(monotonic=lambda: now))
     queue = WorkQueue(unsent=lambda endpoint: unsent)
     held, decodes = session(0, following=NEXT), session(1)
-    queue.put(work(held, 100))
+    queue.put_step(work(held, 100))
 
-    def runs() -> list[Session]:
-        queue.put(work(decodes, 1))
+    def runs() -> list[HopSession]:
+        queue.put_step(work(decodes, 1))
         return [item.session for item, _ in run_pass(queue)]
 
     for _ in range(3):
@@ -524,15 +524,15 @@ def test_passes_of_training_run_when_no_step_is_ready() -> None:
     first, second = training(trains), training(trains)
     queue.put_pass(first)
     queue.put_pass(second)
-    queue.put(work(decodes, 1))
+    queue.put_step(work(decodes, 1))
     assert [item.session for item, _ in run_pass(queue)] == [decodes]
-    assert queue.take(PASS) == []
+    assert queue.take_steps(PASS) == []
     assert queue.take_pass() is first
     assert queue.pass_positions == 10
     queue.release_pass(first)
     assert queue.pass_positions == 5
     # Between two blocks of a pass:
-    queue.put(work(decodes, 1, number=1))
+    queue.put_step(work(decodes, 1, number=1))
     assert [item.session for item, _ in queue.take_between(first, PASS, first=True)] == [decodes]
     assert queue.take_between(first, PASS, first=False) == []
 
@@ -542,10 +542,10 @@ def test_training_has_its_turn_among_steps_that_never_end() -> None:
     decodes = session(2)
     queue.put_pass(training(session(1)))
     turns = 0
-    queue.put(work(decodes, 1))
+    queue.put_step(work(decodes, 1))
     while run_pass(queue):
         turns += 1
-        queue.put(work(decodes, 1, number=turns))
+        queue.put_step(work(decodes, 1, number=turns))
     assert turns == MAX_PASSED_OVER
     assert queue.take_pass() is not None
     assert run_pass(queue)
@@ -574,16 +574,16 @@ class TestSeveralKeys:
 
     def run(self, queue: WorkQueue) -> list[tuple[Work, int]]:
         chosen = run_pass(queue, 512)
-        queue.ran(chosen, queue.pass_s(sum(count for _, count in chosen)))
+        queue.charge_pass(chosen, queue.pass_s(sum(count for _, count in chosen)))
         return chosen
 
     def test_a_pass_has_a_step_of_each_and_more_where_they_cost_little(self) -> None:
         queue = self.queue()
         many = [session(name, owner=b"many") for name in range(64)]
         for owner in many:
-            queue.put(work(owner, 1))
+            queue.put_step(work(owner, 1))
         one = session(99, owner=b"one")
-        queue.put(work(one, 1))
+        queue.put_step(work(one, 1))
         chosen = [item.session for item, _ in self.run(queue)]
         assert one in chosen
         assert 4 <= len(chosen) <= 6, "not 65, which take seven times as long"
@@ -592,24 +592,24 @@ class TestSeveralKeys:
         queue = self.queue()
         for name in range(64):
             for number in range(10):
-                queue.put(work(session(name, owner=b"many"), 1, number=number))
+                queue.put_step(work(session(name, owner=b"many"), 1, number=number))
         one = session(99, owner=b"one")
         for number in range(20):
-            queue.put(work(one, 1, number=number))
+            queue.put_step(work(one, 1, number=number))
             assert one in [item.session for item, _ in self.run(queue)]
 
     def test_decode_steps_of_many_keys_still_share_a_pass(self) -> None:
         queue = self.queue()
         owners = [session(name, owner=name.to_bytes(2, "big")) for name in range(40)]
         for owner in owners:
-            queue.put(work(owner, 1))
+            queue.put_step(work(owner, 1))
         assert {item.session for item, _ in self.run(queue)} == set(owners)
 
     def test_the_shortest_prompt_runs_first_whoever_has_had_less(self) -> None:
         queue = self.queue()
         owners = {left: session(left, owner=left.to_bytes(2, "big"), reservation=left) for left in (900, 100, 400)}
         for left, owner in owners.items():
-            queue.put(work(owner, min(left, 300)))
+            queue.put_step(work(owner, min(left, 300)))
         done = list[int]()
         while queue.queued_positions:
             done += [item.session.reservation for item, _ in self.run(queue) if not item.remaining]
@@ -619,12 +619,12 @@ class TestSeveralKeys:
         queue = self.queue()
         lets, ahead = session(1, owner=b"lets", reservation=900), session(2, owner=b"ahead", reservation=100)
         for owner in (lets, ahead):
-            queue.put(work(owner, 90))
+            queue.put_step(work(owner, 90))
         assert [item.session for item, _ in run_pass(queue)] == [ahead]  # its session has ended, so nothing is charged
         queue.discard(ahead)
         decodes, joins = session(3, owner=b"decodes"), session(4, owner=b"ahead")
-        queue.put(work(decodes, 1))
-        queue.put(work(joins, 90))
+        queue.put_step(work(decodes, 1))
+        queue.put_step(work(joins, 90))
         queue.charge(lets, 1.0)
         queue.charge(joins, 0.5)
         balance = queue._shares._balance(queue._shares._accounts[b"lets"])
@@ -635,12 +635,12 @@ class TestSeveralKeys:
     def test_a_key_whose_prompts_never_end_goes_ahead_for_a_while_only(self) -> None:
         queue = self.queue()
         patient = session(1, owner=b"patient", reservation=5000)
-        queue.put(work(patient, 5000))
+        queue.put_step(work(patient, 5000))
         had, number = Counter[bytes](), 1
         while patient.queue_state.steps[0].remaining > 1000:
             if not any(owner.owner == b"hurried" for owner in queue._ready):
                 number += 1
-                queue.put(work(session(number, owner=b"hurried", reservation=100), 100, start=0))
+                queue.put_step(work(session(number, owner=b"hurried", reservation=100), 100, start=0))
             for item, count in self.run(queue):
                 had[item.owner] += count
         more_s = queue.pass_s(had[b"hurried"] - had[b"patient"])
@@ -650,13 +650,13 @@ class TestSeveralKeys:
         """Each key goes ahead a little only, but all of them together could have every turn of the long one."""
         queue = self.queue()
         patient = session(0, owner=b"patient", reservation=50_000)
-        queue.put(work(patient, 50_000))
+        queue.put_step(work(patient, 50_000))
         others = [session(number, owner=number.to_bytes(2, "big"), reservation=88) for number in range(1, 30)]
         had_s, took_s = 0.0, 0.0
         while took_s < 120.0:
             for owner in others:
                 if not owner.queue_state.steps:
-                    queue.put(work(owner, 88, start=0))
+                    queue.put_step(work(owner, 88, start=0))
             chosen = self.run(queue)
             pass_s = queue.pass_s(sum(count for _, count in chosen))
             took_s += pass_s
@@ -669,16 +669,16 @@ class TestSeveralKeys:
         for number in range(20):
             # They come in two halves, as those that missed a pass do.
             for owner in owners[:: 1 if number % 3 else 2]:
-                queue.put(work(owner, 1, number=number))
+                queue.put_step(work(owner, 1, number=number))
             ready = {owner for owner in owners if owner.queue_state.steps}
             assert {item.session for item, _ in self.run(queue)} == ready
 
     def test_a_prefill_is_cut_while_another_key_is_active(self) -> None:
         queue = self.queue()
         long, one = session(1, owner=b"long"), session(2, owner=b"one")
-        queue.put(work(long, 4000))
+        queue.put_step(work(long, 4000))
         assert self.run(queue)[0][1] == 512, "nobody else is here"
-        queue.put(work(one, 1))
+        queue.put_step(work(one, 1))
         assert [(item.session, count) for item, count in self.run(queue)] == [(one, 1), (long, 5)], "12 ms, not 10"
         assert max(count for _ in range(12) for _, count in self.run(queue)) <= 44, "50 ms"
 
@@ -686,10 +686,10 @@ class TestSeveralKeys:
         queue = self.queue()
         long, one = session(1, owner=b"long"), session(2, owner=b"one")
         for number in range(20):
-            queue.put(work(long, 4000, number=number))
+            queue.put_step(work(long, 4000, number=number))
         took_s, prefilled = 0.0, 0
         for number in range(200):
-            queue.put(work(one, 1, number=number))
+            queue.put_step(work(one, 1, number=number))
             while one.queue_state.steps:
                 chosen = self.run(queue)
                 took_s += queue.pass_s(sum(count for _, count in chosen))
@@ -703,11 +703,11 @@ class TestSeveralKeys:
         queue = WorkQueue(lambda positions: 0.01 * max(1, positions - free + 1))
         long, one = session(1, owner=b"long"), session(2, owner=b"one")
         for number in range(20):
-            queue.put(work(long, 4000, number=number))
+            queue.put_step(work(long, 4000, number=number))
         alone_s, took_s, prefilled = 0.0, 0.0, 0
         waited, longest = 0.0, 0.0
         for number in range(400):
-            queue.put(work(one, 1, number=number))
+            queue.put_step(work(one, 1, number=number))
             while one.queue_state.steps:
                 chosen = self.run(queue)
                 took = queue.pass_s(sum(count for _, count in chosen))
@@ -734,15 +734,15 @@ class TestSeveralKeys:
             queue.charge(trains, 0.05)
             steps = 0
             while True:
-                queue.put(work(one, 1, number=100 * piece + steps))
+                queue.put_step(work(one, 1, number=100 * piece + steps))
                 chosen = queue.take_between(running, PASS, first=not steps)
                 if not chosen:
                     break
                 for item, count in chosen:
                     item.done += count
                 for item, _ in chosen:
-                    queue.release(item)
-                queue.ran(chosen, 0.01)
+                    queue.release_work(item)
+                queue.charge_pass(chosen, 0.01)
                 steps += 1
                 queue.discard(one)
             between.append(steps)
@@ -754,9 +754,9 @@ class TestSeveralKeys:
         for _ in range(5):
             queue.put_pass(training(first))
         queue.put_pass(training(second))
-        order: list[Session] = []
+        order: list[HopSession] = []
         for _ in range(3):
-            assert queue.take(PASS) == []
+            assert queue.take_steps(PASS) == []
             running = queue.take_pass()
             assert running is not None
             order.append(running.session)
@@ -767,15 +767,15 @@ class TestSeveralKeys:
     def test_a_key_that_is_about_to_come_is_waited_for(self) -> None:
         queue = WorkQueue(lambda positions: WAIT_S)
         greedy, one = session(1, owner=b"greedy"), session(2, owner=b"one")
-        queue.put(work(one, 1))
-        queue.put(work(greedy, 1))
+        queue.put_step(work(one, 1))
+        queue.put_step(work(greedy, 1))
         assert len(run_pass(queue)) == 2
         queue.charge(greedy, 10 * WAIT_S)
         queue._shares._accounts[b"one"].away.add(WAIT_S / 2)
-        queue.put(work(greedy, 1, number=1))
+        queue.put_step(work(greedy, 1, number=1))
         with ThreadPoolExecutor(1) as threads:
-            taken = threads.submit(queue.take, PASS)
-            queue.put(work(one, 1, number=1))
+            taken = threads.submit(queue.take_steps, PASS)
+            queue.put_step(work(one, 1, number=1))
             assert {item.session for item, _ in taken.result(WAIT_S / 4)} == {one, greedy}
 
 

@@ -43,7 +43,7 @@ def test_layouts_that_a_kernel_takes_multiply_as_before(name: str, dtype: torch.
     before = rows.clone()
     product = made.multiply(rows)
     assert torch.equal(rows, before) and product.dtype == dtype
-    exact = rows.double() @ matrix.floats().double().T
+    exact = rows.double() @ matrix.to_floats().double().T
     tolerance = 2**-7 if dtype == torch.bfloat16 or expected is DeviceFp8 else 2**-13
     assert (product.double() - exact).norm() <= tolerance * exact.norm()
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.backbone import hold_codes
 from splitnet.quant.grouped import EXPERTS_FROM
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, ScaleFormat, StoredMatrix
 from tests.unit.random_models import random_config
 
 HIDDEN = 64
@@ -78,7 +78,7 @@ def model_of(family: str) -> Any:
 def coded(weight: torch.Tensor, transposed: bool) -> PackedTensor:
     """Random codes for a weight of this size."""
     experts, outputs, inputs = (weight.transpose(1, 2) if transposed else weight).shape
-    layout = Layout(4, 32, Kind.FLOAT16, offset=8)
+    layout = CodeLayout(4, 32, ScaleFormat.FLOAT16, offset=8)
 
     def matrix() -> StoredMatrix:
         codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def test_held_experts_equal_the_familys_own(family: str) -> None:
                 stored.append((module, name, coded(getattr(module, name), module.is_transposed)))
     with torch.no_grad():
         for module, name, codes in stored:
-            getattr(module, name).copy_(codes.floats())
+            getattr(module, name).copy_(codes.to_floats())
     ids = torch.randint(1, VOCAB, (1, 4 * EXPERTS_FROM), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = [model(some).logits for some in (ids, ids[:, :2])]
@@ -121,7 +121,7 @@ def test_gradients_flow_to_the_inputs_of_experts() -> None:
     names = ("gate_up_proj", "down_proj")
     codes = [coded(getattr(experts, name), False) for name in names]
     for name, one in zip(names, codes, strict=True):
-        setattr(experts, name, nn.Parameter(one.floats(), requires_grad=False))
+        setattr(experts, name, nn.Parameter(one.to_floats(), requires_grad=False))
     index, weights = torch.tensor([[0, 1], [1, 3], [1, 2]]), torch.rand(3, 2)
     gradients: list[torch.Tensor] = []
     for held in (False, True):

@@ -13,12 +13,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peers.options import PeerOptions, SpanWish
-from peers.placement import fitting_blocks
-from splitnet.blocks.adapters import Adapter
+from peers.peer_options import PeerOptions, SpanWish
+from peers.relocation import fitting_blocks
+from splitnet.blocks.adapters import AdapterTensors
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.store import ReadBytes
@@ -34,10 +34,10 @@ from splitnet.quant.choose import (
 )
 from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.forms import GROUP, FloatForm, ScaledForm
-from splitnet.quant.grouped import BlockQuantWeight, JoinedForm
+from splitnet.quant.grouped import BlockQuantWeight, JoinedWeight
 from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.native import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
-from splitnet.quant.stored import Layout
+from splitnet.quant.packed_tensor import CodeLayout
 from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
@@ -110,14 +110,14 @@ def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
         plain.weight = nn.Parameter(weight.T if isinstance(plain, Conv1D) else weight, requires_grad=False)
     for path, experts in held._backbone.named_modules():
         for name, form in experts.held.items() if isinstance(experts, QuantizedExperts) else ():
-            assert isinstance(form, JoinedForm)
+            assert isinstance(form, JoinedWeight)
             weight = torch.stack([form.dequantised(torch.float32, expert) for expert in range(form.experts)])
             setattr(span._backbone.get_submodule(path), name, nn.Parameter(weight, requires_grad=False))
     return span
 
 
 def outputs(span: Span, hidden: torch.Tensor) -> torch.Tensor:
-    return span.forward(hidden, [Chunk(span.new_row(), 0, len(hidden))])
+    return span.forward(hidden, [RowChunk(span.new_row(), 0, len(hidden))])
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -184,7 +184,7 @@ def test_gradients_and_low_rank_additions_are_those_of_the_decoded_weights(
     torch.manual_seed(2)
     path = "attn.c_attn" if family == "gpt2" else "self_attn.q_proj"
     layer = held_layers(held)[f"{held._container}.1.{path}"]
-    adapter = Adapter(
+    adapter = AdapterTensors(
         {
             f"1.{path}.lora_A": torch.randn(4, layer.in_features) / HIDDEN**0.5,
             f"1.{path}.lora_B": torch.randn(layer.out_features, 4),
@@ -193,12 +193,12 @@ def test_gradients_and_low_rank_additions_are_those_of_the_decoded_weights(
     hidden, gradient = torch.randn(2, sum(LENGTHS), HIDDEN)
     found: list[list[torch.Tensor]] = []
     for span in (held, exact):
-        span.fit(adapter)
+        span.fit_adapter(adapter)
         passes = SpanPasses(span)
         output = passes.forward(hidden, LENGTHS, adapter, 0, 2)
         by_input, by_adapter = passes.backward(hidden, LENGTHS, gradient, adapter, 0, 2)
         found.append([output, by_input, *by_adapter.values()])
-        parts = [Chunk(span.new_row(), 0, length, adapter) for length in LENGTHS]
+        parts = [RowChunk(span.new_row(), 0, length, adapter) for length in LENGTHS]
         assert torch.equal(span.forward(hidden, parts), output)
         assert relative(passes.forward(hidden, LENGTHS, None, 0, 2), output) > 0.01
     tolerance = (
@@ -233,9 +233,9 @@ def test_a_layer_in_every_form(form: WeightFormat, shape: tuple[int, int], kerne
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = nn.Parameter(bias, requires_grad=False)
     kinds = {torch.float16: FloatForm, torch.int8: ScaledForm}
-    assert type(layer.held) is (BlockQuantWeight if isinstance(form.numbers, Layout) else kinds[form.numbers])
+    assert type(layer.held) is (BlockQuantWeight if isinstance(form.numbers, CodeLayout) else kinds[form.numbers])
     assert form.bytes_for(outputs, inputs) == sum(buffer.nbytes for buffer in layer.held.buffers())
-    assert layer.held.alone_as_together == (kernels == "compiled" and form != INT8_SCALED)
+    assert layer.held.rows_are_independent == (kernels == "compiled" and form != INT8_SCALED)
     stood_for = layer.held.dequantised(torch.float32)
     rows = torch.randn(2, 3, inputs, requires_grad=True)
     product = layer(rows)
@@ -337,8 +337,8 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
         assert not choose_weights("auto", dtype, dtype, device).forms
     assert choose_weights("float16", None, bfloat16, CPU).dtype == float32
     assert choose_weights("float16", "bfloat16", float32, CPU).dtype == bfloat16
-    assert choose_weights("float16", None, bfloat16, cuda) == choose.Weights("float16", float16)
-    assert choose_weights("bfloat16", None, float32, CPU) == choose.Weights("bfloat16", bfloat16)
+    assert choose_weights("float16", None, bfloat16, cuda) == choose.WeightChoice("float16", float16)
+    assert choose_weights("bfloat16", None, float32, CPU) == choose.WeightChoice("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
     assert choose_weights("int8", "float32", bfloat16, cuda).forms == (INT8_SCALED,)
     forms = choose_weights("int8", None, float32, CPU).forms
@@ -363,7 +363,7 @@ def test_auto_holds_float32_in_half_the_bytes_and_exactly_where_it_can(
     assert checkpoint.dtype == torch.float32 and PeerOptions().weights == "auto"
     held = Span.load(checkpoint, 0, 2, weights=PeerOptions().weights)
     plain = Span.load(checkpoint, 0, 2)
-    assert (held.weights.kind, held.weights.text, held.dtype) == (kind, text, torch.float32)
+    assert (held.weights.kind, held.weights.description, held.dtype) == (kind, text, torch.float32)
     assert held.weight_bytes < 0.6 * plain.weight_bytes
     hidden = torch.randn(3, 64)
     distance = relative(outputs(held, hidden), outputs(plain, hidden))
@@ -394,7 +394,7 @@ def test_integers_are_not_exact_where_one_layer_stays_in_floats(kind: str) -> No
     integers = QuantizedLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
     integers.weight = nn.Parameter(torch.randn(32, 64))
     assert isinstance(as_it_is.held, FloatForm) and as_it_is.held.weight.dtype == torch.float32
-    assert chosen.as_loaded([as_it_is.held, integers.held, None]).text == f"{kind}/float32"
+    assert chosen.as_loaded([as_it_is.held, integers.held, None]).description == f"{kind}/float32"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from splitnet.errors import KernelsError
 from splitnet.quant import native
 from splitnet.quant.choose import INT8_TILES
 from splitnet.quant.native import multiply_floats
-from splitnet.quant.stored import TABLES, StoredMatrix
+from splitnet.quant.packed_tensor import TABLES, StoredMatrix
 from tests.unit.quant.test_grouped_forms import far, hold_stored
 from tests.unit.random_codes import LAYOUTS, matrix_of
 
@@ -154,7 +154,7 @@ def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
     held = hold_stored([matrix], torch.device("cpu"))
     rows = rows_of(count, inputs, 5)
     assert not far(held.multiply(rows), rows, matrix)
-    assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+    assert torch.equal(held.dequantised(torch.float32), matrix.to_floats())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -43,9 +43,9 @@ expect(2)
 PEER = """
 from unittest.mock import Mock
 from peers.counters import Counters
-from peers.links import NextHops
-from peers.options import PeerOptions
-from peers.server import SpanServer
+from peers.peer_links import NextHops
+from peers.peer_options import PeerOptions
+from peers.running_peer import SpanServer
 from peers.speed import measure_speed
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.blocks.span import Span

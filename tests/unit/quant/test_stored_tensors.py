@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, ScaleFormat, StoredMatrix
 
-FOUR_BITS = Layout(4, 32, Kind.FLOAT16, offset=8)
+FOUR_BITS = CodeLayout(4, 32, ScaleFormat.FLOAT16, offset=8)
 
 
 def matrix(outputs: int, inputs: int) -> StoredMatrix:
@@ -21,12 +21,12 @@ def stored(outputs: int = 8, inputs: int = 64) -> torch.Tensor:
 
 def floats(tensor: torch.Tensor) -> torch.Tensor:
     assert isinstance(tensor, PackedTensor)
-    return tensor.floats()
+    return tensor.to_floats()
 
 
 def same(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether the tensor has kept its codes and decodes to the expected numbers."""
-    return isinstance(tensor, PackedTensor) and torch.equal(tensor.floats(), expected)
+    return isinstance(tensor, PackedTensor) and torch.equal(tensor.to_floats(), expected)
 
 
 def test_experts_are_stacked_and_joined() -> None:
@@ -59,7 +59,7 @@ def test_outputs_are_chosen_in_any_order() -> None:
     assert same(experts.index_select(0, torch.tensor([1, 0])), floats(experts)[[1, 0]])
 
     codes = Codes(torch.randint(0, 256, (4, 64), dtype=torch.uint8), torch.rand(4, 2).half())
-    other = PackedTensor.of(StoredMatrix(Layout(8, 32, Kind.FLOAT16), (4, 64), lambda: codes))
+    other = PackedTensor.of(StoredMatrix(CodeLayout(8, 32, ScaleFormat.FLOAT16), (4, 64), lambda: codes))
     mixed = torch.cat([stored(), other])
     order = torch.tensor([11, 3, 4, 8, 9, 0])
     chosen = mixed.index_select(0, order)
@@ -78,13 +78,13 @@ def test_inputs_that_share_a_scale_stay_together() -> None:
 
 
 def test_steps_whose_unit_is_split_become_numbers() -> None:
-    layout = Layout(4, 32, Kind.STEPS, Kind.STEPS)
+    layout = CodeLayout(4, 32, ScaleFormat.STEPS, ScaleFormat.STEPS)
     codes = torch.randint(0, 16, (4, 512), dtype=torch.uint8)
     steps = torch.randint(0, 64, (2, 4, 16), dtype=torch.uint8)
     units = torch.rand(2, 4, 2).half()
     whole = Codes(codes, steps[0], steps[1], units[0], -units[1])
     given = PackedTensor.of(StoredMatrix(layout, (4, 512), lambda: whole))
-    for run, kind in ((256, Kind.STEPS), (128, Kind.FLOAT32)):
+    for run, kind in ((256, ScaleFormat.STEPS), (128, ScaleFormat.FLOAT32)):
         order = (torch.arange(512 // run).flip(0)[:, None] * run + torch.arange(run)).flatten()
         chosen = given.index_select(1, order)
         assert same(chosen, floats(given)[:, order])
@@ -102,13 +102,15 @@ def test_other_operations_use_floats() -> None:
 def test_values_of_codes() -> None:
     codes = torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8)
     scales, zeros = torch.tensor([[2.0, 4.0]]), torch.tensor([[1, 9]], dtype=torch.uint8)
-    made = Codes(codes, scales, zeros).floats(Layout(4, 2, Kind.FLOAT32, Kind.CODES))
+    made = Codes(codes, scales, zeros).to_floats(CodeLayout(4, 2, ScaleFormat.FLOAT32, ScaleFormat.CODES))
     assert made.tolist() == [[-2.0, 28.0, -4.0, 0.0]]
-    made = Codes(codes, scales, -scales).floats(Layout(4, 2, Kind.FLOAT32, Kind.FLOAT32, offset=8))
+    made = Codes(codes, scales, -scales).to_floats(CodeLayout(4, 2, ScaleFormat.FLOAT32, ScaleFormat.FLOAT32, offset=8))
     assert made.tolist() == [[-18.0, 12.0, -4.0, 0.0]]
-    made = Codes(codes, torch.tensor([[128]], dtype=torch.uint8)).floats(Layout(4, 0, Kind.E8M0, table="e2m1"))
+    made = Codes(codes, torch.tensor([[128]], dtype=torch.uint8)).to_floats(
+        CodeLayout(4, 0, ScaleFormat.E8M0, table="e2m1")
+    )
     assert made.tolist() == [[0.0, -12.0, -0.0, -1.0]]
     units = torch.tensor([[0.5]], dtype=torch.float16)
     steps = torch.tensor([[3, -1]], dtype=torch.int8)
-    made = Codes(codes, steps, scale_units=units).floats(Layout(4, 2, Kind.STEPS, offset=8))
+    made = Codes(codes, steps, scale_units=units).to_floats(CodeLayout(4, 2, ScaleFormat.STEPS, offset=8))
     assert made.tolist() == [[-12.0, 10.5, 0.0, -0.5]]

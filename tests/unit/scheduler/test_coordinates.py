@@ -25,7 +25,7 @@ directions = st.tuples(*[numbers] * DIMENSIONS)
 def test_a_measurement_moves_the_predicted_round_trip_towards_it(
     here: Coordinate, there: Coordinate, rtt_ms: float, direction: tuple[float, ...]
 ) -> None:
-    moved = here.moved(there, rtt_ms, direction)
+    moved = here.moved_by(there, rtt_ms, direction)
     assert moved.height_ms >= MIN_HEIGHT_MS
     assert 0.0 <= moved.error <= MAX_ERROR
     before, after = abs(here.rtt_ms(there) - rtt_ms), abs(moved.rtt_ms(there) - rtt_ms)
@@ -40,7 +40,7 @@ def test_forty_devices_in_a_plane_find_their_coordinates() -> None:
         for index in range(len(true)):
             other = rng.choice([number for number in range(len(true)) if number != index])
             direction = tuple(rng.gauss(0, 1) for _ in range(DIMENSIONS))
-            found[index] = found[index].moved(found[other], true[index].rtt_ms(true[other]), direction)
+            found[index] = found[index].moved_by(found[other], true[index].rtt_ms(true[other]), direction)
     errors = [
         abs(found[a].rtt_ms(found[b]) - true[a].rtt_ms(true[b])) / true[a].rtt_ms(true[b])
         for a in range(40)
@@ -104,5 +104,5 @@ def test_false_coordinates_of_a_minority_do_little_harm(lies: list[tuple[Coordin
 
 def test_one_false_coordinate_moves_another_only_a_bounded_distance() -> None:
     here = Coordinate((10.0, 20.0, 0.0), 1.0, 0.2)
-    moved = here.moved(Coordinate((1e9, 0.0, 0.0), 1.0, 0.0), 5.0, (1.0, 0.0, 0.0))
+    moved = here.moved_by(Coordinate((1e9, 0.0, 0.0), 1.0, 0.0), 5.0, (1.0, 0.0, 0.0))
     assert math.dist(moved.vector, here.vector) <= TUNING * MOST_OFF_MS

@@ -21,7 +21,7 @@ class Device:
         self.now = 0.0
         self.used = dict.fromkeys(weight, 0.0)
         for key in weight:
-            self.shares.came(key, 0.0)
+            self.shares.work_arrived(key, 0.0)
 
     def run(self, seconds: float) -> list[str]:
         order: list[str] = []
@@ -58,10 +58,10 @@ def test_a_new_key_waits_for_one_piece_and_then_gets_its_share(
     device = Device(
         {"z": 1.0} | {key: w for key, (w, _) in given_keys.items()}, {k: p for k, (_, p) in given_keys.items()}
     )
-    device.shares.left("z", 0.0)
+    device.shares.work_done("z", 0.0)
     device.run(10.0)
     device.piece_s["z"] = piece_s
-    device.shares.came("z", device.now)
+    device.shares.work_arrived("z", device.now)
     assert device.run(piece_s / 2) == ["z"], "what others had before is not forgotten in its favour, nor its absence"
     # Between two pieces of key z, each other key gets at most the time of its weight and one piece more.
     others_s = sum(w * (piece_s + CREDIT_S) + p for w, p in given_keys.values())
@@ -71,8 +71,8 @@ def test_a_new_key_waits_for_one_piece_and_then_gets_its_share(
 
 def test_decode_gets_four_fifths_beside_prefill_and_training() -> None:
     shares = FairShares[str]()
-    shares.came("decodes", 0.0)
-    shares.came("trains", 0.0)
+    shares.work_arrived("decodes", 0.0)
+    shares.work_arrived("trains", 0.0)
     used = {"decodes": 0.0, "trains": 0.0}
     for _ in range(1000):
         first = shares.ranked(used)[0]
@@ -86,23 +86,23 @@ def test_decode_gets_four_fifths_beside_prefill_and_training() -> None:
 def test_a_device_is_contended_for_a_while_after_a_second_key() -> None:
     shares = FairShares[str]()
     assert not shares.contended(0.0)
-    shares.came("a", 0.0)
+    shares.work_arrived("a", 0.0)
     assert not shares.contended(0.0)
-    shares.came("b", 0.0)
-    shares.left("b", 0.1)
+    shares.work_arrived("b", 0.0)
+    shares.work_done("b", 0.1)
     assert shares.contended(0.1 + LATELY_S[0])
     assert not shares.contended(0.2 + LATELY_S[0])
-    shares.came("b", 9.0)
+    shares.work_arrived("b", 9.0)
     assert shares.contended(99.0), "it has work"
 
 
 def returning(away_s: float) -> FairShares[str]:
     """`b` has used less time than `a`, and returns `away_s` seconds after each departure. It has just left, at 10 s."""
     shares = FairShares[str]()
-    shares.came("a", 0.0)
+    shares.work_arrived("a", 0.0)
     for turn in range(5):
-        shares.came("b", 10 - (4 - turn) * away_s)
-        shares.left("b", 10 - (4 - turn) * away_s)
+        shares.work_arrived("b", 10 - (4 - turn) * away_s)
+        shares.work_done("b", 10 - (4 - turn) * away_s)
     shares.charge("a", 1.0, 10.0)
     return shares
 
@@ -126,9 +126,9 @@ def test_absent_keys_are_forgotten(visits: list[tuple[int, float]]) -> None:
     now = 0.0
     for key, after_s in visits:
         now += after_s
-        shares.came(key, now)
-        shares.left(key, now)
+        shares.work_arrived(key, now)
+        shares.work_done(key, now)
     for key in range(1000, 1000 + 2 * len(visits) + 2):
-        shares.came(key, now + 1000)
-        shares.left(key, now + 1000)
+        shares.work_arrived(key, now + 1000)
+        shares.work_done(key, now + 1000)
     assert len(shares) == 2 * len(visits) + 2

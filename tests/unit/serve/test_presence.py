@@ -14,10 +14,10 @@ import pytest
 from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
-from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, Presence, State
+from splitnet.serve.dashboard import ASKED_PEERS, PAUSE_S, PeerState, Presence
 from splitnet.swarm.plan import peer_command
 from splitnet.swarm.swarm import EventLog, Overview, Swarm
-from splitnet.transport.prober import Answer
+from splitnet.transport.prober import PingReply
 from splitnet.wire.endpoints import Endpoint, LinkState
 from tests.unit.swarm.test_client_swarm import FACTS, RECORD
 
@@ -33,19 +33,19 @@ class FakeSwarm:
         self.silent: set[Endpoint] = set()
         self.states: dict[Endpoint, LinkState] = {}
         self.pinged: list[Endpoint] = []
-        self.links = SimpleNamespace(state=lambda endpoint: self.states.get(endpoint, LinkState.UP))
+        self.links = SimpleNamespace(link_state=lambda endpoint: self.states.get(endpoint, LinkState.UP))
         self.presence = Presence(cast(Swarm, self), clock=lambda: self.now)
 
-    def ping(self, endpoint: Endpoint) -> Future[Answer]:
+    def ping(self, endpoint: Endpoint) -> Future[PingReply]:
         self.pinged.append(endpoint)
-        future: Future[Answer] = Future()
+        future: Future[PingReply] = Future()
         if endpoint not in self.silent:
-            future.set_result(Answer(rtt_ms=1.0, queue_ms=2.0, kv_free_positions=30))
+            future.set_result(PingReply(rtt_ms=1.0, queue_ms=2.0, kv_free_positions=30))
         return future
 
-    def look(self, *records: PeerRecord, after: float = 1.0, working: Sequence[PeerRecord] = ()) -> list[State]:
+    def look(self, *records: PeerRecord, after: float = 1.0, working: Sequence[PeerRecord] = ()) -> list[PeerState]:
         self.now += after
-        return [seen.state for seen in self.presence.look(records, {record.key.text for record in working})]
+        return [seen.state for seen in self.presence.refresh(records, {record.key.text for record in working})]
 
     def told(self) -> list[str]:
         return [event.kind for event in self.events.since(0)]
@@ -61,25 +61,25 @@ def endpoint_of(record: PeerRecord) -> Endpoint:
 
 
 def test_a_peer_that_answers_is_here(swarm: FakeSwarm) -> None:
-    assert swarm.look(RECORD) == [State.UNKNOWN]
-    assert swarm.look(RECORD) == [State.HERE]
-    (seen,) = swarm.presence.look([RECORD])
-    assert seen.answer == Answer(1.0, 2.0, 30) and seen.since == swarm.now
+    assert swarm.look(RECORD) == [PeerState.UNKNOWN]
+    assert swarm.look(RECORD) == [PeerState.HERE]
+    (seen,) = swarm.presence.refresh([RECORD])
+    assert seen.answer == PingReply(1.0, 2.0, 30) and seen.since == swarm.now
     assert swarm.told() == []
 
 
 def test_a_silent_peer_is_gone_and_may_come_back(swarm: FakeSwarm) -> None:
     swarm.look(RECORD, OTHER)
-    assert swarm.look(RECORD, OTHER) == [State.HERE, State.HERE]
+    assert swarm.look(RECORD, OTHER) == [PeerState.HERE, PeerState.HERE]
     swarm.silent.add(endpoint_of(RECORD))
     states = [swarm.look(RECORD, OTHER) for _ in range(int(LOST_S) + 2)]
-    assert states[0] == [State.HERE, State.HERE] and states[-1] == [State.GONE, State.HERE]
+    assert states[0] == [PeerState.HERE, PeerState.HERE] and states[-1] == [PeerState.GONE, PeerState.HERE]
     assert swarm.told() == ["gone"]
     assert "blocks 0..5 have lost a peer" in swarm.events.since(0)[0].text
     swarm.silent.clear()
     for _ in range(int(LOST_S) + 1):
         states.append(swarm.look(RECORD, OTHER))
-    assert states[-1] == [State.HERE, State.HERE] and swarm.told() == ["gone", "back"]
+    assert states[-1] == [PeerState.HERE, PeerState.HERE] and swarm.told() == ["gone", "back"]
 
 
 def test_a_silent_peer_on_a_route_of_a_running_answer_is_here(swarm: FakeSwarm) -> None:
@@ -88,10 +88,10 @@ def test_a_silent_peer_on_a_route_of_a_running_answer_is_here(swarm: FakeSwarm) 
     swarm.silent.add(endpoint_of(RECORD))
     states = [swarm.look(RECORD, working=[RECORD]) for _ in range(3 * int(LOST_S))]
     states += [swarm.look(RECORD) for _ in range(int(LOST_S) - 1)]
-    assert set(map(tuple, states)) == {(State.HERE,)}
-    assert swarm.look(RECORD) == [State.GONE]
+    assert set(map(tuple, states)) == {(PeerState.HERE,)}
+    assert swarm.look(RECORD) == [PeerState.GONE]
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
-    assert swarm.look(RECORD, working=[RECORD]) == [State.GONE]
+    assert swarm.look(RECORD, working=[RECORD]) == [PeerState.GONE]
 
 
 def test_a_peer_with_a_broken_link_is_gone_at_once(swarm: FakeSwarm) -> None:
@@ -99,10 +99,10 @@ def test_a_peer_with_a_broken_link_is_gone_at_once(swarm: FakeSwarm) -> None:
     swarm.look(RECORD)
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
     asked = len(swarm.pinged)
-    assert swarm.look(RECORD, after=0.1) == [State.GONE] and len(swarm.pinged) == asked
-    assert swarm.look(RECORD, after=LOST_S) == [State.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
+    assert swarm.look(RECORD, after=0.1) == [PeerState.GONE] and len(swarm.pinged) == asked
+    assert swarm.look(RECORD, after=LOST_S) == [PeerState.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
     swarm.states[endpoint_of(RECORD)] = LinkState.REFUSED
-    assert swarm.look(RECORD, after=0.1) == [State.REFUSES]
+    assert swarm.look(RECORD, after=0.1) == [PeerState.REFUSES]
 
 
 def test_joins_moves_and_leaves_are_noted(swarm: FakeSwarm) -> None:
@@ -129,7 +129,7 @@ def test_a_fixed_subset_of_many_peers_is_pinged() -> None:
         swarm.look(*order)
     assert len(set(swarm.pinged)) == ASKED_PEERS
     states = swarm.look(*records)
-    assert (states.count(State.HERE), states.count(State.UNKNOWN)) == (ASKED_PEERS, 8)
+    assert (states.count(PeerState.HERE), states.count(PeerState.UNKNOWN)) == (ASKED_PEERS, 8)
 
 
 def test_an_overview_names_missing_blocks_and_gives_advice() -> None:

@@ -14,11 +14,11 @@ from starlette.requests import Request
 
 from splitnet.limits import FairAccount
 from splitnet.serve import gate
-from splitnet.serve.admission import Client
+from splitnet.serve.admission import ApiClient
 from splitnet.serve.apis.openai import error_body
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import Connection
-from splitnet.serve.responses import UNREAD, EventStream, ServedModel, framed, told
+from splitnet.serve.gate import BoundedHttp
+from splitnet.serve.responses import UNREAD, EventStream, ServedModel, framed, stream_parts
 
 
 def test_a_source_ends_without_a_reader_and_unread_bytes_are_bounded() -> None:
@@ -47,7 +47,7 @@ def test_a_source_ends_without_a_reader_and_unread_bytes_are_bounded() -> None:
             async def receive() -> Any:
                 await asyncio.Event().wait()
 
-            stream = EventStream(body, body, unread, Client(name), lambda: framed(error_body(UNREAD)))
+            stream = EventStream(body, body, unread, ApiClient(name), lambda: framed(error_body(UNREAD)))
             await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
             return b"".join(sent)
 
@@ -72,14 +72,14 @@ class Written:
 
     id, media_type, alive = "1", "text/event-stream", ""
 
-    async def whole(self, events: AsyncIterator[Any]) -> dict[str, Any]:
+    async def whole_body(self, events: AsyncIterator[Any]) -> dict[str, Any]:
         return {"said": [event async for event in events]}
 
-    async def chunks(self, events: AsyncIterator[Any]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Any]) -> AsyncGenerator[str]:
         async for event in events:
             yield framed({"said": event})
 
-    def failed(self, failure: ApiError) -> str:
+    def error_event(self, failure: ApiError) -> str:
         return framed(error_body(failure))
 
 
@@ -91,7 +91,7 @@ def test_values_that_json_cannot_have_are_an_error(wrong: Any) -> None:
         yield "b"
 
     async def come() -> None:
-        chunks = [chunk async for chunk in told(Written(), source())]
+        chunks = [chunk async for chunk in stream_parts(Written(), source())]
         assert chunks[0] == framed({"said": "a"}) and '"server_error"' in chunks[1] and len(chunks) == 2
 
         async def receive() -> Any:
@@ -108,7 +108,7 @@ def test_values_that_json_cannot_have_are_an_error(wrong: Any) -> None:
 async def on_a_server(app: Any, does: Callable[[int], Awaitable[None]], idle: FairAccount | None = None) -> None:
     """Runs an app on a socket while a client does something with its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        kind: Any = partial(Connection, FairAccount(100) if idle is None else idle)
+        kind: Any = partial(BoundedHttp, FairAccount(100) if idle is None else idle)
         server = uvicorn.Server(uvicorn.Config(app, http=kind, lifespan="off", log_config=None))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

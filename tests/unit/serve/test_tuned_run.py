@@ -15,12 +15,12 @@ def line(step: int, **more: Any) -> str:
 
 def test_complete_lines_are_read(tmp_path: Path) -> None:
     run = TunedRun(tmp_path)
-    assert run.look()["losses"] == []
+    assert run.read_run()["losses"] == []
     file = tmp_path / "metrics.jsonl"
     file.write_text(line(1) + line(2)[:9])
-    assert run.look()["losses"] == [[1, 1.0]]
+    assert run.read_run()["losses"] == [[1, 1.0]]
     file.write_text(line(1) + line(2, joules=2.5) + json.dumps({"step": 2, "eval_loss": 0.5}) + "\n")
-    told = run.look()
+    told = run.read_run()
     assert told["losses"] == [[1, 1.0], [2, 0.5]]
     assert [each["eval_loss"] for each in told["evaluations"]] == [0.5]
     assert (told["tokens"], told["sent_bytes"], told["joules"], told["tokens_per_s"]) == (20, 6, 2.5, 20.0)
@@ -29,12 +29,12 @@ def test_complete_lines_are_read(tmp_path: Path) -> None:
 def test_a_run_that_continues_from_an_earlier_step_is_read_again(tmp_path: Path) -> None:
     run, file = TunedRun(tmp_path), tmp_path / "metrics.jsonl"
     file.write_text("".join(line(step) for step in range(1, 6)))
-    run.look()
+    run.read_run()
     file.write_text(line(1))
-    assert run.look()["losses"] == [[1, 1.0]]
+    assert run.read_run()["losses"] == [[1, 1.0]]
 
 
 def test_long_runs_are_thinned_and_end_with_the_last_step(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(line(step) for step in range(1, 7 * POINTS)))
-    losses = TunedRun(tmp_path).look()["losses"]
+    losses = TunedRun(tmp_path).read_run()["losses"]
     assert POINTS <= len(losses) <= 2 * POINTS and losses[-1][0] == 7 * POINTS - 1

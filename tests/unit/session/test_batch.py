@@ -30,11 +30,11 @@ class FakeRoute:
     epoch: int = 1
     hidden_size: int = 4
     blocks: tuple[int, int] = (0, 6)
-    first: Endpoint = HEAD
+    first_hop: Endpoint = HEAD
     tail: Endpoint = TAIL
     sent: list[tuple[Endpoint, Message]] = field(default_factory=list)
 
-    def send(self, endpoint: Endpoint, message: Message) -> None:
+    def send_message(self, endpoint: Endpoint, message: Message) -> None:
         self.sent.append((endpoint, message))
 
     def endpoints(self) -> list[Endpoint]:
@@ -75,10 +75,12 @@ def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
 def answer(made: list[PassRequest], route: FakeRoute) -> None:
     """Delivers every message that the peers send in reply to the gradients."""
     for each in made:
-        each.take(HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
+        each.take_answer(
+            HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route
+        )
     for hop in (HEAD, TAIL):
         payload = write_tensors(route.adapted_hops()[hop])
-        made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, payload), route)
+        made[-1].take_answer(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, payload), route)
 
 
 def sent_back(route: FakeRoute) -> list[tuple[int, int, bool]]:
@@ -93,12 +95,12 @@ def test_adapter_gradients_are_summed_when_the_last_pass_goes_back() -> None:
     route = FakeRoute()
     made = passes(route)
     for each in made:
-        each.take(TAIL, result(each), route)
+        each.take_answer(TAIL, result(each), route)
     batch = goes_back(made, route)
     assert sent_back(route) == IN_ORDER
-    assert not batch.done
+    assert not batch.is_done
     answer(made, route)
-    assert all(each.done for each in made)
+    assert all(each.is_done for each in made)
     assert {name: tensor.tolist() for name, tensor in batch.by_adapter.items()} == SUMS
 
 
@@ -107,17 +109,17 @@ def test_gradients_wait_until_a_pass_of_an_older_route_is_repeated() -> None:
     pass."""
     route = FakeRoute()
     made = passes(route)
-    made[0].take(TAIL, result(made[0]), route)
+    made[0].take_answer(TAIL, result(made[0]), route)
     route.epoch = 2
     for each in made[1:]:
         each.send(route)
-        each.take(TAIL, result(each, 2), route)
+        each.take_answer(TAIL, result(each, 2), route)
     route.heard()
     goes_back(made, route)
     repeated = route.heard()
     assert [(each.number, each.epoch) for each in repeated if isinstance(each, Forward)] == [(10, 2), (11, 2), (12, 2)]
     for index in (1, 2, 0):
-        made[index].take(TAIL, result(made[index], 2), route)
+        made[index].take_answer(TAIL, result(made[index], 2), route)
         assert sent_back(route) == (IN_ORDER if index == 0 else [])
 
 
@@ -126,7 +128,7 @@ def test_a_new_route_repeats_all_passes_of_a_batch() -> None:
     route = FakeRoute()
     made = passes(route)
     for each in made:
-        each.take(TAIL, result(each), route)
+        each.take_answer(TAIL, result(each), route)
     batch = goes_back(made, route)
     answer(made[:-1], replace(route, sent=[]))
     route.heard()
@@ -135,11 +137,11 @@ def test_a_new_route_repeats_all_passes_of_a_batch() -> None:
         each.send(route)
     assert len(route.heard()) == 3
     for each in made:
-        each.take(TAIL, result(each, 2), route)
+        each.take_answer(TAIL, result(each, 2), route)
     assert sent_back(route) == IN_ORDER
-    assert not batch.done
+    assert not batch.is_done
     answer(made, route)
-    assert batch.done
+    assert batch.is_done
     assert {name: tensor.tolist() for name, tensor in batch.by_adapter.items()} == SUMS
 
 
@@ -161,30 +163,30 @@ def test_adapter_gradients_larger_than_the_adapter_are_refused(
     route = FakeRoute()
     made = passes(route)
     for each in made:
-        each.take(TAIL, result(each), route)
+        each.take_answer(TAIL, result(each), route)
     goes_back(made, route)
-    assert made[-1].take(HEAD, first, route)
+    assert made[-1].take_answer(HEAD, first, route)
     with pytest.raises(ProtocolError, match=text):
         for index in range(100):
-            made[-1].take(HEAD, replace(more, remaining=max(0, more.remaining - index)), route)
+            made[-1].take_answer(HEAD, replace(more, remaining=max(0, more.remaining - index)), route)
 
 
 def test_a_repeated_answer_is_no_progress() -> None:
     route = FakeRoute()
     made = passes(route)
-    assert made[0].take(TAIL, result(made[0]), route) and not made[0].take(TAIL, result(made[0]), route)
+    assert made[0].take_answer(TAIL, result(made[0]), route) and not made[0].take_answer(TAIL, result(made[0]), route)
     gradient = Gradient(SID, 1, made[0].number, 0, 10, True, 0, PAYLOAD)
-    assert made[0].take(HEAD, gradient, route) and not made[0].take(HEAD, gradient, route)
+    assert made[0].take_answer(HEAD, gradient, route) and not made[0].take_answer(HEAD, gradient, route)
 
 
 def test_only_the_last_hop_of_a_replay_ends_it() -> None:
     route = FakeRoute()
     replay = ReplayRequest(Replay(SID, 1, 9, 6), to=HEAD, last=TAIL)
     with pytest.raises(ProtocolError):
-        replay.take(HEAD, Result(SID, 1, 9, 6, 0, ()), route)
+        replay.take_answer(HEAD, Result(SID, 1, 9, 6, 0, ()), route)
     stranger = replace(TAIL, address="tcp://127.0.0.1:3")
-    assert not replay.take(stranger, Result(SID, 1, 9, 6, 0, ()), route) and not replay.done
-    assert replay.take(TAIL, Result(SID, 1, 9, 6, 0, ()), route) and replay.done
+    assert not replay.take_answer(stranger, Result(SID, 1, 9, 6, 0, ()), route) and not replay.is_done
+    assert replay.take_answer(TAIL, Result(SID, 1, 9, 6, 0, ()), route) and replay.is_done
 
 
 WRONG = {
@@ -205,10 +207,10 @@ def test_adapter_gradients_that_are_not_finite_or_do_not_fit_the_adapter_are_ref
     route = FakeRoute()
     made = passes(route)
     for each in made:
-        each.take(TAIL, result(each), route)
+        each.take_answer(TAIL, result(each), route)
     batch = goes_back(made, route)
     with pytest.raises(ProtocolError, match="its gradients are"):
-        made[-1].take(HEAD, of_the_adapter(0, write_tensors(tensors)), route)
+        made[-1].take_answer(HEAD, of_the_adapter(0, write_tensors(tensors)), route)
     assert not batch.by_adapter
 
 
@@ -220,10 +222,10 @@ def test_an_answer_that_is_not_finite_is_refused(codec: str, value: float) -> No
     numbers = np.full(8, value, "<f4")
     payload = {"none": numbers, "fp16": numbers.astype("<f2"), "bf16": numbers.view("<u2")[1::2]}[codec].tobytes()
     with pytest.raises(ProtocolError, match="not finite"):
-        made.take(TAIL, replace(result(made), codec=codec_by_name(codec).code, payload=payload), route)
-    made.take(TAIL, result(made), route)
+        made.take_answer(TAIL, replace(result(made), codec=codec_by_name(codec).code, payload=payload), route)
+    made.take_answer(TAIL, result(made), route)
     goes_back([made], route)
     gradient = Gradient(SID, 1, made.message.number, 0, 10, False, codec_by_name(codec).code, payload)
     with pytest.raises(ProtocolError, match="not finite"):
-        made.take(HEAD, gradient, route)
+        made.take_answer(HEAD, gradient, route)
     assert made.result is not None and made.gradient is None

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, Alive
+from scheduler.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S, OPEN_TIMEOUT_S, PingAnswer
 from splitnet import errors
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
 from splitnet.session import events, failover, prefix_lookup
@@ -190,7 +190,7 @@ class Trouble(RuleBasedStateMachine):
         for each in world.peers:
             each.alive, each.leaves, each.full, each.fault = True, False, False, None
         world.settle()
-        assert all(each.request.done or each.request.error is not None for each in world.asked)
+        assert all(each.request.is_done or each.request.error is not None for each in world.asked)
         assert all(each.answered for each in world.batches)
         # All live again: the session can be used.
         world.feed(Use())
@@ -268,7 +268,7 @@ class Steps(Trouble):
         row = rows[at % len(rows)]
         start = max(0, len(self.world.rows[row]) - back)
         for each in self.world.asked:
-            for part in each.request.message.parts if not each.request.done and each.request.error is None else ():
+            for part in each.request.message.parts if not each.request.is_done and each.request.error is None else ():
                 if part.row == row and part.start < start < part.start + part.length:
                     start = part.start  # The row starts before a step in flight, not inside it.
                 if part.row == row and start < part.start + part.length and len(each.request.message.parts) > 1:
@@ -290,7 +290,7 @@ class Steps(Trouble):
     @rule(at=index, back=st.integers(1, 3))
     def rewind_and_lose(self, at: int, back: int) -> None:
         self.rewind(at, back)
-        first = self.world.at(self.world.state.first).name
+        first = self.world.at(self.world.state.first_hop).name
         if self.world.links.get((CLIENT, first)):
             self.world.lose((CLIENT, first), newest=True)
 
@@ -311,11 +311,11 @@ class Steps(Trouble):
     def resize(self, more: int) -> None:
         self.world.feed(Resize(self.world.state.reservation + more))
 
-    @precondition(lambda self: any(not each.request.done for each in self.world.asked))
+    @precondition(lambda self: any(not each.request.is_done for each in self.world.asked))
     @rule()
     def abandon(self) -> None:
         """Abandons rejected drafts: the next positions replace those of the drafts."""
-        first = next(at for at, each in enumerate(self.world.asked) if not each.request.done)
+        first = next(at for at, each in enumerate(self.world.asked) if not each.request.is_done)
         for each in self.world.asked[first:]:
             for part in each.request.message.parts:
                 if part.row in self.world.rows:
@@ -327,7 +327,7 @@ class Steps(Trouble):
         self.world.restarts, self.world.text = True, None
         self.world.submit([(None, 0, 2, 1)])
         self.world.settle()
-        assert self.world.asked[-1].request.done, self.world.asked[-1].request.error
+        assert self.world.asked[-1].request.is_done, self.world.asked[-1].request.error
 
 
 class Passes(Trouble):
@@ -362,7 +362,7 @@ class Passes(Trouble):
         self.world.send_back(self.world.batches[-1])
         self.world.settle()
         last = self.world.batches[-1]
-        assert last.batch.done, [each.error for each in last.batch.passes]
+        assert last.batch.is_done, [each.error for each in last.batch.passes]
 
 
 TestSteps = Steps.TestCase
@@ -391,21 +391,21 @@ def wander(seed: int, kind: Kind, turns: int = 60) -> World:
                 actions.append(lambda at=at: run.lose_or_repeat(at, chance.choice(["oldest", "newest"])))
         if (kind is Kind.ROUGH or not world.busy_links()) and (world.questions or state.wake_at < math.inf):
             actions.append(run.answer_or_wait)
-        if not state.under_way and (world.ready or state.phase in (Phase.NEW, Phase.BROKEN)):
+        if not state.in_flight_count and (world.ready or state.phase in (Phase.NEW, Phase.BROKEN)):
             which, length = chance.randrange(13), chance.randrange(1, 15)
             actions += [lambda which=which, length=length: run.begin_text(which, length, chance.random() < 0.5)] * 4
-        if pending and not state.under_way:
+        if pending and not state.in_flight_count:
             actions += [run.send_text] * 3
         if can_go_on:
             actions += [lambda at=at, some=some: run.go_on(at, 1 + some % 2)] * 2
             actions += [lambda at=at, some=some: run.rewind(at, 1 + some % 3), lambda at=at: run.window(at, 3)]
-            if not state.under_way:
+            if not state.in_flight_count:
                 actions.append(lambda at=at: run.fork(at))
             if kind is Kind.ROUGH:
                 actions.append(lambda at=at: run.rewind_and_lose(at, 2))
         if world.ready:
             actions.append(lambda: run.resize(8))
-        if any(not each.request.done for each in world.asked) and world.ready:
+        if any(not each.request.is_done for each in world.asked) and world.ready:
             actions.append(run.abandon)
         actions += [lambda at=at, some=some: run.lose_pages(at, some), lambda at=at: run.part_or_join(at)]
         if kind is Kind.ROUGH or rests:
@@ -444,10 +444,10 @@ def test_one_faulty_peer_among_honest_peers_fails_no_request(fault: str, at: int
         if turn in losses and world.busy_links():
             world.lose(world.busy_links()[0])
         world.settle()
-        assert all(each.request.done for each in world.asked), [each.request.error for each in world.asked]
+        assert all(each.request.is_done for each in world.asked), [each.request.error for each in world.asked]
         world.submit([(row, 3 + turn, 1, 1)])
     world.settle()
-    assert all(each.request.done for each in world.asked)
+    assert all(each.request.is_done for each in world.asked)
     assert world.now < 60.0
     world.close()
 
@@ -488,7 +488,7 @@ def test_the_wait_for_a_hop_with_a_busy_link_is_bounded() -> None:
             world.deliver(links[0])
         if world.questions:
             world.answer()
-        world.feed(Alive(first.endpoint, 0.0, late=True))
+        world.feed(PingAnswer(first.endpoint, 0.0, late=True))
         world.tick()
     assert MAX_QUEUE_S <= world.now < MAX_QUEUE_S + OPEN_TIMEOUT_S
     world.settle()
@@ -502,16 +502,16 @@ def test_a_hop_that_answers_late_is_unbanned_and_its_next_answer_gets_more_time(
     patience = dict[Endpoint, float]()
     world.state._liveness._answer_s = lambda endpoint: patience.get(endpoint, ANSWER_S)
     world.submit([(None, 0, 2, 1)])
-    first = world.at(world.state.first)
+    first = world.at(world.state.first_hop)
     world.links.clear()
     while not world.questions:
         assert world.tick()
     assert world.now == pytest.approx(MAX_SILENCE_S + ANSWER_S)
     assert first.name in world.banned
-    world.feed(Alive(first.endpoint, 0.0, holds=True, waiting=1))
+    world.feed(PingAnswer(first.endpoint, 0.0, holds=True, waiting=1))
     assert first.name not in world.banned, "it has answered"
     world.settle()
-    assert world.asked[-1].request.done
+    assert world.asked[-1].request.is_done
     # The second time, the round trips of the hop are known.
     patience = dict.fromkeys(world.state.endpoints(), 4.5)
     began = world.now
@@ -562,7 +562,7 @@ def test_a_hop_that_reads_no_messages_is_replaced(refills: bool) -> None:
         second.dams = True
     world.submit([(row, 3, 1, 1)])
     world.settle()
-    assert world.asked[-1].request.done
+    assert world.asked[-1].request.is_done
     assert world.now < 3 * 120.0
 
 
@@ -578,7 +578,7 @@ def test_failures_of_a_step_that_was_not_sent_are_ignored() -> None:
         failure = Failure(world.state.session, world.state.epoch, number, FailureCode.BAD_MESSAGE, "")
         world.feed(Received(liar, failure))
     world.settle()
-    assert len(liars) == 2 and world.asked[0].request.done
+    assert len(liars) == 2 and world.asked[0].request.is_done
 
 
 def test_failures_of_an_abandoned_route_are_ignored() -> None:
@@ -597,8 +597,8 @@ def test_failures_of_an_abandoned_route_are_ignored() -> None:
         failure = Failure(world.state.session, world.state.epoch, number, FailureCode.UNKNOWN_SESSION, "")
         world.feed(Received(first.endpoint, failure))
     world.settle()
-    assert world.state.first == first.endpoint
-    assert all(each.request.done for each in world.asked)
+    assert world.state.first_hop == first.endpoint
+    assert all(each.request.is_done for each in world.asked)
 
 
 @pytest.mark.parametrize("then", ["a step", "doubt", "a way back"])
@@ -620,18 +620,18 @@ def test_requests_sent_just_after_a_hop_has_left_wait_for_its_replacement(then: 
         world.submit([(None, 0, 2, 1)])
     elif then == "doubt":
         world.feed(Distrust(world.asked[0].request, leaves.endpoint, "is wrong"))
-        assert not world.asked[0].request.done
+        assert not world.asked[0].request.is_done
     else:
         world.send_back(world.batches[0])
     world.settle()
-    assert world.state.is_open and not world.state.under_way
-    assert all(each.request.done for each in world.asked)
+    assert world.state.is_open and not world.state.in_flight_count
+    assert all(each.request.is_done for each in world.asked)
 
 
 @pytest.mark.parametrize("repairs", [False, True])
 def test_a_new_session_that_is_too_long_for_all_peers_fails_at_once(repairs: bool) -> None:
     setup, kinds = failover.RouteSetup(0.0, repairs), (errors.TooLongForPeers, PeerBusy)
-    waits = [setup.may_wait(events.NoRoute(1, kind(""), frozenset(), True), grows=False) for kind in kinds]
+    waits = [setup.may_wait(events.RouteFailed(1, kind(""), frozenset(), True), grows=False) for kind in kinds]
     assert waits == [repairs, True]
 
 
@@ -646,10 +646,10 @@ def test_a_step_that_a_later_step_undid_is_not_sent_again() -> None:
     world.submit([(row, 3, 2, 1)])
     world.submit([(row, 3, 1, 1)])
     undone, later = (each.request for each in world.asked[-2:])
-    assert undone.error is not None and world.state.under_way == 1
+    assert undone.error is not None and world.state.in_flight_count == 1
     world.kill(world.at(world.state.tail))
     world.settle()
-    assert later.done and not undone.done and world.state.recoveries
+    assert later.is_done and not undone.is_done and world.state.recoveries
     world.close()
 
 
@@ -685,10 +685,10 @@ def test_a_hop_that_restarts_with_other_weights_is_replaced(any_weights: bool, h
     world.settle()
     request, told = world.asked[-1].request, [note.text for note in world.told if note.kind == "weights"]
     if any_weights:
-        assert request.done and world.state.endpoints() == [first.endpoint, second.endpoint]
+        assert request.is_done and world.state.endpoints() == [first.endpoint, second.endpoint]
         assert len(told) == 1 and "blocks 2..3 as int4 that were float32" in told[0]
     elif has_twin:
-        assert request.done and world.state.endpoints() == [first.endpoint, twin.endpoint] and not told
+        assert request.is_done and world.state.endpoints() == [first.endpoint, twin.endpoint] and not told
     else:
         assert isinstance(request.error, OtherWeights)
         assert "blocks 2..3 as int4 that were float32" in str(request.error)
@@ -707,7 +707,7 @@ def test_a_hop_that_sends_no_hidden_states_is_replaced(at: int) -> None:
     (first if at == 0 else tail).fault = "keeps taps"
     world.submit([(None, 0, 3, 1)])
     world.settle()
-    assert world.asked[-1].request.done
+    assert world.asked[-1].request.is_done
     assert world.state.endpoints() == ([twin.endpoint, tail.endpoint] if at == 0 else [first.endpoint, last.endpoint])
 
 
@@ -725,11 +725,11 @@ def test_hidden_states_of_a_step_may_come_after_the_output_of_the_next() -> None
         world.deliver(links[0])
     requests = [each.request for each in world.asked]
     assert [request.result is not None for request in requests] == [True] * 3
-    assert not any(request.done for request in requests)
+    assert not any(request.is_done for request in requests)
     for _ in range(3):
         world.deliver(own, keep=True)
         world.deliver(own)
-    assert all(request.done for request in requests) and not world.state.recoveries
+    assert all(request.is_done for request in requests) and not world.state.recoveries
 
 
 def test_a_relay_log_of_a_new_row_alone_is_not_replayed_to_the_next_hop() -> None:
@@ -751,7 +751,7 @@ def test_a_relay_log_of_a_new_row_alone_is_not_replayed_to_the_next_hop() -> Non
     world.settle()
     world.submit([(row, 2, 1, 1)])
     world.settle()
-    assert world.asked[-1].request.done and not world.state.recoveries
+    assert world.asked[-1].request.is_done and not world.state.recoveries
 
 
 def test_a_replay_of_a_hop_ends_before_a_relayed_link() -> None:
@@ -774,7 +774,7 @@ def test_a_replay_of_a_hop_ends_before_a_relayed_link() -> None:
     world.submit([(row, 2, 1, 1)])
     world.settle()
     assert world.state.endpoints()[:3] == [first.endpoint, second.endpoint, third.endpoint]
-    assert world.asked[-1].request.done and world.state.recoveries
+    assert world.asked[-1].request.is_done and world.state.recoveries
 
 
 def test_a_relay_log_from_before_hops_reached_each_other_is_not_replayed() -> None:
@@ -833,7 +833,7 @@ def test_a_relay_log_of_an_interrupted_replay_is_not_replayed() -> None:
     assert world.state.endpoints() != [first.endpoint, second.endpoint]
     world.submit([(rows[1], 2, 1, 1)])
     world.settle()
-    assert world.asked[-1].request.done and len(world.state.recoveries) <= 1
+    assert world.asked[-1].request.is_done and len(world.state.recoveries) <= 1
 
 
 def test_a_step_may_not_undo_only_some_rows_of_a_step_in_flight() -> None:
@@ -850,14 +850,14 @@ def test_a_step_may_not_undo_only_some_rows_of_a_step_in_flight() -> None:
     world.settle()
     world.rows[row] = world.rows[row][:4]
     world.submit([(row, 4, 1, 1), (new, 4, 1, 1)])
-    first = world.at(world.state.first).name
+    first = world.at(world.state.first_hop).name
     world.lose((CLIENT, first))
     world.submit([(new, 1, 1, 1)])
     refused = world.asked.pop()
     assert refused.request.error is not None and "some rows" in str(refused.request.error)
     world.submit([(row, 5, 1, 1)])
     world.settle()
-    assert all(each.request.done for each in world.asked)
+    assert all(each.request.is_done for each in world.asked)
 
 
 def test_a_refused_reservation_leaves_the_session_unchanged() -> None:
@@ -877,7 +877,7 @@ def test_a_refused_reservation_leaves_the_session_unchanged() -> None:
         assert world.state.is_open and world.state.reservation == 8
     world.submit([(row, 3, 1, 1)])
     world.settle()
-    assert world.asked[-1].request.done and world.state.endpoints() == route
+    assert world.asked[-1].request.is_done and world.state.endpoints() == route
     world.close()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from simulator.engine import Simulation
+from simulator.simulation import Simulation
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
 

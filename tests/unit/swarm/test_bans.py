@@ -13,7 +13,7 @@ from tests.unit.swarm.test_measurements import Clock, record
 def test_a_ban_ends() -> None:
     clock = Clock()
     bans = Bans(clock)
-    bans.add("a")
+    bans.ban_peer("a")
     assert bans.keys() == {"a"}
     clock.now += BAN_S
     assert bans.keys() == set()
@@ -21,7 +21,7 @@ def test_a_ban_ends() -> None:
 
 def test_a_lost_peer_may_be_unbanned() -> None:
     bans, peer = Bans(Clock()), record()
-    bans.add(peer.key.text)
+    bans.ban_peer(peer.key.text)
     assert bans.may_be_unbanned([peer, record()]) == [peer]
     bans.lift(peer.key.text)
     assert bans.keys() == set()
@@ -29,7 +29,7 @@ def test_a_lost_peer_may_be_unbanned() -> None:
 
 def test_a_peer_that_left_may_be_unbanned_only_when_it_serves_again() -> None:
     bans, peer = Bans(Clock()), replace(RECORD, placed_at=1.0)
-    bans.add(peer.key.text, peer)
+    bans.ban_peer(peer.key.text, peer)
     assert bans.may_be_unbanned([peer]) == []
     assert bans.may_be_unbanned([replace(peer, placed_at=2.0, serves=False)]) == []
     assert bans.may_be_unbanned([moved := replace(peer, placed_at=2.0)]) == [moved]

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from scheduler.cost import Encoding
 from scheduler.facts import Link
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.swarm import measure as measurer
 from splitnet.swarm import peer_cache
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.plan import Needs
 from splitnet.swarm.swarm import KEPT_EVENTS, EventLog, ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint, LinkState
@@ -81,9 +81,9 @@ class FakeDirectory:
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
-    monkeypatch.setattr(Directory, "start", lambda **_: fake)
+    monkeypatch.setattr(DhtDirectory, "start", lambda **_: fake)
     monkeypatch.setattr(measurer, "ANSWER_S", 0.0)
-    monkeypatch.setattr(Links, "state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
+    monkeypatch.setattr(Links, "link_state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
 
@@ -106,7 +106,7 @@ def test_a_ping_asks_about_a_session(swarm: Swarm, directory: FakeDirectory, mon
     answer = swarm.ping(peer, bytes(range(16)))
     [ping] = [message for message in sent if isinstance(message, Ping)]
     assert ping.session == bytes(range(16))
-    swarm.links._receive(peer, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+    swarm.links._receive_message(peer, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
     assert answer.result().holds
     assert (answer.result().waiting, answer.result().done) == (3, 4)
 
@@ -120,7 +120,7 @@ def test_a_client_that_has_planned_reads_the_directory_in_the_background(
     with Swarm(FACTS, ["/an/address"]) as swarm:
         swarm.measurer._look.wait(0.1)
         assert not directory.lookups, "it has not been used yet"
-        swarm.plan(NEEDS)
+        swarm.plan_route(NEEDS)
         deadline = time.monotonic() + 20
         while directory.lookups < 3 and time.monotonic() < deadline:
             swarm.measurer._closing.wait(0.01)
@@ -181,13 +181,13 @@ def test_records_are_looked_up_once_for_a_while(swarm: Swarm, directory: FakeDir
 def test_missing_blocks_are_named_by_their_number_in_the_model(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(start=0, end=3), served(start=5, end=6)]
     with pytest.raises(CoverageError, match=r"blocks 3\.\.4 .*--blocks 3:5"):
-        swarm.plan(NEEDS, blocks=(2, 6))
+        swarm.plan_route(NEEDS, blocks=(2, 6))
 
 
 def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(kv_free_positions=5)]
     with pytest.raises(PeerBusy, match=r"blocks 0\.\.5"):
-        swarm.plan(NEEDS)
+        swarm.plan_route(NEEDS)
 
 
 def test_banned_and_lost_peers_are_tried_again(
@@ -203,7 +203,7 @@ def test_banned_and_lost_peers_are_tried_again(
         tried.extend(endpoints)
         return {endpoint: Link(1.0, 1.0) for endpoint in tried if endpoint != silent.endpoint}
 
-    monkeypatch.setattr(swarm.links.prober, "measure", measure)
+    monkeypatch.setattr(swarm.links.prober, "measure_links", measure)
     swarm.unban_living()
     assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
     assert swarm.bans.keys() == {silent.key.text}
@@ -212,10 +212,10 @@ def test_banned_and_lost_peers_are_tried_again(
 def test_a_route_between_two_peers_covers_part_of_the_model(swarm: Swarm, directory: FakeDirectory) -> None:
     whole, first, last = served(), served(start=0, end=2), served(start=4, end=6)
     directory.records = [whole, first, last]
-    hops = swarm.plan(
+    hops = swarm.plan_route(
         NEEDS,
         blocks=(2, 4),
-        ends=(first, last),
+        neighbours=(first, last),
         exclude={first.key.text, last.key.text},
     )
     assert [(hop.record, hop.start, hop.end) for hop in hops] == [(whole, 2, 4)]
@@ -224,21 +224,21 @@ def test_a_route_between_two_peers_covers_part_of_the_model(swarm: Swarm, direct
 def test_routes_avoid_banned_peers(swarm: Swarm, directory: FakeDirectory) -> None:
     good, bad = served(block_ms=(50.0,) * 5), served()
     directory.records = [good, bad]
-    assert swarm.plan(NEEDS)[0].record == bad
+    assert swarm.plan_route(NEEDS)[0].record == bad
     swarm.ban(bad.key.text, seconds=60)
-    assert swarm.plan(NEEDS)[0].record == good
+    assert swarm.plan_route(NEEDS)[0].record == good
     swarm.ban(bad.key.text, seconds=0)
-    assert swarm.plan(NEEDS)[0].record == bad
+    assert swarm.plan_route(NEEDS)[0].record == bad
 
 
 def test_routes_avoid_peers_with_a_failed_link(swarm: Swarm, directory: FakeDirectory) -> None:
     living, killed = served(block_ms=(50.0,) * 5), served()
     directory.records = [living, killed]
     directory.states[Endpoint(killed.address, killed.key)] = LinkState.DOWN
-    assert swarm.plan(NEEDS)[0].record == living
+    assert swarm.plan_route(NEEDS)[0].record == living
     directory.records = [killed]
     with pytest.raises(CoverageError, match="no peer that can be used"):
-        swarm.plan(NEEDS, fresh=True)
+        swarm.plan_route(NEEDS, fresh=True)
 
 
 @given(st.lists(st.integers(0, 2 * KEPT_EVENTS), max_size=4))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from scheduler.candidates import CandidateIndex, _block_ms, _LeastOfBlocks, _sending_ms
 from scheduler.cost import Encoding, block_ms, occupied_ms
-from scheduler.facts import CLIENT, Coordinate, Link, Network, Peer, Place, Speed
+from scheduler.facts import CLIENT, Coordinate, Link, Network, NetworkPlace, Peer, Speed
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.swarm import measure as measure_module
@@ -101,7 +101,7 @@ class World:
         planner._random = random.Random(seed)
         ends = (self.records[0], None) if inner else CLIENT_ENDS
         needs, part = replace(NEEDS, prompt=self.prompt), (3, 6) if inner else (0, 6)
-        return planner.plan(self.records, needs, part, ends=ends, exclude=exclude, holders=holders)
+        return planner.plan_route(self.records, needs, part, neighbours=ends, exclude=exclude, holders=holders)
 
     def route_with_all_links(self, seed: int, exclude: Collection[str]) -> list[PlannedHop]:
         """The same without `holders`, planned by the functions of `scheduler` alone."""
@@ -198,7 +198,9 @@ def test_a_corrected_index_equals_an_index_of_the_corrected_peers(seed: int, cou
     peers = [facts(Peer(f"p{number}", number % 5, number % 5 + 2, Speed((1.0,) * 5))) for number in range(40)]
     corrected = [facts(peer) for peer in choices.sample(peers, count)]
     by_id = {peer.id: peer for peer in (*peers, *corrected)}
-    places = {peer.id: Place(Coordinate((choices.gauss(0, 40), 0.0, 0.0), 1.0, 0.2), 100.0) for peer in peers[:30]}
+    places = {
+        peer.id: NetworkPlace(Coordinate((choices.gauss(0, 40), 0.0, 0.0), 1.0, 0.2), 100.0) for peer in peers[:30]
+    }
     crowd, anew = (
         CandidateIndex(peers, Network(places=places)),
         CandidateIndex(list(by_id.values()), Network(places=places)),
@@ -215,7 +217,7 @@ def test_a_corrected_index_equals_an_index_of_the_corrected_peers(seed: int, cou
 
 
 def test_a_table_with_changed_links_equals_the_table_of_the_changed_network() -> None:
-    places = {name: Place(Coordinate((len(name), 0.0, 0.0), 1.0, 0.2), 100.0) for name in ("a", "bb", CLIENT)}
+    places = {name: NetworkPlace(Coordinate((len(name), 0.0, 0.0), 1.0, 0.2), 100.0) for name in ("a", "bb", CLIENT)}
     network = Network({("a", "bb"): Link(3.0, 70.0)}, places=places)
     changed = {("a", "bb"): Link(9.0, 30.0), ("bb", "elsewhere"): Link(1.0, 1.0), (CLIENT, "a"): Link(2.0, 3.0)}
     ids = (CLIENT, "a", "bb", "unknown")
@@ -235,7 +237,7 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
     ends = np.maximum(starts, ends)
     values = np.array([value for *_, value in spans])
     expected = [min(values[(starts <= block) & (block < ends)], default=np.inf) for block in range(9)]
-    assert _LeastOfBlocks(starts, ends, 9).of(values).tolist() == expected
+    assert _LeastOfBlocks(starts, ends, 9).least_of(values).tolist() == expected
 
 
 @given(
@@ -244,7 +246,7 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
 def test_peers_near_silent_peers_are_found_by_coordinates(points: list[tuple[int, int, int, str]]) -> None:
     peers = [Peer(str(number), 0, 1, Speed((1.0,) * 5)) for number in range(len(points))]
     places = {
-        peer.id: Place(Coordinate((float(x), float(y), float(z)), error=0.1), 100.0)
+        peer.id: NetworkPlace(Coordinate((float(x), float(y), float(z)), error=0.1), 100.0)
         for peer, (x, y, z, what) in zip(peers, points, strict=True)
         if what != "no place"
     }
@@ -269,12 +271,12 @@ def test_peers_near_silent_peers_are_found_by_coordinates(points: list[tuple[int
 def test_excluded_peers_do_not_change_the_choice_of_candidates() -> None:
     choices = random.Random(1)
     peers: list[Peer] = []
-    places = {CLIENT: Place(Coordinate((0.0, 0.0, 0.0), 2.0, 0.1), 5000.0)}
+    places = {CLIENT: NetworkPlace(Coordinate((0.0, 0.0, 0.0), 2.0, 0.1), 5000.0)}
 
     def add(name: str, at: tuple[float, float, float], block_ms: float) -> None:
         start = choices.randrange(0, 40, 5)
         peers.append(Peer(name, start, start + 5, Speed((block_ms,) * 5), kv_free=100))
-        places[name] = Place(Coordinate(at, 2.0, 0.1), 5000.0)
+        places[name] = NetworkPlace(Coordinate(at, 2.0, 0.1), 5000.0)
 
     for index in range(600):
         add(f"near{index}", (choices.gauss(20, 10), choices.gauss(0, 10), 0.0), 12.0)

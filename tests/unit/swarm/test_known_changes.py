@@ -53,7 +53,7 @@ class World:
     def models(self) -> dict[str, str]:
         return {}
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         self.rests = True
 
     def there(self) -> list[PeerRecord]:
@@ -93,7 +93,7 @@ class World:
         self.renew(*renewed)
 
     def look(self, *, whole: bool = False) -> set[Endpoint]:
-        return {record.endpoint for record in self.known.look(fresh=True, whole=whole)}
+        return {record.endpoint for record in self.known.refresh(fresh=True, whole=whole)}
 
     @property
     def asked(self) -> list[Endpoint]:
@@ -112,18 +112,18 @@ def test_new_leaving_and_moving_peers_are_reported_with_the_next_look_up(world: 
     world.renew(first, end=2)
     world.leave(second)
     assert world.look() == {first, third, fourth}
-    assert {record.endpoint: record.end for record in world.known.look()}[first] == 2
+    assert {record.endpoint: record.end for record in world.known.refresh()}[first] == 2
     assert world.reads == 1 and len(world.asked) == 1
 
 
 def test_peers_reported_as_unchanged_outlive_their_records(world: World) -> None:
     everybody = [world.add() for _ in range(10)]
     world.look()
-    before = [record.issued_at for record in world.known.look()]
+    before = [record.issued_at for record in world.known.refresh()]
     for _ in range(6):
         world.passes(20.0, *everybody)
         assert world.look() == {*everybody}
-    assert [record.issued_at for record in world.known.look()] == before, "nothing was told again"
+    assert [record.issued_at for record in world.known.refresh()] == before, "nothing was told again"
     assert world.reads == 1 and world.rests
     sent = sum(len(frame) for _, message in world.links.asked for frame in encode(message)) / len(world.asked)
     assert sent < 300
@@ -252,7 +252,7 @@ def test_peers_of_another_version_and_unlinked_unreachable_peers_are_not_asked(w
     for _ in range(6):
         world.look()
     assert {*world.asked} == {usual}
-    assert world.known.find(world.owners[hidden].public) and world.known.find(world.owners[other].public)
+    assert world.known.find_record(world.owners[hidden].public) and world.known.find_record(world.owners[other].public)
 
 
 def test_look_ups_of_large_swarms_name_likely_peers_always_and_others_alternately(world: World) -> None:
@@ -279,7 +279,7 @@ def test_look_ups_of_large_swarms_name_likely_peers_always_and_others_alternatel
     for _ in range(6):
         world.passes(20.0, *everybody, late)
         world.look()
-    assert world.known.find(dead.key) is None
+    assert world.known.find_record(dead.key) is None
 
 
 def test_a_peer_without_confirmation_is_dropped(world: World) -> None:

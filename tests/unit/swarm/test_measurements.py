@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peers.links import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
+from peers.peer_links import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler import route_search
 from scheduler.batching import HALF_LIFE_S, Load
@@ -53,9 +53,9 @@ class TestMeasurements:
         for _ in range(2):
             measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
         (seen,) = measurements.peers([peer])
-        assert seen.speed.at(1) == pytest.approx(5.0)
+        assert seen.speed.block_ms_at(1) == pytest.approx(5.0)
         # The hop is slower by the same factor for all sizes.
-        assert seen.speed.at(256) == pytest.approx(5.0 * peer.block_ms[-1] / peer.block_ms[0])
+        assert seen.speed.block_ms_at(256) == pytest.approx(5.0 * peer.block_ms[-1] / peer.block_ms[0])
         assert seen.queue_ms == 40.0
 
     def test_old_measurements_of_a_hop_expire(self) -> None:
@@ -64,7 +64,7 @@ class TestMeasurements:
         measurements.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
         clock.now += TRUST_S + 1
         (told,) = measurements.peers([peer])
-        assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
+        assert (told.speed.block_ms_at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
 
     def test_the_load_from_a_ping_counts_until_a_later_record_arrives(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
@@ -74,7 +74,7 @@ class TestMeasurements:
 
         def told(of: PeerRecord) -> tuple[float, float]:
             [seen] = measurements.peers([of])
-            assert list(measurements.corrected({of.key.text: of}).values()) in ([], [seen])
+            assert list(measurements.corrected_peers({of.key.text: of}).values()) in ([], [seen])
             return seen.queue_ms, seen.batch
 
         assert told(peer) == (1.0, 0.0)
@@ -98,7 +98,7 @@ class TestMeasurements:
         def see(block_ms: float, wait_ms: float) -> tuple[float, float]:
             measurements.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=wait_ms)
             (seen,) = measurements.peers([peer])
-            return seen.speed.at(1), seen.queue_ms
+            return seen.speed.block_ms_at(1), seen.queue_ms
 
         for _ in range(before):
             see(told_ms, 0.0)
@@ -122,7 +122,7 @@ class TestMeasurements:
         for _ in range(STEPS):
             measurements.hop_seen(liar.key.text, positions=1, block_ms=5.0, wait_ms=7.0)
         (seen,) = measurements.peers([liar])
-        assert [seen.speed.at(size) for size in PASS_SIZES] == [5.0] * len(PASS_SIZES)
+        assert [seen.speed.block_ms_at(size) for size in PASS_SIZES] == [5.0] * len(PASS_SIZES)
         assert seen.queue_ms == 7.0
 
     def test_published_links_obey_the_triangle_inequality(self) -> None:
@@ -152,17 +152,17 @@ class TestMeasurements:
         measurements, here, silent = Measurements(clock), record(), record()
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
         measurements.links_measured(tried, {here.endpoint: link})
-        assert measurements.silent() == {silent.key.text}
-        assert measurements.silent(lately=True) == {silent.key.text}
+        assert measurements.silent_peers() == {silent.key.text}
+        assert measurements.silent_peers(lately=True) == {silent.key.text}
         clock.now += SILENT_S + 1
-        assert measurements.silent() == {silent.key.text}, "it may not exist"
-        assert measurements.silent(lately=True) == set(), "of others that says nothing any more"
+        assert measurements.silent_peers() == {silent.key.text}, "it may not exist"
+        assert measurements.silent_peers(lately=True) == set(), "of others that says nothing any more"
         measurements.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
-        assert measurements.silent() == set()
+        assert measurements.silent_peers() == set()
         measurements.links_measured(tried, {here.endpoint: link})
-        assert measurements.silent() == {silent.key.text}
+        assert measurements.silent_peers() == {silent.key.text}
         clock.now += SILENT_S + 1
-        assert measurements.silent() == set(), "it was late for one ping only, perhaps"
+        assert measurements.silent_peers() == set(), "it was late for one ping only, perhaps"
 
     def test_measured_links_become_stale(self) -> None:
         clock, peer = Clock(), record()
@@ -196,35 +196,35 @@ class TestNetworkCoordinates:
 
         measure(160, 0.0)
         coordinates.settle()
-        assert abs(coordinates.place.coordinate.vector[0]) < 10.0
+        assert abs(coordinates.own_place.coordinate.vector[0]) < 10.0
         clock.now += SETTLE_S + 1
         measure(SETTLE_LINKS, 250.0)
         coordinates.settle()
-        assert abs(coordinates.place.coordinate.vector[0] - 250.0) < 10.0
-        assert coordinates.place.coordinate.error < 0.3
+        assert abs(coordinates.own_place.coordinate.vector[0] - 250.0) < 10.0
+        assert coordinates.own_place.coordinate.error < 0.3
 
     def test_old_links_are_forgotten(self) -> None:
         clock, peer = Clock(), record()
         network_coordinates = NetworkCoordinates(clock)
         network_coordinates.measured(peer, Link(3.0, 100.0))
-        assert network_coordinates.links == {peer.key.text: Link(3.0, 100.0)}
+        assert network_coordinates.measured_links == {peer.key.text: Link(3.0, 100.0)}
         clock.now += MAX_AGE_S + 1
-        assert network_coordinates.links == {}
+        assert network_coordinates.measured_links == {}
 
     def test_the_latest_link_is_last_and_the_highest_bandwidth_counts(self) -> None:
         first, second = record(), record()
         network_coordinates = NetworkCoordinates(Clock())
         for peer, bandwidth in ((first, 900.0), (second, 50.0), (first, 100.0)):
             network_coordinates.measured(peer, Link(3.0, bandwidth))
-        assert list(network_coordinates.links) == [second.key.text, first.key.text]
-        assert network_coordinates.place.bytes_per_ms == 900.0
+        assert list(network_coordinates.measured_links) == [second.key.text, first.key.text]
+        assert network_coordinates.own_place.bytes_per_ms == 900.0
 
     def test_the_coordinate_learns_to_predict_round_trips(self) -> None:
         anchor = record(coordinate=(0.0, 0.0, 0.0, 1.0), coordinate_error=0.1)
         network_coordinates = NetworkCoordinates(Clock())
         for _ in range(60):
             network_coordinates.measured(anchor, Link(10.0, 100.0))
-        place = network_coordinates.place
+        place = network_coordinates.own_place
         assert place.coordinate.error < 0.5
         assert place.coordinate.rtt_ms(place_of(anchor).coordinate) == pytest.approx(20.0, rel=0.2)
 
@@ -266,12 +266,12 @@ class TestProber:
     def test_a_silent_peer_is_left_out(self) -> None:
         echo, there, silent = Echo(), self.endpoint(), self.endpoint()
         echo.silent = {silent}
-        assert list(echo.prober.measure([there, silent], timeout_s=0.05)) == [there]
+        assert list(echo.prober.measure_links([there, silent], timeout_s=0.05)) == [there]
         assert not echo.prober.ping(silent).done()
 
     def test_bandwidth_is_never_infinite(self) -> None:
         echo, there = Echo(), self.endpoint()
-        link = echo.prober.measure([there])[there]
+        link = echo.prober.measure_links([there])[there]
         assert 0 < link.bytes_per_ms <= PROBE_BYTES / FASTEST_PROBE_MS
         assert PROBE_BYTES in echo.sizes
 
@@ -298,9 +298,9 @@ class TestNeighbours:
         links: Any = Links()
         neighbours = Neighbours(lambda: others, links, Echo().prober)
         neighbours.look_around()
-        assert len(neighbours.network_coordinates.links) == MEASURED_AT_ONCE
+        assert len(neighbours.network_coordinates.measured_links) == MEASURED_AT_ONCE
         neighbours.look_around()
-        assert set(neighbours.network_coordinates.links) == {other.key.text for other in others}
+        assert set(neighbours.network_coordinates.measured_links) == {other.key.text for other in others}
         assert links.open == 0
         assert len(neighbours.seen_links) == min(MAX_SEEN_LINKS, len(others))
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
@@ -324,7 +324,7 @@ class TestNeighbours:
             neighbours.look_around()
         best = [link.peer for link in neighbours.seen_links][: len(useful) - 1]
         assert set(best) == {peer.key.raw[:KEY_PREFIX_BYTES] for peer in useful[1:]}
-        assert len(neighbours.network_coordinates.links) > len(useful), "others count for the place"
+        assert len(neighbours.network_coordinates.measured_links) > len(useful), "others count for the place"
 
     def test_round_trips_of_sessions_are_published_until_the_next_measurement(
         self, monkeypatch: pytest.MonkeyPatch
@@ -374,7 +374,7 @@ class TestNeighbours:
         def answer(endpoint: Endpoint, ping: Ping) -> None:
             send(endpoint, ping)
             if endpoint not in echo.silent:
-                neighbours.heard(endpoint)
+                neighbours.message_received(endpoint)
 
         links: Any = Links()
         neighbours = Neighbours(list, links, Prober(answer))
@@ -383,9 +383,9 @@ class TestNeighbours:
             assert len(echo.sizes) <= ASKED_AT_ONCE
             echo.sizes.clear()
         assert neighbours.answering([*fakes, here]) == [here] and links.open == 0
-        monkeypatch.setattr("peers.links.HEARD_S", 0.0)
+        monkeypatch.setattr("peers.peer_links.HEARD_S", 0.0)
         refused = Neighbours(list, Links([here.endpoint]), Prober(answer))  # pyright: ignore[reportArgumentType]
-        refused.heard(here.endpoint)
+        refused.message_received(here.endpoint)
         assert refused.answering([here]) == [here], "as it cannot be asked"
         echo.silent.add(here.endpoint)
         assert neighbours.answering([here]) == [], "it does not answer any more"
@@ -398,7 +398,7 @@ class TestNeighbours:
         links: Any = Links([Endpoint(there.address, there.key)])
         neighbours = Neighbours(lambda: [here, there], links, Echo().prober)
         neighbours.look_around()
-        assert list(neighbours.network_coordinates.links) == [here.key.text]
+        assert list(neighbours.network_coordinates.measured_links) == [here.key.text]
         assert links.open == 0
 
 
@@ -407,36 +407,36 @@ class TestLoad:
         load = Load()
         for _ in range(30):
             load.observe(10.0, [8.0], [3])
-        wait_ms, batch = load.at(10.0)
+        wait_ms, batch = load.estimate_at(10.0)
         assert wait_ms == pytest.approx(8.0, rel=0.01)
         assert batch == pytest.approx(3.0, rel=0.01)
-        assert load.at(10.0 + HALF_LIFE_S) == pytest.approx((wait_ms / 2, batch / 2))
-        assert load.at(10.0 + 100 * HALF_LIFE_S) == pytest.approx((0.0, 0.0))
+        assert load.estimate_at(10.0 + HALF_LIFE_S) == pytest.approx((wait_ms / 2, batch / 2))
+        assert load.estimate_at(10.0 + 100 * HALF_LIFE_S) == pytest.approx((0.0, 0.0))
 
     def test_the_load_is_zero_without_passes(self) -> None:
-        assert Load().at(5.0) == (0.0, 0.0)
+        assert Load().estimate_at(5.0) == (0.0, 0.0)
 
     def test_the_load_includes_the_wait_for_the_current_pass(self) -> None:
         """This holds when all passes are prefill, and at any time of asking."""
         load = Load()
         for number in range(1000):  # Passes of 40 ms, one every 100 ms.
             load.observe(number / 10, [], [], took_ms=40.0)
-        assert load.at(99.9) == (pytest.approx(0.4 * 40.0 / 2, rel=0.02), 0.0)
-        assert load.at(99.95)[0] == pytest.approx(load.at(99.9)[0], rel=0.01)
+        assert load.estimate_at(99.9) == (pytest.approx(0.4 * 40.0 / 2, rel=0.02), 0.0)
+        assert load.estimate_at(99.95)[0] == pytest.approx(load.estimate_at(99.9)[0], rel=0.01)
 
 
 class TestObservedSpeed:
     def test_a_pass_changes_the_speed_of_its_size_only(self) -> None:
         speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
         for _ in range(100):
-            speed.observe(positions=1, blocks=4, elapsed_ms=12.0)
+            speed.observe_pass(positions=1, blocks=4, elapsed_ms=12.0)
         assert speed.block_ms[0] == pytest.approx(3.0, rel=0.01)
         assert speed.block_ms[1:] == (1.0, 2.0, 8.0, 32.0)
 
     def test_a_pass_between_two_sizes_changes_both(self) -> None:
         speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
         for _ in range(100):
-            speed.observe(positions=40, blocks=1, elapsed_ms=10.0)
+            speed.observe_pass(positions=40, blocks=1, elapsed_ms=10.0)
         assert speed.block_ms[2] > 2.0
         assert speed.block_ms[3] > 8.0
         assert speed.block_ms[0] == 1.0

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from scheduler.candidates import measured_first
+from scheduler.candidates import measurement_rounds
 from scheduler.facts import CLIENT, Link
 from scheduler.liveness import LOST_S, SILENT_S
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, TRUST_S, Measurements, Measurer
 from splitnet.swarm.swarm import Swarm
@@ -62,7 +62,7 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
     directory = FakeDirectory()
     directory.records = peers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Directory, "start", lambda **_: directory)
+        patch.setattr(DhtDirectory, "start", lambda **_: directory)
         with Swarm(FACTS, ["/an/address"]) as swarm:
             for owner, what, stand_in in (
                 (swarm.links, "prober", echo.prober),
@@ -82,10 +82,10 @@ def test_pings_per_minute_are_bounded() -> None:
         facts.look_at(peers)
         facts.measure_first(peers)
     assert len(echo.sizes) == PINGS_PER_MINUTE - ENDS_PINGS
-    facts.measure(peers[:2], peers[2:])
+    facts.measure_peers(peers[:2], peers[2:])
     assert sum(size > 0 for size in echo.sizes) >= 4, "the ends of a route are probed in any case"
     for _ in range(10):
-        facts.measure(peers[4:6], peers)
+        facts.measure_peers(peers[4:6], peers)
     assert PINGS_PER_MINUTE - ENDS_PINGS < len(echo.sizes) <= PINGS_PER_MINUTE
     clock.now += 61.0
     sent = len(echo.sizes)
@@ -106,7 +106,7 @@ def test_among_more_peers_more_links_are_measured_first(count: int, measured: in
 
     facts = Measurer(SimpleNamespace(look_s=60.0), measurements, links_of(echo), some, clock)  # pyright: ignore
     facts.measure_first(known)
-    assert len(measurements.network_coordinates.links) == measured
+    assert len(measurements.network_coordinates.measured_links) == measured
     facts.close()
 
 
@@ -115,9 +115,9 @@ def test_the_first_round_measures_random_peers_and_likely_hops() -> None:
     peers = [record() for _ in range(100)]
     measurements, facts = facts_with(clock, echo, peers[90:])
     facts.measure_first(peers)
-    measured = measurements.network_coordinates.links
+    measured = measurements.network_coordinates.measured_links
     assert {peer.key.text for peer in peers[90:]} < measured.keys()
-    assert len(measured) == measured_first(100)[0] + 10
+    assert len(measured) == measurement_rounds(100)[0] + 10
     assert not any(echo.sizes), "no bandwidth is measured"
     facts.close()
 
@@ -139,7 +139,7 @@ def test_bandwidth_is_probed_again_later_than_round_trips() -> None:
     clock, echo = Clock(), Echo()
     end, other = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
     measurements, facts = facts_with(clock, echo, [])
-    facts.measure([end], [other])
+    facts.measure_peers([end], [other])
     probes = sum(size > 0 for size in echo.sizes)
     assert 2 <= probes == sum(size == PROBE_BYTES for size in echo.sizes)
     assert measurements.unknown([end, other]) == [] and measurements.unprobed([end, other]) == [other]
@@ -147,11 +147,11 @@ def test_bandwidth_is_probed_again_later_than_round_trips() -> None:
     for waited_s in (1.0, PROBE_AGAIN_S - 2.0):
         clock.now += waited_s
         echo.sizes.clear()
-        facts.measure([end])
+        facts.measure_peers([end])
         assert echo.sizes == [0, 0]
         assert measurements.network([end]).link(CLIENT, end.key.text).bytes_per_ms == rate, "what was measured counts"
     clock.now += 2.0
-    facts.measure([end])
+    facts.measure_peers([end])
     assert sum(map(bool, echo.sizes)) >= 2
     facts.close()
 
@@ -168,12 +168,12 @@ def test_new_hops_are_pinged_before_use_while_other_peers_are_silent(monkeypatch
         def asked(among: list[PeerRecord], **options: Any) -> tuple[list[PeerRecord], list[Endpoint]]:
             """The hops of a route, and the endpoints that were pinged."""
             clock.now += LOST_S + 1
-            monkeypatch.setattr(swarm, "_look", lambda *_, **__: (among, set[str]()))
+            monkeypatch.setattr(swarm, "_peers_to_plan_with", lambda *_, **__: (among, set[str]()))
             echo.asked.clear()
-            return [hop.record for hop in swarm.plan(NEEDS, **options)], list(echo.asked)
+            return [hop.record for hop in swarm.plan_route(NEEDS, **options)], list(echo.asked)
 
         for some in (there[:15], there[15:]):
-            swarm.measurer.measure(some)
+            swarm.measurer.measure_peers(some)
             clock.now += 61.0
         tried = {peer.endpoint: peer for peer in gone}
         swarm.measurements.links_measured(tried, {})
@@ -201,7 +201,7 @@ def test_pings_ask_for_the_load_of_peers() -> None:
     clock, echo = Clock(), Echo()
     peers = [record(queue_ms=1.0)]
     measurements, facts = facts_with(clock, echo, peers)
-    for measure, wait_ms in ((facts.look_at, 12.0), (facts.measure, 14.0)):
+    for measure, wait_ms in ((facts.look_at, 12.0), (facts.measure_peers, 14.0)):
         echo.load = echo.load._replace(wait_ms=wait_ms)
         measure(peers)
         assert [peer.queue_ms for peer in measurements.peers(peers)] == [wait_ms]
@@ -214,17 +214,17 @@ def test_routes_avoid_a_silent_region() -> None:
     clock, echo = Clock(), Echo()
     near, far = region("192.0.2.1", 0.0, 1.0, 300), region("192.0.2.2", 90.0, 2.0, 300)
     with client_of([*near, *far], clock, echo) as swarm:
-        swarm.measurer.measure([], near[:20])
-        assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(near)
+        swarm.measurer.measure_peers([], near[:20])
+        assert endpoints([hop.record for hop in swarm.plan_route(NEEDS)]) <= endpoints(near)
         clock.now += SILENT_S + 1
         echo.silent = endpoints(near)
         swarm.measurements.links_measured({peer.endpoint: peer for peer in near[:2]}, {})
         echo.asked.clear()
-        assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(far)
+        assert endpoints([hop.record for hop in swarm.plan_route(NEEDS)]) <= endpoints(far)
         assert len(echo.silent.intersection(echo.asked)) < len(near) / 3, "most of them were never asked"
         clock.now += SILENT_S + 1
         echo.silent = endpoints([*near, *far])
-        assert swarm.plan(NEEDS), "where all are silent some route is tried"
+        assert swarm.plan_route(NEEDS), "where all are silent some route is tried"
 
 
 @pytest.mark.default_cases(strangers=(4,))
@@ -241,7 +241,7 @@ def test_answering_peers_near_silent_peers_are_used(strangers: int) -> None:
         clock.now += LOST_S + 1
         echo.silent = endpoints(gone)
         swarm.measurements.links_measured({peer.endpoint: peer for peer in gone[:2]}, {})
-        first, *others = swarm.plan(NEEDS)
+        first, *others = swarm.plan_route(NEEDS)
         assert first.record in far, "nobody else serves its blocks"
         assert endpoints([hop.record for hop in others]) <= endpoints(near)
 
@@ -258,6 +258,6 @@ def test_a_peer_known_to_be_alive_is_used_despite_silent_neighbours(known: str) 
         clock.now += LOST_S + 1 if holds else LOST_S - 1
         swarm.measurements.links_measured({peer.endpoint: peer for peer in far[:2]}, {})
         echo.silent = endpoints([near, *gone])
-        route = swarm.plan(NEEDS, holders={near.key.text} if holds else ())
+        route = swarm.plan_route(NEEDS, holders={near.key.text} if holds else ())
         assert near.endpoint in endpoints([hop.record for hop in route])
         assert echo.silent.intersection(echo.asked) == endpoints(gone), "and it need not be asked"

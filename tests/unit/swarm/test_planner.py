@@ -16,7 +16,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, OtherWeights, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.session.driver import Routes
-from splitnet.session.events import AskRoute, Move, NoRoute, Planned
+from splitnet.session.events import AskRoute, MoveRoute, RouteFailed, RoutePlanned
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm import plan as planner_module
 from splitnet.swarm.measure import STEPS, Measurements
@@ -33,7 +33,7 @@ def record(start: int, end: int, **facts: Any) -> PeerRecord:
 
 def plan(records: list[PeerRecord], needs: Needs = NEEDS, measurements: Measurements | None = None) -> list[PeerRecord]:
     planner = Planner(measurements or Measurements(), "a-model")
-    route = planner.plan(records, needs, (0, 6), ends=CLIENT_ENDS, holders=(), restricted=False)
+    route = planner.plan_route(records, needs, (0, 6), neighbours=CLIENT_ENDS, holders=(), restricted=False)
     return [hop.record for hop in route]
 
 
@@ -187,11 +187,11 @@ class Facts:
         codecs: Any = SimpleNamespace(along=lambda route: ())
         return Routes(self, codecs, (0, 6), any_weights=any_weights)  # pyright: ignore[reportArgumentType]
 
-    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
+    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> MoveRoute | None:
         """Asks for a better route after some time, with `news` new facts."""
         self.measurer.news += news
         routes.watch._looked_s = 0.0
-        return routes.better(hops, lambda: needs, 10, 100)
+        return routes.better_route(hops, lambda: needs, 10, 100)
 
 
 def steps(routes: Routes, step_ms: float) -> None:
@@ -221,11 +221,11 @@ def test_other_weights_are_used_only_if_allowed_and_the_same_are_missing(any_wei
     routes = facts.routes(any_weights=any_weights)
     asked = AskRoute(1, (), frozenset(), fresh=False, unban=False)
     needs = held((0, 6, "float32"))
-    assert isinstance(routes.answer(asked, needs), Planned) and facts.wished == [needs.held]
+    assert isinstance(routes.answer_query(asked, needs), RoutePlanned) and facts.wished == [needs.held]
     facts.holds = {"int4"}
-    answer = routes.answer(asked, needs)
-    assert isinstance(answer, Planned) if any_weights else isinstance(answer, NoRoute)
-    assert not isinstance(answer, NoRoute) or isinstance(answer.error, OtherWeights)
+    answer = routes.answer_query(asked, needs)
+    assert isinstance(answer, RoutePlanned) if any_weights else isinstance(answer, RouteFailed)
+    assert not isinstance(answer, RouteFailed) or isinstance(answer.error, OtherWeights)
 
 
 def test_a_re_plan_never_changes_the_weight_format() -> None:
@@ -246,9 +246,9 @@ def test_a_route_is_compared_with_its_prediction_at_planning_time() -> None:
     hops = [PlannedHop(record(0, 6), 0, 6)]
     facts = Facts(hops)
     routes = facts.routes()
-    routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
+    routes.answer_query(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
     facts.costs = {hops[0].name: 30.0}
-    routes.better(hops, lambda: NEEDS, 10, 100)
+    routes.better_route(hops, lambda: NEEDS, 10, 100)
     assert routes.watch.expected_ms == 10.0
 
 
@@ -290,7 +290,7 @@ def test_a_session_stops_changing_routes_after_few_moves() -> None:
     hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
     facts = Facts(other)
     predictions = PredictionErrors()
-    facts.measurements.prediction_came = predictions.came
+    facts.measurements.add_prediction = predictions.add_ratio
     routes = facts.routes()
     moves = 0
     for _ in range(40):
@@ -309,12 +309,12 @@ def test_a_replacement_route_is_left_only_for_one_as_fast_as_the_lost_route() ->
     facts = Facts(good)
     facts.costs = {slow[0].name: 40.0, middling[0].name: 22.0}
     routes = facts.routes()
-    routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
+    routes.answer_query(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
     facts.look(routes, good)
     steps(routes, 14.0)  # For the lost route, the measured time of a step counts if it exceeds the predicted time.
     facts.costs[again[0].name] = 18.0
     facts.best = slow
-    routes.answer(AskRoute(2, (), frozenset(), fresh=True, unban=False), NEEDS)
+    routes.answer_query(AskRoute(2, (), frozenset(), fresh=True, unban=False), NEEDS)
     facts.look(routes, slow)
     steps(routes, 40.0)
     for best, moves in ((slow, False), (middling, False), (again, True)):

@@ -17,7 +17,7 @@ from torch import nn
 from splitnet.errors import DataError, NotFinite, PeerLost, SplitnetError
 from splitnet.tools.tune.folder import ADAPTER, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, evaluate, take_steps
-from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.methods import Schedule, TrainingSettings
 from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun
 
 VOCABULARY = 11
@@ -57,14 +57,14 @@ def rows(*lengths: int) -> list[Encoded]:
 
 
 def run(**changed: Any) -> TuningRun:
-    settings = Settings(**{"steps": 6, "learning_rate": 0.1, "batch_size": 3, **changed})
+    settings = TrainingSettings(**{"steps": 6, "learning_rate": 0.1, "batch_size": 3, **changed})
     return TuningRun(Bigram(), rows(4, 7, 2, 5, 3), settings, pad=0)
 
 
 @given(count=st.integers(1, 20), size=st.integers(1, 30), seed=st.integers(0, 5))
 def test_every_example_is_used_once_per_epoch(count: int, size: int, seed: int) -> None:
     lengths = range(2, 2 + count)
-    tuning = TuningRun(Bigram(), rows(*lengths), Settings(9, 0.1, batch_size=size, seed=seed), pad=0)
+    tuning = TuningRun(Bigram(), rows(*lengths), TrainingSettings(9, 0.1, batch_size=size, seed=seed), pad=0)
     taken = [len(row.ids) for step in range(2 * count) for row in tuning._rows_of(step)]
     for epoch in range(len(taken) // count):
         assert sorted(taken[epoch * count : (epoch + 1) * count]) == list(lengths)
@@ -81,7 +81,7 @@ def test_the_order_differs_between_epochs_and_seeds() -> None:
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts: int) -> None:
     whole, cut = run(batch_size=5), run(batch_size=5, accumulate=parts)
-    first, second = whole.step(), cut.step()
+    first, second = whole.take_step(), cut.take_step()
     assert second.loss == pytest.approx(first.loss, rel=1e-6)
     assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=1e-5)
     torch.testing.assert_close(cut.model.table, whole.model.table)
@@ -90,47 +90,48 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts: int) -> None:
 def test_only_the_needed_logits_are_requested_if_the_model_can_omit_others() -> None:
     """`logits_to_keep` has no default in this model."""
     whole, sparing = (
-        TuningRun(model, rows(4, 7, 2, 5, 3), Settings(6, 0.1, batch_size=3), pad=0) for model in (Bigram(), Sparing())
+        TuningRun(model, rows(4, 7, 2, 5, 3), TrainingSettings(6, 0.1, batch_size=3), pad=0)
+        for model in (Bigram(), Sparing())
     )
-    assert sparing.step() == whole.step()
+    assert sparing.take_step() == whole.take_step()
     assert torch.equal(sparing.model.table, whole.model.table)
 
 
 def test_gradients_are_clipped() -> None:
     # The first step of AdamW ignores the scale of gradients, so the test looks at the gradients given to it.
     tuning = run(clip=0.01)
-    norm = tuning.step().gradient_norm
+    norm = tuning.take_step().gradient_norm
     assert norm > 0.05
     assert tuning.model.table.grad.norm() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_learning_rates_follow_the_schedule() -> None:
-    settings = Settings(steps=10, learning_rate=1.0, warmup_steps=2)
+    settings = TrainingSettings(steps=10, learning_rate=1.0, warmup_steps=2)
     assert [settings.learning_rate_at(step) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
-    cosine = Settings(steps=8, learning_rate=1.0, schedule=Schedule.COSINE)
+    cosine = TrainingSettings(steps=8, learning_rate=1.0, schedule=Schedule.COSINE)
     assert cosine.learning_rate_at(4) == pytest.approx(0.5)
-    assert Settings(steps=8, learning_rate=2.0, schedule=Schedule.CONSTANT).learning_rate_at(7) == 2.0
+    assert TrainingSettings(steps=8, learning_rate=2.0, schedule=Schedule.CONSTANT).learning_rate_at(7) == 2.0
 
 
 @pytest.mark.parametrize("method", [{}, {"zeroth_order": True, "directions": 2}], ids=["adamw", "zeroth order"])
 def test_a_resumed_run_equals_an_uninterrupted_run(method: dict[str, Any], tmp_path: Path) -> None:
     whole, first = run(**method), run(**method)
-    losses = [whole.step().loss for _ in range(6)]
+    losses = [whole.take_step().loss for _ in range(6)]
     for _ in range(3):
-        first.step()
+        first.take_step()
     folder = TuningFolder(tmp_path)
-    folder.save_checkpoint(*first.state())
+    folder.save_checkpoint(*first.saved_state())
     second = run(**method)
     saved = folder.load_checkpoint()
     assert saved is not None
     second.restore(*saved)
-    assert [second.step().loss for _ in range(3)] == losses[3:]
+    assert [second.take_step().loss for _ in range(3)] == losses[3:]
     assert torch.equal(second.model.table, whole.model.table)
     assert torch.equal(second.model.frozen, torch.ones(1))
 
 
 def test_a_checkpoint_of_another_run_is_refused() -> None:
-    tensors, facts = run().state()
+    tensors, facts = run().saved_state()
     tensors["parameter.table"] = tensors["parameter.table"][:3]
     other = run()
     with pytest.raises(DataError, match="not of this run"):
@@ -145,7 +146,7 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(zeroth_order: bool) -> N
         tuning.model.table[3, 3] = float("inf")
     before = tuning.model.table.detach().clone()
     with pytest.raises(SplitnetError, match="step 1 has overflowed"):
-        tuning.step()
+        tuning.take_step()
     assert torch.equal(tuning.model.table, before)
     assert tuning.done == 0
 
@@ -165,23 +166,23 @@ def test_accuracy_compares_the_logits_of_the_label_words(kind: type[Bigram]) -> 
 class TestFolder:
     def test_a_run_is_resumed_with_its_own_options_only(self, tmp_path: Path) -> None:
         folder = TuningFolder(tmp_path / "run")
-        folder.check({"steps": 3, "method": "lora"}, resume=False)
-        folder.begin({"steps": 9, "method": "lora"})  # This run ended before its first step.
-        folder.check({"steps": 3, "method": "lora"}, resume=False)
-        folder.begin({"steps": 3, "method": "lora"})
+        folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
+        folder.claim({"steps": 9, "method": "lora"})  # This run ended before its first step.
+        folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
+        folder.claim({"steps": 3, "method": "lora"})
         folder.save_checkpoint({}, {})
         with pytest.raises(DataError, match="--resume goes on"):
-            folder.check({"steps": 3, "method": "lora"}, resume=False)
-        folder.check({"steps": 3, "method": "lora"}, resume=True)
+            folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
+        folder.check_settings({"steps": 3, "method": "lora"}, resume=True)
         with pytest.raises(DataError, match="has steps 3, not 4"):
-            folder.check({"steps": 4, "method": "lora"}, resume=True)
+            folder.check_settings({"steps": 4, "method": "lora"}, resume=True)
 
     def test_a_folder_with_other_files_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(DataError, match="already holds files"):
-            TuningFolder(tmp_path).check({}, resume=False)
+            TuningFolder(tmp_path).check_settings({}, resume=False)
         with pytest.raises(DataError, match="no run to go on with"):
-            TuningFolder(tmp_path).check({}, resume=True)
+            TuningFolder(tmp_path).check_settings({}, resume=True)
 
     def test_metrics_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
         folder = TuningFolder(tmp_path)
@@ -247,11 +248,11 @@ class TestFolder:
 
     def test_a_run_that_overflows_keeps_its_last_checkpoint(self, tmp_path: Path) -> None:
         folder, tuning = TuningFolder(tmp_path), run()
-        folder.begin({})
+        folder.claim({})
 
         def look() -> None:
             if tuning.done == 1:
-                folder.save_checkpoint(*tuning.state())
+                folder.save_checkpoint(*tuning.saved_state())
             if tuning.done == 2:
                 with torch.no_grad():
                     tuning.model.table[:] = float("inf")
@@ -268,7 +269,7 @@ class TestFolder:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder, tuning = TuningFolder(tmp_path), run()
-        folder.begin({})
+        folder.claim({})
 
         def look() -> None:
             if tuning.done:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun, estimate_gradients
 
 
@@ -154,10 +154,10 @@ def test_prompts_in_one_batch_have_the_same_losses_as_alone(
 ) -> None:
     monkeypatch.setattr("splitnet.tools.tune.run.PACKED", room)
     rows = [Encoded(list(range(end)), [IGNORED] * 2 + list(range(2, end))) for end in (4, 3, 5)]
-    settings = Settings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
+    settings = TrainingSettings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
     together, alone = Prompted(), Prompted()
     alone.active_peft_config = SimpleNamespace(peft_type="PREFIX_TUNING")
-    told = [TuningRun(model, rows, settings, pad=0).step() for model in (together, alone)]
+    told = [TuningRun(model, rows, settings, pad=0).take_step() for model in (together, alone)]
     assert told[0].loss == pytest.approx(told[1].loss, rel=1e-5)
     torch.testing.assert_close(grad(together.prompt), grad(alone.prompt), rtol=1e-2, atol=1e-3)
     assert (together.calls, alone.calls) == (calls, [3] * 5)

@@ -24,10 +24,10 @@ def receiver(number: int) -> Connection:
 
 def sent(backlog: Backlog, number: int, size: int) -> Parcel | None:
     """Sends a message that is tracked."""
-    counted = backlog.reserve(receiver(number), size)
+    counted = backlog.reserve_room(receiver(number), size)
     if not counted:
         return None
-    backlog.add(receiver(number), counted, parcel := Parcel())
+    backlog.add_message(receiver(number), counted, parcel := Parcel())
     return parcel
 
 
@@ -38,9 +38,9 @@ def test_small_messages_are_counted_together() -> None:
     assert size <= LARGE_BYTES
     assert [backlog.untracked(receiver(1), size) for _ in range(5)] == [True] * 4 + [False]
     assert budget.used == 0
-    assert backlog.reserve(receiver(1), size) == 5 * size
-    assert budget.held(receiver(1).curve) == 5 * size
-    backlog.add(receiver(1), 5 * size, None)
+    assert backlog.reserve_room(receiver(1), size) == 5 * size
+    assert budget.held_bytes(receiver(1).curve) == 5 * size
+    backlog.add_message(receiver(1), 5 * size, None)
     assert budget.used == 0, "a message that ZeroMQ does not take is not held"
     assert backlog.untracked(receiver(1), size)
 
@@ -55,15 +55,15 @@ def test_a_slow_receiver_gets_half_of_the_room_and_sent_messages_free_it() -> No
     for parcel in parcels:
         parcel.done = True
     assert sent(backlog, 1, 20 * LARGE)
-    assert budget.held(receiver(1).curve) == 20 * LARGE
+    assert budget.held_bytes(receiver(1).curve) == 20 * LARGE
 
 
 def test_held_bytes_are_those_of_unsent_messages() -> None:
     backlog = Backlog(Budget(100 * LARGE))
     parcels = [parcel for number in (1, 2, 1) if (parcel := sent(backlog, number, LARGE)) is not None]
-    assert [backlog.held(receiver(number)) for number in (1, 2, 3)] == [2 * LARGE, LARGE, 0]
+    assert [backlog.held_bytes(receiver(number)) for number in (1, 2, 3)] == [2 * LARGE, LARGE, 0]
     parcels[2].done = True
-    assert [backlog.held(receiver(number)) for number in (1, 2, 3)] == [LARGE, LARGE, 0]
+    assert [backlog.held_bytes(receiver(number)) for number in (1, 2, 3)] == [LARGE, LARGE, 0]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30 * LARGE), st.booleans()), max_size=60))

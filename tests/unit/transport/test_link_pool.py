@@ -39,7 +39,7 @@ class FakeLinking:
     def disconnect(self, endpoint: Endpoint) -> None:
         del self.open[endpoint]
 
-    def state(self, endpoint: Endpoint) -> LinkState:
+    def link_state(self, endpoint: Endpoint) -> LinkState:
         return self.open.get(endpoint, LinkState.CONNECTING)
 
 
@@ -93,14 +93,14 @@ def test_the_failure_of_a_closed_link_is_remembered_for_a_while(links: Fixture) 
     links.touch(1, LinkState.DOWN)
     links.pool.tick(0.0)
     links.pool.tick(100.0)
-    assert links.open == set() and links.pool.state(peer(1)) is LinkState.DOWN
+    assert links.open == set() and links.pool.link_state(peer(1)) is LinkState.DOWN
     links.touch(1)
-    assert links.pool.state(peer(1)) is LinkState.DOWN, "until the link is up, or fails again"
+    assert links.pool.link_state(peer(1)) is LinkState.DOWN, "until the link is up, or fails again"
     links.touch(1, LinkState.UP)
-    assert links.pool.state(peer(1)) is LinkState.UP
+    assert links.pool.link_state(peer(1)) is LinkState.UP
     links.pool.tick(101.0)
     links.pool.tick(101.0 + KEEP_S + 1)
-    assert links.open == set() and links.pool.state(peer(1)) is LinkState.CONNECTING
+    assert links.open == set() and links.pool.link_state(peer(1)) is LinkState.CONNECTING
 
 
 def test_remembered_failures_of_closed_links_are_bounded(links: Fixture) -> None:
@@ -108,9 +108,9 @@ def test_remembered_failures_of_closed_links_are_bounded(links: Fixture) -> None
     links.pool.tick(0.0)
     for now in (100.0, 100.0 + KEEP_S):
         links.pool.tick(now)
-    assert links.pool.state(peer(1)) is LinkState.DOWN
+    assert links.pool.link_state(peer(1)) is LinkState.DOWN
     links.pool.tick(101.0 + KEEP_S)
-    assert links.pool.state(peer(1)) is LinkState.CONNECTING
+    assert links.pool.link_state(peer(1)) is LinkState.CONNECTING
 
 
 def test_links_in_use_stay(links: Fixture) -> None:
@@ -237,11 +237,11 @@ def test_an_unused_link_stays_open_for_the_answer_to_a_message_that_waited_for_i
     linking.open[peer(1)] = LinkState.CONNECTING
     pool.tick(100.0)
     linking.open[peer(1)] = LinkState.UP
-    pool.came_up(peer(1))
+    pool.restart_idle_time(peer(1))
     pool.tick(100.0 + handshake_s)
     pool.tick(100.0 + handshake_s + BRIEF_S)
     assert linking.open.keys() == {peer(1)}
     pool.tick(100.1 + handshake_s + BRIEF_S)
     assert linking.open.keys() == set()
-    pool.came_up(peer(1))
+    pool.restart_idle_time(peer(1))
     assert not len(pool)

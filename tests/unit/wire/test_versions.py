@@ -20,7 +20,7 @@ from nacl.signing import SigningKey
 from splitnet.directory.record import RECORD_LAYOUT, PeerRecord
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import Identity
-from splitnet.wire.fields import Layout, appended, flag, uint, wire
+from splitnet.wire.fields import MessageLayout, appended_field, flag, uint, wire_field
 from splitnet.wire.messages import (
     MAGIC,
     MESSAGES,
@@ -157,14 +157,14 @@ def test_appended_fields_come_last() -> None:
 
 @dataclass(frozen=True)
 class Early:
-    first: int = wire(uint(9))
-    known: int = wire(uint(9), default=1)
+    first: int = wire_field(uint(9))
+    known: int = wire_field(uint(9), default=1)
 
 
 @dataclass(frozen=True)
 class Late(Early):
-    second: int = appended(uint(9), 5)
-    third: bool = appended(flag, False)
+    second: int = appended_field(uint(9), 5)
+    third: bool = appended_field(flag, False)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,6 @@ class Late(Early):
     ],
 )
 def test_a_writer_omits_only_trailing_appended_defaults(late: Late, written: list[Any]) -> None:
-    assert Layout(Late).write(late) == written
-    assert Late(**Layout(Late).read(written)) == late
-    assert Early(**Layout(Early).read(written)) == Early(late.first, late.known)
+    assert MessageLayout(Late).write_fields(late) == written
+    assert Late(**MessageLayout(Late).read_fields(written)) == late
+    assert Early(**MessageLayout(Early).read_fields(written)) == Early(late.first, late.known)
