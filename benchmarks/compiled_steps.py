@@ -23,7 +23,7 @@ from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant.choose import INTEGERS
-from tests.unit.blocks.test_compiled_families import SIZES
+from tests.unit.blocks.test_describe import SIZES
 from tests.unit.random_models import random_checkpoint
 
 _LATENTS = {

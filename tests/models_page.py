@@ -67,7 +67,7 @@ def sections() -> Iterator[str]:
     yield table(("family", "together", "states", "short steps"), _families())
     yield (
         "Compiled steps are compared with the family's own code when blocks are loaded, and in "
-        "`tests/unit/blocks/test_compiled_families.py` for each of these families; experts must be held in codes. They "
+        "`tests/unit/blocks/test_describe.py` for each of these families; experts must be held in codes. They "
         "are for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
     )
     yield ", ".join(f"`{name}`" for name in sorted(FACTS) if FACTS[name].native_step) + "."

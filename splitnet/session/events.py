@@ -50,7 +50,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
     Phase.CLOSED: frozenset(),
 }
-"""All possible changes of phase; `tests/unit/session/test_session_machine.py` compares them with the observed ones."""
+"""All possible changes of phase; `tests/unit/session/test_machine.py` compares them with the observed ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The devices of the GPU tests: each GPU that torch finds, or the stand-in, in a separate process.
 
 The stand-in changes torch for the whole process, so that it must be requested: `GPU_TESTS_ON=stand-in pytest -n0
-tests/gpu`; `tests/unit/blocks/test_gpu_stand_in.py` does so.
+tests/gpu`; `tests/unit/blocks/test_span_devices.py` does so.
 """
 
 from __future__ import annotations

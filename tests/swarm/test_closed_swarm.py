@@ -30,7 +30,7 @@ from tests.attacks.directory import ask_of_nothing
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_asked_directory import GREEDY, IDS, spans
-from tests.unit.swarm.test_client_swarm import NEEDS
+from tests.unit.swarm.test_swarm import NEEDS
 
 pytestmark = pytest.mark.swarm
 

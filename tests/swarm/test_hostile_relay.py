@@ -12,7 +12,7 @@ from splitnet.nat import punch, unreachable
 from splitnet.nat.relay import RelayBounds
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
-from tests.unit.nat.test_ways_streams import World, ask, to, wait_until
+from tests.unit.nat.test_stream import World, ask, to, wait_until
 
 pytestmark = pytest.mark.swarm
 

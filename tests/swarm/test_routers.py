@@ -17,7 +17,7 @@ from splitnet.nat.stream import StreamLoop
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.nat.test_ways_streams import ask, wait_until
+from tests.unit.nat.test_stream import ask, wait_until
 from tests.unit.transport.test_transport import Node, echo
 
 pytestmark = pytest.mark.swarm

@@ -39,8 +39,8 @@ from splitnet.wire.messages import (
     decode,
     encode,
 )
+from tests.unit.directory.test_ask import MODEL, signed
 from tests.unit.directory.test_directory import record_of
-from tests.unit.directory.test_peer_directory import MODEL, signed
 
 WAIT_S = 20.0
 KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()

@@ -15,7 +15,7 @@ from scheduler.placement import choose_span
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 
 def peer(start: int, end: int, decode_ms: float = 1.0) -> Peer:

@@ -15,7 +15,7 @@ from splitnet.security.identity import Identity
 from splitnet.swarm import peer_cache
 from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.swarm.test_client_swarm import FACTS, RECORD
+from tests.unit.swarm.test_swarm import FACTS, RECORD
 
 WAIT_S = 20.0
 

@@ -21,7 +21,7 @@ from splitnet.security.identity import Identity
 from splitnet.tools.doctor import document, examination, hardware, has_failed, summary
 from splitnet.tools.doctor.hardware import CheckResult, Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 ALLOWED_S = 3.0
 SIZES = ModelSizes(

@@ -98,7 +98,7 @@ attempts = st.integers(0, MAX_ATTEMPT)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
-    # Control characters are escaped when decoded, see tests/unit/test_printable.py.
+    # Control characters are escaped when decoded, see tests/unit/test_logs_printable.py.
     return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from peers.relocation import Mover
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 NUM_BLOCKS = 6
 IDENTITIES = sorted((Identity.generate() for _ in range(4)), key=lambda identity: identity.public.text)

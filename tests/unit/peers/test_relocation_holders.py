@@ -15,7 +15,7 @@ from scheduler.liveness import HOLDER_LOST_S, HOLDER_SILENT_S
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 NUM_BLOCKS = 6
 

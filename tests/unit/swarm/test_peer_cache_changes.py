@@ -18,7 +18,7 @@ from splitnet.swarm import peer_cache
 from splitnet.swarm.peer_cache import LISTED, LOOK_S, READ_S, UNHEARD_S, PeerCache
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import Announce, Found, LookUp, Message, encode
-from tests.unit.directory.test_peer_directory import MODEL, ScriptedPeers, says_nothing, signed
+from tests.unit.directory.test_ask import MODEL, ScriptedPeers, says_nothing, signed
 
 TTL_S = 60.0
 

@@ -24,8 +24,8 @@ from splitnet.swarm import plan as planner_module
 from splitnet.swarm.measure import Latest, Measurements
 from splitnet.swarm.plan import CLIENT_ENDS, PlannedHop, Planner
 from tests.tiers import examples
-from tests.unit.swarm.test_measurements import Clock
-from tests.unit.swarm.test_planner import NEEDS, record
+from tests.unit.swarm.test_measure import Clock
+from tests.unit.swarm.test_plan import NEEDS, record
 
 FEW = 12
 ENCODINGS = (Encoding("none", 256.0), Encoding("int8", 66.0, 0.24, 0.003))

@@ -18,8 +18,8 @@ from splitnet.swarm.measure import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, 
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport.prober import PROBE_BYTES
 from splitnet.wire.endpoints import Endpoint
-from tests.unit.swarm.test_client_swarm import FACTS, NEEDS, FakeDirectory
-from tests.unit.swarm.test_measurements import Clock, Echo, record
+from tests.unit.swarm.test_measure import Clock, Echo, record
+from tests.unit.swarm.test_swarm import FACTS, NEEDS, FakeDirectory
 
 
 def links_of(echo: Echo) -> SimpleNamespace:

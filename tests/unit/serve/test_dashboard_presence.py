@@ -19,7 +19,7 @@ from splitnet.swarm.plan import peer_command
 from splitnet.swarm.swarm import EventLog, Overview, Swarm
 from splitnet.transport.prober import PingReply
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.swarm.test_client_swarm import FACTS, RECORD
+from tests.unit.swarm.test_swarm import FACTS, RECORD
 
 OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp://127.0.0.1:10", start=2, end=4)
 

@@ -21,7 +21,7 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.swarm import plan as planner_module
 from splitnet.swarm.measure import STEPS, Measurements
 from splitnet.swarm.plan import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 SLOW = tuple(1000 * ms for ms in RECORD.block_ms)
 NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))

@@ -31,7 +31,7 @@ from splitnet.swarm.measure import (
 from splitnet.transport.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import LoadReport, Ping, Pong
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 
 def record(**facts: Any) -> PeerRecord:

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from scheduler.liveness import BAN_S
 from splitnet.swarm.peer_cache import Bans
-from tests.unit.swarm.test_client_swarm import RECORD
-from tests.unit.swarm.test_measurements import Clock, record
+from tests.unit.swarm.test_measure import Clock, record
+from tests.unit.swarm.test_swarm import RECORD
 
 
 def test_a_ban_ends() -> None:

@@ -14,7 +14,7 @@ from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Relay
 from splitnet.wire.messages import ENTRY_BYTES
-from tests.unit.directory.test_peer_directory import signed
+from tests.unit.directory.test_ask import signed
 
 MUCH = 60_000
 OWNER = Identity.generate()
