@@ -34,7 +34,7 @@ class ServedBlocks:
     num_blocks: int
     hidden_size: int
     max_positions: int | None
-    weights: str = ""  # weight format, see `Weights.description`
+    weights: str = ""  # weight format, see `WeightChoice.description`
     # Types and shapes of the tensors of a page, by their names; see `Span.page_layout`.
     page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
 

@@ -34,7 +34,7 @@ _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in th
 
 
 def positions_at_once(heads: int, key_count: int) -> int:
-    """The number of new positions whose scores, for `heads` heads by `reach` positions, fit in `SCORE_BYTES`; at least
+    """The number of new positions whose scores, for `heads` heads by `key_count` positions, fit in `SCORE_BYTES`; at least
     1."""
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * key_count))
 
@@ -89,7 +89,7 @@ def _mask(
     twice: range = range(0),
     without: range = range(0),
 ) -> Tensor:
-    """`[1, 1, count, columns]`: the mask of the last `count` of `reach` positions, boolean or, with `additive`, as
+    """`[1, 1, count, columns]`: the mask of the last `count` of `key_count` positions, boolean or, with `additive`, as
     numbers to add to scores.
 
     twice: positions with a column in codes and a column in full, see `SequenceCache.append_with_codes`.

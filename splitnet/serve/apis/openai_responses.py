@@ -249,7 +249,7 @@ class KeptResponses:
         return response, messages
 
     def drop(self, owner: str, id: str) -> None:
-        """Deletes a response. Raises ApiError as `find` does."""
+        """Deletes a response. Raises ApiError as `find_response` does."""
         self.find_response(owner, id)
         self._held[owner] -= len(self._kept.pop(id)[1])
         self._held += Counter()  # removes clients without bytes

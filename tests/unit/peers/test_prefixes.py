@@ -59,7 +59,7 @@ def same(one: Page, other: Page) -> bool:
     return alike and (one.name, one.output, one.rope_length) == (other.name, other.output, other.rope_length)
 
 
-def recalled(store: PrefixStore, space: PageNamespace, labels: list[bytes]) -> list[Page]:
+def looked_up(store: PrefixStore, space: PageNamespace, labels: list[bytes]) -> list[Page]:
     """Pages of a text, with which a row is begun."""
     found: Queue[list[Page]] = Queue()
     store.lookup_prefix(space, labels, found.put)
@@ -111,7 +111,7 @@ class Stores(RuleBasedStateMachine):
     def recall(self, owner: int, context: int, text: int, depth: int) -> None:
         space = self._space(owner, context)
         labels = [label(text, index) for index in range(depth)]
-        pages = recalled(self.store, space, labels)
+        pages = looked_up(self.store, space, labels)
         assert len(pages) <= depth
         for page, each in zip(pages, labels, strict=False):
             assert page.name == page_name(space, each) and page.name in self.known
@@ -128,7 +128,7 @@ class Stores(RuleBasedStateMachine):
     @rule(owner=st.integers(0, 2), text=st.integers(0, 3))
     def forget(self, owner: int, text: int) -> None:
         space = self._space(owner, 0)
-        pages = recalled(self.store, space, [label(text, index) for index in range(DEPTH)])
+        pages = looked_up(self.store, space, [label(text, index) for index in range(DEPTH)])
         self.store.forget_pages(pages)
         assert not any(page.name in self.store._held for page in pages)
 
@@ -192,14 +192,14 @@ def test_what_a_page_depends_on_is_in_its_name() -> None:
     assert len({page_name(space, label(0, 0)) for space in spaces}) == len(spaces)
     put_text(store, spaces[0])
     labels = [label(0, index) for index in range(DEPTH)]
-    assert [len(recalled(store, space, labels)) for space in spaces] == [DEPTH] + [0] * (len(spaces) - 1)
+    assert [len(looked_up(store, space, labels)) for space in spaces] == [DEPTH] + [0] * (len(spaces) - 1)
 
 
 def test_without_a_context_nothing_is_stored() -> None:
     store = in_memory()
     assert store.namespace(OWNERS[0], b"", 0, 2, 0) == NOWHERE
     put_text(store, NOWHERE)
-    assert not len(store) and not recalled(store, NOWHERE, [label(0, 0)])
+    assert not len(store) and not looked_up(store, NOWHERE, [label(0, 0)])
 
 
 @settings(max_examples=examples(100))
@@ -214,7 +214,7 @@ def test_no_page_stays_without_those_before_it(texts: list[tuple[int, int, float
     for turn, (text, depth, cost) in enumerate(texts):
         limit = limits[turn % len(limits)]
         put_text(store, space, text, depth, cost)
-        recalled(store, space, [label(text, index) for index in range(depth)])
+        looked_up(store, space, [label(text, index) for index in range(depth)])
         store.shrink()
         for each in range(8):
             there = [store.has_page(space, label(each, index)) for index in range(DEPTH)]
@@ -227,7 +227,7 @@ def test_what_is_used_and_took_long_stays() -> None:
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space, 2, cost_ms=100.0)
     put_text(store, space, 4, cost_ms=1.0)
-    recalled(store, space, [label(4, index) for index in range(DEPTH)])
+    looked_up(store, space, [label(4, index) for index in range(DEPTH)])
     for text in range(6, 14, 2):
         put_text(store, space, text, cost_ms=1.0)
     left = {text: sum(store.has_page(space, label(text, index)) for index in range(DEPTH)) for text in range(2, 14, 2)}
@@ -289,7 +289,7 @@ def test_pages_are_evicted_in_the_order_of_sorting_them_each_time(seed: int) -> 
             if what == "put":
                 put_text(store, space, text, depth, cost_ms)
             elif what == "recall":
-                recalled(store, space, [label(text, index) for index in range(depth)])
+                looked_up(store, space, [label(text, index) for index in range(depth)])
             else:
                 store.shrink()
         (one, dropped), (other, expected) = stores
@@ -353,10 +353,10 @@ def test_a_restarted_store_goes_on_from_its_files(store: PrefixStore, tmp_path: 
     later = PrefixStore("facts", lambda: 1 << 30, files=PageFiles(tmp_path / "pages", 1 << 30))
     try:
         labels = [label(0, index) for index in range(DEPTH)]
-        pages = recalled(later, space, labels)
+        pages = looked_up(later, space, labels)
         assert len(pages) == DEPTH and all(same(page, made_page(page.name)) for page in pages)
         assert later.counts.read == later.counts.found == DEPTH and len(later) == DEPTH
-        assert not recalled(later, later.namespace(OWNERS[1], b"context", 0, 2, 0), labels)
+        assert not looked_up(later, later.namespace(OWNERS[1], b"context", 0, 2, 0), labels)
     finally:
         later.close()
 
@@ -394,11 +394,11 @@ def test_what_is_damaged_is_not_used_and_written_again(how: str, store: PrefixSt
     files = [store._files._file(OWNERS[0], name) for name in names]
     damage(files[2], files[3], how)
     labels = [label(0, index) for index in range(DEPTH)]
-    assert [page.name for page in recalled(store, space, labels)] == names[:2]
+    assert [page.name for page in looked_up(store, space, labels)] == names[:2]
     assert store.counts.broken == 1
     put_text(store, space)
-    assert len(recalled(store, space, labels)) == DEPTH
-    assert all(same(page, made_page(page.name)) for page in recalled(store, space, labels))
+    assert len(looked_up(store, space, labels)) == DEPTH
+    assert all(same(page, made_page(page.name)) for page in looked_up(store, space, labels))
 
 
 def test_others_cannot_read_the_folder(store: PrefixStore, tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_a_disk_that_takes_nothing_costs_pages_alone(
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
     for _ in range(2):
-        assert len(recalled(store, space, labels)) == DEPTH
+        assert len(looked_up(store, space, labels)) == DEPTH
     store.close()
     assert not store.counts.written and store.counts.broken
     assert not list(tmp_path.rglob("*.page"))
@@ -558,7 +558,7 @@ class Stuck:
 
 def on_disk(store: PrefixStore, space: PageNamespace) -> None:
     put_text(store, space)
-    recalled(store, space, [label(0, index) for index in range(DEPTH)])
+    looked_up(store, space, [label(0, index) for index in range(DEPTH)])
     while store.counts.written < DEPTH:
         threading.Event().wait(0.01)
     with store._lock:
@@ -579,7 +579,7 @@ def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
     for _ in range(asked):
         store.lookup_prefix(mine, labels, found.put)
     assert asked - found.qsize() <= 2 * prefixes.MOST_QUEUED + 1
-    assert len(recalled(store, other, labels)) == DEPTH, "it is in memory"
+    assert len(looked_up(store, other, labels)) == DEPTH, "it is in memory"
     while not disk.reads:
         threading.Event().wait(0.01)
     monkeypatch.setattr(prefixes.time, "monotonic", lambda: float("inf"))
@@ -597,7 +597,7 @@ def test_reads_go_before_writes(store: PrefixStore, monkeypatch: pytest.MonkeyPa
     labels = [label(0, index) for index in range(DEPTH)]
     store.lookup_prefix(mine, labels, lambda _: order.put("read"))
     put_text(store, other)
-    assert len(recalled(store, other, labels)) == DEPTH  # used again, so they are to be written
+    assert len(looked_up(store, other, labels)) == DEPTH  # used again, so they are to be written
     store.lookup_prefix(mine, labels[:3], lambda _: order.put("read"))
     disk.go.set()
     assert [order.get(timeout=SOON_S) for _ in range(3)] == ["read", "read", "write"]
@@ -623,7 +623,7 @@ def test_the_first_pages_of_a_text_are_written_first(store: PrefixStore, monkeyp
     names = put_text(store, space)
     with monkeypatch.context() as patch:
         patch.setattr(store, "_put_job", lambda order, job: None)
-        recalled(store, space, [label(0, index) for index in range(DEPTH)])
+        looked_up(store, space, [label(0, index) for index in range(DEPTH)])
     assert store._queued == set(names[:3])
     store._queued.clear()
 
@@ -632,7 +632,7 @@ def test_pages_that_did_not_fit_are_forgotten_on_disk_too(store: PrefixStore, tm
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
-    pages = recalled(store, space, labels)
+    pages = looked_up(store, space, labels)
     store.forget_pages(pages)
     store.close()
     assert not recalled_after(store, space, labels) and not list(tmp_path.rglob("*.page"))
@@ -653,7 +653,7 @@ def test_a_job_that_fails_ends_nothing(store: PrefixStore, caplog: pytest.LogCap
     store._put_job(0, fail)
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     on_disk(store, space)
-    assert len(recalled(store, space, [label(0, 0)])) == 1
+    assert len(looked_up(store, space, [label(0, 0)])) == 1
     assert "of no kind that is known" in caplog.text
 
 
@@ -671,7 +671,7 @@ def test_threads_that_put_recall_and_shrink_at_once_leave_it_whole() -> None:
                 put_text(store, space, text, cost_ms=float(turn % 7))
                 state["limit"] = limits[turn % 3]
                 store.shrink()
-                for page in recalled(store, space, [label(text, index) for index in range(DEPTH)]):
+                for page in looked_up(store, space, [label(text, index) for index in range(DEPTH)]):
                     assert same(page, made_page(page.name))
         except BaseException as error:
             errors.append(error)
