@@ -178,11 +178,11 @@ class SimulatedPlanner:
         def part(
             blocks: tuple[int, int],
             exclude: Collection[str],
-            ends: PartNeighbours = CLIENT_ENDS,
+            neighbours: PartNeighbours = CLIENT_ENDS,
             holders: Collection[str] = (),
         ) -> list[PlannedHop]:
             nonlocal planned
-            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in ends)
+            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in neighbours)
             plan = replace(
                 self._plan(session, {*exclude, *banned}),
                 blocks=blocks,

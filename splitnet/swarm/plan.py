@@ -75,7 +75,7 @@ def repaired_route(
             until = following.start if following else end
             if position < until:
                 neighbours = (route[-1].record if route else None, following.record if following else None)
-                fill = plan(blocks=(position, until), ends=neighbours, exclude=used)
+                fill = plan(blocks=(position, until), neighbours=neighbours, exclude=used)
                 used |= {hop.name for hop in fill}
                 route += fill
             if following:

@@ -295,7 +295,7 @@ class _SwarmSearcher:
     def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[list[PlannedHop]] | None:
         neighbours, holders, exclude = self.neighbours, self.holders, left_out | self.unusable
         which: dict[str, Any] = {
-            "ends": neighbours,
+            "neighbours": neighbours,
             "exclude": exclude,
             "holders": holders,
             "restricted": bool(exclude),

@@ -215,7 +215,7 @@ class Steps(Trouble):
         if (log.positions if log is not None else 0) + length <= self.world.state.reservation:
             self.world.submit([(None, 0, length, min(keep, length))])
 
-    @precondition(lambda self: not self.world.state.under_way and len(self.world.asked) < 12)
+    @precondition(lambda self: not self.world.state.in_flight_count and len(self.world.asked) < 12)
     @precondition(lambda self: self.world.ready or self.world.state.phase in (Phase.NEW, Phase.BROKEN))
     @rule(which=st.integers(0, 12), length=st.integers(1, 14), at_once=st.booleans())
     def begin_text(self, which: int, length: int, at_once: bool) -> None:
@@ -226,7 +226,7 @@ class Steps(Trouble):
             self.world.settle()
             self.send_text()
 
-    @precondition(lambda self: self.world.text is not None and not self.world.state.under_way)
+    @precondition(lambda self: self.world.text is not None and not self.world.state.in_flight_count)
     @rule()
     def send_text(self) -> None:
         if self.world.state.is_open and self.world.state.is_settled:
@@ -295,7 +295,7 @@ class Steps(Trouble):
             self.world.lose((CLIENT, first), newest=True)
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
-    @precondition(lambda self: not self.world.state.under_way)
+    @precondition(lambda self: not self.world.state.in_flight_count)
     @rule(at=index)
     def fork(self, at: int) -> None:
         rows = list(self.world.rows)
@@ -351,7 +351,7 @@ class Passes(Trouble):
         if asked.adapter is None or asked.adapter is self.world.state.adapter:
             self.world.send_back(asked)
 
-    @precondition(lambda self: self.world.ready and not self.world.state.under_way)
+    @precondition(lambda self: self.world.ready and not self.world.state.in_flight_count)
     @rule(which=st.sampled_from(ADAPTERS[1:]))
     def use_adapter(self, which: Any) -> None:
         self.world.feed(UseAdapter(which, for_passes=True))

@@ -68,7 +68,7 @@ def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swa
                 (swarm.links, "prober", echo.prober),
                 (swarm.measurer, "clock", clock),
                 (swarm.measurements, "_clock", clock),
-                (swarm, "_look", lambda *_, **__: (peers, set[str]())),
+                (swarm, "_peers_to_plan_with", lambda *_, **__: (peers, set[str]())),
             ):
                 patch.setattr(owner, what, stand_in)
             yield swarm

@@ -171,12 +171,12 @@ class Facts:
         self.peers = list[PeerRecord]
         self.probed: list[bool] = []
         self.measurer = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
-        self.measurements = SimpleNamespace(prediction_error=1.0, prediction_came=lambda *_: None, silent=set)
+        self.measurements = SimpleNamespace(prediction_error=1.0, add_prediction=lambda *_: None, silent_peers=set)
         self.planner = SimpleNamespace(
             cost_ms=lambda needs, hops: self.costs.get(hops[0].name, 10.0), move_ms=lambda *_: 0.0
         )
 
-    def plan(self, needs: Needs, **_: Any) -> list[PlannedHop]:
+    def plan_route(self, needs: Needs, **_: Any) -> list[PlannedHop]:
         self.planned += 1
         self.wished.append(needs.held)
         if any(blocks.weights not in self.holds for blocks in needs.held):

@@ -454,7 +454,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
     (STEP, "labels", b"", bytes(LABEL_BYTES - 1)),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
-    (Opened(SESSION, 1, True, 0), "recalled", True, 1),
+    (Opened(SESSION, 1, True, 0), "looked_up", True, 1),
     (Opened(SESSION, 1, True, 0), "stores", True, 1),
     (STEP, "parts", [[1, 0, 1, 0]] * MAX_ROWS, [[1, 0, 1, 0]] * (MAX_ROWS + 1)),
     (STEP, "parts", [], None),
