@@ -39,7 +39,7 @@ from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.demo import demo_checkpoint
 from splitnet.cli.demo import EXACT, LocalSwarm
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import PublicKey
@@ -483,7 +483,7 @@ def main() -> int:
         daemons = [*first.processes, *second.processes]
         processes = {f"daemon {index + 1}": psutil.Process(one.pid) for index, one in enumerate(daemons)}
         watcher = stack.enter_context(Watcher(processes | {"gateway": psutil.Process(gateway.pid)}))
-        node = stack.enter_context(Directory.start(initial_peers=[address]))
+        node = stack.enter_context(DhtDirectory.start(initial_peers=[address]))
         record = next(one for one in node.peers(checkpoint.fingerprint) if one.serves and not one.start)
         target = {
             "addresses": [address],

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import zmq
 
-from peers.directory import DirectoryService
+from peers.directory_service import DirectoryService
 from scheduler.cost import encodings_of
 from scheduler.facts import PASS_SIZES
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
 from splitnet.security.identity import Identity
 from splitnet.swarm.plan import Needs
@@ -101,14 +101,15 @@ def directory(nodes: int, peers: int) -> None:
     print(f"a record: {sum(map(len, packed)) / peers:.0f} bytes", flush=True)
     with ExitStack() as stack:
         listen = ["/ip4/127.0.0.1/tcp/0"]
-        first = stack.enter_context(Directory.start(listen=listen))
-        others = [Directory.start(listen=listen, initial_peers=first.addresses[:1]) for _ in range(nodes - 1)]
+        first = stack.enter_context(DhtDirectory.start(listen=listen))
+        others = [DhtDirectory.start(listen=listen, initial_peers=first.addresses[:1]) for _ in range(nodes - 1)]
         for node in others:
             stack.enter_context(node)
         workers = [
             threading.Thread(
                 target=lambda at=at: [
-                    others[at % len(others)].store(PeerRecord.unpack(data), data) for data in packed[at :: len(others)]
+                    others[at % len(others)].store_record(PeerRecord.unpack(data), data)
+                    for data in packed[at :: len(others)]
                 ]
             )
             for at in range(len(others))
@@ -118,7 +119,7 @@ def directory(nodes: int, peers: int) -> None:
         for worker in workers:
             worker.join()
         without = passed(lambda: time.sleep(IDLE_S)) / IDLE_S
-        client = stack.enter_context(Directory.start(initial_peers=first.addresses[:1]))
+        client = stack.enter_context(DhtDirectory.start(initial_peers=first.addresses[:1]))
         client.peers(MODEL)
         idle = passed(lambda: time.sleep(IDLE_S)) / IDLE_S
         began = time.monotonic()
@@ -143,7 +144,7 @@ def minutes(count: int, number: int, *, busy: bool) -> None:
         with Swarm(facts, [peer_address(peers.endpoints[0])]) as client:
             needs = Needs(1000, encodings_of({"int8": 4096.0}), (0, BLOCKS))
             ends = time.monotonic()
-            route = client.plan(needs)
+            route = client.plan_route(needs)
             session = IdleSession()
             client.links.register(session)
             for hop in route:
@@ -265,7 +266,7 @@ class AnsweringPeers:
             self._send(socket, sender, Pong(message.nonce, 0.0, 100_000))
         elif isinstance(message, LookUp):
             curve = self._at[socket].to_bytes(4, "big") + bytes(28)
-            self._service.receive(Connection(sender, curve), message, time.monotonic())
+            self._service.receive_question(Connection(sender, curve), message, time.monotonic())
 
     def _send(self, socket: zmq.Socket[bytes], receiver: bytes, message: Message) -> None:
         frames = encode(message)

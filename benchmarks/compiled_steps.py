@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from splitnet.blocks.fast.native_step import NativeStep
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES
 from splitnet.quant.choose import INTEGERS
-from tests.unit.blocks.test_compiled_families import SIZES
+from tests.unit.blocks.test_describe import SIZES
 from tests.unit.random_models import random_checkpoint
 
 _LATENTS = {
@@ -60,10 +60,10 @@ def measure(span: Span, context: int, rounds: int, steps: int) -> tuple[dict[str
         for way, step in ways.items():
             span._lean = step
             row = span.new_row(context + steps)
-            span.forward(hidden[:context], [Chunk(row, 0, context)])
+            span.forward(hidden[:context], [RowChunk(row, 0, context)])
             for index in range(context, context + steps):
                 began = time.perf_counter()
-                outputs[way] = span.forward(hidden[index : index + 1], [Chunk(row, index, 1)])
+                outputs[way] = span.forward(hidden[index : index + 1], [RowChunk(row, index, 1)])
                 times[way].append((time.perf_counter() - began) * 1000)
     return times, float((outputs["own"] - outputs["compiled"]).abs().max() / outputs["own"].abs().max())
 

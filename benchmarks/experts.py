@@ -33,11 +33,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.model_sizes import ModelSizes
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import LocalSwarm
-from splitnet.cli.progress import StageProgress
+from splitnet.cli.stage_progress import StageProgress
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock, SwarmArm
@@ -252,11 +252,11 @@ def bytes_read(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int]:
     """Bytes of the blocks in the files, and bytes of blocks and head that a token reads."""
     in_files = read = 0
     for tensors in checkpoint.block_tensors:
-        facts = checkpoint.store.facts([tensor.name for tensor in tensors])
+        facts = checkpoint.store.tensor_facts([tensor.name for tensor in tensors])
         for name, fact in facts.items():
             in_files += fact.nbytes
             read += fact.nbytes * shape.chosen // shape.experts if ".experts." in name else fact.nbytes
-    head = checkpoint.store.facts(["lm_head.weight"])["lm_head.weight"].nbytes
+    head = checkpoint.store.tensor_facts(["lm_head.weight"])["lm_head.weight"].nbytes
     return in_files, read + head
 
 
@@ -274,7 +274,7 @@ def bandwidth(threads: int) -> float:
 
 def libraries_bytes() -> int:
     """Memory of a process that has only imported a daemon's modules."""
-    code = "import peers.server, splitnet.cli.generation; print(flush=True); input()"
+    code = "import peers.running_peer, splitnet.cli.text_generator; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         process.stdout.readline()
@@ -342,7 +342,7 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     if arguments.in_process:
         daemons.__exit__(None, None, None)  # the memory may not suffice for both
         blocks_ms = decode_ms(checkpoint, arguments.tokens)
-        of_blocks = read - checkpoint.store.facts(["lm_head.weight"])["lm_head.weight"].nbytes
+        of_blocks = read - checkpoint.store.tensor_facts(["lm_head.weight"])["lm_head.weight"].nbytes
         print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
 
 
@@ -390,11 +390,11 @@ def decode_ms(checkpoint: Checkpoint, tokens: int) -> float:
     span = Span.load(checkpoint, 0, checkpoint.num_blocks)
     hidden = torch.randn(100, span.hidden_size)
     row = span.new_row(100 + tokens)
-    span.forward(hidden, [Chunk(row, 0, 100)])
+    span.forward(hidden, [RowChunk(row, 0, 100)])
     times: list[float] = []
     for _ in range(tokens):
         began = time.perf_counter()
-        span.forward(hidden[:1], [Chunk(row, row.length, 1)])
+        span.forward(hidden[:1], [RowChunk(row, row.length, 1)])
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1000
 

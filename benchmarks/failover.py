@@ -31,7 +31,7 @@ from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.generation import generate
 from benchmarks.netlab.peers import LabPeers
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import attach
 from splitnet.session.events import Recovered
@@ -89,7 +89,7 @@ def main() -> int:
     try:
         with Lab(["client", *spans], delay_ms=arguments.delay) as lab, lab.inside("client"):
             # The DHT has a separate node here, because any of the daemons may die.
-            directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
+            directory = DhtDirectory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             with LabPeers(lab, arguments.checkpoint, spans, options, join=directory.addresses[0]) as peers:
                 print_header()
                 for trouble in arguments.trouble:
@@ -111,7 +111,7 @@ def disturbed(
     lab: Lab,
     peers: LabPeers,
     checkpoint: Checkpoint,
-    directory: Directory,
+    directory: DhtDirectory,
     prompt: torch.Tensor,
     trouble: str,
     index: int,

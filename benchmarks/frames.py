@@ -26,7 +26,7 @@ import psutil
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import EXACT, LocalSwarm
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint
 from tests.attacks import frames, requests
@@ -89,7 +89,7 @@ def at_peer(folder: Path, seconds: float) -> None:
 
 def at_client(folder: Path, seconds: float) -> None:
     facts = ModelFacts.of(Checkpoint.open(folder))
-    with Directory.start(listen=[LOOPBACK]) as node, HostileHop(facts) as hop:
+    with DhtDirectory.start(listen=[LOOPBACK]) as node, HostileHop(facts) as hop:
 
         def announce() -> None:
             at = {"address": hop.endpoint.address, "end": facts.num_blocks, "num_blocks": facts.num_blocks}

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from splitnet.blocks.device import find_device
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.chosen_device import find_device
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import parse_blocks
 from splitnet.errors import SplitnetError
@@ -52,10 +52,10 @@ def measured(span: Span, positions: int, steps: int, bandwidth: float) -> str:
     prefills = []
     for _ in range(PREFILLS):
         row = span.new_row()
-        prefills.append(milliseconds(span.device, lambda row=row: span.forward(prompt, [Chunk(row, 0, positions)])))
+        prefills.append(milliseconds(span.device, lambda row=row: span.forward(prompt, [RowChunk(row, 0, positions)])))
     row = span.new_row()
     decodes = [
-        milliseconds(span.device, lambda at=at: span.forward(token, [Chunk(row, at, 1)]))
+        milliseconds(span.device, lambda at=at: span.forward(token, [RowChunk(row, at, 1)]))
         for at in range(WARM_UP + steps)
     ]
     step = statistics.median(decodes[WARM_UP:])

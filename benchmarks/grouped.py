@@ -26,35 +26,39 @@ from splitnet.quant import native
 from splitnet.quant.device import in_large_pages
 from splitnet.quant.forms import INT4, INT8
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes, hold_stored
-from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
+from splitnet.quant.packed_tensor import STEPS_GROUP, CodeLayout, Codes, ScaleFormat, StoredMatrix
 
 IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
 LAYOUTS = {
     **{name: BLOCK_TYPES[GGMLQuantizationType[name]].layout for name in IN_GGUF},
-    "NF4": Layout(4, 64, Kind.FLOAT32, table="nf4"),
-    "FP8 128 x 128": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
-    "int4 by 128, zeros": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
+    "NF4": CodeLayout(4, 64, ScaleFormat.FLOAT32, table="nf4"),
+    "FP8 128 x 128": CodeLayout(8, 128, ScaleFormat.FLOAT32, table="e4m3"),
+    "int4 by 128, zeros": CodeLayout(4, 128, ScaleFormat.FLOAT16, ScaleFormat.CODES),
     "int4 (--weights)": INT4,
     "int8 (--weights)": INT8,
 }
 READ_BYTES, READ_PARTS = 2**28, 16
 
 
-def random_matrix(layout: Layout, outputs: int, inputs: int) -> StoredMatrix:
+def random_matrix(layout: CodeLayout, outputs: int, inputs: int) -> StoredMatrix:
     groups = inputs // (layout.group or inputs)
 
-    def numbers(kind: Kind) -> torch.Tensor | None:
-        if kind is Kind.NONE:
+    def numbers(kind: ScaleFormat) -> torch.Tensor | None:
+        if kind is ScaleFormat.NONE:
             return None
-        if kind in (Kind.STEPS, Kind.CODES):
+        if kind in (ScaleFormat.STEPS, ScaleFormat.CODES):
             return torch.randint(0, 16, (outputs, groups), dtype=torch.uint8)
-        if kind is Kind.E8M0:
+        if kind is ScaleFormat.E8M0:
             return torch.randint(118, 124, (outputs, groups), dtype=torch.uint8)
-        dtypes = {Kind.FLOAT16: torch.float16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
+        dtypes = {
+            ScaleFormat.FLOAT16: torch.float16,
+            ScaleFormat.BFLOAT16: torch.bfloat16,
+            ScaleFormat.FLOAT32: torch.float32,
+        }
         return (torch.rand(outputs, groups) * 0.01).to(dtypes[kind])
 
-    def units(kind: Kind) -> torch.Tensor | None:
-        return (torch.rand(outputs, inputs // STEPS_GROUP) * 0.001).half() if kind is Kind.STEPS else None
+    def units(kind: ScaleFormat) -> torch.Tensor | None:
+        return (torch.rand(outputs, inputs // STEPS_GROUP) * 0.001).half() if kind is ScaleFormat.STEPS else None
 
     codes = torch.randint(
         0, (1 << layout.bits) - 1 - 128 * (layout.table == "e4m3"), (outputs, inputs), dtype=torch.uint8
@@ -82,7 +86,7 @@ class Case:
         return f"{self.path}, {rows}, {threads}"
 
 
-def hold(layout: Layout, arguments: argparse.Namespace) -> list[BlockQuantWeight]:
+def hold(layout: CodeLayout, arguments: argparse.Namespace) -> list[BlockQuantWeight]:
     """Matrices for the path in use."""
     outputs, inputs = arguments.shape
     count = max(2, -(-arguments.mib * 2**20 // held_bytes(layout, outputs, inputs)))
@@ -94,7 +98,7 @@ def hold(layout: Layout, arguments: argparse.Namespace) -> list[BlockQuantWeight
     ]
 
 
-def time_layout(layout: Layout, cases: Sequence[Case], arguments: argparse.Namespace) -> list[str]:
+def time_layout(layout: CodeLayout, cases: Sequence[Case], arguments: argparse.Namespace) -> list[str]:
     """The cells of a row: GB/s and share of the bandwidth."""
     held: dict[bool, list[BlockQuantWeight]] = {}
     taken: dict[Case, list[float]] = {case: [] for case in cases}

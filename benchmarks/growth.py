@@ -18,7 +18,7 @@ import torch
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import LocalSwarm
-from splitnet.cli.progress import StageProgress
+from splitnet.cli.stage_progress import StageProgress
 from splitnet.hf.causal_lm import attach
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import SwarmArm

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.experts import bandwidth
 from benchmarks.random_shapes import SHAPES, random_model
-from splitnet.blocks.client_part import Ends
+from splitnet.blocks.client_part import ClientPart
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.demo import LocalSwarm
@@ -145,7 +145,7 @@ def report(rounds: dict[int, list[Token]]) -> None:
 
 def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
     """Generates answers, and prints the ms of a token in steps through the hops, in norm and head, and in the rest."""
-    timed = [Timed(Session, "begin"), Timed(Session, "finish"), Timed(Ends, "logits")]
+    timed = [Timed(Session, "begin"), Timed(Session, "finish"), Timed(ClientPart, "logits")]
     prompt = torch.randint(model.config.vocab_size, (1, 8))
     totals: list[float] = []
     for index in range(rounds + 1):

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from splitnet.blocks.backbone import load_whole, share_blocks
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.kv_form import KINDS
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_config
 
@@ -143,7 +143,7 @@ def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor
     while row.length < len(ids):
         begin, until = row.length, len(ids) - COMPARED
         end = min(begin + PASS, until) if begin < until else min(begin + STEP, len(ids))
-        output = span.forward(hidden[begin:end], [Chunk(row, begin, end - begin)])
+        output = span.forward(hidden[begin:end], [RowChunk(row, begin, end - begin)])
         if begin >= until:
             outputs.append(output)
     own = torch.cat(outputs)[None]
@@ -155,7 +155,7 @@ def log_probabilities(span: Span, model: Any, ids: torch.Tensor) -> torch.Tensor
 def filled_row(span: Span, positions: int, room: int) -> SequenceCache:
     """A row with this many positions of noise."""
     row = span.new_row(room)
-    span.forward(torch.zeros(1, span.hidden_size), [Chunk(row, 0, 1)])
+    span.forward(torch.zeros(1, span.hidden_size), [RowChunk(row, 0, 1)])
     shapes = row.shapes()
     row.crop(0)
     noise = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def milliseconds(spans: dict[str, Span], positions: int, steps: int) -> dict[str
         for kv, span in spans.items():
             given = torch.randn(1, span.hidden_size, generator=torch.Generator().manual_seed(index))
             began = time.perf_counter()
-            span.forward(given, [Chunk(rows[kv], positions + index, 1)])
+            span.forward(given, [RowChunk(rows[kv], positions + index, 1)])
             times[kv].append(1000 * (time.perf_counter() - began))
     return {kv: statistics.median(each[2:]) for kv, each in times.items()}
 

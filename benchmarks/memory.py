@@ -27,11 +27,11 @@ import psutil
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.choose import name_of
-from splitnet.quant.stored import as_dtype
+from splitnet.quant.packed_tensor import as_dtype
 
 MIB = 2**20
 LIBRARIES = """
-import splitnet.cli.generation, peers.server
+import splitnet.cli.text_generator, peers.running_peer
 from splitnet.directory.hivemind_node import import_hivemind
 import_hivemind()
 """
@@ -170,7 +170,7 @@ def main() -> None:
         watch.memory()
     whole = memory_of(WHOLE + GENERATE, *words)
     print(client.row("splitnet", checkpoint.bytes_of(checkpoint.client_part_names_of, dtype), base))
-    print(whole.row("plain transformers", checkpoint.bytes_of(checkpoint.store.names, dtype), base))
+    print(whole.row("plain transformers", checkpoint.bytes_of(checkpoint.store.tensor_names, dtype), base))
 
 
 if __name__ == "__main__":

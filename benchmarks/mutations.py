@@ -44,140 +44,140 @@ SESSION = [
         "splitnet/session/failover.py",
         "            self.filled, self.adapter_version = False, 0",
         "            pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "an adapter is not loaded again",
         "splitnet/session/machine.py",
         "and hop.adapter_version != self.adapter_version:",
         "and not hop.adapter_version and self.epoch == 1:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a relay log is kept while hops reach each other",
         "splitnet/session/failover.py",
         "            self.relay_log = None  # the log would lack what the hop sends directly",
         "            pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "what is under way is not sent again",
         "splitnet/session/machine.py",
         "self._in_flight[number].send(self)",
         "pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a step that overtakes a lost one is believed",
         "splitnet/session/machine.py",
         "if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):",
         "if False:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a step that a later one undid is sent again",
         "splitnet/session/machine.py",
         "for request in undone_by(step, under_way):",
         "for request in ():",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "the size of an answer is not checked",
         "splitnet/session/requests.py",
         "from splitnet.wire.codecs import are_finite, check_size, check_values",
         "from splitnet.wire.codecs import are_finite\n\ncheck_size = check_values = lambda *_: None",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "any hop may answer for the tail",
         "splitnet/session/requests.py",
         "case Result() if source == route.tail and message.end == route.blocks[1]:",
         "case Result() if message.end == route.blocks[1]:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a hop is not told that the session has ended",
         "splitnet/session/machine.py",
         "self._members[hop.endpoint] = hop.blocks",
         "pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "silence is not noticed",
         "splitnet/session/machine.py",
         "times.append(self._liveness.wake_at(self._silence_s))",
         "pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a peer that failed is asked again",
         "splitnet/session/failover.py",
         "self.excluded.add(name)",
         "pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a batch is sent back before all its passes are repeated",
         "splitnet/session/requests.py",
         "            self.back.batch.sent = 0",
         "            pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "the sum of gradients is not waited for",
         "splitnet/session/requests.py",
-        "for each in self.passes) and self.sums.whole",
+        "for each in self.passes) and self.sums.is_complete",
         "for each in self.passes)",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a replay goes on past a relay",
         "splitnet/session/failover.py",
         "group = group[: direct + 1]",
         "pass",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "requests are kept after the end",
         "splitnet/session/machine.py",
         "self._in_flight, self._setup = {}, None",
         "self._setup = None",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "a hop that was replaced is still listened to",
         "splitnet/session/machine.py",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "one complaint is believed",
         "splitnet/session/blame.py",
         "if len(complaints) > 1:",
         "if complaints:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "what a hop pushes is never doubted",
         "splitnet/session/blame.py",
         "if len(refusing) == 2:",
         "if False:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
     Fault(
         "an answer to a pass may hold anything",
         "splitnet/wire/codecs.py",
         "if not codec_by_code(code).is_finite(payload, hidden_size):",
         "if False:",
-        ("tests/unit/session/test_batch.py",),
+        ("tests/unit/session/test_requests.py",),
     ),
     Fault(
         "what is saved may be not finite",
         "splitnet/tools/tune/folder.py",
         "if not bool(tensor.isfinite().all()):",
         "if False:",
-        ("tests/unit/tools/test_tuning_run.py",),
+        ("tests/unit/tools/test_run.py",),
     ),
     Fault(
         "a time-out of a handshake counts as another key",
@@ -191,7 +191,7 @@ SESSION = [
         "splitnet/session/machine.py",
         "if not request.makers:",
         "if True:",
-        ("tests/unit/session/test_session_machine.py",),
+        ("tests/unit/session/test_machine.py",),
     ),
 ]
 SCHEDULER = [
@@ -249,8 +249,8 @@ SCHEDULER = [
         "balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)",
         "balance -= seconds * (BULK_COST if bulk else 1.0) * self._weight(key)",
         (
-            "tests/unit/scheduler/test_fair_shares.py",
-            "tests/unit/peers/test_work_queue.py",
+            "tests/unit/scheduler/test_fairness.py",
+            "tests/unit/peers/test_queue.py",
         ),
     ),
     Fault(
@@ -259,8 +259,8 @@ SCHEDULER = [
         "            self._present.discard(key)\n",
         "",
         (
-            "tests/unit/scheduler/test_fair_shares.py",
-            "tests/unit/peers/test_work_queue.py",
+            "tests/unit/scheduler/test_fairness.py",
+            "tests/unit/peers/test_queue.py",
         ),
     ),
     Fault(
@@ -270,7 +270,7 @@ SCHEDULER = [
         "* steps_left > move_ms",
         (
             "tests/unit/scheduler/test_replan.py",
-            "tests/unit/swarm/test_planner.py",
+            "tests/unit/swarm/test_plan.py",
         ),
     ),
     Fault(
@@ -280,7 +280,7 @@ SCHEDULER = [
         "list(rest)",
         (
             "tests/unit/scheduler/test_replan.py",
-            "tests/unit/swarm/test_planner.py",
+            "tests/unit/swarm/test_plan.py",
         ),
     ),
     Fault(
@@ -312,7 +312,7 @@ SCHEDULER = [
         "scheduler/batching.py",
         "(math.ceil(positions / size) - 1)",
         "math.ceil(positions / size)",
-        ("tests/unit/scheduler/test_prefill.py",),
+        ("tests/unit/scheduler/test_batching_prefill.py",),
     ),
     Fault(
         "sessions that fill no group are left out",
@@ -339,7 +339,7 @@ DIRECTORY = [
         'if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):',
         "if not signature:",
         (
-            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_record.py",
             "tests/unit/directory/test_directory.py",
         ),
     ),
@@ -349,7 +349,7 @@ DIRECTORY = [
         "return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S",
         "return self.expires_at > now",
         (
-            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_record.py",
             "tests/unit/directory/test_directory.py",
         ),
     ),
@@ -359,7 +359,7 @@ DIRECTORY = [
         "return subkey == peer.key.text and record.key ==",
         "return record.key ==",
         (
-            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_record.py",
             "tests/unit/directory/test_directory.py",
         ),
     ),
@@ -369,7 +369,7 @@ DIRECTORY = [
         "if peer.expires_at != record.expiration_time or peer",
         "if peer.expires_at > record.expiration_time or peer",
         (
-            "tests/unit/directory/test_records.py",
+            "tests/unit/directory/test_record.py",
             "tests/unit/directory/test_directory.py",
         ),
     ),
@@ -378,21 +378,21 @@ DIRECTORY = [
         "splitnet/directory/interface.py",
         "identity=RECORDS_PER_IDENTITY)",
         "identity=RECORDS_PER_IDENTITY + 1)",
-        ("tests/unit/directory/test_dht_places.py",),
+        ("tests/unit/directory/test_record_places.py",),
     ),
     Fault(
         "the places of an identity are not given back",
         "splitnet/directory/interface.py",
-        "self.places.leave(key=key, identity=record.key)",
-        "self.places.leave(key=key)",
-        ("tests/unit/directory/test_dht_places.py",),
+        "self.places.leave_place(key=key, identity=record.key)",
+        "self.places.leave_place(key=key)",
+        ("tests/unit/directory/test_record_places.py",),
     ),
     Fault(
         "a record without work takes the place of one with work",
         "splitnet/directory/interface.py",
         "held.is_proven and not record.is_proven",
         "not held.is_proven and record.is_proven",
-        ("tests/unit/directory/test_dht_places.py",),
+        ("tests/unit/directory/test_record_places.py",),
     ),
     Fault(
         "a void record is kept",
@@ -400,7 +400,7 @@ DIRECTORY = [
         "return record.is_valid_at(now) and",
         "return record.expires_at >= 0 and",
         (
-            "tests/unit/directory/test_peer_directory.py",
+            "tests/unit/directory/test_ask.py",
             "tests/unit/peers/test_directory_service.py",
         ),
     ),
@@ -411,7 +411,7 @@ DIRECTORY = [
         "record.issued_at < kept[name].issued_at",
         (
             "tests/unit/directory/test_directory.py",
-            "tests/unit/directory/test_peer_directory.py",
+            "tests/unit/directory/test_ask.py",
         ),
     ),
     Fault(
@@ -421,7 +421,7 @@ DIRECTORY = [
         "if (",
         (
             "tests/unit/directory/test_directory.py",
-            "tests/unit/directory/test_peer_directory.py",
+            "tests/unit/directory/test_ask.py",
         ),
     ),
     Fault(
@@ -430,8 +430,8 @@ DIRECTORY = [
         "                if not record.has_left:\n                    bits |= 1 << at",
         "                bits |= 1 << at",
         (
-            "tests/unit/directory/test_changes.py",
-            "tests/unit/swarm/test_known_changes.py",
+            "tests/unit/directory/test_ask_changes.py",
+            "tests/unit/swarm/test_peer_cache_changes.py",
         ),
     ),
     Fault(
@@ -440,8 +440,8 @@ DIRECTORY = [
         "if later > _TICKS // 2:",
         "if later > _TICKS:",
         (
-            "tests/unit/directory/test_changes.py",
-            "tests/unit/swarm/test_known_changes.py",
+            "tests/unit/directory/test_ask_changes.py",
+            "tests/unit/swarm/test_peer_cache_changes.py",
         ),
     ),
     Fault(
@@ -450,8 +450,8 @@ DIRECTORY = [
         "return most if most >= MATERIAL_STEPS else",
         "return most if most > MATERIAL_STEPS else",
         (
-            "tests/unit/directory/test_changes.py",
-            "tests/unit/swarm/test_known_changes.py",
+            "tests/unit/directory/test_ask_changes.py",
+            "tests/unit/swarm/test_peer_cache_changes.py",
         ),
     ),
     Fault(
@@ -460,8 +460,8 @@ DIRECTORY = [
         "answer = question.answers.get(source) if question is not None else None",
         "answer = next(iter(question.answers.values()), None) if question is not None else None",
         (
-            "tests/unit/directory/test_peer_directory.py",
-            "tests/unit/swarm/test_known_changes.py",
+            "tests/unit/directory/test_ask.py",
+            "tests/unit/swarm/test_peer_cache_changes.py",
         ),
     ),
     Fault(
@@ -470,8 +470,8 @@ DIRECTORY = [
         "if record.key in keys or size <= most]",
         "]",
         (
-            "tests/unit/directory/test_peer_directory.py",
-            "tests/unit/swarm/test_known_changes.py",
+            "tests/unit/directory/test_ask.py",
+            "tests/unit/swarm/test_peer_cache_changes.py",
         ),
     ),
     Fault(
@@ -480,7 +480,7 @@ DIRECTORY = [
         "limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH",
         "limit_s = DIRECTORY_ANSWER_S",
         (
-            "tests/unit/directory/test_peer_directory.py",
+            "tests/unit/directory/test_ask.py",
             "tests/unit/peers/test_directory_service.py",
         ),
     ),
@@ -519,28 +519,28 @@ WEIGHTS = [
         "splitnet/checkpoint/transfer/fetching.py",
         "if state.strikes >= MAX_STRIKES:",
         "if state.strikes > MAX_STRIKES:",
-        ("tests/unit/checkpoint/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
         "strikes are not forgiven",
         "splitnet/checkpoint/transfer/fetching.py",
-        "state.heard_at, state.strikes = now, 0",
-        "state.heard_at = now",
-        ("tests/unit/checkpoint/test_fetch_plan.py",),
+        "state.last_answer_at, state.strikes = now, 0",
+        "state.last_answer_at = now",
+        ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
         "what has come counts as under way",
         "splitnet/checkpoint/transfer/fetching.py",
         "state.asked_bytes -= state.asked.pop(name)[1]",
         "state.asked.pop(name)",
-        ("tests/unit/checkpoint/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
         "a busy source is asked again at once",
         "splitnet/checkpoint/transfer/fetching.py",
         "= now, now + BUSY_S",
         "= now, now",
-        ("tests/unit/checkpoint/test_fetch_plan.py",),
+        ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
         "a file that has changed keeps its digests",
@@ -551,24 +551,24 @@ WEIGHTS = [
     ),
     Fault(
         "a damaged piece is read",
-        "splitnet/checkpoint/transfer/held.py",
+        "splitnet/checkpoint/transfer/weight_pieces.py",
         "            if digest(data) == name:\n                return data",
         "            return data",
         (
             "tests/unit/checkpoint/test_manifest.py",
-            "tests/unit/peers/test_weight_service.py",
-            "tests/unit/blocks/test_stored_weights.py",
+            "tests/unit/peers/test_weights.py",
+            "tests/unit/blocks/test_span_packed_weights.py",
         ),
     ),
     Fault(
         "a damaged piece is not fetched again",
-        "splitnet/checkpoint/transfer/held.py",
-        "if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):",
+        "splitnet/checkpoint/transfer/weight_pieces.py",
+        "if not (self._written[slot] and digest(self._read_slot(slot)) == self.name_of(slot)):",
         "if not self._written[slot]:",
         (
             "tests/unit/checkpoint/test_manifest.py",
-            "tests/unit/peers/test_weight_service.py",
-            "tests/unit/blocks/test_stored_weights.py",
+            "tests/unit/peers/test_weights.py",
+            "tests/unit/blocks/test_span_packed_weights.py",
         ),
     ),
     Fault(
@@ -590,21 +590,21 @@ WEIGHTS = [
         "peers/weights.py",
         "data = self._piece(message.name) if self.shares() else None",
         "data = self._piece(message.name)",
-        ("tests/unit/peers/test_weight_service.py",),
+        ("tests/unit/peers/test_weights.py",),
     ),
     Fault(
         "weights are given faster while sessions are served",
         "peers/weights.py",
         "SERVING_SHARE if self.serving() and not is_page else 1.0",
         "1.0 if self.serving() and not is_page else SERVING_SHARE",
-        ("tests/unit/peers/test_weight_service.py",),
+        ("tests/unit/peers/test_weights.py",),
     ),
     Fault(
         "a key asks without bound",
         "peers/weights.py",
         "if len(own) >= WAITING_PER_KEY or sum",
         "if sum",
-        ("tests/unit/peers/test_weight_service.py",),
+        ("tests/unit/peers/test_weights.py",),
     ),
 ]
 SERVE = [
@@ -622,7 +622,7 @@ SERVE = [
         "totals[holder] * holder.weight",
         (
             "tests/unit/serve/test_requests.py",
-            "tests/unit/serve/test_streams.py",
+            "tests/unit/serve/test_responses_streams.py",
         ),
     ),
     Fault(
@@ -632,13 +632,13 @@ SERVE = [
         "if totals[grown] >= self._each:",
         (
             "tests/unit/serve/test_requests.py",
-            "tests/unit/serve/test_streams.py",
+            "tests/unit/serve/test_responses_streams.py",
         ),
     ),
     Fault(
         "a request that ends while it is let in keeps its place",
         "splitnet/serve/admission.py",
-        "turn.exception() is None:\n                self._leave(client)\n",
+        "turn.exception() is None:\n                self._leave_place(client)\n",
         "turn.exception() is None:\n                self._places[client] -= 1\n",
         ("tests/unit/serve/test_requests.py",),
     ),
@@ -711,8 +711,8 @@ SERVE = [
         "(now - self.at) * per_minute",
         (
             "tests/unit/serve/test_requests.py",
-            "tests/unit/peers/test_admission.py",
-            "tests/unit/peers/test_weight_service.py",
+            "tests/unit/peers/test_sessions.py",
+            "tests/unit/peers/test_weights.py",
         ),
     ),
     Fault(

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from benchmarks.nat_matrix import HELPER, PUBLIC
 from benchmarks.netlab import NAMED, Lab, LabError
 from splitnet.nat import punch
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import WaysLoop
+from splitnet.nat.stream import StreamLoop
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
@@ -50,7 +50,7 @@ class Reached:
         best_ms: until the best method was established, from the same beginning.
     """
 
-    way: Way
+    way: PathKind
     first_ms: float
     best_ms: float
     round_trip_ms: float
@@ -86,15 +86,15 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
 
         began = time.perf_counter()
         first_ms = best_ms = ask(SMALL)
-        while tunnels.way(endpoint) is Way.RELAYED and best_ms < first_ms + punch.PUNCH_S * 1000:
+        while tunnels.path_kind(endpoint) is PathKind.RELAYED and best_ms < first_ms + punch.PUNCH_S * 1000:
             ask(SMALL)
             best_ms = (time.perf_counter() - began) * 1000
-        way = tunnels.way(endpoint)
+        way = tunnels.path_kind(endpoint)
         round_trip_ms = statistics.median(ask(SMALL) for _ in range(SMALL_TIMES))
         ask(LARGE, LARGE_TIMES)  # TCP learns the rate of the links
         large_ms = ask(LARGE, LARGE_TIMES)
         mbit_per_s = LARGE * LARGE_TIMES * 8 / 1000 / large_ms
-        return Reached(way, first_ms, first_ms if way is Way.RELAYED else best_ms, round_trip_ms, mbit_per_s)
+        return Reached(way, first_ms, first_ms if way is PathKind.RELAYED else best_ms, round_trip_ms, mbit_per_s)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _peer(stack: ExitStack, lab: Lab, host: str) -> _Peer:
 
 def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> tuple:
     with lab.inside(helper):
-        loop = WaysLoop()
+        loop = StreamLoop()
         stack.callback(loop.close)
         helping = RelayServer(loop, Identity.generate(), f"tcp://{lab.address(helper)}:0")
         stack.callback(helping.close)
@@ -138,7 +138,7 @@ def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> 
         hidden = UnreachablePeer(
             tunnels.loop, peer.identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None)
         )
-        stack.callback(hidden.stop)
+        stack.callback(hidden.stop_relaying)
         hidden.start()
     reserved.get(timeout=WAIT_S)
     return (relay,)

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from scheduler.candidates import CandidateIndex
 from scheduler.cost import encodings_of
-from scheduler.facts import CLIENT, DIMENSIONS, PASS_SIZES, Coordinate, Link, Network, Peer, Place, Speed
+from scheduler.facts import CLIENT, DIMENSIONS, PASS_SIZES, Coordinate, Link, Network, NetworkPlace, Peer, Speed
 from scheduler.route import best_route
 from splitnet.directory.record import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 from splitnet.security.identity import Identity
@@ -137,11 +137,11 @@ class Client:
 
     def planning_ms(self, exclude: Collection[str] = ()) -> float:
         began = time.process_time()
-        self.hops = self._planner.plan(list(self.records), self._needs, self._needs.blocks, exclude=exclude)
+        self.hops = self._planner.plan_route(list(self.records), self._needs, self._needs.blocks, exclude=exclude)
         return (time.process_time() - began) * 1000
 
 
-def record_of(key: Identity, peer: Peer, place: Place, num_blocks: int, links: Sequence[SeenLink]) -> PeerRecord:
+def record_of(key: Identity, peer: Peer, place: NetworkPlace, num_blocks: int, links: Sequence[SeenLink]) -> PeerRecord:
     coordinate = place.coordinate
     return PeerRecord.idle(
         key=key.public,
@@ -188,9 +188,9 @@ def swarm(
     return peers, Network(links, places=places)
 
 
-def place(choices: random.Random) -> Place:
+def place(choices: random.Random) -> NetworkPlace:
     vector = tuple(choices.gauss(0.0, 40.0) for _ in range(DIMENSIONS))
-    return Place(Coordinate(vector, choices.uniform(1.0, 20.0), 0.2), choices.uniform(100, 10_000))
+    return NetworkPlace(Coordinate(vector, choices.uniform(1.0, 20.0), 0.2), choices.uniform(100, 10_000))
 
 
 def planning_ms(peers: list[Peer], network: Network, num_blocks: int, in_flight: int) -> float:

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from splitnet.quant.device import in_large_pages
@@ -61,10 +61,10 @@ def held_bytes(span: Span) -> int:
 def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
     """Decodes one position after a context."""
     row = span.new_row(len(hidden))
-    span.forward(hidden[:CONTEXT], [Chunk(row, 0, CONTEXT)])
+    span.forward(hidden[:CONTEXT], [RowChunk(row, 0, CONTEXT)])
 
     def step() -> None:
-        span.forward(hidden[CONTEXT:], [Chunk(row, CONTEXT, 1)])
+        span.forward(hidden[CONTEXT:], [RowChunk(row, CONTEXT, 1)])
         row.crop(CONTEXT)
 
     return step

@@ -40,16 +40,25 @@ from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.asking import Answer, Question, ask
 from benchmarks.netlab.slowed import Nursery, SlowedPeers
 from benchmarks.random_shapes import Shape, random_model
-from peers.links import MEASURED_AT_ONCE
+from peers.peer_links import MEASURED_AT_ONCE
 from scheduler.facts import Coordinate, Peer, Speed
 from scheduler.placement import choose_span
-from simulator.directory import View
-from simulator.engine import Simulation
 from simulator.geography import Floats, Geography
 from simulator.node import Node
 from simulator.policies import POLICIES
 from simulator.session import FINISHED
-from simulator.world import BYTES_PER_MS, KINDS, Device, Request, Settings, World, device_id, draw_requests
+from simulator.simulated_directory import DirectoryView
+from simulator.simulation import Simulation
+from simulator.world import (
+    BYTES_PER_MS,
+    KINDS,
+    SimulatedDevice,
+    SimulatedRequest,
+    SimulationSettings,
+    World,
+    device_id,
+    draw_requests,
+)
 
 SHAPE = Shape(hidden=128, middle=256, blocks=24, heads=4, kv_heads=2, vocabulary=512)
 SPAN_BLOCKS = (5, 12)
@@ -221,9 +230,9 @@ def log_uniform(rng: np.random.Generator, bounds: tuple[float, float], count: in
     return np.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1]), count))
 
 
-def settings_of(seconds: float, count: int, peers: int, seed: int) -> Settings:
+def settings_of(seconds: float, count: int, peers: int, seed: int) -> SimulationSettings:
     """Settings like those of real peers and clients, without effects that the emulated network lacks."""
-    return Settings(
+    return SimulationSettings(
         peers=peers,
         clients=count,
         sessions_per_peer_hour=count / peers / (seconds / 3600),
@@ -521,13 +530,13 @@ class GivenPlacing:
     def __init__(self, spans: Mapping[str, tuple[int, int]]) -> None:
         self._spans = spans
 
-    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+    def founders(self, devices: Sequence[SimulatedDevice]) -> list[tuple[int, int]]:
         return [self._spans[device.id] for device in devices]
 
-    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: SimulatedDevice, place: Coordinate, view: DirectoryView) -> tuple[int, int]:
         return self._spans[device.id]
 
-    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+    def move(self, node: Node, view: DirectoryView) -> tuple[int, int] | None:
         return None
 
 
@@ -558,7 +567,7 @@ def simulate(swarm: Swarm, lives: Sequence[Life], seed: int) -> tuple[list[Seen]
     rows = [index_of[life.host] for life in ordered] + [index_of[client] for client in swarm.clients]
     geography = GivenGeography(swarm.one_way_ms[np.ix_(rows, rows)], swarm.mbit[rows] * BYTES_PER_MS)
     devices = [
-        Device(
+        SimulatedDevice(
             number=number,
             id=device_id(number),
             kind=KINDS[0],
@@ -577,9 +586,11 @@ def simulate(swarm: Swarm, lives: Sequence[Life], seed: int) -> tuple[list[Seen]
         for index, client in enumerate(swarm.clients)
         for question in swarm.questions[client]
     )
-    requests = [Request(client, question.at_s, question.prompt, question.output) for _, question, client in asked]
+    requests = [
+        SimulatedRequest(client, question.at_s, question.prompt, question.output) for _, question, client in asked
+    ]
     settings = settings_of(swarm.seconds, len(requests), len(swarm.peers), seed)
-    world = World.given(settings, geography, devices, requests).under(load_s=0.0)
+    world = World.from_devices(settings, geography, devices, requests).with_rules(load_s=0.0)
     spans = {device.id: swarm.spans[life.host] for device, life in zip(devices, ordered, strict=True)}
     simulation = Simulation(world, POLICIES["own"].routing(world), GivenPlacing(spans))
     for _ in simulation.run():
@@ -657,7 +668,7 @@ def report(
         ratio = f"{load / middle:.2f}" if middle > 0.005 else ""
         start, end = swarm.spans[host]
         print(
-            f"| {host} | {start}:{end} | {swarm.speeds[host].at(1):.2f} | {load:.1%} "
+            f"| {host} | {start}:{end} | {swarm.speeds[host].block_ms_at(1):.2f} | {load:.1%} "
             f"| {middle:.1%} ({min(drawn):.1%}-{max(drawn):.1%}) | {ratio} |"
         )
     pairs = np.array(loads)

@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.ways import SMALL, Caller
 from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import WaysLoop
+from splitnet.nat.stream import StreamLoop
 from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.endpoints import Endpoint, Relay
 from tests.attacks import relay as attacks
@@ -34,7 +34,7 @@ PAUSE_S = 0.02
 
 
 def help_others() -> None:
-    loop, identity = WaysLoop(), Identity.generate()
+    loop, identity = StreamLoop(), Identity.generate()
     helper = RelayServer(loop, identity, "tcp://127.0.0.1:0")
     helper.start()
     print(helper.port, identity.public.text, flush=True)

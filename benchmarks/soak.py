@@ -39,7 +39,7 @@ from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.demo import demo_checkpoint
 from splitnet.cli.demo import EXACT
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import DEFAULT_TTL_S, facts_of
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
@@ -330,7 +330,7 @@ def main() -> int:
     failures: list[str] = []
     try:
         with Lab(["client", *hosts]) as lab, lab.inside("client"):
-            directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
+            directory = DhtDirectory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             say(f"starting {PEERS} daemons")
             with LabPeers(lab, folder, dict.fromkeys(hosts), options, directory.addresses[0]) as peers:
                 failures = soak(lab, peers, checkpoint, directory, questions, arguments)
@@ -348,7 +348,7 @@ def soak(
     lab: Lab,
     peers: LabPeers,
     checkpoint: Checkpoint,
-    directory: Directory,
+    directory: DhtDirectory,
     questions: Sequence[Question],
     arguments: argparse.Namespace,
 ) -> list[str]:
@@ -425,7 +425,7 @@ def soak(
 def lose_blocks(
     lab: Lab,
     peers: LabPeers,
-    directory: Directory,
+    directory: DhtDirectory,
     checkpoint: Checkpoint,
     trouble: Trouble,
     choices: random.Random,
@@ -460,7 +460,7 @@ def lose_blocks(
         time.sleep(1.0)
 
 
-def wait_for_free_kv(checkpoint: Checkpoint, directory: Directory) -> int:
+def wait_for_free_kv(checkpoint: Checkpoint, directory: DhtDirectory) -> int:
     """Sessions that are still on daemons after all should have ended."""
     deadline = time.monotonic() + 2 * DEFAULT_TTL_S
     while True:

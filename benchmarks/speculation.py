@@ -39,14 +39,14 @@ import torch
 
 from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.peers import LabPeers, even_spans
-from scheduler.speculation import LENGTHS, Guessed, Pace, Window, best_window, tokens_per_ms
+from scheduler.speculation import LENGTHS, DraftGuess, Pace, Window, best_window, tokens_per_ms
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.speculator import EAGLE, NAMES, OFF, Drafts, Speculator
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
-from splitnet.session.driver import Traffic
+from splitnet.session.driver import SessionTraffic
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.bench.backends import Clock, gaps_s
 
@@ -78,13 +78,13 @@ class Known:
         self._seed = seed
         self._length = 0  # of the answer so far
 
-    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         self._length = 0
 
-    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: torch.Tensor | None = None) -> None:
         self._length += 1
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         for place in itertools.count(self._length + len(pending)):
             if self._cost_s:
                 time.sleep(self._cost_s)
@@ -226,7 +226,7 @@ def answered(
         if count == 1 and cache.session is not None:
             before.append(replace(cache.session.traffic))
 
-    before, clock, watched.latest = list[Traffic](), Clock(note), None
+    before, clock, watched.latest = list[SessionTraffic](), Clock(note), None
     mask, how = torch.ones_like(prompt), {"max_new_tokens": most, "do_sample": False, "speculate": speculate}
     with model.session() as cache:
         tokens = model.generate(prompt, attention_mask=mask, streamer=clock, **how)[0, prompt.shape[1] :].tolist()
@@ -315,7 +315,7 @@ def _compared(own: Sequence[Answer]) -> list[tuple[int, int]]:
 def _foretold(answer: Answer, acceptance: float) -> tuple[float, Window]:
     """The predicted tokens/s, and the predicted window, for guesses with equal acceptance."""
     pace = Pace(lambda n: answer.latency_ms[n - 1], lambda n: answer.slowest_hop_ms[n - 1], *answer.drafting_ms)
-    guess = Guessed(acceptance, acceptance)
+    guess = DraftGuess(acceptance, acceptance)
     window = best_window(guess, pace)
     return 1000 * (tokens_per_ms(window, guess, pace) if window.length else 1 / pace.latency_ms(1)), window
 

@@ -60,9 +60,9 @@ except ImportError:
     pass
 import transformers.modeling_utils
 mark("import transformers' models")
-from peers.server import Peer
-from peers.options import PeerOptions
-from peers.options import SpanWish
+from peers.running_peer import RunningPeer
+from peers.peer_options import PeerOptions
+from peers.peer_options import SpanWish
 mark("import peers")
 torch.set_num_threads(1)
 start, end = map(int, sys.argv[2].split(":"))
@@ -74,7 +74,7 @@ def progress(stage, done, total):
         mark(stages[-1])
     stages.append(stage)
 
-peer = Peer.start(sys.argv[1], options, progress=progress)
+peer = RunningPeer.start(sys.argv[1], options, progress=progress)
 mark(stages[-1])
 print(json.dumps(marks), flush=True)
 peer.close()

@@ -62,7 +62,7 @@ def compare(files: dict[str, Path], arguments: argparse.Namespace) -> None:
         numbers = log_probabilities(checkpoint, Span.load(checkpoint, 0, checkpoint.num_blocks, weights="float32"), ids)
         exact = numbers if exact is None else exact
         held = log_probabilities(checkpoint, spans[name], ids)
-        stored = sum(fact.nbytes for fact in checkpoint.store.facts(names_of_blocks(checkpoint)).values())
+        stored = sum(fact.nbytes for fact in checkpoint.store.tensor_facts(names_of_blocks(checkpoint)).values())
         lost, kind = quality_of(held, numbers, ids), quality_of(numbers, exact, ids)
         cells = [name, f"{stored / MIB:.1f}", f"{spans[name].weight_bytes / MIB:.1f}", f"{lost.divergence:.1e}"]
         print(f"| {' | '.join([*cells, f'{kind.divergence:.1e}', f'{kind.top1:.4f}'])} |", flush=True)

@@ -38,9 +38,9 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.tools.tune.data import TEMPLATE, read_examples
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.job import evaluate
-from splitnet.tools.tune.methods import AdapterOptions, Method, Settings, with_new_adapter
+from splitnet.tools.tune.methods import AdapterOptions, Method, TrainingSettings, with_new_adapter
 from splitnet.tools.tune.run import Encoded, Encoder, TuningRun, pad_of
-from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
@@ -139,7 +139,7 @@ def rows_of(checkpoint: Checkpoint, task: str, output: Path) -> tuple[list[Encod
     train, test = (read_examples(output / f"{task}.{part}.jsonl") for part in ("train", "test"))
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, 1024, template=TEMPLATE, labels=train.labels)
-    return encoder.encode(train), encoder.encode(test), encoder.words(), pad_of(tokenizer)
+    return encoder.encode_file(train), encoder.encode_file(test), encoder.words(), pad_of(tokenizer)
 
 
 def run_method(model: str, task: str, method: str, seeds: Sequence[int], output: Path) -> None:
@@ -188,7 +188,7 @@ def run_alone(model: str, task: str, seed: int, output: Path) -> None:
     subprocess.run([*command, "--only", task, "--seeds", str(seed)], check=True)
 
 
-def alone(checkpoint: Checkpoint, settings: Settings) -> Any:
+def alone(checkpoint: Checkpoint, settings: TrainingSettings) -> Any:
     """The whole model in this process, with the same new LoRA as in `splitnet tune`."""
     torch.manual_seed(settings.seed)
     return with_new_adapter(
@@ -200,10 +200,10 @@ def alone(checkpoint: Checkpoint, settings: Settings) -> Any:
     )
 
 
-def settings_of(task: str, method: str, seed: int = 0) -> Settings:
+def settings_of(task: str, method: str, seed: int = 0) -> TrainingSettings:
     one = Method.PROMPT if method == ZEROTH else Method(method)
     rate = 5e-3 if method == ZEROTH else one.learning_rate
-    settings = Settings(STEPS[task][method], rate, batch_size=BATCHES.get(method, BATCH), seed=seed)
+    settings = TrainingSettings(STEPS[task][method], rate, batch_size=BATCHES.get(method, BATCH), seed=seed)
     return settings if method != ZEROTH else replace(settings, zeroth_order=True, directions=1)
 
 
@@ -216,7 +216,7 @@ def train_alone(model: str, task: str, seed: int, output: Path) -> None:
     folder.mkdir(exist_ok=True)
     before = reset()
     for _ in range(settings.steps):
-        run.step()
+        run.take_step()
     grown = peak() - before
     found = evaluate(run.model, held_out, batch_size=BATCH, pad=pad, words=words)
     line = {"step": settings.steps, "eval_loss": found.loss, "eval_accuracy": found.accuracy}
@@ -242,7 +242,7 @@ def measure_seconds(model: str, task: str, methods: Sequence[str], output: Path,
                 states = States(TuningFolder(Path(folder) / "work"))
                 adapted = SideTuner(attach(checkpoint, swarm, codec="none"), None, states, rows, 1 << 40)
                 began = time.perf_counter()
-                adapted.fill(pad, print, [])
+                adapted.compute_states(pad, print, [])
                 states_s = time.perf_counter() - began
             else:
                 options = AdapterOptions(tokens=2 if method == ZEROTH else 16, init_text="Tell the label of the text.")
@@ -256,7 +256,7 @@ def measure_seconds(model: str, task: str, methods: Sequence[str], output: Path,
         for _ in range(1 + rounds):
             for method, run in runs.items():
                 began = time.perf_counter()
-                run.step()
+                run.take_step()
                 times[method].append(time.perf_counter() - began)
         swarm.close()
     found = {method: statistics.median(each[1:]) for method, each in times.items()}

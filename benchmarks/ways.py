@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 
 from splitnet.nat import punch
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.nat.relay import RelayBounds, RelayServer
-from splitnet.nat.stream import WaysLoop
+from splitnet.nat.stream import StreamLoop
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
@@ -31,7 +31,7 @@ SMALL_TIMES, LARGE_TIMES = 200, 20
 
 
 def help_others() -> None:
-    loop, identity = WaysLoop(), Identity.generate()
+    loop, identity = StreamLoop(), Identity.generate()
     helper = RelayServer(loop, identity, "tcp://127.0.0.1:0", bounds=RelayBounds(bytes_per_s=1 << 40))
     helper.start()
     print(helper.port, identity.public.text, flush=True)
@@ -98,16 +98,16 @@ def measure(rounds: int) -> None:
     relays = (Relay(f"tcp://127.0.0.1:{relay[0]}", PublicKey.parse(relay[1]).raw),)
     nowhere = "tcp://127.0.0.1:9"
     callers = {
-        Way.DIRECT: Caller(Endpoint(f"tcp://127.0.0.1:{port}", PublicKey.parse(key))),
-        Way.RELAYED: Caller(Endpoint(nowhere, PublicKey.parse(key), relays)),
-        Way.PUNCHED: Caller(Endpoint(nowhere, PublicKey.parse(punched_key), relays)),
+        PathKind.DIRECT: Caller(Endpoint(f"tcp://127.0.0.1:{port}", PublicKey.parse(key))),
+        PathKind.RELAYED: Caller(Endpoint(nowhere, PublicKey.parse(key), relays)),
+        PathKind.PUNCHED: Caller(Endpoint(nowhere, PublicKey.parse(punched_key), relays)),
     }
     until = time.monotonic() + 10
-    while callers[Way.PUNCHED].tunnels.way(callers[Way.PUNCHED].endpoint) is Way.RELAYED:
-        callers[Way.PUNCHED].round_trip_ms(SMALL)
+    while callers[PathKind.PUNCHED].tunnels.path_kind(callers[PathKind.PUNCHED].endpoint) is PathKind.RELAYED:
+        callers[PathKind.PUNCHED].round_trip_ms(SMALL)
         assert time.monotonic() < until, "no straight way was found"
-    small: dict[Way, list[float]] = {way: [] for way in callers}
-    large: dict[Way, list[float]] = {way: [] for way in callers}
+    small: dict[PathKind, list[float]] = {way: [] for way in callers}
+    large: dict[PathKind, list[float]] = {way: [] for way in callers}
     for _ in range(rounds):
         for way, caller in callers.items():
             small[way].append(caller.median_ms(SMALL, SMALL_TIMES))
@@ -116,7 +116,7 @@ def measure(rounds: int) -> None:
     print("|---|---|---|---|")
     for way, caller in callers.items():
         figures = f"{caller.first_ms:.0f} | {statistics.median(small[way]):.2f} | {statistics.median(large[way]):.1f}"
-        print(f"| {'straight, after a helper' if way is Way.PUNCHED else way.value} | {figures} |")
+        print(f"| {'straight, after a helper' if way is PathKind.PUNCHED else way.value} | {figures} |")
         caller.transport.close()
     for process in (plain, punching_peer, helper):
         process.communicate()

@@ -38,12 +38,12 @@ from benchmarks.codec_quality import VARIED_TEXT
 from benchmarks.grouped import LAYOUTS, random_matrix
 from benchmarks.random_shapes import SHAPES, random_model
 from splitnet.blocks.client_part import load_client_part
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.choose import KINDS
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.stored import Layout
+from splitnet.quant.packed_tensor import CodeLayout
 
 MIB = 2**20
 CONTEXT = 64
@@ -79,7 +79,7 @@ class Blocks(nn.Module):
         self.span = span
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [self.span.forward(row, [Chunk(self.span.new_row(), 0, len(row))]) for row in hidden]
+        rows = [self.span.forward(row, [RowChunk(self.span.new_row(), 0, len(row))]) for row in hidden]
         return torch.stack(rows).to(hidden.dtype)
 
 
@@ -96,7 +96,7 @@ def load(checkpoint: Checkpoint, kind: str) -> Span:
     return held
 
 
-def hold_random_codes(span: Span, layout: Layout) -> None:
+def hold_random_codes(span: Span, layout: CodeLayout) -> None:
     """Replaces the weights of all linear layers of a span by random codes."""
     backbone: Any = span._backbone
     for path, layer in list(backbone.named_modules()):
@@ -141,11 +141,11 @@ class Stopwatch:
     def _time(self, span: Span, hidden: torch.Tensor, steps: int, times: Times) -> None:
         """Times `steps` tokens of one session after `CONTEXT` positions, and one pass of `PREFILL` positions."""
         row = span.new_row(CONTEXT + steps)
-        span.forward(hidden[:CONTEXT], [Chunk(row, 0, CONTEXT)])
+        span.forward(hidden[:CONTEXT], [RowChunk(row, 0, CONTEXT)])
         for index in range(steps):
-            parts = [Chunk(row, CONTEXT + index, 1)]
+            parts = [RowChunk(row, CONTEXT + index, 1)]
             times.decode_ms.append(self._ms(lambda parts=parts: span.forward(hidden[:1], parts)))
-        parts = [Chunk(span.new_row(PREFILL), 0, PREFILL)]
+        parts = [RowChunk(span.new_row(PREFILL), 0, PREFILL)]
         times.prefill_ms.append(self._ms(lambda: span.forward(hidden[:PREFILL], parts)))
 
     def _ms(self, call: Callable[[], object]) -> float:

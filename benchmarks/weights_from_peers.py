@@ -57,8 +57,8 @@ def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, 
 
 def fetch(model: str, address: str, listen: str, blocks: int) -> None:
     """Runs in the host of the new peer."""
-    from peers.options import PeerOptions, SpanWish
-    from peers.server import Peer
+    from peers.peer_options import PeerOptions, SpanWish
+    from peers.running_peer import RunningPeer
 
     times: list[float] = []
 
@@ -70,7 +70,7 @@ def fetch(model: str, address: str, listen: str, blocks: int) -> None:
         initial_peers=[address], wish=SpanWish((0, blocks)), listen=listen, weights="auto", device="cpu"
     )
     # The local name of a folder or file does not matter: it is looked up among the models of the swarm.
-    peer = Peer.start(model, options, progress=report)
+    peer = RunningPeer.start(model, options, progress=report)
     try:
         assert peer._fetcher is not None
         fetched = peer._fetcher.fetched

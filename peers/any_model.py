@@ -1,4 +1,4 @@
-"""The choice of a model by demand, for a peer that may serve any model; the rules are in `scheduler.models`.
+"""The choice of a model by demand, for a peer that may serve any model; the rules are in `scheduler.model_choice`.
 
 A peer that will change to another model first announces itself there as arriving, and decides again a moment later: so
 no more peers arrive at the same time than the model needs. Then it moves as to other blocks of its model.
@@ -16,14 +16,14 @@ from typing import Final
 
 from huggingface_hub import try_to_load_from_cache
 
-from peers.joining import Found, find_model
-from peers.options import PeerOptions, Report
-from peers.placement import answering, choose_blocks, expected_block_ms, expected_speed, fitting_blocks, position_bytes
+from peers.joined_swarm import Found, find_model
+from peers.peer_options import PeerOptions, Report
+from peers.relocation import answering, choose_blocks, expected_block_ms, expected_speed, fitting_blocks, position_bytes
 from scheduler.facts import Peer
-from scheduler.models import Offered, better_model, first_model
+from scheduler.model_choice import ModelOffer, better_model, first_model
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import Fetcher
-from splitnet.checkpoint.transfer.matching import names_of
+from splitnet.checkpoint.transfer.manifest_search import names_of
 from splitnet.directory.demand import demand_of
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord, Wanted, expected_facts_of, facts_of
@@ -49,7 +49,7 @@ class ChosenModel:
     checkpoint: Checkpoint
     fetcher: Fetcher | None
     max_blocks: int
-    offered: Offered
+    offered: ModelOffer
 
     @property
     def span(self) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class ModelChoice:
         self._leaving_for: PeerRecord | None = None  # the announced record at the model to change to
         self._look_at = -math.inf
 
-    def first(self, directory: SwarmDirectory) -> Found:
+    def choose_first(self, directory: SwarmDirectory) -> Found:
         """The model with most demand; if the swarm has no allowed model, the first allowed model that exists. Raises
         SplitnetError as `join_swarm`, and ModelNotFound: there is no model."""
         demand, listed = self._demand(directory), directory.models()
@@ -112,7 +112,7 @@ class ModelChoice:
         self._leaving_for = None
         keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
 
-    def better(
+    def better_model_now(
         self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, size: float, in_use: bool
     ) -> ChosenModel | None:
         """The model to change to at once; call `serves` or `give_up` then. None: the peer stays, or has announced a
@@ -126,7 +126,7 @@ class ModelChoice:
         demand = self._demand(directory)
         for model in reversed(demand):
             keep_latest(self._asked_at, model, now, MAX_REMEMBERED)
-        here = Offered(
+        here = ModelOffer(
             own.model,
             own.num_blocks,
             [facts_of(record, size) for record in others if record.serves],  # moving peers do not count
@@ -232,7 +232,7 @@ class ModelChoice:
         start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
         sending_ms = size / present.bytes_per_ms if present.bytes_per_ms else 0.0
         own = Peer(self._identity.public.text, start, end, expected_speed(own_ms, peers), sending_ms=sending_ms)
-        offered = Offered(checkpoint.fingerprint, checkpoint.num_blocks, peers, own, tokens)
+        offered = ModelOffer(checkpoint.fingerprint, checkpoint.num_blocks, peers, own, tokens)
         return ChosenModel(checkpoint, fetcher, fitting, offered)
 
     def _counts(self, record: PeerRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The counters of a peer for `peers/metrics.py`, cheap enough for every decode step.
+"""The counters of a peer for `peers/peer_metrics.py`, cheap enough for every decode step.
 
 Each counter has one writer at a time: the engine, or the thread that holds the lock of the service.
 """
@@ -90,7 +90,7 @@ class PassHistograms:
         self.rows.observe(rows)
 
 
-class Traffic:
+class TrafficCounter:
     """Bytes of messages with their headers, by codec and by whether this peer has opened the link. Thread-safe."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Counters:
         self.opened = 0  # sessions
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
-        self.traffic = Traffic()
+        self.traffic = TrafficCounter()
         # A look-up by enum takes longer than the count.
         self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
         self._replay = self.work[WorkKind.REPLAY]

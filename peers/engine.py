@@ -17,17 +17,17 @@ import torch
 from peers.counters import PassKind
 from peers.service import SessionService
 from peers.sessions import (
+    HopSession,
     PassWork,
-    Session,
     SessionTooLong,
     Work,
 )
 from peers.speed import ObservedSpeed, measure_past, measure_speed
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.facts import CONTEXTS, PASS_SIZES
-from splitnet.blocks.adapters import Adapter, read_tensors, write_groups
+from splitnet.blocks.adapters import AdapterTensors, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
-from splitnet.blocks.span import Chunk as SpanChunk
+from splitnet.blocks.span import RowChunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.errors import AdapterError, CodecError, NotFinite, PeerBusy, ProtocolError
 from splitnet.quant.device import (
@@ -39,7 +39,7 @@ from splitnet.quant.device import (
     to_host,
     trim_memory,
 )
-from splitnet.wire.codecs import are_finite, check_values, codec_by_code, encode_finite, kept_rows
+from splitnet.wire.codecs import are_finite, check_values, codec_by_code, encode_finite, select_kept_positions
 from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Engine:
         pieces = partial(queue.piece_positions, span.end - span.start)
         graph_bytes = max(GRAPH_BYTES, service.training_memory.limit // 4)
         self._passes = SpanPasses(span, self._end_piece, pieces, graph_bytes=graph_bytes)
-        self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
         """Begins to compute. Call it from the thread that has loaded the blocks, and call `run_here` after each message
@@ -155,15 +155,15 @@ class Engine:
                 self._turns.release()
         self._queue.wake()
 
-    def _run(self) -> None:
-        while self._turn():
+    def _run_thread(self) -> None:
+        while self._run_next_pass():
             pass
 
-    def _turn(self) -> bool:
+    def _run_next_pass(self) -> bool:
         """Waits for work and runs one pass; False: the queue is closed. No reference to a session remains."""
         self._queue.gather()
         with self._turns:
-            chosen = self._queue.take(PASS_POSITIONS)
+            chosen = self._queue.take_steps(PASS_POSITIONS)
             if chosen:
                 self._run_steps(chosen)
             elif (work := self._queue.take_pass()) is not None:
@@ -176,7 +176,7 @@ class Engine:
                 job()
         return not self._queue.closed
 
-    def _load_ahead(self, session: Session) -> None:
+    def _load_ahead(self, session: HopSession) -> None:
         try:
             if self._rows.load_ahead(session, self._view):
                 return
@@ -205,14 +205,14 @@ class Engine:
             self._publish_speed()
 
     def _run_steps(self, chosen: Ready) -> None:
-        ready = [(work, count) for work, count in chosen if self._begin(work, count)]
+        ready = [(work, count) for work, count in chosen if self._begin_step(work, count)]
         if ready:
             self._compute(ready)
         for work, _ in chosen:
-            self._queue.release(work)
+            self._queue.release_work(work)
         self._publish_speed()
 
-    def _begin(self, work: Work, count: int) -> bool:
+    def _begin_step(self, work: Work, count: int) -> bool:
         """Decodes `count` positions of a step before a pass, and prepares its rows before the first pass.
 
         False: the step does not run in this pass.
@@ -225,7 +225,7 @@ class Engine:
                 work.adapter = work.session.adapter
                 if self._rows.is_loading(work, self._view):
                     return False
-                self._rows.prepare(work)
+                self._rows.prepare_step(work)
             codec = codec_by_code(work.step.codec)
             size = codec.bytes_per_position(self._span.hidden_size)
             payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
@@ -252,7 +252,7 @@ class Engine:
             if len(ready) == 1:
                 self._offer_less(ready[0][0].session, error)
         finally:
-            self._queue.ran(ready, time.monotonic() - began)
+            self._queue.charge_pass(ready, time.monotonic() - began)
         if len(ready) == 1:
             self._give_up(ready[0][0], *failure)
         else:
@@ -289,11 +289,11 @@ class Engine:
         for work, states in tapped:
             if any(work is each for each, _ in computed):
                 self._add_taps(work, states)
-        past_ms = sum(self._speed.past.at(chunk.count, chunk.start) for chunk in chunks)
-        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms, past_ms)
+        past_ms = sum(self._speed.past.ms_at(chunk.count, chunk.start) for chunk in chunks)
+        self._speed.observe_pass(len(hidden), span.end - span.start, elapsed_ms, past_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
-            self._queue.delay.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+            self._queue.delay.observe_pass(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         others = [len(hidden) - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
         self._service.load.observe(began_at, waits, others, elapsed_ms)
@@ -314,7 +314,7 @@ class Engine:
         for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden, failure = None, None
             try:
-                self._outputs.add(work, values)
+                self._outputs.add_output(work, values)
             except CodecError as error:
                 failure = FailureCode.INTERNAL, str(error)
             except Exception as error:
@@ -328,9 +328,9 @@ class Engine:
             computed.append((work, count))
             if not work.remaining:
                 try:
-                    self._outputs.finish(work)
+                    self._outputs.finish_step(work)
                 except Exception as error:
-                    self._service.failed(work, *failure_of(error, "step"))
+                    self._service.report_failure(work, *failure_of(error, "step"))
         return computed
 
     def _wanted(self, ready: Ready, output: torch.Tensor) -> list[torch.Tensor]:
@@ -359,18 +359,18 @@ class Engine:
         try:
             with self._counters.energy.computing():
                 if isinstance(work.message, Forward):
-                    self._forward(work, work.message, began)
+                    self._run_forward(work, work.message, began)
                 elif isinstance(work.message, Gradient):
-                    self._backward(work, work.message, began)
+                    self._run_backward(work, work.message, began)
                 elif isinstance(work.message, FetchKV):
-                    kv = self._rows.read(work.session, work.message, self._span)
+                    kv = self._rows.read_keys_and_values(work.session, work.message, self._span)
                     self._training.fetched_kv(work, write_groups(kv))
                 else:
                     self._load_adapter(work)
         except _Abandoned:
             pass
         except Exception as error:
-            self._training.failed(work, *_refusal(error, "pass"))
+            self._training.report_failure(work, *_refusal(error, "pass"))
         finally:
             self._let_others_in(work)
 
@@ -389,37 +389,37 @@ class Engine:
             first = False
         self._piece_began = time.perf_counter()
 
-    def _forward(self, work: PassWork, message: Forward, began: float) -> None:
+    def _run_forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
         adapter = self._training.adapter_of(session, message)
-        hidden = self._decode(message.codec, message.payload, message.positions)
+        hidden = self._decode_payload(message.codec, message.payload, message.positions)
         run = hidden, message.lengths, adapter, session.start, session.end
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
         if message.kept and nbytes is not None and self._training.reserve_graph(work, nbytes):
-            output, graph = self._passes.forward_kept(*run, nbytes, reach=message.reach)
+            output, graph = self._passes.forward_saving(*run, nbytes, rope_length=message.rope_length)
             self._training.keep_graph(work, graph)
             del graph
         else:
-            output = self._passes.forward(*run, reach=message.reach)
+            output = self._passes.forward(*run, rope_length=message.rope_length)
         payload = encode_finite(session.codec, to_host(output))
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
         self._training.forwarded(work, payload)
 
-    def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
+    def _run_backward(self, work: PassWork, message: Gradient, began: float) -> None:
         session = work.session
         assert work.forward is not None and isinstance(work.forward.message, Forward)
         forward = work.forward.message
         adapter = self._training.adapter_of(session, forward)
-        gradient = self._decode(message.codec, message.payload, forward.positions)
+        gradient = self._decode_payload(message.codec, message.payload, forward.positions)
         graph = self._training.take_graph(work.forward)
         if graph is not None:
-            gradient, by_adapter = self._passes.go_back(graph, gradient)
+            gradient, by_adapter = self._passes.backward_saved(graph, gradient)
         else:
-            hidden = self._decode(forward.codec, forward.payload, forward.positions)
+            hidden = self._decode_payload(forward.codec, forward.payload, forward.positions)
             gradient, by_adapter = self._passes.backward(
-                hidden, forward.lengths, gradient, adapter, session.start, session.end, reach=forward.reach
+                hidden, forward.lengths, gradient, adapter, session.start, session.end, rope_length=forward.rope_length
             )
         payload = encode_finite(codec_by_code(forward.gradient_codec), to_host(gradient))
         if not are_finite(by_adapter.values()):
@@ -436,21 +436,21 @@ class Engine:
         tensors: dict[str, torch.Tensor] = {}
         for part in work.parts:
             tensors.update(read_tensors(part.payload))
-        adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
+        adapter = AdapterTensors({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
         if adapter.outside(session.start, session.end):
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
-        self._span.fit(adapter)
+        self._span.fit_adapter(adapter)
         self._training.adapter_loaded(work, adapter)
 
     def _ms_since(self, began: float) -> float:
         return (seconds_after_work(self._span.device) - began) * 1000
 
-    def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
+    def _decode_payload(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
         check_values(codec, payload, positions, self._span.hidden_size)
         values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
         return to_device(values, self._span.device, values.dtype)
 
-    def _offer_less(self, session: Session, error: Exception) -> None:
+    def _offer_less(self, session: HopSession, error: Exception) -> None:
         """After a failed allocation for a session, the peer offers less memory."""
         if is_out_of_memory(error):
             self._service.fell_short(session, time.monotonic())
@@ -458,7 +458,7 @@ class Engine:
 
     def _give_up(self, work: Work, code: FailureCode, text: str) -> None:
         work.done = work.total
-        self._service.failed(work, code, text)
+        self._service.report_failure(work, code, text)
 
     def _publish_speed(self) -> None:
         blocks = self._span.end - self._span.start
@@ -474,7 +474,7 @@ def _tapped(ready: Ready, output: torch.Tensor, boundaries: Sequence[int]) -> li
     own = output.split([count for _, count in ready])
     for (work, count), rows in zip(ready, own, strict=True):
         if work.taps is not None:
-            kept = kept_rows(work.parts(count), rows).chunk(len(boundaries), dim=1)
+            kept = select_kept_positions(work.parts(count), rows).chunk(len(boundaries), dim=1)
             states = zip(boundaries, kept, strict=True)
             found.append((work, {tap: each for tap, each in states if tap in work.taps.boundaries}))
     return found

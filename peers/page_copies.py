@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Final
 
-from peers.links import Answering
-from peers.prefixes import PrefixNamespace, PrefixStore, page_name, unpack
+from peers.peer_links import ReplyTarget
+from peers.prefixes import PageNamespace, PrefixStore, page_name, unpack
 from peers.served import endpoint_of
 from peers.service import SessionService
-from splitnet.checkpoint.transfer.fetching import Asking
+from splitnet.checkpoint.transfer.fetching import PeerQuestions
 from splitnet.errors import ProtocolError
 from splitnet.limits import FairAccount, Holding, Places
 from splitnet.security.identity import Identity
@@ -38,20 +38,20 @@ JOB_S: Final = 60.0  # a request ends after this time, with the pages that were 
 
 
 @dataclass(frozen=True)
-class _Client:
+class _CopyClient:
     curve: bytes
     weight: float = 1.0
 
 
 @dataclass(eq=False)
-class _Job:
+class _CopyJob:
     """A request and its progress. turn: time of its last page. run: the generator that copies."""
 
     source: Connection
     message: CopyPages
     service: SessionService
     store: PrefixStore
-    namespace: PrefixNamespace
+    namespace: PageNamespace
     hop: Endpoint
     began: float = field(default_factory=time.monotonic)
     turn: float = field(default_factory=time.monotonic)
@@ -60,9 +60,9 @@ class _Job:
     run: Generator[None] | None = None
 
     @property
-    def held(self) -> int:
+    def pages_here(self) -> int:
         """Number of the first pages of the text that this peer has without a gap."""
-        return len(list(takewhile(lambda label: self.store.has(self.namespace, label), self.message.labels)))
+        return len(list(takewhile(lambda label: self.store.has_page(self.namespace, label), self.message.labels)))
 
 
 class PageCopies:
@@ -73,13 +73,13 @@ class PageCopies:
     """
 
     def __init__(
-        self, service: Callable[[], SessionService], outbox: Answering, identity: Identity, swarm: OpenSwarm
+        self, service: Callable[[], SessionService], outbox: ReplyTarget, identity: Identity, swarm: OpenSwarm
     ) -> None:
         self._service = service
         self._outbox = outbox
         self._identity = identity
         self._swarm = swarm
-        self._jobs: dict[_Job, Holding] = {}
+        self._jobs: dict[_CopyJob, Holding] = {}
         self._waiting = FairAccount(WAITING, PER_KEY, newest_first=True)
         self._under_way = Places(2 * AT_ONCE, if_faster=AT_ONCE, key=AT_ONCE_OF_KEY)
         self._answers: dict[int, object] = {}  # received since the last round, by the number of the question
@@ -87,7 +87,7 @@ class PageCopies:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def receive(self, source: Connection, message: CopyPages) -> None:
+    def receive_request(self, source: Connection, message: CopyPages) -> None:
         """Takes a request; a request that cannot be served, or is one too many, is answered at once."""
         try:
             job = self._job(source, message)
@@ -95,12 +95,12 @@ class PageCopies:
             log.debug("pages cannot be copied: %s", error)
             job = None
         with self._changed:
-            client, taken = _Client(source.curve), self._waiting.holdings
-            if job is not None and (place := self._waiting.hold(client, lambda: None, 1)) in taken:
+            client, taken = _CopyClient(source.curve), self._waiting.holdings
+            if job is not None and (place := self._waiting.make_holding(client, lambda: None, 1)) in taken:
                 self._jobs[job] = place
                 self._changed.notify()
                 if self._thread is None and not self._closed:
-                    self._thread = threading.Thread(target=self._work, name="splitnet-page-copies", daemon=True)
+                    self._thread = threading.Thread(target=self._run_jobs, name="splitnet-page-copies", daemon=True)
                     self._thread.start()
                 return
         self._outbox.send(source, CopiedPages(message.session, message.number, 0, 0))
@@ -112,17 +112,17 @@ class PageCopies:
         if self._thread is not None:
             self._thread.join()
 
-    def _job(self, source: Connection, message: CopyPages) -> _Job | None:
+    def _job(self, source: Connection, message: CopyPages) -> _CopyJob | None:
         service = self._service()
         store = service.sessions.prefixes
         if store is None or not (namespace := service.rows.namespace(store, source.curve, message)).name:
             return None
         hop = endpoint_of(message.source_key, message.source_address, message.source_relays, "the source")
-        return _Job(source, message, service, store, namespace, hop)
+        return _CopyJob(source, message, service, store, namespace, hop)
 
-    def _work(self) -> None:
-        with Asking(self._identity, self._swarm) as asking:
-            while jobs := self._next():
+    def _run_jobs(self) -> None:
+        with PeerQuestions(self._identity, self._swarm) as asking:
+            while jobs := self._jobs_in_turn():
                 copied = sum(job.copied for job in jobs)
                 for job in jobs:
                     job.run = job.run or self._copy(asking, job)
@@ -134,14 +134,14 @@ class PageCopies:
                         _, answer = asking.answers.get(timeout=0 if goes_on or self._answers else TICK_S)
                         self._answers[getattr(answer, "number", 0)] = answer
 
-    def _next(self) -> list[_Job]:
+    def _jobs_in_turn(self) -> list[_CopyJob]:
         """All requests, in the order in which they may copy; none: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             jobs = [] if self._closed else list(self._jobs)
-        return sorted(jobs, key=lambda job: (self._under_way.held("key", job.source.curve), job.turn))
+        return sorted(jobs, key=lambda job: (self._under_way.places_of("key", job.source.curve), job.turn))
 
-    def _go_on(self, job: _Job, run: Generator[None]) -> None:
+    def _go_on(self, job: _CopyJob, run: Generator[None]) -> None:
         try:
             if self._jobs[job] in self._waiting.holdings and time.monotonic() < job.began + JOB_S:
                 return next(run)
@@ -152,28 +152,30 @@ class PageCopies:
         run.close()
         with self._changed:
             self._jobs.pop(job).release()
-        self._outbox.send(job.source, CopiedPages(job.message.session, job.message.number, job.held, job.nbytes))
+        self._outbox.send(job.source, CopiedPages(job.message.session, job.message.number, job.pages_here, job.nbytes))
 
-    def _copy(self, asking: Asking, job: _Job) -> Generator[None]:
+    def _copy(self, asking: PeerQuestions, job: _CopyJob) -> Generator[None]:
         """Copies the missing pages in order; yields while it waits, and after each page."""
         message, names, due = job.message, list[bytes](), 0.0
         place = {"if_faster": message.if_faster, "key": job.source.curve}
         for label in message.labels:
             name = page_name(job.namespace, label)
-            if not job.store.has(job.namespace, label):
-                while time.monotonic() < due or not self._under_way.take(**place):
+            if not job.store.has_page(job.namespace, label):
+                while time.monotonic() < due or not self._under_way.take_place(**place):
                     yield
                 try:
                     data = yield from self._bytes_of(asking, job, name)
                 finally:
-                    self._under_way.leave(**place)
+                    self._under_way.leave_place(**place)
                 if data is None:
                     return
                 page = unpack(name, data)
                 job.service.served.check_page(page, message.start, message.end, message.codec, first=not names)
                 if not are_finite(page.tensors.values()):
                     raise ProtocolError("a page has values that are no numbers")
-                if not job.store.put_copied(job.namespace, page, names) and not job.store.has(job.namespace, label):
+                if not job.store.put_copied(job.namespace, page, names) and not job.store.has_page(
+                    job.namespace, label
+                ):
                     return  # there is no room
                 job.copied += 1
                 job.turn = time.monotonic()
@@ -185,12 +187,12 @@ class PageCopies:
                 yield
             names.append(name)
 
-    def _bytes_of(self, asking: Asking, job: _Job, name: bytes) -> Generator[None, None, bytearray | None]:
+    def _bytes_of(self, asking: PeerQuestions, job: _CopyJob, name: bytes) -> Generator[None, None, bytearray | None]:
         """The bytes of a page; None: the hop lacks the page, or does not answer. A short part is an error: in parts of
         single bytes a page would take days."""
         data, total = bytearray(), 1
         while len(data) < total:
-            number = asking.ask(job.hop, WeightsKind.PAGE, name + bytes(len(name)), len(data))
+            number = asking.ask_peer(job.hop, WeightsKind.PAGE, name + bytes(len(name)), len(data))
             until = time.monotonic() + ANSWER_S
             try:
                 while (part := self._answers.get(number)) is None:
@@ -198,7 +200,7 @@ class PageCopies:
                         return None
                     yield
             finally:
-                asking.forget(number)
+                asking.forget_question(number)
             if not isinstance(part, WeightsPart):
                 return None
             total = part.total

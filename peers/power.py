@@ -30,7 +30,7 @@ _WHOLE = re.compile(r"VDD_IN|POM_5V_IN|.*total.*", re.IGNORECASE)  # labels of s
 
 
 @dataclass(frozen=True)
-class Source:
+class PowerSource:
     """A counter of energy or a sensor of power, of the device or a part of it. Sources with equal names are equal.
 
     read: total joules of a counter, present watts of a sensor. Raises OSError or ValueError: the reading failed.
@@ -42,10 +42,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Sources:
+class PowerSources:
     """The sources whose sum is the power of the device; empty: unknown. problem: the reason, and what helps."""
 
-    parts: tuple[Source, ...] = ()
+    parts: tuple[PowerSource, ...] = ()
     problem: str = ""
 
     @property
@@ -56,13 +56,14 @@ class Sources:
 class EnergyMeter:
     """Adds up the energy of computations; failed readings add nothing.
 
-    One thread at a time computes; another thread may call `look`. find: finds the readable sources. watts: power of the
+    One thread at a time computes; another thread may call `find_sources`. find: finds the readable sources. watts:
+    power of the
     device while it computes, from the user; with it no source is read.
     """
 
     def __init__(
         self,
-        find: Callable[[], Sources] = Sources,
+        find: Callable[[], PowerSources] = PowerSources,
         watts: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -70,11 +71,11 @@ class EnergyMeter:
         self._find = find
         self._given = watts
         self._clock = clock
-        self._sources = Sources()
+        self._sources = PowerSources()
         self._recent_joules = self._recent_s = 0.0
         self._within = False
         self._sensed_watts, self._sensed_at = 0.0, float("-inf")
-        self.look()
+        self.find_sources()
 
     @property
     def watts(self) -> float:
@@ -91,16 +92,16 @@ class EnergyMeter:
             return f"{self._given:g} W while it computes, as --watts says"
         return self._sources.names or self._sources.problem
 
-    def look(self) -> None:
+    def find_sources(self) -> None:
         """Finds the readable sources, which change with drivers and rights."""
         if self._given is not None:
             return
         try:
             found = self._find()
         except OSError:  # a file vanished during the search
-            found = Sources()
+            found = PowerSources()
         if found != self._sources:
-            self._use(found)
+            self._use_sources(found)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -117,7 +118,7 @@ class EnergyMeter:
             self._within = False
             self._take_in(sources, before, self._clock() - began)
 
-    def _take_in(self, sources: Sources, before: list[float] | None, seconds: float) -> None:
+    def _take_in(self, sources: PowerSources, before: list[float] | None, seconds: float) -> None:
         if self._given is not None:
             self.joules += self._given * seconds
             return
@@ -140,10 +141,10 @@ class EnergyMeter:
         self._recent_joules = self._recent_joules * kept + joules
         self._recent_s = self._recent_s * kept + seconds
 
-    def _counted(self, sources: Sources) -> list[float] | None:
+    def _counted(self, sources: PowerSources) -> list[float] | None:
         return self._readings(sources, [part for part in sources.parts if part.wraps_at is not None])
 
-    def _sensed(self, sources: Sources) -> float | None:
+    def _sensed(self, sources: PowerSources) -> float | None:
         """Watts of all sensors, at most `SENSOR_S` old; None: a reading failed."""
         sensors = [part for part in sources.parts if part.wraps_at is None]
         now = self._clock()
@@ -154,33 +155,33 @@ class EnergyMeter:
             self._sensed_watts, self._sensed_at = max(0.0, sum(watts)), now
         return self._sensed_watts if sensors else 0.0
 
-    def _readings(self, sources: Sources, parts: list[Source]) -> list[float] | None:
+    def _readings(self, sources: PowerSources, parts: list[PowerSource]) -> list[float] | None:
         """A reading of each part; None: one failed."""
         try:
             return [part.read() for part in parts]
         except (OSError, ValueError) as error:
             if sources is self._sources:
                 log.info("what the device draws cannot be read any more: %s", error)
-                self._use(Sources())
+                self._use_sources(PowerSources())
             return None
 
-    def _use(self, sources: Sources) -> None:
+    def _use_sources(self, sources: PowerSources) -> None:
         self._sources = sources
         self._recent_joules = self._recent_s = 0.0
         self._sensed_at = float("-inf")
 
 
-def find_sources(device: torch.device, sysfs: Path = SYSFS) -> Sources:
+def find_sources(device: torch.device, sysfs: Path = SYSFS) -> PowerSources:
     """The readable sources of the power of `device`. sysfs: where Linux has counters and sensors."""
     if device.type == "cuda":
         return _of_nvidia(device)
     if device.type != "cpu":
-        return Sources()
+        return PowerSources()
     rapl = _of_rapl(sysfs)
     return rapl if rapl.parts else _of_sensors(sysfs) or rapl
 
 
-def _of_rapl(sysfs: Path) -> Sources:
+def _of_rapl(sysfs: Path) -> PowerSources:
     """The counters of packages, which include their subdomains; without packages, that of the platform (psys)."""
     domains = [
         (folder, _text(folder / "name"))
@@ -189,24 +190,24 @@ def _of_rapl(sysfs: Path) -> Sources:
     ]
     packages = [each for each in domains if each[1].startswith("package")]
     chosen = packages or [each for each in domains if each[1] == "psys"]
-    parts: list[Source] = []
+    parts: list[PowerSource] = []
     for folder, name in chosen:
         file = folder / "energy_uj"
         try:
             _read(file, _MICRO)
         except PermissionError:
-            return Sources(problem=_not_allowed(file, folder.parent / "intel-rapl:*/energy_uj"))
+            return PowerSources(problem=_not_allowed(file, folder.parent / "intel-rapl:*/energy_uj"))
         except (OSError, ValueError):
-            return Sources()  # the sum of the other packages would be too small
+            return PowerSources()  # the sum of the other packages would be too small
         range_uj = _text(folder / "max_energy_range_uj")
         wraps_at = int(range_uj) * _MICRO if range_uj.isdigit() else 0.0
-        parts.append(Source(f"RAPL {name}", partial(_read, file, _MICRO), wraps_at))
-    return Sources(tuple(parts))
+        parts.append(PowerSource(f"RAPL {name}", partial(_read, file, _MICRO), wraps_at))
+    return PowerSources(tuple(parts))
 
 
-def _of_sensors(sysfs: Path) -> Sources | None:
+def _of_sensors(sysfs: Path) -> PowerSources | None:
     """Sensors of one kind of chip, because different kinds may measure the same current. None: there are no sensors."""
-    by_kind: dict[str, list[tuple[Source, str]]] = {}
+    by_kind: dict[str, list[tuple[PowerSource, str]]] = {}
     for chip in sorted((sysfs / "class/hwmon").glob("hwmon*")):
         name = _text(chip / "name")
         # The sensor of a power supply or battery measures its charge or its limit.
@@ -221,16 +222,16 @@ def _of_sensors(sysfs: Path) -> Sources | None:
         try:
             for sensor in sensors:
                 sensor.read()
-            return Sources(tuple(sensors))
+            return PowerSources(tuple(sensors))
         except PermissionError as error:
             file = Path(error.filename or sysfs / "class/hwmon")
             problem = problem or _not_allowed(file, file)
         except (OSError, ValueError):
             continue
-    return Sources(problem=problem) if problem else None
+    return PowerSources(problem=problem) if problem else None
 
 
-def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
+def _sensors(chip: Path, name: str) -> Iterator[tuple[PowerSource, str]]:
     numbers = {int(match[1]) for file in chip.iterdir() if (match := re.fullmatch(r"power(\d+)_\w+", file.name))}
     found = False
     for number in sorted(numbers):
@@ -238,7 +239,7 @@ def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
         file = next((file for file in files if file.exists()), None)
         if file is not None:
             label = _text(chip / f"power{number}_label")
-            yield Source(f"{name} {label or f'power{number}'}", partial(_read, file, _MICRO)), label
+            yield PowerSource(f"{name} {label or f'power{number}'}", partial(_read, file, _MICRO)), label
             found = True
     if found or not name.startswith("ina"):
         return
@@ -246,18 +247,18 @@ def _sensors(chip: Path, name: str) -> Iterator[tuple[Source, str]]:
         current, voltage = chip / f"curr{number}_input", chip / f"in{number}_input"
         if current.exists() and voltage.exists() and _text(chip / f"in{number}_enable") != "0":
             label = _text(chip / f"in{number}_label")
-            yield Source(f"{name} {label or f'channel {number}'}", partial(_product, current, voltage)), label
+            yield PowerSource(f"{name} {label or f'channel {number}'}", partial(_product, current, voltage)), label
 
 
-def _of_nvidia(device: torch.device) -> Sources:
+def _of_nvidia(device: torch.device) -> PowerSources:
     if torch.version.hip is not None or importlib.util.find_spec("pynvml") is None:
-        return Sources()
-    source = Source(f"NVML {device}", partial(_nvidia_watts, device))
+        return PowerSources()
+    source = PowerSource(f"NVML {device}", partial(_nvidia_watts, device))
     try:
         source.read()
     except OSError:
-        return Sources()
-    return Sources((source,))
+        return PowerSources()
+    return PowerSources((source,))
 
 
 def _nvidia_watts(device: torch.device) -> float:

@@ -51,12 +51,12 @@ _DIGEST_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class Page:
     """The tensors of 32 positions at a hop (`SequenceCache.page`), states with names that begin with `STATES`, and the
-    hop's encoded output for the positions, with their `Step.reach`."""
+    hop's encoded output for the positions, with their `Step.rope_length`."""
 
     name: bytes
     tensors: dict[str, Tensor]
     output: bytes = b""
-    reach: int = 0
+    rope_length: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -72,18 +72,18 @@ class Page:
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
+class _HeldPage:
     page: Page
     owner: bytes
     cost_ms: float
     depth: int  # number of pages before this page in its text
     value: float  # at most the value of each page before
-    secret: bool  # see `PrefixNamespace`
+    secret: bool  # see `PageNamespace`
     uses: int = 1
 
 
 @dataclass(slots=True)
-class Counts:
+class PageCounts:
     """Pages since the start of the peer. broken: a page that did not fit, or whose file was damaged or failed."""
 
     stored: int = 0
@@ -95,7 +95,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixNamespace:
+class PageNamespace:
     """The pages that a session can find: of the same owner, with the same context. Empty `name`: no pages.
 
     secret: only the client of the session, and peers that the client tells, know the names of the pages.
@@ -106,12 +106,12 @@ class PrefixNamespace:
     secret: bool = True
 
 
-NOWHERE = PrefixNamespace()
+NOWHERE = PageNamespace()
 MakePage = Callable[[bytes], Page]
 UsePages = Callable[[list[Page]], None]
 
 
-def page_name(space: PrefixNamespace, label: bytes) -> bytes:
+def page_name(space: PageNamespace, label: bytes) -> bytes:
     return digest(space.name, label)
 
 
@@ -134,21 +134,21 @@ class PrefixStore:
         weight: Callable[[bytes], float] = lambda _: 1.0,
         files: PageFiles | None = None,
     ) -> None:
-        self.counts = Counts()
+        self.counts = PageCounts()
         self.nbytes = 0  # of all pages in memory
         self._facts = facts.encode()
         self._limit = limit
         self._weight = weight
         self._files = files
         self._lock = threading.Lock()
-        self._held: dict[bytes, _Held] = {}
+        self._held: dict[bytes, _HeldPage] = {}
         self._bytes: dict[bytes, int] = {}  # by owner
         self._packed: dict[bytes, bytes] = {}  # the pages that other peers asked for last, by name
         self._floor = 0.0  # highest value of an evicted page
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], object] | None]] = queue.PriorityQueue()
         self._next_job = itertools.count().__next__
         self._queued: set[bytes] = set()  # names of pages that wait to be written
-        self._thread = threading.Thread(target=self._work, name="splitnet-prefixes", daemon=True) if files else None
+        self._thread = threading.Thread(target=self._run_jobs, name="splitnet-prefixes", daemon=True) if files else None
         if self._thread is not None:
             self._thread.start()
 
@@ -161,11 +161,11 @@ class PrefixStore:
 
     def namespace(
         self, owner: bytes, context: bytes, start: int, end: int, codec: int, *, secret: bool = True
-    ) -> PrefixNamespace:
+    ) -> PageNamespace:
         """The namespace of pages of blocks `[start, end)`, with outputs in `codec`. owner: a key, or the name of a
-        group of keys that share pages. secret: see `PrefixNamespace`."""
+        group of keys that share pages. secret: see `PageNamespace`."""
         hop = f"{start}:{end} {codec} {secret}".encode()
-        return PrefixNamespace(digest(self._facts, owner, context, hop), owner, secret) if context else NOWHERE
+        return PageNamespace(digest(self._facts, owner, context, hop), owner, secret) if context else NOWHERE
 
     def packed(self, name: bytes) -> tuple[bytes, bool] | None:
         """A page with its digest, for `unpack`, and whether this call has packed it; None: the page is not in memory,
@@ -178,12 +178,12 @@ class PrefixStore:
         keep_latest(self._packed, name, pack(held.page), PACKED)
         return self._packed[name], True
 
-    def has(self, space: PrefixNamespace, label: bytes) -> bool:
+    def has_page(self, space: PageNamespace, label: bytes) -> bool:
         """Whether a page is in memory."""
         return page_name(space, label) in self._held
 
-    def put(
-        self, space: PrefixNamespace, label: bytes, page: MakePage, cost_ms: float, before: Sequence[bytes] = ()
+    def put_page(
+        self, space: PageNamespace, label: bytes, page: MakePage, cost_ms: float, before: Sequence[bytes] = ()
     ) -> None:
         """Stores a page that is missing, if there is room. page: makes the page. cost_ms: of its computation. before:
         names of the pages before it in its text; they are kept as long, because the page is useless without them."""
@@ -193,7 +193,7 @@ class PrefixStore:
         made = page(name)
         self.counts.stored += self._take_in(made, space, cost_ms, before, uses=1)
 
-    def put_copied(self, space: PrefixNamespace, page: Page, before: Sequence[bytes]) -> bool:
+    def put_copied(self, space: PageNamespace, page: Page, before: Sequence[bytes]) -> bool:
         """Stores a page from another peer, if there is room; before: as in `put`. The page is not written to disk until
         a session has used it, because other peers could fill the disk."""
         return self._take_in(page, space, self._most_cost_ms(), before, uses=0)
@@ -202,15 +202,15 @@ class PrefixStore:
         """The cost of a page whose computation was not timed here."""
         return max((each.cost_ms for each in list(self._held.values())), default=1.0)
 
-    def lookup_prefix(self, space: PrefixNamespace, labels: Sequence[bytes], then: UsePages) -> None:
+    def lookup_prefix(self, space: PageNamespace, labels: Sequence[bytes], then: UsePages) -> None:
         """Finds the pages of a text, from its beginning to the first missing page, and calls `then` with them: at once,
         or from another thread if a page is on disk."""
         names = [page_name(space, label) for label in labels] if space.name else []
         pages, until = self._in_memory(names), time.monotonic() + READ_S
         following = names[len(pages) : len(pages) + 1]
-        on_disk = self._files is not None and following and self._files.has(space.owner, following[0])
+        on_disk = self._files is not None and following and self._files.has_page(space.owner, following[0])
         if on_disk and self._jobs.qsize() < 2 * MOST_QUEUED:
-            self._put_job(0, lambda: then(self._read(space, names, pages, until)))
+            self._put_job(0, lambda: then(self._read_pages(space, names, pages, until)))
         else:
             self.counts.found += len(pages)
             then(pages)
@@ -222,12 +222,12 @@ class PrefixStore:
                 if (held := self._held.get(page.name)) is not None:
                     self._write_later(held)
 
-    def forget(self, pages: Sequence[Page]) -> None:
+    def forget_pages(self, pages: Sequence[Page]) -> None:
         """Drops pages that did not fit."""
         self.counts.broken += len(pages)
         with self._lock:
             for page in pages:
-                self._drop(page.name)
+                self._drop_page(page.name)
         for page in pages if self._files is not None else ():
             self._put_job(1, lambda name=page.name: self._files and self._files.remove(name))
 
@@ -245,7 +245,7 @@ class PrefixStore:
             left = sorted(used, key=lambda held: (-held.value, held.depth))
         until = time.monotonic() + CLOSE_S
         for held in left:
-            self._put_job(1, lambda held=held: time.monotonic() < until and self._write(held.page, held.owner))
+            self._put_job(1, lambda held=held: time.monotonic() < until and self._write_page(held.page, held.owner))
         self._put_job(2, None)
         self._thread.join(2 * CLOSE_S)
 
@@ -253,7 +253,7 @@ class PrefixStore:
         """The first pages up to the first missing one. Each use raises their values, and no page is worth less than a
         page after it."""
         with self._lock:
-            found: list[_Held] = []
+            found: list[_HeldPage] = []
             for name in names:
                 held = self._held.get(name)
                 if held is None:
@@ -265,7 +265,7 @@ class PrefixStore:
                 value = held.value = max(value, held.value, self._floor + held.uses * held.cost_ms)
             return [held.page for held in found]
 
-    def _read(self, space: PrefixNamespace, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
+    def _read_pages(self, space: PageNamespace, names: Sequence[bytes], pages: list[Page], until: float) -> list[Page]:
         """Continues `pages` with pages on disk and in memory."""
         assert self._files is not None
         found = list(pages)
@@ -273,8 +273,8 @@ class PrefixStore:
             with self._lock:
                 held = self._held.get(name)
             page = held.page if held is not None else None
-            if page is None and time.monotonic() < until and self._files.has(space.owner, name):
-                page = self._files.read(space.owner, name)
+            if page is None and time.monotonic() < until and self._files.has_page(space.owner, name):
+                page = self._files.read_page(space.owner, name)
                 self.counts.read += page is not None
                 self.counts.broken += page is None
                 if page is not None:
@@ -285,27 +285,29 @@ class PrefixStore:
         self.counts.found += len(found)
         return found
 
-    def _take_in(self, page: Page, space: PrefixNamespace, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
+    def _take_in(self, page: Page, space: PageNamespace, cost_ms: float, before: Sequence[bytes], uses: int) -> bool:
         owner = space.owner
         with self._lock:
             if not page.nbytes or page.name in self._held:
                 return False
-            if not self._hold(before, owner, cost_ms) or not self._make_room(page.nbytes):
+            if not self._hold_page(before, owner, cost_ms) or not self._make_room(page.nbytes):
                 return False
-            if not self._hold(before, owner, cost_ms):
+            if not self._hold_page(before, owner, cost_ms):
                 return False
-            self._held[page.name] = _Held(page, owner, cost_ms, len(before), self._floor + cost_ms, space.secret, uses)
+            self._held[page.name] = _HeldPage(
+                page, owner, cost_ms, len(before), self._floor + cost_ms, space.secret, uses
+            )
             self._bytes[owner] = self._bytes.get(owner, 0) + page.nbytes
             self.nbytes += page.nbytes
             return True
 
-    def _hold(self, names: Sequence[bytes], owner: bytes, cost_ms: float) -> bool:
+    def _hold_page(self, names: Sequence[bytes], owner: bytes, cost_ms: float) -> bool:
         """Raises the values of pages to that of a new page after them; False: a page is missing."""
         for name in names:
             held = self._held.get(name)
             if held is not None:
                 held.value = max(held.value, self._floor + cost_ms)
-            elif self._files is None or not self._files.has(owner, name):
+            elif self._files is None or not self._files.has_page(owner, name):
                 return False
         return True
 
@@ -333,7 +335,7 @@ class PrefixStore:
                 held = self._held[name]
                 if held.uses > 1:
                     self._write_later(held)
-                self._drop(name)
+                self._drop_page(name)
                 self._floor = max(self._floor, value)
                 self.counts.evicted += 1
                 if self.nbytes <= most or (self.nbytes - others) / weights[owner] < others / 2:
@@ -342,7 +344,7 @@ class PrefixStore:
                 heappush(owners, (-self._bytes[owner] / weights[owner], index, owner))
         return True
 
-    def _drop(self, name: bytes) -> None:
+    def _drop_page(self, name: bytes) -> None:
         held = self._held.pop(name, None)
         if held is not None:
             self.nbytes -= held.page.nbytes
@@ -350,26 +352,26 @@ class PrefixStore:
             if not self._bytes[held.owner]:
                 del self._bytes[held.owner]
 
-    def _write_later(self, held: _Held) -> None:
+    def _write_later(self, held: _HeldPage) -> None:
         if self._files is None or held.page.name in self._queued or len(self._queued) >= MOST_QUEUED:
             return
-        if not self._files.has(held.owner, held.page.name):
+        if not self._files.has_page(held.owner, held.page.name):
             self._queued.add(held.page.name)
-            self._put_job(1, lambda: self._write(held.page, held.owner))
+            self._put_job(1, lambda: self._write_page(held.page, held.owner))
 
     def _put_job(self, order: int, job: Callable[[], object] | None) -> None:
         """Has the thread do a job; None ends it. Jobs of a lower `order` come first: sessions wait for reads."""
         self._jobs.put((order, self._next_job(), job))
 
-    def _write(self, page: Page, owner: bytes) -> None:
+    def _write_page(self, page: Page, owner: bytes) -> None:
         assert self._files is not None
         self._queued.discard(page.name)
-        if not self._files.has(owner, page.name):
-            written = self._files.write(owner, page)
+        if not self._files.has_page(owner, page.name):
+            written = self._files.write_page(owner, page)
             self.counts.written += written
             self.counts.broken += not written
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while (job := self._jobs.get()[2]) is not None:
             try:
                 job()
@@ -380,7 +382,7 @@ class PrefixStore:
 def pack(page: Page) -> bytes:
     """The digest of a page, and the page in the safetensors format."""
     output = torch.frombuffer(bytearray(page.output), dtype=torch.uint8) if page.output else torch.empty(0).byte()
-    data = save({**page.tensors, "output": output, "reach": torch.tensor(page.reach)})
+    data = save({**page.tensors, "output": output, "reach": torch.tensor(page.rope_length)})
     return _checked(page.name, data) + data
 
 
@@ -416,15 +418,15 @@ class PageFiles:
             self.folder.chmod(0o700)
             if self.limit is None:
                 self.limit = min(MOST_DISK, disk_usage(self.folder).free // 10)
-            self._look()
+            self._list_pages()
         except OSError as error:
-            self._tell(error)
+            self._report_error(error)
             self.limit = 0
 
-    def has(self, owner: bytes, name: bytes) -> bool:
+    def has_page(self, owner: bytes, name: bytes) -> bool:
         return self._file(owner, name) in self._sizes
 
-    def read(self, owner: bytes, name: bytes) -> Page | None:
+    def read_page(self, owner: bytes, name: bytes) -> Page | None:
         """A page; None: its file is missing, or was damaged and is removed."""
         file = self._file(owner, name)
         try:
@@ -434,11 +436,11 @@ class PageFiles:
             return page
         except Exception as error:  # a damaged file may cause any error
             if not isinstance(error, FileNotFoundError):  # another peer may have removed it
-                self._tell(error)
+                self._report_error(error)
             self._remove(file)
             return None
 
-    def write(self, owner: bytes, page: Page) -> bool:
+    def write_page(self, owner: bytes, page: Page) -> bool:
         """Writes a page; False: that failed, or there is no room."""
         data = pack(page)
         file = self._file(owner, page.name)
@@ -450,7 +452,7 @@ class PageFiles:
             partial.write_bytes(data)
             partial.replace(file)
         except OSError as error:
-            self._tell(error)
+            self._report_error(error)
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             return False
@@ -467,7 +469,7 @@ class PageFiles:
     def _file(self, owner: bytes, name: bytes) -> Path:
         return self.folder / digest(owner).hex() / f"{name.hex()}.page"
 
-    def _look(self) -> None:
+    def _list_pages(self) -> None:
         """Lists the pages in the folder; removes partial files and empty folders."""
         self._sizes, self._unseen = {}, 0.0
         for file in self.folder.glob("*/*"):
@@ -486,9 +488,9 @@ class PageFiles:
         if nbytes > limit:
             return False
         if self._unseen + nbytes > limit * SHRINK / 2:
-            self._look()
+            self._list_pages()
         if self.nbytes + nbytes > limit or disk_usage(self.folder).free < nbytes + FREE_DISK:
-            self._look()
+            self._list_pages()
             used, held = dict[Path, list[tuple[float, Path]]](), Counter[Path]()
             for file, size in self._sizes.items():
                 with suppress(OSError):
@@ -513,7 +515,7 @@ class PageFiles:
             file.unlink(missing_ok=True)
             file.parent.rmdir()  # fails while the folder has pages
 
-    def _tell(self, error: Exception) -> None:
+    def _report_error(self, error: Exception) -> None:
         if time.monotonic() > self._told_at + 60:
             self._told_at = time.monotonic()
             log.warning("a stored prefix in %s cannot be used: %s", self.folder, error)

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from peers.sessions import MemoryAccount, PassWork, Purpose, Session, Work
+from peers.sessions import HopSession, MemoryAccount, MemoryPurpose, PassWork, Work
 from scheduler.batching import DECODE_POSITIONS, MAX_PASSED_OVER, UNSENT_BYTES, BatchingDelay, next_pass
 from scheduler.fairness import CHUNK_S, FairPasses
 from scheduler.liveness import STUCK_S
@@ -42,7 +42,7 @@ class WorkQueue:
         self._fair = FairPasses[Work](self.pass_s, self.weight)
         self._shares = self._fair.shares
         self.delay = BatchingDelay()  # by session id
-        self._ready: OrderedDict[Session, None] = OrderedDict()
+        self._ready: OrderedDict[HopSession, None] = OrderedDict()
         # By next hop of ready prompts: unsent bytes, and the time of their last decrease.
         self._unsent: dict[Endpoint, tuple[int, float]] = {}
         self._changed = threading.Condition()
@@ -50,8 +50,8 @@ class WorkQueue:
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
-        self._prefix_hits: dict[Session, None] = {}  # whose rows can load pages before their steps come
-        self.defers = False  # after `put`, the caller wakes the engine through `Engine.run_here`
+        self._prefix_hits: dict[HopSession, None] = {}  # whose rows can load pages before their steps come
+        self.defers = False  # after `put_step`, the caller wakes the engine through `Engine.run_here`
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0  # of passes that wait or run
@@ -60,17 +60,17 @@ class WorkQueue:
     def has_work(self) -> bool:
         return bool(self._ready or self._passes)
 
-    def put(self, work: Work) -> None:
+    def put_step(self, work: Work) -> None:
         """Adds a step, and drops waiting windows of drafts that the step shows to be rejected. Raises PeerBusy: memory
         is short."""
         with self._changed:
             session, steps = work.session, work.session.queue_state.steps
             while len(steps) > self._begun(session) and _supersedes(work, steps[-1]):
-                self._drop(steps.pop())
+                self._drop_work(steps.pop())
             if not steps:
                 self._ready.pop(session, None)
-            self.memory.take(session, Purpose.STEPS, work.nbytes)
-            self._shares.came(session.owner, time.monotonic())
+            self.memory.take_memory(session, MemoryPurpose.STEPS, work.nbytes)
+            self._shares.work_arrived(session.owner, time.monotonic())
             work.follows = bool(steps)
             steps.append(work)
             session.waiting_size += work.size
@@ -127,7 +127,7 @@ class WorkQueue:
             own.passes[work] = None
             own.pass_count += 1
             self.pass_positions += work.positions
-            self._shares.came(session.owner, time.monotonic())
+            self._shares.work_arrived(session.owner, time.monotonic())
             self._changed.notify()
 
     def take_pass(self) -> PassWork | None:
@@ -149,7 +149,7 @@ class WorkQueue:
         with self._changed:
             self._count_out(work)
 
-    def discard_passes(self, session: Session) -> list[PassWork]:
+    def discard_passes(self, session: HopSession) -> list[PassWork]:
         with self._changed:
             discarded = list(session.queue_state.passes)
             for work in discarded:
@@ -177,24 +177,24 @@ class WorkQueue:
         with self._changed:
             return self._shares.contended(time.monotonic())
 
-    def put_prefix_hit(self, session: Session) -> None:
+    def put_prefix_hit(self, session: HopSession) -> None:
         """Stored pages were found for a session: its row can load them while no work waits."""
         with self._changed:
             if session not in self._prefix_hits:
-                self._shares.came(session.owner, time.monotonic())
+                self._shares.work_arrived(session.owner, time.monotonic())
                 self._prefix_hits[session] = None
                 self._changed.notify()
 
-    def take_prefix_hit(self) -> Session | None:
+    def take_prefix_hit(self) -> HopSession | None:
         """A session of `put_prefix_hit`, if no work waits; it remains until `release_prefix_hit`."""
         with self._changed:
             return None if self.has_work or self.closed else next(iter(self._prefix_hits), None)
 
-    def release_prefix_hit(self, session: Session) -> None:
+    def release_prefix_hit(self, session: HopSession) -> None:
         with self._changed:
             if session in self._prefix_hits:
                 del self._prefix_hits[session]
-                self._shares.left(session.owner, time.monotonic())
+                self._shares.work_done(session.owner, time.monotonic())
 
     def gather(self) -> None:
         """Waits for work, and then for expected steps while these keep arriving."""
@@ -206,7 +206,7 @@ class WorkQueue:
                 while len(self._ready) == ready and not self.closed and (remaining := until - time.monotonic()) > 0:
                     self._changed.wait(remaining)
 
-    def take(self, max_positions: int) -> list[tuple[Work, int]]:
+    def take_steps(self, max_positions: int) -> list[tuple[Work, int]]:
         """Waits for work and returns the steps of the next pass, with the number of positions of each.
 
         Empty: the queue is closed, a pass over whole sequences comes next (`take_pass`), or no work waits. While one
@@ -223,7 +223,7 @@ class WorkQueue:
                     if not ready or (self._passes and self._turns_without_pass >= MAX_PASSED_OVER):
                         return []
                     self._turns_without_pass += 1
-                    return self._begin(self._next_pass(ready, max_positions))
+                    return self._begin_steps(self._next_pass(ready, max_positions))
                 chosen = self._take_shared(ready, max_positions, [*(each.owner for each in ready), *self._passes])
                 if chosen is not None:
                     return chosen
@@ -237,7 +237,7 @@ class WorkQueue:
             while not self.closed:
                 ready = self._not_held()
                 if not self._shares.contended(time.monotonic()):
-                    return self._begin(self._next_pass(ready, max_positions)) if first and ready else []
+                    return self._begin_steps(self._next_pass(ready, max_positions)) if first and ready else []
                 # Between two pieces, the key of the pass has one pass of steps.
                 ready = [session for session in ready if first or session.owner != owner]
                 keys = [*(session.owner for session in ready), owner]
@@ -246,22 +246,22 @@ class WorkQueue:
                     return chosen
             return []
 
-    def release(self, work: Work) -> None:
+    def release_work(self, work: Work) -> None:
         """Ends a pass of a step: the step, or the session's next step, is ready again."""
         with self._changed:
             session, steps = work.session, work.session.queue_state.steps
             if not work.remaining and steps and steps[0] is work:
                 steps.popleft()
-                self._drop(work)
+                self._drop_work(work)
             if steps:
                 self._ready[session] = None
                 self._changed.notify()
 
-    def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
+    def charge_pass(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
         with self._changed:
-            self._fair.ran(chosen, seconds, time.monotonic())
+            self._fair.charge_pass(chosen, seconds, time.monotonic())
 
-    def charge(self, session: Session, seconds: float) -> None:
+    def charge(self, session: HopSession, seconds: float) -> None:
         with self._changed:
             self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
 
@@ -274,23 +274,23 @@ class WorkQueue:
                 return None
             return self._fair.positions_within(self._fair.chunk_s(now) * blocks)
 
-    def discard_waiting(self, session: Session) -> None:
+    def discard_waiting(self, session: HopSession) -> None:
         """Drops the steps of a session that no pass has begun: the client will repeat them."""
         with self._changed:
             self._drop_steps(session, keep=self._begun(session))
 
-    def discard(self, session: Session) -> None:
+    def discard(self, session: HopSession) -> None:
         with self._changed:
             self._drop_steps(session, keep=0)
             self.release_prefix_hit(session)
-            self.delay.left(session.id)
-            self.memory.end(session)
+            self.delay.forget_source(session.id)
+            self.memory.end_session(session)
 
-    def count(self, session: Session) -> int:
+    def count(self, session: HopSession) -> int:
         """Steps of a session that wait, and passes that wait or run."""
         return len(session.queue_state.steps) + session.queue_state.pass_count
 
-    def first_waiting(self, session: Session) -> Step | Forward | Gradient | Adapter | FetchKV | None:
+    def first_waiting(self, session: HopSession) -> Step | Forward | Gradient | Adapter | FetchKV | None:
         """The message of the first step or pass that waits."""
         with self._changed:
             own = session.queue_state
@@ -301,10 +301,10 @@ class WorkQueue:
             self.closed = True
             self._changed.notify_all()
 
-    def _not_held(self) -> list[Session]:
+    def _not_held(self) -> list[HopSession]:
         """Sessions that are ready, without prompts whose link to the next hop is congested."""
         now, links = time.monotonic(), dict[Endpoint, tuple[int, float]]()
-        ready: list[Session] = []
+        ready: list[HopSession] = []
         for session in self._ready:
             following = session.next
             if following is not None and session.queue_state.steps[0].remaining > DECODE_POSITIONS:
@@ -321,7 +321,7 @@ class WorkQueue:
 
     def _take_shared(
         self,
-        ready: Sequence[Session],
+        ready: Sequence[HopSession],
         max_positions: int,
         keys: Iterable[bytes],
         *,
@@ -356,12 +356,12 @@ class WorkQueue:
             heads = [session.queue_state.steps[0] for session in ready]
             turn = [work.session for work in self._fair.prefill_turn(heads, first, now)]
             most = min(max_positions, self._fair.positions_within(self._fair.chunk_s(now)))
-            return self._begin(self._next_pass(turn, most))
-        return self._begin(
+            return self._begin_steps(self._next_pass(turn, most))
+        return self._begin_steps(
             self._fair.decode_pass([session.queue_state.steps[0] for session in ready], ranked, max_positions, now)
         )
 
-    def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:
+    def _next_pass(self, ready: Iterable[HopSession], max_positions: int) -> dict[Work, int]:
         # Sessions are in the order of their last pass, so the first has waited longest.
         heads = [session.queue_state.steps[0] for session in ready]
         counts = next_pass(heads, heads[0].session.queue_state.passed_over, max_positions)
@@ -370,7 +370,7 @@ class WorkQueue:
             own.passed_over = 0 if work in counts else own.passed_over + 1
         return counts
 
-    def _begin(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
+    def _begin_steps(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
         for work in counts:
             del self._ready[work.session]
         return list(counts.items())
@@ -386,29 +386,29 @@ class WorkQueue:
     def _count_out(self, work: PassWork) -> None:
         work.session.queue_state.pass_count -= 1
         self.pass_positions -= work.positions
-        self._shares.left(work.session.owner, time.monotonic())
+        self._shares.work_done(work.session.owner, time.monotonic())
 
     def _wait_for_work(self) -> None:
         while not (self.has_work or self._idle_job or self._prefix_hits or self.closed):
             self._changed.wait()
 
-    def _begun(self, session: Session) -> int:
+    def _begun(self, session: HopSession) -> int:
         """The number of waiting steps that a pass has begun, 0 or 1."""
         steps = session.queue_state.steps
         return int(bool(steps) and (session not in self._ready or steps[0].done > 0))
 
-    def _drop_steps(self, session: Session, keep: int) -> None:
+    def _drop_steps(self, session: HopSession, keep: int) -> None:
         steps = session.queue_state.steps
         while len(steps) > keep:
-            self._drop(steps.pop())
+            self._drop_work(steps.pop())
         if not steps:
             self._ready.pop(session, None)
 
-    def _drop(self, work: Work) -> None:
+    def _drop_work(self, work: Work) -> None:
         work.session.waiting_size -= work.size
         self.queued_positions -= work.total
-        self.memory.give_back(work.session, Purpose.STEPS, work.nbytes)
-        self._shares.left(work.session.owner, time.monotonic())
+        self.memory.give_back(work.session, MemoryPurpose.STEPS, work.nbytes)
+        self._shares.work_done(work.session.owner, time.monotonic())
 
 
 def _supersedes(later: Work, earlier: Work) -> bool:

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from peers.prefixes import NOWHERE, STATES, Page, PrefixNamespace, PrefixStore, UsePages, page_name
+from peers.prefixes import NOWHERE, STATES, Page, PageNamespace, PrefixStore, UsePages, page_name
 from peers.queue import WorkQueue
 from peers.served import ServedBlocks, renumbered
-from peers.sessions import PrefixHit, PrefixLoad, RowPages, Session, SessionTable, SessionTooLong, Work
+from peers.sessions import HopSession, PrefixHit, PrefixLoad, RowPages, SessionTable, SessionTooLong, Work
 from splitnet.blocks.kv_cache import FIRST_CAPACITY, SequenceCache
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.errors import ProtocolError
 from splitnet.quant.device import seconds_after_work
 from splitnet.security.identity import AuthorizedKeys
@@ -70,7 +70,7 @@ class Rows:
             for cache in list(session.row_state.caches.values())
         )
 
-    def namespace(self, store: PrefixStore, owner: bytes, message: Open | CopyPages) -> PrefixNamespace:
+    def namespace(self, store: PrefixStore, owner: bytes, message: Open | CopyPages) -> PageNamespace:
         """The namespace of the pages of a session of the key `owner`."""
         shared = isinstance(message, Open) and message.shared
         group = self.keys.options_of(owner).share if shared else None
@@ -78,7 +78,7 @@ class Rows:
         hop = message.context, message.start, message.end, message.codec
         return store.namespace(whose, *hop, secret=not shared)
 
-    def look_up(self, session: Session, message: Open, then: UsePages) -> bool:
+    def look_up(self, session: HopSession, message: Open, then: UsePages) -> bool:
         """Takes over the namespace of an `Open`, and looks for stored pages, see `PrefixStore.lookup_prefix`. False:
         there is nothing to look for. The caller holds the lock."""
         store, own = self.sessions.prefixes, session.row_state
@@ -92,25 +92,25 @@ class Rows:
         store.lookup_prefix(namespace, message.labels[: session.reservation // PAGE], then)
         return True
 
-    def found(self, session: Session, message: Open, pages: Sequence[Page]) -> None:
+    def found(self, session: HopSession, message: Open, pages: Sequence[Page]) -> None:
         """Has the row of an `Open` begin with stored pages. The caller holds the lock."""
         if pages:
             session.row_state.hit = PrefixHit(message.row, pages, message.labels)
             self.queue.put_prefix_hit(session)
 
-    def held(self, session: Session) -> tuple[int, bool, bool]:
+    def held_positions(self, session: HopSession) -> tuple[int, bool, bool]:
         """For `Opened`: positions after which steps can continue, whether the positions are stored pages, and whether
         rows leave pages. The caller holds the lock."""
         own = session.row_state
         held = own.hit.positions if own.hit else sum(cache.length for cache in list(own.caches.values()))
         return held, own.hit is not None, bool(session.namespace.name)
 
-    def count_read(self, session: Session, message: FetchKV, now: float) -> None:
+    def count_read(self, session: HopSession, message: FetchKV, now: float) -> None:
         """Counts a request for keys and values. Raises PeerBusy: too many of them. The caller holds the lock."""
         if message.row in session.row_state.caches:
             session.count_resent(now, "its keys and values were sent")
 
-    def read(self, session: Session, message: FetchKV, span: Span) -> dict[str, torch.Tensor]:
+    def read_keys_and_values(self, session: HopSession, message: FetchKV, span: Span) -> dict[str, torch.Tensor]:
         """The first keys and values of a row. Raises ProtocolError: the row has fewer."""
         cache = session.row_state.caches.get(message.row)
         if cache is None or not 0 < message.length <= cache.length:
@@ -158,7 +158,7 @@ class Rows:
             own.load = None
         return load.is_unfinished
 
-    def load_ahead(self, session: Session, view_of: ViewOf) -> bool:
+    def load_ahead(self, session: HopSession, view_of: ViewOf) -> bool:
         """Loads some of the pages that were found for a session before its step comes, so that all hops of a route load
         at the same time. True: pages remain."""
         own = session.row_state
@@ -171,7 +171,7 @@ class Rows:
         self._load_some(session, load, span.device)
         return load.is_unfinished
 
-    def prepare(self, work: Work) -> None:
+    def prepare_step(self, work: Work) -> None:
         """Brings the rows and the log of a session to where a step begins.
 
         Raises as `prepare_rows`, and PeerBusy: there is no memory for the states of all rows.
@@ -187,7 +187,7 @@ class Rows:
                 self.sessions.hold_rows(session, rows)  # dropped rows are freed, unless the step was refused
         if session.end != self.served.num_blocks:
             with self.lock:
-                session.log.prepare(step.parts, step.forks)
+                session.log.prepare_step(step.parts, step.forks)
         if self.sessions.prefixes is None:
             return
         # A row leaves pages only for the namespace in which all its positions were computed.
@@ -215,15 +215,15 @@ class Rows:
                 return computed
         return 0
 
-    def chunks(self, work: Work, count: int, span: Span) -> list[Chunk]:
+    def chunks(self, work: Work, count: int, span: Span) -> list[RowChunk]:
         """The next `count` positions of a step as chunks of its rows, which are made if they are new."""
         own = work.session.row_state
-        chunks: list[Chunk] = []
+        chunks: list[RowChunk] = []
         for part in work.parts(count):
             cache = own.caches.get(part.row)
             if cache is None:
                 cache = own.caches[part.row] = span.new_row(own.new_room[part.row], work.adapter)
-            chunks.append(Chunk(cache, part.start, part.length, work.adapter, work.step.reach))
+            chunks.append(RowChunk(cache, part.start, part.length, work.adapter, work.step.rope_length))
         return chunks
 
     def keep_pages(self, work: Work) -> None:
@@ -247,16 +247,16 @@ class Rows:
                 ends = cache.length == cache.computed == (index + 1) * PAGE
                 make = partial(self._page, session, part.row, cache, index, ends)
                 with suppress(ValueError):
-                    store.put(work.namespace, label, make, cost_ms, pages.names)
+                    store.put_page(work.namespace, label, make, cost_ms, pages.names)
                 pages.names.append(page_name(work.namespace, label))
 
-    def log_hit(self, session: Session, hit: PrefixHit | None = None) -> None:
+    def log_hit(self, session: HopSession, hit: PrefixHit | None = None) -> None:
         """Logs the outputs of pages; without `hit` of the pages that no step has used, because the next hop may
         lack some pages. The caller holds the lock."""
         hit = hit or session.row_state.hit
         if hit is not None and session.end != self.served.num_blocks:
             pages = zip(hit.pages, hit.labels, strict=False)
-            session.log.restore(hit.row, [(page.output, page.reach, label) for page, label in pages])
+            session.log.restore_row(hit.row, [(page.output, page.rope_length, label) for page, label in pages])
 
     def _take_hit(self, work: Work) -> PrefixHit | None:
         """The pages that were found for the row of a step, if the step continues them."""
@@ -271,13 +271,13 @@ class Rows:
             self.log_hit(session, hit)
             return hit
 
-    def _new_load(self, session: Session, hit: PrefixHit, end: int, span: Span) -> PrefixLoad:
+    def _new_load(self, session: HopSession, hit: PrefixHit, end: int, span: Span) -> PrefixLoad:
         """A row with room for the pages, and for `end` positions."""
         end = max(hit.positions, end) + session.prefix_length
         room = shared_room({hit.row: end}, {}, room_for(session.reservation))[hit.row]
         return PrefixLoad(span.new_row(room - session.prefix_length, session.adapter), hit)
 
-    def _load_some(self, session: Session, load: PrefixLoad, device: torch.device) -> None:
+    def _load_some(self, session: HopSession, load: PrefixLoad, device: torch.device) -> None:
         if not load.is_unfinished:
             return
         began = time.perf_counter()
@@ -313,9 +313,9 @@ class Rows:
             log.exception("stored pages do not fit")
             load.broken = True
             if self.sessions.prefixes is not None:
-                self.sessions.prefixes.forget(load.hit.pages)
+                self.sessions.prefixes.forget_pages(load.hit.pages)
 
-    def _page(self, session: Session, row: int, cache: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
+    def _page(self, session: HopSession, row: int, cache: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
         """A page of a row. ends: it ends with the row, so it has states. Raises ValueError: the page is not to be
         stored."""
         tensors = cache.page(index * PAGE, (index + 1) * PAGE)
@@ -330,14 +330,14 @@ class Rows:
             return Page(name, tensors, *session.log.page(row, index))
 
 
-class _Copy(NamedTuple):
+class _RowCopy(NamedTuple):
     source: SequenceCache
     length: int
     prefix_length: int
 
 
-def _copy_of(cache: SequenceCache | _Copy) -> _Copy:
-    return cache if isinstance(cache, _Copy) else _Copy(cache, cache.length, cache.prefix_length)
+def _copy_of(cache: SequenceCache | _RowCopy) -> _RowCopy:
+    return cache if isinstance(cache, _RowCopy) else _RowCopy(cache, cache.length, cache.prefix_length)
 
 
 def room_for(reservation: int) -> int:
@@ -345,7 +345,7 @@ def room_for(reservation: int) -> int:
     return reservation + int(reservation * AHEAD)
 
 
-def _continues(session: Session, step: Step) -> bool:
+def _continues(session: HopSession, step: Step) -> bool:
     """Whether a step only adds positions to the session's only row, which has room for them: most decode steps do."""
     caches = session.row_state.caches
     if step.forks is not None or len(step.parts) != 1 or len(caches) != 1:
@@ -358,14 +358,14 @@ def _continues(session: Session, step: Step) -> bool:
     return end <= cache.room and cache.prefix_length + end <= session.reservation
 
 
-def prepare_rows(session: Session, step: Step) -> None:
+def prepare_rows(session: HopSession, step: Step) -> None:
     """Forks and crops the rows of `session` for `step`, and allocates them; a step that is refused changes nothing.
 
     Raises SessionTooLong: the rows would have more positions than the session has reserved; ProtocolError: a fork of a
     row that does not exist, or a gap before a chunk.
     """
     own = session.row_state
-    rows: dict[int, SequenceCache | _Copy] = dict(own.caches)
+    rows: dict[int, SequenceCache | _RowCopy] = dict(own.caches)
     if step.forks is not None:
         rows = fork_rows(rows, step.forks, _copy_of)
     starts = {part.row: part.start for part in step.parts}
@@ -379,17 +379,17 @@ def prepare_rows(session: Session, step: Step) -> None:
     held = sum(ends.values())
     if held > session.reservation:
         raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.reservation}")
-    present = {row_id: row.prefix_length + row.room for row_id, row in rows.items() if not isinstance(row, _Copy)}
+    present = {row_id: row.prefix_length + row.room for row_id, row in rows.items() if not isinstance(row, _RowCopy)}
     room = shared_room(ends, present, room_for(session.reservation))
 
     def fit(row_id: int, row: SequenceCache) -> None:
         row.crop(starts.get(row_id, row.length))
         row.room = room[row_id] - row.prefix_length
 
-    copies = {row_id: row for row_id, row in rows.items() if isinstance(row, _Copy)}
+    copies = {row_id: row for row_id, row in rows.items() if isinstance(row, _RowCopy)}
     sources = {id(copy.source) for copy in copies.values()}
     # Dropped and shrinking rows come first, so that the copies can use their memory.
-    own.caches = {row_id: row for row_id, row in rows.items() if not isinstance(row, _Copy)}
+    own.caches = {row_id: row for row_id, row in rows.items() if not isinstance(row, _RowCopy)}
     late = {row_id: row for row_id, row in own.caches.items() if id(row) in sources}
     for row_id, row in own.caches.items():
         if row_id not in late:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peers.prefixes import STATES, Page
-from peers.sessions import Session, SessionTooLong
+from peers.sessions import HopSession, SessionTooLong
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import check_size, codec_by_code
@@ -34,7 +34,7 @@ class ServedBlocks:
     num_blocks: int
     hidden_size: int
     max_positions: int | None
-    weights: str = ""  # weight format, see `Weights.text`
+    weights: str = ""  # weight format, see `WeightChoice.description`
     # Types and shapes of the tensors of a page, by their names; see `Span.page_layout`.
     page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
 
@@ -57,7 +57,7 @@ class ServedBlocks:
             return FailureCode.BAD_MESSAGE, str(error)
         return None
 
-    def check(self, session: Session, message: Step) -> int:
+    def check_step(self, session: HopSession, message: Step) -> int:
         """Checks the header of a step; returns the step's positions. Raises ProtocolError."""
         rows = set[int]()
         total = longest = 0
@@ -104,7 +104,7 @@ class ServedBlocks:
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 raise ProtocolError("a page has other types or shapes than these blocks leave")
         size = 0 if end == self.num_blocks else PAGE * codec_by_code(codec).bytes_per_position(self.hidden_size)
-        if len(page.output) != size or not 0 <= page.reach <= MAX_POSITIONS:
+        if len(page.output) != size or not 0 <= page.rope_length <= MAX_POSITIONS:
             raise ProtocolError("a page has other outputs than these blocks give")
 
 

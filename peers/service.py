@@ -13,24 +13,24 @@ from dataclasses import replace
 from typing import Any
 
 from peers.counters import Counters, SessionEnd
-from peers.links import NextHops, Outbox
+from peers.hop_route import HopConnector, HopOutputs
+from peers.peer_links import NextHops, Outbox
 from peers.prefixes import READ_S, Page
 from peers.queue import WorkQueue
-from peers.route import HopConnector, Outputs
 from peers.rows import Rows
 from peers.served import ServedBlocks, next_hop_of
 from peers.sessions import (
     REVOKED,
     SHORTAGE_S,
+    HopSession,
     KeyPolicy,
     MemoryAccount,
-    Session,
     SessionTable,
     SessionTooLong,
     Taps,
     Work,
 )
-from peers.training import MissingPass, Request, Training
+from peers.training_service import MissingPass, Request, Training
 from scheduler.batching import Load
 from scheduler.liveness import CLIENT_LOST_S
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
@@ -102,8 +102,8 @@ class SessionService:
         self.outbox = outbox
         self._lock = threading.RLock()
         self.rows = Rows(served, sessions, self._policy.keys, queue, self._lock)
-        self.outputs = Outputs(outbox, self._lock, served.num_blocks)
-        self._hops = HopConnector(outbox, next_hops, reach_s, self.rows.held)
+        self.outputs = HopOutputs(outbox, self._lock, served.num_blocks)
+        self._hops = HopConnector(outbox, next_hops, reach_s, self.rows.held_positions)
         memory, facts = self.training_memory, (served.hidden_size, served.max_positions)
         self.training = Training(queue, outbox, self.outputs, memory, self._lock, self.counters, *facts)
         self._probe_at = 0.0
@@ -113,7 +113,7 @@ class SessionService:
         """Expected time of all steps and passes on the device; 0: there are none."""
         return (self.queue.queued_positions + self.queue.pass_positions) * self.ms_per_position
 
-    def receive(self, source: Destination, message: Message, now: float) -> None:
+    def receive_message(self, source: Destination, message: Message, now: float) -> None:
         with self._lock:
             if not isinstance(source, Connection):
                 self._pass_on(source, message, now)
@@ -124,11 +124,11 @@ class SessionService:
                 case Step():
                     self._step(source, message, now)
                 case Forward() | Gradient() | Adapter() | FetchKV():
-                    self._train(source, message, now)
+                    self._receive_training(source, message, now)
                 case Open():
-                    self._open(source, message, now)
+                    self._open_session(source, message, now)
                 case Close():
-                    self._close(source, message)
+                    self._close_session(source, message)
                 case Replay():
                     self._replay(source, message, now)
                 case _:
@@ -167,9 +167,9 @@ class SessionService:
         with self._lock:
             self._hops.link_changed(endpoint, state)
 
-    def answered(self, endpoint: Endpoint) -> None:
+    def ping_answered(self, endpoint: Endpoint) -> None:
         with self._lock:
-            self._hops.answered(endpoint)
+            self._hops.opening_answered(endpoint)
 
     def dropped(self, message: Message, reason: str) -> None:
         """Tells the client that a message of its session could not be sent; `reason`: a clause."""
@@ -180,7 +180,7 @@ class SessionService:
             session = self.sessions.get(message.session)
             if session is not None and session.epoch == message.epoch:
                 text = f"what this peer sends on was dropped: {reason}"
-                self._refuse(session.reply_to, message, FailureCode.BUSY, text)
+                self._refuse_message(session.reply_to, message, FailureCode.BUSY, text)
 
     def connection_lost(self, connection: Connection, now: float) -> None:
         """A client has lost its connection: its sessions end after `CLIENT_LOST_S`, unless it connects again."""
@@ -207,12 +207,12 @@ class SessionService:
                 for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
                     self.outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
 
-    def failed(self, work: Work, code: FailureCode, text: str) -> None:
+    def report_failure(self, work: Work, code: FailureCode, text: str) -> None:
         with self._lock:
             if not work.session.closed:
-                self._refuse(work.session.reply_to, work.step, code, text)
+                self._refuse_message(work.session.reply_to, work.step, code, text)
 
-    def fell_short(self, session: Session, now: float) -> None:
+    def fell_short(self, session: HopSession, now: float) -> None:
         """The system lacked memory for a step of a session, although the session had reserved it."""
         with self._lock:
             self.sessions.offer_less(session, now)
@@ -221,7 +221,7 @@ class SessionService:
         log.warning(text, limit / 2**20, SHORTAGE_S)
 
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
-        load = (LoadReport(*self.load.at(now), time.time()),) if message.load else ()
+        load = (LoadReport(*self.load.estimate_at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
         session = self.sessions.get(message.session)
         # Only the owner of a session learns that the session exists.
@@ -232,35 +232,35 @@ class SessionService:
             pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=route.last, timing=timing)
         self.outbox.send(source, pong)
 
-    def _open(self, source: Connection, message: Open, now: float) -> None:
+    def _open_session(self, source: Connection, message: Open, now: float) -> None:
         session = self.sessions.get(message.session)
         refused = self._refusal(source, message, session)
         if refused is not None:
-            self._refuse(source, message, *refused)
+            self._refuse_message(source, message, *refused)
             return
         codec = codec_by_code(message.codec)
         try:
-            self._policy.spend(source.curve, 0, now)
+            self._policy.spend_positions(source.curve, 0, now)
             is_new = session is None
             if session is None:
                 sent = SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size))
                 facts = message.epoch, message.start, message.end, message.reservation
-                session = Session(message.session, source.curve, source, *facts, codec, None, sent, now)
+                session = HopSession(message.session, source.curve, source, *facts, codec, None, sent, now)
             text = "your key had more than its share of this peer's KV memory, and others waited for it"
             for ended in self.sessions.make_room(session, message.reservation, now):
                 self._ended(ended, SessionEnd.EXPIRED, text)
             if is_new:
-                self.sessions.add(session)
+                self.sessions.add_session(session)
                 self.counters.opened += 1
             else:
                 self.sessions.resize(session, message.reservation)
         except PeerBusy as error:
-            self._refuse(source, message, FailureCode.BUSY, str(error))
+            self._refuse_message(source, message, FailureCode.BUSY, str(error))
             return
         again, route = message.epoch > session.epoch, session.route_state
         if again:
             self.queue.discard_waiting(session)
-            self.training.forget(session)
+            self.training.forget_passes(session)
             route.last, route.sent_on, route.sent_before = 0, False, 0
         session.reply_to = source
         session.epoch = message.epoch
@@ -269,13 +269,13 @@ class SessionService:
         route.weights = self.served.weights
         route.taps = Taps(message.taps, codec_by_code(message.tap_codec)) if message.taps else None
         self._look_up(session, message, now)
-        self._hops.connect(session, next_hop_of(message), now, again=again)
+        self._hops.connect_next(session, next_hop_of(message), now, again=again)
 
     def page_ms(self, blocks: int) -> float:
         """Ms of the device for a page of a session with `blocks` blocks."""
         return PAGE * self.ms_per_position * blocks / (self.served.end - self.served.start)
 
-    def _look_up(self, session: Session, message: Open, now: float) -> None:
+    def _look_up(self, session: HopSession, message: Open, now: float) -> None:
         """Looks up stored pages for a row that the session does not have; `Opened` waits for the result."""
         route, epoch = session.route_state, session.epoch
         route.labelled, route.next_reachable, route.lookup_until = bool(message.context), None, now + 2 * READ_S
@@ -289,7 +289,7 @@ class SessionService:
         if not self.rows.look_up(session, message, found):
             route.lookup_until = None
 
-    def _refusal(self, source: Connection, message: Open, session: Session | None) -> tuple[FailureCode, str] | None:
+    def _refusal(self, source: Connection, message: Open, session: HopSession | None) -> tuple[FailureCode, str] | None:
         """Why this peer does not open a session, or a newer epoch of an open session."""
         refused = self.served.refusal(message)
         if refused is not None:
@@ -304,7 +304,7 @@ class SessionService:
             return FailureCode.WRONG_BLOCKS, "an open session keeps its blocks and its codec"
         return None
 
-    def _ended(self, session: Session, how: SessionEnd, text: str = "") -> None:
+    def _ended(self, session: HopSession, how: SessionEnd, text: str = "") -> None:
         """Ends a session; the client of waiting work gets a failure with `text`, if there is a text."""
         waiting = self.queue.first_waiting(session)
         if text and waiting is not None:
@@ -313,11 +313,11 @@ class SessionService:
         self._end(session, how)
         log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
 
-    def _end(self, session: Session, how: SessionEnd) -> None:
+    def _end(self, session: HopSession, how: SessionEnd) -> None:
         self.sessions.remove(session)
         self.queue.discard(session)
-        self.training.end(session)
-        self._hops.end(session)
+        self.training.end_session(session)
+        self._hops.end_opening(session)
         self.counters.ended[how] += 1
 
     def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
@@ -336,7 +336,7 @@ class SessionService:
         session = self.sessions.get(message.session)
         if session is None or source.curve not in (session.owner, session.route_state.previous):
             # One answer for both, so that no sender learns which sessions exist.
-            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
+            self._refuse_message(source, message, FailureCode.UNKNOWN_SESSION, "no session")
             return
         if message.epoch != session.epoch:
             return  # of a former route, or ahead of its `Open`: the sender will repeat it
@@ -344,15 +344,15 @@ class SessionService:
         try:
             if source.curve != session.owner and message.boundary != session.start:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
-            total = self.served.check(session, message)
-            self._policy.spend(session.owner, total, now)
+            total = self.served.check_step(session, message)
+            self._policy.spend_positions(session.owner, total, now)
             work = Work(session, message, total, now, namespace=session.namespace)
             if (taps := session.route_state.taps) is not None and not message.replay_until:
                 self._tap(work, taps)
-            self.queue.put(work)
+            self.queue.put_step(work)
             session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
-            self._refuse(session.reply_to, message, _code_of(error), str(error))
+            self._refuse_message(session.reply_to, message, _code_of(error), str(error))
 
     def _tap(self, work: Work, taps: Taps) -> None:
         """Has a step return hidden states."""
@@ -362,15 +362,15 @@ class SessionService:
                 raise ProtocolError(f"the hidden states of {kept} positions are too much for a message: send fewer")
             work.taps, work.taps_nbytes = taps, nbytes * len(taps.boundaries)
 
-    def _train(self, source: Connection, message: Request, now: float) -> None:
+    def _receive_training(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)
         pushed = isinstance(message, Forward) and session is not None and source.curve == session.route_state.previous
         if session is None or not (source.curve == session.owner or pushed):
-            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
+            self._refuse_message(source, message, FailureCode.UNKNOWN_SESSION, "no session")
         elif message.epoch == session.epoch:
             self._take_in(session, source, message, now)
 
-    def _take_in(self, session: Session, source: Connection, message: Request, now: float) -> None:
+    def _take_in(self, session: HopSession, source: Connection, message: Request, now: float) -> None:
         session.used_at = now
         try:
             if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:
@@ -381,15 +381,15 @@ class SessionService:
             if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
                 self._policy.check_training(session.owner)
             if isinstance(message, Forward):
-                self._policy.spend(session.owner, message.positions, now)
+                self._policy.spend_positions(session.owner, message.positions, now)
             if isinstance(message, FetchKV):
                 self.rows.count_read(session, message, now)
-            self.training.receive(session, source, message, now)
+            self.training.receive_request(session, source, message, now)
             session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
-            self._refuse(session.reply_to, message, _code_of(error), str(error))
+            self._refuse_message(session.reply_to, message, _code_of(error), str(error))
 
-    def _close(self, source: Connection, message: Close) -> None:
+    def _close_session(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)
         if session is not None and session.owner == source.curve:
             self._end(session, SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED)
@@ -398,21 +398,21 @@ class SessionService:
         """Has the log of a session sent to its next hop."""
         session = self.sessions.get(message.session)
         if session is None or session.owner != source.curve:
-            self._refuse(source, message, FailureCode.UNKNOWN_SESSION, "no session")
+            self._refuse_message(source, message, FailureCode.UNKNOWN_SESSION, "no session")
             return
         if message.epoch != session.epoch or session.next is None:
-            self._refuse(source, message, FailureCode.STALE_EPOCH, "no such next hop")
+            self._refuse_message(source, message, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
         try:
             session.count_resent(now, "the log of the session was sent")
         except PeerBusy as error:
-            self._refuse(source, message, FailureCode.BUSY, str(error))
+            self._refuse_message(source, message, FailureCode.BUSY, str(error))
             return
         self.rows.log_hit(session)
-        self.outputs.replay(source, session, message)
+        self.outputs.replay_log(source, session, message)
 
-    def _refuse(self, destination: Connection, message: Message, code: FailureCode, text: str) -> None:
+    def _refuse_message(self, destination: Connection, message: Message, code: FailureCode, text: str) -> None:
         """Answers a message of a session with a failure that has the number of the message's step or pass."""
         about: Any = message
         self._fail(destination, about.session, about.epoch, getattr(message, "number", 0), code, text)

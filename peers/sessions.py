@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from peers.prefixes import NOWHERE, Page, PrefixNamespace, PrefixStore
+from peers.prefixes import NOWHERE, Page, PageNamespace, PrefixStore
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.limits import MINUTE_S, Budget, TokenBucket
 from splitnet.security.identity import AuthorizedKeys, KeyOptions
@@ -27,9 +27,9 @@ from splitnet.wire.sent_log import PAGE, SentLog
 if TYPE_CHECKING:
     import torch
 
-    from splitnet.blocks.adapters import Adapter
+    from splitnet.blocks.adapters import AdapterTensors
     from splitnet.blocks.kv_cache import SequenceCache
-    from splitnet.blocks.passes import SavedPass
+    from splitnet.blocks.passes import SavedGraph
 
 
 MESSAGE_BYTES = 2048  # of a message that waits, besides its payload: Python objects and the buffer of its frames
@@ -105,13 +105,13 @@ class PrefixLoad:
 class RowPages(NamedTuple):
     """The namespace for which all positions of a row were computed, and the names of the row's first pages."""
 
-    namespace: PrefixNamespace
+    namespace: PageNamespace
     names: list[bytes]
 
 
 @dataclass(slots=True)
 class RouteState:
-    """The hops before and after this one. Owner: `peers.service`, with `peers.route`."""
+    """The hops before and after this one. Owner: `peers.service`, with `peers.hop_route`."""
 
     previous: bytes | None = None  # CURVE key of the previous hop, which sends steps as the client does
     weights: str = ""  # the weight format for `Opened`; empty: the client did not ask
@@ -148,7 +148,7 @@ class QueueState:
 
 @dataclass(slots=True)
 class TrainingState:
-    """What a session keeps for training. Owner: `peers.training`."""
+    """What a session keeps for training. Owner: `peers.training_service`."""
 
     kept: dict[int, PassWork] = field(default_factory=dict)  # by number: forward passes that a gradient may follow
     adapter_version: int = 0
@@ -158,7 +158,7 @@ class TrainingState:
 
 
 @dataclass(slots=True, eq=False)
-class Session:
+class HopSession:
     """A client's session at this hop.
 
     Every module may read these fields; one module writes each. A part, whose name ends in `_state`, is for its owner
@@ -182,8 +182,8 @@ class Session:
     reserved_rows: int = 0  # rows that have memory for their states
     waiting_size: int = 0  # of all waiting steps, see `Work.size`
     done: int = 0  # positions computed so far, of steps and passes
-    adapter: Adapter | None = None  # the client's parameters for these blocks
-    namespace: PrefixNamespace = NOWHERE  # of the pages that new rows leave
+    adapter: AdapterTensors | None = None  # the client's parameters for these blocks
+    namespace: PageNamespace = NOWHERE  # of the pages that new rows leave
     closed: bool = False
     resent: float = 0.0  # replays and answers to `FetchKV`, less one for every `RESEND_S`
     resent_at: float = 0.0
@@ -210,7 +210,7 @@ class Session:
 class Work:
     """A step at this hop: it waits, and is computed in one or several passes."""
 
-    session: Session
+    session: HopSession
     step: Step
     total: int  # positions
     arrived_at: float  # seconds of the peer's clock
@@ -218,13 +218,13 @@ class Work:
     follows: bool = False  # it arrived while another step of its session waited, so its wait is not the device's alone
     wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
-    adapter: Adapter | None = None  # of all its passes: its rows have room for this adapter's prefix
+    adapter: AdapterTensors | None = None  # of all its passes: its rows have room for this adapter's prefix
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
     outputs: list[bytes] = field(default_factory=list)  # encoded, one for each pass, for the next hop or the client
     taps: Taps | None = None  # of the session when the step arrived; None: the client wants no hidden states
     taps_nbytes: int = 0  # of all hidden states that the client wants of the step
     tapped: dict[int, list[bytes]] = field(default_factory=dict[int, list[bytes]])  # by boundary, one for each pass
-    namespace: PrefixNamespace = NOWHERE  # of the session when the step arrived
+    namespace: PageNamespace = NOWHERE  # of the session when the step arrived
 
     @property
     def remaining(self) -> int:
@@ -239,7 +239,7 @@ class Work:
         return self.session.owner
 
     @property
-    def left(self) -> int:
+    def remaining_reservation(self) -> int:
         """Positions of the reservation that are not computed yet."""
         return self.session.reservation - sum(part.start for part in self.step.parts) - self.done
 
@@ -276,7 +276,7 @@ class Work:
 class PassWork:
     """A forward or backward pass at this hop, an adapter to load, or a request for keys and values."""
 
-    session: Session
+    session: HopSession
     message: Forward | Gradient | AdapterMessage | FetchKV
     source: Connection  # receives the gradient
     arrived_at: float
@@ -284,7 +284,7 @@ class PassWork:
     parts: list[AdapterMessage] = field(default_factory=list)  # of an adapter
     wait_ms: float = 0.0
     compute_ms: float = 0.0
-    graph: SavedPass | None = None  # of a forward pass, besides its input
+    graph: SavedGraph | None = None  # of a forward pass, besides its input
     graph_bytes: int = 0  # accounted for the graph
 
     @property
@@ -302,7 +302,7 @@ class PassWork:
         return own + (self.forward.nbytes if self.forward is not None else 0)
 
 
-class Purpose(StrEnum):
+class MemoryPurpose(StrEnum):
     """The uses of memory."""
 
     POSITIONS = "positions"  # keys, values and logs of all positions that a session has reserved
@@ -324,26 +324,26 @@ class MemoryAccount(Budget):
         super().__init__(limit, most)
         self._refusal, self._advice = refusal, advice
 
-    def used_for(self, purpose: Purpose) -> int:
+    def used_for(self, purpose: MemoryPurpose) -> int:
         return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
 
-    def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+    def take_memory(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         """Counts bytes before they are allocated. Raises PeerBusy, and counts nothing: too little would be left for
         other keys."""
         if not self.reserve(nbytes, session.owner, session, purpose):
-            held = self.held(session.owner)
+            held = self.held_bytes(session.owner)
             shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
             raise PeerBusy(
                 f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
             )
 
-    def give_back(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+    def give_back(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         """Counts off bytes after they are freed; nothing of a session that has ended is counted."""
         account = session.owner, session, purpose
-        self.release(min(nbytes, self.held(*account)), *account)
+        self.release(min(nbytes, self.held_bytes(*account)), *account)
 
-    def end(self, session: Session) -> None:
-        for purpose in Purpose:
+    def end_session(self, session: HopSession) -> None:
+        for purpose in MemoryPurpose:
             self.give_back(session, purpose, self.used)
 
 
@@ -372,7 +372,7 @@ class SessionTable:
         limits = (self.kv_bytes,) * 3
         self.memory = MemoryAccount(self.kv_bytes, "no KV memory for", "try with fewer positions", limits)
         self._usual_bytes = (self.position_bytes + self.usual_log_bytes) * (1 + self.ahead)
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, HopSession] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
         self._wanted: dict[bytes, float] = {}  # by key: when the key was refused
@@ -382,7 +382,7 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def __iter__(self) -> Iterator[Session]:
+    def __iter__(self) -> Iterator[HopSession]:
         return iter(self._sessions.values())
 
     @property
@@ -395,7 +395,7 @@ class SessionTable:
         """Positions that a new session with the usual codec may reserve."""
         return max(0, int((self.memory.free - self.row_bytes) / self._usual_bytes))
 
-    def make_room(self, session: Session, reservation: int, now: float) -> list[Session]:
+    def make_room(self, session: HopSession, reservation: int, now: float) -> list[HopSession]:
         """Ends sessions of keys beyond their share, if `session` can then reserve `reservation` positions.
 
         session: a session that is not admitted yet, or has a smaller reservation. Returns the ended sessions.
@@ -409,12 +409,12 @@ class SessionTable:
         weights = self._weights(key, now)
         share, places = self._share(key, weights)
         most = self.keys.options_of(key).kv
-        if self.memory.held(key) + wanted > (share if most is None else min(share, most)):
+        if self.memory.held_bytes(key) + wanted > (share if most is None else min(share, most)):
             return []
         if is_new and self._count.get(key, 0) >= places:
             return []
-        ending: list[Session] = []
-        left = {owner: self.memory.held(owner) for owner in self._count}
+        ending: list[HopSession] = []
+        left = {owner: self.memory.held_bytes(owner) for owner in self._count}
         for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
             if short <= 0 and (not crowded or ending):
                 break
@@ -422,8 +422,8 @@ class SessionTable:
             if other.owner != key and lease_until <= now:
                 share, places = self._share(other.owner, weights)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
-                    left[other.owner] -= self.memory.held(other.owner, other)
-                    short -= self.memory.held(other.owner, other)
+                    left[other.owner] -= self.memory.held_bytes(other.owner, other)
+                    short -= self.memory.held_bytes(other.owner, other)
                     ending.append(other)
         if short > 0 or (crowded and not ending):
             return []
@@ -431,7 +431,7 @@ class SessionTable:
             self.remove(other)
         return ending
 
-    def add(self, session: Session) -> None:
+    def add_session(self, session: HopSession) -> None:
         """Admits a session, with at least `MIN_RESERVATION` positions.
 
         Raises PeerBusy: the reservation does not fit, or is more than the key may have now.
@@ -442,10 +442,10 @@ class SessionTable:
         session.reservation = self._reservation(session)
         self._check_share(session.owner, self._new_bytes(session), session.used_at)
         try:
-            self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.reservation))
-            self._take(session, Purpose.ROWS, self.row_bytes)
+            self._take_reservation(session, MemoryPurpose.POSITIONS, self._bytes_of(session, session.reservation))
+            self._take_reservation(session, MemoryPurpose.ROWS, self.row_bytes)
         except PeerBusy:
-            self.memory.end(session)
+            self.memory.end_session(session)
             raise
         session.reserved_rows = 1
         session.opened_at = session.stepped_at = session.used_at
@@ -453,40 +453,40 @@ class SessionTable:
         self._count[session.owner] = self._count.get(session.owner, 0) + 1
         self._wanted.pop(session.owner, None)
 
-    def hold_rows(self, session: Session, rows: int) -> None:
+    def hold_rows(self, session: HopSession, rows: int) -> None:
         """Reserves the memory of `rows` rows besides their positions. Raises PeerBusy, and changes nothing: there is
         too little."""
         more = max(1, rows) - session.reserved_rows
         if not more or session.closed:
             return
         if more > 0:
-            self._take(session, Purpose.ROWS, more * self.row_bytes)
+            self._take_reservation(session, MemoryPurpose.ROWS, more * self.row_bytes)
         else:
-            self.memory.give_back(session, Purpose.ROWS, -more * self.row_bytes)
+            self.memory.give_back(session, MemoryPurpose.ROWS, -more * self.row_bytes)
         session.reserved_rows += more
 
-    def resize(self, session: Session, reservation: int) -> None:
-        """Enlarges a reservation; a smaller one changes nothing. Raises PeerBusy as `add` does."""
+    def resize(self, session: HopSession, reservation: int) -> None:
+        """Enlarges a reservation; a smaller one changes nothing. Raises PeerBusy as `add_session` does."""
         if reservation > session.reservation:
             more = self._bytes_of(session, reservation - session.reservation)
             self._check_share(session.owner, more, session.used_at)
-            self._take(session, Purpose.POSITIONS, more)
+            self._take_reservation(session, MemoryPurpose.POSITIONS, more)
             session.reservation = reservation
 
-    def remove(self, session: Session) -> None:
+    def remove(self, session: HopSession) -> None:
         if self._sessions.pop(session.id, None) is not None:
             self._count[session.owner] -= 1
             if not self._count[session.owner]:
                 del self._count[session.owner]
-            self.memory.end(session)
+            self.memory.end_session(session)
             session.closed = True
             with self._ended:
                 self._ended.notify_all()
 
-    def offer_less(self, session: Session, now: float) -> None:
+    def offer_less(self, session: HopSession, now: float) -> None:
         """Offers half of the memory that other sessions do not have, for `SHORTAGE_S`: the system lacked memory that
         this session had reserved."""
-        others = self.memory.used - self.memory.held(session.owner, session)
+        others = self.memory.used - self.memory.held_bytes(session.owner, session)
         self.memory.limit = others + (self.memory.limit - others) // 2
         self._short_until = now + SHORTAGE_S
         if self.prefixes is not None:
@@ -496,7 +496,7 @@ class SessionTable:
         with self._ended:
             return self._ended.wait(timeout_s)
 
-    def expire(self, now: float) -> list[Session]:
+    def expire(self, now: float) -> list[HopSession]:
         idle = [session for session in self._sessions.values() if now - session.used_at > self.idle_s]
         for session in idle:
             self.remove(session)
@@ -505,24 +505,24 @@ class SessionTable:
             self.memory.limit = self.kv_bytes
         return idle
 
-    def _reservation(self, session: Session) -> int:
+    def _reservation(self, session: HopSession) -> int:
         least = int((self.memory.limit - self.row_bytes) / self._cost_of(session))
         return max(session.reservation, min(MIN_RESERVATION, max(1, least)))
 
-    def _new_bytes(self, session: Session) -> int:
+    def _new_bytes(self, session: HopSession) -> int:
         return self._bytes_of(session, self._reservation(session)) + self.row_bytes
 
-    def _bytes_of(self, session: Session, positions: int) -> int:
+    def _bytes_of(self, session: HopSession, positions: int) -> int:
         return math.ceil(positions * self._cost_of(session))
 
-    def _cost_of(self, session: Session) -> float:
+    def _cost_of(self, session: HopSession) -> float:
         """Bytes of one position of a session's reservation."""
         log = session.log.bytes_per_position if session.end < self.num_blocks else 0
         return (self.position_bytes + log) * (1 + self.ahead)
 
-    def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+    def _take_reservation(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         try:
-            self.memory.take(session, purpose, nbytes)
+            self.memory.take_memory(session, purpose, nbytes)
         except PeerBusy as error:
             raise PeerBusy(f"{error}; {self._note_refused(session.owner, nbytes, session.used_at)}") from None
         if self.prefixes is not None:
@@ -542,7 +542,7 @@ class SessionTable:
         return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
 
     def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
-        held = self.memory.held(key)
+        held = self.memory.held_bytes(key)
         most = self.keys.options_of(key).kv
         if most is not None and held + nbytes > most:
             raise PeerBusy(
@@ -559,7 +559,7 @@ class SessionTable:
     def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
         """Remembers that a key wants memory; returns what its client can do, as a clause."""
         share, places = self._share(key, self._weights(key, now))
-        within = self.memory.held(key) + nbytes <= share and self._count.get(key, 0) < places
+        within = self.memory.held_bytes(key) + nbytes <= share and self._count.get(key, 0) < places
         if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
             self._wanted[key] = now
         when = f"come back in {LEASE_S:.0f} s, when sessions without steps make room" if within else "close sessions"
@@ -581,7 +581,7 @@ class KeyPolicy:
         if not self._granted(key).train:
             raise PeerBusy("the owner of this peer does not let your key train (train=no): train through other peers")
 
-    def spend(self, key: bytes, positions: int, now: float) -> None:
+    def spend_positions(self, key: bytes, positions: int, now: float) -> None:
         """Counts positions before they are computed, within the key's tokens per minute.
 
         Raises PeerBusy: the tokens of the last minute are used up, or the peer does not accept the key any more.

@@ -14,8 +14,8 @@ import torch
 
 from peers.power import EnergyMeter
 from scheduler.batching import PASS_POSITIONS, MovingAverage
-from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, PastCost, Speed
-from splitnet.blocks.span import Chunk, Span
+from scheduler.facts import CONTEXTS, PASS_SIZES, UNKNOWN_PAST, ContextCost, Speed
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.paths import KnownFigures
 from splitnet.quant import native
 from splitnet.quant.device import seconds_after_work, to_device, trim_memory
@@ -36,23 +36,23 @@ class ObservedSpeed:
     on_measured: called after a new measurement.
     """
 
-    def __init__(self, block_ms: tuple[float, ...], past: PastCost = UNKNOWN_PAST) -> None:
+    def __init__(self, block_ms: tuple[float, ...], past: ContextCost = UNKNOWN_PAST) -> None:
         self.block_ms = block_ms
         self.past = past
         self._speed = Speed(block_ms)
         self.on_measured: Callable[[], None] = lambda: None
 
     def pass_s(self, positions: int, blocks: int) -> float:
-        return blocks * self._speed.at(positions) / 1000
+        return blocks * self._speed.block_ms_at(positions) / 1000
 
     def replace(self, measured: ObservedSpeed) -> None:
         self.block_ms, self._speed = measured.block_ms, measured._speed
         self.past = measured.past if measured.past.ms else self.past
         self.on_measured()
 
-    def observe(self, positions: int, blocks: int, elapsed_ms: float, past_ms: float = 0.0) -> None:
+    def observe_pass(self, positions: int, blocks: int, elapsed_ms: float, past_ms: float = 0.0) -> None:
         """Corrects the two sizes around a pass. past_ms: extra ms per block for the positions before the pass."""
-        factor = elapsed_ms / blocks / max(self._speed.at(positions) + past_ms, 1e-6)
+        factor = elapsed_ms / blocks / max(self._speed.block_ms_at(positions) + past_ms, 1e-6)
         correction = MovingAverage(SHARE, 1.0).add(factor)
         above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
         touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
@@ -75,7 +75,7 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
 
     def elapsed_ms(positions: int) -> float:
         began = seconds_after_work(span.device)
-        span.forward(hidden[:positions], [Chunk(span.new_row(), 0, positions)])
+        span.forward(hidden[:positions], [RowChunk(span.new_row(), 0, positions)])
         return (seconds_after_work(span.device) - began) * 1000
 
     elapsed_ms(PASS_SIZES[0])
@@ -93,7 +93,7 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
     return ObservedSpeed(tuple(block_ms))
 
 
-def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda: False) -> PastCost:
+def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda: False) -> ContextCost:
     """Times passes of single blocks after rows of random positions, and without rows: the difference is the cost.
 
     One block is timed for all blocks with the same kind of cache. A prefill is extrapolated from `PAST_POSITIONS`,
@@ -106,7 +106,7 @@ def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda
     if not contexts:
         return UNKNOWN_PAST
     row = span.new_row()
-    span.forward(torch.zeros(1, span.hidden_size), [Chunk(row, 0, 1)])
+    span.forward(torch.zeros(1, span.hidden_size), [RowChunk(row, 0, 1)])
     total = [(0.0, 0.0)] * len(contexts)
     for block, count in span.kinds(row).items():
         share = count / (span.end - span.start)
@@ -115,7 +115,7 @@ def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda
             return UNKNOWN_PAST
         total = [(a + share * x, b + share * y) for (a, b), (x, y) in zip(total, found, strict=True)]
     trim_memory()
-    return PastCost(tuple(total))
+    return ContextCost(tuple(total))
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def _past_of(block: Span, contexts: Sequence[int], interrupted: Callable[[], boo
 
     def elapsed_ms(positions: int) -> float:
         began = seconds_after_work(block.device)
-        block.forward(hidden[:positions], [Chunk(row, row.length, positions)])
+        block.forward(hidden[:positions], [RowChunk(row, row.length, positions)])
         return (seconds_after_work(block.device) - began) * 1000
 
     def steps_ms() -> float:
@@ -137,7 +137,7 @@ def _past_of(block: Span, contexts: Sequence[int], interrupted: Callable[[], boo
         return min(elapsed_ms(PAST_POSITIONS) for _ in range(PAST_CHUNKS))
 
     none = steps_ms(), chunk_ms()
-    index, keys, values = next(row.held(1))
+    index, keys, values = next(row.keys_and_values(1))
     noise: list[torch.Tensor] = []
     for each in (keys, values):
         drawn = torch.randn(*each.shape[:2], NOISE_POSITIONS, each.shape[3], generator=generator)
@@ -164,27 +164,27 @@ class KnownSpeeds:
     def __init__(self, file: Path) -> None:
         self._known = KnownFigures(file)
 
-    def find(self, span: Span, model: str, most: int = 0) -> ObservedSpeed | None:
+    def find_speed(self, span: Span, model: str, most: int = 0) -> ObservedSpeed | None:
         """The speed of the same blocks with the same formats and software; the span runs one pass as a warm-up.
 
         most: as in `measure_past`; a speed that was kept for fewer positions is not found.
         """
-        figures = self._known.find(_key(span, model))
+        figures = self._known.find_figure(_key(span, model))
         contexts = sum(context <= most for context in CONTEXTS)
         if not _is_speed(figures) or len(figures) < len(PASS_SIZES) + 2 * contexts:
             return None
-        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [Chunk(span.new_row(), 0, PASS_SIZES[0])])
+        span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [RowChunk(span.new_row(), 0, PASS_SIZES[0])])
         past = figures[len(PASS_SIZES) :][: 2 * contexts]
         pairs = tuple(zip(past[::2], past[1::2], strict=True))
-        return ObservedSpeed(tuple(figures[: len(PASS_SIZES)]), PastCost(pairs))
+        return ObservedSpeed(tuple(figures[: len(PASS_SIZES)]), ContextCost(pairs))
 
-    def keep(self, span: Span, model: str, speed: ObservedSpeed) -> None:
-        self._known.keep(_key(span, model), _figures(speed))
+    def keep_speed(self, span: Span, model: str, speed: ObservedSpeed) -> None:
+        self._known.keep_figure(_key(span, model), _figures(speed))
 
     def follow(self, span: Span, model: str, speed: ObservedSpeed) -> None:
         """Keeps later measurements of `speed`. Holds no reference to the span, which a peer that moves frees."""
         key = _key(span, model)
-        speed.on_measured = lambda: self._known.keep(key, _figures(speed))
+        speed.on_measured = lambda: self._known.keep_figure(key, _figures(speed))
 
 
 def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter, most: int = 0) -> ObservedSpeed:
@@ -194,14 +194,14 @@ def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter, mos
     positions that a row may have, see `measure_past`.
     """
     known = KnownSpeeds(file) if file is not None else None
-    speed = known.find(span, model, most) if known is not None else None
+    speed = known.find_speed(span, model, most) if known is not None else None
     if speed is None:
         with energy.computing():
             speed = measure_speed(span)
             assert speed is not None
             speed.past = measure_past(span, most)
         if known is not None:
-            known.keep(span, model, speed)
+            known.keep_speed(span, model, speed)
     if known is not None:
         known.follow(span, model, speed)
     return speed

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from peers.links import Answering
-from splitnet.checkpoint.transfer.held import HeldPieces
+from peers.peer_links import ReplyTarget
+from splitnet.checkpoint.transfer.weight_pieces import HeldPieces
 from splitnet.limits import MINUTE_S, TokenBucket
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.wire.endpoints import Connection
@@ -33,7 +33,7 @@ class WeightService:
     """Answers questions about weights. Thread-safe; close it when done."""
 
     held: HeldPieces
-    outbox: Answering
+    outbox: ReplyTarget
     shares: Callable[[], bool]  # whether pieces are sent; the manifest always is, because clients need it
     rate: float = DEFAULT_RATE  # bytes per second
     swarm: OpenSwarm = OPEN  # key of a closed swarm
@@ -55,11 +55,11 @@ class WeightService:
         self._thread = threading.Thread(target=self._answer_all, name="splitnet-weights", daemon=True)
         self.start = self._thread.start
 
-    def receive(self, source: Connection, message: AskWeights) -> None:
+    def receive_request(self, source: Connection, message: AskWeights) -> None:
         with self._changed:
             own = self._waiting.get(source.curve, ())
             if len(own) >= WAITING_PER_KEY or sum(map(len, self._waiting.values())) >= MAX_WAITING:
-                self._refuse(source, message, FailureCode.BUSY, "too many questions about weights wait here")
+                self._refuse_request(source, message, FailureCode.BUSY, "too many questions about weights wait here")
                 return
             self._waiting.setdefault(source.curve, deque()).append((source, message))
             self._changed.notify()
@@ -82,11 +82,11 @@ class WeightService:
                 if questions:
                     self._waiting[key] = questions  # after all other keys
             try:
-                nbytes = self._answer(source, message)
+                nbytes = self._answer_request(source, message)
             except Exception:
                 log.exception("weights could not be given")
                 nbytes = 0
-                self._refuse(source, message, FailureCode.INTERNAL, "an error at this peer")
+                self._refuse_request(source, message, FailureCode.INTERNAL, "an error at this peer")
             # Pages have the full rate, because served sessions need them.
             is_page = message.kind == WeightsKind.PAGE
             rate = self.rate * (SERVING_SHARE if self.serving() and not is_page else 1.0)
@@ -94,7 +94,7 @@ class WeightService:
             owed = self._spent.spend(nbytes + QUESTION_BYTES, rate * MINUTE_S, time.monotonic())
             self._closed.wait(owed / rate)
 
-    def _answer(self, source: Connection, message: AskWeights) -> int:
+    def _answer_request(self, source: Connection, message: AskWeights) -> int:
         """Answers a question; returns the bytes that were sent or read."""
         data: bytes | None = None
         whole = message.kind == WeightsKind.PIECE  # a whole piece is read and hashed for any part
@@ -112,7 +112,7 @@ class WeightService:
             data, whole = self.page(message.name[:LABEL_BYTES]) or (None, False)
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
-            self._refuse(source, message, code, "this peer gives no such weights")
+            self._refuse_request(source, message, code, "this peer gives no such weights")
             return 0
         part = memoryview(data)[message.offset : message.offset + message.length]
         self.outbox.send(source, WeightsPart(message.number, len(data), part))
@@ -122,9 +122,9 @@ class WeightService:
     def _piece(self, name: bytes) -> bytes | None:
         if self.swarm.is_closed:
             if self._pieces is None:
-                self._pieces = {bytes.fromhex(self.swarm.place(one.hex())): one for one in self.held.names}
+                self._pieces = {bytes.fromhex(self.swarm.place(one.hex())): one for one in self.held.piece_names}
             name = self._pieces.get(name, b"")
-        return self.held.read(name)
+        return self.held.read_piece(name)
 
-    def _refuse(self, source: Connection, message: AskWeights, code: FailureCode, text: str) -> None:
+    def _refuse_request(self, source: Connection, message: AskWeights, code: FailureCode, text: str) -> None:
         self.outbox.send(source, Failure(b"", 0, message.number, code, text))

@@ -110,7 +110,7 @@ class BatchingDelay:
         self._delayed_s = MovingAverage(_LEARNING)
         self._seen: dict[Hashable, float] = {}
 
-    def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
+    def observe_pass(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
         """Records a pass of these sources that took `took_s`; its thread had a processor for `computed_s`."""
         self._took_s.add(took_s)
         self._delayed_s.add(max(0.0, took_s - computed_s))
@@ -119,7 +119,7 @@ class BatchingDelay:
         if any(now - at > LATELY_S for _, at in seen):
             self._seen = {source: at for source, at in seen if now - at <= LATELY_S}
 
-    def left(self, source: Hashable) -> None:
+    def forget_source(self, source: Hashable) -> None:
         self._seen.pop(source, None)
 
     def delay_s(self, ready: int) -> float:
@@ -166,7 +166,7 @@ class Load:
         for batch in others:
             self._batch.add(batch)
 
-    def at(self, now: float) -> tuple[float, float]:
+    def estimate_at(self, now: float) -> tuple[float, float]:
         """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step.
 
         If few steps were observed, a step that arrives at any time finds a running pass with a mean remainder of (sum

@@ -12,7 +12,7 @@ import numpy as np
 
 from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import PROMPT_SHARE, Encoding, past_ms
-from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, Peer, Place
+from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, NetworkPlace, Peer
 
 # Peers. A search over them takes some 5 ms on one CPU core; docs/simulation.md measures the gain of more peers.
 LIMIT: Final = 300
@@ -21,7 +21,7 @@ KEPT_PARTS: Final = 8  # ranges of blocks for which an index caches who serves e
 FULL_MS: Final = 1e9  # cost of a peer without memory for the session: ranked after all other peers, but still listed
 
 
-def measured_first(peers: int) -> tuple[int, ...]:
+def measurement_rounds(peers: int) -> tuple[int, ...]:
     """The numbers of peers, by rounds, to which a client measures its links before its first plan (docs/scheduling.md).
 
     The first round measures links to any peers, which locates the client; two more measure links to likely peers. Each
@@ -41,7 +41,7 @@ class CandidateIndex:
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
         self._load = np.array([(peer.queue_ms, peer.batch, peer.kv_free) for peer in peers]).reshape(len(peers), 3)
         self._speed = np.array([peer.speed.block_ms for peer in peers]).reshape(len(peers), len(PASS_SIZES))
-        nowhere = Place(Coordinate(), 0.0)
+        nowhere = NetworkPlace(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
         self._known = np.array([place is not None for place in places], dtype=bool)
         self._rates = np.array([(place or nowhere).bytes_per_ms for place in places])
@@ -73,7 +73,7 @@ class CandidateIndex:
 
     def near(
         self,
-        outside: Sequence[Place],
+        outside: Sequence[NetworkPlace],
         blocks: tuple[int, int],
         *,
         encodings: Sequence[Encoding],
@@ -133,7 +133,7 @@ class CandidateIndex:
     def _most_likely(
         self,
         present: Flags,
-        outside: Sequence[Place],
+        outside: Sequence[NetworkPlace],
         blocks: tuple[int, int],
         block: Floats,
         fixed: Floats,
@@ -148,10 +148,10 @@ class CandidateIndex:
         of_block = np.maximum(ends - starts, 1)
         least = _LeastOfBlocks(starts, ends, end - first)
         ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
-        for anchor, apart in _spread_out(self._vectors, self._known & present, ends_of_chain):
+        for anchor, apart in _farthest_points(self._vectors, self._known & present, ends_of_chain):
             away = np.where(self._known, (apart + self._heights) * self._raised, self._unknown_ms)
             hop = compute + away
-            cheapest = least.of(hop / of_block)
+            cheapest = least.least_of(hop / of_block)
             cheapest[np.isinf(cheapest)] = 0.0
             before = np.concatenate([[0.0], np.cumsum(cheapest)])
             outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
@@ -197,7 +197,7 @@ class _LeastOfBlocks:
         self._shape = int(level.max(initial=0)) + 1, count
         self._first, self._last = level * count + starts, level * count + ends - (1 << level)
 
-    def of(self, values: Floats) -> Floats:
+    def least_of(self, values: Floats) -> Floats:
         """`[count]`; infinite where there is no span."""
         table = np.full(self._shape, np.inf)
         for places in (self._first, self._last):
@@ -219,7 +219,7 @@ def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floa
 
 
 def _speed_at(speed: Floats, positions: Floats) -> Floats:
-    """`Speed.at` for all peers."""
+    """`Speed.block_ms_at` for all peers."""
     sizes = np.array(PASS_SIZES, dtype=np.float64)
     above = np.searchsorted(sizes, positions).clip(1, len(sizes) - 1)
     low, high = sizes[above - 1], sizes[above]
@@ -237,7 +237,7 @@ def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], pr
     return step_ms + PROMPT_SHARE * _sending_ms(rates, prompt, encodings, 0) if prompt else step_ms
 
 
-def _spread_out(vectors: Floats, among: Flags, first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+def _farthest_points(vectors: Floats, among: Flags, first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
     """The points in `first`, then points of `among` that are far from the earlier ones, each with its distances to all.
 
     Source: Gonzalez, 1985 (farthest-first traversal).
@@ -289,7 +289,7 @@ def by_use(own: Peer, others: Sequence[Peer], num_blocks: int, network: Network)
         num_blocks,
         np.array([peer.start for peer in others], dtype=np.int64),
         np.array([peer.end for peer in others], dtype=np.int64),
-        np.array([peer.speed.at(1) for peer in others]),
+        np.array([peer.speed.block_ms_at(1) for peer in others]),
         np.array([network.link(own.id, peer.id).latency_ms for peer in others]),
     )
     return [others[index] for index in map(int, costs.argsort(kind="stable")) if np.isfinite(costs[index])]

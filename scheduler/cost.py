@@ -50,10 +50,10 @@ def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -
     the link; a link that was not measured counts as slow. Raises ValueError if none of the codecs may be chosen
     automatically.
     """
-    return soonest(encodings_of(bytes_per_position), bytes_per_ms).name
+    return fastest_encoding(encodings_of(bytes_per_position), bytes_per_ms).name
 
 
-def soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
+def fastest_encoding(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
     """The encoding that `choose_codec` chooses."""
     return min(encodings, key=lambda encoding: encoding.ms(2, bytes_per_ms))
 
@@ -105,21 +105,21 @@ def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> f
     prompt: positions of an earlier prefill in separate passes, which count with `PROMPT_SHARE`. context: positions that
     the session holds then, including the prompt.
     """
-    token_ms = peer.speed.at(positions + peer.batch)
-    prompt = max(0, prompt - peer.stored)
+    token_ms = peer.speed.block_ms_at(positions + peer.batch)
+    prompt = max(0, prompt - peer.stored_prefix)
     if prompt:
         passes = ceil(prompt / PASS_POSITIONS)
-        token_ms += PROMPT_SHARE * passes * peer.speed.at(prompt / passes)
+        token_ms += PROMPT_SHARE * passes * peer.speed.block_ms_at(prompt / passes)
     return token_ms + past_ms(peer, positions, prompt, context) if context else token_ms
 
 
 def past_ms(peer: Peer, positions: int, prompt: int, context: int) -> float:
     """The part of `block_ms` for reading the session's cache; a prompt's passes read half of the prompt on average."""
-    token_ms = peer.past.at(positions, context)
+    token_ms = peer.context_cost.ms_at(positions, context)
     if not prompt:
         return token_ms
     passes = ceil(prompt / PASS_POSITIONS)
-    return token_ms + PROMPT_SHARE * passes * peer.past.at(prompt / passes, context - prompt / 2)
+    return token_ms + PROMPT_SHARE * passes * peer.context_cost.ms_at(prompt / passes, context - prompt / 2)
 
 
 def hop_ms(peer: Peer, blocks: int, positions: int, prompt: int = 0, context: int = 0) -> float:

@@ -39,7 +39,7 @@ class Speed:
         """The speed of a device that reads a block's weights in `decode_ms` and computes a position in `prefill_ms`."""
         return cls(tuple(max(decode_ms, size * prefill_ms) for size in PASS_SIZES))
 
-    def at(self, positions: float) -> float:
+    def block_ms_at(self, positions: float) -> float:
         if positions <= PASS_SIZES[0]:
             return self.block_ms[0]
         if positions >= PASS_SIZES[-1]:
@@ -54,7 +54,7 @@ CONTEXTS: Final = (1024, 8192, 32768)  # positions in a row at which a peer stat
 
 
 @dataclass(frozen=True, slots=True)
-class PastCost:
+class ContextCost:
     """Additional ms of a pass through one block for reading the keys and values of earlier positions.
 
     ms: for a pass of one position and a pass of `PASS_POSITIONS`, at each of the `CONTEXTS` that were measured. Between
@@ -64,7 +64,7 @@ class PastCost:
 
     ms: tuple[tuple[float, float], ...] = ()
 
-    def at(self, positions: float, context: float) -> float:
+    def ms_at(self, positions: float, context: float) -> float:
         """Ms for a pass of `positions` after `context` positions, all of one row."""
         if not self.ms or context <= 0:
             return 0.0
@@ -76,7 +76,7 @@ class PastCost:
         return max(0.0, step_ms + (chunk_ms - step_ms) * (positions - 1) / (PASS_POSITIONS - 1))
 
 
-UNKNOWN_PAST: Final = PastCost()
+UNKNOWN_PAST: Final = ContextCost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,9 @@ class Peer:
     kv_free: int = 0  # positions that new sessions may still reserve
     watts: float = 0.0  # drawn while it computes; 0: not known
     sending_ms: float = 0.0  # for which the output of a position occupies the peer's uplink; 0: not known
-    past: PastCost = UNKNOWN_PAST
+    context_cost: ContextCost = UNKNOWN_PAST
     kv_capacity: int = 0  # positions that one session may reserve on an idle peer; 0: not known
-    stored: int = 0  # positions of the session's prompt that the peer need not compute
+    stored_prefix: int = 0  # positions of the session's prompt that the peer need not compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Coordinate:
     def rtt_ms(self, other: Coordinate) -> float:
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
 
-    def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
+    def moved_by(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
         """The coordinate after a round trip of `rtt_ms` to `other`.
 
         direction: where to move if both are at the same point; `DIMENSIONS` numbers, preferably random.
@@ -226,7 +226,7 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
     Devices with unknown coordinates are ignored, unless all devices are such; devices whose coordinates contradict most
     of the others are ignored, too.
 
-    direction: see `Coordinate.moved`.
+    direction: see `Coordinate.moved_by`.
     """
     if not measured:
         return Coordinate()
@@ -235,7 +235,7 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
     place = Coordinate(nearest.vector)
     for _ in range(PASSES):
         for other, rtt_ms in measured:
-            place = place.moved(other, rtt_ms, direction)
+            place = place.moved_by(other, rtt_ms, direction)
     off = median(abs(place.rtt_ms(other) - rtt_ms) / max(rtt_ms, MIN_HEIGHT_MS) for other, rtt_ms in measured)
     return replace(place, error=min(MAX_ERROR, off + 1 / len(measured)))
 
@@ -252,7 +252,7 @@ def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NetworkPlace:
     """A device's statement about all its links. bytes_per_ms: its highest measured bandwidth; 0: none measured."""
 
     coordinate: Coordinate
@@ -271,10 +271,10 @@ class Network:
         self,
         links: Mapping[tuple[str, str], Link] | None = None,
         unmeasured: Link = UNMEASURED,
-        places: Mapping[str, Place] | None = None,
+        places: Mapping[str, NetworkPlace] | None = None,
     ) -> None:
         self.measured: Mapping[tuple[str, str], Link] = MappingProxyType(dict(links or {}))
-        self.places: Mapping[str, Place] = MappingProxyType(dict(places or {}))
+        self.places: Mapping[str, NetworkPlace] = MappingProxyType(dict(places or {}))
         self.unmeasured = unmeasured
         self._table = lru_cache(maxsize=2)(self._fill_table)
 
@@ -307,7 +307,7 @@ class Network:
         count = len(ids)
         places = [self.places.get(device) for device in ids]
         known = np.array([place is not None for place in places], dtype=bool)
-        nowhere = Place(Coordinate(), 0.0)
+        nowhere = NetworkPlace(Coordinate(), 0.0)
         coordinates = [(place or nowhere).coordinate for place in places]
         vectors = np.array([coordinate.vector for coordinate in coordinates]).reshape(count, DIMENSIONS)
         heights = np.array([coordinate.height_ms for coordinate in coordinates])

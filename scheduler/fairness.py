@@ -47,7 +47,7 @@ class _Account:
     `ahead_at`, less the allowance since. let: lent from its own turns, less what the key used itself since.
     """
 
-    __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "let", "present", "seen_at")
+    __slots__ = ("ahead_at", "away", "balance", "borrowed_s", "left_at", "lent_s", "present", "seen_at")
 
     def __init__(self, balance: float, now: float) -> None:
         self.balance = balance
@@ -55,9 +55,9 @@ class _Account:
         self.seen_at = now
         self.left_at = 0.0
         self.away = MovingAverage(_LEARNING)
-        self.ahead = 0.0
+        self.borrowed_s = 0.0
         self.ahead_at = now
-        self.let = 0.0
+        self.lent_s = 0.0
 
     def is_active(self, now: float) -> bool:
         least, most = LATELY_S
@@ -79,7 +79,7 @@ class FairShares(Generic[K]):
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def came(self, key: K, now: float) -> None:
+    def work_arrived(self, key: K, now: float) -> None:
         """Adds a waiting piece of work of `key`."""
         account = self._accounts.get(key)
         if account is None:
@@ -88,16 +88,16 @@ class FairShares(Generic[K]):
             account.away.add(now - account.left_at)
         account.present += 1
         self._present.add(key)
-        self._seen(key, account, now)
+        self._touch(key, account, now)
 
-    def left(self, key: K, now: float) -> None:
+    def work_done(self, key: K, now: float) -> None:
         """Removes a piece of work that is done or was given up."""
         account = self._accounts[key]
         account.present -= 1
         if not account.present:
             self._present.discard(key)
             account.left_at = now
-        self._seen(key, account, now)
+        self._touch(key, account, now)
 
     def contended(self, now: float) -> bool:
         """Whether several keys are active."""
@@ -124,20 +124,20 @@ class FairShares(Generic[K]):
 
     def lets_others(self, key: K) -> bool:
         """Whether `key` still lends turns: it has lent few, or has since used the same time itself."""
-        return self._accounts[key].let < AHEAD_S
+        return self._accounts[key].lent_s < AHEAD_S
 
-    def had_turn(self, key: K, of: K, seconds: float, now: float) -> None:
+    def record_borrowed_turn(self, key: K, of: K, seconds: float, now: float) -> None:
         """Records that the prefill of `key` ran for `seconds` in a turn of `of`, which is charged for the time."""
         account, payer = self._accounts.get(key), self._accounts.get(of)
         if payer is not None:
             let_s = seconds / self._weight(of)
-            payer.let = max(0.0, payer.let + (let_s if key != of else -let_s))
+            payer.lent_s = max(0.0, payer.lent_s + (let_s if key != of else -let_s))
         if account is not None and key != of:
-            account.ahead = self._ahead(account, now) + seconds / self._weight(key)
+            account.borrowed_s = self._ahead(account, now) + seconds / self._weight(key)
             account.ahead_at = now
 
     def _ahead(self, account: _Account, now: float) -> float:
-        return max(0.0, account.ahead - (now - account.ahead_at) * AHEAD_S / FORGET_S)
+        return max(0.0, account.borrowed_s - (now - account.ahead_at) * AHEAD_S / FORGET_S)
 
     def ranked(self, keys: Collection[K]) -> list[K]:
         """Keys that have work, in the order of their balances, largest first."""
@@ -182,7 +182,7 @@ class FairShares(Generic[K]):
             if not account.present and account.is_active(now):
                 yield key, account
 
-    def _seen(self, key: K, account: _Account, now: float) -> None:
+    def _touch(self, key: K, account: _Account, now: float) -> None:
         account.seen_at = now
         self._accounts.move_to_end(key)
         oldest, former = next(iter(self._accounts.items()))
@@ -204,7 +204,7 @@ class Owned(Waiting, Protocol):
     def owner(self) -> Hashable: ...
 
     @property
-    def left(self) -> int: ...
+    def remaining_reservation(self) -> int: ...
 
 
 W = TypeVar("W", bound=Owned)
@@ -247,7 +247,10 @@ class FairPasses(Generic[W]):
             return own
         bulk = [step for step in waiting if step.remaining > DECODE_POSITIONS]
         may = {key: key == first or self.shares.may_go_ahead(key, now) for key in {step.owner for step in bulk}}
-        shortest = min((step for step in bulk if may[step.owner]), key=lambda step: (step.left, step.owner != first))
+        shortest = min(
+            (step for step in bulk if may[step.owner]),
+            key=lambda step: (step.remaining_reservation, step.owner != first),
+        )
         if shortest.owner == first:
             return own
         self._turn_of = {shortest.owner: first}
@@ -288,7 +291,7 @@ class FairPasses(Generic[W]):
                     left -= counts[step]
         return counts
 
-    def ran(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
+    def charge_pass(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
         """Charges a pass to the keys of its positions. Prefill that joined decode costs as much as without decode."""
         decode = [(step, count) for step, count in chosen if step.total <= DECODE_POSITIONS]
         bulk = [(step, count) for step, count in chosen if step.total > DECODE_POSITIONS]
@@ -303,5 +306,5 @@ class FairPasses(Generic[W]):
                 payer = self._turn_of.get(step.owner, step.owner) if part is bulk else step.owner
                 self.shares.charge(payer, own_s, now, bulk=part is bulk)
                 if part is bulk:
-                    self.shares.had_turn(step.owner, payer, own_s, now)
+                    self.shares.record_borrowed_turn(step.owner, payer, own_s, now)
         self._turn_of = {}

@@ -71,7 +71,7 @@ Hop = TypeVar("Hop", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Alive(Generic[Hop]):
+class PingAnswer(Generic[Hop]):
     """A hop has answered a ping, or is about to."""
 
     endpoint: Hop
@@ -83,7 +83,7 @@ class Alive(Generic[Hop]):
     late: bool = False  # it has not answered, but its link carries data that delays the ping or the pong
 
 
-class Finding(Enum):
+class PingVerdict(Enum):
     """The result of a round of pings."""
 
     SILENT = "silent"  # hops do not answer
@@ -94,7 +94,7 @@ class Finding(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict(Generic[Hop]):
-    finding: Finding
+    finding: PingVerdict
     hops: tuple[Hop, ...] = ()  # the hops concerned, the likeliest first
 
 
@@ -116,7 +116,7 @@ class Liveness(Generic[Hop]):
         self._progress_at = 0.0
         self._marks: dict[Hop, tuple[int, int]] = {}
         self._stragglers: dict[Hop, tuple[int, int]] = {}  # answers that arrived after their round
-        self._answers: dict[Hop, Alive[Hop] | None] = {}
+        self._answers: dict[Hop, PingAnswer[Hop] | None] = {}
         self._until: dict[Hop, float] = {}  # deadline of each answer
         self._idle_checks = 0
         self._moves = 0
@@ -126,28 +126,28 @@ class Liveness(Generic[Hop]):
     def asking(self) -> bool:
         return bool(self._answers)
 
-    def heard(self, now: float) -> None:
+    def message_received(self, now: float) -> None:
         """Records that an awaited message has arrived."""
         self._heard_at = self._progress_at = now
         self._idle_checks = self._moves = self._rounds = 0
         self._marks, self._stragglers = {}, {}
-        self.stop()
+        self.cancel_round()
 
-    def stop(self) -> None:
+    def cancel_round(self) -> None:
         """Cancels the current round."""
         self._answers, self._until = {}, {}
 
     def wake_at(self, silent_s: float) -> float:
         return self._due_at if self._answers else self._heard_at + silent_s
 
-    def ask(self, hops: Sequence[Hop], now: float) -> None:
+    def begin_round(self, hops: Sequence[Hop], now: float) -> None:
         """Begins a round: these hops are pinged at `now`. The time without progress counts from the first round on."""
         self._progress_at = self._progress_at if self._rounds else now
         self._rounds += 1
         self._answers = dict.fromkeys(hops)
         self._until = {hop: now + self._answer_s(hop) for hop in hops}
 
-    def answered(self, answer: Alive[Hop]) -> bool:
+    def add_answer(self, answer: PingAnswer[Hop]) -> bool:
         """Records an answer. Returns whether the round is over."""
         if answer.endpoint in self._answers:
             self._answers[answer.endpoint] = answer
@@ -172,15 +172,15 @@ class Liveness(Generic[Hop]):
         progress beyond these is false. progress_s: longest time that hops may work without any progress.
         """
         answers, until = self._answers, self._until
-        self.stop()
+        self.cancel_round()
         self._heard_at = now
         silent = tuple(endpoint for endpoint, answer in answers.items() if answer is None and now >= until[endpoint])
         if silent:
-            return Verdict(Finding.SILENT, silent)
+            return Verdict(PingVerdict.SILENT, silent)
         told = [answer for answer in answers.values() if answer is not None]
         forgotten = tuple(answer.endpoint for answer in told if not answer.holds)
         if forgotten:
-            return Verdict(Finding.FORGOTTEN, forgotten)
+            return Verdict(PingVerdict.FORGOTTEN, forgotten)
         in_time = {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
         marks = self._marks | self._stragglers | in_time
         self._stragglers = {}
@@ -200,7 +200,7 @@ class Liveness(Generic[Hop]):
             if behind:
                 at = [answer.endpoint for answer in told].index(behind[0])
                 order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
-            return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
+            return Verdict(PingVerdict.IDLE, tuple(dict.fromkeys(order)))
         # An overloaded peer reports its queue and gets more time, within a limit, because the report may be false.
         queued_s = max((MAX_QUEUE_S if answer.late else answer.queue_ms / 1000 for answer in told), default=0.0)
         limit_s = min(max(progress_s, PREDICTED_TIMES * queued_s), max(progress_s, MAX_QUEUE_S))
@@ -209,5 +209,5 @@ class Liveness(Generic[Hop]):
             stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
             # If the busy hops have finished it, it is in transit: they are slow to send it, or the next hop does not
             # accept it.
-            return Verdict(Finding.STUCK, tuple([hop for hop in stuck if hop in behind] or [*stuck, *behind[:1]]))
+            return Verdict(PingVerdict.STUCK, tuple([hop for hop in stuck if hop in behind] or [*stuck, *behind[:1]]))
         return None

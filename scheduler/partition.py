@@ -77,12 +77,12 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
         return None
     members = np.zeros((1, len(usable)), dtype=bool)
     members[0, order] = True
-    blocks, _ = _shared_out(part, members)
+    blocks, _ = _assign_blocks(part, members)
     cost = float(_cost(part, part.links, np.array([order]))[0])
     return Chain(tuple(usable[order].tolist()), tuple(blocks[0, order].tolist()), cost)
 
 
-def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
+def _assign_blocks(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
     """The blocks of each device `[cases, devices]` and the remaining blocks `[cases]`, for sets of devices.
 
     Remaining blocks have no room. Their number is negative if a set has more devices than there are blocks.
@@ -99,7 +99,7 @@ def _shared_out(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
 
 def _work(problem: Problem, members: Flags) -> Floats:
     """Cost of the blocks of sets of devices `[cases]`, with a penalty where the blocks do not fit."""
-    blocks, remaining = _shared_out(problem, members)
+    blocks, remaining = _assign_blocks(problem, members)
     return blocks @ problem.block + members @ problem.hop + np.abs(remaining) * _MISSING_BLOCK
 
 
@@ -162,7 +162,7 @@ def _searched(problem: Problem, everyone: bool) -> list[int] | None:
             seed = seeds.pop(0)
             order = [seed, *(device for device in range(count) if device != seed)] if everyone else [seed]
         else:
-            order = _shaken(best[2], count, everyone, rng)
+            order = _perturbed(best[2], count, everyone, rng)
         order, cost, chains = _local_optimum(problem, links, order, everyone)
         looked_at += chains
         if not best[2] or (round(cost, 9), len(order)) < best[:2]:
@@ -191,7 +191,7 @@ def _local_optimum(problem: Problem, links: Floats, order: list[int], everyone: 
         cost = better
 
 
-def _shaken(order: list[int], count: int, everyone: bool, rng: random.Random) -> list[int]:
+def _perturbed(order: list[int], count: int, everyone: bool, rng: random.Random) -> list[int]:
     """The chain with a few devices moved, removed or inserted."""
     shaken = list(order)
     for _ in range(rng.randint(1, 3)):

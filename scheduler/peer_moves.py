@@ -38,7 +38,7 @@ REPLAY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class PeerMove:
     """The peer should leave its span and serve the blocks [start, end)."""
 
     peer: str
@@ -65,7 +65,7 @@ def best_move(
     willingness: Willingness | None = None,
     moving: Mapping[str, tuple[int, int]] | None = None,
     min_gain: float = MIN_GAIN,
-) -> Move | None:
+) -> PeerMove | None:
     """The one move that improves the swarm most; None if no move pays. The order of the facts does not matter.
 
     While some blocks have no peer, the model cannot be used: a move fills as many of them as possible, at any cost.
@@ -88,7 +88,7 @@ def best_move(
     by_id = sorted(peers, key=lambda peer: peer.id)
     serving = Spans.of((peer for peer in by_id if peer.id not in moving), num_blocks)
     arriving = (replace(peer, start=moving[peer.id][0], end=moving[peer.id][1]) for peer in by_id if peer.id in moving)
-    view = _View(serving, Spans.of(arriving, num_blocks), max_blocks, num_blocks)
+    view = _MoveFacts(serving, Spans.of(arriving, num_blocks), max_blocks, num_blocks)
     if not view.planned.all():
         return _fill(view) or _shift(view)
     if moving:
@@ -96,7 +96,7 @@ def best_move(
     return _reinforce(view, willingness or Willingness(), min_gain)
 
 
-class _View:
+class _MoveFacts:
     """The facts as arrays: by serving peer, in the order of ids, and by block.
 
     length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
@@ -125,7 +125,7 @@ class _View:
         return self.all.of_some(np.delete(np.arange(len(self.all.ids)), peer))
 
 
-def _fill(view: _View) -> Move | None:
+def _fill(view: _MoveFacts) -> PeerMove | None:
     """Moves a peer that is nowhere the lowest to where it fills most blocks; of equals, the one with most replicas."""
     free = np.flatnonzero(~view.lowest & (view.length > 0))
     if not len(free):
@@ -135,10 +135,10 @@ def _fill(view: _View) -> Move | None:
     spare = _range_minima(view.replicas)[view.serving.start, view.serving.end][free]
     peer = int(free[np.lexsort((free, -spare, -most[view.length[free]]))[0]])
     span = best_span(view.without(peer), view.num_blocks, int(view.length[peer]))
-    return Move(view.serving.ids[peer], *span)
+    return PeerMove(view.serving.ids[peer], *span)
 
 
-def _shift(view: _View) -> Move | None:
+def _shift(view: _MoveFacts) -> PeerMove | None:
     """Moves a peer although it is the lowest at some block, because the model cannot be used otherwise.
 
     Every block that the peer leaves has another replica. Blocks of both the old and the new span have no peer during
@@ -150,7 +150,7 @@ def _shift(view: _View) -> Move | None:
     blocks = np.arange(view.num_blocks)
     nothing = view.num_blocks + 1
     best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False
-    found: Move | None = None
+    found: PeerMove | None = None
     # `_fill` found no peer that is nowhere the lowest, so there are at most as many of these peers as blocks.
     for peer in map(int, np.flatnonzero(view.length > 0)):
         length = int(view.length[peer])
@@ -165,7 +165,7 @@ def _shift(view: _View) -> Move | None:
         alone = bool((old & (served < 2)).any())
         key = int(holes[start]), int(distance[start]), alone
         if key[:2] < best[:2] or (found is not None and key < best):
-            best, found = key, Move(view.serving.ids[peer], start, start + length, confirm=True)
+            best, found = key, PeerMove(view.serving.ids[peer], start, start + length, confirm=True)
     return found
 
 
@@ -182,7 +182,7 @@ def _distance_to_holes(replicas: Floats) -> Integers:
     return nearest
 
 
-def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move | None:
+def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> PeerMove | None:
     """Among peers that are nowhere the lowest, the move with the largest gain for the weakest blocks, less its cost."""
     ids, now = view.serving.ids, view.planned
     settled = np.array([willingness.settled_s.get(peer, np.inf) >= SETTLE_S for peer in ids], dtype=bool)
@@ -233,7 +233,7 @@ def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move |
     mover = int(np.flatnonzero(score.max(axis=1) == best)[0])
     peer, size = int(movers[mover]), int(length[mover])
     start = fewest_hops(np.flatnonzero(score[mover] == best), size, view.without(peer), view.num_blocks)
-    return Move(ids[peer], start, start + size)
+    return PeerMove(ids[peer], start, start + size)
 
 
 def _range_minima(values: Floats) -> Floats:

@@ -101,7 +101,7 @@ class Spans:
 
 def work_ms(speed: Speed) -> float:
     """Ms of one block for a token, in a pass with one other token, and for a position of the prompt."""
-    return speed.at(2) / 2 + speed.at(PASS_SIZES[-1]) / PASS_SIZES[-1]
+    return speed.block_ms_at(2) / 2 + speed.block_ms_at(PASS_SIZES[-1]) / PASS_SIZES[-1]
 
 
 def block_ms(work_ms: Floats | float, blocks: Integers | int, sending_ms: Floats | float) -> Floats:

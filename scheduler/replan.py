@@ -62,7 +62,7 @@ class PredictionErrors:
     def __init__(self) -> None:
         self._ratios: dict[Hashable, float] = {}
 
-    def came(self, route: Hashable, ratio: float) -> None:
+    def add_ratio(self, route: Hashable, ratio: float) -> None:
         """Records how many times as slow as predicted a route was; for a known route, the latest value counts."""
         self._ratios.pop(route, None)
         self._ratios[route] = ratio
@@ -77,7 +77,7 @@ class PredictionErrors:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class RouteAdvice:
     plans: bool  # look for another route
     suspects: bool  # ask the hops at its ends
     measures: bool  # measure the bandwidth to them
@@ -106,7 +106,7 @@ class RouteWatch:
         self._stepped_s = self._looked_s = self._suspected_s = -math.inf
         self._is_unexplained = False
 
-    def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
+    def begin_route(self, predicted_ms: float, *, lost: bool = False) -> None:
         """Steps use another route from here on. lost: because hops of the former route are gone."""
         best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
         former_ms = self.former_ms or max(self.expected_ms, best_ms)
@@ -131,10 +131,10 @@ class RouteWatch:
         return has_become_slow(step_ms, self.expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
     def may_look(self, now_s: float, *, news: bool) -> bool:
-        """Whether there is a reason to `look`, `PAUSE_S` after the last look. news: facts were refreshed."""
+        """Whether there is a reason to `advise`, `PAUSE_S` after the last look. news: facts were refreshed."""
         return (news or self.surprised or self._is_unexplained) and now_s - self._looked_s >= PAUSE_S
 
-    def look(self, now_s: float, known_ms: float, *, news: bool, ends_silent: bool) -> Look:
+    def advise(self, now_s: float, known_ms: float, *, news: bool, ends_silent: bool) -> RouteAdvice:
         """What to do about the route at this time.
 
         The client's own links are measured first; records of the hops show the other links some seconds later.
@@ -150,7 +150,7 @@ class RouteWatch:
         if measures:
             self._suspected_s = now_s
         plans = is_slow and not measures and (news or surprised or not self._is_unexplained)
-        return Look(plans, suspects=surprised or measures, measures=measures)
+        return RouteAdvice(plans, suspects=surprised or measures, measures=measures)
 
     def better_ms(
         self,
@@ -182,7 +182,7 @@ class RouteWatch:
         if now_s - self._stepped_s > RECENT_S:
             self._recent_ms.clear()
 
-    def step_took(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
+    def observe_step(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
         """Records a step. Returns the route's slowdown against the prediction, when first known or when it decreases.
 
         A route may be slow at first, while its hops compute the contexts of other moved sessions: its best value

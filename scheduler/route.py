@@ -40,7 +40,7 @@ class LinkCosts:
     target: int  # the last receiver
 
     @property
-    def first(self) -> Floats:
+    def from_source(self) -> Floats:
         """Costs from the source `[peers]`."""
         return self.table[self.source, self.members]
 
@@ -156,7 +156,7 @@ def _least_sum(costs: Costs, serves: Flags) -> tuple[float, Path]:
         follower[block, senders] = np.where(stay <= switch, senders, receivers[cheapest])
         run = np.full(num_peers, np.inf)
         run[senders] = costs.block[senders] + np.minimum(stay, switch)
-    start = costs.links.first + costs.queue + run
+    start = costs.links.from_source + costs.queue + run
     peer = int(start.argmin())
     cost = float(start[peer])
     path = [peer]
@@ -196,7 +196,7 @@ def _least_capped_sum(costs: Costs, serves: Flags, slowest: float) -> tuple[floa
             cheapest = totals.argmin(axis=1)
             onward[block, senders] = totals[np.arange(len(senders)), cheapest]
             follower[block, senders] = running[cheapest]
-    start = np.where(busy.first <= slowest, links.first + entry[0], np.inf)
+    start = np.where(busy.from_source <= slowest, links.from_source + entry[0], np.inf)
     peer = int(start.argmin())
     cost = float(start[peer])
     path = Path()
@@ -376,13 +376,13 @@ def _link_costs(
     table: LinkTable, positions: int, prompt: int, encodings: tuple[Encoding, ...]
 ) -> tuple[Floats, Floats]:
     """`transfer_ms` and `occupied_ms` of a step on each link, `[senders, receivers]`."""
-    occupied = _soonest(table, positions, encodings)
+    occupied = _fastest_occupied_ms(table, positions, encodings)
     if prompt:
-        occupied += PROMPT_SHARE * _soonest(table, prompt, encodings)
+        occupied += PROMPT_SHARE * _fastest_occupied_ms(table, prompt, encodings)
     return occupied + table.latency_ms, occupied
 
 
-def _soonest(table: LinkTable, positions: int, encodings: tuple[Encoding, ...]) -> Floats:
+def _fastest_occupied_ms(table: LinkTable, positions: int, encodings: tuple[Encoding, ...]) -> Floats:
     soonest = np.full_like(table.latency_ms, np.inf)
     for encoding in encodings:
         per_byte = positions * encoding.bytes_per_position

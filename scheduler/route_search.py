@@ -28,7 +28,7 @@ PINGED_AT_ONCE: Final = 96
 KEPT_ASKED: Final = 4096
 
 
-class Answers:
+class PingHistory:
     """Which peers a client has pinged, when, and which of them answered. Thread-safe.
 
     silent_s: how long a peer that has answered before counts as silent.
@@ -42,7 +42,7 @@ class Answers:
         self._stepped_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def asked(self, name: str, now_s: float, *, answered: bool) -> list[str]:
+    def record_ping(self, name: str, now_s: float, *, answered: bool) -> list[str]:
         """Records that a peer was pinged. Returns the names of the peers whose pings are forgotten to make room."""
         with self._lock:
             self._asked_s.pop(name, None)
@@ -59,7 +59,7 @@ class Answers:
                 self._heard.discard(each)
             return forgotten
 
-    def stepped(self, name: str, now_s: float) -> None:
+    def record_step(self, name: str, now_s: float) -> None:
         with self._lock:
             self._stepped_s[name] = now_s
 
@@ -68,7 +68,7 @@ class Answers:
         with self._lock:
             return dict(self._asked_s)
 
-    def silent(self, now_s: float, *, lately: bool = False) -> set[str]:
+    def silent_peers(self, now_s: float, *, lately: bool = False) -> set[str]:
         """Peers that did not answer the latest ping.
 
         lately: only peers that were pinged within `SILENT_S`; else also peers that never answered.
@@ -96,7 +96,7 @@ Route = TypeVar("Route")
 
 
 @dataclass(frozen=True, slots=True)
-class Found(Generic[Route]):
+class PlannedRoute(Generic[Route]):
     """A route that was planned."""
 
     route: Route
@@ -111,15 +111,15 @@ class Searcher(Protocol[Route]):
     def now_s(self) -> float: ...
 
     @property
-    def names(self) -> AbstractSet[str]:
+    def peer_names(self) -> AbstractSet[str]:
         """The names of all peers that have records."""
         ...
 
-    def plan(self, left_out: frozenset[str]) -> Found[Route] | None:
+    def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[Route] | None:
         """The best route without these peers, or None. Raises the reason if there is no route through any peers."""
         ...
 
-    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+    def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         """Pings as many peers as the client still may; `ends` and `others` may overlap. None: no pings are left.
 
         Returns the ends whose links are measured then.
@@ -130,14 +130,14 @@ class Searcher(Protocol[Route]):
         """See `scheduler/candidates.py:CandidateIndex.beside_silent`."""
         ...
 
-    def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
+    def choose_peers(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         """This many of the peers in `among`: the likeliest on routes (`likely`), or any."""
         ...
 
 
 def searched_route(
     searcher: Searcher[Route],
-    answers: Answers,
+    answers: PingHistory,
     *,
     excluded: Collection[str],
     given_up: AbstractSet[str],
@@ -153,14 +153,14 @@ def searched_route(
     excluded: peers that no route may use. given_up: lost peers that are not used for a while. alive: peers that are
     known to live. since_s: answers since then show which region is silent at this time.
 
-    Raises what `Searcher.plan` raises.
+    Raises what `Searcher.plan_route` raises.
     """
 
-    def plan(beside: set[str]) -> Found[Route]:
+    def plan(beside: set[str]) -> PlannedRoute[Route]:
         """Plans through peers that have answered, if these suffice. beside: peers near silent ones."""
-        silent = frozenset(answers.silent(searcher.now_s)).difference(excluded)
+        silent = frozenset(answers.silent_peers(searcher.now_s)).difference(excluded)
         for left_out in dict.fromkeys((silent | beside, silent, frozenset[str]())):
-            if (found := searcher.plan(left_out)) is not None:
+            if (found := searcher.plan_route(left_out)) is not None:
                 return found
         raise AssertionError("a plan without a route says why")
 
@@ -172,25 +172,25 @@ def searched_route(
         silent, heard = answers.met_since(since_s)
         heard = heard.difference(excluded)  # a lost hop sent steps until it was lost
         beside = searcher.beside_silent(silent, heard.union(alive))
-        unasked = searcher.names - {*answers.silent(searcher.now_s), *heard, *excluded}
+        unasked = searcher.peer_names - {*answers.silent_peers(searcher.now_s), *heard, *excluded}
         strangers = unasked - answers.asked_s().keys() - beside
-        near = searcher.chosen(unasked & beside, ASKED_BESIDE, likely=True) if heard else []
-        return beside, [*near, *searcher.chosen(strangers, PINGED_AT_ONCE, likely=bool(heard))]
+        near = searcher.choose_peers(unasked & beside, ASKED_BESIDE, likely=True) if heard else []
+        return beside, [*near, *searcher.choose_peers(strangers, PINGED_AT_ONCE, likely=bool(heard))]
 
     beside: set[str] = set()
     others: list[str] = []
     found = plan(beside)
     for _ in range(MAX_PROBED_ROUTES):
         now_s, ends = searcher.now_s, found.unmeasured
-        lost = answers.silent(now_s, lately=True) | given_up
-        many = len(lost) >= MANY_SILENT and len(lost & searcher.names) >= MANY_SILENT
+        lost = answers.silent_peers(now_s, lately=True) | given_up
+        many = len(lost) >= MANY_SILENT and len(lost & searcher.peer_names) >= MANY_SILENT
         suspects = answers.unheard(found.newcomers, now_s - LOST_S) if many else []
         if not (ends or suspects):
             break
-        measured = searcher.measure(ends, [*dict.fromkeys((*suspects, *others))])
+        measured = searcher.measure_peers(ends, [*dict.fromkeys((*suspects, *others))])
         if measured is None:
             break
-        silent = answers.silent(searcher.now_s)
+        silent = answers.silent_peers(searcher.now_s)
         if beside or any(name in silent for name in (*ends, *suspects)):
             beside, others = elsewhere()
         elif not measured:

@@ -21,7 +21,7 @@ WORTHWHILE: Final = 1.05  # speculation must promise this speedup, because its c
 
 
 @dataclass(frozen=True, slots=True)
-class Guessed:
+class DraftGuess:
     """A drafted token: the probability that it is right if all earlier ones are, and the same of the next token."""
 
     acceptance: float
@@ -51,7 +51,7 @@ class Pace:
         return self.first_draft_ms + (length - 1) * self.draft_ms
 
 
-def best_window(first: Guessed, pace: Pace) -> Window:
+def best_window(first: DraftGuess, pace: Pace) -> Window:
     """The window that promises most tokens per second. first: its first token; `following` holds for all later ones.
 
     More windows under way must promise `WORTHWHILE` times as much as fewer: the windows after a wrong guess are wasted,
@@ -66,7 +66,7 @@ def best_window(first: Guessed, pace: Pace) -> Window:
     return best
 
 
-def best_length(guesses: Iterator[Guessed], pace: Pace) -> int:
+def best_length(guesses: Iterator[DraftGuess], pace: Pace) -> int:
     """How many of these guesses to send as one window: as many as promise most tokens per second, possibly none.
 
     The first guess exists already, so a step without drafts takes its time, too. Further guesses are drawn while one
@@ -88,7 +88,7 @@ def best_length(guesses: Iterator[Guessed], pace: Pace) -> int:
     return best
 
 
-def tokens_per_ms(window: Window, first: Guessed, pace: Pace) -> float:
+def tokens_per_ms(window: Window, first: DraftGuess, pace: Pace) -> float:
     """Expected tokens per ms with these windows; see `best_window`."""
     length, in_flight = window.length, window.in_flight
     right, following = (min(share, MOST_ACCEPTED) for share in (first.acceptance, first.following))

@@ -10,12 +10,12 @@ from typing import Final
 import numpy as np
 
 from scheduler.batching import MovingAverage
-from scheduler.candidates import measured_first
-from scheduler.facts import CLIENT, DIMENSIONS, Coordinate, Hop, Link, Peer, Place, place_among
+from scheduler.candidates import measurement_rounds
+from scheduler.facts import CLIENT, DIMENSIONS, Coordinate, Hop, Link, NetworkPlace, Peer, place_among
 from scheduler.liveness import ANSWER_S
-from scheduler.route_search import Answers
-from simulator.directory import Record, View
-from simulator.world import Request, World
+from scheduler.route_search import PingHistory
+from simulator.simulated_directory import DirectoryView, Record
+from simulator.world import SimulatedRequest, World
 from splitnet.swarm.measure import PINGS_PER_MINUTE
 from splitnet.wire.messages import LoadReport
 
@@ -38,7 +38,7 @@ def _idle(_: str) -> tuple[float, float]:
 
 
 @dataclass(slots=True)
-class Client:
+class SimulatedClient:
     """number: in the geography. links: measured links between the client and peers, in both directions.
 
     answers: which peers answered the measurements. told: their load, as reported then. load_of: ms that a step waits at
@@ -46,26 +46,26 @@ class Client:
     """
 
     number: int
-    place: Place
+    place: NetworkPlace
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
-    answers: Answers = field(default_factory=lambda: Answers(silent_s=math.inf))
+    answers: PingHistory = field(default_factory=lambda: PingHistory(silent_s=math.inf))
     """Never expires: in the short life of a simulated client no peer returns."""
-    told: dict[str, LoadReport] = field(default_factory=dict[str, LoadReport])
+    reported_load: dict[str, LoadReport] = field(default_factory=dict[str, LoadReport])
     load_of: Callable[[str], tuple[float, float]] = _idle
 
-    def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
+    def measure_links(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
         """Measures links, each up to 10% too long. Returns the ms for it, with connecting. luck: random, 0 to 1."""
         took_ms = 0.0
         for name in names:
             number = world.number_of[name]
             late = 1 + 0.1 * luck()
             is_there = world.devices[number].leaves_s > now_s
-            self.answers.asked(name, now_s, answered=is_there)
+            self.answers.record_ping(name, now_s, answered=is_there)
             if not is_there:
-                self.told.pop(name, None)
+                self.reported_load.pop(name, None)
                 took_ms = ANSWER_S * 1000
                 continue
-            self.told[name] = LoadReport(*self.load_of(name), now_s)
+            self.reported_load[name] = LoadReport(*self.load_of(name), now_s)
             for sender, receiver, pair in (
                 (self.number, number, (CLIENT, name)),
                 (number, self.number, (name, CLIENT)),
@@ -75,14 +75,14 @@ class Client:
             took_ms = max(took_ms, 2 * PING_TRIPS * self.links[CLIENT, name].latency_ms)
         return took_ms
 
-    def corrected(self, record: Record) -> Peer | None:
+    def measured_peer(self, record: Record) -> Peer | None:
         """The facts of a peer when it was measured, if that is later than its record; else None."""
-        told = self.told.get(record.peer.id)
+        told = self.reported_load.get(record.peer.id)
         if told is None or told.at <= record.published_s:
             return None
         return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
-    def likely(self, world: World, view: View, limit: int, exclude: Collection[str]) -> list[str]:
+    def likely_peers(self, world: World, view: DirectoryView, limit: int, exclude: Collection[str]) -> list[str]:
         """The `limit` peers that its routes use most likely."""
         near = view.idle_crowd.near(
             [self.place],
@@ -104,19 +104,19 @@ class Client:
 def new_client(
     world: World,
     number: int,
-    view: View,
+    view: DirectoryView,
     rng: np.random.Generator,
     now_s: float = 0.0,
     load_of: Callable[[str], tuple[float, float]] = _idle,
-) -> Client:
+) -> SimulatedClient:
     """A client that has measured its links to random peers, and then to likely peers of its routes."""
     settings, count = world.settings, len(view.peers)
-    anyone, *likely = measured_first(count) if settings.probes is None else settings.probes
-    client = Client(number, Place(Coordinate(), float(world.geography.up[number])), load_of=load_of)
+    random_probes, *likely = measurement_rounds(count) if settings.probes is None else settings.probes
+    client = SimulatedClient(number, NetworkPlace(Coordinate(), float(world.geography.up[number])), load_of=load_of)
 
     def measure(names: Sequence[str]) -> None:
-        client.measure(world, names, now_s, rng.random)
-        silent = client.answers.silent(now_s)
+        client.measure_links(world, names, now_s, rng.random)
+        silent = client.answers.silent_peers(now_s)
         measured = [
             (view.records[name].place.coordinate, 2 * client.links[CLIENT, name].latency_ms)
             for name in client.answers.asked_s()
@@ -126,10 +126,10 @@ def new_client(
             client.place, coordinate=place_among(measured, tuple(rng.normal(size=DIMENSIONS).tolist()))
         )
 
-    chosen: list[int] = rng.choice(count, min(anyone, count), replace=False).tolist()
+    chosen: list[int] = rng.choice(count, min(random_probes, count), replace=False).tolist()
     measure([view.peers[index].id for index in chosen])
     for limit in likely:
-        measure(client.likely(world, view, limit, client.answers.asked_s()))
+        measure(client.likely_peers(world, view, limit, client.answers.asked_s()))
     return client
 
 
@@ -142,7 +142,7 @@ class SeenHop:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RouteTask:
     """A request for a plan. blocks: [start, end). source, target: the client, or the peers next to a part of a route.
 
     exclude: peers that must not be used. kv_needed: free positions that each hop needs. prompt: positions before the
@@ -150,8 +150,8 @@ class Plan:
     would have to replay. seen: observations at the hops of the session; latencies: between them.
     """
 
-    client: Client
-    request: Request
+    client: SimulatedClient
+    request: SimulatedRequest
     blocks: tuple[int, int]
     source: str
     target: str
@@ -165,7 +165,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class SimulatedPlan:
     """A planned route. token_ms: predicted ms of a token; 0: not known. asked_ms: duration of the planning.
 
     present_ms: predicted ms of a token on the present route; 0: not known. move_ms: duration of the move to this route.

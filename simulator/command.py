@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
-from splitnet.cli.arguments import box, require
+from splitnet.cli.arguments import option_group, require
 from splitnet.cli.tables import table
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
     from simulator.outcome import Outcome
-    from simulator.world import Settings, World
+    from simulator.world import SimulationSettings, World
 
 RESULTS = "results.json"
-in_world = box("World")
+in_world = option_group("World")
 PLANNED_CLIENTS = 50
 """For --coordinates; routes of each client are planned with every method."""
 
@@ -69,7 +69,7 @@ def simulate(
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
     from simulator.outcome import pooled
     from simulator.policies import AGAINST
-    from simulator.world import SCENARIOS, Settings, World
+    from simulator.world import SCENARIOS, SimulationSettings, World
 
     if plot:
         require("plot", "splitnet simulate --plot")
@@ -90,7 +90,7 @@ def simulate(
         if chosen.get("burst"):
             raise SplitnetError("in a burst all clients arrive at once: leave out --rate")
         chosen["sessions_per_peer_hour"] = rate
-    settings = Settings(
+    settings = SimulationSettings(
         peers=peers,
         clients=clients,
         seed=seed,
@@ -103,7 +103,7 @@ def simulate(
     results = output / RESULTS if output else None
     if results and plot and results.resolve() == plot.resolve():
         raise SplitnetError(f"--plot names {plot}, where --output writes its results: name another file")
-    _make_way_for(results, plot)
+    _check_writable(results, plot)
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
     if coordinates:
         _print_coordinates(World(settings))
@@ -123,7 +123,7 @@ def simulate(
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
 
-def _make_way_for(*files: Path | None) -> None:
+def _check_writable(*files: Path | None) -> None:
     """Makes folders, and checks that files can be written, before the computation."""
     for file in files:
         if file is None:
@@ -158,12 +158,12 @@ def _policies(wanted: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
+def _run(all_settings: list[SimulationSettings], names: list[str]) -> dict[str, list[Outcome]]:
     """The results of each policy in each world. One world after the other, so that only one is in memory."""
     from simulator.outcome import simulate as simulate_policy
     from simulator.policies import POLICIES
     from simulator.world import World
-    from splitnet.cli.progress import StageProgress
+    from splitnet.cli.stage_progress import StageProgress
 
     parts: dict[str, list[Outcome]] = {name: [] for name in names}
     with StageProgress() as progress:
@@ -219,7 +219,7 @@ def _print_coordinates(world: World) -> None:
     from time import perf_counter
 
     from simulator.outcome import coordinate_error, percentile, plan_qualities
-    from splitnet.cli.progress import StageProgress
+    from splitnet.cli.stage_progress import StageProgress
 
     error = coordinate_error(world)
     typer.echo(
@@ -276,7 +276,7 @@ def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
                 axes.plot(low, row, marker="o", color=colour)
             else:
                 axes.barh(row, low, color=colour)
-            told, at = " | ".join(map(_told, (low, *high))), (max([low, *high]), row)
+            told, at = " | ".join(map(_format_number, (low, *high))), (max([low, *high]), row)
             axes.annotate(told, at, (6, 0), textcoords="offset points", va="center")
     panels[0].invert_yaxis()
     with StringIO() as file, rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
@@ -284,5 +284,5 @@ def chart(figures: Mapping[str, Mapping[str, float]], title: str) -> str:
         return file.getvalue()
 
 
-def _told(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"

@@ -63,7 +63,7 @@ class Geography:
             [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
         )
         self.network_of = city * NETWORKS_PER_CITY + rng.integers(NETWORKS_PER_CITY, size=count)
-        self._take(accesses)
+        self._set_accesses(accesses)
 
         networks = len(cities) * NETWORKS_PER_CITY
         factor = 1.3 + rng.lognormal(-0.7, 0.6, (networks, networks))
@@ -77,7 +77,7 @@ class Geography:
         self._factor: list[list[float]] = self.factor.tolist()
         self._detour: list[list[float]] = self.detour.tolist()
 
-    def _take(self, accesses: Sequence[Access]) -> None:
+    def _set_accesses(self, accesses: Sequence[Access]) -> None:
         self.delay = np.array([access.delay_ms for access in accesses])
         self.up = np.array([access.up_bytes_per_ms for access in accesses])
         self.down = np.array([access.down_bytes_per_ms for access in accesses])
@@ -122,7 +122,7 @@ class MeasuredGeography(Geography):
     """
 
     def __init__(self, rng: np.random.Generator, accesses: Sequence[Access], rtt_ms: Floats) -> None:
-        self._take(accesses)
+        self._set_accesses(accesses)
         self._node_of = np.resize(rng.permutation(len(rtt_ms)), len(accesses))
         self._way_ms = rtt_ms / 2
 

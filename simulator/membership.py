@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from scheduler.candidates import Floats, Integers, ms_per_block
 from scheduler.facts import DIMENSIONS, Coordinate, Link, Peer
-from scheduler.peer_moves import Move, Willingness, best_move
+from scheduler.peer_moves import PeerMove, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
-from simulator.directory import Directory, View, one_way_ms, points_of
-from simulator.node import Held, Node
-from simulator.world import USED_SLOWER, Device, Events, World, device_id, measured_to
+from simulator.node import HeldSession, Node
+from simulator.simulated_directory import DirectoryView, SimulatedDirectory, one_way_ms, points_of
+from simulator.world import USED_SLOWER, Events, SimulatedDevice, World, device_id, measured_to
 
 
 class Placing(Protocol):
@@ -27,15 +27,15 @@ class Placing(Protocol):
     check_s: float
     announces_joining: bool
 
-    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+    def founders(self, devices: Sequence[SimulatedDevice]) -> list[tuple[int, int]]:
         """Spans of the devices that exist from the start, as if they had joined one after the other."""
         ...
 
-    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: SimulatedDevice, place: Coordinate, view: DirectoryView) -> tuple[int, int]:
         """The span of a device that joins the peers in view. place: its own estimate."""
         ...
 
-    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+    def move(self, node: Node, view: DirectoryView) -> tuple[int, int] | None:
         """The span that a peer should serve instead, or None."""
         ...
 
@@ -57,10 +57,10 @@ class OwnPlacing:
         self._world = world
         self._settings = world.settings
         self._max_blocks = {device.id: device.max_blocks for device in world.devices}
-        self._named: tuple[View | None, Move | None] = (None, None)
-        self._announced: dict[str, tuple[View, Move]] = {}
+        self._named: tuple[DirectoryView | None, PeerMove | None] = (None, None)
+        self._announced: dict[str, tuple[DirectoryView, PeerMove]] = {}
 
-    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+    def founders(self, devices: Sequence[SimulatedDevice]) -> list[tuple[int, int]]:
         whole = (Peer(device.id, 0, 1, device.speed, sending_ms=self._world.sending_ms(device)) for device in devices)
         spans = Spans.of(whole, self._settings.num_blocks)
         places = [self._world.coordinates[device.number] for device in devices]
@@ -73,17 +73,17 @@ class OwnPlacing:
             )
         return list(zip(spans.start.tolist(), spans.end.tolist(), strict=True))
 
-    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: SimulatedDevice, place: Coordinate, view: DirectoryView) -> tuple[int, int]:
         away_ms = self._away_ms(place, *view.coordinates)
         return best_span(view.spans, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms)
 
     def _away_ms(self, place: Coordinate, vectors: Floats, heights: Floats) -> Floats | float:
         return one_way_ms(place, vectors, heights) if self._by_distance else 0.0
 
-    def _block_ms(self, device: Device) -> float:
+    def _block_ms(self, device: SimulatedDevice) -> float:
         return float(block_ms(work_ms(device.speed), device.max_blocks, self._world.sending_ms(device)))
 
-    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+    def move(self, node: Node, view: DirectoryView) -> tuple[int, int] | None:
         if self._named[0] is not view:
             self._named = view, self._best(view)
         move = self._named[1]
@@ -98,7 +98,7 @@ class OwnPlacing:
         self._announced.pop(node.id, None)
         return move.start, move.end
 
-    def _best(self, view: View) -> Move | None:
+    def _best(self, view: DirectoryView) -> PeerMove | None:
         willingness = Willingness(
             sessions={name: record.sessions for name, record in view.records.items()},
             load_s={name: self._settings.load_s * self._max_blocks[name] for name in view.records},
@@ -144,7 +144,7 @@ class Membership:
     """
 
     def __init__(
-        self, world: World, placing: Placing, events: Events, leaving: Callable[[Node, list[Held]], None]
+        self, world: World, placing: Placing, events: Events, leaving: Callable[[Node, list[HeldSession]], None]
     ) -> None:
         self.nodes: dict[str, Node] = {}
         self.moves = 0
@@ -156,13 +156,13 @@ class Membership:
         self._leaving = leaving
         self._num_blocks = world.settings.num_blocks
         self._records_per_look = max(1, round(world.settings.look_s / world.settings.refresh_s))
-        self._directory = Directory(world.settings.record_ttl_s, world.settings.num_blocks)
+        self._directory = SimulatedDirectory(world.settings.record_ttl_s, world.settings.num_blocks)
         # Separate streams, so that the choices of one part do not change the events of the others.
         self._rng = np.random.default_rng([world.settings.seed, 1])
-        self.view: View = self._directory.view(0.0)
+        self.view: DirectoryView = self._directory.view(0.0)
         self._place_founders()
         self.view = self._directory.view(0.0)
-        self._events.at(self._settings.view_s * 1000, self._read_directory, None)
+        self._events.schedule(self._settings.view_s * 1000, self._read_directory, None)
 
     def close(self) -> None:
         """Adds the last serving time of the peers that still serve."""
@@ -173,34 +173,34 @@ class Membership:
     def _place_founders(self) -> None:
         present = [device for device in self._world.devices if device.joins_s == 0]
         for device, span in zip(present, self._placing.founders(present), strict=True):
-            self._new_node(device, span, self._world.coordinates[device.number]).begin(0.0)
+            self._new_node(device, span, self._world.coordinates[device.number]).begin_serving(0.0)
         for node in self.nodes.values():
             self._directory.publish(node.record(0.0))
         self.view = self._directory.view(0.0)
         for node in self.nodes.values():
-            self._look_around(node, FOUNDING_PROBES)
+            self._measure_links(node, FOUNDING_PROBES)
             node.links = self._useful_links(node)
             self._directory.publish(node.record(0.0))
-            self._events.at(self._rng.random() * self._settings.refresh_s * 1000, self._publish, node)
+            self._events.schedule(self._rng.random() * self._settings.refresh_s * 1000, self._publish, node)
         for device in self._world.devices:
             if device.joins_s > 0:
-                self._events.at(device.joins_s * 1000, self._join, device)
+                self._events.schedule(device.joins_s * 1000, self._join, device)
 
     def _draws(self, count: int, times: int) -> list[int]:
         """`times` random numbers below `count`; none if count is 0."""
         drawn: list[int] = self._rng.integers(0, count, times).tolist() if count else []
         return drawn
 
-    def _new_node(self, device: Device, span: tuple[int, int], coordinate: Coordinate) -> Node:
+    def _new_node(self, device: SimulatedDevice, span: tuple[int, int], coordinate: Coordinate) -> Node:
         up_bytes_per_ms = float(self._world.geography.up[device.number])
         node = Node(device, span, coordinate, up_bytes_per_ms, self._world.sending_ms(device))
         self.nodes[device.id] = node
-        self._events.at(device.leaves_s * 1000, self._leave, node)
+        self._events.schedule(device.leaves_s * 1000, self._leave_swarm, node)
         for begin_s, end_s in device.used_s:
-            self._events.at(begin_s * 1000, self._slow_down, (node, USED_SLOWER))
-            self._events.at(end_s * 1000, self._slow_down, (node, 1.0))
+            self._events.schedule(begin_s * 1000, self._slow_down, (node, USED_SLOWER))
+            self._events.schedule(end_s * 1000, self._slow_down, (node, 1.0))
         if self._settings.moves:
-            self._events.at(self._next_check_ms(), self._consider_move, node)
+            self._events.schedule(self._next_check_ms(), self._consider_move, node)
         return node
 
     def _slow_down(self, item: tuple[Node, float]) -> None:
@@ -212,9 +212,9 @@ class Membership:
 
     def _read_directory(self, _: None) -> None:
         self.view = self._directory.view(self._events.now / 1000)
-        self._events.at(self._events.now + self._settings.view_s * 1000, self._read_directory, None)
+        self._events.schedule(self._events.now + self._settings.view_s * 1000, self._read_directory, None)
 
-    def _join(self, device: Device) -> None:
+    def _join(self, device: SimulatedDevice) -> None:
         coordinate = Coordinate()
         numbers = self.view.numbers
         for index in self._draws(len(numbers), JOIN_PROBES):
@@ -225,19 +225,19 @@ class Membership:
         ready_ms = self._events.now + self._load_ms(node)
         if self._placing.announces_joining:
             self._announce(node, ready_ms)
-        self._events.at(ready_ms, self._begin, node)
+        self._events.schedule(ready_ms, self._begin_serving, node)
 
     def _load_ms(self, node: Node) -> float:
         return self._settings.load_s * 1000 * (node.end - node.start)
 
     def _announce(self, node: Node, ready_ms: float) -> None:
         peer = Peer(node.id, node.start, node.end, node.device.speed)
-        self._directory.announce(peer, ready_ms / 1000 + self._settings.refresh_s)
+        self._directory.announce_move(peer, ready_ms / 1000 + self._settings.refresh_s)
 
-    def _begin(self, node: Node) -> None:
+    def _begin_serving(self, node: Node) -> None:
         if not node.gone:
-            node.begin(self._events.now)
-            self._look_around(node, FIRST_PROBES)
+            node.begin_serving(self._events.now)
+            self._measure_links(node, FIRST_PROBES)
             node.published = 0
             self._publish(node)
 
@@ -245,15 +245,15 @@ class Membership:
         if node.gone or not node.serves:
             return
         if node.published % self._records_per_look == 0:
-            self._look_around(node, USEFUL_PROBES)
+            self._measure_links(node, USEFUL_PROBES)
             node.links = self._useful_links(node)
         node.published += 1
         record = node.record(self._events.now)
         self.record_bytes = max(self.record_bytes, record.size_bytes)
         self._directory.publish(record)
-        self._events.at(self._events.now + self._settings.refresh_s * 1000, self._publish, node)
+        self._events.schedule(self._events.now + self._settings.refresh_s * 1000, self._publish, node)
 
-    def _look_around(self, node: Node, count: int) -> None:
+    def _measure_links(self, node: Node, count: int) -> None:
         """Measures links to `count` of the most useful peers, and to half as many random ones for the coordinate."""
         view, half = self.view, max(1, count // 2)
         likely = (self.nodes[view.peers[index].id] for index in self._useful(node))
@@ -269,7 +269,7 @@ class Membership:
         order: list[int] = self._rng.permutation(len(numbers)).tolist()
         for index in order:
             place = self.nodes[device_id(numbers[index])].coordinate
-            node.coordinate = node.coordinate.moved(place, round_trips[index], direction)
+            node.coordinate = node.coordinate.moved_by(place, round_trips[index], direction)
 
     def _can_ask(self, node: Node, other: Node) -> bool:
         return other.serves and other is not node
@@ -312,21 +312,21 @@ class Membership:
     def _consider_move(self, node: Node) -> None:
         if node.gone:
             return
-        self._events.at(self._next_check_ms(), self._consider_move, node)
+        self._events.schedule(self._next_check_ms(), self._consider_move, node)
         span = self._placing.move(node, self.view) if node.serves else None
         if span is None or span == (node.start, node.end):
             return
         self.moves += 1
-        self._leaving(node, node.stop(self._events.now))
+        self._leaving(node, node.stop_serving(self._events.now))
         node.start, node.end = span
         ready_ms = self._events.now + self._load_ms(node)
         self._announce(node, ready_ms)
-        self._events.at(ready_ms, self._begin, node)
+        self._events.schedule(ready_ms, self._begin_serving, node)
 
-    def _leave(self, node: Node) -> None:
+    def _leave_swarm(self, node: Node) -> None:
         node.gone = True
         if not node.device.crashes or not node.serves:
             self._directory.withdraw(node.id)
-        lost = node.stop(self._events.now)
+        lost = node.stop_serving(self._events.now)
         if not node.device.is_silent:
             self._leaving(node, lost)

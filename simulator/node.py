@@ -8,10 +8,10 @@ from typing import Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, BatchingDelay, Load, next_pass
 from scheduler.cost import Encoding
-from scheduler.facts import Coordinate, Link, Peer, Place, Speed
+from scheduler.facts import Coordinate, Link, NetworkPlace, Peer, Speed
 from scheduler.fairness import FairPasses
-from simulator.directory import Record
-from simulator.world import Device
+from simulator.simulated_directory import Record
+from simulator.world import SimulatedDevice
 from splitnet.wire.messages import FailureCode
 
 Hops = list[tuple["Node", int, int]]
@@ -40,7 +40,7 @@ class Wire:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Route:
+class NodeRoute:
     """The hops of a session in one epoch.
 
     client: its number. reserved: positions that the session has reserved. wires: before each hop, and after the last.
@@ -66,7 +66,7 @@ class Parcel:
     positions that this hop has still to run. follows: it arrived while others of its session waited there.
     """
 
-    route: Route
+    route: NodeRoute
     number: int
     hop: int
     last_hop: int
@@ -91,7 +91,7 @@ class Parcel:
         return self.positions
 
     @property
-    def left(self) -> int:
+    def remaining_reservation(self) -> int:
         """Positions of the session's reservation that are still to come."""
         return self.route.reserved - self.start - self.positions + self.remaining
 
@@ -102,7 +102,7 @@ class Parcel:
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class HeldSession:
     """A session at a peer.
 
     client: number of the client, which has one session. reservation: reserved positions. cached: positions in the KV
@@ -122,7 +122,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Awaited:
+class AwaitedClient:
     """The client that a device waits for (None: any client), and the beginning of the wait."""
 
     key: int | None
@@ -143,7 +143,7 @@ class Node:
 
     def __init__(
         self,
-        device: Device,
+        device: SimulatedDevice,
         span: tuple[int, int],
         coordinate: Coordinate,
         up_bytes_per_ms: float,
@@ -164,10 +164,10 @@ class Node:
         self.published = 0
         self.slower = 1.0
         self.kv_used = 0
-        self.sessions: dict[int, Held] = {}
+        self.sessions: dict[int, HeldSession] = {}
         self.ready: list[Parcel] = []
         self.running = False
-        self.awaited: Awaited | None = None
+        self.awaited: AwaitedClient | None = None
         self.busy_ms = 0.0
         self.served_since_ms = 0.0
         self.served_ms = 0.0
@@ -182,17 +182,17 @@ class Node:
 
     def block_ms(self, positions: int) -> float:
         """Ms of a pass through one block at present."""
-        return self.device.speed.at(positions) * self.slower
+        return self.device.speed.block_ms_at(positions) * self.slower
 
     def _pass_s(self, positions: int) -> float:
         return self.block_ms(positions) * (self.end - self.start) / 1000
 
-    def begin(self, now_ms: float) -> None:
+    def begin_serving(self, now_ms: float) -> None:
         """Begins to serve."""
         self.serves = True
         self.served_since_ms = now_ms
 
-    def stop(self, now_ms: float) -> list[Held]:
+    def stop_serving(self, now_ms: float) -> list[HeldSession]:
         """Stops serving and clears all state. Returns the sessions that it held."""
         lost = list(self.sessions.values())
         self.sessions.clear()
@@ -212,7 +212,7 @@ class Node:
         self.served_ms += now_ms - self.served_since_ms
         self.served_since_ms = now_ms
 
-    def open(self, client: int, epoch: int, blocks: tuple[int, int], reservation: int) -> FailureCode | None:
+    def open_session(self, client: int, epoch: int, blocks: tuple[int, int], reservation: int) -> FailureCode | None:
         """Opens the session of a client, or moves it to a newer epoch. Returns the reason of a refusal, or None."""
         if not self.serves or not self.start <= blocks[0] < blocks[1] <= self.end:
             return FailureCode.WRONG_BLOCKS
@@ -221,7 +221,7 @@ class Node:
             if self.kv_used + reservation > self.device.kv_positions:
                 return FailureCode.BUSY
             self.kv_used += reservation
-            self.sessions[client] = Held(client, epoch, blocks, reservation)
+            self.sessions[client] = HeldSession(client, epoch, blocks, reservation)
             return None
         if held.blocks != blocks:
             return FailureCode.WRONG_BLOCKS
@@ -229,12 +229,12 @@ class Node:
             held.epoch, held.waiting, held.last, held.sending = epoch, 0, 0, 0
         return None
 
-    def release(self, client: int) -> None:
+    def release_session(self, client: int) -> None:
         """Releases the memory of a session, if the peer holds it."""
         held = self.sessions.pop(client, None)
         if held is not None:
             self.kv_used -= held.reservation
-            self._delay.left(client)
+            self._delay.forget_source(client)
 
     def _heads(self, held: bool) -> list[Parcel]:
         """The first parcel of each session, before its other parcels; if `held`, without prompts for a next hop."""
@@ -248,15 +248,15 @@ class Node:
             and not (held and parcel.remaining > DECODE_POSITIONS and parcel.hop < parcel.last_hop)
         ]
 
-    def arrived(self, parcel: Parcel, now_ms: float) -> None:
+    def add_parcel(self, parcel: Parcel, now_ms: float) -> None:
         """Adds an arrived parcel."""
         parcel.arrived_ms = now_ms
         self.ready.append(parcel)
-        self._fair.shares.came(parcel.owner, now_ms / 1000)
+        self._fair.shares.work_arrived(parcel.owner, now_ms / 1000)
 
-    def left(self, parcel: Parcel, now_ms: float) -> None:
+    def remove_parcel(self, parcel: Parcel, now_ms: float) -> None:
         """Removes an arrived parcel that is done or was given up."""
-        self._fair.shares.left(parcel.owner, now_ms / 1000)
+        self._fair.shares.work_done(parcel.owner, now_ms / 1000)
 
     def next_pass(self, now_ms: float, sent_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
         """The parcels of the next pass, with the number of positions of each, and the ms of the pass.
@@ -270,12 +270,12 @@ class Node:
         if awaited is not None and awaited.key is not None:
             shares.charge(awaited.key, now - awaited.since_ms / 1000, now)
         if gathers_ms := self._gathers_ms(now_ms):
-            self.awaited = Awaited(None, now_ms)
+            self.awaited = AwaitedClient(None, now_ms)
             return [], max(MIN_WAIT_MS, gathers_ms)
         held_ms = sent_ms - UNSENT_BYTES / self.up_bytes_per_ms - now_ms
         heads = self._heads(held_ms > 0)
         if not heads:
-            self.awaited = Awaited(None, now_ms)
+            self.awaited = AwaitedClient(None, now_ms)
             return [], max(MIN_WAIT_MS, held_ms)
         if shares.contended(now):
             ranked = shares.ranked(dict.fromkeys(parcel.owner for parcel in heads))
@@ -283,7 +283,7 @@ class Node:
             chunk_s = self._fair.chunk_s(now)
             waits = shares.awaited(ranked[0], min(self._pass_s(own[0].remaining), chunk_s), now)
             if waits is not None:
-                self.awaited = Awaited(waits[0], now_ms)
+                self.awaited = AwaitedClient(waits[0], now_ms)
                 return [], max(MIN_WAIT_MS, waits[1] * 1000)
             shares.begin_rounds(ranked[0])
             if any(parcel.remaining > DECODE_POSITIONS for parcel in own):
@@ -329,20 +329,20 @@ class Node:
             parcel.passed_over = 0 if parcel in counts else parcel.passed_over + 1
         return counts
 
-    def ran(self, taken: list[tuple[Parcel, int]], took_ms: float, now_ms: float) -> None:
+    def end_pass(self, taken: list[tuple[Parcel, int]], took_ms: float, now_ms: float) -> None:
         """Records the end of a pass."""
         self.running = False
-        self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
+        self._fair.charge_pass(taken, took_ms / 1000, now_ms / 1000)
         if sum(count for _, count in taken) <= DECODE_POSITIONS * len(taken):
             sessions = (parcel.owner for parcel, _ in taken if parcel.owner in self.sessions)
-            self._delay.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
+            self._delay.observe_pass(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
         """Ms that a step waits, and positions of others in its pass: see `scheduler/batching.py`."""
-        return self._load.at(now_ms / 1000)
+        return self._load.estimate_at(now_ms / 1000)
 
     def record(self, now_ms: float) -> Record:
-        """Its record, as real peers publish it: see `peers/server.py`."""
+        """Its record, as real peers publish it: see `peers/running_peer.py`."""
         wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,
@@ -357,7 +357,7 @@ class Node:
         return Record(
             self.number,
             peer,
-            Place(self.coordinate, self.up_bytes_per_ms),
+            NetworkPlace(self.coordinate, self.up_bytes_per_ms),
             self.links,
             now_ms / 1000,
             len(self.sessions),

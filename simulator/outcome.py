@@ -15,13 +15,13 @@ import numpy as np
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop
 from scheduler.route import NoRoute
-from simulator.clients import Client, Plan, new_client
-from simulator.engine import Simulation
+from simulator.clients import RouteTask, SimulatedClient, new_client
 from simulator.geography import TrueNetwork
 from simulator.membership import OwnPlacing
-from simulator.policies import EVERYBODY, POLICIES, Best, BestOptions, RandomRoute, Routing
+from simulator.policies import NO_LIMIT, POLICIES, Best, BestOptions, RandomRoute, Routing
 from simulator.session import FINISHED
-from simulator.world import Request, World
+from simulator.simulation import Simulation
+from simulator.world import SimulatedRequest, World
 from splitnet.errors import SplitnetError
 from splitnet.swarm.plan import no_route_error
 
@@ -132,7 +132,7 @@ def simulate(world: World, policy: str, progress: Callable[[float], None] | None
     progress: called from time to time with the share of the clients that have arrived.
     """
     chosen = POLICIES[policy]
-    world = world.under(**chosen.rules)
+    world = world.with_rules(**chosen.rules)
     simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
     for share in simulation.run():
         if progress:
@@ -177,13 +177,13 @@ NARROW: Final = BestOptions(spread=False)
 """As real clients plan."""
 
 PLANS: Final = (
-    ("all links known, of all peers", BestOptions(limit=EVERYBODY, true_links=True, spread=False)),
+    ("all links known, of all peers", BestOptions(limit=NO_LIMIT, true_links=True, spread=False)),
     ("all links known, of 300 candidates", BestOptions(true_links=True, spread=False)),
     ("all links known, of 100 candidates", BestOptions(limit=100, true_links=True, spread=False)),
-    ("coordinates and measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
+    ("coordinates and measured links, of all peers", BestOptions(limit=NO_LIMIT, spread=False)),
     ("coordinates and measured links, of 300 candidates", NARROW),
     ("the same, and the links of the new route asked for, twice", BestOptions(checks=2, spread=False)),
-    ("measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
+    ("measured links, no coordinates, of all peers", BestOptions(limit=NO_LIMIT, coordinates=False, spread=False)),
 )
 
 
@@ -236,10 +236,10 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
     rng = np.random.default_rng([world.settings.seed, 5])
     requests = world.requests[:clients]
     asking = [new_client(world, request.number, view, rng) for request in requests]
-    sparing = world.under(probes=(16, 16))
+    sparing = world.with_rules(probes=(16, 16))
     measuring_less = [new_client(sparing, request.number, view, rng) for request in requests]
 
-    def costs(routing: Routing, asking: Sequence[Client]) -> tuple[list[float], float]:
+    def costs(routing: Routing, asking: Sequence[SimulatedClient]) -> tuple[list[float], float]:
         took_ms: list[float] = []
         found: list[float] = []
         for client, request in zip(asking, requests, strict=True):
@@ -252,16 +252,16 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
             found.append(true_ms(planned.hops, client))
         return found, float(np.median(took_ms))
 
-    def true_ms(hops: Sequence[Hop], client: Client) -> float:
+    def true_ms(hops: Sequence[Hop], client: SimulatedClient) -> float:
         peers = {hop.peer: view.records[hop.peer].peer for hop in hops}
         network = TrueNetwork(world.geography, world.names_for(client.number))
         return route_ms(hops, peers, network, positions=1, encodings=world.settings.encodings)
 
-    ways: list[tuple[str, Routing, Sequence[Client]]] = [
+    ways: list[tuple[str, Routing, Sequence[SimulatedClient]]] = [
         *(
             (name, Best(world, options), asking)
             for name, options in PLANS
-            if options.limit != EVERYBODY or len(view.peers) <= EXACT_PEERS
+            if options.limit != NO_LIMIT or len(view.peers) <= EXACT_PEERS
         ),
         ("the client measures 32 links, of 300 candidates", Best(world, NARROW), measuring_less),
         ("random route", RandomRoute(world), asking),
@@ -273,5 +273,5 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
         yield PlanQuality(name, [cost / least - 1 for cost, least in zip(found, best, strict=True)], took_ms)
 
 
-def _plan(client: Client, request: Request, world: World) -> Plan:
-    return Plan(client, request, (0, world.settings.num_blocks), CLIENT, CLIENT, frozenset(), request.positions)
+def _plan(client: SimulatedClient, request: SimulatedRequest, world: World) -> RouteTask:
+    return RouteTask(client, request, (0, world.settings.num_blocks), CLIENT, CLIENT, frozenset(), request.positions)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from scheduler.facts import Coordinate, Hop, Link
 from scheduler.route import NoRoute
-from simulator.clients import Plan, Planned
-from simulator.directory import View
+from simulator.clients import RouteTask, SimulatedPlan
 from simulator.node import Node
-from simulator.world import Device, World
+from simulator.simulated_directory import DirectoryView
+from simulator.world import SimulatedDevice, World
 
 OVERHEAD_MS: Final = 18.0
 UNKNOWN_MS: Final = 150.0
@@ -51,7 +51,7 @@ class PetalsRouting:
         self.through_client = not push
         self._world = world
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: DirectoryView, rng: random.Random) -> SimulatedPlan:
         first, end = plan.blocks
         usable = np.ones(len(view.peers), dtype=bool)
         usable[[view.index[name] for name in plan.exclude if name in view.index]] = False
@@ -67,11 +67,11 @@ class PetalsRouting:
             stop = min(end, int(view.end[index]))
             hops.append(Hop(view.peers[index].id, block, stop))
             if stop == end:
-                return Planned(hops, cost)
+                return SimulatedPlan(hops, cost)
             block, index = stop, following[stop] if self.through_client else following[num_boundaries(view) + index]
 
     def _through_client(
-        self, view: View, usable: NDArray[np.bool_], hop_ms: Floats, first: int, end: int
+        self, view: DirectoryView, usable: NDArray[np.bool_], hop_ms: Floats, first: int, end: int
     ) -> tuple[dict[int, int], float]:
         """The best server for each block at which one may begin, and the cost from the first block on."""
         left = np.full(end + 1, np.inf)
@@ -89,11 +89,11 @@ class PetalsRouting:
 
     def _pushing(
         self,
-        view: View,
+        view: DirectoryView,
         usable: NDArray[np.bool_],
         one_way: Floats,
         penalty: Floats,
-        plan: Plan,
+        plan: RouteTask,
         first: int,
         end: int,
     ) -> tuple[dict[int, int], float]:
@@ -146,7 +146,7 @@ class PetalsRouting:
         return following, float(total[best])
 
 
-def num_boundaries(view: View) -> int:
+def num_boundaries(view: DirectoryView) -> int:
     """The number of boundaries between blocks, including both ends of the model."""
     return view.num_blocks + 1
 
@@ -165,18 +165,18 @@ class PetalsPlacing:
         self._world = world
         self._num_blocks = world.settings.num_blocks
         self._rng = np.random.default_rng([world.settings.seed, 2])
-        self._balanced: tuple[View | None, float] = (None, 0.0)
-        self._summed: tuple[View | None, Floats, Floats] = (None, np.zeros(0), np.zeros(0))
+        self._balanced: tuple[DirectoryView | None, float] = (None, 0.0)
+        self._summed: tuple[DirectoryView | None, Floats, Floats] = (None, np.zeros(0), np.zeros(0))
 
-    def _throughput(self, device: Device) -> float:
+    def _throughput(self, device: SimulatedDevice) -> float:
         """Positions per ms."""
         geography = self._world.geography
         rate = min(geography.up[device.number], geography.down[device.number])
         by_network = float(rate) / (2.0 * self._world.settings.hidden)
-        by_arithmetic = 256 / device.speed.at(256) / ((device.max_blocks + 1) / 2)
+        by_arithmetic = 256 / device.speed.block_ms_at(256) / ((device.max_blocks + 1) / 2)
         return min(by_network, by_arithmetic)
 
-    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+    def founders(self, devices: Sequence[SimulatedDevice]) -> list[tuple[int, int]]:
         throughput = np.zeros(self._num_blocks)
         spans: list[tuple[int, int]] = []
         for device in devices:
@@ -185,7 +185,7 @@ class PetalsPlacing:
             spans.append((start, start + device.max_blocks))
         return spans
 
-    def _of_view(self, view: View) -> tuple[Floats, Floats]:
+    def _of_view(self, view: DirectoryView) -> tuple[Floats, Floats]:
         """The throughput of each block, and of each server; servers that are loading count as serving."""
         if self._summed[0] is view:
             return self._summed[1].copy(), self._summed[2]
@@ -199,12 +199,12 @@ class PetalsPlacing:
         self._summed = view, throughput, np.array(each)
         return throughput.copy(), self._summed[2]
 
-    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: SimulatedDevice, place: Coordinate, view: DirectoryView) -> tuple[int, int]:
         throughput, _ = self._of_view(view)
         start = _weakest(throughput, device.max_blocks)
         return start, start + device.max_blocks
 
-    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+    def move(self, node: Node, view: DirectoryView) -> tuple[int, int] | None:
         """Petals simulates all moves in each server; this does so once for each view."""
         throughput, each = self._of_view(view)
         initial = float(throughput.min())
@@ -224,7 +224,7 @@ class PetalsPlacing:
             return None
         return start, start + node.end - node.start
 
-    def _balance(self, view: View, each: Floats) -> float:
+    def _balance(self, view: DirectoryView, each: Floats) -> float:
         """The throughput of the weakest block when no server wants to move any more."""
         start, length = view.start.copy(), view.end - view.start
         throughput, _ = self._of_view(view)

@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 
 from scheduler.candidates import LIMIT, CandidateIndex
 from scheduler.cost import move_ms, route_ms
-from scheduler.facts import CLIENT, Hop, Link, Network, Peer, Place, Route, Speed
+from scheduler.facts import CLIENT, Hop, Link, Network, NetworkPlace, Peer, Route, Speed
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
-from simulator.clients import Plan, Planned
-from simulator.directory import View
+from simulator.clients import RouteTask, SimulatedPlan
 from simulator.geography import TrueNetwork
 from simulator.membership import OwnPlacing, Placing
 from simulator.petals import PetalsPlacing, PetalsRouting
+from simulator.simulated_directory import DirectoryView
 from simulator.world import World
 
-EVERYBODY: Final = 1_000_000
+NO_LIMIT: Final = 1_000_000
 """As a limit of candidates: no limit."""
 
-GRAIN: Final = 64
+PROMPT_MULTIPLE: Final = 64
 """Prompts are rounded up to multiples of this many positions, so that candidates are prepared rarely."""
 
 
@@ -44,7 +44,7 @@ class Routing(Protocol):
     replans: bool
     has_coordinates: bool
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: DirectoryView, rng: random.Random) -> SimulatedPlan:
         """A route. Raises NoRoute."""
         ...
 
@@ -80,12 +80,12 @@ class Best:
         self.has_coordinates = options.coordinates
         self._world = world
         self._options = options
-        self._kept: tuple[View, CandidateIndex] | None = None
+        self._kept: tuple[DirectoryView, CandidateIndex] | None = None
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: DirectoryView, rng: random.Random) -> SimulatedPlan:
         options, encodings = self._options, self._world.settings.encodings
-        places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        prompt = GRAIN * ceil(plan.prompt / GRAIN) if options.prompt else 0
+        places = {CLIENT: plan.client.place, **view.network_places.places} if options.coordinates else {}
+        prompt = PROMPT_MULTIPLE * ceil(plan.prompt / PROMPT_MULTIPLE) if options.prompt else 0
         known = self._known(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
         chosen = (
@@ -134,7 +134,7 @@ class Best:
             route = best()
             found.append(route.hops)
         hops = list(min(found, key=cost))
-        planned = Planned(hops, cost(hops, 0), asked_ms)
+        planned = SimulatedPlan(hops, cost(hops, 0), asked_ms)
         if not plan.present or any(hop.peer not in by_id for hop in plan.present):
             return planned
         before, changed = changed_hops(plan.present, hops)
@@ -144,22 +144,26 @@ class Best:
         )
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
-    def _crowd(self, view: View) -> CandidateIndex:
+    def _crowd(self, view: DirectoryView) -> CandidateIndex:
         """An index of all peers in view, cached until the view changes."""
         if self._kept is None or self._kept[0] is not view:
             peers = view.peers if self._options.load else view.idle_peers
-            self._kept = view, CandidateIndex(peers, view.places if self._options.coordinates else Network())
+            self._kept = view, CandidateIndex(peers, view.network_places if self._options.coordinates else Network())
         return self._kept[1]
 
-    def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
+    def _latency(self, plan: RouteTask, sender: str, receiver: str) -> float:
         numbers, client = self._world.number_of, plan.client.number
         return self._world.geography.one_way_ms(numbers.get(sender, client), numbers.get(receiver, client))
 
-    def _known(self, plan: Plan, view: View) -> dict[str, Peer]:
+    def _known(self, plan: RouteTask, view: DirectoryView) -> dict[str, Peer]:
         """Peers about which pings, or the session itself, show other facts than their records."""
         known: dict[str, Peer] = {}
         if self._options.load:
-            told = (plan.client.corrected(view.records[name]) for name in plan.client.told if name in view.records)
+            told = (
+                plan.client.measured_peer(view.records[name])
+                for name in plan.client.reported_load
+                if name in view.records
+            )
             known = {peer.id: peer for peer in told if peer}
         peers = view.peers if self._options.load else view.idle_peers
         for hop in plan.present:
@@ -169,13 +173,15 @@ class Best:
             peer = known.get(hop.peer, peers[index])
             peer = replace(peer, kv_free=max(peer.kv_free, plan.kv_needed))
             if self._options.load and (seen := plan.seen.get(hop.peer)):
-                factor = seen.block_ms.value / max(peer.speed.at(1 + peer.batch), 1e-6)
+                factor = seen.block_ms.value / max(peer.speed.block_ms_at(1 + peer.batch), 1e-6)
                 speed = Speed(tuple(ms * factor for ms in peer.speed.block_ms))
                 peer = replace(peer, speed=speed, queue_ms=seen.wait_ms.value)
             known[hop.peer] = peer
         return known
 
-    def _network(self, plan: Plan, view: View, places: Mapping[str, Place], ids: Collection[str]) -> Network:
+    def _network(
+        self, plan: RouteTask, view: DirectoryView, places: Mapping[str, NetworkPlace], ids: Collection[str]
+    ) -> Network:
         """The links between these peers and the client, including measured ones."""
         if self._options.true_links:
             return TrueNetwork(self._world.geography, self._world.names_for(plan.client.number))
@@ -204,11 +210,13 @@ class Stepwise:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
+    def choose_next(
+        self, view: DirectoryView, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random
+    ) -> int:
         """The next peer, one of `serving` (indices in the view). sender: number of the device before it."""
         raise NotImplementedError
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: DirectoryView, rng: random.Random) -> SimulatedPlan:
         first, end = plan.blocks
         hops: list[Hop] = []
         block = first
@@ -221,34 +229,40 @@ class Stepwise:
             serving = np.setdiff1d(serving, excluded, assume_unique=True)
             if not len(serving):
                 raise NoRoute([(block, block + 1)], [])
-            index = self.choose(view, serving, sender, end, rng)
+            index = self.choose_next(view, serving, sender, end, rng)
             stop = min(end, int(view.end[index]))
             hops.append(Hop(view.peers[index].id, block, stop))
             sender = int(view.numbers[index])
             block = stop
-        return Planned(hops)
+        return SimulatedPlan(hops)
 
 
 class RandomRoute(Stepwise):
     """A random peer that serves the next block."""
 
-    def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
+    def choose_next(
+        self, view: DirectoryView, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random
+    ) -> int:
         return int(serving[rng.randrange(len(serving))])
 
 
 class FewestHops(Stepwise):
     """The peer whose span ends last; a random one among equals."""
 
-    def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
-        reach = np.minimum(view.end[serving], end)
-        best = serving[reach == reach.max()]
+    def choose_next(
+        self, view: DirectoryView, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random
+    ) -> int:
+        furthest_end = np.minimum(view.end[serving], end)
+        best = serving[furthest_end == furthest_end.max()]
         return int(best[rng.randrange(len(best))])
 
 
 class Nearest(Stepwise):
     """The peer with the least true latency from the previous device."""
 
-    def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
+    def choose_next(
+        self, view: DirectoryView, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random
+    ) -> int:
         latency = self._world.geography.one_way_from(sender, view.numbers[serving])
         return int(serving[latency.argmin()])
 
@@ -301,7 +315,7 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
             _best(),
             rules={"refresh_s": 120.0, "look_s": 120.0, "record_ttl_s": 360.0, "view_s": 120.0},
         ),
-        "all-candidates": Policy("own, over all peers", _best(limit=EVERYBODY)),
+        "all-candidates": Policy("own, over all peers", _best(limit=NO_LIMIT)),
         "random": Policy("random route", RandomRoute),
         "fewest-hops": Policy("fewest hops", FewestHops),
         "nearest": Policy("nearest next", Nearest),

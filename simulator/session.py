@@ -14,18 +14,17 @@ from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop, Network
 from scheduler.liveness import LOST_S
 from scheduler.replan import PredictionErrors, RouteWatch
-from scheduler.route_search import Found, searched_route
-from simulator.clients import Client, Plan, Planned, SeenHop
-from simulator.directory import MODEL, Identities, View, device_at
-from simulator.node import Hops, Node, Parcel, Route
+from scheduler.route_search import PlannedRoute, searched_route
+from simulator.clients import RouteTask, SeenHop, SimulatedClient, SimulatedPlan
+from simulator.node import Hops, Node, NodeRoute, Parcel
 from simulator.policies import Routing
-from simulator.world import Request, World
+from simulator.simulated_directory import MODEL, DirectoryView, Identities, device_at
+from simulator.world import SimulatedRequest, World
 from splitnet.errors import CoverageError, PeerBusy
-from splitnet.session.events import AskRoute, Cause, Event, Move, NoRoute, Received
-from splitnet.session.events import Planned as RoutePlanned
+from splitnet.session.events import AskRoute, Cause, Event, MoveRoute, Received, RouteFailed, RoutePlanned
 from splitnet.session.machine import SessionState
 from splitnet.swarm.peer_cache import Bans
-from splitnet.swarm.plan import CLIENT_ENDS, Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
+from splitnet.swarm.plan import CLIENT_ENDS, PartNeighbours, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.wire.codecs import Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Failure, FailureCode, Result
@@ -40,7 +39,7 @@ POSITION: Final = bytes(4)
 PLAIN = codec_by_name("none")
 
 
-class Session:
+class SimulatedSession:
     """One request and its session in the swarm, with the state machine of real sessions. All times in ms.
 
     Attributes:
@@ -57,7 +56,12 @@ class Session:
     feed: Callable[[Event], None]
 
     def __init__(
-        self, request: Request, client: Client, identities: Identities, world: World, clock_s: Callable[[], float]
+        self,
+        request: SimulatedRequest,
+        client: SimulatedClient,
+        identities: Identities,
+        world: World,
+        clock_s: Callable[[], float],
     ) -> None:
         self.request = request
         self.client = client
@@ -71,8 +75,8 @@ class Session:
         self.predictions = PredictionErrors()
         self.watch = RouteWatch()
         self.hops: Hops = []
-        self.route: Route | None = None
-        self.seen: dict[Node, SeenHop] = {}
+        self.route: NodeRoute | None = None
+        self.hop_observations: dict[Node, SeenHop] = {}
         self.latencies: dict[tuple[str, str], float] = {}
         self.contacts: dict[Node, float] = {}
         self.bans = Bans(clock_s)
@@ -109,11 +113,11 @@ class Session:
         message = Failure(self.machine.session, epoch, number, code, code.name.lower().replace("_", " "))
         return Received(self.endpoint(node), message)
 
-    def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
+    def observe_hop(self, node: Node, block_ms: float, wait_ms: float) -> None:
         """Records the observations of a token at a hop."""
-        seen = self.seen.get(node)
+        seen = self.hop_observations.get(node)
         if seen is None:
-            seen = self.seen[node] = SeenHop()
+            seen = self.hop_observations[node] = SeenHop()
         seen.block_ms.add(block_ms)
         seen.wait_ms.add(wait_ms)
 
@@ -125,7 +129,7 @@ class Session:
         return Received(self.endpoint(node), message)
 
 
-class Planning:
+class SimulatedPlanner:
     """Plans for all sessions.
 
     Args:
@@ -140,7 +144,7 @@ class Planning:
         world: World,
         routing: Routing,
         identities: Identities,
-        view: Callable[[], View],
+        view: Callable[[], DirectoryView],
         nodes: Mapping[str, Node],
         choices: random.Random,
         clock_s: Callable[[], float],
@@ -160,20 +164,25 @@ class Planning:
         """Whether sessions look for better routes while they run."""
         return self._routing.replans
 
-    def answer(self, session: Session, asked: AskRoute) -> tuple[RoutePlanned | NoRoute, Planned]:
+    def answer_query(
+        self, session: SimulatedSession, asked: AskRoute
+    ) -> tuple[RoutePlanned | RouteFailed, SimulatedPlan]:
         """The answer to the machine's request for a route, and the plan of the part that was planned last."""
         if asked.unban:
             for name in session.bans.keys():  # noqa: SIM118 (not a mapping)
                 if self._nodes[self._identities.device(name)].serves:
                     session.bans.lift(name)
         banned = session.bans.keys()
-        planned = Planned([])
+        planned = SimulatedPlan([])
 
         def part(
-            blocks: tuple[int, int], exclude: Collection[str], ends: Ends = CLIENT_ENDS, holders: Collection[str] = ()
+            blocks: tuple[int, int],
+            exclude: Collection[str],
+            neighbours: PartNeighbours = CLIENT_ENDS,
+            holders: Collection[str] = (),
         ) -> list[PlannedHop]:
             nonlocal planned
-            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in ends)
+            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in neighbours)
             plan = replace(
                 self._plan(session, {*exclude, *banned}),
                 blocks=blocks,
@@ -190,17 +199,17 @@ class Planning:
         except (CoverageError, PeerBusy) as error:
             known = self._view().records
             refused = {name for name in asked.excluded if self._identities.device(name) in known}
-            return NoRoute(asked.number, error, frozenset(refused), was_covered=True), planned
+            return RouteFailed(asked.number, error, frozenset(refused), was_covered=True), planned
         return RoutePlanned(asked.number, tuple(route), _codecs(route)), planned
 
-    def better(self, session: Session) -> tuple[Move, Planned] | None:
+    def better_route(self, session: SimulatedSession) -> tuple[MoveRoute, SimulatedPlan] | None:
         """A change of route that pays for the remaining tokens, or None."""
         present = [hop.planned for hop in session.machine.hops]
         plan = replace(
             self._plan(session, session.bans.keys()),
             present=[_named(hop) for hop in present],
             cached=session.context,
-            seen={node.id: seen for node, seen in session.seen.items()},
+            seen={node.id: seen for node, seen in session.hop_observations.items()},
             latencies=session.latencies,
         )
         try:
@@ -214,9 +223,9 @@ class Planning:
         if session.watch.better_ms(planned.present_ms, planned.token_ms, error, planned.move_ms, left) is None:
             return None
         route = with_kept_hops(self._hops(planned.hops), present)
-        return Move(tuple(route), _codecs(route)), planned
+        return MoveRoute(tuple(route), _codecs(route)), planned
 
-    def step_ms(self, session: Session, positions: int, in_flight: int = 1) -> float:
+    def step_ms(self, session: SimulatedSession, positions: int, in_flight: int = 1) -> float:
         """Predicted ms of `in_flight` steps of `positions` positions on the present route; 0: not known."""
         hops = [_named(hop.planned) for hop in session.machine.hops]
         view = self._view()
@@ -232,7 +241,7 @@ class Planning:
             in_flight=in_flight,
         )
 
-    def step_positions(self, session: Session, positions: int) -> int:
+    def step_positions(self, session: SimulatedSession, positions: int) -> int:
         """The size of the steps into which a client cuts this many positions, as real clients do."""
         if positions <= SIZES[0]:
             return positions
@@ -242,14 +251,14 @@ class Planning:
             lambda size: self.step_ms(session, size, 2) - self.step_ms(session, size),
         )
 
-    def _plan(self, session: Session, exclude: Collection[str]) -> Plan:
+    def _plan(self, session: SimulatedSession, exclude: Collection[str]) -> RouteTask:
         request, ids = session.request, {self._identities.device(name) for name in exclude}
-        return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
+        return RouteTask(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
-    def _route(self, session: Session, plan: Plan) -> Planned:
+    def _route(self, session: SimulatedSession, plan: RouteTask) -> SimulatedPlan:
         """Plans around silent peers, as real clients do."""
         now_s, holders = self._clock_s(), {hop.peer for hop in plan.present}
-        searcher = _Searcher(self._world, self._routing, self._view(), self._choices, plan, now_s)
+        searcher = _SimulatedSearcher(self._world, self._routing, self._view(), self._choices, plan, now_s)
         planned = searched_route(
             searcher,
             plan.client.answers,
@@ -267,7 +276,7 @@ class Planning:
         return [self._identities.hop(hop, records[hop.peer]) for hop in hops]
 
 
-class _Searcher:
+class _SimulatedSearcher:
     """Plans and measures for the search of a route, see `Searcher`.
 
     Attributes:
@@ -276,10 +285,10 @@ class _Searcher:
     """
 
     def __init__(
-        self, world: World, routing: Routing, view: View, choices: random.Random, plan: Plan, now_s: float
+        self, world: World, routing: Routing, view: DirectoryView, choices: random.Random, plan: RouteTask, now_s: float
     ) -> None:
         self.now_s = now_s
-        self.names = view.records.keys()
+        self.peer_names = view.records.keys()
         self.contacts: list[str] = []
         self.waited_ms = 0.0
         self._world = world
@@ -289,7 +298,7 @@ class _Searcher:
         self._plan = plan
         self._client = plan.client
 
-    def plan(self, left_out: frozenset[str]) -> Found[Planned] | None:
+    def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[SimulatedPlan] | None:
         try:
             plan = replace(self._plan, exclude={*self._plan.exclude, *left_out})
             route = self._routing.route(plan, self._view, self._choices)
@@ -299,22 +308,22 @@ class _Searcher:
             raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
         holders = {hop.peer for hop in self._plan.present}
         # Bandwidths are known, so no end is unmeasured.
-        return Found(route, unmeasured=(), newcomers=[hop.peer for hop in route.hops if hop.peer not in holders])
+        return PlannedRoute(route, unmeasured=(), newcomers=[hop.peer for hop in route.hops if hop.peer not in holders])
 
-    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+    def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         asked = list(others)[: self._client.pings_left(self.now_s) // 2]
         if not asked:
             return None
-        self.waited_ms += self._client.measure(self._world, asked, self.now_s, self._choices.random)
+        self.waited_ms += self._client.measure_links(self._world, asked, self.now_s, self._choices.random)
         self.contacts += asked
         return set()
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
         return self._view.idle_crowd.beside_silent(silent, answered) if self._routing.has_coordinates else set()
 
-    def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
+    def choose_peers(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         if likely:
-            return self._client.likely(self._world, self._view, count, self.names - among)
+            return self._client.likely_peers(self._world, self._view, count, self.peer_names - among)
         return self._choices.sample(sorted(among), min(len(among), count))
 
 

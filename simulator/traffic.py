@@ -9,12 +9,12 @@ from itertools import pairwise
 from typing import Any, Final
 
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
-from scheduler.cost import Encoding, soonest
+from scheduler.cost import Encoding, fastest_encoding
 from scheduler.facts import Link
-from scheduler.liveness import Alive
+from scheduler.liveness import PingAnswer
 from simulator.clients import CONNECT_TRIPS
-from simulator.node import Awaited, Held, Hops, Node, Parcel, Route, Wire
-from simulator.session import RUNNING, Session
+from simulator.node import AwaitedClient, HeldSession, Hops, Node, NodeRoute, Parcel, Wire
+from simulator.session import RUNNING, SimulatedSession
 from simulator.world import Events, World
 from splitnet.errors import PeerLost
 from splitnet.session.events import AskAlive, Event, LinkFailed, Received
@@ -59,14 +59,16 @@ Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
 """A running pass: its node, the node's generation, the number of positions of each parcel, and the pass's ms."""
 
 
-class Traffic:
+class ParcelCarrier:
     """Carries parcels from hop to hop. Times in ms.
 
     sessions: by the number of the client. through_client: whether all activations between two hops pass through the
     client.
     """
 
-    def __init__(self, world: World, events: Events, sessions: Mapping[int, Session], through_client: bool) -> None:
+    def __init__(
+        self, world: World, events: Events, sessions: Mapping[int, SimulatedSession], through_client: bool
+    ) -> None:
         self._sessions = sessions
         self._geography = world.geography
         self._settings = world.settings
@@ -86,22 +88,22 @@ class Traffic:
             if self.through_client and sender and receiver:
                 passed.insert(1, client)
             links = tuple(self._geography.link(here, there) for here, there in pairwise(passed))
-            chosen = tuple(soonest(self._encodings, link.bytes_per_ms) for link in links)
+            chosen = tuple(fastest_encoding(self._encodings, link.bytes_per_ms) for link in links)
             token_ms = sum(encoding.ms(1, link.bytes_per_ms) for encoding, link in zip(chosen, links, strict=True))
             latency_ms, last_ms = sum(link.latency_ms for link in links), [0.0] * len(links)
             wires.append(Wire(latency_ms, token_ms, tuple(passed), links, chosen, last_ms))
         return wires
 
-    def replay(self, route: Route, first: int, last: int, positions: int, number: int) -> None:
+    def replay(self, route: NodeRoute, first: int, last: int, positions: int, number: int) -> None:
         """The hop before hop `first` sends `positions` positions again, in steps that fit a pass."""
         start = 0
         while start < positions:
             count = min(positions - start, PASS_POSITIONS)
             final = start + count == positions
-            self.send(Parcel(route, number if final else 0, first, last, start, count, final=final, replay=True))
+            self.send_parcel(Parcel(route, number if final else 0, first, last, start, count, final=final, replay=True))
             start += count
 
-    def send(self, parcel: Parcel) -> None:
+    def send_parcel(self, parcel: Parcel) -> None:
         """Sends a parcel to its hop from the previous hop."""
         parcel.remaining = parcel.positions
         if (sender := _sender_of(parcel)) is not None:
@@ -120,9 +122,9 @@ class Traffic:
             sent_ms = now + encoding.ms(positions, link.bytes_per_ms)
         arrival = wire.in_order(index, sent_ms + self._latency(link.latency_ms))
         if index + 1 == len(wire.links):
-            self._events.at(arrival, self._receive, parcel)
+            self._events.schedule(arrival, self._receive_parcel, parcel)
         else:
-            self._events.at(arrival, self._send_over, (parcel, index + 1))
+            self._events.schedule(arrival, self._send_over, (parcel, index + 1))
 
     def _sent(self, here: int, there: int, link: Link, positions: int, encoding: Encoding) -> float:
         """When the last byte of a long step has been sent."""
@@ -140,7 +142,7 @@ class Traffic:
             ms += 2 * ms + 20.0
         return ms
 
-    def _receive(self, parcel: Parcel) -> None:
+    def _receive_parcel(self, parcel: Parcel) -> None:
         route = parcel.route
         if not self._is_present(route):
             return
@@ -154,7 +156,7 @@ class Traffic:
         elif held.epoch == route.epoch:
             parcel.follows = held.waiting > 0
             held.waiting += 1
-            node.arrived(parcel, self._events.now)
+            node.add_parcel(parcel, self._events.now)
             if not node.running:
                 self._begin_pass(node)
 
@@ -168,9 +170,9 @@ class Traffic:
             delay_ms = self._geography.one_way_ms(node.number, teller.number)
         delay_ms += self._geography.one_way_ms(teller.number, route.client)
         failure = session.failure(teller, route.epoch, parcel.number, FailureCode.UNKNOWN_SESSION)
-        self._events.at(self._events.now + delay_ms, session.feed, failure)
+        self._events.schedule(self._events.now + delay_ms, session.feed, failure)
 
-    def _is_present(self, route: Route) -> bool:
+    def _is_present(self, route: NodeRoute) -> bool:
         """Whether the session still uses this route."""
         return self._sessions[route.client].route is route
 
@@ -178,19 +180,19 @@ class Traffic:
         now = self._events.now
         for parcel in [parcel for parcel in node.ready if not self._is_present(parcel.route)]:
             node.ready.remove(parcel)
-            node.left(parcel, now)
+            node.remove_parcel(parcel, now)
         if node.ready:
             taken, ms = node.next_pass(now, self._uplink_free_ms.get(node.number, 0.0))
             if taken:
                 block_ms = node.block_ms(sum(count for _, count in taken))
                 for parcel, _ in taken:
                     if parcel.positions <= DECODE_POSITIONS and not parcel.follows:
-                        self._sessions[parcel.owner].met(node, block_ms, now - parcel.arrived_ms)
-                self._events.at(now + ms, self._end_pass, (node, node.generation, taken, ms))
+                        self._sessions[parcel.owner].observe_hop(node, block_ms, now - parcel.arrived_ms)
+                self._events.schedule(now + ms, self._end_pass, (node, node.generation, taken, ms))
             else:
-                self._events.at(now + ms, self._end_wait, (node, node.awaited))
+                self._events.schedule(now + ms, self._end_wait, (node, node.awaited))
 
-    def _end_wait(self, item: tuple[Node, Awaited | None]) -> None:
+    def _end_wait(self, item: tuple[Node, AwaitedClient | None]) -> None:
         node, awaited = item
         if node.awaited is awaited:
             self._begin_pass(node)
@@ -200,31 +202,31 @@ class Traffic:
         if node.generation != generation:
             return
         now = self._events.now
-        node.ran(taken, took_ms, now)
+        node.end_pass(taken, took_ms, now)
         for parcel, done in taken:
             route = parcel.route
             parcel.remaining -= done
             held = node.sessions.get(route.client)
             if held is None or not self._is_present(route):
-                node.left(parcel, now)
+                node.remove_parcel(parcel, now)
                 continue
             held.done += done
             if parcel.remaining:
                 node.ready.append(parcel)
                 continue
-            node.left(parcel, now)
+            node.remove_parcel(parcel, now)
             held.waiting -= 1
             held.last = max(held.last, parcel.number)
             held.cached = max(held.cached, parcel.start + parcel.positions)
-            self._forward(parcel)
+            self._forward_parcel(parcel)
         if node.ready:
             self._begin_pass(node)
 
-    def _forward(self, parcel: Parcel) -> None:
+    def _forward_parcel(self, parcel: Parcel) -> None:
         if parcel.hop < parcel.last_hop:
             parcel.hop += 1
             parcel.passed_over = 0
-            self.send(parcel)
+            self.send_parcel(parcel)
         elif parcel.final:
             # A prompt returns only its last position; a replay returns no outputs.
             route = parcel.route
@@ -234,16 +236,16 @@ class Traffic:
                 number = route.hops[parcel.last_hop][0].number
                 latency_ms = self._geography.one_way_ms(number, route.client)
             arrival = self._events.now + payload_ms + self._latency(latency_ms)
-            self._events.at(wire.in_order(-1, arrival), self._answer, parcel)
+            self._events.schedule(wire.in_order(-1, arrival), self._answer_client, parcel)
 
-    def _answer(self, parcel: Parcel) -> None:
+    def _answer_client(self, parcel: Parcel) -> None:
         """Tells the client that a request, or a replay, is done."""
         if self._is_present(parcel.route):
             session = self._sessions[parcel.owner]
             session.feed(session.result(parcel))
 
 
-def _sender_of(parcel: Parcel) -> Held | None:
+def _sender_of(parcel: Parcel) -> HeldSession | None:
     """The session at the hop before a parcel, if it is in the parcel's epoch."""
     route = parcel.route
     held = route.hops[parcel.hop - 1][0].sessions.get(route.client) if parcel.hop else None
@@ -260,9 +262,9 @@ class Calls:
         under_way: calls and answers that have not arrived.
     """
 
-    def __init__(self, world: World, events: Events, traffic: Traffic) -> None:
+    def __init__(self, world: World, events: Events, traffic: ParcelCarrier) -> None:
         self.under_way = 0
-        self._users: dict[tuple[int, ...], list[Session]] = {}
+        self._users: dict[tuple[int, ...], list[SimulatedSession]] = {}
         """Sessions that use a connection, by its owners: a client, or a peer and its next hop."""
         self._up_ms: dict[tuple[int, int], float] = {}
         """When a peer's connection to its next hop is up."""
@@ -270,7 +272,7 @@ class Calls:
         self._events = events
         self._traffic = traffic
 
-    def send(self, session: Session, node: Node, call: Call) -> None:
+    def send_call(self, session: SimulatedSession, node: Node, call: Call) -> None:
         """Sends a call to a peer; the first call may have to connect first.
 
         A client that has run for a while has measured its links to likely peers, and so is connected to them.
@@ -278,14 +280,14 @@ class Calls:
         one_way_ms, now = self._one_way_ms(session, node), self._events.now
         if node not in session.contacts:
             up_ms = now + 2 * CONNECT_TRIPS * one_way_ms
-            for user in (*self._others((session.client.number,), session), session):
+            for user in (*self._share_connection((session.client.number,), session), session):
                 looked = now - user.arrived_ms > LOOK_S * 1000
                 up_ms = min(up_ms, user.contacts.get(node, now if looked else up_ms))
             session.contacts[node] = up_ms
         waits_ms = max(0.0, session.contacts[node] - now)
         self._later(waits_ms + one_way_ms, self._arrived, (session, node, call))
 
-    def _others(self, key: tuple[int, ...], session: Session) -> list[Session]:
+    def _share_connection(self, key: tuple[int, ...], session: SimulatedSession) -> list[SimulatedSession]:
         """Other sessions that use this connection, or did until it was closed. Adds the session to its users."""
         now = self._events.now
         others = [
@@ -296,77 +298,77 @@ class Calls:
         self._users[key] = [*others, session]
         return others
 
-    def say_leaving(self, node: Node, held: Iterable[tuple[Session, int]]) -> None:
+    def say_leaving(self, node: Node, held: Iterable[tuple[SimulatedSession, int]]) -> None:
         """A leaving peer notifies the clients of these sessions, each with its epoch, or its links end."""
         for session, epoch in held:
             if node.gone and node.device.crashes:
                 endpoint = session.endpoint(node)
                 error = PeerLost(f"the peer at {endpoint.address} is gone")
-                self._answer(session, node, LinkFailed(endpoint, error))
+                self._feed_answer(session, node, LinkFailed(endpoint, error))
             else:
-                self._answer(session, node, session.failure(node, epoch, 0, FailureCode.LEAVING))
+                self._feed_answer(session, node, session.failure(node, epoch, 0, FailureCode.LEAVING))
 
-    def _one_way_ms(self, session: Session, node: Node) -> float:
+    def _one_way_ms(self, session: SimulatedSession, node: Node) -> float:
         return self._geography.one_way_ms(session.client.number, node.number)
 
     def _later(self, ms: float, act: Callable[[Any], None], subject: Any) -> None:
         self.under_way += 1
-        self._events.at(self._events.now + ms, self._happens, (act, subject))
+        self._events.schedule(self._events.now + ms, self._run_delayed, (act, subject))
 
-    def _happens(self, item: tuple[Callable[[Any], None], Any]) -> None:
+    def _run_delayed(self, item: tuple[Callable[[Any], None], Any]) -> None:
         self.under_way -= 1
         act, subject = item
         act(subject)
 
-    def _answer(self, session: Session, node: Node, event: Event) -> None:
+    def _feed_answer(self, session: SimulatedSession, node: Node, event: Event) -> None:
         self._later(self._one_way_ms(session, node), session.feed, event)
 
-    def _arrived(self, item: tuple[Session, Node, Call]) -> None:
+    def _arrived(self, item: tuple[SimulatedSession, Node, Call]) -> None:
         session, node, call = item
         if node.gone:
             # A crashed device is silent. A device that left has no listener, which a client sees when it connects.
             if isinstance(call, Open) and not node.device.is_silent:
                 endpoint = session.endpoint(node)
                 error = PeerLost(f"nobody listens at {endpoint.address}: it may have ended")
-                self._answer(session, node, LinkFailed(endpoint, error))
+                self._feed_answer(session, node, LinkFailed(endpoint, error))
             return
         match call:
             case Open():
                 self._opens(session, node, call)
             case Close():
-                node.release(session.client.number)
+                node.release_session(session.client.number)
             case Replay():
                 self._replays(session, node, call)
             case AskAlive():
                 held = node.sessions.get(session.client.number)
                 progress = (held.waiting or held.sending, held.done, held.last) if held else (0, 0, 0)
-                alive = Alive(session.endpoint(node), float(node.running), held is not None, *progress)
-                self._answer(session, node, alive)
+                alive = PingAnswer(session.endpoint(node), float(node.running), held is not None, *progress)
+                self._feed_answer(session, node, alive)
 
-    def _opens(self, session: Session, node: Node, call: Open) -> None:
-        refusal = node.open(session.client.number, call.epoch, (call.start, call.end), call.reservation)
+    def _opens(self, session: SimulatedSession, node: Node, call: Open) -> None:
+        refusal = node.open_session(session.client.number, call.epoch, (call.start, call.end), call.reservation)
         if refusal is not None:
-            self._answer(session, node, session.failure(node, call.epoch, 0, refusal))
+            self._feed_answer(session, node, session.failure(node, call.epoch, 0, refusal))
             return
         opened = Opened(call.session, call.epoch, True, node.sessions[session.client.number].cached)
         answer = Received(session.endpoint(node), opened)
-        self._later(self._reaches_ms(session, node) + self._one_way_ms(session, node), session.feed, answer)
+        self._later(self._connect_ms(session, node) + self._one_way_ms(session, node), session.feed, answer)
 
-    def _reaches_ms(self, session: Session, node: Node) -> float:
+    def _connect_ms(self, session: SimulatedSession, node: Node) -> float:
         """Ms that a peer needs to connect to its next hop before it reports that it is open."""
         following = next((after for (hop, _, _), (after, _, _) in pairwise(session.hops) if hop is node), None)
         if following is None or self._traffic.through_client:
             return 0.0
         pair, now = (node.number, following.number), self._events.now
-        if not self._others(pair, session):
+        if not self._share_connection(pair, session):
             self._up_ms[pair] = now + 2 * CONNECT_TRIPS * self._geography.one_way_ms(*pair)
         return max(0.0, self._up_ms[pair] - now)
 
-    def _replays(self, session: Session, node: Node, call: Replay) -> None:
+    def _replays(self, session: SimulatedSession, node: Node, call: Replay) -> None:
         held, route = node.sessions.get(session.client.number), session.route
         if held is None:
             failure = session.failure(node, call.epoch, call.number, FailureCode.UNKNOWN_SESSION)
-            self._answer(session, node, failure)
+            self._feed_answer(session, node, failure)
         elif route is not None and held.epoch == route.epoch == call.epoch:
             first = 1 + next(index for index, hop in enumerate(route.hops) if hop[0] is node)
             last = next(index for index, hop in enumerate(route.hops) if hop[2] == call.until)

@@ -20,7 +20,7 @@ from simulator.geography import Access, Geography, MeasuredGeography, read_laten
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SimulationSettings:
     """All inputs of a simulation; the same settings give the same result.
 
     peers: mean number of live peers. clients: each with one session. sessions_per_peer_hour: arrival rate. num_blocks,
@@ -105,7 +105,7 @@ RULES: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class DeviceKind:
     """A kind of device. share: of all devices.
 
     decode_ms: to read a block's weights. prefill_ms: arithmetic of a position in a block. blocks: smallest and largest
@@ -125,13 +125,13 @@ class Kind:
     own_use: bool = True
 
 
-KINDS: Final[Sequence[Kind]] = (
-    Kind("data centre GPU", 0.03, 0.5, 0.005, (16, 48), 64_000, 24.0, wired=True, own_use=False),
-    Kind("desktop GPU", 0.22, 1.2, 0.02, (8, 20), 24_000, 4.0),
-    Kind("laptop GPU", 0.20, 3.0, 0.07, (4, 8), 12_000, 1.5),
-    Kind("unified memory", 0.20, 5.0, 0.2, (8, 24), 24_000, 2.0),
-    Kind("desktop CPU", 0.20, 12.0, 1.0, (8, 24), 16_000, 4.0),
-    Kind("board", 0.15, 16.0, 4.0, (2, 5), 4_000, 12.0, own_use=False),
+KINDS: Final[Sequence[DeviceKind]] = (
+    DeviceKind("data centre GPU", 0.03, 0.5, 0.005, (16, 48), 64_000, 24.0, wired=True, own_use=False),
+    DeviceKind("desktop GPU", 0.22, 1.2, 0.02, (8, 20), 24_000, 4.0),
+    DeviceKind("laptop GPU", 0.20, 3.0, 0.07, (4, 8), 12_000, 1.5),
+    DeviceKind("unified memory", 0.20, 5.0, 0.2, (8, 24), 24_000, 2.0),
+    DeviceKind("desktop CPU", 0.20, 12.0, 1.0, (8, 24), 16_000, 4.0),
+    DeviceKind("board", 0.15, 16.0, 4.0, (2, 5), 4_000, 12.0, own_use=False),
 )
 """A block of 0.9 GB, as of a model of 70 billion parameters with 8 bits each, read at 1800 down to 55 GB/s."""
 
@@ -148,7 +148,7 @@ BYTES_PER_MS: Final = 125.0
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class SimulatedDevice:
     """A device that serves blocks.
 
     number: in the geography. crashes: it leaves without notice. resets: it crashes, but its machine runs on and ends
@@ -157,7 +157,7 @@ class Device:
 
     number: int
     id: str
-    kind: Kind
+    kind: DeviceKind
     speed: Speed
     max_blocks: int
     kv_positions: int
@@ -174,7 +174,7 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class SimulatedRequest:
     """A client, by its number in the geography, that requests `output` tokens after `prompt` tokens at a time."""
 
     number: int
@@ -190,7 +190,7 @@ class Request:
 class World:
     """Devices and requests drawn from the seed; the same for every policy."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SimulationSettings) -> None:
         self.settings = settings
         rng = np.random.default_rng(settings.seed)
         lifetimes = _lifetimes(rng, settings)
@@ -223,8 +223,12 @@ class World:
         self._know_devices(rng)
 
     @classmethod
-    def given(
-        cls, settings: Settings, geography: Geography, devices: Sequence[Device], requests: Sequence[Request]
+    def from_devices(
+        cls,
+        settings: SimulationSettings,
+        geography: Geography,
+        devices: Sequence[SimulatedDevice],
+        requests: Sequence[SimulatedRequest],
     ) -> World:
         """A world with these devices, numbered from 0 in order, and requests; only coordinates are drawn."""
         world = cls.__new__(cls)
@@ -237,7 +241,7 @@ class World:
         self.number_of = {device.id: device.number for device in self.devices}
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
 
-    def under(self, **rules: Any) -> World:
+    def with_rules(self, **rules: Any) -> World:
         """The same world with other settings, of those in `RULES`.
 
         Raises ValueError for a setting on which the world itself depends.
@@ -248,7 +252,7 @@ class World:
         other.settings = replace(self.settings, **rules)
         return other
 
-    def sending_ms(self, device: Device) -> float:
+    def sending_ms(self, device: SimulatedDevice) -> float:
         """Ms for which the output of one position occupies the device's uplink."""
         least = min(encoding.bytes_per_position for encoding in self.settings.encodings)
         return least / float(self.geography.up[device.number])
@@ -258,7 +262,7 @@ class World:
         return {**self.number_of, CLIENT: client}
 
 
-def draw_requests(rng: np.random.Generator, settings: Settings, first_client: int) -> list[Request]:
+def draw_requests(rng: np.random.Generator, settings: SimulationSettings, first_client: int) -> list[SimulatedRequest]:
     """Requests, one per client, ordered by time; first_client: number of the first client in the geography."""
     arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
     if settings.burst:
@@ -266,7 +270,7 @@ def draw_requests(rng: np.random.Generator, settings: Settings, first_client: in
     prompts = np.clip(rng.lognormal(np.log(200), 1.0, settings.clients), 8, 4096).astype(int)
     outputs = np.clip(rng.lognormal(np.log(100), 0.8, settings.clients), 4, 1024).astype(int)
     return [
-        Request(first_client + client, float(at), int(prompt), int(output))
+        SimulatedRequest(first_client + client, float(at), int(prompt), int(output))
         for client, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
     ]
 
@@ -275,10 +279,10 @@ def device_id(number: int) -> str:
     return f"p{number:06d}"
 
 
-def _lifetimes(rng: np.random.Generator, settings: Settings) -> list[tuple[Kind, float, float]]:
+def _lifetimes(rng: np.random.Generator, settings: SimulationSettings) -> list[tuple[DeviceKind, float, float]]:
     """Kinds of devices with their times of joining and leaving; on average as many join as leave."""
     shares = np.array([kind.share for kind in KINDS])
-    lifetimes: list[tuple[Kind, float, float]] = []
+    lifetimes: list[tuple[DeviceKind, float, float]] = []
     drawn: list[int] = rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()).tolist()
     for kind in drawn:
         joins, uptime_s = 0.0, 3600 * KINDS[kind].uptime_h * settings.uptime
@@ -304,10 +308,10 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _draw_device(
-    rng: np.random.Generator, number: int, kind: Kind, joins: float, leaves: float, num_blocks: int
-) -> Device:
+    rng: np.random.Generator, number: int, kind: DeviceKind, joins: float, leaves: float, num_blocks: int
+) -> SimulatedDevice:
     slower = float(rng.lognormal(0.0, 0.25))
-    return Device(
+    return SimulatedDevice(
         number=number,
         id=device_id(number),
         kind=kind,
@@ -326,7 +330,7 @@ USED_SLOWER: Final = 3.0
 """How often and for how long a device's owner works with it, on average, and how many times as slow it is then."""
 
 
-def _draw_use(rng: np.random.Generator, device: Device, end_s: float) -> list[tuple[float, float]]:
+def _draw_use(rng: np.random.Generator, device: SimulatedDevice, end_s: float) -> list[tuple[float, float]]:
     used: list[tuple[float, float]] = []
     at_s = device.joins_s + float(rng.exponential(USED_EVERY_S))
     while device.kind.own_use and at_s < end_s:
@@ -341,7 +345,9 @@ FOUNDING_ROUNDS: Final = 240
 NEWCOMER_ROUNDS: Final = 32
 
 
-def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices: Sequence[Device]) -> list[Coordinate]:
+def _settled_coordinates(
+    rng: np.random.Generator, geography: Geography, devices: Sequence[SimulatedDevice]
+) -> list[Coordinate]:
     """The coordinates of the devices that exist from the start, by their own measurements.
 
     The first devices have measured round trips to random others for two hours, once in 30 s; each later device measured
@@ -366,7 +372,7 @@ def measured_to(
 ) -> Coordinate:
     """The coordinate of a device after a round trip to another, measured up to 10% too long."""
     rtt_ms = 2 * geography.one_way_ms(number, other) * (1 + 0.1 * rng.random())
-    return own.moved(theirs, rtt_ms, tuple(rng.normal(size=DIMENSIONS).tolist()))
+    return own.moved_by(theirs, rtt_ms, tuple(rng.normal(size=DIMENSIONS).tolist()))
 
 
 Subject = TypeVar("Subject")
@@ -386,7 +392,7 @@ class Events:
         self._order = count()
         self._planned: list[tuple[float, int, Callable[[Any], None], Any]] = []
 
-    def at(self, ms: float, act: Callable[[Subject], None], subject: Subject) -> None:
+    def schedule(self, ms: float, act: Callable[[Subject], None], subject: Subject) -> None:
         """Plans `act(subject)`."""
         heapq.heappush(self._planned, (ms, next(self._order), act, subject))
 

@@ -27,7 +27,7 @@ MOST_BYTES: Final = 64 << 20  # Longest answer
 
 
 class BoundedProcess:
-    """A process for the questions of one job. Thread-safe; it starts with `begin` or with the first question.
+    """A process for the questions of one job. Thread-safe; it starts with `start_process` or with the first question.
 
     Args:
         job: a key of `bounded_program.JOBS`.
@@ -40,7 +40,7 @@ class BoundedProcess:
         self._running: subprocess.Popen[bytes] | None = None
         self._is_ready = False
 
-    def begin(self) -> None:
+    def start_process(self) -> None:
         """Starts the process without waiting until it is ready."""
         with self._lock:
             if self._running is None:
@@ -56,13 +56,13 @@ class BoundedProcess:
                 self._stop(self._running)
             process = self._running = self._running or self._start()
             if not self._is_ready:
-                if self._answer(process, self._setup(), START_S) is None:
+                if self._read_answer(process, self._setup(), START_S) is None:
                     self._stop(process)
                     command = f"{sys.executable} {_PROGRAM} {self._job}"
                     raise SplitnetError(f"the reader of {self._job}s does not start: run `{command}` to see why")
                 self._is_ready = True
             try:
-                answer = self._answer(process, question, ANSWER_S)
+                answer = self._read_answer(process, question, ANSWER_S)
             except BaseException:  # the unread answer would be read as the answer to the next question
                 self._stop(process)
                 raise
@@ -73,7 +73,7 @@ class BoundedProcess:
             return found, error
 
     def _start(self) -> subprocess.Popen[bytes]:
-        atexit.register(self.end)
+        atexit.register(self.kill_process)
         # In a separate session, so that an interrupt at the terminal does not reach the process.
         return subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), self._job],
@@ -84,7 +84,7 @@ class BoundedProcess:
         )
 
     @staticmethod
-    def _answer(process: subprocess.Popen[bytes], question: Any, seconds: float) -> bytes | None:
+    def _read_answer(process: subprocess.Popen[bytes], question: Any, seconds: float) -> bytes | None:
         """The frame of the answer to a question; None: the process has ended, or took too long and was killed."""
         asked, told = process.stdin, process.stdout
         assert asked is not None and told is not None
@@ -102,16 +102,16 @@ class BoundedProcess:
             timer.cancel()
             timer.join()
 
-    def end(self) -> None:
+    def kill_process(self) -> None:
         """Kills the process if it runs: a process that is still starting would outlive the interpreter."""
         if self._running is not None:
             _kill(self._running)
             self._running.wait()
-        atexit.unregister(self.end)
+        atexit.unregister(self.kill_process)
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         self._running, self._is_ready = None, False
-        atexit.unregister(self.end)
+        atexit.unregister(self.kill_process)
         _kill(process)
         with suppress(OSError), process:  # closes the pipes of the dead process, and waits
             pass

@@ -145,7 +145,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
+def replace_library_errors(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
     """Replaces errors of a library that reads untrusted input, and may raise any error, such as a panic of Rust.
     refusal: gives the error to raise instead, for the first line of the library's error."""
     try:
@@ -159,7 +159,7 @@ def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
 
 
 @contextmanager
-def listening_at(place: str, option: str, fix: str) -> Iterator[None]:
+def explain_listen_errors(place: str, option: str, fix: str) -> Iterator[None]:
     """Replaces errors of code that listens at an address. Raises AddressInUse: the address is taken, `option` chooses
     another; SplitnetError: the address is not one of this machine; `fix` says what to do."""
     try:

@@ -113,7 +113,7 @@ class Budget:
         with self._lock:
             return list(self._held.items())
 
-    def held(self, *account: Hashable) -> int:
+    def held_bytes(self, *account: Hashable) -> int:
         """Bytes that an account holds."""
         return self._held.get(account, 0)
 
@@ -143,7 +143,7 @@ class Budget:
         with self._lock:
             self._add(-nbytes, account)
 
-    def hold(self, nbytes: int, *account: Hashable) -> None:
+    def set_held(self, nbytes: int, *account: Hashable) -> None:
         """Sets the measured bytes of an account; `used` may then exceed `limit`."""
         with self._lock:
             self._add(nbytes - self._held.get(account, 0), account)
@@ -160,7 +160,7 @@ class Budget:
 
 class Places:
     """Counts taken places: at most `most` in all, and at most `most_of[kind]` for each name of a kind.
-    taken: number of taken places. refused: number of calls of `take` that found no place."""
+    taken: number of taken places. refused: number of calls of `take_place` that found no place."""
 
     def __init__(self, most: int, **most_of: int) -> None:
         self.taken = 0
@@ -181,11 +181,11 @@ class Places:
         """Whether this name has as many places as it may have."""
         return self._held[kind, name] >= self._most_of[kind]
 
-    def held(self, kind: str, name: Hashable) -> int:
+    def places_of(self, kind: str, name: Hashable) -> int:
         """How many places this name has."""
         return self._held[kind, name]
 
-    def take(self, **names: Hashable) -> bool:
+    def take_place(self, **names: Hashable) -> bool:
         """Takes one place, counted for a name of each kind. False: a name or all names together have too many."""
         if self.is_full or any(self.has_most(kind, name) for kind, name in names.items()):
             self.refused += 1
@@ -194,8 +194,8 @@ class Places:
         self._held.update(names.items())
         return True
 
-    def leave(self, **names: Hashable) -> None:
-        """Undoes one `take`."""
+    def leave_place(self, **names: Hashable) -> None:
+        """Undoes one `take_place`."""
         self.taken -= 1
         for item in names.items():
             self._held[item] -= 1
@@ -219,7 +219,7 @@ class Holding:
         self.holder = holder
         self.evict = evict
         self.amount = 0
-        self.settled = False
+        self.is_pinned = False
         self._account = account
 
     def grow(self, amount: int) -> None:
@@ -250,7 +250,7 @@ class FairAccount:
         self._each = limit if each is None else each
         self._newest_first = newest_first
 
-    def hold(self, holder: Holder, evict: Callable[[], object], amount: int = 0) -> Holding:
+    def make_holding(self, holder: Holder, evict: Callable[[], object], amount: int = 0) -> Holding:
         """Makes a holding; `evict` is called after the account has removed the holding to keep a bound."""
         holding = Holding(self, holder, evict)
         self.holdings[holding] = None
@@ -275,7 +275,7 @@ class FairAccount:
         loose: dict[Holder, list[Holding]] = {}
         for holding in self.holdings:
             totals[holding.holder] += holding.amount
-            if not holding.settled and holding.amount:
+            if not holding.is_pinned and holding.amount:
                 loose.setdefault(holding.holder, []).append(holding)
         if totals[grown] > self._each:
             return loose.get(grown, [])
@@ -302,9 +302,9 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
-ONE_S = 0.5  # Most time for one match; matches of names take microseconds
-ALL_S = 10.0  # Most processor time for all matches of one `Patterns`, beyond `FREE_S` for each match
-FREE_S = 0.001  # Time that each match may take in any case: a large model needs a million matches
+MATCH_S = 0.5  # Most time for one match; matches of names take microseconds
+ALL_MATCHES_S = 10.0  # Most processor time for all matches of one `Patterns`, beyond `FREE_MATCH_S` for each match
+FREE_MATCH_S = 0.001  # Time that each match may take in any case: a large model needs a million matches
 _LONGEST = 1000
 _KNOWN = re.compile(
     r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
@@ -315,13 +315,14 @@ memory. This expression is unambiguous, so matching it takes linear time."""
 
 
 class Patterns:
-    """Matches regular expressions of an untrusted file, for at most `ONE_S` each and `ALL_S` in all. For messages:
+    """Matches regular expressions of an untrusted file, for at most `MATCH_S` each and `ALL_MATCHES_S` in all. For
+    messages:
     source: the name of the file; fix: what to do if a pattern cannot be used."""
 
     def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
         self._source = source
         self._fix = fix
-        self._left = ALL_S
+        self._left = ALL_MATCHES_S
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, text: str) -> bool:
@@ -334,7 +335,7 @@ class Patterns:
                 if len(pattern) > _LONGEST or not _KNOWN.fullmatch(pattern):
                     raise ValueError("it is longer than such patterns are, or has more in it")
                 self._compiled[pattern] = regex.compile(pattern)
-            return self._compiled[pattern].match(text, timeout=max(FREE_S, min(ONE_S, self._left))) is not None
+            return self._compiled[pattern].match(text, timeout=max(FREE_MATCH_S, min(MATCH_S, self._left))) is not None
         except TimeoutError:
             raise UnsupportedModel(
                 f"the pattern {pattern!r} in {self._source} takes too long to match: {self._fix}"
@@ -344,7 +345,7 @@ class Patterns:
                 f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): {self._fix}"
             ) from None
         finally:
-            self._left -= max(0.0, time.thread_time() - begin - FREE_S)
+            self._left -= max(0.0, time.thread_time() - begin - FREE_MATCH_S)
 
 
 MOST_CONNECTIONS = 4096

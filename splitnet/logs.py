@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 _PAUSE_S = 1.0
 
 
-class SeldomWarnings:
+class RateLimitedWarnings:
     """Logs at most one warning per `_PAUSE_S`, and other events at debug level. For one thread."""
 
     def __init__(self, log: logging.Logger) -> None:
@@ -108,7 +108,7 @@ def for_programs() -> bool:
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
-def tell(level: int, text: str) -> None:
+def write_user_message(level: int, text: str) -> None:
     """Writes a sentence for the user of a command to stderr, as an event if stderr gets only JSON. level:
     `logging.ERROR` for errors, `WARNING` for dangers, `INFO` for other facts."""
     if for_programs():

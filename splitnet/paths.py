@@ -68,20 +68,20 @@ class KnownFigures:
     def __init__(self, file: Path) -> None:
         self._file = file
 
-    def find(self, key: str) -> Any:
+    def find_figure(self, key: str) -> Any:
         """The figure of a key, a JSON value; None: unknown."""
-        return self._read().get(key)
+        return self._read_figures().get(key)
 
-    def keep(self, key: str, figure: Any) -> None:
+    def keep_figure(self, key: str, figure: Any) -> None:
         """Stores a figure in place of the previous one."""
-        known = self._read()
+        known = self._read_figures()
         known.pop(key, None)
         known[key] = figure
         latest = dict(list(known.items())[-MAX_KNOWN:])
         # Processes that write at the same time may lose each other's new figures, but no others.
         keep_file(self._file, json.dumps(latest, indent=1).encode(), "figures of this device")
 
-    def _read(self) -> dict[str, Any]:
+    def _read_figures(self) -> dict[str, Any]:
         try:
             known = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -18,7 +18,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
-from splitnet.blocks import device
+from splitnet.blocks import chosen_device
 from splitnet.checkpoint import demo
 from splitnet.errors import SplitnetError
 from tests.leftovers import RUN_MARK, Running, end_leftovers, end_run
@@ -41,9 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["SPLITNET_CONFIG"] = os.devnull
     os.environ["SPLITNET_LAN"] = "false"
     os.environ["SPLITNET_DEVICE"] = "cpu"
-    look = device.find_present
+    look = chosen_device.find_present
     # Tests compare figures with those measured on CPUs; GPU tests name their device.
-    device.find_present = lambda *, tried=True: device.Present() if tried else look(tried=False)
+    chosen_device.find_present = lambda *, tried=True: chosen_device.TorchDevices() if tried else look(tried=False)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

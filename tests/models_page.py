@@ -13,7 +13,7 @@ from splitnet.checkpoint.families import FAMILIES as FACTS
 from splitnet.checkpoint.families import Family
 from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.quant.grouped import held_bytes
-from splitnet.quant.stored import Kind, Layout
+from splitnet.quant.packed_tensor import CodeLayout, ScaleFormat
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
 from tests.swarm.test_families import FAMILIES
 
@@ -22,17 +22,19 @@ SIDE = 4096
 """Outputs and inputs of the weight whose bits per weight are shown."""
 
 IN_SAFETENSORS = {
-    "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
-    "FP8, an output or a tensor to a scale (compressed-tensors, fbgemm, ModelOpt)": Layout(
-        8, 0, Kind.FLOAT32, table="e4m3"
+    "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": CodeLayout(
+        8, 128, ScaleFormat.FLOAT32, table="e4m3"
     ),
-    "MXFP4 (gpt-oss)": Layout(4, 32, Kind.E8M0, table="e2m1"),
-    "AWQ, GPTQ, AutoRound: 4 bits, groups of 128": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
-    "compressed-tensors: 4 bits, groups of 32 (Kimi K2 Thinking)": Layout(4, 32, Kind.BFLOAT16, offset=8),
-    "compressed-tensors: 8 bits, an output to a scale": Layout(8, 0, Kind.BFLOAT16, offset=128),
-    "bitsandbytes NF4, groups of 64": Layout(4, 64, Kind.FLOAT32, table="nf4"),
-    "MLX: 4 bits, groups of 64": Layout(4, 64, Kind.BFLOAT16, Kind.BFLOAT16),
-    "MLX: 8 bits, groups of 64": Layout(8, 64, Kind.BFLOAT16, Kind.BFLOAT16),
+    "FP8, an output or a tensor to a scale (compressed-tensors, fbgemm, ModelOpt)": CodeLayout(
+        8, 0, ScaleFormat.FLOAT32, table="e4m3"
+    ),
+    "MXFP4 (gpt-oss)": CodeLayout(4, 32, ScaleFormat.E8M0, table="e2m1"),
+    "AWQ, GPTQ, AutoRound: 4 bits, groups of 128": CodeLayout(4, 128, ScaleFormat.FLOAT16, ScaleFormat.CODES),
+    "compressed-tensors: 4 bits, groups of 32 (Kimi K2 Thinking)": CodeLayout(4, 32, ScaleFormat.BFLOAT16, offset=8),
+    "compressed-tensors: 8 bits, an output to a scale": CodeLayout(8, 0, ScaleFormat.BFLOAT16, offset=128),
+    "bitsandbytes NF4, groups of 64": CodeLayout(4, 64, ScaleFormat.FLOAT32, table="nf4"),
+    "MLX: 4 bits, groups of 64": CodeLayout(4, 64, ScaleFormat.BFLOAT16, ScaleFormat.BFLOAT16),
+    "MLX: 8 bits, groups of 64": CodeLayout(8, 64, ScaleFormat.BFLOAT16, ScaleFormat.BFLOAT16),
 }
 """Published formats of weights in safetensors files, with the most common layout of each."""
 
@@ -65,7 +67,7 @@ def sections() -> Iterator[str]:
     yield table(("family", "together", "states", "short steps"), _families())
     yield (
         "Compiled steps are compared with the family's own code when blocks are loaded, and in "
-        "`tests/unit/blocks/test_compiled_families.py` for each of these families; experts must be held in codes. They "
+        "`tests/unit/blocks/test_describe.py` for each of these families; experts must be held in codes. They "
         "are for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
     )
     yield ", ".join(f"`{name}`" for name in sorted(FACTS) if FACTS[name].native_step) + "."
@@ -135,7 +137,7 @@ def _gguf_types() -> list[tuple[str, ...]]:
     return rows
 
 
-def _held(layout: Layout) -> str:
+def _held(layout: CodeLayout) -> str:
     return _bits(held_bytes(layout, SIDE, SIDE))
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from splitnet.hf.parameters import FORWARD, GENERATION, Refused
+from splitnet.hf.parameters import FORWARD, GENERATION, RefusedParameter
 
 TABLES = {"generation": GENERATION, "forward": FORWARD}
 
@@ -21,14 +21,14 @@ def with_tables(text: str) -> str:
     return text
 
 
-def table(parameters: Mapping[str, str | Refused]) -> str:
+def table(parameters: Mapping[str, str | RefusedParameter]) -> str:
     """Parameters and their verdicts in Markdown."""
     rows = ["| parameter | verdict |", "|---|---|"]
     rows += [f"| `{name}` | {_verdict(rule)} |" for name, rule in sorted(parameters.items())]
     return "\n".join(rows)
 
 
-def _verdict(rule: str | Refused) -> str:
+def _verdict(rule: str | RefusedParameter) -> str:
     if isinstance(rule, str):
         return rule
     unless = " or ".join(f"`{value}`" for value in rule.unless if value is not False)

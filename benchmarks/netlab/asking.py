@@ -74,7 +74,7 @@ def ask(
 
     torch.set_num_threads(1)
     if not replans:
-        Routes.better = lambda self, *arguments: None  # pyright: ignore[reportAttributeAccessIssue]
+        Routes.better_route = lambda self, *arguments: None  # pyright: ignore[reportAttributeAccessIssue]
     checkpoint = Checkpoint.open(folder)
     swarm = Swarm(ModelFacts.of(checkpoint), join)
     model = attach(checkpoint, swarm, recovery_timeout_s=patience_s)
@@ -133,7 +133,7 @@ def _answer(model: Any, question: Question, began: float, routed: Callable[[list
             network = model.swarm.measurements.network(records)
             names = {CLIENT: ""} | {record.key.text: record.address for record in records}
             for peer in model.swarm.measurements.peers(records):
-                answer.facts[names[peer.id]] = (peer.queue_ms, peer.batch, peer.speed.at(1))
+                answer.facts[names[peer.id]] = (peer.queue_ms, peer.batch, peer.speed.block_ms_at(1))
             answer.links = [
                 (names[a], names[b], network.link(a, b).latency_ms) for a, b in itertools.permutations(names, 2)
             ]

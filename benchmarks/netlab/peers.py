@@ -163,8 +163,8 @@ class GuidedSwarm(Swarm):
     def __enter__(self) -> Self:
         return self
 
-    def plan(self, *arguments: Any, **options: Any) -> list[PlannedHop]:
-        return super().plan(*arguments, **options) if self.route is None else list(self.route)
+    def plan_route(self, *arguments: Any, **options: Any) -> list[PlannedHop]:
+        return super().plan_route(*arguments, **options) if self.route is None else list(self.route)
 
 
 class RouteChanged(Exception):

@@ -230,7 +230,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     import torch
 
     from peers.counters import Counters
-    from peers.links import Neighbours
+    from peers.peer_links import Neighbours
     from peers.power import EnergyMeter
     from scheduler.batching import BatchingDelay
     from splitnet.blocks.span import Span
@@ -240,12 +240,12 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     # Each device has a separate speed, which differs from this machine's.
     os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
     meter = Meter(meter_file)
-    forward, ran, begin, look = Span.forward, BatchingDelay.ran, Counters.__init__, Neighbours.look_around
+    forward, ran, begin, look = Span.forward, BatchingDelay.observe_pass, Counters.__init__, Neighbours.look_around
     looks = itertools.count()
 
     def held_forward(self: Span, hidden: Any, parts: Any, taps: Any = ()) -> Any:
         began = time.perf_counter()
-        lasts_s = speed.at(len(hidden)) * (self.end - self.start) * meter.slower / 1000
+        lasts_s = speed.block_ms_at(len(hidden)) * (self.end - self.start) * meter.slower / 1000
         output = forward(self, hidden, parts, taps)
         time.sleep(max(0.0, began + lasts_s - time.perf_counter()))
         if time.perf_counter() - began > LATE * lasts_s:
@@ -274,7 +274,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
         if number < _LOOKS or number % _LOOKS_EACH == 0:
             look(self)
 
-    Span.forward, Counters.__init__, BatchingDelay.ran = held_forward, begin_to_count, ran_all_the_time
+    Span.forward, Counters.__init__, BatchingDelay.observe_pass = held_forward, begin_to_count, ran_all_the_time
     Neighbours.look_around = look_less
     sys.argv = ["splitnet", *arguments]
     try:

@@ -9,7 +9,7 @@ The name of a tensor is the number of its block in the whole model and its place
     12.prefix_keys                [kv heads, virtual positions, head size]
     12.prefix_values              [kv heads, virtual positions, head size]
 
-`splitnet.hf.adapters` reads the tensors from the modules that PEFT adds to a model.
+`splitnet.hf.local_adapters` reads the tensors from the modules that PEFT adds to a model.
 
 Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Factors: Liu et al., "(IA)3", arXiv:2205.05638. Prefix: Li and
 Liang, "Prefix-Tuning", arXiv:2101.00190, and Liu et al., "P-Tuning v2", arXiv:2110.07602.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.checkpoint.families import TAKEN_WEIGHTS
+from splitnet.checkpoint.families import UNCALLED_LAYERS
 from splitnet.errors import AdapterError
 from splitnet.quant.linear import QuantizedLinear
 
@@ -67,7 +67,7 @@ class Prefix(NamedTuple):
     values: Tensor
 
 
-class Adapter:
+class AdapterTensors:
     """The parameters of some blocks, by name. Raises AdapterError for a name or shape that no adapter has."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -104,15 +104,15 @@ class Adapter:
 
     def outside(self, start: int, end: int) -> bool:
         """Whether the adapter has tensors of other blocks than `[start, end)`."""
-        return len(self.within(start, end)) < len(self.tensors)
+        return len(self.of_blocks(start, end)) < len(self.tensors)
 
-    def within(self, start: int, end: int) -> dict[str, Tensor]:
+    def of_blocks(self, start: int, end: int) -> dict[str, Tensor]:
         """The tensors of blocks `[start, end)`."""
         return {name: tensor for name, tensor in self.tensors.items() if start <= block_of(name) < end}
 
-    def traced(self) -> Adapter:
+    def traced(self) -> AdapterTensors:
         """A copy of the adapter whose tensors record gradients."""
-        return Adapter({name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()})
+        return AdapterTensors({name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()})
 
     def _partner(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -158,17 +158,18 @@ def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 class _Applied(threading.local):
-    slices: Sequence[tuple[slice, Adapter]] = ()
+    slices: Sequence[tuple[slice, AdapterTensors]] = ()
     positions: int = 0
 
 
 _applied = _Applied()
 
 
-def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
-    """Applies each sequence's adapter to its positions while this thread runs layers with `Changes`: the sequences are
+def applying(adapters: Sequence[AdapterTensors | None], counts: Sequence[int]) -> AbstractContextManager[None]:
+    """Applies each sequence's adapter to its positions while this thread runs layers with `LayerHooks`: the sequences
+    are
     packed in one tensor, and `counts` are their positions."""
-    slices: list[tuple[slice, Adapter]] = []
+    slices: list[tuple[slice, AdapterTensors]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
         begin, offset = offset, offset + count
@@ -182,7 +183,7 @@ def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Abstr
 
 
 @contextmanager
-def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Iterator[None]:
+def _with_slices(slices: Sequence[tuple[slice, AdapterTensors]], positions: int) -> Iterator[None]:
     _applied.slices, _applied.positions = slices, positions
     try:
         yield
@@ -190,13 +191,13 @@ def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Ite
         _applied.slices, _applied.positions = (), 0
 
 
-class Changes:
+class LayerHooks:
     """Forward hooks that apply the adapters of the running pass to one linear layer."""
 
     def __init__(self, block: int, path: str) -> None:
         self._at = block, path
 
-    def watch(self, layer: nn.Module) -> None:
+    def register_hooks(self, layer: nn.Module) -> None:
         layer.register_forward_pre_hook(self._before)
         layer.register_forward_hook(self._after)
 
@@ -262,14 +263,15 @@ class SpanAdapters:
         self._adapted: set[tuple[int, str]] = set()
         self.kv_shapes: dict[int, list[tuple[int, int]]] = {}  # by block: heads and head size of keys, and of values
 
-    def fit(self, adapter: Adapter, start: int, end: int) -> None:
-        """Prepares the blocks `[start, end)` for an adapter. Raises AdapterError as documented at `Span.fit`."""
+    def fit_adapter(self, adapter: AdapterTensors, start: int, end: int) -> None:
+        """Prepares the blocks `[start, end)` for an adapter. Raises AdapterError as documented at
+        `Span.fit_adapter`."""
         for block, path in [*adapter.low_ranks, *adapter.scales]:
             module = self._blocks[self._index(block, start, end)]
             sizes = linear_layers(module).get(path)
             if sizes is None:
                 raise AdapterError(f"block {block} has no linear layer {path!r}")
-            if path.rpartition(".")[2] in TAKEN_WEIGHTS:
+            if path.rpartition(".")[2] in UNCALLED_LAYERS:
                 raise AdapterError(
                     f"an adapter cannot change {path} of block {block}, as the family's code uses only its weight: "
                     "leave it out of target_modules"
@@ -278,13 +280,13 @@ class SpanAdapters:
                 raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, unlike the adapter")
             if (block, path) not in self._adapted:
                 self._adapted.add((block, path))
-                Changes(block, path).watch(module.get_submodule(path))
+                LayerHooks(block, path).register_hooks(module.get_submodule(path))
         for block, prefix in adapter.prefixes.items():
             shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
                 raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, unlike the prefix")
 
-    def prefix_of(self, adapter: Adapter | None, start: int, end: int) -> dict[int, Prefix]:
+    def prefix_of(self, adapter: AdapterTensors | None, start: int, end: int) -> dict[int, Prefix]:
         """The prefix of a row in the blocks `[start, end)`, by index of the block in the span."""
         if adapter is None or not adapter.prefix_length:
             return {}
@@ -296,7 +298,7 @@ class SpanAdapters:
         return block - self._first
 
 
-def _fits(adapter: Adapter, at: tuple[int, str], sizes: tuple[int, int]) -> bool:
+def _fits(adapter: AdapterTensors, at: tuple[int, str], sizes: tuple[int, int]) -> bool:
     """Whether an adapter's tensors for a layer fit the layer's `(inputs, outputs)`."""
     if (low_rank := adapter.low_ranks.get(at)) is not None:
         return (low_rank.a.shape[1], low_rank.b.shape[0]) == sizes

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.blocks.kv_cache import SequenceCache, TracedSequence
 from splitnet.blocks.kv_form import WINDOW
 
@@ -33,10 +33,10 @@ SCORE_BYTES = 128 * 2**20
 _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in the dtype of the values
 
 
-def positions_at_once(heads: int, reach: int) -> int:
-    """The number of new positions whose scores, for `heads` heads by `reach` positions, fit in `SCORE_BYTES`; at least
+def positions_at_once(heads: int, key_count: int) -> int:
+    """The number of new positions whose scores, for `heads` heads by `key_count` positions, fit in `SCORE_BYTES`; at least
     1."""
-    return max(1, SCORE_BYTES // (4 * _COPIES * heads * reach))
+    return max(1, SCORE_BYTES // (4 * _COPIES * heads * key_count))
 
 
 BLOCK = 512  # new positions per call of attention where torch keeps no scores
@@ -45,16 +45,16 @@ Masks = dict[tuple[int, int, int | None, torch.dtype | None, range, range], Tens
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowChunk:
     """New positions of one sequence: `count` of them from the absolute position `start`, which is `row.length`."""
 
     row: SequenceCache
     start: int
     count: int
-    adapter: Adapter | None = None  # the client's changes to the blocks; its prefix is in the row
+    adapter: AdapterTensors | None = None  # the client's changes to the blocks; its prefix is in the row
     # The least length, in positions, for which its rotary frequencies are computed; see
-    # `splitnet.wire.messages.Step.reach`.
-    reach: int = 0
+    # `splitnet.wire.messages.Step.rope_length`.
+    rope_length: int = 0
 
     @property
     def positions(self) -> range:
@@ -63,7 +63,7 @@ class Chunk:
         return range(start, start + self.count)
 
 
-def positions_of(parts: Sequence[Chunk]) -> list[int]:
+def positions_of(parts: Sequence[RowChunk]) -> list[int]:
     """The positions of all parts, in order."""
     return [position for part in parts for position in part.positions]
 
@@ -72,7 +72,7 @@ def positions_of(parts: Sequence[Chunk]) -> list[int]:
 class PackedPass:
     """The facts about the running pass that the attention function needs."""
 
-    parts: Sequence[Chunk]  # in the order of their positions in the packed tensor
+    parts: Sequence[RowChunk]  # in the order of their positions in the packed tensor
     # In positions, by block of the span. If empty, the window is the one that a block passes to its attention.
     windows: Sequence[int | None]
     sdpa: bool  # whether the family's attention is torch's scaled dot product attention
@@ -82,22 +82,22 @@ class PackedPass:
 def _mask(
     masks: Masks,
     count: int,
-    reach: int,
+    key_count: int,
     window: int | None,
     additive: torch.dtype | None,
     device: torch.device,
     twice: range = range(0),
     without: range = range(0),
 ) -> Tensor:
-    """`[1, 1, count, columns]`: the mask of the last `count` of `reach` positions, boolean or, with `additive`, as
+    """`[1, 1, count, columns]`: the mask of the last `count` of `key_count` positions, boolean or, with `additive`, as
     numbers to add to scores.
 
-    twice: positions with a column in codes and a column in full, see `SequenceCache.append_apart`.
+    twice: positions with a column in codes and a column in full, see `SequenceCache.append_with_codes`.
     without: columns that the mask leaves out.
     """
-    key = (count, reach, window, additive, twice, without)
+    key = (count, key_count, window, additive, twice, without)
     if key not in masks:
-        columns = range(without.start), range(without.stop, reach + len(twice)), range(reach - count, reach)
+        columns = range(without.start), range(without.stop, key_count + len(twice)), range(key_count - count, key_count)
         before, after, own = (torch.arange(each.start, each.stop, device=device) for each in columns)
         column = torch.cat((before, after))
         in_codes = column < twice.stop
@@ -157,26 +157,26 @@ def _packed_attention(
         blockwise = sinks is not None and _has_sinks_alone(module, attend, query, key, value, kwargs)
 
     def attend_to(query: Tensor, keys: Tensor, values: Tensor, twice: range, masks: Masks | None) -> Tensor:
-        count, reach = query.shape[2], keys.shape[2] - len(twice)
+        count, key_count = query.shape[2], keys.shape[2] - len(twice)
         mask = None
-        if twice or _needs_mask(count, reach, window, eager):
-            mask = _mask({} if masks is None else masks, count, reach, window, additive, keys.device, twice)
+        if twice or _needs_mask(count, key_count, window, eager):
+            mask = _mask({} if masks is None else masks, count, key_count, window, additive, keys.device, twice)
         return attend(module, query, keys, values, mask, **kwargs)[0]
 
     outputs: list[Tensor] = []
     end = 0
     for part in packed.parts:
         begin, end = end, end + part.count
-        keys, values, twice = part.row.append_apart(block, key[:, :, begin:end], value[:, :, begin:end])
-        reach = keys.shape[2] - len(twice)
+        keys, values, twice = part.row.append_with_codes(block, key[:, :, begin:end], value[:, :, begin:end])
+        key_count = keys.shape[2] - len(twice)
         most, in_blocks = part.count, False
-        if twice or heads > 1 or _needs_mask(part.count, reach, window, eager):
-            seen = reach if window is None else min(reach, window + part.count - 1)
+        if twice or heads > 1 or _needs_mask(part.count, key_count, window, eager):
+            seen = key_count if window is None else min(key_count, window + part.count - 1)
             in_blocks = blockwise and part.count > 1
             most = min(most, BLOCK if in_blocks else positions_at_once(heads, seen))
         for first in range(begin, end, most):
             last = min(first + most, end)
-            seen = reach - (end - last)
+            seen = key_count - (end - last)
             since = max(0, seen - (window + last - first - 1)) if window is not None else 0
             own_keys, own_values, both = _seen(keys, values, twice, last - first, range(since, seen))
             given = query[:, :, first:last], own_keys, own_values
@@ -195,7 +195,7 @@ def _packed_attention(
 
 
 def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -> tuple[Tensor, Tensor, range]:
-    """The columns of `SequenceCache.append_apart` that the last `count` positions of `seen` attend to."""
+    """The columns of `SequenceCache.append_with_codes` that the last `count` positions of `seen` attend to."""
     # The positions from which the first and the last of these positions see keys and values in full.
     begin, end = (
         max(seen.start, twice.start, min(stop - WINDOW, twice.stop)) for stop in (seen.stop + 1 - count, seen.stop)
@@ -210,12 +210,12 @@ def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -
     return keys, values, range(begin - seen.start, end - seen.start)
 
 
-def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool:
+def _needs_mask(count: int, key_count: int, window: int | None, eager: bool) -> bool:
     """Whether a mask is needed. One position needs none; neither do several where sdpa's own causal mask is right (its
     fast path)."""
     if count == 1:
         return False
-    return eager or reach > count or (window is not None and reach > window)
+    return eager or key_count > count or (window is not None and key_count > window)
 
 
 def _sdpa_attention(
@@ -260,17 +260,17 @@ def attend_blockwise(
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     heads, count, size = query.shape[1:]
-    shared, reach = keys.shape[1], keys.shape[2] - len(twice)
+    shared, key_count = keys.shape[1], keys.shape[2] - len(twice)
     # torch's function takes only values of the size of keys, so the values of each shared head are padded.
     if (lacks := size - values.shape[3]) and sinks is None:
         each = zip(query.chunk(shared, 1), keys.split(1, 1), values.split(1, 1), strict=True)
         alike = ((one, own, nn.functional.pad(seen, (0, lacks))) for one, own, seen in each)
         mixed = torch.cat([attend_blockwise(*some, masks, window, scale, twice=twice) for some in alike], dim=1)
         return mixed[..., : values.shape[3]]
-    past = twice.start if twice else reach - count
-    by_all = range(0 if window is None else min(max(0, reach - window), past), past)
+    past = twice.start if twice else key_count - count
+    by_all = range(0 if window is None else min(max(0, key_count - window), past), past)
     rows = query.reshape(1, shared, heads // shared * count, -1)
-    mask = _mask(masks, count, reach, window, query.dtype, query.device, twice, by_all)
+    mask = _mask(masks, count, key_count, window, query.dtype, query.device, twice, by_all)
     mask = mask.expand(1, heads // shared, -1, -1)
     few = [torch.cat((each[:, :, : by_all.start], each[:, :, past:]), dim=2) for each in (keys, values)]
     mixed, sums = attend(rows, *few, attn_mask=mask.reshape(1, 1, rows.shape[2], -1), scale=scale)

@@ -30,19 +30,19 @@ from splitnet.checkpoint.checkpoint import Checkpoint, check_no_unexpected, igno
 from splitnet.checkpoint.families import ADDED_POSITIONS, causal_class
 from splitnet.checkpoint.store import LazyTensor
 from splitnet.errors import UnsupportedModel, WeightsError
-from splitnet.quant.choose import INTEGERS, Weights
+from splitnet.quant.choose import INTEGERS, WeightChoice
 from splitnet.quant.experts import can_hold_experts, hold_weight_of_experts, weights_of_experts
 from splitnet.quant.forms import integer_codes
-from splitnet.quant.grouped import BlockQuantWeight, JoinedForm, hold_stored
+from splitnet.quant.grouped import BlockQuantWeight, JoinedWeight, hold_stored
 from splitnet.quant.linear import QuantizedLinear, is_router, matrices_of, sizes_of
-from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, StoredMatrix
 
 
 class QuantizedEmbedding(nn.Embedding):
     """A frozen embedding that holds its weight in the codes of the checkpoint. Its `weight` serves code that inspects
     it or needs all of it as numbers; the numbers are read from the files on use."""
 
-    held: BlockQuantWeight | JoinedForm
+    held: BlockQuantWeight | JoinedWeight
     parameter_like: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     Layers that share a weight share the object that holds it. `codes_on`: the device of the model; None: all parameters
     become numbers.
     """
-    forms: dict[int, BlockQuantWeight | JoinedForm] = {}
+    forms: dict[int, BlockQuantWeight | JoinedWeight] = {}
     numbers: dict[int, nn.Parameter] = {}
     found = [
         (path, layer, name, parameter)
@@ -75,7 +75,7 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
         matrices = matrices_of(stored, transposed=isinstance(layer, Conv1D)) if holds else None
         if codes_on is None or matrices is None:
             if id(stored) not in numbers:
-                numbers[id(stored)] = nn.Parameter(stored.floats(), requires_grad=stored.requires_grad)
+                numbers[id(stored)] = nn.Parameter(stored.to_floats(), requires_grad=stored.requires_grad)
             layer.register_parameter(name, numbers[id(stored)])
             continue
         if id(stored) not in forms:
@@ -91,7 +91,7 @@ def can_hold_codes(path: str, layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding) or (sizes_of(layer) is not None and not is_router(path))
 
 
-def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedForm) -> None:
+def _hold_embedding(layer: Any, held: BlockQuantWeight | JoinedWeight) -> None:
     """Changes the layer in place, because the embeddings of some families do more, such as scaling their output."""
     stored = layer.weight.detach()
     del layer.weight
@@ -136,7 +136,7 @@ class _LightMeta(TorchFunctionMode):
             # Rotary embeddings are computed from ranges, and again after the weights are loaded.
             start, end, step = (*((0,) if len(args) == 1 else ()), *args, 1)[:3] if args else (0, 0, 1)
             count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
-            self._check(count if count <= _LONGEST_RANGE else math.inf)
+            self._check_numbers(count if count <= _LONGEST_RANGE else math.inf)
             options = {**options, "device": "cpu"}
         elif func is Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
             tensor = args[0] if args else options["tensor"]
@@ -145,15 +145,15 @@ class _LightMeta(TorchFunctionMode):
         given = [one for one in args if isinstance(one, Tensor) and not one.is_meta]
         if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # the result may be as large
             made = func(*(one.to("meta") if isinstance(one, Tensor) else one for one in args), **options)
-            self._check(made.numel() if isinstance(made, Tensor) else 0)
+            self._check_numbers(made.numel() if isinstance(made, Tensor) else 0)
         made = func(*args, **options)
         if isinstance(made, Tensor) and not made.is_meta:
             views = made.untyped_storage().data_ptr() in [one.untyped_storage().data_ptr() for one in given]
             self._left -= 0 if views else made.numel()
-            self._check(0)
+            self._check_numbers(0)
         return made
 
-    def _check(self, count: float) -> None:
+    def _check_numbers(self, count: float) -> None:
         if not count <= self._left:
             raise UnsupportedModel(
                 "the numbers of the config make its family compute tables that are too large: download it again, or "
@@ -415,7 +415,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
             raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
     config = copy.deepcopy(checkpoint.config)
-    names = {name: name for name in checkpoint.store.names if name not in checkpoint.next_token_names}
+    names = {name: name for name in checkpoint.store.tensor_names if name not in checkpoint.next_token_names}
     with checkpoint.store.load_tensors(names, wanted) as tensors:
         model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
     model.generation_config = checkpoint.generation_config()
@@ -428,7 +428,7 @@ def with_coded_experts(
     model_class: type[PreTrainedModel],
     container: str,
     blocks: range,
-    weights: Weights,
+    weights: WeightChoice,
 ) -> dict[str, Any]:
     """Replaces the experts' tensors by lazy codes in the layout that `weights` holds experts in. Unchanged if `weights`
     holds no integers. Names are as in a model of these blocks alone."""
@@ -452,7 +452,7 @@ def with_coded_experts(
     return found
 
 
-def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> LazyTensor:
+def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: CodeLayout) -> LazyTensor:
     """The weight of one expert, or of all. `[...]` reads nothing before the codes are requested.
 
     `transposed`: the weight is `[..., inputs, outputs]`.
@@ -460,7 +460,7 @@ def _coded(name: str, lazy: LazyTensor, transposed: bool, layout: Layout) -> Laz
 
     def read(expert: Any) -> Codes:
         weight = lazy[expert]
-        numbers = weight.floats() if isinstance(weight, PackedTensor) else weight
+        numbers = weight.to_floats() if isinstance(weight, PackedTensor) else weight
         lies = (numbers.T if transposed else numbers).float().contiguous()
         codes = integer_codes(lies, layout)
         if codes is None:

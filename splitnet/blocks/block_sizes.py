@@ -16,7 +16,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import backbone_class
 from splitnet.checkpoint.store import TensorFacts
 from splitnet.errors import ModelNotFound
-from splitnet.quant.choose import Weights, choose_weights
+from splitnet.quant.choose import WeightChoice, choose_weights
 from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.linear import holdable_layers
@@ -52,10 +52,10 @@ def block_bytes(
 
 def weights_of(
     checkpoint: Checkpoint, kind: str | None, dtype: torch.dtype | str | None, device: str | torch.device
-) -> Weights:
+) -> WeightChoice:
     """How the blocks of a checkpoint hold their weights, see `choose_weights`; the same for each of its spans."""
 
-    def held_bytes(weights: Weights) -> int:
+    def held_bytes(weights: WeightChoice) -> int:
         return sum(size.held for size in block_sizes(checkpoint, weights, range(checkpoint.num_blocks)))
 
     return choose_weights(kind, dtype, checkpoint.dtype, torch.device(device), held_bytes)
@@ -81,9 +81,9 @@ def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
             )
 
 
-def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[BlockSize]:
+def block_sizes(checkpoint: Checkpoint, weights: WeightChoice, blocks: range) -> list[BlockSize]:
     """The sizes of each block."""
-    facts = checkpoint.store.facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
+    facts = checkpoint.store.tensor_facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
     named = {index: checkpoint.block_tensors[index] for index in blocks}
     plain = [sum(facts[tensor.name].bytes_as(weights.dtype) for tensor in named[index]) for index in blocks]
     in_codes = any(one.layout is not None for one in facts.values())
@@ -105,7 +105,7 @@ def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list
 
 def size_of_block(
     block: nn.Module,
-    weights: Weights,
+    weights: WeightChoice,
     plain: int,
     codes: Mapping[str, Sequence[TensorFacts]] | None = None,
     prefix: str = "",

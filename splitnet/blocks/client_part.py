@@ -19,7 +19,7 @@ from splitnet.checkpoint.families import causal_class, classifier_class, packs_s
 from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.gpu import use_device_kernels
-from splitnet.quant.stored import as_dtype
+from splitnet.quant.packed_tensor import as_dtype
 
 
 @torch.inference_mode(False)  # the model is also used outside inference mode
@@ -140,7 +140,7 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     names = client_part_names(checkpoint, model_class, container)
     for index, block in enumerate(checkpoint.block_tensors):
         names |= {f"{container}.{index}.{tensor.rest}": tensor.name for tensor in block}
-    facts = checkpoint.store.facts(names.values())
+    facts = checkpoint.store.tensor_facts(names.values())
     model = on_meta(model_class, checkpoint.config)
     parameters = model.state_dict()
     loaded = loaded_as(model, names)
@@ -193,7 +193,7 @@ def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel]
     return {name: stored for name, stored in names.items() if name not in left_out}
 
 
-class Ends:
+class ClientPart:
     """Embeddings, final norm and head of a client part. Each use looks the module up, because adapters may replace it.
 
     norm: the name of the final norm in the backbone, "" if unknown.
@@ -204,7 +204,7 @@ class Ends:
         self.model = model
         self._backbone = backbone
         self._norm = norm
-        self.are_all = False
+        self.compute_everything = False
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.num_blocks: int = config.num_hidden_layers
@@ -231,14 +231,17 @@ class Ends:
 
 
 @torch.no_grad()
-def ends_of(model: PreTrainedModel) -> Ends:
-    """The ends of a client part. `are_all` is found by a trial with blocks that return their input; it is false for
+def client_part_of(model: PreTrainedModel) -> ClientPart:
+    """The ends of a client part. `compute_everything` is found by a trial with blocks that return their input; it is
+    false for
     families that scale embeddings or logits."""
     backbone = backbone_of(model)
     known = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
-    ends = Ends(model, backbone, next((name for name in known if getattr(backbone, name, None) is not None), ""))
-    if ends.norm is None or ends.head is None:
-        return ends
+    client_part = ClientPart(
+        model, backbone, next((name for name in known if getattr(backbone, name, None) is not None), "")
+    )
+    if client_part.norm is None or client_part.head is None:
+        return client_part
     ids = torch.arange(1, 4, device=model.device)[None]
     stand_in = outline_in(model)[0]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()
@@ -246,8 +249,8 @@ def ends_of(model: PreTrainedModel) -> Ends:
         expected = model(input_ids=ids, use_cache=False).logits
     finally:
         stand_in.blocks = blocks
-    ends.are_all = torch.equal(ends.logits(ends.embed(ids)), expected)
-    return ends
+    client_part.compute_everything = torch.equal(client_part.logits(client_part.embed(ids)), expected)
+    return client_part
 
 
 class AllBlocks(nn.Module):

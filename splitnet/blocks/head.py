@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from scheduler.batching import BatchingDelay
-from splitnet.quant.choose import NARROW, Weights
+from splitnet.quant.choose import NARROW, WeightChoice
 from splitnet.quant.device import seconds_after_work
 from splitnet.quant.forms import FloatForm, WeightForm
 from splitnet.quant.linear import QuantizedLinear, sizes_of
@@ -41,7 +41,7 @@ MOST_ROWS = 16  # rows of all threads together; with more rows, products of matr
 
 
 @dataclass(slots=True)
-class _Call:
+class _ProductCall:
     rows: Tensor
     thread: int
     product: Tensor | None = None
@@ -58,23 +58,23 @@ class SharedProduct:
 
     def __init__(self, multiply: Callable[[Tensor], Tensor]) -> None:
         self._multiply = multiply
-        self._waiting: deque[_Call] = deque()
+        self._waiting: deque[_ProductCall] = deque()
         self._working = threading.Lock()
         self._delay = BatchingDelay()
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, without gradients. Raises the errors that `multiply` raises."""
-        call = _Call(rows, threading.get_ident())
+        call = _ProductCall(rows, threading.get_ident())
         self._waiting.append(call)
         with self._working:
             while call.product is None and call.error is None:
-                self._work()
+                self._multiply_waiting()
         if call.error is not None:
             raise call.error
         assert call.product is not None
         return call.product
 
-    def _work(self) -> None:
+    def _multiply_waiting(self) -> None:
         waiting = 0
         while len(self._waiting) > waiting and (delay_s := self._delay.delay_s(len(self._waiting))):
             waiting = len(self._waiting)
@@ -96,7 +96,7 @@ class SharedProduct:
             for call in calls:
                 call.error = error
         now = seconds_after_work(calls[0].rows.device)
-        self._delay.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
+        self._delay.observe_pass((call.thread for call in calls), now - began, time.thread_time() - computed, now)
 
 
 class _Sharing(nn.Module):
@@ -123,7 +123,7 @@ class _Sharing(nn.Module):
 
 
 @dataclass(slots=True)
-class _Copy:
+class _WeightCopy:
     """A copy of a weight, with the facts by which a change of the weight is found."""
 
     form: WeightForm | None  # None if the values of the weight do not allow it
@@ -142,7 +142,7 @@ class Head(_Sharing, nn.Linear):
         super().__init__(inputs, outputs, bias=False, device="meta")
         self.weight, self.bias = weight, bias
         self._narrows = narrows
-        self._copy: _Copy | None = None
+        self._copy: _WeightCopy | None = None
         self._may_have_changed = False
 
     def expect_changes(self) -> None:
@@ -173,7 +173,7 @@ class Head(_Sharing, nn.Linear):
             sums = torch.cat([rows.sum(-1) for rows in bits.split(_SUMMED_ROWS)])
             same = copied is not None and torch.equal(sums, copied.sums)
             form = copied.form if copied is not None and same else FloatForm.narrowest(weight)
-            copied = self._copy = _Copy(form, sums, state, some.clone())
+            copied = self._copy = _WeightCopy(form, sums, state, some.clone())
         copied.used_at = now
         return copied.form
 
@@ -182,10 +182,10 @@ class QuantizedHead(_Sharing, QuantizedLinear):
     """A head that holds its weight in another weight format."""
 
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
-        return self.held.multiply if self.held.alone_as_together else None
+        return self.held.multiply if self.held.rows_are_independent else None
 
 
-def hold_head(model: PreTrainedModel, weights: Weights) -> None:
+def hold_head(model: PreTrainedModel, weights: WeightChoice) -> None:
     """Gives a causal model a head for threads that generate, in the weight format of `weights`.
 
     With "auto" the head also keeps its weight, for gradients and many rows. Otherwise, an embedding that shares the

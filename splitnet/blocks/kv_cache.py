@@ -18,13 +18,13 @@ from splitnet.quant.device import new_empty
 
 COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
 # The oldest copy is at least this many positions back, if the row is long enough, because drafts are shorter than this.
-REACH = 64
+OLDEST_COPY_DISTANCE = 64
 # Positions between copies while positions arrive one by one. Before a pass of several positions a copy is always made.
 SPACING = 32
 # Positions of a row's first allocation if its size is unknown; each later allocation doubles it.
 FIRST_CAPACITY = 256
 # Maximum number of live copies of a row's states: the present ones, those of a pass, the copies.
-HELD_AT_ONCE = COPIES + 2
+MAX_LIVE_STATES = COPIES + 2
 
 
 class StateLayer(LinearAttentionLayer):
@@ -84,14 +84,14 @@ class SequenceStates:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self._layers.values())
 
-    def begin(self, start: int, count: int) -> None:
+    def begin_pass(self, start: int, count: int) -> None:
         """Prepares a pass of `count` positions from `start` on; drops the states of a pass that failed."""
         self._working = {}
         newest = self._copies[-1][0] if self._copies else 0
         if start > newest and (count > 1 or start - newest >= SPACING):
             self._copies.append((start, self._layers))
             if len(self._copies) > COPIES:
-                del self._copies[0 if self._copies[1][0] <= start - REACH else 2]
+                del self._copies[0 if self._copies[1][0] <= start - OLDEST_COPY_DISTANCE else 2]
 
     def layer(self, block: int) -> StateLayer:
         """The states of a block, for the pass that is running."""
@@ -161,7 +161,7 @@ class _Block:
         self.near_from = max(min(self.near_from, start), end - RING)
 
     @property
-    def places(self) -> list[int]:
+    def addresses(self) -> list[int]:
         """A row of the result of `SequenceCache.reserve`."""
         near = [tensor.data_ptr() for tensor in self.near] or [0, 0]
         return [self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[2], *near, self.near_from]
@@ -262,7 +262,7 @@ class SequenceCache:
         pairs = ((block.keys, block.values) for block in self._blocks.values())
         return sum(tensor.nbytes // tensor.shape[2] for pair in pairs for tensor in pair)
 
-    def alike(self, count: int) -> int:
+    def count_same_codes(self, count: int) -> int:
         """The number of the next `count` positions, at least 1, for which the same positions are in codes."""
         if self.form is None or not self.form.coded:
             return count
@@ -303,7 +303,7 @@ class SequenceCache:
             copy._blocks[index] = _Block(keys, values, near, block.near_from)
         return copy
 
-    def held(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def keys_and_values(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Keys and values of the first `length` positions after the prefix, `[1, kv heads, length, head size]`, block
         by block.
 
@@ -401,7 +401,7 @@ class SequenceCache:
         """
         return self.store(block_index, self.computed, keys, values)
 
-    def append_apart(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, range]:
+    def append_with_codes(self, block_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, range]:
         """As `append`, but each new position may see the last `WINDOW` positions in full and the codes of all others.
 
         So the result does not depend on the step in which a position arrives. The range has the positions that some new
@@ -433,15 +433,15 @@ class SequenceCache:
             self.computed = self._states.rewind(self.length)
         inputs, _ = self.store("inputs", self.length, hidden[None, None], hidden[None, None, :, :0])
         given = inputs[0, 0, self.computed :]
-        self._states.begin(self.computed, len(given))
+        self._states.begin_pass(self.computed, len(given))
         return given
 
-    def begin_again(self, most: int) -> Tensor | None:
+    def begin_rerun(self, most: int) -> Tensor | None:
         """The first positions that must run again, at most `most`, `[positions, hidden]`; None: there are none."""
         if self._states is None or self.computed >= self.length:
             return None
         given = self._blocks["inputs"].keys[0, 0, self.computed : min(self.length, self.computed + most)]
-        self._states.begin(self.computed, len(given))
+        self._states.begin_pass(self.computed, len(given))
         return given
 
     def state_layer(self, block_index: int) -> StateLayer:
@@ -474,13 +474,13 @@ class SequenceCache:
         if not self._has_codes(key):
             return block.keys[:, :, :start], block.values[:, :, :start]
         assert self.form is not None
-        keys = self.form.read(block.keys, block.near[0], since, start, new[0])
-        return keys, self.form.values.read(block.values, block.near[1], since, start, new[1])
+        keys = self.form.read_positions(block.keys, block.near[0], since, start, new[0])
+        return keys, self.form.values.read_positions(block.values, block.near[1], since, start, new[1])
 
     def _write(self, block: _Block, start: int, keys: Tensor, values: Tensor) -> None:
         assert self.form is not None
-        self.form.write(block.keys, block.near[0], start, keys)
-        self.form.values.write(block.values, block.near[1], start, values)
+        self.form.write_positions(block.keys, block.near[0], start, keys)
+        self.form.values.write_positions(block.values, block.near[1], start, values)
         block.wrote(start, start + keys.shape[2])
 
     def reserve(
@@ -502,7 +502,7 @@ class SequenceCache:
                 for tensor, shape in zip(block.numbers, shapes, strict=True):
                     if tensor.dtype != expected or (tensor.shape[1], tensor.shape[3]) != shape:
                         raise RuntimeError("keys and values of this row have another type or shape")
-            stores = torch.tensor([block.places for block in blocks])
+            stores = torch.tensor([block.addresses for block in blocks])
             known = self._places[indices] = int(stores[:, 2].min()), stores
         if self.form is not None and self.form.coded:
             for index in indices:
@@ -513,9 +513,9 @@ class SequenceCache:
     def advance(self, count: int) -> None:
         """Counts `count` positions that all blocks have stored, and the positions that ran again before them."""
         self.length += count
-        self.caught_up(self.length)
+        self.set_computed(self.length)
 
-    def caught_up(self, length: int) -> None:
+    def set_computed(self, length: int) -> None:
         """Records that keys, values and states include the first `length` positions."""
         if self._states is not None:
             self._states.commit()

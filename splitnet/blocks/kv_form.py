@@ -109,7 +109,7 @@ class KVForm:
             numbers = _levels(held.device)[0][torch.cat((codes & 15, codes >> 4), -1).int()]
         return (numbers.unflatten(-1, (-1, self.group(size))) * scales[..., None]).flatten(-2)
 
-    def read(self, held: Tensor, near: Tensor, since: int, start: int, new: Tensor) -> Tensor:
+    def read_positions(self, held: Tensor, near: Tensor, since: int, start: int, new: Tensor) -> Tensor:
         """The first `start` positions in the form that blocks take, followed by `new` positions: `[1, heads, positions,
         size]` in the type of `new`. Pieces of positions are decoded one by one.
 
@@ -126,13 +126,13 @@ class KVForm:
                 numbers[:, :, :sinks] = near[:, :, :sinks]
             if (first := max(since, begin)) < last:
                 numbers[:, :, first - begin :] = near[:, :, places_in_ring(first, last, near.device)]
-            read[:, :, begin:last] = turned(numbers)
+            read[:, :, begin:last] = hadamard_rotated(numbers)
         return read
 
-    def write(self, held: Tensor, near: Tensor, start: int, numbers: Tensor) -> None:
+    def write_positions(self, held: Tensor, near: Tensor, start: int, numbers: Tensor) -> None:
         """Stores positions from `start` on, `[1, heads, positions, size]`, for `read`."""
         end = start + numbers.shape[2]
-        numbers = turned(numbers.float())
+        numbers = hadamard_rotated(numbers.float())
         first = max(start, end - RING)
         near[:, :, places_in_ring(first, end, near.device)] = numbers[:, :, first - start :].to(near.dtype)
         if start < SINKS:
@@ -142,7 +142,7 @@ class KVForm:
 
 def in_full(near: Tensor, first: int, last: int) -> Tensor:
     """Positions `[first, last)` of the ring in the form that blocks take, `[1, heads, positions, size]`."""
-    return turned(near[:, :, places_in_ring(first, last, near.device)].float()).to(near.dtype)
+    return hadamard_rotated(near[:, :, places_in_ring(first, last, near.device)].float()).to(near.dtype)
 
 
 def places_in_ring(first: int, last: int, device: torch.device) -> Tensor:
@@ -150,7 +150,7 @@ def places_in_ring(first: int, last: int, device: torch.device) -> Tensor:
     return torch.arange(first, last, device=device) % RING + SINKS
 
 
-def turned(numbers: Tensor) -> Tensor:
+def hadamard_rotated(numbers: Tensor) -> Tensor:
     """Multiplies `[..., size]`, float32, by a Hadamard matrix, in blocks of a power of two. Two calls restore the
     numbers."""
     block = _turned_together(numbers.shape[-1])

@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from splitnet.blocks.adapters import Adapter, block_of
+from splitnet.blocks.adapters import AdapterTensors, block_of
 from splitnet.blocks.span import Span
 from splitnet.errors import PeerBusy
 
 # Bytes that torch may keep of a pass for its backward pass, by default.
 GRAPH_BYTES = 512 * 2**20
 # Factor on `GRAPH_BYTES` for one block alone, because one long sequence cannot be cut.
-ONE_BLOCK = 2
+ONE_BLOCK_FACTOR = 2
 MOST_KINDS = 256  # kinds of passes whose bytes were measured; with more, the measurements are dropped
 
 
-class _Piece(NamedTuple):
+class _BlockPiece(NamedTuple):
     """One run of a block: its input, its output if torch keeps the graph, and the lengths of its sequences."""
 
     given: Tensor
@@ -35,13 +35,13 @@ class _Piece(NamedTuple):
 
 
 @dataclass(slots=True)
-class SavedPass:
-    """The kept data of a forward pass from block `start` on; `SpanPasses.go_back` uses it up."""
+class SavedGraph:
+    """The kept data of a forward pass from block `start` on; `SpanPasses.backward_saved` uses it up."""
 
     start: int
-    pieces: list[list[_Piece]]  # of each block
-    traced: Adapter | None  # the adapter that the blocks ran with
-    reach: int  # see `splitnet.wire.messages.Forward`
+    pieces: list[list[_BlockPiece]]  # of each block
+    traced: AdapterTensors | None  # the adapter that the blocks ran with
+    rope_length: int  # see `splitnet.wire.messages.Forward`
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -92,15 +92,23 @@ class SpanPasses:
         self._kept_per_position: dict[tuple[int, ...], float] = {}
 
     def forward(
-        self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int, *, reach: int = 0
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        adapter: AdapterTensors | None,
+        start: int,
+        end: int,
+        *,
+        rope_length: int = 0,
     ) -> Tensor:
         """Runs whole sequences, concatenated in `hidden`, through blocks `[start, end)`: `[positions, hidden]` ->
-        `[positions, hidden]`; with an adapter that fits the span. `reach`: see `splitnet.wire.messages.Forward`."""
+        `[positions, hidden]`; with an adapter that fits the span. `rope_length`: see
+        `splitnet.wire.messages.Forward`."""
         for block in range(start, end):
             outputs: list[Tensor] = []
             for given, group in self._pieces(hidden, lengths):
                 with torch.no_grad():
-                    outputs.append(self._view(block).sequences(given, group, adapter, reach))
+                    outputs.append(self._view(block).sequences(given, group, adapter, rope_length))
                 self._between()
             hidden = _joined(outputs)
         return hidden
@@ -110,11 +118,11 @@ class SpanPasses:
         hidden: Tensor,
         lengths: Sequence[int],
         gradient: Tensor,
-        adapter: Adapter | None,
+        adapter: AdapterTensors | None,
         start: int,
         end: int,
         *,
-        reach: int = 0,
+        rope_length: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a loss by the input of a pass as in `forward`, and by the adapter's tensors in these blocks.
 
@@ -123,60 +131,63 @@ class SpanPasses:
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
-        _, way = self.forward_kept(hidden, lengths, adapter, start, end, self._graph_bytes, reach=reach)
-        return self.go_back(way, gradient)
+        _, saved_graph = self.forward_saving(
+            hidden, lengths, adapter, start, end, self._graph_bytes, rope_length=rope_length
+        )
+        return self.backward_saved(saved_graph, gradient)
 
-    def bytes_to_keep(self, lengths: Sequence[int], adapter: Adapter | None, blocks: int) -> int | None:
-        """The bytes that `forward_kept` takes for `blocks` blocks; None: no pass of this kind was measured yet."""
+    def bytes_to_keep(self, lengths: Sequence[int], adapter: AdapterTensors | None, blocks: int) -> int | None:
+        """The bytes that `forward_saving` takes for `blocks` blocks; None: no pass of this kind was measured yet."""
         kept = self._kept_per_position.get(_kind(lengths, adapter))
         return None if kept is None else ceil(kept * sum(lengths) * blocks)
 
-    def forward_kept(
+    def forward_saving(
         self,
         hidden: Tensor,
         lengths: Sequence[int],
-        adapter: Adapter | None,
+        adapter: AdapterTensors | None,
         start: int,
         end: int,
         most: int,
         *,
-        reach: int = 0,
-    ) -> tuple[Tensor, SavedPass]:
-        """As `forward`; also returns the data that `go_back` needs. Raises PeerBusy if torch would keep too many bytes
+        rope_length: int = 0,
+    ) -> tuple[Tensor, SavedGraph]:
+        """As `forward`; also returns the data that `backward_saved` needs. Raises PeerBusy if torch would keep too many
+        bytes
         of a block.
 
         `most`: bytes that torch may keep, plus the bytes of one more block while it runs; the blocks for which they do
         not suffice are computed again in the backward pass.
         """
-        traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
-        ways: list[list[_Piece]] = []
+        traced = AdapterTensors(adapter.of_blocks(start, end)).traced() if adapter is not None else None
+        block_pieces: list[list[_BlockPiece]] = []
         kept = 0
         for block in range(start, end):
-            pieces: list[_Piece] = []
+            pieces: list[_BlockPiece] = []
             outputs: list[Tensor] = []
             for part, group in self._pieces(hidden, lengths):
                 given = part.detach().requires_grad_()
                 saved = self._saved()
                 with saved, torch.set_grad_enabled(kept <= most):
-                    output = self._view(block).sequences(given, group, traced, reach)
+                    output = self._view(block).sequences(given, group, traced, rope_length)
                 kept += saved.nbytes
                 if output.requires_grad:
-                    self._note(_kind(group, adapter), saved.nbytes / len(given))
+                    self._note_kept_bytes(_kind(group, adapter), saved.nbytes / len(given))
                 outputs.append(output.detach())
                 goes_back = output.requires_grad and kept <= most
-                pieces.append(_Piece(given, output if goes_back else None, group))
+                pieces.append(_BlockPiece(given, output if goes_back else None, group))
                 self._between()
-            ways.append(pieces)
+            block_pieces.append(pieces)
             hidden = _joined(outputs)
-        return hidden, SavedPass(start, ways, traced, reach)
+        return hidden, SavedGraph(start, block_pieces, traced, rope_length)
 
-    def go_back(self, way: SavedPass, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `backward`, for a forward pass that `forward_kept` has run."""
+    def backward_saved(self, saved_graph: SavedGraph, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `backward`, for a forward pass that `forward_saving` has run."""
         found: dict[str, Tensor] = {}
-        traced = way.traced
-        while way.pieces:
-            pieces = way.pieces.pop()
-            block = way.start + len(way.pieces)
+        traced = saved_graph.traced
+        while saved_graph.pieces:
+            pieces = saved_graph.pieces.pop()
+            block = saved_graph.start + len(saved_graph.pieces)
             names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
             leaves = [traced.tensors[name] for name in names] if traced else []
             gradients: list[Tensor] = []
@@ -184,7 +195,7 @@ class SpanPasses:
                 given, output, group = pieces.pop(0)
                 if output is None:
                     with self._saved(), torch.enable_grad():
-                        output = self._view(block).sequences(given, group, traced, way.reach)
+                        output = self._view(block).sequences(given, group, traced, saved_graph.rope_length)
                 by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part.to(output))
                 gradients.append(by_input)
                 for name, tensor in zip(names, by_adapter, strict=True):
@@ -193,7 +204,7 @@ class SpanPasses:
             gradient = _joined(gradients)
         return gradient, found
 
-    def _note(self, kind: tuple[int, ...], per_position: float) -> None:
+    def _note_kept_bytes(self, kind: tuple[int, ...], per_position: float) -> None:
         if len(self._kept_per_position) >= MOST_KINDS and kind not in self._kept_per_position:
             self._kept_per_position.clear()
         self._kept_per_position[kind] = max(per_position, self._kept_per_position.get(kind, 0.0))
@@ -212,7 +223,7 @@ class SpanPasses:
         yield hidden[begin:], group
 
     def _saved(self) -> _Saved:
-        return _Saved(self._span.storages(), ONE_BLOCK * self._graph_bytes)
+        return _Saved(self._span.weight_addresses(), ONE_BLOCK_FACTOR * self._graph_bytes)
 
     def _view(self, block: int) -> Span:
         if block not in self._views:
@@ -224,7 +235,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _kind(lengths: Sequence[int], adapter: Adapter | None) -> tuple[int, ...]:
+def _kind(lengths: Sequence[int], adapter: AdapterTensors | None) -> tuple[int, ...]:
     """Passes of a kind take similar bytes per position: scores of attention may grow with the longest sequence."""
     longest = max(lengths).bit_length()
     return (longest,) if adapter is None else (longest, len(adapter.tensors), adapter.prefix_length.bit_length())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from splitnet.checkpoint.rope_lengths import RopeLengths
 
 
-class Given(Enum):
+class CosineLayout(Enum):
     """How a family gives the cosines and sines of pairs of numbers."""
 
     TWICE = "one of each pair, and the same numbers again"
@@ -26,7 +26,7 @@ class Given(Enum):
     SIDE_BY_SIDE = "two of each pair"
 
 
-class Order(IntEnum):
+class PairLayout(IntEnum):
     """Where the two numbers of a pair lie in a head."""
 
     APART = 0  # half of the rotated numbers lie between them
@@ -35,15 +35,17 @@ class Order(IntEnum):
 
 
 @dataclass(frozen=True)
-class Turning:
+class RopeLayout:
     """How a family rotates the first numbers of heads by cosines and sines; `sines_first`: it gives the sines first."""
 
-    given: Given = Given.TWICE
-    order: Order = Order.APART
+    cosine_layout: CosineLayout = CosineLayout.TWICE
+    pair_layout: PairLayout = PairLayout.APART
     sines_first: bool = False
 
     @classmethod
-    def of(cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()) -> Self | None:
+    def from_attention(
+        cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()
+    ) -> Self | None:
         """Finds the rotation by a trial of the rotary function in the family's module; None: the function does
         something else. `size`, `width`: of a head, and of hidden states. `rope` gives cosines and sines for hidden
         states, positions and `kind`."""
@@ -66,14 +68,14 @@ class Turning:
         # Some functions take only the numbers that they rotate, others the whole head.
         for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):
             given = heads[..., :most]
-            found = _turned_by(own, given, cosines, sines)
+            found = _rotated_by(own, given, cosines, sines)
             if found is None:
                 continue
-            for way in product(Given, Order):
+            for way in product(CosineLayout, PairLayout):
                 likely = cls(*way, sines_first)
                 halves = likely.halves(turns)
                 if 2 * halves[0].shape[-1] <= given.shape[-1] and torch.allclose(
-                    likely._turned(given, *halves), found, atol=1e-4
+                    likely._rotate(given, *halves), found, atol=1e-4
                 ):
                     return likely
         return None
@@ -83,18 +85,18 @@ class Turning:
         if isinstance(turns, Tensor):
             turns = turns.real, turns.imag
         cosines, sines = turns[::-1] if self.sines_first else turns
-        if self.given is Given.SIDE_BY_SIDE:
+        if self.cosine_layout is CosineLayout.SIDE_BY_SIDE:
             return cosines[..., ::2], sines[..., ::2]
-        many = cosines.shape[-1] // (2 if self.given is Given.TWICE else 1)
+        many = cosines.shape[-1] // (2 if self.cosine_layout is CosineLayout.TWICE else 1)
         return cosines[..., :many], sines[..., :many]
 
-    def _turned(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    def _rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         many = 2 * cosines.shape[-1]
         turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
-        apart = self.order is Order.APART
+        apart = self.pair_layout is PairLayout.APART
         first, second = turned.unflatten(-1, (2, -1) if apart else (-1, 2)).unbind(-2 if apart else -1)
         both = (first * cosines - second * sines, second * cosines + first * sines)
-        pairs = torch.stack(both, dim=-1 if self.order is Order.ADJACENT else -2)
+        pairs = torch.stack(both, dim=-1 if self.pair_layout is PairLayout.ADJACENT else -2)
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
@@ -103,7 +105,7 @@ def _by_complex(own: Any, turns: Tensor, queries: Tensor, keys: Tensor, *parts: 
     return own(queries, keys, turns)
 
 
-def _turned_by(own: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor | None:
+def _rotated_by(own: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor | None:
     """Calls a family's function for `[1, heads, positions, size]`; None: it does not take these arguments."""
     with suppress(TypeError, RuntimeError):
         return own(heads, heads, cosines, sines)[0]
@@ -119,24 +121,24 @@ class LengthDependentRopes:
     def __init__(self, backbone: nn.Module) -> None:
         config: Any = backbone.config
         self._lengths = RopeLengths(config)
-        self.any: bool = self._lengths.matter
+        self.has_any: bool = self._lengths.frequencies_vary
         self._length = 0
         self._lock = threading.Lock()
-        self._ropes: list[Any] = [each for each in backbone.modules() if self.any and hasattr(each, "rope_type")]
+        self._ropes: list[Any] = [each for each in backbone.modules() if self.has_any and hasattr(each, "rope_type")]
         for rope in self._ropes:
             rope.register_forward_pre_hook(self._lengthen, with_kwargs=True)
             rope.register_forward_hook(self._shorten)
 
-    def alike(self, position: int, reach: int) -> int:
+    def count_same_frequencies(self, position: int, rope_length: int) -> int:
         """The number of positions from `position` on with the same frequencies. A position has the frequencies of a
-        sequence that ends with it, or of `reach` positions if that is longer."""
-        return self._lengths.last(max(reach, position + 1)) - position
+        sequence that ends with it, or of `rope_length` positions if that is longer."""
+        return self._lengths.last(max(rope_length, position + 1)) - position
 
     @contextmanager
     def one_sequence(self, length: int) -> Iterator[None]:
         """Runs a pass of one sequence with the frequencies of at least `length` positions, independent of earlier
         passes."""
-        if not self.any:
+        if not self.has_any:
             yield
             return
         with self._lock:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter, SpanAdapters, applying
-from splitnet.blocks.attention import GROUPED, PACKED, Chunk, PackedPass, positions_at_once, positions_of, running
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, AdapterTensors, SpanAdapters, applying
+from splitnet.blocks.attention import GROUPED, PACKED, PackedPass, RowChunk, positions_at_once, positions_of, running
 from splitnet.blocks.backbone import (
     cut_to_blocks,
     find_container,
@@ -34,7 +34,7 @@ from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
 from splitnet.blocks.fast.native_step import MOST_IN_STEPS, MOST_OF_EACH, MOST_POSITIONS, NativeStep, steps_of
 from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.kv_cache import (
-    HELD_AT_ONCE,
+    MAX_LIVE_STATES,
     OneSequence,
     PassThrough,
     SequenceCache,
@@ -57,13 +57,13 @@ from splitnet.checkpoint.families import (
     why_no_prefix,
 )
 from splitnet.errors import AdapterError, PeerBusy, UnsupportedModel, WeightsError
-from splitnet.quant.choose import AUTO, STORED, Weights, name_of
+from splitnet.quant.choose import AUTO, STORED, WeightChoice, name_of
 from splitnet.quant.device import free_memory, guarded, move_to_large_pages, to_device
 from splitnet.quant.experts import prove_grouped_product
 from splitnet.quant.gpu import use_device_kernels
 from splitnet.quant.linear import hold_weights
 
-__all__ = ["Chunk", "Span", "block_bytes", "free_memory"]
+__all__ = ["RowChunk", "Span", "block_bytes", "free_memory"]
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # types and shapes of tensors, by name
 FastStep = TorchStep | GraphStep | NativeStep
@@ -81,10 +81,10 @@ also tried alone, because 30 % for all blocks together would accept some wrong b
 # it.
 MERGED_POSITIONS = 8
 TRIALS = 3  # of each of two ways to run a pass, alternating
-PASS = 512  # positions per pass, for positions that run again and for whole sequences
+PASS_POSITIONS = 512  # positions per pass, for positions that run again and for whole sequences
 # Maximum length of a sequence with gradients, in multiples of the positions whose attention scores fit in memory, for
 # families that run sequence by sequence.
-WAY_BACK = 8
+BACKWARD_FACTOR = 8
 
 
 class Span:
@@ -106,7 +106,7 @@ class Span:
         start: int,
         end: int,
         *,
-        weights: Weights,
+        weights: WeightChoice,
         windows: Sequence[int | None],
         packs: bool,
         whole: Span | None = None,
@@ -237,7 +237,9 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
 
-    def new_row(self, room: int | None = None, adapter: Adapter | None = None, *, exact: bool = False) -> SequenceCache:
+    def new_row(
+        self, room: int | None = None, adapter: AdapterTensors | None = None, *, exact: bool = False
+    ) -> SequenceCache:
         """The empty cache of one sequence in the blocks, with the prefix of an adapter if it has one. `room`: positions
         that memory is allocated for; None: capacities double. `exact`: keys and values keep the type in which they are
         computed."""
@@ -254,9 +256,11 @@ class Span:
     def held_as(self) -> str:
         """The weight format, the type that blocks compute in, and a KV format that differs from it. A session can only
         continue on blocks with the same text."""
-        return self.weights.text if self._kv_form is None else f"{self.weights.text} KV {self._kv_form.name}"
+        return (
+            self.weights.description if self._kv_form is None else f"{self.weights.description} KV {self._kv_form.name}"
+        )
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
 
         `[positions, hidden]`, the parts concatenated -> the same shape, on the span's device and in its dtype. Each
@@ -264,7 +268,7 @@ class Span:
         rising order, the result is `[positions, (taps + 1) * hidden]`: the hidden states at the boundaries, and the
         output last. Raises ValueError, without changing anything, if the parts do not fit `hidden` or their rows.
         """
-        self._check(hidden, parts)
+        self._check_chunks(hidden, parts)
         for part in parts:
             if part.row.length - part.row.computed > MERGED_POSITIONS:
                 self.catch_up(part.row, part.adapter)
@@ -289,7 +293,7 @@ class Span:
         hidden = torch.zeros(count * MOST_POSITIONS, self.hidden_size, dtype=self.dtype)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for in_steps in (True, False) * TRIALS:
-            parts = [Chunk(block.new_row(1), 0, 1) for _ in hidden]
+            parts = [RowChunk(block.new_row(1), 0, 1) for _ in hidden]
             began = time.perf_counter()
             if in_steps:
                 block._in_steps(hidden, steps_of(parts), ())
@@ -299,7 +303,7 @@ class Span:
         faster = self._steps_are_faster[count] = min(seconds[True]) < min(seconds[False])
         return faster
 
-    def _in_steps(self, hidden: Tensor, steps: Sequence[Sequence[Chunk]], taps: Sequence[int]) -> Tensor:
+    def _in_steps(self, hidden: Tensor, steps: Sequence[Sequence[RowChunk]], taps: Sequence[int]) -> Tensor:
         counts = [sum(part.count for part in step) for step in steps]
         lengths = [(part.row, part.row.length) for step in steps for part in step]
         try:
@@ -310,68 +314,69 @@ class Span:
                 row.crop(length)
             raise
 
-    def _step(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int]) -> Tensor:
+    def _step(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int]) -> Tensor:
         if self._lean is not None and self._lean.takes(parts):
             output = self._lean.forward(hidden, parts, [tap - self.start for tap in taps] if taps else ())
         else:
             with self._tapping(taps) if taps else nullcontext():
-                output = self._run(hidden, parts)
+                output = self._run_family_code(hidden, parts)
         for part in parts:
             part.row.advance(part.count)
         return output
 
-    def catch_up(self, row: SequenceCache, adapter: Adapter | None, most: int | None = None) -> int:
+    def catch_up(self, row: SequenceCache, adapter: AdapterTensors | None, most: int | None = None) -> int:
         """Runs positions of a row that must run again before new ones, at most `most` (None: all), and returns their
         number; otherwise `forward` runs them. `adapter`: the adapter with which they ran before."""
         done = 0
         while (most is None or done < most) and (
-            hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
+            hidden := row.begin_rerun(PASS_POSITIONS if most is None else min(PASS_POSITIONS, most - done))
         ) is not None:
-            part = Chunk(row, row.computed, len(hidden), adapter)
+            part = RowChunk(row, row.computed, len(hidden), adapter)
             with torch.inference_mode():
                 self._run_one(hidden, part)
-            row.caught_up(part.start + part.count)
+            row.set_computed(part.start + part.count)
             done += part.count
         return done
 
     def sequences(
-        self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
+        self, hidden: Tensor, lengths: Sequence[int], adapter: AdapterTensors | None = None, rope_length: int = 0
     ) -> Tensor:
         """Runs whole sequences without keeping their keys and values; with a graph for gradients if torch records one.
 
         `[positions, hidden]`, the sequences concatenated -> the same shape, on the span's device and in its dtype.
-        `adapter`: one that `fit` has accepted; `reach`: as in `splitnet.wire.messages.Forward`. Raises ValueError if
+        `adapter`: one that `fit_adapter` has accepted; `rope_length`: as in `splitnet.wire.messages.Forward`. Raises
+        ValueError if
         the lengths do not fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
         parts = [
-            Chunk(row, 0, length, adapter, max(reach, row.prefix_length + length))
+            RowChunk(row, 0, length, adapter, max(rope_length, row.prefix_length + length))
             for row, length in zip(rows, lengths, strict=True)
         ]
-        self._check(hidden, parts)
+        self._check_chunks(hidden, parts)
         if not self._packs and self._score_heads > 1:
             longest = max(lengths)
-            reach = parts[0].row.prefix_length + longest
-            fitting = positions_at_once(self._score_heads, reach)
+            rope_length = parts[0].row.prefix_length + longest
+            fitting = positions_at_once(self._score_heads, rope_length)
             if not torch.is_grad_enabled() and longest > fitting:
                 parts = [replace(part, row=self.new_row(part.count, adapter, exact=True)) for part in parts]
-            elif longest > WAY_BACK * fitting:
+            elif longest > BACKWARD_FACTOR * fitting:
                 raise PeerBusy(
-                    f"there is no memory for a backward pass through {reach} positions in blocks of the family "
+                    f"there is no memory for a backward pass through {rope_length} positions in blocks of the family "
                     f"{self._backbone.config.model_type!r}: train with shorter sequences"
                 )
         hidden = hidden.to(device=self.device, dtype=self.dtype)
-        if self._packs and len(hidden) > PASS and not torch.is_grad_enabled():
+        if self._packs and len(hidden) > PASS_POSITIONS and not torch.is_grad_enabled():
             return self._in_passes(hidden, lengths, adapter)
-        return self._run(hidden, parts)
+        return self._run_family_code(hidden, parts)
 
-    def fit(self, adapter: Adapter) -> None:
+    def fit_adapter(self, adapter: AdapterTensors) -> None:
         """Prepares the blocks for an adapter. Raises AdapterError if the adapter names blocks or layers that the span
         lacks, or its shapes do not fit them."""
         if adapter.prefix_length:
             self._refuse_prefixes()
-        self._adapters.fit(adapter, self.start, self.end)
+        self._adapters.fit_adapter(adapter, self.start, self.end)
 
     def keys_and_values(self, row: SequenceCache, length: int) -> dict[str, Tensor]:
         """Keys and values of the first `length` positions of a row after its prefix, named as the prefix of an adapter,
@@ -381,7 +386,7 @@ class Span:
         """
         self._refuse_prefixes()
         tensors: dict[str, Tensor] = {}
-        for index, keys, values in row.held(length):
+        for index, keys, values in row.keys_and_values(length):
             block = self._whole.start + index
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
         return tensors
@@ -400,7 +405,7 @@ class Span:
     def page_layout(self) -> tuple[Layout, Layout]:
         """Types and shapes of the tensors of one position, in `SequenceCache.page` and in its `states`."""
         row = self.new_row()
-        self.forward(torch.zeros(1, self.hidden_size), [Chunk(row, 0, 1)])
+        self.forward(torch.zeros(1, self.hidden_size), [RowChunk(row, 0, 1)])
         page, states = (
             {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
             for tensors in (row.page(0, 1), row.states())
@@ -416,7 +421,7 @@ class Span:
             counts[self.start + block] = counts.get(self.start + block, 0) + 1
         return counts
 
-    def storages(self) -> frozenset[int]:
+    def weight_addresses(self) -> frozenset[int]:
         """Addresses of the memory of the weights."""
         tensors = (*self._backbone.parameters(), *self._backbone.buffers())
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
@@ -433,7 +438,7 @@ class Span:
                 f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
             )
 
-    def _check(self, hidden: Tensor, parts: Sequence[Chunk]) -> None:
+    def _check_chunks(self, hidden: Tensor, parts: Sequence[RowChunk]) -> None:
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
         left, rows = hidden.shape[0], set[int]()
@@ -449,16 +454,16 @@ class Span:
         if len(rows) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
-    def _run(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
+    def _run_family_code(self, hidden: Tensor, parts: Sequence[RowChunk]) -> Tensor:
         """Runs the family's own code."""
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
-    def _run_packed(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
+    def _run_packed(self, hidden: Tensor, parts: Sequence[RowChunk]) -> Tensor:
         adapters = applying([part.adapter for part in parts], [part.count for part in parts])
         with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
             return self._run_backbone(hidden, parts, self._nothing_cached)
 
-    def _run_backbone(self, hidden: Tensor, parts: Sequence[Chunk], cache: Any) -> Tensor:
+    def _run_backbone(self, hidden: Tensor, parts: Sequence[RowChunk], cache: Any) -> Tensor:
         """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`, see `forward`."""
         output = self._backbone(
             inputs_embeds=hidden[None],
@@ -483,25 +488,26 @@ class Span:
             for hook in hooks:
                 hook.remove()
 
-    def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: Adapter | None) -> Tensor:
-        """As `sequences`, in passes of `PASS` positions, as steps have them, to limit memory for activations."""
+    def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: AdapterTensors | None) -> Tensor:
+        """As `sequences`, in passes of `PASS_POSITIONS` positions, as steps have them, to limit memory for
+        activations."""
         outputs: list[Tensor] = []
-        parts: list[Chunk] = []
+        parts: list[RowChunk] = []
         begin = end = 0
         for length in lengths:
             row, start = self.new_row(length, adapter, exact=True), 0
             while start < length:
-                count = min(length - start, begin + PASS - end)
-                parts.append(Chunk(row, start, count, adapter))
+                count = min(length - start, begin + PASS_POSITIONS - end)
+                parts.append(RowChunk(row, start, count, adapter))
                 start, end = start + count, end + count
-                if end in (begin + PASS, len(hidden)):
+                if end in (begin + PASS_POSITIONS, len(hidden)):
                     outputs.append(self._run_packed(hidden[begin:end], parts))
                     for part in parts:
                         part.row.advance(part.count)
                     begin, parts = end, []
         return torch.cat(outputs)
 
-    def _run_rows(self, hidden: Tensor, parts: Sequence[Chunk]) -> Tensor:
+    def _run_rows(self, hidden: Tensor, parts: Sequence[RowChunk]) -> Tensor:
         outputs: list[Tensor] = []
         begin = 0
         for part in parts:
@@ -511,7 +517,7 @@ class Span:
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run_one(self, hidden: Tensor, part: Chunk) -> Tensor:
+    def _run_one(self, hidden: Tensor, part: RowChunk) -> Tensor:
         """Runs positions of one sequence, `[positions, hidden]`, from `part.start`, in as many calls as necessary."""
         outputs: list[Tensor] = []
         done = 0
@@ -520,19 +526,19 @@ class Span:
             most = positions_at_once(self._score_heads, part.row.prefix_length + part.start + part.count)
             count = 1 if self._one_by_one and start else min(part.count - done, most)
             if part.count <= WINDOW:
-                count = part.row.alike(count)
-            if self._ropes.any:
-                count = min(count, self._ropes.alike(part.row.prefix_length + start, part.reach))
-            outputs.append(self._call(hidden[done : done + count], replace(part, start=start, count=count)))
+                count = part.row.count_same_codes(count)
+            if self._ropes.has_any:
+                count = min(count, self._ropes.count_same_frequencies(part.row.prefix_length + start, part.rope_length))
+            outputs.append(self._run_sequence(hidden[done : done + count], replace(part, start=start, count=count)))
             done += count
             if done < part.count:
-                part.row.caught_up(part.start + done)
+                part.row.set_computed(part.start + done)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _call(self, hidden: Tensor, part: Chunk) -> Tensor:
+    def _run_sequence(self, hidden: Tensor, part: RowChunk) -> Tensor:
         row = part.row
         cache = None if isinstance(row, TracedSequence) and not row.prefix_length else OneSequence(row)
-        length = max(part.reach, part.positions.stop)
+        length = max(part.rope_length, part.positions.stop)
         with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
             return self._run_backbone(hidden, [part], cache)
 
@@ -542,7 +548,7 @@ class Span:
         config, former = self._backbone.config, self._whole._lean
         family = family_of(config)
         of_torch = self._packs and family.torch_step
-        if not of_torch and (not family.native_step or self._ropes.any):
+        if not of_torch and (not family.native_step or self._ropes.has_any):
             return None
         everywhere = getattr(config, "sliding_window", None) if family.one_window else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
@@ -598,7 +604,7 @@ class Span:
         row = self.new_row()
         family = self._backbone.config.model_type
         try:
-            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [Chunk(row, 0, 1)])
+            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [RowChunk(row, 0, 1)])
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -610,7 +616,7 @@ class Span:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
         if self._whole is self:
             self._adapters.kv_shapes = row.shapes()
-        return row.bytes_per_position, row.state_bytes * HELD_AT_ONCE
+        return row.bytes_per_position, row.state_bytes * MAX_LIVE_STATES
 
 
 @torch.inference_mode()
@@ -623,11 +629,11 @@ def _gives_the_same(span: Span, step: FastStep, *, alone: bool = False) -> bool:
     if alone:
         tolerance, rounding = LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE
     prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise, dtype=torch.float32)
-    span.forward(torch.cat((prompt, prompt)), [Chunk(row, 0, LEAN_PROMPT) for row in rows])
+    span.forward(torch.cat((prompt, prompt)), [RowChunk(row, 0, LEAN_PROMPT) for row in rows])
     for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
         given = torch.randn(1, span.hidden_size, generator=noise).to(device=span.device, dtype=span.dtype)
-        expected = span.forward(given, [Chunk(rows[0], position, 1)])
-        got = step.forward(given, [Chunk(rows[1], position, 1)])
+        expected = span.forward(given, [RowChunk(rows[0], position, 1)])
+        got = step.forward(given, [RowChunk(rows[1], position, 1)])
         rows[1].advance(1)
         allowed = tolerance * (expected - given).float().norm() + rounding * given.float().norm()
         if not (got - expected).float().norm() <= allowed:

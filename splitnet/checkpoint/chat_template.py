@@ -47,4 +47,4 @@ def _answer(question: dict[str, Any]) -> Any:
 
 
 _process = BoundedProcess("template")
-begin = _process.begin  # starts the process in advance, which takes a second
+begin = _process.start_process  # starts the process in advance, which takes a second

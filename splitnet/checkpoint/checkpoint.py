@@ -16,10 +16,10 @@ from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_pos
 from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
-from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder, read_manifest
 from splitnet.checkpoint.transfer.manifest import Manifest
+from splitnet.checkpoint.transfer.weight_pieces import HeldPieces, WeightFolder, read_manifest
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.quant.stored import is_number_type
+from splitnet.quant.packed_tensor import is_number_type
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
 OTHER_TOWERS = re.compile(
@@ -77,9 +77,9 @@ class Checkpoint:
         """As `open`, for files that are open."""
         whole, config = read_config(store)
         checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
-        if config.num_hidden_layers > len(store.names):  # raises if there are no tensors
+        if config.num_hidden_layers > len(store.tensor_names):  # raises if there are no tensors
             raise UnsupportedModel(
-                f"{store.name} has {len(store.names)} tensors, and its config says {config.num_hidden_layers} "
+                f"{store.name} has {len(store.tensor_names)} tensors, and its config says {config.num_hidden_layers} "
                 "blocks: download it again"
             )
         return checkpoint
@@ -99,7 +99,7 @@ class Checkpoint:
         """The type in which the weights are stored; for quantized weights, the type that the config names."""
         if is_number_type(self.config.dtype):
             return self.config.dtype
-        types = (self.store.facts([name])[name].dtype for name in self.store.names)
+        types = (self.store.tensor_facts([name])[name].dtype for name in self.store.tensor_names)
         return next((dtype for dtype in types if is_number_type(dtype)), torch.float32)
 
     @cached_property
@@ -107,7 +107,7 @@ class Checkpoint:
         """The tensors of each block. Raises UnsupportedModel: the names do not number `num_blocks` blocks, or number
         more blocks that do not predict further tokens."""
         containers: dict[str, dict[int, list[BlockTensor]]] = {}
-        for name in self.store.names:
+        for name in self.store.tensor_names:
             if match := _BLOCK_NAME.match(name):
                 blocks = containers.setdefault(match["container"], {})
                 blocks.setdefault(int(match["index"]), []).append(BlockTensor(name, match["rest"]))
@@ -133,21 +133,23 @@ class Checkpoint:
         """The names of all tensors outside the blocks."""
         assert self.block_tensors
         prefix = self._container + "."
-        return tuple(name for name in self.store.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
+        return tuple(
+            name for name in self.store.tensor_names if not (name.startswith(prefix) and _BLOCK_NAME.match(name))
+        )
 
     @cached_property
     def next_token_names(self) -> frozenset[str]:
         """The names of all tensors of layers that predict further tokens: blocks after the last block, and layers with
         such names."""
         behind = re.compile(rf"{re.escape(self.container)}\.(\d+)\.")
-        found = ((name, behind.match(name)) for name in self.store.names)
+        found = ((name, behind.match(name)) for name in self.store.tensor_names)
         return frozenset(
             name
             for name, match in found
             if (int(match[1]) >= self.num_blocks if match else re.search(_NEXT_TOKENS, name))
         )
 
-    def longer(self, config: PreTrainedConfig, blocks: Sequence[Sequence[BlockTensor]]) -> Checkpoint:
+    def with_more_blocks(self, config: PreTrainedConfig, blocks: Sequence[Sequence[BlockTensor]]) -> Checkpoint:
         """The same files as a model with additional blocks with these tensors; `config`: the config of the longer
         model."""
         other = Checkpoint(self.store, config, self.multimodal, self.tokenizer_source)
@@ -162,7 +164,7 @@ class Checkpoint:
 
     def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
         """Bytes of these tensors once they are loaded as numbers of type `dtype` (None: as stored)."""
-        return sum(facts.bytes_as(dtype) for facts in self.store.facts(names).values())
+        return sum(facts.bytes_as(dtype) for facts in self.store.tensor_facts(names).values())
 
     @property
     def fingerprint(self) -> str:
@@ -198,13 +200,16 @@ class Checkpoint:
         if store.folder is not None or not store.commit:
             return True
         try:
-            return all(store.local_file(file) is not None for file in {place.file for place in store.places().values()})
+            return all(
+                store.local_file(file) is not None
+                for file in {place.file for place in store.tensor_locations().values()}
+            )
         except ModelNotFound:  # a header is missing, and the hub cannot be reached
             if kept_manifest(store.commit) is None:
                 raise
             return False
 
-    def held(self) -> HeldPieces:
+    def held_pieces(self) -> HeldPieces:
         """The pieces of the weights on this machine. See `manifest`."""
         return self.store.folder or HeldPieces(self.manifest(), self.store)
 
@@ -241,7 +246,7 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
             raise ModelNotFound(f"{model} holds {len(files)} GGUF files: give one of them, such as {files[0]}")
         model = files[0]
     if str(model).endswith(".gguf"):
-        from splitnet.checkpoint.gguf.store import GgufStore
+        from splitnet.checkpoint.gguf.gguf_store import GgufStore
 
         store: TensorStore = GgufStore(model)
         folder = Path(model).expanduser().parent
@@ -270,7 +275,7 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
 
 def _has_head(store: TensorStore) -> bool:
     try:
-        return any(name.endswith("lm_head.weight") for name in store.names)
+        return any(name.endswith("lm_head.weight") for name in store.tensor_names)
     except ModelNotFound:  # the checkpoint has only a config
         return False
 

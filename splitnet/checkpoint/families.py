@@ -135,7 +135,7 @@ modules return zero."""
 NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 """Config values with which a backbone passes its input to the first block unchanged."""
 
-TAKEN_WEIGHTS = frozenset({"dt_proj"})
+UNCALLED_LAYERS = frozenset({"dt_proj"})
 """Linear layers that are never called, because the family's code multiplies by their weight itself: adapters that add
 to their output would have no effect."""
 
@@ -264,12 +264,12 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Positions that a model was made for; None if its config does not say, or its rotary embedding adapts to any
     length."""
-    return None if RopeLengths(config).grow else getattr(config, "max_position_embeddings", None)
+    return None if RopeLengths(config).frequencies_grow else getattr(config, "max_position_embeddings", None)
 
 
 def packs_sequences(config: PreTrainedConfig) -> bool:
     """Whether several sequences can share one pass through the backbone; if not, they run one after the other."""
-    return family_of(config).packs and not RopeLengths(config).matter
+    return family_of(config).packs and not RopeLengths(config).frequencies_vary
 
 
 def keeps_states(config: PreTrainedConfig) -> bool:
@@ -357,7 +357,7 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "its config does not say how many blocks it has"
     if keeps_states(config):
         # After a rewind its positions run again, with the frequencies of another length.
-        return "its rotary embedding depends on the length of a text" if RopeLengths(config).matter else ""
+        return "its rotary embedding depends on the length of a text" if RopeLengths(config).frequencies_vary else ""
     if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
     if getattr(config, "hidden_size_per_layer_input", 0):

@@ -22,23 +22,23 @@ class RopeLengths:
         self._dynamic = most if isinstance(most, int) else None
 
     @property
-    def matter(self) -> bool:
+    def frequencies_vary(self) -> bool:
         """Whether frequencies depend on the length."""
-        return self.grow or bool(self._long)
+        return self.frequencies_grow or bool(self._long)
 
     @property
-    def grow(self) -> bool:
+    def frequencies_grow(self) -> bool:
         """Whether frequencies continue to change beyond the length in the config."""
         return self._dynamic is not None
 
     def last(self, length: int) -> int:
         """The largest length with the frequencies of `length`."""
         ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
-        return min(ends) if ends else length if self.grow else MAX_LENGTH
+        return min(ends) if ends else length if self.frequencies_grow else MAX_LENGTH
 
     def shortest(self, length: int) -> int:
         """The smallest length with the frequencies of `length`; 0 if every shorter length has them."""
-        if self.grow and length > (self._dynamic or 0):
+        if self.frequencies_grow and length > (self._dynamic or 0):
             return length
         return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
 

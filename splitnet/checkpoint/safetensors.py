@@ -31,13 +31,20 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from splitnet.checkpoint.families import FAMILIES, check_values
 from splitnet.checkpoint.quant.compressed_tensors import CompressedTensors
-from splitnet.checkpoint.quant.format import DESCRIPTION_BYTES, MALFORMED, Numbers, Part, QuantizedFormat, Weights
+from splitnet.checkpoint.quant.format import (
+    DESCRIPTION_BYTES,
+    MALFORMED,
+    CheckpointWeights,
+    Numbers,
+    Part,
+    QuantizedFormat,
+)
 from splitnet.checkpoint.quant.integers import Awq, Gptq, Int8, Mlx, Nf4, auto_round
 from splitnet.checkpoint.quant.scaled_floats import FbgemmFP8, FineGrainedFP8, ModelOpt, Mxfp4
 from splitnet.checkpoint.store import MOST_OF_NAME, LazyTensor, Progress, ReadBytes, TensorFacts
-from splitnet.checkpoint.transfer.held import Place, WeightFolder
-from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import PackedTensor, is_number_type
+from splitnet.checkpoint.transfer.weight_pieces import TensorLocation, WeightFolder
+from splitnet.errors import ModelNotFound, UnsupportedModel, replace_library_errors
+from splitnet.quant.packed_tensor import PackedTensor, is_number_type
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +87,11 @@ _DTYPES = {
 }
 
 
-def _dtype_of(place: Place) -> torch.dtype:
+def _dtype_of(place: TensorLocation) -> torch.dtype:
     return _DTYPES.get(place.stored, torch.uint8)
 
 
-def read_places(file: BinaryIO, shard: str) -> dict[str, Place]:
+def read_places(file: BinaryIO, shard: str) -> dict[str, TensorLocation]:
     """The tensors of a safetensors file, from its header. Format: https://github.com/huggingface/safetensors#format.
     Raises UnsupportedModel: it is not a safetensors file."""
     try:
@@ -99,7 +106,7 @@ def read_places(file: BinaryIO, shard: str) -> dict[str, Place]:
         raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
 
 
-def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Place:
+def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorLocation:
     """The place of a tensor. Raises ValueError for impossible values; `begin`: offset of the data in the file."""
     start, end = data_offsets
     if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
@@ -108,7 +115,7 @@ def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: t
         raise ValueError("numbers that are none")
     if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError("a tensor of another size")
-    return Place(shard, begin + start, end - start, dtype, tuple(shape))
+    return TensorLocation(shard, begin + start, end - start, dtype, tuple(shape))
 
 
 class SafetensorsStore:
@@ -122,7 +129,7 @@ class SafetensorsStore:
         self._path = path
         self._revision = revision
         self._hub_answers = False
-        self._headers: dict[str, dict[str, Place]] = {}
+        self._headers: dict[str, dict[str, TensorLocation]] = {}
 
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
@@ -148,7 +155,7 @@ class SafetensorsStore:
                 f"architecture, or download the file again if it is damaged ({why})"
             )
 
-        with stumbling(refusal):
+        with replace_library_errors(refusal):
             try:
                 values, _ = PreTrainedConfig.get_config_dict(self._config_file)
                 check_values(values, self._config_file)
@@ -172,7 +179,7 @@ class SafetensorsStore:
 
     @cached_property
     def _config_file(self) -> Path:
-        path = self.find("config.json")
+        path = self.find_file("config.json")
         if path is None:
             raise ModelNotFound(f"{self.name} has no config.json: give a folder or id of a transformers checkpoint")
         return path
@@ -182,23 +189,23 @@ class SafetensorsStore:
         return _quantization_settings(json.loads(self._config_file.read_text(encoding="utf-8")))
 
     @cached_property
-    def _weights(self) -> Weights:
+    def _weights(self) -> CheckpointWeights:
         settings = self._quantization
         text = self.config.get_text_config()
         format = None if settings is None else _quantized_format(settings, text.model_type)
         told = text.dtype or self.config.dtype
         dtype = told if is_number_type(told) else torch.bfloat16
-        return Weights(tuple(self._weight_map), format, dtype)
+        return CheckpointWeights(tuple(self._weight_map), format, dtype)
 
     @property
     def quantized(self) -> bool:
         return self._quantization is not None
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         return tuple(self._weights.groups)
 
-    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+    def tensor_facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
         """Reads only headers of the shards with these tensors; for NF4 also the description of each weight, and for
         GPTQ with permuted inputs the permutation."""
         names = list(names)
@@ -210,7 +217,7 @@ class SafetensorsStore:
 
         def part(name: str) -> Part:
             info = infos[name]
-            return Part(name, info.shape, _dtype_of(info), lambda index: self._read(info)[index])
+            return Part(name, info.shape, _dtype_of(info), lambda index: self._read_small_tensor(info)[index])
 
         facts: dict[str, TensorFacts] = {}
         for name in names:
@@ -283,10 +290,10 @@ class SafetensorsStore:
         except (OSError, ValueError, RecursionError) as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
 
-    def places(self) -> Mapping[str, Place]:
+    def tensor_locations(self) -> Mapping[str, TensorLocation]:
         return self._infos(self._weight_map)
 
-    def heads(self) -> Mapping[str, int]:
+    def file_heads(self) -> Mapping[str, int]:
         return {}  # headers of safetensors files describe only tensors
 
     @property
@@ -316,13 +323,13 @@ class SafetensorsStore:
             raise ModelNotFound(f"{self.name} lacks {file}: download it again, or check the network") from error
 
     def tokenizer(self) -> Any:
-        with stumbling(
+        with replace_library_errors(
             lambda why: ModelNotFound(f"{self.name} has no usable tokenizer: add its tokenizer files ({why})")
         ):
             return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False, **self._options)
 
     def generation_config(self) -> GenerationConfig | None:
-        with stumbling(
+        with replace_library_errors(
             lambda why: UnsupportedModel(
                 f"{_GENERATION} of {self.name} is not what transformers reads: download it again, or remove it ({why})"
             )
@@ -343,7 +350,7 @@ class SafetensorsStore:
     @cached_property
     def _weight_map(self) -> Mapping[str, str]:
         """Name of each tensor -> file name of the shard that holds it."""
-        index = self.find(INDEX_FILE)
+        index = self.find_file(INDEX_FILE)
         if index is not None:
             try:
                 weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -364,11 +371,11 @@ class SafetensorsStore:
                 f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
             ) from error
 
-    def _infos(self, names: Iterable[str]) -> dict[str, Place]:
+    def _infos(self, names: Iterable[str]) -> dict[str, TensorLocation]:
         """The places of tensors, from the headers of their shards, and of all other tensors in these shards. Raises
         ModelNotFound: a shard lacks a tensor, because the index belongs to other shards."""
         names = list(names)
-        infos: dict[str, Place] = {}
+        infos: dict[str, TensorLocation] = {}
         for shard in sorted({self._weight_map[name] for name in names}):
             if shard not in self._headers:
                 with self.open_file(shard) as file:
@@ -382,7 +389,7 @@ class SafetensorsStore:
                 )
         return infos
 
-    def _read(self, info: Place) -> torch.Tensor:
+    def _read_small_tensor(self, info: TensorLocation) -> torch.Tensor:
         """Reads a small tensor."""
         if self.folder is not None:
             self.folder.supply([name for name, one in self._headers[info.file].items() if one == info])
@@ -398,7 +405,7 @@ class SafetensorsStore:
 
     def _download(self, shard: str) -> Path:
         """The local path of a shard, whose header is read again."""
-        path = self.find(shard)
+        path = self.find_file(shard)
         if path is None:
             raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
         with path.open("rb") as raw:
@@ -421,7 +428,7 @@ class SafetensorsStore:
                 ) from error
         return slices
 
-    def find(self, file: str) -> Path | None:
+    def find_file(self, file: str) -> Path | None:
         """The local path of a file, downloaded if it is on the hub; None: there is no such file. Raises ModelNotFound:
         the hub refuses the file."""
         if self._path is not None:
@@ -474,7 +481,7 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
 
 
-def _plain(stored: Any, place: Place, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
+def _plain(stored: Any, place: TensorLocation, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
     return LazyTensor(place.shape, _dtype_of(place), lambda index: _taken(stored[index], dtype, read))
 
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.transfer.held import TensorFiles, WeightFolder
-from splitnet.quant.stored import Layout
+from splitnet.checkpoint.transfer.weight_pieces import TensorFiles, WeightFolder
+from splitnet.quant.packed_tensor import CodeLayout
 
 # Characters in the name of a tensor; a bound, because regular expressions match these names.
 MOST_OF_NAME = 512
@@ -28,7 +28,7 @@ class TensorFacts:
 
     shape: tuple[int, ...]
     dtype: torch.dtype  # the stored type; for codes, the type of the tensor that is read
-    layout: Layout | None  # layout of the codes; None for plain numbers
+    layout: CodeLayout | None  # layout of the codes; None for plain numbers
     nbytes: int  # bytes in the files, with scales and zeros
     transposed: bool = False  # codes lie along the second to last dimension
 
@@ -63,12 +63,12 @@ class TensorStore(TensorFiles, Protocol):
         ...
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         """The names of all tensors. Raises ModelNotFound: there are none; UnsupportedModel: their quantization is
         unknown."""
         ...
 
-    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+    def tensor_facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
         """The facts about tensors, from headers only."""
         ...
 
@@ -101,7 +101,7 @@ class TensorStore(TensorFiles, Protocol):
         """Hub id and commit, which always identify the same files; empty: unknown, or not from the hub."""
         ...
 
-    def find(self, file: str) -> Path | None:
+    def find_file(self, file: str) -> Path | None:
         """The local path of a file beside the weights, downloaded if it is on the hub; None: there is no such file.
         Raises ModelNotFound: the hub refuses the file."""
         ...

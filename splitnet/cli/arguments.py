@@ -22,7 +22,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from splitnet.blocks.device import DEVICE_NAME
+from splitnet.blocks.chosen_device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.session.options import ConnectionOptions, Preference, Prefixes
@@ -31,7 +31,7 @@ from splitnet.wire.kv_forms import KVForms
 Command = Callable[..., None]
 
 
-def box(title: str) -> Any:
+def option_group(title: str) -> Any:
     """Declares options as `typer.Option` does, in one box of `--help`; `.shared` declares one of several commands."""
     option: Any = functools.partial(typer.Option, rich_help_panel=title)
     option.shared = functools.partial(_shared, option)
@@ -43,11 +43,11 @@ def _shared(declare: Callable[..., Any], flags: str, **options: Any) -> Any:
     return declare(flags, envvar=f"SPLITNET_{flags.partition('/')[0][2:].upper().replace('-', '_')}", **options)
 
 
-in_swarm = box("Swarm")
-in_keys = box("Keys")
-in_computing = box("Computing here")
-in_route = box("Route")
-in_network = box("Network")
+in_swarm = option_group("Swarm")
+in_keys = option_group("Keys")
+in_computing = option_group("Computing here")
+in_route = option_group("Route")
+in_network = option_group("Network")
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
@@ -329,7 +329,7 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
     return decorate
 
 
-def as_arguments(options: ConnectionOptions) -> list[str]:
+def command_arguments(options: ConnectionOptions) -> list[str]:
     """The options that differ from the defaults, as arguments of another command."""
     arguments: list[str] = []
     for name, annotation in CONNECTING.items():
@@ -382,7 +382,7 @@ def resolve_model(model: str) -> str:
     quiet_libraries()
     if model != DEMO_NAME:
         return model
-    from splitnet.cli.progress import StageProgress
+    from splitnet.cli.stage_progress import StageProgress
 
     with StageProgress() as progress:
         return str(demo_checkpoint(progress=progress.update))

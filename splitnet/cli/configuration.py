@@ -28,7 +28,7 @@ COMMON = "common"
 CONFIG_VARIABLE = "SPLITNET_CONFIG"
 _PREFIX = "SPLITNET"
 _GIVEN = "splitnet.given"
-_MEANT = {
+SIMILAR_COMMANDS = {
     "run": "'generate', 'chat', 'serve' or 'demo'",
     "list": "'models'",
     "ps": "'status'",
@@ -63,7 +63,7 @@ class Setting:
         """Tables of the file that may contain the option; the first that contains it counts."""
         return (self.command, COMMON) if self.shared else (self.command,)
 
-    def taken(self, value: Any) -> Any:
+    def converted(self, value: Any) -> Any:
         """A value from the file, converted for click. Raises ConfigurationError: it is of another type."""
         if not self.parameter.multiple:
             return self._of_kind(value)
@@ -71,7 +71,7 @@ class Setting:
             raise ConfigurationError("expected an array, as in [...]")
         return [self._of_kind(item) for item in value]
 
-    def check(self, value: Any, context: typer.Context) -> None:
+    def check_value(self, value: Any, context: typer.Context) -> None:
         """Raises ConfigurationError if the option refuses a value of `taken`."""
         try:
             self.parameter.process_value(context, value)
@@ -111,13 +111,13 @@ class ConfigurableGroup(TyperGroup):
         """Resolves a command as click does. For commands of other programs, the error names the equivalent commands of
         splitnet. Then checks the file's values for the command, which may load large modules.
         """
-        if (word := args[0]) not in self.commands and word in _MEANT:
-            ctx.fail(f"No such command {word!r}. Did you mean {_MEANT[word]}?")
+        if (word := args[0]) not in self.commands and word in SIMILAR_COMMANDS:
+            ctx.fail(f"No such command {word!r}. Did you mean {SIMILAR_COMMANDS[word]}?")
         resolved = super().resolve_command(ctx, args)
         for setting, value, place in ctx.meta.get(_GIVEN, ()):
             if setting.command in (resolved[0], COMMON):
                 with _at(place):
-                    setting.check(value, ctx)
+                    setting.check_value(value, ctx)
         return resolved
 
 
@@ -184,7 +184,7 @@ def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iter
         table = next((name for name in setting.tables if setting.key in content.get(name, {})), None)
         if table is not None:
             with _at(place := f"{file}: {setting.key} in [{table}]"):
-                value = setting.taken(content[table][setting.key])
+                value = setting.converted(content[table][setting.key])
             yield setting, value, place
 
 

@@ -10,21 +10,21 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-from splitnet.blocks.device import find_device
+from splitnet.blocks.chosen_device import find_device
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.invite import with_invitation
-from splitnet.cli.progress import StageProgress
+from splitnet.cli.stage_progress import StageProgress
 from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join
 from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
 from splitnet.errors import DirectoryError, LanError, WrongSwarm
 from splitnet.hf.remote_model import learn_manifest
-from splitnet.logs import tell
+from splitnet.logs import write_user_message
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import OPEN, SwarmKey
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.messages import PROTOCOL_VERSION
 
@@ -75,14 +75,14 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Connection:
+class ModelConnection:
     """A model (hub id, checkpoint folder or GGUF file) and its swarm, by the options of a command.
 
     Without addresses, the swarm is searched on the local network, if the options allow that.
     """
 
     model: str
-    given: ConnectionOptions
+    requested: ConnectionOptions
 
     @cached_property
     def options(self) -> ConnectionOptions:
@@ -90,15 +90,15 @@ class Connection:
 
         Raises SplitnetError if the requested device does not exist, or does not work.
         """
-        choice = find_device(self.given.device)
+        choice = find_device(self.requested.device)
         if choice.device != "cpu":
-            tell(logging.INFO, f"computes on {choice}")
-        return replace(self.given, device=choice.device)
+            write_user_message(logging.INFO, f"computes on {choice}")
+        return replace(self.requested, device=choice.device)
 
     def checkpoint(self) -> Checkpoint:
         """The model's checkpoint. Raises errors of `options` and key files before those of `Checkpoint.open`."""
         _ = self.options, self._keys
-        return Checkpoint.open(self.model, tokenizer=self.given.tokenizer)
+        return Checkpoint.open(self.model, tokenizer=self.requested.tokenizer)
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
         """The facts of the model. If parts of the model are not on this machine, peers are asked.
@@ -107,15 +107,15 @@ class Connection:
         cannot be used; ModelNotFound if not all of the model is here and no peer knows its facts; WrongSwarm if the
         fingerprint is not `model_id`.
         """
-        expected = self._reached.model_id
+        expected = self._with_invitation.model_id
         with StageProgress() as progress:
             known = checkpoint.knows_manifest
             if known:
                 checkpoint.manifest(partial(progress.update, "check the weights"))
             if not known or (expected not in (None, checkpoint.fingerprint) and not checkpoint.is_whole):
                 identity, swarm_key, trusted = self._keys
-                lan = self.given.lan and swarm_key is None
-                addresses = self._reached.initial_peers or ask_network(checkpoint.name, lan=lan)
+                lan = self.requested.lan and swarm_key is None
+                addresses = self._with_invitation.initial_peers or ask_network(checkpoint.name, lan=lan)
                 learn = partial(learn_manifest, swarm_key=swarm_key, trusted=trusted, report=progress.update)
                 learn(checkpoint, addresses, identity, expected=expected)
         if expected not in (None, checkpoint.fingerprint):
@@ -128,9 +128,12 @@ class Connection:
     def swarm_of(self, facts: ModelFacts) -> Swarm:
         """Joins the swarm of a model. Errors as of `facts_of`."""
         identity, swarm_key, trusted = self._keys
-        addresses = self._reached.initial_peers or (() if swarm_key else find_swarm(facts, lan=self.given.lan))
-        way = self.way if self.given.invite or self.given.swarm_key else None  # None: join with the addresses
-        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, way=way)
+        addresses = self._with_invitation.initial_peers or (
+            () if swarm_key else find_swarm(facts, lan=self.requested.lan)
+        )
+        # None: join with the addresses
+        join_args = self.join_args if self.requested.invite or self.requested.swarm_key else None
+        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, join_args=join_args)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
         """Joins the swarm of a checkpoint. Errors as of `facts_of`."""
@@ -141,25 +144,27 @@ class Connection:
         """The swarm's directory, for all models. Raises DirectoryError as `facts_of`, KeyFileError."""
         identity, swarm_key, _ = self._keys
         with closing(Links(identity)) as links:
-            addresses = self._reached.initial_peers or ask_network("", lan=self.given.lan and swarm_key is None)
+            addresses = self._with_invitation.initial_peers or ask_network(
+                "", lan=self.requested.lan and swarm_key is None
+            )
             with join(addresses, lambda: links, swarm=swarm_key or OPEN) as directory:
                 yield directory
 
     @property
-    def way(self) -> list[str]:
+    def join_args(self) -> list[str]:
         """The arguments with which other commands join the swarm; empty for a swarm that was found on the network."""
-        way = [part for address in self.given.initial_peers for part in ("--join", address)]
-        if self.given.invite:
-            return [*way, "--invite", str(self.given.invite)]
-        return [*way, "--swarm-key", str(self.given.swarm_key)] if self.given.swarm_key else way
+        join_args = [part for address in self.requested.initial_peers for part in ("--join", address)]
+        if self.requested.invite:
+            return [*join_args, "--invite", str(self.requested.invite)]
+        return [*join_args, "--swarm-key", str(self.requested.swarm_key)] if self.requested.swarm_key else join_args
 
     @cached_property
-    def _reached(self) -> ConnectionOptions:
-        return with_invitation(self.given)
+    def _with_invitation(self) -> ConnectionOptions:
+        return with_invitation(self.requested)
 
     @cached_property
     def _keys(self) -> tuple[Identity, SwarmKey | None, AuthorizedKeys | None]:
-        reached = self._reached
+        reached = self._with_invitation
         swarm_key = reached.load_swarm_key()
         identity = reached.identity or Identity.load_or_create(reached.key_file)
         return identity, swarm_key, reached.load_trusted()

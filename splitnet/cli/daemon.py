@@ -21,7 +21,7 @@ from splitnet.transport.addresses import is_peer_address
 _ON_THIS_MACHINE = re.compile(r"(tcp:/|/ip4)/127\.|(tcp://\[|/ip6/)::1\b")
 
 
-def tell_addresses(addresses: Sequence[str]) -> None:
+def print_addresses(addresses: Sequence[str]) -> None:
     """Prints the address for other machines, at the port that they need anyway, and the other addresses dimmed."""
 
     def is_local(address: str) -> bool:
@@ -41,9 +41,9 @@ def quoted(address: str) -> str:
 
 
 @contextmanager
-def told(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
+def published_address(addresses: Sequence[str], file: Path | None) -> Iterator[None]:
     """Prints the addresses, and keeps the first one in a file (written atomically) until the end of the `with`."""
-    tell_addresses(addresses)
+    print_addresses(addresses)
     try:
         if file is not None:
             partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -73,7 +73,8 @@ _LOOK_S = 0.5  # Seconds. Windows runs no handler while the main thread waits fo
 class StopSignals:
     """Handles signals that end a process. From its creation on, these signals do not raise.
 
-    Until the first `check`, a signal ends the process at once. After it, the first signal ends `check` and `wait`, and
+    Until the first `raise_if_stopped`, a signal ends the process at once. After it, the first signal ends
+    `raise_if_stopped` and `wait`, and
     the second one ends the process.
     """
 
@@ -83,9 +84,9 @@ class StopSignals:
         self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may fill a `SimpleQueue`
         for number in ENDING:
             if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._note)
+                signal.signal(number, self._on_signal)
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Raises SystemExit if a signal has arrived."""
         self._may_end = False
         if self._number:
@@ -98,11 +99,11 @@ class StopSignals:
             with suppress(queue.Empty):
                 arrived = self._arrived.get(timeout=_LOOK_S)
         if arrived == HANG_UP:
-            self.check()
+            self.raise_if_stopped()
         for number in ENDING:
             signal.signal(number, signal.default_int_handler)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _on_signal(self, number: int, _frame: object) -> None:
         if self._may_end or self._number:
             process.kill_all()
             os._exit(128 + number)

@@ -157,16 +157,16 @@ def demo(
 def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str, device: str) -> None:
     # The daemons load at the same time as this process.
     import_models()
-    from splitnet.cli.connection import Connection
-    from splitnet.cli.generation import Client, Sampling, print_summary
+    from splitnet.cli.connection import ModelConnection
+    from splitnet.cli.text_generator import SamplingOptions, TextGenerator, print_summary
 
     options = ConnectionOptions(initial_peers=[swarm.wait()], codec=codec, device=device)
-    client = Client.connect(Connection(checkpoint, options))
+    client = TextGenerator.connect(ModelConnection(checkpoint, options))
     with closing(client.model):
         typer.secho(f"\n> {prompt}\n", bold=True)
         ids = client.encode_prompt(prompt, chat=None)
         with client.model.session() as cache:
-            answer = client.answer(ids, Sampling(max_new_tokens, 0.0, 1.0, None))
+            answer = client.print_answer(ids, SamplingOptions(max_new_tokens, 0.0, 1.0, None))
             typer.echo()
             if cache.session is not None:
                 print_summary(answer, cache.session)

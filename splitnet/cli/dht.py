@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, parse_relay_rate
-from splitnet.cli.daemon import StopSignals, forget_address, told
+from splitnet.cli.daemon import StopSignals, forget_address, published_address
 from splitnet.errors import KeyFileError, SplitnetError
 
 _FIRST_BYTE = b"\x08"  # of a private key in libp2p's format: the number of the field with the key's type
@@ -67,17 +67,17 @@ def dht(
     forget_address(address_file)
 
     stop = StopSignals()
-    from splitnet.directory.dht import Directory
-    from splitnet.directory.offers import relaying
+    from splitnet.directory.announcer import relaying
+    from splitnet.directory.dht_directory import DhtDirectory
     from splitnet.limits import allow_open_files
     from splitnet.security.identity import AuthorizedKeys, Identity
 
-    stop.check()
+    stop.raise_if_stopped()
     allow_open_files()
     key = _prepared(key_file)
     with ExitStack() as stack:
-        starting = Directory.start(
-            initial_peers=join or (), listen=[listen], public=public, identity_path=key, waiting=stop.check
+        starting = DhtDirectory.start(
+            initial_peers=join or (), listen=[listen], public=public, identity_path=key, waiting=stop.raise_if_stopped
         )
         directory = stack.enter_context(starting)
         if relay_port is not None:
@@ -89,7 +89,7 @@ def dht(
             relay = stack.enter_context(offer)
             typer.echo(f"peers behind routers are reached through {relay.address.removeprefix('tcp://')}")
         typer.echo(f"a node of the DHT, listening at {listen}")
-        with told(directory.addresses, address_file):
+        with published_address(directory.addresses, address_file):
             stop.wait()
 
 

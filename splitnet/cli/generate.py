@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, box, connects, require, resolve_model
-from splitnet.cli.invite import model_or_invited
+from splitnet.cli.arguments import ModelOrInvite, connects, option_group, require, resolve_model
+from splitnet.cli.invite import model_name
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.logs import printable
 from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
-    from splitnet.cli.connection import Connection
+    from splitnet.cli.connection import ModelConnection
 
-in_answer = box("Answer")
+in_answer = option_group("Answer")
 
 GENERATED, ANSWERED = 256, 512  # most tokens by default
 MaxNewTokens = Annotated[
@@ -60,14 +60,14 @@ Speculate = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]
 
 
-def connection_to(model: str | None, connecting: ConnectionOptions) -> Connection:
+def connection_to(model: str | None, connecting: ConnectionOptions) -> ModelConnection:
     """The connection to a given model or the invitation's. Imports the libraries for models."""
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+    checkpoint = resolve_model(model_name(model, connecting.invite))
 
     import_models()
-    from splitnet.cli.connection import Connection
+    from splitnet.cli.connection import ModelConnection
 
-    return Connection(checkpoint, connecting)
+    return ModelConnection(checkpoint, connecting)
 
 
 @connects()
@@ -97,14 +97,14 @@ def generate(
     if not text.strip():
         raise SplitnetError("the prompt is empty: give some text")
     connection = connection_to(model, connecting)
-    from splitnet.cli.generation import Client, Sampling, print_summary
+    from splitnet.cli.text_generator import SamplingOptions, TextGenerator, print_summary
 
-    client = Client.connect(connection, adapter, speculate)
+    client = TextGenerator.connect(connection, adapter, speculate)
     with closing(client.model):
         ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
             new_tokens = client.new_tokens(ids, max_new_tokens, GENERATED)
-            answer = client.answer(ids, Sampling(new_tokens, temperature, top_p, seed))
+            answer = client.print_answer(ids, SamplingOptions(new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:
                 print_summary(answer, cache.session)
 
@@ -125,9 +125,9 @@ def chat(
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
     connection = connection_to(model, connecting)
-    from splitnet.cli.generation import Client, Sampling, print_summary
+    from splitnet.cli.text_generator import SamplingOptions, TextGenerator, print_summary
 
-    client = Client.connect(connection, adapter, speculate)
+    client = TextGenerator.connect(connection, adapter, speculate)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if sys.stdin.isatty():
@@ -141,7 +141,7 @@ def chat(
             try:
                 ids = client.encode_chat(asked)
                 new_tokens = client.new_tokens(ids, max_new_tokens, ANSWERED)
-                answer = client.answer(ids, Sampling(new_tokens, temperature, top_p, seed))
+                answer = client.print_answer(ids, SamplingOptions(new_tokens, temperature, top_p, seed))
             except KeyboardInterrupt:
                 typer.echo("\n(stopped)", err=True)
             except SplitnetError as error:

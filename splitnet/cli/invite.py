@@ -107,7 +107,7 @@ def with_invitation(options: ConnectionOptions) -> ConnectionOptions:
     )
 
 
-def model_or_invited(model: str | None, invite: Path | None) -> str:
+def model_name(model: str | None, invite: Path | None) -> str:
     if model is not None:
         return model
     if invite is None:

@@ -27,7 +27,7 @@ from splitnet.cli.serve import serve
 from splitnet.cli.status import status
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.import_shims import claim_process
-from splitnet.logs import LogFormat, set_up, tell
+from splitnet.logs import LogFormat, set_up, write_user_message
 from splitnet.process import ENDING
 from splitnet.version import __version__
 
@@ -35,7 +35,7 @@ _ABSENT = "Not installed; prints how to install it."
 _OURS = ("peers", "scheduler", "simulator", "splitnet")
 
 
-def _leaf(entry: str) -> Callable[..., None]:
+def optional_command(entry: str) -> Callable[..., None]:
     """The command `MODULE:FUNCTION` of a tool that no other module imports.
 
     If the module or a library is missing, or another module has its name, a command that reports this. Any other error
@@ -64,12 +64,12 @@ def _leaf(entry: str) -> Callable[..., None]:
     return absent
 
 
-bench = _leaf("splitnet.tools.bench:bench")
-doctor = _leaf("splitnet.tools.doctor:doctor")
-plan = _leaf("splitnet.tools.plan:plan")
-simulate = _leaf("simulator.command:simulate")
-tune = _leaf("splitnet.tools.tune:tune")
-joint_round = _leaf("splitnet.tools.tune:round")
+bench = optional_command("splitnet.tools.bench:bench")
+doctor = optional_command("splitnet.tools.doctor:doctor")
+plan = optional_command("splitnet.tools.plan:plan")
+simulate = optional_command("simulator.command:simulate")
+tune = optional_command("splitnet.tools.tune:tune")
+joint_round = optional_command("splitnet.tools.tune:round")
 
 app = typer.Typer(
     name="splitnet",
@@ -171,14 +171,14 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        text = of_this_machine(error)
+        text = machine_problem(error)
         if text is None and isinstance(error, SplitnetError):
             text = str(error)
             if isinstance(error, _DOCTOR_KNOWS):
                 text = f"{text.rstrip('.')}; `splitnet doctor --join ADDR` looks for the cause"
         if text is None:
             raise
-        tell(logging.ERROR, text)
+        write_user_message(logging.ERROR, text)
         sys.exit(1)
 
 
@@ -201,7 +201,7 @@ _OF_THE_MACHINE = {
 _SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
 
 
-def of_this_machine(error: BaseException) -> str | None:
+def machine_problem(error: BaseException) -> str | None:
     """The problem of this machine that ended a command, even if the error names another cause; else None."""
     cause: BaseException | None = error
     while cause is not None:

@@ -19,15 +19,15 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """List the models of a swarm: blocks served, replicas, demand, and commands that serve missing blocks."""
-    from splitnet.cli.connection import Connection
-    from splitnet.swarm.models import models_of
+    from splitnet.cli.connection import ModelConnection
     from splitnet.swarm.plan import blocks_text
+    from splitnet.swarm.swarm_models import models_of
 
-    connection = Connection("", connecting)
+    connection = ModelConnection("", connecting)
     with connection.directory() as directory:
         found = models_of(directory)
     if as_json:
-        typer.echo(json.dumps([model.as_json(connection.way) for model in found]))
+        typer.echo(json.dumps([model.as_json(connection.join_args) for model in found]))
         return
     rows: list[list[str]] = []
     for model in found:
@@ -45,7 +45,7 @@ def models(
     figures = ["blocks", "peers", "replicas", "demand"]
     typer.echo(table(["model", *figures], rows, figures))
     for model in found:
-        for hole, command in zip(model.missing, model.commands(connection.way), strict=True):
+        for hole, command in zip(model.missing, model.commands(connection.join_args), strict=True):
             typer.echo(
                 f"blocks {blocks_text(*hole)} of {model.name} are served by nobody: start a peer with `{command}`"
             )

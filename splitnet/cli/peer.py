@@ -24,35 +24,35 @@ from splitnet.cli.arguments import (
     RelayPort,
     RelayRate,
     SwarmKeyFile,
-    box,
     in_computing,
     in_keys,
     in_network,
     in_swarm,
     one_identity,
+    option_group,
     parse_blocks,
     parse_host_port,
     parse_relay_rate,
     resolve_model,
 )
-from splitnet.cli.daemon import StopSignals, forget_address, told
-from splitnet.cli.invite import Invite, model_or_invited, with_invitation
+from splitnet.cli.daemon import StopSignals, forget_address, published_address
+from splitnet.cli.invite import Invite, model_name, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.limits import allow_open_files, parse_bytes
-from splitnet.logs import tell
+from splitnet.logs import write_user_message
 from splitnet.paths import lines_of
 from splitnet.session.options import ConnectionOptions
-from splitnet.transport.addresses import Reach, hosts_of, is_reachable, refuse_taken
+from splitnet.transport.addresses import Reach, check_listen_address, hosts_of, is_reachable
 from splitnet.wire.endpoints import is_global
 from splitnet.wire.kv_forms import KV_BITS
 
 if TYPE_CHECKING:
-    from peers.server import Peer
+    from peers.running_peer import RunningPeer
 
 
-in_memory = box("Blocks and memory")
-in_sharing = box("Weights for others")
+in_memory = option_group("Blocks and memory")
+in_sharing = option_group("Weights for others")
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
@@ -211,13 +211,13 @@ def peer(
         raise typer.BadParameter("--share-rate 0 sends nothing: give more, or --no-share-weights")
     if wanted_share is not None and share_weights is False:
         raise typer.BadParameter("--share-rate is for --share-weights, which is off")
-    refuse_taken(listen)
+    check_listen_address(listen)
     if relay_port:
-        refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
+        check_listen_address(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     allowed = read_models(allow) if allow is not None else []
     chooses = any_model and model is None  # also the first model
-    checkpoint = None if chooses else resolve_model(model_or_invited(model, invite))
+    checkpoint = None if chooses else resolve_model(model_name(model, invite))
     connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
     given = with_invitation(connecting)
 
@@ -225,11 +225,11 @@ def peer(
     import_models(signals_raise=False)
     import torch
 
-    from peers.metrics import MetricsServer, registry_of
-    from peers.options import PeerOptions, SpanWish
-    from peers.server import Peer
-    from splitnet.blocks.device import find_device
-    from splitnet.cli.progress import StageProgress
+    from peers.peer_metrics import MetricsServer, registry_of
+    from peers.peer_options import PeerOptions, SpanWish
+    from peers.running_peer import RunningPeer
+    from splitnet.blocks.chosen_device import find_device
+    from splitnet.cli.stage_progress import StageProgress
     from splitnet.directory.hivemind_node import have_hivemind
     from splitnet.paths import cache_folder
     from splitnet.quant.device import keep_freed_memory
@@ -242,12 +242,16 @@ def peer(
                 f"{authorized_keys} lists clients with priority; only they may connect, unless it has a line `anyone`"
             )
     if closed is not None and authorized_keys is None:
-        tell(logging.WARNING, "anyone who knows this peer's address may use it: restrict this with --authorized-keys")
+        write_user_message(
+            logging.WARNING, "anyone who knows this peer's address may use it: restrict this with --authorized-keys"
+        )
     if lan is None:
         lan = is_reachable(listen) and not (given.initial_peers or join_file) and closed is None
         if lan and not have_hivemind():
             lan = False
-            tell(logging.WARNING, "hivemind is not installed, so others cannot find this peer: they need its address")
+            write_user_message(
+                logging.WARNING, "hivemind is not installed, so others cannot find this peer: they need its address"
+            )
     if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
         raise typer.BadParameter("--share-rate needs --share-weights if --authorized-keys is not given")
     keep_freed_memory()
@@ -292,10 +296,10 @@ def peer(
     with StageProgress() as progress:
 
         def report(stage: str, done: int, total: int) -> None:
-            stop.check()
+            stop.raise_if_stopped()
             progress.update(stage, done, total)
 
-        serving = Peer.start(checkpoint, options, progress=report)
+        serving = RunningPeer.start(checkpoint, options, progress=report)
     try:
         # Loaded objects stay, so the garbage collector need not traverse them between two tokens.
         gc.collect()
@@ -308,13 +312,13 @@ def peer(
             typer.echo(f"KV caches keep the type that blocks compute in: {_why_not_held_so(serving)}")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
-        if serving.ways.relay_port:
-            typer.echo(f"peers behind routers are reached through port {serving.ways.relay_port} of this one")
+        if serving.paths.relay_port:
+            typer.echo(f"peers behind routers are reached through port {serving.paths.relay_port} of this one")
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        with told([*serving.directory.addresses, serving.join_address], address_file):
-            if elsewhere := from_elsewhere(serving.endpoint.address, given.initial_peers, reach):
+        with published_address([*serving.directory.addresses, serving.join_address], address_file):
+            if elsewhere := join_advice(serving.endpoint.address, given.initial_peers, reach):
                 typer.echo(elsewhere)
             stop.wait()
             typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
@@ -341,7 +345,7 @@ def read_models(file: Path) -> list[str]:
     return models
 
 
-def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | None:
+def join_advice(address: str, joined: Sequence[str], reach: Reach) -> str | None:
     """How machines in other networks join if they cannot reach this peer's address; None: they can, or it is a test."""
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
@@ -351,7 +355,7 @@ def from_elsewhere(address: str, joined: Sequence[str], reach: Reach) -> str | N
     return f"other networks cannot join with these addresses: {fix}"
 
 
-def _what_it_serves(peer: Peer) -> str:
+def _what_it_serves(peer: RunningPeer) -> str:
     # A separate function: a variable of the caller would keep the memory of a span after the peer has moved.
     span = peer.span
     computes = str(span.dtype).removeprefix("torch.")
@@ -364,14 +368,14 @@ def _what_it_serves(peer: Peer) -> str:
     )
 
 
-def _why_not_held_so(peer: Peer) -> str:
+def _why_not_held_so(peer: RunningPeer) -> str:
     config, computes = peer.checkpoint.config, peer.span.dtype.itemsize
     if getattr(config, "kv_lora_rank", None):
         return f"blocks of the family {config.model_type!r} keep latents, which stay as they are computed"
     return "--kv saves no memory" if computes == 2 else f"blocks of the family {config.model_type!r} keep only states"
 
 
-def _other_weights(peer: Peer) -> str | None:
+def _other_weights(peer: RunningPeer) -> str | None:
     """Other formats for the weights; None: none is known to be better in some respect."""
     from splitnet.quant.choose import STORED
     from splitnet.quant.native import has_integer_kernels
@@ -380,5 +384,5 @@ def _other_weights(peer: Peer) -> str | None:
     held = span.weights
     if span.device.type != "cpu" or not has_integer_kernels() or held.kind.startswith(STORED):
         return None
-    exact = "exact and slower with --weights float32, " if "/" in held.text else ""
+    exact = "exact and slower with --weights float32, " if "/" in held.description else ""
     return f"other formats of the weights: {exact}faster and less exact with --weights int8 (docs/weights.md)"

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import box, connects, require
+from splitnet.cli.arguments import connects, option_group, require
 from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
-from splitnet.logs import tell
+from splitnet.logs import write_user_message
 from splitnet.paths import is_on_hub
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
 
 if TYPE_CHECKING:
-    from splitnet.cli.connection import Connection
+    from splitnet.cli.connection import ModelConnection
     from splitnet.directory.interface import SwarmDirectory
-    from splitnet.serve.server import Way
+    from splitnet.serve.server import ModelSpec
 
-in_http = box("HTTP")
-in_models = box("Models")
-in_limits = box("How much at a time")
+in_http = option_group("HTTP")
+in_models = option_group("Models")
+in_limits = option_group("How much at a time")
 
 
 AGAIN_S = 600.0  # seconds until an unreadable model of the swarm is tried again
@@ -143,13 +143,13 @@ def serve(
     listen_at(host, port).close()  # fails at once if the port is taken
     from splitnet.serve.gate import ApiKeys
 
-    ApiKeys.read(api_key_file)
+    ApiKeys.from_file(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:
         raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
-    tell(logging.INFO, "opening the checkpoint ...")
+    write_user_message(logging.INFO, "opening the checkpoint ...")
     connection = connection_to(models[0] if models else None, connecting)
-    from splitnet.cli.generation import drafts_of
-    from splitnet.serve.server import ServeOptions, Way
+    from splitnet.cli.text_generator import drafts_of
+    from splitnet.serve.server import ModelSpec, ServeOptions
     from splitnet.serve.server import serve as serve_until_told
     from splitnet.serve.session_cache import KeepLimits
 
@@ -168,20 +168,22 @@ def serve(
         keep_models=keep_models,
     )
 
-    def through(way: Connection, names: list[str] | None = None) -> Way:
-        checkpoint, drafts = way.checkpoint(), drafts_of(speculate, way)
-        return Way(names or [checkpoint.name], checkpoint, checkpoint.tokenizer(), way.swarm, way.options, drafts)
+    def through(spec: ModelConnection, names: list[str] | None = None) -> ModelSpec:
+        checkpoint, drafts = spec.checkpoint(), drafts_of(speculate, spec)
+        return ModelSpec(
+            names or [checkpoint.name], checkpoint, checkpoint.tokenizer(), spec.swarm, spec.options, drafts
+        )
 
-    def named(model: str, model_id: str | None = None) -> Way:
+    def named(model: str, model_id: str | None = None) -> ModelSpec:
         return through(connection_to(model, replace(connecting, model_id=model_id or connecting.model_id)))
 
     first = through(connection, served_name)
     others = [*map(named, (models or [])[1:])]
     for name, folder in map(_named_folder, adapter or ()):
         others.append(replace(first, names=[f"{one}:{name}" for one in first.names], adapter=folder))
-    found = Found(named) if serve_all else None
-    tell(logging.INFO, "joining the swarm and loading the client part ...")
-    serve_until_told(first, others, found, options, say=typer.echo, warn=partial(tell, logging.WARNING))
+    found = HubModelFinder(named) if serve_all else None
+    write_user_message(logging.INFO, "joining the swarm and loading the client part ...")
+    serve_until_told(first, others, found, options, say=typer.echo, warn=partial(write_user_message, logging.WARNING))
 
 
 def _named_folder(given: str) -> tuple[str, Path]:
@@ -193,22 +195,22 @@ def _named_folder(given: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-class Found:
+class HubModelFinder:
     """Finds the models of a swarm that are on the hub, or were; peers cannot name files of this machine.
 
     named: returns a model by name and fingerprint. After a SplitnetError the model is tried again after `AGAIN_S`.
     """
 
-    def __init__(self, named: Callable[[str, str], Way], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, named: Callable[[str, str], ModelSpec], clock: Callable[[], float] = time.monotonic) -> None:
         self._named = named
         self._clock = clock
-        self._looked: dict[str, tuple[float, Way | None]] = {}  # by fingerprint: time and result of the attempt
+        self._looked: dict[str, tuple[float, ModelSpec | None]] = {}  # by fingerprint: time and result of the attempt
 
-    def __call__(self, directory: SwarmDirectory) -> list[Way]:
-        from splitnet.swarm.models import models_of
+    def __call__(self, directory: SwarmDirectory) -> list[ModelSpec]:
+        from splitnet.swarm.swarm_models import models_of
 
-        for id, (at, way) in list(self._looked.items()):
-            if way is None and self._clock() - at > AGAIN_S:
+        for id, (at, spec) in list(self._looked.items()):
+            if spec is None and self._clock() - at > AGAIN_S:
                 del self._looked[id]
         for model in models_of(directory):
             is_new = model.fingerprint not in self._looked and len(self._looked) < MOST_FOUND
@@ -216,4 +218,4 @@ class Found:
                 self._looked[model.fingerprint] = self._clock(), None
                 with suppress(SplitnetError):
                     self._looked[model.fingerprint] = self._clock(), self._named(model.name, model.fingerprint)
-        return [way for _, way in self._looked.values() if way is not None]
+        return [spec for _, spec in self._looked.values() if spec is not None]

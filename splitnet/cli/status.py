@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import ModelOrInvite, connects
-from splitnet.cli.daemon import tell_addresses
+from splitnet.cli.daemon import print_addresses
 from splitnet.cli.generate import connection_to
 from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
@@ -69,4 +69,4 @@ def _print_table(overview: Overview) -> None:
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
     if overview.records:
-        tell_addresses([peer_address(record.endpoint) for record in overview.records[:SHOWN_ADDRESSES]])
+        print_addresses([peer_address(record.endpoint) for record in overview.records[:SHOWN_ADDRESSES]])

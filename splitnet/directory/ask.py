@@ -28,7 +28,7 @@ from splitnet.security.identity import PublicKey
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.transport.addresses import peer_address
 from splitnet.wire.endpoints import Endpoint, LinkState
-from splitnet.wire.fields import Values, packb
+from splitnet.wire.fields import ValueReader, packb
 from splitnet.wire.messages import ENTRY_BYTES, MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
 
 _ENTRY = struct.Struct(f">{KEY_PREFIX_BYTES}s3sI4B")
@@ -157,13 +157,13 @@ _RECORDS_PER_PART = 1024
 
 
 class AskingLinks(Protocol):
-    """The part of `splitnet.swarm.links.Links` that a `PeerDirectory` needs."""
+    """The part of `splitnet.swarm.client_links.Links` that a `PeerDirectory` needs."""
 
     on_answer: Callable[[Endpoint, Message], None] | None
 
     def send(self, endpoint: Endpoint, message: Message) -> object: ...
 
-    def state(self, endpoint: Endpoint) -> LinkState: ...
+    def link_state(self, endpoint: Endpoint) -> LinkState: ...
 
     def is_connecting(self, endpoint: Endpoint) -> bool: ...
 
@@ -171,7 +171,7 @@ class AskingLinks(Protocol):
 
 
 @dataclass
-class _Answer:
+class _PeerAnswer:
     """The answer of one peer."""
 
     payloads: list[bytes] = field(default_factory=list[bytes])
@@ -184,7 +184,7 @@ class _Answer:
     records: list[PeerRecord] | None = None  # the valid records in the payloads; None: they were not read yet
     asked_at: float = field(default_factory=time.time)
 
-    def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
+    def add_payload(self, message: Found, swarm: OpenSwarm, model: str) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
         self.nbytes += len(message.payload)
         if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
@@ -201,7 +201,7 @@ class _Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class RecordChanges:
     """The changes of known records according to one peer.
 
     present: for each known record, whether its peer is still in the directory. records: the verified records of the
@@ -218,14 +218,14 @@ class _Question:
 
     number: int
     model: str | None
-    answers: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
-    before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
+    answers: dict[Endpoint, _PeerAnswer] = field(default_factory=dict["Endpoint", "_PeerAnswer"])
+    before: dict[Endpoint, _PeerAnswer] = field(default_factory=dict["Endpoint", "_PeerAnswer"])
     """Answers to the same question when it was asked before."""
 
-    def said(self) -> dict[Endpoint, _Answer]:
+    def said(self) -> dict[Endpoint, _PeerAnswer]:
         return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
 
-    def best(self) -> dict[Endpoint, _Answer]:
+    def best(self) -> dict[Endpoint, _PeerAnswer]:
         """The answers, with earlier answers of silent peers. These are safe to use, because records expire."""
         return self.before | self.said()
 
@@ -251,7 +251,7 @@ class PeerDirectory(SwarmDirectory):
         self._swarm = swarm
         self._kept = KeptRecords() if serving else None
         self._numbers = count(1)
-        self._open: OrderedDict[int, _Question] = OrderedDict()
+        self._open_node: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
         """The last question about each model that this process asks about, and about the latest `REMEMBERED_MODELS`
         other models, which other processes ask about."""
@@ -262,10 +262,10 @@ class PeerDirectory(SwarmDirectory):
         self._own: set[PublicKey] = set()  # keys that this process has announced
         self._heard = threading.Condition()
         self._closed = False
-        links.on_answer = self._received
+        links.on_answer = self._receive_answer
 
     @classmethod
-    def join(
+    def join_peers(
         cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
     ) -> PeerDirectory:
         """Returns a directory after a peer has answered. Raises DirectoryError: no peer answers; the error says why."""
@@ -277,12 +277,12 @@ class PeerDirectory(SwarmDirectory):
             raise
         return directory
 
-    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         taken = False
         if depth == OWN_DEPTH:
             self._own.add(record.key)
         if self._kept is not None:
-            taken = self._kept.take(record if record.signed == packed else verified_record(packed))
+            taken = self._kept.add_record(record if record.signed == packed else verified_record(packed))
         leaves = record.has_left and depth == OWN_DEPTH
         if leaves and self._kept is not None:  # peers that only ask this peer learn of its end from no other peer
             kept = self._kept.records(record.model)
@@ -291,7 +291,7 @@ class PeerDirectory(SwarmDirectory):
         if not depth or not (self._joined or (leaves and self._others)) or not record.is_valid_at(time.time()):
             return taken
         try:
-            question = self._ask(
+            question = self._ask_peers(
                 None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)), everybody=leaves
             )
         except DirectoryError:
@@ -313,7 +313,7 @@ class PeerDirectory(SwarmDirectory):
         if not depth or not self._joined:
             return latest(model, found)
         try:
-            question = self._ask(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
+            question = self._ask_peers(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
         except DirectoryError:
             with self._heard:
                 before = self._last.get(model)
@@ -325,13 +325,13 @@ class PeerDirectory(SwarmDirectory):
             before = self._last.pop(model, None)
             if before is not None:
                 question.before = before.best()
-                self._forget(before)
+                self._forget_question(before)
             self._last[model] = question
             if depth == OWN_DEPTH:
                 self._wanted.add(model)
             others = [other for other in self._last if other not in self._wanted]
             for other in others[: max(0, len(others) - REMEMBERED_MODELS)]:
-                self._forget(self._last.pop(other))
+                self._forget_question(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
         # Only for questions of this process. Relays and gateways answer no questions, so they are not asked.
@@ -348,7 +348,7 @@ class PeerDirectory(SwarmDirectory):
         most: int,
         asked: Sequence[Endpoint],
         others: Sequence[Endpoint] = (),
-    ) -> dict[Endpoint, Changes]:
+    ) -> dict[Endpoint, RecordChanges]:
         """Asks peers for changes of records.
 
         Args:
@@ -370,7 +370,7 @@ class PeerDirectory(SwarmDirectory):
         if not question.said() and others:
             self._ask_also(question, others, message, DIRECTORY_ANSWER_S - DIRECTORY_SOON_S)
         with self._heard:
-            self._forget(question)
+            self._forget_question(question)
             answers = question.said()
         # A peer that does not know the model answers without bits.
         told = {endpoint: answer for endpoint, answer in answers.items() if answer.present}
@@ -383,7 +383,7 @@ class PeerDirectory(SwarmDirectory):
         if self._kept is not None:
             self._links.close()
 
-    def _ask(
+    def _ask_peers(
         self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
     ) -> _Question:
         """Asks the joined peers, and then other peers if all joined ones are silent. everybody: asks all at once."""
@@ -407,9 +407,9 @@ class PeerDirectory(SwarmDirectory):
     ) -> _Question:
         question = _Question(next(self._numbers), model)
         with self._heard:
-            self._open[question.number] = question
-            while len(self._open) > OPEN_QUESTIONS:
-                self._open.popitem(last=False)
+            self._open_node[question.number] = question
+            while len(self._open_node) > OPEN_QUESTIONS:
+                self._open_node.popitem(last=False)
         self._ask_also(question, asked, message, limit_s)
         return question
 
@@ -417,19 +417,19 @@ class PeerDirectory(SwarmDirectory):
         self, question: _Question, asked: Sequence[Endpoint], message: Callable[[int], Message], limit_s: float
     ) -> None:
         with self._heard:
-            question.answers |= {endpoint: _Answer() for endpoint in asked if endpoint not in question.answers}
+            question.answers |= {endpoint: _PeerAnswer() for endpoint in asked if endpoint not in question.answers}
         for endpoint in asked:
             self._links.send(endpoint, message(question.number))
-        self._wait(question, limit_s)
+        self._wait_for_answers(question, limit_s)
         with self._heard:
             silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
             self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
 
-    def _forget(self, question: _Question) -> None:
+    def _forget_question(self, question: _Question) -> None:
         """Closes a question, so that late answers, which may have megabytes, are dropped."""
-        self._open.pop(question.number, None)
+        self._open_node.pop(question.number, None)
 
-    def _wait(self, question: _Question, limit_s: float) -> None:
+    def _wait_for_answers(self, question: _Question, limit_s: float) -> None:
         began = time.monotonic()
         until = began + limit_s
         satisfied = False
@@ -456,23 +456,23 @@ class PeerDirectory(SwarmDirectory):
         raise DirectoryError("The directory is closed; start it again.")
 
     def _is_lost(self, endpoint: Endpoint, waited_s: float) -> bool:
-        state = self._links.state(endpoint)
+        state = self._links.link_state(endpoint)
         return state.is_final or (state is LinkState.DOWN and waited_s > DIRECTORY_DOWN_S)
 
-    def _received(self, source: Endpoint, message: Message) -> None:
+    def _receive_answer(self, source: Endpoint, message: Message) -> None:
         """Handles an answer from the peer that was asked; a complete answer is not changed. Runs in the transport's
         thread."""
         if not isinstance(message, Found | Announced | Failure):
             return
         with self._heard:
-            question = self._open.get(message.number)
+            question = self._open_node.get(message.number)
             answer = question.answers.get(source) if question is not None else None
             if question is None or answer is None or answer.complete:
                 return
             if isinstance(message, Failure):
                 answer.complete, answer.refusal = True, message.text
             elif isinstance(message, Found) and question.model is not None:
-                answer.add(message, self._swarm, question.model)
+                answer.add_payload(message, self._swarm, question.model)
             elif isinstance(message, Announced) and question.model is None:
                 answer.complete, answer.taken = True, message.taken
             self._heard.notify_all()
@@ -481,7 +481,7 @@ class PeerDirectory(SwarmDirectory):
         """Chooses peers to ask when all joined peers are silent. Peers with a link come first, because they are known
         to exist."""
         tried = random.sample(list(endpoints), min(len(endpoints), 64))
-        tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
+        tried.sort(key=lambda endpoint: self._links.link_state(endpoint) is not LinkState.UP)
         return tried[:MAX_OTHERS]
 
     def _explanation(self) -> str:
@@ -491,11 +491,13 @@ class PeerDirectory(SwarmDirectory):
     def _reason(self, endpoint: Endpoint) -> str:
         with self._heard:
             said = [
-                question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers
+                question.answers[endpoint].refusal
+                for question in self._open_node.values()
+                if endpoint in question.answers
             ]
         if said and said[-1]:
             return f"refuses ({said[-1]})"
-        match self._links.state(endpoint):
+        match self._links.link_state(endpoint):
             case LinkState.REFUSED:
                 return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
             case LinkState.WRONG_KEY:
@@ -524,7 +526,7 @@ def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
     return [packb(part) if part else b"" for part in parts]
 
 
-def _records(answer: _Answer) -> list[PeerRecord]:
+def _records(answer: _PeerAnswer) -> list[PeerRecord]:
     """The valid records of an answer, which may be hostile."""
     if answer.records is None:
         answer.records = []
@@ -536,21 +538,21 @@ def _records(answer: _Answer) -> list[PeerRecord]:
     return answer.records
 
 
-def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int) -> Changes:
+def _changes(answer: _PeerAnswer, model: str, known: Sequence[PeerRecord], most: int) -> RecordChanges:
     """The changes in an answer. Records of unknown peers count only up to `most` bytes, because keys are cheap to
     make."""
     told = latest(model, [_records(answer)])
     keys = {record.key for record in known}
     sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)
     records = [record for record, size in zip(told, sizes, strict=True) if record.key in keys or size <= most]
-    return Changes(still_there(answer.present, len(known)), records)
+    return RecordChanges(still_there(answer.present, len(known)), records)
 
 
 def _packed(payload: Payload) -> list[bytes]:
     if not payload:
         return []
     try:
-        values = Values(payload, most_text=0, most_bytes=MAX_RECORD_BYTES)
+        values = ValueReader(payload, most_text=0, most_bytes=MAX_RECORD_BYTES)
         items = [values.value() for _ in range(values.array(_RECORDS_PER_PART))]
     except ProtocolError:
         return []

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Final
 
-from scheduler.models import LEAST_DEMAND, DecayingRate
+from scheduler.model_choice import LEAST_DEMAND, DecayingRate
+from splitnet.directory.announcer import Announcer, record_of
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.offers import Announcer, record_of
 from splitnet.directory.record import DEMAND, MAX_WANTED, MAX_WANTED_TOKENS, WANTED_NAME, PeerRecord, Wanted
 from splitnet.security.identity import Identity, PublicKey
 
@@ -37,7 +37,7 @@ class DemandPublisher:
         self._clock, self._proof, self._identity = clock, proof, identity
         self._rates: dict[str, tuple[Any, DecayingRate]] = {}
         self._lock = threading.Lock()
-        self._announcer = Announcer(directory, identity, self._told)
+        self._announcer = Announcer(directory, identity, self._demand_record)
         self._announcer.begin()
         self.close = self._announcer.close
 
@@ -45,22 +45,22 @@ class DemandPublisher:
         """Counts a request of `tokens` tokens. model: `ModelFacts` of `splitnet.swarm`, or a checkpoint."""
         with self._lock:
             _, rate = self._rates.setdefault(model.fingerprint, (model, DecayingRate()))
-            is_new = rate.at(self._clock()) < LEAST_DEMAND
-            rate.add(max(tokens, REQUEST_TOKENS), self._clock())
+            is_new = rate.rate_at(self._clock()) < LEAST_DEMAND
+            rate.add_events(max(tokens, REQUEST_TOKENS), self._clock())
         if is_new:
             self._announcer.publish_soon()
 
-    def _told(self) -> PeerRecord | None:
+    def _demand_record(self) -> PeerRecord | None:
         with self._lock:
             now = self._clock()
-            self._rates = {name: one for name, one in self._rates.items() if one[1].at(now) >= LEAST_DEMAND}
-            most = sorted(self._rates.values(), key=lambda one: -one[1].at(now))[:MAX_WANTED]
+            self._rates = {name: one for name, one in self._rates.items() if one[1].rate_at(now) >= LEAST_DEMAND}
+            most = sorted(self._rates.values(), key=lambda one: -one[1].rate_at(now))[:MAX_WANTED]
             wanted = tuple(
                 Wanted(
                     bytes.fromhex(model.fingerprint),
                     model.name.encode()[:WANTED_NAME].decode(errors="ignore"),
                     model.num_blocks,
-                    min(rate.at(now), MAX_WANTED_TOKENS),
+                    min(rate.rate_at(now), MAX_WANTED_TOKENS),
                 )
                 for model, rate in most
             )

@@ -22,7 +22,7 @@ from splitnet.directory.interface import RECORDS_PER_KEY, RecordTable
 from splitnet.directory.record import PeerRecord, stored_record
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package
-from splitnet.wire.fields import Values
+from splitnet.wire.fields import ValueReader
 
 _OUTDATED = 64  # outdated entries of a heap that are allowed in addition to the number of valid ones
 KEYS_PER_FIND: Final = 16  # keys in one question; no version of splitnet asks for more
@@ -153,7 +153,7 @@ def _flat(serializer: Any, dictionary: Any) -> Any:
             raise ValueError(f"extension type {code} is not read")
         read = dictionary()
         try:
-            values = Values(data, most_text=len(data), most_bytes=len(data))
+            values = ValueReader(data, most_text=len(data), most_bytes=len(data))
             _ = values.array(3), values.value(), values.value()  # size and latest time of the dictionary
             with read.freeze():  # keeps expired entries, which the caller refuses
                 for _ in range(values.array(len(data))):
@@ -193,7 +193,7 @@ def _bounded(storage: Any) -> Any:
 
         def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
             try:
-                gone = self._places.take((key.to_bytes(), subkey), stored_record(value), time.time())
+                gone = self._places.add_record((key.to_bytes(), subkey), stored_record(value), time.time())
             except (ProtocolError, NotAuthorized):
                 return False
             for full, name in gone or ():
@@ -220,7 +220,7 @@ MOST_PER_KEY: Final = 4 * RECORDS_PER_KEY
 
 
 @dataclass(frozen=True)
-class Reading:
+class LookUpResult:
     """The answers of nodes. records: for each key, pairs of a subkey and its latest record. vouched: one of the nodes
     that are always asked has answered for all keys."""
 
@@ -253,7 +253,7 @@ def overhear(protocol: Any) -> None:
     protocol.call_find = heard_call_find
 
 
-async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Reading:
+async def read_records(node: Any, keys: Sequence[str], always: Collection[Any]) -> LookUpResult:
     """Reads the records under some keys.
 
     node: a node of hivemind whose protocol was passed to `overhear`. always: nodes to ask for every key, because the
@@ -271,7 +271,7 @@ async def read(node: Any, keys: Sequence[str], always: Collection[Any]) -> Readi
     told = {(peer, key) for peer, held in heard for key in held}
     own = {key: held.value for key in ids.values() if (held := node.protocol.storage.get(key))}
     sources = [own, *(held for _, held in heard)]
-    return Reading(
+    return LookUpResult(
         {key: _together([held[key_id] for held in sources if key_id in held]) for key, key_id in ids.items()},
         not always or any(all((peer, key) in told for key in ids.values()) for peer in always),
     )

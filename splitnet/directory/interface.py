@@ -30,7 +30,7 @@ class SwarmDirectory(ABC):
     addresses: list[str]
 
     @abstractmethod
-    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         """Publishes a valid record until it expires. False: it is refused, because there is a later record of its key
         or no room, or because a clock is wrong.
 
@@ -51,15 +51,16 @@ class SwarmDirectory(ABC):
     def close(self) -> None:
         """Leaves the directory. May be called more than once."""
 
-    def rest(self) -> None:  # noqa: B027 (most directories have nothing to end)
+    def pause(self) -> None:  # noqa: B027 (most directories have nothing to end)
         """Stops network traffic until the next request."""
 
-    def moved(self) -> None:  # noqa: B027 (most directories notice by themselves)
+    def address_changed(self) -> None:  # noqa: B027 (most directories notice by themselves)
         """Replaces connections from the machine's former address, after the address has changed. May take seconds."""
 
     def announce(self, record: PeerRecord, identity: Identity) -> bool:
-        """Signs `record`, and publishes it until it expires. Must be called again before the expiry. See `store`."""
-        return self.store(record, record.pack(identity))
+        """Signs `record`, and publishes it until it expires. Must be called again before the expiry. See
+        `store_record`."""
+        return self.store_record(record, record.pack(identity))
 
     def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
         """Replaces the announced `record` by a record that says that the peer has left."""
@@ -88,8 +89,8 @@ class JoinedDirectories(SwarmDirectory):
         self.directories = directories
         self.addresses = [address for directory in directories for address in directory.addresses]
 
-    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        return any(self._answers(lambda directory: directory.store(record, packed, depth)))
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+        return any(self._answers(lambda directory: directory.store_record(record, packed, depth)))
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         return latest(model, self._answers(lambda directory: directory.records(model, depth)))
@@ -106,13 +107,13 @@ class JoinedDirectories(SwarmDirectory):
             raise error
         return answers
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         for directory in self.directories:
-            directory.rest()
+            directory.pause()
 
-    def moved(self) -> None:
+    def address_changed(self) -> None:
         for directory in self.directories:
-            directory.moved()
+            directory.address_changed()
         self.addresses = [address for directory in self.directories for address in directory.addresses]
 
     def close(self) -> None:
@@ -156,7 +157,7 @@ class RecordTable:
         self._unproven: dict[Place, None] = {}  # places of records without a proof of work, in order of arrival
         self._expiring: list[tuple[float, Place]] = []
 
-    def take(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
+    def add_record(self, place: Place, record: PeerRecord, now: float) -> list[Place] | None:
         """Adds a verified record at `now`, Unix time in seconds. Returns the places of records that it replaces; None:
         the record is refused."""
         while self._expiring and self._expiring[0][0] < now:
@@ -182,7 +183,7 @@ class RecordTable:
             freed.append(victim)
         for taken in (*freed, *([place] if held is not None else ())):
             self._free(taken)
-        self.places.take(key=key, identity=record.key)
+        self.places.take_place(key=key, identity=record.key)
         self.held[key][subkey] = record
         if not record.is_proven:
             self._unproven[place] = None
@@ -204,7 +205,7 @@ class RecordTable:
         record = self.held[key].pop(subkey)
         if not self.held[key]:
             del self.held[key]
-        self.places.leave(key=key, identity=record.key)
+        self.places.leave_place(key=key, identity=record.key)
         self._unproven.pop(place, None)
 
 
@@ -215,12 +216,12 @@ class KeptRecords:
         self._table = RecordTable()
         self._lock = threading.Lock()
 
-    def take(self, record: PeerRecord) -> bool:
+    def add_record(self, record: PeerRecord) -> bool:
         """Keeps a valid record until it expires. False: there is a later record of its key, or no room."""
         now = time.time()
         with self._lock:
             place = record.model.encode(), record.key.text
-            return record.is_valid_at(now) and self._table.take(place, record, now) is not None
+            return record.is_valid_at(now) and self._table.add_record(place, record, now) is not None
 
     def records(self, model: str) -> list[PeerRecord]:
         """The records of a model; if `model` is empty, the latest record of each model that has a peer."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from splitnet.directory.ask import AskingLinks, PeerDirectory
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.interface import JoinedDirectories, SwarmDirectory
 from splitnet.errors import DirectoryError
@@ -17,7 +17,7 @@ from splitnet.transport.addresses import endpoint_of, split_addresses
 log = logging.getLogger(__name__)
 
 
-Kind = TypeVar("Kind", Directory, PeerDirectory)
+Kind = TypeVar("Kind", DhtDirectory, PeerDirectory)
 
 
 def part_of(directory: SwarmDirectory, kind: type[Kind]) -> Kind | None:
@@ -59,18 +59,18 @@ def join(
     if not peers and swarm.is_closed:
         raise DirectoryError("a closed swarm is joined through a peer: give --join tcp://HOST:PORT?key=...")
     if not peers:
-        return Directory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
+        return DhtDirectory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
     endpoints = [endpoint_of(address) for address in peers]
     asked: PeerDirectory | None = None
     errors = list[DirectoryError]()
     try:
-        asked = PeerDirectory.join(endpoints, links(), serving=listen is not None, swarm=swarm)
+        asked = PeerDirectory.join_peers(endpoints, links(), serving=listen is not None, swarm=swarm)
     except DirectoryError as error:
         errors.append(error)
-    node: Directory | None = None
+    node: DhtDirectory | None = None
     if multiaddrs:
         try:
-            node = Directory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
+            node = DhtDirectory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
         except DirectoryError as error:
             errors.append(error)
         except BaseException:

@@ -77,13 +77,13 @@ class LanNode:
         """The node's id in the DHT."""
         return _node_id(self.addresses[0])
 
-    def text(self) -> dict[str, str]:
+    def txt_entries(self) -> dict[str, str]:
         """The entries of the TXT record."""
         addresses = {f"dht{index}": address for index, address in enumerate(self.addresses)}
         return {"model": self.model, "protocol": str(self.protocol), **addresses}
 
     @classmethod
-    def of(cls, text: Mapping[bytes, bytes | None]) -> LanNode:
+    def from_txt(cls, text: Mapping[bytes, bytes | None]) -> LanNode:
         """Reads a TXT record, which may be hostile. Raises ProtocolError: it is not valid."""
         try:
             model, protocol = ((text.get(key) or b"").decode("ascii") for key in (b"model", b"protocol"))
@@ -101,7 +101,8 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
     """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError:
     multicast DNS cannot be used on this machine.
 
-    model: fingerprint of the checkpoint; empty, only without `announce`: any model. interfaces: IPv4 addresses of the
+    model: fingerprint of the checkpoint; empty, only without `announce_node`: any model. interfaces: IPv4 addresses of
+    the
     interfaces to use; None: all with local addresses, without loopback. foreign_protocols: other versions of the wire
     protocol that nodes of this model use.
     """
@@ -120,7 +121,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         self._closing = threading.Lock()
         self._closed = False
 
-    def announce(self, addresses: Iterable[str]) -> None:
+    def announce_node(self, addresses: Iterable[str]) -> None:
         """Announces the node at these multiaddrs until `close`. Raises LanError: no other machine can reach them, or
         they cannot be announced."""
         self._own = self._service(addresses)
@@ -132,12 +133,12 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         with self._changing:
             if self._changing.wait_for(lambda: self._waiting or self._closed, seconds):
                 self._changing.wait_for(lambda: self._closed, min(MORE_S, seconds))
-        return self._take()
+        return self._take_waiting()
 
-    def watch(self, found: Callable[[Sequence[LanNode]], None]) -> None:
+    def watch_nodes(self, found: Callable[[Sequence[LanNode]], None]) -> None:
         """Starts a thread that calls `found` with other nodes; again with a node that announces itself again."""
         self._browse()
-        self._watcher = threading.Thread(target=self._tell, args=(found,), name="splitnet-lan", daemon=True)
+        self._watcher = threading.Thread(target=self._report_nodes, args=(found,), name="splitnet-lan", daemon=True)
         self._watcher.start()
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
             if self._closed:
                 return
             self._closed = True
-            self._end()
+            self._end_browsing()
         with self._changing:
             self._changing.notify_all()
         if self._watcher is not None:
@@ -157,13 +158,14 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
 
     def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
         """Forgets all nodes, and listens again after a pause, on the machine's current addresses. addresses: new
-        addresses to announce; empty: the former ones. Raises LanError: as `announce`; the thread of `watch` then tries
+        addresses to announce; empty: the former ones. Raises LanError: as `announce_node`; the thread of `watch_nodes`
+        then tries
         again."""
         with self._closing:
             if self._closed:
                 return
             self._is_lost = True
-            self._end()
+            self._end_browsing()
             self._own = self._service(addresses) if addresses else self._own
         with self._changing:
             self._changing.wait_for(lambda: self._closed, pause_s)
@@ -187,7 +189,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
             f"{node.id}.{SERVICE_TYPE}",
             port=int(parts[0][4]),
             addresses=[socket.inet_aton(part[2]) for part in parts if part[1] == "ip4"],
-            properties=node.text(),
+            properties=node.txt_entries(),
         )
 
     def _opened(self) -> Zeroconf:
@@ -206,7 +208,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         except (OSError, ZeroconfError) as error:
             raise LanError(f"multicast DNS cannot be used here ({error})") from error
 
-    def _end(self) -> None:
+    def _end_browsing(self) -> None:
         browser, self._browser = self._browser, None
         if browser is not None:
             browser.cancel()
@@ -228,7 +230,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         try:
             info = ServiceInfo(service_type, name)
             info.load_from_cache(zeroconf)
-            node = LanNode.of(info.properties)
+            node = LanNode.from_txt(info.properties)
         except Exception as error:  # the record may be hostile
             log.debug("ignored an invalid node on the local network: %s", error)
             return
@@ -243,7 +245,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
             self._waiting[node] = None
             self._changing.notify_all()
 
-    def _take(self) -> list[LanNode]:
+    def _take_waiting(self) -> list[LanNode]:
         """At most `MAX_NODES` random nodes that are not reported yet."""
         with self._changing:
             chosen = random.sample(list(self._waiting), min(len(self._waiting), MAX_NODES))
@@ -251,7 +253,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
                 del self._waiting[node]
             return chosen
 
-    def _tell(self, found: Callable[[Sequence[LanNode]], None]) -> None:
+    def _report_nodes(self, found: Callable[[Sequence[LanNode]], None]) -> None:
         pause_s, flooded_at = FIRST_PAUSE_S, -math.inf
         while True:
             with self._changing:
@@ -259,7 +261,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
                 if self._closed:
                     return
             if self._waiting:
-                found(self._take())
+                found(self._take_waiting())
             if not self._is_lost and self._records() <= MOST_RECORDS:
                 continue
             is_again = self._is_lost or time.monotonic() - flooded_at < MOST_PAUSE_S

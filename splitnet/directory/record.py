@@ -22,20 +22,20 @@ from scheduler.facts import (
     DIMENSIONS,
     MAX_WATTS,
     PASS_SIZES,
+    ContextCost,
     Coordinate,
     Link,
     Network,
-    PastCost,
+    NetworkPlace,
     Peer,
-    Place,
     Speed,
 )
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import MAX_PROOF, Identity, PublicKey, has_worked
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
 from splitnet.wire.fields import (
-    Layout,
-    appended,
+    MessageLayout,
+    appended_field,
     blob,
     flag,
     matching,
@@ -46,7 +46,7 @@ from splitnet.wire.fields import (
     several,
     uint,
     unpack_array,
-    wire,
+    wire_field,
 )
 from splitnet.wire.messages import FINGERPRINT, PROTOCOL_VERSION
 
@@ -156,52 +156,52 @@ class PeerRecord:
     most 3; none: it is reached at its address. demand: of a gateway, see `DEMAND`.
     kv_capacity: positions that one session of one row may take if it is the only one; 0: not known.
     past_ms: by how many ms per block passes of 1 and of 512 positions take longer after 1,024, 8,192 and 32,768
-    positions of context, as far as the peer can hold this context, see `scheduler.facts.PastCost`.
+    positions of context, as far as the peer can hold this context, see `scheduler.facts.ContextCost`.
     kv: format of keys and values, of `splitnet.wire.kv_forms.KV_BITS`; auto: the type in which blocks
     compute, which is always that of latents, states and keys of indexers.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes from which this record was read; empty if this process made it
 
-    key: PublicKey = wire(_key)  # noqa: RUF009 (`wire` makes a field)
-    model: str = wire(matching(FINGERPRINT))
-    model_name: str = wire(_name)
-    address: str = wire(_address)
-    start: int = wire(_BLOCK)
-    end: int = wire(_BLOCK)
-    num_blocks: int = wire(_BLOCK)
-    protocol: int = wire(uint(1 << 16))
-    codecs: tuple[str, ...] = wire(several(_WORD, most=32))
-    device: str = wire(_WORD)
-    dtype: str = wire(_WORD)
-    block_ms: tuple[float, ...] = wire(several(_MS, least=len(PASS_SIZES), most=len(PASS_SIZES)))
-    queue_ms: float = wire(_MS)
-    batch: float = wire(_MS)
-    kv_free_positions: int = wire(_COUNT)
-    sessions: int = wire(_COUNT)
-    max_blocks: int = wire(_COUNT)
-    placed_at: float = wire(_UNIX_S)
-    moving_to: tuple[int, int] | None = wire(optional(several(_BLOCK, least=2, most=2)))
-    serves: bool = wire(flag)
-    coordinate: tuple[float, ...] = wire(row(_floats, *(number(-_MOST, _MOST),) * DIMENSIONS, _MS))
-    coordinate_error: float = wire(_MS)
-    bytes_per_ms: float = wire(_MS)
-    links: tuple[SeenLink, ...] = wire(several(_seen_link, most=MAX_SEEN_LINKS))
-    version: str = wire(_WORD)
-    issued_at: float = wire(_UNIX_S)
-    ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
-    state_bytes: int = appended(_COUNT, 0)
-    proof: int = appended(uint(MAX_PROOF), 0)
-    watts: float = appended(number(0, MAX_WATTS), 0.0)
-    relays: tuple[Relay, ...] = appended(several(_relay, most=MAX_RELAYS), ())
-    relay_port: int = appended(uint(65535), 0)
-    demand: tuple[Wanted, ...] = appended(several(_wanted, most=MAX_WANTED), ())
-    kv_capacity: int = appended(_COUNT, 0)
-    past_ms: tuple[tuple[float, float], ...] = appended(several(row(_floats, _MS, _MS), most=len(CONTEXTS)), ())
-    kv: str = appended(_WORD, "auto")
+    key: PublicKey = wire_field(_key)  # noqa: RUF009 (`wire_field` makes a field)
+    model: str = wire_field(matching(FINGERPRINT))
+    model_name: str = wire_field(_name)
+    address: str = wire_field(_address)
+    start: int = wire_field(_BLOCK)
+    end: int = wire_field(_BLOCK)
+    num_blocks: int = wire_field(_BLOCK)
+    protocol: int = wire_field(uint(1 << 16))
+    codecs: tuple[str, ...] = wire_field(several(_WORD, most=32))
+    device: str = wire_field(_WORD)
+    dtype: str = wire_field(_WORD)
+    block_ms: tuple[float, ...] = wire_field(several(_MS, least=len(PASS_SIZES), most=len(PASS_SIZES)))
+    queue_ms: float = wire_field(_MS)
+    batch: float = wire_field(_MS)
+    kv_free_positions: int = wire_field(_COUNT)
+    sessions: int = wire_field(_COUNT)
+    max_blocks: int = wire_field(_COUNT)
+    placed_at: float = wire_field(_UNIX_S)
+    moving_to: tuple[int, int] | None = wire_field(optional(several(_BLOCK, least=2, most=2)))
+    serves: bool = wire_field(flag)
+    coordinate: tuple[float, ...] = wire_field(row(_floats, *(number(-_MOST, _MOST),) * DIMENSIONS, _MS))
+    coordinate_error: float = wire_field(_MS)
+    bytes_per_ms: float = wire_field(_MS)
+    links: tuple[SeenLink, ...] = wire_field(several(_seen_link, most=MAX_SEEN_LINKS))
+    version: str = wire_field(_WORD)
+    issued_at: float = wire_field(_UNIX_S)
+    ttl_s: float = wire_field(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
+    state_bytes: int = appended_field(_COUNT, 0)
+    proof: int = appended_field(uint(MAX_PROOF), 0)
+    watts: float = appended_field(number(0, MAX_WATTS), 0.0)
+    relays: tuple[Relay, ...] = appended_field(several(_relay, most=MAX_RELAYS), ())
+    relay_port: int = appended_field(uint(65535), 0)
+    demand: tuple[Wanted, ...] = appended_field(several(_wanted, most=MAX_WANTED), ())
+    kv_capacity: int = appended_field(_COUNT, 0)
+    past_ms: tuple[tuple[float, float], ...] = appended_field(several(row(_floats, _MS, _MS), most=len(CONTEXTS)), ())
+    kv: str = appended_field(_WORD, "auto")
 
     def __post_init__(self) -> None:
-        for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
+        for name, value in _LAYOUT.read_fields([getattr(self, name) for name in _LAYOUT.names]).items():
             object.__setattr__(self, name, value)
         if not self.start <= self.end <= self.num_blocks or not self.num_blocks:
             raise ProtocolError("PeerRecord.start, end, num_blocks: expected start <= end <= num_blocks, and a block")
@@ -255,7 +255,7 @@ class PeerRecord:
         """The record signed by `identity`, as bytes. Raises NotAuthorized: the identity has another key."""
         if identity.public != self.key:
             raise NotAuthorized("A record is signed with the key that it names; use the identity of this peer.")
-        payload = packb([RECORD_LAYOUT, self.key.raw, *_LAYOUT.write(self)[1:]])
+        payload = packb([RECORD_LAYOUT, self.key.raw, *_LAYOUT.write_fields(self)[1:]])
         data = packb([payload, identity.sign(_SIGNED_PREFIX + payload)])
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}; shorten names.")
@@ -287,7 +287,7 @@ class PeerRecord:
             raise ProtocolError("A peer record begins with the number of its layout.")
         if values[0] != RECORD_LAYOUT:
             raise ProtocolVersionError(f"The peer record has layout {values[0]}, this version reads {RECORD_LAYOUT}.")
-        fields = _LAYOUT.read(values[1:])
+        fields = _LAYOUT.read_fields(values[1:])
         if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):
             raise NotAuthorized("The peer record is not signed by the key that it names.")
         record = cls(**fields)
@@ -295,7 +295,7 @@ class PeerRecord:
         return record
 
 
-_LAYOUT = Layout(PeerRecord)
+_LAYOUT = MessageLayout(PeerRecord)
 
 
 class RecordValidator:
@@ -375,7 +375,7 @@ def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
         kv_free=record.kv_free_positions,
         watts=record.watts,
         sending_ms=position_bytes / record.bytes_per_ms if record.bytes_per_ms else 0.0,
-        past=PastCost(record.past_ms),
+        context_cost=ContextCost(record.past_ms),
         kv_capacity=record.kv_capacity,
     )
 
@@ -386,18 +386,18 @@ def expected_facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
     return replace(facts, start=record.moving_to[0], end=record.moving_to[1]) if record.moving_to else facts
 
 
-def place_of(record: PeerRecord) -> Place:
+def place_of(record: PeerRecord) -> NetworkPlace:
     coordinate = Coordinate(record.coordinate[:DIMENSIONS], record.coordinate[DIMENSIONS], record.coordinate_error)
-    return Place(coordinate, record.bytes_per_ms)
+    return NetworkPlace(coordinate, record.bytes_per_ms)
 
 
-def places_of(records: Iterable[PeerRecord]) -> dict[str, Place]:
+def places_of(records: Iterable[PeerRecord]) -> dict[str, NetworkPlace]:
     """The places of the peers whose coordinates are known, by key."""
     return {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
 
 
 def network_of(
-    records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, Place]
+    records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, NetworkPlace]
 ) -> Network:
     """The links between peers according to their records.
 

@@ -43,14 +43,14 @@ class DraftModel:
         self._row = SequenceCache(states=SequenceStates(states_per_block(config)) if has_states else None)
         self._one_by_one = has_states and family_of(config).one_by_one
 
-    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         self._text = list(tokens)
 
-    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: torch.Tensor | None = None) -> None:
         self._text.append(token)
 
     @torch.inference_mode()
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         known = [*self._text, *pending]
         self._keep_common(known)
         given = known[len(self._cached) :]
@@ -68,7 +68,7 @@ class DraftModel:
         for piece in pieces:
             cache = OneSequence(self._row)
             logits = self._model(input_ids=piece[None], cache=cache, use_cache=True, logits_to_keep=1).logits
-            self._row.caught_up(self._row.computed + len(piece))
+            self._row.set_computed(self._row.computed + len(piece))
         self._row.advance(len(ids))
         return logits
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from scheduler.batching import MovingAverage
-from scheduler.speculation import Guessed, Pace, Window, best_length, best_window
+from scheduler.speculation import DraftGuess, Pace, Window, best_length, best_window
 from splitnet.drafts.drafter import Guess
 from splitnet.swarm.plan import Prediction
 
@@ -54,8 +54,8 @@ class DraftStats:
         self.texts = 0  # texts that are being generated
         self.tokens = self.round_trips = 0  # of texts with this drafter, without their prompts
         self.by_place: dict[int, list[int]] = {}  # by index in a window: drafts that were compared, and accepted
-        self._own = [_Share(prior) for prior in priors]
-        self._following: dict[int, _Share] = {}  # by kind: guesses behind a guess of this kind, once observed
+        self._own = [_RightShare(prior) for prior in priors]
+        self._following: dict[int, _RightShare] = {}  # by kind: guesses behind a guess of this kind, once observed
         # Time of a plain step beyond its prediction; and, by positions, time of a longer step beyond its own prediction
         # and beyond the excess of a plain step. So a cause that slows plain steps does not make longer ones look fast.
         self._plain_ms = MovingAverage(SHARE)
@@ -75,7 +75,7 @@ class DraftStats:
         with self._lock:
             self._own[kind].add(right)
             if before is not None:
-                self._following.setdefault(before, _Share(self._own[before].value)).add(right)
+                self._following.setdefault(before, _RightShare(self._own[before].value)).add(right)
 
     def sent(self, count: int) -> None:
         """Notes drafted tokens that were sent."""
@@ -159,8 +159,8 @@ class DraftStats:
         worth_ms = max(LOOK_SHARE, self._saved.value) * self._pace(prediction).latency_ms(1)
         return self._drafting_ms[0].value <= worth_ms
 
-    def _guessed(self, kind: int) -> Guessed:
-        return Guessed(self._own[kind].value, self._following.get(kind, self._own[kind]).value)
+    def _guessed(self, kind: int) -> DraftGuess:
+        return DraftGuess(self._own[kind].value, self._following.get(kind, self._own[kind]).value)
 
     def _pace(self, prediction: Callable[[int], Prediction]) -> Pace:
         def more_ms(positions: int) -> float:
@@ -187,7 +187,7 @@ class DraftStats:
         )
 
 
-class _Share:
+class _RightShare:
     """Acceptance rate of guesses; later guesses weigh more."""
 
     def __init__(self, prior: float) -> None:

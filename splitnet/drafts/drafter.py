@@ -35,15 +35,15 @@ class Drafter(Protocol):
     @property
     def taps(self) -> tuple[int, ...]: ...
 
-    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         """Begins a text with these tokens.
 
         features: `[positions, len(taps) * hidden]` of the last positions before the last token; None: no features.
         """
 
-    def observe(self, token: int, features: Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: Tensor | None = None) -> None:
         """Appends a token to the text. features: `[len(taps) * hidden]` of the position before the token."""
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         """Guesses, without end, of the tokens behind the text and `pending`, the drafts that are under way."""
         ...

@@ -31,11 +31,11 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from splitnet.blocks.attention import attend_by_group
-from splitnet.blocks.client_part import Ends
+from splitnet.blocks.client_part import ClientPart
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.safetensors import SINGLE_FILE, SafetensorsStore
-from splitnet.errors import SplitnetError, stumbling
+from splitnet.errors import SplitnetError, replace_library_errors
 from splitnet.quant.choose import AUTO, choose_weights
 from splitnet.quant.linear import hold_weights
 
@@ -82,7 +82,7 @@ def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, val
     return attend_by_group(queries[None], every, all_values, mask, None)[0]
 
 
-class _Layer(nn.Module):
+class _EagleLayer(nn.Module):
     """A block of the families Llama and Qwen3. The first block of EAGLE-3 takes embedding and features together, the
     first block of EAGLE-1 has no input norm."""
 
@@ -143,14 +143,14 @@ class EagleHead(nn.Module):
 
     draft_vocabulary: Tensor | None
 
-    def __init__(self, shape: Shape, model: Ends, draft_vocabulary: Tensor | None = None) -> None:
+    def __init__(self, shape: Shape, model: ClientPart, draft_vocabulary: Tensor | None = None) -> None:
         """draft_vocabulary: ids in rising order; None: all tokens, or set by `open`."""
         super().__init__()
         self.shape, self.model, self.taps = shape, model, shape.taps
         sizes, extras = shape.layer, shape.extras
         hidden, given = sizes.hidden_size, len(shape.taps) * model.hidden_size
         self.fc = nn.Linear(2 * hidden if shape.first else given, hidden, bias="fc.bias" in extras)
-        self.layers = nn.ModuleList(_Layer(shape, index) for index in range(sizes.num_hidden_layers))
+        self.layers = nn.ModuleList(_EagleLayer(shape, index) for index in range(sizes.num_hidden_layers))
         if not shape.first:
             self.norm = LlamaRMSNorm(hidden, eps=sizes.rms_norm_eps)
         if "lm_head.weight" in extras:
@@ -166,7 +166,7 @@ class EagleHead(nn.Module):
         self._tables = torch.empty(0), torch.empty(0)
 
     @classmethod
-    def open(cls, source: str | Path, model: Ends, *, trainable: bool = False) -> EagleHead:
+    def from_source(cls, source: str | Path, model: ClientPart, *, trainable: bool = False) -> EagleHead:
         """Reads a head from a folder or, if there is no such folder, from the hub.
 
         trainable: weights are float32 parameters; otherwise they are held in 16 bits where kernels support that.
@@ -174,9 +174,11 @@ class EagleHead(nn.Module):
         Raises ModelNotFound: there is no such head; SplitnetError: the head is for another model, or not supported.
         """
         store = SafetensorsStore.open(source, None)
-        places = store.places()
+        places = store.tensor_locations()
         names = {name.replace("midlayer.", "layers.0.", 1): name for name in places}
-        with stumbling(lambda why: SplitnetError(f"the config of {source} is none of an EAGLE head ({why})")):
+        with replace_library_errors(
+            lambda why: SplitnetError(f"the config of {source} is none of an EAGLE head ({why})")
+        ):
             shape = _shape_of(json.loads(store.told_config()), names.keys(), model)
         with torch.device("meta"):
             head = cls(shape, model)
@@ -192,8 +194,11 @@ class EagleHead(nn.Module):
                 told = f"{list(place.shape)} numbers of the type {place.stored}" if place is not None else "nothing"
                 wanted = f"{list(expected[name])} of {types[0]} or less" if name in expected else "nothing"
                 _refuse(f"has {told} as {name}, where {wanted} is expected")
-        with ExitStack() as files, stumbling(lambda why: SplitnetError(f"{source} is damaged: get it again ({why})")):
-            paths = {file: store.find(file) for file in {places[names[name]].file for name in expected}}
+        with (
+            ExitStack() as files,
+            replace_library_errors(lambda why: SplitnetError(f"{source} is damaged: get it again ({why})")),
+        ):
+            paths = {file: store.find_file(file) for file in {places[names[name]].file for name in expected}}
             opened = {file: files.enter_context(safe_open(str(path), framework="pt")) for file, path in paths.items()}
             for name in expected:
                 tensor = opened[places[names[name]].file].get_tensor(names[name])
@@ -212,7 +217,7 @@ class EagleHead(nn.Module):
         """
         embedded, hidden = self.embed(tokens), self._numbers(features)
         if not own:
-            hidden = self.begin(hidden)
+            hidden = self.embed_features(hidden)
         outputs = self(embedded, hidden, self.rotary(cache.length, len(hidden)), partial(_attend, cache))
         cache.advance(len(hidden))
         return outputs
@@ -222,7 +227,7 @@ class EagleHead(nn.Module):
         own = "embed_tokens.weight" in self.shape.extras
         return self._numbers(self.embed_tokens(tokens) if own else self.model.embed(tokens))
 
-    def begin(self, features: Tensor) -> Tensor:
+    def embed_features(self, features: Tensor) -> Tensor:
         """The layers' input from the model's hidden states: `[..., n, len(taps) * hidden]` -> `[..., n, hidden]`."""
         if self.shape.first:
             return self._numbers(self.model.norm(features))
@@ -235,7 +240,7 @@ class EagleHead(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """The outputs `[..., n, hidden]` of positions. embedded: embeddings of the next tokens. hidden: output of
-        `begin` or of the head. Both `[..., n, hidden]`."""
+        `embed_features` or of the head. Both `[..., n, hidden]`."""
         if self.shape.first:
             hidden = self.fc(torch.cat((embedded, hidden), dim=-1))
         for layer in self.layers:
@@ -315,8 +320,9 @@ def _ids_of(offsets: Tensor, vocabulary: int) -> Tensor:
     return ids
 
 
-def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: Ends) -> Shape:
-    """The architecture of a head from its config and its tensors' names. Raises SplitnetError: see `EagleHead.open`;
+def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -> Shape:
+    """The architecture of a head from its config and its tensors' names. Raises SplitnetError: see
+    `EagleHead.from_source`;
     other errors: a value has a wrong type."""
     check_values(values, "the config of the head")
     kind = values.get(_SPECULATORS)
@@ -355,7 +361,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: Ends) -> Shap
     return Shape(layer, taps, draft, first, **flags, extras=frozenset(extras))
 
 
-def _layer_of(told: Mapping[str, Any], model: Ends, *, own_embeddings: bool) -> LlamaConfig:
+def _layer_of(told: Mapping[str, Any], model: ClientPart, *, own_embeddings: bool) -> LlamaConfig:
     family, ropes = told.get("model_type", "llama"), told.get("rope_parameters") or told.get("rope_scaling") or {}
     if family not in ("llama", "qwen3"):
         _refuse(f"has layers of the family {family!r}, and llama and qwen3 are known")

@@ -67,24 +67,24 @@ class HeadDrafter:
         self._drafted: list[int] = []  # tokens behind these positions; the cache may hold them, too
         self._outputs: list[Tensor] = []  # of the head, `[hidden]`: at the last position with features, and at drafts
 
-    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._cache, self._length = SequenceCache(), 0
         self._drafted, self._outputs = [], []
         # Embeddings in the place of a prompt have no tokens: their positions are left out.
         count = 0 if features is None else max(0, min(len(features), len(tokens) - 1))
         self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]
 
-    def observe(self, token: int, features: Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: Tensor | None = None) -> None:
         if features is not None:
             self._known.append((token, features))
 
     @torch.inference_mode()
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         self._catch_up()
         if not self._outputs:
             return
         keep = shared(self._drafted, pending)
-        self._forget(keep)
+        self._forget_drafts(keep)
         for token in pending[keep:]:
             self._go_on(token)
         while True:
@@ -99,7 +99,7 @@ class HeadDrafter:
         """Runs the positions whose features have arrived since the last draft."""
         if not self._known:
             return
-        self._forget(0)
+        self._forget_drafts(0)
         tokens, features = zip(*self._known, strict=True)
         stacked = torch.stack(features)
         ids = torch.tensor(tokens, device=stacked.device)
@@ -113,7 +113,7 @@ class HeadDrafter:
         self._outputs.append(self._head.run(torch.tensor([token], device=last.device), last, self._cache, own=True)[0])
         self._drafted.append(token)
 
-    def _forget(self, keep: int) -> None:
+    def _forget_drafts(self, keep: int) -> None:
         """Forgets all drafted tokens but the first `keep`."""
         if len(self._drafted) > keep:
             self._cache.crop(self._length + keep)
@@ -123,7 +123,7 @@ class HeadDrafter:
 _COPIES = len(PromptLookup.priors)  # kinds of guesses that are copies; the kinds of the head follow
 
 
-class Combined:
+class CombinedDrafter:
     """Drafts by a head, or copies of the text where copies of this kind are accepted more often.
 
     acceptance: the acceptance rate of guesses of some kinds.
@@ -137,21 +137,21 @@ class Combined:
         self._head = HeadDrafter(head)
         self._acceptance = acceptance
 
-    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        self._copies.begin(tokens)
-        self._head.begin(tokens, features)
+    def begin_text(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+        self._copies.begin_text(tokens)
+        self._head.begin_text(tokens, features)
 
-    def observe(self, token: int, features: Tensor | None = None) -> None:
-        self._copies.observe(token)
-        self._head.observe(token, features)
+    def observe_token(self, token: int, features: Tensor | None = None) -> None:
+        self._copies.observe_token(token)
+        self._head.observe_token(token, features)
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
-        copies = self._copies.draft(pending)
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
+        copies = self._copies.draft_tokens(pending)
         first = next(copies, None)
         of_head = range(_COPIES, len(self.priors))
         if first is not None and self._acceptance([first.kind]) >= self._acceptance(of_head):
             yield first
             yield from copies
             return
-        for token, kind in self._head.draft(pending):
+        for token, kind in self._head.draft_tokens(pending):
             yield Guess(token, _COPIES + kind)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from splitnet.blocks.backbone import hold_codes
 from splitnet.blocks.block_sizes import block_sizes, check_file_bytes, weights_of
-from splitnet.blocks.client_part import Ends
+from splitnet.blocks.client_part import ClientPart
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import BlockTensor, Checkpoint, check_no_unexpected
 from splitnet.errors import UnsupportedModel
 
@@ -68,7 +68,7 @@ _SHARED = re.compile(r"(^|\.)(embed_tokens|shared_head\.head)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class MtpLayer:
     """The MTP layer of a family.
 
     attention, mlp: the kind of the layer's block, for configs that list kinds of blocks without this layer. renamed:
@@ -84,41 +84,42 @@ class Layer:
     normed: bool = True
 
 
-LAYERS: Mapping[str, Layer] = {
-    "deepseek_v3": Layer(),
-    "deepseek_v32": Layer(attention="indexed_attention"),
-    "ernie4_5_moe": Layer(names=_ERNIE),  # with a final norm as in FastDeploy; vLLM and SGLang have none
-    "glm4_moe": Layer(),
-    "glm4_moe_lite": Layer(),
-    "glm_moe_dsa": Layer(attention="indexed_attention"),
-    "mellum": Layer(names=_BESIDE),
-    "mimo_v2_flash": Layer(
+LAYERS: Mapping[str, MtpLayer] = {
+    "deepseek_v3": MtpLayer(),
+    "deepseek_v32": MtpLayer(attention="indexed_attention"),
+    "ernie4_5_moe": MtpLayer(names=_ERNIE),  # with a final norm as in FastDeploy; vLLM and SGLang have none
+    "glm4_moe": MtpLayer(),
+    "glm4_moe_lite": MtpLayer(),
+    "glm_moe_dsa": MtpLayer(attention="indexed_attention"),
+    "mellum": MtpLayer(names=_BESIDE),
+    "mimo_v2_flash": MtpLayer(
         names=_MIMO_2,
         attention="sliding_attention",
         mlp="dense",
         renamed=("pre_mlp_layernorm.", "post_attention_layernorm."),
     ),
-    "nemotron_h": Layer(names=_NEMOTRON),
-    "qwen2": Layer(names=_MIMO, hidden_first=True, normed=False),  # MiMo, whose blocks are those of Qwen2; as in vLLM
-    "qwen3_5_moe_text": Layer(names=_BESIDE),
-    "qwen3_5_text": Layer(names=_BESIDE),
-    "qwen3_next": Layer(names=_BESIDE),
+    "nemotron_h": MtpLayer(names=_NEMOTRON),
+    # MiMo, whose blocks are those of Qwen2; as in vLLM
+    "qwen2": MtpLayer(names=_MIMO, hidden_first=True, normed=False),
+    "qwen3_5_moe_text": MtpLayer(names=_BESIDE),
+    "qwen3_5_text": MtpLayer(names=_BESIDE),
+    "qwen3_next": MtpLayer(names=_BESIDE),
 }
 """The MTP layer, by family."""
 
 
-class _Found(NamedTuple):
+class _FoundHead(NamedTuple):
     """The layer of a checkpoint. whole: the checkpoint with the layer's blocks behind the model's. parts: field of
     `Names` -> name of the tensor."""
 
-    layer: Layer
+    layer: MtpLayer
     whole: Checkpoint
     start: int  # index of the layer's first block in `whole`
     parts: dict[str, str]
 
 
 @torch.inference_mode(False)  # the tensors are used outside of inference mode, too
-def mtp_head(checkpoint: Checkpoint, ends: Ends, weights: str | None = None) -> MtpHead | None:
+def mtp_head(checkpoint: Checkpoint, ends: ClientPart, weights: str | None = None) -> MtpHead | None:
     """Reads only the MTP layer of a checkpoint; None: the checkpoint has no such layer.
 
     Args:
@@ -133,7 +134,7 @@ def mtp_head(checkpoint: Checkpoint, ends: Ends, weights: str | None = None) -> 
     found = _find(checkpoint)
     if found is None:
         return None
-    if not ends.are_all:
+    if not ends.compute_everything:
         raise _unusable(checkpoint, "the model does more to embeddings or logits than is known here")
     return MtpHead(found, ends, weights)
 
@@ -159,7 +160,7 @@ class MtpHead:
 
     draft_vocabulary = None
 
-    def __init__(self, found: _Found, ends: Ends, weights: str | None) -> None:
+    def __init__(self, found: _FoundHead, ends: ClientPart, weights: str | None) -> None:
         whole, model = found.whole, ends.model
         self.taps = (found.start,)
         self._ends = ends
@@ -188,7 +189,7 @@ class MtpHead:
         both = [embedded, self._parts["hidden_norm"](hidden)]
         given = self._parts["projection"](torch.cat(both[::-1] if self._layer.hidden_first else both, dim=-1))
         with self._lock:
-            output = self._span.forward(given, [Chunk(cache, cache.length, len(given))])
+            output = self._span.forward(given, [RowChunk(cache, cache.length, len(given))])
         norm = self._parts["norm"] if self._has_norm else self._ends.norm
         return norm(output)
 
@@ -197,7 +198,7 @@ class MtpHead:
         return self._ends.head(hidden)
 
 
-def _find(checkpoint: Checkpoint) -> _Found | None:
+def _find(checkpoint: Checkpoint) -> _FoundHead | None:
     """Finds the layer; None: there is none. Reads headers only. Raises UnsupportedModel: the layer is unknown."""
     further, count = checkpoint.next_token_names, checkpoint.num_blocks
     if not further:
@@ -230,12 +231,12 @@ def _find(checkpoint: Checkpoint) -> _Found | None:
         if getattr(config, key, None) is not None:
             setattr(config, key, [*getattr(config, key)[:count], *more])
     config.num_hidden_layers = count + len(kinds)
-    whole, size = checkpoint.longer(config, blocks), checkpoint.hidden_size
-    for name, facts in checkpoint.store.facts(parts.values()).items():
+    whole, size = checkpoint.with_more_blocks(config, blocks), checkpoint.hidden_size
+    for name, facts in checkpoint.store.tensor_facts(parts.values()).items():
         if facts.shape != ((size, 2 * size) if name == parts["projection"] else (size,)):
             raise _unusable(checkpoint, f"{name} is {list(facts.shape)}")
     check_file_bytes(whole, count)
-    return _Found(layer, whole, count, parts)
+    return _FoundHead(layer, whole, count, parts)
 
 
 def _unusable(checkpoint: Checkpoint, why: str) -> UnsupportedModel:

@@ -43,20 +43,20 @@ class PromptLookup:
         self._source: int | None = None  # index of the next token of the source; None: there is no source
         self._suspect: tuple[int, int] | None = None  # a token of the source, and the text's latest token in its place
 
-    def begin(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._tokens, self._places, self._source, self._suspect = [], {}, None, None
         self._renamed, self._former, self._seen, self._forgotten = {}, {}, Counter(), Counter()
         for token in tokens:
-            self.observe(token)
+            self.observe_token(token)
 
-    def observe(self, token: int, features: Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: Tensor | None = None) -> None:
         self._follow(token)
         self._tokens.append(token)
         self._remember(len(self._tokens) - 1)
         if self._source is None:
             self._source = self._latest(self._tokens[-LONGEST_NGRAM:])
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         tail = [*self._tokens[-LONGEST_MATCH:], *pending][-LONGEST_MATCH:]
         place = self._place(tail, pending)
         if place is None:
@@ -79,7 +79,7 @@ class PromptLookup:
         if self._former.get(expected, expected) == self._former.get(token, token):
             self._learn()
             if self._renamed.get(expected, token) != token:
-                self._forget(expected)
+                self._forget_place(expected)
             return
         same = self._same(self._tokens[-LONGEST_MATCH:], source)[:LEARNING_MATCH]
         if self._suspect is None and sum(same) == LEARNING_MATCH:
@@ -95,12 +95,12 @@ class PromptLookup:
         self._seen[self._suspect] += 1
         is_one = former in self._former or new in self._former
         if self._seen[self._suspect] >= TIMES_SEEN and not is_one and self._forgotten[former] < TIMES_FORGOTTEN:
-            self._forget(former)
+            self._forget_place(former)
             self._renamed[former], self._former[new] = new, former
             self._remember_latest()
         self._suspect = None
 
-    def _forget(self, former: int) -> None:
+    def _forget_place(self, former: int) -> None:
         """Drops the replacement of a token."""
         new = self._renamed.pop(former, None)
         if new is not None:

@@ -12,7 +12,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.draft_stats import Counts, DraftStats
 from splitnet.drafts.drafter import Drafter
-from splitnet.drafts.heads import Combined, DraftHead
+from splitnet.drafts.heads import CombinedDrafter, DraftHead
 from splitnet.drafts.mtp import mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
@@ -61,8 +61,8 @@ class Speculator:
         head, required = self._head(speculate), speculate != AUTO
         if head is None:
             return Drafts(PromptLookup(), self._stats_of(speculate, PromptLookup.priors), required)
-        stats = self._stats_of(speculate, Combined.priors)
-        return Drafts(Combined(head, stats.acceptance), stats, required)
+        stats = self._stats_of(speculate, CombinedDrafter.priors)
+        return Drafts(CombinedDrafter(head, stats.acceptance), stats, required)
 
     def _stats_of(self, source: Any, priors: Sequence[float]) -> DraftStats:
         """Statistics of all texts with drafts from this source."""
@@ -91,7 +91,7 @@ class Speculator:
         if speculate.startswith(EAGLE):
             from splitnet.drafts.eagle import EagleHead
 
-            return EagleHead.open(speculate.removeprefix(EAGLE), self._model.ends)
+            return EagleHead.from_source(speculate.removeprefix(EAGLE), self._model.ends)
         raise SplitnetError(
             f"cannot speculate by {speculate!r}: give one of {', '.join(NAMES)}, {EAGLE}DIR, or a draft model"
         )

@@ -12,12 +12,12 @@ from itertools import count
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy
-from splitnet.hf.adapters import LocalAdapters
+from splitnet.hf.local_adapters import LocalAdapters
 from splitnet.hf.parameters import refuse
-from splitnet.hf.side import Arrangement, SideCache
+from splitnet.hf.side_network import Arrangement, SideCache
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
 from splitnet.wire.messages import Chunk, Fork
@@ -43,7 +43,7 @@ class RemoteLayer(CacheLayerMixin):
         self._scope = scope
         self.columns = 0  # length of the padded batch
         self.taps: tuple[int, ...] = ()  # see `use_taps`
-        self.adapter: Adapter | None = None  # of the blocks, for the cached positions
+        self.adapter: AdapterTensors | None = None  # of the blocks, for the cached positions
         self.waited_ms = 0.0  # total wait for peers
         self.session: ModelSession | None = None
         self.reserve_step = RESERVE_STEP  # 1: reserve exactly the positions that are computed
@@ -57,7 +57,7 @@ class RemoteLayer(CacheLayerMixin):
         self._restart = True
         self.closed = False
         self.changes = 0  # number of changes of the cached positions
-        self.reach = self.alike = 0  # of the first step, see `Step`; columns with this reach
+        self.rope_length = self.alike = 0  # of the first step, see `Step`; columns with this reach
         self.side: SideCache | None = None  # of the side network, for the same positions
 
     @property
@@ -88,7 +88,7 @@ class RemoteLayer(CacheLayerMixin):
                 self.session = None
 
     def begin_step(
-        self, mask: torch.Tensor, keep: int, adapter: Adapter | None = None
+        self, mask: torch.Tensor, keep: int, adapter: AdapterTensors | None = None
     ) -> tuple[ModelSession, list[Chunk], list[Fork] | None]:
         """Registers new columns.
 
@@ -143,7 +143,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def fitting(self, length: int, ropes: RopeLengths) -> int:
         """Number of columns with the rotary frequencies of a prompt of `length` positions."""
-        return min(self.columns, self.alike) if ropes.shortest(length) == self.reach else 0
+        return min(self.columns, self.alike) if ropes.shortest(length) == self.rope_length else 0
 
     def mask(self, new: int) -> torch.Tensor:
         """`[batch, columns]` bool for the cached columns, and for new columns without padding."""

@@ -17,19 +17,19 @@ from transformers import GenerationMixin, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
-from splitnet.blocks.client_part import Ends, backbone_of, ends_of, load_client_part
+from splitnet.blocks.client_part import ClientPart, backbone_of, client_part_of, load_client_part
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
-from splitnet.hf.adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
-from splitnet.hf.decoding import Decoding, FamilyLoop, Outputs, Text
-from splitnet.hf.parameters import Request, refuse, too_long
+from splitnet.hf.decoding import Decoding, FamilyLoop, GrowingText, Outputs
+from splitnet.hf.local_adapters import Prefixes, prompt_wrapper, with_trained_prompt
+from splitnet.hf.parameters import GenerateCall, refuse, too_long
 from splitnet.hf.remote_blocks import Exchange, PerThread
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
-from splitnet.hf.side import SideCache, SideNetwork
+from splitnet.hf.side_network import SideCache, SideNetwork
 from splitnet.quant.device import end_threads
 from splitnet.session.inference import Session
 from splitnet.session.local import Blocks, MixedSession
@@ -72,7 +72,7 @@ class AutoModelForCausalLM:
             swarm_key: of a closed swarm, or its file (see `splitnet key --swarm-key`).
             trusted_peers: file with the keys of the peers that may be used; None: any.
             codec: of activations: "auto", or a name from `splitnet.wire.codecs.CODECS`.
-            dtype, device: of the local part; "auto": the best device that works, see `splitnet.blocks.device`.
+            dtype, device: of the local part; "auto": the best device that works, see `splitnet.blocks.chosen_device`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly not served.
             any_weights: whether to continue with weights in another format, such as int4 after float32, when no peer
                 holds the session's format; otherwise that raises OtherWeights. None: only with the codec "auto".
@@ -130,7 +130,7 @@ def attached(
     )
     model = made_remote(client_part, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
-    model.ends = ends_of(model)
+    model.ends = client_part_of(model)
     model.speculator = Speculator(model, checkpoint)
     model.connect_blocks(blocks, swarm)
     if speculate not in (None, OFF, AUTO):
@@ -145,7 +145,7 @@ class RemoteCausalLM(RemoteModel):
     # `logits_to_keep` is allowed with `labels`: the loss is of all positions, the logits of the kept ones.
     loss_in_parts = True
 
-    ends: Ends  # the layers before and after the blocks
+    ends: ClientPart  # the layers before and after the blocks
     speculator: Speculator
     side: SideNetwork | None = None  # see `use_side`
 
@@ -186,8 +186,8 @@ class RemoteCausalLM(RemoteModel):
                 given.setdefault("cache", cache)
         # Tokenizers return tensors on the CPU.
         given = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in given.items()}
-        request = Request(given, self.generation_config)
-        request.check()
+        request = GenerateCall(given, self.generation_config)
+        request.check_parameters()
         length = self._wanted_length(given)
         caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
         if not caches and given.get("cache") is not None:
@@ -245,7 +245,7 @@ class RemoteCausalLM(RemoteModel):
             cache.remote.reset()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         cache.remote.reserve(length)
-        progress = _Progress()
+        progress = _TokenRecorder()
         given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), progress]
         tokens: torch.Tensor | None = None
         handed_out = False
@@ -422,17 +422,18 @@ class RemoteCausalLM(RemoteModel):
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of new tokens `[1, seq]`."""
         if (ends := self._only_ends) is not None:
-            return self._received(ends, self._blocks.begin(cache, ends.embed(input_ids)))
-        return self._called(input_ids, cache, lambda hidden: self._blocks.begin(cache, hidden))
+            return self._outputs_of(ends, self._blocks.begin_step(cache, ends.embed(input_ids)))
+        return self._called(input_ids, cache, lambda hidden: self._blocks.begin_step(cache, hidden))
 
-    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
-        """Sends new tokens `[1, seq]` to the blocks; `receive` waits for the outputs. Raises as a call of the model."""
+    def send_tokens(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
+        """Sends new tokens `[1, seq]` to the blocks; `receive_outputs` waits for the outputs. Raises as a call of the
+        model."""
         if (ends := self._only_ends) is not None:
-            return self._blocks.begin(cache, ends.embed(input_ids))
+            return self._blocks.begin_step(cache, ends.embed(input_ids))
         sent: list[Exchange] = []
 
         def begin(hidden: torch.Tensor) -> torch.Tensor:
-            sent.append(self._blocks.begin(cache, hidden))
+            sent.append(self._blocks.begin_step(cache, hidden))
             return hidden
 
         # The layers behind the blocks run without need; the head, which is not in the backbone, does not run.
@@ -440,21 +441,21 @@ class RemoteCausalLM(RemoteModel):
             backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
 
-    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
-        """The outputs of sent tokens, in the order of sending. Raises as `send`."""
+    def receive_outputs(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
+        """The outputs of sent tokens, in the order of sending. Raises as `send_tokens`."""
         if (ends := self._only_ends) is not None:
-            return self._received(ends, exchange)
+            return self._outputs_of(ends, exchange)
         with exchange.rewound():
             return self._called(input_ids, cache, lambda hidden: exchange)
 
-    def _received(self, ends: Ends, exchange: Exchange) -> Outputs:
+    def _outputs_of(self, ends: ClientPart, exchange: Exchange) -> Outputs:
         hidden = exchange.finish()
         return Outputs(ends.logits(hidden)[0], exchange.features(hidden)[0])
 
     def _called(
         self, input_ids: torch.Tensor, cache: RemoteCache, begin: Callable[[torch.Tensor], Exchange]
     ) -> Outputs:
-        """The outputs of a call of the model; `begin` sends the hidden states through the blocks."""
+        """The outputs of a call of the model; `begin_step` sends the hidden states through the blocks."""
         features: list[torch.Tensor] = []
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -468,10 +469,10 @@ class RemoteCausalLM(RemoteModel):
         return Outputs(logits, features[0][0])
 
     @property
-    def _only_ends(self) -> Ends | None:
+    def _only_ends(self) -> ClientPart | None:
         """The ends, if the model has no other layers and no hook on its calls; else None."""
         watched = self._forward_hooks or self._forward_pre_hooks or self.side is not None
-        return None if watched or not self.ends.are_all else self.ends
+        return None if watched or not self.ends.compute_everything else self.ends
 
     def _generate(self, given: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)
@@ -487,7 +488,7 @@ class RemoteCausalLM(RemoteModel):
             cache.remote.use_taps(() if taps == (self._blocks.num_blocks,) else taps)
 
     def _speculation_refused(
-        self, by: Any, given: Mapping[str, Any], request: Request, caches: bool
+        self, by: Any, given: Mapping[str, Any], request: GenerateCall, caches: bool
     ) -> UnsupportedParameter | None:
         """The error if `by` makes no drafts, or another argument excludes drafts."""
         if isinstance(by, RemoteModel):
@@ -527,7 +528,7 @@ class RemoteCausalLM(RemoteModel):
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
         required = drafts is not None and drafts.required
         if only_tokens and unprompted and not others and (fits or required):
-            text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            text = GrowingText(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             first = not generation_config.is_assistant
             features: list[torch.Tensor] = []
             with self._blocks.calling(seen=features.append):
@@ -665,7 +666,7 @@ class _Context:
     beside: tuple[SideNetwork, torch.Tensor] | None = None
 
 
-class _Progress(StoppingCriteria):
+class _TokenRecorder(StoppingCriteria):
     """A criterion that never stops, but keeps the latest tokens."""
 
     def __init__(self) -> None:

@@ -46,9 +46,9 @@ class Model(Protocol):
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
 
-    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange: ...
+    def send_tokens(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange: ...
 
-    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
+    def receive_outputs(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs: ...
 
 
 class Outputs(NamedTuple):
@@ -59,7 +59,7 @@ class Outputs(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
+class _SentTokens:
     """Tokens under way.
 
     exchange: None: the tokens are sent later, in one call of the model. ids: `[1, seq]`: drafts, behind the last token
@@ -73,7 +73,7 @@ class _Sent:
     alone: bool
 
 
-class Text:
+class GrowingText:
     """The tokens of a text, beginning with the prompt `[1, seq]`, and the choice of the next token.
 
     Tokens are chosen as in transformers' `generate()`, with its `LogitsProcessorList`, `StoppingCriteriaList` and
@@ -95,7 +95,7 @@ class Text:
         """The tokens from `start` on, `[1, seq]`."""
         return self._held[:, start : len(self.tokens)]
 
-    def choose(self, logits: torch.Tensor) -> int:
+    def choose_token(self, logits: torch.Tensor) -> int:
         """Chooses and appends the next token from logits `[vocabulary]`."""
         scores = logits[None].to(torch.float32, copy=len(self._processor) > 0)  # processors may write into it
         scores = self._processor(self.ids(), scores)
@@ -124,7 +124,7 @@ class Decoding:
         self,
         model: Model,
         cache: RemoteCache,
-        text: Text,
+        text: GrowingText,
         drafts: Drafts | None = None,
         max_positions: int | None = None,
     ) -> None:
@@ -137,7 +137,7 @@ class Decoding:
         self._offset = cache.remote.columns - len(text.tokens)
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
-        self._under_way: deque[_Sent] = deque()
+        self._under_way: deque[_SentTokens] = deque()
         self._drafted: deque[Drafted] = deque()  # tokens that were sent behind the text
         self._imagined: Guess | None = None  # a guess that was not sent, to measure the acceptance rate
         self._unseen = 0  # tokens since the latest draft, if none of its tokens was sent
@@ -154,38 +154,38 @@ class Decoding:
         """
         with self._drafts.stats.text() if self._drafts is not None else nullcontext():
             if self._drafts is not None:
-                self._drafts.drafter.begin(self._text.tokens, prompt.features[:-1])
-            self._take(prompt.logits[-1], prompt.features[-1])
+                self._drafts.drafter.begin_text(self._text.tokens, prompt.features[:-1])
+            self._take_outputs(prompt.logits[-1], prompt.features[-1])
             try:
                 while not self._text.finished:
-                    self._turn()
+                    self._run_turn()
             finally:
                 self._forget_drafts()
         if self._text.streamer is not None:
             self._text.streamer.end()
         return self._text.ids()
 
-    def _turn(self) -> None:
+    def _run_turn(self) -> None:
         """Sends the next tokens and drafts, and handles the first outputs."""
         window, guesses = self._plan()
         if not self._under_way:
-            self._send(guesses, whole=window.in_flight == 1)
+            self._send_drafts(guesses, whole=window.in_flight == 1)
             guesses = []
         while len(self._under_way) < window.in_flight:
             guesses = guesses or [*itertools.islice(self._guesses(), window.length)]
             if not guesses:
                 break
-            self._send(guesses)
+            self._send_drafts(guesses)
             guesses = []
         sent = self._under_way.popleft()
         began, waited_ms = time.perf_counter(), self._layer.waited_ms
         if sent.exchange is None:
             outputs = self._model.step(sent.ids, self._cache)
         else:
-            outputs = self._model.receive(sent.exchange, sent.ids, self._cache)
+            outputs = self._model.receive_outputs(sent.exchange, sent.ids, self._cache)
         before = len(self._text.tokens)
         for logits, features in zip(*outputs, strict=True):
-            token = self._take(logits, features)
+            token = self._take_outputs(logits, features)
             if self._text.finished or not self._goes_on_with(token):
                 self._forget_drafts()
                 break
@@ -239,12 +239,12 @@ class Decoding:
         bound = None if self._layer.bound is None else self._layer.bound - self._offset
         most = min((limit for limit in (self._most, bound) if limit is not None), default=None)
         room = None if most is None else max(0, most - len(self._text.tokens) - 1 - len(self._drafted))
-        guesses = self._drafts.drafter.draft([drafted.token for drafted in self._drafted])
+        guesses = self._drafts.drafter.draft_tokens([drafted.token for drafted in self._drafted])
         timed = self._drafts.stats.timed(guesses, catches_up=self._begins)
         self._begins = False
         yield from itertools.islice(timed, room)
 
-    def _send(self, guesses: Sequence[Guess], *, whole: bool = False) -> None:
+    def _send_drafts(self, guesses: Sequence[Guess], *, whole: bool = False) -> None:
         """Sends drafts behind the drafts under way, or behind the last token of the text."""
         alone = not self._under_way
         ids = self._text.ids(len(self._text.tokens) - alone)
@@ -255,16 +255,16 @@ class Decoding:
         if guesses:
             ids = torch.cat((ids, ids.new_tensor([[guess.token for guess in guesses]])), dim=1)
         began = time.perf_counter()
-        exchange = None if whole else self._model.send(ids, self._cache)
+        exchange = None if whole else self._model.send_tokens(ids, self._cache)
         sending_ms = (time.perf_counter() - began) * 1000
         if guesses and self._drafts is not None:
             self._drafts.stats.sent(len(guesses))
-        self._under_way.append(_Sent(exchange, ids, began, sending_ms, alone))
+        self._under_way.append(_SentTokens(exchange, ids, began, sending_ms, alone))
 
-    def _take(self, logits: torch.Tensor, features: torch.Tensor) -> int:
-        token = self._text.choose(logits)
+    def _take_outputs(self, logits: torch.Tensor, features: torch.Tensor) -> int:
+        token = self._text.choose_token(logits)
         if self._drafts is not None:
-            self._drafts.drafter.observe(token, features)
+            self._drafts.drafter.observe_token(token, features)
             if self._imagined is not None:
                 self._drafts.stats.compared(self._imagined.kind, self._imagined.token == token)
                 self._imagined = None

@@ -20,26 +20,28 @@ HONOURED = "as in transformers"
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RefusedParameter:
     """A refused parameter. why: the reason, and what to do. unless: values without effect, besides None."""
 
     why: str
     unless: tuple[str | bool, ...] = (False,)
 
 
-_CACHE = Refused("keys and values are on the peers, which choose how to hold them: leave it out")
-_INSIDE = Refused("is computed inside the blocks, and peers send their output only: leave it out")
-_HUB = Refused("is a way of generating that transformers has moved out of its package: leave it out")
-_LAYERS = Refused("drafts with layers of the model that are not here: use speculate=, or prompt_lookup_num_tokens=")
-_PACKED = Refused("packs several sequences into one row: give each a row of its own")
-_UNKNOWN = Refused("is a parameter that splitnet does not know: leave it out")
+_CACHE = RefusedParameter("keys and values are on the peers, which choose how to hold them: leave it out")
+_INSIDE = RefusedParameter("is computed inside the blocks, and peers send their output only: leave it out")
+_HUB = RefusedParameter("is a way of generating that transformers has moved out of its package: leave it out")
+_LAYERS = RefusedParameter(
+    "drafts with layers of the model that are not here: use speculate=, or prompt_lookup_num_tokens="
+)
+_PACKED = RefusedParameter("packs several sequences into one row: give each a row of its own")
+_UNKNOWN = RefusedParameter("is a parameter that splitnet does not know: leave it out")
 
 
-def _all(names: str, rule: str | Refused) -> dict[str, str | Refused]:
+def _all(names: str, rule: str | RefusedParameter) -> dict[str, str | RefusedParameter]:
     return dict.fromkeys(names.split(), rule)
 
 
-GENERATION: Mapping[str, str | Refused] = {
+GENERATION: Mapping[str, str | RefusedParameter] = {
     **_all(
         """max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams
         use_cache temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty
@@ -53,7 +55,7 @@ GENERATION: Mapping[str, str | Refused] = {
         prefill_chunk_size transformers_version""",
         HONOURED,
     ),
-    "cache_implementation": Refused(_CACHE.why, unless=("dynamic", "hybrid")),
+    "cache_implementation": RefusedParameter(_CACHE.why, unless=("dynamic", "hybrid")),
     **_all("cache_config max_cache_len continuous_batching_config", _CACHE),
     **_all("output_attentions output_hidden_states", _INSIDE),
     **_all("use_mtp speculation_type assistant_early_exit", _LAYERS),
@@ -61,7 +63,7 @@ GENERATION: Mapping[str, str | Refused] = {
 }
 """The parameters of `GenerationConfig`."""
 
-FORWARD: Mapping[str, str | Refused] = {
+FORWARD: Mapping[str, str | RefusedParameter] = {
     **_all("input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids", HONOURED),
     "logits_to_keep": "as in transformers; with `labels` too, and then the loss is of all positions, part after part",
     "attention_mask": "`[batch, positions]`, without a hole between tokens; with a cache, padding is on the left",
@@ -69,8 +71,11 @@ FORWARD: Mapping[str, str | Refused] = {
     "cache": "that of `new_cache()`, or of an earlier call; others are refused",
     **_all("output_attentions output_hidden_states output_router_logits", _INSIDE),
     **_all("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx", _PACKED),
-    "is_causal": Refused("changes the attention inside the blocks: leave it out", unless=(True,)),
-    **_all("encoder_hidden_states encoder_attention_mask", Refused("is attended to inside the blocks: leave it out")),
+    "is_causal": RefusedParameter("changes the attention inside the blocks: leave it out", unless=(True,)),
+    **_all(
+        "encoder_hidden_states encoder_attention_mask",
+        RefusedParameter("is attended to inside the blocks: leave it out"),
+    ),
 }
 """The parameters of the `forward` of causal models."""
 
@@ -78,13 +83,13 @@ _DEFAULTS = GenerationConfig._get_default_generation_params()
 _REFUSED = {
     name: rule
     for name in vars(GenerationConfig()).keys() - {"_from_model_config"}
-    if isinstance(rule := GENERATION.get(name, _UNKNOWN), Refused)
+    if isinstance(rule := GENERATION.get(name, _UNKNOWN), RefusedParameter)
 }
 _LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})  # used by `generate()`, and passed on nevertheless
 _EMBEDDED = frozenset({"token_type_ids"})  # backbones with this name in their signature embed it before the blocks
 
 
-class Request:
+class GenerateCall:
     """The parameters of a call of `generate()`.
 
     config: of the model, for parameters that are missing in the arguments and in a config among these.
@@ -100,7 +105,7 @@ class Request:
             return self._given[name]
         return next((value for one in self._configs if (value := getattr(one, name, None)) is not None), None)
 
-    def check(self) -> None:
+    def check_parameters(self) -> None:
         """Raises UnsupportedParameter: remote blocks cannot honour a parameter."""
         for name, rule in _REFUSED.items():
             value = self.value(name)
@@ -117,7 +122,7 @@ def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]
         if value is None or name in _LEFT_BY_GENERATE:
             continue
         rule = _UNKNOWN if name in _EMBEDDED and name not in explicit else FORWARD.get(name, _UNKNOWN)
-        if isinstance(rule, Refused):
+        if isinstance(rule, RefusedParameter):
             _check(name, rule, value)
     for name in ("output_attentions", "output_hidden_states"):
         if name not in given:
@@ -182,17 +187,18 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
         )
 
 
-def reach_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
-    """The text length from which transformers computes rotary frequencies, for `splitnet.wire.messages.Step.reach`.
+def rope_length_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
+    """The text length from which transformers computes rotary frequencies, for
+    `splitnet.wire.messages.Step.rope_length`.
 
     positions: as in `check_positions`. columns: of the text after the call, with padding and prefix. least: least
     length of the text.
     """
-    if not ropes.matter:
+    if not ropes.frequencies_vary:
         return 0
     return ropes.shortest(max(least, columns if positions is None else int(positions.max()) + 1))
 
 
-def _check(name: str, rule: Refused, value: Any) -> None:
+def _check(name: str, rule: RefusedParameter, value: Any) -> None:
     if value is not None and not (isinstance(value, str | bool) and value in rule.unless):
         raise refuse(name, rule.why)

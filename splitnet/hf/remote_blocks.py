@@ -16,12 +16,12 @@ from typing import Any, Generic, Never, TypeVar
 import torch
 from torch import nn
 
-from splitnet.blocks.adapters import Adapter, block_of
+from splitnet.blocks.adapters import AdapterTensors, block_of
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy, SplitnetError
-from splitnet.hf.adapters import LocalAdapters, Prefixes
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
-from splitnet.hf.parameters import check_positions, mask_of, reach_of, too_long
+from splitnet.hf.local_adapters import LocalAdapters, Prefixes
+from splitnet.hf.parameters import check_positions, mask_of, rope_length_of, too_long
 from splitnet.session.local import Blocks, LocalSpan
 from splitnet.session.training import Passed, PassSession
 from splitnet.wire.messages import Chunk
@@ -30,7 +30,7 @@ Fields = TypeVar("Fields", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ModelCall:
     """Context of a call of the model, for the blocks.
 
     keep: number of last positions that the head needs; 0: all. length: of the whole text, if the call has a piece of a
@@ -74,7 +74,7 @@ class Exchange:
 
     layer: RemoteLayer
     session: ModelSession
-    under_way: Any
+    in_flight: Any
     parts: list[Chunk]
     hidden: torch.Tensor
     new_mask: torch.Tensor
@@ -86,11 +86,11 @@ class Exchange:
 
         Raises PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
-        if self.under_way is None:
+        if self.in_flight is None:
             nothing = torch.zeros_like(self.hidden).repeat(1, 1, len(self.session.taps) + 1)
             return self._with_taps(nothing, self.new_mask)
         began = time.perf_counter()
-        returned = self.session.finish(self.under_way).to(self.hidden.device, self.hidden.dtype)
+        returned = self.session.finish(self.in_flight).to(self.hidden.device, self.hidden.dtype)
         self.layer.waited_ms += (time.perf_counter() - began) * 1000
         if len(returned) == self.hidden.shape[0] * self.hidden.shape[1]:
             return self._with_taps(returned.view(*self.hidden.shape[:2], -1), self.new_mask)
@@ -122,8 +122,8 @@ class Exchange:
 
     def abandon(self) -> None:
         """Gives up the outputs."""
-        if self.under_way is not None:
-            self.session.abandon(self.under_way)
+        if self.in_flight is not None:
+            self.session.abandon(self.in_flight)
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
@@ -157,12 +157,12 @@ class RemoteBlocks(nn.Module):
         ends = (stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages)
         self.num_blocks = max(ends, default=0)
         self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
-        self._lengths_matter = ropes.matter
+        self._lengths_matter = ropes.frequencies_vary
         self.stages = stages
         self._make_passes = make_passes
         self.passes: dict[Blocks, PassSession] = {}  # by the range of blocks
         self._passing = threading.RLock()
-        self._local = PerThread(Call())
+        self._local = PerThread(ModelCall())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Boundary activations in and out, `[batch, seq, hidden]`; see `step` and `run_whole`."""
@@ -177,22 +177,22 @@ class RemoteBlocks(nn.Module):
         )
 
     @property
-    def call(self) -> Call:
+    def call(self) -> ModelCall:
         """The context of the running thread's call."""
         return self._local.now
 
     def calling(self, **changes: Any) -> AbstractContextManager[None]:
-        """A context manager that replaces fields of `Call` for the running thread."""
+        """A context manager that replaces fields of `ModelCall` for the running thread."""
         return self._local.within(**changes)
 
-    def begin(
+    def begin_step(
         self,
         cache: RemoteCache,
         hidden: torch.Tensor,
         mask: torch.Tensor | None = None,
         keep: int = 0,
-        adapter: Adapter | None = None,
-        reach: int = 0,
+        adapter: AdapterTensors | None = None,
+        rope_length: int = 0,
     ) -> Exchange:
         """Sends new positions `[batch, seq, hidden]` behind the cached ones.
 
@@ -216,16 +216,18 @@ class RemoteBlocks(nn.Module):
         self._check_context(mask.shape[1])
         try:
             session, parts, forks = layer.begin_step(mask, keep, adapter)
-            self._note_reach(layer, past, reach)
+            self._note_rope_length(layer, past, rope_length)
             new_mask = mask[:, past:]
             if all(part.length == hidden.shape[1] for part in parts):
                 packed = hidden.reshape(-1, hidden.shape[-1])
             else:
                 packed = hidden[new_mask.to(hidden.device)]
                 parts = [part for part in parts if part.length]
-            if reach and all(part.length == 1 and layer.prefix_length + part.start + 1 >= reach for part in parts):
-                reach = 0  # that is their own, so a replay may send many of them together
-            under_way = session.begin(packed.detach(), parts, forks, reach=reach) if parts else None
+            if rope_length and all(
+                part.length == 1 and layer.prefix_length + part.start + 1 >= rope_length for part in parts
+            ):
+                rope_length = 0  # that is their own, so a replay may send many of them together
+            under_way = session.begin(packed.detach(), parts, forks, rope_length=rope_length) if parts else None
         except BaseException as error:
             layer.columns = past
             if isinstance(error, PeerBusy):
@@ -233,7 +235,9 @@ class RemoteBlocks(nn.Module):
             raise
         return Exchange(layer, session, under_way, parts, hidden, new_mask, past)
 
-    def step(self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: Call) -> torch.Tensor:
+    def step(
+        self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: ModelCall
+    ) -> torch.Tensor:
         """The outputs of new positions, `[batch, seq, hidden]`, without gradients.
 
         mask, positions: the caller's `attention_mask` and `position_ids`.
@@ -249,11 +253,11 @@ class RemoteBlocks(nn.Module):
         checked = mask_of(mask, batch, past + new)
         before = prefix[0][0].shape[1] if prefix else 0
         check_positions(positions, checked, past, before)
-        reach = reach_of(positions, before + past + new, self.ropes, before + call.length)
+        rope_length = rope_length_of(positions, before + past + new, self.ropes, before + call.length)
         parameters = {} if past else self.adapters.parameters_for(prefix)
         adapter = self.adapters.recent(layer.adapter, prefix) if past else self.adapters.adapter_of(parameters)
         with torch.no_grad():
-            exchange = self.begin(cache, hidden, checked, call.keep, adapter, reach)
+            exchange = self.begin_step(cache, hidden, checked, call.keep, adapter, rope_length)
             try:
                 output = exchange.finish()
             except BaseException:
@@ -279,17 +283,17 @@ class RemoteBlocks(nn.Module):
         lengths = [int(length) for length in checked.sum(dim=1).tolist() if length]
         if not lengths:
             return torch.zeros_like(hidden)
-        reach = reach_of(positions, before + new, self.ropes)
+        rope_length = rope_length_of(positions, before + new, self.ropes)
         parameters = self.adapters.parameters_for(prefix)
         where = checked.to(hidden.device)
         packed = hidden[where]
         for stage in self.stages:
             if isinstance(stage, LocalSpan):
-                adapter = stage.fit(Adapter(parameters)) if parameters else None
-                packed = stage.sequences(packed, lengths, adapter, reach)
+                adapter = stage.fit_adapter(AdapterTensors(parameters)) if parameters else None
+                packed = stage.sequences(packed, lengths, adapter, rope_length)
             else:
                 own = {name: tensor for name, tensor in parameters.items() if block_of(name) in range(*stage)}
-                packed = _Pass.apply(self, stage, lengths, reach, tuple(own), packed, *own.values())
+                packed = _RemotePass.apply(self, stage, lengths, rope_length, tuple(own), packed, *own.values())
                 assert isinstance(packed, torch.Tensor)
         output = torch.zeros_like(hidden)
         output[where] = packed.to(hidden.dtype)
@@ -320,23 +324,23 @@ class RemoteBlocks(nn.Module):
                 raise SplitnetError("the model was closed before backward(): run it again")
             return self.passes[blocks].backward(batch, gradient)
 
-    def forget(self, blocks: Blocks, batch: Passed) -> None:
-        """See `PassSession.forget`."""
+    def forget_batch(self, blocks: Blocks, batch: Passed) -> None:
+        """See `PassSession.forget_batch`."""
         if blocks in self.passes:
-            self.passes[blocks].forget(batch)
+            self.passes[blocks].forget_batch(batch)
 
     def _check_context(self, positions: int) -> None:
         if self.max_positions is not None and positions > self.max_positions:
             raise too_long(positions, self.max_positions)
 
-    def _note_reach(self, layer: RemoteLayer, past: int, reach: int) -> None:
+    def _note_rope_length(self, layer: RemoteLayer, past: int, rope_length: int) -> None:
         """Counts the columns with the rotary frequencies of the whole text."""
         if not past or not self._lengths_matter:
-            layer.reach, layer.alike = reach, layer.columns
-        elif layer.alike >= past and reach:
-            layer.alike = layer.columns if reach == layer.reach else past
+            layer.rope_length, layer.alike = rope_length, layer.columns
+        elif layer.alike >= past and rope_length:
+            layer.alike = layer.columns if rope_length == layer.rope_length else past
         elif layer.alike >= past:
-            layer.alike = min(layer.columns, self.ropes.last(max(layer.reach, 1)))
+            layer.alike = min(layer.columns, self.ropes.last(max(layer.rope_length, 1)))
 
 
 class _NoBackward(torch.autograd.Function):
@@ -351,7 +355,7 @@ class _NoBackward(torch.autograd.Function):
         raise NotImplementedError("gradients do not go through caches: call the model with use_cache=False to train")
 
 
-class _Pass(torch.autograd.Function):
+class _RemotePass(torch.autograd.Function):
     """A pass through remote blocks, forward and backward."""
 
     @staticmethod
@@ -360,17 +364,17 @@ class _Pass(torch.autograd.Function):
         blocks: RemoteBlocks,
         stage: Blocks,
         lengths: list[int],
-        reach: int,
+        rope_length: int,
         names: tuple[str, ...],
         packed: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
         by_name = dict(zip(names, parameters, strict=True))
-        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, reach=reach)
+        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, rope_length=rope_length)
         ctx.names = names
         ctx.devices = [parameter.device for parameter in parameters]  # outlines are always on the CPU
-        ctx.batch = _Kept(blocks, stage, batch) if keep else None
+        ctx.batch = _KeptPass(blocks, stage, batch) if keep else None
         return output.to(packed.device, packed.dtype)
 
     @staticmethod
@@ -386,7 +390,7 @@ class _Pass(torch.autograd.Function):
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
+class _KeptPass:
     """State of the peers for a backward pass; without a backward pass, its end frees this state."""
 
     blocks: RemoteBlocks
@@ -396,4 +400,4 @@ class _Kept:
 
     def __del__(self) -> None:
         if not self.used:
-            self.blocks.forget(self.stage, self.passed)
+            self.blocks.forget_batch(self.stage, self.passed)

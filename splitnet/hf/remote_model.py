@@ -16,16 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.blocks.client_part import backbone_of, outline_in
-from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import RopeLengths, has_attention
-from splitnet.checkpoint.transfer.fetching import Asking, Report
+from splitnet.checkpoint.transfer.fetching import PeerQuestions, Report
 from splitnet.checkpoint.transfer.manifest import Manifest
-from splitnet.checkpoint.transfer.matching import differs, find_manifest
+from splitnet.checkpoint.transfer.manifest_search import differs, find_manifest
 from splitnet.directory.joining import join
 from splitnet.errors import CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
-from splitnet.hf.adapters import take_prefix
 from splitnet.hf.cache import RemoteCache
+from splitnet.hf.local_adapters import take_prefix
 from splitnet.hf.parameters import check_forward
 from splitnet.hf.remote_blocks import RemoteBlocks
 from splitnet.paths import public_name
@@ -36,7 +36,7 @@ from splitnet.session.driver import LinkCodecs
 from splitnet.session.local import Blocks, load_stages
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.training import PassSession
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.plan import Needs, PlannedHop
 from splitnet.swarm.swarm import ModelFacts, Swarm
 
@@ -76,7 +76,7 @@ def learn_manifest(
         return differs(manifest, checkpoint.store, lambda done, total: report("check the weights", done, total))
 
     try:
-        with join(addresses, lambda: links, swarm=swarm) as directory, Asking(identity, swarm) as asking:
+        with join(addresses, lambda: links, swarm=swarm) as directory, PeerQuestions(identity, swarm) as asking:
             how: dict[str, Any] = {"joined": addresses, "allows": allows, "accept": why_not, "report": report}
             found = find_manifest(directory, asking, checkpoint.name, expected=expected, **how)
     finally:
@@ -107,7 +107,7 @@ def choose_local_blocks(
     for first in {0, most, *edges}:
         needs = Needs(1, encodings, (first, blocks))
         try:
-            routes[first] = needs, swarm.plan(needs) if first < blocks else []
+            routes[first] = needs, swarm.plan_route(needs) if first < blocks else []
         except (CoverageError, PeerBusy) as error:
             problem = error
     if problem and not routes:
@@ -127,7 +127,7 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
     times: list[float] = []
     for position in range(1 + TIMED_STEPS):
         began = seconds_after_work(span.device)
-        span.forward(hidden, [Chunk(row, position, 1)])
+        span.forward(hidden, [RowChunk(row, position, 1)])
         times.append((seconds_after_work(span.device) - began) * 1000)
     return statistics.median(times[1:])
 
@@ -172,7 +172,7 @@ class RemoteModel(PreTrainedModel):
     @peft_config.setter
     def peft_config(self, configs: Mapping[str, Any]) -> None:
         self._blocks.adapters.configs = configs
-        self._blocks.adapters.check()
+        self._blocks.adapters.check_blocks()
 
     @peft_config.deleter
     def peft_config(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]

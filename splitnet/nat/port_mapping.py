@@ -63,7 +63,7 @@ class PortMapping:
         self._port = port
         self._renew_at = 0.0
 
-    def open(self) -> str:
+    def request_port(self) -> str:
         """Maps a port, the mapped one again if there is one. Returns `tcp://IP:port`. Raises MappingError."""
         wanted = host_and_port(self.mapped.address)[1] if self.mapped else self._port
         self.mapped, seconds = _ask(self._port, wanted)
@@ -72,9 +72,9 @@ class PortMapping:
         return self.mapped.address
 
     def renew(self) -> str:
-        """Calls `open` if half of the lease is over. Returns `tcp://IP:port`. Raises MappingError."""
+        """Calls `request_port` if half of the lease is over. Returns `tcp://IP:port`. Raises MappingError."""
         if self.mapped is None or time.monotonic() >= self._renew_at:
-            return self.open()
+            return self.request_port()
         return self.mapped.address
 
     def close(self) -> None:

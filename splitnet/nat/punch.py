@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from splitnet.limits import Places
-from splitnet.nat.messages import Joined
+from splitnet.nat.relay_messages import Joined
 from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
 from splitnet.wire.endpoints import address_of, host_and_port
 
@@ -35,7 +35,7 @@ _ACCEPTED_AT_ONCE = 4  # handshakes of accepted connections at the same time
 _places, _lock = Places(AT_ONCE, host=AT_ONCE_OF_HOST), threading.Lock()  # shared by all event loops of the process
 
 
-class Way(StrEnum):
+class PathKind(StrEnum):
     """How a peer is reached."""
 
     DIRECT = "direct"
@@ -50,7 +50,7 @@ Check = Callable[[socket.socket, Claim], Awaitable[None]]
 """Makes the handshake on a stream, and claims the stream before the last message. Raises STREAM_ERRORS."""
 
 
-class Line(NamedTuple):
+class ConnectAttempt(NamedTuple):
     """A pair of ends between which connections are attempted until one succeeds, `after_s` seconds after the start."""
 
     source: tuple[str, int]
@@ -58,7 +58,7 @@ class Line(NamedTuple):
     after_s: float = 0.0
 
 
-def lines(own: str, joined: Joined) -> list[Line]:
+def attempts_of(own: str, joined: Joined) -> list[ConnectAttempt]:
     """Lines to the other side: to its address as the relay sees it, and if both sides are behind the same router to its
     address as it sees itself. own: this side's end of the stream to the relay, as this side sees it."""
     host, port = host_and_port(own)
@@ -66,18 +66,18 @@ def lines(own: str, joined: Joined) -> list[Line]:
     if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
         found.insert(0, joined.here)
     found = [each for each in dict.fromkeys(found) if each and each != own and _is_local(each) <= _is_local(own)]
-    tried = [Line((host, port), each) for each in found]
+    tried = [ConnectAttempt((host, port), each) for each in found]
     if joined.seen not in found or joined.you == own or joined.seen == joined.here:  # one side has no router
         return tried
     other, seen = host_and_port(joined.seen)
     keeps, other_keeps = _keeps(joined.you, port), _keeps(joined.here, seen)
     if other_keeps:
-        tried.append(Line((host, port), address_of((other, seen + 1)), GUESS_S))
+        tried.append(ConnectAttempt((host, port), address_of((other, seen + 1)), GUESS_S))
     if keeps:
-        tried.append(Line((host, port + 1), joined.seen, GUESS_S))
+        tried.append(ConnectAttempt((host, port + 1), joined.seen, GUESS_S))
     if keeps and other_keeps:
         # From a separate port on each side, because a router only keeps the port of a socket's first connection.
-        tried.append(Line((host, port + 2), address_of((other, seen + 2)), GUESS_S))
+        tried.append(ConnectAttempt((host, port + 2), address_of((other, seen + 2)), GUESS_S))
     return tried
 
 
@@ -91,11 +91,11 @@ def _is_local(address: str) -> bool:
 
 
 async def punch(
-    own: tuple[str, int], tried: Sequence[Line], check: Check, seconds: float | None = None
-) -> tuple[socket.socket, Way] | None:
+    own: tuple[str, int], tried: Sequence[ConnectAttempt], check: Check, seconds: float | None = None
+) -> tuple[socket.socket, PathKind] | None:
     """Returns the first stream that passes the check, or None if there is none in time. Raises no error of the network.
     own: host and port of this side's end of the stream to the relay. seconds: how long to try; None: `PUNCH_S`."""
-    found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
+    found: asyncio.Future[tuple[socket.socket, PathKind]] = asyncio.get_running_loop().create_future()
     taken = False
 
     def claim() -> bool:
@@ -103,21 +103,21 @@ async def punch(
         free, taken = not taken, True
         return free
 
-    async def meet(sock: socket.socket, way: Way) -> None:
+    async def meet(sock: socket.socket, path_kind: PathKind) -> None:
         try:
             async with asyncio.timeout(_TRY_S):
                 await check(sock, claim)
-            found.set_result((sock, way))
+            found.set_result((sock, path_kind))
         except BaseException as error:
             sock.close()
             if not isinstance(error, STREAM_ERRORS):
                 raise
 
-    async def connect(line: Line) -> None:
+    async def connect(line: ConnectAttempt) -> None:
         await asyncio.sleep(line.after_s)
         while True:
             with suppress(OSError, TimeoutError):
-                await meet(await dial(line.address, _TRY_S, source=line.source), Way.PUNCHED)
+                await meet(await dial(line.address, _TRY_S, source=line.source), PathKind.PUNCHED)
             await asyncio.sleep(_PAUSE_S)
 
     async def accept() -> None:
@@ -132,7 +132,7 @@ async def punch(
                         sock.close()
                         continue
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    task = loop.create_task(meet(sock, Way.REVERSED))
+                    task = loop.create_task(meet(sock, PathKind.REVERSED))
                     running.add(task)
                     task.add_done_callback(running.discard)
         except OSError:  # this process cannot listen at the port
@@ -145,10 +145,10 @@ async def punch(
         return None
     host = host_and_port(tried[0].address)[0]
     with _lock:
-        if not _places.take(host=host):
+        if not _places.take_place(host=host):
             return None
     tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(line)) for line in tried)]
-    result: tuple[socket.socket, Way] | None = None
+    result: tuple[socket.socket, PathKind] | None = None
     try:
         async with asyncio.timeout(limit_s):
             result = await asyncio.shield(found)
@@ -156,7 +156,7 @@ async def punch(
         pass
     finally:
         with _lock:
-            _places.leave(host=host)
+            _places.leave_place(host=host)
         await end_all(tasks)
         if result is None and found.done():
             found.result()[0].close()

@@ -17,9 +17,9 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 
-from splitnet.errors import NotAuthorized, ProtocolError, listening_at
+from splitnet.errors import NotAuthorized, ProtocolError, explain_listen_errors
 from splitnet.limits import Places, SharedRate, most_connections
-from splitnet.nat.messages import (
+from splitnet.nat.relay_messages import (
     TOKEN_BYTES,
     Beat,
     Call,
@@ -27,14 +27,25 @@ from splitnet.nat.messages import (
     Join,
     Joined,
     Message,
-    Purpose,
     Refused,
     Reserve,
     Reserved,
+    StreamPurpose,
     Tried,
     Try,
 )
-from splitnet.nat.stream import STREAM_ERRORS, WaysLoop, copy, dial, end, end_all, listening, meet, receive, send
+from splitnet.nat.stream import (
+    STREAM_ERRORS,
+    StreamLoop,
+    answer_handshake,
+    copy,
+    dial,
+    end,
+    end_all,
+    listening,
+    receive,
+    send,
+)
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
@@ -67,7 +78,7 @@ class RelayBounds:
     bytes_per_s: float = 32 << 20  # over all streams; unreachable peers share them evenly
     beats: int = 5  # `Beat` messages of a peer beyond one per second
 
-    def within(self, descriptors: int) -> RelayBounds:
+    def scaled_to(self, descriptors: int) -> RelayBounds:
         """These bounds, or proportionally lower ones with which the relay opens at most `descriptors` descriptors."""
         wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
         if wanted <= descriptors:
@@ -85,7 +96,7 @@ class _Reservation:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
+class _WaitingCaller:
     """A caller that waits for the called peer, or is joined to it."""
 
     caller: PublicKey
@@ -105,7 +116,7 @@ class RelayServer:
     counts of `reserved`, `joined`, `refused`, `failed` and `revoked`.
     """
 
-    loop: WaysLoop
+    loop: StreamLoop
     identity: Identity
     listen: str
     _: KW_ONLY
@@ -114,10 +125,10 @@ class RelayServer:
 
     def __post_init__(self) -> None:
         # Half of the descriptors: the other half is for streams to this peer, which may be unreachable itself.
-        self.bounds = bounds = self.bounds.within(most_connections() // 2)
+        self.bounds = bounds = self.bounds.scaled_to(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
-        self._waiting: dict[bytes, _Waiting] = {}
-        self._greeted: dict[str, list[asyncio.Task[None]]] = {}
+        self._waiting: dict[bytes, _WaitingCaller] = {}
+        self._handshakes: dict[str, list[asyncio.Task[None]]] = {}
         """Streams whose key is not proven yet, by host, the oldest first."""
         self._served: set[asyncio.Task[None]] = set()
         self._reserving = Places(bounds.reservations, host=bounds.reservations_of_host)
@@ -128,19 +139,19 @@ class RelayServer:
         self._rate = SharedRate(bounds.bytes_per_s)
         self.passed_bytes = 0
         self.events: Counter[str] = Counter()
-        with listening_at(self.listen, "port for streams", "give an address of this machine"):
+        with explain_listen_errors(self.listen, "port for streams", "give an address of this machine"):
             self._listener = listening(self.listen)
         self.port: int = self._listener.getsockname()[1]
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Starts to accept streams."""
-        self._task = self.loop.begin(self._accept())
+        self._task = self.loop.start_task(self._accept())
 
     def close(self) -> None:
         """Ends all streams, and stops listening."""
         if self._task is not None:
-            self.loop.end(self._task)
+            self.loop.cancel_task(self._task)
         self._listener.close()
 
     def relay_at(self, host: str) -> Relay:
@@ -164,18 +175,18 @@ class RelayServer:
                     log.warning("no stream can be accepted: %s", error)
                     await asyncio.sleep(1.0)
                     continue
-                self._greet(sock, address_of(name))
+                self._begin_handshake(sock, address_of(name))
                 await asyncio.sleep(0)  # so that a flood of connections does not block the event loop
         finally:
             await end_all([*self._served])
 
-    def _greet(self, sock: socket.socket, seen: str) -> None:
+    def _begin_handshake(self, sock: socket.socket, seen: str) -> None:
         with suppress(OSError):  # the connection has ended already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host = host_and_port(seen)[0]
         self._make_room(host)
         task = asyncio.get_running_loop().create_task(self._serve(sock, host, seen))
-        self._greeted.setdefault(host, []).append(task)
+        self._handshakes.setdefault(host, []).append(task)
         self._served.add(task)
 
         def over(_: object) -> None:
@@ -187,7 +198,7 @@ class RelayServer:
 
     def _make_room(self, host: str) -> None:
         """Ends the oldest handshake of a host if there is no room for a handshake from `host`."""
-        greeted = self._greeted
+        greeted = self._handshakes
         crowd = greeted.get(host, [])
         if len(crowd) < self.bounds.handshakes_of_host:
             if sum(map(len, greeted.values())) < self.bounds.handshakes:
@@ -197,17 +208,17 @@ class RelayServer:
         crowd.pop(0).cancel()
 
     def _has_greeted(self, host: str, task: asyncio.Task[None] | None) -> None:
-        crowd = self._greeted.get(host, [])
+        crowd = self._handshakes.get(host, [])
         if task in crowd:
             crowd.remove(task)
         if not crowd:
-            self._greeted.pop(host, None)
+            self._handshakes.pop(host, None)
 
     async def _serve(self, sock: socket.socket, host: str, seen: str) -> None:
         try:
             try:
                 async with asyncio.timeout(self.bounds.handshake_s):
-                    answering = await meet(sock, self.identity)
+                    answering = await answer_handshake(sock, self.identity)
                     key = answering.key
                     try:
                         self._check_key(key)
@@ -222,7 +233,7 @@ class RelayServer:
             elif isinstance(request, Try):
                 await self._try(sock, host, request.address)
             elif isinstance(request, Call):
-                await self._call(sock, host, seen, key, request)
+                await self._call_peer(sock, host, seen, key, request)
             else:
                 await self._join(sock, seen, key, request)
         except STREAM_ERRORS as error:
@@ -250,16 +261,16 @@ class RelayServer:
         asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
         own = ipaddress.ip_address(host)
         if asked is None or asked.version != own.version:
-            await self._refuse(sock, f"this relay sees your host as {host}, and connects to no other host")
+            await self._refuse_caller(sock, f"this relay sees your host as {host}, and connects to no other host")
         elif asked != own:
             await send(sock, Tried(False))
-        elif not self._trying.take(host=host):
-            await self._refuse(sock, "this relay has too many attempts under way")
+        elif not self._trying.take_place(host=host):
+            await self._refuse_caller(sock, "this relay has too many attempts under way")
         else:
             try:
                 await self._connect_back(sock, address)
             finally:
-                self._trying.leave(host=host)
+                self._trying.leave_place(host=host)
 
     async def _connect_back(self, sock: socket.socket, address: str) -> None:
         try:
@@ -276,15 +287,15 @@ class RelayServer:
         if before is not None:
             before.task.cancel()
             await asyncio.wait([before.task])
-        if not self._reserving.take(host=host):
-            await self._refuse(sock, "there is no room for another reservation")
+        if not self._reserving.take_place(host=host):
+            await self._refuse_caller(sock, "there is no room for another reservation")
             return
         task = asyncio.current_task()
         assert task is not None
         reservation = self._reservations[key.raw] = _Reservation(sock, key, task)
         try:
             self.events["reserved"] += 1
-            await self._tell(reservation, Reserved())
+            await self._send_to_peer(reservation, Reserved())
             began, beats = time.monotonic(), 0
             while True:
                 async with asyncio.timeout(self.bounds.silent_s):
@@ -293,13 +304,13 @@ class RelayServer:
                 if beats > self.bounds.beats + time.monotonic() - began:
                     raise ProtocolError("messages of the kind Beat come too fast")
                 self._check_key(key)
-                await self._tell(reservation, Beat())
+                await self._send_to_peer(reservation, Beat())
         finally:
-            self._reserving.leave(host=host)
+            self._reserving.leave_place(host=host)
             if self._reservations.get(key.raw) is reservation:
                 del self._reservations[key.raw]
 
-    async def _tell(self, reservation: _Reservation, message: Message) -> None:
+    async def _send_to_peer(self, reservation: _Reservation, message: Message) -> None:
         """Sends a message to an unreachable peer, and ends the reservation if the peer does not read it in time."""
         try:
             async with asyncio.timeout(self.bounds.join_s), reservation.writing:
@@ -308,26 +319,26 @@ class RelayServer:
             reservation.task.cancel()
             raise
 
-    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+    async def _call_peer(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
         reservation = self._reservations.get(call.key)
         if reservation is None:
-            await self._refuse(sock, "that peer has no reservation here")
+            await self._refuse_caller(sock, "that peer has no reservation here")
             return
         names = {"key": key.raw, "host": host, "target": call.key}
-        if not self.streams.take(**names):
-            await self._refuse(sock, "there is no room for another stream")
+        if not self.streams.take_place(**names):
+            await self._refuse_caller(sock, "there is no room for another stream")
             return
         token, task = secrets.token_bytes(TOKEN_BYTES), asyncio.current_task()
         assert task is not None
         joined: asyncio.Future[tuple[socket.socket, str, str]] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting[token] = _Waiting(key, task, reservation.key, joined)
+        waiting = self._waiting[token] = _WaitingCaller(key, task, reservation.key, joined)
         try:
-            await self._tell(reservation, Called(token, key.raw, seen))
+            await self._send_to_peer(reservation, Called(token, key.raw, seen))
             try:
                 async with asyncio.timeout(self.bounds.join_s):
                     other, other_seen, other_here = await waiting.joined
             except TimeoutError:
-                await self._refuse(sock, "that peer does not answer calls")
+                await self._refuse_caller(sock, "that peer does not answer calls")
                 return
             self.events["joined"] += 1
             await send(sock, Joined(token, seen, other_seen, other_here))
@@ -336,12 +347,12 @@ class RelayServer:
         finally:
             del self._waiting[token]
             waiting.over.set()
-            self.streams.leave(**names)
+            self.streams.leave_place(**names)
 
     async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
         waiting = self._waiting.get(join.token)
         if waiting is None or waiting.target != key or waiting.joined.done():
-            await self._refuse(sock, "no caller waits for this answer")
+            await self._refuse_caller(sock, "no caller waits for this answer")
             return
         waiting.joined.set_result((sock, seen, join.here))
         await waiting.over.wait()
@@ -379,7 +390,7 @@ class RelayServer:
         finally:
             await end_all(copying)
 
-    async def _refuse(self, sock: socket.socket, text: str) -> None:
+    async def _refuse_caller(self, sock: socket.socket, text: str) -> None:
         self.events["refused"] += 1
         with suppress(*STREAM_ERRORS):
             async with asyncio.timeout(1.0):
@@ -387,12 +398,16 @@ class RelayServer:
 
 
 _Request = Reserve | Call | Join | Try
-_REQUESTS: dict[Purpose, type[_Request]] = dict(
-    zip((Purpose.RESERVE, Purpose.CALL, Purpose.JOIN, Purpose.TRY), (Reserve, Call, Join, Try), strict=True)
+_REQUESTS: dict[StreamPurpose, type[_Request]] = dict(
+    zip(
+        (StreamPurpose.RESERVE, StreamPurpose.CALL, StreamPurpose.JOIN, StreamPurpose.TRY),
+        (Reserve, Call, Join, Try),
+        strict=True,
+    )
 )
 
 
-async def _request(sock: socket.socket, purpose: Purpose) -> _Request:
+async def _request(sock: socket.socket, purpose: StreamPurpose) -> _Request:
     if purpose not in _REQUESTS:
         raise ProtocolError("a relay only accepts streams to reserve, call, join or try")
     return await receive(sock, _REQUESTS[purpose])

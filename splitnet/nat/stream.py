@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, SplitnetError
-from splitnet.nat.messages import (
+from splitnet.nat.relay_messages import (
     LENGTH_BYTES,
     MAX_MESSAGE_BYTES,
     NONCE_BYTES,
@@ -25,8 +25,8 @@ from splitnet.nat.messages import (
     Hello,
     Message,
     Proof,
-    Purpose,
     Refused,
+    StreamPurpose,
     Welcome,
     pack,
     unpack,
@@ -41,7 +41,7 @@ class Dialing:
     """The handshake of the side that connects. expected: the key that the other side must prove. token: the token of
     the call to which the stream belongs; empty: none."""
 
-    def __init__(self, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b"") -> None:
+    def __init__(self, identity: Identity, expected: PublicKey, purpose: StreamPurpose, token: bytes = b"") -> None:
         self._identity = identity
         self._expected = expected
         self._token = token
@@ -57,15 +57,15 @@ class Dialing:
         return Proof(self._identity.sign(_signed(_DIALER, self.hello, welcome, self._token)))
 
 
-class Answering:
+class AcceptedStream:
     """The handshake of the side that was connected to, from `hello` on. key, purpose: those of the other side; they are
-    proven after `check`. Raises ProtocolError: `hello` has another version, or is malformed."""
+    proven after `check_proof`. Raises ProtocolError: `hello` has another version, or is malformed."""
 
     def __init__(self, identity: Identity, hello: Hello, token: bytes = b"") -> None:
         if hello.version != VERSION:
             raise ProtocolError(f"streams of version {hello.version} are not supported, only {VERSION}")
         try:
-            self.key, self.purpose = PublicKey(hello.key), Purpose(hello.purpose)
+            self.key, self.purpose = PublicKey(hello.key), StreamPurpose(hello.purpose)
         except (KeyFileError, ValueError) as error:
             raise ProtocolError(f"the first message of a stream is not valid: {error}") from None
         self._hello = hello
@@ -74,7 +74,7 @@ class Answering:
         signature = identity.sign(_signed(_LISTENER, hello, unsigned, token))
         self.welcome = Welcome(unsigned.key, unsigned.nonce, signature)
 
-    def check(self, proof: Proof) -> None:
+    def check_proof(self, proof: Proof) -> None:
         """Raises NotAuthorized: the other side does not have the key that it shows."""
         if not self.key.verify(_signed(_DIALER, self._hello, self.welcome, self._token), proof.signature):
             raise NotAuthorized("the other end of a stream does not have the key that it shows")
@@ -99,7 +99,7 @@ class RefusedError(SplitnetError):
     """The other side of a stream has refused a request."""
 
 
-def bound(name: tuple[str, int], *, again: bool = True) -> socket.socket:
+def bind_socket(name: tuple[str, int], *, again: bool = True) -> socket.socket:
     """A socket that is bound to an IP and a port. again: other sockets of this process may bind the same port."""
     sock = socket.socket(socket.AF_INET6 if ":" in name[0] else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -118,7 +118,7 @@ def bound(name: tuple[str, int], *, again: bool = True) -> socket.socket:
 
 def listening(address: str, *, again: bool = False) -> socket.socket:
     """A socket that listens at `tcp://IP:port`. Raises OSError."""
-    sock = bound(host_and_port(address), again=again)
+    sock = bind_socket(host_and_port(address), again=again)
     sock.listen(BACKLOG)
     return sock
 
@@ -127,7 +127,7 @@ async def dial(address: str, timeout_s: float, *, source: tuple[str, int] | None
     """Connects to `tcp://IP:port`. source: host and port to connect from; None: any. Raises OSError: no listener;
     TimeoutError: no listener and no error reply."""
     name = host_and_port(address)
-    sock = bound(source or ("::" if ":" in name[0] else "0.0.0.0", 0))
+    sock = bind_socket(source or ("::" if ":" in name[0] else "0.0.0.0", 0))
     try:
         async with asyncio.timeout(timeout_s):
             await asyncio.get_running_loop().sock_connect(sock, name)
@@ -167,8 +167,8 @@ async def _exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-async def prove(
-    sock: socket.socket, identity: Identity, expected: PublicKey, purpose: Purpose, token: bytes = b""
+async def begin_handshake(
+    sock: socket.socket, identity: Identity, expected: PublicKey, purpose: StreamPurpose, token: bytes = b""
 ) -> Proof:
     """The handshake of the side that connects. Returns its last message, which the caller must send. Raises
     STREAM_ERRORS."""
@@ -177,14 +177,16 @@ async def prove(
     return dialing.prove(await receive(sock, Welcome))
 
 
-async def meet(sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None) -> Answering:
+async def answer_handshake(
+    sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None
+) -> AcceptedStream:
     """The handshake of the side that was connected to. Raises STREAM_ERRORS. only: the key that the other side must
     have; None: any."""
-    answering = Answering(identity, await receive(sock, Hello), token)
+    answering = AcceptedStream(identity, await receive(sock, Hello), token)
     if only is not None and answering.key.raw != only:
         raise NotAuthorized("another key than expected answers at the other end of a stream")
     await send(sock, answering.welcome)
-    answering.check(await receive(sock, Proof))
+    answering.check_proof(await receive(sock, Proof))
     return answering
 
 
@@ -222,12 +224,12 @@ async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-CARRYING = "carrying"  # name of tasks that copy bytes until one side ends
-LINGER_S = 0.5  # how long tasks named `CARRYING` may run on when the loop closes
+COPYING_TASK = "carrying"  # name of tasks that copy bytes until one side ends
+LINGER_S = 0.5  # how long tasks named `COPYING_TASK` may run on when the loop closes
 END_S = 5.0  # longest wait for a cancelled task
 
 
-class WaysLoop:
+class StreamLoop:
     """The event loop of all streams of a process, in its own thread, which starts with the first coroutine and ends
     with `close`. Thread-safe."""
 
@@ -251,14 +253,14 @@ class WaysLoop:
                 self._thread.start()
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def begin(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
+    def start_task(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T] | None:
         """Runs a coroutine as a task, to be ended by `end`. None: the loop is closed."""
         with suppress(CancelledError):
             return self.run(_begun(coroutine)).result()
         coroutine.close()
         return None
 
-    def end(self, task: asyncio.Task[Any]) -> None:
+    def cancel_task(self, task: asyncio.Task[Any]) -> None:
         """Cancels a task, and waits at most `END_S` until it has ended."""
         with suppress(CancelledError, TimeoutError):  # the loop has ended, and its tasks with it
             self.run(_ended(task)).result(END_S)
@@ -285,7 +287,7 @@ def _run(loop: asyncio.SelectorEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        carrying = [task for task in asyncio.all_tasks(loop) if task.get_name() == CARRYING]
+        carrying = [task for task in asyncio.all_tasks(loop) if task.get_name() == COPYING_TASK]
         if carrying:
             loop.run_until_complete(asyncio.wait(carrying, timeout=LINGER_S))
         loop.run_until_complete(end_all(asyncio.all_tasks(loop)))

@@ -13,19 +13,19 @@ from contextlib import suppress
 from functools import partial
 
 from splitnet.errors import ProtocolError
-from splitnet.nat.messages import Call, Joined, Moved, Purpose
-from splitnet.nat.punch import Claim, Way, lines, punch
+from splitnet.nat.punch import Claim, PathKind, attempts_of, punch
+from splitnet.nat.relay_messages import Call, Joined, Moved, StreamPurpose
 from splitnet.nat.stream import (
-    CARRYING,
+    COPYING_TASK,
     STREAM_ERRORS,
     RefusedError,
-    WaysLoop,
+    StreamLoop,
+    begin_handshake,
     copy,
     dial,
     end,
     end_all,
     listening,
-    prove,
     receive,
     send,
 )
@@ -34,33 +34,33 @@ from splitnet.wire.endpoints import Endpoint, Relay, address_of, is_global
 
 _LAST_BYTES_S = 1.0  # how long one direction may run on when the other has ended
 
-Better = asyncio.Task[tuple[socket.socket, Way] | None]
+Better = asyncio.Task[tuple[socket.socket, PathKind] | None]
 
 
-async def join(inner: socket.socket, outer: socket.socket, better: Better, moved: Callable[[Way], None]) -> None:
+async def join(inner: socket.socket, outer: socket.socket, better: Better, moved: Callable[[PathKind], None]) -> None:
     """Copies bytes in both directions until one side ends. Closes only the stream of the better way. Raises
     STREAM_ERRORS.
 
     inner: the stream to ZeroMQ. outer: the stream to the other side, through a relay. better: finds a better way or
     None, and is cancelled at the end. moved: called when bytes begin to use the better way.
     """
-    way = outer
+    stream = outer
 
     async def pick(sent: int) -> socket.socket:
-        nonlocal way
-        if way is outer and better.done() and not better.cancelled() and (found := better.result()):
+        nonlocal stream
+        if stream is outer and better.done() and not better.cancelled() and (found := better.result()):
             await send(found[0], Moved(sent))
             end(outer)
-            way = found[0]
+            stream = found[0]
             moved(found[1])
-        return way
+        return stream
 
     async def to_inner(_: int) -> socket.socket:
         return inner
 
     async def outward() -> None:
         await copy(inner, pick)
-        end(way)
+        end(stream)
 
     async def inward() -> None:
         got = await copy(outer, to_inner)
@@ -111,20 +111,20 @@ class Tunnels:
     behind: for the host and port of a connection that a tunnel has made to this machine, a name of its far end."""
 
     def __init__(self, identity: Identity) -> None:
-        self.loop = WaysLoop()
+        self.loop = StreamLoop()
         self.behind: dict[tuple[str, int], str] = {}
         self._identity = identity
         self._tunnels: dict[Endpoint, _Tunnel] = {}
         self._lock = threading.Lock()
 
-    def open(self, endpoint: Endpoint) -> str:
+    def open_tunnel(self, endpoint: Endpoint) -> str:
         """Opens a tunnel to an unreachable peer. Returns its loopback address, `tcp://IP:port`, which is valid until
         `close`. Raises OSError: no loopback port is free."""
         with self._lock:
             tunnel = self._tunnels.get(endpoint)
             if tunnel is None:
                 tunnel = self._tunnels[endpoint] = _Tunnel(self._identity, endpoint)
-                self.loop.run(tunnel.serve())
+                self.loop.run(tunnel.serve_connections())
             return tunnel.address
 
     def learn(self, endpoint: Endpoint) -> None:
@@ -133,19 +133,19 @@ class Tunnels:
         if tunnel is not None:
             tunnel.learn(endpoint.relays)
 
-    def close(self, endpoint: Endpoint) -> None:
+    def close_tunnel(self, endpoint: Endpoint) -> None:
         """Ends a tunnel, and after `END_S` its connection if ZeroMQ has not ended it."""
         with self._lock:
             tunnel = self._tunnels.pop(endpoint, None)
         if tunnel is not None:
-            self.loop.run(tunnel.end())
+            self.loop.run(tunnel.end_tunnel())
 
-    def way(self, endpoint: Endpoint) -> Way:
+    def path_kind(self, endpoint: Endpoint) -> PathKind:
         """The way by which a peer is reached, or would be reached."""
         tunnel = self._tunnels.get(endpoint)
         if tunnel is not None:
-            return tunnel.way
-        return Way.RELAYED if endpoint.hidden else Way.DIRECT
+            return tunnel.path_kind
+        return PathKind.RELAYED if endpoint.hidden else PathKind.DIRECT
 
 
 class _Tunnel:
@@ -159,7 +159,7 @@ class _Tunnel:
         # The address may be a port of the peer's router, which machines behind the same router may not reach.
         self._straight = endpoint.address if is_global(endpoint.address) else None
         self._straight_at = 0.0
-        self.way = Way.RELAYED
+        self.path_kind = PathKind.RELAYED
         self.learn(endpoint.relays)
 
     def learn(self, relays: tuple[Relay, ...]) -> None:
@@ -169,10 +169,10 @@ class _Tunnel:
             merged = {relay: known.get(relay, 0.0) for relay in (*relays, *known)}
             self._relays = dict(list(merged.items())[:KNOWN_RELAYS])
 
-    async def end(self) -> None:
+    async def end_tunnel(self) -> None:
         self._ended.set()
 
-    async def serve(self) -> None:
+    async def serve_connections(self) -> None:
         """Accepts ZeroMQ's connections one after the other and carries their bytes, until `end`."""
         loop = asyncio.get_running_loop()
         pause_s, over_at = 0.0, 0.0
@@ -194,7 +194,7 @@ class _Tunnel:
                     carrying.cancel()
                     (worked,) = await asyncio.gather(carrying, return_exceptions=True)
                     pause_s = 0.0 if worked is True else min(max(2 * pause_s, FIRST_PAUSE_S), MOST_PAUSE_S)
-                carrying = loop.create_task(self._carry(inner, over_at + pause_s), name=CARRYING)
+                carrying = loop.create_task(self._carry(inner, over_at + pause_s), name=COPYING_TASK)
         if carrying is not None:
             await asyncio.wait([carrying], timeout=END_S)
             carrying.cancel()
@@ -215,13 +215,13 @@ class _Tunnel:
             random.shuffle(relays)
             for relay in sorted(relays, key=lambda relay: self._relays.get(relay, 0.0)):
                 try:
-                    outer, better = await self._call(relay)
+                    outer, better = await self._call_through(relay)
                 except STREAM_ERRORS as error:
                     log.info("%s is not reached through %s: %s", self._key, relay.address, error or "no answer")
                     self._relays[relay] = time.monotonic()
                     continue
                 self._relays[relay] = 0.0
-                self.way, began = Way.RELAYED, time.monotonic()
+                self.path_kind, began = PathKind.RELAYED, time.monotonic()
                 with outer, suppress(*STREAM_ERRORS):
                     await join(inner, outer, better, self._moved)
                 return time.monotonic() - began > WORKED_S
@@ -235,36 +235,38 @@ class _Tunnel:
             return None
         began = time.monotonic()
         with outer, suppress(*STREAM_ERRORS):
-            self.way = Way.DIRECT
+            self.path_kind = PathKind.DIRECT
             await join(inner, outer, asyncio.ensure_future(asyncio.sleep(0.0, None)), self._moved)
         return began
 
-    async def _call(self, relay: Relay) -> tuple[socket.socket, Better]:
+    async def _call_through(self, relay: Relay) -> tuple[socket.socket, Better]:
         """A stream to the peer through a relay, and the search for a better way."""
         better: Better | None = None
         sock = await dial(relay.address, DIAL_S)
         try:
             async with asyncio.timeout(CALL_S):
-                proof = await prove(sock, self._identity, PublicKey(relay.key), Purpose.CALL)
+                proof = await begin_handshake(sock, self._identity, PublicKey(relay.key), StreamPurpose.CALL)
                 own = sock.getsockname()[:2]
                 await send(sock, proof, Call(self._key.raw, address_of(own)))
                 joined = await receive(sock, Joined)
                 better = asyncio.ensure_future(
-                    punch(own, lines(address_of(own), joined), partial(self._check, joined.token))
+                    punch(own, attempts_of(address_of(own), joined), partial(self._check_stream, joined.token))
                 )
-                await send(sock, await prove(sock, self._identity, self._key, Purpose.TUNNEL, joined.token))
+                await send(
+                    sock, await begin_handshake(sock, self._identity, self._key, StreamPurpose.TUNNEL, joined.token)
+                )
             return sock, better
         except BaseException:
             give_up(better)
             sock.close()
             raise
 
-    async def _check(self, token: bytes, sock: socket.socket, claim: Claim) -> None:
-        proof = await prove(sock, self._identity, self._key, Purpose.MOVE, token)
+    async def _check_stream(self, token: bytes, sock: socket.socket, claim: Claim) -> None:
+        proof = await begin_handshake(sock, self._identity, self._key, StreamPurpose.MOVE, token)
         if not claim():
             raise RefusedError("another stream was faster")
         await send(sock, proof)
 
-    def _moved(self, way: Way) -> None:
-        self.way = way
-        log.info("%s is reached without a relay: %s", self._key, way.value)
+    def _moved(self, path_kind: PathKind) -> None:
+        self.path_kind = path_kind
+        log.info("%s is reached without a relay: %s", self._key, path_kind.value)

@@ -19,19 +19,31 @@ from typing import Any
 from splitnet.errors import SplitnetError
 from splitnet.limits import Places, most_connections
 from splitnet.nat import tunnel
-from splitnet.nat.messages import Beat, Call, Called, Join, Joined, Message, Purpose, Reserve, Reserved, Tried, Try
-from splitnet.nat.punch import Claim, lines, punch
+from splitnet.nat.punch import Claim, attempts_of, punch
 from splitnet.nat.relay import BEAT_S
+from splitnet.nat.relay_messages import (
+    Beat,
+    Call,
+    Called,
+    Join,
+    Joined,
+    Message,
+    Reserve,
+    Reserved,
+    StreamPurpose,
+    Tried,
+    Try,
+)
 from splitnet.nat.stream import (
-    CARRYING,
+    COPYING_TASK,
     STREAM_ERRORS,
     RefusedError,
-    WaysLoop,
-    bound,
+    StreamLoop,
+    answer_handshake,
+    begin_handshake,
+    bind_socket,
     dial,
     end_all,
-    meet,
-    prove,
     receive,
     send,
 )
@@ -63,7 +75,7 @@ UNUSED_S = 900.0  # a relay without calls of other peers for this time may be re
 
 @dataclass(eq=False)
 class UnreachablePeer:
-    """Makes a peer reachable through relays, from `start` until `stop` or the end of `loop`. Thread-safe.
+    """Makes a peer reachable through relays, from `start` until `stop_relaying` or the end of `loop`. Thread-safe.
 
     Args:
         inside: `tcp://IP:port` at which this process reaches its own ZeroMQ port.
@@ -77,7 +89,7 @@ class UnreachablePeer:
         streams: places of callers' streams through all relays.
     """
 
-    loop: WaysLoop
+    loop: StreamLoop
     identity: Identity
     inside: str
     behind: MutableMapping[tuple[str, int], str]
@@ -102,23 +114,23 @@ class UnreachablePeer:
     def start(self) -> None:
         """Starts to look for relays whenever there are too few. May be called twice."""
         if self._task is None:
-            self._task = self.loop.begin(self._run())
+            self._task = self.loop.start_task(self._keep_relays())
 
-    def stop(self) -> bool:
+    def stop_relaying(self) -> bool:
         """Ends all reservations and streams; returns whether `start` had been called."""
         task, self._task = self._task, None
         if task is not None:
-            self.loop.end(task)
+            self.loop.cancel_task(task)
         return task is not None
 
     def reached_by(self, address: str, helpers: Sequence[Relay]) -> list[bool]:
         """Asks relays to connect to an address of this machine, and returns their answers. Takes at most some seconds.
         The connections stay open for a moment, so that the listener can check whether the answers are true."""
-        asking = [self.loop.run(self._ask(relay, address)) for relay in helpers]
+        asking = [self.loop.run(self._ask_relay(relay, address)) for relay in helpers]
         wait(asking, timeout=DIAL_S + 2 * JOIN_S)
         return [said for each in asking if each.done() and not each.cancelled() and (said := each.result()) is not None]
 
-    async def _run(self) -> None:
+    async def _keep_relays(self) -> None:
         loop = asyncio.get_running_loop()
         found: Sequence[Relay] = ()
         looked_at = -math.inf
@@ -133,7 +145,7 @@ class UnreachablePeer:
                     looked_at = time.monotonic()
                 self._make_room(found)
                 if lacks:
-                    self._begin(found)
+                    self._begin_reservations(found)
                 if self._keeping:
                     keeping = self._keeping.values()
                     await asyncio.wait(keeping, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
@@ -143,13 +155,13 @@ class UnreachablePeer:
             await end_all([*self._keeping.values(), *self._answering])
             self.relays = ()
 
-    def _begin(self, found: Sequence[Relay]) -> None:
+    def _begin_reservations(self, found: Sequence[Relay]) -> None:
         now = time.monotonic()
         self._pauses = {relay: pause for relay, pause in self._pauses.items() if now < pause[0] + MOST_PAUSE_S}
         while len(self._keeping) < WANTED and (free := self._free(found)):
             kept = {network_of(relay) for relay in self._keeping}
             relay = min(free, key=lambda one: (*self._rank(one), network_of(one) in kept, random.random()))
-            task = self._keeping[relay] = asyncio.get_running_loop().create_task(self._keep(relay))
+            task = self._keeping[relay] = asyncio.get_running_loop().create_task(self._keep_reservation(relay))
             task.add_done_callback(lambda _, relay=relay: self._keeping.pop(relay, None))
 
     def _free(self, found: Sequence[Relay]) -> list[Relay]:
@@ -165,7 +177,7 @@ class UnreachablePeer:
     def _is_unused(self, relay: Relay) -> bool:
         used_at = self._used_at.get(relay)
         is_old = used_at is not None and time.monotonic() - used_at > UNUSED_S
-        return is_old and not self.streams.held("relay", relay) and not self.vouched(relay)
+        return is_old and not self.streams.places_of("relay", relay) and not self.vouched(relay)
 
     def _make_room(self, found: Sequence[Relay]) -> None:
         """Ends one reservation if another relay is better: for an unused relay, or for a second one in a network."""
@@ -180,13 +192,13 @@ class UnreachablePeer:
                 self._keeping[relay].cancel()
                 return
 
-    async def _keep(self, relay: Relay) -> None:
+    async def _keep_reservation(self, relay: Relay) -> None:
         """Holds a reservation at a relay until it is lost."""
         began = time.monotonic()
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self.identity, relay, Purpose.RESERVE, Reserve())
+                    await _request(sock, self.identity, relay, StreamPurpose.RESERVE, Reserve())
                     await receive(sock, Reserved)
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
@@ -218,7 +230,7 @@ class UnreachablePeer:
             async with asyncio.timeout(3 * BEAT_S):
                 message = await receive(sock, Beat, Called)
             if isinstance(message, Called):
-                task = loop.create_task(self._answer(relay, message), name=CARRYING)
+                task = loop.create_task(self._join_caller(relay, message), name=COPYING_TASK)
                 self._answering.add(task)
                 task.add_done_callback(self._answering.discard)
             due = max(due, loop.time() - MESSAGES_AT_ONCE / MESSAGES_PER_S) + 1.0 / MESSAGES_PER_S
@@ -228,17 +240,17 @@ class UnreachablePeer:
         """Makes test calls through a relay, and adds it to `relays` when one has arrived. Raises STREAM_ERRORS."""
         while True:
             try:
-                await self._call(relay)
+                await self._call_self(relay)
             except STREAM_ERRORS:
                 if relay not in self.relays:
                     raise
                 await asyncio.sleep(FIRST_PAUSE_S)
-                await self._call(relay)
+                await self._call_self(relay)
             if relay not in self.relays:
                 self._set((*self.relays, relay))
             await asyncio.sleep(TEST_S)
 
-    async def _call(self, relay: Relay) -> None:
+    async def _call_self(self, relay: Relay) -> None:
         """Calls this peer through a relay, with a new key like a stranger, until both keys are proven."""
         try:
             await self._call_as(relay, Identity.generate())
@@ -250,31 +262,34 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, caller, relay, Purpose.CALL, Call(self.identity.public.raw, ""))
+                    await _request(sock, caller, relay, StreamPurpose.CALL, Call(self.identity.public.raw, ""))
                     joined = await receive(sock, Joined)
-                    await send(sock, await prove(sock, caller, self.identity.public, Purpose.TUNNEL, joined.token))
+                    await send(
+                        sock,
+                        await begin_handshake(sock, caller, self.identity.public, StreamPurpose.TUNNEL, joined.token),
+                    )
                     await arrived
         finally:
             del self._tested[relay, caller.public.raw]
 
-    async def _ask(self, relay: Relay, address: str) -> bool | None:
+    async def _ask_relay(self, relay: Relay, address: str) -> bool | None:
         """Whether a relay can connect to an address; None: it does not answer."""
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self.identity, relay, Purpose.TRY, Try(address))
-                    said = (await receive(sock, Tried)).reached
+                    await _request(sock, self.identity, relay, StreamPurpose.TRY, Try(address))
+                    said = (await receive(sock, Tried)).is_reachable
                 await asyncio.sleep(SEEN_S * said)
                 return said
         except STREAM_ERRORS as error:
             log.info("the relay at %s does not try to connect: %s", relay.address, error or "no answer")
             return None
 
-    async def _answer(self, relay: Relay, called: Called) -> None:
+    async def _join_caller(self, relay: Relay, called: Called) -> None:
         """Accepts a call, and joins the caller's stream to this peer's ZeroMQ port."""
         host = host_and_port(called.seen)[0] if called.seen else ""
         names = {"key": called.caller, "host": host, "relay": relay}
-        if not self.streams.take(**names):
+        if not self.streams.take_place(**names):
             return
         name: tuple[str, int] | None = None
         try:
@@ -284,9 +299,9 @@ class UnreachablePeer:
                     async with asyncio.timeout(JOIN_S):
                         own = outer.getsockname()[:2]
                         join = Join(called.token, address_of(own))
-                        await _request(outer, self.identity, relay, Purpose.JOIN, join)
+                        await _request(outer, self.identity, relay, StreamPurpose.JOIN, join)
                         joined = await receive(outer, Joined)
-                        await meet(outer, self.identity, called.token, only=called.caller)
+                        await answer_handshake(outer, self.identity, called.token, only=called.caller)
                     if (arrived := self._tested.get((relay, called.caller))) is not None:
                         if not arrived.done():
                             arrived.set_result(None)
@@ -294,10 +309,10 @@ class UnreachablePeer:
                     self._used(relay)
                     # Begins only when the caller has proven its key, because few attempts may run at the same time.
                     better = asyncio.ensure_future(
-                        punch(own, lines(address_of(own), joined), partial(self._check, called))
+                        punch(own, attempts_of(address_of(own), joined), partial(self._check_stream, called))
                     )
                     inside = host_and_port(self.inside)
-                    with bound((inside[0], 0), again=False) as inner:
+                    with bind_socket((inside[0], 0), again=False) as inner:
                         self.behind[name := inner.getsockname()[:2]] = f"{host}, through a relay"
                         await asyncio.get_running_loop().sock_connect(inner, inside)
                         await tunnel.join(inner, outer, better, lambda _: None)
@@ -306,12 +321,12 @@ class UnreachablePeer:
         except STREAM_ERRORS as error:
             log.debug("a call through %s has ended: %s", relay.address, error or type(error).__name__)
         finally:
-            self.streams.leave(**names)
+            self.streams.leave_place(**names)
             if name is not None:
                 self.behind.pop(name, None)
 
-    async def _check(self, called: Called, sock: socket.socket, claim: Claim) -> None:
-        await meet(sock, self.identity, called.token, only=called.caller)
+    async def _check_stream(self, called: Called, sock: socket.socket, claim: Claim) -> None:
+        await answer_handshake(sock, self.identity, called.token, only=called.caller)
         if not claim():
             raise RefusedError("another stream was faster")
 
@@ -322,9 +337,11 @@ def network_of(relay: Relay) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(f"{host}/{24 if host.version == 4 else 48}", strict=False)
 
 
-async def _request(sock: socket.socket, identity: Identity, relay: Relay, purpose: Purpose, message: Message) -> None:
+async def _request(
+    sock: socket.socket, identity: Identity, relay: Relay, purpose: StreamPurpose, message: Message
+) -> None:
     """Proves a key to a relay, and sends it a request."""
-    await send(sock, await prove(sock, identity, PublicKey(relay.key), purpose), message)
+    await send(sock, await begin_handshake(sock, identity, PublicKey(relay.key), purpose), message)
 
 
 async def _until_one_ends(*coroutines: Coroutine[Any, Any, None]) -> None:

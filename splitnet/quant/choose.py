@@ -14,7 +14,7 @@ from splitnet.errors import WeightsError
 from splitnet.quant.forms import INT4, INT8, FloatForm, ScaledForm, WeightForm, integer_codes
 from splitnet.quant.grouped import BlockQuantWeight, held_bytes
 from splitnet.quant.native import has_float_kernels, has_integer_kernels
-from splitnet.quant.stored import Layout, as_dtype
+from splitnet.quant.packed_tensor import CodeLayout, as_dtype
 
 AUTO = "auto"
 INTEGERS = ("int8", "int4")
@@ -28,17 +28,17 @@ _MOST_INPUTS = 2**16
 class WeightFormat:
     """The format into which the weight of a linear layer is converted."""
 
-    numbers: torch.dtype | Layout
+    numbers: torch.dtype | CodeLayout
     """A float type; int8, from which floats are made at every call; or the layout of codes in tiles."""
     narrows: bool = False  # bfloat16 is taken instead of float16 for weights that it holds exactly
 
     def fits(self, outputs: int, inputs: int) -> bool:
-        if not isinstance(self.numbers, Layout):
+        if not isinstance(self.numbers, CodeLayout):
             return True
         return inputs % self.numbers.group == 0 if self.numbers.group else inputs <= _MOST_INPUTS
 
     def bytes_for(self, outputs: int, inputs: int) -> int:
-        if isinstance(self.numbers, Layout):
+        if isinstance(self.numbers, CodeLayout):
             return held_bytes(self.numbers, outputs, inputs)
         scales = outputs * torch.bfloat16.itemsize if self.numbers == torch.int8 else 0
         return outputs * inputs * self.numbers.itemsize + scales
@@ -48,10 +48,10 @@ class WeightFormat:
 
         `weight`: `[outputs, inputs]`, float32; it is neither changed nor kept.
         """
-        if isinstance(self.numbers, Layout):
+        if isinstance(self.numbers, CodeLayout):
             codes = integer_codes(weight, self.numbers)
             rounds = self.numbers == INT8
-            return codes and BlockQuantWeight.hold(self.numbers, [codes], weight.device, rounds_rows=rounds)
+            return codes and BlockQuantWeight.from_codes(self.numbers, [codes], weight.device, rounds_rows=rounds)
         if self.numbers == torch.int8:
             return ScaledForm.of(weight)
         return FloatForm.narrowest(weight) if self.narrows else FloatForm.of(weight, self.numbers)
@@ -64,7 +64,7 @@ INT4_TILES = WeightFormat(INT4)
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightChoice:
     """How the blocks of a span hold their weights.
 
     Attributes:
@@ -90,7 +90,7 @@ class Weights:
         return self.as_stored or bool(self.forms)
 
     @property
-    def text(self) -> str:
+    def description(self) -> str:
         """The weight format, and after a slash the type that blocks compute in if it differs, such as
         `int8/float32`."""
         computes = name_of(self.dtype)
@@ -100,12 +100,12 @@ class Weights:
         """The format of a linear layer of these sizes; None: it is not converted."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)
 
-    def layout_of_experts(self, inputs: int) -> Layout | None:
+    def layout_of_experts(self, inputs: int) -> CodeLayout | None:
         """The layout into which experts with `inputs` inputs are converted; None: they are not converted."""
         layout = {"int4": INT4, "int8": INT8}.get(self.kind)
         return layout if layout is not None and inputs % max(1, layout.group) == 0 else None
 
-    def as_loaded(self, held: Iterable[Any]) -> Weights:
+    def as_loaded(self, held: Iterable[Any]) -> WeightChoice:
         """The same with the facts that are known once all layers are loaded. `held`: the layers' forms, among other
         objects."""
         is_stored = self.kind.startswith(STORED)
@@ -119,7 +119,7 @@ class Weights:
         narrowest = all(form.weight.dtype == torch.bfloat16 for form in floats)
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)
 
-    def plain(self) -> Weights:
+    def plain(self) -> WeightChoice:
         """The same, with all weights that are not in codes in the type that blocks compute in."""
         return replace(self, kind=name_of(self.dtype), forms=())
 
@@ -133,8 +133,8 @@ def choose_weights(
     dtype: torch.dtype | str | None,
     stored: torch.dtype,
     device: torch.device,
-    held_bytes: Callable[[Weights], int] | None = None,
-) -> Weights:
+    held_bytes: Callable[[WeightChoice], int] | None = None,
+) -> WeightChoice:
     """Chooses how the weights of a checkpoint are held.
 
     Args:
@@ -151,7 +151,7 @@ def choose_weights(
     """
     wished = as_dtype(dtype)
     if kind is None:
-        return Weights(name_of(wished or stored), wished or stored, as_stored=True, device=device)
+        return WeightChoice(name_of(wished or stored), wished or stored, as_stored=True, device=device)
     if kind == AUTO:
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
@@ -167,25 +167,25 @@ def choose_weights(
     return replace(_of_kind(kind, wished, stored, device), device=device)
 
 
-def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device: torch.device) -> Weights:
+def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device: torch.device) -> WeightChoice:
     if kind not in KINDS:
         raise WeightsError(f"weights cannot be held as {kind!r}: use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if kind in INTEGERS:
         compiled = device.type == "cpu" and has_integer_kernels()
         eight = (INT8_TILES, INT8_SCALED) if compiled else (INT8_SCALED,)
-        return Weights(kind, wished or stored, (INT4_TILES,) if kind == "int4" else eight)
+        return WeightChoice(kind, wished or stored, (INT4_TILES,) if kind == "int4" else eight)
     held = as_dtype(kind)
     assert held is not None
     if wished is None:  # CPUs hold half precision but do not compute in it
         wished = torch.float32 if held == torch.float16 and device.type == "cpu" else held
     if held == wished:
-        return Weights(kind, held)
+        return WeightChoice(kind, held)
     if wished != torch.float32 and (held, wished) != (torch.float16, torch.bfloat16):
         raise WeightsError(
             f"blocks that compute in {name_of(wished)} cannot hold weights as {kind}: leave --dtype out, or use "
             f"--weights {name_of(wished)}"
         )
-    return Weights(kind, wished, (WeightFormat(held),))
+    return WeightChoice(kind, wished, (WeightFormat(held),))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -122,7 +122,7 @@ def linked_with_torch() -> ctypes.CDLL | None:
     return None
 
 
-def put(values: Tensor, into: Tensor) -> None:
+def copy_to_device(values: Tensor, into: Tensor) -> None:
     """Copies `values` from the CPU to `into`, in the type of `into`. Later work on the device sees the copy."""
     pinned = _pinned(into.device, values.shape, into.dtype)
     # torch reuses pinned memory only after the copy is done.
@@ -134,7 +134,7 @@ def to_device(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
     if values.device.type != "cpu" or device.type == "cpu":
         return values.to(device=device, dtype=dtype)
     found = torch.empty(values.shape, dtype=dtype, device=device)
-    put(values, found)
+    copy_to_device(values, found)
     return found
 
 

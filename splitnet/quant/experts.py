@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from splitnet.errors import first_line
 from splitnet.quant.device import milliseconds
-from splitnet.quant.grouped import JoinedForm, hold_experts, runs
-from splitnet.quant.stored import PackedTensor
+from splitnet.quant.grouped import JoinedWeight, hold_experts, runs
+from splitnet.quant.packed_tensor import PackedTensor
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +108,17 @@ def _held_class(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (QuantizedExperts, family), {"__module__": family.__module__})
 
 
-def multiply_by_expert(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
+def multiply_by_expert(form: JoinedWeight, rows: Tensor, experts: Tensor) -> Tensor:
     """`[n, inputs]` -> `[n, outputs]`: each row times the weight of its expert; gradients flow to the rows.
 
     `experts`: `[n]`, int64, ascending.
     """
     if torch.is_grad_enabled() and rows.requires_grad:
-        return _Product.apply(rows, experts, form)  # pyright: ignore[reportReturnType]
+        return _ExpertProduct.apply(rows, experts, form)  # pyright: ignore[reportReturnType]
     return _multiplied(form, rows, experts)
 
 
-def _multiplied(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
+def _multiplied(form: JoinedWeight, rows: Tensor, experts: Tensor) -> Tensor:
     many = form.many_from(rows.dtype)
     if len(rows) < many or rows.device.type != "cpu":
         return form.multiply(rows, experts)
@@ -133,11 +133,11 @@ def _multiplied(form: JoinedForm, rows: Tensor, experts: Tensor) -> Tensor:
     return product
 
 
-class _Product(torch.autograd.Function):
+class _ExpertProduct(torch.autograd.Function):
     """Rows times the weights of their experts. For the backward pass only the held weights are kept."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, experts: Tensor, form: JoinedForm) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, experts: Tensor, form: JoinedWeight) -> Tensor:
         ctx.experts, ctx.form = experts, form
         return _multiplied(form, rows, experts)
 

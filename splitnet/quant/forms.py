@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from splitnet.quant.device import in_large_pages
 from splitnet.quant.native import has_float_kernels, has_kernel_for, multiply_floats
-from splitnet.quant.stored import Codes, Kind, Layout
+from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat
 
 # Rows from which torch's product with floats is faster than splitnet's kernel for 16-bit floats.
 FLOATS_FROM = 64
@@ -51,7 +51,7 @@ class WeightForm(nn.Module):
     exact: bool = False  # whether the held weight equals the values from which it was made
 
     @property
-    def alone_as_together(self) -> bool:
+    def rows_are_independent(self) -> bool:
         """Whether a row in a product of few rows has the same result whichever other rows are in the product."""
         return False
 
@@ -115,11 +115,11 @@ class FloatForm(WeightForm):
         return cls.of(weight, torch.float16)
 
     @property
-    def alone_as_together(self) -> bool:
+    def rows_are_independent(self) -> bool:
         return self.weight.dtype.itemsize == 2 and has_kernel_for(self.weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
-        if len(rows) < FLOATS_FROM and self.alone_as_together:
+        if len(rows) < FLOATS_FROM and self.rows_are_independent:
             return multiply_floats(rows, self.weight)
         if self.weight.dtype == rows.dtype or rows.device.type != "cpu":
             return linear(rows, self.dequantised(rows.dtype))
@@ -148,8 +148,8 @@ GROUP = 32
 _MIDDLE, _LARGEST_INT4, _LARGEST_INT8 = 8, 15, 127
 _SCALE = torch.bfloat16
 
-INT4 = Layout(4, GROUP, Kind.BFLOAT16, Kind.BFLOAT16, offset=_MIDDLE)
-INT8 = Layout(8, 0, Kind.BFLOAT16, offset=128)
+INT4 = CodeLayout(4, GROUP, ScaleFormat.BFLOAT16, ScaleFormat.BFLOAT16, offset=_MIDDLE)
+INT8 = CodeLayout(8, 0, ScaleFormat.BFLOAT16, offset=128)
 
 
 class ScaledForm(WeightForm):
@@ -189,7 +189,7 @@ class ScaledForm(WeightForm):
             begin += len(codes)
 
 
-def integer_codes(weight: Tensor, layout: Layout) -> Codes | None:
+def integer_codes(weight: Tensor, layout: CodeLayout) -> Codes | None:
     """The codes of a weight `[outputs, inputs]`, float32, in `INT4` or `INT8`; None if not all values are finite."""
     if layout == INT4:
         return _int4_codes(weight)

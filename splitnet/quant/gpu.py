@@ -21,7 +21,7 @@ from splitnet.quant.device import milliseconds
 from splitnet.quant.forms import INT8, ScaledForm, WeightForm
 from splitnet.quant.grouped import BlockQuantWeight
 from splitnet.quant.linear import QuantizedLinear
-from splitnet.quant.stored import Codes, Kind, Layout, number_of, unpack_nibbles
+from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat, number_of, unpack_nibbles
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class DeviceInt4(WeightForm):
         self._group = self.inputs // len(scales_and_zeros)
 
     @classmethod
-    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+    def candidates(cls, layout: CodeLayout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
         """Ways to hold a weight for blocks that compute in `dtype`, the likeliest first; none if the format is for
         other weights. Raises RuntimeError if torch has no such kernel for this device, these sizes or this type."""
         device = codes.codes.device
@@ -71,7 +71,7 @@ class DeviceInt4(WeightForm):
                 return  # float32 blocks keep more precision of the rows than the kernel does
             dtype = torch.bfloat16
         scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or inputs)
-        if layout.zero is Kind.CODES:
+        if layout.zero is ScaleFormat.CODES:
             assert codes.zeros is not None
             zeros = (8 - codes.zeros.float()) * scales
         else:
@@ -158,7 +158,7 @@ class DeviceInt8(ScaledForm):
     """int8 codes, multiplied as integers; rows have 16 bits in two parts. On MPS rows are not converted."""
 
     @classmethod
-    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+    def candidates(cls, layout: CodeLayout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
         """As `DeviceInt4.candidates`."""
         if layout != INT8 or codes.codes.shape[0] % 8 or codes.codes.shape[1] % 8:
             return
@@ -189,7 +189,7 @@ class DeviceFp8(ScaledForm):
         self.one: Tensor
 
     @classmethod
-    def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
+    def candidates(cls, layout: CodeLayout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
         """As `DeviceInt4.candidates`."""
         outputs, inputs = codes.codes.shape
         if layout.table != "e4m3" or layout.group or codes.zeros is not None or outputs % 16 or inputs % 16:
@@ -241,7 +241,7 @@ def device_form(held: WeightForm, dtype: torch.dtype) -> WeightForm | None:
         fault = None
         try:
             for made in form.candidates(layout, codes, dtype):
-                if (fault := fault_of(made, codes.floats(layout), dtype)) is None:
+                if (fault := fault_of(made, codes.to_floats(layout), dtype)) is None:
                     return made
         except (RuntimeError, AttributeError) as error:  # there is no kernel, or too little memory to try it
             fault = first_line(error)
@@ -268,7 +268,7 @@ def fault_of(made: WeightForm, weight: Tensor, dtype: torch.dtype) -> str | None
     return None
 
 
-def _codes_of(held: WeightForm) -> tuple[Layout, Codes] | None:
+def _codes_of(held: WeightForm) -> tuple[CodeLayout, Codes] | None:
     if isinstance(held, BlockQuantWeight):
         return held.layout, held.order.unpacked(held.tiles).of_outputs(slice(held.outputs))
     if type(held) is ScaledForm:

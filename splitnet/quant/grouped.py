@@ -24,7 +24,7 @@ from splitnet.quant.native import (
     multiplies_bfloat16,
     multiply_grouped,
 )
-from splitnet.quant.stored import Codes, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, StoredMatrix
 from splitnet.quant.tiles import CHUNK, TILE, TileLayout
 
 EXPERTS_FROM = 32
@@ -59,7 +59,9 @@ class BlockQuantWeight(WeightForm):
         self.register_buffer("tiles", tiles)
 
     @classmethod
-    def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device, *, rounds_rows: bool = False) -> Self:
+    def from_codes(
+        cls, layout: CodeLayout, codes: Sequence[Codes], device: torch.device, *, rounds_rows: bool = False
+    ) -> Self:
         """Holds codes of consecutive outputs. Raises UnsupportedModel if such a layout cannot be held."""
         order, tiles = _tiles_of(layout, codes)
         return cls(order, sum(len(some.codes) for some in codes), tiles.to(device), rounds_rows=rounds_rows)
@@ -70,7 +72,7 @@ class BlockQuantWeight(WeightForm):
         return self.order.has_fast_kernel and self.tiles.device.type == "cpu" and kernels_here() is Kernels.FAST
 
     @property
-    def alone_as_together(self) -> bool:  # for fewer rows than `PLAIN_LOOPS_FROM`
+    def rows_are_independent(self) -> bool:  # for fewer rows than `PLAIN_LOOPS_FROM`
         return self._has_kernel
 
     @property
@@ -123,7 +125,7 @@ class BlockQuantWeight(WeightForm):
         by_expert = self.tiles.view(-1, tiles, self.order.tile_bytes)
         begin = 0
         for some in by_expert.split(max(1, self._piece_tiles() // len(rows)), dim=1):
-            weights = self.order.unpacked(some[experts].flatten(0, 1)).floats(self.layout).to(rows.dtype)
+            weights = self.order.unpacked(some[experts].flatten(0, 1)).to_floats(self.layout).to(rows.dtype)
             found = torch.bmm(weights.view(len(rows), -1, self.inputs), rows[:, :, None])[:, :, 0]
             count = min(found.shape[1], self.outputs - begin)
             products[:, begin : begin + count] = found[:, :count]
@@ -159,7 +161,7 @@ class BlockQuantWeight(WeightForm):
         for to, some in zip(found.split(most), indices.split(most), strict=True) if len(indices) else ():
             codes = self.order.unpacked(self.tiles[some // TILE])
             lanes = torch.arange(len(some), device=some.device) * TILE + some % TILE
-            to.copy_(codes.of_outputs(lanes).floats(self.layout))
+            to.copy_(codes.of_outputs(lanes).to_floats(self.layout))
         return found.to(dtype)
 
     def _piece_tiles(self) -> int:
@@ -186,11 +188,11 @@ class BlockQuantWeight(WeightForm):
                 piece = room[:count]
                 convert_grouped(self.description if description is None else description, some, piece)
             else:
-                piece = self.order.unpacked(some).floats(self.layout)[:count]
+                piece = self.order.unpacked(some).to_floats(self.layout)[:count]
             yield piece.to(dtype)
 
 
-class JoinedForm(WeightForm):
+class JoinedWeight(WeightForm):
     """One weight, or the weights of many experts, each `[outputs, inputs]`, in parts of different layouts. Each part
     has the tiles of its outputs for all experts."""
 
@@ -201,8 +203,8 @@ class JoinedForm(WeightForm):
         self.outputs, self.inputs = sum(part.outputs for part in parts), parts[0].inputs
 
     @property
-    def alone_as_together(self) -> bool:
-        return all(part.alone_as_together for part in self.parts)
+    def rows_are_independent(self) -> bool:
+        return all(part.rows_are_independent for part in self.parts)
 
     def many_from(self, dtype: torch.dtype) -> int:
         """The number of rows of an expert from which `multiply_many` is faster than a kernel."""
@@ -258,12 +260,12 @@ def runs(experts: Tensor) -> Iterator[tuple[int, slice]]:
         begin += count
 
 
-def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
+def held_bytes(layout: CodeLayout, outputs: int, inputs: int) -> int:
     """Bytes of a weight that `hold_stored` holds. Raises UnsupportedModel if such a layout cannot be held."""
     return -(-outputs // TILE) * TileLayout.of(layout, inputs).tile_bytes
 
 
-def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> BlockQuantWeight | JoinedForm:
+def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> BlockQuantWeight | JoinedWeight:
     """Holds matrices of consecutive outputs in the codes in which they are stored.
 
     Raises UnsupportedModel if a layout cannot be held.
@@ -271,11 +273,11 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Block
     forms: list[BlockQuantWeight] = []
     for _, alike in groupby(matrices, lambda matrix: matrix.layout):
         some = list(alike)
-        forms.append(BlockQuantWeight.hold(some[0].layout, [matrix.read() for matrix in some], device))
-    return forms[0] if len(forms) == 1 else JoinedForm(forms)
+        forms.append(BlockQuantWeight.from_codes(some[0].layout, [matrix.read() for matrix in some], device))
+    return forms[0] if len(forms) == 1 else JoinedWeight(forms)
 
 
-def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
+def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedWeight:
     """Holds the weights of experts, which are read one at a time. `stored` may be transposed or not.
 
     Raises UnsupportedModel if a layout cannot be held, or the layouts of experts differ.
@@ -300,11 +302,11 @@ def hold_experts(stored: PackedTensor, device: torch.device) -> JoinedForm:
         assert found is not None
         parts.append(BlockQuantWeight(found[0], sum(outputs for outputs, _ in shapes), found[1].to(device)))
         begin = end
-    return JoinedForm(parts, len(stored.experts))
+    return JoinedWeight(parts, len(stored.experts))
 
 
 def _tiles_of(
-    layout: Layout, below: Sequence[Codes], room: Callable[[int, int], Tensor] = in_large_pages
+    layout: CodeLayout, below: Sequence[Codes], room: Callable[[int, int], Tensor] = in_large_pages
 ) -> tuple[TileLayout, Tensor]:
     """The tiles of codes of consecutive outputs."""
     codes = below[0] if len(below) == 1 else Codes.joined(below)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.quant.choose import WeightFormat, Weights
+from splitnet.quant.choose import WeightChoice, WeightFormat
 from splitnet.quant.forms import FloatForm, WeightForm
 from splitnet.quant.grouped import hold_stored
-from splitnet.quant.stored import PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import PackedTensor, StoredMatrix
 
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Families' own classes that compute the same as torch's linear layer: their weights may be held in other formats."""
 
 ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
 """Names of modules that keep their weights. Routers choose experts: they are small, and a different choice of experts
-changes results more than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.TAKEN_WEIGHTS`. `kv_b_proj` is
+changes results more than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.UNCALLED_LAYERS`. `kv_b_proj`
+is
 also small, and where latents are stored the products use its columns."""
 
 
@@ -68,7 +69,7 @@ class QuantizedLinear(nn.Module):
         bias = layer.bias is not None
         made = cls(inputs, outputs, None, transposed=transposed, bias=bias, dtype=dtype, codes_on=codes_on)
         made.bias = layer.bias
-        made._keep(held, layer.weight.device)
+        made._set_form(held, layer.weight.device)
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -83,7 +84,7 @@ class QuantizedLinear(nn.Module):
         if not len(rows):
             product = rows.new_zeros(0, self.out_features)
         elif torch.is_grad_enabled() and rows.requires_grad:
-            product: Any = _Product.apply(rows, self.held)
+            product: Any = _LinearProduct.apply(rows, self.held)
         else:
             product = self.held.multiply(rows)
         if self.bias is not None:
@@ -93,16 +94,16 @@ class QuantizedLinear(nn.Module):
     def _hold(self, weight: Tensor) -> None:
         matrices = matrices_of(weight, transposed=self._transposed)
         if matrices is not None and self._codes_on is not None:
-            self._keep(hold_stored(matrices, self._codes_on), weight.device)
+            self._set_form(hold_stored(matrices, self._codes_on), weight.device)
             return
         if isinstance(weight, PackedTensor):
-            weight = weight.floats()
+            weight = weight.to_floats()
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
         # A weight with values outside the range of the format, or with NaN, stays in float32.
         made = self._form and self._form.of(rows)
-        self._keep(made or FloatForm(rows.clone(), exact=True), weight.device)
+        self._set_form(made or FloatForm(rows.clone(), exact=True), weight.device)
 
-    def _keep(self, held: WeightForm, device: torch.device) -> None:
+    def _set_form(self, held: WeightForm, device: torch.device) -> None:
         self.held = held
         shape = self.weight.shape
         del self.weight
@@ -115,7 +116,7 @@ class QuantizedLinear(nn.Module):
         self.parameter_like = nn.Parameter(torch.empty(0, dtype=self._dtype, device=device), requires_grad=False)
 
 
-class _Product(torch.autograd.Function):
+class _LinearProduct(torch.autograd.Function):
     """Rows times a held weight. For the backward pass only the held weight is kept."""
 
     @staticmethod
@@ -130,7 +131,7 @@ class _Product(torch.autograd.Function):
 
 
 def holdable_layers(
-    block: nn.Module, weights: Weights
+    block: nn.Module, weights: WeightChoice
 ) -> Iterator[tuple[str, nn.Module, int, int, WeightFormat | None]]:
     """The linear layers of a block that may hold their weight in another format, without routers and layers that share
     their weight: path, layer, outputs, inputs, form."""
@@ -141,7 +142,7 @@ def holdable_layers(
             yield path, layer, *sizes, weights.form_for(*sizes)
 
 
-def hold_weights(block: nn.Module, weights: Weights) -> None:
+def hold_weights(block: nn.Module, weights: WeightChoice) -> None:
     """Replaces a block's layers, which have no weights yet, by layers that hold theirs in another format."""
     for path, layer, outputs, inputs, form in list(holdable_layers(block, weights)):
         if form is None:

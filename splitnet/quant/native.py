@@ -57,7 +57,7 @@ def _load() -> tuple[Any, str]:
     return loaded, ""
 
 
-_kernels, why_none = _load()  # `why_none`: the fault of the kernels; empty if they are loaded
+_kernels, load_error = _load()  # `load_error`: the fault of the kernels; empty if they are loaded
 
 
 def use_path(name: str) -> None:
@@ -66,7 +66,7 @@ def use_path(name: str) -> None:
     Raises KernelsError if the kernels are missing, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
-        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {load_error}: leave it out")
     paths, here = dict(_kernels.paths()), ", ".join(paths_here())
     if name not in paths:
         raise KernelsError(f"{PATH_VARIABLE} names {name!r}, and there are no such kernels: use one of {here}")
@@ -116,7 +116,7 @@ def prefetch_in_use() -> Prefetch | None:
         if _prefetch is None:
             known = KnownFigures(cache_folder() / "speeds.json")
             key = f"prefetch {platform.node()}/{processor()} kernels-{version()} threads-{torch.get_num_threads()}"
-            measured = known.find(key)
+            measured = known.find_figure(key)
             measured = measured if isinstance(measured, list) else []
             named = {str(each): each for each in PREFETCHES}
             if len(measured) == 2 and measured[0] == measured[1] and measured[0] in named:
@@ -126,7 +126,7 @@ def prefetch_in_use() -> Prefetch | None:
                 found, undisturbed = fastest_prefetch()
                 use_prefetch(found)
                 if undisturbed:
-                    known.keep(key, [*measured[-1:], str(found)])
+                    known.keep_figure(key, [*measured[-1:], str(found)])
         return _prefetch
 
 
@@ -325,7 +325,7 @@ def step(
         stores: int64 `[count, positions, 6]`, in the format of `splitnet.blocks.kv_cache.SequenceCache.reserve`.
         indices: int64 `[positions]`, the index of each position in its stores.
         cosines, sines: float32 `[ropes, positions, half of the rotated numbers of a head]`.
-        order: the places of the numbers of a pair, as `splitnet.blocks.rotary.Order`.
+        order: the places of the numbers of a pair, as `splitnet.blocks.rotary.PairLayout`.
         stored_bytes: bytes of a number that blocks compute with: 4, or 2 for bfloat16.
         key_bits, value_bits: bits of a number in the stores: 16 for float16, 8 or 4 for codes, 0 for the type of
             blocks.
@@ -345,7 +345,7 @@ def use_as_named(names: str) -> None:
         if found is None:
             use_path(name.strip())
         elif kernels_here() is Kernels.NONE:
-            raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
+            raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {load_error}: leave it out")
         else:
             use_prefetch(Prefetch(found[1], int(found[2])) if found[2] else Prefetch(found[1]))
 

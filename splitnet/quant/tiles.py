@@ -19,7 +19,7 @@ from torch import Tensor
 
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.native import multiplies_bfloat16
-from splitnet.quant.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
+from splitnet.quant.packed_tensor import STEPS_GROUP, TABLES, CodeLayout, Codes, ScaleFormat
 
 TILE = 16  # outputs that are stored together
 CHUNK = 32  # inputs whose codes are stored together
@@ -38,9 +38,16 @@ _PIECES = {
 """Pieces of the last vectors of a chunk, lowest bits first: the stored vector, the first bit in it, the number of
 bits."""
 
-_TYPES = {Kind.FLOAT16: torch.float16, Kind.BFLOAT16: torch.bfloat16, Kind.FLOAT32: torch.float32}
-_TYPES |= {Kind.E8M0: torch.uint8, Kind.CODES: torch.uint8}
-_NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
+_TYPES = {ScaleFormat.FLOAT16: torch.float16, ScaleFormat.BFLOAT16: torch.bfloat16, ScaleFormat.FLOAT32: torch.float32}
+_TYPES |= {ScaleFormat.E8M0: torch.uint8, ScaleFormat.CODES: torch.uint8}
+_NUMBERS = {
+    ScaleFormat.FLOAT16: 0,
+    ScaleFormat.BFLOAT16: 1,
+    ScaleFormat.FLOAT32: 2,
+    ScaleFormat.E8M0: 3,
+    ScaleFormat.CODES: 8,
+    ScaleFormat.NONE: 9,
+}
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
 """Values of `enum number` in `native/grouped.h`."""
 
@@ -51,7 +58,7 @@ _PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)  # values of `enum c
 class TileLayout:
     """The layout of the tiles of a weight."""
 
-    layout: Layout
+    layout: CodeLayout
     inputs: int
     scale_type: torch.dtype  # of the stored number of each group
     zero_type: torch.dtype | None
@@ -59,47 +66,52 @@ class TileLayout:
     finite: bool = True  # no code stands for NaN; otherwise plain loops multiply e4m3
 
     @classmethod
-    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> TileLayout:
+    def of(cls, layout: CodeLayout, inputs: int, codes: Codes | None = None) -> TileLayout:
         """The tile layout for weights with `inputs` inputs; `codes` show which steps are signed, where that matters.
 
         Raises UnsupportedModel if such a layout cannot be held, and ValueError if the codes do not fit the layout.
         """
         group = layout.group
-        steps = Kind.STEPS in (layout.scale, layout.zero)
+        steps = ScaleFormat.STEPS in (layout.scale, layout.zero)
         if (
             layout.bits not in _PIECES
             or (group not in (0, 8, 16) and group % CHUNK)
             or (steps and (not group or STEPS_GROUP % group))
-            or layout.scale in (Kind.CODES, Kind.NONE)
-            or layout.zero is Kind.E8M0
+            or layout.scale in (ScaleFormat.CODES, ScaleFormat.NONE)
+            or layout.zero is ScaleFormat.E8M0
             or (layout.table and len(TABLES[layout.table]) != 1 << layout.bits)
         ):
             raise UnsupportedModel(f"weights cannot be held as {layout}: use a checkpoint in another format")
         types = [
-            (torch.int8 if stored is None else stored.dtype) if kind is Kind.STEPS else _TYPES.get(kind)
+            (torch.int8 if stored is None else stored.dtype) if kind is ScaleFormat.STEPS else _TYPES.get(kind)
             for kind, stored in ((layout.scale, codes and codes.scales), (layout.zero, codes and codes.zeros))
         ]
         assert types[0] is not None
         if codes is not None:
             found = [codes.scales, codes.zeros, codes.scale_units, codes.zero_units]
-            units = [torch.float16 if kind is Kind.STEPS else None for kind in (layout.scale, layout.zero)]
+            units = [torch.float16 if kind is ScaleFormat.STEPS else None for kind in (layout.scale, layout.zero)]
             stored = [None if one is None else one.dtype for one in found]
             if codes.codes.dtype != torch.uint8 or stored != [*types, *units]:
                 raise ValueError(f"codes of {layout} with scales and zeros of the types {stored}")
-        nibbles = layout.bits == 2 and layout.scale is Kind.STEPS and layout.zero is Kind.STEPS
+        nibbles = layout.bits == 2 and layout.scale is ScaleFormat.STEPS and layout.zero is ScaleFormat.STEPS
         return cls(layout, inputs, types[0], types[1], nibbles)
 
     @cached_property
     def panel(self) -> int:  # in inputs
         if not self.layout.group:
             return -(-self.inputs // CHUNK) * CHUNK
-        unit = lcm(self.layout.group, CHUNK, STEPS_GROUP if Kind.STEPS in (self.layout.scale, self.layout.zero) else 1)
+        unit = lcm(
+            self.layout.group, CHUNK, STEPS_GROUP if ScaleFormat.STEPS in (self.layout.scale, self.layout.zero) else 1
+        )
         return -(-_PANEL // unit) * unit
 
     def sections(self, inputs: int) -> list[int]:
         """Bytes of the sections of a panel: scales, zeros, units of scales, units of zeros, padding, codes."""
         groups = -(-inputs // self.layout.group) if self.layout.group else 1
-        units = [2 * -(-inputs // STEPS_GROUP) * (kind is Kind.STEPS) for kind in (self.layout.scale, self.layout.zero)]
+        units = [
+            2 * -(-inputs // STEPS_GROUP) * (kind is ScaleFormat.STEPS)
+            for kind in (self.layout.scale, self.layout.zero)
+        ]
         zeros = 0 if self.zero_type is None or self.nibbles else self.zero_type.itemsize
         sizes = [TILE * size for size in (groups * self.scale_type.itemsize, groups * zeros, *units)]
         return [*sizes, -sum(sizes) % _LINE, -(-inputs // CHUNK) * _LINE * self.layout.bits]
@@ -122,7 +134,7 @@ class TileLayout:
     @property
     def _code(self) -> int:
         code = _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
-        floats_with_zeros = code > _TABLE and self.layout.zero is not Kind.NONE
+        floats_with_zeros = code > _TABLE and self.layout.zero is not ScaleFormat.NONE
         return _ANY if floats_with_zeros or self.layout.group == 8 or not self.finite else code
 
     def described(self, outputs: int, *, scaled: bool = True) -> Tensor:
@@ -250,7 +262,7 @@ class TileLayout:
 
 
 @cache
-def _values(layout: Layout) -> Tensor:
+def _values(layout: CodeLayout) -> Tensor:
     return TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits).float() - layout.offset
 
 

@@ -284,7 +284,7 @@ class AuthorizedKeys:
         """Whether the client with this CURVE public key (32 bytes, from the handshake) may connect."""
         return self._options(curve_raw) is not None
 
-    def names(self, curve_raw: bytes) -> bool:
+    def lists_key(self, curve_raw: bytes) -> bool:
         """Whether the list has a line for this key."""
         return curve_raw in self._current()
 

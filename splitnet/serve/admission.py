@@ -18,7 +18,7 @@ class Overloaded(SplitnetError):
     """Too many requests are waiting."""
 
 
-class QuotaUsed(SplitnetError):
+class QuotaExceeded(SplitnetError):
     """A client has used its tokens per minute; it gets more after `retry_after_s` seconds."""
 
     def __init__(self, per_minute: int, retry_after_s: int) -> None:
@@ -27,7 +27,7 @@ class QuotaUsed(SplitnetError):
 
 
 @dataclass(frozen=True)
-class Client:
+class ApiClient:
     """The holder of an API key, or an address where there are no keys."""
 
     name: str  # identifies the client; not the secret key
@@ -39,26 +39,26 @@ class Client:
     _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)
 
     def check_quota(self) -> None:
-        """Raises QuotaUsed if the client has no tokens left."""
+        """Raises QuotaExceeded if the client has no tokens left."""
         per_minute = self.tokens_per_minute
         if per_minute is not None and (seconds := self._spent.wait_s(per_minute, self.clock())):
-            raise QuotaUsed(per_minute, seconds)
+            raise QuotaExceeded(per_minute, seconds)
 
-    def spend(self, tokens: int) -> None:
+    def spend_tokens(self, tokens: int) -> None:
         if self.tokens_per_minute is not None:
             self._spent.spend(tokens, self.tokens_per_minute, self.clock())
 
 
-ANYONE = Client("")
+ANYONE = ApiClient("")
 
 
-def client_at(address: str) -> Client:
+def client_at(address: str) -> ApiClient:
     """The client at an IP address. A machine has at least 2**64 addresses of IPv6 (a /64), which are one client."""
     try:
         version = ipaddress.ip_address(address).version
     except ValueError:
-        return Client(address)
-    return Client(str(ipaddress.ip_network(f"{address}/64", strict=False)) if version == 6 else address)
+        return ApiClient(address)
+    return ApiClient(str(ipaddress.ip_network(f"{address}/64", strict=False)) if version == 6 else address)
 
 
 class Admission:
@@ -73,8 +73,8 @@ class Admission:
         self._most = max(1, at_a_time - spare)
         self._waiting = FairAccount(waiting, newest_first=True)
         self._turns: dict[Holding, asyncio.Future[None]] = {}
-        self._places: Counter[Client] = Counter()
-        self._taken: dict[Client, float] = {}
+        self._places: Counter[ApiClient] = Counter()
+        self._taken: dict[ApiClient, float] = {}
         """Places that each client has received, divided by its weight. A new client starts at the current minimum."""
         self._now = 0.0
         self.running = 0
@@ -84,43 +84,44 @@ class Admission:
         return len(self._waiting.holdings)
 
     @asynccontextmanager
-    async def place(self, client: Client = ANYONE) -> AsyncIterator[None]:
-        """Waits for a place and holds it within the `with`. Raises QuotaUsed, or Overloaded: too many requests wait."""
+    async def admitted(self, client: ApiClient = ANYONE) -> AsyncIterator[None]:
+        """Waits for a place and holds it within the `with`. Raises QuotaExceeded, or Overloaded: too many requests
+        wait."""
         client.check_quota()
-        await self._turn(client)
+        await self._wait_for_turn(client)
         try:
             yield
         finally:
-            self._leave(client)
-            self._let_in()
+            self._leave_place(client)
+            self._admit_waiting()
 
-    def _leave(self, client: Client) -> None:
+    def _leave_place(self, client: ApiClient) -> None:
         self.running -= 1
         self._places[client] -= 1
 
-    async def _turn(self, client: Client) -> None:
+    async def _wait_for_turn(self, client: ApiClient) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         refusal = Overloaded(f"{self.at_a_time} requests are running and others wait: try again in a moment")
-        waits = self._waiting.hold(client, lambda: turn.done() or turn.set_exception(refusal))
+        waits = self._waiting.make_holding(client, lambda: turn.done() or turn.set_exception(refusal))
         self._turns[waits] = turn
         self._taken.setdefault(client, self._now)
-        self._let_in()
+        self._admit_waiting()
         if not turn.done():
             waits.grow(1)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._leave(client)
+                self._leave_place(client)
             raise
         finally:
             del self._turns[waits]
             waits.release()
-            self._let_in()
+            self._admit_waiting()
 
-    def _let_in(self) -> None:
+    def _admit_waiting(self) -> None:
         while self.running < self.at_a_time:
-            first: dict[Client, Holding] = {}
+            first: dict[ApiClient, Holding] = {}
             for waits in self._waiting.holdings:
                 if not self._turns[waits].done() and self._places[waits.holder] < self._most:
                     first.setdefault(waits.holder, waits)

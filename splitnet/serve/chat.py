@@ -11,13 +11,13 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import Response
 
-from splitnet.serve.answers.forms import PLAIN, Forms
-from splitnet.serve.answers.grammars import Bounds, Function
-from splitnet.serve.answers.parser import AnswerParser, Said, ToolCall
+from splitnet.serve.answers.call_forms import PLAIN, Forms
+from splitnet.serve.answers.grammars import AnswerConstraints, Function
+from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
 from splitnet.serve.answers.sampling import Sampling, ScoredToken
 from splitnet.serve.failures import ApiError
-from splitnet.serve.generation import Ask, Ended, Finish, Numbered, Piece, ScoredPrompt
-from splitnet.serve.responses import Answer, ServedModel
+from splitnet.serve.generation import Ended, Finish, GenerationRequest, Numbered, ScoredPrompt, TextDelta
+from splitnet.serve.responses import AnswerWriter, ServedModel
 
 MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of the likeliest alternatives
 
@@ -35,7 +35,7 @@ class Chat:
     to_call: Sequence[Function] = ()  # the model must call one; empty: no call is required
     several_calls: bool = True
     answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer must fit; None: the answer is text
-    rule: str | None = None  # a grammar that the answer must match, see `Bounds`
+    rule: str | None = None  # a grammar that the answer must match, see `AnswerConstraints`
     schema_param: str = "response_format"  # the parameter of the request that gives the schema or the grammar
     # Variables for the chat template besides messages and tools, by the parameter of the request that gives them.
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -46,17 +46,17 @@ class Chat:
     fits: bool = True  # the context must have room for `max_tokens`; otherwise an answer ends at the end of the context
     choices: int = 1
     stop_strings: Sequence[str] = ()
-    top_logprobs: int | None = None  # see `Ask`
+    top_logprobs: int | None = None  # see `GenerationRequest`
     stop_tokens: Collection[int] = ()
     ignores_ends: bool = False
     scores_prompt: bool = False
     last_tokens: int | None = None  # how many last tokens of the prompt are read; None: all
     begins_answer: bool = True  # the prompt ends with the marks that begin an answer
-    goes_on: bool = False  # the answer continues the last message, which is the assistant's
+    continues_last_message: bool = False  # the answer continues the last message, which is the assistant's
     echoes: bool = False  # the text of the last message is sent before the answer
 
     @property
-    def binds_calls(self) -> bool:
+    def restricts_calls(self) -> bool:
         """Whether a grammar must restrict the calls of an answer that may also be text."""
         return not self.several_calls or any(function.strict for function in self.functions)
 
@@ -103,12 +103,14 @@ async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[i
     prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
     if chat.suffix is not None:
         text, behind, most = chat.messages[-1]["content"], chat.suffix, chat.max_tokens
-        return await served.prepare(request, lambda: prompts.of_gap(text, behind, (), most))
+        return await served.prepare(request, lambda: prompts.tokens_of_gap(text, behind, (), most))
     if chat.is_text:
-        return await served.prepare(request, lambda: prompts.of_text(chat.messages[-1]["content"], last=last))
+        return await served.prepare(request, lambda: prompts.tokens_of_text(chat.messages[-1]["content"], last=last))
     described = [_described(function) for function in chat.functions]
-    options: Any = {"answer": chat.begins_answer, "goes_on": chat.goes_on, "last": last}
-    return await served.prepare(request, lambda: prompts.of_chat(chat.messages, described, chat.variables, **options))
+    options: Any = {"answer": chat.begins_answer, "goes_on": chat.continues_last_message, "last": last}
+    return await served.prepare(
+        request, lambda: prompts.tokens_of_chat(chat.messages, described, chat.variables, **options)
+    )
 
 
 async def with_thinking(
@@ -136,7 +138,7 @@ async def answer_chat(
     served: ServedModel,
     request: Request,
     chat: Chat,
-    answer: Answer[Delta | Ended],
+    answer: AnswerWriter[Delta | Ended],
     *,
     stream: bool,
     prompt: list[int] | None = None,
@@ -162,22 +164,24 @@ async def answer_chat(
         thinks_no_more = reasoning is not None and prompts.ends_with(prompt, reasoning.closing)
         bound = replace(forms, reasoning=None) if thinks_no_more else forms
         grammar = await served.prepare(request, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
-    ask = Ask(
+    ask = GenerationRequest(
         prompt=prompt,
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
         # Stop strings end only text: an answer that must be a call has none, and a grammar keeps calls whole.
         stop_strings=() if chat.to_call else chat.stop_strings,
-        stops_apart=(calls.openings, calls.closing) if calls and chat.binds_calls and chat.stop_strings else ((), ""),
+        unstopped_parts=(calls.openings, calls.closing)
+        if calls and chat.restricts_calls and chat.stop_strings
+        else ((), ""),
         top_logprobs=chat.top_logprobs,
         grammar=grammar,
-        goes_on=chat.is_text or chat.goes_on,
+        continues_prompt=chat.is_text or chat.continues_last_message,
         stop_tokens=chat.stop_tokens if chat.suffix is None else prompts.infill_ends,
         ignores_ends=chat.ignores_ends,
         score_prompt=chat.scores_prompt,
         owner=request.state.client.name,
-        reserves_all=chat.max_tokens is not None and chat.fits,
+        reserve_max_tokens=chat.max_tokens is not None and chat.fits,
     )
     events = _deltas(served.running(request.state.client, [ask], answer.id), chat, forms, begun)
     return await served.respond(request, events, answer, stream=stream)
@@ -189,14 +193,14 @@ def _described(function: Function) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in told.items() if value is not None}}
 
 
-def _bounds_of(chat: Chat) -> Bounds | None:
+def _bounds_of(chat: Chat) -> AnswerConstraints | None:
     if chat.to_call:
-        return Bounds(chat.to_call, required=True)
+        return AnswerConstraints(chat.to_call, required=True)
     text_is_bound = chat.answer_schema is not None or chat.rule is not None
-    functions = chat.functions if text_is_bound or chat.binds_calls else ()
+    functions = chat.functions if text_is_bound or chat.restricts_calls else ()
     if not functions and not text_is_bound:
         return None
-    return Bounds(functions, False, chat.several_calls, chat.answer_schema, chat.rule, chat.schema_param)
+    return AnswerConstraints(functions, False, chat.several_calls, chat.answer_schema, chat.rule, chat.schema_param)
 
 
 async def _deltas(
@@ -209,10 +213,10 @@ async def _deltas(
     echoed = [chat.messages[-1]["content"] if chat.echoes else ""] * chat.choices
     async with aclosing(running):
         async for _, event in running:
-            if isinstance(event, Piece):
+            if isinstance(event, TextDelta):
                 number = event.choice
-                said = parsers[number].push(event.text)
-                last = parsers[number].rest() if event.finish else Said()
+                said = parsers[number].push_text(event.text)
+                last = parsers[number].flush() if event.finish else ParsedParts()
                 calls = (said.calls + last.calls)[: None if chat.several_calls else 1]
                 called[number] |= bool(calls)
                 finish = "tool_calls" if event.finish == "stop" and called[number] else event.finish

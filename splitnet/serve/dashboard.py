@@ -26,13 +26,13 @@ from scheduler.liveness import LOST_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import SplitnetError
 from splitnet.limits import FairAccount
-from splitnet.serve.admission import Client
+from splitnet.serve.admission import ApiClient
 from splitnet.serve.gateway import Gateway
-from splitnet.serve.progress import Progress
+from splitnet.serve.progress import AnswerProgress
 from splitnet.serve.responses import EventStream, framed
 from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.swarm import Overview, Swarm, short_key, token_joules, token_ms
-from splitnet.transport.prober import Answer
+from splitnet.transport.prober import PingReply
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState
 
@@ -40,7 +40,7 @@ ASKED_PEERS = 128  # Most peers that are pinged, as each takes a socket; of othe
 PAUSE_S = 10.0  # Changes during a longer pause between looks are not noted as events: their time is unknown
 
 
-class State(Enum):
+class PeerState(Enum):
     """The state of a peer as far as the client knows."""
 
     HERE = "here"
@@ -50,21 +50,21 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class SeenPeer:
     """The last known state of a peer. since: clock time of the state's beginning, in s. answer: the last, if any."""
 
     record: PeerRecord
-    state: State
+    state: PeerState
     since: float
-    answer: Answer | None
+    answer: PingReply | None
 
 
 @dataclass(slots=True)
-class _Asked:
-    future: Future[Answer] | None = None
+class _PeerQuery:
+    future: Future[PingReply] | None = None
     first_unanswered_at: float = 0.0
     asked_at: float = 0.0
-    answer: Answer | None = None
+    answer: PingReply | None = None
 
 
 class Presence:
@@ -73,11 +73,11 @@ class Presence:
     def __init__(self, swarm: Swarm, clock: Callable[[], float] = time.monotonic) -> None:
         self._swarm = swarm
         self._clock = clock
-        self._asked: dict[Endpoint, _Asked] = {}
-        self._seen: dict[str, Seen] = {}
+        self._asked: dict[Endpoint, _PeerQuery] = {}
+        self._seen: dict[str, SeenPeer] = {}
         self._looked_at = float("-inf")
 
-    def look(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[Seen]:
+    def refresh(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[SeenPeer]:
         """The known states of the peers of these records; pings peers again without waiting for answers.
 
         working: keys of the peers on routes of running answers. Their sessions watch and replace these peers, so a late
@@ -91,46 +91,46 @@ class Presence:
         # Keys are random: a choice by key is independent of blocks, and the same at each look.
         asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
         endpoints = {record.key.text: record.endpoint for record in asked}
-        self._asked = {endpoint: self._asked.get(endpoint) or _Asked() for endpoint in endpoints.values()}
+        self._asked = {endpoint: self._asked.get(endpoint) or _PeerQuery() for endpoint in endpoints.values()}
         before, self._seen = self._seen, {}
         for record in records:
             key = record.key.text
             endpoint = endpoints.get(key)
-            state, answer = State.UNKNOWN, None
+            state, answer = PeerState.UNKNOWN, None
             if endpoint is not None:
-                state, answer = self._ask(endpoint, now, works=key in working)
+                state, answer = self._query_peer(endpoint, now, works=key in working)
             known = before.get(key)
             since = known.since if known is not None and known.state is state else now
-            self._seen[key] = Seen(record, state, since, answer)
+            self._seen[key] = SeenPeer(record, state, since, answer)
         if told:
             self._note_changes(before)
         return list(self._seen.values())
 
-    def _ask(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[State, Answer | None]:
+    def _query_peer(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[PeerState, PingReply | None]:
         """The state and last answer of a peer; pings it again if it has answered, or has been silent."""
         asked = self._asked[endpoint]
         if asked.future is not None and asked.future.done():
             asked.answer, asked.future = asked.future.result(), None
-        link = self._swarm.links.state(endpoint)
+        link = self._swarm.links.link_state(endpoint)
         if link is LinkState.REFUSED:
-            return State.REFUSES, asked.answer
+            return PeerState.REFUSES, asked.answer
         is_due = now - asked.asked_at >= LOST_S
         if link is LinkState.DOWN:
             if is_due:  # an unused link is closed, and only a ping finds out whether the peer is back
                 self._swarm.ping(endpoint)
                 asked.asked_at = now
             asked.future = None
-            return State.GONE, asked.answer
+            return PeerState.GONE, asked.answer
         if asked.future is None or works:
             asked.first_unanswered_at = now
         silent = now - asked.first_unanswered_at >= LOST_S
         if asked.future is None or is_due:
             asked.future, asked.asked_at = self._swarm.ping(endpoint), now
         if silent:
-            return State.GONE, asked.answer
-        return State.UNKNOWN if asked.answer is None else State.HERE, asked.answer
+            return PeerState.GONE, asked.answer
+        return PeerState.UNKNOWN if asked.answer is None else PeerState.HERE, asked.answer
 
-    def _note_changes(self, before: dict[str, Seen]) -> None:
+    def _note_changes(self, before: dict[str, SeenPeer]) -> None:
         note = self._swarm.events.note
         for key, seen in self._seen.items():
             was, record = before.get(key), seen.record
@@ -141,12 +141,12 @@ class Presence:
                 continue
             if (was.record.start, was.record.end) != (record.start, record.end):
                 note("moved", f"{serving} now serves {blocks}")
-            if seen.state is State.GONE and was.state is not State.GONE:
+            if seen.state is PeerState.GONE and was.state is not PeerState.GONE:
                 note("gone", f"{serving} does not answer any more: {blocks} have lost a peer")
-            elif was.state is State.GONE and seen.state is State.HERE:
+            elif was.state is PeerState.GONE and seen.state is PeerState.HERE:
                 note("back", f"{serving} answers again and serves {blocks}")
         for key, was in before.items():
-            if key not in self._seen and was.state is not State.GONE:
+            if key not in self._seen and was.state is not PeerState.GONE:
                 note("left", f"{_name(was.record)} has left")
 
 
@@ -158,12 +158,12 @@ RATE_S = 5  # Seconds over which rates are averaged
 SHOWN_S = 60.0  # How long an ended answer is shown
 
 
-def snapshot(gateway: Gateway, seen: Sequence[Seen], problem: str | None) -> Any:
+def snapshot(gateway: Gateway, seen: Sequence[SeenPeer], problem: str | None) -> Any:
     """The swarm of the first model, and the answers of all models; `problem`: why peers may not be known."""
     model, loaded = gateway.served.generations.model, gateway.loaded
     logs, admissions = [each.generations.progress for each in loaded], [each.admission for each in loaded]
     answers = [(log.clock(), each) for log in logs for each in log.answers()]
-    there = [each.record for each in seen if each.state not in (State.GONE, State.REFUSES)]
+    there = [each.record for each in seen if each.state not in (PeerState.GONE, PeerState.REFUSES)]
     overview = Overview.of(model.swarm, there, model.local_spans)
     per_second = [sum(tokens) for tokens in zip(*(log.tokens_per_second() for log in logs), strict=True)]
     rates = [sum(per_second[end - RATE_S : end]) / RATE_S for end in range(len(per_second), RATE_S - 1, -RATE_S)][::-1]
@@ -188,7 +188,7 @@ def snapshot(gateway: Gateway, seen: Sequence[Seen], problem: str | None) -> Any
     }
 
 
-def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
+def _peer(swarm: Swarm, seen: SeenPeer, now: float) -> dict[str, Any]:
     """A peer for the page. Its texts are untrusted; its key and numbers were checked with its record."""
     record, answer = seen.record, seen.answer
     return {
@@ -209,12 +209,12 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
         "delay_ms": swarm.links.prober.rtt_ms(record.endpoint) / 2 or None,
-        "way": swarm.links.tunnels.way(record.endpoint).value,
+        "way": swarm.links.tunnels.path_kind(record.endpoint).value,
         "version": record.version,
     }
 
 
-def _answer(progress: Progress, now: float) -> dict[str, Any]:
+def _answer(progress: AnswerProgress, now: float) -> dict[str, Any]:
     first, until = progress.first_token, now if progress.ended is None else progress.ended
     seconds = until - first if first is not None else 0.0
     return {
@@ -222,7 +222,7 @@ def _answer(progress: Progress, now: float) -> dict[str, Any]:
         "ended": progress.ended is not None,
         "began_s": now - progress.began,
         "prompt": progress.prompt,
-        "read": progress.read(),
+        "read": progress.prompt_done(),
         "first_token_s": None if first is None else first - progress.began,
         "tokens": progress.tokens,
         "tokens_per_s": (progress.tokens - 1) / seconds if seconds > 0 else None,
@@ -242,7 +242,7 @@ class TunedRun:
         self._read = 0  # bytes
         self._lines: list[dict[str, Any]] = []
 
-    def look(self) -> dict[str, Any]:
+    def read_run(self) -> dict[str, Any]:
         """Losses of at most `POINTS` steps, all evaluations, and sums over all steps."""
         with suppress(OSError, ValueError), (self._folder / "metrics.jsonl").open("rb") as file:
             if file.seek(0, os.SEEK_END) < self._read:  # the run continues from an earlier step
@@ -298,13 +298,13 @@ class Dashboard:
         self._showing = asyncio.Lock()
         self._streams = FairAccount(MAX_STREAMS)
 
-    async def stream(self, client: Client) -> AsyncGenerator[str]:
+    async def stream(self, client: ApiClient) -> AsyncGenerator[str]:
         """Server-sent events: snapshots, and the swarm's event log, which is first sent as far as it is kept.
 
         When more than `MAX_STREAMS` are open, the oldest stream of the client with the most streams ends.
         """
         over = asyncio.Event()
-        looks = self._streams.hold(client, over.set, 1)
+        looks = self._streams.make_holding(client, over.set, 1)
         clock = asyncio.get_running_loop().time
         number, shown_at = -1, float("-inf")
         try:
@@ -327,7 +327,7 @@ class Dashboard:
         async with self._showing:
             if clock() - self._shown_at >= SNAPSHOT_S / 2:
                 await self._look_up()
-                self._shown = await run_in_threadpool(self._look)
+                self._shown = await run_in_threadpool(self._take_snapshot)
                 self._shown_at = clock()
             return self._shown
 
@@ -345,13 +345,13 @@ class Dashboard:
         try:
             self._records = await run_in_threadpool(self._swarm.peers, fresh=True)
             self._problem = None
-        except SplitnetError as error:  # no usable record is left, see `PeerCache.look`
+        except SplitnetError as error:  # no usable record is left, see `PeerCache.refresh`
             self._records, self._problem = [], str(error)
 
-    def _look(self) -> Any:
+    def _take_snapshot(self) -> Any:
         working = set[str]().union(*(each.generations.progress.working_peers() for each in self._gateway.loaded))
-        seen = self._presence.look(self._records, working)
-        tuned = self._tuned.look() if self._tuned is not None else None
+        seen = self._presence.refresh(self._records, working)
+        tuned = self._tuned.read_run() if self._tuned is not None else None
         return {**snapshot(self._gateway, seen, self._problem), "tuning": tuned}
 
 

@@ -21,13 +21,13 @@ from splitnet.errors import (
     SessionClosed,
     SplitnetError,
 )
-from splitnet.serve.admission import Overloaded, QuotaUsed
+from splitnet.serve.admission import Overloaded, QuotaExceeded
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
 IMAGES = "image", "image_url", "input_image"  # Types of message parts that are images
-NAMED = 64  # Characters of the longest value that an error message quotes
+MAX_QUOTED_CHARACTERS = 64  # Characters of the longest value that an error message quotes
 MOST_MESSAGE = 2000  # Characters of an error message, which may quote the request
 
 
@@ -53,7 +53,7 @@ class ApiError(SplitnetError):
 _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (ContextTooLong, 400, "context_length_exceeded"),
     (Overloaded, 429, "overloaded"),
-    (QuotaUsed, 429, "rate_limit_exceeded"),
+    (QuotaExceeded, 429, "rate_limit_exceeded"),
     (PeerBusy, 429, "peers_busy"),
     (CoverageError, 503, "blocks_not_served"),
     (DirectoryError, 503, "swarm_unreachable"),
@@ -63,7 +63,7 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
 ]
 
 
-def failure_of(error: BaseException) -> ApiError:
+def api_error_of(error: BaseException) -> ApiError:
     """The error that a client receives for any error. An unexpected error is logged without text of the request."""
     if isinstance(error, ApiError):
         return error
@@ -71,12 +71,12 @@ def failure_of(error: BaseException) -> ApiError:
         return ApiError(503, "the server is ending: use another server, or try again later", code="server_ending")
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
-            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaUsed) else None
+            headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaExceeded) else None
             return ApiError(status, str(error), code=code, headers=headers)
     if isinstance(error, SplitnetError):
         return ApiError(502, str(error))
     if isinstance(error, RequestValidationError):
-        return refused(error.errors())
+        return validation_error(error.errors())
     if isinstance(error, HTTPException):
         if isinstance(error.__cause__, ApiError):  # FastAPI wraps errors that are raised while it reads a body
             return error.__cause__
@@ -86,12 +86,12 @@ def failure_of(error: BaseException) -> ApiError:
     return ApiError(500, "unexpected error in the server: its log has the details")
 
 
-def refused(errors: Sequence[Any]) -> ApiError:
+def validation_error(errors: Sequence[Any]) -> ApiError:
     """The error for a body that pydantic rejects. `errors`: pydantic's, whose `loc` begins with `body`."""
 
     def named(error: Any) -> str:
         given = error.get("ctx", {}).get("tag", error.get("input"))
-        return given if isinstance(given, str) and len(given) <= NAMED else ""
+        return given if isinstance(given, str) and len(given) <= MAX_QUOTED_CHARACTERS else ""
 
     # Where a value may have several forms, the error at the deepest place belongs to the form that fits best.
     # Within an object, an unknown literal such as `type` matters most: it decides which other fields are allowed.

@@ -29,8 +29,8 @@ from splitnet.errors import KeyFileError
 from splitnet.limits import FairAccount, Holding
 from splitnet.paths import lines_of
 from splitnet.security.identity import KeyOptions, is_options, parse_options
-from splitnet.serve.admission import Admission, Client, client_at
-from splitnet.serve.failures import ApiError, failure_of, refused
+from splitnet.serve.admission import Admission, ApiClient, client_at
+from splitnet.serve.failures import ApiError, api_error_of, validation_error
 
 
 class ApiKeys:
@@ -38,12 +38,12 @@ class ApiKeys:
 
     def __init__(self, keys: Mapping[str, KeyOptions]) -> None:
         self._clients = [
-            (key.encode(), Client(f"key {number}", options.weight, options.tokens_per_minute))
+            (key.encode(), ApiClient(f"key {number}", options.weight, options.tokens_per_minute))
             for number, (key, options) in enumerate(keys.items(), start=1)
         ]
 
     @classmethod
-    def read(cls, file: Path | None) -> ApiKeys:
+    def from_file(cls, file: Path | None) -> ApiKeys:
         """The keys of a file, one per line, with options before or after the key; # begins a comment.
 
         Raises KeyFileError if the file cannot be read, holds no key, or has a wrong line.
@@ -71,7 +71,7 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._clients)
 
-    def client_of(self, given: bytes) -> Client | None:
+    def client_of(self, given: bytes) -> ApiClient | None:
         """The client of a key; None: the key is not accepted. The duration of a call reveals nothing about the keys."""
         matching = [client for key, client in self._clients if hmac.compare_digest(given, key)]
         return next(iter(matching), None)
@@ -101,25 +101,25 @@ BODY_S = 60.0  # Time within which a body must arrive
 class Body:
     """The body of a request while it arrives. `account`: the memory of the bodies of all unanswered requests."""
 
-    def __init__(self, account: FairAccount, client: Client, receive: Receive) -> None:
+    def __init__(self, account: FairAccount, client: ApiClient, receive: Receive) -> None:
         self._receive = receive
         self._timer = asyncio.timeout(BODY_S)
         self._given_up = False
-        self._holding = account.hold(client, self._give_up)
+        self._holding = account.make_holding(client, self._give_up)
 
     def _give_up(self) -> None:
         self._given_up = True
         self._timer.reschedule(0)
 
     @asynccontextmanager
-    async def whole(self) -> AsyncIterator[Receive]:
+    async def read_whole(self) -> AsyncIterator[Receive]:
         """Waits for the whole body. Within the `with`, the yielded function receives it in one message.
 
         Raises ApiError if the body is too long, has too many values, arrives too slowly, or finds no memory.
         """
         try:
             messages = [await self._arrived()]
-            self._holding.settled = True
+            self._holding.is_pinned = True
 
             async def received() -> Message:
                 return messages.pop() if messages else await self._receive()
@@ -161,7 +161,7 @@ IDLE_CONNECTIONS = 256
 """Most connections without a whole request; beyond it, the oldest of the client with the most of them is closed."""
 
 
-class Connection(H11Protocol):
+class BoundedHttp(H11Protocol):
     """A connection of uvicorn with bounds on the time for a request's head and for reading the answer.
 
     idle: counts the connections that have no whole request.
@@ -176,60 +176,60 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self._wait(REQUEST_S)
-        self._be_idle()
+        self._set_timeout(REQUEST_S)
+        self._count_as_idle()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wait(None)
-        self._be_busy()
+        self._set_timeout(None)
+        self._uncount_idle()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         super().handle_events()
         if self._answering:
             if not self.flow.write_paused:
-                self._wait(None)
+                self._set_timeout(None)
             if not self.cycle.more_body:
-                self._be_busy()
+                self._uncount_idle()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self._answering:
-            self._wait(UNREAD_S if self.flow.write_paused else REQUEST_S)
-            self._be_idle()
+            self._set_timeout(UNREAD_S if self.flow.write_paused else REQUEST_S)
+            self._count_as_idle()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._wait(UNREAD_S)
+        self._set_timeout(UNREAD_S)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._wait(None if self._answering else REQUEST_S)
+        self._set_timeout(None if self._answering else REQUEST_S)
 
     @property
     def _answering(self) -> bool:
         # Before the first request, uvicorn's `cycle` is None.
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
-    def _wait(self, seconds: float | None) -> None:
+    def _set_timeout(self, seconds: float | None) -> None:
         """Cuts the client off after this time unless it has read `READ_BYTES`; None: waits without end."""
         if self._timer is not None:
             self._timer.cancel()
         self._unread = self.transport.get_write_buffer_size()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._look)
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._check_reading)
 
-    def _look(self) -> None:
+    def _check_reading(self) -> None:
         if self.transport.get_write_buffer_size() <= self._unread - READ_BYTES:
-            self._wait(UNREAD_S)
+            self._set_timeout(UNREAD_S)
         else:
             self.transport.abort()
 
-    def _be_idle(self) -> None:
+    def _count_as_idle(self) -> None:
         if self._idle is None and not self.transport.is_closing():
             client = client_at(self.client[0] if self.client else "")
-            self._idle = self._all_idle.hold(client, self.transport.abort, 1)
+            self._idle = self._all_idle.make_holding(client, self.transport.abort, 1)
 
-    def _be_busy(self) -> None:
+    def _uncount_idle(self) -> None:
         if self._idle is not None:
             self._idle.release()
             self._idle = None
@@ -270,12 +270,13 @@ def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
     return max(apis, key=fits)
 
 
-ENDS: ContextVar[ExitStack] = ContextVar("ENDS")  # Callbacks of a request's task, called once the request is answered
+# Callbacks of a request's task, called once the request is answered
+REQUEST_CALLBACKS: ContextVar[ExitStack] = ContextVar("ENDS")
 
 
 @dataclass(eq=False)
 class Gate:
-    """ASGI middleware that checks requests and gives each accepted one a `Client` in its state.
+    """ASGI middleware that checks requests and gives each accepted one a `ApiClient` in its state.
 
     With keys, the paths of protocols and the `PROTECTED` paths need one. Without keys, pages of other sites must not
     use the server. A page could point its own host name at this machine (DNS rebinding): requests must name an IP
@@ -322,11 +323,11 @@ class Gate:
             client = self._client_of(scope, api, headers)
             scope.setdefault("state", {})["client"] = client
             with ExitStack() as ends:
-                ends.callback(ENDS.reset, ENDS.set(ends))
-                async with Body(self._parsed, client, receive).whole() as received:
+                ends.callback(REQUEST_CALLBACKS.reset, REQUEST_CALLBACKS.set(ends))
+                async with Body(self._parsed, client, receive).read_whole() as received:
                     await self.app(scope, received, noting_send)
         except Exception as error:
-            failure = failure_of(error)
+            failure = api_error_of(error)
             if not begun:
                 response = JSONResponse(api.error_body(failure), failure.status, failure.headers)
                 await response(scope, receive, noting_send)
@@ -353,7 +354,7 @@ class Gate:
             unknown = "pages of this site may not use the server: start it with --allow-origin ORIGIN"
             raise ApiError(403, unknown, code="unknown_origin")
 
-    def _client_of(self, scope: Scope, api: Api, headers: Headers) -> Client:
+    def _client_of(self, scope: Scope, api: Api, headers: Headers) -> ApiClient:
         if not self.keys or not scope["path"].startswith(self._protected):
             return client_at(scope["client"][0] if scope.get("client") else "")
         client = self.keys.client_of(api.key_of(headers).encode())
@@ -372,7 +373,7 @@ LARGE_BYTES = 2**16  # Larger requests are prepared one at a time, so that small
 MOST_PREPARING = 1024  # Requests that may wait for their preparation
 
 
-class Preparing:
+class PreparationQueue:
     """Prepares requests in separate threads before the model runs: parsing, templates, tokens, grammars.
 
     One small request per client, and one large request in all, is prepared at a time, so that no client delays others.
@@ -382,23 +383,23 @@ class Preparing:
         self._small, self._large = Admission(4, MOST_PREPARING, spare=3), Admission(1, MOST_PREPARING)
         self._threads = CapacityLimiter(5)
 
-    async def run(self, request: Request, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+    async def run_in_turn(self, request: Request, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
         """The result of `work`; `size`: bytes of the request. Raises ApiError if the client disconnects meanwhile."""
         client = request.state.client
         places = self._large if size > LARGE_BYTES else self._small
 
         async def prepared() -> Result:
-            async with places.place(Client(client.name, client.weight)):  # without its quota of tokens
+            async with places.admitted(ApiClient(client.name, client.weight)):  # without its quota of tokens
                 working = asyncio.ensure_future(to_thread.run_sync(work, *arguments, limiter=self._threads))
                 try:
                     return await asyncio.shield(working)
                 finally:  # a thread cannot be ended, so its place is freed only when it ends
                     await asyncio.wait([working])
 
-        return await unless_gone(request, prepared())
+        return await cancel_on_disconnect(request, prepared())
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+async def cancel_on_disconnect(request: Request, work: Awaitable[Result]) -> Result:
     """The result of `work`. If the client disconnects, cancels `work` and raises ApiError.
 
     The body of the request must have been read before.
@@ -436,7 +437,7 @@ def validated(kind: type[Model], document: Any) -> Model:
         return kind.model_validate(document)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        raise refused([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+        raise validation_error([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
 
 
 class ParsingRoute(APIRoute):
@@ -449,7 +450,7 @@ class ParsingRoute(APIRoute):
         class Parsed(Request):
             async def json(self) -> Any:
                 body = await self.body()
-                return await self.app.state.preparing.run(self, len(body), parsed, kind, body)
+                return await self.app.state.preparing.run_in_turn(self, len(body), parsed, kind, body)
 
         async def handle(request: Request) -> Response:
             # All bodies are JSON, but `curl -d` and some clients of Ollama send another content type, or none.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from anyio import to_thread
 
 from splitnet.errors import SplitnetError
-from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import ENDS
+from splitnet.serve.failures import ApiError, api_error_of
+from splitnet.serve.gate import REQUEST_CALLBACKS
 from splitnet.serve.responses import ServedModel
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ REFRESH_S = 10.0  # Least time between two searches for models
 
 
 @dataclass(frozen=True)
-class Offer:
+class LoadableModel:
     """A model that can be served. `load` may take long, and raises SplitnetError."""
 
     names: Sequence[str]
@@ -41,13 +41,13 @@ class Gateway:
     """
 
     served: ServedModel
-    offers: Sequence[Offer] = ()
-    search: Callable[[], Sequence[Offer]] | None = None  # may take long; raises SplitnetError
+    offers: Sequence[LoadableModel] = ()
+    search: Callable[[], Sequence[LoadableModel]] | None = None  # may take long; raises SplitnetError
     keep: int = KEPT_MODELS
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self._found: Sequence[Offer] = ()
+        self._found: Sequence[LoadableModel] = ()
         self._searched_at = float("-inf")
         self._searching: asyncio.Task[None] | None = None
         self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
@@ -60,18 +60,18 @@ class Gateway:
         return [self.served, *self._loaded.values()]
 
     @property
-    def names(self) -> list[str]:
+    def model_names(self) -> list[str]:
         """Names of models that requests may give."""
-        return list(dict.fromkeys([*self.served.names, *(name for offer in self._all for name in offer.names)]))
+        return list(dict.fromkeys([*self.served.model_names, *(name for offer in self._all for name in offer.names)]))
 
     @property
-    def _all(self) -> list[Offer]:
+    def _all(self) -> list[LoadableModel]:
         return [*self.offers, *self._found]
 
     def check_name(self, name: str) -> None:
         """Raises ApiError if no model has this name."""
-        if name not in self.names:
-            use = " or ".join(map(repr, self.names))
+        if name not in self.model_names:
+            use = " or ".join(map(repr, self.model_names))
             raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
     async def refresh(self) -> None:
@@ -83,7 +83,7 @@ class Gateway:
         if self._searching is not None:
             await asyncio.shield(self._searching)
 
-    async def _search(self, search: Callable[[], Sequence[Offer]]) -> None:
+    async def _search(self, search: Callable[[], Sequence[LoadableModel]]) -> None:
         try:
             self._found = await to_thread.run_sync(search)
         except SplitnetError:  # the directory does not answer
@@ -91,14 +91,14 @@ class Gateway:
         except Exception:
             log.exception("models of the swarm could not be looked for")
 
-    async def find(self, name: str | None) -> ServedModel:
+    async def find_model(self, name: str | None) -> ServedModel:
         """The model of this name (None: the first), loaded, which stays loaded until the request is answered.
 
         Raises ApiError if no model has this name, it cannot be loaded, or too many other models are in use.
         """
-        if name is None or name in self.served.names:
+        if name is None or name in self.served.model_names:
             return self.served
-        if name not in self.names:
+        if name not in self.model_names:
             await self.refresh()
         self.check_name(name)
         offer = next(offer for offer in self._all if name in offer.names)
@@ -112,7 +112,7 @@ class Gateway:
             busy = f"{self.keep} other models are in use for {WAIT_S:g} s: try again later, or raise --keep-models"
             raise ApiError(429, busy, code="overloaded") from None
         self._uses[key] += 1
-        ENDS.get().callback(self._leave, key)
+        REQUEST_CALLBACKS.get().callback(self._leave_model, key)
         if key not in self._loaded:
             if key not in self._loads:
                 self._loads[key] = asyncio.create_task(self._load(key, offer))
@@ -120,17 +120,17 @@ class Gateway:
         self._loaded[key] = served = self._loaded.pop(key)
         return served
 
-    async def _load(self, key: str, offer: Offer) -> None:
+    async def _load(self, key: str, offer: LoadableModel) -> None:
         try:
             self._loaded[key] = await to_thread.run_sync(offer.load)
         except SplitnetError as error:
-            status = failure_of(error).status
+            status = api_error_of(error).status
             raise ApiError(max(status, 502), f"{key!r} cannot be served: {error}", param="model") from None
         finally:
             del self._loads[key]
         self._make_room()
 
-    def _leave(self, key: str) -> None:
+    def _leave_model(self, key: str) -> None:
         """Notes that a request for this model is answered."""
         self._uses[key] -= 1
         self._freed.set()
@@ -147,10 +147,10 @@ class Gateway:
         for served in self.loaded:
             served.generations.draining = True
 
-    def end(self) -> None:
+    def end_requests(self) -> None:
         """Ends all requests; returns at once."""
         for served in self.loaded:
-            served.generations.end()
+            served.generations.end_requests()
 
     def close(self) -> None:
         for served in self.loaded:

@@ -20,14 +20,14 @@ from splitnet.quant.device import end_threads
 from splitnet.serve.answers.grammars import AllowedTokens, Grammar
 from splitnet.serve.answers.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 from splitnet.serve.answers.text import Detokenizer, StopStrings
-from splitnet.serve.progress import Progress, ProgressLog, routes_of
+from splitnet.serve.progress import AnswerProgress, ProgressLog, routes_of
 from splitnet.serve.session_cache import KeepLimits, SessionCache
 
 Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """The new part of one answer."""
 
     choice: int  # which answer of the request
@@ -40,7 +40,7 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Choice:
+class TokenCollector:
     """Takes the tokens of one answer, and counts them."""
 
     index: int  # which answer of the request
@@ -49,38 +49,38 @@ class Choice:
     end_tokens: Collection[int]  # tokens that end the answer and are not part of its text
     stop_strings: Sequence[str]  # strings before which the answer ends
     prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a separate text
-    stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
+    unstopped_parts: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
 
     def __post_init__(self) -> None:
         self.tokens = 0
         self.finished = False
         self._characters = 0
         self._detokenizer = Detokenizer(self.decode, self.prompt)
-        self._stops = StopStrings(self.stop_strings, self.stops_apart)
+        self._stops = StopStrings(self.stop_strings, self.unstopped_parts)
 
-    def push(self, token: int, scored: ScoredToken | None) -> Piece:
+    def push_token(self, token: int, scored: ScoredToken | None) -> TextDelta:
         self.tokens += 1
         begins = self._characters
         text, finish = self._text_of(token)
         self.finished = finish is not None
         score = () if scored is None else (scored,)
-        return Piece(self.index, text, score, finish, begins, self._stops.found, (token,))
+        return TextDelta(self.index, text, score, finish, begins, self._stops.found, (token,))
 
     def _text_of(self, token: int) -> tuple[str, Finish | None]:
         if token in self.end_tokens:
-            text, stopped = self._stops.push(self._detokenizer.rest())
-            return text + ("" if stopped else self._stops.rest()), "stop"
-        new = self._detokenizer.push(token)
+            text, stopped = self._stops.push_text(self._detokenizer.flush())
+            return text + ("" if stopped else self._stops.flush()), "stop"
+        new = self._detokenizer.push_token(token)
         self._characters += len(new)
-        text, stopped = self._stops.push(new)
+        text, stopped = self._stops.push_text(new)
         if stopped:
             return text, "stop"
         if self.tokens < self.max_tokens:
             return text, None
-        last, stopped = self._stops.push(self._detokenizer.rest())
+        last, stopped = self._stops.push_text(self._detokenizer.flush())
         if stopped:
             return text + last, "stop"
-        return text + last + self._stops.rest(), "length"
+        return text + last + self._stops.flush(), "length"
 
 
 RESERVED_ANSWER = 512
@@ -96,7 +96,7 @@ READ_POSITIONS = 2**13  # Most positions, padding included, of several texts tha
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadTask:
     """A request for the hidden states of texts, without an answer; the prompt is all texts, one after the other.
 
     keep: how many last positions of a text are wanted; 0: all. take: called with the numbers of some texts and the
@@ -109,7 +109,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """A request to the model: one prompt, and how to answer it."""
 
     prompt: list[int]  # token ids, at least one
@@ -117,18 +117,18 @@ class Ask:
     sampling: Sampling
     choices: int = 1  # how many answers
     stop_strings: Sequence[str] = ()
-    stops_apart: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
+    unstopped_parts: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
     top_logprobs: int | None = None  # how many of the likeliest tokens to score beside each token; None: score nothing
     score_prompt: bool = False  # also score the tokens of the prompt
     grammar: Grammar | None = None  # what the answers must match
     stop_tokens: Collection[int] = ()  # tokens that end an answer, besides the model's end tokens
     ignores_ends: bool = False  # the model's end tokens do not end an answer
     # The answers continue the text of the prompt, as completions do; a message of a chat is a separate text.
-    goes_on: bool = False
+    continues_prompt: bool = False
     owner: str = ""  # the client whose kept sessions may be used
     # Peers reserve memory for `max_tokens` at the start; otherwise for fewer, and an answer ends when memory runs out.
-    reserves_all: bool = True
-    reading: Reading | None = None  # with `max_tokens` 0: the prompt is read, not scored
+    reserve_max_tokens: bool = True
+    reading: ReadTask | None = None  # with `max_tokens` 0: the prompt is read, not scored
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class Ended:
     prompt: Sequence[int] = ()  # token ids
 
 
-Event = ScoredPrompt | Piece | Ended | BaseException
-Numbered = tuple[int, ScoredPrompt | Piece | Ended]  # the number of a prompt of the request, and an event of it
+Event = ScoredPrompt | TextDelta | Ended | BaseException
+Numbered = tuple[int, ScoredPrompt | TextDelta | Ended]  # the number of a prompt of the request, and an event of it
 Listener = Callable[[Event], object]
 
 
@@ -178,17 +178,17 @@ class Generations:
         self._ending = False
         self.draining = False  # the server ends after its running requests: streams without end must end, too
 
-    def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
+    def start(self, ask: GenerationRequest, listener: Listener, answer: str = "") -> Generation:
         """Begins to answer a prompt. `listener` is called from another thread, finally with `Ended` or an error.
 
         answer: the id of the request's answer. Raises SessionClosed after `close`.
         """
-        progress = self.progress.begin(answer, len(ask.prompt))
+        progress = self.progress.begin_answer(answer, len(ask.prompt))
         generation = Generation(self, ask, listener, progress)
         try:
             running = self._threads.submit(generation.run)
         except RuntimeError:
-            self.progress.end(progress)
+            self.progress.end_answer(progress)
             raise SessionClosed("the model is closed") from None
         self._running.add(generation)
         running.add_done_callback(lambda _: self._running.discard(generation))
@@ -196,7 +196,7 @@ class Generations:
             generation.cancel()
         return generation
 
-    def end(self) -> None:
+    def end_requests(self) -> None:
         """Ends all running and all later requests with an error; returns at once."""
         self._ending = True
         for generation in list(self._running):
@@ -204,7 +204,7 @@ class Generations:
 
     def close(self) -> None:
         """Ends all requests and closes the kept sessions; returns when the threads have ended."""
-        self.end()
+        self.end_requests()
         self._threads.shutdown()
         self.kept.clear()
 
@@ -212,7 +212,9 @@ class Generations:
 class Generation:
     """One running request."""
 
-    def __init__(self, generations: Generations, ask: Ask, listener: Listener, progress: Progress) -> None:
+    def __init__(
+        self, generations: Generations, ask: GenerationRequest, listener: Listener, progress: AnswerProgress
+    ) -> None:
         self._own = generations
         self._ask = ask
         self._listener = listener
@@ -233,12 +235,12 @@ class Generation:
         kept = self._own.kept
         try:
             if self._ask.reading is not None:
-                self._listener(self._read(self._ask.reading))
+                self._listener(self._read_texts(self._ask.reading))
                 return
             needs_all = self._ask.score_prompt or not self._ask.max_tokens
-            taken = None if needs_all else kept.take(self._ask.owner, self._ask.prompt)
+            taken = None if needs_all else kept.take_session(self._ask.owner, self._ask.prompt)
             rooms = [self._ask.max_tokens]
-            if not self._ask.reserves_all:
+            if not self._ask.reserve_max_tokens:
                 rooms = sorted({min(most, self._ask.max_tokens) for most in (RESERVED_ANSWER, LEAST_ANSWER)})[::-1]
             attempts = [(taken, rooms[0]), *((None, room) for room in rooms)]
             while True:
@@ -258,7 +260,7 @@ class Generation:
         except BaseException as error:
             self._listener(error)
         finally:
-            self._own.progress.end(self._progress)
+            self._own.progress.end_answer(self._progress)
             end_threads()  # another thread may run the next request
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None, room: int) -> Ended:
@@ -269,7 +271,7 @@ class Generation:
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(ask.owner), 0)
         held: list[int] | None = None
-        look = self._take(cache)
+        look = self._use_cache(cache)
         try:
             prompt = torch.tensor([ask.prompt])
             # At least the last token must be computed: its logits choose the first token of the answer.
@@ -281,23 +283,26 @@ class Generation:
                 self._score(prompt, cache)
             answer_tokens = 0
             if ask.max_tokens:
-                answer_tokens, tokens = self._answer(prompt, cache, look)
+                answer_tokens, tokens = self._generate_answer(prompt, cache, look)
                 cached = cached or (cache.session.reused if cache.session is not None else 0)
                 if ask.choices == 1:
                     held = tokens[: cache.remote.columns]
             else:
                 self._begun = True
                 for choice in range(ask.choices):
-                    self._listener(Piece(choice, "", (), "length"))
+                    self._listener(TextDelta(choice, "", (), "length"))
             return Ended(len(ask.prompt), cached, answer_tokens, ask.prompt)
         finally:
             look()
-            self._let_go(cache, held)
+            self._release_cache(cache, held)
 
-    def _take(self, cache: RemoteCache) -> Callable[[], None]:
-        """Begins to use a cache, until `_let_go`; returns a function that records its session's new measurements."""
-        before = _passed(cache)
-        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session), lambda: _passed(cache) - before)
+    def _use_cache(self, cache: RemoteCache) -> Callable[[], None]:
+        """Begins to use a cache, until `_release_cache`; returns a function that records its session's new
+        measurements."""
+        before = _passed_positions(cache)
+        self._progress.follow(
+            lambda: routes_of(self._own.model.swarm, cache.session), lambda: _passed_positions(cache) - before
+        )
         with self._lock:
             self._cache = cache
             if self._cancelled:
@@ -305,12 +310,12 @@ class Generation:
         return self._own.watch_session(cache)
 
     @torch.no_grad()
-    def _read(self, reading: Reading) -> Ended:
+    def _read_texts(self, reading: ReadTask) -> Ended:
         """Reads texts of similar lengths in batches, in smaller ones where the peers lack memory."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
         # A batch gets the rotary frequencies of its longest text; where these depend on length, texts are read alone.
-        alone = RopeLengths(self._own.model.config.get_text_config()).matter
-        groups = similar(reading.lengths, 0 if alone else READ_POSITIONS)
+        alone = RopeLengths(self._own.model.config.get_text_config()).frequencies_vary
+        groups = group_by_length(reading.lengths, 0 if alone else READ_POSITIONS)
         while groups:
             group = groups.pop()
             try:
@@ -332,13 +337,13 @@ class Generation:
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True, padding_side="left")
         cache = model.new_cache()
         cache.remote.reserve_step = 1
-        look = self._take(cache)
+        look = self._use_cache(cache)
         try:
             states = model.states_for_head(ids, mask.to(model.device), cache, keep)
             return [row[-(keep or len(text)) :] for row, text in zip(states, texts, strict=True)]
         finally:
             look()
-            self._let_go(cache, None)
+            self._release_cache(cache, None)
 
     @torch.no_grad()
     def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
@@ -347,26 +352,28 @@ class Generation:
         scored = [ScoredToken(self._ask.prompt[0], None, ())]
         step = max(1, SCORED_LOGITS // self._own.vocabulary)
         for start in range(0, length, step):
-            logits = self._forward(prompt[:, start : start + step], cache).logits[0]
+            logits = self._run_forward(prompt[:, start : start + step], cache).logits[0]
             following = prompt[0, start + 1 : start + 1 + len(logits)]
             scored += score_tokens(logits[: len(following)], following, top)
         cache.remote.crop(-1)  # for the answer, which begins with the logits of the last token
         self._listener(ScoredPrompt(tuple(scored)))
 
-    def _answer(self, prompt: torch.Tensor, cache: RemoteCache, look: Callable[[], None]) -> tuple[int, list[int]]:
+    def _generate_answer(
+        self, prompt: torch.Tensor, cache: RemoteCache, look: Callable[[], None]
+    ) -> tuple[int, list[int]]:
         ask, own = self._ask, self._own
         if ask.choices > 1:
             if prompt.shape[1] - 1 > cache.remote.columns:
                 with torch.no_grad():
-                    self._forward(prompt[:, cache.remote.columns : -1], cache, logits_to_keep=1)
+                    self._run_forward(prompt[:, cache.remote.columns : -1], cache, logits_to_keep=1)
             cache.remote.batch_repeat_interleave(ask.choices)
             prompt = prompt.expand(ask.choices, -1)
         allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
         ends = {*ask.stop_tokens, *(() if ask.ignores_ends else own.end_tokens)}
         chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed, ends)
-        before = ask.prompt if ask.goes_on else ()
+        before = ask.prompt if ask.continues_prompt else ()
         choices = [
-            Choice(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before, ask.stops_apart)
+            TokenCollector(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before, ask.unstopped_parts)
             for index in range(ask.choices)
         ]
         seen = prompt.shape[1]
@@ -383,9 +390,9 @@ class Generation:
                         own.progress.token(self._progress)
                         self._begun = True
                         scored = chooser.scored.pop((row, position), None)
-                        self._listener(choice.push(int(input_ids[row, position]), scored))
+                        self._listener(choice.push_token(int(input_ids[row, position]), scored))
             seen = input_ids.shape[1]
-            self._get_room(cache.remote, choices)
+            self._grow_reservation(cache.remote, choices)
             return torch.tensor([choice.finished for choice in choices], device=input_ids.device)
 
         drafts = ask.choices == 1 and own.model.can_draft(prompt.shape[1], ask.max_tokens)
@@ -398,13 +405,13 @@ class Generation:
             do_sample=False,
             logits_processor=[chooser],
             stopping_criteria=[stepped],
-            # `Choice` ends answers.
+            # `TokenCollector` ends answers.
             eos_token_id=None,
             pad_token_id=0,
         )
         return sum(choice.tokens for choice in choices), output[0].tolist()
 
-    def _get_room(self, layer: RemoteLayer, choices: Sequence[Choice]) -> None:
+    def _grow_reservation(self, layer: RemoteLayer, choices: Sequence[TokenCollector]) -> None:
         """Asks for more memory before that of the answers runs out; where peers have none, shortens the answers."""
         tokens, prompt = max(choice.tokens for choice in choices), len(self._ask.prompt)
         most = max(choice.max_tokens for choice in choices)
@@ -414,28 +421,28 @@ class Generation:
             for choice in choices:
                 choice.max_tokens = layer.bound - prompt
 
-    def _forward(self, ids: torch.Tensor, cache: RemoteCache, **options: Any) -> Any:
+    def _run_forward(self, ids: torch.Tensor, cache: RemoteCache, **options: Any) -> Any:
         mask = torch.ones(1, cache.remote.columns + ids.shape[1], dtype=torch.long)
         with self._own.model.pieces_of(len(self._ask.prompt)):
             return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
 
-    def _let_go(self, cache: RemoteCache, held: list[int] | None) -> None:
+    def _release_cache(self, cache: RemoteCache, held: list[int] | None) -> None:
         """Keeps a session for the next turn of a chat if its tokens `held` are known, else closes it."""
         self._progress.follow(None)
         with self._lock:
             self._cache = None
             keeps = not self._cancelled
         if held and keeps:
-            self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
+            self._own.kept.keep_session(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()
 
 
-def _passed(cache: RemoteCache) -> int:
+def _passed_positions(cache: RemoteCache) -> int:
     return cache.session.passed + cache.session.prefix_hit if cache.session is not None else 0
 
 
-def similar(lengths: Sequence[int], most: int) -> list[list[int]]:
+def group_by_length(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Groups texts of similar lengths; returns numbers of texts, the longest of each group first.
 
     A group of several texts, padded to its longest, has at most `most` positions.

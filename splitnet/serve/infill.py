@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Marks:
+class InfillMarks:
     """Tokens before the text in front of the gap, before the text after the gap, and at the gap (empty: none)."""
 
     prefix: str
@@ -19,14 +19,14 @@ class Marks:
 
 
 MARKS = (
-    Marks("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma, Granite 4
-    Marks("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite Code, StableCode
-    Marks("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    Marks("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
-    Marks("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
-    Marks("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM-4.5
-    Marks("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>", suffix_first=True),  # Seed-Coder
-    Marks("[PREFIX]", "[SUFFIX]", suffix_first=True),  # Codestral
+    InfillMarks("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, CodeGemma, Granite 4
+    InfillMarks("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, Granite Code, StableCode
+    InfillMarks("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    InfillMarks("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
+    InfillMarks("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
+    InfillMarks("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>"),  # GLM-4.5
+    InfillMarks("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>", suffix_first=True),  # Seed-Coder
+    InfillMarks("[PREFIX]", "[SUFFIX]", suffix_first=True),  # Codestral
 )
 REPOSITORIES = "<|repo_name|>", "<repo_name>", "<reponame>"
 FILES = "<|file_sep|>", "<file_sep>", "<filename>"
@@ -39,11 +39,11 @@ SNIPPET = "\n\n--- snippet ---\n\n"
 KNOWN = {*REPOSITORIES, *FILES, *OTHERS, *(text for each in MARKS for text in (each.prefix, each.suffix, each.middle))}
 
 
-def marks_of(token_of: Callable[[str], int | None], named: Sequence[str]) -> Marks | None:
+def marks_of(token_of: Callable[[str], int | None], named: Sequence[str]) -> InfillMarks | None:
     """The marks of a model; None: it has none. `token_of`: the id of a token. `named`: the marks that the model's file
     names (prefix, suffix, middle), or nothing."""
     prefix, suffix, middle = named or ("", "", "")
-    own = [row for row in MARKS if row.prefix == prefix] or [Marks(prefix, suffix, middle)]
+    own = [row for row in MARKS if row.prefix == prefix] or [InfillMarks(prefix, suffix, middle)]
     rows = own if prefix and suffix else MARKS
     texts = {row: filter(None, (row.prefix, row.suffix, row.middle)) for row in rows}
     return next((row for row in rows if all(token_of(text) is not None for text in texts[row])), None)

@@ -22,8 +22,8 @@ from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
-from splitnet.serve.failures import failure_of
-from splitnet.serve.generation import Ask, Ended, Generations, Numbered, Piece
+from splitnet.serve.failures import api_error_of
+from splitnet.serve.generation import Ended, GenerationRequest, Generations, Numbered, TextDelta
 from splitnet.session.events import Cause
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing
@@ -66,7 +66,9 @@ class GatewayMetrics:
         self._sent = self._counter("sent_bytes", "Bytes that sessions sent to peers.")
         self._received = self._counter("received_bytes", "Bytes that sessions got from peers.")
 
-    async def watch(self, source: AsyncGenerator[Numbered], asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
+    async def watch_answer(
+        self, source: AsyncGenerator[Numbered], asks: Sequence[GenerationRequest]
+    ) -> AsyncGenerator[Numbered]:
         began = time.perf_counter()
         current, got_token = -1, False
         tokens: Counted[int] = Counted()
@@ -79,7 +81,7 @@ class GatewayMetrics:
                         current = number
                         tokens.clear()
                         self._prompt.inc(len(ask.prompt))
-                    if isinstance(event, Piece) and ask.max_tokens:
+                    if isinstance(event, TextDelta) and ask.max_tokens:
                         last_at = time.perf_counter()
                         if not got_token:
                             got_token = True
@@ -98,7 +100,7 @@ class GatewayMetrics:
             self._cancelled.inc()
             raise
         except SplitnetError as error:
-            self._failures.labels(failure_of(error).code or "other").inc()
+            self._failures.labels(api_error_of(error).code or "other").inc()
             raise
         except Exception:
             self._failures.labels("unexpected").inc()
@@ -138,7 +140,7 @@ class GatewayMetrics:
 
         return look
 
-    def answered(self, path: str, status: str, seconds: float) -> None:
+    def count_request(self, path: str, status: str, seconds: float) -> None:
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -214,7 +216,7 @@ class _RequestWatch:
         try:
             await self._app(scope, noting_receive, noting_send)
         finally:
-            self._metrics.answered(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
+            self._metrics.count_request(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
 
     def _path_of(self, scope: Scope) -> str:
         """The declared path of the route: a label with few values, independent of the paths that clients request."""

@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.errors import SplitnetError, UnsupportedModel, stumbling
+from splitnet.errors import SplitnetError, UnsupportedModel, replace_library_errors
 
 _FILE_BYTES = 2**20  # Most bytes that are read of a description
-_SAID = {"cls": "the first token's state", "mean": "the mean of all states", "lasttoken": "the last token's state"}
+_POOLING_MODES = {
+    "cls": "the first token's state",
+    "mean": "the mean of all states",
+    "lasttoken": "the last token's state",
+}
 _GGUF_MODES = {1: "mean", 2: "cls", 3: "lasttoken"}  # as llama.cpp numbers them
 
 
@@ -22,7 +26,8 @@ _GGUF_MODES = {1: "mean", 2: "cls", 3: "lasttoken"}  # as llama.cpp numbers them
 class Pooling:
     """How a vector is made of a text; by default it is the last token's state, normalised.
 
-    refused: a clause that says why the model makes no embeddings; empty: it makes them. mode: see `_SAID`. prompts:
+    refused: a clause that says why the model makes no embeddings; empty: it makes them. mode: see `_POOLING_MODES`.
+    prompts:
     texts that are put before inputs, by name. most: tokens of the longest input; None: no bound is known. reranks: the
     model is a reranker in the form of Qwen3-Reranker. told: the checkpoint describes its embeddings.
     """
@@ -40,7 +45,9 @@ class Pooling:
     def of(cls, checkpoint: Checkpoint) -> Pooling:
         """Reads the files of sentence-transformers in the checkpoint, or the metadata of a GGUF file."""
         try:
-            with stumbling(lambda why: UnsupportedModel(f"the files that describe them are damaged ({why})")):
+            with replace_library_errors(
+                lambda why: UnsupportedModel(f"the files that describe them are damaged ({why})")
+            ):
                 return _described(checkpoint)
         except SplitnetError as error:
             return cls(refused=str(error), most=checkpoint.max_positions)
@@ -51,7 +58,7 @@ class Pooling:
         if self.refused:
             return f"no embeddings: {self.refused}"
         why = "as the checkpoint says" if self.told else "as the checkpoint says nothing of them"
-        return f"embeddings are {_SAID[self.mode]}{', normalised' if self.normalizes else ''}, {why}"
+        return f"embeddings are {_POOLING_MODES[self.mode]}{', normalised' if self.normalizes else ''}, {why}"
 
     def pool(self, states: Sequence[torch.Tensor], dimensions: int | None = None) -> torch.Tensor:
         """States `[positions, hidden]` of each text -> vectors `[texts, dimensions]`; None: all `hidden` dimensions."""
@@ -86,7 +93,9 @@ def _described(checkpoint: Checkpoint) -> Pooling:
     transformer = _read(checkpoint, "sentence_bert_config.json") or {}
     told = _read(checkpoint, "config_sentence_transformers.json") or {}
     prompts = {name: str(prompt) for name, prompt in (told.get("prompts") or {}).items()}
-    unknown = folders.keys() - {"Transformer", "Pooling", "Normalize"} | (set(modes[1:]) or set(modes) - _SAID.keys())
+    unknown = folders.keys() - {"Transformer", "Pooling", "Normalize"} | (
+        set(modes[1:]) or set(modes) - _POOLING_MODES.keys()
+    )
     unknown |= {"do_lower_case"} if transformer.get("do_lower_case") else set()
     if pooled.get("include_prompt") is False and modes != ["lasttoken"] and any(prompts.values()):
         unknown.add("include_prompt")
@@ -112,7 +121,7 @@ def _read(checkpoint: Checkpoint, name: str, folder: str = "") -> Any:
 
 
 def _text_of(checkpoint: Checkpoint, name: str) -> str | None:
-    path = checkpoint.store.find(name)
+    path = checkpoint.store.find_file(name)
     if path is None:
         return None
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -77,7 +77,7 @@ Routes = tuple[RouteView, ...]
 
 
 @dataclass
-class Progress:
+class AnswerProgress:
     """The progress of one prompt of a request. Times are seconds of the log's clock."""
 
     answer: str  # id of the request's answer
@@ -100,7 +100,7 @@ class Progress:
             self._last_routes = self.routes()
         self._routes, self._passed = routes, passed
 
-    def read(self) -> int:
+    def prompt_done(self) -> int:
         """How many positions of the prompt have passed all blocks."""
         if self.first_token is not None:
             return self.prompt
@@ -117,19 +117,19 @@ class ProgressLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._running: list[Progress] = []
-        self._ended: deque[Progress] = deque(maxlen=KEPT_ANSWERS)
+        self._running: list[AnswerProgress] = []
+        self._ended: deque[AnswerProgress] = deque(maxlen=KEPT_ANSWERS)
         self._per_second: deque[int] = deque([0] * HISTORY_S, maxlen=HISTORY_S)  # The last entry is the current second
         self._second = int(clock())
         self._lock = threading.Lock()
 
-    def begin(self, answer: str, prompt: int = 0) -> Progress:
-        progress = Progress(answer, self.clock(), prompt)
+    def begin_answer(self, answer: str, prompt: int = 0) -> AnswerProgress:
+        progress = AnswerProgress(answer, self.clock(), prompt)
         with self._lock:
             self._running.append(progress)
         return progress
 
-    def token(self, progress: Progress) -> None:
+    def token(self, progress: AnswerProgress) -> None:
         with self._lock:
             progress.tokens += 1
             if progress.first_token is None:
@@ -137,13 +137,13 @@ class ProgressLog:
             self._turn_to_now()
             self._per_second[-1] += 1
 
-    def end(self, progress: Progress) -> None:
+    def end_answer(self, progress: AnswerProgress) -> None:
         with self._lock:
             progress.ended = self.clock()
             self._running.remove(progress)
             self._ended.append(progress)
 
-    def answers(self) -> list[Progress]:
+    def answers(self) -> list[AnswerProgress]:
         """The last ended answers in the order of their ends, then the running ones in the order of their beginnings."""
         with self._lock:
             return [*self._ended, *self._running]

@@ -15,10 +15,10 @@ from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
 from splitnet.serve import infill
-from splitnet.serve.answers.forms import PROBE_TOOL, Forms, forms_of, with_ids
+from splitnet.serve.answers.call_forms import PROBE_TOOL, Forms, forms_of, history_for_template
 from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
-from splitnet.serve.infill import Marks
+from splitnet.serve.infill import InfillMarks
 
 KEPT_TEXTS = 2**16  # Cached texts of tokens: logprobs need the texts of 20 alternatives to each token
 
@@ -91,7 +91,7 @@ class Prompts:
     def _text_of(self, token: int) -> str:
         return self.decode_all([*self._some_text, token])[len(self.decode_all(self._some_text)) :]
 
-    def of_chat(
+    def tokens_of_chat(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]],
@@ -126,7 +126,7 @@ class Prompts:
             self._check_variables(parameters, described)
         if not self.forms.shows_calls and any(message.get("tool_calls") for message in messages):
             raise ApiError(400, "this model's chat template shows no calls of earlier messages", param="messages")
-        said = with_ids(messages, self.forms)
+        said = history_for_template(messages, self.forms)
         text = json.dumps([said, described, variables], ensure_ascii=False)
         times = 1 if last is None else CUT_TIMES
         self._check_length([message["content"] for message in said], times)
@@ -184,7 +184,7 @@ class Prompts:
         return token if is_known and self._tokenizer.convert_ids_to_tokens(token) == text else None
 
     @cached_property
-    def marks(self) -> Marks | None:
+    def marks(self) -> InfillMarks | None:
         """The marks around a gap that the model fills, found from its file or its tokens; None: it has none."""
         return infill.marks_of(self.token_of, getattr(self._tokenizer, "infill_marks", ()))
 
@@ -194,7 +194,7 @@ class Prompts:
         own = getattr(self._tokenizer, "infill_marks", ())
         return {token for text in {*infill.KNOWN, *own} if (token := self.token_of(text)) is not None}
 
-    def of_gap(
+    def tokens_of_gap(
         self, prefix: str, suffix: str, files: Sequence[tuple[str, str]] = (), max_tokens: int | None = None
     ) -> list[int]:
         """The tokens that ask a model for the text between `prefix` and `suffix`; marks in these stay text.
@@ -258,7 +258,7 @@ class Prompts:
             return {self._as_text(name, mark): self._as_text(value, mark) for name, value in said.items()}
         return said
 
-    def of_text(
+    def tokens_of_text(
         self, prompt: str | list[int], param: str = "prompt", most: int | None = None, last: int | None = None
     ) -> list[int]:
         """The tokens of a bare prompt, including special tokens that the tokenizer adds.

@@ -12,8 +12,8 @@ from starlette.requests import Request
 
 from splitnet.serve.answers.sampling import Sampling
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import unless_gone
-from splitnet.serve.generation import Ask, Reading
+from splitnet.serve.gate import cancel_on_disconnect
+from splitnet.serve.generation import GenerationRequest, ReadTask
 from splitnet.serve.responses import ServedModel
 
 CONTEXT = -1  # A value of `truncate`: cut texts to what the model reads
@@ -59,7 +59,9 @@ async def embed(
     most = pooling.most if truncate == CONTEXT else truncate
 
     def tokenized() -> list[list[int]]:
-        return [prompts.of_text(before + text if isinstance(text, str) else text, "input", most) for text in texts]
+        return [
+            prompts.tokens_of_text(before + text if isinstance(text, str) else text, "input", most) for text in texts
+        ]
 
     keep, pool = 1 if pooling.mode == "lasttoken" else 0, partial(pooling.pool, dimensions=dimensions)
     return await _read(served, request, tokenized, keep, pool)
@@ -129,12 +131,12 @@ async def _read(
     def take(numbers: Sequence[int], states: Sequence[torch.Tensor]) -> None:
         rows.update(zip(numbers, pool(states), strict=True))
 
-    ask = Ask(prompt, 0, Sampling(seed=0), reading=Reading(lengths, keep, take))
+    ask = GenerationRequest(prompt, 0, Sampling(seed=0), reading=ReadTask(lengths, keep, take))
 
     async def run() -> None:
         async with aclosing(served.running(request.state.client, [ask], f"read-{secrets.token_hex(12)}")) as events:
             async for _ in events:
                 pass
 
-    await unless_gone(request, run())
+    await cancel_on_disconnect(request, run())
     return torch.stack([rows[number] for number in range(len(lengths))]), len(prompt)

@@ -16,21 +16,21 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from splitnet.limits import FairAccount
-from splitnet.serve.admission import ANYONE, Admission, Client
+from splitnet.serve.admission import ANYONE, Admission, ApiClient
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
-from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import Preparing, unless_gone
-from splitnet.serve.generation import Ask, Ended, Event, Generations, Numbered, Piece, ScoredPrompt
+from splitnet.serve.failures import ApiError, api_error_of
+from splitnet.serve.gate import PreparationQueue, cancel_on_disconnect
+from splitnet.serve.generation import Ended, Event, GenerationRequest, Generations, Numbered, ScoredPrompt, TextDelta
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
-UNREAD_BYTES = 64 * 2**20  # Most bytes of all streams that clients have not read yet
+MAX_UNREAD_BYTES = 64 * 2**20  # Most bytes of all streams that clients have not read yet
 EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # the second is a comment to clients
-FIRST_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
-ALIVE_S = 5.0  # Time without an event after which a client is sent `alive`
+FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
+KEEP_ALIVE_S = 5.0  # Time without an event after which a client is sent `alive`
 
 Result = TypeVar("Result")
 Told = TypeVar("Told")
@@ -42,10 +42,11 @@ def framed(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
-class Answer(Protocol[Taken]):
+class AnswerWriter(Protocol[Taken]):
     """Writes the events of a request in the form of a protocol. id: the answer's id for clients.
 
-    `whole` returns the body of an answer that is not streamed. `chunks` yields the parts of a stream; `failed` writes
+    `whole` returns the body of an answer that is not streamed. `chunks` yields the parts of a stream; `error_event`
+    writes
     an error, which is the last part. alive: the part that is sent while there are no events.
     """
 
@@ -53,9 +54,9 @@ class Answer(Protocol[Taken]):
     media_type: str
     alive: str
 
-    async def whole(self, events: AsyncIterator[Taken]) -> dict[str, Any]: ...
-    def chunks(self, events: AsyncIterator[Taken]) -> AsyncGenerator[str]: ...
-    def failed(self, failure: ApiError) -> str: ...
+    async def whole_body(self, events: AsyncIterator[Taken]) -> dict[str, Any]: ...
+    def event_stream(self, events: AsyncIterator[Taken]) -> AsyncGenerator[str]: ...
+    def error_event(self, failure: ApiError) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ class ServedModel:
     other_names: Sequence[str] = ()  # further names that requests may give
     pooling: Pooling = field(default_factory=Pooling)
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
-    preparing: Preparing = field(default_factory=Preparing)
-    unread: FairAccount = field(default_factory=lambda: FairAccount(UNREAD_BYTES))
-    asked: Callable[[int], None] = lambda tokens: None  # called with the tokens of each request: demand for the swarm
+    preparing: PreparationQueue = field(default_factory=PreparationQueue)
+    unread: FairAccount = field(default_factory=lambda: FairAccount(MAX_UNREAD_BYTES))
+    # called with the tokens of each request: demand for the swarm
+    note_demand: Callable[[int], None] = lambda tokens: None
     leave: Callable[[], None] = lambda: None  # leaves the model's swarm
 
     def close(self) -> None:
@@ -83,59 +85,61 @@ class ServedModel:
         self.leave()
 
     @property
-    def names(self) -> list[str]:
+    def model_names(self) -> list[str]:
         return list(dict.fromkeys([self.name, *self.other_names]))
 
-    def running(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
+    def running(self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request once it has a place; closing the generator ends them. answer: the id."""
-        return self.metrics.watch(self._events(client, asks, answer), asks)
+        return self.metrics.watch_answer(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
         """The result of `work`, run in another thread; `size`: bytes of its input, by default the body's."""
-        return await self.preparing.run(request, len(await request.body()) if size is None else size, work)
+        return await self.preparing.run_in_turn(request, len(await request.body()) if size is None else size, work)
 
     async def respond(
-        self, request: Request, events: AsyncGenerator[Told], answer: Answer[Told], *, stream: bool
+        self, request: Request, events: AsyncGenerator[Told], answer: AnswerWriter[Told], *, stream: bool
     ) -> Response:
         """Answers with the events of a request; closes `events` when the client disconnects."""
         if not stream:
             async with aclosing(events):
-                whole = await unless_gone(request, answer.whole(events))
+                whole = await cancel_on_disconnect(request, answer.whole_body(events))
             try:
                 return JSONResponse(whole)
             except ValueError:
                 raise ApiError(502, "the answer has numbers or characters that JSON cannot have: ask again") from None
         # An error before the first event, and within FIRST_S, still gets its own HTTP status.
         first = asyncio.ensure_future(anext(events))
-        resumed = _Resumed(first, events)
+        resumed = _PeekedEvents(first, events)
         try:
-            await unless_gone(request, asyncio.wait((first,), timeout=FIRST_S))
+            await cancel_on_disconnect(request, asyncio.wait((first,), timeout=FIRST_EVENT_S))
             if first.done():
                 first.result()
         except BaseException:
             await resumed.aclose()
             raise
-        chunks, evicted = told(answer, resumed), partial(answer.failed, UNREAD)
-        client: Client = request.state.client
+        chunks, evicted = stream_parts(answer, resumed), partial(answer.error_event, UNREAD)
+        client: ApiClient = request.state.client
         reply = EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
         reply.headers["X-Answer-Id"] = answer.id  # also before the first event, for the dashboard
         return reply
 
-    async def _events(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
+    async def _events(
+        self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str
+    ) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request in one place, one after the other; closing the generator ends them."""
         if self.generations.model.headless and any(ask.reading is None for ask in asks):
             raise ApiError(400, f"{self.name!r} has no head to answer with: ask it for embeddings", param="model")
-        async with self.admission.place(client):
+        async with self.admission.admitted(client):
             for number, ask in enumerate(asks):
-                client.spend(len(ask.prompt))
-                self.asked(len(ask.prompt) + ask.max_tokens)
+                client.spend_tokens(len(ask.prompt))
+                self.note_demand(len(ask.prompt) + ask.max_tokens)
                 async with aclosing(self._events_of(ask, answer)) as of_one:
                     async for event in of_one:
-                        if isinstance(event, Piece) and ask.max_tokens:
-                            client.spend(1)
+                        if isinstance(event, TextDelta) and ask.max_tokens:
+                            client.spend_tokens(1)
                         yield number, event
 
-    async def _events_of(self, ask: Ask, answer: str) -> AsyncGenerator[ScoredPrompt | Piece | Ended]:
+    async def _events_of(self, ask: GenerationRequest, answer: str) -> AsyncGenerator[ScoredPrompt | TextDelta | Ended]:
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         tell = loop.call_soon_threadsafe
@@ -152,18 +156,18 @@ class ServedModel:
             generation.cancel()
 
 
-async def told(answer: Answer[Told], events: AsyncIterator[Told]) -> AsyncGenerator[str]:
+async def stream_parts(answer: AnswerWriter[Told], events: AsyncIterator[Told]) -> AsyncGenerator[str]:
     """The parts of a stream; an error becomes the last part."""
     try:
-        async with aclosing(answer.chunks(events)) as chunks:
+        async with aclosing(answer.event_stream(events)) as chunks:
             async for chunk in chunks:
                 chunk.encode()  # raises if the text cannot be sent, and the error is sent instead
                 yield chunk
     except Exception as error:
-        yield answer.failed(failure_of(error))
+        yield answer.error_event(api_error_of(error))
 
 
-class _Resumed(AsyncIterator[Told]):
+class _PeekedEvents(AsyncIterator[Told]):
     """An iterator of events whose first one is already awaited as a future; can be closed at any point."""
 
     def __init__(self, first: asyncio.Future[Told], events: AsyncGenerator[Told]) -> None:
@@ -193,7 +197,7 @@ class EventStream(StreamingResponse):
 
     The events in `body` are made of `source`. With the account `unread`, events are buffered as they come, so that a
     slow client does not hold up the source; a client that reads too slowly gets `evicted` as the last event. After
-    `ALIVE_S` without an event, the client is sent `alive`, so that proxies keep the connection.
+    `KEEP_ALIVE_S` without an event, the client is sent `alive`, so that proxies keep the connection.
     """
 
     def __init__(
@@ -201,7 +205,7 @@ class EventStream(StreamingResponse):
         body: AsyncGenerator[str],
         source: Closable,
         unread: FairAccount | None = None,
-        client: Client = ANYONE,
+        client: ApiClient = ANYONE,
         evicted: Callable[[], str] = str,
         alive: str = "",
         media_type: str = EVENTS,
@@ -222,7 +226,7 @@ class EventStream(StreamingResponse):
 
 
 async def _read_ahead(
-    source: AsyncGenerator[str], unread: FairAccount, client: Client, evicted: Callable[[], str], alive: str
+    source: AsyncGenerator[str], unread: FairAccount, client: ApiClient, evicted: Callable[[], str], alive: str
 ) -> AsyncGenerator[bytes]:
     kept: deque[bytes] = deque()
     more = asyncio.Event()
@@ -238,7 +242,7 @@ async def _read_ahead(
         kept.clear()
         kept.append(evicted().encode())
 
-    holding = unread.hold(client, evict)
+    holding = unread.make_holding(client, evict)
     reading = asyncio.create_task(read())
     reading.add_done_callback(lambda _: more.set())
     try:
@@ -251,7 +255,7 @@ async def _read_ahead(
                 return
             more.clear()
             try:
-                await asyncio.wait_for(more.wait(), ALIVE_S)
+                await asyncio.wait_for(more.wait(), KEEP_ALIVE_S)
             except TimeoutError:
                 yield alive.encode()
     finally:

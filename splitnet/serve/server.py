@@ -27,8 +27,8 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.demand import DemandPublisher
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.errors import CoverageError, SplitnetError
-from splitnet.hf.adapters import check_served, load_adapter
 from splitnet.hf.causal_lm import attached
+from splitnet.hf.local_adapters import check_served, load_adapter
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
@@ -36,9 +36,9 @@ from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import choose_defaults
 from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses, tokens
 from splitnet.serve.dashboard import HEADERS, Dashboard, dashboard_router
-from splitnet.serve.failures import ApiError, failure_of
-from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, Connection, Gate, api_of
-from splitnet.serve.gateway import KEPT_MODELS, Gateway, Offer
+from splitnet.serve.failures import ApiError, api_error_of
+from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, BoundedHttp, Gate, api_of
+from splitnet.serve.gateway import KEPT_MODELS, Gateway, LoadableModel
 from splitnet.serve.generation import Generations
 from splitnet.serve.metrics import instrument
 from splitnet.serve.pooling import Pooling
@@ -97,14 +97,16 @@ def make_app(
     app.include_router(dashboard_router(Dashboard(gateway, tuned)))
     app.state.gateway = gateway
     for kind in (SplitnetError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _told)
+        app.add_exception_handler(kind, _error_response)
 
     @app.get("/health")
     def health() -> dict[str, str]:
         """Says whether peers serve every block of the model; needs no API key."""
         model = served.generations.model
         # The record of a killed peer stays for a while, so peers that cannot be connected to are not counted.
-        present = (each for each in model.swarm.peers() if model.swarm.links.state(each.endpoint) is not LinkState.DOWN)
+        present = (
+            each for each in model.swarm.peers() if model.swarm.links.link_state(each.endpoint) is not LinkState.DOWN
+        )
         if holes := Overview.of(model.swarm, present, model.local_spans).missing:
             missing = ", ".join(blocks_text(*hole) for hole in holes)
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
@@ -130,12 +132,12 @@ def _errors(api: Api) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": api.error} for status in ERRORS}
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    failure = failure_of(error)
+async def _error_response(request: Request, error: Exception) -> Response:
+    failure = api_error_of(error)
     if isinstance(error, HTTPException) and failure.status in (404, 405):
         paths = request.app.openapi()["paths"]
         has = ", ".join(f"{method.upper()} {path}" for path, methods in paths.items() for method in methods)
-        names = " or ".join(map(repr, request.app.state.gateway.names))
+        names = " or ".join(map(repr, request.app.state.gateway.model_names))
         told = f"{error.detail}: this server has {has}, for the models {names}; see {request.base_url}docs"
         failure = ApiError(failure.status, told)
     api = api_of(request.url.path, request.headers, APIS)
@@ -161,7 +163,7 @@ class ServeOptions:
 
 
 @dataclass(frozen=True)
-class Way:
+class ModelSpec:
     """A model to serve: its names, and how to load its client part and join its swarm."""
 
     names: Sequence[str]  # names that requests may give; answers have the first
@@ -174,21 +176,21 @@ class Way:
 
 
 def serve(
-    first: Way,
-    others: Sequence[Way],
-    search: Callable[[SwarmDirectory], Sequence[Way]] | None,  # finds more models
+    first: ModelSpec,
+    others: Sequence[ModelSpec],
+    search: Callable[[SwarmDirectory], Sequence[ModelSpec]] | None,  # finds more models
     options: ServeOptions,
     say: Callable[[str], None],  # gets the addresses and the used options of the checkpoint, once requests are answered
     warn: Callable[[str], None],  # gets warnings
 ) -> None:
     """Serves models until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if `first` cannot be served."""
-    keys = ApiKeys.read(options.api_key_file)
+    keys = ApiKeys.from_file(options.api_key_file)
     with listen_at(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         if not keys and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
-        loading = _Loading(options, len(keys))
-        served = loading.load(first)
+        loading = _ModelLoader(options, len(keys))
+        served = loading.load_model(first)
         gateway = Gateway(
             served,
             [*map(loading.offer, others)],
@@ -203,7 +205,7 @@ def serve(
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
             shown = f"[{host}]" if ":" in host else host
-            say(f"serving {' and '.join(gateway.names)} at http://{shown}:{port}/v1")
+            say(f"serving {' and '.join(gateway.model_names)} at http://{shown}:{port}/v1")
             say(f"the swarm and a chat are shown at http://{shown}:{port}/")
             for sentence in (*loading.said, served.pooling.sentence):
                 say(sentence)
@@ -215,7 +217,7 @@ def serve(
             gateway.close()
 
 
-class _Loading:
+class _ModelLoader:
     """Loads models, which share the metrics and accounts of the server."""
 
     def __init__(self, options: ServeOptions, keys: int) -> None:
@@ -226,44 +228,44 @@ class _Loading:
         self._demand: DemandPublisher | None = None
         self.said: list[str] = []  # sentences on options of the first checkpoint that are used
 
-    def offer(self, way: Way) -> Offer:
-        if way.adapter is not None:
+    def offer(self, spec: ModelSpec) -> LoadableModel:
+        if spec.adapter is not None:
             importlib.import_module("peft")  # an import during answers would stop them for a while
-        return Offer(way.names, partial(self.load, way))
+        return LoadableModel(spec.names, partial(self.load_model, spec))
 
-    def load(self, way: Way) -> ServedModel:
+    def load_model(self, spec: ModelSpec) -> ServedModel:
         """Joins the model's swarm and loads its client part. Raises SplitnetError."""
-        options, checkpoint, tokenizer = self._options, way.checkpoint, way.tokenizer
-        swarm = way.join(checkpoint)
+        options, checkpoint, tokenizer = self._options, spec.checkpoint, spec.tokenizer
+        swarm = spec.join(checkpoint)
         try:
             if self._demand is None:
                 # Raises if all peers serve other weights. Further models may get peers only once requests ask for them.
                 swarm.peers()
-            remote = attached(checkpoint, swarm, way.options, way.speculate, headless=True)
-            if way.adapter is not None:
-                check_served(load_adapter(remote, way.adapter), way.adapter)
+            remote = attached(checkpoint, swarm, spec.options, spec.speculate, headless=True)
+            if spec.adapter is not None:
+                check_served(load_adapter(remote, spec.adapter), spec.adapter)
         except BaseException:
             swarm.close()
             raise
         defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
         vocabulary = remote.config.get_text_config().vocab_size
         prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
-        generations = Generations(remote, prompts.decode, options.max_requests, options.keep, way.speculate)
+        generations = Generations(remote, prompts.decode, options.max_requests, options.keep, spec.speculate)
         grammars = Grammars(tokenizer, vocabulary, generations.end_tokens)
         if self._demand is None:
-            grammars.begin()
+            grammars.read_tokenizer()
             self.said = said
             self._demand = DemandPublisher(swarm.directory, swarm.identity)
         served = ServedModel(
-            way.names[0],
+            spec.names[0],
             generations,
             prompts,
             grammars,
             Admission(options.max_requests, options.max_waiting, spare=self._spare),
             defaults,
-            way.names[1:],
+            spec.names[1:],
             Pooling.of(checkpoint),
-            asked=partial(self._demand.asked, swarm.facts),
+            note_demand=partial(self._demand.asked, swarm.facts),
             leave=swarm.close,
             **self._shared,
         )
@@ -286,7 +288,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                http=partial(Connection, FairAccount(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
+                http=partial(BoundedHttp, FairAccount(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 callback_notify=self._notify,
                 timeout_notify=1,
@@ -301,6 +303,6 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gateway.drain()
-        ending = asyncio.get_running_loop().call_later(self._drain_s, self._gateway.end)
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._gateway.end_requests)
         await super().shutdown(sockets)
         ending.cancel()

@@ -13,8 +13,8 @@ import numpy as np
 
 Handle = TypeVar("Handle")
 
-LITTLE = 128  # Tokens with which many unrelated chats begin alike
-WORTH_TAKING = 0.5
+COMMON_PREFIX_TOKENS = 128  # Tokens with which many unrelated chats begin alike
+MIN_SHARED_PART = 0.5
 """Share of its tokens that a session must have in common with a prompt to be used: its other tokens are dropped."""
 
 
@@ -28,7 +28,7 @@ class KeepLimits:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept(Generic[Handle]):
+class _KeptSession(Generic[Handle]):
     owner: str
     tokens: np.ndarray
     positions: int
@@ -50,7 +50,7 @@ class SessionCache(Generic[Handle]):
         self._close = close
         self._clock = clock
         self._lock = threading.Lock()
-        self._kept: list[_Kept[Handle]] = []  # the least recently used first
+        self._kept: list[_KeptSession[Handle]] = []  # the least recently used first
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -60,26 +60,26 @@ class SessionCache(Generic[Handle]):
         with self._lock:
             return sum(len(kept.tokens) for kept in self._kept)
 
-    def take(self, owner: str, prompt: list[int]) -> tuple[Handle, int] | None:
+    def take_session(self, owner: str, prompt: list[int]) -> tuple[Handle, int] | None:
         """Takes out the owner's session with the most first tokens in common with a prompt; also returns how many."""
         wanted = np.asarray(prompt)
         with self._lock:
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             for index, kept in enumerate(self._kept):
                 # For a long prompt, the prefix stores of peers may hold far more than these few tokens.
-                little = shared[index] < LITTLE < len(prompt) - shared[index]
-                if little or shared[index] < WORTH_TAKING * len(kept.tokens):
+                little = shared[index] < COMMON_PREFIX_TOKENS < len(prompt) - shared[index]
+                if little or shared[index] < MIN_SHARED_PART * len(kept.tokens):
                     shared[index] = 0
             best = max(range(len(shared)), key=shared.__getitem__, default=0)
             return (self._kept.pop(best).handle, shared[best]) if any(shared) else None
 
-    def keep(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
+    def keep_session(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
         """Keeps a session if the limits allow it; closes older sessions where the limits require it.
 
         tokens: with keys and values at the peers. positions: how many positions the session reserves there.
         """
         with self._lock:
-            self._kept.append(_Kept(owner, np.asarray(tokens), positions, handle, self._clock()))
+            self._kept.append(_KeptSession(owner, np.asarray(tokens), positions, handle, self._clock()))
         self.expire()
 
     def expire(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scheduler.liveness import Finding, Verdict
+from scheduler.liveness import PingVerdict, Verdict
 from splitnet.errors import (
     ContextTooLong,
     NotFinite,
@@ -144,13 +144,13 @@ class Faults:
     def judge(self, verdict: Verdict[Endpoint], filling: Sequence[RouteHop], under_way: Requests) -> Decision:
         """A round of pings has found a fault. filling: hops that compute their caches from a log."""
         endpoints, first = [hop.endpoint for hop in self.hops], [hop.endpoint for hop in filling]
-        if verdict.finding is Finding.SILENT:
+        if verdict.finding is PingVerdict.SILENT:
             return Replace({each: PeerSilent(f"the peer at {each.address} does not answer") for each in verdict.hops})
-        if verdict.finding is Finding.FORGOTTEN:
+        if verdict.finding is PingVerdict.FORGOTTEN:
             hop = self.hops[endpoints.index(verdict.hops[0])]
             error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
             return self.request_failed(hop, FailureCode.UNKNOWN_SESSION, error, None)
-        if verdict.finding is Finding.STUCK:
+        if verdict.finding is PingVerdict.STUCK:
             self.suspects = self.suspects or endpoints
             return self._replace_likeliest([*verdict.hops, *first], "has worked for too long without any progress")
         if not self.suspects:

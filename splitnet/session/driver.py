@@ -18,7 +18,7 @@ from typing import Any
 
 from scheduler.cost import CODING_MS, Encoding, choose_codec, encodings_of
 from scheduler.facts import Link
-from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_TRIPS, UPLINK_QUEUE_S, Alive
+from scheduler.liveness import ANSWER_S, ANSWER_TRIPS, FIRST_TRIPS, UPLINK_QUEUE_S, PingAnswer
 from scheduler.replan import RouteWatch, changed_hops
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, SessionClosed, SplitnetError
 from splitnet.session import events
@@ -28,11 +28,11 @@ from splitnet.session.machine import SessionState
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.prefix_lookup import PrefixSource
 from splitnet.session.requests import Request
-from splitnet.swarm.links import refusal
+from splitnet.swarm.client_links import refusal
 from splitnet.swarm.plan import Needs, PlannedHop, Prediction, repaired_route, with_kept_hops
 from splitnet.swarm.swarm import Swarm
 from splitnet.transport import flow
-from splitnet.transport.prober import Answer
+from splitnet.transport.prober import PingReply
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import SESSION_BYTES, Gradient, Message, Open, Result
@@ -119,12 +119,12 @@ class Routes:
         self._lost = False  # the latest plan replaces a route that was lost
         self._planned: tuple[list[PlannedHop], float] = [], 0.0  # the latest plan, and its predicted ms per step
 
-    def answer(self, asked: events.AskRoute, needs: Needs) -> events.Planned | events.NoRoute:
+    def answer_query(self, asked: events.AskRoute, needs: Needs) -> events.RoutePlanned | events.RouteFailed:
         """The route that was asked for, or the reason why there is none."""
         swarm = self._swarm
 
         def route_for(needs: Needs) -> list[PlannedHop]:
-            plan = partial(swarm.plan, needs, fresh=asked.fresh)
+            plan = partial(swarm.plan_route, needs, fresh=asked.fresh)
             return repaired_route(asked.kept, asked.excluded, self._blocks, plan)
 
         try:
@@ -141,19 +141,19 @@ class Routes:
                 present = frozenset(record.key.text for record in swarm.peers())
             except SplitnetError:
                 present = frozenset[str]()
-            return events.NoRoute(asked.number, error, present, swarm.was_covered)
+            return events.RouteFailed(asked.number, error, present, swarm.was_covered)
         self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
-        return events.Planned(asked.number, tuple(route), self._codecs.along(route))
+        return events.RoutePlanned(asked.number, tuple(route), self._codecs.along(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
         """Notes the time of a decode step during which nothing else was under way."""
-        ratio = self.watch.step_took(elapsed_ms, positions, time.monotonic())
+        ratio = self.watch.observe_step(elapsed_ms, positions, time.monotonic())
         if ratio is not None:
-            self._swarm.measurements.prediction_came(tuple(hop.name for hop in self._route), ratio)
+            self._swarm.measurements.add_prediction(tuple(hop.name for hop in self._route), ratio)
 
-    def better(
+    def better_route(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
-    ) -> events.Move | None:
+    ) -> events.MoveRoute | None:
         """A better route than `hops` whose gain exceeds the cost of the move; None: there is none, or no need.
 
         cached: positions that new hops would have to compute. steps_left: largest expected number of decode steps.
@@ -164,7 +164,7 @@ class Routes:
             # The prediction of the time of planning: facts that arrive before the first step may show a slow route.
             route, predicted_ms = self._planned
             known = route == self._route
-            watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
+            watch.begin_route(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
         now = time.monotonic()
         news = self._news != swarm.measurer.news
         if not watch.may_look(now, news=news):
@@ -172,14 +172,14 @@ class Routes:
         self._news = swarm.measurer.news
         needs = needs_now()
         known_ms = swarm.planner.cost_ms(needs, hops)
-        silent = swarm.measurements.silent() & {hops[0].name, hops[-1].name}
-        look = watch.look(now, known_ms, news=news, ends_silent=bool(silent))
+        silent = swarm.measurements.silent_peers() & {hops[0].name, hops[-1].name}
+        look = watch.advise(now, known_ms, news=news, ends_silent=bool(silent))
         if look.suspects:
             swarm.measurer.look_again([hops[0].record, hops[-1].record], probe=look.measures)
         if not look.plans:
             return None
         try:
-            route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
+            route = with_kept_hops(swarm.plan_route(needs, holders={hop.name for hop in hops}), hops)
         except SplitnetError as error:
             log.debug("no other route: %s", error)
             return None
@@ -200,11 +200,11 @@ class Routes:
         self._planned, self._lost = (route, predicted_ms), False
         told = {"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)}
         log.info("a better route: %.0f ms per step instead of %.0f ms", new_ms, current_ms, extra=told)
-        return events.Move(tuple(route), self._codecs.along(route))
+        return events.MoveRoute(tuple(route), self._codecs.along(route))
 
 
 @dataclass(slots=True)
-class Traffic:
+class SessionTraffic:
     """Traffic of a session. bytes_sent: by the client, with headers. joules: spent by peers on whole sequences
     and long prompts; nan: not all peers report their watts."""
 
@@ -216,13 +216,13 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _HopQuery:
     """Times of the first and the last ping of a hop; traffic of its link at the last ping, and of links with queues."""
 
     first_at: float
     at: float
-    passed: flow.Traffic | None
-    queues: Mapping[Endpoint, flow.Traffic]
+    passed: flow.LinkTraffic | None
+    queues: Mapping[Endpoint, flow.LinkTraffic]
 
 
 class SessionDriver:
@@ -251,7 +251,7 @@ class SessionDriver:
         energy_slowdown: float | None = None,
     ) -> None:
         self.id = secrets.token_bytes(SESSION_BYTES)
-        self.traffic = Traffic()
+        self.traffic = SessionTraffic()
         any_weights = codecs.vary if options.any_weights is None else options.any_weights
         self.state = SessionState(
             self.id,
@@ -278,9 +278,9 @@ class SessionDriver:
         self._asked: deque[events.AskRoute] = deque(maxlen=1)  # filled by any thread, emptied by the waiting thread
         self._handling = threading.RLock()
         self._is_handling = False
-        self._unanswered: dict[Endpoint, _Asked] = {}  # pinged hops without an answer
+        self._unanswered: dict[Endpoint, _HopQuery] = {}  # pinged hops without an answer
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._until: Callable[[], bool] | None = None  # condition of `_wait`, which wakes its thread
+        self._until: Callable[[], bool] | None = None  # condition of `_wait_until`, which wakes its thread
         self._wakes_at = math.inf
         swarm.links.register(self)
 
@@ -349,13 +349,13 @@ class SessionDriver:
             return
         self._prompt = 0 if self.state.hops else prompt
         self.feed(events.Use())
-        self._wait(lambda: self.state.is_settled)
+        self._wait_until(lambda: self.state.is_settled)
         self._raise_if_broken()
 
     def close(self) -> None:
         """Frees the memory on all hops, from any thread; a thread that uses the session gets `SessionClosed`."""
         self._swarm.links.unregister(self)
-        self.feed(events.Close())
+        self.feed(events.CloseSession())
 
     def close_later(self) -> None:
         """Closes the session within a second, in another thread; for finalizers, see `Links.close_later`."""
@@ -402,7 +402,7 @@ class SessionDriver:
         swarm = self._swarm
         match effect:
             case events.Send(endpoint, message):
-                if isinstance(message, Open) and (state := swarm.links.state(endpoint)).is_final:
+                if isinstance(message, Open) and (state := swarm.links.link_state(endpoint)).is_final:
                     self._events.append(events.LinkFailed(endpoint, refusal(endpoint, state)))
                 else:
                     self.traffic.bytes_sent += swarm.links.send(endpoint, message)
@@ -410,11 +410,11 @@ class SessionDriver:
                 links, before = swarm.links, self._unanswered.get(endpoint)
                 now = time.perf_counter()
                 first_at = before.first_at if before is not None and now - before.at < UPLINK_QUEUE_S else now
-                self._unanswered[endpoint] = _Asked(first_at, now, links.traffic(endpoint), links.queues())
+                self._unanswered[endpoint] = _HopQuery(first_at, now, links.traffic(endpoint), links.queues())
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case events.AskRoute():
                 self._asked.append(effect)
-            case events.Ban(name, leaves):
+            case events.BanPeer(name, leaves):
                 swarm.ban(name, leaves=leaves)
             case events.Unban(name):
                 swarm.bans.lift(name)
@@ -423,12 +423,12 @@ class SessionDriver:
                 log.log(level, "%s", text, extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}))
                 swarm.events.note(kind, text)
 
-    def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:
+    def _alive(self, endpoint: Endpoint, pong: Future[PingReply]) -> None:
         answer = pong.result()
         self._unanswered.pop(endpoint, None)
-        self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
+        self.feed(PingAnswer(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
 
-    def _wait(self, until: Callable[[], bool]) -> None:
+    def _wait_until(self, until: Callable[[], bool]) -> None:
         """Waits for a condition, and plans meanwhile. Raises SessionClosed: another thread has closed the session."""
         self._until = until  # set before the first check, so that later events wake this thread
         try:
@@ -440,7 +440,7 @@ class SessionDriver:
                 if done:
                     return
                 if self._asked:
-                    self.feed(self._routes.answer(self._asked.popleft(), self._needs_of_new()))
+                    self.feed(self._routes.answer_query(self._asked.popleft(), self._needs_of_new()))
                     continue
                 if self._wants_prediction():
                     self.state.chunk_ms = self.predictions()(REPLAY_POSITIONS).latency_ms
@@ -449,7 +449,7 @@ class SessionDriver:
                     self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
                 except queue.Empty:
                     for endpoint in self._late():
-                        self.feed(Alive(endpoint, 0.0, late=True))
+                        self.feed(PingAnswer(endpoint, 0.0, late=True))
                     self.feed(events.Tick())
         finally:
             self._until = None
@@ -476,10 +476,10 @@ class SessionDriver:
 
     def _answer_s(self, endpoint: Endpoint) -> float:
         links = self._swarm.links
-        trips = ANSWER_TRIPS if links.state(endpoint) is LinkState.UP else FIRST_TRIPS
+        trips = ANSWER_TRIPS if links.link_state(endpoint) is LinkState.UP else FIRST_TRIPS
         return links.prober.answer_limit_s(endpoint, ANSWER_S, trips)
 
-    def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: flow.Traffic) -> bool:
+    def _stands_behind_others(self, endpoint: Endpoint, asked: _HopQuery, passed: flow.LinkTraffic) -> bool:
         links, now = self._swarm.links, time.perf_counter()
         # After the first ping no check: it may have arrived a moment ago, or a full queue has dropped it.
         if asked.at > asked.first_at:
@@ -493,7 +493,7 @@ class SessionDriver:
         """Waits until all requests are done; raises the error of the first request that fails."""
         try:
             for request in requests:
-                self._wait(lambda request=request: request.done or request.error is not None)
+                self._wait_until(lambda request=request: request.is_done or request.error is not None)
                 if request.error is not None:
                     raise request.error
         except BaseException:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from scheduler.liveness import Alive
+from scheduler.liveness import PingAnswer
 from splitnet.errors import SplitnetError
 from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import Kind
@@ -17,7 +17,7 @@ from splitnet.wire.messages import Chunk, Message
 from splitnet.wire.sent_log import SentLog
 
 if TYPE_CHECKING:
-    from splitnet.blocks.adapters import Adapter
+    from splitnet.blocks.adapters import AdapterTensors
     from splitnet.session.requests import Batch, Request, StepRequest
 
 
@@ -50,7 +50,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
     Phase.CLOSED: frozenset(),
 }
-"""All possible changes of phase; `tests/unit/session/test_session_machine.py` compares them with the observed ones."""
+"""All possible changes of phase; `tests/unit/session/test_machine.py` compares them with the observed ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class LookUpPrefix:
 
     part: Chunk
     encoded: Callable[[Codec], bytes]
-    reach: int = 0
+    rope_length: int = 0
     logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])
 
     def log(self, codec: Codec, hidden_size: int, salt: bytes | None) -> SentLog:
@@ -79,7 +79,7 @@ class LookUpPrefix:
         log = self.logs.pop(codec.code, None)
         if log is None:
             log = SentLog(codec.code, codec.bytes_per_position(hidden_size), salt)
-            log.record((self.part,), None, self.encoded(codec), self.reach)
+            log.record_step((self.part,), None, self.encoded(codec), self.rope_length)
         return log
 
 
@@ -116,12 +116,12 @@ class Resize:
 class UseAdapter:
     """The caller sets the adapter of the blocks. Nothing may be cached or under way."""
 
-    adapter: Adapter
+    adapter: AdapterTensors
     for_passes: bool = False  # hops without tensors get an empty adapter, because passes name a version for every hop
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class MoveRoute:
     """The caller leaves a working route for a better one; ignored while requests are under way."""
 
     route: tuple[PlannedHop, ...]
@@ -138,7 +138,7 @@ class Distrust:
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class CloseSession:
     """The caller ends the session."""
 
 
@@ -159,7 +159,7 @@ class LinkFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class RoutePlanned:
     """A route for the `AskRoute` with this number. codecs: of every link, one more than hops."""
 
     number: int
@@ -168,7 +168,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class NoRoute:
+class RouteFailed:
     """There is no route for the `AskRoute` with this number.
 
     present: names of all peers in the directory. was_covered: all blocks were served at some time.
@@ -185,8 +185,9 @@ class Tick:
     """The time of `SessionState.wake_at` has come."""
 
 
-Wish = Use | LookUpPrefix | Submit | Backward | Abandon | Resize | UseAdapter | Move | Distrust | Close  # of the caller
-Event = Wish | Received | LinkFailed | Alive[Endpoint] | Planned | NoRoute | Tick
+# of the caller
+Wish = Use | LookUpPrefix | Submit | Backward | Abandon | Resize | UseAdapter | MoveRoute | Distrust | CloseSession
+Event = Wish | Received | LinkFailed | PingAnswer[Endpoint] | RoutePlanned | RouteFailed | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +200,15 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class AskAlive:
-    """Ping a hop about the session; `Alive` follows when the hop answers."""
+    """Ping a hop about the session; `PingAnswer` follows when the hop answers."""
 
     endpoint: Endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class AskRoute:
-    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. A newer `AskRoute` replaces this one.
+    """Plan a route; `RoutePlanned` or `RouteFailed` must follow, with the same number. A newer `AskRoute` replaces this
+    one.
 
     kept: hops that stay if possible, in order. excluded: names of peers that must not be used. fresh: read the
     directory again, even if the last read is recent. unban: lift the bans of peers that answer.
@@ -220,7 +222,7 @@ class AskRoute:
 
 
 @dataclass(frozen=True, slots=True)
-class Ban:
+class BanPeer:
     """Plan without a peer for a while. leaves: the peer has announced its end."""
 
     name: str
@@ -243,7 +245,7 @@ class Note:
     peer: str = ""
 
 
-Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
+Effect = Send | AskAlive | AskRoute | BanPeer | Unban | Note
 
 
 class Cause(StrEnum):

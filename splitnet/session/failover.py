@@ -24,7 +24,7 @@ from splitnet.errors import (
     TooLongForPeers,
     WrongKey,
 )
-from splitnet.session.events import Cause, NoRoute, Recovered
+from splitnet.session.events import Cause, Recovered, RouteFailed
 from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import HeldBlocks, PlannedHop, blocks_text
 from splitnet.wire.codecs import Codec, check_values
@@ -74,11 +74,11 @@ class RouteHop:
         self.endpoint, self.name, self.blocks = record.endpoint, planned.name, (planned.start, planned.end)
         self.weights = record.dtype
 
-    def forget(self) -> None:
+    def forget_session(self) -> None:
         """Makes the hop's state of the session invalid."""
         self.filled, self.adapter_version, self.relay_log = False, 0, None
 
-    def opened(self, wanted: int) -> None:
+    def route_opened(self, wanted: int) -> None:
         """All hops have opened the session; the hop may have lost its cache. wanted: positions of the client's log."""
         if not self.cached_positions:
             self.filled, self.adapter_version = False, 0
@@ -113,7 +113,7 @@ class RouteHop:
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:
-                self.relay_log.record(step.parts, step.forks, result.payload, step.reach, step.labels)
+                self.relay_log.record_step(step.parts, step.forks, result.payload, step.rope_length, step.labels)
             except ProtocolError:  # a replay that the client did not relay has filled the rows
                 self.relay_log = None
 
@@ -148,7 +148,7 @@ class RouteSetup:
     opened_at: float | None = None
 
     @property
-    def silent(self) -> set[str]:
+    def silent_hops(self) -> set[str]:
         """Names of lost peers."""
         return {name for name, error in self.refused.items() if isinstance(error, PeerLost)}
 
@@ -163,7 +163,7 @@ class RouteSetup:
         self.refused[name] = error
         self.excluded.add(name)
 
-    def may_wait(self, answer: NoRoute, *, grows: bool) -> bool:
+    def may_wait(self, answer: RouteFailed, *, grows: bool) -> bool:
         """Whether a route may exist soon: other peers take over the blocks of dead ones, or a network is repaired.
 
         grows: the session has a route, which lacks memory only.
@@ -172,7 +172,7 @@ class RouteSetup:
             return False
         if isinstance(answer.error, TooLongForPeers) and not self.repairs:  # no present peer has enough memory in total
             return False
-        silent = self.silent
+        silent = self.silent_hops
         if silent == self.refused.keys() and (silent or answer.was_covered):
             return True
         # All missing peers refuse this client's key, or are not trusted any more.
@@ -181,9 +181,9 @@ class RouteSetup:
         )
         return self.repairs and not forbidden and not (grows and isinstance(answer.error, PeerBusy))
 
-    def explanation(self, answer: NoRoute) -> SplitnetError:
+    def explanation(self, answer: RouteFailed) -> SplitnetError:
         """Why there is no route. The refusal of a present peer explains more than the lack of other peers."""
-        ignored = self.silent if self.repairs else set[str]()
+        ignored = self.silent_hops if self.repairs else set[str]()
         names = [name for name in reversed(self.refused) if name in answer.present and name not in ignored]
         return self.refused[names[0]] if names else answer.error
 
@@ -224,8 +224,19 @@ def next_refill(
     since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)
     # All rows are sent, because a hop may hold rows of an earlier text.
     steps = (
-        Step(session, epoch, next_number(), parts, forks, until, log.codec, payload, reach=reach, labels=labels)
-        for forks, (parts, payload, reach, labels) in zip(
+        Step(
+            session,
+            epoch,
+            next_number(),
+            parts,
+            forks,
+            until,
+            log.codec,
+            payload,
+            rope_length=rope_length,
+            labels=labels,
+        )
+        for forks, (parts, payload, rope_length, labels) in zip(
             chain([None if since else ()], repeat(None)), log.replay(since=since), strict=False
         )
     )

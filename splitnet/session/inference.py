@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
-from scheduler.facts import PastCost
+from scheduler.facts import ContextCost
 from scheduler.liveness import PROGRESS_TIMEOUT_S
 from scheduler.route import ENERGY_SLOWDOWN
-from splitnet.blocks.adapters import Adapter, read_tensors
+from splitnet.blocks.adapters import AdapterTensors, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Abandon, Distrust, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
-from splitnet.session.prefix_lookup import PrefixNamespace
+from splitnet.session.prefix_lookup import LookUpNamespace
 from splitnet.session.requests import FetchRequest, StepRequest
-from splitnet.session.standby import Present, Standby
+from splitnet.session.standby import Standby, StandbyText
 from splitnet.swarm.plan import Prediction
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
@@ -135,7 +135,7 @@ class Session(SessionDriver):
         if self.hops:
             self.open()  # only an open route keeps the former reservation after a refusal
         self.feed(Resize(positions))
-        self._wait(lambda: self.state.is_settled)
+        self._wait_until(lambda: self.state.is_settled)
         self._raise_if_broken()
         if self.state.refusal is not None:
             raise self.state.refusal
@@ -167,7 +167,7 @@ class Session(SessionDriver):
         forks: Sequence[Fork] | None = None,
         *,
         step_positions: int | None = None,
-        reach: int = 0,
+        rope_length: int = 0,
     ) -> UnderWay:
         """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` must follow.
 
@@ -179,14 +179,14 @@ class Session(SessionDriver):
         """
         state = self.state
         begins_text = state.log is None or (forks is not None and not forks)
-        hit = self._look_up_prefix(hidden, parts, reach) if begins_text else 0
+        hit = self._look_up_prefix(hidden, parts, rope_length) if begins_text else 0
         self.open(len(hidden) - hit)
         if hit:
             hidden, forks = hidden[hit:], None
             parts = [Chunk(parts[0].row, hit, len(hidden), parts[0].keep)]
-        if not state.under_way and state.log is not None:
+        if not state.in_flight_count and state.log is not None:
             self._improve_route()
-        began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
+        began, alone, repairs = time.perf_counter(), not state.in_flight_count, len(self.recoveries)
         prediction = self.predictions() if len(hidden) > DECODE_POSITIONS else None
         size = step_positions or (self.step_positions(len(hidden), prediction) if prediction else len(hidden))
         predicted_ms = prediction(min(size, len(hidden))).latency_ms if prediction is not None else 0.0
@@ -199,7 +199,7 @@ class Session(SessionDriver):
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
             ids = self.id, state.epoch, state.next_number()
-            step, forked = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, reach=reach), None
+            step, forked = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, rope_length=rope_length), None
             kept = sum(part.keep for part in chunk)
             requests.append(StepRequest(step, kept, state.taps if kept else (), predicted_ms=predicted_ms))
             self.feed(Submit((requests[-1],)))
@@ -207,15 +207,15 @@ class Session(SessionDriver):
         self.traffic.positions += offset
         return UnderWay(tuple(requests), began, repairs, alone)
 
-    def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], reach: int) -> int:
+    def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], rope_length: int) -> int:
         """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
         state, part, prefixes = self.state, parts[0], self.state.prefixes
         most, salt = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE, prefixes.namespace.salt
-        if salt is None or state.under_way or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+        if salt is None or state.in_flight_count or len(parts) > 1 or part.start or most <= 0 or not part.keep:
             prefixes.hit = prefixes.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
-        text, index = LookUpPrefix(Chunk(part.row, 0, most, 0), encoded, reach), self._swarm.prefix_index
+        text, index = LookUpPrefix(Chunk(part.row, 0, most, 0), encoded, rope_length), self._swarm.prefix_index
         self._stored = {}
         for name in tuple(index.codecs) if not self.hops else ():
             with suppress(SplitnetError):
@@ -258,15 +258,15 @@ class Session(SessionDriver):
             pages = len(labels) if hop.stores else 0
             self._swarm.prefix_index.note(labels, hop.name, pages, state.first_codec.name)
         if self._standby_rate and self.standby is None:
-            self.standby = Standby(self._swarm, self.id, self._standby_rate, self._present, state.next_number)
+            self.standby = Standby(self._swarm, self.id, self._standby_rate, self._stored_text, state.next_number)
 
-    def _present(self) -> Present | None:
+    def _stored_text(self) -> StandbyText | None:
         with self._handling:
             state = self.state
             row = state.log.only_row if state.log is not None and state.is_open else None
             if state.log is None or row is None:
                 return None
-            return Present(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name)
+            return StandbyText(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         standby = self.standby
@@ -282,7 +282,7 @@ class Session(SessionDriver):
         """Gives up the outputs. The next positions that are sent replace the abandoned ones at the hops."""
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
-    def use_adapter(self, adapter: Adapter) -> None:
+    def use_adapter(self, adapter: AdapterTensors) -> None:
         """Sets the adapter of the blocks; once, before the first step. Raises PeerFailed: the adapter does not fit."""
         state = self.state
         if adapter is state.adapter:
@@ -311,7 +311,7 @@ class Session(SessionDriver):
         """
         generation, shared = self._swarm.prefix_index.generation, self._prefixes == "shared"
         salt = b"shared" if shared else self._swarm.identity.derive(f"splitnet prefixes {generation} {name}")
-        self.state.prefixes.namespace = PrefixNamespace(salt if self._prefixes != "off" else None, shared)
+        self.state.prefixes.namespace = LookUpNamespace(salt if self._prefixes != "off" else None, shared)
 
     @property
     def prefix_hit(self) -> int:
@@ -374,7 +374,7 @@ class Session(SessionDriver):
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in state.hops]
-        move = self._routes.better(planned, self.needs, cached, max(0, state.reservation - cached))
+        move = self._routes.better_route(planned, self.needs, cached, max(0, state.reservation - cached))
         if move is not None:
             self.feed(move)
             self.open()
@@ -425,7 +425,7 @@ class Session(SessionDriver):
         blocks = hop.planned.end - hop.planned.start
         # The cost model adds the time of reading the cached positions.
         held = self.state.log.positions if self.state.log is not None else 0
-        block_ms = timing.compute_us / 1000 / blocks - PastCost(hop.planned.record.past_ms).at(positions, held)
+        block_ms = timing.compute_us / 1000 / blocks - ContextCost(hop.planned.record.past_ms).ms_at(positions, held)
         measurements.hop_seen(hop.name, positions, max(0.0, block_ms), timing.wait_us / 1000)
         if timing.next_rtt_us and following is not None:
             measurements.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.span import Chunk as SpanChunk
+from splitnet.blocks.span import RowChunk as SpanChunk
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import SplitnetError
-from splitnet.session.driver import Traffic
+from splitnet.session.driver import SessionTraffic
 from splitnet.session.events import Recovered
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import LinkUse, Session, UnderWay, cut_into_steps
 from splitnet.swarm.plan import Prediction
-from splitnet.wire.codecs import kept_rows
+from splitnet.wire.codecs import select_kept_positions
 from splitnet.wire.messages import Chunk, Fork, Timing
 from splitnet.wire.sent_log import fork_rows
 
@@ -91,22 +91,22 @@ class LocalSpan:
         with self._lock:
             return self.span.forward(hidden, parts, taps).float()
 
-    def fit(self, adapter: Adapter) -> Adapter | None:
+    def fit_adapter(self, adapter: AdapterTensors) -> AdapterTensors | None:
         """The adapter's tensors for these blocks, on their device; None: there are none. Raises AdapterError."""
-        tensors = adapter.within(self.start, self.end)
+        tensors = adapter.of_blocks(self.start, self.end)
         if not tensors:
             return None
-        own = Adapter({name: tensor.to(self.span.device) for name, tensor in tensors.items()})
+        own = AdapterTensors({name: tensor.to(self.span.device) for name, tensor in tensors.items()})
         with self._lock:
-            self.span.fit(own)
+            self.span.fit_adapter(own)
         return own
 
     def sequences(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None, reach: int = 0
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: AdapterTensors | None, rope_length: int = 0
     ) -> torch.Tensor:
         """Runs whole sequences, with a graph if torch records one: see `Span.sequences`."""
         with self._lock:
-            return self.span.sequences(hidden, lengths, adapter, reach).to(hidden.device, hidden.dtype)
+            return self.span.sequences(hidden, lengths, adapter, rope_length).to(hidden.device, hidden.dtype)
 
 
 class LocalSequences:
@@ -115,19 +115,19 @@ class LocalSequences:
     def __init__(self, span: LocalSpan) -> None:
         self._span = span
         self._rows: dict[int, SequenceCache] = {}
-        self._adapter: Adapter | None = None
+        self._adapter: AdapterTensors | None = None
         self._taps: Sequence[int] = ()
 
     def use_taps(self, taps: Sequence[int]) -> None:
         """As `Session.use_taps`."""
         self._taps = sorted({tap for tap in taps if self._span.start < tap < self._span.end})
 
-    def use_adapter(self, adapter: Adapter) -> None:
+    def use_adapter(self, adapter: AdapterTensors) -> None:
         """Sets the adapter, before the first step. Raises AdapterError: the adapter does not fit the blocks."""
-        self._adapter = self._span.fit(adapter)
+        self._adapter = self._span.fit_adapter(adapter)
 
     def step(
-        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, reach: int = 0
+        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, rope_length: int = 0
     ) -> torch.Tensor:
         """Runs new positions, `[positions, hidden]` -> `[positions, (taps + 1) * hidden]` float32, ignoring `keep`.
 
@@ -141,7 +141,7 @@ class LocalSequences:
             if row is None:
                 row = self._rows[part.row] = self._span.span.new_row(adapter=self._adapter)
             row.crop(part.start)
-            span_parts.append(SpanChunk(row, part.start, part.length, self._adapter, reach))
+            span_parts.append(SpanChunk(row, part.start, part.length, self._adapter, rope_length))
         return self._span.run(hidden, span_parts, self._taps)
 
     def close(self) -> None:
@@ -156,13 +156,13 @@ class LocalSequences:
 
 
 @dataclass(slots=True)
-class Piece:
+class StagedPositions:
     """Positions on their way through the stages."""
 
     parts: list[Chunk]
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
-    reach: int
+    rope_length: int
     stage: int = 0  # index of the next stage
     tapped: list[torch.Tensor] = field(default_factory=list[torch.Tensor])  # `[positions, states * hidden]`, in order
     sent: tuple[Session, UnderWay] | None = None  # what is under way on the route of this stage
@@ -201,12 +201,12 @@ class MixedSession:
         return tuple(timing for session in self.sessions for timing in session.timings)
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> SessionTraffic:
         """The sum over all routes."""
         moved = [session.traffic for session in self.sessions]
         sent, received = sum(each.bytes_sent for each in moved), sum(each.bytes_received for each in moved)
         steps, joules = sum(each.steps for each in moved), sum(each.joules for each in moved)
-        return Traffic(steps, self._positions, sent, received, joules)
+        return SessionTraffic(steps, self._positions, sent, received, joules)
 
     @property
     def passed(self) -> int:
@@ -247,7 +247,7 @@ class MixedSession:
         for session in self.sessions:
             session.reserve(positions)
 
-    def use_adapter(self, adapter: Adapter) -> None:
+    def use_adapter(self, adapter: AdapterTensors) -> None:
         """As `Session.use_adapter`; also raises AdapterError: the adapter does not fit the local blocks."""
         for stage in self._stages:
             stage.use_adapter(adapter)
@@ -259,15 +259,15 @@ class MixedSession:
             stage.use_taps(taps)
 
     def begin(
-        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, reach: int = 0
-    ) -> list[Piece]:
+        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, rope_length: int = 0
+    ) -> list[StagedPositions]:
         """As `Session.begin`; cuts a long prefill into pieces, so that peers and local blocks run in parallel."""
-        sent: list[Piece] = []
+        sent: list[StagedPositions] = []
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
         for step in cut_into_steps(parts, size):
             positions = sum(part.length for part in step)
-            sent.append(Piece(step, forks, hidden[offset : offset + positions], reach))
+            sent.append(StagedPositions(step, forks, hidden[offset : offset + positions], rope_length))
             offset += positions
             forks = None
             self._positions += positions
@@ -275,7 +275,7 @@ class MixedSession:
                 self._go_on(sent[-1])
         return sent
 
-    def finish(self, sent: list[Piece]) -> torch.Tensor:
+    def finish(self, sent: list[StagedPositions]) -> torch.Tensor:
         """As `Session.finish`."""
         with self._abandoning(sent):
             while any(piece.sent is not None for piece in sent):
@@ -287,7 +287,7 @@ class MixedSession:
         outputs = [piece.hidden for piece in sent]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def abandon(self, sent: list[Piece]) -> None:
+    def abandon(self, sent: list[StagedPositions]) -> None:
         """As `Session.abandon`."""
         for piece in sent:
             if piece.sent is not None:
@@ -309,7 +309,7 @@ class MixedSession:
             stage.close_later()
 
     @contextmanager
-    def _abandoning(self, sent: list[Piece]) -> Iterator[None]:
+    def _abandoning(self, sent: list[StagedPositions]) -> Iterator[None]:
         """Abandons all pieces after an error."""
         try:
             yield
@@ -317,7 +317,7 @@ class MixedSession:
             self.abandon(sent)
             raise
 
-    def _go_on(self, piece: Piece) -> None:
+    def _go_on(self, piece: StagedPositions) -> None:
         """Runs local stages up to the next remote one, and sends the piece there."""
         while piece.stage < len(self._stages):
             stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
@@ -325,18 +325,20 @@ class MixedSession:
                 # Stages before the last one return all positions, because later blocks need them.
                 parts = piece.parts if last else [part._replace(keep=part.length) for part in piece.parts]
                 size = len(piece.hidden)
-                sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
+                sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, rope_length=piece.rope_length)
                 piece.sent = stage, sent
                 return
-            self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.reach))
+            self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.rope_length))
 
-    def _pass(self, piece: Piece, output: torch.Tensor) -> None:
+    def _pass(self, piece: StagedPositions, output: torch.Tensor) -> None:
         """Takes in the output of a stage. In each row the hidden states at taps stand before the output."""
         last, size = piece.stage + 1 == len(self._stages), piece.hidden.shape[1]
         if last and isinstance(self._stages[-1], LocalSequences):
-            output = kept_rows(piece.parts, output)
+            output = select_kept_positions(piece.parts, output)
         if last and piece.tapped:
-            output = torch.cat((*(kept_rows(piece.parts, states) for states in piece.tapped), output), dim=1)
+            output = torch.cat(
+                (*(select_kept_positions(piece.parts, states) for states in piece.tapped), output), dim=1
+            )
         elif self.taps and not last:
             if self._ends[piece.stage] in self.taps:
                 piece.tapped.append(output)

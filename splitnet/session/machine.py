@@ -32,12 +32,12 @@ from scheduler.liveness import (
     OPEN_TIMEOUT_S,
     PROGRESS_TIMEOUT_S,
     RECOVERY_TIMEOUT_S,
-    Alive,
-    Finding,
     Liveness,
+    PingAnswer,
+    PingVerdict,
     silence_s,
 )
-from splitnet.blocks.adapters import Adapter, counted_down, write_groups
+from splitnet.blocks.adapters import AdapterTensors, counted_down, write_groups
 from splitnet.errors import (
     AdapterError,
     ContextTooLong,
@@ -137,7 +137,7 @@ class SessionState:
         self.hops: list[RouteHop] = []
         self.held: tuple[HeldBlocks, ...] = ()
         self.first_codec: Codec = codec_by_name("none")
-        self.adapter: Adapter | None = None
+        self.adapter: AdapterTensors | None = None
         self.adapter_version = 0
         self.log: SentLog | None = None
         self.recoveries: list[Recovered] = []
@@ -197,12 +197,12 @@ class SessionState:
         return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED)
 
     @property
-    def under_way(self) -> int:
+    def in_flight_count(self) -> int:
         """Number of requests without an answer."""
         return len(self._in_flight)
 
     @property
-    def first(self) -> Endpoint:
+    def first_hop(self) -> Endpoint:
         """The hop that the client sends to."""
         return self.hops[0].endpoint
 
@@ -221,7 +221,7 @@ class SessionState:
 
     def adapted_hops(self) -> dict[Endpoint, dict[str, Tensor]]:
         """Hops whose blocks have tensors of the adapter, with these tensors."""
-        parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
+        parts = {hop.endpoint: self.adapter.of_blocks(*hop.blocks) for hop in self.hops} if self.adapter else {}
         return {each: part for each, part in parts.items() if part}
 
     @property
@@ -235,7 +235,7 @@ class SessionState:
             times.append(self._liveness.wake_at(self._silence_s))
         return min(times, default=math.inf)
 
-    def send(self, endpoint: Endpoint, message: Message) -> None:
+    def send_message(self, endpoint: Endpoint, message: Message) -> None:
         """Sends a message, without the labels that the hops must not get; for requests."""
         if isinstance(message, Step) and message.labels and not self.prefixes.namespace.stores_pages:
             message = replace(message, labels=())
@@ -248,34 +248,34 @@ class SessionState:
             case _ if self.phase is Phase.CLOSED:
                 pass
             case events.Received():
-                self._received(event.source, event.message)
+                self._receive_message(event.source, event.message)
             case events.Submit():
-                self._submit(event.requests)
+                self._submit_request(event.requests)
             case events.Backward():
                 for request in event.batch.passes:
-                    self._put_under_way(request)
+                    self._put_in_flight(request)
                 if self.is_open:
                     event.batch.go_back(event.adapter, self)
-                self._use()
+                self._use_adapter()
             case events.Abandon():
                 for number in event.numbers:
                     self._in_flight.pop(number, None)
             case events.Use():
-                self._use()
+                self._use_adapter()
             case events.LookUpPrefix():
                 self._look_up(event)
             case events.Tick():
-                self._tick()
-            case Alive():
+                self._check_timers()
+            case PingAnswer():
                 if event.late:
                     self._wait_longer(event.endpoint)
                 elif (name := self._silenced.pop(event.endpoint, None)) is not None:
                     self._effects.append(events.Unban(name))  # the hop lives, but is far away
-                if self._liveness.answered(event):
+                if self._liveness.add_answer(event):
                     self._judge()
             case events.LinkFailed():
                 self._link_failed(event.endpoint, event.error)
-            case events.Planned() | events.NoRoute():
+            case events.RoutePlanned() | events.RouteFailed():
                 self._route_answered(event)
             case events.Resize():
                 self._resize(event.reservation)
@@ -286,23 +286,23 @@ class SessionState:
                     self.adapter_version += 1
                     if self.is_open:
                         self._load_adapter()
-            case events.Move():
-                self._move(event)
+            case events.MoveRoute():
+                self._move_route(event)
             case events.Distrust():
                 self._distrust(event)
-            case events.Close():
-                self._close()
+            case events.CloseSession():
+                self._close_session()
         return self._effects
 
     # Events of the caller.
 
-    def _use(self) -> None:
+    def _use_adapter(self) -> None:
         if self.phase in (Phase.NEW, Phase.BROKEN):
             self.error = None
             self._begin_setup()
             self._go_on()
 
-    def _submit(self, requests: Sequence[Request[Any]]) -> None:
+    def _submit_request(self, requests: Sequence[Request[Any]]) -> None:
         for request in requests:
             if isinstance(request, StepRequest):
                 try:
@@ -317,11 +317,11 @@ class SessionState:
                 except SplitnetError as error:
                     request.error = error
                     continue
-            self._put_under_way(request)
+            self._put_in_flight(request)
             if self.is_open:
                 request.send(self)
         if self._in_flight:
-            self._use()  # a hop may have left since the caller checked the route
+            self._use_adapter()  # a hop may have left since the caller checked the route
 
     def _look_up(self, text: events.LookUpPrefix) -> None:
         may_begin = not self._in_flight and self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN)
@@ -344,7 +344,7 @@ class SessionState:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
         under_way = [each for each in self._in_flight.values() if isinstance(each, StepRequest)]
         check_beside(step, under_way)
-        labels = self.log.record(step.parts, step.forks, step.payload, step.reach)
+        labels = self.log.record_step(step.parts, step.forks, step.payload, step.rope_length)
         for request in undone_by(step, under_way):
             request.error = SplitnetError("a later step of the session began before the end of this one")
             self._in_flight.pop(request.number)
@@ -355,9 +355,9 @@ class SessionState:
         log = self.log
         return log is not None and any(part.start < log.length(part.row) for part in step.parts)
 
-    def _put_under_way(self, request: Request[Any]) -> None:
+    def _put_in_flight(self, request: Request[Any]) -> None:
         if not self._in_flight:
-            self._liveness.heard(self._now)
+            self._liveness.message_received(self._now)
         self._in_flight[request.number] = request
 
     def _distrust(self, event: events.Distrust) -> None:
@@ -365,7 +365,7 @@ class SessionState:
         request, where = event.request, event.source
         request.result = None
         self.prefixes.namespace = NO_PAGES  # hops may have stored pages of wrong outputs
-        self._put_under_way(request)
+        self._put_in_flight(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
         hop = self._hop_at(where)
         if not request.makers:
@@ -390,16 +390,16 @@ class SessionState:
             if self.is_open:
                 self._go_on()
 
-    def _move(self, event: events.Move) -> None:
+    def _move_route(self, event: events.MoveRoute) -> None:
         if self.is_open and not self._in_flight:
             setup = self._begin_setup()
             setup.cause = Cause.BETTER_ROUTE
             setup.reasons.append("there is a better route")
             self._open_route(event.route, event.codecs)
 
-    def _close(self) -> None:
+    def _close_session(self) -> None:
         for endpoint in list(self._members):
-            self._leave(endpoint)
+            self._leave_peer(endpoint)
         self._end_requests(SessionClosed("the session was closed while it was used: begin with a new one"))
         self.log = None
         self._enter(Phase.CLOSED)
@@ -456,15 +456,15 @@ class SessionState:
         self._enter(Phase.PLANNING)
         self._effects.append(events.AskRoute(setup.question, kept, frozenset(setup.excluded), fresh, unban))
 
-    def _route_answered(self, event: events.Planned | events.NoRoute) -> None:
+    def _route_answered(self, event: events.RoutePlanned | events.RouteFailed) -> None:
         setup = self._setup
         if setup is None or setup.question != event.number or self.phase is not Phase.PLANNING:
             return
         setup.question = 0
-        if isinstance(event, events.NoRoute):
+        if isinstance(event, events.RouteFailed):
             may_wait = setup.may_wait(event, grows=self._former_reservation > 0)
             if may_wait and self._now < setup.began + self._recovery_timeout_s:
-                setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent
+                setup.excluded -= setup.refused.keys() if setup.repairs else setup.silent_hops
                 setup.retry_at = self._now + POLL_S
             else:
                 self._fail(setup.explanation(event))
@@ -494,7 +494,7 @@ class SessionState:
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
-                self._leave(endpoint)
+                self._leave_peer(endpoint)
         for hop in hops:
             hop.relayed = False
         self._enter(Phase.OPENING)
@@ -507,7 +507,7 @@ class SessionState:
         self.prefixes.begin_asking(self.hops, self.first_codec)
         self._opened_reservation = self.reservation
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
-        self._liveness.heard(self._now)
+        self._liveness.message_received(self._now)
         for index in range(len(self.hops)):
             self._open_hop(index)
 
@@ -539,7 +539,7 @@ class SessionState:
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
-        self.send(hop.endpoint, message)
+        self.send_message(hop.endpoint, message)
 
     def _taps_of(self, hop: RouteHop) -> tuple[int, ...]:
         return tuple(tap for tap in self.taps if hop.planned.start < tap <= hop.planned.end)
@@ -593,13 +593,13 @@ class SessionState:
             case CopyFrom(requests):
                 for endpoint, message in requests:
                     self._asked[endpoint] = self._now + COPY_S
-                    self.send(endpoint, message)
+                    self.send_message(endpoint, message)
                 return
             case Settled(log):
                 self.log = log
         setup.opened_at = self._now
         for hop in self.hops:
-            hop.opened(self.log.positions if self.log is not None else 0)
+            hop.route_opened(self.log.positions if self.log is not None else 0)
         self._load_adapter()
 
     # Loading the adapter, and replaying.
@@ -607,14 +607,14 @@ class SessionState:
     def _load_adapter(self) -> None:
         """Sends each hop that lacks the adapter its tensors; none, where only passes need a version of the adapter."""
         self._enter(Phase.LOADING)
-        self._liveness.heard(self._now)
+        self._liveness.message_received(self._now)
         for hop in self.hops:
-            tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
+            tensors = self.adapter.of_blocks(*hop.blocks) if self.adapter is not None else {}
             if (tensors or self._for_passes) and hop.adapter_version != self.adapter_version:
                 self._asked[hop.endpoint] = self._now + self._progress_timeout_s
                 for remaining, payload in counted_down(write_groups(tensors)):
                     ids = self.session, self.epoch, self.adapter_version
-                    self.send(hop.endpoint, AdapterMessage(*ids, remaining, payload))
+                    self.send_message(hop.endpoint, AdapterMessage(*ids, remaining, payload))
         self._if_all_answered()
 
     def _refill(self) -> None:
@@ -630,7 +630,7 @@ class SessionState:
             self._enter_open()
             return
         self._enter(Phase.REPLAYING)
-        self._liveness.heard(self._now)
+        self._liveness.message_received(self._now)
         self._filling = filling
         self._replays = {replay.number: replay for replay in replays}
         for replay in replays:
@@ -645,11 +645,11 @@ class SessionState:
         self._enter(Phase.OPEN)
         if self.reservation == self._opened_reservation:
             self._former_reservation = 0
-        self._liveness.heard(self._now)
+        self._liveness.message_received(self._now)
         if not self._in_flight:
             self._faults = Faults(self.hops)
         for number in sorted(self._in_flight):
-            if not self._in_flight[number].done:
+            if not self._in_flight[number].is_done:
                 self._in_flight[number].send(self)
         if setup is not None and setup.reasons:
             self.recoveries.append(recovered := setup.recovered(self._now))
@@ -657,10 +657,12 @@ class SessionState:
             what = "a session has moved to a better route" if moved else "a route is whole again"
             route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
             text = f"{what} after {recovered.total_ms:.0f} ms: {route}"
-            self._note("rerouted" if moved else "repaired", text)
+            self._note_load("rerouted" if moved else "repaired", text)
         if changes:
             what = " and ".join(changes)
-            self._note("weights", f"a session continues with {what}, which no peer holds as before: tokens may differ")
+            self._note_load(
+                "weights", f"a session continues with {what}, which no peer holds as before: tokens may differ"
+            )
         if self.reservation > self._opened_reservation:
             self._go_on()
 
@@ -670,7 +672,7 @@ class SessionState:
         """Records that a hop is lost, or refuses the session."""
         setup = self._begin_setup()
         hop = self._hop_at(endpoint)
-        self._leave(endpoint)
+        self._leave_peer(endpoint)
         if hop is None:
             return
         hop.lost = True
@@ -678,24 +680,24 @@ class SessionState:
             self._silenced[endpoint] = hop.name
         setup.refuse(hop.name, error)
         if not isinstance(error, _NOT_BANNED):
-            self._effects.append(events.Ban(hop.name, isinstance(error, PeerLeaving)))
+            self._effects.append(events.BanPeer(hop.name, isinstance(error, PeerLeaving)))
         if setup.repairs:
             setup.reasons.append(str(error))
             kind = "leaving" if isinstance(error, PeerLeaving) else "lost"
-            self._note(kind, f"{error}: another peer takes its place", hop.name)
+            self._note_load(kind, f"{error}: another peer takes its place", hop.name)
         else:
-            self._note("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
+            self._note_load("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
 
-    def _leave(self, endpoint: Endpoint) -> None:
+    def _leave_peer(self, endpoint: Endpoint) -> None:
         """Closes the session at a peer."""
         if self._members.pop(endpoint, None) is not None:
-            self.send(endpoint, Close(self.session))
+            self.send_message(endpoint, Close(self.session))
 
     def _fail(self, error: SplitnetError) -> None:
         """There is no route: all requests under way get the error."""
         setup = self._setup
         if setup is not None and setup.repairs:
-            self._note("failed", f"a route could not be repaired: {error}")
+            self._note_load("failed", f"a route could not be repaired: {error}")
         for name, refused in setup.refused.items() if setup is not None else ():
             if not isinstance(refused, PeerLost):  # the refusal may be right, because no other peer did better
                 self._effects.append(events.Unban(name))
@@ -720,12 +722,12 @@ class SessionState:
             for hop in self.hops:
                 hop.relay_log = None  # the log may hold only a part of the replay
         self._asked, self._failed, self._replays, self._filling = {}, {}, {}, []
-        self._liveness.stop()
+        self._liveness.cancel_round()
 
     def _hop_at(self, endpoint: Endpoint) -> RouteHop | None:
         return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)
 
-    def _note(self, kind: Kind, text: str, peer: str = "") -> None:
+    def _note_load(self, kind: Kind, text: str, peer: str = "") -> None:
         self._effects.append(events.Note(kind, text, peer))
 
     def _enter(self, phase: Phase) -> None:
@@ -735,7 +737,7 @@ class SessionState:
 
     # Messages of peers.
 
-    def _received(self, source: Endpoint, message: Message) -> None:
+    def _receive_message(self, source: Endpoint, message: Message) -> None:
         hop = self._hop_at(source)
         if isinstance(message, CopiedPages):
             if hop is not None and self._awaits_copies and self._asked.pop(source, None) is not None:
@@ -757,9 +759,9 @@ class SessionState:
             case Gradient() if message.boundary != self.blocks[0]:
                 self._relay_back(hop, message)
             case _:
-                self._answer(hop, message)
+                self._take_answer(hop, message)
 
-    def _answer(self, hop: RouteHop, message: Message) -> None:
+    def _take_answer(self, hop: RouteHop, message: Message) -> None:
         number: int = getattr(message, "number", 0)
         request = self._replays.get(number) or self._in_flight.get(number)
         if request is None:
@@ -769,13 +771,13 @@ class SessionState:
             self._decide(OpenAgain(Cause.STALLED, "a step was lost on its way", tuple(self.hops)))
             return
         try:
-            taken = request.take(hop.endpoint, message, self)
+            taken = request.take_answer(hop.endpoint, message, self)
         except (ProtocolError, AdapterError) as error:
             self._decide(self._faults.answered_nonsense(hop, error))
             return
         if not taken:
             return
-        self._liveness.heard(self._now)
+        self._liveness.message_received(self._now)
         if isinstance(request, StepRequest) and isinstance(message, Result):
             self.timings = message.timings
         if isinstance(request, ReplayRequest):
@@ -785,8 +787,8 @@ class SessionState:
                     each.filled = True
                 self._filling = []
                 self._refill()
-        elif request.done:
-            self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
+        elif request.is_done:
+            self._in_flight = {number: each for number, each in self._in_flight.items() if not each.is_done}
             self._faults = Faults(self.hops)
 
     def _came_too_soon(self, request: StepRequest) -> bool:
@@ -829,8 +831,8 @@ class SessionState:
     def _forget_caches(self, hops: Sequence[RouteHop]) -> None:
         """Makes hops compute their caches again."""
         for hop in hops:
-            hop.forget()
-            self._leave(hop.endpoint)
+            hop.forget_session()
+            self._leave_peer(hop.endpoint)
 
     def _lose(self, endpoint: Endpoint, error: SplitnetError) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(endpoint, None) is not None:
@@ -859,8 +861,8 @@ class SessionState:
         except ProtocolError as error:
             self._decide(self._faults.answered_nonsense(hop, error))
             return
-        self._liveness.heard(self._now)
-        self.send(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
+        self._liveness.message_received(self._now)
+        self.send_message(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
 
     def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
         index, request = self.hops.index(hop), self._in_flight.get(gradient.number)
@@ -872,8 +874,8 @@ class SessionState:
         except ProtocolError as error:
             self._decide(self._faults.answered_nonsense(hop, error))
             return
-        self._liveness.heard(self._now)
-        self.send(before.endpoint, gradient)
+        self._liveness.message_received(self._now)
+        self.send_message(before.endpoint, gradient)
 
     # Silence.
 
@@ -896,7 +898,7 @@ class SessionState:
         predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
         return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)
 
-    def _tick(self) -> None:
+    def _check_timers(self) -> None:
         setup = self._setup
         if setup is not None and self._now >= setup.retry_at:
             self._ask_route(fresh=True, unban=True)
@@ -909,7 +911,7 @@ class SessionState:
                 self._judge()
             elif not self._liveness.asking and self._now >= self._liveness.wake_at(self._silence_s):
                 asked = self._opening or self.endpoints()
-                self._liveness.ask(asked, self._now)
+                self._liveness.begin_round(asked, self._now)
                 self._effects += [events.AskAlive(endpoint) for endpoint in asked]
 
     @property
@@ -934,7 +936,7 @@ class SessionState:
     def _judge(self) -> None:
         """Judges a round of pings that is over."""
         if not self._awaits_hops:
-            self._liveness.stop()
+            self._liveness.cancel_round()
             return
         decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
@@ -947,7 +949,7 @@ class SessionState:
         verdict = self._liveness.verdict(number, parts, progress_s, self._now)
         if self.phase is Phase.OPENING:
             # A live hop may still be connecting to its next hop, or hold nothing yet.
-            if verdict is not None and verdict.finding is Finding.SILENT:
+            if verdict is not None and verdict.finding is PingVerdict.SILENT:
                 self._unanswered(verdict.hops)
-        elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
+        elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is PingVerdict.IDLE):
             self._decide(self._faults.judge(verdict, self._filling, self._in_flight.values()))

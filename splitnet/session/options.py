@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from scheduler.liveness import RECOVERY_TIMEOUT_S
-from splitnet.blocks.device import AUTO, find_device
+from splitnet.blocks.chosen_device import AUTO, find_device
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.wire.kv_forms import KVForms

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from splitnet.blocks.adapters import Adapter, write_groups
+from splitnet.blocks.adapters import AdapterTensors, write_groups
 from splitnet.errors import SplitnetError
 from splitnet.session.events import LookUpPrefix
 from splitnet.session.failover import RouteHop
@@ -27,7 +27,7 @@ WORTH_COPYING = 16 * PAGE  # least advantage of another peer, in positions: a ho
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixNamespace:
+class LookUpNamespace:
     """The sessions that may find each other's stored pages.
 
     salt: start of page labels, which peers do not know; None: hops store no pages. shared: other keys may find the
@@ -42,7 +42,7 @@ class PrefixNamespace:
         return self.salt is not None
 
 
-NO_PAGES = PrefixNamespace()
+NO_PAGES = LookUpNamespace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class PrefixLookup:
     blocks: tuple[int, int]
     hidden_size: int
     number: Callable[[], int]
-    namespace: PrefixNamespace = NO_PAGES
+    namespace: LookUpNamespace = NO_PAGES
     text: LookUpPrefix | None = None
     hit: int = 0
     reused: int = 0
@@ -118,11 +118,11 @@ class PrefixLookup:
     stage: Stage = Stage.ASKING
     _hops: Sequence[RouteHop] = ()  # of the route that is being opened
     _codec: Codec = field(init=False)  # of its first link
-    _adapter: Adapter | None = None
+    _adapter: AdapterTensors | None = None
     _adapter_digest: bytes = b""  # of the adapter; computed when it is needed first
     _renamed: bool = False  # contexts have changed once on this route
 
-    def use_adapter(self, adapter: Adapter) -> None:
+    def use_adapter(self, adapter: AdapterTensors) -> None:
         """Takes in the adapter of the session, on which keys and values depend."""
         self._adapter, self._adapter_digest = adapter, b""
 
@@ -169,7 +169,7 @@ class PrefixLookup:
 
     def hop_opened(self, hop: RouteHop, message: Opened) -> None:
         """A hop has answered `Open`."""
-        hop.cached_positions, hop.prefix_hit = message.cached_positions, message.recalled and hop.asked_prefix
+        hop.cached_positions, hop.prefix_hit = message.cached_positions, message.looked_up and hop.asked_prefix
         if hop.prefix_hit:  # a hop that was not asked would still hold the prefix that it was asked for before
             hop.filled, hop.adapter_version = False, 0
         hop.stores = message.stores
@@ -232,7 +232,7 @@ class PrefixLookup:
     def _contexts(self) -> list[bytes]:
         """For each hop, a digest of everything but the text that determines its keys and values."""
         if self._adapter is not None and not self._adapter_digest:
-            self._adapter_digest = digest(*write_groups(self._adapter.within(*self.blocks)))
+            self._adapter_digest = digest(*write_groups(self._adapter.of_blocks(*self.blocks)))
         codecs, names = [self._codec, *(hop.codec for hop in self._hops)], [self.model.encode(), self._adapter_digest]
         names += [f"{h.blocks} {h.weights} {c.name}".encode() for h, c in zip(self._hops, codecs, strict=False)]
         return [digest(*names[: end + 3]) for end in range(len(self._hops))]

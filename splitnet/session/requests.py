@@ -30,7 +30,7 @@ from splitnet.wire.messages import (
 )
 
 
-class Route(Protocol):
+class OpenRoute(Protocol):
     """The part of an open route that requests use; see `splitnet.session.machine.SessionState`."""
 
     epoch: int
@@ -38,12 +38,12 @@ class Route(Protocol):
     blocks: tuple[int, int]
 
     @property
-    def first(self) -> Endpoint: ...
+    def first_hop(self) -> Endpoint: ...
 
     @property
     def tail(self) -> Endpoint: ...
 
-    def send(self, endpoint: Endpoint, message: Message) -> None: ...
+    def send_message(self, endpoint: Endpoint, message: Message) -> None: ...
 
     def endpoints(self) -> list[Endpoint]: ...
 
@@ -77,7 +77,7 @@ class Request(ABC, Generic[Sent]):
 
     @property
     @abstractmethod
-    def done(self) -> bool: ...
+    def is_done(self) -> bool: ...
 
     @property
     def decodes(self) -> bool:
@@ -85,11 +85,11 @@ class Request(ABC, Generic[Sent]):
         return False
 
     @abstractmethod
-    def send(self, route: Route) -> None:
+    def send(self, route: OpenRoute) -> None:
         """Sends the request in the route's epoch, and drops earlier answers."""
 
     @abstractmethod
-    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+    def take_answer(self, source: Endpoint, message: Message, route: OpenRoute) -> bool:
         """Handles a message; returns whether the message was an answer. Raises ProtocolError, AdapterError: the answer
         cannot be used."""
 
@@ -115,19 +115,19 @@ class StepRequest(Request[Step]):
     replaces: bool = False
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return self.result is not None and len(self.tapped) == len(self.taps)
 
     @property
     def decodes(self) -> bool:
         return self.message.positions <= DECODE_POSITIONS
 
-    def send(self, route: Route) -> None:
+    def send(self, route: OpenRoute) -> None:
         self.result, self.tapped = None, {}
         self.message = replace(self.message, epoch=route.epoch)
-        route.send(route.first, self.message)
+        route.send_message(route.first_hop, self.message)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+    def take_answer(self, source: Endpoint, message: Message, route: OpenRoute) -> bool:
         match message:
             case Result() if source == route.tail and message.end == route.blocks[1]:
                 check_size(message.codec, message.payload, self.kept, route.hidden_size)
@@ -140,13 +140,13 @@ class StepRequest(Request[Step]):
         return True
 
 
-def check_beside(step: Step, under_way: Collection[StepRequest]) -> None:
+def check_beside(step: Step, in_flight: Collection[StepRequest]) -> None:
     """Raises SplitnetError for a step that must not be sent while these requests are under way."""
-    if step.forks and under_way:
+    if step.forks and in_flight:
         # A hop does not fork rows twice, so a step that was lost before the fork could not be repeated.
         raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
     starts = {part.row: part.start for part in step.parts}
-    for request in under_way:
+    for request in in_flight:
         parts = request.message.parts
         if any(part.start < starts.get(part.row, 0) < part.start + part.length for part in parts):
             # If the older step were lost, its first positions, which the new step needs, would not be sent again.
@@ -156,13 +156,13 @@ def check_beside(step: Step, under_way: Collection[StepRequest]) -> None:
             raise SplitnetError("a step was to undo some rows of one under way: wait for that, or undo all its rows")
 
 
-def undone_by(step: Step, under_way: Iterable[StepRequest]) -> list[StepRequest]:
+def undone_by(step: Step, in_flight: Iterable[StepRequest]) -> list[StepRequest]:
     """Steps under way that a new step undoes because it begins before their end. They must not be sent again."""
     starts = {part.row: part.start for part in step.parts}
     rows = {fork.row for fork in step.forks} if step.forks is not None else None
     return [
         request
-        for request in under_way
+        for request in in_flight
         if any(
             (rows is not None and part.row not in rows)
             or starts.get(part.row, MAX_POSITIONS) < part.start + part.length
@@ -180,13 +180,13 @@ class ReplayRequest(Request[Step | Replay]):
     ended: bool = False
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return self.ended
 
-    def send(self, route: Route) -> None:
-        route.send(self.to, self.message)
+    def send(self, route: OpenRoute) -> None:
+        route.send_message(self.to, self.message)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+    def take_answer(self, source: Endpoint, message: Message, route: OpenRoute) -> bool:
         if isinstance(message, Result) and source == self.last:
             self.ended = True
         elif isinstance(message, Result) and source == self.to:
@@ -206,7 +206,7 @@ def most_bytes(sizes: Iterable[int]) -> int:
 
 
 @dataclass(slots=True)
-class FromHops:
+class HopParts:
     """Data of several hops, each in one or several messages."""
 
     parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
@@ -214,15 +214,15 @@ class FromHops:
     _remaining: dict[Endpoint, int] = field(default_factory=dict)
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all expected data have arrived."""
         return not self._left
 
-    def begin(self, expected: Mapping[Endpoint, int]) -> None:
+    def expect_parts(self, expected: Mapping[Endpoint, int]) -> None:
         """Drops earlier parts. expected: hops that will send data, with their largest number of bytes."""
         self.parts, self._left, self._remaining = {}, dict(expected), {}
 
-    def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
+    def take_part(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
         """Adds a part; False if no part of this hop is missing. Raises ProtocolError: the part is not due."""
         if source not in self._left:
             return False
@@ -247,29 +247,31 @@ class PassRequest(Request[Forward]):
     gradient: Gradient | None = None
 
     @property
-    def done(self) -> bool:
-        return self.result is not None if self.back is None else self.back.batch.done
+    def is_done(self) -> bool:
+        return self.result is not None if self.back is None else self.back.batch.is_done
 
     @property
     def is_on_way_back(self) -> bool:
         """Whether the forward pass is done and a gradient may be under way."""
         return self.back is not None and self.result is not None
 
-    def send(self, route: Route) -> None:
+    def send(self, route: OpenRoute) -> None:
         self.result, self.gradient = None, None
         if self.back is not None:
             self.back.batch.sent = 0
         self.message = replace(self.message, epoch=route.epoch)
-        route.send(route.first, self.message)
+        route.send_message(route.first_hop, self.message)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+    def take_answer(self, source: Endpoint, message: Message, route: OpenRoute) -> bool:
         match message:
             case Result() if self.result is None and source == route.tail and message.end == route.blocks[1]:
                 check_values(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
-            case Gradient() if self.gradient is None and source == route.first and message.boundary == route.blocks[0]:
+            case Gradient() if (
+                self.gradient is None and source == route.first_hop and message.boundary == route.blocks[0]
+            ):
                 check_values(message.codec, message.payload, self.message.positions, route.hidden_size)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
@@ -301,19 +303,19 @@ class Batch:
     """
 
     passes: list[PassRequest]
-    sums: FromHops = field(default_factory=FromHops)
+    sums: HopParts = field(default_factory=HopParts)
     by_adapter: dict[str, Tensor] = field(default_factory=dict)
     sent: int = 0
     _adapted: dict[Endpoint, dict[str, Tensor]] = field(default_factory=dict)  # the adapter's tensors by hop
 
     @property
-    def done(self) -> bool:
-        came = all(each.gradient is not None for each in self.passes) and self.sums.whole
+    def is_done(self) -> bool:
+        came = all(each.gradient is not None for each in self.passes) and self.sums.is_complete
         return came and not self.sums.parts
 
     def take_part(self, source: Endpoint, message: AdapterGradient) -> bool:
-        """As `Request.take`, for a part of the gradients by the adapter."""
-        if not self.sums.take(source, message):
+        """As `Request.take_answer`, for a part of the gradients by the adapter."""
+        if not self.sums.take_part(source, message):
             return False
         if not message.remaining:
             found: dict[str, Tensor] = {}
@@ -328,7 +330,7 @@ class Batch:
             del self.sums.parts[source]
         return True
 
-    def go_back(self, adapter: int, route: Route) -> None:
+    def go_back(self, adapter: int, route: OpenRoute) -> None:
         """Sends the gradients by the output back. After a change of route or adapter, the passes run forward again
         before.
         """
@@ -339,7 +341,7 @@ class Batch:
             each.message = replace(each.message, adapter=adapter)
             each.send(route)
 
-    def send_ready(self, route: Route) -> None:
+    def send_ready(self, route: OpenRoute) -> None:
         """Sends back the passes with outputs, in order."""
         last = self.passes[-1]
         while self.sent < len(self.passes) and (result := self.passes[self.sent].result) is not None:
@@ -347,10 +349,10 @@ class Batch:
             if not self.sent:
                 self._adapted, self.by_adapter = route.adapted_hops() if forward.adapter else {}, {}
                 sizes = {hop: (each.nbytes for each in part.values()) for hop, part in self._adapted.items()}
-                self.sums.begin({hop: most_bytes(nbytes) for hop, nbytes in sizes.items()})
+                self.sums.expect_parts({hop: most_bytes(nbytes) for hop, nbytes in sizes.items()})
             assert back is not None
             ids, held = (forward.session, forward.epoch, forward.number), forward.number != last.number
-            route.send(route.tail, Gradient(*ids, result.end, since, held, back.codec, back.payload))
+            route.send_message(route.tail, Gradient(*ids, result.end, since, held, back.codec, back.payload))
             self.sent += 1
 
 
@@ -358,21 +360,21 @@ class Batch:
 class FetchRequest(Request[FetchKV]):
     """Fetches the keys and values of a row from every hop."""
 
-    found: FromHops = field(default_factory=FromHops)
+    found: HopParts = field(default_factory=HopParts)
     sent: bool = False
 
     @property
-    def done(self) -> bool:
-        return self.sent and self.found.whole
+    def is_done(self) -> bool:
+        return self.sent and self.found.is_complete
 
-    def send(self, route: Route) -> None:
+    def send(self, route: OpenRoute) -> None:
         self.sent = True
         self.message = replace(self.message, epoch=route.epoch)
         count, position_bytes = route.blocks[1] - route.blocks[0], 4 * KV_WIDTH * route.hidden_size
         most = most_bytes([self.message.length * position_bytes] * 2 * count)
-        self.found.begin(dict.fromkeys(route.endpoints(), most))
+        self.found.expect_parts(dict.fromkeys(route.endpoints(), most))
         for endpoint in route.endpoints():
-            route.send(endpoint, self.message)
+            route.send_message(endpoint, self.message)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        return isinstance(message, FetchedKV) and self.found.take(source, message)
+    def take_answer(self, source: Endpoint, message: Message, route: OpenRoute) -> bool:
+        return isinstance(message, FetchedKV) and self.found.take_part(source, message)

@@ -27,7 +27,7 @@ PAGES_AT_ONCE: Final = 128  # most pages of one request, which bounds the loss i
 
 
 @dataclass(slots=True)
-class _Copy:
+class _ReplicaState:
     """The pages at the replica of a hop. replica: None: no peer can replace the hop."""
 
     replica: PlannedHop | None
@@ -41,7 +41,7 @@ class _Copy:
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
+class StandbyText:
     """The present route of a session, and the labels of its text's pages."""
 
     hops: Sequence[RouteHop]
@@ -61,7 +61,7 @@ class Standby:
         swarm: Swarm,
         session: bytes,
         rate: float,
-        present: Callable[[], Present | None],
+        present: Callable[[], StandbyText | None],
         number: Callable[[], int],
     ) -> None:
         self.copied_bytes = 0
@@ -70,11 +70,11 @@ class Standby:
         self._rate = rate
         self._present = present
         self._number = number
-        self._copies: dict[str, _Copy] = {}  # by the name of the hop
+        self._copies: dict[str, _ReplicaState] = {}  # by the name of the hop
         self._lock = threading.Lock()
         self._closed = False
         self._changed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="splitnet-standby", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="splitnet-standby", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -95,30 +95,30 @@ class Standby:
                     return True
         return False
 
-    def _run(self) -> None:
+    def _run_thread(self) -> None:
         while not self._closed:
             self._changed.wait(LOOK_S)
             self._changed.clear()
             try:
                 present = self._present()
                 if present is not None:
-                    self._look(present)
+                    self._update_replicas(present)
             except SplitnetError as error:
                 log.debug("no standby: %s", error)
             except Exception:
                 log.exception("the standby of a session failed")
                 return
 
-    def _look(self, present: Present) -> None:
+    def _update_replicas(self, present: StandbyText) -> None:
         now, labels = time.monotonic(), present.labels[:MAX_LABELS]
-        names, behind = {hop.name for hop in present.hops}, list[tuple[RouteHop, _Copy, PlannedHop]]()
+        names, behind = {hop.name for hop in present.hops}, list[tuple[RouteHop, _ReplicaState, PlannedHop]]()
         self._copies = {name: copy for name, copy in self._copies.items() if name in names}
         for index, hop in enumerate(present.hops):
             copy = self._copies.get(hop.name)
             if copy is None or (now - copy.planned_at > PLAN_S and not copy.number):
                 replica = self._replica(present, index)
                 if copy is None or copy.replica is None or replica is None or replica.name != copy.replica.name:
-                    copy = _Copy(replica, now)
+                    copy = _ReplicaState(replica, now)
                 copy.planned_at = now
                 with self._lock:
                     self._copies[hop.name] = copy
@@ -139,16 +139,16 @@ class Standby:
             message = copy_request(hop, self._session, copy.number, hop.endpoint, copy.asked, rate=rate)
             self._swarm.links.send(replica.record.endpoint, message)
 
-    def _replica(self, present: Present, index: int) -> PlannedHop | None:
+    def _replica(self, present: StandbyText, index: int) -> PlannedHop | None:
         """The peer that a repair would choose for a hop, if one peer holds all its blocks in the same format."""
         hops = present.hops
         before = hops[index - 1].planned.record if index else None
         behind = hops[index + 1].planned.record if index + 1 < len(hops) else None
         try:
-            route = self._swarm.plan(
+            route = self._swarm.plan_route(
                 present.needs,
                 blocks=hops[index].blocks,
-                ends=(before, behind),
+                neighbours=(before, behind),
                 exclude={hop.name for hop in hops},
             )
         except SplitnetError:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from scheduler.liveness import PASS_PROGRESS_S
-from splitnet.blocks.adapters import Adapter
+from splitnet.blocks.adapters import AdapterTensors
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Backward, Submit, UseAdapter
@@ -30,7 +30,7 @@ class Passed:
     """A batch after its forward pass, with the state that its backward pass needs."""
 
     passes: list[PassRequest]
-    adapter: Adapter | None
+    adapter: AdapterTensors | None
 
 
 class PassSession(SessionDriver):
@@ -59,14 +59,20 @@ class PassSession(SessionDriver):
         self._forgotten: deque[list[int]] = deque()
 
     def forward(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, *, keep: bool, reach: int
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: AdapterTensors | None = None,
+        *,
+        keep: bool,
+        rope_length: int,
     ) -> tuple[torch.Tensor, Passed]:
         """Runs sequences through all blocks.
 
         Args:
             hidden: `[positions, hidden]`: the sequences one after the other.
             lengths: positions of each sequence.
-            keep: `backward` or `forget` will follow.
+            keep: `backward` or `forget_batch` will follow.
             reach: see `splitnet.wire.messages.Forward`.
 
         Returns:
@@ -78,7 +84,7 @@ class PassSession(SessionDriver):
             NotFinite: `hidden` or the adapter holds inf or NaN, or two peers of the same blocks compute inf or NaN from
                 finite values.
         """
-        self._use(adapter)
+        self._open_with_adapter(adapter)
         while self._forgotten:
             self._kept.difference_update(self._forgotten.popleft())
         state, codec, batch = self.state, self.state.first_codec, Passed([], adapter)
@@ -90,13 +96,13 @@ class PassSession(SessionDriver):
                 self._kept.add(number)
             ids, since = (self.id, state.epoch, number), min(self._kept, default=number)
             how = keep, self._version(adapter), self._codec_of_gradients().code, codec.code
-            batch.passes.append(PassRequest(Forward(*ids, since, tuple(group), *how, payload, reach=reach)))
+            batch.passes.append(PassRequest(Forward(*ids, since, tuple(group), *how, payload, rope_length=rope_length)))
         self.traffic.steps += len(batch.passes)
         self.traffic.positions += len(hidden)
         self.feed(Submit(tuple(batch.passes)))
         self._wait_for_batch(batch)
         self.count_energy(request.result for request in batch.passes)
-        return torch.cat([self._decode(request.result, request) for request in batch.passes]), batch
+        return torch.cat([self._decode_result(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients of a loss by the inputs of `forward`, once per batch. Raises as `forward`.
@@ -108,8 +114,8 @@ class PassSession(SessionDriver):
         Returns:
             The gradient by `hidden`, `[positions, hidden]` float32, and the gradients by the adapter's tensors.
         """
-        self.forget(batch)
-        self._use(batch.adapter)
+        self.forget_batch(batch)
+        self._open_with_adapter(batch.adapter)
         codec = self._codec_of_gradients()
         together = Batch(batch.passes)
         parts = gradient.split([request.message.positions for request in batch.passes])
@@ -119,17 +125,17 @@ class PassSession(SessionDriver):
         self.feed(Backward(together, self._version(batch.adapter)))
         self._wait_for_batch(batch)
         self.count_energy(request.gradient for request in batch.passes)
-        by_input = torch.cat([self._decode(request.gradient, request) for request in batch.passes])
+        by_input = torch.cat([self._decode_result(request.gradient, request) for request in batch.passes])
         return by_input, together.by_adapter
 
-    def forget(self, batch: Passed) -> None:
+    def forget_batch(self, batch: Passed) -> None:
         """Gives up the backward pass of a batch; peers free its memory at the next pass. Any thread may call this."""
         self._forgotten.append([request.number for request in batch.passes])
 
-    def _version(self, adapter: Adapter | None) -> int:
+    def _version(self, adapter: AdapterTensors | None) -> int:
         return self.state.adapter_version if adapter is not None else 0
 
-    def _use(self, adapter: Adapter | None) -> None:
+    def _open_with_adapter(self, adapter: AdapterTensors | None) -> None:
         """Opens a route whose blocks run with an adapter; sends the adapter only if it has changed."""
         if adapter is not None and adapter is not self.state.adapter:
             if not are_finite(adapter.tensors.values()):
@@ -141,7 +147,7 @@ class PassSession(SessionDriver):
         try:
             self._wait_for(batch.passes)
         except SplitnetError:
-            self.forget(batch)
+            self.forget_batch(batch)
             raise
 
     def _codec_of_gradients(self) -> Codec:
@@ -150,7 +156,7 @@ class PassSession(SessionDriver):
         exact = self.state.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
         return codec_by_name("none" if exact else LOSSY_GRADIENT_CODEC)
 
-    def _decode(self, answer: Result | Gradient | None, request: PassRequest) -> torch.Tensor:
+    def _decode_result(self, answer: Result | Gradient | None, request: PassRequest) -> torch.Tensor:
         assert answer is not None
         size = request.message.positions, self._swarm.facts.hidden_size
         return codec_by_code(answer.codec).decode(answer.payload, *size)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median_low
 from typing import Generic, ParamSpec, TypeVar
 
-from scheduler.candidates import measured_first
+from scheduler.candidates import measurement_rounds
 from scheduler.facts import (
     CLIENT,
     DIMENSIONS,
@@ -22,18 +22,18 @@ from scheduler.facts import (
     Coordinate,
     Link,
     Network,
+    NetworkPlace,
     Peer,
-    Place,
     Speed,
     place_among,
 )
 from scheduler.liveness import ANSWER_S
 from scheduler.replan import PredictionErrors
-from scheduler.route_search import PINGED_AT_ONCE, Answers
+from scheduler.route_search import PINGED_AT_ONCE, PingHistory
 from splitnet.directory.record import PeerRecord, facts_of, network_of, place_of
 from splitnet.errors import SplitnetError
 from splitnet.limits import keep_latest
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.peer_cache import PeerCache
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import LoadReport
@@ -77,13 +77,13 @@ class NetworkCoordinates:
         self._lock = threading.Lock()
 
     @property
-    def place(self) -> Place:
+    def own_place(self) -> NetworkPlace:
         """The client's place. An error of 1 or more means that the place is unknown."""
         with self._lock:
-            return Place(self._coordinate, self._bytes_per_ms)
+            return NetworkPlace(self._coordinate, self._bytes_per_ms)
 
     @property
-    def links(self) -> dict[str, Link]:
+    def measured_links(self) -> dict[str, Link]:
         """Recently measured links, the latest last; 0 bytes per ms: unknown bandwidth."""
         oldest = self._clock() - MAX_AGE_S
         with self._lock:
@@ -96,7 +96,7 @@ class NetworkCoordinates:
             _, former, _ = self._links.get(record.key.text, (0.0, link, other))
             link = link if link.bytes_per_ms else Link(link.latency_ms, former.bytes_per_ms)
             keep_latest(self._links, record.key.text, (self._clock(), link, other), KEPT_LINKS)
-            self._coordinate = self._coordinate.moved(other, 2 * link.latency_ms, self._direction())
+            self._coordinate = self._coordinate.moved_by(other, 2 * link.latency_ms, self._direction())
             self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
 
     def settle(self) -> None:
@@ -135,7 +135,7 @@ class Latest(Generic[P, T]):
 
 
 @dataclass(slots=True)
-class _Seen:
+class _Observation:
     """The latest decode steps that a hop has run for this client."""
 
     at: float
@@ -148,10 +148,10 @@ class Measurements:
     """A client's measurements of peers and links. Thread-safe. clock: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.answers = Answers()  # peers that have answered measurements
+        self.answers = PingHistory()  # peers that have answered measurements
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
-        self._hops: dict[str, _Seen] = {}
+        self._hops: dict[str, _Observation] = {}
         self._loads: dict[str, tuple[float, LoadReport]] = {}  # with the time of the report
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._probed: dict[str, float] = {}  # when the bandwidth of the link was measured
@@ -170,21 +170,21 @@ class Measurements:
         with self._lock:
             seen = self._hops.get(key)
             if seen is None or now - seen.at >= TRUST_S:
-                seen = self._hops[key] = _Seen(now)
+                seen = self._hops[key] = _Observation(now)
             seen.at, seen.positions = now, positions
             seen.block_ms.append(block_ms)
             seen.wait_ms.append(wait_ms)
-        self.answers.stepped(key, now)
+        self.answers.record_step(key, now)
 
     def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
         """Notes the round trip between two hops."""
         with self._lock:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
-    def prediction_came(self, route: Hashable, ratio: float) -> None:
+    def add_prediction(self, route: Hashable, ratio: float) -> None:
         """Notes the ratio of a route's time and its prediction."""
         with self._lock:
-            self._predictions.came(route, ratio)
+            self._predictions.add_ratio(route, ratio)
 
     @property
     def prediction_error(self) -> float:
@@ -197,13 +197,13 @@ class Measurements:
         hops, loads = self._seen_lately()
         return [_corrected(record, hops.get(record.key.text), loads.get(record.key.text)) for record in records]
 
-    def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
+    def corrected_peers(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
         """The peers with measurements or load reports, by name, with their records corrected."""
         hops, loads = self._seen_lately()
         names = (hops.keys() | loads.keys()) & records.keys()
         return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
 
-    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, LoadReport]]:
+    def _seen_lately(self) -> tuple[dict[str, _Observation], dict[str, LoadReport]]:
         oldest = self._clock() - TRUST_S
         with self._lock:
             hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
@@ -211,7 +211,9 @@ class Measurements:
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, with the client's own links."""
-        network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
+        network = self._told(
+            tuple(records), self.network_coordinates.measured_links, self.network_coordinates.own_place
+        )
         names = {record.key.text for record in records}
         oldest = self._clock() - TRUST_S
         with self._lock:
@@ -230,12 +232,12 @@ class Measurements:
         oldest = self._clock() - again_s
         with self._lock:
             known = {key for key, at in self._probed.items() if at >= oldest}
-        known |= self.silent()
+        known |= self.silent_peers()
         return [record for record in records if record.key.text not in known]
 
-    def silent(self, *, lately: bool = False) -> set[str]:
+    def silent_peers(self, *, lately: bool = False) -> set[str]:
         """Names of peers that did not answer the last measurement; lately: only of recent measurements."""
-        return self.answers.silent(self._clock(), lately=lately)
+        return self.answers.silent_peers(self._clock(), lately=lately)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """The peers whose last measurement, answered or not, is older than `age_s`; the oldest first."""
@@ -260,7 +262,7 @@ class Measurements:
                     self._loads[key] = now, loads[endpoint]
                 if endpoint in links and links[endpoint].bytes_per_ms:
                     self._probed[key] = now
-                for forgotten in self.answers.asked(key, now, answered=endpoint in links):
+                for forgotten in self.answers.record_ping(key, now, answered=endpoint in links):
                     self._loads.pop(forgotten, None)
                     self._probed.pop(forgotten, None)
         for endpoint, link in links.items():
@@ -268,7 +270,7 @@ class Measurements:
         self.network_coordinates.settle()
 
 
-def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: Place) -> Network:
+def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: NetworkPlace) -> Network:
     rates = {record.key.text: record.bytes_per_ms for record in records}
     links: dict[tuple[str, str], Link] = {}
     for key, link in measured.items():
@@ -278,13 +280,13 @@ def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], pl
     return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
-def _corrected(record: PeerRecord, seen: _Seen | None, told: LoadReport | None) -> Peer:
+def _corrected(record: PeerRecord, seen: _Observation | None, told: LoadReport | None) -> Peer:
     peer = facts_of(record)
     if told is not None and told.at >= record.issued_at:
         peer = replace(peer, queue_ms=told.wait_ms, batch=told.batch)
     if seen is None:
         return peer
-    told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)
+    told_ms = max(peer.speed.block_ms_at(seen.positions + peer.batch), 1e-6)
     usual_ms = _usual(seen.block_ms, told_ms)
     factor = usual_ms / told_ms
     # More positions take at least the measured time, even if the peer reports none.
@@ -327,14 +329,14 @@ class Measurer:
         self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
         self._watcher.start()
 
-    def stop(self) -> None:
+    def stop_measuring(self) -> None:
         """Stops the work in the background."""
         self._closing.set()
         self._look.set()
 
     def close(self) -> None:
         """Ends the thread, after the answers that the thread awaits."""
-        self.stop()
+        self.stop_measuring()
         self._watcher.join(ANSWER_S)
 
     def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
@@ -354,8 +356,8 @@ class Measurer:
 
         The first peers are arbitrary and give the client's place; the others are most likely on routes.
         """
-        anyone, *likely = measured_first(len(records))
-        if len(self.measurements.network_coordinates.links) < anyone:
+        anyone, *likely = measurement_rounds(len(records))
+        if len(self.measurements.network_coordinates.measured_links) < anyone:
             unknown = sorted(self.measurements.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[:anyone])
             for count in likely:
@@ -363,9 +365,9 @@ class Measurer:
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to these peers in order, until the pings of this minute are used up."""
-        self.measure((), records[: max(0, self._pings_left() - ENDS_PINGS) // 2])
+        self.measure_peers((), records[: max(0, self._pings_left() - ENDS_PINGS) // 2])
 
-    def measure(
+    def measure_peers(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
     ) -> bool:
         """Measures the links to these peers in order, until the pings of this minute are used up.
@@ -378,7 +380,7 @@ class Measurer:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self.links.prober.measure(chosen, ANSWER_S, probed=due, loads=chosen)
+            links = self.links.prober.measure_links(chosen, ANSWER_S, probed=due, loads=chosen)
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)
@@ -426,11 +428,11 @@ class Measurer:
                 continue
             suspects, self._suspects = self._suspects, ()
             try:
-                records = self.known.look(fresh=self.known.is_old)
+                records = self.known.refresh(fresh=self.known.is_old)
                 if has_sessions:
                     used = self.links.pool.in_use
                     self.look_at([record for record in self.measurements.stale(records) if record.endpoint in used])
-                    self.measure(suspects, again_s=self._suspects_probed_s)
+                    self.measure_peers(suspects, again_s=self._suspects_probed_s)
                     stale = self.measurements.stale(records)
                     self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
                     self.look_at(self._some_likely(records, self.measurements.stale(stale), everywhere=bool(suspects)))

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from scheduler.liveness import BAN_S, DIRECTORY_ANSWER_S
-from splitnet.directory.ask import Changes, PeerDirectory
+from splitnet.directory.announcer import REFRESH_S
+from splitnet.directory.ask import PeerDirectory, RecordChanges
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.directory.offers import REFRESH_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
 from splitnet.security.identity import AuthorizedKeys, PublicKey
@@ -50,7 +50,7 @@ Likely = Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[Pe
 class LinkStates(Protocol):
     """The client's links to peers."""
 
-    def state(self, endpoint: Endpoint) -> LinkState: ...
+    def link_state(self, endpoint: Endpoint) -> LinkState: ...
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class PeerCache:
         self._asking = threading.Lock()
         self._awaited_until: float | None = None  # end of the wait for a first record, in a swarm with other models
 
-    def look(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
+    def refresh(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
         """Peers that serve this model and speak this protocol; asks again after 20 to 30 s, or at once if `fresh`.
 
         While no peer answers, the question is repeated every 10 s, and the known records are used until they expire, or
@@ -129,7 +129,7 @@ class PeerCache:
         """Whether to ask again in the background, so that the next look does not wait."""
         return time.monotonic() - self._asked_at > min(LOOK_S, self.look_s - LOOK_S / 2)
 
-    def find(self, key: PublicKey) -> PeerRecord | None:
+    def find_record(self, key: PublicKey) -> PeerRecord | None:
         """The latest record of a peer."""
         return next((record for record in self._records if record.key == key), None)
 
@@ -150,21 +150,21 @@ class PeerCache:
         if self._asking.acquire(blocking=not self._silent):
             try:
                 if self._asked_at == asked_at:
-                    self._ask(whole)
+                    self._ask_directory(whole)
             finally:
                 self._asking.release()
 
-    def _ask(self, whole: bool) -> None:
+    def _ask_directory(self, whole: bool) -> None:
         try:
             read_s_ago = time.monotonic() - self._read_at
             if (whole and read_s_ago > LOOK_S) or not self._hear_changes():
-                self._read()
+                self._read_records()
             elif read_s_ago > REST_S:
-                self.directory.rest()
+                self.directory.pause()
             self._silent = False
         except DirectoryError as error:
             now, up = time.time(), LinkState.UP
-            self._keep(lambda each: self._void_at(each) > now or self.links.state(each.endpoint) is up)
+            self._keep_valid(lambda each: self._void_at(each) > now or self.links.link_state(each.endpoint) is up)
             if not self._records:
                 self._silent = False
                 raise
@@ -174,7 +174,7 @@ class PeerCache:
         finally:
             self._asked_at = time.monotonic()
 
-    def _read(self) -> None:
+    def _read_records(self) -> None:
         began = time.time()
         records = self.directory.peers(self.fingerprint)
         self._held = {record.key: record for record in records}
@@ -205,7 +205,7 @@ class PeerCache:
             elif others:
                 suspects = []
         gone = {record.key for record in suspects}
-        self._keep(
+        self._keep_valid(
             lambda record: (
                 record.key not in gone and self._void_at(record) > (began if record.has_left else began - UNHEARD_S)
             )
@@ -225,7 +225,7 @@ class PeerCache:
 
     def _hear_from(
         self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float, others: Sequence[Endpoint] = ()
-    ) -> list[Changes]:
+    ) -> list[RecordChanges]:
         """The answers of these peers, see `PeerDirectory.changes`."""
         assert self.peers is not None
         if not asked:
@@ -242,7 +242,7 @@ class PeerCache:
             for record in self._records
             if record.protocol == PROTOCOL_VERSION and record.endpoint not in excluded and self.trusts(record.key)
         ]
-        linked = [endpoint for endpoint in known if self.links.state(endpoint) is LinkState.UP]
+        linked = [endpoint for endpoint in known if self.links.link_state(endpoint) is LinkState.UP]
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
     def _one_to_ask(self) -> list[Endpoint]:
@@ -259,7 +259,7 @@ class PeerCache:
         linked, known = self._askable(excluded)
         return list(dict.fromkeys(random.choice(some) for some in (linked, known) if some))
 
-    def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[Changes]) -> list[PeerRecord]:
+    def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[RecordChanges]) -> list[PeerRecord]:
         """Applies answers; returns the listed records that have expired and that no answer confirms."""
         for record in (record for changes in heard for record in changes.records):
             held = self._held.get(record.key)
@@ -274,7 +274,7 @@ class PeerCache:
                 suspects.append(record)
         return suspects
 
-    def _keep(self, counts: Callable[[PeerRecord], bool]) -> None:
+    def _keep_valid(self, counts: Callable[[PeerRecord], bool]) -> None:
         """Drops all records for which `counts` is false."""
         self._held = {key: record for key, record in self._held.items() if counts(record)}
         self._heard_at = {key: at for key, at in self._heard_at.items() if key in self._held}
@@ -303,7 +303,7 @@ class PeerCache:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ban:
+class _PeerBan:
     """A ban. left_at: `placed_at` of the span that the peer has announced to leave; None: no such announcement."""
 
     until: float
@@ -316,11 +316,11 @@ class Bans:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._bans: dict[str, _Ban] = {}
+        self._bans: dict[str, _PeerBan] = {}
 
-    def add(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
+    def ban_peer(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
         """Bans a failed peer. left: record of a peer that has announced to leave."""
-        ban = _Ban(self._clock() + seconds, left.placed_at if left else None)
+        ban = _PeerBan(self._clock() + seconds, left.placed_at if left else None)
         with self._lock:
             self._bans[key] = ban
 
@@ -330,7 +330,7 @@ class Bans:
 
     def keys(self) -> set[str]:
         """The banned peers."""
-        return set(self._present())
+        return set(self._present_bans())
 
     def unusable(self, records: Iterable[PeerRecord], links: LinkStates, exclude: Collection[str] = ()) -> set[str]:
         """Names of peers that routes must avoid: banned peers, and peers that do not serve.
@@ -342,16 +342,16 @@ class Bans:
         return {
             record.key.text
             for record in records
-            if record.key.text in banned or not record.serves or links.state(record.endpoint) is LinkState.DOWN
+            if record.key.text in banned or not record.serves or links.link_state(record.endpoint) is LinkState.DOWN
         }
 
     def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
         """Banned peers that may serve again if they answer: they have not left, or have returned."""
-        banned = self._present()
+        banned = self._present_bans()
         serving = [record for record in records if record.serves and record.key.text in banned]
         return [record for record in serving if banned[record.key.text].left_at != record.placed_at]
 
-    def _present(self) -> dict[str, _Ban]:
+    def _present_bans(self) -> dict[str, _PeerBan]:
         now = self._clock()
         with self._lock:
             self._bans = {key: ban for key, ban in self._bans.items() if ban.until > now}

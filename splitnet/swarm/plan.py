@@ -51,8 +51,9 @@ def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -
     return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
 
 
-Ends = tuple[PeerRecord | None, PeerRecord | None]  # the peers before and after a part of a route; None: the client
-CLIENT_ENDS: Ends = (None, None)
+# the peers before and after a part of a route; None: the client
+PartNeighbours = tuple[PeerRecord | None, PeerRecord | None]
+CLIENT_ENDS: PartNeighbours = (None, None)
 
 
 def repaired_route(
@@ -63,7 +64,8 @@ def repaired_route(
 ) -> list[PlannedHop]:
     """A route with the kept hops of a former one: other peers are planned only for the blocks between them.
 
-    plan: as `Swarm.plan`. Raises CoverageError, PeerBusy: as `plan`; there is no route without the kept hops either.
+    plan: as `Swarm.plan_route`. Raises CoverageError, PeerBusy: as `plan`; there is no route without the kept hops
+    either.
     """
     try:
         used = set(excluded) | {hop.name for hop in kept}
@@ -72,8 +74,8 @@ def repaired_route(
         for following in (*kept, None):
             until = following.start if following else end
             if position < until:
-                ends = (route[-1].record if route else None, following.record if following else None)
-                fill = plan(blocks=(position, until), ends=ends, exclude=used)
+                neighbours = (route[-1].record if route else None, following.record if following else None)
+                fill = plan(blocks=(position, until), neighbours=neighbours, exclude=used)
                 used |= {hop.name for hop in fill}
                 route += fill
             if following:
@@ -146,13 +148,13 @@ class Planner:
         self._random = random.Random()
         self.crowd = Latest(_crowd_of, KEPT_CROWDS)  # the index of many records, and the records by name
 
-    def plan(
+    def plan_route(
         self,
         records: Sequence[PeerRecord],
         needs: Needs,
         blocks: tuple[int, int],
         *,
-        ends: Ends = CLIENT_ENDS,
+        neighbours: PartNeighbours = CLIENT_ENDS,
         exclude: Collection[str] = (),
         holders: Collection[str] = (),
         restricted: bool = False,
@@ -172,24 +174,24 @@ class Planner:
             PeerBusy: no peer of some blocks has free memory for the session.
             TooLongForPeers: no peer of some blocks has enough memory for the session, even without other sessions.
         """
-        source, target = _names(ends)
+        source, target = _names(neighbours)
         everyone, alike = records, _held_alike(records, needs.held, blocks)
         exclude = {*exclude, *(name for name, (start, end) in alike.items() if start == end)}
         coarser = [record for record in records if KV_BITS.get(record.kv, (0, 0)) < KV_BITS[needs.kv_at_least]]
         exclude |= {record.key.text for record in coarser}
         if len(records) > EXACT_PEERS:
-            peers, by_name = self.likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
+            peers, by_name = self.likely_peers(records, needs, blocks, EXACT_PEERS, exclude, neighbours, holders)
             records = [by_name[peer.id] for peer in peers]
         else:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
             records = list(by_name.values())
             peers = [_with_room(peer, needs, holders) for peer in self.measurements.peers(records)]
         if needs.stored:
-            peers = [replace(peer, stored=needs.stored.get(peer.id, 0)) for peer in peers]
+            peers = [replace(peer, stored_prefix=needs.stored.get(peer.id, 0)) for peer in peers]
         if alike:
             peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
         names = {record.key.text for record in records}
-        beyond = [end for end in ends if end is not None and end.key.text not in names]
+        beyond = [end for end in neighbours if end is not None and end.key.text not in names]
         network = self.measurements.network([*records, *beyond])
         try:
             route = best_route(
@@ -215,27 +217,27 @@ class Planner:
             raise otherwise or no_route_error(error, self.model_name, self._start_peer, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
-    def likely(
+    def likely_peers(
         self,
         records: Sequence[PeerRecord],
         needs: Needs,
         blocks: tuple[int, int],
         limit: int,
         exclude: Collection[str],
-        ends: Ends = CLIENT_ENDS,
+        neighbours: PartNeighbours = CLIENT_ENDS,
         holders: Collection[str] = (),
         *,
         everywhere: bool = True,
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The likeliest peers, with all holders, and all records by name; see `CandidateIndex.near`."""
         crowd, by_name = self.crowd(tuple(records))
-        corrected = self.measurements.corrected(by_name)
+        corrected = self.measurements.corrected_peers(by_name)
         present = [name for name in dict.fromkeys((*holders, *needs.stored)) if name in by_name and name not in exclude]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
-        places = self.measurements.network([end for end in ends if end is not None]).places
+        places = self.measurements.network([end for end in neighbours if end is not None]).places
         likely = crowd.corrected(corrected.values()).near(
-            [places[name] for name in _names(ends) if name in places],
+            [places[name] for name in _names(neighbours) if name in places],
             blocks,
             encodings=needs.encodings,
             kv_needed=needs.kv_positions,
@@ -363,14 +365,14 @@ def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:
     return replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
 
 
-def _names(ends: Ends) -> tuple[str, str]:
-    before, after = ends
+def _names(neighbours: PartNeighbours) -> tuple[str, str]:
+    before, after = neighbours
     return before.key.text if before else CLIENT, after.key.text if after else CLIENT
 
 
-def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:
+def peer_command(model: str, join_args: Sequence[str], start: int, end: int) -> str:
     """The command that starts a peer for the blocks `[start, end)`; way: the arguments that join the swarm."""
-    return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *way])
+    return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *join_args])
 
 
 def no_route_error(

@@ -16,21 +16,30 @@ from typing import Any, Literal
 from scheduler.cost import CODING_MS, encodings_of, hop_joules
 from scheduler.facts import CLIENT, Link, Peer, Speed, missing_blocks
 from scheduler.liveness import BAN_S, LOST_S, UNBAN_S
-from scheduler.route_search import Found, searched_route
+from scheduler.route_search import PlannedRoute, searched_route
 from splitnet.directory.ask import PeerDirectory
 from splitnet.directory.joining import join, part_of
 from splitnet.directory.record import PeerRecord, facts_of
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.security.swarm_key import OPEN, SwarmKey
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.measure import Measurements, Measurer
 from splitnet.swarm.peer_cache import Bans, PeerCache
-from splitnet.swarm.plan import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, StartPeer, blocks_text, peer_command
+from splitnet.swarm.plan import (
+    CLIENT_ENDS,
+    Needs,
+    PartNeighbours,
+    PlannedHop,
+    Planner,
+    StartPeer,
+    blocks_text,
+    peer_command,
+)
 from splitnet.swarm.prefix_index import PrefixIndex
 from splitnet.transport.addresses import peer_address
 from splitnet.transport.pool import BRIEF_S
-from splitnet.transport.prober import Answer
+from splitnet.transport.prober import PingReply
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 
@@ -119,14 +128,14 @@ class Swarm:
         identity: Identity | None = None,
         swarm_key: SwarmKey | None = None,
         trusted: AuthorizedKeys | None = None,
-        way: Sequence[str] | None = None,
+        join_args: Sequence[str] | None = None,
     ) -> None:
         self.facts = facts
         self.trusted = trusted
-        if way is None:
-            way = [part for address in initial_peers[:SHOWN_ADDRESSES] for part in ("--join", address)]
-            way += ["--swarm-key", "FILE"] if swarm_key else []
-        self.way = tuple(way)
+        if join_args is None:
+            join_args = [part for address in initial_peers[:SHOWN_ADDRESSES] for part in ("--join", address)]
+            join_args += ["--swarm-key", "FILE"] if swarm_key else []
+        self.join_args = tuple(join_args)
         self.identity = identity or Identity.generate()
         self.measurements = Measurements()
         self.events = EventLog()
@@ -142,17 +151,17 @@ class Swarm:
             raise
         self._peers = part_of(self.directory, PeerDirectory) or PeerDirectory([], self.links, swarm=swarm_key or OPEN)
         self._known = PeerCache(
-            self.directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely
+            self.directory, facts.fingerprint, facts.name, self.links, trusted, self._peers, self.likely_peers
         )
-        self.measurer = Measurer(self._known, self.measurements, self.links, self.likely)
+        self.measurer = Measurer(self._known, self.measurements, self.links, self.likely_peers)
 
     def start_peer(self, start: int, end: int) -> str:
         """The command that starts a peer of this swarm for the blocks `[start, end)`."""
-        return peer_command(self.facts.source or self.facts.name, self.way, start, end)
+        return peer_command(self.facts.source or self.facts.name, self.join_args, start, end)
 
     def close(self) -> None:
         """Closes all sessions and leaves the swarm."""
-        self.measurer.stop()
+        self.measurer.stop_measuring()
         self.links.close()
         self.directory.close()
         self._peers.close()
@@ -165,15 +174,15 @@ class Swarm:
         self.close()
 
     def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; for arguments and errors, see `PeerCache.look`."""
-        return self._known.look(fresh=fresh, whole=whole)
+        """Peers that serve this model and speak this protocol; for arguments and errors, see `PeerCache.refresh`."""
+        return self._known.refresh(fresh=fresh, whole=whole)
 
-    def plan(
+    def plan_route(
         self,
         needs: Needs,
         *,
         blocks: tuple[int, int] | None = None,
-        ends: Ends = CLIENT_ENDS,
+        neighbours: PartNeighbours = CLIENT_ENDS,
         exclude: Collection[str] = (),
         holders: Collection[str] = (),
         fresh: bool = False,
@@ -183,23 +192,23 @@ class Swarm:
 
         Args:
             blocks: `[start, end)` to plan; None: all blocks that the session needs.
-            ends, exclude, holders: see `Planner.plan`.
+            ends, exclude, holders: see `Planner.plan_route`.
             fresh: ask for the peers again, even if the last answer is recent.
             whole: read the whole directory before planning; otherwise only if there is no route.
 
-        Raises CoverageError, PeerBusy: as `Planner.plan`.
+        Raises CoverageError, PeerBusy: as `Planner.plan_route`.
         """
         part = blocks or needs.blocks
         since_s = self.measurements.now_s - LOST_S
         self.measurer.used()
         try:
-            records, unusable = self._look(exclude, fresh=fresh, whole=whole)
+            records, unusable = self._peers_to_plan_with(exclude, fresh=fresh, whole=whole)
             found = searched_route(
-                _Searcher(self, records, needs, part, ends, holders, unusable),
+                _SwarmSearcher(self, records, needs, part, neighbours, holders, unusable),
                 self.measurements.answers,
                 excluded=unusable,
                 given_up=self.bans.keys(),
-                alive={*holders, *(end.key.text for end in ends if end is not None)},
+                alive={*holders, *(end.key.text for end in neighbours if end is not None)},
                 since_s=since_s,
             )
             self.was_covered |= part == needs.blocks
@@ -207,11 +216,13 @@ class Swarm:
         except (CoverageError, PeerBusy):
             if whole:
                 raise
-            return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, whole=True)
+            return self.plan_route(
+                needs, blocks=blocks, neighbours=neighbours, exclude=exclude, holders=holders, whole=True
+            )
 
     def ban(self, key: str, *, leaves: bool = False, seconds: float = BAN_S) -> None:
         """Plans without a peer for a while. leaves: the peer has announced to leave, so its answers prove nothing."""
-        self.bans.add(key, self._known.find(PublicKey.parse(key)) if leaves else None, seconds=seconds)
+        self.bans.ban_peer(key, self._known.find_record(PublicKey.parse(key)) if leaves else None, seconds=seconds)
 
     def unban_living(self) -> None:
         """Lifts the bans of peers that answer: they were slow or unreachable, or have moved and serve other blocks.
@@ -220,8 +231,8 @@ class Swarm:
         """
         records = self.peers(fresh=True)
         tried = {record.endpoint for record in self.bans.may_be_unbanned(records)}
-        lost = {record.endpoint for record in records if self.links.state(record.endpoint) is LinkState.DOWN}
-        for endpoint in tried & self.links.prober.measure(tried | lost, UNBAN_S).keys():
+        lost = {record.endpoint for record in records if self.links.link_state(record.endpoint) is LinkState.DOWN}
+        for endpoint in tried & self.links.prober.measure_links(tried | lost, UNBAN_S).keys():
             self.bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
@@ -230,14 +241,14 @@ class Swarm:
         names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
         return self.measurements.network(records).link(*names)
 
-    def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
+    def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[PingReply]:
         """Pings a peer; the future stays undone without an answer.
 
         session: id of a session to ask about.
         """
         return self.links.prober.ping(endpoint, session=session)
 
-    def likely(
+    def likely_peers(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
         """The `count` peers of `among` that are most likely on routes. everywhere: at least one per block."""
@@ -245,10 +256,12 @@ class Swarm:
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         others = {record.key.text for record in records}.difference(_names(among))
-        peers, by_name = self.planner.likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
+        peers, by_name = self.planner.likely_peers(records, needs, needs.blocks, count, others, everywhere=everywhere)
         return [by_name[peer.id] for peer in peers]
 
-    def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
+    def _peers_to_plan_with(
+        self, exclude: Collection[str], *, fresh: bool, whole: bool
+    ) -> tuple[list[PeerRecord], set[str]]:
         """The peers, and the names of peers that routes must avoid."""
         present = self.peers(fresh=fresh, whole=whole)
         self.measurer.measure_first(present, self.bans.keys() | set(exclude))
@@ -256,14 +269,14 @@ class Swarm:
 
 
 @dataclass(frozen=True)
-class _Searcher:
+class _SwarmSearcher:
     """Plans and measures for the search of a route, see `Searcher`, with one snapshot of the records."""
 
     swarm: Swarm
     records: Sequence[PeerRecord]
     needs: Needs
     part: tuple[int, int]
-    ends: Ends
+    neighbours: PartNeighbours
     holders: Collection[str]
     unusable: AbstractSet[str]
 
@@ -276,26 +289,31 @@ class _Searcher:
         return {record.key.text: record for record in self.records}
 
     @property
-    def names(self) -> KeysView[str]:
+    def peer_names(self) -> KeysView[str]:
         return self.by_name.keys()
 
-    def plan(self, left_out: frozenset[str]) -> Found[list[PlannedHop]] | None:
-        ends, holders, exclude = self.ends, self.holders, left_out | self.unusable
-        which: dict[str, Any] = {"ends": ends, "exclude": exclude, "holders": holders, "restricted": bool(exclude)}
+    def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[list[PlannedHop]] | None:
+        neighbours, holders, exclude = self.neighbours, self.holders, left_out | self.unusable
+        which: dict[str, Any] = {
+            "neighbours": neighbours,
+            "exclude": exclude,
+            "holders": holders,
+            "restricted": bool(exclude),
+        }
         try:
-            route = self.swarm.planner.plan(self.records, self.needs, self.part, **which)
+            route = self.swarm.planner.plan_route(self.records, self.needs, self.part, **which)
         except (CoverageError, PeerBusy):
             if left_out:
                 return None
             raise
-        own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
+        own = [hop.record for hop, end in zip((route[0], route[-1]), neighbours, strict=True) if end is None]
         # Unreachable peers may need time until a path to them is found.
         newcomers = [hop.name for hop in route if hop.name not in holders and not hop.record.endpoint.hidden]
-        return Found(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
+        return PlannedRoute(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
 
-    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+    def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         own = self._of(ends)
-        if not self.swarm.measurer.measure(own, self._of(others)):
+        if not self.swarm.measurer.measure_peers(own, self._of(others)):
             return None
         return {*ends}.difference(_names(self.swarm.measurements.unprobed(own)))
 
@@ -303,9 +321,9 @@ class _Searcher:
         crowd, _ = self.swarm.planner.crowd(tuple(self.records))
         return crowd.beside_silent(silent, answered)
 
-    def chosen(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
+    def choose_peers(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         if likely:
-            return _names(self.swarm.likely(self.records, self._of(among), count))
+            return _names(self.swarm.likely_peers(self.records, self._of(among), count))
         # Peers with a proof of work for their keys come first.
         drawn = random.sample(sorted(among), len(among))
         return sorted(drawn, key=lambda name: not self.by_name[name].is_proven)[:count]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from scheduler.liveness import FIRST_TRIPS, MAX_ANSWER_S, TRIAL_ANSWER_S
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import ProtocolError
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.nat.tunnel import Tunnels
 from splitnet.security.identity import Identity
 from splitnet.transport.prober import Prober
@@ -24,12 +24,12 @@ Thing = TypeVar("Thing")
 
 
 @dataclass(frozen=True, slots=True)
-class PeerAnswer:
+class TriedPeer:
     """The answer of a peer. state: of the link. rtt_ms: None: no answer. way: the path to the peer."""
 
     state: LinkState
     rtt_ms: float | None
-    way: Way = Way.DIRECT
+    path_kind: PathKind = PathKind.DIRECT
 
 
 class PeerLinks:
@@ -40,9 +40,12 @@ class PeerLinks:
         self._opened: dict[bytes, Opened | Failure] = {}
         self._tunnels = Tunnels(identity)
         self._transport = Transport(
-            identity, on_message=self._receive, on_link=lambda endpoint, state: self._notify(), tunnels=self._tunnels
+            identity,
+            on_message=self._receive_message,
+            on_link=lambda endpoint, state: self._notify(),
+            tunnels=self._tunnels,
         )
-        self.prober = Prober(self._send)
+        self.prober = Prober(self._send_open)
         self._transport.start()
 
     def __enter__(self) -> PeerLinks:
@@ -51,12 +54,12 @@ class PeerLinks:
     def __exit__(self, *_: object) -> None:
         self._transport.close()
 
-    def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
+    def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, TriedPeer]:
         """Connects to all peers at once and pings them; takes a few seconds if a peer is silent."""
         first = {endpoint: self.prober.ping(endpoint) for endpoint in endpoints}
 
         def is_settled(endpoint: Endpoint) -> bool:
-            state = self._transport.state(endpoint)
+            state = self._transport.link_state(endpoint)
             return first[endpoint].done() or state is LinkState.DOWN or state.is_final
 
         self._wait_until_all(endpoints, is_settled, TRIAL_ANSWER_S)
@@ -67,10 +70,10 @@ class PeerLinks:
             self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
         self.prober.answering(answering)  # the first ping also paid for the handshake
-        answers: dict[Endpoint, PeerAnswer] = {}
+        answers: dict[Endpoint, TriedPeer] = {}
         for each in endpoints:
             rtt_ms = self.prober.rtt_ms(each) if each in answering else None
-            answers[each] = PeerAnswer(self._transport.state(each), rtt_ms, self._tunnels.way(each))
+            answers[each] = TriedPeer(self._transport.link_state(each), rtt_ms, self._tunnels.path_kind(each))
         return answers
 
     def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
@@ -82,22 +85,22 @@ class PeerLinks:
         sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
         for record in records:
             asked = sessions[record.key.text], 1, record.model, record.start, record.end, 1, CODECS["none"].code
-            self._send(record.endpoint, Open(*asked, b"", address.key.raw, address.address))
+            self._send_open(record.endpoint, Open(*asked, b"", address.key.raw, address.address))
         waits_s = [self.prober.answer_limit_s(record.endpoint, TRIAL_ANSWER_S, FIRST_TRIPS) for record in records]
         self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
         for record in records:
-            self._send(record.endpoint, Close(sessions[record.key.text]))
+            self._send_open(record.endpoint, Close(sessions[record.key.text]))
         answers = {key: self._opened.pop(session, None) for key, session in sessions.items()}
         return {key: answer.next_reachable for key, answer in answers.items() if isinstance(answer, Opened)}
 
-    def _send(self, endpoint: Endpoint, message: Message) -> None:
+    def _send_open(self, endpoint: Endpoint, message: Message) -> None:
         self._transport.send(endpoint, encode(message))
 
     def _wait_until_all(self, things: Collection[Thing], condition: Callable[[Thing], bool], timeout_s: float) -> None:
         with self._changed:
             self._changed.wait_for(lambda: all(map(condition, things)), timeout_s)
 
-    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+    def _receive_message(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:
             message = decode(frames)
         except ProtocolError:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ifaddr
 
-from splitnet.errors import DirectoryError, KeyFileError, SplitnetError, listening_at
+from splitnet.errors import DirectoryError, KeyFileError, SplitnetError, explain_listen_errors
 from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint, is_address
 
@@ -162,7 +162,7 @@ def is_reachable(listen: str) -> bool:
     return not _ip_of(listen).is_loopback
 
 
-def inside_of(listen: str, port: int) -> str:
+def loopback_address_of(listen: str, port: int) -> str:
     """`tcp://IP:port` by which this machine itself reaches its listener at `listen` with this port."""
     host = _host_of(listen)
     host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
@@ -176,7 +176,7 @@ def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.IPv4Address("0.0.0.0")
 
 
-def refuse_taken(listen: str) -> None:
+def check_listen_address(listen: str) -> None:
     """Checks that this process can listen at an address such as `tcp://0.0.0.0:31331`, before it loads blocks.
 
     Raises AddressInUse: another listener has the port; SplitnetError: it is not an address of this machine.
@@ -187,7 +187,7 @@ def refuse_taken(listen: str) -> None:
             f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
         )
     host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
-    with listening_at(listen, "port with --listen", "give an address of this machine, or tcp://0.0.0.0:0"):
+    with explain_listen_errors(listen, "port with --listen", "give an address of this machine, or tcp://0.0.0.0:0"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             if sys.platform != "win32":  # on Windows, SO_REUSEADDR would bind a port that is in use
@@ -198,7 +198,7 @@ def refuse_taken(listen: str) -> None:
 def listen_at(host: str, port: int) -> socket.socket:
     """Opens a listening socket for HTTP. Raises AddressInUse: another listener has the port; SplitnetError: it is not
     an address of this machine."""
-    with listening_at(f"{host}:{port}", "--port", "give an address of this machine as --host"):
+    with explain_listen_errors(f"{host}:{port}", "--port", "give an address of this machine as --host"):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
 

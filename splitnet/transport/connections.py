@@ -65,7 +65,8 @@ class TcpConnection:
     acked_at: float = 0.0  # when the other side last confirmed bytes, or nothing waited for confirmation
     too_long_since: int | None = None  # count of `drained` when the connection first held more than a whole message
     own_host: str = ""
-    spared: bool = False  # it was once skipped as the oldest connection without a key, because its handshake had begun
+    # it was once skipped as the oldest connection without a key, because its handshake had begun
+    was_spared: bool = False
 
     @property
     def account(self) -> tuple[Hashable, Hashable]:
@@ -95,7 +96,7 @@ class Connections:
     drained: Callable[[], int]
     drain: Callable[[], None]
     authorized: AuthorizedKeys | None = None
-    behind: Mapping[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
+    tunnel_hosts: Mapping[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
 
     def __post_init__(self) -> None:
         self.ended: Counter[str] = Counter()
@@ -110,7 +111,7 @@ class Connections:
         self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
+        self.thread = threading.Thread(target=self._check_repeatedly, name="splitnet-connections", daemon=True)
 
     def close(self) -> None:
         """Stops the thread; it ends no connection."""
@@ -118,14 +119,14 @@ class Connections:
         if self.thread.ident is not None:
             self.thread.join()
 
-    def opened(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
+    def connection_made(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
         """Adds a new connection to `owner`, or an incoming one (None). Returns None if it has ended already."""
         try:
-            cookie, (own, other) = flow.cookie(descriptor), flow.ends(descriptor)
+            cookie, (own, other) = flow.cookie(descriptor), flow.addresses_of(descriptor)
         except OSError:
             return None
         host: str = other[0].removeprefix("::ffff:")
-        host = self.behind.get((host, other[1])) or host
+        host = self.tunnel_hosts.get((host, other[1])) or host
         now = time.monotonic()
         made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own[0])
         with self._lock:
@@ -138,7 +139,7 @@ class Connections:
                 others[made] = None
                 most = most_connections()
                 if len(others) > most // 2:
-                    self.end(_first_silent(others), "handshakes")
+                    self.end_connection(_first_silent(others), "handshakes")
                 if self._incoming > most:
                     self._end_one()
         return made
@@ -158,7 +159,7 @@ class Connections:
                 return None
             gone = self._by_descriptor.pop(descriptor, None)
             if gone is not None:
-                self._forget(gone)
+                self._stop_counting(gone)
             return gone
 
     def named(self, descriptor: int, owner: Connection) -> TcpConnection | None:
@@ -167,30 +168,30 @@ class Connections:
             known = self._by_descriptor.get(descriptor)
             if known is None or isinstance(known.owner, Endpoint):
                 return None
-            self._forget(known)
+            self._stop_counting(known)
             known.owner, known.active_at = owner, time.monotonic()
             if not known.ended:
                 of_key = self._of_keys.setdefault(owner.curve, {})
                 of_key[known] = None
                 self._incoming += 1
                 if self.authorized is not None and not self.authorized.allows(owner.curve):
-                    self.end(known, "revoked")
+                    self.end_connection(known, "revoked")
                 elif len(of_key) > MOST_OF_KEY:
-                    self.end(min(of_key, key=lambda other: other.active_at), "too_many_of_key")
+                    self.end_connection(min(of_key, key=lambda other: other.active_at), "too_many_of_key")
             return known
 
-    def end(self, connection: TcpConnection, reason: str) -> None:
+    def end_connection(self, connection: TcpConnection, reason: str) -> None:
         """Ends a connection. The transport gets the same event as if the other side had ended it."""
         with self._lock:
             if connection.ended:
                 return
-            self._forget(connection)
+            self._stop_counting(connection)
             connection.ended = reason
             self.ended[reason] += 1
             log.info("a connection from or to %s was ended: %s", connection.host, reason)
-            flow.hang_up(connection.descriptor, connection.cookie)
+            flow.shut_down(connection.descriptor, connection.cookie)
 
-    def look(self, now: float) -> bool:
+    def check_connections(self, now: float) -> bool:
         """Measures all connections and ends the ones that break a bound. Returns whether a connection holds so many
         bytes that the next look must come soon."""
         with self._lock:
@@ -208,9 +209,9 @@ class Connections:
             left = [known for known in present if known.inside and not known.ended]
             if not left:
                 break
-            who = max((known.account[0] for known in left), key=self.received.held)
+            who = max((known.account[0] for known in left), key=self.received.held_bytes)
             its = [known for known in left if known.account[0] == who]
-            self.end(max(its, key=lambda known: known.inside), "memory")
+            self.end_connection(max(its, key=lambda known: known.inside), "memory")
         return close
 
     def _measure(self, known: TcpConnection, now: float) -> bool:
@@ -226,7 +227,7 @@ class Connections:
         if passed.acked != known.acked or not passed.unsent:
             known.acked, known.acked_at = passed.acked, now
         elif now - known.acked_at > STALLED_S:
-            self.end(known, "stalled")
+            self.end_connection(known, "stalled")
             return False
         others = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES_PER_S * (now - known.opened_at)
         inside = max(0, round(passed.read - delivered - others))
@@ -234,7 +235,7 @@ class Connections:
             if known.ended or self._by_descriptor.get(known.descriptor) is not known:
                 return False
             known.inside = inside
-            self.received.hold(inside, *known.account)
+            self.received.set_held(inside, *known.account)
         # A connection that holds more bytes than a message may have holds a whole message, which is handed over when
         # all sockets are read until they are empty. The transport's iteration during this measurement may have missed
         # the message, but the next one cannot.
@@ -243,7 +244,7 @@ class Connections:
         elif known.too_long_since is None:
             known.too_long_since = drained
         elif drained > known.too_long_since + 1:
-            self.end(known, "endless_message")
+            self.end_connection(known, "endless_message")
         known.delivered_before = delivered
         if inside > MAX_MESSAGE_BYTES:
             self.drain()
@@ -256,7 +257,7 @@ class Connections:
         with self._lock:
             gone = [key for key in self._of_keys if not self.authorized.allows(key)]
             for known in [known for key in gone for known in self._of_keys[key]]:
-                self.end(known, "revoked")
+                self.end_connection(known, "revoked")
 
     def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
         """Ends connections from addresses that this machine has lost, when two checks in a row have missed the address.
@@ -264,10 +265,10 @@ class Connections:
         if now < self._moved_at:
             return
         self._moved_at = now + _MOVED_S
-        missed = {host for host in {known.own_host for known in present} if not flow.has_address(host)}
+        missed = {host for host in {known.own_host for known in present} if not flow.is_own_address(host)}
         for known in present:
             if known.own_host in missed & self._missed:
-                self.end(known, "moved")
+                self.end_connection(known, "moved")
         self._missed = missed
 
     def _end_one(self) -> None:
@@ -275,23 +276,25 @@ class Connections:
         nameless = max(self._nameless.values(), key=len, default=dict[TcpConnection, None]())
         most_of_key = max(map(len, self._of_keys.values()), default=0)
         if len(nameless) > max(1, most_of_key):
-            self.end(_first_silent(nameless), "too_many")
+            self.end_connection(_first_silent(nameless), "too_many")
         elif self._of_keys:
             hosts = Counter(known.host for of_key in self._of_keys.values() for known in of_key)
             choice = [known for of_key in self._of_keys.values() if len(of_key) == most_of_key for known in of_key]
-            self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
+            self.end_connection(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
 
-    def _forget(self, connection: TcpConnection) -> None:
+    def _stop_counting(self, connection: TcpConnection) -> None:
         """Stops counting a connection. The caller holds the lock."""
-        self.received.hold(0, *connection.account)
+        self.received.set_held(0, *connection.account)
         connection.inside = 0
         owner = connection.owner
         if isinstance(owner, Connection):
-            self._leave(self._of_keys, owner.curve, connection)
+            self._leave_group(self._of_keys, owner.curve, connection)
         elif owner is None:
-            self._leave(self._nameless, connection.host, connection)
+            self._leave_group(self._nameless, connection.host, connection)
 
-    def _leave(self, groups: dict[Name, dict[TcpConnection, None]], name: Name, connection: TcpConnection) -> None:
+    def _leave_group(
+        self, groups: dict[Name, dict[TcpConnection, None]], name: Name, connection: TcpConnection
+    ) -> None:
         group = groups.get(name, {})
         if connection in group:
             del group[connection]
@@ -299,11 +302,11 @@ class Connections:
             if not group:
                 del groups[name]
 
-    def _run(self) -> None:
+    def _check_repeatedly(self) -> None:
         pause_s = _LOOK_S
         while not self._closing.wait(pause_s):
             try:
-                pause_s = _CLOSE_LOOK_S if self.look(time.monotonic()) else _LOOK_S
+                pause_s = _CLOSE_LOOK_S if self.check_connections(time.monotonic()) else _LOOK_S
             except Exception:
                 log.exception("error while looking at connections")
 
@@ -312,9 +315,9 @@ def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
     """The connection of a host to end first: the oldest that has sent nothing or was spared before."""
     for _ in range(min(_SPARED, len(nameless))):
         oldest = next(iter(nameless))
-        if oldest.spared or not _has_spoken(oldest):
+        if oldest.was_spared or not _has_spoken(oldest):
             return oldest
-        oldest.spared = True
+        oldest.was_spared = True
         del nameless[oldest]
         nameless[oldest] = None
     return next(iter(nameless))
@@ -334,7 +337,8 @@ _AT_ONCE = 64  # requests answered in one call
 class Gatekeeper:
     """The ZAP handler of a ZeroMQ context, which accepts or refuses the keys of new connections.
 
-    `socket` belongs to the thread that polls it and calls `answer`. authorized: the keys that are accepted; None: all.
+    `socket` belongs to the thread that polls it and calls `answer_requests`. authorized: the keys that are accepted;
+    None: all.
     refused: how many connections were refused.
     """
 
@@ -346,15 +350,15 @@ class Gatekeeper:
         self.socket = context.socket(zmq.REP)
         self.socket.bind("inproc://zeromq.zap.01")
 
-    def answer(self) -> None:
+    def answer_requests(self) -> None:
         """Answers up to `_AT_ONCE` requests, so that new connections do not wait for messages of other connections."""
         for _ in range(_AT_ONCE):
             try:
-                self._answer(self.socket.recv_multipart(zmq.NOBLOCK))
+                self._answer_request(self.socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
 
-    def _answer(self, request: list[bytes]) -> None:
+    def _answer_request(self, request: list[bytes]) -> None:
         version, request_id = request[0], request[1] if len(request) > 1 else b""
         curve = request[6] if len(request) == 7 and request[5] == b"CURVE" else b""
         if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):

@@ -37,7 +37,8 @@ class Backlog:
     """Messages that ZeroMQ still holds. It sends the messages of a receiver in order, so when a tracked message is
     done, the untracked ones before it are done, too.
 
-    One thread sends; any thread may call `held`. `budget` accounts for messages by the key of an incoming connection,
+    One thread sends; any thread may call `held_bytes`. `budget` accounts for messages by the key of an incoming
+    connection,
     or by endpoint.
     """
 
@@ -57,7 +58,7 @@ class Backlog:
         self._small[name] = waiting
         return True
 
-    def reserve(self, receiver: Destination, size: int) -> int:
+    def reserve_room(self, receiver: Destination, size: int) -> int:
         """Reserves room for a tracked message and the untracked ones before it. Returns their bytes; 0: no room."""
         size += self._small.get(_name(receiver), 0)
         account = _account(receiver)
@@ -68,7 +69,7 @@ class Backlog:
         self._small.pop(_name(receiver), None)
         return size
 
-    def add(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
+    def add_message(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
         """Keeps `size` reserved bytes until `tracker` is done; None: the message was not sent."""
         if tracker is None:
             self._budget.release(size, _account(receiver))
@@ -80,13 +81,13 @@ class Backlog:
                 account, size, _ = self._waiting.popleft()
                 self._budget.release(size, account)
 
-    def held(self, receiver: Destination) -> int:
+    def held_bytes(self, receiver: Destination) -> int:
         """Tracked bytes for a receiver that are not sent yet."""
-        if self._budget.held(_account(receiver)):
+        if self._budget.held_bytes(_account(receiver)):
             self._forget_sent()
-        return self._budget.held(_account(receiver))
+        return self._budget.held_bytes(_account(receiver))
 
-    def forget(self, receiver: Destination) -> None:
+    def forget_receiver(self, receiver: Destination) -> None:
         """Forgets the count of untracked bytes of a receiver to which no more messages are sent."""
         self._small.pop(_name(receiver), None)
 
@@ -163,7 +164,7 @@ _ACKED_AT = 120  # offset of `tcpi_bytes_acked` and `tcpi_bytes_received` in `st
 QUEUE_BYTES = 8 * 1024  # more waiting bytes on a link count as a queue; a decode step has fewer in flight
 
 
-class Traffic(NamedTuple):
+class LinkTraffic(NamedTuple):
     """Bytes of one connection, as the kernel counts them."""
 
     acked: int  # sent and confirmed by the other side
@@ -171,12 +172,12 @@ class Traffic(NamedTuple):
     read: int  # received and read by this process
     received: int
 
-    def has_sent(self, before: Traffic) -> bool:
+    def has_sent(self, before: LinkTraffic) -> bool:
         """Whether the link has moved a queue: the other side has confirmed bytes while later bytes waited."""
         waited = self.unsent > 0 or before.unsent >= QUEUE_BYTES
         return waited and self.acked - before.acked >= MOVED_BYTES
 
-    def has_received(self, before: Traffic) -> bool:
+    def has_received(self, before: LinkTraffic) -> bool:
         """Whether more bytes than heartbeats have arrived."""
         return self.received - before.received >= MOVED_BYTES
 
@@ -192,17 +193,17 @@ def cookie(descriptor: int) -> bytes:
             except OSError as error:
                 if error.errno != errno.ENOPROTOOPT:
                     raise
-    return repr(ends(descriptor)).encode()
+    return repr(addresses_of(descriptor)).encode()
 
 
-def ends(descriptor: int) -> tuple[Any, Any]:
+def addresses_of(descriptor: int) -> tuple[Any, Any]:
     """Addresses of this side and of the other side, in the form of `socket`. Raises OSError: the connection has
     ended."""
     with _Borrowed(fileno=descriptor) as handle:
         return handle.getsockname(), handle.getpeername()
 
 
-def has_address(host: str) -> bool:
+def is_own_address(host: str) -> bool:
     """Whether this machine has an address, which may be an IPv4-mapped IPv6 address."""
     host = host.removeprefix("::ffff:")  # not every system binds an IPv4-mapped address
     try:
@@ -213,7 +214,7 @@ def has_address(host: str) -> bool:
     return True
 
 
-def traffic(descriptor: int) -> Traffic | None:
+def traffic(descriptor: int) -> LinkTraffic | None:
     """Byte counts of a connection; None where the kernel has none. Raises OSError: the descriptor is not a TCP
     socket."""
     if not _LINUX:
@@ -223,10 +224,10 @@ def traffic(descriptor: int) -> Traffic | None:
     if len(info) < _ACKED_AT + _ACKED_AND_RECEIVED.size:
         return None
     acked, received = _ACKED_AND_RECEIVED.unpack_from(info, _ACKED_AT)
-    return Traffic(acked, _queued(descriptor, _UNSENT), received - _queued(descriptor, _UNREAD), received)
+    return LinkTraffic(acked, _queued(descriptor, _UNSENT), received - _queued(descriptor, _UNREAD), received)
 
 
-def hang_up(descriptor: int, expected: bytes) -> None:
+def shut_down(descriptor: int, expected: bytes) -> None:
     """Ends the connection with this cookie, if it is open. To ZeroMQ it looks closed by the other side."""
     with (
         contextlib.suppress(OSError),  # ZeroMQ has closed it

@@ -31,7 +31,7 @@ class Linking(Protocol):
 
     def disconnect(self, endpoint: Endpoint) -> None: ...
 
-    def state(self, endpoint: Endpoint) -> LinkState: ...
+    def link_state(self, endpoint: Endpoint) -> LinkState: ...
 
 
 @dataclass(eq=False)
@@ -91,8 +91,8 @@ class LinkPool:
             if not self._users[endpoint]:
                 del self._users[endpoint]
                 self._unused[endpoint] = math.inf
-                if not self.keep_unreached_s and self.linking.state(endpoint) is not LinkState.UP:
-                    self._close(endpoint)
+                if not self.keep_unreached_s and self.linking.link_state(endpoint) is not LinkState.UP:
+                    self._close_link(endpoint)
 
     def touch(self, endpoint: Endpoint) -> bool:
         """Counts a message over a link, which the message opens if it is closed. False: too many other links are in
@@ -105,16 +105,16 @@ class LinkPool:
                 self._unused[endpoint] = math.inf
             return True
 
-    def came_up(self, endpoint: Endpoint) -> None:
+    def restart_idle_time(self, endpoint: Endpoint) -> None:
         """Restarts the time without use of a link that has come up, because its messages have waited for the
         handshake."""
         with self._lock:
             if endpoint in self._unused:
                 self._unused[endpoint] = math.inf
 
-    def state(self, endpoint: Endpoint) -> LinkState:
+    def link_state(self, endpoint: Endpoint) -> LinkState:
         """State of a link. A link that was closed after a failure keeps the state of the failure for `SILENT_S`."""
-        state = self.linking.state(endpoint)
+        state = self.linking.link_state(endpoint)
         if state is LinkState.CONNECTING:
             state, _ = self._failed.get(endpoint, (state, 0.0))
         return state
@@ -124,17 +124,17 @@ class LinkPool:
         with self._lock:
             for endpoint, since in list(self._unused.items()):
                 if now - since > self._kept_s(endpoint):
-                    self._close(endpoint)
+                    self._close_link(endpoint)
                 else:
                     self._unused[endpoint] = min(since, now)
             for endpoint, (state, since) in list(self._failed.items()):
-                if now - since > SILENT_S or self.linking.state(endpoint) is LinkState.UP:
+                if now - since > SILENT_S or self.linking.link_state(endpoint) is LinkState.UP:
                     del self._failed[endpoint]
                 else:
                     self._failed[endpoint] = (state, min(since, now))
 
     def _kept_s(self, endpoint: Endpoint) -> float:
-        if self.linking.state(endpoint) is not LinkState.UP:
+        if self.linking.link_state(endpoint) is not LinkState.UP:
             return min(self.keep_s, self.keep_unreached_s)
         lasts = endpoint in self._had_users or endpoint.hidden
         return self.keep_s if lasts else min(self.keep_s, self.keep_unused_s)
@@ -146,13 +146,13 @@ class LinkPool:
         if sum(map(_size, self._users)) > most:
             return False
         while self._unused and sum(map(_size, (*self._users, *self._unused))) > most:
-            self._close(min(self._unused, key=lambda unused: not _has_failed(self.linking.state(unused))))
+            self._close_link(min(self._unused, key=lambda unused: not _has_failed(self.linking.link_state(unused))))
         return True
 
-    def _close(self, endpoint: Endpoint) -> None:
+    def _close_link(self, endpoint: Endpoint) -> None:
         del self._unused[endpoint]
         self._had_users.discard(endpoint)
-        state = self.linking.state(endpoint)
+        state = self.linking.link_state(endpoint)
         self._failed.pop(endpoint, None)
         if _has_failed(state):
             keep_latest(self._failed, endpoint, (state, math.inf), REMEMBERED_STATES)

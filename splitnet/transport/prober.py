@@ -32,7 +32,7 @@ KEPT_ROUND_TRIPS = 3  # the shortest of these counts, because it met the least t
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PingReply:
     """The answer to a ping."""
 
     rtt_ms: float
@@ -47,11 +47,11 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
+class _SentPing:
     endpoint: Endpoint
     at: float
     padding: int
-    future: Future[Answer]
+    future: Future[PingReply]
 
 
 class Prober:
@@ -69,7 +69,7 @@ class Prober:
         self._send = send
         self._is_taken = is_taken
         self._nonces = count(1)
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, _SentPing] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
         self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
         """The latest round trips to any peers, in ms. If all are long, the access line of this machine is slow."""
@@ -77,7 +77,9 @@ class Prober:
         self.loads: dict[Endpoint, LoadReport] = {}
         self._lock = threading.Lock()
 
-    def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
+    def ping(
+        self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False
+    ) -> Future[PingReply]:
         """Sends a ping; the future stays undone if there is no answer.
 
         padding: bytes to send with it. session: id of a session to ask about, 16 bytes. load: asks for a load report,
@@ -89,14 +91,14 @@ class Prober:
         """Sends a ping, and returns its number. Later pings have higher numbers."""
         return self._ping(endpoint, 0, b"", load=False)[0]
 
-    def _ping(self, endpoint: Endpoint, padding: int, session: bytes, load: bool) -> tuple[int, Future[Answer]]:
+    def _ping(self, endpoint: Endpoint, padding: int, session: bytes, load: bool) -> tuple[int, Future[PingReply]]:
         nonce = next(self._nonces)
-        future: Future[Answer] = Future()
+        future: Future[PingReply] = Future()
         now = time.perf_counter()
         with self._lock:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
-            self._sent[nonce] = _Sent(endpoint, now, padding, future)
+            self._sent[nonce] = _SentPing(endpoint, now, padding, future)
         self._send(endpoint, Ping(nonce, bytes(padding), session, load))
         return nonce, future
 
@@ -120,7 +122,7 @@ class Prober:
                 round_trips.append(rtt_ms)
                 keep_latest(self._round_trips, source, round_trips, KEPT_ENDPOINTS)
         said = message.queue_ms, message.kv_free_positions, message.holds, message.waiting, message.done, message.last
-        sent.future.set_result(Answer(rtt_ms, *said, message.timing[0] if message.timing else None))
+        sent.future.set_result(PingReply(rtt_ms, *said, message.timing[0] if message.timing else None))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The shortest of the last round trips to a peer; 0: not measured."""
@@ -138,7 +140,7 @@ class Prober:
             anybody_ms = min(self._latest, default=1000 * taken_s)
         return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MAX_ANSWER_S))
 
-    def answered(self, endpoint: Endpoint) -> int:
+    def last_answered(self, endpoint: Endpoint) -> int:
         """Number of the latest ping that a peer has answered. All messages that were sent to it before this ping have
         arrived."""
         return self._answered.get(endpoint, 0)
@@ -153,7 +155,7 @@ class Prober:
         answers = self._answers(answered, 0, timeout_s, loads=loads)
         return {endpoint: answer.rtt_ms for endpoint, answer in answers.items()}
 
-    def measure(
+    def measure_links(
         self,
         endpoints: Iterable[Endpoint],
         timeout_s: float = ANSWER_S,
@@ -196,7 +198,7 @@ class Prober:
         timeout_s: float,
         taken_s: float = 0.0,
         loads: Collection[Endpoint] = (),
-    ) -> dict[Endpoint, Answer]:
+    ) -> dict[Endpoint, PingReply]:
         """Pings all endpoints and waits for answers. taken_s: least wait for a peer that accepts the connection during
         the wait."""
         endpoints = list(endpoints)

@@ -21,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.limits import Budget
-from splitnet.logs import SeldomWarnings
+from splitnet.logs import RateLimitedWarnings
 from splitnet.nat.tunnel import Tunnels
 from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.transport import flow
@@ -71,7 +71,7 @@ _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
 
 
 @dataclass(slots=True)
-class _Link:
+class _TransportLink:
     endpoint: Endpoint
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
@@ -84,7 +84,7 @@ _Item = tuple[Destination, Sequence[Payload] | None]
 
 
 @dataclass(slots=True)
-class _Outbox:
+class _SendQueue:
     """Messages for the transport's thread to send; `Transport._wake` is set once per batch."""
 
     items: deque[_Item] = field(default_factory=deque[_Item])
@@ -147,17 +147,17 @@ class Transport:
         self.connections = Connections(
             self.receiving,
             drained=lambda: self._drained,
-            drain=self._look,
+            drain=self._wake_thread,
             authorized=self.authorized,
-            behind={} if self.tunnels is None else self.tunnels.behind,
+            tunnel_hosts={} if self.tunnels is None else self.tunnels.behind,
         )
         self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}  # by routing id
-        self._links: dict[Endpoint, _Link] = {}
-        self._outbox = _Outbox()
+        self._links: dict[Endpoint, _TransportLink] = {}
+        self._outbox = _SendQueue()
         self._wake = Wake()
         self._closing = self._dispatching = False
         self._tick_now = False
-        self._dropping = SeldomWarnings(log)
+        self._dropping = RateLimitedWarnings(log)
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
         self._gate = Gatekeeper(self._context, self.authorized) if self.listen is not None else None
@@ -168,9 +168,9 @@ class Transport:
             try:
                 self._listen(self.listen)
             except BaseException:
-                self._release()
+                self._release_backlog()
                 raise
-        self._thread = threading.Thread(target=self._run, name="splitnet-transport", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="splitnet-transport", daemon=True)
 
     def start(self) -> None:
         """Starts the threads, which call the handlers."""
@@ -224,9 +224,9 @@ class Transport:
         """Makes the transport's thread call `on_tick` at once. Never waits for a lock: if it is taken, the call comes
         at the next wake-up."""
         self._tick_now = True
-        self._look()
+        self._wake_thread()
 
-    def _look(self) -> None:
+    def _wake_thread(self) -> None:
         """Wakes the transport's thread, so that it reads all sockets, unless the lock is taken."""
         if self._outbox.lock.acquire(blocking=False):
             try:
@@ -235,7 +235,7 @@ class Transport:
             finally:
                 self._outbox.lock.release()
 
-    def state(self, endpoint: Endpoint) -> LinkState:
+    def link_state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to `endpoint`; `CONNECTING` if it was never opened."""
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
@@ -246,7 +246,7 @@ class Transport:
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
 
-    def traffic(self, endpoint: Endpoint) -> flow.Traffic | None:
+    def traffic(self, endpoint: Endpoint) -> flow.LinkTraffic | None:
         """Byte counts of a link so far; None: the link has no connection, or the system does not count."""
         link = self._links.get(endpoint)
         connection = link.tcp if link is not None else None
@@ -257,7 +257,7 @@ class Transport:
         except OSError:
             return None
 
-    def queues(self) -> dict[Endpoint, flow.Traffic]:
+    def queues(self) -> dict[Endpoint, flow.LinkTraffic]:
         """The links with a queue of unconfirmed bytes; empty where the system does not count."""
         passed = {endpoint: self.traffic(endpoint) for endpoint in list(self._links)}
         return {
@@ -266,7 +266,7 @@ class Transport:
 
     def unsent(self, endpoint: Endpoint) -> int:
         """Bytes of tracked messages that wait for a link; 0 if it is not up, or if `max_backlog` is None."""
-        return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0
+        return self._backlog.held_bytes(endpoint) if self.link_state(endpoint) is LinkState.UP else 0
 
     @property
     def refused_connections(self) -> int:
@@ -282,7 +282,7 @@ class Transport:
             if self._thread.ident is not None:
                 self._wake.set()
         if self._thread.ident is None:
-            self._release()
+            self._release_backlog()
         else:
             self._thread.join()
 
@@ -320,7 +320,7 @@ class Transport:
         handle.handshake_ivl = _HANDSHAKE_MS
         handle.ipv6 = True
 
-    def _link(self, endpoint: Endpoint) -> _Link:
+    def _link(self, endpoint: Endpoint) -> _TransportLink:
         link = self._links.get(endpoint)
         if link is None:
             if not is_address(endpoint.address):  # all links would wait while ZeroMQ resolves a host name
@@ -338,7 +338,7 @@ class Transport:
                 _close_watched(dealer, monitor)
                 self._close_tunnel(endpoint)
                 raise error if isinstance(error, zmq.ZMQError) else zmq.ZMQError(error.errno) from error
-            link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
+            link = self._links[endpoint] = _TransportLink(endpoint, dealer, monitor)
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
         elif endpoint.relays != link.endpoint.relays and self.tunnels is not None:
@@ -350,16 +350,16 @@ class Transport:
             return endpoint.address
         if self.tunnels is None:
             raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is unreachable, and this process has no tunnels")
-        return self.tunnels.open(endpoint)
+        return self.tunnels.open_tunnel(endpoint)
 
     def _close_tunnel(self, endpoint: Endpoint) -> None:
         if self.tunnels is not None:
-            self.tunnels.close(endpoint)
+            self.tunnels.close_tunnel(endpoint)
 
     def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
         link = self._links.pop(endpoint, None)
         if link is not None:
-            self._backlog.forget(endpoint)
+            self._backlog.forget_receiver(endpoint)
             if link.tcp is not None:
                 self.connections.closed(link.tcp.descriptor, link.tcp)
             self._poller.unregister(link.socket)
@@ -369,7 +369,7 @@ class Transport:
             _close_watched(link.socket, link.monitor)
             self._close_tunnel(endpoint)
 
-    def _run(self) -> None:
+    def _run_thread(self) -> None:
         wake = self._wake.fileno()
         next_tick = 0.0
         try:
@@ -379,17 +379,17 @@ class Transport:
                     self._wake.clear()
                 self._flush()
                 if self._gate is not None and self._gate.socket in ready:
-                    self._gate.answer()
+                    self._gate.answer_requests()
                 drained, received = True, False
                 if self._arrivals is not None and self._arrivals in ready:
                     self._follow_arrivals(self._arrivals)
                 if self._router is not None and self._router in ready:
-                    drained, received = self._receive(self._router, None), True
+                    drained, received = self._receive_burst(self._router, None), True
                 for link in list(self._links.values()):
                     if link.monitor in ready:
                         self._follow(link)
                     if link.socket in ready:
-                        drained, received = drained & self._receive(link.socket, link), True
+                        drained, received = drained & self._receive_burst(link.socket, link), True
                 self._drained += drained
                 if received and self.on_received is not None:
                     self._guard(self.on_received)
@@ -401,7 +401,7 @@ class Transport:
                 self._flush()
             self._flush()
         finally:
-            self._release()
+            self._release_backlog()
 
     def _flush(self) -> None:
         outbox = self._outbox
@@ -432,10 +432,10 @@ class Transport:
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
                 log.debug("message dropped: its connection has ended")
-                self._backlog.forget(destination)
+                self._backlog.forget_receiver(destination)
                 self._guard(self.on_lost, destination)
             else:
-                self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
+                self._drop_message(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
         finally:
             self._dispatching = False
 
@@ -452,16 +452,16 @@ class Transport:
         if self._backlog.untracked(destination, size):
             _send(handle, frames)
             return
-        size = self._backlog.reserve(destination, size)
+        size = self._backlog.reserve_room(destination, size)
         if not size:
             raise zmq.Again
         tracker: zmq.MessageTracker | None = None
         try:
             tracker = _send(handle, frames, copy=False, track=True)
         finally:
-            self._backlog.add(destination, size, tracker)
+            self._backlog.add_message(destination, size, tracker)
 
-    def _drop(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
+    def _drop_message(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
         if not frames:
             log.warning("no link could be opened: %s", reason)
             return
@@ -469,7 +469,7 @@ class Transport:
         self._dropping.say("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
         self._guard(self.on_dropped, destination, frames, reason)
 
-    def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
+    def _receive_burst(self, handle: zmq.Socket[bytes], link: _TransportLink | None) -> bool:
         """Hands over at most `_RECEIVE_BURST` messages; returns whether the socket is empty."""
         for _ in range(_RECEIVE_BURST):
             try:
@@ -490,7 +490,7 @@ class Transport:
             if tcp is not None:
                 tcp.delivered += size
                 if not tcp.ended and size > MAX_MESSAGE_BYTES:
-                    self.connections.end(tcp, "endless_message")
+                    self.connections.end_connection(tcp, "endless_message")
                 if tcp.ended:
                     continue
             self._guard(self.on_message, source, frames)
@@ -519,16 +519,16 @@ class Transport:
             except zmq.Again:
                 return
             if event["event"] == zmq.Event.ACCEPTED:
-                self.connections.opened(event["value"])
+                self.connections.connection_made(event["value"])
                 continue
             gone = self.connections.closed(event["value"])
             if gone is not None and isinstance(gone.owner, Connection):
                 self._incoming.pop(gone.owner.routing_id, None)
-                self._backlog.forget(gone.owner)
+                self._backlog.forget_receiver(gone.owner)
                 if gone.ended:
                     self._guard(self.on_lost, gone.owner)
 
-    def _follow(self, link: _Link) -> None:
+    def _follow(self, link: _TransportLink) -> None:
         while True:
             try:
                 message = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))
@@ -536,7 +536,7 @@ class Transport:
                 return
             event = message["event"]
             if event == zmq.Event.CONNECTED:
-                link.tcp = self.connections.opened(message["value"], link.endpoint)
+                link.tcp = self.connections.connection_made(message["value"], link.endpoint)
                 link.connected_at = time.monotonic()
             elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
                 self.connections.closed(link.tcp.descriptor, link.tcp)
@@ -561,7 +561,7 @@ class Transport:
         except Exception:
             log.exception("error in a transport handler")
 
-    def _release(self) -> None:
+    def _release_backlog(self) -> None:
         with self._outbox.lock:
             self._closing = True
         self.connections.close()

@@ -34,10 +34,10 @@ SCALE_BYTES = 2
 LARGEST_SCALE = 0x7200  # the bfloat16 bits of 2**101, which is above every scale that `quantise` returns
 _LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and the bound keeps decoded values finite
 _SMALLEST = np.float32(2.0**-100)  # a block whose largest magnitude is smaller becomes zeros
-SMALL_BATCH = 64  # blocks; a larger product would wake the threads of the BLAS, which then spin
+MAX_PRODUCT_BLOCKS = 64  # blocks; a larger product would wake the threads of the BLAS, which then spin
 
 
-class Kept(Protocol):
+class KeptChunk(Protocol):
     """A chunk of `length` positions; the caller wants the last `keep`."""
 
     @property
@@ -47,7 +47,7 @@ class Kept(Protocol):
     def keep(self) -> int: ...
 
 
-def kept_rows(parts: Sequence[Kept], states: torch.Tensor) -> torch.Tensor:
+def select_kept_positions(parts: Sequence[KeptChunk], states: torch.Tensor) -> torch.Tensor:
     """Selects the wanted positions from the states of all positions, `[positions, ...]`, in order."""
     if all(part.keep == part.length for part in parts):
         return states
@@ -146,11 +146,11 @@ _ROTATION_BACK = np.ascontiguousarray(_ROTATION.T)
 
 
 def _product(values: Floats, matrix: Floats) -> Floats:
-    if len(values) <= SMALL_BATCH:
+    if len(values) <= MAX_PRODUCT_BLOCKS:
         return values @ matrix
     product = np.empty_like(values)
-    for start in range(0, len(values), SMALL_BATCH):
-        part = slice(start, start + SMALL_BATCH)
+    for start in range(0, len(values), MAX_PRODUCT_BLOCKS):
+        part = slice(start, start + MAX_PRODUCT_BLOCKS)
         np.matmul(values[part], matrix, out=product[part])
     return product
 
@@ -158,7 +158,7 @@ def _product(values: Floats, matrix: Floats) -> Floats:
 def _peak(values: Floats) -> Floats:
     """Return the largest magnitude `[blocks, 1]` of each block; NaN for a block that holds NaN."""
     magnitudes = np.abs(values)
-    if len(values) <= SMALL_BATCH:
+    if len(values) <= MAX_PRODUCT_BLOCKS:
         return np.maximum.reduce(magnitudes, axis=1, keepdims=True)
     # torch is many times faster than numpy along short rows.
     return torch.from_numpy(magnitudes).amax(1, keepdim=True).numpy()  # pyright: ignore[reportUnknownMemberType]

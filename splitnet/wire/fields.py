@@ -43,7 +43,7 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
     return values
 
 
-class Values:
+class ValueReader:
     """Reads untrusted msgpack value by value, and arrays only where the caller expects one. An empty array takes one
     byte on the wire and 64 bytes in memory, so unexpected nested lists must not be built."""
 
@@ -57,7 +57,7 @@ class Values:
     def array(self, most: int) -> int:
         """Reads the header of an array, and returns its length. Raises ProtocolError: the next value is not an array,
         or has more than `most` values."""
-        count: int = self._read("read_array_header")
+        count: int = self._unpack("read_array_header")
         if count > most:
             raise ProtocolError(f"expected an array of at most {most} values")
         return count
@@ -65,33 +65,33 @@ class Values:
     def value(self) -> Any:
         """The next value: a scalar, text, bytes or an empty array. Raises ProtocolError: there is none, or it breaks a
         bound."""
-        return self._read("unpack")
+        return self._unpack("unpack")
 
     def check_end(self) -> None:
         """Raises ProtocolError: values are left."""
         if self._unpacker.tell() != self._end:
             raise ProtocolError("more values than expected")
 
-    def _read(self, how: str) -> Any:
+    def _unpack(self, how: str) -> Any:
         try:
             return getattr(self._unpacker, how)()
         except Exception as error:  # see `unpack_array`
             raise ProtocolError(f"unexpected msgpack: {error}") from None
 
 
-def wire(check: Check, write: Check | None = None, **options: Any) -> Any:
+def wire_field(check: Check, write: Check | None = None, **options: Any) -> Any:
     """A dataclass field that is on the wire and always written. write: converts the value to the form that `check`
     takes; None: no conversion."""
     return dataclasses.field(metadata={"check": check, "write": write}, **options)
 
 
-def appended(check: Check, default: Any, write: Check | None = None) -> Any:
-    """A dataclass field that is on the wire after all `wire` fields; its default is omitted at the end."""
+def appended_field(check: Check, default: Any, write: Check | None = None) -> Any:
+    """A dataclass field that is on the wire after all `wire_field` fields; its default is omitted at the end."""
     return dataclasses.field(default=default, metadata={"check": check, "write": write, "appended": True})
 
 
-class Layout:
-    """The fields of a dataclass that are on the wire (made by `wire` and `appended`), in order."""
+class MessageLayout:
+    """The fields of a dataclass that are on the wire (made by `wire_field` and `appended_field`), in order."""
 
     def __init__(self, kind: type[Any]) -> None:
         fields = [field for field in dataclasses.fields(kind) if "check" in field.metadata]
@@ -103,7 +103,7 @@ class Layout:
         self._always_written = sum("appended" not in field.metadata for field in fields)
         self._writes = [(at, write) for at, field in enumerate(fields) if (write := field.metadata["write"])]
 
-    def write(self, message: Any) -> list[Any]:
+    def write_fields(self, message: Any) -> list[Any]:
         """The values to send, without trailing appended fields that hold their defaults."""
         values = [getattr(message, name) for name in self.names]
         while len(values) > self._always_written and values[-1] == self._defaults[len(values) - 1]:
@@ -113,7 +113,7 @@ class Layout:
                 values[at] = write(values[at])
         return values
 
-    def read(self, values: Sequence[Any]) -> dict[str, Any]:
+    def read_fields(self, values: Sequence[Any]) -> dict[str, Any]:
         """The fields in `values`, by name; all other fields have defaults. Raises ProtocolError: a field is missing or
         invalid; the error names it."""
         if len(values) < self._required:

@@ -22,8 +22,8 @@ from typing import ClassVar, NamedTuple, cast, get_args
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.wire.endpoints import Relay
 from splitnet.wire.fields import (
-    Layout,
-    appended,
+    MessageLayout,
+    appended_field,
     blob,
     flag,
     joined,
@@ -38,7 +38,7 @@ from splitnet.wire.fields import (
     text,
     uint,
     unpack_array,
-    wire,
+    wire_field,
 )
 
 PROTOCOL_VERSION = 1
@@ -137,13 +137,13 @@ _EPOCH = uint((1 << 31) - 1)
 
 @dataclass(frozen=True, slots=True)
 class _OfSession:
-    session: bytes = wire(blob(SESSION_BYTES))
-    epoch: int = wire(_EPOCH)
+    session: bytes = wire_field(blob(SESSION_BYTES))
+    epoch: int = wire_field(_EPOCH)
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbered(_OfSession):
-    number: int = wire(_NUMBER)
+    number: int = wire_field(_NUMBER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +151,11 @@ class Ping:
     """Asks for a `Pong`; the payload is padding, with which the sender measures bandwidth."""
 
     TAG: ClassVar[int] = 1
-    nonce: int = wire(_NUMBER)
+    nonce: int = wire_field(_NUMBER)
     payload: Payload = b""
-    session: bytes = appended(blob(0, SESSION_BYTES), b"")
+    session: bytes = appended_field(blob(0, SESSION_BYTES), b"")
     """Id of a session of the sender to report on; empty: none."""
-    load: bool = appended(flag, False)  # asks for a `LoadReport`
+    load: bool = appended_field(flag, False)  # asks for a `LoadReport`
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +163,19 @@ class Pong:
     """Answers `Ping` at once, even while the device computes."""
 
     TAG: ClassVar[int] = 2
-    nonce: int = wire(_NUMBER)
-    queue_ms: float = wire(milliseconds)
-    kv_free_positions: int = wire(_NUMBER)
-    waiting: int = appended(_NUMBER, 0)
+    nonce: int = wire_field(_NUMBER)
+    queue_ms: float = wire_field(milliseconds)
+    kv_free_positions: int = wire_field(_NUMBER)
+    waiting: int = appended_field(_NUMBER, 0)
     """Steps and passes of the session (`Ping.session`) that wait or run at this peer. If there are none: 1 while the
     next hop may not have received the output that was sent to it, else 0."""
-    done: int = appended(_NUMBER, 0)  # positions of the session that this peer has computed so far; it only grows
-    holds: bool = appended(flag, False)  # the peer holds the session, and the asking side has opened it
-    last: int = appended(_NUMBER, 0)
+    done: int = appended_field(_NUMBER, 0)  # positions of the session that this peer has computed so far; it only grows
+    holds: bool = appended_field(flag, False)  # the peer holds the session, and the asking side has opened it
+    last: int = appended_field(_NUMBER, 0)
     """Highest number of a step or pass of the session's epoch that this peer has finished, without replays."""
-    timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
+    timing: tuple[Timing, ...] = appended_field(records(Timing, (_MAX_US,) * 3, most=1), ())
     """Times of the session's last decode step at this peer; empty: there was none."""
-    load: tuple[LoadReport, ...] = appended(
+    load: tuple[LoadReport, ...] = appended_field(
         several(row(LoadReport, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ()
     )
     """The load of the device; empty: the ping did not ask."""
@@ -186,29 +186,30 @@ class Open(_OfSession):
     """Opens a session at a hop, or changes an open one: a larger reservation, another next hop, a newer epoch."""
 
     TAG: ClassVar[int] = 3
-    model: str = wire(text(64))  # fingerprint of the checkpoint
-    start: int = wire(uint(MAX_BLOCKS))
-    end: int = wire(uint(MAX_BLOCKS))
-    reservation: int = wire(uint(MAX_POSITIONS))  # positions of KV cache to reserve, over all rows
-    codec: int = wire(uint(255))  # codec of this hop's output
-    previous: bytes = wire(blob(0, KEY_BYTES))
+    model: str = wire_field(text(64))  # fingerprint of the checkpoint
+    start: int = wire_field(uint(MAX_BLOCKS))
+    end: int = wire_field(uint(MAX_BLOCKS))
+    reservation: int = wire_field(uint(MAX_POSITIONS))  # positions of KV cache to reserve, over all rows
+    codec: int = wire_field(uint(255))  # codec of this hop's output
+    previous: bytes = wire_field(blob(0, KEY_BYTES))
     """Public key of the hop that may push steps of this session; empty: only the client may."""
-    next_key: bytes = wire(blob(0, KEY_BYTES))  # public key of the next hop; empty: results go to the client
-    next_address: str = wire(text(256))
-    next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
+    next_key: bytes = wire_field(blob(0, KEY_BYTES))  # public key of the next hop; empty: results go to the client
+    next_address: str = wire_field(text(256))
+    next_relays: tuple[Relay, ...] = appended_field(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
     """Relays through which the next hop is reached; none: it is reached at its address."""
-    asks_weights: bool = appended(flag, default=False)  # `Opened` must state `weights`
-    taps: tuple[int, ...] = appended(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
+    asks_weights: bool = appended_field(flag, default=False)  # `Opened` must state `weights`
+    taps: tuple[int, ...] = appended_field(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
     """Boundaries after blocks of this hop, in rising order, whose hidden states the client wants, see `Tapped`."""
-    tap_codec: int = appended(uint(255), 0)
-    context: bytes = appended(blob(0, LABEL_BYTES), b"")
+    tap_codec: int = appended_field(uint(255), 0)
+    context: bytes = appended_field(blob(0, LABEL_BYTES), b"")
     """The client's digest of everything besides the text on which keys and values depend: the hops before, their
     weights and codecs, the adapter. The hop stores pages of the session under it, see `Step.labels`; empty: stores no
     pages."""
-    row: int = appended(uint(_ROW_ID), 0)  # the row to fill from stored pages
-    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
+    row: int = appended_field(uint(_ROW_ID), 0)  # the row to fill from stored pages
+    labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the first pages of `row`, in order."""
-    shared: bool = appended(flag, default=False)  # other keys of a group that the peer's owner names may use the pages
+    # other keys of a group that the peer's owner names may use the pages
+    shared: bool = appended_field(flag, default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +217,13 @@ class Opened(_OfSession):
     """Answers `Open`: the memory is reserved."""
 
     TAG: ClassVar[int] = 4
-    next_reachable: bool = wire(flag)
-    cached_positions: int = wire(_NUMBER)  # positions in the hop's KV cache of the session, over all rows
-    weights: str = appended(text(64), "")  # weight format as in `PeerRecord.dtype`; empty: `Open` did not ask
-    taps: bool = appended(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
-    recalled: bool = appended(flag, default=False)
+    next_reachable: bool = wire_field(flag)
+    cached_positions: int = wire_field(_NUMBER)  # positions in the hop's KV cache of the session, over all rows
+    weights: str = appended_field(text(64), "")  # weight format as in `PeerRecord.dtype`; empty: `Open` did not ask
+    taps: bool = appended_field(flag, default=False)  # the hop sends a `Tapped` for each of `Open.taps`
+    looked_up: bool = appended_field(flag, default=False)
     """The session is new at the hop: `cached_positions` come from its stored pages."""
-    stores: bool = appended(flag, default=False)  # the hop stores pages of the session
+    stores: bool = appended_field(flag, default=False)  # the hop stores pages of the session
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ class Close:
     """Ends a session and frees its memory; only the session's owner may send it."""
 
     TAG: ClassVar[int] = 5
-    session: bytes = wire(blob(SESSION_BYTES))
+    session: bytes = wire_field(blob(SESSION_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,22 +243,22 @@ class Step(_Numbered):
     """
 
     TAG: ClassVar[int] = 6
-    parts: tuple[Chunk, ...] = wire(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
-    forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
+    parts: tuple[Chunk, ...] = wire_field(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    forks: tuple[Fork, ...] | None = wire_field(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that no fork names are dropped. None: all rows stay."""
-    replay_until: int = wire(uint(MAX_BLOCKS))
+    replay_until: int = wire_field(uint(MAX_BLOCKS))
     """0 for new positions. In a replay, hops whose span ends at this block or later log their output and do not send it
     on."""
-    codec: int = wire(uint(255))
+    codec: int = wire_field(uint(255))
     payload: Payload = b""
-    boundary: int = wire(uint(MAX_BLOCKS), default=0)
+    boundary: int = wire_field(uint(MAX_BLOCKS), default=0)
     """The boundary of the payload, set by a hop that pushes, so that hops cannot form a circle."""
-    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    timings: tuple[Timing, ...] = wire_field(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Times of the step at the hops before, in order."""
-    reach: int = appended(uint(MAX_POSITIONS), 0)
+    rope_length: int = appended_field(uint(MAX_POSITIONS), 0)
     """Length of text, in positions with the prefix of an adapter, for models whose rotary frequencies depend on it. A
     position has the frequencies of this length, or of the text that ends with the position if that is longer."""
-    labels: tuple[bytes, ...] = appended(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
+    labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the pages that end within the parts, in order, see `splitnet.wire.sent_log`; empty: no page is
     stored."""
 
@@ -271,9 +272,10 @@ class Result(_Numbered):
     """Output for the client: from the tail, or from a hop that has no next hop."""
 
     TAG: ClassVar[int] = 7
-    end: int = wire(uint(MAX_BLOCKS))  # the boundary of the payload
-    codec: int = wire(uint(255))
-    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))  # at all hops so far, in order
+    end: int = wire_field(uint(MAX_BLOCKS))  # the boundary of the payload
+    codec: int = wire_field(uint(255))
+    # at all hops so far, in order
+    timings: tuple[Timing, ...] = wire_field(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
     payload: Payload = b""
 
 
@@ -282,11 +284,11 @@ class Failure:
     """Refuses a request; `number` is 0 if the request was not a step."""
 
     TAG: ClassVar[int] = 8
-    session: bytes = wire(blob(0, SESSION_BYTES))
-    epoch: int = wire(_EPOCH)
-    number: int = wire(_NUMBER)
-    code: int = wire(uint(255))
-    text: str = wire(text(MAX_TEXT))
+    session: bytes = wire_field(blob(0, SESSION_BYTES))
+    epoch: int = wire_field(_EPOCH)
+    number: int = wire_field(_NUMBER)
+    code: int = wire_field(uint(255))
+    text: str = wire_field(text(MAX_TEXT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +297,8 @@ class Replay(_Numbered):
     step of the replay has this `number`; the hop whose span ends at `until` answers it with an empty `Result`."""
 
     TAG: ClassVar[int] = 9
-    until: int = wire(uint(MAX_BLOCKS))
-    since: int = appended(uint(MAX_POSITIONS), 0)  # the first position of each row to send
+    until: int = wire_field(uint(MAX_BLOCKS))
+    since: int = appended_field(uint(MAX_POSITIONS), 0)  # the first position of each row to send
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,17 +309,18 @@ class Forward(_Numbered):
     """
 
     TAG: ClassVar[int] = 10
-    oldest: int = wire(_NUMBER)  # hops may forget passes with lower numbers
-    lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))  # positions of each sequence
-    kept: bool = wire(flag)  # each hop keeps its input, so that a `Gradient` can follow
-    adapter: int = wire(_NUMBER)  # version of the adapter that the blocks run with; 0: none
-    gradient_codec: int = wire(uint(255))  # codec of the gradients that hops send back
-    codec: int = wire(uint(255))
+    oldest: int = wire_field(_NUMBER)  # hops may forget passes with lower numbers
+    lengths: tuple[int, ...] = wire_field(several(uint(MAX_POSITIONS), most=MAX_ROWS))  # positions of each sequence
+    kept: bool = wire_field(flag)  # each hop keeps its input, so that a `Gradient` can follow
+    adapter: int = wire_field(_NUMBER)  # version of the adapter that the blocks run with; 0: none
+    gradient_codec: int = wire_field(uint(255))  # codec of the gradients that hops send back
+    codec: int = wire_field(uint(255))
     payload: Payload = b""
-    boundary: int = wire(uint(MAX_BLOCKS), default=0)  # as in `Step`
-    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    boundary: int = wire_field(uint(MAX_BLOCKS), default=0)  # as in `Step`
+    timings: tuple[Timing, ...] = wire_field(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Times of the pass at the hops before, in order."""
-    reach: int = appended(uint(MAX_POSITIONS), 0)  # as in `Step`, but compared with the length of the whole sequence
+    # as in `Step`, but compared with the length of the whole sequence
+    rope_length: int = appended_field(uint(MAX_POSITIONS), 0)
 
     @property
     def positions(self) -> int:
@@ -330,12 +333,12 @@ class Gradient(_Numbered):
     number in reverse order."""
 
     TAG: ClassVar[int] = 11
-    boundary: int = wire(uint(MAX_BLOCKS))
-    since: int = wire(_NUMBER)  # number of the first pass whose gradient by the adapter hops add to their sum
-    held: bool = wire(flag)  # more passes follow; after the last one hops send the sum to the client
-    codec: int = wire(uint(255))
+    boundary: int = wire_field(uint(MAX_BLOCKS))
+    since: int = wire_field(_NUMBER)  # number of the first pass whose gradient by the adapter hops add to their sum
+    held: bool = wire_field(flag)  # more passes follow; after the last one hops send the sum to the client
+    codec: int = wire_field(uint(255))
     payload: Payload = b""
-    timings: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), ())
+    timings: tuple[Timing, ...] = appended_field(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), ())
     """Times at the hops that the gradient has passed, in that order."""
 
 
@@ -348,8 +351,8 @@ class Adapter(_OfSession):
     """
 
     TAG: ClassVar[int] = 12
-    version: int = wire(_NUMBER)
-    remaining: int = wire(_NUMBER)  # how many messages of this version follow
+    version: int = wire_field(_NUMBER)
+    remaining: int = wire_field(_NUMBER)  # how many messages of this version follow
     payload: Payload = b""
 
 
@@ -358,7 +361,7 @@ class AdapterLoaded(_OfSession):
     """Answers the last `Adapter` of a version."""
 
     TAG: ClassVar[int] = 13
-    version: int = wire(_NUMBER)
+    version: int = wire_field(_NUMBER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +370,7 @@ class AdapterGradient(_Numbered):
     client. It is the sum over several passes, and has the number of the last `Forward` among them."""
 
     TAG: ClassVar[int] = 14
-    remaining: int = wire(_NUMBER)  # how many messages of this gradient follow
+    remaining: int = wire_field(_NUMBER)  # how many messages of this gradient follow
     payload: Payload = b""
 
 
@@ -376,8 +379,8 @@ class FetchKV(_Numbered):
     """Asks a hop for the keys and values of the first `length` positions of a row, as a prefix for later texts."""
 
     TAG: ClassVar[int] = 15
-    row: int = wire(uint(_ROW_ID))
-    length: int = wire(uint(MAX_POSITIONS))
+    row: int = wire_field(uint(_ROW_ID))
+    length: int = wire_field(uint(MAX_POSITIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +388,7 @@ class FetchedKV(_Numbered):
     """Answers a `FetchKV` for the blocks of a hop, with tensors named as in an adapter."""
 
     TAG: ClassVar[int] = 16
-    remaining: int = wire(_NUMBER)  # how many messages of this answer follow
+    remaining: int = wire_field(_NUMBER)  # how many messages of this answer follow
     payload: Payload = b""
 
 
@@ -394,16 +397,16 @@ class LookUp:
     """Asks a peer for the records of a model's peers, or for one record of each model."""
 
     TAG: ClassVar[int] = 17
-    number: int = wire(_NUMBER)  # of the question; the answer has the same number
-    model: str = wire(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
+    number: int = wire_field(_NUMBER)  # of the question; the answer has the same number
+    model: str = wire_field(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
     """Fingerprint of the checkpoint; empty: all models."""
-    depth: int = wire(uint(MAX_DEPTH))
+    depth: int = wire_field(uint(MAX_DEPTH))
     """Over how many further peers the question may be passed on, by a peer that cannot answer alone."""
-    known: tuple[bytes, ...] = appended(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
+    known: tuple[bytes, ...] = appended_field(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
     """Entries of records that the sender knows (`splitnet/directory/ask.py:entry_of`), the most needed first."""
-    since: float = appended(_UNIX_S, 0.0)
+    since: float = appended_field(_UNIX_S, 0.0)
     """Other records are sent only if the peer has served its span since this Unix time (seconds) or later."""
-    most: int = appended(uint(MAX_CHANGES_BYTES), 0)
+    most: int = appended_field(uint(MAX_CHANGES_BYTES), 0)
     """Asks only for changes, in at most this many bytes of records; 0: asks for all records."""
 
 
@@ -412,10 +415,10 @@ class Found:
     """Answers a `LookUp` in one message or several; each payload is a msgpack array of signed records."""
 
     TAG: ClassVar[int] = 18
-    number: int = wire(_NUMBER)
-    remaining: int = wire(uint(MAX_FOUND - 1))  # how many messages of this answer follow
+    number: int = wire_field(_NUMBER)
+    remaining: int = wire_field(uint(MAX_FOUND - 1))  # how many messages of this answer follow
     payload: Payload = b""
-    present: bytes = appended(blob(*range(MAX_KNOWN // 8 + 1)), b"")
+    present: bytes = appended_field(blob(*range(MAX_KNOWN // 8 + 1)), b"")
     """One bit for each entry of `LookUp.known`, the lowest bit of a byte first: whether the peer is still in the
     directory. Empty: the answer holds all records, as from a version without this field."""
 
@@ -425,8 +428,8 @@ class Announce:
     """Asks a peer to publish a record; the payload is the signed record."""
 
     TAG: ClassVar[int] = 19
-    number: int = wire(_NUMBER)
-    depth: int = wire(uint(MAX_DEPTH))  # as in `LookUp`
+    number: int = wire_field(_NUMBER)
+    depth: int = wire_field(uint(MAX_DEPTH))  # as in `LookUp`
     payload: Payload = b""
 
 
@@ -435,8 +438,8 @@ class Announced:
     """Answers an `Announce`."""
 
     TAG: ClassVar[int] = 20
-    number: int = wire(_NUMBER)
-    taken: bool = wire(flag)  # False: the record is invalid, or the peer has no room for it
+    number: int = wire_field(_NUMBER)
+    taken: bool = wire_field(flag)  # False: the record is invalid, or the peer has no room for it
 
 
 class WeightsKind(IntEnum):
@@ -453,12 +456,12 @@ class AskWeights:
     """Asks a peer for a part of its weights, of their manifest or of a page, see `WeightsKind`."""
 
     TAG: ClassVar[int] = 21
-    number: int = wire(_NUMBER)  # of the question; the answer has the same number
-    kind: int = wire(uint(255))  # a `WeightsKind`
-    name: bytes = wire(blob(DIGEST_BYTES))
+    number: int = wire_field(_NUMBER)  # of the question; the answer has the same number
+    kind: int = wire_field(uint(255))  # a `WeightsKind`
+    name: bytes = wire_field(blob(DIGEST_BYTES))
     """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm, an HMAC of it under the swarm key."""
-    offset: int = wire(uint(MAX_WEIGHTS_BYTES))  # first byte of the part
-    length: int = wire(uint(MAX_PART_BYTES))  # most bytes of the part
+    offset: int = wire_field(uint(MAX_WEIGHTS_BYTES))  # first byte of the part
+    length: int = wire_field(uint(MAX_PART_BYTES))  # most bytes of the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,8 +469,8 @@ class WeightsPart:
     """Answers `AskWeights` with a part of `total` bytes."""
 
     TAG: ClassVar[int] = 22
-    number: int = wire(_NUMBER)
-    total: int = wire(uint(MAX_WEIGHTS_BYTES))
+    number: int = wire_field(_NUMBER)
+    total: int = wire_field(uint(MAX_WEIGHTS_BYTES))
     payload: Payload = b""
 
 
@@ -477,8 +480,8 @@ class Tapped(_Numbered):
     that a step returns (`Chunk.keep`), and for no step of a replay."""
 
     TAG: ClassVar[int] = 23
-    boundary: int = wire(uint(MAX_BLOCKS))
-    codec: int = wire(uint(255))
+    boundary: int = wire_field(uint(MAX_BLOCKS))
+    codec: int = wire_field(uint(255))
     payload: Payload = b""
 
 
@@ -496,12 +499,12 @@ class AskRound:
     """From an owner of examples to the coordinator of a joint tuning, see `splitnet.tools.tune.rounds`."""
 
     TAG: ClassVar[int] = 24
-    name: str = wire(text(64))
-    model: str = wire(matching(FINGERPRINT))
-    wish: int = wire(uint(255))  # a `RoundWish`
-    number: int = wire(uint(MAX_ROUNDS))  # the round after which the owner's parameters were computed
-    examples: int = wire(uint(1 << 31))
-    size: int = wire(uint(MAX_PAYLOAD_BYTES // 4))  # numbers in the owner's gradient
+    name: str = wire_field(text(64))
+    model: str = wire_field(matching(FINGERPRINT))
+    wish: int = wire_field(uint(255))  # a `RoundWish`
+    number: int = wire_field(uint(MAX_ROUNDS))  # the round after which the owner's parameters were computed
+    examples: int = wire_field(uint(1 << 31))
+    size: int = wire_field(uint(MAX_PAYLOAD_BYTES // 4))  # numbers in the owner's gradient
     payload: Payload = b""  # settings as JSON, with JOIN, only from the coordinator's own key
 
 
@@ -510,12 +513,12 @@ class RoundState:
     """Answers an `AskRound`, and informs owners that a round has ended; the payload is the settings as JSON."""
 
     TAG: ClassVar[int] = 25
-    number: int = wire(uint(MAX_ROUNDS))  # rounds that have ended
-    rounds: int = wire(uint(MAX_ROUNDS))  # rounds of the whole tuning
-    owners: int = wire(uint(MAX_OWNERS))  # owners that take part
-    ready: int = wire(uint(MAX_OWNERS))  # owners whose gradient is ready
-    following: bool = wire(flag)  # a `RoundNumbers` follows
-    refused: str = wire(text(MAX_TEXT))  # why the request is refused; empty: it is not refused
+    number: int = wire_field(uint(MAX_ROUNDS))  # rounds that have ended
+    rounds: int = wire_field(uint(MAX_ROUNDS))  # rounds of the whole tuning
+    owners: int = wire_field(uint(MAX_OWNERS))  # owners that take part
+    ready: int = wire_field(uint(MAX_OWNERS))  # owners whose gradient is ready
+    following: bool = wire_field(flag)  # a `RoundNumbers` follows
+    refused: str = wire_field(text(MAX_TEXT))  # why the request is refused; empty: it is not refused
     payload: Payload = b""
 
 
@@ -524,12 +527,13 @@ class WantGradient:
     """Asks an owner, from the coordinator, for its gradient multiplied by `share`, its weight in the mean."""
 
     TAG: ClassVar[int] = 26
-    number: int = wire(uint(MAX_ROUNDS))
-    attempt: int = wire(uint(MAX_ATTEMPT))
-    share: float = wire(_SHARE)
-    norm: float = wire(milliseconds)  # longer gradients are scaled to this norm; 0: no bound
-    noise: float = wire(milliseconds)  # standard deviation of the noise that the owner adds per number, at a share of 1
-    members: tuple[bytes, ...] = wire(several(blob(KEY_BYTES), most=MAX_OWNERS))
+    number: int = wire_field(uint(MAX_ROUNDS))
+    attempt: int = wire_field(uint(MAX_ATTEMPT))
+    share: float = wire_field(_SHARE)
+    norm: float = wire_field(milliseconds)  # longer gradients are scaled to this norm; 0: no bound
+    # standard deviation of the noise that the owner adds per number, at a share of 1
+    noise: float = wire_field(milliseconds)
+    members: tuple[bytes, ...] = wire_field(several(blob(KEY_BYTES), most=MAX_OWNERS))
     """CURVE keys of all owners whose gradients are masked with shared secrets; none: no masks."""
 
 
@@ -539,8 +543,8 @@ class RoundNumbers:
     per number."""
 
     TAG: ClassVar[int] = 27
-    number: int = wire(uint(MAX_ROUNDS))
-    attempt: int = wire(uint(MAX_ATTEMPT))
+    number: int = wire_field(uint(MAX_ROUNDS))
+    attempt: int = wire_field(uint(MAX_ATTEMPT))
     payload: Payload = b""
 
 
@@ -549,18 +553,18 @@ class CopyPages:
     """Asks a peer to copy pages of the sender's session from the hop that holds them; see `Open`."""
 
     TAG: ClassVar[int] = 28
-    session: bytes = wire(blob(SESSION_BYTES))
-    rate: float = wire(number(1, 1e12))  # upper bound in bytes/s
-    if_faster: bool = wire(flag)  # the session waits: copy only while this is faster than to compute the pages
-    number: int = wire(_NUMBER)
-    start: int = wire(uint(MAX_BLOCKS))
-    end: int = wire(uint(MAX_BLOCKS))
-    codec: int = wire(uint(255))  # as in `Open`
-    context: bytes = wire(blob(LABEL_BYTES))
-    labels: tuple[bytes, ...] = wire(joined(LABEL_BYTES, least=1, most=MAX_LABELS), b"".join)
-    source_key: bytes = wire(blob(KEY_BYTES))
-    source_address: str = wire(text(256))
-    source_relays: tuple[Relay, ...] = wire(several(row(Relay, text(64), blob(KEY_BYTES)), most=3))
+    session: bytes = wire_field(blob(SESSION_BYTES))
+    rate: float = wire_field(number(1, 1e12))  # upper bound in bytes/s
+    if_faster: bool = wire_field(flag)  # the session waits: copy only while this is faster than to compute the pages
+    number: int = wire_field(_NUMBER)
+    start: int = wire_field(uint(MAX_BLOCKS))
+    end: int = wire_field(uint(MAX_BLOCKS))
+    codec: int = wire_field(uint(255))  # as in `Open`
+    context: bytes = wire_field(blob(LABEL_BYTES))
+    labels: tuple[bytes, ...] = wire_field(joined(LABEL_BYTES, least=1, most=MAX_LABELS), b"".join)
+    source_key: bytes = wire_field(blob(KEY_BYTES))
+    source_address: str = wire_field(text(256))
+    source_relays: tuple[Relay, ...] = wire_field(several(row(Relay, text(64), blob(KEY_BYTES)), most=3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,10 +572,10 @@ class CopiedPages:
     """Answers `CopyPages`: how many pages, from the first one on, the peer holds, and how many bytes it received."""
 
     TAG: ClassVar[int] = 29
-    session: bytes = wire(blob(SESSION_BYTES))
-    number: int = wire(_NUMBER)
-    pages: int = wire(uint(MAX_LABELS))
-    nbytes: int = wire(_NUMBER)
+    session: bytes = wire_field(blob(SESSION_BYTES))
+    number: int = wire_field(_NUMBER)
+    pages: int = wire_field(uint(MAX_LABELS))
+    nbytes: int = wire_field(_NUMBER)
 
 
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
@@ -585,7 +589,7 @@ MESSAGES: tuple[type[Message], ...] = get_args(Message)
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
 assert len(_BY_TAG) == len(MESSAGES), "two messages share a tag"
 
-_LAYOUTS = {kind: Layout(kind) for kind in MESSAGES}
+_LAYOUTS = {kind: MessageLayout(kind) for kind in MESSAGES}
 _HAS_PAYLOAD = frozenset(kind for kind in MESSAGES if any(item.name == "payload" for item in dataclasses.fields(kind)))
 _PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGES}
 
@@ -593,7 +597,7 @@ _PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGE
 def encode(message: Message) -> list[Payload]:
     """The ZeroMQ frames of a message."""
     kind = type(message)
-    header = _PREFIX[kind] + packb(_LAYOUTS[kind].write(message))
+    header = _PREFIX[kind] + packb(_LAYOUTS[kind].write_fields(message))
     if kind in _HAS_PAYLOAD:
         payload = cast("Step", message).payload
         if len(payload):
@@ -619,7 +623,7 @@ def decode(frames: Sequence[Payload]) -> Message:
     if kind is None:
         raise ProtocolError(f"unknown message tag {header[3]}")
     body = unpack_array(header[4:], most_items=MAX_ROWS, most_text=MAX_TEXT * 4, most_bytes=MAX_LABELS * LABEL_BYTES)
-    values = _LAYOUTS[kind].read(body)
+    values = _LAYOUTS[kind].read_fields(body)
     if kind in _HAS_PAYLOAD:
         values["payload"] = _payload(frames)
     elif len(frames) > 1:

@@ -63,27 +63,27 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
 REPLAY_POSITIONS = PASS_POSITIONS  # per step of a replay
 
 
-class Replayed(NamedTuple):
+class ReplayStep(NamedTuple):
     """Content of a step that rebuilds a part of a row, see `Step`."""
 
     parts: tuple[Chunk, ...]
     payload: bytes
-    reach: int
+    rope_length: int
     labels: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
 class _Row:
     data: bytearray = field(default_factory=bytearray)
-    reaches: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
-    """Pairs of a position and the `reach` of steps from this position on; 0 before the first pair."""
+    rope_lengths: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Pairs of a position and the `rope_length` of steps from this position on; 0 before the first pair."""
     labels: list[bytes] = field(default_factory=list[bytes])  # of the row's first pages; later labels are unknown
 
     def copy(self) -> _Row:
-        return _Row(bytearray(self.data), list(self.reaches), list(self.labels))
+        return _Row(bytearray(self.data), list(self.rope_lengths), list(self.labels))
 
-    def reach_at(self, position: int) -> int:
-        return next((reach for start, reach in reversed(self.reaches) if start <= position), 0)
+    def rope_length_at(self, position: int) -> int:
+        return next((rope_length for start, rope_length in reversed(self.rope_lengths) if start <= position), 0)
 
 
 class SentLog:
@@ -121,34 +121,35 @@ class SentLog:
         return tuple(self._rows[row].labels) if row in self._rows else ()
 
     def page(self, row: int, index: int) -> tuple[bytes, int]:
-        """Encoded positions of a page of `row`, and their `reach`. Raises ValueError: the page is not complete, or its
-        positions have different values of `reach`."""
+        """Encoded positions of a page of `row`, and their `rope_length`. Raises ValueError: the page is not complete,
+        or its
+        positions have different values of `rope_length`."""
         held, size = self._rows[row], PAGE * self.bytes_per_position
         data = bytes(held.data[index * size : (index + 1) * size])
-        reach = held.reach_at(index * PAGE)
-        if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.reaches):
+        rope_length = held.rope_length_at(index * PAGE)
+        if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.rope_lengths):
             raise ValueError(f"row {row} has no page {index} of one reach")
-        return data, reach
+        return data, rope_length
 
     def crop(self, row: int, length: int) -> None:
         """Forgets the positions of `row` from `length` on."""
         held = self._rows[row]
         del held.data[length * self.bytes_per_position :]
         del held.labels[length // PAGE :]
-        while held.reaches and held.reaches[-1][0] >= length:
-            held.reaches.pop()
+        while held.rope_lengths and held.rope_lengths[-1][0] >= length:
+            held.rope_lengths.pop()
 
-    def restore(self, row: int, pages: Sequence[tuple[bytes, int, bytes]]) -> None:
-        """Replaces all rows by `row`, made of pages: the encoded positions, `reach` and label of each page."""
+    def restore_row(self, row: int, pages: Sequence[tuple[bytes, int, bytes]]) -> None:
+        """Replaces all rows by `row`, made of pages: the encoded positions, `rope_length` and label of each page."""
         held = _Row()
-        for index, (data, reach, label) in enumerate(pages):
-            if reach != (held.reaches[-1][1] if held.reaches else 0):
-                held.reaches.append((index * PAGE, reach))
+        for index, (data, rope_length, label) in enumerate(pages):
+            if rope_length != (held.rope_lengths[-1][1] if held.rope_lengths else 0):
+                held.rope_lengths.append((index * PAGE, rope_length))
             held.data += data
             held.labels.append(label)
         self._rows = {row: held}
 
-    def prepare(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
+    def prepare_step(self, parts: Sequence[Chunk], forks: Sequence[Fork] | None) -> None:
         """Applies the forks of a step, and drops positions at or after the start of each part. Raises ProtocolError: a
         fork of a row that is not logged, or a gap before a part; the log is then unchanged."""
         rows = self._rows if forks is None else fork_rows(self._rows, forks, _Row.copy)
@@ -161,17 +162,17 @@ class SentLog:
             if part.row in rows:
                 self.crop(part.row, part.start)
 
-    def record(
+    def record_step(
         self,
         parts: Sequence[Chunk],
         forks: Sequence[Fork] | None,
         payload: Payload,
-        reach: int = 0,
+        rope_length: int = 0,
         labels: Sequence[bytes] = (),
     ) -> tuple[bytes, ...]:
         """Logs the payload of a step. Returns the labels of the pages that end within the step: `labels`, or with a
-        salt the ones made here. Raises ProtocolError: as `prepare`."""
-        self.prepare(parts, forks)
+        salt the ones made here. Raises ProtocolError: as `prepare_step`."""
+        self.prepare_step(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)
         offset, came = 0, iter(labels)
@@ -179,8 +180,8 @@ class SentLog:
         for part in parts:
             row = self._rows.setdefault(part.row, _Row())
             row.data += view[offset : offset + part.length * size]
-            if reach != (row.reaches[-1][1] if row.reaches else 0):
-                row.reaches.append((part.start, reach))
+            if rope_length != (row.rope_lengths[-1][1] if row.rope_lengths else 0):
+                row.rope_lengths.append((part.start, rope_length))
             offset += part.length * size
             first, count = part.start // PAGE, page_ends(part)
             if self._salt is not None:
@@ -192,19 +193,19 @@ class SentLog:
                     row.labels += own
         return tuple(made) if self._salt is not None else tuple(labels)
 
-    def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[Replayed]:
+    def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[ReplayStep]:
         """Steps that rebuild every row from position `since` on, each of at most `positions_per_step` positions."""
         size = self.bytes_per_position
         step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
         for number, row in self._rows.items():
-            changes = [(0, 0), *row.reaches, (len(row.data) // size, 0)]
-            for (begin, reach), (end, _) in pairwise(changes):
+            changes = [(0, 0), *row.rope_lengths, (len(row.data) // size, 0)]
+            for (begin, rope_length), (end, _) in pairwise(changes):
                 for start in range(max(begin, since), end, step):
                     chunk = bytes(row.data[start * size : min(start + step, end) * size])
                     part = Chunk(number, start, len(chunk) // size, 0)
                     first, count = start // PAGE, page_ends(part)
                     labels = tuple(row.labels[first : first + count])
-                    yield Replayed((part,), chunk, reach, labels if len(labels) == count else ())
+                    yield ReplayStep((part,), chunk, rope_length, labels if len(labels) == count else ())
 
     def _label(self, row: _Row, pages: int) -> None:
         """Labels the first `pages` pages of a row, as far as they have no label."""
@@ -213,7 +214,7 @@ class SentLog:
         with memoryview(row.data) as data:
             while (index := len(row.labels)) < pages:
                 before = row.labels[-1] if row.labels else self._salt
-                marks = [start for start, _ in row.reaches if index * PAGE < start < (index + 1) * PAGE]
-                reach = repr((row.reach_at(index * PAGE), marks)).encode()
+                marks = [start for start, _ in row.rope_lengths if index * PAGE < start < (index + 1) * PAGE]
+                rope_length = repr((row.rope_length_at(index * PAGE), marks)).encode()
                 with data[index * size : (index + 1) * size] as page:
-                    row.labels.append(digest(before, reach, page))
+                    row.labels.append(digest(before, rope_length, page))

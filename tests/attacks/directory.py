@@ -19,7 +19,7 @@ from typing import Any
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
 from splitnet.directory import mdns as lan
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.hivemind_node import import_hivemind
 from splitnet.directory.mdns import LanNode
 from splitnet.directory.record import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, shard_key, shard_keys
@@ -88,7 +88,7 @@ def flood_records(
     """Announces long records of new keys under all keys of the DHT that readers ask for. Returns how many nodes have
     stored."""
     taken = 0
-    with Directory.start(initial_peers=addresses) as node:
+    with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         while count > 0 and time.monotonic() < ends:
             fakes = [Identity.generate() for _ in range(min(_BATCH, count))]
@@ -103,7 +103,7 @@ def flood_records(
 def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
     """Announces new models with one key. Returns how many records nodes have stored."""
     taken, mallory = 0, Identity.generate()
-    with Directory.start(initial_peers=addresses) as node:
+    with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         while count > 0 and time.monotonic() < ends:
             records = [fake_record(mallory, os.urandom(16).hex()) for _ in range(min(_BATCH, count))]
@@ -115,7 +115,7 @@ def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
 def hide_in_caches(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
     """Makes each node cache a fake record with a late expiration, which would hide all records in its storage."""
     done, mallory = 0, Identity.generate()
-    with Directory.start(initial_peers=addresses) as node:
+    with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         while done < count and time.monotonic() < ends:
             record = fake_record(mallory, model)
@@ -128,7 +128,7 @@ def hide_in_caches(addresses: Sequence[str], model: str, *, seconds: float = 600
 def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
     """Sends messages that ask nodes for all records of the model a thousand times. Returns the number of messages."""
     done = 0
-    with Directory.start(initial_peers=addresses) as node:
+    with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         keys = [import_hivemind().dht_id(shard_keys(model)[0])] * 1000
         while done < count and time.monotonic() < ends:
@@ -147,7 +147,7 @@ def withhold(addresses: Sequence[str], model: str, *, seconds: float = 600.0) ->
 
 
 @contextmanager
-def withholding_node(addresses: Sequence[str], key: str) -> Iterator[Directory]:
+def withholding_node(addresses: Sequence[str], key: str) -> Iterator[DhtDirectory]:
     """A node of the DHT with the id nearest to a key, which returns none of the records that it stores."""
     hivemind = import_hivemind()
     nearest = hivemind.dht_id(key)
@@ -159,7 +159,7 @@ def withholding_node(addresses: Sequence[str], key: str) -> Iterator[Directory]:
 
     hivemind.DHTNode.create = create_near
     try:
-        node = Directory.start(initial_peers=addresses, listen=NODE)
+        node = DhtDirectory.start(initial_peers=addresses, listen=NODE)
     finally:
         hivemind.DHTNode.create = create
     with node:
@@ -175,7 +175,7 @@ def announce_fakes(
     """Keeps fake records of peers in the directory. claims: fields of the records. Returns the number of
     announcements."""
     done, fakes = 0, [Identity.generate() for _ in range(count)]
-    with Directory.start(initial_peers=addresses) as node:
+    with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
         while True:
             for fake in fakes:
@@ -214,7 +214,7 @@ def flooded_lan(model: str, *, count: int = 70) -> Iterator[None]:
                 f"{name}.{lan.SERVICE_TYPE}",
                 port=4000,
                 addresses=[socket.inet_aton(host)],
-                properties=fake.text(),
+                properties=fake.txt_entries(),
             )
             mdns.register_service(info, cooperating_responders=True)
         yield
@@ -246,7 +246,7 @@ def _labels(name: str) -> bytes:
     return b"".join(bytes([len(part)]) + part.encode() for part in name.rstrip(".").split(".")) + b"\0"
 
 
-def _store(node: Directory, entries: Sequence[tuple[str, str, PeerRecord, Identity]]) -> int:
+def _store(node: DhtDirectory, entries: Sequence[tuple[str, str, PeerRecord, Identity]]) -> int:
     stored = node._request(
         lambda own: own.store_many(
             [key for key, *_ in entries],

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from splitnet.blocks.adapters import write_tensors
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.swarm.swarm import ModelFacts
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Endpoint
@@ -139,7 +139,7 @@ def main() -> None:
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     facts = ModelFacts.of(Checkpoint.open(arguments.model))
-    with Directory.start(initial_peers=[arguments.address]) as directory:
+    with DhtDirectory.start(initial_peers=[arguments.address]) as directory:
         for record in directory.peers(facts.fingerprint):
             began = time.monotonic()
             peer = Endpoint(record.address, record.key)

@@ -198,7 +198,7 @@ def use(folder: Path, addresses: list[str], seconds: float, heard: Any, *, count
     ids = torch.arange(9)[None] + 3
     until = time.monotonic() + seconds
     with Swarm(ModelFacts.of(checkpoint), addresses) as swarm:
-        receive = swarm.links._receive
+        receive = swarm.links._receive_message
 
         def hear(source: Any, frames: Any) -> None:
             heard.value += len(frames)

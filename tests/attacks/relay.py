@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 
 import psutil
 
-from splitnet.nat.messages import (
+from splitnet.nat.relay import RelayServer
+from splitnet.nat.relay_messages import (
     LENGTH_BYTES,
     Beat,
     Call,
@@ -26,15 +27,14 @@ from splitnet.nat.messages import (
     Join,
     Joined,
     Message,
-    Purpose,
     Reserve,
     Reserved,
+    StreamPurpose,
     Welcome,
     pack,
     unpack,
 )
-from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import Dialing, WaysLoop, send
+from splitnet.nat.stream import Dialing, StreamLoop, send
 from splitnet.nat.tunnel import Tunnels
 from splitnet.nat.unreachable import STREAMS_OF_HOST, UnreachablePeer
 from splitnet.security.identity import Identity, PublicKey
@@ -68,7 +68,7 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.sock.close()
 
-    def ask(self, purpose: Purpose, message: Message) -> Message:
+    def ask(self, purpose: StreamPurpose, message: Message) -> Message:
         """Proves the key, asks, and returns the answer. Raises OSError, EOFError."""
         dialing = Dialing(self.identity, PublicKey(self.relay.key), purpose)
         self.sock.sendall(pack(dialing.hello))
@@ -109,7 +109,7 @@ def strangers(relay: Relay, seconds: float) -> None:
     until = time.monotonic() + seconds
     with ExitStack() as stack:
         while time.monotonic() < until:
-            for purpose, message in ((Purpose.RESERVE, Reserve()), (Purpose.CALL, Call(bytes(32), ""))):
+            for purpose, message in ((StreamPurpose.RESERVE, Reserve()), (StreamPurpose.CALL, Call(bytes(32), ""))):
                 with suppress(OSError, EOFError):
                     stream = Stream(relay)
                     stream.ask(purpose, message)
@@ -123,7 +123,7 @@ def beats(relay: Relay, seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with suppress(OSError, EOFError), Stream(relay) as stream:
-            stream.ask(Purpose.RESERVE, Reserve())
+            stream.ask(StreamPurpose.RESERVE, Reserve())
             while time.monotonic() < until:
                 stream.sock.sendall(pack(Beat()) * 1000)
 
@@ -172,10 +172,10 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
         ends: list[socket.socket] = []
         try:
             reserved = stack.enter_context(Stream(relay, hidden))
-            reserved.ask(Purpose.RESERVE, Reserve())
+            reserved.ask(StreamPurpose.RESERVE, Reserve())
             for _ in range(STREAMS):
                 caller = stack.enter_context(Stream(relay))
-                dialing = Dialing(caller.identity, PublicKey(relay.key), Purpose.CALL)
+                dialing = Dialing(caller.identity, PublicKey(relay.key), StreamPurpose.CALL)
                 caller.sock.sendall(pack(dialing.hello))
                 welcome = caller.hear()
                 assert isinstance(welcome, Welcome)
@@ -183,7 +183,7 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
                 called = reserved.hear()
                 assert isinstance(called, Called)
                 answering = stack.enter_context(Stream(relay, hidden))
-                if not isinstance(answering.ask(Purpose.JOIN, Join(called.token, "")), Joined):
+                if not isinstance(answering.ask(StreamPurpose.JOIN, Join(called.token, "")), Joined):
                     break
                 caller.hear()
                 ends += [caller.sock, answering.sock]
@@ -195,8 +195,8 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
 class TakesNoCalls(RelayServer):
     """A relay that accepts every reservation, answers `Beat` messages, and passes on no calls."""
 
-    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
-        await self._refuse(sock, "busy")
+    async def _call_peer(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+        await self._refuse_caller(sock, "busy")
 
 
 class Floods(RelayServer):
@@ -210,7 +210,7 @@ class Floods(RelayServer):
             await asyncio.get_running_loop().sock_sendall(sock, self.said)
             await asyncio.sleep(0)
 
-    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+    async def _call_peer(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
         await asyncio.Event().wait()
 
 
@@ -251,7 +251,7 @@ def hostile_helpers(kind: str, seconds: float) -> int:
         found.append(helper.relay_at("127.0.0.1"))
         inside = f"tcp://127.0.0.1:{peer.port}"
         hidden = UnreachablePeer(ways.loop, identity, inside, ways.behind, lambda: found, lambda: None)
-        stack.callback(hidden.stop)
+        stack.callback(hidden.stop_relaying)
         process = psutil.Process()
         before = process.memory_info().rss, process.num_fds()
         hidden.start()
@@ -269,7 +269,7 @@ def hostile_helpers(kind: str, seconds: float) -> int:
 
 
 def _be_hostile(pipe: Connection, kind: str) -> None:
-    loop = WaysLoop()
+    loop = StreamLoop()
     helpers = [HOSTILE[kind](loop, Identity.generate(), _ANY_PORT) for _ in range(HELPERS)]
     for helper in helpers:
         helper.start()

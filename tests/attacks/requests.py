@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.hivemind_node import import_hivemind
 from splitnet.directory.record import MODELS_KEY, shard_key
 from splitnet.security.identity import Identity
@@ -22,7 +22,7 @@ MODEL = bytes(16).hex()
 ANSWER_S = 20.0
 
 
-def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
+def asked(node: DhtDirectory, seed: int) -> Iterator[tuple[str, bytes]]:
     """Endless pairs of a node's function and a mutated request to it: bytes of the whole request or of a field
     change."""
     hivemind = import_hivemind()
@@ -74,7 +74,7 @@ def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int =
     peer = import_hivemind().PeerID.from_base58(address.rpartition("/p2p/")[2])
     until = time.monotonic() + seconds
     sent = 0
-    with Directory.start(initial_peers=[address]) as node:
+    with DhtDirectory.start(initial_peers=[address]) as node:
         requests = asked(node, seed)
 
         async def ask_one(own: Any, name: str, request: bytes) -> None:
@@ -87,9 +87,9 @@ def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int =
             await asyncio.gather(*(ask_one(own, *request) for request in islice(requests, AT_ONCE)))
 
         while sent < count and time.monotonic() < until:
-            node._call(ask_some(node._node), ANSWER_S + 5)
+            node._call_blocking(ask_some(node._node), ANSWER_S + 5)
             sent += AT_ONCE
-        assert node._call(node._node.protocol.call_ping(peer), ANSWER_S) is not None
+        assert node._call_blocking(node._node.protocol.call_ping(peer), ANSWER_S) is not None
     return sent
 
 
@@ -101,8 +101,8 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
     """
     until = time.monotonic() + seconds
     with (
-        Directory.start(listen=NODE) as node,
-        Directory.start(initial_peers=node.addresses) as other,
+        DhtDirectory.start(listen=NODE) as node,
+        DhtDirectory.start(initial_peers=node.addresses) as other,
     ):
         requests, source = asked(other, seed), other._node.peer_id
 
@@ -113,9 +113,9 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
                     await asyncio.wait_for(handlers[f"DHTProtocol.{name}"](request, source), ANSWER_S)
 
         while handed.value < count and time.monotonic() < until:
-            node._call(take_some(node._node), ANSWER_S + 5)
+            node._call_blocking(take_some(node._node), ANSWER_S + 5)
             handed.value += AT_ONCE
-        assert other._call(other._node.protocol.call_ping(node._node.peer_id), ANSWER_S) is not None
+        assert other._call_blocking(other._node.protocol.call_ping(node._node.peer_id), ANSWER_S) is not None
 
 
 def speak(address: str, *, seconds: float, seed: int = 0) -> int:

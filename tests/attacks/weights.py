@@ -16,10 +16,10 @@ from itertools import count
 import psutil
 
 from splitnet.checkpoint.checkpoint import open_store
-from splitnet.checkpoint.transfer.fetching import Asking, Fetcher
-from splitnet.checkpoint.transfer.held import make_folder
+from splitnet.checkpoint.transfer.fetching import Fetcher, PeerQuestions
 from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Manifest, Pieces, Tensor, digest
-from splitnet.checkpoint.transfer.matching import find_manifest
+from splitnet.checkpoint.transfer.manifest_search import find_manifest
+from splitnet.checkpoint.transfer.weight_pieces import make_folder
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
@@ -84,7 +84,7 @@ class Known(SwarmDirectory):
     def __init__(self, *records: PeerRecord) -> None:
         self._records = records
 
-    def store(self, record: PeerRecord, packed: bytes, depth: int = 0) -> bool:
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = 0) -> bool:
         raise NotImplementedError
 
     def records(self, model: str, depth: int = 0) -> list[PeerRecord]:
@@ -107,8 +107,8 @@ def unasked_answers(*, seconds: float) -> int:
         liar.say(source, Failure(b"", 0, question.number, FailureCode.WRONG_MODEL, "no"))
         asked.set()
 
-    with Liar(refuse) as liar, Asking(Identity.generate()) as asking:
-        number = asking.ask(liar.endpoint, WeightsKind.MANIFEST, bytes(32))
+    with Liar(refuse) as liar, PeerQuestions(Identity.generate()) as asking:
+        number = asking.ask_peer(liar.endpoint, WeightsKind.MANIFEST, bytes(32))
         assert asked.wait(30)
         hear = asking._links.on_answer
         assert hear is not None
@@ -155,7 +155,7 @@ def pieces_everywhere(*, seconds: float) -> int:
             part = told[question.offset : question.offset + MAX_PART_BYTES]
             liar.say(source, WeightsPart(question.number, len(told), part))
 
-        with Liar(answer) as liar, Asking(Identity.generate()) as asking:
+        with Liar(answer) as liar, PeerQuestions(Identity.generate()) as asking:
             record = fake_record(liar.identity, manifest.fingerprint, model_name="nice", address=liar.endpoint.address)
             grown = growth()
             found = find_manifest(Known(record), asking, "nice")

@@ -24,7 +24,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedModel, UnsupportedParameter
 from tests.conformance.counts import Outcome, counted
 from tests.swarm.harness import dht_node, local_swarm
@@ -87,7 +87,7 @@ class Inputs:
 
 
 @contextmanager
-def remote_class(family: str, node: Directory, folder: Path) -> Iterator[type[PreTrainedModel]]:
+def remote_class(family: str, node: DhtDirectory, folder: Path) -> Iterator[type[PreTrainedModel]]:
     """A class of transformers whose instances have their blocks on two peers, until the end."""
     config = random_config(family, blocks=2, hidden=64, vocab=99)
     original: Any = type(AutoModelForCausalLM.from_config(config))
@@ -177,7 +177,7 @@ SENSELESS = {
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Directory]:
+def node() -> Iterator[DhtDirectory]:
     with dht_node() as directory:
         yield directory
 
@@ -186,7 +186,7 @@ def node() -> Iterator[Directory]:
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_tests_of_generation_pass_on_remote_blocks(
-    family: str, name: str, node: Directory, tmp_path: Path, request: Any
+    family: str, name: str, node: DhtDirectory, tmp_path: Path, request: Any
 ) -> None:
     mixin = transformers_tests().GenerationTesterMixin
     count: Callable[[Outcome], None] = counted(request.config, f"transformers' tests of generate() on {family}")

@@ -23,11 +23,11 @@ import pytest
 from typer.main import get_command
 
 import splitnet
-from peers.options import PeerOptions, SpanWish
-from peers.server import Peer
+from peers.peer_options import PeerOptions, SpanWish
+from peers.running_peer import RunningPeer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.main import app
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.swarm import peer_cache
@@ -400,7 +400,7 @@ def test_a_peer_leaves_cleanly(
     number: signal.Signals, small: Path, holed: str, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fingerprint = Checkpoint.open(small).fingerprint
-    with Directory.start(initial_peers=[holed]) as directory:
+    with DhtDirectory.start(initial_peers=[holed]) as directory:
 
         def served() -> list[tuple[int, int]]:
             return sorted((record.start, record.end) for record in directory.peers(fingerprint))
@@ -504,7 +504,7 @@ def test_peers_and_clients_join_through_a_bootstrap_node(small: Path, here: Here
             options = PeerOptions(
                 wish=SpanWish(blocks), initial_peers=[node.address()], listen="tcp://127.0.0.1:0", kv_memory=2**26
             )
-            peer = Peer.start(small, options)
+            peer = RunningPeer.start(small, options)
             at_end.callback(peer.close)
             known += peer.directory.addresses
         generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")

@@ -121,7 +121,9 @@ def test_a_chat_over_int8_makes_sense(demo_checkpoint: Path, address: str, token
 def test_the_client_holds_no_blocks(remote: RemoteCausalLM, demo_checkpoint: Path) -> None:
     """It holds the embeddings, which are also the head, in the codes of the file, and the last norm."""
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*remote.parameters(), *remote.buffers())}
-    facts = Checkpoint.open(demo_checkpoint).store.facts(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    facts = Checkpoint.open(demo_checkpoint).store.tensor_facts(["model.embed_tokens.weight"])[
+        "model.embed_tokens.weight"
+    ]
     assert facts.layout is not None
     assert facts.nbytes < sum(held.values()) < 1.1 * facts.nbytes < demo_checkpoint.stat().st_size / 2
 

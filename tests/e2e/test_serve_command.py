@@ -19,7 +19,7 @@ from openai import AsyncOpenAI, OpenAI
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import DirectoryError
 from splitnet.serve.answers.sampling import Sampling, TokenChooser
-from splitnet.serve.server import ServeOptions, Way, serve
+from splitnet.serve.server import ModelSpec, ServeOptions, serve
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
@@ -269,6 +269,8 @@ def test_a_server_open_to_other_machines_prints_a_warning(served: Path, host: st
     checkpoint = Checkpoint.open(served, tokenizer=str(served.parent))
     warnings: list[str] = []
     with pytest.raises(DirectoryError):
-        way = Way([MODEL], checkpoint, None, lambda _: Swarm(ModelFacts.of(checkpoint), [NOBODY]), ConnectionOptions())
+        way = ModelSpec(
+            [MODEL], checkpoint, None, lambda _: Swarm(ModelFacts.of(checkpoint), [NOBODY]), ConnectionOptions()
+        )
         serve(way, [], None, options, say=pytest.fail, warn=warnings.append)
     assert [("--api-key-file" in warning) for warning in warnings] == [True] * warned

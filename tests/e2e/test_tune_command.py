@@ -83,7 +83,9 @@ def test_a_trained_adapter_gives_the_same_in_plain_peft(
     plain = PeftModel.from_pretrained(base, str(output))
     examples = read_examples(data)
     encoder = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels)
-    result = evaluate(plain, encoder.encode(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words())
+    result = evaluate(
+        plain, encoder.encode_file(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words()
+    )
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
 
@@ -265,6 +267,6 @@ def test_a_classification_head_is_trained(
     base.config.pad_token_id = tokenizer.pad_token_id
     plain = PeftModel.from_pretrained(base, str(output))
     examples = read_examples(data)
-    rows = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels, head=True).encode(examples)
+    rows = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels, head=True).encode_file(examples)
     result = evaluate(plain, rows, batch_size=3, pad=tokenizer.pad_token_id, head=True)
     assert result.loss == pytest.approx(metrics(output)[-1]["eval_loss"], rel=1e-4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from splitnet.errors import DataError
-from splitnet.serve.answers.forms import FORMS, Forms
+from splitnet.serve.answers.call_forms import FORMS, Forms
 from splitnet.serve.answers.parser import AnswerParser
 from splitnet.tools.tune.data import read_examples
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, collate
@@ -23,7 +23,7 @@ def encode(tmp_path: Path, tokenizer: Any, *examples: Any, max_length: int = 256
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, examples)))
     read = read_examples(file)
-    return Encoder(tokenizer, max_length, labels=read.labels, **options).encode(read)
+    return Encoder(tokenizer, max_length, labels=read.labels, **options).encode_file(read)
 
 
 def learned(tokenizer: Any, row: Encoded) -> list[str]:
@@ -104,7 +104,10 @@ def test_calls_are_learned_in_the_format_of_the_family(
     for text, arguments in ((asked, {"city": "Rome", "days": 3}), (again, {"city": "Oslo", "days": 1})):
         assert text.endswith(end)
         parser = AnswerParser(Forms(FORMS[name]), {"weather": PARAMETERS}, "")
-        read = [parser.push(text.removesuffix(end).removesuffix("</s>").removesuffix("<|eot_id|>")), parser.rest()]
+        read = [
+            parser.push_text(text.removesuffix(end).removesuffix("</s>").removesuffix("<|eot_id|>")),
+            parser.flush(),
+        ]
         assert [(one.name, json.loads(one.arguments)) for said in read for one in said.calls] == [
             ("weather", arguments)
         ]
@@ -241,7 +244,7 @@ def test_a_label_missing_in_the_training_data_is_refused(tmp_path: Path, tokeniz
     file = tmp_path / "held_out.jsonl"
     file.write_text('{"text": "a", "label": "weather"}')
     with pytest.raises(DataError, match="line 1: the label 'weather' is none of the training data's: lights, music"):
-        Encoder(tokenizer, 16, labels=["lights", "music"]).encode(read_examples(file))
+        Encoder(tokenizer, 16, labels=["lights", "music"]).encode_file(read_examples(file))
 
 
 def test_a_text_of_one_token_without_an_end_token_is_refused(tmp_path: Path, tokenizer: Any) -> None:

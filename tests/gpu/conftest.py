@@ -1,7 +1,7 @@
 """The devices of the GPU tests: each GPU that torch finds, or the stand-in, in a separate process.
 
 The stand-in changes torch for the whole process, so that it must be requested: `GPU_TESTS_ON=stand-in pytest -n0
-tests/gpu`; `tests/unit/blocks/test_gpu_stand_in.py` does so.
+tests/gpu`; `tests/unit/blocks/test_span_devices.py` does so.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-import peers.server
-from splitnet.blocks import device as device_choice
-from splitnet.blocks.device import Choice, find_device
+import peers.running_peer
+from splitnet.blocks import chosen_device as device_choice
+from splitnet.blocks.chosen_device import ChosenDevice, find_device
 from splitnet.blocks.fast import graph_step
 from splitnet.quant import experts
 from splitnet.session import options
@@ -38,11 +38,11 @@ def device(request: pytest.FixtureRequest) -> Any:
     falling = itertools.count(0.0, -1.0)
     name = str(add_other_device())
 
-    def found(asked: str) -> Choice:
-        return Choice(name, "the stand-in") if asked == name else find_device(asked)
+    def found(asked: str) -> ChosenDevice:
+        return ChosenDevice(name, "the stand-in") if asked == name else find_device(asked)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers.server, "find_device", found)
+        patch.setattr(peers.running_peer, "find_device", found)
         patch.setattr(options, "find_device", found)
         patch.setattr(torch.accelerator, "synchronize", lambda device: None)
         # Graphs and the grouped product are always used, so that no decision depends on timing.

@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from splitnet.blocks.fast import graph_step
 from splitnet.blocks.fast.graph_step import GraphStep
 from splitnet.blocks.fast.torch_step import TorchStep
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant.device import Stopwatch, free_memory, give_back_memory, seconds_after_work, to_device, to_host
 from splitnet.quant.gpu import FORMS, device_form
@@ -52,7 +52,9 @@ def session(span: Span) -> list[torch.Tensor]:
     def run(*given: tuple[int, int]) -> torch.Tensor:
         hidden = torch.randn(sum(count for _, count in given), span.hidden_size, generator=noise)
         rows = (first, second)
-        return span.forward(hidden, [Chunk(rows[row], rows[row].length, count) for row, count in given]).float().cpu()
+        return (
+            span.forward(hidden, [RowChunk(rows[row], rows[row].length, count) for row, count in given]).float().cpu()
+        )
 
     outputs = [run((0, 5), (1, 9)), run((0, 1), (1, 1)), run((0, 1), (1, 4)), run((1, 1))]
     first.crop(3)
@@ -108,7 +110,7 @@ def test_steps_from_graphs_equal_those_of_the_cpu(
             hidden = torch.randn(sum(counts), here.hidden_size, generator=noise)
             expected, got = (
                 span.forward(
-                    hidden, [Chunk(row, row.length, count) for row, count in zip(held, counts, strict=False)]
+                    hidden, [RowChunk(row, row.length, count) for row, count in zip(held, counts, strict=False)]
                 ).float()
                 for span, held in zip(spans, rows, strict=True)
             )
@@ -155,7 +157,7 @@ def test_the_grouped_product_is_verified_or_reported(
         assert len(warned) == 1 and span._backbone.config._experts_implementation == "eager"
     else:
         print("experts run by", span._backbone.config._experts_implementation, [each.getMessage() for each in warned])
-    assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [Chunk(span.new_row(), 0, 3)])).all()
+    assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [RowChunk(span.new_row(), 0, 3)])).all()
 
 
 def test_activations_are_copied_unchanged(device: str) -> None:
@@ -185,12 +187,12 @@ def test_a_stopwatch_agrees_with_the_clock(gpu: str) -> None:
 def test_codes_represent_the_same_numbers_on_each_device(name: str, count: int, device: str) -> None:
     matrix = matrix_of(LAYOUTS[name], 64, 512, seed=1)
     held = hold_stored([matrix], torch.device(device))
-    assert torch.equal(held.dequantised(torch.float32).cpu(), matrix.floats())
+    assert torch.equal(held.dequantised(torch.float32).cpu(), matrix.to_floats())
     rows = torch.randn(count, 512, generator=torch.Generator().manual_seed(2))
-    exact = rows @ matrix.floats().T
+    exact = rows @ matrix.to_floats().T
     assert (held.multiply(rows.to(device)).cpu() - exact).norm() <= 1e-4 * exact.norm()
     indices = torch.tensor([3, 60, 3])
-    assert torch.equal(held.rows(indices.to(device)).cpu(), matrix.floats()[indices])
+    assert torch.equal(held.rows(indices.to(device)).cpu(), matrix.to_floats()[indices])
 
 
 @pytest.mark.parametrize("name", ["int4", "GPTQ", "Q4_K", "int8 by output", "FP8 by output"])
@@ -201,7 +203,7 @@ def test_kernels_of_the_device_are_verified_or_reported(name: str, gpu: str, cap
         pytest.skip(f"made anew at every call: {[record.getMessage() for record in caplog.records]}")
     for count in (1, 16, 17, 200):
         rows = torch.randn(count, 1024, generator=torch.Generator().manual_seed(count)).bfloat16()
-        exact = rows.float() @ matrix.floats().T
+        exact = rows.float() @ matrix.to_floats().T
         assert (made.multiply(rows.to(gpu)).float().cpu() - exact).norm() <= 2**-7 * exact.norm()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -28,7 +28,7 @@ def local(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Directory]:
+def node() -> Iterator[DhtDirectory]:
     """A DHT node for all swarms of a module. Swarms of the same model would find each other's peers."""
     with dht_node() as directory:
         yield directory
@@ -46,7 +46,7 @@ def own_local(own_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def pairs(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """Two peers for every span."""
     with local_swarm(folder, SPANS * 2, node=node) as swarm:
         yield swarm

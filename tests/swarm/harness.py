@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from peers.options import PeerOptions, SpanWish
-from peers.server import Peer
+from peers.peer_options import PeerOptions, SpanWish
+from peers.running_peer import RunningPeer
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
 from splitnet.security.identity import Identity
@@ -40,8 +40,8 @@ class LocalSwarm:
     """
 
     folder: Path
-    peers: list[Peer] = field(default_factory=list)
-    node: Directory | None = None
+    peers: list[RunningPeer] = field(default_factory=list)
+    node: DhtDirectory | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     _client: Swarm | None = None
 
@@ -60,7 +60,7 @@ class LocalSwarm:
         self._client = self.connect()
         return self._client
 
-    def add(self, start: int, end: int, **options: Any) -> Peer:
+    def add(self, start: int, end: int, **options: Any) -> RunningPeer:
         """Starts a peer for blocks `[start, end)`, or for the span of `wish`; it computes in the precision of
         transformers.
 
@@ -69,7 +69,7 @@ class LocalSwarm:
         chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
         chosen |= options
         with self._using_node():
-            peer = Peer.start(
+            peer = RunningPeer.start(
                 options.pop("folder", self.folder),
                 PeerOptions(
                     initial_peers=chosen.pop("join", self.addresses if self.peers else ()),
@@ -129,18 +129,18 @@ class LocalSwarm:
         with pytest.MonkeyPatch.context() as patch:
             if self.node is not None:
                 lent = _LentDirectory(self.node)
-                patch.setattr(Directory, "start", lambda **_: lent)
+                patch.setattr(DhtDirectory, "start", lambda **_: lent)
             yield
 
 
-def _has_ended(peer: Peer) -> bool:
+def _has_ended(peer: RunningPeer) -> bool:
     return peer._leaving.is_set() or peer.transport._closing
 
 
 class _LentDirectory:
     """A directory whose owner closes it."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: DhtDirectory) -> None:
         self._directory = directory
 
     def __getattr__(self, name: str) -> Any:
@@ -150,14 +150,14 @@ class _LentDirectory:
         pass
 
 
-def dht_node() -> Directory:
+def dht_node() -> DhtDirectory:
     """A DHT node for swarms whose peers and clients need no own nodes: a node is a process that starts slowly."""
-    return Directory.start(listen=["/ip4/127.0.0.1/tcp/0"])
+    return DhtDirectory.start(listen=["/ip4/127.0.0.1/tcp/0"])
 
 
 @contextmanager
 def local_swarm(
-    folder: Path, spans: Sequence[tuple[int, int]], *, node: Directory | None = None, **options: Any
+    folder: Path, spans: Sequence[tuple[int, int]], *, node: DhtDirectory | None = None, **options: Any
 ) -> Iterator[LocalSwarm]:
     """Peers for `spans` of the checkpoint in `folder`; `node`: the DHT node, see `LocalSwarm`."""
     swarm = LocalSwarm(folder, node=node)

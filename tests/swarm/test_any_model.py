@@ -11,19 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers import any_model, placement
-from peers.options import SpanWish
-from peers.server import Peer
+from peers import any_model, relocation
+from peers.peer_options import SpanWish
+from peers.running_peer import RunningPeer
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer import fetching
 from splitnet.directory.demand import DemandPublisher, demand_of
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import DEMAND, MAX_WANTED_TOKENS, Wanted
 from splitnet.errors import ModelNotFound
 from splitnet.security.identity import Identity
-from splitnet.swarm.models import models_of
 from splitnet.swarm.swarm import ModelFacts
+from splitnet.swarm.swarm_models import models_of
 from tests.attacks.directory import flood_records
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, dht_node, local_swarm, wait_until
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture
-def node() -> Iterator[Directory]:
+def node() -> Iterator[DhtDirectory]:
     """A DHT node for each test, because all tests use the same models."""
     with dht_node() as directory:
         yield directory
@@ -47,25 +47,25 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """All looks happen more often."""
-    for module, name, times in ((any_model, "LOOK_S", 40), (any_model, "HOLD_S", 10), (placement, "QUICK_LOOK_S", 10)):
+    for module, name, times in ((any_model, "LOOK_S", 40), (any_model, "HOLD_S", 10), (relocation, "QUICK_LOOK_S", 10)):
         monkeypatch.setattr(module, name, getattr(module, name) / times)
-    monkeypatch.setattr(placement, "CHECK_S", 0.05)
+    monkeypatch.setattr(relocation, "CHECK_S", 0.05)
 
 
 def memory_for(folder: Path, blocks: int) -> SpanWish:
     return SpanWish(memory=blocks * block_bytes(Checkpoint.open(folder), None))
 
 
-def any_peer(swarm: LocalSwarm, folder: Path | None, allowed: list[Path], blocks: int) -> Peer:
+def any_peer(swarm: LocalSwarm, folder: Path | None, allowed: list[Path], blocks: int) -> RunningPeer:
     options: dict[str, Any] = {"wish": memory_for(swarm.folder, blocks), "any_model": [str(each) for each in allowed]}
     return swarm.add(0, 0, folder=folder, **options)
 
 
-def serves(peer: Peer, folder: Path) -> bool:
+def serves(peer: RunningPeer, folder: Path) -> bool:
     return peer._server is not None and peer.checkpoint.fingerprint == Checkpoint.open(folder).fingerprint
 
 
-def look(*peers: Peer) -> None:
+def look(*peers: RunningPeer) -> None:
     """Waits until these peers have started three more looks at other models, so that two looks are complete."""
     for choice in [peer._choice for peer in peers] * 3:
         assert choice is not None
@@ -84,7 +84,7 @@ def whole_answer(folder: Path) -> torch.Tensor:
     return whole.generate(**prompt(), **GREEDY)
 
 
-def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, other: Path) -> None:
+def test_demand_moves_an_idle_peer_and_it_stays(node: DhtDirectory, folder: Path, other: Path) -> None:
     facts = {each: ModelFacts.of(Checkpoint.open(each)) for each in (folder, other)}
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         swarm.add(0, 2, folder=other)
@@ -114,7 +114,7 @@ def test_demand_moves_an_idle_peer_and_it_stays(node: Directory, folder: Path, o
 
 
 @pytest.mark.full
-def test_only_one_of_two_idle_peers_moves_to_missing_blocks(node: Directory, folder: Path, other: Path) -> None:
+def test_only_one_of_two_idle_peers_moves_to_missing_blocks(node: DhtDirectory, folder: Path, other: Path) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         idle = [any_peer(swarm, folder, [], 6) for _ in range(2)]
         for peer in idle:  # The weights come from a peer of the model, because this peer has no folder with its files.
@@ -133,7 +133,9 @@ def test_only_one_of_two_idle_peers_moves_to_missing_blocks(node: Directory, fol
         assert sorted(peer.counters.moves for peer in idle) == [0, 1]
 
 
-def test_a_peer_in_use_stays_until_another_peer_covers_its_blocks(node: Directory, folder: Path, other: Path) -> None:
+def test_a_peer_in_use_stays_until_another_peer_covers_its_blocks(
+    node: DhtDirectory, folder: Path, other: Path
+) -> None:
     facts = {each: ModelFacts.of(Checkpoint.open(each)) for each in (folder, other)}
     with local_swarm(other, [(0, 4)], node=node) as swarm:
         alone = any_peer(swarm, folder, [folder, other], 6)
@@ -148,7 +150,7 @@ def test_a_peer_in_use_stays_until_another_peer_covers_its_blocks(node: Director
 
 
 def test_a_peer_without_a_model_starts_with_the_model_that_lacks_blocks(
-    node: Directory, folder: Path, other: Path, tmp_path: Path
+    node: DhtDirectory, folder: Path, other: Path, tmp_path: Path
 ) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         swarm.add(0, 2, folder=other)
@@ -159,7 +161,7 @@ def test_a_peer_without_a_model_starts_with_the_model_that_lacks_blocks(
 
 
 def test_a_peer_stays_if_no_source_has_the_weights(
-    node: Directory, folder: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, folder: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "WAIT_LIMIT_S", 0.5)
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
@@ -178,7 +180,7 @@ def test_a_peer_stays_if_no_source_has_the_weights(
 
 
 def test_names_of_strangers_cause_no_downloads_without_a_list_of_models(
-    node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, cached = list[str](), list[str]()
     monkeypatch.setattr(any_model, "_open", opened.append)
@@ -197,7 +199,7 @@ def test_names_of_strangers_cause_no_downloads_without_a_list_of_models(
 
 
 @pytest.mark.full
-def test_demand_claimed_by_strangers_is_bounded(node: Directory, folder: Path, other: Path) -> None:
+def test_demand_claimed_by_strangers_is_bounded(node: DhtDirectory, folder: Path, other: Path) -> None:
     """The demand of another gateway still counts."""
     served, wanted = (Checkpoint.open(each) for each in (folder, other))
     with local_swarm(folder, [(0, 6)], node=node) as swarm:

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from peers.directory import MAX_MODELS
-from peers.server import Peer
+from peers.directory_service import MAX_MODELS
+from peers.running_peer import RunningPeer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory import ask
 from splitnet.directory.ask import PeerDirectory
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import DirectoryError, LanError
 from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import Identity
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.transport.addresses import peer_address
 from splitnet.transport.transport import Transport
@@ -52,9 +52,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutHivemind
 PEER_AND_CLIENT = """
 import torch
 from transformers import AutoModelForCausalLM
-from peers.server import Peer
-from peers.options import PeerOptions
-from peers.options import SpanWish
+from peers.running_peer import RunningPeer
+from peers.peer_options import PeerOptions
+from peers.peer_options import SpanWish
 import splitnet
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     options = PeerOptions(
         wish=SpanWish(blocks=(3, 6)), listen="tcp://127.0.0.1:0", kv_memory=2**26, initial_peers=[address]
     )
-    peer = Peer.start(folder, options)
+    peer = RunningPeer.start(folder, options)
     ids = torch.arange(3, 12)[None]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for join in (address, peer.join_address):
@@ -90,7 +90,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """A peer in a DHT, a second peer that has joined through the first, and a third that has joined through the
     second."""
     with local_swarm(folder, [(0, 2)], node=node) as swarm:
@@ -112,7 +112,7 @@ def wait_until_missed(swarm: LocalSwarm, span: tuple[int, int]) -> None:
                 assert time.monotonic() < deadline
 
 
-def connect(swarm: LocalSwarm, *joined: Peer, identity: Identity | None = None) -> Swarm:
+def connect(swarm: LocalSwarm, *joined: RunningPeer, identity: Identity | None = None) -> Swarm:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     return Swarm(facts, [peer.join_address for peer in joined], identity=identity)
 
@@ -139,7 +139,7 @@ def test_a_client_of_the_dht_finds_peers_that_joined_through_a_peer(swarm: Local
         assert spans(visitor.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
 
 
-def test_addresses_of_peers_and_of_the_dht_may_be_combined(swarm: LocalSwarm, node: Directory) -> None:
+def test_addresses_of_peers_and_of_the_dht_may_be_combined(swarm: LocalSwarm, node: DhtDirectory) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     gone = peer_address(Endpoint("tcp://127.0.0.1:9", Identity.generate().public))
     for joined in ([*node.addresses, swarm.peers[2].join_address], [*node.addresses, gone]):
@@ -169,7 +169,7 @@ def test_a_running_client_learns_of_changes_without_reading_all_records(
     with Swarm(facts, swarm.node.addresses if through_dht else [swarm.peers[1].join_address]) as client:
         assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
         kind = type(client.directory)
-        assert kind is (Directory if through_dht else PeerDirectory)
+        assert kind is (DhtDirectory if through_dht else PeerDirectory)
         reads: list[str] = []
         monkeypatch.setattr(client.directory, "records", lambda model, depth=0: reads.append(model) or [])
 
@@ -243,7 +243,7 @@ def test_a_swarm_continues_without_its_first_peer(folder: Path) -> None:
         second = swarm.add(0, 3, join=[first.join_address])
         third = swarm.add(3, 6, join=[first.join_address])
         links = Links(Identity.generate())
-        with PeerDirectory.join([second.endpoint], links) as directory:
+        with PeerDirectory.join_peers([second.endpoint], links) as directory:
             assert len(directory.peers(second.checkpoint.fingerprint)) == 3
             second.directory.peers(second.checkpoint.fingerprint)
             third.directory.peers(second.checkpoint.fingerprint)
@@ -255,7 +255,9 @@ def test_a_swarm_continues_without_its_first_peer(folder: Path) -> None:
         links.close()
 
 
-def test_strangers_at_a_private_peer_learn_and_announce_nothing(folder: Path, node: Directory, tmp_path: Path) -> None:
+def test_strangers_at_a_private_peer_learn_and_announce_nothing(
+    folder: Path, node: DhtDirectory, tmp_path: Path
+) -> None:
     friend, stranger = Identity.generate(), Identity.generate()
     keys = tmp_path / "keys"
     keys.write_text(friend.public.text + "\n")

@@ -14,14 +14,14 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import netlab
-from peers.server import Peer
-from splitnet.directory.dht import Directory
-from splitnet.directory.offers import offered, relaying
+from peers.running_peer import RunningPeer
+from splitnet.directory.announcer import offered, relaying
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import WaysLoop
+from splitnet.nat.stream import StreamLoop
 from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.transport.addresses import Reach
@@ -52,18 +52,18 @@ class Behind:
         except netlab.LabError as error:
             pytest.skip(str(error))
         with self.lab.inside("node"):
-            self.node = stack.enter_context(Directory.start(listen=[f"/ip4/{self.lab.address('node')}/tcp/0"]))
+            self.node = stack.enter_context(DhtDirectory.start(listen=[f"/ip4/{self.lab.address('node')}/tcp/0"]))
         self.helpers = {name: self._help(stack, name) for name in self.names}
         self._swarm: LocalSwarm = stack.enter_context(local_swarm(folder, []))
         self.peers = {host: self._peer(host, span) for host, span in zip("abc", SPANS, strict=True)}
-        wait_until(lambda: all(len(peer.ways.hidden.relays) == helpers for peer in self.peers.values()))
+        wait_until(lambda: all(len(peer.paths.hidden.relays) == helpers for peer in self.peers.values()))
         for peer in self.peers.values():
             peer._announcer.publish()
 
     def _help(self, stack: ExitStack, name: str) -> RelayServer:
         identity = Identity.generate()
         with self.lab.inside(name):
-            loop = WaysLoop()
+            loop = StreamLoop()
             stack.callback(loop.close)
             helper = RelayServer(loop, identity, f"tcp://{self.lab.address(name)}:0")
             stack.callback(helper.close)
@@ -71,7 +71,7 @@ class Behind:
             stack.enter_context(offered(self.node, identity, helper.relay_at(self.lab.address(name))))
         return helper
 
-    def _peer(self, host: str, span: tuple[int, int]) -> Peer:
+    def _peer(self, host: str, span: tuple[int, int]) -> RunningPeer:
         listen = f"tcp://{self.lab.address(host)}:0"
         with self.lab.inside(host):
             return self._swarm.add(*span, listen=listen, join=self.node.addresses, reach=Reach.helpers)
@@ -82,13 +82,13 @@ class Behind:
         self.client = self._stack.enter_context(Swarm(facts, self.node.addresses))
         return attach(self.peers["a"].checkpoint, self.client, codec="none")
 
-    def ways(self) -> dict[str, Way]:
+    def ways(self) -> dict[str, PathKind]:
         """The ways from the client to each peer, and from each peer to the next."""
         records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
         ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
-        found = {f"client-{host}": self.client.links.tunnels.way(end) for host, end in ends.items()}
-        found["a-b"] = self.peers["a"]._tunnels.way(ends["b"])
-        found["b-c"] = self.peers["b"]._tunnels.way(ends["c"])
+        found = {f"client-{host}": self.client.links.tunnels.path_kind(end) for host, end in ends.items()}
+        found["a-b"] = self.peers["a"]._tunnels.path_kind(ends["b"])
+        found["b-c"] = self.peers["b"]._tunnels.path_kind(ends["c"])
         return found
 
 
@@ -135,7 +135,7 @@ def test_unreachable_peers_learn_from_a_relay_that_they_are_unreachable(
     except netlab.LabError as error:
         pytest.skip(str(error))
     with lab.inside("helper"):
-        node = stack.enter_context(Directory.start(listen=[f"/ip4/{lab.address('helper')}/tcp/0"]))
+        node = stack.enter_context(DhtDirectory.start(listen=[f"/ip4/{lab.address('helper')}/tcp/0"]))
         stack.enter_context(relaying(node, Identity.generate(), "0.0.0.0", 0, lab.address("helper")))
     swarm = stack.enter_context(local_swarm(folder, []))
     for host, span in (("a", (0, 3)), ("b", (3, 6))):
@@ -162,7 +162,7 @@ def test_direct_ways_continue_after_the_relay_has_died(stack: ExitStack, folder:
 
             def are_straight() -> bool:
                 assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
-                return Way.RELAYED not in behind.ways().values()
+                return PathKind.RELAYED not in behind.ways().values()
 
             wait_until(are_straight)
         watching = Watching(5, lambda: behind.lab.down("helper 0"))
@@ -186,10 +186,10 @@ def test_an_answer_continues_through_another_relay(stack: ExitStack, folder: Pat
     with behind.lab.inside("client"):
         model = behind.model()
         model.generate(**prompt(), **GREEDY)
-        assert behind.ways()["client-a"] is Way.RELAYED
+        assert behind.ways()["client-a"] is PathKind.RELAYED
         watching = Watching(10, kill)
         with model.session():
             assert torch.equal(model.generate(**prompt(), **GREEDY, streamer=watching), wanted)
-            assert behind.ways()["client-a"] is Way.RELAYED
+            assert behind.ways()["client-a"] is PathKind.RELAYED
         assert len(killed) == 1
         print(f"longest pause {watching.longest_s:.2f} s")

@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from splitnet.checkpoint.families import check_can_be_cut
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedModel
 from tests.published import (
     DELTA,
@@ -220,7 +220,7 @@ NOT_CUT = (
 
 @pytest.mark.default_cases(entry=("deepseek_v3-fp8", "gpt_oss-mxfp4", "gemma4-bfloat16"))
 @pytest.mark.parametrize("entry", CATALOGUE)
-def test_published_models_compute_the_same_as_transformers(entry: str, node: Directory, tmp_path: Path) -> None:
+def test_published_models_compute_the_same_as_transformers(entry: str, node: DhtDirectory, tmp_path: Path) -> None:
     _, published = CATALOGUE[entry]
     local: Any = published.write(tmp_path / "published", tmp_path / "plain")
     ids = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(1))

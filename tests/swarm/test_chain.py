@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import CoverageError, PeerFailed, SessionClosed, TooLongForPeers, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
@@ -30,7 +30,7 @@ SPANS = [(0, 2), (2, 3), (3, 6)]
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
@@ -60,7 +60,7 @@ def test_peers_push_to_each_other(shared: LocalSwarm, local: Any, monkeypatch: p
 
 
 def test_the_client_relays_to_a_hop_that_refuses_other_peers(
-    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, own_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"
@@ -79,7 +79,7 @@ def test_the_client_relays_to_a_hop_that_refuses_other_peers(
     assert set(ends) == {2, 6}, "the first hop's output came to the client, the second pushed its own"
 
 
-def test_a_hop_may_run_a_part_of_its_span(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_hop_may_run_a_part_of_its_span(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 4), (2, 6)], node=node) as swarm:
         model = swarm.model()
         with model.session() as cache:
@@ -154,7 +154,9 @@ def test_a_step_with_a_gap_behind_the_cache_is_refused(shared: LocalSwarm) -> No
     session.close()
 
 
-def test_a_session_larger_than_the_kv_memory_is_refused(node: Directory, shared: LocalSwarm, own_folder: Path) -> None:
+def test_a_session_larger_than_the_kv_memory_is_refused(
+    node: DhtDirectory, shared: LocalSwarm, own_folder: Path
+) -> None:
     with local_swarm(own_folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4, node=node) as small:
         model = small.model()
         with pytest.raises(TooLongForPeers, match=r"hold .* at most: .*--kv-memory"):
@@ -164,7 +166,7 @@ def test_a_session_larger_than_the_kv_memory_is_refused(node: Directory, shared:
             model.generate(prompt(), max_new_tokens=60, eos_token_id=None)
 
 
-def test_missing_blocks_are_named(node: Directory, own_folder: Path) -> None:
+def test_missing_blocks_are_named(node: DhtDirectory, own_folder: Path) -> None:
     with (
         local_swarm(own_folder, [(0, 2), (5, 6)], node=node) as swarm,
         pytest.raises(CoverageError, match=r"blocks 2\.\.4 .*--blocks 2:5"),
@@ -180,7 +182,7 @@ def test_a_swarm_of_other_weights_is_named(shared: LocalSwarm, tmp_path: Path, m
         generate(visitor.model(), prompt())
 
 
-def test_a_peer_that_leaves_is_noticed_and_named(node: Directory, own_folder: Path) -> None:
+def test_a_peer_that_leaves_is_noticed_and_named(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 3), (3, 6)], node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)
         with model.session():

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.swarm import peer_cache
-from splitnet.swarm.links import MAX_LINKS
+from splitnet.swarm.client_links import MAX_LINKS
 from splitnet.wire.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """A swarm with two peers for every span."""
     with local_swarm(folder, SPANS * 2, node=node) as swarm:
         yield swarm

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from peers import directory
-from peers.server import Peer
+from peers import directory_service
+from peers.running_peer import RunningPeer
 from splitnet import AutoModelForCausalLM, AutoModelForSequenceClassification
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.joining import part_of
 from splitnet.errors import DirectoryError, KeyFileError, LanError, NotAuthorized, SplitnetError, WrongSwarm
 from splitnet.hf.causal_lm import attach
@@ -30,7 +30,7 @@ from tests.attacks.directory import ask_of_nothing
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_asked_directory import GREEDY, IDS, spans
-from tests.unit.swarm.test_client_swarm import NEEDS
+from tests.unit.swarm.test_swarm import NEEDS
 
 pytestmark = pytest.mark.swarm
 
@@ -45,13 +45,13 @@ def swarm(folder: Path) -> Iterator[LocalSwarm]:
         yield swarm
 
 
-def connect(peer: Peer, key: SwarmKey | None = KEY, **options: Any) -> Swarm:
+def connect(peer: RunningPeer, key: SwarmKey | None = KEY, **options: Any) -> Swarm:
     return Swarm(ModelFacts.of(peer.checkpoint), [peer.join_address], swarm_key=key, **options)
 
 
 def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) -> None:
     for peer in swarm.peers:
-        assert part_of(peer.directory, Directory) is None and not peer.directory.addresses
+        assert part_of(peer.directory, DhtDirectory) is None and not peer.directory.addresses
         with connect(peer) as client:
             model = attach(Checkpoint.open(swarm.folder), client, codec="none")
             inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
@@ -153,7 +153,7 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
 def test_a_flood_of_outsiders_does_not_keep_a_member_from_joining(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(directory, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
+    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
     peer = swarm.peers[0]
     answered = ask_of_nothing(peer.endpoint, seconds=0.5)
     assert 0 < answered < 64, "they have had all that they may ask together"
@@ -204,17 +204,17 @@ def test_a_client_routes_only_through_trusted_peers(swarm: LocalSwarm, tmp_path:
     nobody.write_text(f"{Identity.generate().public.text}\n")
     with connect(swarm.peers[0], trusted=AuthorizedKeys(trusted)) as client:
         assert [record.key for record in client.peers()] == [second]
-        assert [hop.record.key for hop in client.plan(NEEDS)] == [second]
+        assert [hop.record.key for hop in client.plan_route(NEEDS)] == [second]
         trusted.write_text(f"{first.text}\n")  # the client reads the file again
         deadline = time.monotonic() + 10
-        while [hop.record.key for hop in client.plan(NEEDS)] != [first]:
+        while [hop.record.key for hop in client.plan_route(NEEDS)] != [first]:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     with (
         connect(swarm.peers[0], trusted=AuthorizedKeys(nobody)) as client,
         pytest.raises(NotAuthorized, match="and you trust none of them"),
     ):
-        client.plan(NEEDS)
+        client.plan_route(NEEDS)
 
 
 def test_a_session_leaves_a_peer_that_is_not_trusted_any_more(swarm: LocalSwarm, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from peers.counters import WorkKind
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ContextTooLong, PeerBusy, TooLongForPeers
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import generation
@@ -29,7 +29,7 @@ PROMPT = torch.arange(20)[None]
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, node: DhtDirectory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("context") / "small", demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with local_swarm(folder, [(0, 6)], node=node) as swarm:

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from splitnet import __version__
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.session.inference import Session
 from tests.e2e.small_model import small_model
@@ -28,7 +28,7 @@ WATTS = 10.0
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def swarm(demo_checkpoint: Path, node: DhtDirectory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("dashboard") / MODEL, demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with shared_swarm(folder, [(0, 2), (2, 6)], node=node, watts=WATTS) as swarm:
@@ -114,7 +114,7 @@ def test_events_show_the_progress_of_a_prompt(
     decoded = Session._decoded
 
     def noted(self: Session, request: Any) -> Any:
-        read.append(server.generations.progress.answers()[-1].read())
+        read.append(server.generations.progress.answers()[-1].prompt_done())
         return decoded(self, request)
 
     monkeypatch.setattr(Session, "_decoded", noted)

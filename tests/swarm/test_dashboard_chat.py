@@ -12,10 +12,10 @@ import pytest
 from playwright.sync_api import Browser, expect
 from transformers import AutoTokenizer
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import responses
-from splitnet.serve.gateway import Offer
+from splitnet.serve.gateway import LoadableModel
 from splitnet.session.inference import Session
 from tests.browser import NEEDED, NewPage, chromium, photograph
 from tests.e2e.small_model import small_model
@@ -30,7 +30,7 @@ STEP_S = 0.05
 
 
 @pytest.fixture(scope="module")
-def swarm(demo_checkpoint: Path, node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def swarm(demo_checkpoint: Path, node: DhtDirectory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("chat") / MODEL, demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with local_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
@@ -52,7 +52,7 @@ def model(swarm: LocalSwarm) -> RemoteCausalLM:
 def visit(swarm: LocalSwarm, model: RemoteCausalLM, browser: Browser) -> Iterator[NewPage]:
     """Opens the page of a server; it loads another model on request."""
     server, other = (Server(model, AutoTokenizer.from_pretrained(swarm.folder)) for _ in range(2))
-    server.app.state.gateway.offers = [Offer([OTHER], lambda: other.app.state.gateway.served)]
+    server.app.state.gateway.offers = [LoadableModel([OTHER], lambda: other.app.state.gateway.served)]
     with opened(browser, server, 2) as visit:
         yield visit
     server.generations.close()
@@ -94,7 +94,7 @@ def test_the_chat_continues_after_a_stopped_answer(visit: NewPage, slow: None) -
 
 @pytest.mark.full
 def test_the_progress_of_the_prompt_is_shown(visit: NewPage, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "FIRST_S", 0.1)
+    monkeypatch.setattr(responses, "FIRST_EVENT_S", 0.1)
     monkeypatch.setattr(Session, "step_positions", lambda *_: 2)
     page = visit()
     answer = ask(page, "bees hum and " * 40)

@@ -14,14 +14,14 @@ import pytest
 
 from peers.sessions import SessionTable
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.mdns import LocalNetwork
 from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.doctor.examination import Setup, examine
-from splitnet.tools.doctor.hardware import Finding, Status, passed
+from splitnet.tools.doctor.hardware import CheckResult, Status, passed
 from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -32,7 +32,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFc
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, 3), (3, 6)], node=node) as running:
         yield running
 
@@ -56,9 +56,9 @@ def joining(setup: Setup, addresses: Sequence[str], **others: Any) -> Setup:
     return dataclasses.replace(setup, options=dataclasses.replace(setup.options, initial_peers=addresses), **others)
 
 
-def examined(setup: Setup, **options: Any) -> dict[str, list[Finding]]:
+def examined(setup: Setup, **options: Any) -> dict[str, list[CheckResult]]:
     """The findings of each check."""
-    found: dict[str, list[Finding]] = {}
+    found: dict[str, list[CheckResult]] = {}
     for finding in examine(setup, **options):
         found.setdefault(finding.check, []).append(finding)
     return found
@@ -70,7 +70,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: Kernels.FAST)
 
 
-def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
+def wrong(found: dict[str, list[CheckResult]]) -> dict[str, CheckResult]:
     """The finding of each check that did not pass; each check has at most one."""
     bad = [finding for findings in found.values() for finding in findings if finding.status is not Status.passed]
     assert len({finding.check for finding in bad}) == len(bad), bad
@@ -78,7 +78,7 @@ def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
 
 
 @contextmanager
-def announced(node: Directory, record: PeerRecord, identity: Identity) -> Iterator[None]:
+def announced(node: DhtDirectory, record: PeerRecord, identity: Identity) -> Iterator[None]:
     """Publishes a record in the DHT for some time."""
     assert node.announce(record, identity)
     try:
@@ -135,9 +135,9 @@ def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch:
 def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
     setup = Setup(model=str(folder), options=ConnectionOptions())
-    with Directory.start(listen=[f"/ip4/{lan_host()}/tcp/0"]) as directory:
+    with DhtDirectory.start(listen=[f"/ip4/{lan_host()}/tcp/0"]) as directory:
         with LocalNetwork(Checkpoint.open(folder).fingerprint) as presence:
-            presence.announce(directory.addresses)
+            presence.announce_node(directory.addresses)
             found = examined(setup)
         assert found["lan"] == [passed("lan", "found 1 peer on this network")]
         assert [finding.status for finding in found["join"]] == [Status.passed]
@@ -150,7 +150,7 @@ class TestPort:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             listen = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
             found = examined(joining(sound, (), listen=listen))
-        assert wrong(found)["port"] == Finding(
+        assert wrong(found)["port"] == CheckResult(
             "port", f"{listen} is taken: choose another port with --listen, or 0 for any free one", Status.failed
         )
 

@@ -16,10 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedModel
 from splitnet.hf.causal_lm import RemoteCausalLM, attach, attached
-from splitnet.hf.side import SideNetwork
+from splitnet.hf.side_network import SideNetwork
 from splitnet.serve.pooling import Pooling
 from splitnet.session.options import ConnectionOptions
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -64,7 +64,7 @@ def whole(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
         yield swarm
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_without_a_head_generates_nothing(
 
 
 def test_the_lengths_of_other_texts_do_not_change_rope_frequencies(
-    tmp_path: Path, node: Directory, tokenizer: Any
+    tmp_path: Path, node: DhtDirectory, tokenizer: Any
 ) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [32.0] * 8}
@@ -227,7 +227,7 @@ def reranker(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_documents_are_ranked_by_the_probability_of_yes(
-    asking: Callable[..., Any], reranker: Path, node: Directory
+    asking: Callable[..., Any], reranker: Path, node: DhtDirectory
 ) -> None:
     local = AutoModelForCausalLM.from_pretrained(reranker, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(reranker)

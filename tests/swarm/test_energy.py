@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from peers.metrics import registry_of
-from peers.server import Peer
+from peers.peer_metrics import registry_of
+from peers.running_peer import RunningPeer
 from peers.speed import ObservedSpeed
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Overview, Swarm, token_ms
@@ -35,7 +35,7 @@ def sensor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory, sensor: Path) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory, sensor: Path) -> Iterator[LocalSwarm]:
     """A fast peer with 200 W, a slower peer with the sensor, and a peer without published watts; each serves all
     blocks."""
     with local_swarm(folder, [], node=node) as swarm:
@@ -46,7 +46,7 @@ def swarm(folder: Path, node: Directory, sensor: Path) -> Iterator[LocalSwarm]:
 
 
 @pytest.fixture
-def peers(swarm: LocalSwarm) -> list[Peer]:
+def peers(swarm: LocalSwarm) -> list[RunningPeer]:
     """Peers with published speeds that no client has measured yet."""
     for peer, block_ms in zip(swarm.peers, (FAST_MS, THRIFTY_MS, THRIFTY_MS), strict=True):
         peer.server.speed.replace(ObservedSpeed((block_ms,) * 5))
@@ -55,16 +55,16 @@ def peers(swarm: LocalSwarm) -> list[Peer]:
 
 
 @pytest.fixture
-def client(swarm: LocalSwarm, peers: list[Peer]) -> Iterator[Swarm]:
+def client(swarm: LocalSwarm, peers: list[RunningPeer]) -> Iterator[Swarm]:
     with swarm.newcomer() as visitor:
         yield visitor.join()
 
 
-def told(peer: Peer, name: str) -> float | None:
+def told(peer: RunningPeer, name: str) -> float | None:
     return registry_of(peer).get_sample_value(f"splitnet_peer_{name}")
 
 
-def test_records_and_metrics_have_the_energy_per_token(client: Swarm, peers: list[Peer]) -> None:
+def test_records_and_metrics_have_the_energy_per_token(client: Swarm, peers: list[RunningPeer]) -> None:
     status = Overview.of(client, client.peers(fresh=True)).as_json()
     by_key = {peer["key"]: peer for peer in status["peers"]}
     given, read, silent = (by_key[peer.identity.public.text] for peer in peers)
@@ -90,7 +90,7 @@ def test_records_and_metrics_have_the_energy_per_token(client: Swarm, peers: lis
     ],
 )
 def test_a_client_takes_its_preferred_route(
-    client: Swarm, peers: list[Peer], options: dict[str, Any], chosen: int
+    client: Swarm, peers: list[RunningPeer], options: dict[str, Any], chosen: int
 ) -> None:
     session = Session(client, ConnectionOptions(codec="none", **options), reservation=16)
     session.open()
@@ -99,7 +99,7 @@ def test_a_client_takes_its_preferred_route(
 
 
 def test_the_route_of_least_energy_gives_the_same_tokens_and_counts_energy(
-    swarm: LocalSwarm, peers: list[Peer], local: Any
+    swarm: LocalSwarm, peers: list[RunningPeer], local: Any
 ) -> None:
     asked = prompt(5) | GREEDY
     before = [told(peer, "joules_total") or 0.0 for peer in peers]
@@ -113,7 +113,7 @@ def test_the_route_of_least_energy_gives_the_same_tokens_and_counts_energy(
     assert taken[1] > 0 and (told(peers[1], "joules_total") or 0) >= 5.0 * passes * 0.99
 
 
-def test_a_sensor_may_vanish_and_return(peers: list[Peer], sensor: Path) -> None:
+def test_a_sensor_may_vanish_and_return(peers: list[RunningPeer], sensor: Path) -> None:
     peer, file = peers[1], sensor / "power1_input"
     file.unlink()
     peer._look_around()
@@ -129,7 +129,7 @@ def test_a_sensor_may_vanish_and_return(peers: list[Peer], sensor: Path) -> None
 @pytest.mark.default_cases(watts=((200.0, None),))
 @pytest.mark.parametrize("watts", [(200.0, 10.0), (200.0, None)])
 def test_a_trained_model_counts_the_energy_of_its_peers(
-    folder: Path, node: Directory, tmp_path: Path, watts: tuple[float | None, ...]
+    folder: Path, node: DhtDirectory, tmp_path: Path, watts: tuple[float | None, ...]
 ) -> None:
     with local_swarm(folder, [], node=node) as swarm:
         for start, each in zip((0, 3), watts, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import CoverageError, OtherWeights, SessionClosed
 from splitnet.security.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
@@ -117,7 +117,7 @@ def test_a_session_that_all_peers_have_dropped_is_rebuilt(twins: LocalSwarm, loc
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_session_waits_for_a_late_replacement(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_session_waits_for_a_late_replacement(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model()
 
@@ -134,7 +134,7 @@ def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any, monkeypatch
     def hang() -> None:
         assert cache.session is not None
         hung = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[1].endpoint)
-        monkeypatch.setattr(hung.service, "receive", lambda *_: None)
+        monkeypatch.setattr(hung.service, "receive_message", lambda *_: None)
 
     model = twins.model()
     with model.session() as cache:
@@ -161,7 +161,7 @@ def test_a_message_lost_between_hops_is_sent_again(twins: LocalSwarm, local: Any
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_the_error_without_a_replacement_names_the_blocks(node: Directory, own_folder: Path) -> None:
+def test_the_error_without_a_replacement_names_the_blocks(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=1.0)
         with model.session() as cache, pytest.raises(CoverageError, match=r"2\.\.3"):
@@ -170,7 +170,7 @@ def test_the_error_without_a_replacement_names_the_blocks(node: Directory, own_f
 
 
 @pytest.mark.full
-def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: Directory, own_folder: Path) -> None:
+def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=60.0)
         events = model.swarm.events
@@ -191,7 +191,7 @@ def test_a_session_that_waits_for_missing_blocks_can_be_closed(node: Directory, 
 
 
 def test_generation_can_continue_from_the_tokens_before_an_error(
-    node: Directory, own_folder: Path, own_local: Any
+    node: DhtDirectory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = swarm.model(recovery_timeout_s=0.5)
@@ -214,7 +214,7 @@ def test_generation_can_continue_from_the_tokens_before_an_error(
 
 @pytest.mark.full
 def test_a_peer_with_another_weight_format_replaces_a_hop_only_if_allowed(
-    node: Directory, own_folder: Path, own_local: Any
+    node: DhtDirectory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         strict, lenient = swarm.model(recovery_timeout_s=3.0), swarm.model("auto")
@@ -245,7 +245,7 @@ def test_a_peer_with_another_weight_format_replaces_a_hop_only_if_allowed(
 
 @pytest.mark.full
 def test_lost_hops_with_links_relayed_by_the_client_are_replaced(
-    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
+    node: DhtDirectory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from peers import sessions
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.swarm.swarm import ModelFacts
 from splitnet.wire.messages import Failure, FailureCode, Opened
 from tests.attacks import fairness
@@ -47,7 +47,7 @@ def slow_down(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def peer(folder: Path, node: Directory) -> Iterator[Peer]:
+def peer(folder: Path, node: DhtDirectory) -> Iterator[RunningPeer]:
     with pytest.MonkeyPatch.context() as patch:
         slow_down(patch)
         with local_swarm(folder, [(0, 6)], node=node) as swarm:
@@ -59,7 +59,7 @@ def facts(folder: Path) -> ModelFacts:
     return ModelFacts.of(Checkpoint.open(folder))
 
 
-def ms_per_token(peer: Peer, facts: ModelFacts, load: Callable[..., int], **options: Any) -> float:
+def ms_per_token(peer: RunningPeer, facts: ModelFacts, load: Callable[..., int], **options: Any) -> float:
     """Ms per token of a client with one session, beside a load of another key."""
     began = threading.Event()
     with ThreadPoolExecutor(1) as threads, fairness.Client(peer.endpoint, facts) as client:
@@ -74,7 +74,7 @@ def ms_per_token(peer: Peer, facts: ModelFacts, load: Callable[..., int], **opti
 
 
 @pytest.fixture(scope="module")
-def equal_ms(peer: Peer, facts: ModelFacts) -> float:
+def equal_ms(peer: RunningPeer, facts: ModelFacts) -> float:
     return ms_per_token(peer, facts, fairness.decodes, sessions=1, reservation=250)
 
 
@@ -91,19 +91,19 @@ def equal_ms(peer: Peer, facts: ModelFacts) -> float:
     ids=["64 sessions", "prompts", "training", "passes"],
 )
 def test_a_load_of_another_key_delays_tokens_little_more_than_an_equal_client(
-    peer: Peer, facts: ModelFacts, equal_ms: float, load: Callable[..., int], options: dict[str, Any]
+    peer: RunningPeer, facts: ModelFacts, equal_ms: float, load: Callable[..., int], options: dict[str, Any]
 ) -> None:
     """benchmarks/fairness.py measures a factor of 1.3 on a quiet machine; without shares it is 5 or more."""
     assert ms_per_token(peer, facts, load, **options) <= 2.0 * equal_ms
 
 
 @pytest.mark.full
-def test_queued_and_discarded_look_ups_block_no_other_client(peer: Peer, facts: ModelFacts) -> None:
+def test_queued_and_discarded_look_ups_block_no_other_client(peer: RunningPeer, facts: ModelFacts) -> None:
     assert fairness.recalls(peer.endpoint, facts, seconds=0.1, count=60_000) < 2500
 
 
 def test_an_idle_key_that_holds_all_memory_makes_room(
-    peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
+    peer: RunningPeer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.5)
     began = threading.Event()
@@ -125,7 +125,7 @@ def test_an_idle_key_that_holds_all_memory_makes_room(
 
 
 def test_many_small_sessions_of_one_key_do_not_exclude_other_keys(
-    peer: Peer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
+    peer: RunningPeer, facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "LEASE_S", 0.0)
     monkeypatch.setattr(sessions, "MAX_SESSIONS", 64)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from peers import engine
 from scheduler.speculation import Window
 from splitnet.checkpoint.families import FAMILIES as FACTS
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedParameter
 from splitnet.session.inference import Session
 from tests.swarm.generation import After, force_window
@@ -47,7 +47,7 @@ FAMILIES = (
 @pytest.mark.default_cases(family=("gemma2", "gpt2"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_generate_the_same_tokens_as_transformers(
-    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 3))
     folder = random_checkpoint(family, tmp_path, **(HYBRIDS | SPARSE).get(family, {}))
@@ -110,7 +110,7 @@ def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.default_cases(family=("jamba",))
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
 def test_a_conversation_may_be_rewound_far(
-    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # The positions to run again take several passes.
     folder = random_checkpoint(family, tmp_path, **HYBRIDS[family])
@@ -147,7 +147,7 @@ GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ids=["computed anew", "long", "growing"],
 )
 def test_texts_beyond_the_length_at_which_rotary_embeddings_change(
-    family: str, config: dict[str, Any], node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, config: dict[str, Any], node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts below and above this length, in chunks and in batches, with drafts, and with a lost hop."""
     force_window(monkeypatch, Window(2, 3))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from scheduler.speculation import Window
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from tests.swarm.generation import After, force_window
 from tests.swarm.harness import local_swarm, repairs
 from tests.swarm.test_families import embedding_gradient, kill_hop
@@ -42,7 +42,7 @@ IN_GGUF = (Type.Q8_0, Type.Q5_1, Type.Q4_0, Type.Q4_1)
 @pytest.mark.default_cases(scheme=("fp8", "gptq", "Q4_0"))
 @pytest.mark.parametrize("scheme", [*IN_SAFETENSORS, *(kind.name for kind in IN_GGUF)])
 def test_stored_formats_generate_the_same_tokens_as_transformers(
-    scheme: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 3))
     source = random_checkpoint(IN_SAFETENSORS.get(scheme, "llama"), tmp_path / "source", hidden=64)

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from peers.links import MAX_NEXT_HOPS
+from peers.peer_links import MAX_NEXT_HOPS
 from peers.rows import room_for
 from peers.sessions import MAX_SESSIONS
 from splitnet.blocks.adapters import write_tensors
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.security.identity import Identity
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.messages import (
@@ -158,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, 3), (3, 6)], node=node, kv_memory=KV_MEMORY) as swarm:
         yield swarm
 

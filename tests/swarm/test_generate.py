@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from splitnet.blocks import head as head_module
 from splitnet.blocks.head import Head
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ContextTooLong, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.quant.native import has_float_kernels
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture(scope="module")
-def remote(folder: Path, node: Directory) -> Iterator[RemoteCausalLM]:
+def remote(folder: Path, node: DhtDirectory) -> Iterator[RemoteCausalLM]:
     with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as swarm:
         yield swarm.model()
 

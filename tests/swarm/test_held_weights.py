@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.options import SpanWish
+from peers.peer_options import SpanWish
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 2)], weights="float16", node=node) as swarm:
         room = 2 * block_bytes(Checkpoint.open(folder), None, "int8") + 1
         swarm.add(0, 0, wish=SpanWish(memory=room), weights="int8")

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.directory.announcer import find_helpers, relaying
 from splitnet.directory.ask import PeerDirectory
-from splitnet.directory.dht import Directory
-from splitnet.directory.offers import find_helpers, relaying
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import attach
 from splitnet.nat import punch, unreachable
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.swarm.swarm import ModelFacts, Overview, Swarm, reached
@@ -48,22 +48,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """A swarm without peers; each test adds relays and unreachable peers."""
     with local_swarm(folder, [], node=node) as swarm:
         yield swarm
 
 
-def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> Peer:
+def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> RunningPeer:
     peer = swarm.add(start, end, public_host=NOWHERE, reach=Reach.helpers)
-    wait_until(lambda: len(peer.ways.hidden.relays) == relays)
+    wait_until(lambda: len(peer.paths.hidden.relays) == relays)
     peer._announcer.publish()
     return peer
 
 
-def ways_of(swarm: LocalSwarm) -> dict[tuple[int, int], Way]:
+def ways_of(swarm: LocalSwarm) -> dict[tuple[int, int], PathKind]:
     return {
-        (record.start, record.end): swarm.client.links.tunnels.way(record.endpoint)
+        (record.start, record.end): swarm.client.links.tunnels.path_kind(record.endpoint)
         for record in swarm.client.peers(fresh=True)
     }
 
@@ -78,9 +78,9 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
         assert cache.session is not None
         assert not any(hop.relayed for hop in cache.session.hops)  # Unreachable peers reach each other, too.
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
-    assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
-    assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
-    assert first.ways.hidden.streams.taken and second.ways.hidden.streams.taken
+    assert ways_of(swarm) == {(0, 2): PathKind.DIRECT, (2, 4): PathKind.RELAYED, (4, 6): PathKind.RELAYED}
+    assert helper.paths.helper is not None and helper.paths.helper.passed_bytes
+    assert first.paths.hidden.streams.taken and second.paths.hidden.streams.taken
 
 
 @pytest.mark.full
@@ -93,7 +93,7 @@ def test_better_ways_are_found_during_a_session(swarm: LocalSwarm, local: Any) -
 
     def is_direct() -> bool:
         assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
-        return Way.RELAYED not in ways_of(swarm).values()
+        return PathKind.RELAYED not in ways_of(swarm).values()
 
     wait_until(is_direct)
     assert not [event for event in model.swarm.events.since(0) if event.kind == "lost"]
@@ -108,7 +108,9 @@ def test_an_answer_continues_when_a_relay_dies(swarm: LocalSwarm, local: Any) ->
     died: list[Any] = []
 
     def kill() -> None:
-        helper = next(peer.ways.helper for peer in swarm.peers if peer.ways.helper and peer.ways.helper.streams.taken)
+        helper = next(
+            peer.paths.helper for peer in swarm.peers if peer.paths.helper and peer.paths.helper.streams.taken
+        )
         helper.close()
         died.append(helper)
 
@@ -119,14 +121,14 @@ def test_an_answer_continues_when_a_relay_dies(swarm: LocalSwarm, local: Any) ->
 
 @pytest.mark.usefixtures("no_holes")
 def test_a_bootstrap_node_is_a_relay_and_prints_that(
-    swarm: LocalSwarm, node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+    swarm: LocalSwarm, node: DhtDirectory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = Identity.generate()
     with relaying(node, identity, "127.0.0.1", 0, None) as relay:
         wait_until(lambda: relay in find_helpers(node))
         assert not any("helper" in name for name in node.models().values())
         peer = swarm.add(0, 6, public_host=NOWHERE, reach=Reach.helpers)
-        wait_until(lambda: peer.ways.hidden.relays == (relay,))
+        wait_until(lambda: peer.paths.hidden.relays == (relay,))
         peer._announcer.publish()
         records = swarm.client.peers(fresh=True)
         overview = Overview.of(swarm.client, records)
@@ -142,57 +144,57 @@ def test_a_bootstrap_node_is_a_relay_and_prints_that(
 
 
 def test_a_peer_asks_whether_it_is_reachable_and_looks_for_relays(
-    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: DhtDirectory
 ) -> None:
     """Peers on loopback ask no other peers, so in this test all addresses count as addresses on the internet."""
-    monkeypatch.setattr("peers.reach.is_global", lambda address: True)
-    monkeypatch.setattr("peers.reach.is_reachable", lambda listen: True)
+    monkeypatch.setattr("peers.peer_paths.is_global", lambda address: True)
+    monkeypatch.setattr("peers.peer_paths.is_reachable", lambda listen: True)
     swarm.add(0, 3, relay_port=0)
     reached = swarm.add(3, 6)
-    reached.ways.look()
-    assert not reached.ways.hidden.relays and reached.ways._ask_at > time.monotonic() + 500
+    reached.paths.check_reachability()
+    assert not reached.paths.hidden.relays and reached.paths._ask_at > time.monotonic() + 500
     with monkeypatch.context() as patch:
-        patch.setattr("peers.server.public_address", lambda *_: f"tcp://{NOWHERE}")
+        patch.setattr("peers.running_peer.public_address", lambda *_: f"tcp://{NOWHERE}")
         lost = swarm.add(3, 6, port_mapping=False)
-    lost.ways._ask_at = 0.0
-    lost.ways.look()
-    wait_until(lambda: lost.ways.hidden.relays)
+    lost.paths._ask_at = 0.0
+    lost.paths.check_reachability()
+    wait_until(lambda: lost.paths.hidden.relays)
     record = next(record for record in node.peers(lost.checkpoint.fingerprint) if record.key == lost.identity.public)
     assert record.relays or wait_until(lambda: lost.record().relays) is None
     with monkeypatch.context() as patch:
-        patch.setattr(lost.ways, "_asked_helpers", lambda _: [])
+        patch.setattr(lost.paths, "_asked_helpers", lambda _: [])
         patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": True, "two": True})
-        assert lost.ways._is_reached(lost.ways.address) is False, "they say so, and nobody has come"
+        assert lost.paths._is_reached(lost.paths.address) is False, "they say so, and nobody has come"
         patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": False, "two": False})
         here = Endpoint(f"tcp://127.0.0.1:{lost.transport.port}", lost.identity.public)
         with PeerLinks(Identity.generate()) as links:
             assert links.try_out([here])[here].rtt_ms is not None
-            assert lost.ways._is_reached(here.address) is True, "they deny it, and somebody is here"
-    lost.ways.endpoint, lost.ways._ask_at = here, 0.0
-    lost.ways.look()
-    assert not lost.ways.hidden.relays
+            assert lost.paths._is_reached(here.address) is True, "they deny it, and somebody is here"
+    lost.paths.endpoint, lost.paths._ask_at = here, 0.0
+    lost.paths.check_reachability()
+    assert not lost.paths.hidden.relays
 
 
 def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_helpers_again(
     swarm: LocalSwarm,
     monkeypatch: pytest.MonkeyPatch,
-    node: Directory,
+    node: DhtDirectory,
     local: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hosts = ["127.0.0.1"]
     found_out = addresses.reachable_host
-    for module in ("peers.reach", "splitnet.transport.addresses"):
+    for module in ("peers.peer_paths", "splitnet.transport.addresses"):
         monkeypatch.setattr(
             f"{module}.reachable_host", lambda listen: hosts[-1] if "0.0.0.0" in listen else found_out(listen)
         )
-    monkeypatch.setattr("peers.reach.is_reachable", lambda address: "127.0.0.1" not in address)
-    monkeypatch.setattr("peers.reach.MOVED_S", 0.0)
+    monkeypatch.setattr("peers.peer_paths.is_reachable", lambda address: "127.0.0.1" not in address)
+    monkeypatch.setattr("peers.peer_paths.MOVED_S", 0.0)
     swarm.add(0, 3, relay_port=0)
     peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
     assert "no address at which others could connect to tcp://0.0.0.0:0" in caplog.text
     hosts.append("127.0.0.2")
-    wait_until(lambda: peer.ways.hidden.relays)
+    wait_until(lambda: peer.paths.hidden.relays)
 
     def announced() -> str:
         records = node.peers(peer.checkpoint.fingerprint)
@@ -201,32 +203,32 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     port = peer.transport.port
     wait_until(lambda: announced() == f"tcp://127.0.0.2:{port}")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
-    wait_until(lambda: not peer.ways._has_moved and peer.ways.hidden.relays)
-    stopped = peer.ways.hidden._task
+    wait_until(lambda: not peer.paths._has_moved and peer.paths.hidden.relays)
+    stopped = peer.paths.hidden._task
     hosts.append("127.0.0.1")  # The machine has no network for a moment.
     hosts.append("127.0.0.3")
     wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
-    wait_until(lambda: peer.ways.hidden._task is not stopped and peer.ways.hidden.relays)
+    wait_until(lambda: peer.paths.hidden._task is not stopped and peer.paths.hidden.relays)
     assert peer.join_address.startswith(f"tcp://127.0.0.3:{port}?")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.usefixtures("no_holes")
 def test_a_process_that_joins_through_a_peer_finds_relays_of_the_dht(
-    swarm: LocalSwarm, node: Directory, local: Any
+    swarm: LocalSwarm, node: DhtDirectory, local: Any
 ) -> None:
     with relaying(node, Identity.generate(), "127.0.0.1", 0, None) as relay:
         wait_until(lambda: relay in find_helpers(node))
         first = swarm.add(0, 3)
         swarm.add(3, 6, join=[first.join_address], public_host=NOWHERE, reach=Reach.helpers)
         hidden_one = swarm.peers[-1]
-        wait_until(lambda: hidden_one.ways.hidden.relays == (relay,))
+        wait_until(lambda: hidden_one.paths.hidden.relays == (relay,))
         hidden_one._announcer.publish()
         directory = hidden_one.directory
         assert isinstance(directory, PeerDirectory)
         assert relay.key not in {other.key.raw for other in directory._others}, "it answers no questions"
         assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
-        assert ways_of(swarm)[3, 6] is Way.RELAYED
+        assert ways_of(swarm)[3, 6] is PathKind.RELAYED
         assert set(hidden_one.directory.models()) == {hidden_one.checkpoint.fingerprint}
 
 
@@ -237,11 +239,13 @@ def test_hidden_peers_of_a_closed_swarm_are_reached_through_its_peers(folder: Pa
         first = swarm.peers[0]
         options = {"swarm_key": key, "join": [first.join_address], "public_host": NOWHERE, "reach": Reach.helpers}
         second = swarm.add(3, 6, **options)
-        wait_until(lambda: second.ways.hidden.relays)
+        wait_until(lambda: second.paths.hidden.relays)
         second._announcer.publish()
         assert find_helpers(second.directory) == []
         with Swarm(ModelFacts.of(first.checkpoint), [first.join_address], swarm_key=key) as client:
             model = attach(Checkpoint.open(folder), client, codec="none")
             assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
             records = client.peers(fresh=True)
-            assert [client.links.tunnels.way(record.endpoint) for record in records if record.relays] == [Way.RELAYED]
+            assert [client.links.tunnels.path_kind(record.endpoint) for record in records if record.relays] == [
+                PathKind.RELAYED
+            ]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peers.service import SessionService
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.session.driver import LinkCodecs
@@ -32,7 +32,7 @@ CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def chain(
-    request: pytest.FixtureRequest, node: Directory, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, node: DhtDirectory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalSwarm]:
     folder = random_checkpoint(request.param, tmp_path_factory.mktemp(request.param), seed=1)
     with shared_swarm(folder, SPANS, node=node) as swarm:
@@ -60,7 +60,7 @@ def states_of(folder: Path, ids: torch.Tensor, **given: Any) -> list[torch.Tenso
 @torch.no_grad()
 def step(model: RemoteCausalLM, cache: RemoteCache, ids: torch.Tensor) -> torch.Tensor:
     """The hidden states of new tokens."""
-    exchange = model.send(ids, cache)
+    exchange = model.send_tokens(ids, cache)
     exchange.finish()
     assert exchange.tapped is not None
     return exchange.tapped
@@ -103,7 +103,7 @@ def test_a_padded_batch_gets_the_hidden_states_of_its_wanted_positions(
         for keep in (0, 3):
             with model.session() as cache, torch.no_grad():
                 cache.remote.use_taps(taps)
-                exchange = model._blocks.begin(cache, model.get_input_embeddings()(ids), mask, keep)
+                exchange = model._blocks.begin_step(cache, model.get_input_embeddings()(ids), mask, keep)
                 output = exchange.finish()
             wanted = mask if not keep else mask & (torch.arange(9) >= 9 - keep)
             assert exchange.tapped is not None
@@ -118,20 +118,20 @@ def test_taps_at_the_embeddings_and_the_output_cost_no_message(
 ) -> None:
     """Only states at inner boundaries count as received."""
     opened: list[Open] = []
-    receive = SessionService.receive
+    receive = SessionService.receive_message
 
     def noted(service: Any, source: Any, message: Any, now: float) -> None:
         opened.extend([message] if isinstance(message, Open) else [])
         receive(service, source, message, now)
 
-    monkeypatch.setattr(SessionService, "receive", noted)
+    monkeypatch.setattr(SessionService, "receive_message", noted)
     received: list[int] = []
     with chain.visit() as visit:
         for taps in ((), (6,), (0, 6), (1, 2, 5)):
             model = visit.model()
             with model.session() as cache, torch.no_grad():
                 cache.remote.use_taps(taps)
-                model.send(tokens(8), cache).finish()
+                model.send_tokens(tokens(8), cache).finish()
                 assert cache.session is not None
                 received.append(cache.session.traffic.bytes_received)
     assert received[0] == received[1] == received[2] == 8 * 64 * 4
@@ -167,7 +167,7 @@ def test_sessions_with_and_without_taps_share_passes(chain: LocalSwarm) -> None:
             cache.remote.use_taps(taps)
         for start, end in ((0, 8), *((at, at + 1) for at in range(8, 20))):
             with torch.no_grad():
-                exchanges = [model.send(ids[:, start:end], cache) for cache in caches]
+                exchanges = [model.send_tokens(ids[:, start:end], cache) for cache in caches]
             for exchange, taps in zip(exchanges, wishes, strict=True):
                 torch.testing.assert_close(exchange.finish(), states[BLOCKS][:, start:end], **CLOSE)
                 if taps:
@@ -261,7 +261,7 @@ def test_a_cache_drops_positions_of_other_taps(chain: LocalSwarm) -> None:
         model = visit.model()
         with model.session() as cache:
             with torch.no_grad():
-                assert model.send(ids, cache).finish().shape == (1, 8, 64)
+                assert model.send_tokens(ids, cache).finish().shape == (1, 8, 64)
             for taps in ((2, 3), (2, 3), (3, 2, 2)):
                 cache.remote.use_taps(taps)
                 cache.remote.reset()

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from peers import placement
-from peers.options import SpanWish
+from peers import relocation
+from peers.peer_options import SpanWish
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.hivemind_node import import_hivemind
 from splitnet.directory.interface import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
 from splitnet.directory.record import SHARDS, shard_key
@@ -46,7 +46,7 @@ def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> No
     flood_records(swarm.addresses, model, count=1700)
     for peer in swarm.peers:
         peer._announcer.publish()
-    with Directory.start(initial_peers=swarm.addresses) as reader:
+    with DhtDirectory.start(initial_peers=swarm.addresses) as reader:
         begin = time.monotonic()
         found = reader.peers(model)
         assert time.monotonic() - begin < READ_S
@@ -75,7 +75,7 @@ def test_a_peer_with_a_proof_of_work_enters_a_full_directory(
     late._announcer.publish()
     # A record is always found at the peer's own node, if readers know this node.
     directory = swarm.peers[0].directory
-    assert isinstance(directory, Directory)
+    assert isinstance(directory, DhtDirectory)
     node = directory._node.protocol
     for peer, has_place in ((late, True), (with_nothing, False)):
         shard = node.storage.get(import_hivemind().dht_id(shard_key(model, peer.identity.public))).value
@@ -96,7 +96,7 @@ def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, loca
 def test_models_of_one_key_are_bounded(swarm: LocalSwarm) -> None:
     model = swarm.peers[0].checkpoint.fingerprint
     list_models(swarm.addresses, model, count=500)
-    with Directory.start(initial_peers=swarm.addresses) as reader:
+    with DhtDirectory.start(initial_peers=swarm.addresses) as reader:
         models = reader.models()
     assert model in models
     assert len(models) <= 1 + RECORDS_PER_IDENTITY
@@ -110,7 +110,7 @@ def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> 
     """
     model = swarm.peers[0].checkpoint.fingerprint
     everybody = {peer.identity.public for peer in swarm.peers}
-    with ThreadPoolExecutor() as pool, Directory.start(initial_peers=swarm.addresses) as reader:
+    with ThreadPoolExecutor() as pool, DhtDirectory.start(initial_peers=swarm.addresses) as reader:
         attacks = [pool.submit(attack, swarm.addresses, model, seconds=4.0) for attack in (withhold, hide_in_caches)]
         while not all(attack.done() for attack in attacks):
             for peer in swarm.peers:
@@ -129,7 +129,7 @@ def test_a_peer_that_returns_no_records_hides_none(swarm: LocalSwarm, monkeypatc
     monkeypatch.setattr(liar._directory_service, "_records", lambda place, depth: [])
     late = swarm.add(0, 6)
     looks = 0
-    while client._known.find(late.identity.public) is None:
+    while client._known.find_record(late.identity.public) is None:
         looks += 1
         assert looks < 10
         client.peers(fresh=True)
@@ -147,7 +147,7 @@ def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Pa
 
 @pytest.mark.full
 def test_fake_peers_neither_cause_nor_prevent_moves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)  # peers only look when the test tells them to
+    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)  # peers only look when the test tells them to
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))
         model, before = swarm.peers[0].checkpoint.fingerprint, spare.span.start

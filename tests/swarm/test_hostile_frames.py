@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ProtocolError
 from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import Identity
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.swarm
 MEMORY_BOUND = 192 * 2**20
 
 
-def test_a_peer_keeps_answering_with_bounded_memory(tmp_path: Path, node: Directory) -> None:
+def test_a_peer_keeps_answering_with_bounded_memory(tmp_path: Path, node: DhtDirectory) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     ids = torch.arange(9)[None] + 3
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
@@ -50,7 +50,7 @@ def test_a_peer_keeps_answering_with_bounded_memory(tmp_path: Path, node: Direct
         assert torch.equal(swarm.model().generate(ids, **options), expected)
 
 
-def announce(node: Directory, hop: HostileHop, facts: ModelFacts) -> None:
+def announce(node: DhtDirectory, hop: HostileHop, facts: ModelFacts) -> None:
     claims = {"address": hop.endpoint.address, "end": facts.num_blocks, "num_blocks": facts.num_blocks}
     assert node.announce(fake_record(hop.identity, facts.fingerprint, **claims), hop.identity)
 
@@ -82,7 +82,7 @@ def test_a_client_keeps_working_with_bounded_memory(tmp_path: Path, caplog: pyte
 def test_a_node_of_the_directory_keeps_answering_with_bounded_memory() -> None:
     identity = Identity.generate()
     record = fake_record(identity, requests.MODEL)
-    with dht_node() as node, Directory.start(initial_peers=node.addresses) as reader:
+    with dht_node() as node, DhtDirectory.start(initial_peers=node.addresses) as reader:
         requests.ask(node.addresses[0], count=64)
         before = psutil.Process().memory_info().rss
         assert requests.ask(node.addresses[0], count=3_000, seed=1) >= 3_000

@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from peers.sessions import MESSAGE_BYTES
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.swarm.swarm import ModelFacts
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Failure, Forward, Gradient, Result
@@ -49,7 +49,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token
 class Watched:
     """The highest figures of the peers during an attack."""
 
-    peers: list[Peer]
+    peers: list[RunningPeer]
     rss: int = 0
     rows: int = 0
     """Bytes of keys and values, and of logs."""
@@ -142,7 +142,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def victims(folder: Path, node: Directory) -> Iterator[Victims]:
+def victims(folder: Path, node: DhtDirectory) -> Iterator[Victims]:
     with serving(folder, [(0, 3), (3, 6)], node=node) as found:
         yield found
 
@@ -152,7 +152,7 @@ def serving(
     folder: Path,
     spans: list[tuple[int, int]],
     training_memory: int = TRAINING_MEMORY,
-    node: Directory | None = None,
+    node: DhtDirectory | None = None,
 ) -> Iterator[Victims]:
     options = {"kv_memory": KV_MEMORY, "training_memory": training_memory}
     with local_swarm(folder, spans, node=node, **options) as swarm:
@@ -246,7 +246,7 @@ def test_adapters_that_do_not_fit_fill_no_log(victims: Victims, caplog: pytest.L
 
 @pytest.mark.full
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_attention_takes_no_more_than_its_chunks(backward: bool, node: Directory, tmp_path: Path) -> None:
+def test_attention_takes_no_more_than_its_chunks(backward: bool, node: DhtDirectory, tmp_path: Path) -> None:
     folder = random_checkpoint("gemma2", tmp_path, blocks=2, max_position_embeddings=8192)
     with serving(folder, [(0, 2)], node=node) as victims:
         options: dict[str, Any] = {"seconds": 0.1, "length": 2048 if backward else 4096, "backward": backward}

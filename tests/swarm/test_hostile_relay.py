@@ -12,7 +12,7 @@ from splitnet.nat import punch, unreachable
 from splitnet.nat.relay import RelayBounds
 from tests.attacks import relay as attacks
 from tests.attacks.transport import in_background
-from tests.unit.nat.test_ways_streams import World, ask, to, wait_until
+from tests.unit.nat.test_stream import World, ask, to, wait_until
 
 pytestmark = pytest.mark.swarm
 
@@ -42,7 +42,7 @@ def test_members_are_served_despite_strangers(name: str, monkeypatch: pytest.Mon
         ask(member, to(node, hidden.relays), b"before")
         events, before = sum(helper.events.values()), psutil.Process().memory_info().rss
         with in_background(attack, world.relays()[0], seconds=60) as strangers:
-            wait_until(lambda: sum(helper.events.values()) > events or helper._greeted)
+            wait_until(lambda: sum(helper.events.values()) > events or helper._handshakes)
             asked, least = 0, time.monotonic() + SECONDS
             while asked < 10 or time.monotonic() < least:
                 assert strangers.is_alive()
@@ -52,9 +52,9 @@ def test_members_are_served_despite_strangers(name: str, monkeypatch: pytest.Mon
                     ask(newcomer, to(node, hidden.relays), b"new")
                     newcomer.transport.close()
                 asked += 1
-                assert sum(map(len, helper._greeted.values())) <= bounds.handshakes
+                assert sum(map(len, helper._handshakes.values())) <= bounds.handshakes
                 assert helper.reservations <= bounds.reservations_of_host + 1
                 assert helper.streams.taken <= 2 * bounds.streams_of_host, "members and strangers are at two hosts"
         grown = psutil.Process().memory_info().rss - before
         assert grown < MOST_MIB << 20
-        wait_until(lambda: helper.reservations == 1 and not helper._greeted)
+        wait_until(lambda: helper.reservations == 1 and not helper._handshakes)

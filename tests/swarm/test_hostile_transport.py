@@ -18,8 +18,8 @@ import zmq
 from transformers.generation.streamers import BaseStreamer
 
 from peers.counters import SessionEnd
-from peers.server import Peer
-from splitnet.directory.dht import Directory
+from peers.running_peer import RunningPeer
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import NotAuthorized
 from splitnet.security.identity import Identity
 from splitnet.transport.connections import MAX_MESSAGE_BYTES
@@ -38,7 +38,7 @@ CUT_OFF_AT = MAX_MESSAGE_BYTES + 128 * 2**20
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, BLOCKS)], node=node) as swarm:
         swarm.join()
         yield swarm
@@ -116,7 +116,7 @@ def reached_within(seconds: float, endpoint: Endpoint) -> bool:
     return False
 
 
-def test_a_removed_key_is_not_served(node: Directory, own_folder: Path, tmp_path: Path) -> None:
+def test_a_removed_key_is_not_served(node: DhtDirectory, own_folder: Path, tmp_path: Path) -> None:
     removed, kept = Identity.generate(), Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(f"{removed.public.text}\n{kept.public.text}\n")
@@ -139,7 +139,7 @@ def test_a_removed_key_is_not_served(node: Directory, own_folder: Path, tmp_path
 class TakenAway(BaseStreamer):
     """Removes the client's key from a peer's list after some tokens, and waits until the peer has noticed."""
 
-    def __init__(self, keys: Path, left: str, peer: Peer, tokens: int = 3) -> None:
+    def __init__(self, keys: Path, left: str, peer: RunningPeer, tokens: int = 3) -> None:
         self.keys, self.left, self.peer, self.tokens = keys, left, peer, tokens
 
     def put(self, value: Any) -> None:
@@ -156,7 +156,7 @@ class TakenAway(BaseStreamer):
 
 
 def test_a_session_of_a_removed_key_ends_at_once_with_an_error(
-    node: Directory, own_folder: Path, tmp_path: Path
+    node: DhtDirectory, own_folder: Path, tmp_path: Path
 ) -> None:
     client, keys = Identity.generate(), tmp_path / "authorized_keys"
     with local_swarm(own_folder, [(0, 3)], node=node) as swarm:
@@ -221,7 +221,7 @@ def test_a_hop_can_take_a_session_id_before_its_owner(running: LocalSwarm) -> No
         assert _owner_of(peer, session) == thief.identity.public.curve_raw
 
 
-def _owner_of(peer: Peer, session: bytes) -> bytes:
+def _owner_of(peer: RunningPeer, session: bytes) -> bytes:
     found = peer.service.sessions.get(session)
     assert found is not None
     return found.owner

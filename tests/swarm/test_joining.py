@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from peers import joining
-from peers.options import PeerOptions, SpanWish
-from peers.server import Peer
+from peers import joined_swarm
+from peers.peer_options import PeerOptions, SpanWish
+from peers.running_peer import RunningPeer
 from splitnet.blocks.span import Span
-from splitnet.directory import dht
-from splitnet.directory.dht import Directory
+from splitnet.directory import dht_directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import DirectoryError, SplitnetError
 from tests.unit.random_models import random_checkpoint
 
@@ -34,14 +34,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bool]]:
     """For each node of the DHT that was started, whether it is closed."""
-    made: list[Directory] = []
-    make = Directory.__init__
+    made: list[DhtDirectory] = []
+    make = DhtDirectory.__init__
 
-    def make_and_keep(self: Directory) -> None:
+    def make_and_keep(self: DhtDirectory) -> None:
         make(self)
         made.append(self)
 
-    monkeypatch.setattr(Directory, "__init__", make_and_keep)
+    monkeypatch.setattr(DhtDirectory, "__init__", make_and_keep)
     return lambda: [one._closed for one in made]
 
 
@@ -69,9 +69,9 @@ def test_a_peer_waits_for_the_file_of_the_first(model: Path, tmp_path: Path) -> 
             waits.set()
 
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(Peer.start, model, options(3, 6, join_file=file), progress=progress)
+        second = pool.submit(RunningPeer.start, model, options(3, 6, join_file=file), progress=progress)
         assert waits.wait(60)
-        first = Peer.start(model, options(0, 3))
+        first = RunningPeer.start(model, options(0, 3))
         (tmp_path / "partial").write_text(first.directory.addresses[0] + "\n")
         (tmp_path / "partial").replace(file)
         peer = second.result(60)
@@ -82,23 +82,23 @@ def test_a_peer_waits_for_the_file_of_the_first(model: Path, tmp_path: Path) -> 
 
 
 def test_a_file_that_never_comes_is_an_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "FILE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(joined_swarm, "FILE_TIMEOUT_S", 0.1)
     with pytest.raises(DirectoryError, match="no peer has written its address to"):
-        Peer.start(model, options(0, 3, join_file=tmp_path / "address"))
+        RunningPeer.start(model, options(0, 3, join_file=tmp_path / "address"))
 
 
 def test_a_peer_that_waits_for_a_file_can_be_stopped(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        Peer.start(model, options(0, 3, join_file=tmp_path / "address"), progress=stop_at("join", after=3))
+        RunningPeer.start(model, options(0, 3, join_file=tmp_path / "address"), progress=stop_at("join", after=3))
 
 
 @pytest.mark.parametrize(("stage", "after"), [("start a swarm", 3), ("load", 0), ("load", 2), ("measure", 0)])
 def test_a_peer_that_is_stopped_leaves(
     model: Path, monkeypatch: pytest.MonkeyPatch, closed: Callable[[], list[bool]], stage: str, after: int
 ) -> None:
-    monkeypatch.setattr(dht, "WAITING_S", 0.001)
+    monkeypatch.setattr(dht_directory, "WAITING_S", 0.001)
     with pytest.raises(Stopped):
-        Peer.start(model, options(0, 3), progress=stop_at(stage, after))
+        RunningPeer.start(model, options(0, 3), progress=stop_at(stage, after))
     assert closed() == [True]
 
 
@@ -110,5 +110,5 @@ def test_a_peer_that_cannot_load_leaves(
 
     monkeypatch.setattr(Span, "load", fail)
     with pytest.raises(SplitnetError, match="no blocks"):
-        Peer.start(model, options(0, 3))
+        RunningPeer.start(model, options(0, 3))
     assert closed() == [True]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import DirectoryError, SplitnetError
 from splitnet.hf.causal_lm import attach
 from splitnet.security.identity import AuthorizedKeys, Identity
@@ -30,9 +30,9 @@ from splitnet.tools.tune import owner as owner_module
 from splitnet.tools.tune import rounds as rounds_module
 from splitnet.tools.tune.coordinator import Coordinator, round_place
 from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.methods import Schedule, TrainingSettings
 from splitnet.tools.tune.owner import JointRun, RoundLink, Stopped
-from splitnet.tools.tune.rounds import Numbers, Rules
+from splitnet.tools.tune.rounds import Numbers, RoundRules
 from splitnet.tools.tune.run import Encoded, TuningRun
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_ROUNDS, RoundState, RoundWish
@@ -43,12 +43,12 @@ pytestmark = pytest.mark.swarm
 
 NAME = "birds"
 SIZE = 1000
-ROUNDS = Settings(4, 0.01, schedule=Schedule.CONSTANT, clip=0.1, weight_decay=0.1)
+ROUNDS = TrainingSettings(4, 0.01, schedule=Schedule.CONSTANT, clip=0.1, weight_decay=0.1)
 """Rules for owners without a model that give the same gradient in every round."""
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, SPANS, node=node) as started:
         yield started
 
@@ -79,11 +79,11 @@ class Running:
 
 
 @contextmanager
-def coordinated(swarm: Swarm, rules: Rules, folder: Path, **options: Any) -> Iterator[Running]:
+def coordinated(swarm: Swarm, rules: RoundRules, folder: Path, **options: Any) -> Iterator[Running]:
     stopped = threading.Event()
 
     class Stop:
-        def check(self) -> None:
+        def raise_if_stopped(self) -> None:
             if stopped.is_set():
                 raise SystemExit
 
@@ -141,16 +141,18 @@ def values(seed: int, size: int = SIZE) -> Numbers:
     return np.random.default_rng(seed).normal(scale=0.01, size=size).astype(np.float32)
 
 
-def told(settings: Settings) -> bytes:
+def told(settings: TrainingSettings) -> bytes:
     return json.dumps(asdict(settings)).encode()
 
 
-def take_part(link: RoundLink, gradient: Numbers, settings: Settings = ROUNDS, stopped: Sequence[int] = ()) -> Numbers:
+def take_part(
+    link: RoundLink, gradient: Numbers, settings: TrainingSettings = ROUNDS, stopped: Sequence[int] = ()
+) -> Numbers:
     """Joins and gives the same gradient in every round until the last; returns the final parameters of all owners."""
-    state, parameters = link.ask(RoundWish.JOIN, payload=told(settings), stopped=stopped)
-    link.begin(np.ones(SIZE, np.float32))
+    state, parameters = link.ask_round(RoundWish.JOIN, payload=told(settings), stopped=stopped)
+    link.send_parameters(np.ones(SIZE, np.float32))
     while state.number < state.rounds:
-        state, new = link.ask(RoundWish.READY, state.number, gradient=gradient, stopped=stopped)
+        state, new = link.ask_round(RoundWish.READY, state.number, gradient=gradient, stopped=stopped)
         parameters = parameters if new is None else new  # None: the rounds have ended with the current parameters.
     assert parameters is not None
     return parameters
@@ -160,7 +162,7 @@ def finished(futures: Sequence[Future[Numbers]]) -> list[Numbers]:
     return [future.result(60) for future in futures]
 
 
-def stepped(gradients: Sequence[Numbers], settings: Settings = ROUNDS) -> Numbers:
+def stepped(gradients: Sequence[Numbers], settings: TrainingSettings = ROUNDS) -> Numbers:
     """The result of torch's AdamW, starting from ones."""
     parameter = torch.nn.Parameter(torch.ones(SIZE))
     optimizer = torch.optim.AdamW([parameter], settings.learning_rate, weight_decay=settings.weight_decay)
@@ -171,7 +173,7 @@ def stepped(gradients: Sequence[Numbers], settings: Settings = ROUNDS) -> Number
 
 
 def descend(
-    parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, settings: Settings, number: int
+    parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, settings: TrainingSettings, number: int
 ) -> None:
     torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
     optimizer.param_groups[0]["lr"] = settings.learning_rate_at(number)
@@ -179,7 +181,7 @@ def descend(
 
 
 ROWS = [Encoded([3 + (7 * row + place) % 90 for place in range(6)], [*range(20, 26)]) for row in range(9)]
-SETTINGS = Settings(
+SETTINGS = TrainingSettings(
     steps=4, learning_rate=0.01, batch_size=2, warmup_steps=1, schedule=Schedule.COSINE, clip=0.1, weight_decay=0.1
 )
 
@@ -205,7 +207,7 @@ def trained_alone(models: Sequence[Any], rows: Sequence[list[Encoded]]) -> dict[
         for run in runs:
             set_all(run, base)
             run.done = number
-            run.step()
+            run.take_step()
         for name, parameter in base.items():
             parameter.grad = torch.zeros_like(parameter)
             for weight, run in zip(weights, runs, strict=True):
@@ -226,7 +228,7 @@ def train(run: TuningRun) -> list[float]:
     """Trains to the end; returns the losses."""
     losses = list[float]()
     while run.done < run.settings.steps:
-        losses.append(run.step().loss)
+        losses.append(run.take_step().loss)
     return losses
 
 
@@ -249,11 +251,11 @@ def test_rounds_are_steps_with_the_mean_gradient_of_all_owners(
     keys = [Identity.generate(), Identity.generate()]
     models = [adapted(key, seed) for key, seed in zip(keys, (3, 4), strict=True)]
     first = tensors(models[0])
-    with coordinated(visitor.connect(keys[0]), Rules(), tmp_path / "kept") as running, ExitStack() as stack:
+    with coordinated(visitor.connect(keys[0]), RoundRules(), tmp_path / "kept") as running, ExitStack() as stack:
         runs = list[JointRun]()
         for key, own, model in zip(keys, rows, models, strict=True):
             link = stack.enter_context(linked(visitor.connect(key), len(own)))
-            joined = link.ask(RoundWish.JOIN, payload=told(SETTINGS))
+            joined = link.ask_round(RoundWish.JOIN, payload=told(SETTINGS))
             runs.append(JointRun(model, own, SETTINGS, pad=0, link=link, say=lambda _: None, joined=joined))
         for future in [threads.submit(train, run) for run in runs]:
             assert len(future.result(120)) == SETTINGS.steps
@@ -276,14 +278,14 @@ def test_rounds_of_a_single_owner_equal_its_own_steps(
     settings, key = replace(SETTINGS, steps=6, clip=clip), Identity.generate()
     alone = TuningRun(adapted(), ROWS, settings, pad=0)
     first = tensors(alone.model)
-    losses = [alone.step().loss]
-    elsewhere = alone.state()
+    losses = [alone.take_step().loss]
+    elsewhere = alone.saved_state()
     losses += train(alone)
     with (
-        coordinated(visitor.connect(key), Rules(owners=1), tmp_path / "kept") as running,
+        coordinated(visitor.connect(key), RoundRules(owners=1), tmp_path / "kept") as running,
         linked(visitor.connect(key), len(ROWS)) as link,
     ):
-        joined = link.ask(RoundWish.JOIN, payload=told(settings))
+        joined = link.ask_round(RoundWish.JOIN, payload=told(settings))
         run = JointRun(adapted(key), ROWS, settings, pad=0, link=link, say=lambda _: None, joined=joined)
         run.restore(*elsewhere)
         assert run.done == 0 and all(torch.equal(each, first[name]) for name, each in tensors(run.model).items())
@@ -299,7 +301,7 @@ def test_masked_sums_equal_plain_sums_except_for_rounding(
 ) -> None:
     results = list[Numbers]()
     for masked in (False, True):
-        rules = Rules(owners=4, norm=1.0, masked=masked)
+        rules = RoundRules(owners=4, norm=1.0, masked=masked)
         with coordinated(visitor.connect(Identity.generate()), rules, tmp_path / str(masked)) as running:
             links = [owners(running, 1 + number, None if number else running.identity) for number in range(4)]
             found = finished([threads.submit(take_part, link, values(seed)) for seed, link in enumerate(links)])
@@ -314,7 +316,7 @@ def test_masked_sums_equal_plain_sums_except_for_rounding(
 def test_an_owner_with_far_too_large_gradients_has_no_effect(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    with coordinated(visitor.connect(Identity.generate()), Rules(owners=4), tmp_path / "kept") as running:
+    with coordinated(visitor.connect(Identity.generate()), RoundRules(owners=4), tmp_path / "kept") as running:
         links = [owners(running, 1, None if number else running.identity) for number in range(4)]
         gradients = [*map(values, range(3)), -20 * values(0)]
         found = finished([threads.submit(take_part, *each) for each in zip(links, gradients, strict=True)])
@@ -325,29 +327,29 @@ def test_an_owner_with_far_too_large_gradients_has_no_effect(
 def test_owners_wait_for_the_first_parameters_which_then_stay(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
+    with coordinated(visitor.connect(Identity.generate()), RoundRules(), tmp_path / "kept") as running:
         own, other = owners(running, 1, running.identity), owners(running)
         with pytest.raises(SplitnetError, match="have not begun: stop the coordinator"):
-            own.ask(RoundWish.END)
+            own.ask_round(RoundWish.END)
         with pytest.raises(SplitnetError, match="steps at most: lower --steps"):
-            own.ask(RoundWish.JOIN, payload=told(replace(ROUNDS, steps=MAX_ROUNDS + 1)))
+            own.ask_round(RoundWish.JOIN, payload=told(replace(ROUNDS, steps=MAX_ROUNDS + 1)))
         for nonsense in (b"", b"[]", b"{}", b"\xff"):
             with pytest.raises(SplitnetError, match="no settings of a round"):
-                own.ask(RoundWish.JOIN, payload=nonsense)
+                own.ask_round(RoundWish.JOIN, payload=nonsense)
         says = list[str]()
-        waiting = threads.submit(other.ask, RoundWish.JOIN, say=says.append)
+        waiting = threads.submit(other.ask_round, RoundWish.JOIN, say=says.append)
         wait_until(lambda: bool(says))
         assert "waiting for the owner who starts" in says[0]
-        state, parameters = own.ask(RoundWish.JOIN, payload=told(ROUNDS))
+        state, parameters = own.ask_round(RoundWish.JOIN, payload=told(ROUNDS))
         assert parameters is None and (state.number, state.rounds) == (0, ROUNDS.steps)
         wait_until(lambda: len(says) > 1)
         assert not waiting.done()
         for value in (1, 2):
-            own.begin(np.full(SIZE, value, np.float32))
-            state, parameters = waiting.result(60) if value == 1 else own.ask(RoundWish.JOIN)
+            own.send_parameters(np.full(SIZE, value, np.float32))
+            state, parameters = waiting.result(60) if value == 1 else own.ask_round(RoundWish.JOIN)
             assert state.payload == told(ROUNDS) and parameters is not None
             assert np.array_equal(parameters, np.ones(SIZE))
-        own.ask(RoundWish.END)
+        own.ask_round(RoundWish.END)
 
 
 def test_rounds_continue_without_a_lost_owner_and_with_a_late_one(
@@ -358,7 +360,7 @@ def test_rounds_continue_without_a_lost_owner_and_with_a_late_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In masked rounds, leftover masks of the lost owner must not be part of the average."""
-    rules, clock, settings = Rules(owners=4, norm=1.0, masked=True), _Clock(), replace(ROUNDS, steps=MAX_ROUNDS)
+    rules, clock, settings = RoundRules(owners=4, norm=1.0, masked=True), _Clock(), replace(ROUNDS, steps=MAX_ROUNDS)
     monkeypatch.setattr(coordinator_module, "time", clock)
     with coordinated(visitor.connect(Identity.generate()), rules, tmp_path / "kept") as running:
         links = [owners(running, 1, None if number else running.identity) for number in range(3)]
@@ -374,8 +376,8 @@ def test_rounds_continue_without_a_lost_owner_and_with_a_late_one(
         clock.ahead = 2 * rounds_module.LOST_S
         wait_until(lambda: running.rounds.number > 0)
         late = owners(running)
-        joined, parameters = late.ask(RoundWish.JOIN)
-        owners(running, 1, running.identity).ask(RoundWish.END)
+        joined, parameters = late.ask_round(RoundWish.JOIN)
+        owners(running, 1, running.identity).ask_round(RoundWish.END)
         found = finished(futures)
         assert all(np.array_equal(found[0], each) for each in found)
         average = np.mean([values(seed) for seed in range(3)], axis=0)
@@ -409,17 +411,17 @@ def test_a_restarted_coordinator_continues_its_rounds(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     """The optimizer's moments continue, too, as if the coordinator had never stopped."""
-    rules, client = Rules(owners=2, norm=1.0, noise=1e-7), visitor.connect(Identity.generate())
+    rules, client = RoundRules(owners=2, norm=1.0, noise=1e-7), visitor.connect(Identity.generate())
     both = (values(0) + values(1)) / 2
 
     def ready(number: int, link: RoundLink, seed: int) -> Future[tuple[RoundState, Numbers | None]]:
-        return threads.submit(link.ask, RoundWish.READY, number, gradient=values(seed))
+        return threads.submit(link.ask_round, RoundWish.READY, number, gradient=values(seed))
 
     with coordinated(client, rules, tmp_path / "kept") as running:
         links = [owners(running, 1, None if number else running.identity) for number in range(2)]
-        links[0].ask(RoundWish.JOIN, payload=told(ROUNDS))
-        links[0].begin(np.ones(SIZE, np.float32))
-        links[1].ask(RoundWish.JOIN)
+        links[0].ask_round(RoundWish.JOIN, payload=told(ROUNDS))
+        links[0].send_parameters(np.ones(SIZE, np.float32))
+        links[1].ask_round(RoundWish.JOIN)
         first = [ready(0, link, seed) for seed, link in enumerate(links)]
         (state, parameters), (_, others) = (future.result(60) for future in first)
         assert state.number == 1 and parameters is not None and others is not None
@@ -430,7 +432,7 @@ def test_a_restarted_coordinator_continues_its_rounds(
         waiting = ready(1, links[0], 0)
     with pytest.raises(SplitnetError, match="has owners 2, not 3"):
         Coordinator(
-            client, NAME, Rules(owners=3, liars=1), TuningFolder(tmp_path / "kept"),
+            client, NAME, RoundRules(owners=3, liars=1), TuningFolder(tmp_path / "kept"),
             resume=True, listen=LOOPBACK, public_host=None, authorized=None,
         )  # fmt: skip
     listen = f"tcp://127.0.0.1:{port}"
@@ -440,7 +442,7 @@ def test_a_restarted_coordinator_continues_its_rounds(
         assert state.number == 2 and state.payload == told(ROUNDS) and parameters is not None
         expected = stepped([both, values(0)])
         assert np.allclose(parameters, expected, atol=1e-4), "the owner that was back first"
-        state, known = links[1].ask(RoundWish.READY, 1, gradient=values(1))
+        state, known = links[1].ask_round(RoundWish.READY, 1, gradient=values(1))
         assert known is not None and np.array_equal(known, parameters), "that one was late, and is told"
         ends = [ready(2, link, seed) for seed, link in enumerate(links)]
         for state, parameters in (future.result(60) for future in ends):
@@ -451,16 +453,16 @@ def test_a_restarted_coordinator_continues_its_rounds(
 def test_only_the_key_of_the_coordinator_may_end_the_rounds(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
+    with coordinated(visitor.connect(Identity.generate()), RoundRules(), tmp_path / "kept") as running:
         links = [owners(running, 1, None if number else running.identity) for number in range(2)]
         stranger, own = owners(running), owners(running, 1, running.identity)
-        assert stranger.ask(RoundWish.LOOK)[0].payload == b""
+        assert stranger.ask_round(RoundWish.LOOK)[0].payload == b""
         settings = replace(ROUNDS, steps=50)
         futures = [threads.submit(take_part, link, values(seed), settings) for seed, link in enumerate(links)]
         wait_until(lambda: running.rounds.number > 0)
         with pytest.raises(SplitnetError, match="the key of the coordinator alone ends a round"):
-            stranger.ask(RoundWish.END)
-        state, _ = own.ask(RoundWish.END)
+            stranger.ask_round(RoundWish.END)
+        state, _ = own.ask_round(RoundWish.END)
         assert 0 < state.number == state.rounds < 50
         found = finished(futures)
         assert np.array_equal(found[0], found[1])
@@ -470,15 +472,15 @@ def test_only_the_key_of_the_coordinator_may_end_the_rounds(
 def test_two_owners_with_the_same_key_get_an_error(
     visitor: LocalSwarm, owners: Callable[..., RoundLink], tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
-    with coordinated(visitor.connect(Identity.generate()), Rules(), tmp_path / "kept") as running:
+    with coordinated(visitor.connect(Identity.generate()), RoundRules(), tmp_path / "kept") as running:
         key = Identity.generate()
         links = [owners(running, 1, key) for _ in range(2)]
         own = owners(running, 1, running.identity)
-        own.ask(RoundWish.JOIN, payload=told(ROUNDS))
-        own.begin(np.ones(SIZE, np.float32))
-        links[0].ask(RoundWish.JOIN)
-        first = threads.submit(links[0].ask, RoundWish.READY, 0, gradient=values(0))
-        links[1].ask(RoundWish.JOIN)
+        own.ask_round(RoundWish.JOIN, payload=told(ROUNDS))
+        own.send_parameters(np.ones(SIZE, np.float32))
+        links[0].ask_round(RoundWish.JOIN)
+        first = threads.submit(links[0].ask_round, RoundWish.READY, 0, gradient=values(0))
+        links[1].ask_round(RoundWish.JOIN)
         with pytest.raises(SplitnetError, match="give each its --key-file"):
             first.result(60)
 
@@ -527,12 +529,12 @@ def test_a_round_is_found_without_a_dht(
         host, guest = connect(second.join_address), connect(first.join_address)
         with pytest.raises(DirectoryError, match="nobody coordinates a round birds"):
             RoundLink(guest, NAME)
-        with coordinated(host, Rules(), tmp_path / "kept") as running:
+        with coordinated(host, RoundRules(), tmp_path / "kept") as running:
             place = round_place(facts.fingerprint, NAME)
             wait_until(lambda: guest.directory.peers(place))
             with RoundLink(guest, NAME) as link:
                 assert link._endpoint == running.coordinator._endpoint
-                assert link.ask(RoundWish.LOOK)[0] == RoundState(0, 0, 0, 0, False, "")
+                assert link.ask_round(RoundWish.LOOK)[0] == RoundState(0, 0, 0, 0, False, "")
             assert guest.directory.models() == {facts.fingerprint: facts.name}
             assert {record.key for record in guest.peers(fresh=True)} == {each.identity.public for each in swarm.peers}
         wait_until(lambda: not guest.directory.peers(place))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peers.options import PeerOptions, SpanWish
-from peers.server import Peer
+from peers.peer_options import PeerOptions, SpanWish
+from peers.running_peer import RunningPeer
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.connection import find_swarm
 from splitnet.errors import DirectoryError
@@ -26,10 +26,10 @@ def test_peers_and_clients_find_each_other(
     listen = f"tcp://{lan_host()}:0"
     facts = ModelFacts.of(Checkpoint.open(folder))
 
-    def start(blocks: tuple[int, int]) -> tuple[Peer, list[str]]:
+    def start(blocks: tuple[int, int]) -> tuple[RunningPeer, list[str]]:
         stages: list[str] = []
         options = PeerOptions(wish=SpanWish(blocks), lan=True, listen=listen, kv_memory=KV_MEMORY)
-        return Peer.start(folder, options, progress=lambda stage, done, total: stages.append(stage)), stages
+        return RunningPeer.start(folder, options, progress=lambda stage, done, total: stages.append(stage)), stages
 
     first, stages = start((0, 2))
     try:

@@ -12,8 +12,8 @@ import torch
 
 from peers import service
 from peers.counters import SessionEnd
-from peers.server import Peer
-from splitnet.directory.dht import Directory
+from peers.running_peer import RunningPeer
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.session.events import Cause
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -21,7 +21,7 @@ from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 pytestmark = pytest.mark.swarm
 
 
-def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
+def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> RunningPeer:
     """The peer that is the hop at `index` of a running session."""
     return next(peer for peer in swarm.peers if peer.endpoint == cache.session.hops[index].endpoint)
 
@@ -32,7 +32,7 @@ def test_a_peer_that_leaves_hands_its_session_over(
     twins: LocalSwarm, local: Any, index: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # On a slow machine, the session may find a better route before the peer leaves.
-    monkeypatch.setattr("splitnet.session.driver.Routes.better", lambda *_: None)
+    monkeypatch.setattr("splitnet.session.driver.Routes.better_route", lambda *_: None)
     model = twins.model()
     drained: list[float] = []
 
@@ -45,7 +45,7 @@ def test_a_peer_that_leaves_hands_its_session_over(
         leavers.append(peer_at(twins, cache, index))
         thread.start()
 
-    leavers: list[Peer] = []
+    leavers: list[RunningPeer] = []
     thread = threading.Thread(target=drain)
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, leave))
@@ -78,7 +78,7 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
 
 
 def test_idle_sessions_do_not_delay_a_leaving_peer(
-    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "IN_USE_S", 0.5)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
@@ -98,15 +98,15 @@ def test_a_session_leaves_a_hop_that_has_become_slow(
 
     def slow_down() -> None:
         slow.append(peer_at(twins, cache, 1))
-        prepare = slow[0].service.rows.prepare
+        prepare = slow[0].service.rows.prepare_step
 
         def slowly(work: Any) -> None:
             time.sleep(0.15)
             prepare(work)
 
-        monkeypatch.setattr(slow[0].service.rows, "prepare", slowly)
+        monkeypatch.setattr(slow[0].service.rows, "prepare_step", slowly)
 
-    slow: list[Peer] = []
+    slow: list[RunningPeer] = []
     model = twins.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **options, streamer=After(20, slow_down))

@@ -12,7 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf import remote_model
 from splitnet.hf.causal_lm import RemoteCausalLM
@@ -27,7 +27,7 @@ PLACES = ("0:2", "4:6", "2:3", "0:1,5:6", "1:2,3:5", "0:6")
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as started:
         yield started
 
@@ -128,7 +128,7 @@ def test_gradients_equal_those_of_local_training(folder: Path, swarm: LocalSwarm
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_lost_hop_between_local_blocks_is_replaced(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_lost_hop_between_local_blocks_is_replaced(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 6)], node=node) as twins:
         model = twins.model(local_blocks="0:1,5:6")
         with model.session() as cache:
@@ -187,8 +187,8 @@ def test_auto_compares_the_costs_of_routes_after_planning_all(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[object] = []
-    plan, cost_ms = Planner.plan, Planner.cost_ms
-    monkeypatch.setattr(Planner, "plan", lambda *given, **options: plans.append(given) or plan(*given, **options))
+    plan, cost_ms = Planner.plan_route, Planner.cost_ms
+    monkeypatch.setattr(Planner, "plan_route", lambda *given, **options: plans.append(given) or plan(*given, **options))
     monkeypatch.setattr(Planner, "cost_ms", lambda *given: cost_ms(*given) + 100.0 * len(plans))
     size = block_bytes(Checkpoint.open(swarm.folder), None)
     monkeypatch.setattr(remote_model, "free_memory", lambda _: int(2.5 * size / remote_model.MEMORY_SHARE))
@@ -202,7 +202,7 @@ def test_auto_compares_the_costs_of_routes_after_planning_all(
 
 @pytest.mark.usefixtures("costs")
 def test_auto_includes_blocks_without_a_peer(
-    node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_model, "_block_ms", lambda *_: 3.0)
     with local_swarm(own_folder, [(2, 6)], node=node) as few:

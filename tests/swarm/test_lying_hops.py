@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from peers.server import Peer
-from peers.sessions import Session as Held
+from peers.running_peer import RunningPeer
+from peers.sessions import HopSession
 from scheduler import liveness
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import PeerFailed
 from splitnet.session import machine
 from splitnet.session.inference import Session
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = GREEDY | {"max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def company(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def company(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """Two honest peers for every span, and a third that may lie; it always publishes the best speed."""
     with local_swarm(folder, SPANS * 3, node=node) as swarm:
         for peer in swarm.peers[:6]:
@@ -42,7 +42,7 @@ def company(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
         yield swarm
 
 
-def claim(peer: Peer, block_ms: float) -> None:
+def claim(peer: RunningPeer, block_ms: float) -> None:
     """Makes a peer publish this time per block, and an empty queue."""
     announcer: Any = peer._announcer
 
@@ -55,11 +55,11 @@ def claim(peer: Peer, block_ms: float) -> None:
     announcer.publish()
 
 
-Answer = Callable[[Peer, Held, Step], None]
+Answer = Callable[[RunningPeer, HopSession, Step], None]
 
 
 @contextmanager
-def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None) -> Iterator[list[int]]:
+def lying(peer: RunningPeer, answer: Answer, pong: Callable[[Ping], Pong] | None = None) -> Iterator[list[int]]:
     """A peer that publishes a time of zero, and gives a false answer to every step.
 
     Args:
@@ -92,13 +92,13 @@ def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None
         claim(peer, MODEST_MS)
 
 
-def send(peer: Peer, to: Any, message: Any) -> None:
+def send(peer: RunningPeer, to: Any, message: Any) -> None:
     service: Any = peer.service
     service.outbox.send(to, message)
 
 
 def fails(code: FailureCode) -> Answer:
-    def answer(peer: Peer, session: Held, step: Step) -> None:
+    def answer(peer: RunningPeer, session: HopSession, step: Step) -> None:
         send(peer, session.reply_to, Failure(session.id, step.epoch, step.number, code, "\x1b[31mno"))
 
     return answer
@@ -107,7 +107,7 @@ def fails(code: FailureCode) -> Answer:
 def answers(unit: bytes, count: int | None = None, codec: int | None = None) -> Answer:
     """Answers with values that all are `unit`; `count` values, or the right number."""
 
-    def answer(peer: Peer, session: Held, step: Step) -> None:
+    def answer(peer: RunningPeer, session: HopSession, step: Step) -> None:
         named = session.codec.code if codec is None else codec
         if step.replay_until and session.end >= step.replay_until:
             send(peer, session.reply_to, Result(session.id, step.epoch, step.number, session.end, named, ()))
@@ -204,7 +204,7 @@ def test_messages_of_a_replaced_hop_change_nothing(company: LocalSwarm, local: A
                 send(liar, client, Failure(session, epoch, number, FailureCode.INTERNAL, "no"))
                 send(liar, client, Result(session, epoch, number, 6, 0, (), bytes(4 * HIDDEN)))
 
-    def answer(peer: Peer, session: Held, step: Step) -> None:
+    def answer(peer: RunningPeer, session: HopSession, step: Step) -> None:
         clients[session.id] = session.reply_to
         send(peer, session.reply_to, Failure(session.id, step.epoch, step.number, FailureCode.INTERNAL, "no"))
 
@@ -266,7 +266,7 @@ def test_measurements_of_other_hops_from_the_tail_are_ignored(
         assert all(rtt_ms < 10_000 for _, rtt_ms in measurements._links.values())
 
 
-def test_a_liar_without_a_replacement_ends_the_answer(own_folder: Path, node: Directory) -> None:
+def test_a_liar_without_a_replacement_ends_the_answer(own_folder: Path, node: DhtDirectory) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm, lying(swarm.peers[1], LIES["nan"]) as met:
         with pytest.raises(PeerFailed, match="not finite"):
             swarm.model().generate(**prompt(), **OPTIONS)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from peers.metrics import MetricsServer, registry_of
-from splitnet.directory.dht import Directory
+from peers.peer_metrics import MetricsServer, registry_of
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import PeerBusy
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
@@ -46,7 +46,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
         yield swarm
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from peers import placement
-from peers.options import SpanWish
-from peers.placement import HolderWatch
-from peers.server import Peer
+from peers import relocation
+from peers.peer_options import SpanWish
+from peers.relocation import HolderWatch
+from peers.running_peer import RunningPeer
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import DirectoryError
 from splitnet.security.identity import PublicKey
 from splitnet.wire.endpoints import Endpoint
@@ -33,14 +33,14 @@ COVERED_S = 45.0
 @pytest.fixture
 def moves_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peers do not decide by themselves whether to move."""
-    monkeypatch.setattr(placement, "QUICK_LOOK_S", 1e6)
+    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)
 
 
 def memory_for(folder: Path, blocks: int) -> SpanWish:
     return SpanWish(memory=blocks * block_bytes(Checkpoint.open(folder), None))
 
 
-def has_moved(spare: Peer, others: list[Peer]) -> bool:
+def has_moved(spare: RunningPeer, others: list[RunningPeer]) -> bool:
     """Lets a peer move. If it must announce the move first, all other peers publish again before."""
     for _ in range(3):
         if spare.relocation.reconsider():
@@ -51,7 +51,7 @@ def has_moved(spare: Peer, others: list[Peer]) -> bool:
 
 
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_replicated_peer_moves_to_missing_blocks(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_replicated_peer_moves_to_missing_blocks(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         address, before = spare.endpoint, spare.span.start
@@ -66,7 +66,7 @@ def test_a_replicated_peer_moves_to_missing_blocks(node: Directory, own_folder: 
         assert torch.equal(model.generate(**prompt(), **GREEDY), own_local.generate(**prompt(), **GREEDY))
 
 
-def die(peer: Peer) -> None:
+def die(peer: RunningPeer) -> None:
     """Ends a peer as if its machine had failed: its record stays in the DHT."""
     peer._leaving.set()
     peer._announcer._withdrawn = True
@@ -78,24 +78,24 @@ def die(peer: Peer) -> None:
 @pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
 def test_blocks_of_failed_peers_are_soon_served_again(
-    node: Directory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, own_local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, moved = threading.Event(), threading.Event()
     doomed: set[PublicKey] = set()
-    heard, move = HolderWatch.heard, Peer._move
+    heard, move = HolderWatch.message_received, RunningPeer._move_span
 
     def hear(watch: HolderWatch, endpoint: Endpoint, now: float) -> None:
         heard(watch, endpoint, now)
         if doomed and {found.key for found, at in watch._heard_at.items() if at is not None} >= doomed:
             watched.set()
 
-    def go(peer: Peer, span: tuple[int, int], urgent: bool) -> None:
+    def go(peer: RunningPeer, span: tuple[int, int], urgent: bool) -> None:
         move(peer, span, urgent)
         assert urgent
         moved.set()
 
-    monkeypatch.setattr(HolderWatch, "heard", hear)
-    monkeypatch.setattr(Peer, "_move", go)
+    monkeypatch.setattr(HolderWatch, "message_received", hear)
+    monkeypatch.setattr(RunningPeer, "_move_span", go)
     with local_swarm(own_folder, fixed, node=node) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
         lost = 4 if spare.span.start != 4 else 2
@@ -112,14 +112,14 @@ def test_blocks_of_failed_peers_are_soon_served_again(
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_moved_peer_frees_the_memory_of_its_old_span(node: Directory, own_folder: Path) -> None:
+def test_a_moved_peer_frees_the_memory_of_its_old_span(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
         mover = swarm.peers[1]
         gc.collect()
         gc.freeze()  # The daemon does the same after its start.
         try:
             left = weakref.ref(mover.span)
-            mover._move((2, 4))
+            mover._move_span((2, 4))
         finally:
             gc.unfreeze()
         assert mover.span.start == 2 and mover.counters.moves == 1
@@ -129,7 +129,7 @@ def test_a_moved_peer_frees_the_memory_of_its_old_span(node: Directory, own_fold
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_moves_while_the_directory_is_silent(
-    node: Directory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 2)], node=node) as swarm:
         mover = swarm.peers[1]
@@ -140,7 +140,7 @@ def test_a_peer_moves_while_the_directory_is_silent(
             raise DirectoryError("The DHT did not answer.")
 
         monkeypatch.setattr(mover._announcer, "publish", fail_once)
-        mover._move((2, 4))
+        mover._move_span((2, 4))
         assert mover.span.start == 2
         assert mover.record().serves
 
@@ -148,7 +148,7 @@ def test_a_peer_moves_while_the_directory_is_silent(
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
 def test_a_session_waits_for_a_peer_that_moves_to_its_lost_blocks(
-    node: Directory, own_folder: Path, own_local: Any
+    node: DhtDirectory, own_folder: Path, own_local: Any
 ) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6)], node=node) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(own_folder, 2))
@@ -169,7 +169,7 @@ def test_a_session_waits_for_a_peer_that_moves_to_its_lost_blocks(
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_peer_that_moves_hands_its_session_over(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, [(0, 2), (2, 4), (4, 6), (2, 4)], node=node) as swarm:
         movers = [peer for peer in swarm.peers if peer.span.start == 2]
         model = swarm.model()
@@ -178,7 +178,7 @@ def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: P
         def move() -> None:
             assert cache.session is not None
             used = next(peer for peer in movers if peer.endpoint == cache.session.hops[1].endpoint)
-            moved.append(threading.Thread(target=used._move, args=((3, 5),)))
+            moved.append(threading.Thread(target=used._move_span, args=((3, 5),)))
             moved[0].start()
 
         with model.session() as cache:
@@ -193,10 +193,10 @@ def test_a_peer_that_moves_hands_its_session_over(node: Directory, own_folder: P
 
 @pytest.mark.full
 @pytest.mark.usefixtures("moves_when_told")
-def test_a_peer_may_be_closed_while_it_moves(node: Directory, own_folder: Path) -> None:
+def test_a_peer_may_be_closed_while_it_moves(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6), (0, 6)], node=node) as swarm:
         peer = swarm.peers[1]
         peer._leaving.set()
-        peer._move((0, 3))
+        peer._move_span((0, 3))
         peer.close()
         assert [record.key for record in swarm.connect().peers(fresh=True)] == [swarm.peers[0].identity.public]

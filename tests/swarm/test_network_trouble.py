@@ -15,11 +15,11 @@ import torch
 
 from scheduler import liveness
 from scheduler.facts import Speed
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import facts_of
 from splitnet.session import machine
 from splitnet.session.driver import Routes
-from splitnet.session.events import Cause, NoRoute, Planned
+from splitnet.session.events import Cause, RouteFailed, RoutePlanned
 from splitnet.session.inference import Session
 from splitnet.swarm import measure as measurements
 from splitnet.swarm import swarm
@@ -50,7 +50,7 @@ class Network:
 
 
 @pytest.fixture(scope="module")
-def reached_by_proxies(folder: Path, node: Directory) -> Iterator[Network]:
+def reached_by_proxies(folder: Path, node: DhtDirectory) -> Iterator[Network]:
     """A network with two peers for every span."""
     with proxies(2 * len(SPANS)) as made, local_swarm(folder, [], node=node) as swarm:
         for proxy, span in zip(made, SPANS * 2, strict=True):
@@ -136,13 +136,13 @@ def test_a_stopped_network_is_detected_in_time(
 def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_it_is_opened_again(
     network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, measure = Routes.answer, Measurer.measure
+    plan, measure = Routes.answer_query, Measurer.measure_peers
     routes: list[set[str]] = []
     asked: set[str] = set()
 
-    def planned(routes_of: Routes, *args: Any) -> Planned | NoRoute:
+    def planned(routes_of: Routes, *args: Any) -> RoutePlanned | RouteFailed:
         answer = plan(routes_of, *args)
-        if isinstance(answer, NoRoute):  # on a busy machine other peers may answer late, too, and are asked again
+        if isinstance(answer, RouteFailed):  # on a busy machine other peers may answer late, too, and are asked again
             return answer
         if not routes:  # all links stop at the same moment
             asked.clear()
@@ -155,8 +155,8 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
         asked.update(record.key.text for record in [*records, *others])
         measure(facts, records, others, **options)
 
-    monkeypatch.setattr(Routes, "answer", planned)
-    monkeypatch.setattr(Measurer, "measure", measured)
+    monkeypatch.setattr(Routes, "answer_query", planned)
+    monkeypatch.setattr(Measurer, "measure_peers", measured)
     monkeypatch.setattr(swarm, "LOST_S", 0.0)  # measurements of a moment ago do not count
     monkeypatch.setattr(machine, "OPEN_TIMEOUT_S", LONG_S)
     began = time.monotonic()
@@ -252,8 +252,8 @@ def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monke
     slow: list[Proxy] = []
     client = network.swarm.client
     peers = client.peers()
-    while client.measurements.silent() or client.measurements.unprobed(peers):
-        client.measurer.measure(peers)  # on a busy machine a peer may have answered the first ping late
+    while client.measurements.silent_peers() or client.measurements.unprobed(peers):
+        client.measurer.measure_peers(peers)  # on a busy machine a peer may have answered the first ping late
     for sender, receiver in itertools.permutations(peers, 2):  # nor have published links
         client.measurements.link_seen(sender.key.text, receiver.key.text, 1.0)
     model = network.swarm.model()

@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.utils.generic import TransformersKwargs
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedParameter
-from splitnet.hf.parameters import FORWARD, GENERATION, Refused
+from splitnet.hf.parameters import FORWARD, GENERATION, RefusedParameter
 from tests.parameter_table import with_tables
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
@@ -146,7 +146,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 3), (3, 6)], node=node) as started:
         yield started
 
@@ -193,13 +193,13 @@ def outcome(call: Any, **options: Any) -> list[torch.Tensor] | Exception:
         return error
 
 
-def compare(name: str, rule: str | Refused, expected: Any, got: Any) -> None:
+def compare(name: str, rule: str | RefusedParameter, expected: Any, got: Any) -> None:
     """Expects the outcome of plain transformers, or a refusal by name, as the table says.
 
     Args:
         expected: called only if the parameter is not refused, because transformers may break a model before it fails.
     """
-    if isinstance(rule, Refused):
+    if isinstance(rule, RefusedParameter):
         assert isinstance(got, UnsupportedParameter), got
         assert name in str(got)
         return

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from benchmarks import netlab
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from splitnet.directory.record import PeerRecord
 from splitnet.nat import port_mapping, upnp
 from splitnet.nat.port_mapping import MappingError, PortMapping, look_for_router
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.security.identity import Identity
 from splitnet.swarm.trial import PeerLinks
-from splitnet.tools.doctor.examination import Reach
+from splitnet.tools.doctor.examination import AddressChecks
 from splitnet.tools.doctor.hardware import Status, failed
 from splitnet.wire.endpoints import LinkState
 from tests.swarm.harness import local_swarm, wait_until
@@ -71,7 +71,7 @@ def test_a_port_is_opened_renewed_and_given_back(
     with lab.inside("home"):
         stack.enter_context(socket.create_server(("", PORT)))
         kept = PortMapping(PORT)
-        address = kept.open()
+        address = kept.request_port()
         assert address == f"tcp://{lab.public_address('home')}:{PORT}"
         assert kept.by.lower() == protocol
         assert is_connected(lab, address)
@@ -82,7 +82,7 @@ def test_a_port_is_opened_renewed_and_given_back(
         assert kept._renew_at > 0
         with lab.inside("sofa"):  # another host of the home network asks for the same port
             other = PortMapping(PORT)
-            assert other.open() != address
+            assert other.request_port() != address
             other.close()
         assert is_connected(lab, address)
         kept.close()
@@ -93,11 +93,11 @@ def test_a_port_is_opened_renewed_and_given_back(
 def test_without_a_router_that_maps_ports_the_error_names_the_attempts(stack: ExitStack) -> None:
     lab = opened(stack)
     with lab.inside("home"), pytest.raises(MappingError, match="NAT-PMP: the router does not support it; UPnP: "):
-        PortMapping(PORT).open()
+        PortMapping(PORT).request_port()
     lab = opened(stack, "nat-pmp")
     with lab.inside("home"):
         assert look_for_router() == f"{lab.public_address('home')} (NAT-PMP)"
-        reach = Reach(Identity.generate(), ANY, None, needed=True)
+        reach = AddressChecks(Identity.generate(), ANY, None, needed=True)
         (found,) = reach.router(failed("reach", ""))
         assert found.status is Status.passed and lab.public_address("home") in found.text
     assert not lab._gateways[0]._leases
@@ -146,7 +146,7 @@ def test_a_router_that_lies_or_refuses(first: bytes, second: bytes, monkeypatch:
         answering.start()
         kept = PortMapping(PORT)
         with pytest.raises(MappingError, match="UPnP: the package miniupnpc is not installed"):
-            kept.open()
+            kept.request_port()
         assert kept.mapped is None
         with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as ending:
             ending.sendto(b"", router.getsockname())
@@ -168,7 +168,7 @@ def test_a_router_that_lies_by_upnp_or_hangs(told: bytes | None, monkeypatch: py
     monkeypatch.setattr(port_mapping, "find_spec", lambda name: name)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(MappingError, match="UPnP: "):
-        PortMapping(PORT).open()
+        PortMapping(PORT).request_port()
 
 
 def test_upnp_requests_are_sent_only_to_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ class Home:
         self.peer = self._peer("home", 0, 3, join=[self.public.join_address], relay_port=0)
         self.mapped = f"tcp://{self.lab.public_address('home')}:{self.peer.transport.port}"
 
-    def _peer(self, host: str, start: int, end: int, **options: Any) -> Peer:
+    def _peer(self, host: str, start: int, end: int, **options: Any) -> RunningPeer:
         with self.lab.inside(host):
             peer = self._swarm.add(start, end, listen=f"tcp://{self.lab.address(host)}:0", **options)
         self._stack.callback(self.inside, host, peer.close)  # its requests to the router stay in the lab
@@ -245,13 +245,13 @@ class Home:
     def announced(self) -> PeerRecord | None:
         return next((record for record in self.public._others() if record.key == self.peer.identity.public), None)
 
-    def way_from(self, host: str) -> Way:
+    def way_from(self, host: str) -> PathKind:
         record = self.announced()
         assert record is not None
         with self.lab.inside(host), PeerLinks(Identity.generate()) as asking:
             answer = asking.try_out({record.endpoint})[record.endpoint]
         assert answer.state is LinkState.UP
-        return answer.way
+        return answer.path_kind
 
 
 @pytest.mark.default_cases(hairpin=(True,))
@@ -269,15 +269,15 @@ def test_a_mapped_port_is_announced_once_others_reach_it(
     wait_until(is_told)
     record = home.announced()
     assert record is not None and record.helper is None, "the router leads no other port there"
-    assert home.way_from("two") is Way.DIRECT
-    assert (home.way_from("sofa") is Way.DIRECT) == hairpin  # otherwise through the public relay at first
+    assert home.way_from("two") is PathKind.DIRECT
+    assert (home.way_from("sofa") is PathKind.DIRECT) == hairpin  # otherwise through the public relay at first
     lab.unforward("router", "tcp", home.peer.transport.port)  # as when a router restarts
-    ways, said = home.peer.ways, [False]  # the router still passes open connections
+    ways, said = home.peer.paths, [False]  # the router still passes open connections
     ask = ways._is_reached
     monkeypatch.setattr(ways, "_is_reached", lambda address: said.pop() if said else ask(address))
     ways._ask_at = 0.0
-    home.inside("home", ways.look)
-    assert is_connected(lab, home.mapped) and home.peer.ways.address == home.mapped
+    home.inside("home", ways.check_reachability)
+    assert is_connected(lab, home.mapped) and home.peer.paths.address == home.mapped
     home.inside("home", home.peer.close)
     assert not lab._gateways[0]._leases
 
@@ -287,14 +287,14 @@ def test_a_port_that_is_not_reached_is_not_announced(
     stack: ExitStack, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lies: list[str] = []
-    opens = PortMapping.open
+    opens = PortMapping.request_port
 
     def lie(kept: PortMapping) -> str:
         opens(kept)
         lies.append("tcp://44.77.0.99:80")
         return lies[-1]
 
-    monkeypatch.setattr(PortMapping, "open", lie)
+    monkeypatch.setattr(PortMapping, "request_port", lie)
     lab = opened(stack, "nat-pmp")
     home = Home(stack, lab, folder)
 
@@ -306,4 +306,4 @@ def test_a_port_that_is_not_reached_is_not_announced(
     wait_until(lambda: not lab._gateways[0]._leases)
     record = home.announced()
     assert record is not None and record.address == home.peer.endpoint.address
-    assert home.way_from("two") is not Way.DIRECT
+    assert home.way_from("two") is not PathKind.DIRECT

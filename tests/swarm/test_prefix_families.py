@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peers.server import Peer
-from splitnet.directory.dht import Directory
+from peers.running_peer import RunningPeer
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from tests.swarm.adapters import CAUSAL, METHODS, wrapped
@@ -62,10 +62,10 @@ def recalled(model: Any, ids: torch.Tensor, expected: torch.Tensor, **options: A
         return cache.session.prefix_hit
 
 
-def forget(peer: Peer, *, every: int = 1) -> None:
+def forget(peer: RunningPeer, *, every: int = 1) -> None:
     store = peer.service.sessions.prefixes
     assert store is not None
-    store.forget([held.page for index, held in enumerate(list(store._held.values())) if not index % every])
+    store.forget_pages([held.page for index, held in enumerate(list(store._held.values())) if not index % every])
 
 
 FAMILIES = {
@@ -80,7 +80,7 @@ FAMILIES = {
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_with_a_common_beginning_give_the_tokens_of_transformers(
-    family: str, node: Directory, tmp_path: Path
+    family: str, node: DhtDirectory, tmp_path: Path
 ) -> None:
     folder = random_checkpoint(family, tmp_path / "model", **FAMILIES[family])
     local, asks = plain(folder), texts(5)
@@ -101,7 +101,7 @@ def test_texts_with_a_common_beginning_give_the_tokens_of_transformers(
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.full)])
 @pytest.mark.parametrize("damage", ["none", pytest.param("cut", marks=pytest.mark.full), "flipped"])
 def test_restarted_peers_use_the_pages_on_their_disks(
-    family: str, damage: str, node: Directory, tmp_path: Path
+    family: str, damage: str, node: DhtDirectory, tmp_path: Path
 ) -> None:
     folder = random_checkpoint(family, tmp_path / "model", seed=len(damage), **FAMILIES.get(family, {}))
     local, asks = plain(folder), texts(2)
@@ -126,7 +126,7 @@ def test_restarted_peers_use_the_pages_on_their_disks(
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
@@ -137,13 +137,13 @@ def swarm(running: LocalSwarm) -> Iterator[LocalSwarm]:
         yield visitor
 
 
-def of_session(swarm: LocalSwarm, session: Session, index: int) -> Peer:
+def of_session(swarm: LocalSwarm, session: Session, index: int) -> RunningPeer:
     return next(peer for peer in swarm.peers if peer.identity.public.text == session.hops[index].name)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_hop_lost_after_a_use_of_stored_pages_is_replaced(
-    index: int, own_folder: Path, own_local: Any, node: Directory
+    index: int, own_folder: Path, own_local: Any, node: DhtDirectory
 ) -> None:
     """The hop before it also replays the positions that it had taken from its store."""
     one, two = texts(2, first=200 + 10 * index)
@@ -193,7 +193,7 @@ def test_beams_continue_a_text_from_stored_pages(options: dict[str, int], swarm:
 
 @pytest.mark.full
 def test_drafts_of_a_model_and_of_the_text_continue_stored_pages(
-    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
+    node: DhtDirectory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     draft = plain(random_checkpoint("llama", tmp_path / "draft", blocks=1, hidden=32, seed=5))
     with local_swarm(own_folder, SPANS, node=node) as swarm:
@@ -211,7 +211,7 @@ def computed(swarm: LocalSwarm) -> int:
 
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_each_adapter_has_its_own_pages(method: str, node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_each_adapter_has_its_own_pages(method: str, node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     asks = texts(3, first=700)
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         assert recalled(model_of(swarm), asks[0], generate(own_local, asks[0]), speculate=None) == 0
@@ -236,7 +236,7 @@ def test_local_blocks_are_combined_with_pages_of_peers(swarm: LocalSwarm, local:
             assert torch.equal(generate(model, ids, speculate=None), generate(local, ids))
 
 
-def test_a_route_may_include_peers_without_a_store(node: Directory, own_folder: Path, own_local: Any) -> None:
+def test_a_route_may_include_peers_without_a_store(node: DhtDirectory, own_folder: Path, own_local: Any) -> None:
     with local_swarm(own_folder, SPANS[:1], node=node) as swarm:
         swarm.add(*SPANS[1], prefixes=False)
         swarm.add(*SPANS[2])
@@ -247,7 +247,7 @@ def test_a_route_may_include_peers_without_a_store(node: Directory, own_folder: 
 
 
 def test_pages_at_the_beginning_of_a_row_are_written_to_disk(
-    node: Directory, own_folder: Path, own_local: Any, tmp_path: Path
+    node: DhtDirectory, own_folder: Path, own_local: Any, tmp_path: Path
 ) -> None:
     with local_swarm(own_folder, SPANS, node=node, prefix_folder=tmp_path, prefix_disk=1 << 30) as swarm:
         model, stores = model_of(swarm), [peer.service.sessions.prefixes for peer in swarm.peers]
@@ -257,9 +257,9 @@ def test_pages_at_the_beginning_of_a_row_are_written_to_disk(
 
 
 def test_stored_pages_are_used_by_hops_relayed_through_the_client(
-    node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peers.route import HopConnector
+    from peers.hop_route import HopConnector
 
     monkeypatch.setattr(HopConnector, "_set_next", lambda hops, session, following: following is None)
     asks = texts(3, first=1100)
@@ -288,7 +288,7 @@ def test_keys_share_pages_only_if_the_owner_and_both_clients_allow_it(
     groups: tuple[str | None, ...],
     scopes: tuple[Any, ...],
     finds: bool,
-    node: Directory,
+    node: DhtDirectory,
     own_folder: Path,
     own_local: Any,
     tmp_path: Path,

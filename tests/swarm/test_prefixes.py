@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from peers import page_copies
 from peers.counters import WorkKind
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from peers.service import SessionService
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.security.identity import Identity
@@ -50,7 +50,7 @@ def own_long(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def running(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
 
@@ -64,7 +64,7 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), **{**own, **GREEDY, **options})
 
 
-def computed(peer: Peer) -> int:
+def computed(peer: RunningPeer) -> int:
     """Positions of steps that a peer has computed so far."""
     kinds = WorkKind.DECODE, WorkKind.PREFILL, WorkKind.REPLAY
     return sum(peer.counters.work[kind].positions for kind in kinds)
@@ -96,7 +96,7 @@ def test_rows_are_filled_before_the_first_step_arrives(
     generate(model, ids)
     look_up, waited = Session._look_up_prefix, list[int]()
 
-    def is_filled(peer: Peer, session: Session) -> bool:
+    def is_filled(peer: RunningPeer, session: Session) -> bool:
         held = peer.service.sessions.get(session.id)
         return held is not None and held.row_state.load is not None and held.row_state.load.done == 3
 
@@ -118,7 +118,7 @@ def test_missing_pages_of_a_hop_are_replayed_by_the_previous_hop(swarm: LocalSwa
     generate(model, ids)
     store = swarm.peers[1].service.sessions.prefixes
     assert store is not None
-    store.forget([held.page for held in list(store._held.values())])
+    store.forget_pages([held.page for held in list(store._held.values())])
     before = [computed(peer) for peer in swarm.peers]
     with model.session() as cache:
         assert torch.equal(generate(model, ids), generate(local, ids))
@@ -145,7 +145,7 @@ def test_a_text_without_permission_to_store_is_not_stored(swarm: LocalSwarm) -> 
             assert cache.session is not None and cache.session.prefix_hit == 0
 
 
-def test_a_replacement_uses_its_standby_copies_of_pages(node: Directory, own_long: Path) -> None:
+def test_a_replacement_uses_its_standby_copies_of_pages(node: DhtDirectory, own_long: Path) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm:
         model, ids = swarm.model(standby=1e9), text(3 * PAGE + 9, seed=7)
@@ -168,7 +168,7 @@ def test_a_replacement_uses_its_standby_copies_of_pages(node: Directory, own_lon
 
 
 def test_pages_are_copied_from_a_replica_if_that_is_faster(
-    node: Directory, own_long: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_long: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local: Any = AutoModelForCausalLM.from_pretrained(own_long, dtype=torch.float32).eval()
     monkeypatch.setattr(SessionService, "page_ms", lambda *_: math.inf)
@@ -179,7 +179,7 @@ def test_pages_are_copied_from_a_replica_if_that_is_faster(
             assert isinstance(cache.session, Session)
             middle = cache.session.hops[1]
         # The peer is alive, but excluded from planning.
-        monkeypatch.setattr(swarm.client, "_look", lambda *_, **__: (swarm.client.peers(), {middle.name}))
+        monkeypatch.setattr(swarm.client, "_peers_to_plan_with", lambda *_, **__: (swarm.client.peers(), {middle.name}))
         replica = next(each for each in swarm.peers if each.span.start == 2 and _name(each) != middle.name)
         with model.session() as cache:
             again = generate(model, ids)
@@ -231,7 +231,7 @@ class Source:
         return CopyPages(*ids, *SPANS[1], 0, bytes(16), (os.urandom(16),), *place)
 
 
-def test_a_source_that_sends_single_bytes_is_asked_once(node: Directory, folder: Path) -> None:
+def test_a_source_that_sends_single_bytes_is_asked_once(node: DhtDirectory, folder: Path) -> None:
     with (
         local_swarm(folder, [SPANS[1]], node=node) as swarm,
         Source(part=1) as source,
@@ -245,7 +245,7 @@ def test_a_source_that_sends_single_bytes_is_asked_once(node: Directory, folder:
 
 
 def test_pages_are_copied_while_the_source_of_another_client_is_silent(
-    node: Directory, own_long: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_long: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_copies, "ANSWER_S", math.inf)
     with local_swarm(own_long, [*SPANS, SPANS[1]], node=node) as swarm, ExitStack() as stack:
@@ -264,7 +264,7 @@ def test_pages_are_copied_while_the_source_of_another_client_is_silent(
 
 
 def test_the_key_with_most_requests_makes_room_for_another_key(
-    node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_copies, "ANSWER_S", math.inf)
     with local_swarm(folder, [SPANS[1]], node=node) as swarm, ExitStack() as stack:
@@ -280,11 +280,11 @@ def test_the_key_with_most_requests_makes_room_for_another_key(
         assert newcomer.hear(CopiedPages).number == 9 and len(last.asked) == 1
 
 
-def _name(peer: Peer) -> str:
+def _name(peer: RunningPeer) -> str:
     return peer.identity.public.text
 
 
-def test_pages_from_a_session_with_a_lying_hop_are_not_used(node: Directory, own_long: Path) -> None:
+def test_pages_from_a_session_with_a_lying_hop_are_not_used(node: DhtDirectory, own_long: Path) -> None:
     with local_swarm(own_long, [*SPANS, SPANS[2]], node=node) as swarm:
         model, ids = swarm.model(), text(2 * PAGE + 9, seed=9)
         with model.session() as cache:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import splitnet
 from scheduler.speculation import Window
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.session.events import Phase
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.default_cases(remote=(None,))]
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 3), (3, 6)], node=node) as started:
         yield started
 

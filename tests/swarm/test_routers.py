@@ -11,13 +11,13 @@ import pytest
 from benchmarks import netlab
 from splitnet.nat import punch
 from splitnet.nat import unreachable as hidden_module
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.nat.relay import RelayServer
-from splitnet.nat.stream import WaysLoop
+from splitnet.nat.stream import StreamLoop
 from splitnet.nat.unreachable import UnreachablePeer
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint, LinkState
-from tests.unit.nat.test_ways_streams import ask, wait_until
+from tests.unit.nat.test_stream import ask, wait_until
 from tests.unit.transport.test_transport import Node, echo
 
 pytestmark = pytest.mark.swarm
@@ -43,7 +43,7 @@ class Lab:
         except netlab.LabError as error:
             pytest.skip(str(error))
         with self.net.inside("helper"):  # a thread stays in the network in which it starts
-            loop = WaysLoop()
+            loop = StreamLoop()
             stack.callback(loop.close)
             self.helper = RelayServer(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")
             stack.callback(self.helper.close)
@@ -56,7 +56,7 @@ class Lab:
             self.hidden = UnreachablePeer(
                 tunnels.loop, self.node.identity, inside, tunnels.behind, lambda: relays, lambda: None
             )
-            stack.callback(self.hidden.stop)
+            stack.callback(self.hidden.stop_relaying)
             self.hidden.start()
         wait_until(lambda: self.hidden.relays)
         self.caller = self._node("caller")
@@ -103,7 +103,9 @@ def test_a_peer_behind_a_router_is_finally_reached_without_a_relay(stack: ExitSt
     lab = Lab(stack, peer, caller)
     endpoint = lab.endpoint()
     ask(lab.caller, endpoint, b"first")
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or lab.caller.tunnels.way(endpoint) is not Way.RELAYED)
+    wait_until(
+        lambda: ask(lab.caller, endpoint, b"x") or lab.caller.tunnels.path_kind(endpoint) is not PathKind.RELAYED
+    )
     wait_until(lambda: ask(lab.caller, endpoint, b"y") or not lab.helper.streams.taken)
     lab.net.down("helper")
     ask(lab.caller, endpoint, *(bytes(50_000 + index) for index in range(20)))
@@ -121,7 +123,7 @@ def test_streams_stay_relayed_where_routers_give_connections_random_ports(
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or punch._places.taken)
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or not punch._places.taken)
     ask(lab.caller, endpoint, b"y")
-    assert lab.caller.tunnels.way(endpoint) is Way.RELAYED
+    assert lab.caller.tunnels.path_kind(endpoint) is PathKind.RELAYED
 
 
 def test_a_router_blocks_unrequested_packets(stack: ExitStack) -> None:
@@ -129,4 +131,4 @@ def test_a_router_blocks_unrequested_packets(stack: ExitStack) -> None:
     direct = lab.endpoint(relayed=False)
     lab.caller.transport.send(direct, [b"x"])
     ask(lab.caller, lab.endpoint(), b"y")
-    assert lab.caller.transport.state(direct) is not LinkState.UP
+    assert lab.caller.transport.link_state(direct) is not LinkState.UP

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, NotAuthorized
 from splitnet.security.identity import Identity
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture
-def private(node: Directory, own_folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
+def private(node: DhtDirectory, own_folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
     """A peer that accepts one key, and the identity with this key."""
     friend = Identity.generate()
     keys = tmp_path / "authorized_keys"
@@ -48,9 +48,9 @@ def test_a_key_that_is_not_listed_gets_nothing(
     swarm, friend = private
     heard: list[Message] = []
     service = swarm.peers[0].service
-    receive = service.receive
+    receive = service.receive_message
     monkeypatch.setattr(
-        service, "receive", lambda source, message, now: (heard.append(message), receive(source, message, now))
+        service, "receive_message", lambda source, message, now: (heard.append(message), receive(source, message, now))
     )
     with pytest.raises(NotAuthorized, match="splitnet key"):
         one_step(swarm.connect(Identity.generate()))
@@ -73,7 +73,7 @@ def test_a_key_that_is_added_later_is_let_in(private: tuple[LocalSwarm, Identity
             assert time.monotonic() < deadline, "the list is read again within seconds"
 
 
-def test_a_peer_with_another_key_than_its_record_is_not_used(node: Directory, own_folder: Path) -> None:
+def test_a_peer_with_another_key_than_its_record_is_not_used(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         honest = swarm.peers[0]
         impostor = Identity.generate()
@@ -88,7 +88,7 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(node: Directory, ow
         session.close()
 
 
-def test_a_swarm_of_impostors_serves_nobody(node: Directory, own_folder: Path) -> None:
+def test_a_swarm_of_impostors_serves_nobody(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 3)], node=node) as swarm:
         impostor = Identity.generate()
         lie = dataclasses.replace(swarm.peers[0].record(), key=impostor.public, start=3, end=6)
@@ -97,7 +97,7 @@ def test_a_swarm_of_impostors_serves_nobody(node: Directory, own_folder: Path) -
             one_step(swarm.connect())
 
 
-def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder: Path) -> None:
+def test_a_session_belongs_to_the_key_that_opened_it(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         owner, thief = swarm.connect(), swarm.connect()
         session = Session(owner, ConnectionOptions(codec="none"), reservation=16)
@@ -113,7 +113,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
         held = swarm.peers[0].service.sessions.get(owner_id)
         assert held is not None
         service = swarm.peers[0].service
-        service.receive(
+        service.receive_message(
             Connection(b"elsewhere", Identity.generate().public.curve_raw),
             Step(owner_id, held.epoch, 99, (Chunk(1, 0, 1, 0),), None, 0, 0, bytes(256)),
             time.monotonic(),
@@ -125,7 +125,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(node: Directory, own_folder
         session.close()
 
 
-def test_an_endpoint_with_a_wrong_key_gets_no_messages(node: Directory, own_folder: Path) -> None:
+def test_an_endpoint_with_a_wrong_key_gets_no_messages(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, [(0, 6)], node=node) as swarm:
         client = swarm.connect()
         wrong = Endpoint(swarm.peers[0].endpoint.address, Identity.generate().public)
@@ -136,7 +136,7 @@ def test_an_endpoint_with_a_wrong_key_gets_no_messages(node: Directory, own_fold
 
 
 def _announce(swarm: LocalSwarm, record: PeerRecord, identity: Identity) -> None:
-    directory = Directory.start(initial_peers=swarm.addresses, listen=None)
+    directory = DhtDirectory.start(initial_peers=swarm.addresses, listen=None)
     try:
         assert directory.announce(record, identity)
     finally:

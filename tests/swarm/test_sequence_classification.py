@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import splitnet
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import UnsupportedModel
 from splitnet.security.identity import Identity
 from tests.swarm.adapters import CLASSES, FAMILIES, METHODS, gradients, padded, wrapped
@@ -29,7 +29,7 @@ of_each_method = pytest.mark.parametrize("method", ["lora", "prompt", "p-tuning-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def swarm(
-    request: pytest.FixtureRequest, node: Directory, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, node: DhtDirectory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalSwarm]:
     """Two peers of a random causal model; the family is the name of its folder."""
     folder = random_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
@@ -38,7 +38,7 @@ def swarm(
 
 
 @pytest.fixture(scope="module")
-def trained(node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def trained(node: DhtDirectory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     """Peers of a checkpoint that has a head for four labels."""
     causal = random_checkpoint("llama", tmp_path_factory.mktemp("causal"))
     model = AutoModelForSequenceClassification.from_pretrained(causal, num_labels=4, dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.logs import JsonFormatter
 from splitnet.serve.answers.sampling import SamplingDefaults
@@ -42,7 +42,7 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def swarm(small: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(small: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(small, [(0, 2), (2, 6)], node=node) as swarm:
         yield swarm
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from peers import engine
 from peers.engine import Engine
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from scheduler import liveness
 from scheduler.speculation import Window
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import PeerBusy, PeerLost
 from splitnet.session.inference import Session
 from splitnet.wire.endpoints import LinkState
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture(scope="module")
-def thirds(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def thirds(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     """A peer for every span."""
     with local_swarm(folder, SPANS, node=node) as swarm:
         yield swarm
@@ -68,17 +68,17 @@ def test_a_failing_effect_does_not_prevent_other_effects(swarm: LocalSwarm, monk
         raise OSError("no room")
 
     with monkeypatch.context() as patch, session._handling:  # the answer to the step is handled after the loss
-        sent = model.send(ids[:, -1:], cache)
+        sent = model.send_tokens(ids[:, -1:], cache)
         patch.setattr(swarm.client, "ban", fails)
         with pytest.raises(OSError, match="no room"):
             session.link_failed(session.hops[1].endpoint, PeerLost("the link is lost"))
     assert session._asked, "no route is asked for"
-    logits = model.receive(sent, ids[:, -1:], cache).logits
+    logits = model.receive_outputs(sent, ids[:, -1:], cache).logits
     assert torch.allclose(logits[-1], expected[-1], atol=1e-4)
     cache.close()
 
 
-def forget(peers: Sequence[Peer]) -> None:
+def forget(peers: Sequence[RunningPeer]) -> None:
     """Drops all sessions of the peers, as after ten idle minutes."""
     for peer in peers:
         for session in list(peer.service.sessions):
@@ -213,7 +213,7 @@ def test_a_prefill_with_progress_may_take_any_time(
 
 @pytest.mark.full
 def test_a_long_step_with_progress_may_take_any_time(
-    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
+    long_folder: Path, long_local: Any, node: DhtDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt in one step, then its replay: no output arrives before the step is complete."""
     be_impatient(monkeypatch)
@@ -240,7 +240,7 @@ def test_a_long_step_with_progress_may_take_any_time(
 @pytest.mark.default_cases(limit=({"max_new_tokens": 60},))
 @pytest.mark.parametrize("limit", [{"max_new_tokens": 60}, {"max_new_tokens": None, "max_length": 260}], ids=str)
 def test_memory_is_extended_while_drafts_are_in_flight(
-    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
+    long_folder: Path, long_local: Any, node: DhtDirectory, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
 ) -> None:
     force_window(monkeypatch, Window(3, 4))
     ids = prompt(200)["input_ids"]
@@ -259,7 +259,7 @@ def test_memory_is_extended_while_drafts_are_in_flight(
 @pytest.mark.default_cases(rewinds=(True,))
 @pytest.mark.parametrize("rewinds", [True, False])
 def test_a_relay_log_is_not_replayed_in_place_of_pushed_steps(
-    folder: Path, local: Any, node: Directory, rewinds: bool
+    folder: Path, local: Any, node: DhtDirectory, rewinds: bool
 ) -> None:
     """The first hop cannot reach the next one, then can, then cannot; each time the next hop is lost."""
     with local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
@@ -291,7 +291,7 @@ def test_a_relay_log_is_not_replayed_in_place_of_pushed_steps(
             assert cache.session.hops[0].relayed
 
 
-def test_a_text_without_memory_fails_each_time(long_folder: Path, long_local: Any, node: Directory) -> None:
+def test_a_text_without_memory_fails_each_time(long_folder: Path, long_local: Any, node: DhtDirectory) -> None:
     with local_swarm(long_folder, [(0, 2)], node=node, kv_memory=2 * 256 * 300) as swarm:  # Memory for 300 positions.
         model = swarm.model()
         ids = prompt(100)["input_ids"]
@@ -307,7 +307,7 @@ def test_a_text_without_memory_fails_each_time(long_folder: Path, long_local: An
 
 
 def test_a_peer_without_memory_for_a_long_text_serves_short_texts(
-    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
+    long_folder: Path, long_local: Any, node: DhtDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with local_swarm(long_folder, [(0, 2)], node=node) as swarm:
         peer = swarm.peers[0]

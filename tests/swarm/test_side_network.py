@@ -17,14 +17,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedParameter
-from splitnet.hf.adapters import load_adapter
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.side import SideNetwork
+from splitnet.hf.local_adapters import load_adapter
+from splitnet.hf.side_network import SideNetwork
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.run import Encoded
-from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 from tests.swarm.adapters import batch, padded
 from tests.swarm.generation import GREEDY, prompt
@@ -40,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 2), (2, 4), (4, 6)], node=node) as started:
         yield started
 
@@ -185,15 +185,15 @@ def test_the_loss_of_a_side_network_equals_that_on_the_whole_model(
         for ids, mask, labels in zip(*rows.values(), strict=True)
     ]
     folder = TuningFolder(tmp_path)
-    folder.begin({})
+    folder.claim({})
     told: list[str] = []
     with swarm.visit() as visit:
         model = visit.model()
         with pytest.raises(SplitnetError, match="--states-limit"):
             SideTuner(model, 32, States(folder), encoded, 1000)
         tuner = SideTuner(model, 32, States(folder), encoded, 1 << 20)
-        tuner.fill(0, told.append, [])
-        SideTuner(model, 32, States(folder), encoded, 1 << 20).fill(0, told.append, [])
+        tuner.compute_states(0, told.append, [])
+        SideTuner(model, 32, States(folder), encoded, 1 << 20).compute_states(0, told.append, [])
         assert len(told) == 2, "what is there is not computed again"
     with torch.no_grad():
         assert float(tuner(**rows).loss) == pytest.approx(float(whole(**rows).loss), rel=1e-3)

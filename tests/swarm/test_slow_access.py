@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import netlab
 from scheduler import liveness
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.session.events import Cause
 from splitnet.swarm.swarm import ModelFacts, Swarm
@@ -40,7 +40,7 @@ def lab() -> Iterator[netlab.Lab]:
 def model(lab: netlab.Lab, folder: Path) -> Iterator[RemoteCausalLM]:
     with ExitStack() as stack:
         with lab.inside("node"):
-            node = stack.enter_context(Directory.start(listen=[f"/ip4/{lab.address('node')}/tcp/0"]))
+            node = stack.enter_context(DhtDirectory.start(listen=[f"/ip4/{lab.address('node')}/tcp/0"]))
         swarm = stack.enter_context(local_swarm(folder, []))
         for host, span in zip(HOSTS, SPANS, strict=True):
             with lab.inside(host):

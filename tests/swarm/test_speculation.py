@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from scheduler.speculation import Window
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead, Shape
@@ -34,7 +34,7 @@ WINDOWS = (Window(3, 1), Window(2, 3), Window(15, 2))
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as started:
         yield started
 
@@ -170,7 +170,7 @@ def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) 
 
 
 def test_a_hop_lost_with_windows_in_flight_is_replaced(
-    node: Directory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force_window(monkeypatch, Window(2, 4))
     with local_swarm(own_folder, [(0, 3), (3, 6), (3, 6)], node=node) as twins:
@@ -203,15 +203,15 @@ class FollowingHead:
         self._true = true
         self._length = 0
 
-    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         self._length = len(tokens)
 
-    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: torch.Tensor | None = None) -> None:
         assert features is not None and token == self._true[self._length]
         self.features[self._length - 1] = features
         self._length += 1
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         for place in range(self._length + len(pending), len(self._true)):
             yield Guess(self._true[place] if place % 5 else 3, 0)
 
@@ -235,7 +235,7 @@ def test_hops_lost_repeatedly_with_windows_in_flight_are_replaced(
             if count % 6 or count > 6 * kills:
                 return
             assert isinstance(cache.session, Session)
-            under_way.append(cache.session.state.under_way)
+            under_way.append(cache.session.state.in_flight_count)
             used = cache.session.hops[-1].endpoint
             next(peer for peer in swarm.peers if peer.endpoint == used).close()
             swarm.add(3, 6)
@@ -274,7 +274,7 @@ def test_parameters_that_conflict_with_drafts_are_refused(
 @pytest.mark.default_cases(family=("deepseek_v3",))
 @pytest.mark.parametrize("family", ["deepseek_v3", "mellum", "nemotron_h", "qwen3_5_text", "qwen3_next"])
 def test_drafts_by_the_mtp_layer_of_a_checkpoint(
-    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = mtp_checkpoint(family, tmp_path)
     local: Any = AutoModelForCausalLM.from_pretrained(folder).eval()

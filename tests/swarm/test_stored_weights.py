@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from splitnet.blocks.backbone import QuantizedEmbedding
 from splitnet.blocks.head import QuantizedHead
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.dht import Directory
-from splitnet.quant.stored import PackedTensor
+from splitnet.directory.dht_directory import DhtDirectory
+from splitnet.quant.packed_tensor import PackedTensor
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -31,7 +31,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(file: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(file: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(file, [(0, 1), (1, 4)], node=node) as swarm:
         yield swarm
 
@@ -40,9 +40,13 @@ def swarm(file: Path, node: Directory) -> Iterator[LocalSwarm]:
 def exact(file: Path) -> Any:
     """Plain transformers with the numbers that the file represents."""
     checkpoint = Checkpoint.open(file)
-    with checkpoint.store.load_tensors({name: name for name in checkpoint.store.names}, torch.float32) as tensors:
+    with checkpoint.store.load_tensors(
+        {name: name for name in checkpoint.store.tensor_names}, torch.float32
+    ) as tensors:
         read = {name: tensor[...] for name, tensor in tensors.items()}
-    numbers = {name: tensor.floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in read.items()}
+    numbers = {
+        name: tensor.to_floats() if isinstance(tensor, PackedTensor) else tensor for name, tensor in read.items()
+    }
     model_class: Any = type(AutoModelForCausalLM.from_config(checkpoint.config))
     model = model_class.from_pretrained(None, config=checkpoint.config, state_dict=numbers, dtype=torch.float32)
     return model.eval().requires_grad_(False)

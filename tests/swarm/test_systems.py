@@ -25,9 +25,9 @@ for name in modules():
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from peers.server import Peer
-from peers.options import PeerOptions
-from peers.options import SpanWish
+from peers.running_peer import RunningPeer
+from peers.peer_options import PeerOptions
+from peers.peer_options import SpanWish
 import splitnet
 from splitnet.cli.main import app
 from splitnet.cli.daemon import StopSignals
@@ -47,7 +47,7 @@ assert Identity.load_or_create(key_file).public == Identity.load_or_create(key_f
 # A swarm that never had a DHT.
 def peer(blocks, *join):
     where = {"listen": "tcp://127.0.0.1:0", "initial_peers": join}
-    return Peer.start(folder, PeerOptions(wish=SpanWish(blocks=blocks), kv_memory=2**26, weights=None, **where))
+    return RunningPeer.start(folder, PeerOptions(wish=SpanWish(blocks=blocks), kv_memory=2**26, weights=None, **where))
 
 ids = torch.arange(3, 12)[None]
 options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

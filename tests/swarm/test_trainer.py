@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
 pytestmark = pytest.mark.swarm
@@ -26,7 +26,7 @@ Example = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 3), (3, 6)], node=node) as started:
         yield started
 

@@ -17,10 +17,10 @@ from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import AdapterError
-from splitnet.hf.adapters import PROMPTS
-from splitnet.tools.tune.methods import Settings, begin_prefix
+from splitnet.hf.local_adapters import PROMPTS
+from splitnet.tools.tune.methods import TrainingSettings, begin_prefix
 from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun, estimate_gradients
 from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, lora, padded, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, [(0, 2), (2, 4), (4, 6)], node=node) as started:
         yield started
 
@@ -235,11 +235,11 @@ def test_prompts_of_many_directions_run_in_one_batch(
     """With the steps that they have one by one, on a local model."""
     monkeypatch.setattr("splitnet.tools.tune.run.PACKED", room)
     rows = [Encoded(list(range(5, end)), [IGNORED] * 3 + list(range(8, end))) for end in (11, 15, 20)]
-    settings = Settings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
+    settings = TrainingSettings(steps=2, learning_rate=1e-2, batch_size=3, zeroth_order=True, directions=4)
 
     def steps(model: PeftModel) -> tuple[list[float], torch.Tensor]:
         run = TuningRun(model, rows, settings, pad=0)
-        losses = [run.step().loss]
+        losses = [run.take_step().loss]
         return losses, torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
 
     expected_losses, expected = steps(wrapped(local_model(), config(method)))

@@ -16,18 +16,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peers.server import Peer
+from peers.running_peer import RunningPeer
 from scheduler import liveness
 from splitnet.blocks.adapters import read_tensors, write_tensors
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.tools.tune.folder import ADAPTER, CHECKPOINT, WORK, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, take_steps
 from splitnet.tools.tune.owner import JointRun
-from splitnet.tools.tune.rounds import Rules
+from splitnet.tools.tune.rounds import RoundRules
 from splitnet.tools.tune.run import TuningRun
-from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 from splitnet.wire.messages import AdapterGradient, Forward, Gradient, Message, Result, RoundWish, Step
 from tests.swarm.adapters import CAUSAL, METHODS, batch, flat, gradients, lora, wrapped
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with shared_swarm(folder, SPANS, node=node) as started:
         yield started
 
@@ -75,7 +75,7 @@ def session_of(model: Any) -> Any:
     return passes
 
 
-def used(swarm: LocalSwarm, model: Any, index: int) -> Peer:
+def used(swarm: LocalSwarm, model: Any, index: int) -> RunningPeer:
     endpoint = session_of(model).hops[index].endpoint
     return next(peer for peer in swarm.peers if peer.endpoint == endpoint)
 
@@ -99,9 +99,11 @@ def test_peers_lost_between_forward_and_backward_pass_change_nothing(
     assert session_of(model).recoveries
 
 
-@pytest.mark.default_cases(victim=(1,), ways=(("backward", "go_back"),))
+@pytest.mark.default_cases(victim=(1,), ways=(("backward", "backward_saved"),))
 @pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("ways", [("forward", "forward_kept"), ("backward", "go_back")], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "ways", [("forward", "forward_saving"), ("backward", "backward_saved")], ids=["forward", "backward"]
+)
 def test_a_peer_lost_during_a_pass_changes_nothing(ways: tuple[str, ...], victim: int, twins: LocalSwarm) -> None:
     undisturbed = train(wrapped(twins.model(), lora()), 3)
     model = wrapped(twins.model(), lora())
@@ -136,12 +138,12 @@ def test_a_forward_pass_that_peers_have_dropped_is_repeated(swarm: LocalSwarm) -
                 session = service.sessions.get(session_of(model).id)
                 assert session is not None and session.training_state.kept
                 with service._lock:
-                    service.training.forget(session)
+                    service.training.forget_passes(session)
 
         assert torch.equal(train(model, 2, forget), undisturbed)
 
 
-def test_training_can_continue_after_the_error_of_a_lost_peer(node: Directory, own_folder: Path) -> None:
+def test_training_can_continue_after_the_error_of_a_lost_peer(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         undisturbed = train(wrapped(swarm.model(), lora()), 2)
@@ -234,7 +236,7 @@ def test_an_unsupported_adapter_is_refused_by_the_client(swarm: LocalSwarm) -> N
 @pytest.mark.default_cases(use_cache=(False,))
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_an_adapted_layer_that_skips_positions_is_refused_by_name(
-    use_cache: bool, node: Directory, tmp_path: Path
+    use_cache: bool, node: DhtDirectory, tmp_path: Path
 ) -> None:
     folder = random_checkpoint("qwen2_moe", tmp_path, blocks=1)
     with local_swarm(folder, [(0, 1)], node=node) as swarm:
@@ -245,7 +247,7 @@ def test_an_adapted_layer_that_skips_positions_is_refused_by_name(
 
 
 @pytest.mark.full
-def test_a_peer_without_memory_for_training_is_an_error(node: Directory, own_folder: Path) -> None:
+def test_a_peer_without_memory_for_training_is_an_error(node: DhtDirectory, own_folder: Path) -> None:
     with local_swarm(own_folder, SPANS, training_memory=1000, node=node) as swarm:
         model = wrapped(swarm.model(recovery_timeout_s=1.0), lora())
         with pytest.raises(SplitnetError, match="train with fewer positions"):
@@ -302,11 +304,11 @@ class Fault:
     kinds: tuple[type[Message], ...]
     change: Callable[[Any], Any]
     armed: bool = False
-    victim: Peer | None = None
+    victim: RunningPeer | None = None
     hits: int = 0
     closing: threading.Thread | None = None
 
-    def sent(self, peer: Peer, message: Any) -> Any:
+    def sent(self, peer: RunningPeer, message: Any) -> Any:
         """Returns the message that the peer sends instead; None: no message."""
         if self.change in (silence, death) and self.victim is peer:
             return None  # This includes answers to pings.
@@ -324,7 +326,7 @@ class Fault:
 class Faulty:
     """The outbox of a peer that may have a fault."""
 
-    def __init__(self, outbox: Any, peer: Peer, fault: Fault) -> None:
+    def __init__(self, outbox: Any, peer: RunningPeer, fault: Fault) -> None:
         self._outbox, self._peer, self._fault = outbox, peer, fault
 
     def __getattr__(self, name: str) -> Any:
@@ -369,7 +371,7 @@ def tuned(
     """
     folder, model = TuningFolder(path), swarm.model(**options)
     saved = folder.load_checkpoint() if resume else None
-    folder.begin({})
+    folder.claim({})
     with ExitStack() as stack:
         if method == "side":
             torch.manual_seed(0)
@@ -381,13 +383,17 @@ def tuned(
         joint: dict[str, Any] = {}
         if method == "joint":
             key = Identity.generate()
-            stack.enter_context(coordinated(swarm.connect(key), Rules(owners=1), path / "round", resume=resume))
+            stack.enter_context(coordinated(swarm.connect(key), RoundRules(owners=1), path / "round", resume=resume))
             link = stack.enter_context(linked(swarm.connect(key), len(ROWS)))
-            joint = {"link": link, "say": lambda _: None, "joined": link.ask(RoundWish.JOIN, payload=told(SETTINGS))}
+            joint = {
+                "link": link,
+                "say": lambda _: None,
+                "joined": link.ask_round(RoundWish.JOIN, payload=told(SETTINGS)),
+            }
         run = (JointRun if joint else TuningRun)(adapted, ROWS, SETTINGS, pad=0, **joint)
 
         def keep() -> None:
-            folder.save_checkpoint(*run.state())
+            folder.save_checkpoint(*run.saved_state())
             folder.save_adapter(adapted)
 
         progress = TuningProgress(SETTINGS.steps)
@@ -511,7 +517,7 @@ def test_a_peer_that_computes_values_that_are_not_finite_is_replaced(
     """A peer with defective memory detects this itself."""
     undisturbed = train(wrapped(twins.model(), lora()), 3)
     model = wrapped(twins.model(), lora())
-    victims: list[Peer] = []
+    victims: list[RunningPeer] = []
 
     def damaged(original: Any, *given: Any, **named: Any) -> Any:
         found = original(*given, **named)
@@ -521,7 +527,7 @@ def test_a_peer_that_computes_values_that_are_not_finite_is_replaced(
         if not step:
             victims.append(used(twins, model, 1))
             passes: Any = victims[0].server.engine._passes
-            for name in ("forward", "forward_kept") if way == "forward" else ("go_back",):
+            for name in ("forward", "forward_saving") if way == "forward" else ("backward_saved",):
                 monkeypatch.setattr(passes, name, partial(damaged, getattr(passes, name)))
 
     assert torch.equal(train(model, 3, damage), undisturbed)

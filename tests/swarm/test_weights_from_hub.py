@@ -20,8 +20,8 @@ from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import HubPieces
 from splitnet.checkpoint.transfer.hashing import make_manifest
-from splitnet.cli.connection import Connection
-from splitnet.directory.dht import Directory
+from splitnet.cli.connection import ModelConnection
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ModelNotFound, WrongSwarm
 from splitnet.hf.remote_model import learn_manifest
 from splitnet.security.identity import Identity
@@ -128,7 +128,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
         server.shutdown()
 
 
-def test_a_peer_gets_ranges_of_its_blocks_and_no_whole_files(folder: Path, node: Directory, hub: Hub) -> None:
+def test_a_peer_gets_ranges_of_its_blocks_and_no_whole_files(folder: Path, node: DhtDirectory, hub: Hub) -> None:
     with local_swarm(folder, [], node=node) as swarm:
         first = swarm.add(0, 2, folder="someone/tiny", join=())
         assert computes_as(first.span, folder)
@@ -145,7 +145,7 @@ def test_a_peer_gets_ranges_of_its_blocks_and_no_whole_files(folder: Path, node:
         assert hub.read - read == len(set(weight_map(folder).values())), "headers alone"
 
 
-def test_the_hub_and_peers_are_sources_at_once(folder: Path, node: Directory, hub: Hub) -> None:
+def test_the_hub_and_peers_are_sources_at_once(folder: Path, node: DhtDirectory, hub: Hub) -> None:
     with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
         swarm.peers[0].checkpoint.name = "someone/tiny"
         swarm.peers[0]._announcer.publish()
@@ -157,7 +157,9 @@ def test_the_hub_and_peers_are_sources_at_once(folder: Path, node: Directory, hu
         assert sum(fetched.values()) == block_bytes_of(folder, 0, 4)
 
 
-def test_a_client_with_some_files_learns_the_fingerprint_of_its_model(folder: Path, node: Directory, hub: Hub) -> None:
+def test_a_client_with_some_files_learns_the_fingerprint_of_its_model(
+    folder: Path, node: DhtDirectory, hub: Hub
+) -> None:
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         swarm.peers[0].checkpoint.name = "someone/tiny"
         swarm.peers[0]._announcer.publish()
@@ -172,7 +174,7 @@ def test_a_client_with_some_files_learns_the_fingerprint_of_its_model(folder: Pa
         assert Checkpoint.open("someone/tiny").knows_manifest, "it is asked once"
 
 
-def test_a_client_refuses_peers_of_another_model(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+def test_a_client_refuses_peers_of_another_model(folder: Path, node: DhtDirectory, hub: Hub, tmp_path: Path) -> None:
     """Even a model with the same headers is refused, because all bytes of the local files are compared."""
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -188,7 +190,9 @@ def test_a_client_refuses_peers_of_another_model(folder: Path, node: Directory, 
             learn_manifest(checkpoint, [swarm.peers[0].join_address], Identity.generate())
 
 
-def test_the_hub_decides_the_fingerprint_of_its_model(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+def test_the_hub_decides_the_fingerprint_of_its_model(
+    folder: Path, node: DhtDirectory, hub: Hub, tmp_path: Path
+) -> None:
     """Peers that give the same name to another model with the same headers are detected by the first piece."""
     other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
     shutil.copy(folder / "config.json", other)
@@ -205,14 +209,16 @@ def test_a_hub_without_ranges_sends_no_whole_files(folder: Path, hub: Hub) -> No
     manifest = make_manifest(Checkpoint.open(folder).store)
     pieces = HubPieces(manifest, store)
     name, _, size = next(manifest.tensors[0].pieces.each())
-    assert len(pieces.read(name)) == size
+    assert len(pieces.download_piece(name)) == size
     hub.deaf = True
     with pytest.raises(ModelNotFound, match="does not give ranges"):
-        pieces.read(name)
+        pieces.download_piece(name)
     assert hub.large < LARGE // 4
 
 
-def test_a_model_id_overrides_an_earlier_fingerprint(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+def test_a_model_id_overrides_an_earlier_fingerprint(
+    folder: Path, node: DhtDirectory, hub: Hub, tmp_path: Path
+) -> None:
     """Another swarm may have named a model with the same headers."""
     other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
     shutil.copy(folder / "config.json", other)
@@ -225,7 +231,7 @@ def test_a_model_id_overrides_an_earlier_fingerprint(folder: Path, node: Directo
         options = ConnectionOptions(
             initial_peers=[swarm.peers[0].join_address], key_file=tmp_path / "key", model_id=right
         )
-        connection = Connection("someone/tiny", options)
+        connection = ModelConnection("someone/tiny", options)
         assert connection.facts_of(Checkpoint.open("someone/tiny")).fingerprint == right
         checkpoint.adopt(told)
         peer = swarm.add(0, 2, folder="someone/tiny", model_id=right)

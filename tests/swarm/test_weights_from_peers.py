@@ -12,10 +12,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.transfer.held import WeightFolder, weights_folder
-from splitnet.directory.dht import Directory
+from splitnet.checkpoint.transfer.weight_pieces import WeightFolder, weights_folder
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ModelNotFound, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import SwarmKey
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+def swarm(folder: Path, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(folder, SPANS, node=node, share_weights=True) as swarm:
         yield swarm
 
@@ -47,13 +47,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def block_bytes_of(folder: Path, start: int, end: int) -> int:
     checkpoint = Checkpoint.open(folder)
     names = [tensor.name for block in checkpoint.block_tensors[start:end] for tensor in block]
-    return sum(checkpoint.store.places()[name].nbytes for name in names)
+    return sum(checkpoint.store.tensor_locations()[name].nbytes for name in names)
 
 
 def computes_as(span: Span, folder: Path) -> bool:
     same = Span.load(Checkpoint.open(folder), span.start, span.end, weights=None)
     hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
-    outputs = [one.forward(hidden.clone(), [Chunk(one.new_row(), 0, 3)]) for one in (span, same)]
+    outputs = [one.forward(hidden.clone(), [RowChunk(one.new_row(), 0, 3)]) for one in (span, same)]
     return torch.equal(*outputs)
 
 
@@ -77,7 +77,7 @@ def test_a_peer_without_files_gets_its_blocks_from_three_others(folder: Path, sw
         manifest = len(peer.checkpoint.manifest().pack())
         sent = sum(sent_by(swarm)) - sum(before)
         assert needed <= sent <= 1.01 * needed + manifest + 3 * 1024
-        held = peer.checkpoint.held()
+        held = peer.checkpoint.held_pieces()
         assert isinstance(held, WeightFolder)
         peer.checkpoint.get_blocks(0, 6)  # A move does the same.
         assert computes_as(Span.load(peer.checkpoint, 0, 6, weights=None), folder)
@@ -87,13 +87,13 @@ def test_a_corrupt_source_is_named_and_left_out(
     folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     liar = swarm.peers[1]
-    honest = liar.weights.held.read
+    honest = liar.weights.held.read_piece
 
     def lie(name: bytes) -> bytes | None:
         data = honest(name)
         return None if data is None else bytes(len(data) - 1) + b"\x2a"
 
-    monkeypatch.setattr(liar.weights.held, "read", lie)
+    monkeypatch.setattr(liar.weights.held, "read_piece", lie)
     caplog.set_level(logging.WARNING)
     with swarm.newcomer() as visitor:
         peer = visitor.add(0, 2, folder="shared-llama")
@@ -114,7 +114,7 @@ class Killed(BaseException):
 def test_only_missing_and_damaged_pieces_are_fetched_again(
     folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = WeightFolder.write, list[bytes]()
+    write, written = WeightFolder.write_piece, list[bytes]()
 
     def some(self: WeightFolder, name: bytes, data: Any) -> None:
         if len(written) == 9:
@@ -124,13 +124,13 @@ def test_only_missing_and_damaged_pieces_are_fetched_again(
 
     with swarm.newcomer() as visitor:
         with monkeypatch.context() as patch:
-            patch.setattr(WeightFolder, "write", some)
+            patch.setattr(WeightFolder, "write_piece", some)
             with pytest.raises(Killed):
                 visitor.add(0, 2, folder="shared-llama")
         # One of the pieces on the disk is then damaged.
         fingerprint = swarm.peers[0].checkpoint.fingerprint
         checkpoint = Checkpoint.open(weights_folder(fingerprint))
-        held = checkpoint.held()
+        held = checkpoint.held_pieces()
         file, offset, size = held.where(int(held.slots_of(written[0])[0]))
         with (weights_folder(fingerprint) / file).open("r+b") as opened:
             opened.seek(offset)
@@ -156,7 +156,7 @@ def test_missing_pieces_are_not_read_as_weights(folder: Path, swarm: LocalSwarm)
 
 
 def test_a_peer_without_share_weights_sends_no_weights(
-    node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("splitnet.checkpoint.transfer.fetching.WAIT_LIMIT_S", 0.5)
     own = random_checkpoint("llama", tmp_path / "kept-llama", seed=2)
@@ -185,7 +185,7 @@ def test_a_stranger_gets_nothing_of_a_closed_swarm(folder: Path, tmp_path: Path)
         assert computes_as(guest.span, folder)
 
 
-def test_a_source_without_file_headers_is_skipped(folder: Path, node: Directory, tmp_path: Path) -> None:
+def test_a_source_without_file_headers_is_skipped(folder: Path, node: DhtDirectory, tmp_path: Path) -> None:
     """The fingerprint does not cover the heads; nothing of this peer's manifest is kept."""
     file = write_gguf(folder, tmp_path / "some.gguf", GGMLQuantizationType.Q8_0)
     with local_swarm(file, [(0, 6)], node=node, share_weights=True) as swarm:
@@ -200,7 +200,9 @@ def test_a_source_without_file_headers_is_skipped(folder: Path, node: Directory,
         assert computes_as(peer.span, file)
 
 
-def test_the_model_id_distinguishes_two_models_of_the_same_name(folder: Path, node: Directory, tmp_path: Path) -> None:
+def test_the_model_id_distinguishes_two_models_of_the_same_name(
+    folder: Path, node: DhtDirectory, tmp_path: Path
+) -> None:
     other = random_checkpoint("llama", tmp_path / "other" / "shared-llama", hidden=128, seed=1)
     with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
         second = swarm.add(0, 6, folder=other, share_weights=True)

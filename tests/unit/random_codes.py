@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 
 from splitnet.checkpoint.gguf.file import BLOCK_TYPES
-from splitnet.quant.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
+from splitnet.quant.packed_tensor import STEPS_GROUP, CodeLayout, Codes, ScaleFormat, StoredMatrix
 
 LAYOUTS = {
     **{kind.name: block.layout for kind, block in BLOCK_TYPES.items()},
-    "NVFP4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),
-    "NF4": Layout(4, 64, Kind.FLOAT32, table="nf4"),
-    "FP8 in blocks": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
-    "FP8 by output": Layout(8, 0, Kind.BFLOAT16, table="e4m3"),
-    "FP8 e5m2": Layout(8, 32, Kind.E8M0, table="e5m2"),
-    "GPTQ": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
-    "GPTQ in 8 bits": Layout(8, 128, Kind.FLOAT16, Kind.CODES),
-    "int8 by output": Layout(8, 0, Kind.BFLOAT16, offset=128),
-    "int4 by output": Layout(4, 0, Kind.FLOAT32, Kind.CODES, offset=8),
-    "int4": Layout(4, 32, Kind.BFLOAT16, Kind.BFLOAT16, offset=8),
-    "int2": Layout(2, 64, Kind.FLOAT32, Kind.FLOAT16, offset=2),
-    "int6": Layout(6, 64, Kind.BFLOAT16, Kind.CODES),
+    "NVFP4": CodeLayout(4, 16, ScaleFormat.FLOAT32, table="e2m1"),
+    "NF4": CodeLayout(4, 64, ScaleFormat.FLOAT32, table="nf4"),
+    "FP8 in blocks": CodeLayout(8, 128, ScaleFormat.FLOAT32, table="e4m3"),
+    "FP8 by output": CodeLayout(8, 0, ScaleFormat.BFLOAT16, table="e4m3"),
+    "FP8 e5m2": CodeLayout(8, 32, ScaleFormat.E8M0, table="e5m2"),
+    "GPTQ": CodeLayout(4, 128, ScaleFormat.FLOAT16, ScaleFormat.CODES),
+    "GPTQ in 8 bits": CodeLayout(8, 128, ScaleFormat.FLOAT16, ScaleFormat.CODES),
+    "int8 by output": CodeLayout(8, 0, ScaleFormat.BFLOAT16, offset=128),
+    "int4 by output": CodeLayout(4, 0, ScaleFormat.FLOAT32, ScaleFormat.CODES, offset=8),
+    "int4": CodeLayout(4, 32, ScaleFormat.BFLOAT16, ScaleFormat.BFLOAT16, offset=8),
+    "int2": CodeLayout(2, 64, ScaleFormat.FLOAT32, ScaleFormat.FLOAT16, offset=2),
+    "int6": CodeLayout(6, 64, ScaleFormat.BFLOAT16, ScaleFormat.CODES),
 }
 """Layouts of published formats, and others."""
 
 
-def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
+def codes_of(layout: CodeLayout, outputs: int, inputs: int, seed: int) -> Codes:
     """Random codes of a layout."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,19 +37,19 @@ def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
 
     groups = -(-inputs // layout.group) if layout.group else 1
     units = -(-inputs // STEPS_GROUP)
-    signed = layout.zero is not Kind.STEPS
+    signed = layout.zero is not ScaleFormat.STEPS
     largest = 15 if layout.bits == 2 else 63
 
-    def numbers(kind: Kind) -> torch.Tensor | None:
-        if kind is Kind.NONE:
+    def numbers(kind: ScaleFormat) -> torch.Tensor | None:
+        if kind is ScaleFormat.NONE:
             return None
-        if kind is Kind.STEPS:
+        if kind is ScaleFormat.STEPS:
             if signed:
                 return integers(-128, 128, outputs, groups, dtype=torch.int8)
             return integers(0, largest + 1, outputs, groups)
-        if kind is Kind.E8M0:
+        if kind is ScaleFormat.E8M0:
             return integers(110, 130, outputs, groups)
-        if kind is Kind.CODES:
+        if kind is ScaleFormat.CODES:
             return integers(0, 1 << layout.bits, outputs, groups)
         return floats(groups, {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind.value, torch.float32))
 
@@ -60,10 +60,13 @@ def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
         codes[codes & 124 == 124] = 3
     scales = numbers(layout.scale)
     assert scales is not None
-    steps = [floats(units, torch.float16) * 0.1 if kind is Kind.STEPS else None for kind in (layout.scale, layout.zero)]
+    steps = [
+        floats(units, torch.float16) * 0.1 if kind is ScaleFormat.STEPS else None
+        for kind in (layout.scale, layout.zero)
+    ]
     return Codes(codes, scales, numbers(layout.zero), *steps)
 
 
-def matrix_of(layout: Layout, outputs: int, inputs: int, seed: int) -> StoredMatrix:
+def matrix_of(layout: CodeLayout, outputs: int, inputs: int, seed: int) -> StoredMatrix:
     codes = codes_of(layout, outputs, inputs, seed)
     return StoredMatrix(layout, (outputs, inputs), lambda: codes)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scheduler.liveness import BAN_S, Alive
-from splitnet.blocks.adapters import Adapter, read_tensors, write_tensors
+from scheduler.liveness import BAN_S, PingAnswer
+from splitnet.blocks.adapters import AdapterTensors, read_tensors, write_tensors
 from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.session.events import (
@@ -27,18 +27,18 @@ from splitnet.session.events import (
     AskAlive,
     AskRoute,
     Backward,
-    Ban,
-    Close,
+    BanPeer,
+    CloseSession,
     Distrust,
     Effect,
     Event,
     LinkFailed,
     LookUpPrefix,
-    NoRoute,
     Note,
     Phase,
-    Planned,
     Received,
+    RouteFailed,
+    RoutePlanned,
     Send,
     Submit,
     Tick,
@@ -46,7 +46,7 @@ from splitnet.session.events import (
     Use,
 )
 from splitnet.session.machine import SessionState
-from splitnet.session.prefix_lookup import PrefixNamespace
+from splitnet.session.prefix_lookup import LookUpNamespace
 from splitnet.session.requests import BackwardState, Batch, PassRequest, StepRequest
 from splitnet.swarm.plan import PlannedHop
 from splitnet.wire.codecs import codec_by_name
@@ -137,20 +137,20 @@ def _digest(*parts: bytes) -> bytes:
     return hashlib.blake2b(b"".join(parts), digest_size=SIZE - 1).digest() + b"\0"
 
 
-def adapter(tag: int) -> Adapter:
+def adapter(tag: int) -> AdapterTensors:
     """Parameters in blocks 1 and 2 whose effect is their tag."""
     tensors = {}
     for block in (1, 2):
         for side in "AB":
             tensors[f"{block}.q.lora_{side}"] = torch.full((1, 1), float(tag))
-    return Adapter(tensors)
+    return AdapterTensors(tensors)
 
 
-def tags_of(which: Adapter | None) -> Tags:
+def tags_of(which: AdapterTensors | None) -> Tags:
     if which is None:
         return (0,) * BLOCKS
     tag = int(next(iter(which.tensors.values())))
-    return tuple(tag if which.within(block, block + 1) else 0 for block in range(BLOCKS))
+    return tuple(tag if which.of_blocks(block, block + 1) else 0 for block in range(BLOCKS))
 
 
 class Kind(Enum):
@@ -273,7 +273,7 @@ class PeerModel:
     def forget(self) -> None:
         self.sessions.clear()
 
-    def to_client(self, message: Message | Alive) -> None:
+    def to_client(self, message: Message | PingAnswer) -> None:
         self.world.post(self.name, CLIENT, message)
 
     def leave(self) -> None:
@@ -294,7 +294,7 @@ class PeerModel:
                 holds = held is not None
                 waiting = int(held is not None and held.next is not None and self.world.at(held.next).dams)
                 self.to_client(
-                    Alive(self.endpoint, False, holds, waiting, held.done if held else 0, held.last if held else 0)
+                    PingAnswer(self.endpoint, False, holds, waiting, held.done if held else 0, held.last if held else 0)
                 )
             case Open():
                 self._open(message)
@@ -379,7 +379,7 @@ class PeerModel:
             pages = recalled[1][: -(-part.start // PAGE)]
             held.rows = {part.row: pages[-1].values}
             held.contexts = {part.row: held.context}
-            held.log.restore(part.row, [(page.output, page.reach, page.label) for page in pages])
+            held.log.restore_row(part.row, [(page.output, page.reach, page.label) for page in pages])
 
     def _keep_pages(self, held: Held, step: Step) -> None:
         labels = iter(step.labels)
@@ -451,7 +451,7 @@ class PeerModel:
         held.done += step.positions
         held.last = max(held.last, 0 if step.replay_until else step.number)
         if held.end != BLOCKS:
-            held.log.record(step.parts, step.forks, b"".join(outputs), step.reach, step.labels)
+            held.log.record_step(step.parts, step.forks, b"".join(outputs), step.rope_length, step.labels)
         self._keep_pages(held, step)
         self._send_on(held, step, outputs, kept)
         if kept and not step.replay_until and self.fault != "keeps taps":
@@ -554,7 +554,7 @@ class PeerModel:
     def _replay(self, held: Held, message: Replay) -> None:
         if held.recalled is not None:
             row, pages = held.recalled
-            held.log.restore(row, [(page.output, page.reach, page.label) for page in pages])
+            held.log.restore_row(row, [(page.output, page.reach, page.label) for page in pages])
         steps = list(held.log.replay(2, message.since))
         if held.next is None:
             self.fail(message.epoch, message.number, FailureCode.STALE_EPOCH)
@@ -585,7 +585,7 @@ class AskedBatch:
     """A batch of the caller, and its expected result."""
 
     batch: Batch
-    adapter: Adapter | None
+    adapter: AdapterTensors | None
     outputs: list[bytes]
     gradients: list[bytes] = field(default_factory=list)
     sums: dict[int, bytes] = field(default_factory=dict)
@@ -593,12 +593,12 @@ class AskedBatch:
 
     @property
     def answered(self) -> bool:
-        return all(each.done or each.error is not None for each in self.batch.passes)
+        return all(each.is_done or each.error is not None for each in self.batch.passes)
 
     @property
     def is_forward(self) -> bool:
         """All passes are done forward, and the batch has not been sent back."""
-        return not self.goes_back and all(each.done and each.error is None for each in self.batch.passes)
+        return not self.goes_back and all(each.is_done and each.error is None for each in self.batch.passes)
 
     @property
     def failed(self) -> bool:
@@ -656,7 +656,7 @@ class World:
             SID, model="m", blocks=(0, BLOCKS), hidden_size=1, reservation=reservation, any_weights=any_weights
         )
         self.state.seen = self.seen
-        self.state.prefixes.namespace = PrefixNamespace(b"salt" if stores else None)
+        self.state.prefixes.namespace = LookUpNamespace(b"salt" if stores else None)
         self.text: tuple[int, Values] | None = None
         """The caller's text for which the hops were asked for stored pages: its row, its positions."""
         self.recalled = 0
@@ -678,7 +678,7 @@ class World:
         """The caller decodes the arrived results, and distrusts hops with values that are not finite."""
         distrusts: list[Event] = []
         for each in self.asked:
-            if each.request.result is None or not each.request.done:
+            if each.request.result is None or not each.request.is_done:
                 continue
             came = {**each.request.tapped, BLOCKS: each.request.result}
             wrong = [boundary for boundary, message in came.items() if NOT_FINITE in cut(message.payload)]
@@ -696,7 +696,7 @@ class World:
                 self.post(CLIENT, self.at(endpoint).name, _Ping(self.state.session))
             case AskRoute():
                 self.questions.append(effect)
-            case Ban(name, _):
+            case BanPeer(name, _):
                 self.banned[name] = self.now + BAN_S
                 assert self.kind is not Kind.CALM or name in self.gone, "a peer without fault was banned"
             case Unban(name):
@@ -725,7 +725,7 @@ class World:
             sender = next(peer for peer in self.peers if peer.name == source)
             if getattr(message, "session", self.state.session) != self.state.session:
                 return  # No session with this id is registered.
-            if isinstance(message, Alive):
+            if isinstance(message, PingAnswer):
                 self.feed(message)
             else:
                 self.feed(Received(sender.endpoint, message))
@@ -759,9 +759,11 @@ class World:
             route = self._route([], [*usable, *[peer for peer in kept if peer not in usable]])
             route = [next((hop for hop in asked.kept if hop == new), new) for new in route] if route else None
         if route is None:
-            self.feed(NoRoute(asked.number, CoverageError("nobody"), frozenset(peer.name for peer in self.peers), True))
+            self.feed(
+                RouteFailed(asked.number, CoverageError("nobody"), frozenset(peer.name for peer in self.peers), True)
+            )
         else:
-            self.feed(Planned(asked.number, tuple(route), (PLAIN,) * (len(route) + 1)))
+            self.feed(RoutePlanned(asked.number, tuple(route), (PLAIN,) * (len(route) + 1)))
 
     def _peer(self, name: str) -> PeerModel:
         return next(peer for peer in self.peers if peer.name == name)
@@ -851,7 +853,7 @@ class World:
         self._token += 1
         return self._token.to_bytes(SIZE, "big")
 
-    def submit_batch(self, batch: Sequence[Sequence[int]], which: Adapter | None) -> None:
+    def submit_batch(self, batch: Sequence[Sequence[int]], which: AdapterTensors | None) -> None:
         """Sends a batch forward; `batch` has the lengths of the sequences of each pass."""
         version = self.state.adapter_version if which is not None else 0
         passes: list[PassRequest] = []
@@ -920,7 +922,7 @@ class World:
     def check(self) -> None:
         for each in self.asked:
             result = each.request.result
-            if result is not None and each.request.done:
+            if result is not None and each.request.is_done:
                 assert bytes(result.payload) == each.wanted, "a wrong value was delivered"
                 for tap, message in each.request.tapped.items():
                     assert bytes(message.payload) == each.tapped[tap], "a wrong hidden state was delivered"
@@ -930,7 +932,7 @@ class World:
         if self.kind is not Kind.ROUGH:
             self._check_that_none_failed()
         if self.state.phase is Phase.CLOSED:
-            assert not self.state.under_way and self.state.log is None
+            assert not self.state.in_flight_count and self.state.log is None
 
     def _check_that_none_failed(self) -> None:
         passes = (each for asked in self.batches for each in asked.batch.passes)
@@ -941,7 +943,7 @@ class World:
     def _check_batch(self, asked: AskedBatch) -> None:
         for each, output in zip(asked.batch.passes, asked.outputs, strict=True):
             assert each.result is None or bytes(each.result.payload) == output, "a wrong output was delivered"
-        if asked.goes_back and not asked.failed and asked.batch.done:
+        if asked.goes_back and not asked.failed and asked.batch.is_done:
             for each, gradient in zip(asked.batch.passes, asked.gradients, strict=True):
                 assert each.gradient is not None
                 assert bytes(each.gradient.payload) == gradient, "a wrong gradient was delivered"
@@ -952,7 +954,7 @@ class World:
     @property
     def is_at_rest(self) -> bool:
         """No message is in transit, and no answer is awaited."""
-        waits = self.state.under_way or not self.state.is_settled
+        waits = self.state.in_flight_count or not self.state.is_settled
         return not waits and not self.busy_links() and not self.questions
 
     def settle(self, most: int = 4000) -> None:
@@ -963,7 +965,7 @@ class World:
                 self.deliver(self._choose.choice(links))
             elif self.questions:
                 self.answer()
-            elif self.state.is_settled and not self.state.under_way:
+            elif self.state.is_settled and not self.state.in_flight_count:
                 return
             elif not self.tick():
                 raise AssertionError(f"the machine waits for nothing in {self.state.phase}")
@@ -976,16 +978,16 @@ class World:
                 self.deliver(links[0])
             elif self.questions:
                 self.answer()
-            elif (self.state.is_settled and not self.state.under_way) or not self.tick():
+            elif (self.state.is_settled and not self.state.in_flight_count) or not self.tick():
                 return False
         return True
 
     def close(self) -> None:
         """Closes the session, and checks that no living peer holds it."""
-        self.feed(Close())
+        self.feed(CloseSession())
         while links := self.busy_links():
             self.deliver(links[0])
         holds = {peer.name for peer in self.peers if peer.alive and peer.sessions}
         assert holds <= self.untold, "a peer was not told that the session has ended"
-        assert all(each.request.done or each.request.error is not None for each in self.asked)
+        assert all(each.request.is_done or each.request.error is not None for each in self.asked)
         assert all(each.answered for each in self.batches)

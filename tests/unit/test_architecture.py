@@ -101,7 +101,7 @@ def test_no_product_module_imports_the_simulator() -> None:
 
 def test_only_the_serve_command_imports_the_server() -> None:
     """Except for the forms of tool calls, which chat templates of training data use, too, and which need no extra."""
-    forms = "splitnet.serve.answers.forms"
+    forms = "splitnet.serve.answers.call_forms"
     importers = {
         module
         for module in MODULES
@@ -155,15 +155,16 @@ def test_no_module_uses_pickle() -> None:
 
 
 PART_OWNERS = {
-    "route_state": {"peers.route", "peers.service"},
+    "route_state": {"peers.hop_route", "peers.service"},
     "row_state": {"peers.rows"},
     "queue_state": {"peers.queue"},
-    "training_state": {"peers.training"},
+    "training_state": {"peers.training_service"},
 }
 
 
 def test_each_part_of_a_session_is_for_its_owner_and_each_field_has_one_writer() -> None:
-    """Reads of a part are its owner's, too; the other fields of `peers/sessions.py:Session` are read by all modules."""
+    """Reads of a part are its owner's, too; the other fields of `peers/sessions.py:HopSession` are read by all
+    modules."""
     touched: dict[str, set[str]] = {part: set() for part in PART_OWNERS}
     writers: dict[str, set[str]] = {}
     for module in MODULES.keys() - {"peers.sessions"}:

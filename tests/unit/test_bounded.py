@@ -34,14 +34,14 @@ def test_one_process_answers_questions_in_turn() -> None:
         assert rendered(process, "last") == "last"
         assert process._running is running
     finally:
-        process.end()
+        process.kill_process()
 
 
 def test_the_error_of_a_process_that_does_not_start_names_a_command() -> None:
     process = BoundedProcess("unknown")
     with pytest.raises(SplitnetError, match=r"run `.*bounded_program.py unknown` to see why"):
         process.ask(None)
-    process.end()
+    process.kill_process()
 
 
 def test_a_late_answer_ends_the_process_and_its_children(
@@ -60,4 +60,4 @@ def test_a_late_answer_ends_the_process_and_its_children(
         monkeypatch.undo()
         assert rendered(process, "another") == "another"
     finally:
-        process.end()
+        process.kill_process()

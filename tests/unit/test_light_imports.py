@@ -34,14 +34,14 @@ SERVE_AND_ASK = f"""
 import sys
 {AS_A_COMMAND}
 import torch
-from peers.server import Peer
-from peers.options import PeerOptions
-from splitnet.cli.connection import Connection
-from splitnet.cli.generation import Client, Sampling
+from peers.running_peer import RunningPeer
+from peers.peer_options import PeerOptions
+from splitnet.cli.connection import ModelConnection
+from splitnet.cli.text_generator import TextGenerator, SamplingOptions
 from splitnet.session.options import ConnectionOptions
 
-peer = Peer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
-connection = Connection(sys.argv[1], ConnectionOptions(initial_peers=peer.directory.addresses, device="cpu"))
+peer = RunningPeer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
+connection = ModelConnection(sys.argv[1], ConnectionOptions(initial_peers=peer.directory.addresses, device="cpu"))
 checkpoint = connection.checkpoint()
 from splitnet.hf.causal_lm import attached
 model = attached(checkpoint, connection.swarm(checkpoint), connection.options)

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.cli.progress import StageProgress
+from splitnet.cli.stage_progress import StageProgress
 from splitnet.logs import JsonFormatter, LogFormat, set_up
 from splitnet.serve.server import _Server
 
@@ -81,7 +81,7 @@ def test_the_server_and_progress_log_in_the_same_form(lines: Callable[[], list[A
     told = [(event["logger"], event["message"]) for event in events]
     assert told == [
         ("uvicorn.error", "Started server process [7]"),
-        ("splitnet.cli.progress", "load blocks 0..9"),
+        ("splitnet.cli.stage_progress", "load blocks 0..9"),
     ]
 
 

@@ -65,11 +65,11 @@ def test_without_socket_cookies_connections_are_identified_by_their_ends(
     (first, its_end), (second, other_end) = pairs
     cookies = [flow.cookie(end.fileno()) for pair in pairs for end in pair]
     assert len(set(cookies)) == 4 and flow.cookie(first.fileno()) == cookies[0]
-    flow.hang_up(second.fileno(), cookies[0])  # The descriptor belonged to the first connection before.
+    flow.shut_down(second.fileno(), cookies[0])  # The descriptor belonged to the first connection before.
     other_end.setblocking(False)
     with pytest.raises(BlockingIOError):
         other_end.recv(1)
-    flow.hang_up(first.fileno(), cookies[0])
+    flow.shut_down(first.fileno(), cookies[0])
     assert its_end.recv(1) == b""
     with open(os.devnull, "rb") as file, pytest.raises(OSError):
         flow.cookie(file.fileno())

@@ -30,7 +30,7 @@ def run(code: str) -> list[str]:
 
 def test_the_kernels_are_present_and_have_threads() -> None:
     assert native.paths_here()
-    assert not native.why_none
+    assert not native.load_error
     assert native.have_threads()
 
 

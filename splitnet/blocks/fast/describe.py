@@ -197,7 +197,7 @@ class BlockDescription:
             if getattr(block, name, value) != value:
                 raise UnknownPart(name)
         parts = _Parts(block)
-        attention, feed_forward = Attention.of(parts.take(_ATTENTION)), parts.find(_MLP)
+        attention, feed_forward = Attention.of(parts.take_part(_ATTENTION)), parts.find_part(_MLP)
         experts = None if feed_forward is None else KnownExperts.of(feed_forward)
         if experts is not None:
             mlp = None if experts.shared is None else Mlp.all_of(experts.shared)
@@ -274,12 +274,12 @@ class Attention:
         by_head = hasattr(module, _BY_HEAD) or getattr(module, "multi_query", None) is False
         parts = _Parts(module)
         late = _AFTER_TURNING in parts.rest
-        norms = (parts.find(names) for names in (_QUERY_NORM, _KEY_NORM))
+        norms = (parts.find_part(names) for names in (_QUERY_NORM, _KEY_NORM))
         query_norm, key_norm = (None if norm is None else Norm.of(norm) for norm in norms)
-        out, query = parts.take(_OUT), parts.find(_ALL_THREE)
+        out, query = parts.take_part(_OUT), parts.find_part(_ALL_THREE)
         heads, key, value, places = out.in_features // size, None, None, None
         if query is None:
-            query, key, value = (parts.take(names) for names in (_QUERY, _KEY, _VALUE))
+            query, key, value = (parts.take_part(names) for names in (_QUERY, _KEY, _VALUE))
             stored = key.out_features // size
         else:
             places = _places(module, heads, (query.out_features // size - heads) // 2, by_head=by_head)
@@ -303,7 +303,7 @@ class Attention:
     @classmethod
     def _with_latents(cls, module: Any) -> Self:
         parts = _Parts(module)
-        latents, query, out = Latents.of(parts, module), parts.take((*_QUERY, "q_b_proj")), parts.take(_OUT)
+        latents, query, out = Latents.of(parts, module), parts.take_part((*_QUERY, "q_b_proj")), parts.take_part(_OUT)
         if parts.rest or list(module.parameters(recurse=False)):
             raise UnknownPart(", ".join(parts.rest) or "parameters of attention itself")
         size, value_size = int(module.qk_nope_head_dim + module.qk_rope_head_dim), int(module.v_head_dim)
@@ -368,13 +368,13 @@ class Latents:
     def of(cls, parts: _Parts, module: Any) -> Self:
         """Takes the parts of a family's own module; raises UnknownPart if one is missing, or computes something
         else."""
-        lowered, lowered_norm = parts.find(("q_a_proj",)), parts.find(("q_a_layernorm",))
+        lowered, lowered_norm = parts.find_part(("q_a_proj",)), parts.find_part(("q_a_layernorm",))
         return cls(
             lowered,
             None if lowered is None else Norm.of(lowered_norm),
-            parts.take((_LATENT,)),
-            Norm.of(parts.take(("kv_a_layernorm",))),
-            parts.take(("kv_b_proj",)),
+            parts.take_part((_LATENT,)),
+            Norm.of(parts.take_part(("kv_a_layernorm",))),
+            parts.take_part(("kv_b_proj",)),
             kept=module.config._attn_implementation != PACKED,
         )
 
@@ -424,10 +424,10 @@ class Mlp:
     @classmethod
     def of(cls, parts: _Parts) -> Self:
         """Takes the parts of an MLP; raises UnknownPart if one is missing, or they do not fit together."""
-        joined = parts.find(_GATE_AND_UP)
-        gate = joined if joined is not None else parts.find(_GATE)
-        up = parts.take(_UP) if joined is None else None
-        down, activation = parts.take(_DOWN), Activation.of(parts.take(_ACTIVATION))
+        joined = parts.find_part(_GATE_AND_UP)
+        gate = joined if joined is not None else parts.find_part(_GATE)
+        up = parts.take_part(_UP) if joined is None else None
+        down, activation = parts.take_part(_DOWN), Activation.of(parts.take_part(_ACTIVATION))
         inner = {layer.out_features for layer in (gate, up) if layer is not None}
         if inner != {down.in_features * (2 if up is None else 1)}:
             raise UnknownPart("sizes of an MLP")
@@ -439,7 +439,7 @@ _CORRECTION = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class RouterRule:
     """How a router chooses experts."""
 
     weight: Tensor  # `[experts, hidden]`
@@ -489,7 +489,7 @@ class KnownExperts:
     """Experts in place of an MLP."""
 
     held: Any  # the experts; each of their two weights has one layout
-    choice: Choice
+    choice: RouterRule
     gating: Gating
     shared: nn.Module | None  # an MLP for all positions, besides the experts
     opener: Any  # a layer with one output, whose sigmoid scales the output of `shared`; or None
@@ -512,7 +512,7 @@ class KnownExperts:
         return cls(held[0], choice, gating, *(shared or [None]), *(openers or [None]))
 
 
-def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
+def _choice_of(mlp: nn.Module, router: Any) -> RouterRule | None:
     named = [*mlp.named_parameters(), *mlp.named_buffers()]
     corrections = [tensor.flatten() for name, tensor in named if name.endswith(_CORRECTION)]
     weights = [parameter for parameter in router.parameters() if parameter.ndim == 2 and len(parameter) > 1]
@@ -522,7 +522,7 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
     if len(weights[0]) % groups or (groups > 1 and len(weights[0]) // groups < 2):
         return None
     weight, bias = weights[0].detach(), getattr(router, "bias", None)
-    choice = Choice(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
+    choice = RouterRule(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
     hidden = _noise(weight.shape[1])
     hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to tell softmax from sigmoid
     given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
@@ -560,7 +560,7 @@ def _gating_of(experts: Any) -> Gating | None:
     return None
 
 
-class Turned:
+class TransposedLinear:
     """A linear layer with a weight `[inputs, outputs]`. The weight keeps its shape, but its memory gets the order
     `[outputs, inputs]`."""
 
@@ -575,19 +575,21 @@ _NOTHING = (nn.Dropout, nn.Identity)  # modules without effect in a span
 
 
 class _Parts:
-    """The children of a module; `find` and `take` remove them one by one."""
+    """The children of a module; `find_part` and `take_part` remove them one by one."""
 
     def __init__(self, module: Any) -> None:
         named = [(name, each) for name, each in module.named_children() if not isinstance(each, _NOTHING)]
-        self.rest: dict[str, Any] = {name: Turned(each) if type(each) is Conv1D else each for name, each in named}
+        self.rest: dict[str, Any] = {
+            name: TransposedLinear(each) if type(each) is Conv1D else each for name, each in named
+        }
 
-    def find(self, names: Iterable[str]) -> Any:
+    def find_part(self, names: Iterable[str]) -> Any:
         """Removes and returns the child that has one of these names; None: there is none."""
         return next((self.rest.pop(name) for name in names if name in self.rest), None)
 
-    def take(self, names: Iterable[str]) -> Any:
-        """As `find`; raises UnknownPart if there is none."""
-        found = self.find(names)
+    def take_part(self, names: Iterable[str]) -> Any:
+        """As `find_part`; raises UnknownPart if there is none."""
+        found = self.find_part(names)
         if found is None:
             raise UnknownPart(f"no {' or '.join(names)}")
         return found

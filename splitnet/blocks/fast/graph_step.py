@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.blocks.attention import Chunk, positions_of
+from splitnet.blocks.attention import RowChunk, positions_of
 from splitnet.blocks.fast.torch_step import LeanBlock, TorchStep
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.errors import first_line
-from splitnet.quant.device import milliseconds, put
+from splitnet.quant.device import copy_to_device, milliseconds
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.inde
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _GraphPiece:
     weights_at: int
     before: Recording[tuple[Tensor, Tensor, Tensor]]
     mixed: Tensor
@@ -146,16 +146,16 @@ class Recorded:
         self._hidden = hidden
         self._positions = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         self._turns = record(lambda: step.turns(hidden, self._positions))
-        self._pieces: dict[int, _Piece] = {}
+        self._pieces: dict[int, _GraphPiece] = {}
         for block in step.blocks:
             before = record(partial(block.before, hidden, self._turns.result))
             query, _, value = before.result
             mixed = hidden.new_zeros(len(hidden), query.shape[1] * value.shape[-1])
             behind = record(partial(block.behind, hidden, mixed, hidden))
-            self._pieces[block.index] = _Piece(block.weights_at, before, mixed, behind)
+            self._pieces[block.index] = _GraphPiece(block.weights_at, before, mixed, behind)
 
     def run(
-        self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()
+        self, blocks: Sequence[LeanBlock], hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()
     ) -> Tensor:
         """As `TorchStep.forward`, through some of the blocks, in order, with at most the recorded number of positions.
         The contents of the rest of the recorded memory do not matter.
@@ -164,7 +164,7 @@ class Recorded:
         """
         count = len(parts)
         self._hidden[:count].copy_(hidden)
-        put(torch.tensor(positions_of(parts)), self._positions[:count])
+        copy_to_device(torch.tensor(positions_of(parts)), self._positions[:count])
         self._turns.replay()
         tapped: list[Tensor] = []
         for passed, block in enumerate(blocks, 1):
@@ -192,7 +192,7 @@ class GraphStep:
         """The most positions of a step that is replayed; 0: no step is replayed."""
         return max(self.recorded, default=0)
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """As `TorchStep.forward`."""
         size = size_for(len(parts), self.recorded)
         if size is not None and _in_order(hidden.device):
@@ -232,7 +232,7 @@ def with_recordings(span: Any, step: TorchStep) -> TorchStep | GraphStep:
             if (fault := fault_of(span, step, recorded, rows)) is not None:
                 _warn(where, made, fault)
                 break
-            given, parts = _noise(span, size, seed=0), [Chunk(row, row.length, 1) for row in rows]
+            given, parts = _noise(span, size, seed=0), [RowChunk(row, row.length, 1) for row in rows]
             before = milliseconds(span.device, partial(step.forward, given, parts), _TIMED_STEPS)
             after = milliseconds(span.device, partial(recorded.run, step.blocks, given, parts), _TIMED_STEPS)
             log.info("%s, a decode step of %d: %.3f ms from graphs, %.3f ms if not", where, size, after, before)
@@ -264,7 +264,7 @@ def _compared(
     step: TorchStep, recorded: Recorded, given: Tensor, rows: Sequence[SequenceCache], count: int, tolerance: float
 ) -> tuple[str | None, Tensor]:
     """How the recording's results for the first `count` rows differ, or None; and the correct results for all rows."""
-    parts = [Chunk(row, row.length, 1) for row in rows]
+    parts = [RowChunk(row, row.length, 1) for row in rows]
     got = recorded.run(step.blocks, given[:count], parts[:count])
     kept = _stored(rows[:count], step.blocks)  # read before the next step overwrites them
     right = step.forward(given, parts)
@@ -286,7 +286,7 @@ def _stored(rows: Sequence[SequenceCache], blocks: Sequence[LeanBlock]) -> tuple
     found: list[list[Tensor]] = [[], []]
     for row in rows:
         row.advance(1)
-        held = [both for index, *both in row.held(row.length) if index in indices]
+        held = [both for index, *both in row.keys_and_values(row.length) if index in indices]
         for kept, tensors in zip(found, zip(*held, strict=True), strict=True):
             kept.append(torch.cat([tensor[0, :, -1].flatten() for tensor in tensors]))
         row.crop(row.length - 1)
@@ -297,7 +297,7 @@ def rows_to_try(span: Any, size: int) -> list[SequenceCache]:
     """Rows with prompts of several lengths, and room for one more position."""
     lengths = [1 + place % _PROMPTS for place in range(size)]
     rows = [span.new_row(length + 1) for length in lengths]
-    parts = [Chunk(row, 0, length) for row, length in zip(rows, lengths, strict=True)]
+    parts = [RowChunk(row, 0, length) for row, length in zip(rows, lengths, strict=True)]
     span.forward(_noise(span, sum(lengths), seed=0), parts)
     return rows
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitnet.blocks.attention import Chunk, positions_of
-from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, Turned, UnknownPart
+from splitnet.blocks.attention import RowChunk, positions_of
+from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, TransposedLinear, UnknownPart
 from splitnet.blocks.kv_form import KVForm
-from splitnet.blocks.rotary import Order, Turning
+from splitnet.blocks.rotary import PairLayout, RopeLayout
 from splitnet.quant import native
 from splitnet.quant.forms import FloatForm
 from splitnet.quant.grouped import BlockQuantWeight
@@ -54,7 +54,7 @@ class NativeStep:
         self,
         blocks: Sequence[BlockDescription],
         rope: nn.Module | None,
-        turning: Turning | None,
+        turning: RopeLayout | None,
         windows: Sequence[int | None],
         dtype: torch.dtype,
         form: KVForm | None,
@@ -95,12 +95,12 @@ class NativeStep:
             raise UnknownPart("heads whose halves are not whole vectors")
         return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype, form)
 
-    def takes(self, parts: Sequence[Chunk]) -> bool:
+    def takes(self, parts: Sequence[RowChunk]) -> bool:
         """Whether a pass is small enough, and without adapters."""
         plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
         return plain and sum(part.count for part in parts) <= MOST_POSITIONS
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """As `TorchStep.forward`, in the type of `hidden`; `taps`: in rising order."""
         positions = torch.tensor(positions_of(parts))
         cosines, sines = self._turns(hidden, positions)
@@ -109,7 +109,7 @@ class NativeStep:
         reserved = [(part.row.reserve(self._indices, part.count, *kept), part.count) for part in parts]
         rows = [stores for stores, count in reserved for _ in range(count)]
         stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
-        turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
+        turns = (cosines, sines, PairLayout.APART if self._turning is None else self._turning.pair_layout)
         count, described, tapped = len(self._indices), self._blocks, list[Tensor]()
         for begin, end in pairwise((0, *taps)):
             native.step(described, end - begin, result, stores, positions, *turns, *self._stored)
@@ -211,13 +211,13 @@ def _ropes_of(blocks: Iterable[BlockDescription], rope: nn.Module | None) -> lis
 
 def _turning_of(
     blocks: Sequence[nn.Module], described: Sequence[BlockDescription], rope: nn.Module | None
-) -> Turning | None:
+) -> RopeLayout | None:
     kinds = _ropes_of(described, rope)
     if rope is None or not kinds:
         return None
     module, attention = next(each for each in blocks[0].modules() if hasattr(each, "layer_idx")), described[0].attention
     size = attention.size if attention.latents is None else attention.latents.turned
-    found = {Turning.of(module, size, rope, described[0].width, kind) for kind in kinds}
+    found = {RopeLayout.from_attention(module, size, rope, described[0].width, kind) for kind in kinds}
     turning = found.pop()
     if found or turning is None:
         raise UnknownPart("rotary embedding")
@@ -252,18 +252,18 @@ def _experts_fit(experts: KnownExperts, width: int) -> bool:
     )
 
 
-def _is_held(layer: nn.Linear | QuantizedLinear | Turned) -> bool:
+def _is_held(layer: nn.Linear | QuantizedLinear | TransposedLinear) -> bool:
     if isinstance(layer, QuantizedLinear):
         if isinstance(layer.held, BlockQuantWeight):
             return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
         return isinstance(layer.held, FloatForm)
-    plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
+    plain = type(layer) in (nn.Linear, TransposedLinear) or type(layer).__name__ in PLAIN_LINEAR
     return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
-def steps_of(parts: Sequence[Chunk]) -> list[list[Chunk]]:
+def steps_of(parts: Sequence[RowChunk]) -> list[list[RowChunk]]:
     """Divides the parts, in their order, into as few steps as possible."""
-    steps: list[list[Chunk]] = []
+    steps: list[list[RowChunk]] = []
     room = 0
     for part in parts:
         done = 0

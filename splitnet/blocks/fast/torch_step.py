@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitnet.blocks.attention import Chunk, attend_by_group, positions_of
-from splitnet.blocks.rotary import Turning
+from splitnet.blocks.attention import RowChunk, attend_by_group, positions_of
+from splitnet.blocks.rotary import RopeLayout
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -43,7 +43,7 @@ class TorchStep:
         if any(hasattr(block.self_attn, "sinks") for block in blocks):  # sinks are logits that belong to no position
             return None
         attention: Any = blocks[0].self_attn
-        if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
+        if RopeLayout.from_attention(attention, attention.head_dim, rope, attention.q_proj.in_features) != RopeLayout():
             return None
         return cls(blocks, rope, windows)
 
@@ -53,11 +53,11 @@ class TorchStep:
         some.blocks = list(blocks)
         return some
 
-    def takes(self, parts: Sequence[Chunk]) -> bool:
+    def takes(self, parts: Sequence[RowChunk]) -> bool:
         """Whether every part of a pass has one position and no adapter."""
         return all(part.count == 1 and part.adapter is None for part in parts)
 
-    def forward(self, hidden: Tensor, parts: Sequence[Chunk], taps: Sequence[int] = ()) -> Tensor:
+    def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`: the hidden states after each number of blocks in
         `taps`, and the output last; the same in the other fast steps."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
@@ -115,7 +115,7 @@ class LeanBlock:
         turned = _turned(torch.cat((query, key), dim=1), *turns)
         return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Chunk]) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[RowChunk]) -> Tensor:
         """Stores the keys and values of the parts' positions, and returns `[positions, heads * head size]`. Further
         positions in `query`, `key` and `value` are ignored."""
         attended: list[Tensor] = []

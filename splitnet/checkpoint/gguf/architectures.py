@@ -31,7 +31,7 @@ FURTHER_TOKENS = _names(
     "nextn.enorm=enorm nextn.hnorm=hnorm nextn.eh_proj=eh_proj nextn.shared_head_norm=shared_head.norm "
     "nextn.embed_tokens=embed_tokens nextn.shared_head_head=shared_head.head"
 )
-"""As `Family.tensors`, for the modules around the block in a layer that predicts further tokens."""
+"""As `GgufArchitecture.tensors`, for the modules around the block in a layer that predicts further tokens."""
 
 
 class Change(NamedTuple):
@@ -44,7 +44,7 @@ class Change(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufArchitecture:
     """One architecture of GGUF files."""
 
     model_type: str  # of transformers
@@ -66,7 +66,7 @@ class Family:
     raised_norms: bool = False  # whether the file stores the weights of norms plus one
 
 
-def family_of(file: GgufFile) -> Family:
+def family_of(file: GgufFile) -> GgufArchitecture:
     """The family of a file. Raises UnsupportedModel: it is unknown."""
     found = FAMILIES.get(file.architecture)
     if found is None:
@@ -77,7 +77,7 @@ def family_of(file: GgufFile) -> Family:
     return found(file) if callable(found) else found
 
 
-def config_values(family: Family, file: GgufFile) -> Values:
+def config_values(family: GgufArchitecture, file: GgufFile) -> Values:
     """The config values from the metadata. Raises UnsupportedModel: something is missing or unknown."""
     metadata = Metadata(file)
     values = dict(family.values)
@@ -340,8 +340,13 @@ def _ministral_3(found: Values, metadata: Metadata) -> None:
 
 
 def _like(
-    row: Family, model_type: str, fields: str = "", tensors: str = "", changes: tuple[Change, ...] = (), **others: Any
-) -> Family:
+    row: GgufArchitecture,
+    model_type: str,
+    fields: str = "",
+    tensors: str = "",
+    changes: tuple[Change, ...] = (),
+    **others: Any,
+) -> GgufArchitecture:
     """A row that extends another one; `others` replace its attributes."""
     both = {"fields": row.fields | _names(fields), "tensors": row.tensors | _names(tensors)}
     return replace(row, model_type=model_type, changes=(*row.changes, *changes), **both, **others)
@@ -378,7 +383,7 @@ _ROUTED_EXPERTS = (
 _CORRECTED = "exp_probs_b.bias=mlp.gate.e_score_correction_bias "
 _BIASES = {"attention_bias": "attn_q.bias"}
 
-_DENSE = Family(
+_DENSE = GgufArchitecture(
     "",
     _names(
         "context_length=max_position_embeddings embedding_length=hidden_size feed_forward_length=intermediate_size "
@@ -466,7 +471,7 @@ _DEEPSEEK_32 = _like(
 )
 
 
-def _deepseek(file: GgufFile) -> Family:
+def _deepseek(file: GgufFile) -> GgufArchitecture:
     third = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
     return _DEEPSEEK_3 if third or file.of_architecture.get("expert_gating_func") == _SIGMOID else _DEEPSEEK_2
 
@@ -526,12 +531,12 @@ _GRANITE_MOE = _like(
 )
 
 
-def _granite_moe(file: GgufFile) -> Family:
+def _granite_moe(file: GgufFile) -> GgufArchitecture:
     shared = "expert_shared_feed_forward_length" in file.of_architecture
     return replace(_GRANITE_MOE, model_type="granitemoeshared") if shared else _GRANITE_MOE
 
 
-FAMILIES: Mapping[str, Family | Callable[[GgufFile], Family]] = {
+FAMILIES: Mapping[str, GgufArchitecture | Callable[[GgufFile], GgufArchitecture]] = {
     "llama": lambda file: _MIXTRAL if file.of_architecture.get("expert_count") else _LLAMA,
     "mistral3": _like(_DENSE, "ministral3", changes=_LLAMA_ORDER, settle=_ministral_3),
     "smollm3": _like(_DENSE, "smollm3", changes=_LLAMA_ORDER, has=_BIASES),

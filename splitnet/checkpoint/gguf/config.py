@@ -20,7 +20,7 @@ _LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4
 """All models whose frequencies are scaled in this way have these values and `_LLAMA_3_POSITIONS`, the positions of
 their first training."""
 _LLAMA_3_POSITIONS = 8192
-_SAYS_NOTHING = {
+_REDUNDANT_KEYS = {
     *("vocab_size", "block_count", "nextn_predict_layers", "rope.scaling.finetuned", "attention.value_length"),
     *("attention.recurrent_layers", "full_attention_interval", "tensor_data_layout", "rope.freq_base_swa"),
 }
@@ -53,7 +53,7 @@ class Metadata:
 
     def check_all_used(self) -> None:
         """Raises UnsupportedModel if there is a key that was not used."""
-        left = sorted(self._values.keys() - self.used - _SAYS_NOTHING)
+        left = sorted(self._values.keys() - self.used - _REDUNDANT_KEYS)
         if left:
             raise UnsupportedModel(
                 f"{self.file.name} has {self.file.architecture}.{left[0]}, whose meaning splitnet does not know: take "

@@ -17,8 +17,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 
 from splitnet.checkpoint.store import MOST_OF_NAME
 from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES
-from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
-from splitnet.quant.stored import Codes, Experts, Kind, Layout, PackedTensor, StoredMatrix
+from splitnet.errors import ModelNotFound, UnsupportedModel, replace_library_errors
+from splitnet.quant.packed_tensor import CodeLayout, Codes, Experts, PackedTensor, ScaleFormat, StoredMatrix
 
 Bytes = npt.NDArray[np.uint8]
 _Type = GGMLQuantizationType
@@ -93,7 +93,7 @@ class GgufTensor:
     offset: int  # offset of the first byte in the file
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> CodeLayout | None:
         """The layout of codes; None: the tensor has numbers. Raises UnsupportedModel: the type is unknown."""
         return None if self.stored in _PLAIN else layout_of(self.stored, self.name)
 
@@ -109,7 +109,7 @@ class GgufTensor:
         rows = self.data.reshape(-1, self.data.shape[-1])
         whole = _FileMatrix(self.name, self.stored, rows, self.shape[-1])
         if len(self.shape) == 1:
-            return whole.floats()[0]
+            return whole.to_floats()[0]
         if len(self.shape) == 2:
             return PackedTensor.of(whole)
         outputs = self.shape[-2]
@@ -124,7 +124,7 @@ class _FileMatrix(StoredMatrix):
     """Rows of a tensor in a file. Some of its outputs are read without the others."""
 
     def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
-        super().__init__(layout_of(stored, name), (len(rows), inputs), self._read)
+        super().__init__(layout_of(stored, name), (len(rows), inputs), self._read_codes)
         self._name = name
         self._stored = stored
         self._rows = rows
@@ -137,7 +137,7 @@ class _FileMatrix(StoredMatrix):
             self.layout, (len(chosen), self.shape[1]), lambda: read_codes(self._stored, self._rows[chosen])
         )
 
-    def _read(self) -> Codes:
+    def _read_codes(self) -> Codes:
         return read_codes(self._stored, self._rows)
 
 
@@ -180,7 +180,7 @@ class GgufFile:
         """llama.cpp's name of the architecture."""
         return self.metadata["general.architecture"]
 
-    def let_go(self) -> None:
+    def free_pages(self) -> None:
         """Frees the memory of data that was read; later uses read it again."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -233,7 +233,7 @@ def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int
 
 def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     """The metadata and the tensors of one file."""
-    with stumbling(
+    with replace_library_errors(
         lambda why: UnsupportedModel(
             f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
             f"update gguf ({why})"
@@ -255,11 +255,11 @@ class BlockType(NamedTuple):
     """A type that stores values as codes. `unpack`: `[outputs, blocks, bytes of a block]` -> codes with their
     scales."""
 
-    layout: Layout
+    layout: CodeLayout
     unpack: Callable[[Bytes], Codes]
 
 
-def layout_of(stored: GGMLQuantizationType, tensor: str) -> Layout:
+def layout_of(stored: GGMLQuantizationType, tensor: str) -> CodeLayout:
     """The layout of a type that stores codes. `tensor`: its name, for the message. Raises UnsupportedModel: the type is
     unknown."""
     if stored not in BLOCK_TYPES:
@@ -367,22 +367,22 @@ def _iq4_xs(blocks: Bytes) -> Codes:
     return Codes(_tensor(_in_runs(blocks[..., 8:], 16, 4, 2)), _tensor(steps), scale_units=_float16(blocks, 0))
 
 
-_F16 = Kind.FLOAT16
-_STEPS = Kind.STEPS
+_F16 = ScaleFormat.FLOAT16
+_STEPS = ScaleFormat.STEPS
 
 BLOCK_TYPES = {
-    _Type.Q4_0: BlockType(Layout(4, 32, _F16, offset=8), _q4_or_5(4, zeros=False)),
-    _Type.Q4_1: BlockType(Layout(4, 32, _F16, _F16), _q4_or_5(4, zeros=True)),
-    _Type.Q5_0: BlockType(Layout(5, 32, _F16, offset=16), _q4_or_5(5, zeros=False)),
-    _Type.Q5_1: BlockType(Layout(5, 32, _F16, _F16), _q4_or_5(5, zeros=True)),
-    _Type.Q8_0: BlockType(Layout(8, 32, _F16, offset=128), _q8_0),
-    _Type.Q2_K: BlockType(Layout(2, 16, _STEPS, _STEPS), _q2_k),
-    _Type.Q3_K: BlockType(Layout(3, 16, _STEPS, offset=4), _q3_k),
-    _Type.Q4_K: BlockType(Layout(4, 32, _STEPS, _STEPS), _q4_or_5_k(4)),
-    _Type.Q5_K: BlockType(Layout(5, 32, _STEPS, _STEPS), _q4_or_5_k(5)),
-    _Type.Q6_K: BlockType(Layout(6, 16, _STEPS, offset=32), _q6_k),
-    _Type.IQ4_NL: BlockType(Layout(4, 32, _F16, table="iq4_nl"), _q4_or_5(4, zeros=False)),
-    _Type.IQ4_XS: BlockType(Layout(4, 32, _STEPS, table="iq4_nl"), _iq4_xs),
-    _Type.MXFP4: BlockType(Layout(4, 32, Kind.E8M0, table="e2m1"), _mxfp4),
+    _Type.Q4_0: BlockType(CodeLayout(4, 32, _F16, offset=8), _q4_or_5(4, zeros=False)),
+    _Type.Q4_1: BlockType(CodeLayout(4, 32, _F16, _F16), _q4_or_5(4, zeros=True)),
+    _Type.Q5_0: BlockType(CodeLayout(5, 32, _F16, offset=16), _q4_or_5(5, zeros=False)),
+    _Type.Q5_1: BlockType(CodeLayout(5, 32, _F16, _F16), _q4_or_5(5, zeros=True)),
+    _Type.Q8_0: BlockType(CodeLayout(8, 32, _F16, offset=128), _q8_0),
+    _Type.Q2_K: BlockType(CodeLayout(2, 16, _STEPS, _STEPS), _q2_k),
+    _Type.Q3_K: BlockType(CodeLayout(3, 16, _STEPS, offset=4), _q3_k),
+    _Type.Q4_K: BlockType(CodeLayout(4, 32, _STEPS, _STEPS), _q4_or_5_k(4)),
+    _Type.Q5_K: BlockType(CodeLayout(5, 32, _STEPS, _STEPS), _q4_or_5_k(5)),
+    _Type.Q6_K: BlockType(CodeLayout(6, 16, _STEPS, offset=32), _q6_k),
+    _Type.IQ4_NL: BlockType(CodeLayout(4, 32, _F16, table="iq4_nl"), _q4_or_5(4, zeros=False)),
+    _Type.IQ4_XS: BlockType(CodeLayout(4, 32, _STEPS, table="iq4_nl"), _iq4_xs),
+    _Type.MXFP4: BlockType(CodeLayout(4, 32, ScaleFormat.E8M0, table="e2m1"), _mxfp4),
 }
 """Types that store codes."""

@@ -21,7 +21,16 @@ from splitnet.checkpoint.quant.format import (
 from splitnet.checkpoint.quant.scaled_floats import FP8_TABLES, SCALE_KINDS, nvfp4_weight, scaled_weight
 from splitnet.errors import UnsupportedModel
 from splitnet.limits import Patterns
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, in_order, layout_bits, signed_codes, unpack_words
+from splitnet.quant.packed_tensor import (
+    CodeLayout,
+    Codes,
+    PackedTensor,
+    ScaleFormat,
+    in_order,
+    layout_bits,
+    signed_codes,
+    unpack_words,
+)
 
 _FORMATS = {
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized"),
@@ -117,7 +126,7 @@ class CompressedTensors(QuantizedFormat):
     def _groups_about(self, module: str) -> list[Mapping[str, Any]]:
         both = list(zip(self._groups, self._targets, strict=True))
         # A target that names no layer is a class of layers, such as "Linear", which the names of layers do not show.
-        named = [group for group, targets in both if targets.name(module)]
+        named = [group for group, targets in both if targets.names_layer(module)]
         return named or [group for group, targets in both if targets.classes]
 
 
@@ -131,7 +140,7 @@ class _Targets:
         self._match = patterns.match
         self.classes = any("." not in name for name in self._names)
 
-    def name(self, module: str) -> bool:
+    def names_layer(self, module: str) -> bool:
         """Whether a target names a layer, ignoring a prefix of its name in a multimodal checkpoint."""
         parts = module.split(".")
         rests = [".".join(parts[begin:]) for begin in range(len(parts))]
@@ -178,11 +187,11 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
             return unpack_words(stored.T, bits, outputs).T.contiguous()
         return signed_codes(stored.reshape(-1, groups).expand(outputs, groups), bits)
 
-    layout = Layout(
+    layout = CodeLayout(
         layout_bits(bits),
         0 if groups == 1 else wide,
         SCALE_KINDS[scale.dtype],
-        Kind.NONE if symmetric else Kind.CODES,
+        ScaleFormat.NONE if symmetric else ScaleFormat.CODES,
         offset=offset,
     )
     shape = (*experts, outputs, inputs)

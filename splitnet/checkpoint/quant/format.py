@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Experts, Layout, PackedTensor, StoredMatrix
+from splitnet.quant.packed_tensor import CodeLayout, Codes, Experts, PackedTensor, StoredMatrix
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A quantized weight that no `Layout` describes (the reason is `why`): it is read as float32, and rounded to
+    """A quantized weight that no `CodeLayout` describes (the reason is `why`): it is read as float32, and rounded to
     `dtype` once."""
 
     shape: tuple[int, ...]
@@ -106,7 +106,7 @@ class QuantizedFormat(ABC):
         return groups
 
 
-class Weights:
+class CheckpointWeights:
     """The weights of a checkpoint, and the tensors in the files that make up each weight. `groups`: name of each weight
     -> role -> name in the files. `dtype`: the type that weights of codes show to other code."""
 
@@ -171,17 +171,22 @@ def by_group(codes: Codes, group: torch.Tensor, offset: int = 0) -> torch.Tensor
 
 
 def codes_or_numbers(
-    layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
+    layout: CodeLayout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
 ) -> PackedTensor | Numbers:
     """As `one_or_stacked`, for groups of any length; numbers if codes with this group length cannot be held."""
     if layout.group % 16 == 0:
         return one_or_stacked(layout, shape, read, dtype)
     whole = one_or_stacked(layout, shape, read, torch.float32)
-    return Numbers(tuple(shape), dtype, whole.floats, f"{layout.group} inputs share a scale")
+    return Numbers(tuple(shape), dtype, whole.to_floats, f"{layout.group} inputs share a scale")
 
 
 def one_or_stacked(
-    layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype, *, transposed: bool = False
+    layout: CodeLayout,
+    shape: Sequence[int],
+    read: Callable[[Any], Codes],
+    dtype: torch.dtype,
+    *,
+    transposed: bool = False,
 ) -> PackedTensor:
     """A weight `[outputs, inputs]`, or of experts `[experts, outputs, inputs]`. `read`: called with `...`, or with the
     number of an expert. `transposed`: the tensor is `[..., inputs, outputs]`; `shape` is not."""

@@ -25,12 +25,12 @@ from splitnet.checkpoint.quant.format import (
 )
 from splitnet.checkpoint.quant.scaled_floats import SCALE_KINDS
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import (
+from splitnet.quant.packed_tensor import (
     TABLES,
+    CodeLayout,
     Codes,
-    Kind,
-    Layout,
     PackedTensor,
+    ScaleFormat,
     StoredMatrix,
     in_order,
     layout_bits,
@@ -45,10 +45,10 @@ _GPTQ_SUFFIXES = of_weight("qweight=codes qzeros=zeros scales=scales g_idx=group
 _LIKE_GEMM = ("gemm", "exllama", "exllamav2")
 """Kernels whose weights AutoAWQ packs in the same way (`awq/modules/linear/exllama.py` unpacks them at the start)."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of eight, in each four bits of a word, lowest bits first
-_MLX_FLOATS: Mapping[str, Layout] = {
-    "mxfp4": Layout(4, 32, Kind.E8M0, table="e2m1"),
-    "mxfp8": Layout(8, 32, Kind.E8M0, table="e4m3"),
-    "nvfp4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),  # its scales are E4M3, which has no `Kind`
+_MLX_FLOATS: Mapping[str, CodeLayout] = {
+    "mxfp4": CodeLayout(4, 32, ScaleFormat.E8M0, table="e2m1"),
+    "mxfp8": CodeLayout(8, 32, ScaleFormat.E8M0, table="e4m3"),
+    "nvfp4": CodeLayout(4, 16, ScaleFormat.FLOAT32, table="e2m1"),  # its scales are E4M3, which has no `ScaleFormat`
 }
 """Modes of MLX without biases."""
 _MLX_PARTS = (WEIGHT, "scales", "biases")
@@ -113,9 +113,9 @@ class Gptq(QuantizedFormat):
             return Codes(made.codes, made.scales) if self._symmetric else made
 
         kind, wide = SCALE_KINDS[scales.dtype], group if groups > 1 else 0
-        zero, offset = (Kind.NONE, middle) if self._symmetric else (Kind.CODES, 0)
+        zero, offset = (ScaleFormat.NONE, middle) if self._symmetric else (ScaleFormat.CODES, 0)
         return codes_or_numbers(
-            Layout(layout_bits(bits), wide, kind, zero, offset=offset), (outputs, inputs), read, dtype
+            CodeLayout(layout_bits(bits), wide, kind, zero, offset=offset), (outputs, inputs), read, dtype
         )
 
 
@@ -157,7 +157,7 @@ class Awq(QuantizedFormat):
             return Codes(columns(words), scales.read(...).T.contiguous(), columns(zeros))
 
         wide = inputs // groups if groups > 1 else 0
-        layout = Layout(4, wide, SCALE_KINDS[scales.dtype], Kind.CODES)
+        layout = CodeLayout(4, wide, SCALE_KINDS[scales.dtype], ScaleFormat.CODES)
         return codes_or_numbers(layout, (outputs, inputs), read, dtype)
 
 
@@ -232,7 +232,7 @@ class Nf4(QuantizedFormat):
             def read() -> Codes:
                 return Codes(codes().view(outputs, inputs), scales().view(outputs, -1))
 
-            layout = Layout(4, block, Kind.FLOAT32, table="nf4")
+            layout = CodeLayout(4, block, ScaleFormat.FLOAT32, table="nf4")
             return PackedTensor.of(StoredMatrix(layout, (outputs, inputs), read), dtype)
 
         def numbers() -> torch.Tensor:
@@ -260,7 +260,9 @@ class Int8(QuantizedFormat):
                 raise misfit(parts["order"], "says that rows are not in order")
             return Codes(signed_codes(weight.read(...), 8), maxima.read(...).float().view(outputs, 1) / 127)
 
-        return PackedTensor.of(StoredMatrix(Layout(8, 0, Kind.FLOAT32, offset=128), (outputs, inputs), read), dtype)
+        return PackedTensor.of(
+            StoredMatrix(CodeLayout(8, 0, ScaleFormat.FLOAT32, offset=128), (outputs, inputs), read), dtype
+        )
 
 
 class Mlx(QuantizedFormat):
@@ -307,10 +309,14 @@ class Mlx(QuantizedFormat):
         if not packed or scales.shape[:-1] != (*experts, outputs) or group % 16:
             raise misfit(weight, f"and {scales.name} ({list(scales.shape)}) are not {bits} bits in groups of {group}")
         if mode == "affine":
-            kind = SCALE_KINDS.get(scales.dtype, Kind.E8M0)
-            if biases is None or (biases.shape, biases.dtype) != (scales.shape, scales.dtype) or kind is Kind.E8M0:
+            kind = SCALE_KINDS.get(scales.dtype, ScaleFormat.E8M0)
+            if (
+                biases is None
+                or (biases.shape, biases.dtype) != (scales.shape, scales.dtype)
+                or kind is ScaleFormat.E8M0
+            ):
                 raise misfit(scales, f"and its biases are not those of {weight.name} ({list(weight.shape)})")
-            layout = Layout(bits, group, kind, kind)
+            layout = CodeLayout(bits, group, kind, kind)
         else:
             layout = _MLX_FLOATS.get(mode)
             if layout is None:

@@ -21,14 +21,22 @@ from splitnet.checkpoint.quant.format import (
     one_or_stacked,
 )
 from splitnet.errors import UnsupportedModel
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, signed_codes, spread, unpack_nibbles
+from splitnet.quant.packed_tensor import (
+    CodeLayout,
+    Codes,
+    PackedTensor,
+    ScaleFormat,
+    signed_codes,
+    spread,
+    unpack_nibbles,
+)
 
 FP8_TABLES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 SCALE_KINDS = {
-    torch.float32: Kind.FLOAT32,
-    torch.float16: Kind.FLOAT16,
-    torch.bfloat16: Kind.BFLOAT16,
-    torch.uint8: Kind.E8M0,
+    torch.float32: ScaleFormat.FLOAT32,
+    torch.float16: ScaleFormat.FLOAT16,
+    torch.bfloat16: ScaleFormat.BFLOAT16,
+    torch.uint8: ScaleFormat.E8M0,
 }
 """Kind of scales by their stored type. Powers of two are bytes here, whatever type the file names."""
 
@@ -91,7 +99,7 @@ class FbgemmFP8(QuantizedFormat):
             codes = weight.read(expert).view(torch.uint8).T.contiguous()
             return Codes(codes, scale.read(expert).float().reshape(outputs, 1))
 
-        layout = Layout(8, 0, Kind.FLOAT32, table=FP8_TABLES[weight.dtype])
+        layout = CodeLayout(8, 0, ScaleFormat.FLOAT32, table=FP8_TABLES[weight.dtype])
         return one_or_stacked(layout, (experts, outputs, inputs), read, dtype, transposed=True)
 
 
@@ -115,7 +123,7 @@ class Mxfp4(QuantizedFormat):
         def read(expert: Any) -> Codes:
             return Codes(unpack_nibbles(blocks.read(expert)).flatten(1), scales.read(expert).clone())
 
-        layout = Layout(4, _MXFP4_GROUP, Kind.E8M0, table="e2m1")
+        layout = CodeLayout(4, _MXFP4_GROUP, ScaleFormat.E8M0, table="e2m1")
         return one_or_stacked(layout, (experts, outputs, groups * _MXFP4_GROUP), read, dtype, transposed=True)
 
 
@@ -164,7 +172,9 @@ def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, 
         scales = scale.read(index).float()
         return Codes(unpack_nibbles(packed.read(index)), scales / one if divide else scales * one)
 
-    return one_or_stacked(Layout(4, 16, Kind.FLOAT32, table="e2m1"), (*experts, outputs, inputs), read, dtype)
+    return one_or_stacked(
+        CodeLayout(4, 16, ScaleFormat.FLOAT32, table="e2m1"), (*experts, outputs, inputs), read, dtype
+    )
 
 
 def scaled_weight(
@@ -197,11 +207,11 @@ def scaled_weight(
     high, wide = _block(weight, scale, (*experts, outputs, inputs), block)
     group = 0 if wide >= inputs else wide
     integers = not packed_fp4 and weight.dtype == torch.int8
-    layout = Layout(
+    layout = CodeLayout(
         4 if packed_fp4 else 8,
         group,
         kind,
-        Kind.CODES if zero is not None else Kind.NONE,
+        ScaleFormat.CODES if zero is not None else ScaleFormat.NONE,
         table="e2m1" if packed_fp4 else FP8_TABLES.get(weight.dtype, ""),
         offset=128 if integers else 0,
     )
@@ -212,7 +222,7 @@ def scaled_weight(
     def of_outputs(part: Part, index: Any) -> torch.Tensor:
         """`[outputs, groups]`."""
         stored = part.read(index if _per_expert(part, weight) else ...)
-        stored = stored.view(torch.uint8) if kind is Kind.E8M0 and part is scale else stored
+        stored = stored.view(torch.uint8) if kind is ScaleFormat.E8M0 and part is scale else stored
         if stored.numel() == 1:
             return stored.reshape(1, 1).expand(outputs, groups)
         return spread(stored.reshape(-(-outputs // high), groups), high, outputs, dim=0)

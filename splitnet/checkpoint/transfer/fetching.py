@@ -21,12 +21,12 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from scheduler.liveness import SOURCE_SILENT_S
 from splitnet.checkpoint.store import TensorStore
 from splitnet.checkpoint.transfer.hashing import forget_manifest
-from splitnet.checkpoint.transfer.held import HeldPieces, WeightFolder
 from splitnet.checkpoint.transfer.manifest import Manifest, digest
+from splitnet.checkpoint.transfer.weight_pieces import HeldPieces, WeightFolder
 from splitnet.errors import DirectoryError, ModelNotFound, WrongSwarm
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
-from splitnet.swarm.links import Links
+from splitnet.swarm.client_links import Links
 from splitnet.transport.addresses import peer_address
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import MAX_PART_BYTES, AskWeights, Failure, FailureCode, Message, WeightsKind, WeightsPart
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 5.0  # interval of directory look-ups while pieces are missing
 WAIT_LIMIT_S: Final = 30.0  # wait while no source has a missing piece, before the fetch fails
-GATHER_S: Final = 0.5  # wait at the start for the peers' lists of pieces, so that all peers are asked
+FIRST_LISTS_S: Final = 0.5  # wait at the start for the peers' lists of pieces, so that all peers are asked
 TICK_S: Final = 0.1
 MAX_HUB_ERRORS: Final = 32  # consecutive errors after which the hub is left out
 HUB_TIMEOUT_S: Final = 30.0
@@ -60,7 +60,7 @@ Source = TypeVar("Source", bound=Hashable)
 
 
 @dataclass
-class _State:
+class _SourceState:
     """The state of one source."""
 
     held: set[bytes] = field(default_factory=set[bytes])  # needed pieces that the source has
@@ -69,8 +69,8 @@ class _State:
     # Pieces under way from the source: time of the request, and bytes.
     asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])
     asked_bytes: int = 0
-    heard_at: float = 0.0
-    brought: float = 0.0  # bytes received in `took_s`, with decay
+    last_answer_at: float = 0.0
+    received_bytes: float = 0.0  # bytes received in `took_s`, with decay
     took_s: float = 0.0
     least_s: float = 0.0  # the shortest time of a piece; 0: none arrived
     rests_until: float = 0.0
@@ -79,7 +79,7 @@ class _State:
     @property
     def rate(self) -> float:
         """Bytes per second; 0: unknown."""
-        return self.brought / self.took_s if self.took_s > 0 else 0.0
+        return self.received_bytes / self.took_s if self.took_s > 0 else 0.0
 
     def has_room(self, now: float) -> bool:
         """Whether more pieces may be requested from the source."""
@@ -106,7 +106,7 @@ class FetchPlan(Generic[Source]):
     def __init__(self, pieces: Mapping[bytes, int]) -> None:
         self.left = dict(pieces)
         self.done_bytes = 0
-        self.sources: dict[Source, _State] = {}
+        self.sources: dict[Source, _SourceState] = {}
         self._excluded: set[Source] = set()
         self._holders: Counter[bytes] = Counter()
         self._askers: dict[bytes, set[Source]] = {}  # the sources from which a piece is under way
@@ -116,11 +116,11 @@ class FetchPlan(Generic[Source]):
     def is_done(self) -> bool:
         return not self.left
 
-    def add(self, source: Source, held: Collection[bytes]) -> None:
+    def add_source(self, source: Source, held: Collection[bytes]) -> None:
         """Adds a source with these pieces, or updates its pieces. A source that was left out stays out."""
         if source in self._excluded:
             return
-        state = self.sources.setdefault(source, _State())
+        state = self.sources.setdefault(source, _SourceState())
         self._holders.subtract(state.held)
         state.held = self.left.keys() & set(held)
         self._holders.update(state.held)
@@ -141,12 +141,12 @@ class FetchPlan(Generic[Source]):
         while free:  # round robin, so that the first source does not get all requests
             for source in list(free):
                 state = self.sources[source]
-                name = self._next(state) or self._slow(source, state, now)
+                name = self._next_piece(state) or self._slow(source, state, now)
                 if name is None:
                     free.remove(source)
                     continue
                 if not state.asked:
-                    state.heard_at = now
+                    state.last_answer_at = now
                 state.asked[name] = now, self.left[name]
                 state.asked_bytes += self.left[name]
                 self._askers.setdefault(name, set()).add(source)
@@ -162,11 +162,11 @@ class FetchPlan(Generic[Source]):
             since, size = state.asked[name]
             took = now - since
             state.least_s = min(state.least_s or took, took)
-            state.brought = state.brought * _FORGET + size
-            state.took_s = state.took_s * _FORGET + max(now - max(state.heard_at, since), 1e-6)
-            state.heard_at, state.strikes = now, 0
+            state.received_bytes = state.received_bytes * _FORGET + size
+            state.took_s = state.took_s * _FORGET + max(now - max(state.last_answer_at, since), 1e-6)
+            state.last_answer_at, state.strikes = now, 0
         for other in list(self._askers.get(name, ())):
-            self._release(other, name)  # copies from other sources are wasted, and no longer awaited
+            self._release_pieces(other, name)  # copies from other sources are wasted, and no longer awaited
         size = self.left.pop(name, 0)
         self.done_bytes += size
         return size > 0
@@ -175,18 +175,18 @@ class FetchPlan(Generic[Source]):
         """Records that a source lacks a piece that it had announced."""
         state = self.sources.get(source)
         if state is not None and name in state.asked:
-            state.heard_at = now
+            state.last_answer_at = now
             state.held.discard(name)
             self._holders[name] -= 1
-            self._release(source, name)
+            self._release_pieces(source, name)
             self._queues_are_old = True
 
     def busy(self, source: Source, name: bytes, now: float) -> None:
         """Records that a source is busy and sends nothing for some time."""
         state = self.sources.get(source)
         if state is not None and name in state.asked:
-            state.heard_at, state.rests_until = now, now + BUSY_S
-            self._release(source, name)
+            state.last_answer_at, state.rests_until = now, now + BUSY_S
+            self._release_pieces(source, name)
             self._queues_are_old = True
 
     def lost(self, source: Source) -> None:
@@ -194,7 +194,7 @@ class FetchPlan(Generic[Source]):
         state = self.sources.get(source)
         if state is not None:
             for name in list(state.asked):
-                self._release(source, name)
+                self._release_pieces(source, name)
             self._holders.subtract(state.held)
             del self.sources[source]
             self._queues_are_old = True
@@ -213,16 +213,16 @@ class FetchPlan(Generic[Source]):
 
     def _give_up_silent(self, now: float) -> None:
         for source, state in list(self.sources.items()):
-            if state.asked and now - state.heard_at > SOURCE_SILENT_S:
+            if state.asked and now - state.last_answer_at > SOURCE_SILENT_S:
                 for name in list(state.asked):
-                    self._release(source, name)
+                    self._release_pieces(source, name)
                 self._queues_are_old = True
                 state.strikes += 1
                 state.rests_until = now + REST_S
                 if state.strikes >= MAX_STRIKES:
                     self.exclude(source)
 
-    def _next(self, state: _State) -> bytes | None:
+    def _next_piece(self, state: _SourceState) -> bytes | None:
         """The next piece of the source's queue that is under way from no source."""
         while state.queue:
             name = state.queue.pop()
@@ -230,7 +230,7 @@ class FetchPlan(Generic[Source]):
                 return name
         return None
 
-    def _slow(self, source: Source, state: _State, now: float) -> bytes | None:
+    def _slow(self, source: Source, state: _SourceState, now: float) -> bytes | None:
         """A piece that is slow to arrive from another source, for an idle source."""
         if state.asked or not state.rate:
             return None
@@ -241,7 +241,7 @@ class FetchPlan(Generic[Source]):
                     return name
         return None
 
-    def _release(self, source: Source, name: bytes) -> None:
+    def _release_pieces(self, source: Source, name: bytes) -> None:
         state = self.sources[source]
         state.asked_bytes -= state.asked.pop(name)[1]
         self._askers[name].discard(source)
@@ -251,7 +251,7 @@ class FetchPlan(Generic[Source]):
 
 class HubPieces:
     """Reads the pieces of a manifest from the files of a repository. Several threads may call `read`. store: the files
-    of the repository, whose headers equal the manifest (see `splitnet.checkpoint.transfer.matching`)."""
+    of the repository, whose headers equal the manifest (see `splitnet.checkpoint.transfer.manifest_search`)."""
 
     at_once: Final = 16  # concurrent requests
 
@@ -260,7 +260,7 @@ class HubPieces:
         self._revision = revision
         self._pieces = HeldPieces(manifest, store)
 
-    def read(self, name: bytes) -> bytes:
+    def download_piece(self, name: bytes) -> bytes:
         """Reads a piece, which the caller checks. Raises ModelNotFound: the hub refuses the piece. Exceptions of the
         HTTP library: the hub does not answer."""
         file, offset, size = self._pieces.where(int(self._pieces.slots_of(name)[0]))
@@ -293,7 +293,7 @@ class HubAnswer:
     error: str = ""
 
 
-class Asking(AbstractContextManager["Asking"]):
+class PeerQuestions(AbstractContextManager["PeerQuestions"]):
     """Sends questions to peers and receives their answers; use it in a `with`. `answers`: one answer to each open
     question; unsolicited answers are dropped."""
 
@@ -308,7 +308,7 @@ class Asking(AbstractContextManager["Asking"]):
     def __exit__(self, *_: object) -> None:
         self._links.close()
 
-    def ask(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
+    def ask_peer(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
         """Sends a question; returns its number."""
         number = next(self._numbers)
         self._open[number] = peer
@@ -316,13 +316,13 @@ class Asking(AbstractContextManager["Asking"]):
         self._links.send(peer, AskWeights(number, kind, placed, offset, MAX_PART_BYTES))
         return number
 
-    def forget(self, number: int) -> None:
+    def forget_question(self, number: int) -> None:
         """Closes a question: its answer will be dropped."""
         self._open.pop(number, None)
 
     def is_gone(self, peer: Endpoint) -> bool:
         """Whether no link to a peer can be established."""
-        state = self._links.state(peer)
+        state = self._links.link_state(peer)
         return state is LinkState.DOWN or state.is_final
 
     def _answered(self, source: Endpoint, message: Message) -> None:
@@ -361,12 +361,12 @@ class Fetcher:
         has other weights; SplitnetError: the pieces cannot be written."""
         pool = ThreadPoolExecutor(HubPieces.at_once)  # starts no threads before they are needed
         try:
-            with Asking(self.identity, self.swarm) as asking:
-                _Fetch(self, asking, pool, missing).run()
+            with PeerQuestions(self.identity, self.swarm) as asking:
+                _Fetch(self, asking, pool, missing).fetch_all()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def peers(self) -> Sequence[Endpoint]:
+    def piece_holders(self) -> Sequence[Endpoint]:
         """The peers that may have pieces; empty while the directory does not answer."""
         try:
             return self.find_peers()
@@ -379,7 +379,7 @@ class _Fetch:
     """One call of `Fetcher.fetch`."""
 
     def __init__(
-        self, fetcher: Fetcher, asking: Asking, pool: ThreadPoolExecutor, missing: Mapping[bytes, int]
+        self, fetcher: Fetcher, asking: PeerQuestions, pool: ThreadPoolExecutor, missing: Mapping[bytes, int]
     ) -> None:
         self._fetcher = fetcher
         self._folder = fetcher.folder
@@ -398,29 +398,29 @@ class _Fetch:
         self._reasons: dict[Endpoint, str] = {}
         self._hub_errors = 0
 
-    def run(self) -> None:
+    def fetch_all(self) -> None:
         if self._fetcher.hub is not None:
-            self._plan.add(HUB, list(self._missing))
+            self._plan.add_source(HUB, list(self._missing))
         stuck_since: float | None = None
-        self._meet(self._fetcher.peers())
+        self._ask_what_is_held(self._fetcher.piece_holders())
         found: Future[Sequence[Endpoint]] = Future()
         look_at = time.monotonic() + LOOK_S
-        begin_at = time.monotonic() + GATHER_S
+        begin_at = time.monotonic() + FIRST_LISTS_S
         while not self._plan.is_done:
             now = time.monotonic()
             if found.done():  # the look-up has a thread, because the directory may be slow
-                self._meet(found.result())
+                self._ask_what_is_held(found.result())
                 look_at = now + LOOK_S
                 found = Future[Sequence[Endpoint]]()
             elif now >= look_at:
                 look_at = math.inf
-                found = self._pool.submit(self._fetcher.peers)
+                found = self._pool.submit(self._fetcher.piece_holders)
             if now >= begin_at or all(name for _, name in self._asked.values()):
                 begin_at = now
                 for source, name in self._plan.asks(now):
-                    self._ask(source, name)
+                    self._ask_for_piece(source, name)
             self._report()
-            self._take()
+            self._take_answers()
             self._drop_gone()
             now = time.monotonic()
             if not self._plan.is_stuck(now):
@@ -431,30 +431,30 @@ class _Fetch:
                 raise ModelNotFound(self._explanation())
         self._report()
 
-    def _meet(self, peers: Sequence[Endpoint]) -> None:
+    def _ask_what_is_held(self, peers: Sequence[Endpoint]) -> None:
         """Asks new peers for their lists of pieces; asks known peers again while no source has a missing piece."""
         stuck = self._plan.is_stuck(time.monotonic())
         for peer in peers:
             if peer_address(peer) in self._fetcher.fetched.left_out or (peer in self._known and not stuck):
                 continue
             self._known.add(peer)
-            number = self._asking.ask(peer, WeightsKind.HELD, bytes.fromhex(self._folder.manifest.fingerprint))
+            number = self._asking.ask_peer(peer, WeightsKind.HELD, bytes.fromhex(self._folder.manifest.fingerprint))
             self._asked[number] = peer, b""
 
-    def _ask(self, source: Endpoint | str, name: bytes) -> None:
+    def _ask_for_piece(self, source: Endpoint | str, name: bytes) -> None:
         if isinstance(source, Endpoint):
-            self._asked[self._asking.ask(source, WeightsKind.PIECE, name)] = source, name
+            self._asked[self._asking.ask_peer(source, WeightsKind.PIECE, name)] = source, name
         else:
             assert self._fetcher.hub is not None
             self._pool.submit(self._ask_hub, self._fetcher.hub, name)
 
     def _ask_hub(self, hub: HubPieces, name: bytes) -> None:
         try:
-            self._asking.answers.put((HUB, HubAnswer(name, hub.read(name))))
+            self._asking.answers.put((HUB, HubAnswer(name, hub.download_piece(name))))
         except Exception as error:  # the HTTP library raises exceptions of many types
             self._asking.answers.put((HUB, HubAnswer(name, b"", str(error) or type(error).__name__)))
 
-    def _take(self) -> None:
+    def _take_answers(self) -> None:
         """Handles the answers that have arrived."""
         try:
             _, message = self._asking.answers.get(timeout=TICK_S)
@@ -488,7 +488,7 @@ class _Fetch:
             bits[: len(told)] = told[: len(bits)]
             here = bits[self._slots >> 3] >> (self._slots & 7).astype(np.uint8) & 1
             held = [self._names[owner] for owner in np.unique(self._owners[here != 0]).tolist()]
-            self._plan.add(peer, held)
+            self._plan.add_source(peer, held)
 
     def _heard_of_hub(self, answer: HubAnswer, now: float) -> None:
         if not answer.error:
@@ -520,7 +520,7 @@ class _Fetch:
             self._plan.exclude(source)
             return
         if name in self._plan.left:
-            self._folder.write(name, data)
+            self._folder.write_piece(name, data)
         if self._plan.arrived(source, name, now):
             fetched.by_source[called] = fetched.by_source.get(called, 0) + len(data)
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from splitnet.checkpoint.store import Progress, TensorStore
-from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.checkpoint.transfer.manifest import PIECE_BYTES, FileHead, Manifest, Pieces, Tensor, digest
 from splitnet.errors import ModelNotFound, ProtocolError
 from splitnet.paths import cache_folder, keep_file
 
@@ -31,11 +31,11 @@ _DIGESTS: Final = "the digests of weights"
 def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manifest:
     """Reads all tensors of a checkpoint whose digests are not cached. Raises ModelNotFound: a file is missing or
     incomplete."""
-    places = dict(sorted(store.places().items()))
+    places = dict(sorted(store.tensor_locations().items()))
     ranges: dict[str, set[Range]] = defaultdict(set)
     for place in places.values():
         ranges[place.file].add((place.offset, place.nbytes))
-    heads = store.heads()
+    heads = store.file_heads()
     for file, nbytes in heads.items():
         ranges[file].add((0, nbytes))
     digests = hash_ranges(store, {file: sorted(those) for file, those in ranges.items()}, progress)
@@ -43,11 +43,11 @@ def make_manifest(store: TensorStore, progress: Progress | None = None) -> Manif
         Tensor(name, at.stored, at.shape, Pieces(at.nbytes, digests[at.file][at.offset, at.nbytes]))
         for name, at in places.items()
     )
-    told: list[Head] = []
+    told: list[FileHead] = []
     for file, nbytes in heads.items():
         path = store.local_file(file)
         assert path is not None
-        told.append(Head(path.stat().st_size, Pieces(nbytes, digests[file][0, nbytes])))
+        told.append(FileHead(path.stat().st_size, Pieces(nbytes, digests[file][0, nbytes])))
     return Manifest(store.told_config(), tensors, tuple(told))
 
 
@@ -55,20 +55,20 @@ def hash_ranges(
     store: TensorStore, ranges: dict[str, list[Range]], progress: Progress | None = None
 ) -> dict[str, dict[Range, bytes]]:
     """The joined digests of the pieces of byte ranges, by file. Raises as `make_manifest`."""
-    kept = {file: _Kept.of(store.local_file(file)) for file in ranges}
+    kept = {file: _KeptDigests.of_file(store.local_file(file)) for file in ranges}
     known: dict[str, dict[Range, bytes]] = {}
     for file, wanted in ranges.items():
         digests = found.digests if (found := kept[file]) is not None else {}
         known[file] = {one: digests[one] for one in wanted if one in digests}
     missing = {file: [one for one in wanted if one not in known[file]] for file, wanted in ranges.items()}
-    reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
+    reading = _FileHasher(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
     for file, wanted in missing.items():
         if wanted:
-            known[file].update(reading.read(file, wanted))
-            before, after = kept[file], _Kept.of(store.local_file(file))
+            known[file].update(reading.digests_of(file, wanted))
+            before, after = kept[file], _KeptDigests.of_file(store.local_file(file))
             # The file did not change while it was read.
             if after is not None and before is not None and after.about == before.about:
-                after.keep(known[file])
+                after.write_digests(known[file])
     return known
 
 
@@ -99,14 +99,14 @@ def _manifest_file(commit: str) -> Path:
     return cache_folder() / "manifests" / digest(commit.encode()).hex()[:32]
 
 
-class _Reading:
+class _FileHasher:
     def __init__(self, store: TensorStore, total: int, progress: Progress | None) -> None:
         self._store = store
         self._total = total
         self._done = 0
         self._progress = progress if total >= SHOWN_BYTES else None
 
-    def read(self, file: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
+    def digests_of(self, file: str, ranges: Sequence[Range]) -> dict[Range, bytes]:
         """The joined digests of ranges, in the order of their offsets."""
         # Pieces that one thread reads in order: range, offset and bytes.
         runs: list[list[tuple[Range, int, int]]] = []
@@ -153,7 +153,7 @@ class _Reading:
         return digest(data)
 
 
-class _Kept:
+class _KeptDigests:
     """The cached digests of one file; they are valid while its size and modification time stay the same."""
 
     def __init__(self, path: Path, status: os.stat_result) -> None:
@@ -169,7 +169,7 @@ class _Kept:
             pass
 
     @classmethod
-    def of(cls, path: Path | None) -> _Kept | None:
+    def of_file(cls, path: Path | None) -> _KeptDigests | None:
         """The cached digests of a file; None: the file is too small, or does not exist."""
         if path is None:
             return None
@@ -180,14 +180,14 @@ class _Kept:
             return None
         return cls(path, status) if status.st_size >= KEPT_BYTES else None
 
-    def keep(self, digests: dict[Range, bytes]) -> None:
+    def write_digests(self, digests: dict[Range, bytes]) -> None:
         content = {**self.about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
         keep_file(self._file, json.dumps(content).encode(), _DIGESTS)
 
 
 def _fits(one: Range, digests: bytes) -> bool:
     try:
-        Pieces.read(one[1], digests)
+        Pieces.from_fields(one[1], digests)
     except ProtocolError:
         return False
     return True

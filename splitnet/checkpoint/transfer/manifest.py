@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from splitnet.errors import ProtocolError
-from splitnet.wire.fields import Values, packb
+from splitnet.wire.fields import ValueReader, packb
 from splitnet.wire.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
 
 PIECE_BYTES: Final = MAX_PART_BYTES  # bytes of a piece; the last piece of a tensor may be shorter
@@ -59,7 +59,7 @@ class Pieces:
             yield name, at, min(PIECE_BYTES, self.nbytes - at)
 
     @classmethod
-    def read(cls, nbytes: Any, digests: Any) -> Pieces:
+    def from_fields(cls, nbytes: Any, digests: Any) -> Pieces:
         """Checks both values. Raises ProtocolError if they are invalid."""
         if type(nbytes) is not int or not 0 <= nbytes <= _MAX_BYTES or type(digests) is not bytes:
             raise ProtocolError("expected a number of bytes, and digests")
@@ -79,7 +79,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Head:
+class FileHead:
     """The bytes before the tensors in a GGUF file of `file_bytes` bytes."""
 
     file_bytes: int
@@ -94,7 +94,7 @@ class Manifest:
     tensors: tuple[Tensor, ...]  # in the order of their names
     # Heads of the files of a GGUF model, in order; empty: the files are safetensors. Heads give the order of tensors in
     # files, and are not part of the fingerprint.
-    heads: tuple[Head, ...] = ()
+    heads: tuple[FileHead, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,7 +127,7 @@ class Manifest:
     @classmethod
     def unpack(cls, data: bytes | memoryview) -> Manifest:
         """Decodes a result of `pack` from an untrusted sender. Raises ProtocolError: the data are invalid."""
-        values = Values(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
+        values = ValueReader(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
         if values.array(4) != 4 or values.value() != _MARK:
             raise ProtocolError("not the manifest of a model that this version of splitnet reads")
         config = values.value()
@@ -145,12 +145,12 @@ class Manifest:
         return manifest
 
 
-def _begin_row(values: Values, width: int) -> None:
+def _begin_row(values: ValueReader, width: int) -> None:
     if values.array(width) != width:
         raise ProtocolError(f"expected rows of {width} values")
 
 
-def _tensor(values: Values) -> Tensor:
+def _tensor(values: ValueReader) -> Tensor:
     _begin_row(values, 5)
     name, stored = values.value(), values.value()
     for text in (name, stored):
@@ -159,13 +159,13 @@ def _tensor(values: Values) -> Tensor:
     shape = tuple(values.value() for _ in range(values.array(_MAX_DIMENSIONS)))
     if any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in shape):
         raise ProtocolError("expected a shape")
-    return Tensor(name, sys.intern(stored), shape, Pieces.read(values.value(), values.value()))
+    return Tensor(name, sys.intern(stored), shape, Pieces.from_fields(values.value(), values.value()))
 
 
-def _head(values: Values) -> Head:
+def _head(values: ValueReader) -> FileHead:
     _begin_row(values, 3)
     file_bytes, nbytes, digests = values.value(), values.value(), values.value()
-    head = Head(file_bytes, Pieces.read(nbytes, digests))
+    head = FileHead(file_bytes, Pieces.from_fields(nbytes, digests))
     if type(file_bytes) is not int or not nbytes <= file_bytes <= _MAX_BYTES:
         raise ProtocolError("expected the head of a file")
     return head

@@ -30,10 +30,10 @@ class NoCall(Exception):
 
     def __init__(self, goes_on: bool = False) -> None:
         super().__init__()
-        self.goes_on = goes_on
+        self.may_continue = goes_on
 
 
-class Rules:
+class GrammarRules:
     """Collects rules in llguidance's Lark. literal: writes a rule that matches a text."""
 
     def __init__(self, literal: Callable[[str], str]) -> None:
@@ -41,7 +41,7 @@ class Rules:
         self.lines = [r"TEXT: /(.|\n)*/"]
         self._size = 0
 
-    def add(self, expression: str, attributes: str = "") -> str:
+    def add_rule(self, expression: str, attributes: str = "") -> str:
         """Adds a rule and returns its name. Raises ValueError if the grammar becomes too large."""
         name = f"rule_{len(self.lines)}"
         self.lines.append(f"{name}{attributes}: {expression}")
@@ -52,21 +52,25 @@ class Rules:
 
     def json(self, schema: Schema) -> str:
         # Closed parts of an `allOf` would exclude each other's properties.
-        kept = schema if '"allOf"' in json.dumps(schema) else closed(schema)
+        kept = schema if '"allOf"' in json.dumps(schema) else close_objects(schema)
         return f"%json {json.dumps({**kept, 'x-guidance': ONE_LINE})}"
 
     def text_until(self, end: str) -> str:
         """Matches any text up to and including the first `end`."""
         literal = self.literal(end)
-        return self.add(f"TEXT {literal}", "[lazy]") if literal == json.dumps(end) else self.add(f"TEXT {literal}")
+        return (
+            self.add_rule(f"TEXT {literal}", "[lazy]")
+            if literal == json.dumps(end)
+            else self.add_rule(f"TEXT {literal}")
+        )
 
     def some_of(self, items: Sequence[tuple[str, bool]], separator: str) -> str:
         """Matches items in their order, with `separator` between; items that are not required may be missing."""
-        first = after = self.add('""')
+        first = after = self.add_rule('""')
         for item, required in reversed(items):
             tail, head = f"{separator} {item} {after}", f"{item} {after}"
-            first = self.add(head if required else f"{head} | {first}")
-            after = self.add(tail if required else f"{tail} | {after}")
+            first = self.add_rule(head if required else f"{head} | {first}")
+            after = self.add_rule(tail if required else f"{tail} | {after}")
         return first
 
 
@@ -88,28 +92,28 @@ def either_of(schema: Schema) -> list[Schema]:
 _OPEN = {"patternProperties", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties", "minProperties"}
 
 
-def closed(schema: Any) -> Any:
+def close_objects(schema: Any) -> Any:
     """A schema in which objects with `properties` allow no further ones, unless it says that they do.
 
     Answers that fit it also fit the given schema. With free properties small models find no end, and programs expect
     the named properties only.
     """
     if isinstance(schema, list):
-        return [*map(closed, schema)]
+        return [*map(close_objects, schema)]
     if not isinstance(schema, Mapping):
         return schema
     made, named = {**schema}, schema.get("properties")
     for name in {"properties", "$defs", "definitions"} & made.keys():
         if isinstance(made[name], Mapping):
-            made[name] = {key: closed(each) for key, each in made[name].items()}
+            made[name] = {key: close_objects(each) for key, each in made[name].items()}
     for name in ({"items", "prefixItems"} if named else {"items", "prefixItems", "anyOf", "oneOf"}) & made.keys():
-        made[name] = closed(made[name])
+        made[name] = close_objects(made[name])
     if isinstance(named, Mapping) and not _OPEN & made.keys() and named.keys() >= set(map(str, _all(made, "required"))):
         made.setdefault("additionalProperties", False)
     return made
 
 
-def resolved(schema: Schema, root: Schema) -> Schema:
+def merge_references(schema: Schema, root: Schema) -> Schema:
     """A schema with its top-level `$ref` and `allOf` merged into it; references are to `root`. A schema that would need
     more than `MOST_NAMES` names keeps its reference."""
     names = 0
@@ -137,9 +141,9 @@ def _kind_of(value: Any) -> set[str]:
     return {kinds.get(type(value), "")}
 
 
-def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[str]:
+def json_types_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[str]:
     """The JSON types that a schema allows; empty: any type. seen: ids of alternatives that are already included."""
-    schema = resolved(schema, root)
+    schema = merge_references(schema, root)
     if choices := choices_of(schema):
         return set().union(*map(_kind_of, choices))
     given = schema.get("type")
@@ -148,7 +152,7 @@ def kinds_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[
     for choice in either_of(schema):
         if id(choice) not in seen and len(seen) < MOST_REFERENCES:
             seen.add(id(choice))
-            kinds |= kinds_of(choice, root, seen)
+            kinds |= json_types_of(choice, root, seen)
     return kinds
 
 
@@ -173,10 +177,10 @@ def _check_references(schema: Schema) -> None:
         raise ValueError("with this model, references can only be to $defs")
 
 
-MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # Parts of a schema that one `fits` checks, and characters of the schema
+MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # Parts of a schema that one `fits_schema` checks, and characters of the schema
 
 
-def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
+def fits_schema(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
     """Whether a value has the types, the choices and the required names of a schema; references are to `root`.
 
     Raises ValueError or RecursionError if the check takes too long.
@@ -185,14 +189,14 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
         if len(json.dumps(schema)) > MOST_CHECKED:
             raise ValueError("it is too large")
         root, checks = schema, count()
-    schema = resolved(schema, root)
+    schema = merge_references(schema, root)
     if "$ref" in schema or next(checks) >= MOST_CHECKS:
         raise ValueError("it refers to itself, or has too many parts")
     given, choices, several = schema.get("type"), choices_of(schema), either_of(schema)
     kinds = [given] if isinstance(given, str) else _all(schema, "type")
     if (kinds and not any(kind in kinds for kind in _kind_of(value))) or (choices and value not in choices):
         return False
-    if several and not any(fits(value, each, root, checks) for each in several):
+    if several and not any(fits_schema(value, each, root, checks) for each in several):
         return False
     parts: list[tuple[Any, Any]] = []
     if isinstance(value, list):
@@ -204,7 +208,7 @@ def fits(value: Any, schema: Schema, root: Schema | None = None, checks: Iterato
             return False
         if any(name not in value for name in _all(schema, "required")):
             return False
-    return all(fits(each, part, root, checks) for each, part in parts if isinstance(part, Mapping))
+    return all(fits_schema(each, part, root, checks) for each, part in parts if isinstance(part, Mapping))
 
 
 class Syntax(Protocol):
@@ -213,13 +217,13 @@ class Syntax(Protocol):
     @property
     def pattern(self) -> str: ...
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         """The calls in a text. schemas: JSON schemas of the arguments of known functions. Raises NoCall."""
         ...
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str: ...
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str: ...
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         """A rule that matches a call of the function with arguments that fit `schema`."""
         ...
 
@@ -258,7 +262,7 @@ class JsonCalls:
 
     pattern: str = field(default="", init=False)
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         text = body.strip()
         if text.startswith("{"):
             text = "[" + re.sub(r"\}\s*+(?:;\s*+)?\{\s*+(?=\"(?:name|type)\")", "}, {", text) + "]"
@@ -276,10 +280,10 @@ class JsonCalls:
             raise NoCall
         return calls
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         return f'{self.before}{{"name": "{name}", "{self.arguments}": {_dumped(arguments)}}}{self.after}'
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         begins = rules.literal(f'{self.before}{{"name": "{name}", "{self.arguments}": ')
         return f"{begins} {rules.json(schema)} {rules.literal('}' + self.after)}"
 
@@ -296,16 +300,16 @@ class NamedJson:
     def pattern(self) -> str:
         return self.also or re.escape(self.separator.strip())
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         found = re.match(rf"\s*+([\w.-]++)\s*+(?:{self.pattern})(.*)$", body, re.DOTALL)
         if found is None:
             raise NoCall
         return [(found[1], _object(found[2].strip().removesuffix(self.after.strip())))]
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         return f"{name}{self.separator}{_dumped(arguments)}{self.after}"
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         after = rules.literal(self.after) if self.after else ""
         return f"{rules.literal(name + self.separator)} {rules.json(schema)} {after}"
 
@@ -327,7 +331,7 @@ class Tagged:
     last: str = ""
     before_json: str = ""  # comes between key and value, in place of `after_key`, if the value is not a string
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         head = re.match(rf"{_loose(self.before_name)}([^\s<>\"]+){_loose(self.after_name)}", body)
         if head is None:
             raise NoCall
@@ -358,7 +362,7 @@ class Tagged:
     def _after_key(self, is_json: bool) -> str:
         return self.before_json if is_json and self.before_json else self.after_key
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         return (
             f"{self.before_name}{name}{self.after_name}"
             + "".join(
@@ -369,26 +373,26 @@ class Tagged:
             + self.last
         )
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         literal, items = rules.literal, list[tuple[str, bool]]()
         for key, each, required in properties_of(schema):
             _check_references(each)
             begins, is_json = literal(f"{self.before_key}{key}"), literal(self._after_key(True))
-            texts, others = _told_apart(each)
+            texts, others = _split_string_choices(each)
             values = [f"{literal(self.after_key)} {_raw_text(rules, one, self.after_value)}" for one in texts]
             values += [f"{is_json} {rules.json(one)} {literal(self.after_value)}" for one in others]
-            items.append((rules.add(f"{begins} ({' | '.join(values)})"), required))
+            items.append((rules.add_rule(f"{begins} ({' | '.join(values)})"), required))
         if "properties" not in schema:
             values = [f"{literal(self.after_key)} {rules.text_until(self.after_value)}"]
             if self.before_json:
                 values.append(f"{literal(self.before_json)} {rules.json({})} {literal(self.after_value)}")
             one = f'{literal(self.before_key)} /[^<>"\\n]+/ ({" | ".join(values)})'
-            items.append((rules.add(f"({one})*"), True))
+            items.append((rules.add_rule(f"({one})*"), True))
         begins = literal(self.before_name + name + self.after_name)
         return f"{begins} {rules.some_of(items, '')} {literal(self.last) if self.last else ''}"
 
 
-def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[list[Schema], list[Schema]]:
+def _split_string_choices(schema: Schema, looks: Iterator[int] | None = None) -> tuple[list[Schema], list[Schema]]:
     """The alternatives of a schema that are strings, which are written raw, and all other alternatives.
 
     looks: counts the alternatives. Raises ValueError if there are more than `MOST_REFERENCES`.
@@ -396,16 +400,16 @@ def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[lis
     looks = looks or count()
     if next(looks) > MOST_REFERENCES:
         raise ValueError("a schema has too many choices")
-    flat = resolved(schema, schema)
+    flat = merge_references(schema, schema)
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     if choices := choices_of(flat):
         texts = [each for each in choices if isinstance(each, str)]
         others = [each for each in choices if not isinstance(each, str)]
         return [{"enum": texts}] if texts else [], [{"enum": others}] if others else []
     if several := either_of(flat):
-        apart = [_told_apart({**shared, **each}, looks) for each in several]
+        apart = [_split_string_choices({**shared, **each}, looks) for each in several]
         return [one for texts, _ in apart for one in texts], [one for _, others in apart for one in others]
-    kinds = kinds_of(flat, schema)
+    kinds = json_types_of(flat, schema)
     others: list[Schema] = [] if kinds else [schema]
     if kinds - {"string"}:
         others.append({**shared, **flat, "type": sorted(kinds - {"string"})})
@@ -414,10 +418,10 @@ def _told_apart(schema: Schema, looks: Iterator[int] | None = None) -> tuple[lis
 
 def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
     """The value of an argument. is_string: whether its tag says that it is a string; None: the tag does not say."""
-    kinds = kinds_of(schema, schema) if schema is not None else set[str]()
+    kinds = json_types_of(schema, schema) if schema is not None else set[str]()
     if is_string or (is_string is None and kinds == {"string"}):
         return value
-    choices = choices_of(resolved(schema, schema)) if schema is not None else []
+    choices = choices_of(merge_references(schema, schema)) if schema is not None else []
     if value in choices:
         return value
     read: Any = {"True": True, "False": False, "None": None}.get(value, value)
@@ -426,7 +430,7 @@ def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
     return read if "string" not in kinds or _kind_of(read) & (kinds - {"string"}) else value
 
 
-def _raw_text(rules: Rules, schema: Schema, end: str) -> str:
+def _raw_text(rules: GrammarRules, schema: Schema, end: str) -> str:
     """Matches a string that is written raw, followed by `end`."""
     if choices := choices_of(schema):
         texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
@@ -452,7 +456,7 @@ class Python:
 
     pattern: str = field(default="", init=False)
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         names = {"true": True, "false": False, "null": None}
         # Names of functions may have hyphens, which Python's names cannot have.
         known = {f"function_{number}_": name for number, name in enumerate(schemas) if not name.isidentifier()}
@@ -489,24 +493,24 @@ class Python:
             raise NoCall from None
         return read
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         plain = {True: "True", False: "False", None: "None"}
         texts = (
             plain[value] if value is None or value in (True, False) else _dumped(value) for value in arguments.values()
         )
         return f"[{name}({', '.join(map('='.join, zip(arguments, texts, strict=True)))})]"
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         items: list[tuple[str, bool]] = []
         for key, each, required in properties_of(schema):
             _check_references(each)
             if not key.isidentifier() or iskeyword(key):
                 raise ValueError(f"with this model, {key!r} cannot be the name of an argument")
-            value = '("True" | "False")' if kinds_of(each, each) == {"boolean"} else rules.json(each)
-            items.append((rules.add(f"{rules.literal(key + '=')} {value}"), required))
+            value = '("True" | "False")' if json_types_of(each, each) == {"boolean"} else rules.json(each)
+            items.append((rules.add_rule(f"{rules.literal(key + '=')} {value}"), required))
         if "properties" not in schema:
-            one = rules.add(f'/[a-zA-Z_][a-zA-Z0-9_]*/ "=" ("True" | "False" | "None" | {rules.json({})})')
-            items.append((rules.add(f'({one} (", " {one})*)?'), True))
+            one = rules.add_rule(f'/[a-zA-Z_][a-zA-Z0-9_]*/ "=" ("True" | "False" | "None" | {rules.json({})})')
+            items.append((rules.add_rule(f'({one} (", " {one})*)?'), True))
         return f"{rules.literal(f'[{name}(')} {rules.some_of(items, rules.literal(', '))} {rules.literal(')]')}"
 
 
@@ -522,7 +526,7 @@ class Gemma:
 
     pattern: str = field(default="", init=False)
 
-    def read(self, body: str, schemas: Mapping[str, Schema]) -> Read:
+    def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         found = re.match(r"\s*([\w.-]+)\s*(\{.*)$", body, re.DOTALL)
         if found is None:
             raise NoCall
@@ -536,7 +540,7 @@ class Gemma:
             parts[::2] = (re.sub(rf"(?<=[:,\[])\s*{word}\b", plain, part) for part in parts[::2])
         return [(found[1], _object("".join(parts)))]
 
-    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def format_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         return f"{name}{self._value(arguments)}"
 
     def _value(self, value: Any) -> str:
@@ -548,17 +552,17 @@ class Gemma:
             return f"[{','.join(map(self._value, value))}]"
         return _dumped(value)
 
-    def rule(self, rules: Rules, name: str, schema: Schema) -> str:
+    def call_rule(self, rules: GrammarRules, name: str, schema: Schema) -> str:
         return f"{rules.literal(name)} {self._bound(rules, schema, schema, {})}"
 
-    def _bound(self, rules: Rules, schema: Schema, root: Schema, known: dict[str, str]) -> str:
+    def _bound(self, rules: GrammarRules, schema: Schema, root: Schema, known: dict[str, str]) -> str:
         if isinstance(reference := schema.get("$ref"), str):
             if reference not in known:
-                known[reference] = name = rules.add("")
+                known[reference] = name = rules.add_rule("")
                 at = len(rules.lines) - 1
                 rules.lines[at] = f"{name}: {self._bound(rules, _found(root, reference), root, known)}"
             return known[reference]
-        literal, kinds = rules.literal, kinds_of(schema, root)
+        literal, kinds = rules.literal, json_types_of(schema, root)
         if choices := choices_of(schema):
             return f"({' | '.join(literal(self._value(each)) for each in choices)})"
         if several := either_of(schema):
@@ -571,7 +575,7 @@ class Gemma:
             return f"{literal(QUOTE)} {_raw_text(rules, schema, QUOTE)}"
         if kinds == {"array"}:
             of_item = schema.get("items")
-            item = rules.add(self._bound(rules, of_item if isinstance(of_item, Mapping) else {}, root, known))
+            item = rules.add_rule(self._bound(rules, of_item if isinstance(of_item, Mapping) else {}, root, known))
             least, most = schema.get("minItems", 0), schema.get("maxItems")
             if not least and most is None:
                 return f'"[" ({item} ("," {item})*)? "]"'
@@ -585,7 +589,7 @@ class Gemma:
             if wrong := [key for key, _, _ in properties if re.search(r'[{}\[\],:"]', key)]:
                 raise ValueError(f"with this model, {wrong[0]!r} cannot be the name of an argument")
             items = [
-                (rules.add(f"{literal(key + ':')} {self._bound(rules, each, root, known)}"), required)
+                (rules.add_rule(f"{literal(key + ':')} {self._bound(rules, each, root, known)}"), required)
                 for key, each, required in properties
             ]
             return f'"{{" {rules.some_of(items, json.dumps(","))} "}}"'
@@ -593,9 +597,9 @@ class Gemma:
             return rules.json(schema)
         return self._any(rules, known, object_only=bool(kinds))
 
-    def _any(self, rules: Rules, known: dict[str, str], *, object_only: bool) -> str:
+    def _any(self, rules: GrammarRules, known: dict[str, str], *, object_only: bool) -> str:
         if "any" not in known:
-            known["any"], known["object"] = rules.add(""), rules.add("")
+            known["any"], known["object"] = rules.add_rule(""), rules.add_rule("")
             at = len(rules.lines) - 1
             each, text = known["any"], f"{rules.literal(QUOTE)} {rules.text_until(QUOTE)}"
             key = f'/[^{{}}\\[\\],:"\\n]+/ ":" {each}'

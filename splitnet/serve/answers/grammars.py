@@ -19,8 +19,8 @@ import torch
 from splitnet.bounded import BoundedProcess
 from splitnet.bounded_program import GRAMMAR_LIMITS
 from splitnet.drafts.drafter import shared
-from splitnet.serve.answers.calls import Rules
-from splitnet.serve.answers.forms import FORMS, PLAIN, Form, Forms
+from splitnet.serve.answers.call_forms import FORMS, PLAIN, Form, Forms
+from splitnet.serve.answers.calls import GrammarRules
 from splitnet.serve.failures import ApiError
 
 
@@ -42,7 +42,7 @@ class Function(Protocol):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class AnswerConstraints:
     """What an answer must match; by default it is free."""
 
     functions: Sequence[Function] = ()  # that may be called; arguments must fit if strict or required
@@ -66,14 +66,14 @@ class Grammars:
         self._end_tokens = end_tokens
         self._process = BoundedProcess("grammar", self._setup)
 
-    def of_answer(self, bounds: Bounds, forms: Forms = PLAIN, *, thinks: bool = False) -> Grammar:
+    def of_answer(self, bounds: AnswerConstraints, forms: Forms = PLAIN, *, thinks: bool = False) -> Grammar:
         """The grammar of an answer in the forms of a model. thinks: the prompt ends within the answer's reasoning.
 
         Raises ApiError if a schema is not supported, or if parameters of a function are not a schema of an object.
         """
         if bounds.rule is not None and bounds.functions and forms.calls is not None and forms.calls.is_answer:
             raise ApiError(400, f"with this model, tools and {bounds.param} cannot go together", param="tools")
-        rules = Rules(self._literal)
+        rules = GrammarRules(self._literal)
         form, param = forms.calls or FORMS["hermes"], "tools" if bounds.functions else bounds.param
         try:
             says = [self._calls(rules, bounds, form)] if bounds.functions else []
@@ -85,21 +85,21 @@ class Grammars:
             start = f"start: {self._thought(rules, forms, thinks)} ({' | '.join(says)})"
             text = llguidance.LLMatcher.grammar_from_lark("\n".join([*rules.lines, start]))
         except (ValueError, TypeError, RecursionError) as error:  # a schema is too deep, or has values of wrong types
-            raise _not_kept_to(error, param) from None
+            raise _unsupported_grammar(error, param) from None
         tokens = self._tokens
         wrong = self._process.ask(text)[1]
         if wrong:
-            raise _not_kept_to(wrong, param)
+            raise _unsupported_grammar(wrong, param)
         limits = llguidance.LLParserLimits(**GRAMMAR_LIMITS)
         return Grammar(llguidance.LLMatcher(tokens, text, log_level=0, limits=limits), param)
 
-    def begin(self) -> None:
+    def read_tokenizer(self) -> None:
         """Reads the tokenizer, which stops all other threads for a second."""
         with suppress(ApiError):  # requests that need it get the error
             _ = self._tokens
 
     def close(self) -> None:
-        self._process.end()
+        self._process.kill_process()
 
     def _setup(self) -> dict[str, Any]:
         fast = copy(self._tokenizer.backend_tokenizer)
@@ -111,7 +111,7 @@ class Grammars:
             "end_tokens": sorted(self._end_tokens),
         }
 
-    def _thought(self, rules: Rules, forms: Forms, thinks: bool) -> str:
+    def _thought(self, rules: GrammarRules, forms: Forms, thinks: bool) -> str:
         reasoning = forms.reasoning
         if reasoning is None:
             return ""
@@ -119,10 +119,10 @@ class Grammars:
         rest = f"{rules.text_until(reasoning.closing)} {after}"
         return rest if thinks else f"({rules.literal(reasoning.opening)} {rest})?"
 
-    def _calls(self, rules: Rules, bounds: Bounds, form: Form) -> str:
+    def _calls(self, rules: GrammarRules, bounds: AnswerConstraints, form: Form) -> str:
         schemas = [(one.name, _of_arguments(one, bound=bounds.required)) for one in bounds.functions]
-        names = [rules.add(form.syntax.rule(rules, *each)) for each in schemas]
-        call = rules.add(f"({' | '.join(names)}) {self._closing(rules, form)}")
+        names = [rules.add_rule(form.syntax.call_rule(rules, *each)) for each in schemas]
+        call = rules.add_rule(f"({' | '.join(names)}) {self._closing(rules, form)}")
         opening = "" if form.is_answer else rules.literal(form.opening)
         begin, end = (rules.literal(mark) if mark else '""' for mark in form.around)
         if bounds.required or bounds.text_is_bound:
@@ -130,16 +130,16 @@ class Grammars:
             more = f"({between} {opening} {call})*" if bounds.several and not bounds.required and opening else ""
             return f"{begin} {opening} {call} {more} {end}"
         if form.is_answer:
-            return f"{call} | {rules.add(_other_than(form.openings))}"
+            return f"{call} | {rules.add_rule(_other_than(form.openings))}"
         if form.lead:
             asides = " ".join(["(", rules.literal(form.aside[0]), rules.text_until(form.aside[1]), ")*"])
             return f"{asides} ({rules.literal(form.lead)} TEXT | {opening} {call})"
         # A model may write the mark with ordinary tokens although it has a special token for the mark.
-        spelled = rules.add(f"TEXT {json.dumps(form.opening)}", "[lazy]")
-        begins = rules.add(f"{spelled} | TEXT ({begin})? {opening}")
+        spelled = rules.add_rule(f"TEXT {json.dumps(form.opening)}", "[lazy]")
+        begins = rules.add_rule(f"{spelled} | TEXT ({begin})? {opening}")
         return f"TEXT | ({begins} {call})+ ({end})? TEXT" if bounds.several else f"{begins} {call} ({end})? | TEXT"
 
-    def _closing(self, rules: Rules, form: Form) -> str:
+    def _closing(self, rules: GrammarRules, form: Form) -> str:
         ids = self._tokenizer(form.closing, add_special_tokens=False).input_ids if form.closing else []
         return "" if not ids or set(ids) <= set(self._end_tokens) else rules.literal(form.closing)
 
@@ -191,7 +191,7 @@ def _call_as_json(function: Function) -> dict[str, Any]:
 _SCHEMAS = ("tools", "response_format", None)
 
 
-def _not_kept_to(why: object, param: str | None) -> ApiError:
+def _unsupported_grammar(why: object, param: str | None) -> ApiError:
     # The lines of the error after the first one show the grammar.
     reason = str(why).partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
     return ApiError(
@@ -248,9 +248,9 @@ class AllowedTokens:
         if error := self._matcher.get_error():
             if _NO_TOKEN in error:
                 raise RuntimeError("a token that was allowed is none of the grammar")
-            raise _not_kept_to(error, self._param)
+            raise _unsupported_grammar(error, self._param)
         self._spent_s += time.thread_time() - began
         if self._spent_s > MASKS_S + MASK_S * len(answer):
-            raise _not_kept_to(f"the tokens of this answer take {self._spent_s:.0f} s to find", self._param)
+            raise _unsupported_grammar(f"the tokens of this answer take {self._spent_s:.0f} s to find", self._param)
         possible = torch.from_numpy(np.unpackbits(mask, count=len(scores), bitorder="little"))
         scores.masked_fill_(possible.to(scores.device) == 0, -torch.inf)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from splitnet.serve.answers.calls import JsonCalls, NoCall, Schema, Syntax, fits
-from splitnet.serve.answers.forms import Forms
+from splitnet.serve.answers.call_forms import Forms
+from splitnet.serve.answers.calls import JsonCalls, NoCall, Schema, Syntax, fits_schema
 from splitnet.serve.answers.text import held_back
 
 
@@ -24,7 +24,7 @@ class ToolCall:
 
 
 @dataclass
-class Said:
+class ParsedParts:
     """The new parts of an answer whose kind is certain."""
 
     text: str = ""
@@ -102,25 +102,25 @@ class AnswerParser:
         self._tries = 0
         self._ignored = 0  # first characters of the current call, whose closing marks are inside of strings
 
-    def push(self, piece: str) -> Said:
+    def push_text(self, piece: str) -> ParsedParts:
         """Takes the next piece."""
         self._held += piece
-        return self._read(ended=False)
+        return self._parse_held(ended=False)
 
-    def rest(self) -> Said:
+    def flush(self) -> ParsedParts:
         """The parts that were held back, at the end of the answer; the last call may lack its closing mark."""
-        return self._read(ended=True)
+        return self._parse_held(ended=True)
 
-    def _read(self, *, ended: bool) -> Said:
-        said = Said()
+    def _parse_held(self, *, ended: bool) -> ParsedParts:
+        said = ParsedParts()
         step = True
         while step:
             if self._thinks:
-                step = self._think(said, ended)
+                step = self._parse_reasoning(said, ended)
             elif self._lead is not None:
-                step = self._call(said, ended)
+                step = self._parse_call(said, ended)
             else:
-                step = self._talk(said, ended)
+                step = self._parse_text(said, ended)
         return said
 
     def _stripped(self, text: str) -> str:
@@ -128,7 +128,7 @@ class AnswerParser:
         self._strips = self._strips and not text
         return text
 
-    def _tell(self, said: Said, length: int) -> None:
+    def _release_text(self, said: ParsedParts, length: int) -> None:
         """Moves the first `length` held characters to the text."""
         text = self._stripped(self._held[:length])
         if text.strip():
@@ -136,7 +136,7 @@ class AnswerParser:
         said.text += text
         self._held = self._held[length:]
 
-    def _think(self, said: Said, ended: bool) -> bool:
+    def _parse_reasoning(self, said: ParsedParts, ended: bool) -> bool:
         assert self._reasoning is not None
         closing = self._reasoning.closing
         thought, mark, after = self._held.partition(closing)
@@ -156,7 +156,7 @@ class AnswerParser:
         marks = [*self._noise, *([reasoning.opening] if reasoning is not None and self._begins else ())]
         return marks + list(form.openings if form is not None and not form.is_answer else ())
 
-    def _talk(self, said: Said, ended: bool) -> bool:
+    def _parse_text(self, said: ParsedParts, ended: bool) -> bool:
         if self._behind_call and self._is_behind_call(ended):
             return False
         marks, held = self._marks(), self._held
@@ -173,23 +173,23 @@ class AnswerParser:
         if found is None:
             if ended and self._called and not held.strip():
                 self._held = ""
-            self._tell(said, len(self._held) if ended else self._certain(marks))
+            self._release_text(said, len(self._held) if ended else self._certain(marks))
             return False
         at, _, mark = found
         if not ended and any(len(one) > len(held) - at and one.startswith(held[at:]) for one in marks):
             return False
         if mark in self._noise:
-            self._tell(said, at)
+            self._release_text(said, at)
             self._held, self._begins = self._held[len(mark) :], True
         elif self._form is not None and mark in self._form.openings:
             before = held[:at].rstrip()
             before = before.removesuffix(self._section[0]).rstrip() if self._section[0] else before
-            self._tell(said, len(before))
+            self._release_text(said, len(before))
             kept = at - len(before) + len(mark)
             self._lead, self._held = self._held[:kept], self._held[kept:]
         else:
             if held[:at].strip():
-                self._tell(said, at)  # a text that mentions the mark of reasoning
+                self._release_text(said, at)  # a text that mentions the mark of reasoning
                 return True
             self._held, self._thinks, self._strips = held[at + len(mark) :], True, True
         return True
@@ -211,7 +211,7 @@ class AnswerParser:
         held = self._held[: len(self._held) - held_back(self._held, [*marks, self._section[0]])].rstrip()
         return len(held.removesuffix(self._section[0]).rstrip() if self._section[0] else held)
 
-    def _call(self, said: Said, ended: bool) -> bool:
+    def _parse_call(self, said: ParsedParts, ended: bool) -> bool:
         assert self._form is not None and self._lead is not None
         closing = self._form.closing
         at = self._held.find(closing, self._ignored) if closing else -1
@@ -227,7 +227,7 @@ class AnswerParser:
             self._called = self._behind_call = self._begins = True
         except NoCall as none:
             self._tries += 1
-            if none.goes_on and at >= 0 and self._tries < MOST_TRIES:
+            if none.may_continue and at >= 0 and self._tries < MOST_TRIES:
                 self._ignored = at + len(closing)
                 return True
             said.text += self._lead
@@ -238,11 +238,11 @@ class AnswerParser:
 
     def _calls_of(self, body: str, syntax: Syntax, *, bare: bool = False) -> list[ToolCall]:
         assert self._form is not None
-        read = syntax.read(body, self._schemas)
+        read = syntax.parse_calls(body, self._schemas)
         try:
             for name, arguments in read if bare else ():
                 schema = self._schemas.get(name)
-                if schema is None or not (self._form.is_answer or fits(arguments, schema)):
+                if schema is None or not (self._form.is_answer or fits_schema(arguments, schema)):
                     raise NoCall  # the text is an answer in JSON
             calls = [ToolCall(name, json.dumps(each, ensure_ascii=False, allow_nan=False)) for name, each in read]
             for call in calls:

@@ -24,7 +24,7 @@ class Detokenizer:
         self._tokens = _last_text(decode, prompt)
         self._told = len(self._tokens)
 
-    def push(self, token: int) -> str:
+    def push_token(self, token: int) -> str:
         """Takes a token and returns the text that it completes."""
         self._tokens.append(token)
         text = self._new_text()
@@ -33,7 +33,7 @@ class Detokenizer:
         self._tokens, self._told = self._tokens[self._told :], len(self._tokens) - self._told
         return text
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """The remaining text at the end of an answer, complete or not."""
         text = self._new_text()
         self._told = len(self._tokens)
@@ -80,7 +80,7 @@ class StopStrings:
         self._held = ""
         self.found: str | None = None  # the stop string that ended the text
 
-    def push(self, piece: str) -> tuple[str, bool]:
+    def push_text(self, piece: str) -> tuple[str, bool]:
         """Takes the next piece; returns the text that is certain, and whether the text has ended."""
         text = self._held + piece
         # The stop string that is complete first wins, so that the result does not depend on how the text was cut.
@@ -94,7 +94,7 @@ class StopStrings:
         self._held = text[certain:]
         return text[:certain], False
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """The text that was held back, at the end of the answer."""
         held, self._held = self._held, ""
         return held

@@ -27,7 +27,8 @@ from splitnet.serve.responses import EVENTS, ServedModel, framed
 
 VERSION = "anthropic-version"  # A header that all clients of this API send, and clients of other APIs do not
 SIGNATURE = "splitnet"  # Signature of thinking blocks: some clients send back only signed ones; it is not checked
-NO_PART = "x-anthropic-billing-header"  # Begins a system text that is not for models and changes each time
+# Begins a system text that is not for models and changes each time
+IGNORED_SYSTEM_PREFIX = "x-anthropic-billing-header"
 
 Each = TypeVar("Each")
 CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # No effect: all prompts are cached
@@ -72,22 +73,24 @@ class ToolResult(Strict):
     cache_control: CacheControl | None = None
 
 
-class UserMessage(Strict):
+class AnthropicUserMessage(Strict):
     """A message of the user, or an instruction for the answer."""
 
     role: Literal["user", "system"]
     content: Content[Annotated[TextBlock | ToolResult, Field(discriminator="type")]]
 
 
-class AssistantMessage(Strict):
+class AnthropicAssistantMessage(Strict):
     role: Literal["assistant"]
     content: Content[Annotated[TextBlock | ThinkingBlock | ToolUse, Field(discriminator="type")]]
 
 
-Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[AnthropicUserMessage | AnthropicAssistantMessage, Field(discriminator="role")]
 
 
-def _for_template(system: str, messages: Sequence[UserMessage | AssistantMessage]) -> list[dict[str, Any]]:
+def _for_template(
+    system: str, messages: Sequence[AnthropicUserMessage | AnthropicAssistantMessage]
+) -> list[dict[str, Any]]:
     """Messages in the form that chat templates expect; consecutive texts of a user become one message.
 
     An instruction after the beginning becomes a text of the user: many templates refuse later system messages, or omit
@@ -95,7 +98,7 @@ def _for_template(system: str, messages: Sequence[UserMessage | AssistantMessage
     """
     said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in messages:
-        if isinstance(message, AssistantMessage):
+        if isinstance(message, AnthropicAssistantMessage):
             said.append({"role": "assistant", "content": _joined(message.content)})
         for block in message.content:
             if isinstance(block, ThinkingBlock):
@@ -119,7 +122,7 @@ def _joined(blocks: Sequence[Any]) -> str:
     return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
 
 
-class Tool(Strict):
+class AnthropicTool(Strict):
     """A function that the model may call."""
 
     type: Literal["custom"] | None = None
@@ -170,7 +173,7 @@ class MessagesRequest(Strict):
     model: str
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
     system: Content[TextBlock] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(fail_fast=True, max_length=TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -191,7 +194,7 @@ class MessagesRequest(Strict):
     @property
     def chat(self) -> Chat:
         """The chat without the template's variables for thinking. Raises ApiError if parameters contradict others."""
-        if isinstance(self.messages[-1], AssistantMessage):
+        if isinstance(self.messages[-1], AnthropicAssistantMessage):
             raise ApiError(400, "the last message is the assistant's: end with a message of the user", param="messages")
         choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
         if choice.name is not None and choice.type != "tool":
@@ -199,7 +202,7 @@ class MessagesRequest(Strict):
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
             raise ApiError(400, "tool_choice asks for a tool that is not in tools: add it there", param="tool_choice")
-        system = _joined([block for block in self.system or [] if not block.text.startswith(NO_PART)])
+        system = _joined([block for block in self.system or [] if not block.text.startswith(IGNORED_SYSTEM_PREFIX)])
         schema = (self.output_config and self.output_config.format) or self.output_format
         return Chat(
             messages=_for_template(system, self.messages),
@@ -224,7 +227,7 @@ async def _prompted(served: ServedModel, request: Request, body: MessagesRequest
     return chat, await prompt_of(served, request, chat)
 
 
-class ErrorReply(BaseModel):
+class AnthropicErrorBody(BaseModel):
     """The body of every error."""
 
     type: Literal["error"] = "error"
@@ -260,7 +263,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @models.get("/v1/models", include_in_schema=False)
     def listed() -> dict[str, Any]:
-        names = gateway.names
+        names = gateway.model_names
         return {"data": [*map(entry, names)], "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
     @models.get("/v1/models/{name:path}", include_in_schema=False)
@@ -273,16 +276,16 @@ def router(gateway: Gateway) -> APIRouter:
         """Generates the next message of a chat (Anthropic's API)."""
         if body.max_tokens is None:
             raise ApiError(400, "max_tokens is missing: say how long the answer may be", param="max_tokens")
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         chat, prompt = await _prompted(served, request, body)
         shows = body.thinking is None or body.thinking.display != "omitted"
-        answer = Answer(served.name, len(prompt), body.max_tokens, shows)
+        answer = AnthropicWriter(served.name, len(prompt), body.max_tokens, shows)
         return await answer_chat(served, request, chat, answer, stream=bool(body.stream), prompt=prompt)
 
     @paths.post("/v1/messages/count_tokens")
     async def count(body: MessagesRequest, request: Request) -> dict[str, int]:
         """Counts the tokens of a prompt."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         _, prompt = await _prompted(served, request, body)
         return {"input_tokens": len(prompt)}
 
@@ -290,7 +293,7 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = Api(("/v1/messages",), router, error_body, openai.key_of, "x-api-key: KEY", "Bearer", ErrorReply, VERSION)
+API = Api(("/v1/messages",), router, error_body, openai.key_of, "x-api-key: KEY", "Bearer", AnthropicErrorBody, VERSION)
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -300,8 +303,8 @@ def _framed(event: dict[str, Any]) -> str:
 
 
 @dataclass(eq=False)
-class Answer:
-    """Writes the events of a request in Anthropic's form, see `splitnet.serve.responses.Answer`."""
+class AnthropicWriter:
+    """Writes the events of a request in Anthropic's form, see `splitnet.serve.responses.AnswerWriter`."""
 
     model: str
     prompt_tokens: int
@@ -317,24 +320,24 @@ class Answer:
         self._last = Delta(0)
         self._ended = Ended(self.prompt_tokens, 0, 0)
 
-    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+    async def whole_body(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
         async for event in events:
-            for _ in self._take(event):
+            for _ in self._take_event(event):
                 pass
         return self._message()
 
-    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         yield _framed({"type": "message_start", "message": self._message()})
         async for event in events:
-            for told in self._take(event):
+            for told in self._take_event(event):
                 yield _framed(told)
         yield _framed({"type": "message_delta", "delta": self._stopped(), "usage": self._usage()})
         yield _framed({"type": "message_stop"})
 
-    def failed(self, failure: ApiError) -> str:
+    def error_event(self, failure: ApiError) -> str:
         return _framed(error_body(failure))
 
-    def _take(self, event: Delta | Ended) -> Iterator[dict[str, Any]]:
+    def _take_event(self, event: Delta | Ended) -> Iterator[dict[str, Any]]:
         """Takes an event; yields Anthropic's stream events for its new parts."""
         if isinstance(event, Ended):
             self._ended = event
@@ -343,26 +346,26 @@ class Answer:
         for kind, text in (("thinking", event.reasoning if self.shows_thinking else ""), ("text", event.text)):
             if text:
                 if not self._content or self._content[-1]["type"] != kind:
-                    yield from self._begin(kind, {kind: ""})
+                    yield from self._begin_block(kind, {kind: ""})
                 self._content[-1][kind] += text
                 yield self._new({"type": f"{kind}_delta", kind: text})
         for call in event.calls:
-            yield from self._begin("tool_use", {"id": call.id, "name": call.name, "input": {}})
+            yield from self._begin_block("tool_use", {"id": call.id, "name": call.name, "input": {}})
             self._content[-1]["input"] = json.loads(call.arguments)
             yield self._new({"type": "input_json_delta", "partial_json": call.arguments})
         if event.finish:
             if not self._content:
-                yield from self._begin("text", {"text": ""})
-            yield from self._end()
+                yield from self._begin_block("text", {"text": ""})
+            yield from self._end_block()
 
-    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _begin_block(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Ends the last content block and begins a new one."""
-        yield from self._end()
+        yield from self._end_block()
         self._content.append({"type": kind, **block, **({"signature": ""} if kind == "thinking" else {})})
         # A copy, because the block grows before the event is written.
         yield {"type": "content_block_start", "index": len(self._content) - 1, "content_block": {**self._content[-1]}}
 
-    def _end(self) -> Iterator[dict[str, Any]]:
+    def _end_block(self) -> Iterator[dict[str, Any]]:
         if self._content:
             if self._content[-1]["type"] == "thinking":
                 self._content[-1]["signature"] = SIGNATURE

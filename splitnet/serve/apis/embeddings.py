@@ -76,7 +76,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/embeddings", response_model=None)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Computes an embedding of each text."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         vectors, tokens = await embed(
             served,
             request,
@@ -97,7 +97,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v2/rerank", response_model=None)
     async def ranked(body: RerankRequest, request: Request) -> dict[str, Any] | list[dict[str, Any]]:
         """Ranks documents by how well they answer a query, the best first."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         documents = [each if isinstance(each, str) else each.text for each in body.documents or body.texts or ()]
         scores, tokens = await rerank(
             served,

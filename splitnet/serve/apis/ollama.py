@@ -109,29 +109,29 @@ class Generating(Strict):
         )
 
 
-class CalledFunction(Strict):
+class OllamaFunctionCall(Strict):
     name: str
     arguments: dict[str, Any]
     index: int | None = None
 
 
-class MadeCall(Strict):
+class OllamaToolCall(Strict):
     id: str | None = None
     type: Literal["function"] | None = None
-    function: CalledFunction
+    function: OllamaFunctionCall
 
 
-class Message(Strict):
+class OllamaMessage(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
     images: Nothing | None = None
-    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _for_template(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     """Messages in the form that chat templates expect. Calls and results without an id, as of many clients, get one."""
     said: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []  # the names and ids of calls without a result
@@ -153,10 +153,10 @@ def _for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return said
 
 
-class ChatRequest(Generating):
+class OllamaChatRequest(Generating):
     """The body of `/api/chat`."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MESSAGES)] | None = None
+    messages: Annotated[list[OllamaMessage], Field(fail_fast=True, max_length=MESSAGES)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
 
     @property
@@ -218,7 +218,7 @@ class ShowRequest(Strict):
     verbose: bool | None = None
 
 
-class ErrorReply(BaseModel):
+class OllamaErrorBody(BaseModel):
     """The body of every error."""
 
     error: str
@@ -236,7 +236,7 @@ def router(gateway: Gateway) -> APIRouter:
     paths = APIRouter(route_class=ParsingRoute)
 
     async def find(name: str) -> ServedModel:
-        return await gateway.find(name if name in gateway.names else name.removesuffix(LATEST))
+        return await gateway.find_model(name if name in gateway.model_names else name.removesuffix(LATEST))
 
     async def answered(body: Generating, request: Request) -> Response | dict[str, Any]:
         times = [time.perf_counter_ns()]
@@ -244,7 +244,7 @@ def router(gateway: Gateway) -> APIRouter:
         chat = await served.prepare(request, lambda: body.chat)
         times.append(time.perf_counter_ns())
         _check_context(served, body.options)
-        answer = Answer(body.model, isinstance(body, ChatRequest), times)
+        answer = OllamaWriter(body.model, isinstance(body, OllamaChatRequest), times)
         if not chat.messages:  # clients load a model in this way
             if body.keep_alive in (0, "0", "0s"):
                 raise ApiError(400, "keep_alive: the server itself closes models: leave it out", param="keep_alive")
@@ -256,7 +256,7 @@ def router(gateway: Gateway) -> APIRouter:
         return await answer_chat(served, request, chat, answer, stream=body.stream is not False)
 
     @paths.post("/api/chat", response_model=None, responses=STREAMED)
-    async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
+    async def chat(body: OllamaChatRequest, request: Request) -> Response | dict[str, Any]:
         """Generates the next message of a chat (Ollama's API)."""
         return await answered(body, request)
 
@@ -276,7 +276,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/api/tags")
     def tags() -> dict[str, Any]:
         """Lists the models of the server, with an entry for each name of a model."""
-        return {"models": [*map(entry, gateway.names)]}
+        return {"models": [*map(entry, gateway.model_names)]}
 
     @paths.get("/api/ps")
     def running() -> dict[str, Any]:
@@ -334,7 +334,7 @@ def router(gateway: Gateway) -> APIRouter:
     return paths
 
 
-API = Api(("/api",), router, error_body, openai.key_of, "Authorization: Bearer KEY", "Bearer", ErrorReply)
+API = Api(("/api",), router, error_body, openai.key_of, "Authorization: Bearer KEY", "Bearer", OllamaErrorBody)
 
 
 def _check_context(served: ServedModel, options: Options | None) -> None:
@@ -360,8 +360,8 @@ def _line(document: dict[str, Any]) -> str:
 
 
 @dataclass(eq=False)
-class Answer:
-    """Writes the events of a request in Ollama's form, see `splitnet.serve.responses.Answer`."""
+class OllamaWriter:
+    """Writes the events of a request in Ollama's form, see `splitnet.serve.responses.AnswerWriter`."""
 
     model: str
     is_chat: bool
@@ -375,19 +375,19 @@ class Answer:
         self._finish: str | None = None
         self._ended = Ended(0, 0, 0)
 
-    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
-        said = [new async for event in events if (new := self._take(event)) is not None]
+    async def whole_body(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+        said = [new async for event in events if (new := self._take_event(event)) is not None]
         text, reasoning = "".join(new.text for new in said), "".join(new.reasoning for new in said)
         return self.part(Delta(0, text, reasoning, [call for new in said for call in new.calls]), **self._last())
 
-    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         async for event in events:
-            new = self._take(event)
+            new = self._take_event(event)
             if new is not None and (new.text or new.reasoning or new.calls):
                 yield _line(self.part(new))
         yield _line(self.part(**self._last()))
 
-    def failed(self, failure: ApiError) -> str:
+    def error_event(self, failure: ApiError) -> str:
         return _line(error_body(failure))
 
     def part(self, new: Delta | None = None, *, done: bool = False, **more: Any) -> dict[str, Any]:
@@ -403,7 +403,7 @@ class Answer:
             said = {"message": {"role": "assistant", **said}}
         return {"model": self.model, "created_at": datetime.now(UTC).isoformat(), **said, "done": done, **more}
 
-    def _take(self, event: Delta | Ended) -> Delta | None:
+    def _take_event(self, event: Delta | Ended) -> Delta | None:
         if len(self.times) == 2:
             self.times.append(time.perf_counter_ns())
         if isinstance(event, Ended):

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from splitnet.serve.answers.grammars import Bounds
+from splitnet.serve.answers.grammars import AnswerConstraints
 from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.answers.sampling import ScoredToken
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest, most
@@ -20,7 +20,7 @@ from splitnet.serve.chat import Delta, answer_chat, check_scores, sampling_of
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
-from splitnet.serve.generation import Ask, Ended, Numbered, Piece, ScoredPrompt
+from splitnet.serve.generation import Ended, GenerationRequest, Numbered, ScoredPrompt, TextDelta
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 from splitnet.version import __version__
 
@@ -74,7 +74,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/v1/models")
     def models() -> dict[str, Any]:
         """Lists the models of the server, with an entry for each name of a model."""
-        return {"object": "list", "data": [entry(name) for name in gateway.names]}
+        return {"object": "list", "data": [entry(name) for name in gateway.model_names]}
 
     @paths.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Generates the next message of a chat."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         text_of = served.prompts.text_of
-        choices = [_ChatChoice(index, bool(body.logprobs), text_of, body) for index in range(body.n or 1)]
-        answer = Answer(CHAT, served.name, choices, body)
+        choices = [_ChatChoiceWriter(index, bool(body.logprobs), text_of, body) for index in range(body.n or 1)]
+        answer = OpenAIWriter(CHAT, served.name, choices, body)
         wanted = await served.prepare(request, lambda: body.chat)
         return await answer_chat(served, request, wanted, answer, stream=bool(body.stream))
 
@@ -96,27 +96,34 @@ def router(gateway: Gateway) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues texts."""
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        return await completed(gateway, body, request, Answer, max_tokens, (body.suffix, ()) if body.suffix else None)
+        return await answer_completions(
+            gateway, body, request, OpenAIWriter, max_tokens, (body.suffix, ()) if body.suffix else None
+        )
 
     return paths
 
 
-async def completed(
-    gateway: Gateway, body: CompletionRequest, request: Request, written: type[Answer], max_tokens: int | None, gap: Gap
+async def answer_completions(
+    gateway: Gateway,
+    body: CompletionRequest,
+    request: Request,
+    written: type[OpenAIWriter],
+    max_tokens: int | None,
+    gap: Gap,
 ) -> Response:
     """Continues texts, or fills a gap.
 
     gap: the text after the gap, and the names and texts of other files; None: the answer continues the text.
     max_tokens: most tokens of an answer; None: as many as there is room for. Raises ApiError.
     """
-    served = await gateway.find(body.model)
+    served = await gateway.find_model(body.model)
     prompts, texts = served.prompts, body.prompts
     prompts.check_known(body.stop_token_ids or (), "stop_token_ids")
     stops = set(body.stop_token_ids or ())
     last, top = prompts.last(body.truncate_prompt_tokens, max_tokens), most(body.logprobs, body.prompt_logprobs)
 
     def read(text: Any) -> list[int]:
-        return prompts.of_text(text, last=last) if gap is None else prompts.of_gap(text, *gap, max_tokens)
+        return prompts.tokens_of_text(text, last=last) if gap is None else prompts.tokens_of_gap(text, *gap, max_tokens)
 
     tokenized = await served.prepare(request, lambda: [*map(read, texts)])
     echoes_scores = bool(body.echo) and body.logprobs is not None
@@ -130,10 +137,10 @@ async def completed(
 
     grammar = None
     if bounds := await served.prepare(request, lambda: body.bounds):
-        grammar = await served.prepare(request, lambda: served.grammars.of_answer(Bounds(**bounds)))
+        grammar = await served.prepare(request, lambda: served.grammars.of_answer(AnswerConstraints(**bounds)))
     sampling = sampling_of(served, body.sampling)
     asks = [
-        Ask(
+        GenerationRequest(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, max_tokens),
             sampling=replace(sampling, prompt=number),
@@ -144,9 +151,9 @@ async def completed(
             grammar=grammar,
             stop_tokens=stops if gap is None or body.ignore_eos else stops | prompts.infill_ends,
             ignores_ends=bool(body.ignore_eos),
-            goes_on=True,
+            continues_prompt=True,
             owner=request.state.client.name,
-            reserves_all=max_tokens is not None,
+            reserve_max_tokens=max_tokens is not None,
         )
         for number, prompt in enumerate(tokenized)
     ]
@@ -157,7 +164,7 @@ async def completed(
         begins = await served.prepare(request, lambda: [*map(prompts.begins, tokenized, echoed)])
     each = [(text, offsets) for text, offsets in zip(echoed, begins, strict=True) for _ in range(body.n or 1)]
     choices = [
-        _CompletionChoice(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
+        _CompletionChoiceWriter(index, body.logprobs is not None, prompts.text_of, body, text, offsets)
         for index, (text, offsets) in enumerate(each)
     ]
     answer = written(COMPLETION, served.name, choices, body, prompts=len(asks))
@@ -169,7 +176,7 @@ API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Be
 
 
 @dataclass(frozen=True)
-class Kind:
+class ObjectNames:
     """Names in the answers of a kind: the beginning of ids, and the `object` of a whole answer and of a chunk."""
 
     id_prefix: str
@@ -177,23 +184,23 @@ class Kind:
     chunk: str
 
 
-CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk")
-COMPLETION = Kind("cmpl", "text_completion", "text_completion")
+CHAT = ObjectNames("chatcmpl", "chat.completion", "chat.completion.chunk")
+COMPLETION = ObjectNames("cmpl", "text_completion", "text_completion")
 
 
 Event = Delta | Ended | Numbered  # the first two are of chats, the last one is of completions
 
 
 @dataclass(eq=False)
-class Answer:
-    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.Answer`.
+class OpenAIWriter:
+    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.AnswerWriter`.
 
     choices: in the order of the prompts.
     """
 
-    kind: Kind
+    kind: ObjectNames
     model: str
-    choices: Sequence[_ChatChoice] | Sequence[_CompletionChoice]
+    choices: Sequence[_ChatChoiceWriter] | Sequence[_CompletionChoiceWriter]
     body: SamplingRequest
     _: KW_ONLY
     prompts: int = 1  # each prompt has the same number of choices
@@ -207,10 +214,10 @@ class Answer:
         self._ended: list[Ended] = []
         self._began, self._first_at, self._tokens = time.perf_counter(), 0.0, 0
 
-    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+    async def whole_body(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         async for event in events:
-            self._take(event)
-        choices = [choice.whole() for choice in self.choices]
+            self._take_event(event)
+        choices = [choice.whole_choice() for choice in self.choices]
         more = self.choices[0].of_prompt() if self.kind is CHAT else {}
         if self.body.return_token_ids and self.kind is CHAT:
             more["prompt_token_ids"] = list(self._ended[0].prompt)
@@ -219,20 +226,20 @@ class Answer:
                 choice["prompt_token_ids"] = list(self._ended[number * self.prompts // len(choices)].prompt)
         return {**self._head(self.kind.whole), "choices": choices, "usage": self._usage(), **more, **self._timings()}
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
         head = self._head(self.kind.chunk)
         usage = {"usage": None} if self.body.wants_usage else {}
         async for event in events:
-            for choice in self._take(event):
+            for choice in self._take_event(event):
                 yield framed({**head, "choices": [choice], **usage, **self._timings()})
         if self.body.wants_usage:
             yield framed({**head, "choices": [], "usage": self._usage(), **self._timings()})
         yield DONE
 
-    def failed(self, failure: ApiError) -> str:
+    def error_event(self, failure: ApiError) -> str:
         return framed(error_body(failure))
 
-    def _take(self, event: Event) -> list[dict[str, Any]]:
+    def _take_event(self, event: Event) -> list[dict[str, Any]]:
         """Takes an event; returns the choices of stream chunks with its new parts."""
         number, said = event if isinstance(event, tuple) else (0, event)
         each = len(self.choices) // self.prompts
@@ -242,10 +249,10 @@ class Answer:
         elif isinstance(said, ScoredPrompt):
             for choice in choices:
                 choice.scored_prompt = said.scored
-        elif isinstance(said, Delta | Piece):
+        elif isinstance(said, Delta | TextDelta):
             self._first_at = self._first_at or time.perf_counter()
             self._tokens += len(said.tokens)
-            return choices[said.choice].take(said)
+            return choices[said.choice].take_delta(said)
         return []
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -276,19 +283,19 @@ class Answer:
         }
 
 
-class Infilled(Answer):
+class InfillWriter(OpenAIWriter):
     """Writes the text of a gap in the form of llama.cpp's server."""
 
-    async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
-        return self._told((await super().whole(events))["choices"][0]["text"], stop=True)
+    async def whole_body(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+        return self._body((await super().whole_body(events))["choices"][0]["text"], stop=True)
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Event]) -> AsyncGenerator[str]:
         async for event in events:
-            for choice in self._take(event):
-                yield framed(self._told(choice["text"], stop=False))
-        yield framed(self._told("", stop=True))
+            for choice in self._take_event(event):
+                yield framed(self._body(choice["text"], stop=False))
+        yield framed(self._body("", stop=True))
 
-    def _told(self, text: str, *, stop: bool) -> dict[str, Any]:
+    def _body(self, text: str, *, stop: bool) -> dict[str, Any]:
         usage = self._usage()
         counted = {"tokens_predicted": self._tokens, "tokens_evaluated": usage["prompt_tokens"], "truncated": False}
         cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -296,10 +303,10 @@ class Infilled(Answer):
         return {**told, **counted, "tokens_cached": cached, **self._timings()}
 
 
-class _Choice:
+class _ChoiceWriter:
     """One growing choice. text_of: gives the text of a token, including special tokens.
 
-    `take` takes a new part and returns its choices of stream chunks; `whole` returns the whole choice.
+    `take_delta` takes a new part and returns its choices of stream chunks; `whole` returns the whole choice.
     """
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: SamplingRequest) -> None:
@@ -333,7 +340,7 @@ class _Choice:
         return {"prompt_logprobs": scores}
 
 
-class _ChatChoice(_Choice):
+class _ChatChoiceWriter(_ChoiceWriter):
     """A choice that is a message of the assistant."""
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: ChatRequest) -> None:
@@ -342,7 +349,7 @@ class _ChatChoice(_Choice):
         self._reasoning = ""
         self._calls: list[ToolCall] = []
 
-    def take(self, new: Delta) -> list[dict[str, Any]]:
+    def take_delta(self, new: Delta) -> list[dict[str, Any]]:
         told: list[dict[str, Any]] = []
         self.scored_prompt += new.scored_prompt
         if not self._begun:
@@ -366,7 +373,7 @@ class _ChatChoice(_Choice):
             told.append(self._with("delta", {}, self._logprobs(())))
         return told
 
-    def whole(self) -> dict[str, Any]:
+    def whole_choice(self) -> dict[str, Any]:
         content = None if self._calls and not self._text else self._text
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         message |= _reasoned(self._reasoning)
@@ -397,7 +404,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-class _CompletionChoice(_Choice):
+class _CompletionChoiceWriter(_ChoiceWriter):
     """A choice that continues a text. prompt: the text to echo before the answer, or empty. begins: where the prompt's
     scored tokens begin in the echoed text, in characters."""
 
@@ -416,7 +423,7 @@ class _CompletionChoice(_Choice):
         self._prompt = prompt
         self._begins = list(begins)
 
-    def take(self, piece: Piece) -> list[dict[str, Any]]:
+    def take_delta(self, piece: TextDelta) -> list[dict[str, Any]]:
         told, text, scored = len(self._scored), piece.text, piece.scored
         if not self._begun:
             self._begun = True
@@ -430,7 +437,7 @@ class _CompletionChoice(_Choice):
             return []
         return [self._with("text", text, self._logprobs(told), piece.tokens)]
 
-    def whole(self) -> dict[str, Any]:
+    def whole_choice(self) -> dict[str, Any]:
         return self._with("text", self._text, self._logprobs(0), self._tokens) | self.of_prompt()
 
     def _logprobs(self, first: int) -> dict[str, Any]:

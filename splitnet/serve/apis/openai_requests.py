@@ -183,7 +183,7 @@ class SamplingRequest(Strict):
 
     @property
     def constraints(self) -> dict[str, dict[str, Any]]:
-        """Constraints on the answer, by parameter: a `schema` or a `rule`, see `Bounds`. Raises ApiError."""
+        """Constraints on the answer, by parameter: a `schema` or a `rule`, see `AnswerConstraints`. Raises ApiError."""
         guided = ("json", "regex", "choice", "grammar")
         given: dict[str, tuple[str, Any]] = {
             f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in guided
@@ -399,7 +399,7 @@ class ChatRequest(SamplingRequest):
             scores_prompt=self.prompt_logprobs is not None,
             last_tokens=self.truncate_prompt_tokens,
             begins_answer=self.add_generation_prompt is not False,
-            goes_on=bool(self.continue_final_message),
+            continues_last_message=bool(self.continue_final_message),
             echoes=bool(self.echo),
         )
 

@@ -33,7 +33,7 @@ from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 KEPT_BYTES = 64 * 2**20  # Most bytes of stored responses, half of them for one client
 
 
-class Sent(Strict):
+class SentObject(Strict):
     """An object whose null fields count as missing: clients send back objects of their own types, with nulls."""
 
     @model_validator(mode="before")
@@ -42,7 +42,7 @@ class Sent(Strict):
         return {name: each for name, each in sent.items() if each is not None} if isinstance(sent, dict) else sent
 
 
-class TextPart(Sent):
+class ResponsesTextPart(SentObject):
     type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
     text: str
     annotations: list[Any] | None = None
@@ -53,16 +53,16 @@ def _parts(text: Any) -> Any:
     return [{"type": "input_text", "text": text}] if isinstance(text, str) else text
 
 
-Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+Parts = Annotated[list[ResponsesTextPart], Field(fail_fast=True)]
 Texts = Annotated[Parts, BeforeValidator(_parts, json_schema_input_type=str | Parts)]
 
 
-class _Item(Sent):
+class _Item(SentObject):
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class Message(_Item):
+class ResponsesMessage(_Item):
     type: Literal["message"]
     role: Literal["user", "assistant", "system", "developer"]
     content: Texts
@@ -75,7 +75,7 @@ class Thought(_Item):
     content: Texts | None = None
 
 
-class MadeCall(_Item):
+class ResponsesToolCall(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
@@ -96,7 +96,7 @@ def _listed(text: Any) -> Any:
     return [{"role": "user", "content": text}] if isinstance(text, str) else text
 
 
-Item = Annotated[Message | Thought | MadeCall | CallOutput, Field(discriminator="type")]
+Item = Annotated[ResponsesMessage | Thought | ResponsesToolCall | CallOutput, Field(discriminator="type")]
 Items = Annotated[
     list[Annotated[Item, BeforeValidator(_typed)]], Field(fail_fast=True, min_length=1, max_length=MESSAGES)
 ]
@@ -108,16 +108,18 @@ class FunctionTool(FunctionDefinition):
     type: Literal["function"]
 
 
-class ChosenTool(NamedFunction):
+class ResponsesToolChoice(NamedFunction):
     type: Literal["function"]
 
 
-class SchemaFormat(NamedSchema):
+class ResponsesSchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
 
-class TextConfig(Sent):
-    format: Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] = PlainFormat(type="text")
+class TextConfig(SentObject):
+    format: Annotated[PlainFormat | ObjectFormat | ResponsesSchemaFormat, Field(discriminator="type")] = PlainFormat(
+        type="text"
+    )
     verbosity: Literal["medium"] | None = None
 
 
@@ -125,23 +127,23 @@ Note = Annotated[str, Field(max_length=512)]
 Summary = Literal["auto", "concise", "detailed"]  # No effect: reasoning is sent unchanged
 
 
-class Reasoning(Sent):
+class ResponsesReasoning(SentObject):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Summary | None = None
     generate_summary: Summary | None = None
 
 
-class ResponseRequest(Sent):
+class ResponseRequest(SentObject):
     """The body of `/v1/responses`."""
 
     model: str | None = None
     input: Input
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=TOOLS), Field(default_factory=list)]
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextConfig = TextConfig()
-    reasoning: Reasoning | None = None
+    reasoning: ResponsesReasoning | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -170,7 +172,7 @@ class ResponseRequest(Sent):
     @property
     def tools_to_call(self) -> list[FunctionTool]:
         """The model must call one of these tools; empty: no call is required."""
-        if isinstance(self.tool_choice, ChosenTool):
+        if isinstance(self.tool_choice, ResponsesToolChoice):
             return [tool for tool in self.tools if tool.name == self.tool_choice.name]
         return self.tools if self.tool_choice == "required" else []
 
@@ -190,7 +192,7 @@ class ResponseRequest(Sent):
         )
 
 
-def _joined(parts: Sequence[TextPart] | None) -> str:
+def _joined(parts: Sequence[ResponsesTextPart] | None) -> str:
     return "".join(part.text for part in parts or ())
 
 
@@ -201,11 +203,11 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
         if isinstance(item, CallOutput):
             said.append({"role": "tool", "content": _joined(item.output), "tool_call_id": item.call_id})
             continue
-        role = item.role.replace("developer", "system") if isinstance(item, Message) else "assistant"
+        role = item.role.replace("developer", "system") if isinstance(item, ResponsesMessage) else "assistant"
         if role != "assistant" or not said or said[-1]["role"] != role:
             said.append({"role": role, "content": ""})
         message = said[-1]
-        if isinstance(item, Message):
+        if isinstance(item, ResponsesMessage):
             message["content"] += _joined(item.content)
         elif isinstance(item, Thought):
             thought = _joined(item.content) or _joined(item.summary)
@@ -227,7 +229,7 @@ class KeptResponses:
         self._kept: dict[str, tuple[str, bytes]] = {}  # by id: owner, JSON of response and messages
         self._held: Counter[str] = Counter()
 
-    def keep(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
+    def keep_response(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
         """Stores a response with all messages of the conversation, including its own, without instructions."""
         self._kept[response["id"]] = owner, (text := to_json([response, messages]))
         self._held[owner] += len(text)
@@ -235,7 +237,9 @@ class KeptResponses:
             full = owner if self._held[owner] > KEPT_BYTES // 2 else max(self._held, key=self._held.__getitem__)
             self.drop(full, next(id for id, (holder, _) in self._kept.items() if holder == full))
 
-    def find(self, owner: str, id: str, param: str | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def find_response(
+        self, owner: str, id: str, param: str | None = None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A response and its messages. Raises ApiError if the client has no response with this id."""
         holder, text = self._kept.get(id, ("", b""))
         if holder != owner or not text:
@@ -245,8 +249,8 @@ class KeptResponses:
         return response, messages
 
     def drop(self, owner: str, id: str) -> None:
-        """Deletes a response. Raises ApiError as `find` does."""
-        self.find(owner, id)
+        """Deletes a response. Raises ApiError as `find_response` does."""
+        self.find_response(owner, id)
         self._held[owner] -= len(self._kept.pop(id)[1])
         self._held += Counter()  # removes clients without bytes
 
@@ -258,9 +262,9 @@ def router(gateway: Gateway) -> APIRouter:
     async def wanted(body: ResponseRequest, request: Request) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
         """The model, the messages of the conversation without instructions, and the chat."""
         owner = request.state.client.name
-        served, before = await gateway.find(body.model), list[dict[str, Any]]()
+        served, before = await gateway.find_model(body.model), list[dict[str, Any]]()
         if body.previous_response_id is not None:
-            _, before = kept.find(owner, body.previous_response_id, "previous_response_id")
+            _, before = kept.find_response(owner, body.previous_response_id, "previous_response_id")
         messages = [*before, *await served.prepare(request, lambda: for_template(body.input))]
         said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
         while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take only one
@@ -280,9 +284,13 @@ def router(gateway: Gateway) -> APIRouter:
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
-                kept.keep(owner, response, [*messages, *for_template(OUTPUT.validate_python(response["output"]))])
+                kept.keep_response(
+                    owner, response, [*messages, *for_template(OUTPUT.validate_python(response["output"]))]
+                )
 
-        return await answer_chat(served, request, chat, Answer(served.name, body, keep), stream=bool(body.stream))
+        return await answer_chat(
+            served, request, chat, ResponsesWriter(served.name, body, keep), stream=bool(body.stream)
+        )
 
     @paths.post("/v1/responses/input_tokens")
     async def count(body: ResponseRequest, request: Request) -> dict[str, Any]:
@@ -293,7 +301,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/v1/responses/{id}")
     async def stored(id: str, request: Request) -> dict[str, Any]:
         """Gives a stored response."""
-        return kept.find(request.state.client.name, id)[0]
+        return kept.find_response(request.state.client.name, id)[0]
 
     @paths.delete("/v1/responses/{id}")
     async def forget(id: str, request: Request) -> dict[str, Any]:
@@ -314,8 +322,8 @@ Told = Iterator[dict[str, Any]]
 
 
 @dataclass(eq=False)
-class Answer:
-    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.Answer`.
+class ResponsesWriter:
+    """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.AnswerWriter`.
 
     keep: called with the response once it has ended.
     """
@@ -335,22 +343,22 @@ class Answer:
         self._usage: dict[str, Any] | None = None
         self._number = 0  # sequence number of the next event
 
-    async def whole(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
+    async def whole_body(self, events: AsyncIterator[Delta | Ended]) -> dict[str, Any]:
         async for event in events:
-            for _ in self._take(event):
+            for _ in self._take_event(event):
                 pass
         return self._last()
 
-    async def chunks(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
+    async def event_stream(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         for kind in ("created", "in_progress"):
             yield self._framed(kind, {"response": self._response("in_progress")})
         async for event in events:
-            for told in self._take(event):
+            for told in self._take_event(event):
                 yield self._framed(**told)
         last = self._last()
         yield self._framed(last["status"], {"response": last})
 
-    def failed(self, failure: ApiError) -> str:
+    def error_event(self, failure: ApiError) -> str:
         error = {"code": "rate_limit_exceeded" if failure.status == 429 else "server_error", "message": str(failure)}
         return self._framed("failed", {"response": self._response("failed") | {"error": error}})
 
@@ -359,7 +367,7 @@ class Answer:
         self._number += 1
         return f"event: {event['type']}\n{framed(event)}"
 
-    def _take(self, event: Delta | Ended) -> Told:
+    def _take_event(self, event: Delta | Ended) -> Told:
         """Takes an event; yields stream events for its new parts. Each must be written before the next is taken."""
         if isinstance(event, Ended):
             self._usage = {
@@ -373,27 +381,27 @@ class Answer:
         self._finish = event.finish or ""
         for kind, text in (("reasoning", event.reasoning), ("message", event.text)):
             if text or (kind == "message" and event.finish and not self._output):
-                yield from self._write(kind, text)
+                yield from self._write_text(kind, text)
         for call in event.calls:
-            yield from self._end("completed")
+            yield from self._end_item("completed")
             named = {"call_id": call.id, "name": call.name}
-            yield from self._begin("fc", {"type": "function_call", **named, "arguments": ""})
+            yield from self._begin_item("fc", {"type": "function_call", **named, "arguments": ""})
             self._output[-1]["arguments"] = call.arguments
             yield self._of_item("function_call_arguments.delta", delta=call.arguments)
             yield self._of_item("function_call_arguments.done", name=call.name, arguments=call.arguments)
-            yield from self._end("completed")
+            yield from self._end_item("completed")
         if event.finish:
-            yield from self._end(self._status)
+            yield from self._end_item(self._status)
 
-    def _write(self, kind: str, text: str) -> Told:
+    def _write_text(self, kind: str, text: str) -> Told:
         """Yields stream events for new text of a message or of reasoning."""
         if not self._output or self._output[-1]["type"] != kind:
-            yield from self._end("completed")
+            yield from self._end_item("completed")
             if kind == "message":
-                yield from self._begin("msg", {"type": kind, "role": "assistant", "content": []})
+                yield from self._begin_item("msg", {"type": kind, "role": "assistant", "content": []})
                 part = {"type": "output_text", "text": "", "annotations": []}
             else:
-                yield from self._begin("rs", {"type": kind, "summary": [], "content": []})
+                yield from self._begin_item("rs", {"type": kind, "summary": [], "content": []})
                 part = {"type": "reasoning_text", "text": ""}
             self._output[-1]["content"].append(part)
             yield self._of_item("content_part.added", content_index=0, part=part)
@@ -402,11 +410,11 @@ class Answer:
         if text:
             yield self._of_text(part, "delta", text)
 
-    def _begin(self, prefix: str, item: dict[str, Any]) -> Told:
+    def _begin_item(self, prefix: str, item: dict[str, Any]) -> Told:
         self._output.append({"id": f"{prefix}_{secrets.token_hex(12)}", **item, "status": "in_progress"})
         yield self._of_item("output_item.added", item=self._output[-1])
 
-    def _end(self, status: str) -> Told:
+    def _end_item(self, status: str) -> Told:
         """Ends the last item if it is open."""
         if self._output and self._output[-1]["status"] == "in_progress":
             item = self._output[-1]

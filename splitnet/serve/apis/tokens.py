@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from splitnet.serve.apis.openai import API as OPENAI
-from splitnet.serve.apis.openai import Infilled, completed
+from splitnet.serve.apis.openai import InfillWriter, answer_completions
 from splitnet.serve.apis.openai_requests import ChatRequest, InfillRequest, TokenIds
 from splitnet.serve.apis.strict import Strict
 from splitnet.serve.chat import prompt_of
@@ -56,7 +56,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/tokenize")
     async def tokenize(body: Tokenize, request: Request) -> dict[str, Any]:
         """Gives the tokens of a text or of a chat."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         prompts = served.prompts
         if body.messages is not None:
             names = "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"
@@ -67,7 +67,7 @@ def router(gateway: Gateway) -> APIRouter:
         else:
             text = body.prompt if body.content is None else body.content
             adds = body.add_special_tokens is not False if body.content is None else bool(body.add_special)
-            make = prompts.of_text if adds and text else prompts.checked_ids
+            make = prompts.tokens_of_text if adds and text else prompts.checked_ids
             tokens = await served.prepare(request, lambda: make(text or ""))
         shown = body.return_token_strs if body.content is None else body.with_pieces
         texts = await served.prepare(request, lambda: [*map(prompts.text_of, tokens if shown else ())])
@@ -80,14 +80,14 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/apply-template")
     async def apply_template(body: ChatRequest, request: Request) -> dict[str, str]:
         """Gives the text of a chat's prompt."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"prompt": await served.prepare(request, lambda: served.prompts.decode_all(prompt))}
 
     @paths.post("/v1/chat/completions/input_tokens")
     async def count(body: ChatRequest, request: Request) -> dict[str, Any]:
         """Counts the tokens of a chat's prompt."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
@@ -96,12 +96,12 @@ def router(gateway: Gateway) -> APIRouter:
         """Generates the text between a prefix and a suffix."""
         files = [(file.filename, file.text) for file in body.input_extra]
         max_tokens = None if body.n_predict < 0 else body.n_predict
-        return await completed(gateway, body, request, Infilled, max_tokens, (body.input_suffix, files))
+        return await answer_completions(gateway, body, request, InfillWriter, max_tokens, (body.input_suffix, files))
 
     @paths.post("/detokenize")
     async def detokenize(body: Detokenize, request: Request) -> dict[str, str]:
         """Gives the text of tokens."""
-        served = await gateway.find(body.model)
+        served = await gateway.find_model(body.model)
         text = await served.prepare(request, lambda: served.prompts.text_of_ids(body.tokens))
         return {"prompt": text, "content": text}
 

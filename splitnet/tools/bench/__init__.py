@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, box, connects
+from splitnet.cli.arguments import ModelOrInvite, connects, option_group
 from splitnet.cli.generate import Speculate, connection_to
 from splitnet.errors import SplitnetError
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.bench.report import cases_of
 
-in_tests = box("Tests")
-in_manner = box("How to measure")
+in_tests = option_group("Tests")
+in_manner = option_group("How to measure")
 
 
 @connects(without=("recovery_timeout_s", "tokenizer"))
@@ -63,7 +63,7 @@ def bench(
     if not cases:
         raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
     connection = connection_to(model, connecting)
-    from splitnet.cli.generation import drafts_of
+    from splitnet.cli.text_generator import drafts_of
     from splitnet.tools.bench.backends import Benchmark
 
     drafts = drafts_of(speculate, connection)

@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from splitnet.blocks.backbone import load_whole
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.cli.connection import Connection
-from splitnet.cli.progress import StageProgress
+from splitnet.cli.connection import ModelConnection
+from splitnet.cli.stage_progress import StageProgress
 from splitnet.errors import UnsupportedModel
 from splitnet.hf.cache import ModelSession, RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
@@ -28,14 +28,14 @@ from splitnet.quant.native import path_in_use, prefetch_in_use, processor
 from splitnet.tools.bench.report import (
     LOCAL,
     SWARM,
-    Answer,
     Arm,
     Case,
+    MeasuredTraffic,
     Report,
+    ReportedHop,
+    ReportedRoute,
     Round,
-    Route,
-    RouteHop,
-    Traffic,
+    TokenTimes,
     check_room,
     measure,
 )
@@ -69,23 +69,23 @@ def gaps_s(times: Sequence[float]) -> tuple[float, ...]:
 Result = TypeVar("Result")
 
 
-class Gate(threading.Barrier):
+class StartGate(threading.Barrier):
     """Opens when all clients wait at it, and records that time, by `time.perf_counter`."""
 
     def __init__(self, clients: int) -> None:
         self.opened_at = 0.0
-        super().__init__(clients, action=self._open)
+        super().__init__(clients, action=self._note_opening)
 
-    def check(self) -> None:
+    def raise_if_broken(self) -> None:
         """Raises threading.BrokenBarrierError, as `wait`, if a client has failed."""
         if self.broken:
             raise threading.BrokenBarrierError
 
-    def _open(self) -> None:
+    def _note_opening(self) -> None:
         self.opened_at = time.perf_counter()
 
 
-def run_together(clients: Sequence[Callable[[], Result]], gate: Gate) -> list[Result]:
+def run_together(clients: Sequence[Callable[[], Result]], gate: StartGate) -> list[Result]:
     """The results of clients that run at the same time, each in a separate thread; a single one runs in this thread.
 
     Raises the error of the first client that failed, after the others have ended.
@@ -115,12 +115,12 @@ class SwarmArm:
         self._seed = seed
         self._speculate = speculate
 
-    def run(self, case: Case) -> Round:
+    def run_case(self, case: Case) -> Round:
         """Runs a case once. Raises SplitnetError if the swarm fails."""
         prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
-        gate = Gate(case.clients)
-        clients = [_Client(self._model, prompt, case, gate, self._speculate) for prompt in prompts.split(1)]
-        return tuple(run_together([client.run for client in clients], gate))
+        gate = StartGate(case.clients)
+        clients = [_AnswerRun(self._model, prompt, case, gate, self._speculate) for prompt in prompts.split(1)]
+        return tuple(run_together([client.answer_all for client in clients], gate))
 
 
 class LocalArm:
@@ -138,12 +138,12 @@ class LocalArm:
             refusal = f"transformers cannot load {checkpoint.name} here ({reason}): leave out --local"
             raise UnsupportedModel(refusal) from error
 
-    def run(self, case: Case) -> Round:
+    def run_case(self, case: Case) -> Round:
         prompts = random_prompts(self._model.config.get_text_config().vocab_size, case, self._seed)
         clock = Clock()
         began = time.perf_counter()
         generate_exactly(self._model, prompts, case.new_tokens, clock)
-        return (Answer(clock.times[0] - began, gaps_s(clock.times)),) * case.clients
+        return (TokenTimes(clock.times[0] - began, gaps_s(clock.times)),) * case.clients
 
 
 def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
@@ -172,20 +172,20 @@ def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: 
 
 
 @dataclass
-class _Client:
+class _AnswerRun:
     """One answer through the swarm."""
 
     model: RemoteCausalLM
     prompt: torch.Tensor
     case: Case
-    gate: Gate
+    gate: StartGate
     speculate: Any
 
     def __post_init__(self) -> None:
         self._cache: RemoteCache = self.model.new_cache()
         self._bytes_before = (0, 0)
 
-    def run(self) -> Answer:
+    def answer_all(self) -> TokenTimes:
         self._cache.remote.reserve(self.case.positions)
         clock = Clock(self._after_token)
         began = time.perf_counter()
@@ -194,13 +194,13 @@ class _Client:
             generate_exactly(self.model, self.prompt, self.case.new_tokens, clock, **options)
             gaps = gaps_s([self.gate.opened_at, *clock.times[1:]])
             assert self._cache.session is not None
-            return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
+            return TokenTimes(clock.times[0] - began, gaps, self._traffic(self._cache.session))
         finally:
             self._cache.close()
 
     def _after_token(self, count: int) -> None:
         if count > 1:
-            self.gate.check()
+            self.gate.raise_if_broken()
             return
         assert self._cache.session is not None
         if self.case.decodes:  # the prompt is not measured
@@ -208,9 +208,9 @@ class _Client:
             self._bytes_before = traffic.bytes_sent, traffic.bytes_received
         self.gate.wait()
 
-    def _traffic(self, session: ModelSession) -> Traffic:
+    def _traffic(self, session: ModelSession) -> MeasuredTraffic:
         sent, received = self._bytes_before
-        return Traffic(
+        return MeasuredTraffic(
             sent_bytes=session.traffic.bytes_sent - sent,
             received_bytes=session.traffic.bytes_received - received,
             positions=session.traffic.positions,
@@ -225,13 +225,13 @@ class _Client:
         return sum(known) if known and len(known) == len(joules) else None
 
 
-def route_of(session: ModelSession) -> Route:
+def route_of(session: ModelSession) -> ReportedRoute:
     records = [(hop.blocks, hop.planned.record) for hop in session.hops]
     hops = (
-        RouteHop(start, end, record.key.text, record.address, record.device, record.dtype)
+        ReportedHop(start, end, record.key.text, record.address, record.device, record.dtype)
         for (start, end), record in records
     )
-    return Route(tuple(hops), tuple(session.links()))
+    return ReportedRoute(tuple(hops), tuple(session.links()))
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Benchmark:
     local: bool
     speculate: Any = None  # source of drafts, see `RemoteCausalLM.generate`
 
-    def run(self, connection: Connection) -> Report:
+    def run(self, connection: ModelConnection) -> Report:
         """Measures; with `local` and no address of a swarm, only plain transformers.
 
         Raises ContextTooLong if the model has no room for a case, and another SplitnetError for other problems.
@@ -268,15 +268,19 @@ class Benchmark:
             measured = measure(arms, self.cases, rounds=self.rounds, warm_up=self.warm_up, progress=progress.update)
         return Report(checkpoint.name, self._settings(connection), environment(), measured)
 
-    def _measures_swarm(self, connection: Connection) -> bool:
-        return bool(connection.given.initial_peers or connection.given.invite) or not self.local
+    def _measures_swarm(self, connection: ModelConnection) -> bool:
+        return bool(connection.requested.initial_peers or connection.requested.invite) or not self.local
 
-    def _settings(self, connection: Connection) -> dict[str, Any]:
+    def _settings(self, connection: ModelConnection) -> dict[str, Any]:
         options = connection.options
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
         settings["device"] = options.device
         if self._measures_swarm(connection):
-            settings |= {"codec": options.codec, "join": list(connection.given.initial_peers), "prefer": options.prefer}
+            settings |= {
+                "codec": options.codec,
+                "join": list(connection.requested.initial_peers),
+                "prefer": options.prefer,
+            }
         if options.local_blocks is not None or options.local_weights is not None:
             settings |= {"local_blocks": options.local_blocks, "local_weights": options.local_weights}
         return settings

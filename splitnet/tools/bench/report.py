@@ -78,7 +78,7 @@ JOULES: Final = "joules_per_token"
 
 
 @dataclass(frozen=True, slots=True)
-class RouteHop:
+class ReportedHop:
     """A peer of a route, with the blocks `[start, end)` that it ran."""
 
     start: int
@@ -90,39 +90,39 @@ class RouteHop:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ReportedRoute:
     """The peers of a client's route, and its links, from the client back to the client."""
 
-    hops: tuple[RouteHop, ...]
+    hops: tuple[ReportedHop, ...]
     links: tuple[LinkUse, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class MeasuredTraffic:
     """A client's traffic with peers during the measurement. Received bytes are of payloads only."""
 
     sent_bytes: int
     received_bytes: int
     positions: int  # in total: the prompt and each fed token
     repairs: int
-    route: Route
+    route: ReportedRoute
     joules_per_token: float | None = None  # of a decoded token at all hops, as they report; None: a hop does not
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TokenTimes:
     """What one client measured: seconds to its first token, and between tokens after all clients had their first."""
 
     first_token_s: float
     token_s: tuple[float, ...]
-    traffic: Traffic | None = None  # none for plain transformers
+    traffic: MeasuredTraffic | None = None  # none for plain transformers
 
     @property
     def new_tokens(self) -> int:
         return 1 + len(self.token_s)
 
 
-Round = tuple[Answer, ...]  # the answers of all clients of a case in one round
+Round = tuple[TokenTimes, ...]  # the answers of all clients of a case in one round
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ Progress = Callable[[str, int, int], None]
 class Arm(Protocol):
     """A method of running the model."""
 
-    def run(self, case: Case) -> Round: ...
+    def run_case(self, case: Case) -> Round: ...
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def measure(
     for index, (number, case, arm) in enumerate(turns(cases, list(arms), rounds, warm_up)):
         stage = f"round {number} of {rounds}" if number > 0 else f"warm-up {number + warm_up} of {warm_up}"
         progress(stage, index % of_each_round, of_each_round)
-        answers = arms[arm].run(case)
+        answers = arms[arm].run_case(case)
         wanted, given = case.new_tokens, [answer.new_tokens for answer in answers]
         if given != [wanted] * case.clients:
             raise SplitnetError(
@@ -245,7 +245,7 @@ class Report:
     def arms(self) -> list[str]:
         return list(self.measured[0].rounds)
 
-    def routes(self) -> Counter[Route]:
+    def routes(self) -> Counter[ReportedRoute]:
         """Distinct routes, and the number of answers through each."""
         return Counter(traffic.route for traffic in self._traffics())
 
@@ -308,11 +308,11 @@ class Report:
         over = f"{rounds} rounds: medians (lowest-highest)" if rounds > 1 else "one round"
         return f"{self.model}, {over}"
 
-    def _traffics(self) -> list[Traffic]:
+    def _traffics(self) -> list[MeasuredTraffic]:
         rounds = [seen for measured in self.measured for of_arm in measured.rounds.values() for seen in of_arm]
         return [answer.traffic for seen in rounds for answer in seen if answer.traffic is not None]
 
-    def _test(self, measured: Measured, routes: Sequence[Route]) -> dict[str, Any]:
+    def _test(self, measured: Measured, routes: Sequence[ReportedRoute]) -> dict[str, Any]:
         case = measured.case
         test: dict[str, Any] = {
             "test": "decode" if case.decodes else "prefill",
@@ -332,7 +332,7 @@ class Report:
         return test
 
 
-def drawn(route: Route) -> str:
+def drawn(route: ReportedRoute) -> str:
     """A route as text, with codec and bytes of a decoded token on each link."""
     text = "client"
     for link in route.links:
@@ -357,7 +357,7 @@ def with_range(spread: Spread) -> str:
     return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
 
 
-def _answer(answer: Answer, routes: Sequence[Route]) -> dict[str, Any]:
+def _answer(answer: TokenTimes, routes: Sequence[ReportedRoute]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "new_tokens": answer.new_tokens,
         "first_token_ms": answer.first_token_s * 1000,

@@ -20,13 +20,13 @@ from splitnet.cli.arguments import (
     SwarmKeyFile,
     resolve_model,
 )
-from splitnet.cli.invite import model_or_invited, with_invitation
+from splitnet.cli.invite import model_name, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
-    from splitnet.tools.doctor.hardware import Finding
+    from splitnet.tools.doctor.hardware import CheckResult
 
 _COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 _CHECK_WIDTH = 10
@@ -66,7 +66,7 @@ def doctor(
         initial_peers=join or (), lan=lan, device=device, key_file=key_file, swarm_key=swarm_key, invite=invite
     )
     options = with_invitation(given)
-    source = resolve_model(model_or_invited(model, invite)) if model or invite else None
+    source = resolve_model(model_name(model, invite)) if model or invite else None
     if context is not None and source is None:
         raise SplitnetError("--context is about a model: give MODEL, too")
 
@@ -74,7 +74,7 @@ def doctor(
     from splitnet.tools.doctor.examination import Setup, examine
 
     setup = Setup(model=source, options=options, listen=listen, public_host=public_host, context=context)
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for finding in examine(setup):
         findings.append(finding)
         if not as_json:
@@ -85,16 +85,16 @@ def doctor(
         raise typer.Exit(1)
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[CheckResult]) -> str:
     counts = Counter(str(finding.status) for finding in findings)
     passed, warned, failed = (counts[status] for status in _COLORS)
     told = f"{passed} passed, {warned} warned, {failed} failed"
     return f"{told}: docs/doctor.md has more on each check" if failed else told
 
 
-def has_failed(findings: Sequence[Finding]) -> bool:
+def has_failed(findings: Sequence[CheckResult]) -> bool:
     return any(finding.status == "fail" for finding in findings)
 
 
-def document(findings: Sequence[Finding]) -> dict[str, Any]:
+def document(findings: Sequence[CheckResult]) -> dict[str, Any]:
     return {"failed": has_failed(findings), "findings": [asdict(finding) for finding in findings]}

@@ -15,8 +15,8 @@ from scheduler.cost import encodings_of, route_ms
 from scheduler.facts import CLIENT, CONTEXTS, UNMEASURED, Link, missing_blocks, most_positions
 from scheduler.partition import first_token_ms
 from scheduler.route import best_route
-from splitnet.blocks.device import AUTO
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.chosen_device import AUTO
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, allowed_skew_s, ask_nodes
 from splitnet.directory.interface import SwarmDirectory
@@ -25,18 +25,24 @@ from splitnet.directory.mdns import LocalNetwork, what_was_found
 from splitnet.directory.record import MAX_CLOCK_SKEW_S, PeerRecord, facts_of, network_of
 from splitnet.errors import AddressInUse, LanError, SplitnetError
 from splitnet.nat.port_mapping import MappingError, look_for_router
-from splitnet.nat.punch import Way
+from splitnet.nat.punch import PathKind
 from splitnet.quant.device import free_memory
 from splitnet.security.identity import Identity
 from splitnet.security.swarm_key import OPEN, OpenSwarm
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.links import Links, refusal
+from splitnet.swarm.client_links import Links, refusal
 from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.swarm import short_key
-from splitnet.swarm.trial import PeerAnswer, PeerLinks
+from splitnet.swarm.trial import PeerLinks, TriedPeer
 from splitnet.tools.doctor import hardware
-from splitnet.tools.doctor.hardware import SHOWN_DIGITS, Finding, Status, failed, passed, warned
-from splitnet.transport.addresses import endpoint_of, is_reachable, public_address, refuse_taken, split_addresses
+from splitnet.tools.doctor.hardware import SHOWN_DIGITS, CheckResult, Status, failed, passed, warned
+from splitnet.transport.addresses import (
+    check_listen_address,
+    endpoint_of,
+    is_reachable,
+    public_address,
+    split_addresses,
+)
 from splitnet.transport.transport import Transport
 from splitnet.wire.codecs import CODECS
 from splitnet.wire.endpoints import Endpoint, LinkState, is_address
@@ -58,7 +64,7 @@ _CAUSES = {
 _OTHER_CAUSE = "copy the whole address that the peer prints, and check the network"
 
 
-def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
+def local_network(checkpoint: Checkpoint) -> tuple[CheckResult, list[str]]:
     """Searches the local network for a swarm of the model, and returns the addresses to join it with."""
     try:
         with LocalNetwork(checkpoint.fingerprint if checkpoint.knows_manifest else "") as lan:
@@ -74,7 +80,7 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
     return passed("lan", what_was_found(nodes)), [address for node in nodes for address in node.addresses]
 
 
-def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[Finding]:
+def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[CheckResult]:
     """Whether the nodes to join through answer with the keys of their addresses. others_answer: other addresses do."""
     # One node is enough to join. While another one answers, a silent node only wastes time.
     wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
@@ -92,7 +98,7 @@ def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False
             yield wrong("join", f"{answer.address}: {advice or f'{answer.fault}; {_OTHER_CAUSE}'}")
 
 
-def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
+def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> CheckResult:
     """Whether this machine's clock agrees, up to some seconds, with the clocks of nodes; at least one node answers."""
     ahead_s = {answer.address: answer.ahead_s for answer in answers if not answer.fault}
     usual_s = median(ahead_s.values())
@@ -122,7 +128,7 @@ def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> li
     return [mark for mark, name in models.items() if name == checkpoint.name]
 
 
-def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Finding:
+def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> CheckResult:
     """Whether a swarm with these models (names by fingerprint) serves the user's model; None: any model."""
     names = ", ".join(sorted(set(models.values())))
     if not models:
@@ -144,7 +150,7 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
     )
 
 
-def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Finding:
+def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> CheckResult:
     """Whether each of a model's `count` blocks has a peer that is not silent, by these records."""
     holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
     if not holes:
@@ -161,7 +167,7 @@ def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequen
 
 def context(
     checkpoint: Checkpoint, positions: int, records: Sequence[PeerRecord], rtt_ms: Mapping[str, float]
-) -> Finding:
+) -> CheckResult:
     """Whether a session of this many positions fits at present, which blocks lack memory, and how fast it would be.
 
     records: of peers that together serve all blocks. rtt_ms: round trips to the tried peers, by name.
@@ -190,7 +196,7 @@ def context(
     hops = plan(prompt=positions, context=positions).hops
     token_ms = route_ms(hops, by_name, network, positions=1, encodings=encodings, context=positions)
     first_s = first_token_ms(hops, by_name, network, encodings=encodings, prompt=positions) / 1000
-    unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].past.ms for hop in hops)
+    unknown = positions >= CONTEXTS[0] and any(not by_name[hop.peer].context_cost.ms for hop in hops)
     least = ", without the time to read such a context, which some peers do not report" if unknown else ""
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
     if full:
@@ -204,7 +210,7 @@ _HIDDEN_SILENCE = (
 )
 
 
-def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
+def peer(record: PeerRecord, answer: TriedPeer, ahead_s: float, allowed_s: float) -> CheckResult:
     """The finding about one peer, whose record was signed `ahead_s` seconds after the present time."""
     blocks = f"blocks {record.start}..{record.end - 1}"
     name = f"{short_key(record.key.text)} at {record.address}, {blocks}"
@@ -219,11 +225,13 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
         return warned("peer", f"{name}: {_HIDDEN_SILENCE if record.relays else _silence(answer.state)}")
     if ahead_s > allowed_s:
         return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
-    way = "" if answer.way is Way.DIRECT else f", {answer.way.value}"
-    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key{way}")
+    path_text = "" if answer.path_kind is PathKind.DIRECT else f", {answer.path_kind.value}"
+    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key{path_text}")
 
 
-def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
+def peer_to_join(
+    address: str, endpoint: Endpoint, answer: TriedPeer, wrong: Callable[[str, str], CheckResult]
+) -> CheckResult:
     """Whether a peer to join through answers with the key of its address; a problem is reported through `wrong`."""
     if answer.state is LinkState.WRONG_KEY:
         text = "what answers there ends the handshake as if it has another key"
@@ -253,7 +261,7 @@ ASKED_PEERS = 3
 
 
 @dataclass
-class Reach:
+class AddressChecks:
     """The checks of one address."""
 
     identity: Identity
@@ -265,10 +273,10 @@ class Reach:
     def __post_init__(self) -> None:
         self._address = self.listen  # others were asked to connect to this address
 
-    def port(self, own: PeerRecord | None = None) -> Finding:
+    def port(self, own: PeerRecord | None = None) -> CheckResult:
         """Whether the port is free, or used by the peer with this machine's key, whose record is `own`."""
         try:
-            refuse_taken(self.listen)
+            check_listen_address(self.listen)
         except AddressInUse as error:
             if own is not None:
                 self._serving = own
@@ -278,10 +286,10 @@ class Reach:
             return failed("port", str(error))
         return passed("port", f"{self.listen} can be listened on")
 
-    def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> Finding:
+    def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> CheckResult:
         """Whether some of the answering peers reach this machine; call this after `port` has passed."""
         if self._serving is not None:
-            return self._ask(links, answering, self._serving.address)
+            return self._ask_peers(links, answering, self._serving.address)
         try:
             listener = Transport(self.identity, on_message=lambda *_: None, listen=self.listen)
         except SplitnetError as error:
@@ -292,9 +300,9 @@ class Reach:
                 address = public_address(self.listen, listener.port, self.public_host)
             except SplitnetError as error:
                 return failed("reach", str(error))
-            return self._ask(links, answering, address)
+            return self._ask_peers(links, answering, address)
 
-    def router(self, found: Finding) -> Iterator[Finding]:
+    def router(self, found: CheckResult) -> Iterator[CheckResult]:
         """The router's own report, without a request for a port, if `found` shows that peers cannot connect."""
         if found.status is Status.passed or self.public_host is not None or not is_reachable(self._address):
             return
@@ -303,7 +311,7 @@ class Reach:
         except MappingError as error:
             yield warned("router", f"it gives no ports ({error}): enable its NAT-PMP or UPnP, or forward a port")
 
-    def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
+    def _ask_peers(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> CheckResult:
         self._address = address
         wrong = failed if self.needed else warned
         if not is_address(address):
@@ -353,7 +361,7 @@ class Setup:
     context: int | None = None  # positions of a session that should fit; None: any
 
 
-def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
+def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[CheckResult]:
     """Makes all checks that the setup allows; no finding ends the examination.
 
     `clock` returns Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
@@ -375,7 +383,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         yield found
         identity = identity or Identity.generate()
     needed = setup.listen is not None or setup.public_host is not None
-    reach = Reach(identity, setup.listen or ANY_PORT, setup.public_host, needed=needed)
+    reach = AddressChecks(identity, setup.listen or ANY_PORT, setup.public_host, needed=needed)
     join = setup.options.initial_peers
     if not join and setup.options.lan and checkpoint is not None:
         found, join = local_network(checkpoint)
@@ -388,7 +396,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         yield reach.port()
 
 
-def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
+def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[CheckResult]:
     sizes = None
     if checkpoint is not None:
         try:
@@ -402,11 +410,11 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
 def _way_to(
     join: Sequence[str],
     checkpoint: Checkpoint | None,
-    reach: Reach,
+    reach: AddressChecks,
     clock: Callable[[], float],
     swarm: OpenSwarm,
     positions: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     multiaddrs, addresses = split_addresses(join)
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
@@ -435,8 +443,8 @@ def _way_to(
 
 def _peers_to_ask(
     addresses: Sequence[str], identity: Identity, *, others_answer: bool
-) -> tuple[list[Finding], list[str]]:
-    found = list[Finding]()
+) -> tuple[list[CheckResult], list[str]]:
+    found = list[CheckResult]()
     endpoints = dict[str, Endpoint]()
     for address in addresses:
         try:
@@ -456,11 +464,11 @@ def _peers_to_ask(
 def _swarm(
     directory: SwarmDirectory,
     checkpoint: Checkpoint | None,
-    reach: Reach,
+    reach: AddressChecks,
     clock: Callable[[], float],
     allowed_s: float,
     positions: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     models = directory.models()
     yield served_model(models, checkpoint)
     wanted = served_marks(models, checkpoint)

@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 
 from scheduler.placement import BLOCKS_SHARE
 from splitnet import foreign_modules
+from splitnet.blocks.chosen_device import AUTO, find_device, find_present
 from splitnet.blocks.client_part import check_all_is_taken
-from splitnet.blocks.device import AUTO, find_device, find_present
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import KernelsError, KeyFileError, SplitnetError
 from splitnet.security.identity import Identity, default_key_file
@@ -35,7 +35,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """The result of one check in words; if it did not pass, the problem and its fix."""
 
     check: str
@@ -43,15 +43,15 @@ class Finding:
     status: Status
 
 
-passed = partial(Finding, status=Status.passed)
-warned = partial(Finding, status=Status.warned)
-failed = partial(Finding, status=Status.failed)
+passed = partial(CheckResult, status=Status.passed)
+warned = partial(CheckResult, status=Status.warned)
+failed = partial(CheckResult, status=Status.failed)
 
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def software() -> Iterator[Finding]:
+def software() -> Iterator[CheckResult]:
     """Python and the libraries, compared with the package's requirements, and modules that hide splitnet's."""
     yield from (failed("libraries", sentence) for sentence in foreign_modules())
     try:
@@ -63,14 +63,14 @@ def software() -> Iterator[Finding]:
     yield from libraries(package.requires or (), _installed_version)
 
 
-def python_version(required: str, version: str) -> Finding:
+def python_version(required: str, version: str) -> CheckResult:
     """Whether a version of Python satisfies `required`, such as `>=3.11`."""
     if SpecifierSet(required).contains(version, prereleases=True):
         return passed("python", version)
     return failed("python", f"this is Python {version}, splitnet needs {required}: install that, and splitnet in it")
 
 
-def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
+def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[CheckResult]:
     """Whether a package's required libraries, without extras, are `installed` (their versions) and fit."""
     needed = [Requirement(text) for text in requirements]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
@@ -86,7 +86,7 @@ def libraries(requirements: Sequence[str], installed: Callable[[str], str | None
         yield passed("libraries", f"{len(needed)} are installed, in versions that fit")
 
 
-def devices(asked: str = AUTO) -> Finding:
+def devices(asked: str = AUTO) -> CheckResult:
     """The devices that torch can use, and the choice of `--device`."""
     try:
         import torch
@@ -106,10 +106,10 @@ def devices(asked: str = AUTO) -> Finding:
     return passed("devices", text)
 
 
-def kernels() -> Finding:
+def kernels() -> CheckResult:
     """Whether splitnet's kernels are compiled, and for this CPU."""
     try:
-        from splitnet.quant.native import Kernels, have_threads, kernels_here, path_in_use, prefetch_in_use, why_none
+        from splitnet.quant.native import Kernels, have_threads, kernels_here, load_error, path_in_use, prefetch_in_use
     except (ImportError, OSError) as error:
         return failed("kernels", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
     except KernelsError as error:
@@ -122,7 +122,7 @@ def kernels() -> Finding:
         )
         if sys.platform == "win32":
             fix = "Microsoft's compiler, which pip takes on Windows, cannot compile them"
-        return warned("kernels", f"{why_none}, so CPUs decode more slowly: {fix}")
+        return warned("kernels", f"{load_error}, so CPUs decode more slowly: {fix}")
     used = "plain loops are used, and torch's products where they are faster"
     if found is Kernels.FAST:
         used = f"{path_in_use()} is used, with prefetch {prefetch_in_use()}"
@@ -136,7 +136,7 @@ def kernels() -> Finding:
     return passed("kernels", text)
 
 
-def disk(folder: Path, needed: int) -> Finding:
+def disk(folder: Path, needed: int) -> CheckResult:
     """Whether a cache folder is writable and has room for `needed` more bytes."""
     there = nearest_folder(folder)
     if not os.access(there, os.W_OK):
@@ -151,7 +151,7 @@ def disk(folder: Path, needed: int) -> Finding:
     return passed("disk", f"{gib(free)} are free for {folder}")
 
 
-def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
+def key_of(path: Path | None) -> tuple[CheckResult, Identity | None]:
     """Whether the machine's key, in `path` or the user's file, is usable; and the key, if it exists."""
     path = path or default_key_file()
     try:
@@ -186,7 +186,7 @@ def _installed_version(name: str) -> str | None:
 SHOWN_DIGITS = 12  # of a fingerprint
 
 
-def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
+def open_model(model: str) -> tuple[CheckResult, Checkpoint | None]:
     """Opens a folder, a file or a hub id, and reads a little of every shard. Returns the checkpoint if it is usable."""
     try:
         checkpoint = Checkpoint.open(model)
@@ -200,7 +200,7 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
     return passed("model", f"{checkpoint.name}, {checkpoint.model_type}, {blocks} blocks, {mark}"), checkpoint
 
 
-def memory(sizes: ModelSizes, free: int) -> Finding:
+def memory(sizes: ModelSizes, free: int) -> CheckResult:
     """Whether blocks of the model fit in `free` bytes, by the default share of a peer."""
     fitting = min(sizes.num_blocks, int(free * BLOCKS_SHARE) // sizes.block_bytes)
     block = f"{sizes.block_bytes / 2**20:.0f} MiB as {sizes.held_as}"
@@ -219,7 +219,7 @@ def memory(sizes: ModelSizes, free: int) -> Finding:
     )
 
 
-def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
+def room_on_disk(model: str, sizes: ModelSizes | None) -> CheckResult:
     """Whether the hub's cache has room for the download."""
     from huggingface_hub.constants import HF_HUB_CACHE
 

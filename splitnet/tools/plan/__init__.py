@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitnet.blocks.device import AUTO
+from splitnet.blocks.chosen_device import AUTO
 from splitnet.cli.arguments import Model, quiet_libraries, resolve_model
 from splitnet.cli.peer import Dtype, WeightKind
 from splitnet.errors import SplitnetError
@@ -75,7 +75,7 @@ def plan(
     quiet_libraries()
     checkpoint = resolve_model(model)
 
-    from splitnet.blocks.sizes import ModelSizes
+    from splitnet.blocks.model_sizes import ModelSizes
     from splitnet.tools.plan.planning import Demand, ModelTooBig, make_plan
 
     sizes = ModelSizes.of(checkpoint, str(dtype) if dtype else None, str(weights) if weights else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from scheduler.facts import CLIENT, MAX_WATTS, Link, Network, Speed
-from splitnet.blocks.device import DEVICE_NAME
+from splitnet.blocks.chosen_device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 
 CLIENT_NAME: Final = "client"  # the client's name in links if it runs on none of the devices

@@ -10,7 +10,7 @@ from typing import Final
 
 from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import BlockWork, Encoding, encodings_of, hop_joules, hop_ms, roofline, transfer_ms
-from scheduler.facts import CLIENT, CONTEXTS, PASS_SIZES, Hop, PastCost, Peer, Speed
+from scheduler.facts import CLIENT, CONTEXTS, PASS_SIZES, ContextCost, Hop, Peer, Speed
 from scheduler.partition import (
     EXACT_DEVICES,
     Device,
@@ -20,7 +20,7 @@ from scheduler.partition import (
     tokens_per_s,
     widest_partition,
 )
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.cli.tables import table
 from splitnet.errors import OutOfMemory
 from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice, MachineSpeed
@@ -108,10 +108,10 @@ class ModelTooBig(OutOfMemory):
 
 def make_plan(sizes: ModelSizes, file: DevicesFile, demand: Demand) -> Plan:
     """The best partition of a model over the devices of a file. Raises ModelTooBig with the missing memory."""
-    return _Planning(sizes, file, demand).plan()
+    return _PartitionSearch(sizes, file, demand).best_partition()
 
 
-class _Planning:
+class _PartitionSearch:
     def __init__(self, sizes: ModelSizes, file: DevicesFile, demand: Demand) -> None:
         self._sizes = sizes
         self._file = file
@@ -129,12 +129,14 @@ class _Planning:
         self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
         # A step of a prefill reads only its own row, up to its own position.
         self._reading: dict[str, Peer] = {
-            name: replace(peer, speed=self._speed(self._known[name], cached=False), past=self._past(self._known[name]))
+            name: replace(
+                peer, speed=self._speed(self._known[name], cached=False), context_cost=self._past(self._known[name])
+            )
             for name, peer in self._peers.items()
         }
         self._client_ms = self._head_ms()
 
-    def plan(self) -> Plan:
+    def best_partition(self) -> Plan:
         demand = self._demand
         try:
             hops = self._widest() if demand.throughput else self._fastest()
@@ -182,15 +184,16 @@ class _Planning:
             return device.speed
         most, sizes = PASS_SIZES[-1], self._sizes
         return MachineSpeed(
-            sizes.block_bytes / device.speed.at(1), sizes.flops_per_position * most / device.speed.at(most)
+            sizes.block_bytes / device.speed.block_ms_at(1),
+            sizes.flops_per_position * most / device.speed.block_ms_at(most),
         )
 
-    def _past(self, device: KnownDevice) -> PastCost:
+    def _past(self, device: KnownDevice) -> ContextCost:
         """The cost of reading keys and values, or of attention with heads as wide as hidden states."""
         machine, sizes = self._machine(device), self._sizes
         ms = [(context * sizes.kv_bytes / machine.bytes_per_ms, context / machine.flops_per_ms) for context in CONTEXTS]
         arithmetic = 4 * PASS_POSITIONS * sizes.hidden_size  # two products, of two operations each
-        return PastCost(tuple((reading, max(reading, arithmetic * each)) for reading, each in ms))
+        return ContextCost(tuple((reading, max(reading, arithmetic * each)) for reading, each in ms))
 
     def _speed(self, device: KnownDevice, *, cached: bool = True) -> Speed:
         """cached: each position of a pass is of a different session, and its cache is read."""
@@ -214,7 +217,7 @@ class _Planning:
         if host is None:
             return None
         if isinstance(host.speed, Speed):
-            return host.speed.at(1) * self._sizes.head_bytes / self._sizes.block_bytes
+            return host.speed.block_ms_at(1) * self._sizes.head_bytes / self._sizes.block_bytes
         return self._sizes.head_bytes / host.speed.bytes_per_ms
 
     def _fastest(self, everyone: bool = False) -> Sequence[Hop]:

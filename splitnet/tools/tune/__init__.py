@@ -11,20 +11,28 @@ from typing import Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import CONNECTING, ModelOrInvite, as_arguments, box, connects, require, resolve_model
-from splitnet.cli.invite import model_or_invited
+from splitnet.cli.arguments import (
+    CONNECTING,
+    ModelOrInvite,
+    command_arguments,
+    connects,
+    option_group,
+    require,
+    resolve_model,
+)
+from splitnet.cli.invite import model_name
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.tune.data import TEMPLATE
 from splitnet.tools.tune.folder import WORK, TuningFolder
-from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork, Schedule, Settings
+from splitnet.tools.tune.methods import AdapterOptions, Method, PromptNetwork, Schedule, TrainingSettings
 
-in_data = box("Data")
-in_drafts = box("Draft head")
-in_training = box("Training")
-in_adapter = box("Adapter")
-in_gradients = box("Gradients")
+in_data = option_group("Data")
+in_drafts = option_group("Draft head")
+in_training = option_group("Training")
+in_adapter = option_group("Adapter")
+in_gradients = option_group("Gradients")
 
 
 _OF_DRAFT_HEADS = {"data", "output", "model", "resume", "max_length", "learning_rate", "seed", "draft_head"}
@@ -134,7 +142,7 @@ def tune(
 
     given: dict[str, Any] = {"output": output, "resume": resume, "max_length": max_length}
     given["states_limit"] = parse_bytes(states_limit)
-    given["way"] = [*([model] if model else []), *as_arguments(connecting)]
+    given["join_args"] = [*([model] if model else []), *command_arguments(connecting)]
     if draft_head:
         work = output / WORK
         if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
@@ -146,9 +154,9 @@ def tune(
             raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
         if texts is not None and texts.form == "classification":
             raise SplitnetError('labels make no draft head: give {"text": "..."}, chats or prompts with completions')
-        checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+        checkpoint = resolve_model(model_name(model, connecting.invite))
 
-        from splitnet.cli.connection import Connection
+        from splitnet.cli.connection import ModelConnection
         from splitnet.tools.tune.draft_head import LEARNING_RATE, DraftHeadTuning
 
         DraftHeadTuning(
@@ -159,7 +167,7 @@ def tune(
             learning_rate=learning_rate or LEARNING_RATE,
             seed=seed,
             **given,
-        ).run(Connection(checkpoint, connecting))
+        ).run(ModelConnection(checkpoint, connecting))
         return
     assert data is not None
     if method is not Method.SIDE or plan:
@@ -185,16 +193,16 @@ def tune(
     option = "--head" if head else given_options.get("template")
     if train.form != "classification" and option:
         raise SplitnetError(f'{option} is about labels, and the data has none: give {{"text": "...", "label": "..."}}')
-    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
+    checkpoint = resolve_model(model_name(model, connecting.invite))
 
-    from splitnet.cli.connection import Connection
+    from splitnet.cli.connection import ModelConnection
     from splitnet.tools.tune.job import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     if targets is not None and not named:
         raise SplitnetError("--targets names no layer: leave it out, or give some as q_proj,v_proj")
     options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named, width)
-    settings = Settings(
+    settings = TrainingSettings(
         steps=steps,
         learning_rate=learning_rate or method.learning_rate,
         batch_size=batch_size,
@@ -223,7 +231,7 @@ def tune(
     )
     if zeroth_order and connecting.codec == "auto":
         connecting = replace(connecting, codec="fp16")  # Int8's errors would hide small differences of losses
-    (tuning.plan if plan else tuning.run)(Connection(checkpoint, connecting))
+    (tuning.plan if plan else tuning.run)(ModelConnection(checkpoint, connecting))
 
 
 class Action(StrEnum):
@@ -277,14 +285,14 @@ def round(
     elif output is None:
         raise SplitnetError("the averaged parameters need a folder: give --output DIR")
     from splitnet.checkpoint.checkpoint import Checkpoint
-    from splitnet.cli.connection import Connection
+    from splitnet.cli.connection import ModelConnection
     from splitnet.tools.tune.coordinator import Coordinator
     from splitnet.tools.tune.owner import RoundLink
-    from splitnet.tools.tune.rounds import Rules
+    from splitnet.tools.tune.rounds import RoundRules
     from splitnet.wire.messages import RoundWish
 
-    rules = Rules(owners, norm, noise, masked, liars)
-    connection = Connection(resolve_model(model_or_invited(model, connecting.invite)), connecting)
+    rules = RoundRules(owners, norm, noise, masked, liars)
+    connection = ModelConnection(resolve_model(model_name(model, connecting.invite)), connecting)
     facts = connection.facts_of(Checkpoint.open(connection.model))
     with connection.swarm_of(facts) as swarm:
         if action is Action.START:
@@ -293,7 +301,7 @@ def round(
             Coordinator(swarm, name, rules, TuningFolder(output), resume=resume, **at).run()
             return
         with RoundLink(swarm, name) as link:
-            state, _ = link.ask(RoundWish.END if action is Action.END else RoundWish.LOOK)
+            state, _ = link.ask_round(RoundWish.END if action is Action.END else RoundWish.LOOK)
         told = f"{state.number} of {state.rounds or '?'} rounds are over"
         typer.echo(f"{told}; {state.owners} owners take part, {state.ready} are ready with the next")
 

@@ -17,14 +17,14 @@ import torch
 import typer
 
 from splitnet.cli.daemon import StopSignals
-from splitnet.directory.offers import announced
+from splitnet.directory.announcer import announced
 from splitnet.directory.record import ROUNDS
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.methods import Settings
-from splitnet.tools.tune.rounds import DELTA, FORGIVEN, Rounds, Rules, budget
+from splitnet.tools.tune.methods import TrainingSettings
+from splitnet.tools.tune.rounds import DELTA, FORGIVEN, RoundRules, Rounds, budget
 from splitnet.transport.addresses import peer_address, public_address
 from splitnet.transport.transport import Transport
 from splitnet.wire.endpoints import Connection, Destination, Endpoint
@@ -59,7 +59,7 @@ class Coordinator:
         self,
         swarm: Swarm,
         name: str,
-        rules: Rules,
+        rules: RoundRules,
         folder: TuningFolder,
         *,
         resume: bool,
@@ -75,18 +75,18 @@ class Coordinator:
         self._connections: dict[bytes, Connection] = {}
         self._informed: set[bytes] = set()  # owners that have received the last parameters
         description = {"round": name, "model": self._model, **asdict(rules)}
-        folder.check(description, resume=resume)
+        folder.check_settings(description, resume=resume)
         if saved := folder.load_checkpoint() if resume else None:
             tensors, facts = saved
-            self._begin(facts["settings"].encode())
+            self._begin_rounds(facts["settings"].encode())
             self._rounds.number, self._rounds.releases = facts["number"], facts["releases"]
             self._rounds.parameters = tensors["parameters"].numpy()
             self._rounds.moments = tensors["moments"].numpy() if "moments" in tensors else None
         keys = AuthorizedKeys(authorized) if authorized else None
         self._transport = Transport(
-            swarm.identity, on_message=self._receive, on_tick=self._advance, listen=listen, authorized=keys
+            swarm.identity, on_message=self._receive_message, on_tick=self._advance, listen=listen, authorized=keys
         )
-        folder.begin(description)
+        folder.claim(description)
         address = public_address(listen, self._transport.port, public_host)
         self._endpoint = Endpoint(address, swarm.identity.public)
 
@@ -102,14 +102,14 @@ class Coordinator:
         with closing(self._transport), announced(self._swarm.directory, self._swarm.identity, **about):
             try:
                 while not over_at or (time.monotonic() < over_at + LINGER_S and not self._all_informed):
-                    stop.check()
+                    stop.raise_if_stopped()
                     self._changed.wait(LOOK_S)
                     self._changed.clear()
-                    self._tell()
+                    self._report_round()
                     if self._rounds.is_over and not over_at:
                         over_at = time.monotonic()
             finally:
-                self._tell()
+                self._report_round()
         known = "each owner has the adapter" if self._all_informed else "some owners have not fetched it"
         typer.echo(f"{self._rounds.number} rounds are over; {known}")
 
@@ -118,7 +118,7 @@ class Coordinator:
         owners = list(self._rounds.owners.items())
         return all(key in self._informed for key, owner in owners if owner.missed < FORGIVEN)
 
-    def _tell(self) -> None:
+    def _report_round(self) -> None:
         """Prints what has happened, and saves the state."""
         with self._lock:
             rounds = self._rounds
@@ -135,24 +135,24 @@ class Coordinator:
             spent = budget(noise, facts["releases"])
             typer.echo(f"privacy: epsilon {spent:.2f} at delta {DELTA:g} for each owner")
 
-    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+    def _receive_message(self, source: Destination, frames: Sequence[Payload]) -> None:
         with suppress(ProtocolError):
             message = decode(frames)
             assert isinstance(source, Connection)
             with self._lock:
                 if isinstance(message, RoundNumbers) and message.attempt:
-                    self._rounds.take(source.curve, message)
+                    self._rounds.take_gradient(source.curve, message)
                 elif isinstance(message, RoundNumbers) and source.curve == self._own:
                     if self._rounds.parameters is None:  # other owners continue from known parameters
                         self._rounds.parameters = np.frombuffer(message.payload, "<f4").copy()
                 elif isinstance(message, AskRound):
                     try:
-                        self._answer(source, message)
+                        self._answer_owner(source, message)
                     except SplitnetError as error:
-                        self._send(source, self._state(refused=str(error)))
+                        self._send_numbers(source, self._state(refused=str(error)))
             self._advance()
 
-    def _answer(self, source: Connection, ask: AskRound) -> None:
+    def _answer_owner(self, source: Connection, ask: AskRound) -> None:
         rounds, key = self._rounds, source.curve
         if (ask.name, ask.model) != (self._name, self._model):
             raise SplitnetError(f"this coordinator has the round {self._name}, or another model: check both")
@@ -163,16 +163,16 @@ class Coordinator:
                 raise SplitnetError("the rounds have not begun: stop the coordinator instead")
             rounds.rounds = rounds.number
         if key == self._own and ask.wish == RoundWish.JOIN and not self._settings:
-            self._begin(bytes(ask.payload))
+            self._begin_rounds(bytes(ask.payload))
         if ask.wish not in (RoundWish.JOIN, RoundWish.READY) or not self._settings:
-            return self._send(source, self._state())
+            return self._send_numbers(source, self._state())
         if ask.wish == RoundWish.JOIN or key not in rounds.owners:
-            rounds.join(key, ask.examples, time.monotonic())
+            rounds.add_owner(key, ask.examples, time.monotonic())
             self._connections = {each: way for each, way in self._connections.items() if each in rounds.owners}
             self._informed &= rounds.owners.keys()
         before = self._connections.get(key)
         if before not in (None, source):
-            self._send(
+            self._send_numbers(
                 before, self._state(refused="another process with this key has joined: give each its --key-file")
             )
         self._connections[key] = source
@@ -183,28 +183,30 @@ class Coordinator:
             rounds.offer(key, ask.size)
         elif ask.wish == RoundWish.READY:
             rounds.tries(key)
-        self._send(source, *([self._state()] if current else self._latest()))
+        self._send_numbers(source, *([self._state()] if current else self._latest()))
 
     def _advance(self) -> None:
         """Sends the current news to owners; also called five times per second."""
         with self._lock:
             rounds, number = self._rounds, self._rounds.number
             waiting = [key for key, owner in rounds.owners.items() if owner.ready]
-            for key, want in rounds.step(time.monotonic()).items():
-                self._send(self._connections[key], want)
+            for key, want in rounds.next_wants(time.monotonic()).items():
+                self._send_numbers(self._connections[key], want)
             if rounds.number > number or (rounds.is_over and waiting):
                 for key in waiting:
                     rounds.owners[key].ready = False
-                    self._send(self._connections[key], *self._latest())
+                    self._send_numbers(self._connections[key], *self._latest())
             if rounds.told:
                 self._changed.set()
 
-    def _begin(self, settings: bytes) -> None:
+    def _begin_rounds(self, settings: bytes) -> None:
         """Begins with these settings. Raises SplitnetError if they are invalid."""
         try:
             given = json.loads(settings)
-            names = {each.name for each in fields(Settings)}
-            self._rounds.begin(Settings(**{name: value for name, value in given.items() if name in names}))
+            names = {each.name for each in fields(TrainingSettings)}
+            self._rounds.accept_settings(
+                TrainingSettings(**{name: value for name, value in given.items() if name in names})
+            )
         except (ValueError, TypeError, AttributeError):
             raise SplitnetError("these are no settings of a round") from None
         self._settings = settings
@@ -220,6 +222,6 @@ class Coordinator:
             return [self._state()]
         return [self._state(following=True), RoundNumbers(rounds.number, 0, rounds.parameters.tobytes())]
 
-    def _send(self, destination: Connection, *messages: Message) -> None:
+    def _send_numbers(self, destination: Connection, *messages: Message) -> None:
         for message in messages:
             self._transport.send(destination, encode(message))

@@ -13,9 +13,9 @@ from pathlib import Path
 import typer
 
 from splitnet.cli.tables import table
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.tools.tune.run import Encoded, TuningRun
-from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.side_tuner import SideTuner
 
 MEASURED = 3  # steps after a first one, which opens routes and sends the adapter
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -45,13 +45,13 @@ class Cost:
         """Duration of a run without evaluations."""
         return self.states_s + self.first_s + steps * self.step_s
 
-    def moved(self, steps: float) -> tuple[float, float]:
+    def moved_bytes(self, steps: float) -> tuple[float, float]:
         """Bytes sent and received in a run of this many steps."""
         sent, received = (once + steps * each for once, each in zip(self.states_bytes, self.step_bytes, strict=True))
         return sent, received
 
 
-def first_rows(rows: Sequence[Encoded], settings: Settings) -> list[Encoded]:
+def first_rows(rows: Sequence[Encoded], settings: TrainingSettings) -> list[Encoded]:
     """Rows for the measured steps, from all parts of the file."""
     count = min(len(rows), (1 + MEASURED) * settings.batch_size)
     return [rows[place * len(rows) // count] for place in range(count)]
@@ -64,7 +64,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
     with _peak() as peak:
         began, before = time.perf_counter(), model.training_bytes
         if isinstance(model, SideTuner):
-            model.fill(pad, lambda told: None, [])
+            model.compute_states(pad, lambda told: None, [])
             states_joules = model.training_joules
             different = {tuple(row.ids) for row in (*rows, *held_out)}
             share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
@@ -74,7 +74,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
         moved = now = filled
         for _ in range(1 + MEASURED):
             began, moved = time.perf_counter(), now
-            run.step()
+            run.take_step()
             times.append(time.perf_counter() - began)
             now = model.training_bytes
     step_s = sum(times[1:]) / MEASURED
@@ -94,7 +94,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
     )
 
 
-def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
+def print_costs(costs: Sequence[Cost], settings: TrainingSettings) -> None:
     """Prints a row per method, the fastest first, for an epoch and for a run."""
     examples = costs[0].examples
     steps = examples / settings.batch_size
@@ -112,7 +112,7 @@ def print_costs(costs: Sequence[Cost], settings: Settings) -> None:
                 cost.method,
                 f"{cost.trained:,}",
                 *(f"{each:,.1f}" for each in seconds),
-                *(f"{each / 1e6:,.1f}" for each in cost.moved(settings.steps)),
+                *(f"{each / 1e6:,.1f}" for each in cost.moved_bytes(settings.steps)),
                 "?" if cost.client_bytes is None else f"{cost.client_bytes / 2**20:,.0f}",
                 f"{cost.disk_bytes / 2**20:,.0f}",
                 *([f"{joules[cost.method] / 1000:,.2f}"] if told else ()),

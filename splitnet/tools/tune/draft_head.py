@@ -21,19 +21,19 @@ import typer
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from splitnet.blocks.client_part import Ends, ends_of, load_client_part
+from splitnet.blocks.client_part import ClientPart, client_part_of, load_client_part
 from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.cli.connection import Connection
+from splitnet.cli.connection import ModelConnection
 from splitnet.drafts.eagle import EagleHead, Shape
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.paths import public_name
-from splitnet.quant.stored import PackedTensor
+from splitnet.quant.packed_tensor import PackedTensor
 from splitnet.tools.tune.data import Examples
 from splitnet.tools.tune.folder import WORK, TuningFolder
 from splitnet.tools.tune.job import TuningProgress, digest, end_if, stop_signals, take_steps
-from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.methods import Schedule, TrainingSettings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 from splitnet.tools.tune.states import States, parts_of, read, states_of
 
@@ -97,7 +97,7 @@ def _states_at(path: Path, places: Tensor) -> Tensor:
     return states_of(path, first, int(places[-1]) + 1 - first)[places - first]
 
 
-class _Attention:
+class _UnrolledAttention:
     """Attention of an unrolled head, as in the training-time test of EAGLE-3.
 
     First each position attends to earlier positions of the same text. Then chains continue from some positions: each
@@ -141,9 +141,11 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
     ids, texts = pack.ids.to(states.device), pack.texts.to(states.device)
     places = torch.arange(len(ids) - 1, device=states.device)
     masked = (texts[:-1, None] != texts[None, :-1]) | (places[:, None] < places)
-    attention = _Attention(masked)
+    attention = _UnrolledAttention(masked)
     cosines, sines = head.rotary(0, len(ids) + DEPTH)
-    outputs = head(head.embed(ids[1:]), head.begin(states[:-1]), (cosines[places], sines[places]), attention.attend)
+    outputs = head(
+        head.embed(ids[1:]), head.embed_features(states[:-1]), (cosines[places], sines[places]), attention.attend
+    )
     learned = pack.learned.to(states.device)
 
     def goes_on(depth: int) -> Tensor:
@@ -178,7 +180,7 @@ class HeadRun(TuningRun):
         self,
         head: EagleHead,
         packs: Sequence[Pack],
-        settings: Settings,
+        settings: TrainingSettings,
         unembedding: Tensor,
         halves: bool | None = None,
     ) -> None:
@@ -223,7 +225,7 @@ class HeadRun(TuningRun):
         return seconds[True] < seconds[False]
 
 
-def expected_logits(model: Ends, unembedding: Tensor, states: Tensor) -> Tensor:
+def expected_logits(model: ClientPart, unembedding: Tensor, states: Tensor) -> Tensor:
     """The model's logits of the draft vocabulary, `[n, draft vocabulary]`."""
     with torch.no_grad():
         return model.norm(states).to(unembedding.dtype) @ unembedding.T
@@ -299,7 +301,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
 
 
 @torch.no_grad()
-def unembedding_of(model: Ends, ids: Tensor, device: torch.device) -> Tensor:
+def unembedding_of(model: ClientPart, ids: Tensor, device: torch.device) -> Tensor:
     """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, for any format of the head."""
     unit = torch.eye(model.hidden_size, device=device)
     base = model.head(torch.zeros(1, model.hidden_size, device=device))
@@ -308,7 +310,7 @@ def unembedding_of(model: Ends, ids: Tensor, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def new_head(model: Ends, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
+def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
     """A head for tokens `ids` whose first output is its input: initialized with torch's random numbers, except for its
     output head, which is the model's, and the layer before it.
     """
@@ -355,19 +357,19 @@ def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
     with checkpoint.store.load_tensors(names, torch.float32) as tensors:
         for name in names:
             given = tensors[name][...]
-            given = given.floats() if isinstance(given, PackedTensor) else given
+            given = given.to_floats() if isinstance(given, PackedTensor) else given
             if given.shape[-1] <= own[name].shape[-1] and given.shape[:-1] == own[name].shape[:-1]:
                 own[name][..., -given.shape[-1] :] = given.to(own[name])
 
 
 @torch.no_grad()
-def client_part(checkpoint: Checkpoint, device: str) -> Ends:
+def client_part(checkpoint: Checkpoint, device: str) -> ClientPart:
     """The client part. Raises SplitnetError if the family does more than a norm and a head after its blocks, because
     the meaning of its hidden states is then unknown.
     """
     blocks, shown = nn.Identity(), list[Tensor]()
     model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
-    part = ends_of(model)
+    part = client_part_of(model)
     blocks.register_forward_hook(lambda *called: shown.append(called[-1]))
     ids = torch.arange(min(64, part.vocabulary), device=model.device)[None]
     chosen = model(input_ids=ids, use_cache=False).logits[0].argmax(dim=-1)
@@ -395,9 +397,9 @@ class DraftHeadTuning:
     seed: int
     output: Path
     resume: bool
-    way: Sequence[str]  # the arguments with which commands reach the model
+    join_args: Sequence[str]  # the arguments with which commands reach the model
 
-    def run(self, connection: Connection) -> None:
+    def run(self, connection: ModelConnection) -> None:
         """Trains to the last epoch, or until it is stopped. Raises SplitnetError; finished work is kept."""
         checkpoint = connection.checkpoint()
         room = checkpoint.max_positions or math.inf
@@ -408,20 +410,20 @@ class DraftHeadTuning:
         facts = connection.facts_of(checkpoint)
         folder = TuningFolder(self.output / WORK)
         description = self._description(facts.fingerprint)
-        folder.check(description, resume=self.resume)
+        folder.check_settings(description, resume=self.resume)
         device = connection.options.device
         part = client_part(checkpoint, device)
-        folder.begin(description)
+        folder.claim(description)
         states, progress = States(folder), TuningProgress(0)
         with stop_signals("file of states") as stopped:
             if not writer.has_all(states):
                 with connection.swarm_of(facts) as swarm:
-                    writer.fill(states, attached(checkpoint, swarm, connection.options), progress, stopped)
+                    writer.write_states(states, attached(checkpoint, swarm, connection.options), progress, stopped)
         end_if(stopped, "Stopped")
         self._train(part, checkpoint, states, folder, torch.device(device))
 
     def _train(
-        self, part: Ends, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
+        self, part: ClientPart, checkpoint: Checkpoint, states: States, folder: TuningFolder, device: torch.device
     ) -> None:
         packs, held_out = packs_of(states)
         if not packs or not held_out:
@@ -435,7 +437,7 @@ class DraftHeadTuning:
         begin_as_last_block(head, checkpoint)
         size = max(1, min(BATCH, len(packs) // 8))
         steps = -(-self.epochs * len(packs) // size)
-        settings = Settings(
+        settings = TrainingSettings(
             steps,
             self.learning_rate,
             batch_size=size,
@@ -449,7 +451,7 @@ class DraftHeadTuning:
         progress = TuningProgress(steps)
 
         def keep() -> None:
-            tensors, facts = run.state()
+            tensors, facts = run.saved_state()
             folder.save_checkpoint(tensors, facts | {"halves": run.halves, "best": best})
 
         def look() -> None:
@@ -470,14 +472,14 @@ class DraftHeadTuning:
         positions = sum(len(pack.ids) for pack in packs)
         told = f"draft head: {positions:,} positions, {'bfloat16' if run.halves else 'float32'}"
         take_steps(run, folder, progress, saved, told, look=look, keep=keep)
-        command = ["splitnet", "generate", *self.way, "--speculate", f"eagle={self.output}", "..."]
+        command = ["splitnet", "generate", *self.join_args, "--speculate", f"eagle={self.output}", "..."]
         typer.echo(f"{best:.2f} tokens per round trip on held-out texts. The head is in {self.output}.")
         typer.echo(states.told_size)
         typer.echo(f"Use it: {shlex.join(command)}")
 
     def _description(self, fingerprint: str) -> dict[str, Any]:
         """The settings that identify a run."""
-        left_out = ("texts", "output", "resume", "way")
+        left_out = ("texts", "output", "resume", "join_args")
         own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in left_out}
         return {"model": fingerprint, "data": digest(self.texts.path) if self.texts else None, **own}
 
@@ -496,7 +498,7 @@ class _Writer:
         if texts is not None and tuning.generate:
             self._prompts = [self._prompt(texts, row) for row in texts.rows]
         elif texts is not None:
-            self._rows = self._encoder.encode(texts)
+            self._rows = self._encoder.encode_file(texts)
         self._pad = pad_of(tokenizer)
 
     @property
@@ -506,7 +508,9 @@ class _Writer:
     def has_all(self, states: States) -> bool:
         return states.texts >= self.wanted or states.nbytes >= self._tuning.states_limit
 
-    def fill(self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]) -> None:
+    def write_states(
+        self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]
+    ) -> None:
         """Writes files of states until all texts, or as many as fit, are done, or it is stopped."""
         began, before = time.monotonic(), states.texts
         progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time: peers compute their states ...")
@@ -516,7 +520,7 @@ class _Writer:
                 rows = self._generated(model, number)[: self.wanted - states.texts]
             else:
                 rows = self._rows[number * TOGETHER : (number + 1) * TOGETHER]
-            states.add(rows, last_states(model, rows, self._pad))
+            states.add_texts(rows, last_states(model, rows, self._pad))
             done, seconds = states.texts, time.monotonic() - began
             left = (self.wanted - done) * seconds / (done - before)
             size = states.nbytes / 2**20

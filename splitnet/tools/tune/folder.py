@@ -45,7 +45,7 @@ class TuningFolder:
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise DataError(f"cannot make {self.path} ({there} cannot be written): give another --output")
 
-    def check(self, settings: dict[str, Any], *, resume: bool) -> None:
+    def check_settings(self, settings: dict[str, Any], *, resume: bool) -> None:
         """Raises the errors of `check_place`, and DataError if the folder holds a run with other settings."""
         self.check_place(resume=resume)
         if not resume:
@@ -62,7 +62,7 @@ class TuningFolder:
                     "the options that it began with, or give another --output"
                 )
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    def claim(self, settings: dict[str, Any]) -> None:
         """Claims the folder for a run. Raises DataError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import has
-from splitnet.cli.connection import Connection
+from splitnet.cli.connection import ModelConnection
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import attached_classifier
@@ -37,13 +37,13 @@ from splitnet.tools.tune.methods import (
     Method,
     PromptNetwork,
     Schedule,
-    Settings,
+    TrainingSettings,
     begin_prefix,
     with_new_adapter,
 )
 from splitnet.tools.tune.owner import JointRun, RoundLink
-from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, Step, TuningRun, collate, pad_of
-from splitnet.tools.tune.side import SideTuner
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, TuningStep, collate, pad_of
+from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 from splitnet.wire.messages import RoundState, RoundWish
 
@@ -104,7 +104,7 @@ class TuningProgress:
         self._training = self.bars.add_task("training", total=steps, facts="")
         self._line_at = 0.0
 
-    def stepped(self, step: Step, tokens_per_s: float) -> None:
+    def stepped(self, step: TuningStep, tokens_per_s: float) -> None:
         facts = f"loss {step.loss:.4f}  {tokens_per_s:,.0f} tokens/s"
         self.bars.update(self._training, completed=step.number, facts=facts)
         now = time.monotonic()
@@ -189,7 +189,7 @@ class Tuning:
 
     method: Method
     options: AdapterOptions
-    settings: Settings
+    settings: TrainingSettings
     train: Examples
     held_out: Examples | None
     template: str
@@ -200,17 +200,17 @@ class Tuning:
     output: Path
     resume: bool
     states_limit: int  # bytes of hidden states on the disk, for a side network
-    way: Sequence[str]  # the arguments with which commands reach the model
+    join_args: Sequence[str]  # the arguments with which commands reach the model
     join_round: str | None = None  # name of the joint tuning, see `splitnet.tools.tune.rounds`
     named: Mapping[str, str] = field(default_factory=dict[str, str])  # given options, by parameter
 
-    def run(self, connection: Connection) -> None:
+    def run(self, connection: ModelConnection) -> None:
         """Trains to the last step, or until it is stopped. Raises SplitnetError; finished steps are kept."""
         checkpoint = connection.checkpoint()
         rows = self._rows(checkpoint)
         facts = connection.facts_of(checkpoint)
         if self.join_round is None:
-            TuningFolder(self.output).check(self._description(facts.fingerprint), resume=self.resume)
+            TuningFolder(self.output).check_settings(self._description(facts.fingerprint), resume=self.resume)
         with ExitStack() as stack:
             swarm = stack.enter_context(connection.swarm_of(facts))
             if self.join_round is None:
@@ -219,14 +219,14 @@ class Tuning:
             link = stack.enter_context(RoundLink(swarm, self.join_round, len(rows[0])))
             typer.echo(f"joining the round {link.name} ...", err=True)
             settings = json.dumps(self._shared()).encode()
-            joined = link.ask(RoundWish.JOIN, payload=settings, say=lambda text: typer.echo(text, err=True))
+            joined = link.ask_round(RoundWish.JOIN, payload=settings, say=lambda text: typer.echo(text, err=True))
             agreed = self._agreed(joined[0])
             agreed._run(checkpoint, swarm, connection.options, *agreed._rows(checkpoint), link=link, joined=joined)
 
     def _rows(self, checkpoint: Checkpoint) -> tuple[list[Encoded], list[Encoded], Sequence[int] | None]:
         """Rows for training, rows for evaluation, and the first token of each label, if words predict labels."""
         encoder = self._encoder(checkpoint, checkpoint.tokenizer())
-        rows, held_out = (encoder.encode(each) if each else [] for each in (self.train, self.held_out))
+        rows, held_out = (encoder.encode_file(each) if each else [] for each in (self.train, self.held_out))
         classified = self.train.form == "classification" and not self.head
         return rows, held_out, encoder.words() if classified else None
 
@@ -243,10 +243,10 @@ class Tuning:
         """joint: the joined round, as arguments of `JointRun`."""
         tokenizer, folder = checkpoint.tokenizer(), TuningFolder(self.output)
         pad, description = pad_of(tokenizer), self._description(swarm.facts.fingerprint)
-        folder.check(description, resume=self.resume)
+        folder.check_settings(description, resume=self.resume)
         torch.manual_seed(self.settings.seed)
         adapted = self._adapted(checkpoint, swarm, running, tokenizer, pad, [*rows, *held_out])
-        folder.begin(description)
+        folder.claim(description)
         if isinstance(adapted, SideTuner):
             self._fill(adapted, folder, pad)
         progress = TuningProgress(self.settings.steps)
@@ -291,17 +291,17 @@ class Tuning:
             method = Method(theirs["method"])
             options = {each.name: theirs[each.name] for each in fields(AdapterOptions)}
             options |= {"network": PromptNetwork(options["network"]), "targets": tuple(options["targets"])}
-            training = {each.name: theirs[each.name] for each in fields(Settings) if each.name in theirs}
+            training = {each.name: theirs[each.name] for each in fields(TrainingSettings) if each.name in theirs}
             training |= {"schedule": Schedule(training["schedule"]), "accumulate": self.settings.accumulate}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SplitnetError(
                 f"the settings of this round are of another version ({error}): upgrade the older"
             ) from None
         typer.echo(f"round of {method}, {training['steps']} steps", err=True)
-        how = {"method": method, "options": AdapterOptions(**options), "settings": Settings(**training)}
+        how = {"method": method, "options": AdapterOptions(**options), "settings": TrainingSettings(**training)}
         return replace(self, **how, template=theirs["template"], max_length=theirs["max_length"])
 
-    def plan(self, connection: Connection) -> None:
+    def plan(self, connection: ModelConnection) -> None:
         """Measures some steps of each method, and prints the cost of a run; keeps no files.
 
         Raises SplitnetError if no method is possible.
@@ -330,7 +330,7 @@ class Tuning:
             settings = replace(self.settings, learning_rate=method.learning_rate)
             one = replace(self, method=method, settings=settings, output=Path(folder))
             encoder = one._encoder(checkpoint, tokenizer)
-            rows, held_out = (encoder.encode(each) if each else [] for each in (self.train, self.held_out))
+            rows, held_out = (encoder.encode_file(each) if each else [] for each in (self.train, self.held_out))
             some = first_rows(rows, settings)
             adapted = one._adapted(checkpoint, swarm, running, tokenizer, pad, some)
             run = TuningRun(adapted, some, settings, pad=pad, head=self.head, device=running.device)
@@ -340,7 +340,7 @@ class Tuning:
         """Has the peers compute the states, and records the cost."""
         began, progress = time.perf_counter(), TuningProgress(self.settings.steps)
         with stop_signals("file of states") as stopped:
-            tuner.fill(pad, progress.say, stopped)
+            tuner.compute_states(pad, progress.say, stopped)
         sent, received = tuner.training_bytes
         facts: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 4)}
         facts |= {"sent_bytes": sent, "received_bytes": received} | _joules(tuner.training_joules)
@@ -360,7 +360,7 @@ class Tuning:
         steps = self.settings.steps
 
         def save() -> None:
-            folder.save_checkpoint(*run.state())
+            folder.save_checkpoint(*run.saved_state())
             folder.save_adapter(run.model)
 
         def save_if_due() -> None:
@@ -481,7 +481,7 @@ class Tuning:
         if self.head:
             typer.echo("Use it: splitnet.AutoModelForSequenceClassification and peft.PeftModel, see docs/tuning.md.")
             return
-        command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.way]
+        command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.join_args]
         command += ["--adapter", str(self.output)]
         if self.train.form != "chat":
             text = self.template if self.train.form == "classification" else "{text}"
@@ -535,7 +535,7 @@ def take_steps(
 def _take_step(run: TuningRun, folder: TuningFolder, progress: TuningProgress) -> None:
     began, moved = time.perf_counter(), getattr(run.model, "training_bytes", None)
     spent = run.model.training_joules if moved is not None else 0.0
-    step = run.step()
+    step = run.take_step()
     seconds = time.perf_counter() - began
     facts = asdict(step) | {"seconds": round(seconds, 4)}
     if moved is not None:  # the passes run through blocks of peers

@@ -13,7 +13,7 @@ from splitnet.errors import AdapterError
 from splitnet.paths import public_name
 
 if TYPE_CHECKING:
-    from splitnet.hf.adapters import Prefixes
+    from splitnet.hf.local_adapters import Prefixes
 
 
 class Method(StrEnum):
@@ -155,7 +155,7 @@ class Schedule(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """How to train."""
 
     steps: int

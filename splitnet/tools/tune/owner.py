@@ -59,7 +59,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
         self._beginning = np.zeros(0, np.float32)
         self._safe: tuple[str, ...] = ()  # how the last gradient was protected
         self.moved = 0, 0  # bytes of numbers sent and received
-        self._transport = Transport(self._identity, on_message=self._receive, on_link=self._link_changed)
+        self._transport = Transport(self._identity, on_message=self._receive_answer, on_link=self._link_changed)
         self._transport.start()
 
     def _found(self, swarm: Swarm) -> Endpoint:
@@ -76,7 +76,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
             raise DirectoryError(f"{len(found)} coordinators call their round {self.name}: give {ways}")
         return found[0]
 
-    def ask(
+    def ask_round(
         self,
         wish: RoundWish,
         number: int = 0,
@@ -124,7 +124,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
                     )
                     state, parameters = None if waits else message, None
                     if waits and gradient is not None and not message.ready:  # the initial parameters were lost
-                        self.begin(self._beginning)
+                        self.send_parameters(self._beginning)
                     # The next message may take long on a slow link, and must not be requested again meanwhile.
                     if not waits:
                         ask_at = heard + SILENT_S / 2
@@ -163,13 +163,13 @@ class RoundLink(AbstractContextManager["RoundLink"]):
                 return state, parameters
         raise Stopped
 
-    def begin(self, parameters: Numbers) -> None:
+    def send_parameters(self, parameters: Numbers) -> None:
         """Sends the coordinator the initial parameters, if it has the key of this owner."""
         self._beginning = parameters
         if self._starts:
             self._transport.send(self._endpoint, encode(RoundNumbers(0, 0, parameters.tobytes())))
 
-    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+    def _receive_answer(self, source: Destination, frames: Sequence[Payload]) -> None:
         with suppress(ProtocolError, queue.Full):
             self._answers.put_nowait(decode(frames))
 
@@ -210,7 +210,7 @@ class JointRun(TuningRun):
         self._joined = joined[0], first if joined[1] is None else joined[1]
         if first.nbytes > MAX_PAYLOAD_BYTES:
             raise SplitnetError(f"{first.size:,} numbers are too many for owners that train together")
-        link.begin(first)
+        link.send_parameters(first)
         self._adopt(*joined)
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class JointRun(TuningRun):
         )
         how: dict[str, Any] = {"gradient": gradient, "stopped": self.stopped, "say": self._say}
         with suppress(Stopped):
-            self._adopt(*self._link.ask(RoundWish.READY, self.done, **how))
+            self._adopt(*self._link.ask_round(RoundWish.READY, self.done, **how))
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         super().restore(tensors, facts)

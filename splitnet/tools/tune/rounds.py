@@ -20,7 +20,7 @@ from nacl.bindings import crypto_box_beforenm
 from nacl.utils import randombytes_deterministic
 
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
 LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
@@ -45,7 +45,7 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RoundRules:
     """owners: required to begin; later half of them are enough. norm: the longest gradient, longer ones are shortened;
     0: twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`.
     masked: owners add masks that cancel out, so that the coordinator sees only sums. liars: number of owners that may
@@ -106,8 +106,8 @@ class Rounds:
     for the user.
     """
 
-    rules: Rules
-    settings: Settings | None = None
+    rules: RoundRules
+    settings: TrainingSettings | None = None
     rounds: int = 0
     number: int = 0
     parameters: Numbers | None = None
@@ -138,14 +138,14 @@ class Rounds:
     def _needed(self) -> int:
         return self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)
 
-    def begin(self, settings: Settings) -> None:
+    def accept_settings(self, settings: TrainingSettings) -> None:
         """Uses these settings, unless settings are known. Raises SplitnetError if they have too many steps."""
         if not 0 < settings.steps <= MAX_ROUNDS:
             raise SplitnetError(f"a joint tuning has {MAX_ROUNDS:,} steps at most: lower --steps")
         if self.settings is None:
             self.settings, self.rounds = settings, settings.steps
 
-    def join(self, key: bytes, examples: int, now: float) -> None:
+    def add_owner(self, key: bytes, examples: int, now: float) -> None:
         """Adds an owner. If all places are taken, an owner that has delivered no gradient lately loses its place; when
         it is ready with a gradient, it joins again. Raises SplitnetError if all places belong to delivering owners.
         """
@@ -187,7 +187,7 @@ class Rounds:
         assert self.parameters is not None
         return MAX_GRADIENTS_BYTES // max(1, self.parameters.nbytes)
 
-    def take(self, key: bytes, numbers: RoundNumbers) -> None:
+    def take_gradient(self, key: bytes, numbers: RoundNumbers) -> None:
         """Stores a requested gradient; drops any other."""
         owner = self.owners.get(key)
         wanted = key in self.members and (self.number, self._attempt) == (numbers.number, numbers.attempt)
@@ -195,7 +195,7 @@ class Rounds:
         if owner is not None and wanted and len(numbers.payload) == size:
             owner.gradient = bytes(numbers.payload)
 
-    def step(self, now: float) -> dict[bytes, WantGradient]:
+    def next_wants(self, now: float) -> dict[bytes, WantGradient]:
         """The messages for owners at this time. `number` rises when a round has been averaged."""
         if self.is_over or self._began is None:
             return {}
@@ -301,7 +301,11 @@ class Rounds:
 
 
 def averaged(
-    gradients: Sequence[Numbers], shares: Numbers, rules: Rules, random: np.random.Generator, say: Any = lambda _: None
+    gradients: Sequence[Numbers],
+    shares: Numbers,
+    rules: RoundRules,
+    random: np.random.Generator,
+    say: Any = lambda _: None,
 ) -> Numbers:
     """The weighted mean of gradients, float32 `[n]` each; with `rules.liars` the element-wise median of the means of
     random groups. Gradients that are not finite or far too long are left out, and long ones are shortened.

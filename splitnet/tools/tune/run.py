@@ -15,9 +15,9 @@ import torch
 from splitnet.blocks.head import IGNORED
 from splitnet.checkpoint.chat_template import render
 from splitnet.errors import DataError, NotFinite
-from splitnet.serve.answers.forms import Forms, forms_of, with_ids
+from splitnet.serve.answers.call_forms import Forms, forms_of, history_for_template
 from splitnet.tools.tune.data import Example, Examples
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Encoder:
     head: bool = False  # whether a trained head predicts labels, rather than words
 
     @property
-    def _end(self) -> list[int]:
+    def _end_tokens(self) -> list[int]:
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 
-    def encode(self, examples: Examples) -> list[Encoded]:
+    def encode_file(self, examples: Examples) -> list[Encoded]:
         """All rows of a file. Plain text that is too long becomes several rows.
 
         Raises DataError if an example cannot be encoded, is too long, or has an unknown label.
@@ -88,14 +88,14 @@ class Encoder:
         return first
 
     def _text(self, example: Example) -> list[Encoded]:
-        ids = self.tokenizer(example.fields["text"])["input_ids"] + self._end
+        ids = self.tokenizer(example.fields["text"])["input_ids"] + self._end_tokens
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:
             pieces.pop()  # a single token teaches nothing
         return [_row([(piece, True)]) for piece in pieces]
 
     def _completion(self, prompt: str, completion: str) -> Encoded:
-        return _row([(self.tokenizer(prompt)["input_ids"], False), (self.ids_of(completion) + self._end, True)])
+        return _row([(self.tokenizer(prompt)["input_ids"], False), (self.ids_of(completion) + self._end_tokens, True)])
 
     def _classified(self, examples: Examples, example: Example) -> Encoded:
         text, label = example.fields["text"], example.fields["label"]
@@ -147,7 +147,7 @@ class Encoder:
         """The messages of a chat for the model's template. Raises DataError if the model has no template."""
         if not self.tokenizer.chat_template:
             examples.fail(example, 'this model has no chat template: use "prompt" and "completion", not "messages"')
-        return with_ids(example.fields["messages"], self._forms)
+        return history_for_template(example.fields["messages"], self._forms)
 
     @cached_property
     def _forms(self) -> Forms:
@@ -262,7 +262,7 @@ def estimate_gradients(
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TuningStep:
     """The result of one step, counted from 1."""
 
     number: int
@@ -282,7 +282,7 @@ class TuningRun:
         self,
         model: Any,
         rows: Sequence[Encoded],
-        settings: Settings,
+        settings: TrainingSettings,
         *,
         pad: int,
         head: bool = False,
@@ -307,7 +307,7 @@ class TuningRun:
     def trained_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.trained.values())
 
-    def step(self) -> Step:
+    def take_step(self) -> TuningStep:
         """Takes the next step. Raises NotFinite if the loss or the gradient is not finite although the peers' values
         are, and the errors of the model; the run is then unchanged.
         """
@@ -321,7 +321,7 @@ class TuningRun:
         self._descend()
         self._random = torch.get_rng_state()
         tokens = sum(len(row.ids) for row in rows)
-        return Step(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
+        return TuningStep(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
 
     def overflow(self, what: str) -> NotFinite:
         """The error for values of the run itself that are not finite."""
@@ -361,7 +361,7 @@ class TuningRun:
         self._optimizer.step()
         self.done += 1
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def saved_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Everything that determines the next step: tensors, and JSON-compatible facts."""
         tensors = {f"parameter.{name}": parameter.detach().clone() for name, parameter in self.trained.items()}
         numbers: dict[str, dict[str, Any]] = {}

@@ -27,15 +27,15 @@ class States:
     def __init__(self, folder: TuningFolder) -> None:
         self.folder = folder
         self.files: list[Path] = []
-        while (path := self._next).exists() and _is_sound(path):
+        while (path := self._next_path).exists() and _is_sound(path):
             self.files.append(path)
-        for path in sorted(folder.path.glob("*.safetensors")) if self._next.exists() else ():
+        for path in sorted(folder.path.glob("*.safetensors")) if self._next_path.exists() else ():
             if path.name != CHECKPOINT and path not in self.files:
                 log.warning("%s is damaged, or follows a damaged file: its states are computed again", path)
                 path.unlink()
 
     @property
-    def _next(self) -> Path:
+    def _next_path(self) -> Path:
         return self.folder.path / f"{len(self.files):05}.safetensors"
 
     @property
@@ -51,7 +51,7 @@ class States:
         """A sentence for the user at the end of a run."""
         return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that are not needed any more."
 
-    def add(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
+    def add_texts(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
         """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError if there is no room."""
         packed = torch.cat(list(states)).cpu()
         halves = packed.to(torch.float16)  # more exact than bfloat16, if the values fit
@@ -61,7 +61,7 @@ class States:
             "lengths": torch.tensor([len(row.ids) for row in rows], dtype=torch.int32),
             "states": halves if bool(halves.isfinite().all()) else packed.to(torch.bfloat16),
         }
-        path = self._next
+        path = self._next_path
         self.folder.save_checkpoint(tensors, {"sha256": _digest(tensors)}, path.name)
         self.files.append(path)
 
@@ -69,7 +69,7 @@ class States:
         """`ids`, `learned` or `lengths` of all files in order."""
         return (read(path, name) for path in self.files)
 
-    def places(self) -> Iterator[tuple[tuple[int, ...], Path, int]]:
+    def text_places(self) -> Iterator[tuple[tuple[int, ...], Path, int]]:
         """The ids of each text, its file, and the index of its first state in the file."""
         for path in self.files:
             first = 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from splitnet.blocks.fast import graph_step
 from splitnet.blocks.fast.graph_step import SIZES, CannotBeRecorded, GraphStep, OnDeviceAlone, size_for
 from splitnet.blocks.fast.torch_step import TorchStep
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from tests.unit.random_models import random_checkpoint
@@ -56,7 +56,7 @@ def session(span: Span, rows: int = 5) -> torch.Tensor:
 
     def run(*counts: tuple[int, int]) -> None:
         hidden = torch.randn(sum(count for _, count in counts), span.hidden_size, generator=noise)
-        parts = [Chunk(held[row], held[row].length, count) for row, count in counts]
+        parts = [RowChunk(held[row], held[row].length, count) for row, count in counts]
         outputs.append(span.forward(hidden, parts).float())
 
     run(*enumerate(lengths))
@@ -70,7 +70,7 @@ def session(span: Span, rows: int = 5) -> torch.Tensor:
     run((0, 3), (1, 1))
     run(*((row, 1) for row in reversed(range(rows))))
     for row in held:
-        outputs += [torch.cat((keys, values)).flatten(1) for _, keys, values in row.held(row.length)]
+        outputs += [torch.cat((keys, values)).flatten(1) for _, keys, values in row.keys_and_values(row.length)]
     return torch.cat([output.flatten() for output in outputs])
 
 
@@ -95,7 +95,7 @@ def test_taps_are_kept_between_replays(checkpoint: Checkpoint, monkeypatch: pyte
     hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
     before = recorder.replays
     got, expected = (
-        each.forward(hidden, [Chunk(each.new_row(), 0, 1) for _ in range(3)], (2, 3)) for each in (span, plain)
+        each.forward(hidden, [RowChunk(each.new_row(), 0, 1) for _ in range(3)], (2, 3)) for each in (span, plain)
     )
     assert recorder.replays > before and got.shape == (3, 3 * span.hidden_size)
     torch.testing.assert_close(got, expected)
@@ -110,7 +110,7 @@ def test_more_positions_than_recorded_run_without_graphs(
     before = recorder.replays
     hidden = torch.randn(MOST + 1, span.hidden_size, generator=torch.Generator().manual_seed(0))
     got, expected = (
-        each.forward(hidden, [Chunk(each.new_row(), 0, 1) for _ in range(MOST + 1)]) for each in (span, plain)
+        each.forward(hidden, [RowChunk(each.new_row(), 0, 1) for _ in range(MOST + 1)]) for each in (span, plain)
     )
     torch.testing.assert_close(got, expected)
     assert recorder.replays == before
@@ -141,7 +141,7 @@ def test_a_recording_that_stores_wrong_values_is_named_and_left_out(
 ) -> None:
     own = graph_step.Recorded.run
 
-    def run(self: graph_step.Recorded, blocks: object, hidden: object, parts: list[Chunk]) -> torch.Tensor:
+    def run(self: graph_step.Recorded, blocks: object, hidden: object, parts: list[RowChunk]) -> torch.Tensor:
         output = own(self, blocks, hidden, parts)  # pyright: ignore[reportArgumentType]
         parts[-1].row._blocks[2].values[:, :, parts[-1].row.length] += 0.1
         return output

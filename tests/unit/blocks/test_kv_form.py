@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from splitnet.blocks.attention import _mask
 from splitnet.blocks.fast.native_step import NativeStep
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, turned
-from splitnet.blocks.span import PASS, Chunk, Span
+from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, hadamard_rotated
+from splitnet.blocks.span import PASS_POSITIONS, RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import WeightsError
 from splitnet.quant import native
@@ -65,7 +65,7 @@ def test_codes_decode_to_the_numbers(kind: str, size: int) -> None:
     held = form.encode(numbers)
     assert held[0, 0].nbytes == form.bytes_of(size) < 4 * size
     assert away(form.decode(held, size), numbers).max() < ERRORS[kind]
-    torch.testing.assert_close(turned(turned(numbers)), numbers)
+    torch.testing.assert_close(hadamard_rotated(hadamard_rotated(numbers)), numbers)
     assert form.decode(form.encode(torch.zeros(1, size)), size).abs().sum() == 0
     assert not form.decode(form.encode(torch.full((1, size), torch.nan)), size).isfinite().any()
 
@@ -148,7 +148,7 @@ def test_codes_and_reads_do_not_depend_on_the_steps(lengths: list[int], kind: st
         shown.append(torch.cat(found, dim=3))
         alone.advance(1)
     for begin, end in cut(lengths, count):
-        *found, twice = row.append_apart(0, keys[:, :, begin:end], values[:, :, begin:end])
+        *found, twice = row.append_with_codes(0, keys[:, :, begin:end], values[:, :, begin:end])
         row.advance(end - begin)
         columns = torch.cat((torch.arange(twice.stop), torch.arange(twice.start, end)))
         for index in {begin, (begin + end) // 2, end - 1}:
@@ -180,14 +180,14 @@ def test_outputs_do_not_depend_on_the_steps(family: str, kind: str, tmp_path: Pa
         row, found = span.new_row(), list[torch.Tensor]()
         for begin, end in cut(lengths, count):
             if taken_back and begin:
-                span.forward(-hidden[:taken_back], [Chunk(row, begin, taken_back)])
+                span.forward(-hidden[:taken_back], [RowChunk(row, begin, taken_back)])
                 row.crop(begin)
-            found.append(span.forward(hidden[begin:end], [Chunk(row, begin, end - begin)]))
+            found.append(span.forward(hidden[begin:end], [RowChunk(row, begin, end - begin)]))
         return torch.cat(found)
 
     expected = outputs([1])
     exact = load(family, tmp_path, "auto")
-    off = (expected - exact.forward(hidden, [Chunk(exact.new_row(), 0, count)])).norm()
+    off = (expected - exact.forward(hidden, [RowChunk(exact.new_row(), 0, count)])).norm()
     splits = [([16], 9), ([64, 3, 17], 0)] + (
         [] if family in ("bloom", "bamba") else [([count], 0), ([150, 9, 40], 16)]
     )
@@ -199,7 +199,9 @@ def test_outputs_do_not_depend_on_the_steps(family: str, kind: str, tmp_path: Pa
 def test_whole_sequences_have_no_codes(tmp_path: Path) -> None:
     folder = random_checkpoint("llama", tmp_path, **FAMILIES["llama"])
     exact, coded = load("llama", folder, "auto"), load("llama", folder, "int4")
-    hidden = torch.randn(PASS + 70, exact.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    hidden = torch.randn(
+        PASS_POSITIONS + 70, exact.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     with torch.no_grad():
         assert coded.sequences(hidden, [len(hidden)]).equal(exact.sequences(hidden, [len(hidden)]))
 
@@ -233,13 +235,13 @@ def load(family: str, folder: Path, kv: str) -> Span:
 def decoded(span: Span, hidden: torch.Tensor, prompt: int) -> torch.Tensor:
     """Outputs of a prompt, of single steps, and of drafts, some of which are cropped."""
     row = span.new_row(len(hidden))
-    found = [span.forward(hidden[:prompt], [Chunk(row, 0, prompt)])]
+    found = [span.forward(hidden[:prompt], [RowChunk(row, 0, prompt)])]
     for index in range(prompt, prompt + 12):
-        found.append(span.forward(hidden[index : index + 1], [Chunk(row, index, 1)]))
+        found.append(span.forward(hidden[index : index + 1], [RowChunk(row, index, 1)]))
     start = prompt + 12
-    span.forward(hidden[start + 5 : start + 14], [Chunk(row, start, 9)])
+    span.forward(hidden[start + 5 : start + 14], [RowChunk(row, start, 9)])
     row.crop(start)
-    found.append(span.forward(hidden[start : start + 9], [Chunk(row, start, 9)]))
+    found.append(span.forward(hidden[start : start + 9], [RowChunk(row, start, 9)]))
     return torch.cat(found)
 
 
@@ -289,6 +291,6 @@ def test_announced_bytes_are_those_of_rows(tmp_path: Path) -> None:
         span = load("llama", folder, kind)
         for part in (span, span.view(2, 5)):
             row = part.new_row(1000)
-            part.forward(torch.ones(1, part.hidden_size), [Chunk(row, 0, 1)])
+            part.forward(torch.ones(1, part.hidden_size), [RowChunk(row, 0, 1)])
             assert row.nbytes == 1000 * part.kv_bytes_per_position + part.row_bytes
             assert row.bytes_per_position == part.kv_bytes_per_position

@@ -26,11 +26,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
-from splitnet.blocks.client_part import backbone_of, ends_of, load_client_part
+from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, AdapterTensors
+from splitnet.blocks.client_part import backbone_of, client_part_of, load_client_part
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.sizes import ModelSizes
-from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.blocks.model_sizes import ModelSizes
+from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import FAMILIES, check_can_be_cut
 from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
@@ -155,7 +155,7 @@ class Sequences:
         hidden = torch.cat([chunk for _, chunk in chunks])
         for index, span in enumerate(self.spans):
             rows = [self.rows[key][index] for key, _ in chunks]
-            parts = [Chunk(row, row.length, len(chunk)) for row, (_, chunk) in zip(rows, chunks, strict=True)]
+            parts = [RowChunk(row, row.length, len(chunk)) for row, (_, chunk) in zip(rows, chunks, strict=True)]
             hidden = span.forward(hidden, parts)
         return list(hidden.split([len(chunk) for _, chunk in chunks]))
 
@@ -210,9 +210,9 @@ def test_every_family_with_an_entry_is_among_the_cases() -> None:
 def test_the_ends_compute_all_outside_the_blocks(case: Case, made: Callable[[Case], Path]) -> None:
     tap = Tap()
     client_part = load_client_part(Checkpoint.open(made(case)), tap)
-    ends = ends_of(client_part)
+    ends = client_part_of(client_part)
     assert tap.seen is None, "the blocks are left alone"
-    if not ends.are_all:
+    if not ends.compute_everything:
         assert case.family not in USUAL_ENDS
         return
     torch.manual_seed(2)
@@ -353,8 +353,8 @@ def test_positions_have_the_frequencies_of_their_reach(case: Case, made: Callabl
         """The keys of every block, after steps `(start, end, reach)`."""
         row = span.new_row()
         for start, end, reach in steps:
-            span.forward(hidden[start:end], [Chunk(row, start, end - start, None, reach)])
-        return [keys for _, keys, _ in row.held(40)]
+            span.forward(hidden[start:end], [RowChunk(row, start, end - start, None, reach)])
+        return [keys for _, keys, _ in row.keys_and_values(40)]
 
     text = keys([(0, 24, 24), *((position, position + 1, 0) for position in range(24, 40))])
     replayed = keys([(0, 9, 24), (9, 24, 24), (24, 40, 0)])
@@ -468,10 +468,10 @@ def test_a_far_rewind_runs_earlier_positions_again(family: str, made: Callable[[
     span = Span.load(Checkpoint.open(made(Case(family, HYBRIDS[family]))), 0, 6)
     torch.manual_seed(0)
     hidden = torch.randn(130, 64)
-    expected = span.forward(hidden, [Chunk(span.new_row(), 0, 130)])
+    expected = span.forward(hidden, [RowChunk(span.new_row(), 0, 130)])
     row = span.new_row()
-    span.forward(hidden[:30], [Chunk(row, 0, 30)])
-    span.forward(hidden[30:130] + 1, [Chunk(row, 30, 100)])
+    span.forward(hidden[:30], [RowChunk(row, 0, 30)])
+    span.forward(hidden[30:130] + 1, [RowChunk(row, 30, 100)])
     fork = row.fork(25)
     row.crop(30)
     assert row.computed == 30, "a copy was made before the second step"
@@ -480,7 +480,7 @@ def test_a_far_rewind_runs_earlier_positions_again(family: str, made: Callable[[
     assert span.catch_up(row, None, 11) == 11
     assert row.computed == 11
     for other in (row, fork):
-        again = span.forward(hidden[25:120], [Chunk(other, 25, 95)])
+        again = span.forward(hidden[25:120], [RowChunk(other, 25, 95)])
         assert_close(again, expected[25:120], 1e-4)
         assert (other.length, other.computed) == (120, 120)
     assert span.catch_up(row, None) == 0
@@ -491,11 +491,11 @@ def test_a_row_moves_to_more_memory_in_the_middle_of_a_step(made: Callable[[Case
     span = Span.load(Checkpoint.open(made(Case("jamba", HYBRIDS["jamba"]))), 0, 6)
     torch.manual_seed(0)
     hidden = torch.randn(40, 64)
-    expected = span.forward(hidden, [Chunk(span.new_row(), 0, 40)])
+    expected = span.forward(hidden, [RowChunk(span.new_row(), 0, 40)])
     row = span.new_row(16)
-    span.forward(hidden[:10], [Chunk(row, 0, 10)])
+    span.forward(hidden[:10], [RowChunk(row, 0, 10)])
     row.room = 40
-    assert_close(span.forward(hidden[10:], [Chunk(row, 10, 30)]), expected[10:], 3e-5)
+    assert_close(span.forward(hidden[10:], [RowChunk(row, 10, 30)]), expected[10:], 3e-5)
 
 
 @pytest.mark.parametrize("path", ["mamba.dt_proj", "mamba.out_proj"])
@@ -504,14 +504,14 @@ def test_adapters_are_added_to_a_layer_or_refused(path: str, made: Callable[[Cas
     torch.manual_seed(0)
     layer: Any = span._backbone.get_submodule(f"layers.0.{path}")
     outputs, inputs = layer.weight.shape
-    adapter = Adapter({f"0.{path}.lora_A": torch.randn(2, inputs), f"0.{path}.lora_B": torch.randn(outputs, 2)})
+    adapter = AdapterTensors({f"0.{path}.lora_A": torch.randn(2, inputs), f"0.{path}.lora_B": torch.randn(outputs, 2)})
     if path == "mamba.dt_proj":
         with pytest.raises(AdapterError, match=r"dt_proj.*leave it out"):
-            span.fit(adapter)
+            span.fit_adapter(adapter)
         return
-    span.fit(adapter)
+    span.fit_adapter(adapter)
     hidden = torch.randn(5, 64)
-    plain, adapted = (span.forward(hidden, [Chunk(span.new_row(), 0, 5, which)]) for which in (None, adapter))
+    plain, adapted = (span.forward(hidden, [RowChunk(span.new_row(), 0, 5, which)]) for which in (None, adapter))
     assert not torch.allclose(plain, adapted)
 
 
@@ -531,7 +531,7 @@ def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable
         if isinstance(module, QuantizedLinear)
     }
     assert "in_proj" in layers and "dt_proj" not in layers
-    outputs = [span.forward(hidden, [Chunk(span.new_row(), 0, 9)]).float() for span in (exact, held)]
+    outputs = [span.forward(hidden, [RowChunk(span.new_row(), 0, 9)]).float() for span in (exact, held)]
     assert (outputs[1] - outputs[0]).norm() < 0.4 * outputs[0].norm()
 
 
@@ -540,9 +540,9 @@ def test_unsupported_prefixes_are_refused(family: str, reason: str, made: Callab
     span = Span.load(Checkpoint.open(made(Case(family, (HYBRIDS | SPARSE)[family]))), 0, 6)
     prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
     with pytest.raises(AdapterError, match=rf"'{family}' {reason}.*LoRA"):
-        span.fit(Adapter(prefix))
+        span.fit_adapter(AdapterTensors(prefix))
     row = span.new_row()
-    span.forward(torch.randn(3, 64), [Chunk(row, 0, 3)])
+    span.forward(torch.randn(3, 64), [RowChunk(row, 0, 3)])
     with pytest.raises(AdapterError, match="LoRA"):
         span.keys_and_values(row, 3)
 
@@ -562,7 +562,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
     hidden = torch.randn(3, 64)
     whole = Span.load(checkpoint, 2, 4)
     assert torch.equal(
-        span.forward(hidden, [Chunk(span.new_row(), 0, 3)]), whole.forward(hidden, [Chunk(whole.new_row(), 0, 3)])
+        span.forward(hidden, [RowChunk(span.new_row(), 0, 3)]), whole.forward(hidden, [RowChunk(whole.new_row(), 0, 3)])
     )
     stored = sum(checkpoint.bytes_of((t.name for t in checkpoint.block_tensors[i]), None) for i in (2, 3))
     assert reported[-1] == (stored, stored)
@@ -573,7 +573,7 @@ def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path],
 def test_dtype_of_a_span(llama: Checkpoint) -> None:
     assert Span.load(llama, 0, 2).dtype == torch.float32
     span = Span.load(llama, 0, 2, dtype="bfloat16")
-    output = span.forward(torch.randn(3, 64), [Chunk(span.new_row(), 0, 3)])
+    output = span.forward(torch.randn(3, 64), [RowChunk(span.new_row(), 0, 3)])
     assert span.dtype == output.dtype == torch.bfloat16
     assert span.kv_bytes_per_position == 2 * 2 * (2 * 16) * 2  # keys and values, blocks, heads x head size, bytes
     assert block_bytes(llama, "bfloat16") * 2 == block_bytes(llama, None)
@@ -592,15 +592,15 @@ def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], P
     for begin, end in ((0, 10), (10, 11), (11, 12)):
         count = end - begin
         assert torch.equal(
-            view.forward(hidden[begin:end], [Chunk(rows[0], begin, count)]),
-            alone.forward(hidden[begin:end], [Chunk(rows[1], begin, count)]),
+            view.forward(hidden[begin:end], [RowChunk(rows[0], begin, count)]),
+            alone.forward(hidden[begin:end], [RowChunk(rows[1], begin, count)]),
         )
     assert view.kv_bytes_per_position == alone.kv_bytes_per_position
     assert (view.start, view.end) == (2, 5)
-    whole = span.forward(hidden, [Chunk(span.new_row(), 0, 12)])
+    whole = span.forward(hidden, [RowChunk(span.new_row(), 0, 12)])
     chained = hidden
     for part in (span.view(1, 2), view, span.view(5, 6)):
-        chained = part.forward(chained, [Chunk(part.new_row(), 0, 12)])
+        chained = part.forward(chained, [RowChunk(part.new_row(), 0, 12)])
     assert_close(chained, whole)
     with pytest.raises(ValueError, match="not within"):
         span.view(0, 3)
@@ -619,7 +619,7 @@ def test_taps_of_a_span_equal_outputs_of_its_parts(case: Case, made: Callable[[C
         for row in (row for own in rows for row in own):
             row.crop(row.length - back)
         hidden = torch.randn(sum(counts), span.hidden_size, generator=noise)
-        parts = [[Chunk(own[at], own[at].length, n) for own, n in zip(rows, counts, strict=True)] for at in range(4)]
+        parts = [[RowChunk(own[at], own[at].length, n) for own, n in zip(rows, counts, strict=True)] for at in range(4)]
         got = span.forward(hidden, parts[0], (3, 4)).chunk(3, dim=1)
         for part, own, states in zip(chain[1:], parts[1:], got, strict=True):
             hidden = part.forward(hidden, own)
@@ -629,14 +629,14 @@ def test_taps_of_a_span_equal_outputs_of_its_parts(case: Case, made: Callable[[C
 def test_spans_in_several_threads_do_not_meet(llama: Checkpoint) -> None:
     hidden = torch.randn(40, 64)
     spans = load_spans(llama)
-    expected = [span.forward(hidden, [Chunk(span.new_row(), 0, 40)]) for span in spans]
+    expected = [span.forward(hidden, [RowChunk(span.new_row(), 0, 40)]) for span in spans]
     barrier = threading.Barrier(len(spans))
     equal: list[bool] = []
 
     def work(span: Span, wanted: torch.Tensor) -> None:
         barrier.wait()
         for _ in range(20):
-            equal.append(torch.equal(span.forward(hidden, [Chunk(span.new_row(), 0, 40)]), wanted))
+            equal.append(torch.equal(span.forward(hidden, [RowChunk(span.new_row(), 0, 40)]), wanted))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(spans, expected, strict=True)]
     for thread in threads:
@@ -650,11 +650,11 @@ def test_parts_that_do_not_fit_are_refused(llama: Checkpoint) -> None:
     span = Span.load(llama, 0, 1)
     row = span.new_row()
     refused = [
-        (torch.randn(2, 32), [Chunk(row, 0, 2)]),
-        (torch.randn(2, 64), [Chunk(row, 0, 3)]),
-        (torch.randn(2, 64), [Chunk(row, 1, 2)]),
-        (torch.randn(2, 64), [Chunk(row, 0, 1), Chunk(row, 0, 1)]),
-        (torch.randn(0, 64), [Chunk(row, 0, 0)]),
+        (torch.randn(2, 32), [RowChunk(row, 0, 2)]),
+        (torch.randn(2, 64), [RowChunk(row, 0, 3)]),
+        (torch.randn(2, 64), [RowChunk(row, 1, 2)]),
+        (torch.randn(2, 64), [RowChunk(row, 0, 1), RowChunk(row, 0, 1)]),
+        (torch.randn(0, 64), [RowChunk(row, 0, 0)]),
     ]
     for hidden, parts in refused:
         with pytest.raises(ValueError):

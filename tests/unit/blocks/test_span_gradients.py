@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.blocks.adapters import LORA_A, LORA_B, Adapter
+from splitnet.blocks.adapters import LORA_A, LORA_B, AdapterTensors
 from splitnet.blocks.passes import SpanPasses
-from splitnet.blocks.span import Chunk, Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -89,7 +89,7 @@ def test_the_gradient_of_packed_sequences_is_that_of_the_whole_model(
 def test_forward_equals_that_of_stored_rows(checkpoint_of: Callable[[str], Path]) -> None:
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(sum(LENGTHS), HIDDEN)
-    rows = [Chunk(span.new_row(), 0, length) for length in LENGTHS]
+    rows = [RowChunk(span.new_row(), 0, length) for length in LENGTHS]
     span._lean = None
     whole = SpanPasses(span).forward(hidden, LENGTHS, None, span.start, span.end)
     assert torch.equal(whole, span.forward(hidden, rows))
@@ -119,7 +119,7 @@ def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[st
     token = torch.randn(1, HIDDEN)
 
     def decode() -> None:
-        decoded.append(span.forward(token, [Chunk(row, row.length, 1)]))
+        decoded.append(span.forward(token, [RowChunk(row, row.length, 1)]))
 
     hidden, gradient = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN)
     alone, _ = SpanPasses(span).backward(hidden, (9,), gradient, None, 1, 4)
@@ -139,8 +139,8 @@ def test_kept_graphs_give_the_same_gradients(family: str, share: float, checkpoi
     if family == "llama":
         layer = "1.self_attn.q_proj"
         torch.manual_seed(2)
-        adapter = Adapter({layer + LORA_A: torch.randn(4, HIDDEN), layer + LORA_B: torch.randn(HIDDEN, 4)})
-        span.fit(adapter)
+        adapter = AdapterTensors({layer + LORA_A: torch.randn(4, HIDDEN), layer + LORA_B: torch.randn(HIDDEN, 4)})
+        span.fit_adapter(adapter)
     hidden, gradient = torch.randn(sum(LENGTHS), HIDDEN), torch.randn(sum(LENGTHS), HIDDEN)
     passes = SpanPasses(span)
     run = hidden, LENGTHS, adapter, 1, 4
@@ -148,11 +148,11 @@ def test_kept_graphs_give_the_same_gradients(family: str, share: float, checkpoi
     expected, by_adapter = passes.backward(hidden, LENGTHS, gradient, adapter, 1, 4)
     nbytes = passes.bytes_to_keep(LENGTHS, adapter, 3)
     assert nbytes is not None
-    output, way = passes.forward_kept(*run, int(share * nbytes))
+    output, way = passes.forward_saving(*run, int(share * nbytes))
     assert torch.equal(output, passes.forward(*run))
     kept = sum(piece.output is not None for pieces in way.pieces for piece in pieces)
     assert kept == {0.0: 0, 0.5: 1, 1.0: 3}[share]
-    found, of_adapter = passes.go_back(way, gradient)
+    found, of_adapter = passes.backward_saved(way, gradient)
     assert torch.equal(found, expected)
     assert of_adapter.keys() == by_adapter.keys() and len(by_adapter) == (2 if adapter else 0)
     assert all(torch.equal(of_adapter[name], by_adapter[name]) for name in by_adapter)

@@ -13,7 +13,7 @@ from torch import nn
 
 from splitnet.blocks.fast.native_step import MOST_POSITIONS, NativeStep
 from splitnet.blocks.fast.torch_step import TorchStep
-from splitnet.blocks.span import TRIALS, Chunk, Span
+from splitnet.blocks.span import TRIALS, RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from splitnet.quant.grouped import hold_stored
@@ -120,10 +120,10 @@ def test_taps_equal_those_of_the_familys_code(tmp_path: Path, dtype: str, step: 
     for taps, lean in (((2, 4), True), ((), True), ((2, 4), False)):
         assert type(span._lean) is step
         rows = [span.new_row() for _ in hidden]
-        span.forward(hidden.repeat_interleave(4, dim=0), [Chunk(row, 0, 4) for row in rows])
+        span.forward(hidden.repeat_interleave(4, dim=0), [RowChunk(row, 0, 4) for row in rows])
         if not lean:
             span._lean = None
-        found.append(span.forward(hidden, [Chunk(row, 4, 1) for row in rows], taps).float())
+        found.append(span.forward(hidden, [RowChunk(row, 4, 1) for row in rows], taps).float())
     tapped, plain, expected = found
     assert torch.equal(tapped[:, -64:], plain)
     rounding: Any = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.05}
@@ -268,7 +268,7 @@ def test_a_window_in_the_config_that_the_family_does_not_use(tmp_path: Path) -> 
 def test_the_memory_layout_of_the_input_does_not_matter(tmp_path: Path) -> None:
     span = load("llama", tmp_path)
     hidden = torch.randn(span.hidden_size, 4).t()
-    found = [span.forward(given, [Chunk(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
+    found = [span.forward(given, [RowChunk(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
     torch.testing.assert_close(*found)
 
 
@@ -276,14 +276,14 @@ def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
     span = load("llama", tmp_path)
     lean, row = span._lean, span.new_row()
     assert lean is not None
-    assert lean.takes([Chunk(row, 0, 1)] * MOST_POSITIONS)
-    assert not lean.takes([Chunk(row, 0, MOST_POSITIONS + 1)])
+    assert lean.takes([RowChunk(row, 0, 1)] * MOST_POSITIONS)
+    assert not lean.takes([RowChunk(row, 0, MOST_POSITIONS + 1)])
 
 
-def forty_seven(span: Span) -> tuple[torch.Tensor, list[Chunk]]:
+def forty_seven(span: Span) -> tuple[torch.Tensor, list[RowChunk]]:
     """A pass of three steps."""
     hidden = torch.randn(24 + 23, span.hidden_size, generator=torch.Generator().manual_seed(0))
-    return hidden, [Chunk(span.new_row(), 0, 24 if row == 3 else 1) for row in range(24)]
+    return hidden, [RowChunk(span.new_row(), 0, 24 if row == 3 else 1) for row in range(24)]
 
 
 @pytest.mark.parametrize("step", ["compiled"], indirect=True)

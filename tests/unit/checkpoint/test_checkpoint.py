@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
-from splitnet.blocks.span import Chunk, Span, block_bytes
+from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint import safetensors
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
@@ -99,7 +99,7 @@ def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeH
     assert needed < set(weight_map.values())
     hidden, same = torch.randn(2, 64), Span.load(local, 4, 5)
     assert torch.equal(
-        span.forward(hidden, [Chunk(span.new_row(), 0, 2)]), same.forward(hidden, [Chunk(same.new_row(), 0, 2)])
+        span.forward(hidden, [RowChunk(span.new_row(), 0, 2)]), same.forward(hidden, [RowChunk(same.new_row(), 0, 2)])
     )
 
 
@@ -289,7 +289,7 @@ def test_an_index_of_other_shards(folder: Path, tmp_path: Path) -> None:
     other = next(shard for shard in weight_map.values() if shard != weight_map[name])
     index.write_text(json.dumps({"weight_map": weight_map | {name: other}}))
     checkpoint = Checkpoint.open(copy)
-    for read in (lambda: checkpoint.store.facts([name]), lambda: Span.load(checkpoint, 5, 6)):
+    for read in (lambda: checkpoint.store.tensor_facts([name]), lambda: Span.load(checkpoint, 5, 6)):
         with pytest.raises(ModelNotFound, match=f"{other} of copy lacks {name}"):
             read()
 

@@ -18,9 +18,9 @@ import splitnet
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.gguf.file import GgufFile
-from splitnet.checkpoint.gguf.store import GgufStore
+from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.quant.stored import PackedTensor
+from splitnet.quant.packed_tensor import PackedTensor
 from splitnet.serve.prompts import Prompts
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -109,7 +109,7 @@ def load(store: GgufStore) -> PreTrainedModel:
     """The whole model, loaded by transformers itself."""
     config = store.config
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    with store.load_tensors({name: name for name in store.names}, torch.float32, None) as tensors:
+    with store.load_tensors({name: name for name in store.tensor_names}, torch.float32, None) as tensors:
         loaded, report = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
         )
@@ -163,9 +163,9 @@ def test_codes_are_kept_and_decode_as_in_gguf(case: str, tmp_path: Path) -> None
     stored = Type.MXFP4 if family == "gpt_oss" else Type.Q4_1
     path = write_gguf(folder, tmp_path / "model.gguf", stored)
     store = GgufStore(path)
-    names = [name for name in store.names if not KEPT_AS_FLOATS.search(name)]
+    names = [name for name in store.tensor_names if not KEPT_AS_FLOATS.search(name)]
     with store.load_tensors({name: name for name in names}, torch.float32, None) as tensors:
-        for name, facts in store.facts(names).items():
+        for name, facts in store.tensor_facts(names).items():
             tensor = tensors[name][...]
             assert isinstance(tensor, PackedTensor) and facts.layout is not None, name
             assert tuple(tensor.shape) == facts.shape, name
@@ -181,7 +181,7 @@ def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path / "checkpoint", hidden=256, **({"blocks": 2} | sizes))
     path = write_gguf(folder, tmp_path / "model.gguf", stored)
     store = GgufStore(path)
-    bits = {facts.layout.bits for facts in store.facts(store.names).values() if facts.layout is not None}
+    bits = {facts.layout.bits for facts in store.tensor_facts(store.tensor_names).values() if facts.layout is not None}
     assert (4 if stored is Type.Q4_K else 6) in bits
     expected = logits(load(GgufStore(dequantised(path))))
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
@@ -205,7 +205,7 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
     first = write_gguf(folder, tmp_path / "split.gguf", Type.Q8_0, split=20)
     assert first.name == "split-00001-of-00004.gguf"
     parts = Checkpoint.open(first)
-    assert parts.fingerprint == whole.fingerprint and set(parts.store.names) == set(whole.store.names)
+    assert parts.fingerprint == whole.fingerprint and set(parts.store.tensor_names) == set(whole.store.tensor_names)
     third = tmp_path / "split-00003-of-00004.gguf"
     shutil.copy(third, tmp_path / "alone.gguf")
     with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by its contents"):
@@ -273,7 +273,7 @@ def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
     paths = [write_gguf(folder, tmp_path / f"{stored.name}.gguf", stored) for stored in (Type.Q8_0, Type.Q4_0)]
     eight, four = (Checkpoint.open(path) for path in paths)
     assert eight.fingerprint != four.fingerprint
-    assert four.bytes_of(four.store.names, None) < eight.bytes_of(eight.store.names, None)
+    assert four.bytes_of(four.store.tensor_names, None) < eight.bytes_of(eight.store.tensor_names, None)
 
 
 def test_unknown_metadata_and_tensors_are_refused_by_name(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_the_marks_around_a_gap_that_a_file_names(names: Sequence[str], tmp_path
     writer.write_tensors_to_file()
     writer.close()
     prompts = Prompts(GgufStore(tmp_path / "model.gguf").tokenizer(), 7, 64)
-    assert prompts.of_gap("ab", "bb") == [3, 1, 2, 4, 6, 5] and prompts.infill_ends == {3, 4, 5}
+    assert prompts.tokens_of_gap("ab", "bb") == [3, 1, 2, 4, 6, 5] and prompts.infill_ends == {3, 4, 5}
 
 
 def test_the_tokenizer_of_a_file_and_another(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_codes_decode_as_in_gguf(stored: GGMLQuantizationType) -> None:
     assert found.codes.shape == (5, 512)
     assert found.codes.dtype == torch.uint8 and int(found.codes.max()) < 2**layout.bits
     expected = torch.from_numpy(gguf.dequantize(rows, stored))
-    assert torch.equal(found.floats(layout), expected)
+    assert torch.equal(found.to_floats(layout), expected)
 
 
 @pytest.mark.parametrize("stored", [one for one in BLOCK_TYPES if one.name[-1] in "01"], ids=lambda stored: stored.name)
@@ -74,7 +74,7 @@ def test_weights_that_gguf_quantises(stored: GGMLQuantizationType) -> None:
     weight = np.random.default_rng(0).normal(size=(7, 96)).astype(np.float32)
     rows = gguf.quantize(weight, stored)
     expected = torch.from_numpy(gguf.dequantize(rows, stored))
-    assert torch.equal(read_codes(stored, rows).floats(layout_of(stored, "weight")), expected)
+    assert torch.equal(read_codes(stored, rows).to_floats(layout_of(stored, "weight")), expected)
 
 
 def test_a_layout_takes_about_the_bytes_of_the_file() -> None:

@@ -16,15 +16,23 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.joining import _check_layout
+from peers.joined_swarm import _check_layout
 from splitnet.blocks.block_sizes import check_file_bytes
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint, open_store
 from splitnet.checkpoint.transfer import hashing
 from splitnet.checkpoint.transfer.hashing import make_manifest
-from splitnet.checkpoint.transfer.held import WeightFolder, make_folder
-from splitnet.checkpoint.transfer.manifest import MAX_HEAD_BYTES, PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
-from splitnet.checkpoint.transfer.matching import headers_differ
+from splitnet.checkpoint.transfer.manifest import (
+    MAX_HEAD_BYTES,
+    PIECE_BYTES,
+    FileHead,
+    Manifest,
+    Pieces,
+    Tensor,
+    digest,
+)
+from splitnet.checkpoint.transfer.manifest_search import headers_differ
+from splitnet.checkpoint.transfer.weight_pieces import WeightFolder, make_folder
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.wire.fields import packb, unpack_array
 from tests.unit.checkpoint.test_gguf_architectures import LLAMA_3
@@ -45,7 +53,7 @@ manifests = st.builds(
     lambda config, some, heads: Manifest(config, tuple(sorted(some, key=lambda one: one.name)), tuple(heads)),
     st.text(max_size=9),
     st.lists(tensors, unique_by=lambda one: one.name, max_size=4),
-    st.lists(st.builds(lambda one: Head(one.nbytes + 5, one), pieces), max_size=2),
+    st.lists(st.builds(lambda one: FileHead(one.nbytes + 5, one), pieces), max_size=2),
 )
 
 
@@ -111,7 +119,7 @@ def test_invalid_manifests_are_refused(change: Callable[[Any], Any]) -> None:
 def test_heads_are_bounded() -> None:
     """These bytes are fetched into memory; the same piece may occur any number of times."""
     pieces = Pieces(MAX_HEAD_BYTES // 2 + PIECE_BYTES, bytes(32) * (MAX_HEAD_BYTES // 2 // PIECE_BYTES + 1))
-    head = Head(1 << 40, pieces)
+    head = FileHead(1 << 40, pieces)
     assert Manifest.unpack(Manifest("{}", (), (head,)).pack()).heads == (head,)
     with pytest.raises(ProtocolError, match="before the tensors"):
         Manifest.unpack(Manifest("{}", (), (head, head)).pack())
@@ -161,7 +169,7 @@ def test_every_byte_counts(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     store = open_store(folder)
-    place = max(store.places().values(), key=lambda one: one.nbytes)
+    place = max(store.tensor_locations().values(), key=lambda one: one.nbytes)
     shard = copy / place.file
     data = bytearray(shard.read_bytes())
     data[place.offset + place.nbytes // 2] ^= 1
@@ -178,7 +186,7 @@ def test_digests_are_kept_until_a_file_changes(
     first = make_manifest(open_store(copy))
     assert first.fingerprint == make_manifest(open_store(folder)).fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(hashing._Reading, "_hash", lambda *_: pytest.fail("a file was read again"))
+        patch.setattr(hashing._FileHasher, "_hash", lambda *_: pytest.fail("a file was read again"))
         assert make_manifest(open_store(copy)) == first
     shard = next(copy.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
@@ -198,7 +206,7 @@ def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
     monkeypatch.setattr(hashing, "KEPT_BYTES", 1)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    honest, changed = hashing._Reading._hash, set[Path]()
+    honest, changed = hashing._FileHasher._hash, set[Path]()
 
     def hash_and_change(self: Any, opened: Any, file: str, offset: int, size: int) -> bytes:
         found = honest(self, opened, file, offset, size)
@@ -212,7 +220,7 @@ def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(hashing._Reading, "_hash", hash_and_change)
+        patch.setattr(hashing._FileHasher, "_hash", hash_and_change)
         make_manifest(open_store(copy))
     found = make_manifest(open_store(copy))
     shutil.rmtree(cache)
@@ -236,12 +244,12 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
         split = {"split": 20} if kind == "split" else {}
         path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0, **split)
     whole = Checkpoint.open(path)
-    manifest, source = whole.manifest(), whole.held()
+    manifest, source = whole.manifest(), whole.held_pieces()
     store = whole.store
-    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
+    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.file_heads().items()]
     made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
     filled = Checkpoint.open(made)
-    assert filled.fingerprint == whole.fingerprint and filled.store.names
+    assert filled.fingerprint == whole.fingerprint and filled.store.tensor_names
     held = filled.store.folder
     assert isinstance(held, WeightFolder)
     with pytest.raises(ModelNotFound, match=r"are missing"):
@@ -251,14 +259,14 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     def fetch(missing: Any) -> None:
         asked.update(missing)
         for name in missing:
-            data = source.read(name)
+            data = source.read_piece(name)
             assert data is not None
-            held.write(name, data)
+            held.write_piece(name, data)
 
     held.fetch = fetch
     Span.load(filled, 2, 4)
     names = {tensor.name for block in whole.block_tensors[2:4] for tensor in block}
-    needed = sum(facts.nbytes for facts in whole.store.facts(names).values())
+    needed = sum(facts.nbytes for facts in whole.store.tensor_facts(names).values())
     assert sum(asked.values()) == needed == held.fetched
     assert sum(bits.bit_count() for bits in held.bits()) < sum(bits.bit_count() for bits in source.bits())
 
@@ -267,8 +275,8 @@ def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Pat
     """An example is the factors of Llama 3's rotary embedding."""
     folder = random_checkpoint("llama", tmp_path / "tiny", rope_parameters=LLAMA_3, max_position_embeddings=131_072)
     whole = Checkpoint.open(write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0))
-    manifest, source, store = whole.manifest(), whole.held(), whole.store
-    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
+    manifest, source, store = whole.manifest(), whole.held_pieces(), whole.store
+    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.file_heads().items()]
     made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
     with pytest.raises(ModelNotFound, match=r"are missing"):
         Checkpoint.open(made)
@@ -278,9 +286,9 @@ def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Pat
 
     def fetch(missing: Any) -> None:
         for name in missing:
-            data = source.read(name)
+            data = source.read_piece(name)
             assert data is not None
-            held.write(name, data)
+            held.write_piece(name, data)
 
     held.fetch = fetch
     assert Checkpoint.of(files).config.rope_parameters == whole.config.rope_parameters
@@ -312,7 +320,7 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
 
     def fetch(missing: Any) -> None:
         fetched.append(sum(missing.values()))
-        held.write(digest(data), data)
+        held.write_piece(digest(data), data)
 
     def on_disk() -> int:
         return sum(512 * file.stat().st_blocks for file in path.iterdir())
@@ -321,7 +329,7 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
     before = on_disk()
     held.supply(["needed"])
     assert on_disk() - before < 2 * PIECE_BYTES and fetched == [PIECE_BYTES]
-    assert sum(bits.bit_count() for bits in held.bits()) == 1 and held.read(digest(data)) == data
+    assert sum(bits.bit_count() for bits in held.bits()) == 1 and held.read_piece(digest(data)) == data
     with monkeypatch.context() as patch:
         free = PIECE_BYTES * (times - 1)
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
@@ -329,7 +337,7 @@ def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
             held.supply(["filler"])
     held.supply(["filler"])
     assert fetched == [PIECE_BYTES], "it is here already"
-    assert open_store(path).folder.read(digest(data)) == data  # type: ignore[union-attr]
+    assert open_store(path).folder.read_piece(digest(data)) == data  # type: ignore[union-attr]
 
 
 def test_a_piece_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: Path, cache: Path) -> None:
@@ -344,7 +352,7 @@ def test_a_piece_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: Path, c
 
         def fetch(missing: Any) -> None:
             fetched.extend(missing)
-            held.write(digest(data), data)
+            held.write_piece(digest(data), data)
 
         held.fetch = fetch
         held.supply(["a"])
@@ -357,7 +365,7 @@ def test_a_piece_that_was_damaged_on_the_disk_is_fetched_again(tmp_path: Path, c
     with (path / file).open("r+b") as opened:
         opened.seek(offset + 50)
         opened.write(b"x")
-    assert supply().read(digest(data)) == data and len(fetched) == 2
+    assert supply().read_piece(digest(data)) == data and len(fetched) == 2
 
 
 def test_a_manifest_of_many_pieces_takes_little_more_than_its_bytes(tmp_path: Path, cache: Path) -> None:

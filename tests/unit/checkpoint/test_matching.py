@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from splitnet.checkpoint.transfer import matching
+from splitnet.checkpoint.transfer import manifest_search
 from splitnet.checkpoint.transfer.manifest import Manifest, Pieces, Tensor, digest
-from splitnet.checkpoint.transfer.matching import (
+from splitnet.checkpoint.transfer.manifest_search import (
     ANSWER_LIMIT_S,
     ANSWER_S,
     MAX_ASKED,
     MAX_MODELS,
-    NEXT_S,
-    WHOLE_S,
+    MAX_PEER_S,
+    NEXT_PEER_S,
     find_manifest,
     whole,
 )
@@ -55,7 +55,7 @@ class Asked:
         self.now += 1.0
         raise queue.Empty
 
-    def ask(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
+    def ask_peer(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
         self.numbers += 1
         answer = self.peers[peer.address](self.numbers, kind, name, offset) if peer.address in self.peers else None
         if answer is not None:
@@ -63,7 +63,7 @@ class Asked:
             self.late.append((self.now + wait, peer, answer))
         return self.numbers
 
-    def forget(self, number: int) -> None:
+    def forget_question(self, number: int) -> None:
         self.late = [one for one in self.late if getattr(one[2], "number", 0) != number]
 
     def is_gone(self, peer: Endpoint) -> bool:
@@ -86,7 +86,7 @@ class Steady(WeightsPart):
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     asked = Asked()
     with monkeypatch.context() as patch:
-        patch.setattr(matching.time, "monotonic", lambda: asked.now)
+        patch.setattr(manifest_search.time, "monotonic", lambda: asked.now)
         yield asked
 
 
@@ -148,14 +148,14 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
         records += some
     with pytest.raises(ModelNotFound, match="takes too long"):
         find_manifest(Known(*records), asked, "llama")
-    assert asked.now <= MAX_ASKED * (ANSWER_LIMIT_S + 1) + WHOLE_S + ANSWER_S
+    assert asked.now <= MAX_ASKED * (ANSWER_LIMIT_S + 1) + MAX_PEER_S + ANSWER_S
     began, manifest = asked.now, model_of(1)
     liars = [peer_of(manifest.fingerprint, 9000 + port)[0] for port in range(MAX_ASKED - 1)]
     asked.peers |= {record.address: dripping for record in liars}
     honest, address = peer_of(manifest.fingerprint, 1)
     asked.peers[address] = telling(manifest, Slow)
     found = find_manifest(Known(*liars, honest), asked, "llama", expected=manifest.fingerprint)
-    assert found is not None and asked.now - began <= MAX_ASKED * (NEXT_S + 1) + ANSWER_S
+    assert found is not None and asked.now - began <= MAX_ASKED * (NEXT_PEER_S + 1) + ANSWER_S
 
 
 @pytest.mark.parametrize(("seconds", "also"), [(ANSWER_LIMIT_S / 2, False), (ANSWER_LIMIT_S * 1.5, True)])
@@ -180,16 +180,16 @@ def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seco
 
 def test_what_all_tell_together_is_bounded(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer that has sent most is dropped, not the last one."""
-    monkeypatch.setattr(matching, "MAX_TOLD_BYTES", 5 * MAX_PART_BYTES)
+    monkeypatch.setattr(manifest_search, "MAX_ANSWER_BYTES", 5 * MAX_PART_BYTES)
     most = 0
-    bound = matching._Race._bound
+    bound = manifest_search._Race._bound
 
     def watched(race: Any) -> None:
         nonlocal most
         bound(race)
         most = max(most, sum(one.nbytes for one in race._asked.values()))
 
-    monkeypatch.setattr(matching._Race, "_bound", watched)
+    monkeypatch.setattr(manifest_search._Race, "_bound", watched)
     manifest = model_of(1)
     liars = [peer_of(f"{index:064x}", 100 + index)[0] for index in range(MAX_MODELS - 1)]
     asked.peers |= {

@@ -138,8 +138,8 @@ def test_the_default_of_every_option_is_valid_in_the_file() -> None:
     plain = [(setting, default) for setting, default in defaults if type(default) in (bool, int, float, str)]
     assert len(plain) > 50
     for setting, default in plain:
-        assert setting.taken(default) == default
-        setting.check(default, context)
+        assert setting.converted(default) == default
+        setting.check_value(default, context)
 
 
 def test_daemons_of_a_demo_ignore_the_users_configuration() -> None:

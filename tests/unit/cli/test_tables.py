@@ -13,7 +13,7 @@ from rich.cells import cell_len
 import splitnet
 from splitnet.cli.tables import table
 from splitnet.tools.tune.costs import Cost, print_costs
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 
 HEADS = ("blocks", "address", "ms/\ntoken", "device", "key")
 ROWS = (
@@ -74,7 +74,7 @@ def test_costs_of_tuning_name_their_methods_in_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "80")
     method = "gradients from forward passes alone"
     cost = Cost(method, 12_345, 1_234_567, 99.0, (9 << 30, 9 << 30), 5 << 30, 12.0, 30.0, (1e9, 2e9), 1e5, 2e5, 9 << 30)
-    print_costs([cost], Settings(1000, 1e-4))
+    print_costs([cost], TrainingSettings(1000, 1e-4))
     told = capsys.readouterr().out
     row = told[told.index(method) :].partition("Epochs and")[0]
     assert "…" not in told and all(f"{head} " in row for head in ("disk MiB", "peers kJ"))

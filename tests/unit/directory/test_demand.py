@@ -13,8 +13,8 @@ from splitnet.directory.interface import OWN_DEPTH, RECORDS_PER_KEY, KeptRecords
 from splitnet.directory.record import DEMAND, MAX_RECORD_BYTES, MAX_WANTED, MAX_WANTED_TOKENS, PeerRecord, Wanted
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import Identity
-from splitnet.swarm.models import models_of
 from splitnet.swarm.swarm import ModelFacts
+from splitnet.swarm.swarm_models import models_of
 from tests.unit.directory.test_directory import record_of
 
 FIRST, SECOND = "ab" * 32, "cd" * 32
@@ -26,8 +26,8 @@ class Kept(SwarmDirectory):
     def __init__(self) -> None:
         self.addresses, self._kept = [], KeptRecords()
 
-    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
-        return self._kept.take(PeerRecord.unpack(packed))
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+        return self._kept.add_record(PeerRecord.unpack(packed))
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         return self._kept.records(model)
@@ -71,10 +71,10 @@ def test_a_gateway_publishes_its_demand_until_it_closes() -> None:
     assert found[FIRST].tokens_per_s == pytest.approx(10)
     assert found[SECOND].tokens_per_s == pytest.approx(REQUEST_TOKENS / 60)
     now[0] += 120.0
-    later = publisher._told()
+    later = publisher._demand_record()
     assert later is not None and later.demand[0].tokens_per_s == pytest.approx(10 / math.e**2)
     now[0] += 600.0
-    assert publisher._told() is None  # the record expires by itself
+    assert publisher._demand_record() is None  # the record expires by itself
     publisher.close()
     assert demand_of(directory) == {} and directory.models() == {}
 

@@ -20,9 +20,9 @@ from unittest.mock import AsyncMock
 import psutil
 import pytest
 
-from splitnet.directory import dht as directory_module
+from splitnet.directory import dht_directory as directory_module
 from splitnet.directory import hivemind_node, interface
-from splitnet.directory.dht import Directory
+from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.directory.hivemind_node import KEYS_PER_FIND, import_hivemind
 from splitnet.directory.interface import JoinedDirectories
 from splitnet.directory.record import (
@@ -77,37 +77,37 @@ def record_of(identity: Identity, **changes: Any) -> PeerRecord:
 
 
 @pytest.fixture(scope="module")
-def bootstrap() -> Iterator[Directory]:
-    with Directory.start(listen=LOOPBACK) as directory:
+def bootstrap() -> Iterator[DhtDirectory]:
+    with DhtDirectory.start(listen=LOOPBACK) as directory:
         yield directory
 
 
 @pytest.fixture(scope="module")
-def member(bootstrap: Directory) -> Iterator[Directory]:
-    with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
+def member(bootstrap: DhtDirectory) -> Iterator[DhtDirectory]:
+    with DhtDirectory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         yield directory
 
 
 @pytest.fixture(scope="module")
-def client(bootstrap: Directory, member: Directory) -> Iterator[Directory]:
-    with Directory.start(initial_peers=bootstrap.addresses + member.addresses) as directory:
+def client(bootstrap: DhtDirectory, member: DhtDirectory) -> Iterator[DhtDirectory]:
+    with DhtDirectory.start(initial_peers=bootstrap.addresses + member.addresses) as directory:
         yield directory
 
 
 @pytest.fixture(scope="module")
-def attacker(bootstrap: Directory) -> Iterator[Directory]:
+def attacker(bootstrap: DhtDirectory) -> Iterator[DhtDirectory]:
     """A full node that stores and returns values without checks."""
-    with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
+    with DhtDirectory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         directory._node.protocol.record_validator = None
         directory._node.protocol.storage = import_hivemind().DHTLocalStorage()
         yield directory
 
 
-def store_raw(directory: Directory, key: str, value: object, expires_at: float, subkey: object) -> None:
+def store_raw(directory: DhtDirectory, key: str, value: object, expires_at: float, subkey: object) -> None:
     directory._request(lambda node: node.store(key, value, expires_at, subkey=subkey))
 
 
-def test_client_finds_what_peers_announce(bootstrap: Directory, member: Directory, client: Directory) -> None:
+def test_client_finds_what_peers_announce(bootstrap: DhtDirectory, member: DhtDirectory, client: DhtDirectory) -> None:
     anna, bert = Identity.generate(), Identity.generate()
     first = record_of(anna)
     second = record_of(bert, model=first.model, start=4, end=8)
@@ -119,12 +119,12 @@ def test_client_finds_what_peers_announce(bootstrap: Directory, member: Director
     assert client.addresses == []
 
 
-def test_two_dhts_become_one_after_meet(bootstrap: Directory, client: Directory) -> None:
+def test_two_dhts_become_one_after_meet(bootstrap: DhtDirectory, client: DhtDirectory) -> None:
     anna, bert = Identity.generate(), Identity.generate()
     first = record_of(anna)
     second = record_of(bert, model=first.model)
     nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
-    with Directory.start(listen=LOOPBACK) as stranger:
+    with DhtDirectory.start(listen=LOOPBACK) as stranger:
         assert bootstrap.announce(first, anna) and stranger.announce(second, bert)
         assert client.peers(first.model) == [first]
         assert stranger.meet([nobody, "/ip4/127.0.0.1/tcp/9/p2p/2222"]) == 0
@@ -134,7 +134,9 @@ def test_two_dhts_become_one_after_meet(bootstrap: Directory, client: Directory)
             assert {record.key for record in directory.peers(first.model)} == {anna.public, bert.public}
 
 
-def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(member: Directory, client: Directory) -> None:
+def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(
+    member: DhtDirectory, client: DhtDirectory
+) -> None:
     before = set(member.addresses)
     asked: list[Any] = []
     disconnect = member._p2p._client.disconnect
@@ -145,7 +147,7 @@ def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(member: Di
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(member._p2p._client, "disconnect", count)
-        member.moved()
+        member.address_changed()
     assert asked and set(member.addresses) == before
     known = ["/ip6/::1/tcp/1", "/ip4/127.0.0.1/tcp/1", "/ip6/fd00::1/tcp/1", "/ip4/10.0.0.1/tcp/1"]
 
@@ -155,16 +157,16 @@ def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(member: Di
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(member._p2p, "get_visible_maddrs", told)
         joined = JoinedDirectories([member])
-        joined.moved()
+        joined.address_changed()
     assert joined.addresses == [*known[2:], *known[:2]], "what others can use comes first"
-    member.moved()
+    member.address_changed()
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
     assert client.peers(record.model) == [record]
 
 
-def test_newest_record_of_a_peer_wins(member: Directory, client: Directory) -> None:
+def test_newest_record_of_a_peer_wins(member: DhtDirectory, client: DhtDirectory) -> None:
     anna = Identity.generate()
     old = record_of(anna)
     new = dataclasses.replace(old, queue_ms=5.0, issued_at=old.issued_at + 1)
@@ -173,7 +175,7 @@ def test_newest_record_of_a_peer_wins(member: Directory, client: Directory) -> N
     assert client.peers(old.model) == [new]
 
 
-def test_withdrawn_peer_is_gone_at_once_and_may_come_back(member: Directory, client: Directory) -> None:
+def test_withdrawn_peer_is_gone_at_once_and_may_come_back(member: DhtDirectory, client: DhtDirectory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
@@ -185,7 +187,9 @@ def test_withdrawn_peer_is_gone_at_once_and_may_come_back(member: Directory, cli
     assert client.peers(record.model) == [again]
 
 
-def test_expired_records_are_dropped(member: Directory, client: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_records_are_dropped(
+    member: DhtDirectory, client: DhtDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
@@ -195,7 +199,7 @@ def test_expired_records_are_dropped(member: Directory, client: Directory, monke
 
 
 def test_a_forged_record_neither_counts_nor_hides_the_peer(
-    member: Directory, client: Directory, attacker: Directory
+    member: DhtDirectory, client: DhtDirectory, attacker: DhtDirectory
 ) -> None:
     anna, mallory = Identity.generate(), Identity.generate()
     record = record_of(anna)
@@ -227,7 +231,7 @@ def test_a_forged_record_neither_counts_nor_hides_the_peer(
     assert "ff" * 16 not in client.models()
 
 
-def test_lookups_drop_forgeries_even_without_the_validator(attacker: Directory) -> None:
+def test_lookups_drop_forgeries_even_without_the_validator(attacker: DhtDirectory) -> None:
     anna, mallory = Identity.generate(), Identity.generate()
     record = record_of(anna)
     own = record_of(mallory, model=record.model)
@@ -238,7 +242,7 @@ def test_lookups_drop_forgeries_even_without_the_validator(attacker: Directory) 
     assert attacker.peers(record.model) == [record]
 
 
-def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_reads_a_bounded_number_of_records(attacker: DhtDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     identities = [Identity.generate() for _ in range(4)]
     model = os.urandom(16).hex()
     for identity in identities:
@@ -259,7 +263,7 @@ def test_the_latest_record_of_a_peer_over_all_nodes_counts() -> None:
 
 
 def test_a_record_in_the_cache_of_a_node_hides_nothing(
-    bootstrap: Directory, member: Directory, client: Directory
+    bootstrap: DhtDirectory, member: DhtDirectory, client: DhtDirectory
 ) -> None:
     anna = Identity.generate()
     record = record_of(anna)
@@ -282,7 +286,7 @@ def test_a_record_in_the_cache_of_a_node_hides_nothing(
 
 
 def test_a_record_that_only_some_clocks_accept_hides_no_other(
-    member: Directory, client: Directory, monkeypatch: pytest.MonkeyPatch
+    member: DhtDirectory, client: DhtDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anna, mallory = Identity.generate(), Identity.generate()
     record = record_of(anna)
@@ -293,7 +297,7 @@ def test_a_record_that_only_some_clocks_accept_hides_no_other(
     assert client.peers(record.model) == [record]
 
 
-def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Directory) -> None:
+def test_a_node_is_asked_for_few_keys_at_once(bootstrap: DhtDirectory, client: DhtDirectory) -> None:
     key = import_hivemind().dht_id(MODELS_KEY)
     for count in (KEYS_PER_FIND, KEYS_PER_FIND + 1):
         found = client._request(lambda own, count=count: own.protocol.call_find(bootstrap._node.peer_id, [key] * count))
@@ -344,7 +348,7 @@ def test_values_of_lists_of_lists_take_no_memory(where: str) -> None:
         tracemalloc.stop()
 
 
-def test_a_node_remembers_few_nodes(bootstrap: Directory) -> None:
+def test_a_node_remembers_few_nodes(bootstrap: DhtDirectory) -> None:
     table = bootstrap._node.protocol.routing_table
     node_id, peer = type(table.node_id), bootstrap._node.peer_id
     table = type(table)(table.node_id, bucket_size=20, depth_modulo=5)
@@ -357,24 +361,24 @@ def test_a_node_remembers_few_nodes(bootstrap: Directory) -> None:
 
 
 @pytest.mark.full
-def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> None:
+def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: DhtDirectory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
     with ExitStack() as stack:
         for _ in range(5):  # the number of nodes at which a record is stored
             stack.enter_context(withholding_node(bootstrap.addresses, shard_key(record.model, record.key)))
         with (
-            Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
-            Directory.start(initial_peers=bootstrap.addresses) as reader,
+            DhtDirectory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
+            DhtDirectory.start(initial_peers=bootstrap.addresses) as reader,
         ):
             assert publisher.announce(record, anna)
             assert reader.peers(record.model) == [record]
 
 
 def test_a_missing_answer_is_an_error_not_an_empty_directory(
-    bootstrap: Directory, monkeypatch: pytest.MonkeyPatch
+    bootstrap: DhtDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Directory.start(initial_peers=bootstrap.addresses) as reader:
+    with DhtDirectory.start(initial_peers=bootstrap.addresses) as reader:
         monkeypatch.setattr(bootstrap._node.protocol.storage, "get", None)
         assert reader._node.protocol.routing_table.uid_to_peer_id
         with pytest.raises(DirectoryError, match=r"did not answer|No node"):
@@ -440,15 +444,15 @@ def test_repeating_an_older_value_does_not_shorten_the_life_of_the_newer(monkeyp
     assert values.get("peer").value == b"new"
 
 
-def test_one_living_initial_peer_is_enough(bootstrap: Directory, member: Directory) -> None:
-    gone = Directory.start(listen=LOOPBACK)
+def test_one_living_initial_peer_is_enough(bootstrap: DhtDirectory, member: DhtDirectory) -> None:
+    gone = DhtDirectory.start(listen=LOOPBACK)
     addresses = gone.addresses
     gone.close()
-    with Directory.start(initial_peers=addresses + bootstrap.addresses) as directory:
+    with DhtDirectory.start(initial_peers=addresses + bootstrap.addresses) as directory:
         assert directory.peers("00" * 16) == []
 
 
-def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Directory) -> None:
+def test_a_client_that_lost_every_node_joins_again(member: DhtDirectory, client: DhtDirectory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
@@ -458,33 +462,33 @@ def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Di
     assert client.peers(record.model) == [record]
 
 
-def test_a_resting_client_has_no_child_and_restarts_for_a_request(bootstrap: Directory) -> None:
+def test_a_resting_client_has_no_child_and_restarts_for_a_request(bootstrap: DhtDirectory) -> None:
     before = children_since(set())
     anna = Identity.generate()
-    with Directory.start(initial_peers=bootstrap.addresses) as first, Directory.start(listen=LOOPBACK) as other:
+    with DhtDirectory.start(initial_peers=bootstrap.addresses) as first, DhtDirectory.start(listen=LOOPBACK) as other:
         other.meet(bootstrap.addresses)
         record = record_of(anna)
         assert other.announce(record, anna)
         assert first.peers(record.model) == [record]
         assert len(children_since(before)) == 2
-        first.rest()
-        first.rest()
+        first.pause()
+        first.pause()
         deadline = time.monotonic() + CHILD_EXIT_TIMEOUT_S
         while len(children_since(before)) > 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(children_since(before)) == 1
         with ThreadPoolExecutor() as pool:
             assert list(pool.map(first.peers, [record.model] * 4)) == [[record]] * 4
-        first.rest()
-    other.rest()
-    first.rest()
+        first.pause()
+    other.pause()
+    first.pause()
     assert not children_since(before)
 
 
-def test_a_request_during_close_starts_no_node(member: Directory) -> None:
+def test_a_request_during_close_starts_no_node(member: DhtDirectory) -> None:
     before = children_since(set())
-    client = Directory.start(initial_peers=member.addresses)
-    client.rest()
+    client = DhtDirectory.start(initial_peers=member.addresses)
+    client.pause()
     waiting = threading.Event()
 
     async def late() -> None:
@@ -497,7 +501,7 @@ def test_a_request_during_close_starts_no_node(member: Directory) -> None:
 
     held = client._submit(late(), CHILD_EXIT_TIMEOUT_S)
     waiting.wait()
-    asked = client._submit(client._answer(AsyncMock()), CHILD_EXIT_TIMEOUT_S)
+    asked = client._submit(client._run_request(AsyncMock()), CHILD_EXIT_TIMEOUT_S)
     client.close()
     assert held.done() and isinstance(asked.exception(), DirectoryError)
     assert not children_since(before)
@@ -507,37 +511,37 @@ def children_since(before: set[int]) -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)} - before
 
 
-def test_a_client_that_has_rested_joins_through_others_than_before(member: Directory) -> None:
+def test_a_client_that_has_rested_joins_through_others_than_before(member: DhtDirectory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
     with ExitStack() as stack:
-        gone = stack.enter_context(Directory.start(listen=LOOPBACK, initial_peers=member.addresses))
-        client = stack.enter_context(Directory.start(initial_peers=gone.addresses))
+        gone = stack.enter_context(DhtDirectory.start(listen=LOOPBACK, initial_peers=member.addresses))
+        client = stack.enter_context(DhtDirectory.start(initial_peers=gone.addresses))
         assert member.announce(record, anna)
         assert client.peers(record.model) == [record]
-        client.rest()
+        client.pause()
         gone.close()
         assert client.peers(record.model) == [record]
 
 
 def test_a_client_whose_swarm_is_gone_says_so() -> None:
-    swarm = Directory.start(listen=LOOPBACK)
-    with Directory.start(initial_peers=swarm.addresses) as client:
+    swarm = DhtDirectory.start(listen=LOOPBACK)
+    with DhtDirectory.start(initial_peers=swarm.addresses) as client:
         assert client.models() == {}
         swarm.close()
         with pytest.raises(DirectoryError, match="No node of the DHT answers"):
             client.models()
 
 
-def test_closed_peer_is_reported(bootstrap: Directory) -> None:
-    gone = Directory.start(listen=LOOPBACK)
+def test_closed_peer_is_reported(bootstrap: DhtDirectory) -> None:
+    gone = DhtDirectory.start(listen=LOOPBACK)
     addresses = gone.addresses
     gone.close()
     with pytest.raises(DirectoryError, match="No peer answers at /ip4/127"):
-        Directory.start(initial_peers=addresses)
+        DhtDirectory.start(initial_peers=addresses)
 
 
-def test_a_silent_initial_peer_costs_bounded_time(bootstrap: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_initial_peer_costs_bounded_time(bootstrap: DhtDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_module, "START_TIMEOUT_S", 1.0)
     peer_id = bootstrap.addresses[0].rpartition("/")[2]
     children = set(psutil.Process().children())
@@ -545,7 +549,7 @@ def test_a_silent_initial_peer_costs_bounded_time(bootstrap: Directory, monkeypa
         address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{peer_id}"
         begin = time.monotonic()
         with pytest.raises(DirectoryError, match="No peer answers"):
-            Directory.start(initial_peers=[address])
+            DhtDirectory.start(initial_peers=[address])
         assert time.monotonic() - begin < 6.0
     assert set(psutil.Process().children()) <= children
 
@@ -553,13 +557,13 @@ def test_a_silent_initial_peer_costs_bounded_time(bootstrap: Directory, monkeypa
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:31330", "/ip4/127.0.0.1/tcp/31330", "", "/p2p/"])
 def test_a_wrong_address_to_join_is_explained(address: str) -> None:
     with pytest.raises(DirectoryError):
-        Directory.start(initial_peers=[address])
+        DhtDirectory.start(initial_peers=[address])
 
 
-def test_a_taken_port_is_reported(bootstrap: Directory) -> None:
+def test_a_taken_port_is_reported(bootstrap: DhtDirectory) -> None:
     taken = bootstrap.addresses[0].rpartition("/p2p/")[0]
     with pytest.raises(AddressInUse, match=taken):
-        Directory.start(listen=[taken])
+        DhtDirectory.start(listen=[taken])
 
 
 @pytest.mark.parametrize(
@@ -567,20 +571,20 @@ def test_a_taken_port_is_reported(bootstrap: Directory) -> None:
 )
 def test_a_wrong_address_to_listen_on_is_explained(address: str) -> None:
     with pytest.raises(DirectoryError, match="listen on"):
-        Directory.start(listen=[address])
+        DhtDirectory.start(listen=[address])
 
 
 def test_identity_file_keeps_the_address(tmp_path: Path) -> None:
     peer_ids: set[str] = set()
     for _ in range(2):
-        with Directory.start(listen=LOOPBACK, identity_path=tmp_path / "libp2p") as directory:
+        with DhtDirectory.start(listen=LOOPBACK, identity_path=tmp_path / "libp2p") as directory:
             peer_ids.add(directory.addresses[0].rpartition("/")[2])
     assert len(peer_ids) == 1
 
 
-def test_close_leaves_no_thread_and_no_child(bootstrap: Directory) -> None:
+def test_close_leaves_no_thread_and_no_child(bootstrap: DhtDirectory) -> None:
     children = set(psutil.Process().children())
-    directory = Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK)
+    directory = DhtDirectory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK)
     (child,) = set(psutil.Process().children()) - children
     assert os.getpgid(child.pid) != os.getpgid(0), "Ctrl-C in the terminal must not reach p2pd"
     directory.close()
@@ -594,7 +598,7 @@ def test_close_leaves_no_thread_and_no_child(bootstrap: Directory) -> None:
 @pytest.mark.full
 def test_a_killed_process_leaves_no_child() -> None:
     code = (
-        "import psutil, sys; from splitnet.directory.dht import Directory; "
+        "import psutil, sys; from splitnet.directory.dht_directory import DhtDirectory; "
         f"Directory.start(listen={LOOPBACK!r}); "
         "print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     )

@@ -19,7 +19,7 @@ from scheduler.speculation import (
     MOST_ACCEPTED,
     NO_DRAFTS,
     WORTHWHILE,
-    Guessed,
+    DraftGuess,
     Pace,
     Window,
     best_length,
@@ -30,7 +30,7 @@ from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.draft_model import DraftModel
 from splitnet.drafts.draft_stats import Drafted, DraftStats
 from splitnet.drafts.drafter import Drafter, Guess
-from splitnet.drafts.heads import Combined, HeadDrafter
+from splitnet.drafts.heads import CombinedDrafter, HeadDrafter
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 from splitnet.swarm.plan import Prediction
@@ -47,8 +47,8 @@ def pace(link_ms: float = 80.0, pass_ms: float = 20.0, position_ms: float = 1.0,
     )
 
 
-def alike(acceptance: float) -> Guessed:
-    return Guessed(acceptance, acceptance)
+def alike(acceptance: float) -> DraftGuess:
+    return DraftGuess(acceptance, acceptance)
 
 
 paces = st.builds(pace, st.floats(0, 500), st.floats(1, 200), st.floats(0, 50), st.floats(0, 50))
@@ -105,19 +105,19 @@ class TestBestLength:
     """The best length of one window, from the acceptance of each guess."""
 
     def test_a_window_ends_before_unsure_guesses(self) -> None:
-        sure, unsure = Guessed(0.95, 0.8), Guessed(0.02, 0.02)
+        sure, unsure = DraftGuess(0.95, 0.8), DraftGuess(0.02, 0.02)
         assert best_length(iter([sure, sure, sure, unsure, unsure, sure]), pace()) == 3
 
     def test_unsure_guesses_are_not_sent(self) -> None:
-        assert best_length(iter([Guessed(0.03, 0.9)]), pace(position_ms=10)) == 0
+        assert best_length(iter([DraftGuess(0.03, 0.9)]), pace(position_ms=10)) == 0
 
     def test_drafting_stops_where_guesses_no_longer_pay(self) -> None:
         asked: list[int] = []
 
-        def guesses() -> Iterator[Guessed]:
+        def guesses() -> Iterator[DraftGuess]:
             for place in itertools.count():
                 asked.append(place)
-                yield Guessed(0.6, 0.6)
+                yield DraftGuess(0.6, 0.6)
 
         length = best_length(guesses(), pace(draft_ms=5))
         assert length == len(asked) < LENGTHS[-1]
@@ -126,7 +126,7 @@ class TestBestLength:
     def test_a_window_is_predicted_to_be_faster_than_plain_steps(
         self, shares: list[tuple[float, float]], given_pace: Pace
     ) -> None:
-        length = best_length((Guessed(*each) for each in shares), given_pace)
+        length = best_length((DraftGuess(*each) for each in shares), given_pace)
         rights = itertools.accumulate((min(own, MOST_ACCEPTED) for own, _ in shares[:length]), lambda a, b: a * b)
         expected, most = 1 + sum(rights), WORTHWHILE / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
         if length:
@@ -134,7 +134,7 @@ class TestBestLength:
 
     @given(st.floats(0.05, 0.95), paces)
     def test_for_equal_guesses_no_other_length_is_faster(self, acceptance: float, given_pace: Pace) -> None:
-        length = best_length(itertools.repeat(Guessed(acceptance, acceptance)), given_pace)
+        length = best_length(itertools.repeat(DraftGuess(acceptance, acceptance)), given_pace)
         plain = 1 / (given_pace.latency_ms(1) + given_pace.first_draft_ms)
         speeds = {n: tokens_per_ms(Window(n, 1), alike(acceptance), given_pace) for n in range(1, LENGTHS[-1] + 1)}
         best = speeds[length] if length else plain * WORTHWHILE
@@ -142,13 +142,13 @@ class TestBestLength:
 
 
 def drafted(drafter: Drafter, pending: list[int], count: int) -> list[int]:
-    return [guess.token for guess in itertools.islice(drafter.draft(pending), count)]
+    return [guess.token for guess in itertools.islice(drafter.draft_tokens(pending), count)]
 
 
 class TestPromptLookup:
     def drafter(self, tokens: list[int]) -> PromptLookup:
         drafter = PromptLookup()
-        drafter.begin(tokens)
+        drafter.begin_text(tokens)
         return drafter
 
     def test_drafts_continue_the_last_equal_ngram(self) -> None:
@@ -192,14 +192,14 @@ class TestPromptLookup:
 
     def test_a_longer_match_is_a_kind_of_higher_acceptance(self) -> None:
         text = list(range(100, 112))
-        short = next(self.drafter([*text, 1, 2, 111]).draft([]))
-        long = next(self.drafter([*text, 1, 2, *text]).draft([]))
+        short = next(self.drafter([*text, 1, 2, 111]).draft_tokens([]))
+        long = next(self.drafter([*text, 1, 2, *text]).draft_tokens([]))
         assert long.kind > short.kind
         assert PromptLookup.priors[long.kind] > PromptLookup.priors[short.kind]
 
     @given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 20))
     def test_drafts_are_tokens_of_the_text(self, text: list[int], pending: list[int], count: int) -> None:
-        guesses = list(itertools.islice(self.drafter(text).draft(pending), count))
+        guesses = list(itertools.islice(self.drafter(text).draft_tokens(pending), count))
         assert len(guesses) in (0, count)
         assert {guess.token for guess in guesses} <= {*text, *pending}
         assert len({guess.kind for guess in guesses}) <= 1
@@ -232,17 +232,17 @@ class _Counting(torch.nn.Module):
 class TestDraftModel:
     def test_a_draft_model_continues_the_text_and_pending_drafts(self) -> None:
         drafter = DraftModel(_Counting(), 50)
-        drafter.begin([3, 4])
+        drafter.begin_text([3, 4])
         assert drafted(drafter, [], 3) == [5, 6, 7]
         assert drafted(drafter, [5, 6, 7], 2) == [8, 9]
 
     def test_a_draft_model_computes_only_new_tokens(self) -> None:
         model = _Counting()
         drafter = DraftModel(model, 50)
-        drafter.begin([3, 4])
+        drafter.begin_text([3, 4])
         drafted(drafter, [], 3)  # The model has run 3 4 5 6 and predicts 7.
-        drafter.observe(5)
-        drafter.observe(20)
+        drafter.observe_token(5)
+        drafter.observe_token(20)
         model.given.clear()
         assert drafted(drafter, [], 1) == [21]
         assert model.given == [20]
@@ -258,11 +258,11 @@ class TestDraftModel:
         model: Any = AutoModelForCausalLM.from_config(config).eval()
         text = torch.randint(3, 300, (20,)).tolist()
         drafter = DraftModel(model, 300)
-        drafter.begin(text)
+        drafter.begin_text(text)
         for token in (None, 7, 8, 9):
             if token is not None:
                 text.append(token)
-                drafter.observe(token)
+                drafter.observe_token(token)
             expected = model.generate(
                 torch.tensor([text]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
             )
@@ -307,8 +307,8 @@ class TestHeadDrafter:
     def begun(self) -> tuple[CountingHead, HeadDrafter]:
         head = CountingHead()
         drafter = HeadDrafter(head)
-        drafter.begin([3, 4, 5], torch.tensor([[0.5]]))  # The feature of the second position; the first has none.
-        drafter.observe(6, torch.tensor([1.5]))
+        drafter.begin_text([3, 4, 5], torch.tensor([[0.5]]))  # The feature of the second position; the first has none.
+        drafter.observe_token(6, torch.tensor([1.5]))
         return head, drafter
 
     def test_a_head_continues_from_its_own_outputs(self) -> None:
@@ -319,8 +319,8 @@ class TestHeadDrafter:
     def test_drafted_positions_run_again_once_their_features_arrive(self) -> None:
         head, drafter = self.begun()
         drafted(drafter, [], 3)
-        drafter.observe(7, torch.tensor([2.5]))
-        drafter.observe(20, torch.tensor([3.5]))
+        drafter.observe_token(7, torch.tensor([2.5]))
+        drafter.observe_token(20, torch.tensor([3.5]))
         assert drafted(drafter, [], 2) == [21, 22]
         assert head.caches[-1][2:] == [(7, 2.5, False), (20, 3.5, False), (21, 21.0, True)]
 
@@ -338,15 +338,15 @@ class TestHeadDrafter:
 
     def test_a_head_drafts_nothing_without_features(self) -> None:
         drafter = HeadDrafter(CountingHead())
-        drafter.begin([3, 4, 5])
-        drafter.observe(6)
+        drafter.begin_text([3, 4, 5])
+        drafter.observe_token(6)
         assert drafted(drafter, [], 3) == []
 
     def test_a_new_text_starts_with_an_empty_cache(self) -> None:
         head, drafter = self.begun()
         drafted(drafter, [], 3)
-        drafter.begin([8, 9], None)
-        drafter.observe(10, torch.tensor([4.5]))
+        drafter.begin_text([8, 9], None)
+        drafter.observe_token(10, torch.tensor([4.5]))
         assert drafted(drafter, [], 1) == [11]
         assert head.caches[-1] == [(10, 4.5, False)]
 
@@ -357,29 +357,32 @@ class TestHeadDrafter:
 
     def test_the_kind_of_a_guess_follows_the_confidence_of_the_head(self) -> None:
         _, drafter = self.begun()
-        assert next(drafter.draft([])).kind == len(HeadDrafter.priors) - 1
+        assert next(drafter.draft_tokens([])).kind == len(HeadDrafter.priors) - 1
         assert list(HeadDrafter.priors) == sorted(HeadDrafter.priors)
 
 
 class TestCombined:
     def drafts(self, stats: DraftStats, text: list[int]) -> Iterator[Guess]:
-        drafter = Combined(CountingHead(), stats.acceptance)
-        drafter.begin(text[:-1], torch.zeros(len(text) - 2, 1))
-        drafter.observe(text[-1], torch.zeros(1))
-        return drafter.draft([])
+        drafter = CombinedDrafter(CountingHead(), stats.acceptance)
+        drafter.begin_text(text[:-1], torch.zeros(len(text) - 2, 1))
+        drafter.observe_token(text[-1], torch.zeros(1))
+        return drafter.draft_tokens([])
 
     def test_sure_copies_are_preferred_to_the_head(self) -> None:
         text = [*range(10, 30), 1, 2, *range(10, 28)]
-        assert [token for token, _ in itertools.islice(self.drafts(DraftStats(Combined.priors), text), 2)] == [28, 29]
+        assert [token for token, _ in itertools.islice(self.drafts(DraftStats(CombinedDrafter.priors), text), 2)] == [
+            28,
+            29,
+        ]
 
     def test_the_head_drafts_where_copies_are_unsure_or_absent(self) -> None:
-        stats = DraftStats(Combined.priors)
+        stats = DraftStats(CombinedDrafter.priors)
         assert next(self.drafts(stats, [1, 2, 3])).token == 4
         guess = next(self.drafts(stats, [1, 2, 30, 7, 1]))
         assert guess.token == 2 and guess.kind >= len(PromptLookup.priors)
 
     def test_copies_of_low_acceptance_are_not_drafted(self) -> None:
-        stats = DraftStats(Combined.priors)
+        stats = DraftStats(CombinedDrafter.priors)
         text = [*range(10, 30), 1, 2, *range(10, 28)]
         copied = next(self.drafts(stats, text))
         assert copied.kind < len(PromptLookup.priors)

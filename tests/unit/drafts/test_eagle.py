@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
-from splitnet.blocks.client_part import Ends
+from splitnet.blocks.client_part import ClientPart
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.eagle import EagleHead
@@ -54,7 +54,7 @@ OUTPUT = 3 * numbers(VOCABULARY, HIDDEN, seed=1)
 FINAL = 1 + numbers(HIDDEN)
 
 
-def part(**changed: Any) -> Ends:
+def part(**changed: Any) -> ClientPart:
     given: dict[str, Any] = {
         "embed": lambda ids: EMBEDDINGS[ids],
         "norm": lambda hidden: norm(hidden, FINAL),
@@ -200,7 +200,7 @@ def check(head: EagleHead, outputs: Tensor, logits: Tensor, features: Tensor) ->
 def test_eagle3_in_the_format_of_speculators(write: Callable[..., Path], normed_residual: bool) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     folder = write(speculators(norm_before_residual=normed_residual), tensors)
-    head = EagleHead.open(folder, part(), trainable=True)
+    head = EagleHead.from_source(folder, part(), trainable=True)
     outputs = outputs3(tensors, TOKENS, features @ tensors["fc.weight"].T, normed_residual=normed_residual)
     check(head, outputs, logits3(tensors, outputs), features)
     assert head.taps == (1, 3, 6)
@@ -209,7 +209,7 @@ def test_eagle3_in_the_format_of_speculators(write: Callable[..., Path], normed_
 
 def test_outputs_of_the_head_replace_features(write: Callable[..., Path]) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
-    head = EagleHead.open(write(speculators(), tensors), part(), trainable=True)
+    head = EagleHead.from_source(write(speculators(), tensors), part(), trainable=True)
     begun = features @ tensors["fc.weight"].T
     for place in range(3, len(TOKENS)):
         begun[place] = outputs3(tensors, TOKENS, begun)[place - 1]
@@ -236,7 +236,12 @@ def test_flags_of_speculators_configs_are_followed(write: Callable[..., Path], f
     logits = logits3(tensors, outputs)
     if flag == "norm_output":
         outputs = norm(outputs, tensors["norm.weight"])
-    check(EagleHead.open(write(speculators(**{flag: True}), read), part(), trainable=True), outputs, logits, features)
+    check(
+        EagleHead.from_source(write(speculators(**{flag: True}), read), part(), trainable=True),
+        outputs,
+        logits,
+        features,
+    )
 
 
 def test_eagle3_with_two_layers_query_norms_biases_and_own_embeddings(write: Callable[..., Path]) -> None:
@@ -249,17 +254,22 @@ def test_eagle3_with_two_layers_query_norms_biases_and_own_embeddings(write: Cal
     given = norm(first, tensors["layers.1.input_layernorm.weight"])
     outputs = block(tensors, given, first, "layers.1.")
     model = part(embed=lambda ids: torch.full((len(ids), HIDDEN), torch.nan))
-    check(EagleHead.open(write(config, tensors), model, trainable=True), outputs, logits3(tensors, outputs), features)
+    check(
+        EagleHead.from_source(write(config, tensors), model, trainable=True),
+        outputs,
+        logits3(tensors, outputs),
+        features,
+    )
 
 
 def test_eagle3_in_the_formats_of_its_authors_and_specforge(write: Callable[..., Path]) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
     outputs = outputs3(tensors, TOKENS, features @ tensors["fc.weight"].T)
-    head = EagleHead.open(write(specforge(), as_midlayer(tensors)), part(num_blocks=12), trainable=True)
+    head = EagleHead.from_source(write(specforge(), as_midlayer(tensors)), part(num_blocks=12), trainable=True)
     check(head, outputs, logits3(tensors, outputs), features)
     assert head.taps == (2, 6, 9)
     given = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 5], "use_aux_hidden_state": True}}
-    head = EagleHead.open(write(specforge(**given), as_midlayer(tensors)), part(), trainable=True)
+    head = EagleHead.from_source(write(specforge(**given), as_midlayer(tensors)), part(), trainable=True)
     assert head.taps == (1, 3, 6)  # As in SGLang, this list names the layers whose outputs are taken.
 
 
@@ -278,7 +288,7 @@ def test_eagle_1_and_eagle_2(write: Callable[..., Path], layers: int, bias: bool
     outputs = block(tensors, hidden, hidden)
     if layers > 1:
         outputs = block(tensors, norm(outputs, tensors["layers.1.input_layernorm.weight"]), outputs, "layers.1.")
-    head = EagleHead.open(write(config, tensors), part(), trainable=True)
+    head = EagleHead.from_source(write(config, tensors), part(), trainable=True)
     check(head, outputs, outputs @ OUTPUT.T, features)
     assert head.taps == (BLOCKS,) and head.draft_vocabulary is None
     cache = SequenceCache()
@@ -297,7 +307,7 @@ def test_weights_in_16_bits_give_the_same_drafts(write: Callable[..., Path]) -> 
     tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in eagle3().items()}
     features = numbers(len(TOKENS), 3 * HIDDEN)
     folder = write(speculators(), tensors)
-    wide, narrow = (EagleHead.open(folder, part(), trainable=trainable) for trainable in (True, False))
+    wide, narrow = (EagleHead.from_source(folder, part(), trainable=trainable) for trainable in (True, False))
     caches = SequenceCache(), SequenceCache()
     expected, found = (head.run(TOKENS, features, cache) for head, cache in zip((wide, narrow), caches, strict=True))
     assert torch.allclose(found, expected, atol=1e-4)
@@ -308,13 +318,13 @@ def test_weights_in_16_bits_give_the_same_drafts(write: Callable[..., Path]) -> 
 
 def test_long_prompts_run_in_pieces(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, features = eagle3(), numbers(len(TOKENS), 3 * HIDDEN)
-    head = EagleHead.open(write(speculators(), tensors), part(), trainable=True)
+    head = EagleHead.from_source(write(speculators(), tensors), part(), trainable=True)
     drafted: list[tuple[Tensor, list[Guess]]] = []
     for piece in (len(TOKENS), 2):
         monkeypatch.setattr("splitnet.drafts.heads.PIECE", piece)
         drafter = HeadDrafter(head)
-        drafter.begin([1, *TOKENS.tolist()], features)
-        guesses = [*itertools.islice(drafter.draft([]), 3)]
+        drafter.begin_text([1, *TOKENS.tolist()], features)
+        guesses = [*itertools.islice(drafter.draft_tokens([]), 3)]
         drafted.append((drafter._outputs[0], guesses))
     (expected, first), (found, second) = drafted
     assert torch.allclose(expected, head.run(TOKENS, features, SequenceCache())[-1], atol=1e-5)
@@ -323,7 +333,7 @@ def test_long_prompts_run_in_pieces(write: Callable[..., Path], monkeypatch: pyt
 
 def test_a_saved_head_can_be_opened_again(write: Callable[..., Path], tmp_path: Path) -> None:
     tensors = {name: one.bfloat16() if one.is_floating_point() else one for name, one in eagle3().items()}
-    head = EagleHead.open(write(speculators(norm_output=True), tensors), part(), trainable=True)
+    head = EagleHead.from_source(write(speculators(norm_output=True), tensors), part(), trainable=True)
     head.save(tmp_path / "saved", "someone/model", ["LlamaForCausalLM"])
     config = json.loads((tmp_path / "saved/config.json").read_text())
     assert config["speculators_config"]["verifier"] == {
@@ -333,7 +343,7 @@ def test_a_saved_head_can_be_opened_again(write: Callable[..., Path], tmp_path: 
     saved = load_file(tmp_path / "saved/model.safetensors")
     assert saved.keys() == tensors.keys()
     assert all(saved[name].equal(tensor) for name, tensor in tensors.items())
-    again = EagleHead.open(tmp_path / "saved", part(), trainable=True)
+    again = EagleHead.from_source(tmp_path / "saved", part(), trainable=True)
     assert again.shape.norm_output and again.taps == head.taps
     features = numbers(len(TOKENS), 3 * HIDDEN)
     expected = head.run(TOKENS, features, SequenceCache())
@@ -391,7 +401,7 @@ def test_unsupported_config_fields_are_refused_by_name(
     write: Callable[..., Path], config: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(SplitnetError, match=field):
-        EagleHead.open(write(config, eagle3()), part())
+        EagleHead.from_source(write(config, eagle3()), part())
 
 
 @pytest.mark.parametrize(
@@ -415,7 +425,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
 ) -> None:
     given = {key: tensor for key, tensor in (eagle3() | tensors).items() if tensor is not None}
     with pytest.raises(SplitnetError, match=name):
-        EagleHead.open(write(speculators(), given), part())
+        EagleHead.from_source(write(speculators(), given), part())
 
 
 def test_a_file_that_is_cut_off_is_refused(write: Callable[..., Path]) -> None:
@@ -423,11 +433,11 @@ def test_a_file_that_is_cut_off_is_refused(write: Callable[..., Path]) -> None:
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(SplitnetError, match="damaged"):
-        EagleHead.open(folder, part())
+        EagleHead.from_source(folder, part())
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(speculators()))
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(ModelNotFound, match="no safetensors"):
-        EagleHead.open(tmp_path, part())
+        EagleHead.from_source(tmp_path, part())

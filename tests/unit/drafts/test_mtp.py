@@ -19,13 +19,13 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from splitnet.blocks.backbone import load_whole
-from splitnet.blocks.client_part import Ends, ends_of, load_client_part
+from splitnet.blocks.client_part import ClientPart, client_part_of, load_client_part
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.safetensors import SafetensorsStore
-from splitnet.checkpoint.transfer.held import make_folder
-from splitnet.drafts.heads import Combined, HeadDrafter
+from splitnet.checkpoint.transfer.weight_pieces import make_folder
+from splitnet.drafts.heads import CombinedDrafter, HeadDrafter
 from splitnet.drafts.mtp import LAYERS, MtpHead, mtp_bytes, mtp_head
 from splitnet.drafts.prompt_lookup import PromptLookup
 from splitnet.drafts.speculator import Speculator
@@ -43,9 +43,9 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TOKENS = torch.randint(3, 300, (24,), generator=torch.Generator().manual_seed(5))
 
 
-def ends_of_checkpoint(checkpoint: Checkpoint) -> Ends:
-    ends = ends_of(load_client_part(checkpoint, nn.Identity()))
-    assert ends.are_all
+def ends_of_checkpoint(checkpoint: Checkpoint) -> ClientPart:
+    ends = client_part_of(load_client_part(checkpoint, nn.Identity()))
+    assert ends.compute_everything
     return ends
 
 
@@ -302,12 +302,12 @@ def test_a_drafter_makes_the_same_drafts_as_the_layer(family: str, tmp_path: Pat
     head = head_of(mtp_checkpoint(family, tmp_path)[0])
     text, states = TOKENS.tolist(), torch.randn(23, 64, generator=torch.Generator().manual_seed(3))
     drafter = HeadDrafter(head)
-    drafter.begin(text[:10], states[:9])
+    drafter.begin_text(text[:10], states[:9])
     for length in range(10, 24):
         if length > 10:
-            drafter.observe(text[length - 1], states[length - 2])
-        drafted = [guess.token for guess in itertools.islice(drafter.draft(()), 3)]
-        again = [guess.token for guess in itertools.islice(drafter.draft(drafted[:1]), 2)]
+            drafter.observe_token(text[length - 1], states[length - 2])
+        drafted = [guess.token for guess in itertools.islice(drafter.draft_tokens(()), 3)]
+        again = [guess.token for guess in itertools.islice(drafter.draft_tokens(drafted[:1]), 2)]
         cache = SequenceCache()
         output = head.run(torch.tensor(text[1:length]), states[: length - 1], cache)[-1:]
         expected: list[int] = []
@@ -325,7 +325,7 @@ def test_only_weight_pieces_of_the_mtp_layer_are_fetched(
     monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
     folder, _ = mtp_checkpoint("glm4_moe", tmp_path, num_local_experts=32)
     whole = Checkpoint.open(quantized_pair(folder, tmp_path, "awq")[0] if coded else folder)
-    assert whole.store.are_here(whole.store.names)
+    assert whole.store.are_here(whole.store.tensor_names)
     checkpoint = Checkpoint.open(make_folder(whole.manifest(), [], lambda path: None))
     weights, further, ends = checkpoint.store.folder, checkpoint.next_token_names, ends_of_checkpoint(whole)
     assert weights is not None and further == whole.next_token_names
@@ -335,7 +335,7 @@ def test_only_weight_pieces_of_the_mtp_layer_are_fetched(
 
     def fetch(pieces: Mapping[bytes, int]) -> None:
         for piece in pieces:
-            weights.write(piece, whole.held().read(piece) or b"")
+            weights.write_piece(piece, whole.held_pieces().read_piece(piece) or b"")
 
     weights.fetch = fetch
     head, expected = mtp_head(checkpoint, ends), mtp_head(whole, ends)
@@ -359,13 +359,13 @@ def test_auto_uses_an_mtp_layer_that_is_present_and_small(
     ends = ends_of_checkpoint(checkpoint)
     model = SimpleNamespace(ends=ends, dtype=torch.float32, device=torch.device("cpu"))
     drafts = Speculator(model, checkpoint).drafts_by("auto")
-    assert isinstance(drafts.drafter, Combined) and drafts.drafter.taps == (3,) and not drafts.required
+    assert isinstance(drafts.drafter, CombinedDrafter) and drafts.drafter.taps == (3,) and not drafts.required
     least = 4 * mtp_bytes(checkpoint, torch.float32)
     monkeypatch.setattr("splitnet.drafts.speculator.free_memory", lambda device: least - 1)
     assert isinstance(Speculator(model, checkpoint).drafts_by("auto").drafter, PromptLookup)
     speculator = Speculator(model, checkpoint)
-    assert isinstance(speculator.drafts_by("mtp").drafter, Combined)
-    assert isinstance(speculator.drafts_by("auto").drafter, Combined)  # The layer is already in memory.
+    assert isinstance(speculator.drafts_by("mtp").drafter, CombinedDrafter)
+    assert isinstance(speculator.drafts_by("auto").drafter, CombinedDrafter)  # The layer is already in memory.
 
 
 def test_the_documents_name_the_families() -> None:

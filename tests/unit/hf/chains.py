@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.decoding import Outputs, Text
+from splitnet.hf.decoding import GrowingText, Outputs
 from splitnet.swarm.plan import Prediction
 
 VOCABULARY = 50
@@ -37,11 +37,11 @@ def continued(prompt: Sequence[int], count: int) -> list[int]:
     return text
 
 
-def text_of(prompt: Sequence[int], most: int, stop: Sequence[int] = (VOCABULARY,)) -> Text:
+def text_of(prompt: Sequence[int], most: int, stop: Sequence[int] = (VOCABULARY,)) -> GrowingText:
     """A text of at most `most` tokens, which ends at a token of `stop`."""
     criteria = StoppingCriteriaList([MaxLengthCriteria(most), EosTokenCriteria([*stop])])
     config = GenerationConfig(max_length=most, do_sample=False)
-    return Text(torch.tensor([[*prompt]]), LogitsProcessorList(), criteria, config, None)
+    return GrowingText(torch.tensor([[*prompt]]), LogitsProcessorList(), criteria, config, None)
 
 
 class Clock:
@@ -122,9 +122,9 @@ class Chain:
         return Prediction((hops + 1) * self._delay_s * 1000 + hops * told_ms, told_ms)
 
     def step(self, input_ids: torch.Tensor, cache: Any) -> Outputs:
-        return self.receive(self.send(input_ids, cache), input_ids, cache)
+        return self.receive_outputs(self.send_tokens(input_ids, cache), input_ids, cache)
 
-    def send(self, input_ids: torch.Tensor, cache: Any) -> Any:
+    def send_tokens(self, input_ids: torch.Tensor, cache: Any) -> Any:
         past = self.layer.columns - self.before
         assert 0 < past <= len(self.held)
         del self.held[past:]
@@ -143,7 +143,7 @@ class Chain:
         self.under_way.append(sent)
         return sent
 
-    def receive(self, exchange: Any, input_ids: torch.Tensor, cache: Any) -> Outputs:
+    def receive_outputs(self, exchange: Any, input_ids: torch.Tensor, cache: Any) -> Outputs:
         assert exchange is self.under_way.popleft() and not exchange.is_abandoned
         waited_s = max(0.0, exchange.comes_at - self.clock.now)
         self.layer.waited_ms += waited_s * 1000

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, Guessed, Window, best_window, tokens_per_ms
+from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, DraftGuess, Window, best_window, tokens_per_ms
 from splitnet.drafts.draft_stats import DraftStats
 from splitnet.drafts.drafter import Guess
 from splitnet.drafts.speculator import Drafts
@@ -42,17 +42,17 @@ class Scripted:
         self._true = true
         self._script = itertools.cycle(script)
 
-    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         assert features is not None and len(features) == len(tokens) - 1
         assert features[:, 0].tolist() == [feature(tokens[: end + 1]) for end in range(len(features))]
         self.text = [*tokens]
 
-    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: torch.Tensor | None = None) -> None:
         assert features is not None and features.tolist() == [feature(self.text)]
         self.text.append(token)
         assert self.text == self._true[: len(self.text)]
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         assert [*pending] == self._chain.held[len(self.text) : self._chain.layer.columns - self._chain.before]
         for place in itertools.count(len(self.text) + len(pending)):
             right, kind, ends = next(self._script)
@@ -89,8 +89,8 @@ class Watched(Chain):
 
     most = 0
 
-    def send(self, input_ids: torch.Tensor, cache: Any) -> Any:
-        sent = super().send(input_ids, cache)
+    def send_tokens(self, input_ids: torch.Tensor, cache: Any) -> Any:
+        sent = super().send_tokens(input_ids, cache)
         assert len(self.held) <= self.most
         return sent
 
@@ -156,13 +156,13 @@ class Known:
     def __init__(self, true: Sequence[int], share: float) -> None:
         self._true, self._share, self._length = true, share, 0
 
-    def begin(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
+    def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         self._length = len(tokens)
 
-    def observe(self, token: int, features: torch.Tensor | None = None) -> None:
+    def observe_token(self, token: int, features: torch.Tensor | None = None) -> None:
         self._length += 1
 
-    def draft(self, pending: Sequence[int]) -> Iterator[Guess]:
+    def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
         for place in itertools.count(self._length + len(pending)):
             true = self._true[place] if place < len(self._true) else 0
             right = random.Random(f"{self._true[0]} {place}").random() < self._share
@@ -191,7 +191,7 @@ def speeds(
             taken_s[arm] += clock.now - began
         pace = stats._pace(chain.predictions())
     tried, right = (sum(values) for values in zip((0, 0), *stats.by_place.values(), strict=True))
-    seen = Guessed(right / tried, right / tried)
+    seen = DraftGuess(right / tried, right / tried)
     window = best_window(seen, pace)
     foretold = tokens_per_ms(window, seen, pace) if window.length else 1 / pace.latency_ms(1)
     count = len(TRUE) * (TOKENS - 1) / 1000

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from peers import directory
-from peers.directory import (
+from peers import directory_service
+from peers.directory_service import (
     ANNOUNCEMENTS_PER_MINUTE,
     FRESH_S,
     LOOK_UP_BYTES,
@@ -39,8 +39,8 @@ from splitnet.wire.messages import (
     decode,
     encode,
 )
+from tests.unit.directory.test_ask import MODEL, signed
 from tests.unit.directory.test_directory import record_of
-from tests.unit.directory.test_peer_directory import MODEL, signed
 
 WAIT_S = 20.0
 KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
@@ -58,7 +58,7 @@ class FakeDirectory(SwarmDirectory):
         self.silent = False
         self.waits_for: dict[str, threading.Event] = {}
 
-    def store(self, record: PeerRecord, packed: bytes, depth: int = 0) -> bool:
+    def store_record(self, record: PeerRecord, packed: bytes, depth: int = 0) -> bool:
         self.threads.add(threading.get_ident())
         assert record.signed == packed
         self.stored.append(record)
@@ -94,7 +94,7 @@ class Service:
             self.answered.notify_all()
 
     def ask(self, source: Connection, message: LookUp | Announce) -> None:
-        self.service.receive(source, message, self.now)
+        self.service.receive_question(source, message, self.now)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         with self.answered:
@@ -125,7 +125,7 @@ def client(number: int = 0) -> Connection:
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     made = Service()
-    monkeypatch.setattr(directory.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(directory_service.time, "monotonic", lambda: made.now)
     try:
         yield made
     finally:
@@ -153,14 +153,14 @@ def test_a_flood_of_questions_is_one_question_to_the_directory(service: Service)
     for number in range(1, 500):
         service.answer(client(number % 7), LookUp(number, MODEL, 0))
     assert service.directory.reads[MODEL] == 1
-    service.now += directory.FRESH_S + 0.1
+    service.now += directory_service.FRESH_S + 0.1
     service.answer(client(), LookUp(500, MODEL, 0))
     assert service.directory.reads[MODEL] == 2
 
 
 def test_a_key_gets_a_bounded_number_of_bytes_in_a_minute(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     service.directory.held[MODEL] = [signed() for _ in range(40)]
-    monkeypatch.setattr(directory, "BYTES_PER_MINUTE", 100_000)
+    monkeypatch.setattr(directory_service, "BYTES_PER_MINUTE", 100_000)
     answers = [service.answer(client(1), LookUp(number, MODEL, 0)) for number in range(1, 100)]
     assert isinstance(answers[-1], Failure) and "ask again in" in answers[-1].text
     assert 50_000 < sum(len(answer.payload) for answer in answers if isinstance(answer, Found)) < 130_000
@@ -171,7 +171,7 @@ def test_a_key_gets_a_bounded_number_of_bytes_in_a_minute(service: Service, monk
 
 def test_all_keys_together_get_a_bounded_number_of_bytes(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     service.directory.held[MODEL] = [signed() for _ in range(40)]
-    monkeypatch.setattr(directory, "BYTES_OF_ALL_PER_MINUTE", 200_000)
+    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 200_000)
     answers = [service.answer(client(number), LookUp(1, MODEL, 0)) for number in range(200)]
     assert isinstance(answers[-1], Failure)
     assert sum(len(answer.payload) for answer in answers if isinstance(answer, Found)) < 230_000
@@ -231,8 +231,8 @@ def test_an_outsider_of_a_closed_swarm_is_not_told_through_whom_a_peer_has_joine
 def test_outsiders_take_nothing_of_what_members_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have as many keys as they like, and can name nothing that is there."""
     made, other = Service(KEY), "ab" * 16
-    monkeypatch.setattr(directory.time, "monotonic", lambda: made.now)
-    monkeypatch.setattr(directory, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
+    monkeypatch.setattr(directory_service.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
     made.directory.held = {MODEL: [signed()], other: [signed(model=other)], "": [signed(), signed(model=other)]}
 
     def asks_all(number: int) -> None:
@@ -294,7 +294,7 @@ def test_records_that_are_not_valid_are_not_announced(service: Service) -> None:
 
 
 def test_a_key_announces_a_bounded_number_of_others(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "RECORDS_PER_ANNOUNCER", 3)
+    monkeypatch.setattr(directory_service, "RECORDS_PER_ANNOUNCER", 3)
     records = [signed() for _ in range(4)]
     answers = [service.answer(client(1), Announce(at + 1, 0, record.signed)) for at, record in enumerate(records)]
     assert answers == [Announced(1, True), Announced(2, True), Announced(3, True), Announced(4, False)]
@@ -303,7 +303,7 @@ def test_a_key_announces_a_bounded_number_of_others(service: Service, monkeypatc
 
 
 def test_a_key_announces_so_often_in_a_minute(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "ANNOUNCEMENTS_PER_MINUTE", 5)
+    monkeypatch.setattr(directory_service, "ANNOUNCEMENTS_PER_MINUTE", 5)
     record = signed()
     answers = [service.answer(client(1), Announce(number, 0, record.signed)) for number in range(1, 8)]
     assert [type(answer) for answer in answers] == [Announced] * 5 + [Failure] * 2
@@ -354,7 +354,7 @@ def test_what_many_ask_that_know_most_is_read_seldom(service: Service) -> None:
 
 
 def test_what_has_changed_is_charged_for(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "BYTES_PER_MINUTE", 100_000)
+    monkeypatch.setattr(directory_service, "BYTES_PER_MINUTE", 100_000)
     service.directory.held[MODEL] = records = [signed() for _ in range(100)]
     answers = [
         service.answer(client(1), LookUp(number, MODEL, 0, tuple(map(entry_of, records)), 0.0, 5000))
@@ -368,7 +368,7 @@ def test_what_has_changed_is_charged_for(service: Service, monkeypatch: pytest.M
 
 def test_outsiders_learn_nothing_of_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Service(KEY)
-    monkeypatch.setattr(directory.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(directory_service.time, "monotonic", lambda: made.now)
     try:
         record = signed()
         made.directory.held[MODEL] = [record]
@@ -384,7 +384,7 @@ def test_outsiders_learn_nothing_of_what_has_changed(monkeypatch: pytest.MonkeyP
 
 
 def test_who_announces_others_has_a_place_itself(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "RECORDS_PER_ANNOUNCER", 3)
+    monkeypatch.setattr(directory_service, "RECORDS_PER_ANNOUNCER", 3)
     peer = Identity.generate()
     source = Connection(b"peer", peer.public.curve_raw)
     for number in range(1, 5):
@@ -400,7 +400,7 @@ def test_the_directory_is_never_called_by_the_thread_that_hands_questions_over(s
 
 
 def test_what_is_known_of_keys_is_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "MAX_KEYS", 10)
+    monkeypatch.setattr(directory_service, "MAX_KEYS", 10)
     for number in range(100):
         service.answer(client(number), LookUp(1, MODEL, 0))
         service.answer(client(number), Announce(2, 0, signed().signed))

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from peers import prefixes
-from peers.prefixes import NOWHERE, STATES, Page, PageFiles, PrefixNamespace, PrefixStore, page_name
+from peers.prefixes import NOWHERE, STATES, Page, PageFiles, PageNamespace, PrefixStore, page_name
 from splitnet.wire.sent_log import digest
 from tests.tiers import examples
 
@@ -56,10 +56,10 @@ def same(one: Page, other: Page) -> bool:
         torch.equal(tensor, other.tensors[key]) and tensor.dtype == other.tensors[key].dtype
         for key, tensor in one.tensors.items()
     )
-    return alike and (one.name, one.output, one.reach) == (other.name, other.output, other.reach)
+    return alike and (one.name, one.output, one.rope_length) == (other.name, other.output, other.rope_length)
 
 
-def recalled(store: PrefixStore, space: PrefixNamespace, labels: list[bytes]) -> list[Page]:
+def looked_up(store: PrefixStore, space: PageNamespace, labels: list[bytes]) -> list[Page]:
     """Pages of a text, with which a row is begun."""
     found: Queue[list[Page]] = Queue()
     store.lookup_prefix(space, labels, found.put)
@@ -69,11 +69,11 @@ def recalled(store: PrefixStore, space: PrefixNamespace, labels: list[bytes]) ->
 
 
 def put_text(
-    store: PrefixStore, space: PrefixNamespace, text: int = 0, depth: int = DEPTH, cost_ms: float = 1.0
+    store: PrefixStore, space: PageNamespace, text: int = 0, depth: int = DEPTH, cost_ms: float = 1.0
 ) -> list[bytes]:
     names: list[bytes] = []
     for index in range(depth):
-        store.put(space, label(text, index), made_page, cost_ms, names)
+        store.put_page(space, label(text, index), made_page, cost_ms, names)
         names.append(page_name(space, label(text, index)))
     return names
 
@@ -99,7 +99,7 @@ class Stores(RuleBasedStateMachine):
         self.store = PrefixStore("facts", lambda: self.limit, WEIGHTS.__getitem__, files)
         self.bound = max(self.bound, self.limit)
 
-    def _space(self, owner: int, context: int) -> PrefixNamespace:
+    def _space(self, owner: int, context: int) -> PageNamespace:
         return self.store.namespace(OWNERS[owner], b"context %d" % context, 0, 2, 0)
 
     @rule(owner=st.integers(0, 2), context=st.integers(0, 1), text=st.integers(0, 3), cost=st.floats(0, 100))
@@ -111,7 +111,7 @@ class Stores(RuleBasedStateMachine):
     def recall(self, owner: int, context: int, text: int, depth: int) -> None:
         space = self._space(owner, context)
         labels = [label(text, index) for index in range(depth)]
-        pages = recalled(self.store, space, labels)
+        pages = looked_up(self.store, space, labels)
         assert len(pages) <= depth
         for page, each in zip(pages, labels, strict=False):
             assert page.name == page_name(space, each) and page.name in self.known
@@ -128,8 +128,8 @@ class Stores(RuleBasedStateMachine):
     @rule(owner=st.integers(0, 2), text=st.integers(0, 3))
     def forget(self, owner: int, text: int) -> None:
         space = self._space(owner, 0)
-        pages = recalled(self.store, space, [label(text, index) for index in range(DEPTH)])
-        self.store.forget(pages)
+        pages = looked_up(self.store, space, [label(text, index) for index in range(DEPTH)])
+        self.store.forget_pages(pages)
         assert not any(page.name in self.store._held for page in pages)
 
     @precondition(lambda self: self.disk)
@@ -192,14 +192,14 @@ def test_what_a_page_depends_on_is_in_its_name() -> None:
     assert len({page_name(space, label(0, 0)) for space in spaces}) == len(spaces)
     put_text(store, spaces[0])
     labels = [label(0, index) for index in range(DEPTH)]
-    assert [len(recalled(store, space, labels)) for space in spaces] == [DEPTH] + [0] * (len(spaces) - 1)
+    assert [len(looked_up(store, space, labels)) for space in spaces] == [DEPTH] + [0] * (len(spaces) - 1)
 
 
 def test_without_a_context_nothing_is_stored() -> None:
     store = in_memory()
     assert store.namespace(OWNERS[0], b"", 0, 2, 0) == NOWHERE
     put_text(store, NOWHERE)
-    assert not len(store) and not recalled(store, NOWHERE, [label(0, 0)])
+    assert not len(store) and not looked_up(store, NOWHERE, [label(0, 0)])
 
 
 @settings(max_examples=examples(100))
@@ -214,10 +214,10 @@ def test_no_page_stays_without_those_before_it(texts: list[tuple[int, int, float
     for turn, (text, depth, cost) in enumerate(texts):
         limit = limits[turn % len(limits)]
         put_text(store, space, text, depth, cost)
-        recalled(store, space, [label(text, index) for index in range(depth)])
+        looked_up(store, space, [label(text, index) for index in range(depth)])
         store.shrink()
         for each in range(8):
-            there = [store.has(space, label(each, index)) for index in range(DEPTH)]
+            there = [store.has_page(space, label(each, index)) for index in range(DEPTH)]
             assert there == sorted(there, reverse=True)
 
 
@@ -227,10 +227,10 @@ def test_what_is_used_and_took_long_stays() -> None:
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space, 2, cost_ms=100.0)
     put_text(store, space, 4, cost_ms=1.0)
-    recalled(store, space, [label(4, index) for index in range(DEPTH)])
+    looked_up(store, space, [label(4, index) for index in range(DEPTH)])
     for text in range(6, 14, 2):
         put_text(store, space, text, cost_ms=1.0)
-    left = {text: sum(store.has(space, label(text, index)) for index in range(DEPTH)) for text in range(2, 14, 2)}
+    left = {text: sum(store.has_page(space, label(text, index)) for index in range(DEPTH)) for text in range(2, 14, 2)}
     assert left[2] == DEPTH and left[4] >= left[6] and sum(left.values()) >= 18
 
 
@@ -242,7 +242,7 @@ def test_each_owner_has_a_share_by_its_weight() -> None:
     put_text(store, other, 0, cost_ms=0.1)
     for text in range(2, 30, 2):
         put_text(store, mine, text, cost_ms=100.0)
-    assert [store.has(other, label(0, index)) for index in range(DEPTH)] == [True] * DEPTH
+    assert [store.has_page(other, label(0, index)) for index in range(DEPTH)] == [True] * DEPTH
     assert store._bytes[OWNERS[0]] <= store._limit() - store._bytes[OWNERS[1]]
 
 
@@ -259,7 +259,7 @@ class Sorted(PrefixStore):
             others = sum(held for each, held in self._bytes.items() if each != owner)
             own = sorted((held.value, -held.depth, name) for name, held in self._held.items() if held.owner == owner)
             for value, _, name in own:
-                self._drop(name)
+                self._drop_page(name)
                 self._floor = max(self._floor, value)
                 left = self._bytes.get(owner, 0)
                 if left + others <= most or left / self._weight(owner) < others / 2:
@@ -270,8 +270,8 @@ class Sorted(PrefixStore):
 def recording(kind: type[PrefixStore], limit: Callable[[], int]) -> tuple[PrefixStore, list[bytes]]:
     """A store, and the names of the pages that it drops, in their order."""
     store, dropped = kind("facts", limit, WEIGHTS.__getitem__), list[bytes]()
-    drop = store._drop
-    store._drop = lambda name: (dropped.append(name), drop(name))[1]
+    drop = store._drop_page
+    store._drop_page = lambda name: (dropped.append(name), drop(name))[1]
     return store, dropped
 
 
@@ -289,7 +289,7 @@ def test_pages_are_evicted_in_the_order_of_sorting_them_each_time(seed: int) -> 
             if what == "put":
                 put_text(store, space, text, depth, cost_ms)
             elif what == "recall":
-                recalled(store, space, [label(text, index) for index in range(depth)])
+                looked_up(store, space, [label(text, index) for index in range(depth)])
             else:
                 store.shrink()
         (one, dropped), (other, expected) = stores
@@ -325,7 +325,7 @@ def test_the_work_of_evictions_grows_as_the_pages_do(owners: int) -> None:
 
     def put(index: int) -> None:
         cost_ms = CountedCost(index * 7919 % pages)  # in no order
-        store.put(spaces[index % owners], index.to_bytes(16, "big"), lambda name: Page(name, tensors), cost_ms)
+        store.put_page(spaces[index % owners], index.to_bytes(16, "big"), lambda name: Page(name, tensors), cost_ms)
 
     for index in range(pages):
         put(index)
@@ -342,7 +342,7 @@ def test_the_work_of_evictions_grows_as_the_pages_do(owners: int) -> None:
 def test_a_store_without_memory_takes_nothing_in() -> None:
     store = in_memory(0)
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
-    store.put(space, label(0, 0), lambda _: pytest.fail("it was made for nothing"), 1.0)
+    store.put_page(space, label(0, 0), lambda _: pytest.fail("it was made for nothing"), 1.0)
     assert not len(store)
 
 
@@ -353,10 +353,10 @@ def test_a_restarted_store_goes_on_from_its_files(store: PrefixStore, tmp_path: 
     later = PrefixStore("facts", lambda: 1 << 30, files=PageFiles(tmp_path / "pages", 1 << 30))
     try:
         labels = [label(0, index) for index in range(DEPTH)]
-        pages = recalled(later, space, labels)
+        pages = looked_up(later, space, labels)
         assert len(pages) == DEPTH and all(same(page, made_page(page.name)) for page in pages)
         assert later.counts.read == later.counts.found == DEPTH and len(later) == DEPTH
-        assert not recalled(later, later.namespace(OWNERS[1], b"context", 0, 2, 0), labels)
+        assert not looked_up(later, later.namespace(OWNERS[1], b"context", 0, 2, 0), labels)
     finally:
         later.close()
 
@@ -394,11 +394,11 @@ def test_what_is_damaged_is_not_used_and_written_again(how: str, store: PrefixSt
     files = [store._files._file(OWNERS[0], name) for name in names]
     damage(files[2], files[3], how)
     labels = [label(0, index) for index in range(DEPTH)]
-    assert [page.name for page in recalled(store, space, labels)] == names[:2]
+    assert [page.name for page in looked_up(store, space, labels)] == names[:2]
     assert store.counts.broken == 1
     put_text(store, space)
-    assert len(recalled(store, space, labels)) == DEPTH
-    assert all(same(page, made_page(page.name)) for page in recalled(store, space, labels))
+    assert len(looked_up(store, space, labels)) == DEPTH
+    assert all(same(page, made_page(page.name)) for page in looked_up(store, space, labels))
 
 
 def test_others_cannot_read_the_folder(store: PrefixStore, tmp_path: Path) -> None:
@@ -421,17 +421,17 @@ def test_two_stores_share_a_folder_and_its_limit(tmp_path: Path) -> None:
     files = [PageFiles(tmp_path / "pages", limit) for _ in range(2)]
     for index in range(60):
         name = digest(str(index).encode())
-        assert files[index % 2].write(OWNERS[0], made_page(name))
+        assert files[index % 2].write_page(OWNERS[0], made_page(name))
     held = sum(file.stat().st_size for file in (tmp_path / "pages").rglob("*.page"))
     assert held <= limit * (1 + prefixes.SHRINK)
     gone = next(file for file in (tmp_path / "pages").rglob("*.page"))
     gone.unlink()
-    assert files[0].read(OWNERS[0], bytes.fromhex(gone.stem)) is None
+    assert files[0].read_page(OWNERS[0], bytes.fromhex(gone.stem)) is None
 
 
 def _bytes_of(folder: Path, page: Page) -> bytes:
     files = PageFiles(folder / "one", 1 << 30)
-    assert files.write(OWNERS[0], page)
+    assert files.write_page(OWNERS[0], page)
     return next((folder / "one").rglob("*.page")).read_bytes()
 
 
@@ -440,11 +440,11 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     size = len(_bytes_of(tmp_path, pages[0]))
     files = PageFiles(tmp_path / "pages", 5 * size + size // 2)
     for at, page in enumerate(pages[:5]):
-        assert files.write(OWNERS[0], page)
+        assert files.write_page(OWNERS[0], page)
         os.utime(files._file(OWNERS[0], page.name), (at, at))
-    assert files.read(OWNERS[0], pages[0].name) is not None
-    assert files.write(OWNERS[0], pages[5])
-    assert [files.has(OWNERS[0], page.name) for page in pages] == [True, False, True, True, True, True]
+    assert files.read_page(OWNERS[0], pages[0].name) is not None
+    assert files.write_page(OWNERS[0], pages[5])
+    assert [files.has_page(OWNERS[0], page.name) for page in pages] == [True, False, True, True, True, True]
 
 
 def test_a_disk_that_others_fill_is_not_looked_through_for_each_page(
@@ -454,7 +454,7 @@ def test_a_disk_that_others_fill_is_not_looked_through_for_each_page(
     size = max(len(_bytes_of(tmp_path, page)) for page in pages)
     files = PageFiles(tmp_path / "pages", 64 * size * 2)
     room = 64 * size  # less than the limit
-    looks, look = [0], PageFiles._look
+    looks, look = [0], PageFiles._list_pages
 
     def usage(_: Path) -> SimpleNamespace:
         return SimpleNamespace(free=prefixes.FREE_DISK + room - files.nbytes)
@@ -464,9 +464,9 @@ def test_a_disk_that_others_fill_is_not_looked_through_for_each_page(
         look(self)
 
     monkeypatch.setattr(prefixes, "disk_usage", usage)
-    monkeypatch.setattr(PageFiles, "_look", counted)
+    monkeypatch.setattr(PageFiles, "_list_pages", counted)
     for index, page in enumerate(pages):
-        assert files.write(OWNERS[index % 3], page)
+        assert files.write_page(OWNERS[index % 3], page)
         assert files.nbytes <= room
     # A look belongs to each 4 pages that are written, and one to the 8 or more that go at once.
     assert looks[0] <= 96 / 4 + 32 / 8 + 1
@@ -480,7 +480,7 @@ def test_no_empty_folders_of_keys_stay(tmp_path: Path) -> None:
     files = PageFiles(folder, 4 * size)
     assert not list(folder.iterdir())
     for index, page in enumerate(pages):
-        assert files.write(b"%32d" % index, page)
+        assert files.write_page(b"%32d" % index, page)
         assert all(list(each.iterdir()) for each in folder.iterdir())
     assert len(list(folder.iterdir())) <= 4
     files.remove(pages[-1].name)
@@ -512,7 +512,7 @@ def test_a_disk_that_takes_nothing_costs_pages_alone(
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
     for _ in range(2):
-        assert len(recalled(store, space, labels)) == DEPTH
+        assert len(looked_up(store, space, labels)) == DEPTH
     store.close()
     assert not store.counts.written and store.counts.broken
     assert not list(tmp_path.rglob("*.page"))
@@ -535,7 +535,7 @@ def test_pages_are_written_once_a_row_was_begun_with_them(store: PrefixStore) ->
     pages = found.get(timeout=SOON_S)
     assert not store._queued
     with store._lock:
-        store._drop(pages[-1].name)  # one is not there any more
+        store._drop_page(pages[-1].name)  # one is not there any more
     store.used(pages)
     while store.counts.written < DEPTH - 1:
         threading.Event().wait(0.01)
@@ -546,24 +546,24 @@ class Stuck:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.reads = threading.Event(), 0
-        read = PageFiles.read
+        read = PageFiles.read_page
 
         def slow(files: PageFiles, owner: bytes, name: bytes) -> Page | None:
             self.reads += 1
             assert self.go.wait(SOON_S)
             return read(files, owner, name)
 
-        monkeypatch.setattr(PageFiles, "read", slow)
+        monkeypatch.setattr(PageFiles, "read_page", slow)
 
 
-def on_disk(store: PrefixStore, space: PrefixNamespace) -> None:
+def on_disk(store: PrefixStore, space: PageNamespace) -> None:
     put_text(store, space)
-    recalled(store, space, [label(0, index) for index in range(DEPTH)])
+    looked_up(store, space, [label(0, index) for index in range(DEPTH)])
     while store.counts.written < DEPTH:
         threading.Event().wait(0.01)
     with store._lock:
         for name in list(store._held):
-            store._drop(name)
+            store._drop_page(name)
 
 
 def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
@@ -579,7 +579,7 @@ def test_a_slow_disk_holds_up_nothing_but_what_waits_for_it(
     for _ in range(asked):
         store.lookup_prefix(mine, labels, found.put)
     assert asked - found.qsize() <= 2 * prefixes.MOST_QUEUED + 1
-    assert len(recalled(store, other, labels)) == DEPTH, "it is in memory"
+    assert len(looked_up(store, other, labels)) == DEPTH, "it is in memory"
     while not disk.reads:
         threading.Event().wait(0.01)
     monkeypatch.setattr(prefixes.time, "monotonic", lambda: float("inf"))
@@ -592,12 +592,12 @@ def test_reads_go_before_writes(store: PrefixStore, monkeypatch: pytest.MonkeyPa
     mine, other = (store.namespace(owner, b"context", 0, 2, 0) for owner in OWNERS[:2])
     on_disk(store, mine)
     disk, order = Stuck(monkeypatch), Queue[str]()
-    write = PageFiles.write
-    monkeypatch.setattr(PageFiles, "write", lambda *args: (order.put("write"), write(*args))[1])
+    write = PageFiles.write_page
+    monkeypatch.setattr(PageFiles, "write_page", lambda *args: (order.put("write"), write(*args))[1])
     labels = [label(0, index) for index in range(DEPTH)]
     store.lookup_prefix(mine, labels, lambda _: order.put("read"))
     put_text(store, other)
-    assert len(recalled(store, other, labels)) == DEPTH  # used again, so they are to be written
+    assert len(looked_up(store, other, labels)) == DEPTH  # used again, so they are to be written
     store.lookup_prefix(mine, labels[:3], lambda _: order.put("read"))
     disk.go.set()
     assert [order.get(timeout=SOON_S) for _ in range(3)] == ["read", "read", "write"]
@@ -623,7 +623,7 @@ def test_the_first_pages_of_a_text_are_written_first(store: PrefixStore, monkeyp
     names = put_text(store, space)
     with monkeypatch.context() as patch:
         patch.setattr(store, "_put_job", lambda order, job: None)
-        recalled(store, space, [label(0, index) for index in range(DEPTH)])
+        looked_up(store, space, [label(0, index) for index in range(DEPTH)])
     assert store._queued == set(names[:3])
     store._queued.clear()
 
@@ -632,14 +632,14 @@ def test_pages_that_did_not_fit_are_forgotten_on_disk_too(store: PrefixStore, tm
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     put_text(store, space)
     labels = [label(0, index) for index in range(DEPTH)]
-    pages = recalled(store, space, labels)
-    store.forget(pages)
+    pages = looked_up(store, space, labels)
+    store.forget_pages(pages)
     store.close()
     assert not recalled_after(store, space, labels) and not list(tmp_path.rglob("*.page"))
     assert store.counts.broken == DEPTH
 
 
-def recalled_after(store: PrefixStore, space: PrefixNamespace, labels: list[bytes]) -> list[Page]:
+def recalled_after(store: PrefixStore, space: PageNamespace, labels: list[bytes]) -> list[Page]:
     """Of a store that has ended."""
     found: list[list[Page]] = []
     store.lookup_prefix(space, labels, found.append)
@@ -653,7 +653,7 @@ def test_a_job_that_fails_ends_nothing(store: PrefixStore, caplog: pytest.LogCap
     store._put_job(0, fail)
     space = store.namespace(OWNERS[0], b"context", 0, 2, 0)
     on_disk(store, space)
-    assert len(recalled(store, space, [label(0, 0)])) == 1
+    assert len(looked_up(store, space, [label(0, 0)])) == 1
     assert "of no kind that is known" in caplog.text
 
 
@@ -671,7 +671,7 @@ def test_threads_that_put_recall_and_shrink_at_once_leave_it_whole() -> None:
                 put_text(store, space, text, cost_ms=float(turn % 7))
                 state["limit"] = limits[turn % 3]
                 store.shrink()
-                for page in recalled(store, space, [label(text, index) for index in range(DEPTH)]):
+                for page in looked_up(store, space, [label(text, index) for index in range(DEPTH)]):
                     assert same(page, made_page(page.name))
         except BaseException as error:
             errors.append(error)

@@ -18,10 +18,10 @@ import torch
 
 from peers import service
 from peers.engine import Engine
-from peers.links import KEEP_S, MAX_NEXT_HOPS, NextHops
-from peers.prefixes import READ_S, Page, PrefixNamespace, PrefixStore
+from peers.hop_route import FAR_TIMES
+from peers.peer_links import KEEP_S, MAX_NEXT_HOPS, NextHops
+from peers.prefixes import READ_S, Page, PageNamespace, PrefixStore
 from peers.queue import WorkQueue
-from peers.route import FAR_TIMES
 from peers.rows import room_for
 from peers.served import ServedBlocks
 from peers.service import CLIENT_LOST_S, PROBE_S, SessionService
@@ -32,8 +32,8 @@ from peers.sessions import (
     MOST_RESENT,
     RESEND_S,
     SHORTAGE_S,
+    HopSession,
     KeyPolicy,
-    Session,
     SessionTable,
     SessionTooLong,
     Work,
@@ -107,7 +107,7 @@ class FakeOutbox:
         self.open_links.remove(endpoint)
         self.states.pop(endpoint, None)
 
-    def state(self, endpoint: Endpoint) -> LinkState:
+    def link_state(self, endpoint: Endpoint) -> LinkState:
         return self.states.get(endpoint, LinkState.CONNECTING)
 
     def together(self) -> AbstractContextManager[None]:
@@ -179,7 +179,7 @@ class Peer:
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
         """What is sent because of `message`."""
-        self.service.receive(source, message, self.now)
+        self.service.receive_message(source, message, self.now)
         return self.heard()
 
     def heard(self) -> list[tuple[Destination, Message]]:
@@ -196,16 +196,16 @@ class Peer:
         self.service.link_changed(endpoint, state)
         return self.heard()
 
-    def session(self) -> Session:
+    def session(self) -> HopSession:
         session = self.table.get(SID)
         assert session is not None
         return session
 
     def begin(self) -> Work:
         """The engine takes the next step and prepares its rows."""
-        [(work, count)] = self.queue.take(10_000)
+        [(work, count)] = self.queue.take_steps(10_000)
         assert count == work.remaining
-        self.service.rows.prepare(work)
+        self.service.rows.prepare_step(work)
         return work
 
     def end_pass(self, work: Work, output: bytes | None = None, kept: bytes = b"kept") -> list[tuple[Destination, Any]]:
@@ -216,8 +216,8 @@ class Peer:
             row.length += part.length
         work.done = work.total
         work.outputs = [kept if work.session.end == 8 else output or bytes(work.step.payload)]
-        self.service.outputs.finish(work)
-        self.queue.release(work)
+        self.service.outputs.finish_step(work)
+        self.queue.release_work(work)
         return self.heard()
 
     def compute(self, message: Step, source: Connection = CLIENT) -> list[tuple[Destination, Any]]:
@@ -484,7 +484,7 @@ class TestOpen:
     def test_again_after_trouble_a_link_counts_only_if_the_next_hop_answers(self, opened: Peer) -> None:
         assert opened.says(opening(epoch=2)) == []
         assert opened.outbox.probed == [AFTER]
-        opened.service.answered(AFTER)
+        opened.service.ping_answered(AFTER)
         assert is_opened(opened.heard(), reachable=True, epoch=2)
         assert opened.says(opening(epoch=3)) == []
         assert is_opened(opened.passes(REACH_S / 3 + 0.1), reachable=False, epoch=3)
@@ -711,12 +711,12 @@ class TestRows:
         session = opened.session()
         row = session.row_state.caches[1]
         opened.says(wrong)
-        [(work, _)] = opened.queue.take(10_000)
+        [(work, _)] = opened.queue.take_steps(10_000)
         if error is None:
-            opened.service.rows.prepare(work)
+            opened.service.rows.prepare_step(work)
             return
         with pytest.raises(error):
-            opened.service.rows.prepare(work)
+            opened.service.rows.prepare_step(work)
         assert session.row_state.caches == {1: row}
         assert row.length == 10
 
@@ -726,9 +726,9 @@ class TestRows:
         session = opened.session()
         assert (set(session.row_state.caches), session.reserved_rows) == ({1, 2}, 2)
         opened.says(step(Chunk(1, 15, 1, 0), forks=(Fork(1, 1),)))
-        [(work, _)] = opened.queue.take(10_000)
+        [(work, _)] = opened.queue.take_steps(10_000)
         with pytest.raises(ProtocolError):
-            opened.service.rows.prepare(work)
+            opened.service.rows.prepare_step(work)
         assert (set(session.row_state.caches), session.reserved_rows) == ({1, 2}, 2)
 
     def test_that_were_long_once_give_their_memory_to_others(self, opened: Peer) -> None:
@@ -775,7 +775,7 @@ class TestClose:
         opened.says(Close(SID))
         assert work.session.row_state.caches[1].length == 3, "the pass that runs keeps its rows"
         assert opened.end_pass(work) == []
-        opened.service.failed(work, FailureCode.INTERNAL, "too late")
+        opened.service.report_failure(work, FailureCode.INTERNAL, "too late")
         assert opened.heard() == []
         assert opened.service.queue.queued_positions == 0
 
@@ -854,7 +854,7 @@ class TestReplay:
             epoch = 1 + number // 2
             if epoch > 1:
                 opened.says(opening(epoch=epoch))
-                opened.service.answered(AFTER)
+                opened.service.ping_answered(AFTER)
                 opened.heard()
             [(destination, replayed)] = opened.says(Replay(SID, epoch, 99, 8))
             assert destination == AFTER and isinstance(replayed, Step)
@@ -869,9 +869,9 @@ class TestReplay:
         assert log.positions == 3
         assert opened.says(step(Chunk(2, 0, 3, 1), forks=(), number=8)) == []
         work = opened.begin()
-        opened.service.failed(work, FailureCode.BAD_MESSAGE, "its payload cannot be decoded")
+        opened.service.report_failure(work, FailureCode.BAD_MESSAGE, "its payload cannot be decoded")
         work.done = work.total
-        opened.queue.release(work)
+        opened.queue.release_work(work)
         assert log.positions == 0
         opened.heard()
         opened.compute(step(Chunk(3, 0, 3, 1), number=9))
@@ -1014,7 +1014,7 @@ class TestEngine:
     def test_runs_what_is_ready_in_one_pass(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         for name in (1, 2, 3):
             self.send(peer, name, value=name)
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert span.passes == [6]
         for name, result in self.answers(peer).items():
             assert isinstance(result, Result)
@@ -1029,7 +1029,7 @@ class TestEngine:
         peer.heard()
         for name in (1, 2, 3):
             self.send(peer, name, value=name)
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert span.passes == [6] and span.taps == [(3, 5)]
         heard: list[Any] = [message for _, message in peer.heard()]
         assert [type(message) for message in heard] == [Result] * 3 + [Tapped] * 3
@@ -1046,7 +1046,7 @@ class TestEngine:
         sent = step(Chunk(1, 0, count, 7), session=b"\1" * 16, payload=PLAIN.encode(values))
         assert peer.says(sent, client) == []
         while not (heard := peer.heard()):
-            assert engine._turn()
+            assert engine._run_next_pass()
         assert span.passes == [PASS_POSITIONS, 5]
         messages: list[Any] = [message for _, message in heard]
         assert [type(message) for message in messages] == [Result, Tapped, Tapped]
@@ -1058,7 +1058,7 @@ class TestEngine:
         peer.says(to_client(session=b"\1" * 16, taps=(4,)), client)
         peer.heard()
         self.send(peer, 1, value=POISON)
-        assert engine._turn()
+        assert engine._run_next_pass()
         [(_, failure)] = peer.heard()
         assert isinstance(failure, Failure)
 
@@ -1079,7 +1079,7 @@ class TestEngine:
         self.send(peer, 1)
         engine.run_here()
         assert span.passes == []
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert span.passes == [2]
 
     @pytest.mark.parametrize(("threads", "device"), [(2, "cuda")])
@@ -1118,7 +1118,7 @@ class TestEngine:
         self.send(peer, 1, start=start, forks=forks)
         engine.run_here()
         assert span.passes == [2]
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert span.passes == [2, 2]
 
     def test_a_window_of_drafts_that_takes_some_back_runs_in_the_thread_that_received_it(
@@ -1141,7 +1141,7 @@ class TestEngine:
         self.send(peer, 2)
         engine.run_here()
         assert span.passes == []
-        engine._turn()
+        engine._run_next_pass()
         assert span.passes == [4]
 
     def test_while_the_device_is_busy_a_step_is_left_to_the_engines_thread(
@@ -1164,18 +1164,18 @@ class TestEngine:
     def test_the_device_is_measured_between_passes(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         engine.measure_when_idle()
         self.send(peer, 1)
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert span.passes == [2], "steps come first"
-        assert engine._turn()
+        assert engine._run_next_pass()
         assert [size for size, _ in itertools.groupby(span.passes[1:])] == list(PASS_SIZES)
         assert engine._speed.block_ms != (1.0,) * 5
 
     def test_measuring_gives_way_to_a_step(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         span.meanwhile = lambda: self.send(peer, 1)
         engine.measure_when_idle()
-        engine._turn()
+        engine._run_next_pass()
         assert span.passes == [1]
-        engine._turn()
+        engine._run_next_pass()
         assert span.passes == [1, 2]
         assert isinstance(self.answers(peer)[1], Result)
 
@@ -1189,7 +1189,7 @@ class TestEngine:
         monkeypatch.setattr(span, "forward", lambda *given: (calls.append("pass"), forward(*given))[1])
         monkeypatch.setattr(time, "perf_counter", lambda: (calls.append("clock"), counter())[1])
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         assert calls[-4:] == ["clock", "pass", "cuda", "clock"]
         measure_speed(span)  # type: ignore[arg-type]
         assert calls[-5:] == ["cuda", "clock", "pass", "cuda", "clock"]
@@ -1197,7 +1197,7 @@ class TestEngine:
     def test_a_step_that_breaks_a_pass_fails_alone(self, peer: Peer, engine: Engine) -> None:
         for name in (1, 2, 3):
             self.send(peer, name, value=POISON if name == 2 else 0.0)
-        engine._turn()
+        engine._run_next_pass()
         answers = self.answers(peer)
         assert [type(answers[name]) for name in (1, 2, 3)] == [Result, Failure, Result]
         assert answers[2].code == FailureCode.INTERNAL
@@ -1205,7 +1205,7 @@ class TestEngine:
         assert peer.queue.queued_positions == 0
         # Its session goes on.
         self.send(peer, 2)
-        engine._turn()
+        engine._run_next_pass()
         assert isinstance(self.answers(peer)[2], Result)
 
     def test_others_run_while_a_row_catches_up(
@@ -1219,7 +1219,7 @@ class TestEngine:
         monkeypatch.setattr(FakeRow, "computed", property(lambda row: row.length - owed.get(row, 0)))
         monkeypatch.setattr(span, "catch_up", catch_up, raising=False)
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         self.answers(peer)
         session = peer.table.get(b"\1" * 16)
         assert session is not None
@@ -1228,10 +1228,10 @@ class TestEngine:
         self.send(peer, 1, start=2)
         for _ in range(2):
             self.send(peer, 2)
-            engine._turn()
+            engine._run_next_pass()
             assert set(self.answers(peer)) == {2}
         assert session.done == done + 2 * PASS_POSITIONS
-        engine._turn()
+        engine._run_next_pass()
         assert set(self.answers(peer)) == {1}
 
     @pytest.mark.parametrize(
@@ -1252,11 +1252,11 @@ class TestEngine:
         memory, limit = peer.table.memory, peer.table.memory.limit
         for name in (1, 2):
             self.send(peer, name, value=POISON if name == 1 else 0.0)
-        engine._turn()
+        engine._run_next_pass()
         answers = self.answers(peer)
         assert isinstance(answers[2], Result)
         assert answers[1].code == FailureCode.BUSY and "memory is short" in answers[1].text
-        held, used = memory.held(session.owner, session), memory.used
+        held, used = memory.held_bytes(session.owner, session), memory.used
         offered = (limit - used + held) // 2
         assert memory.limit == used - held + offered and memory.free == max(0, offered - held)
         peer.table.remove(session)
@@ -1271,12 +1271,12 @@ class TestEngine:
             raise MemoryError
 
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         peer.heard()
         monkeypatch.setattr(FakeRow, "fork", no_memory)
         limit = peer.table.memory.limit
         self.send(peer, 1, forks=(Fork(1, 1), Fork(2, 1)))
-        engine._turn()
+        engine._run_next_pass()
         assert self.answers(peer)[1].code == FailureCode.BUSY
         assert peer.table.memory.limit < limit
 
@@ -1284,7 +1284,7 @@ class TestEngine:
         self.send(peer, 1, start=9)
         self.send(peer, 2, forks=(Fork(1, 5),))
         self.send(peer, 3)
-        engine._turn()
+        engine._run_next_pass()
         answers = self.answers(peer)
         assert [answers[name].code for name in (1, 2)] == [FailureCode.OUT_OF_ORDER] * 2
         assert isinstance(answers[3], Result)
@@ -1296,12 +1296,12 @@ class TestEngine:
             raise RuntimeError("cannot allocate")
 
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         peer.heard()
         monkeypatch.setattr(FakeRow, "fork", no_memory)
         self.send(peer, 1, forks=(Fork(1, 1), Fork(2, 1)))
         self.send(peer, 2)
-        assert engine._turn()
+        assert engine._run_next_pass()
         answers = self.answers(peer)
         assert answers[1].code == FailureCode.INTERNAL
         assert isinstance(answers[2], Result)
@@ -1309,17 +1309,17 @@ class TestEngine:
     def test_an_error_while_a_result_is_sent_fails_alone(
         self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        finish = peer.service.outputs.finish
+        finish = peer.service.outputs.finish_step
 
         def fail(work: Work) -> None:
             if work.session.id[0] == 2:
                 raise RuntimeError("a bug")
             finish(work)
 
-        monkeypatch.setattr(peer.service.outputs, "finish", fail)
+        monkeypatch.setattr(peer.service.outputs, "finish_step", fail)
         for name in (1, 2, 3):
             self.send(peer, name)
-        engine._turn()
+        engine._run_next_pass()
         answers = self.answers(peer)
         assert [type(answers[name]) for name in (1, 2, 3)] == [Result, Failure, Result]
 
@@ -1327,7 +1327,7 @@ class TestEngine:
         self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         peer.heard()
         self.send(peer, 1, start=2)
         self.send(peer, 2)
@@ -1338,7 +1338,7 @@ class TestEngine:
             compute(ready)
 
         monkeypatch.setattr(engine, "_compute", close_first)
-        engine._turn()
+        engine._run_next_pass()
         assert [type(answer) for answer in self.answers(peer).values()] == [Result]
         assert peer.queue.queued_positions == 0
 
@@ -1347,7 +1347,7 @@ class TestEngine:
         session = peer.table.get(b"\1" * 16)
         assert session is not None
         peer.table.remove(session)
-        engine._turn()
+        engine._run_next_pass()
         assert span.passes == []
         assert peer.heard() == []
 
@@ -1356,9 +1356,9 @@ class TestEngine:
         payload = PLAIN.encode(-torch.arange(length * HIDDEN).reshape(length, HIDDEN).float())
         client = Connection(b"\1", OWNER.curve_raw)
         peer.says(step(Chunk(1, 0, length, 1), session=b"\1" * 16, payload=payload), client)
-        engine._turn()
+        engine._run_next_pass()
         self.send(peer, 2)
-        engine._turn()
+        engine._run_next_pass()
         assert sum(span.passes) == length + 2
         answers = self.answers(peer)
         assert torch.equal(PLAIN.decode(answers[1].payload, length, HIDDEN), PLAIN.decode(payload, length, HIDDEN) + 1)
@@ -1375,18 +1375,18 @@ class TestEngine:
         self.send(peer, 1)
         self.send(peer, 1, start=2)
         assert progress() == (2, 0)
-        engine._turn()
+        engine._run_next_pass()
         assert progress() == (1, 2)
-        engine._turn()
+        engine._run_next_pass()
         assert progress() == (0, 4)
         self.send(peer, 1, start=9)  # is refused: positions are missing before it
         assert progress() == (1, 4)
-        engine._turn()
+        engine._run_next_pass()
         assert progress() == (0, 4)
 
     def test_keeps_no_session_alive(self, peer: Peer, engine: Engine) -> None:
         self.send(peer, 1)
-        engine._turn()
+        engine._run_next_pass()
         session = peer.table.get(b"\1" * 16)
         assert session is not None
         row: Any = session.row_state.caches[1]
@@ -1408,7 +1408,7 @@ class TestOthers:
         [(_, answer)] = opened.says(Ping(5, load=True), STRANGER)
         assert isinstance(answer, Pong)
         [told] = answer.load
-        assert (told.wait_ms, told.batch) == opened.service.load.at(opened.now) > (0.0, 0.0)
+        assert (told.wait_ms, told.batch) == opened.service.load.estimate_at(opened.now) > (0.0, 0.0)
         assert abs(told.at - time.time()) < 60
 
     def test_only_the_owner_of_a_session_learns_of_it_by_a_ping(self, opened: Peer) -> None:
@@ -1486,7 +1486,7 @@ class TestOthers:
     def test_a_failed_step_is_told_to_the_client(self, opened: Peer) -> None:
         opened.says(step(), PREVIOUS)
         work = opened.begin()
-        opened.service.failed(work, FailureCode.INTERNAL, "x" * 9999)
+        opened.service.report_failure(work, FailureCode.INTERNAL, "x" * 9999)
         assert code_of(opened.heard()) is FailureCode.INTERNAL
 
 
@@ -1497,9 +1497,7 @@ class SlowStore(PrefixStore):
         super().__init__("facts", lambda: 1 << 30)
         self.asked: list[tuple[Sequence[bytes], Callable[[list[Page]], None]]] = []
 
-    def lookup_prefix(
-        self, space: PrefixNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]
-    ) -> None:
+    def lookup_prefix(self, space: PageNamespace, labels: Sequence[bytes], then: Callable[[list[Page]], None]) -> None:
         self.asked.append((labels, then))
 
 
@@ -1526,7 +1524,7 @@ class TestPages:
         assert slow.says(self.asks()) == []
         [(_, message)] = self.found(slow, 0, 2)
         assert isinstance(message, Opened)
-        assert (message.recalled, message.cached_positions) == (True, 2 * PAGE)
+        assert (message.looked_up, message.cached_positions) == (True, 2 * PAGE)
 
     def test_no_more_are_looked_for_than_are_reserved(self, slow: Peer) -> None:
         slow.says(self.asks(reservation=1000))
@@ -1537,7 +1535,7 @@ class TestPages:
         slow.says(self.asks())
         assert slow.passes(READ_S) == []
         [(_, message)] = slow.passes(READ_S)
-        assert isinstance(message, Opened) and not message.recalled
+        assert isinstance(message, Opened) and not message.looked_up
         assert self.found(slow, 0, 2) == [] and slow.session().row_state.hit is None
 
     @pytest.mark.parametrize("then", ["closed", "a newer epoch", "without labels"])

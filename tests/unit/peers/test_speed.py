@@ -9,8 +9,8 @@ import torch
 
 from peers import speed
 from peers.speed import ObservedSpeed, measure_past, measure_speed
-from scheduler.facts import CONTEXTS, PASS_SIZES, PastCost
-from splitnet.blocks.span import Chunk, Span
+from scheduler.facts import CONTEXTS, PASS_SIZES, ContextCost
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -78,7 +78,7 @@ class Timeline:
     def of(self, span: Span, monkeypatch: pytest.MonkeyPatch) -> None:
         forward = Span.forward
 
-        def timed(this: Span, hidden: torch.Tensor, parts: list[Chunk], *taps: Any) -> torch.Tensor:
+        def timed(this: Span, hidden: torch.Tensor, parts: list[RowChunk], *taps: Any) -> torch.Tensor:
             if this is not span:
                 self.pairs += sum(part.count * part.row.length for part in parts)
                 self.longest = max(self.longest, *(part.row.length + part.count for part in parts))
@@ -118,8 +118,8 @@ def test_a_pass_that_would_take_long_is_derived_from_a_shorter_one(
 
 
 def test_a_pass_behind_a_long_context_does_not_make_the_device_look_slow() -> None:
-    speed = ObservedSpeed((1.0,) * 5, PastCost(((3.0, 3.0),)))
-    speed.observe(1, BLOCKS, 4.0 * BLOCKS, past_ms=3.0)
+    speed = ObservedSpeed((1.0,) * 5, ContextCost(((3.0, 3.0),)))
+    speed.observe_pass(1, BLOCKS, 4.0 * BLOCKS, past_ms=3.0)
     assert speed.block_ms == (1.0,) * 5
-    speed.observe(1, BLOCKS, 4.0 * BLOCKS)
+    speed.observe_pass(1, BLOCKS, 4.0 * BLOCKS)
     assert speed.block_ms[0] > 1.0

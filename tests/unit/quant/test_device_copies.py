@@ -46,7 +46,7 @@ def test_copies_to_the_host_are_complete(late: list[Callable[[], object]]) -> No
 def test_sources_of_copies_may_change_at_once(late: list[Callable[[], object]]) -> None:
     values, there = torch.randn(3, 64), torch.zeros(3, 64, dtype=torch.bfloat16)
     expected = values.bfloat16()
-    device_copies.put(values, there)
+    device_copies.copy_to_device(values, there)
     assert len(late) == 1  # no thread has waited
     values.zero_()
     late.pop()()
@@ -63,7 +63,7 @@ def test_copies_without_pinned_memory(
     device_copies._warn.cache_clear()
     values, there = torch.randn(3, 64), torch.zeros(3, 64)
     for _ in range(2):
-        device_copies.put(values, there)
+        device_copies.copy_to_device(values, there)
         assert not late and torch.equal(there, values) and torch.equal(to_host(values), values)
     (record,) = caplog.records
     assert record.getMessage().endswith("as pinned memory fails: CUDA error: out of memory")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
 from splitnet.quant import forms, grouped, tiles
-from splitnet.quant.grouped import BlockQuantWeight, JoinedForm, held_bytes, hold_experts, hold_stored
+from splitnet.quant.grouped import BlockQuantWeight, JoinedWeight, held_bytes, hold_experts, hold_stored
 from splitnet.quant.native import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
-from splitnet.quant.stored import Codes, Kind, Layout, PackedTensor, StoredMatrix, number_of
+from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, ScaleFormat, StoredMatrix, number_of
 from splitnet.quant.tiles import TileLayout
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
 
@@ -44,13 +44,13 @@ def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
 
 @of_both
 @given(layouts, *sizes, seeds)
-def test_the_weight_comes_back(way: str, layout: Layout, outputs: int, inputs: int, seed: int) -> None:
+def test_the_weight_comes_back(way: str, layout: CodeLayout, outputs: int, inputs: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     assert isinstance(held, BlockQuantWeight)
-    assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+    assert torch.equal(held.dequantised(torch.float32), matrix.to_floats())
     indices = torch.randint(0, outputs, (7,), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(held.rows(indices), matrix.floats()[indices])
+    assert torch.equal(held.rows(indices), matrix.to_floats()[indices])
     assert held.tiles.nbytes == held_bytes(layout, outputs, inputs)
 
 
@@ -69,7 +69,7 @@ def test_steps_too_large_for_half_a_byte_are_kept() -> None:
     codes = codes_of(LAYOUTS["Q2_K"], 5, 256, 1)
     codes.scales[2, 3] = 200
     held = hold_stored([StoredMatrix(LAYOUTS["Q2_K"], (5, 256), lambda: codes)], CPU)
-    assert torch.equal(held.dequantised(torch.float32), codes.floats(LAYOUTS["Q2_K"]))
+    assert torch.equal(held.dequantised(torch.float32), codes.to_floats(LAYOUTS["Q2_K"]))
 
 
 def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, many: bool = False) -> bool:
@@ -78,7 +78,7 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, man
     Args:
         many: products may be in bfloat16.
     """
-    weight, codes = matrix.floats().double(), matrix.read()
+    weight, codes = matrix.to_floats().double(), matrix.read()
     layout = matrix.layout
     given = rows.double()
     exact = layout.table == "e5m2"
@@ -86,7 +86,7 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, man
     allowed = (2**-22 if exact else 2**-14) * largest * weight.norm(dim=1)
     # The factors of the codes, as unsigned bytes, may be much larger than the weight.
     scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or rows.shape[1]).double()
-    zeros = codes.zeros if layout.zero is Kind.STEPS else None
+    zeros = codes.zeros if layout.zero is ScaleFormat.STEPS else None
     parts = (256 if layout.table in ("", "iq4_nl", "e4m3", "nf4") else 2**16) * scales.abs().amax(1)
     if zeros is not None:
         parts += number_of(layout.zero, zeros, codes.zero_units, layout.group).double().abs().amax(1)
@@ -99,7 +99,7 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, man
 
 @of_both
 @given(layouts, *sizes, st.integers(1, 9), seeds)
-def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+def test_products(way: str, layout: CodeLayout, outputs: int, inputs: int, count: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     rows = rows_of(count, inputs, seed)
@@ -112,7 +112,7 @@ def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: in
 
 @of_both
 @given(layouts, *sizes, st.integers(10, 600), seeds)
-def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+def test_products_of_many_rows(way: str, layout: CodeLayout, outputs: int, inputs: int, count: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     rows = rows_of(count, inputs, seed).bfloat16()
@@ -131,19 +131,19 @@ def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="for CPUs that multiply bfloat16")
 @given(layouts, *sizes, seeds)
-def test_conversion_to_bfloat16_rounds_once(layout: Layout, outputs: int, inputs: int, seed: int) -> None:
+def test_conversion_to_bfloat16_rounds_once(layout: CodeLayout, outputs: int, inputs: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     assert isinstance(held, BlockQuantWeight)
     if held.has_fast_kernel:
         numbers = torch.empty(outputs, inputs, dtype=torch.bfloat16)
         convert_grouped(held.description, held.tiles, numbers)
-        assert torch.equal(numbers, matrix.floats().bfloat16())
+        assert torch.equal(numbers, matrix.to_floats().bfloat16())
 
 
 @needs_compiled
 @given(layouts, *sizes, st.integers(1, 9), seeds)
-def test_plain_loops(layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+def test_plain_loops(layout: CodeLayout, outputs: int, inputs: int, count: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
     assert isinstance(held, BlockQuantWeight)
@@ -154,11 +154,11 @@ def test_plain_loops(layout: Layout, outputs: int, inputs: int, count: int, seed
 
 
 @given(st.lists(layouts, min_size=2, max_size=4), seeds)
-def test_matrices_of_several_layouts_are_joined(several: list[Layout], seed: int) -> None:
+def test_matrices_of_several_layouts_are_joined(several: list[CodeLayout], seed: int) -> None:
     matrices = [matrix_of(layout, 5 + index, 64, seed) for index, layout in enumerate(several)]
     held = hold_stored(matrices, CPU)
-    assert isinstance(held, JoinedForm) == (len(set(several)) > 1) or len(set(several)) < len(several)
-    expected = torch.cat([matrix.floats() for matrix in matrices])
+    assert isinstance(held, JoinedWeight) == (len(set(several)) > 1) or len(set(several)) < len(several)
+    expected = torch.cat([matrix.to_floats() for matrix in matrices])
     assert torch.equal(held.dequantised(torch.float32), expected)
     indices = torch.randint(0, len(expected), (9,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(held.rows(indices), expected[indices])
@@ -166,17 +166,17 @@ def test_matrices_of_several_layouts_are_joined(several: list[Layout], seed: int
 
 @of_both
 @given(layouts, layouts, st.integers(1, 20), seeds)
-def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: int) -> None:
+def test_experts(way: str, first: CodeLayout, second: CodeLayout, outputs: int, seed: int) -> None:
     experts = [
         [matrix_of(first, outputs, 64, seed + 2 * index), matrix_of(second, 3, 64, seed + 2 * index + 1)]
         for index in range(3)
     ]
     stored = PackedTensor.__new__(PackedTensor, experts, stacked=True)
     held = hold_experts(stored, CPU)
-    assert isinstance(held, JoinedForm)
+    assert isinstance(held, JoinedWeight)
     assert (held.experts, held.outputs, held.inputs) == (3, outputs + 3, 64)
     for index in range(3):
-        assert torch.equal(held.dequantised(torch.float32, index), stored.floats()[index])
+        assert torch.equal(held.dequantised(torch.float32, index), stored.to_floats()[index])
     rows = rows_of(8, 64, seed)
     chosen = torch.tensor([2, 0, 0, 0, 0, 0, 1, 0])
     products = held.multiply(rows, chosen)
@@ -204,8 +204,15 @@ def test_experts_that_differ_are_refused() -> None:
         hold_experts(PackedTensor.__new__(PackedTensor, matrices, stacked=True), CPU)
 
 
-@pytest.mark.parametrize("layout", [Layout(7, 32, Kind.FLOAT16), Layout(4, 24, Kind.FLOAT16), Layout(4, 0, Kind.STEPS)])
-def test_other_layouts_are_refused_by_name(layout: Layout) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        CodeLayout(7, 32, ScaleFormat.FLOAT16),
+        CodeLayout(4, 24, ScaleFormat.FLOAT16),
+        CodeLayout(4, 0, ScaleFormat.STEPS),
+    ],
+)
+def test_other_layouts_are_refused_by_name(layout: CodeLayout) -> None:
     with pytest.raises(UnsupportedModel, match=f"bits={layout.bits}"):
         held_bytes(layout, 16, 64)
 
@@ -261,7 +268,7 @@ def test_both_orders_of_e4m3(name: str, count: int, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tiles, "multiplies_bfloat16", lambda pairs=pairs: not pairs)
         held = hold_stored([matrix], CPU)
         assert isinstance(held, BlockQuantWeight) and held.order.pairs == pairs
-        assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+        assert torch.equal(held.dequantised(torch.float32), matrix.to_floats())
         assert not far(held.multiply(rows), rows, matrix)
         again = TileLayout.of(held.layout, 416).unpacked(held.tiles)
         assert torch.equal(again.codes[:19], codes.codes)

@@ -244,7 +244,7 @@ def test_a_device_is_bound_by_its_memory_or_by_its_arithmetic() -> None:
     assert replace(work, sessions=4).bytes_read(2) == 5020.0
     assert replace(work, sessions=4).bytes_read(100) == 9040.0
     speed = roofline(work, bytes_per_ms=100.0, flops_per_ms=50.0)
-    assert speed.at(1) == pytest.approx(30.1)
-    assert speed.at(PASS_SIZES[-1]) == pytest.approx(512.0)
+    assert speed.block_ms_at(1) == pytest.approx(30.1)
+    assert speed.block_ms_at(PASS_SIZES[-1]) == pytest.approx(512.0)
     with pytest.raises(ValueError, match="more than nothing"):
         roofline(work, bytes_per_ms=0.0, flops_per_ms=1.0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.facts import Peer, Speed, coverage, missing_blocks
-from scheduler.peer_moves import MIN_GAIN, SETTLE_S, Move, Willingness, best_move
+from scheduler.peer_moves import MIN_GAIN, SETTLE_S, PeerMove, Willingness, best_move
 from scheduler.placement import Spans, sum_per_block
 from tests.tiers import examples
 
@@ -27,7 +27,7 @@ def served(peers: Iterable[Peer], num_blocks: int) -> set[int]:
     return {block for block, replicas in enumerate(coverage(peers, num_blocks)) if replicas}
 
 
-def moved(peers: Sequence[Peer], move: Move) -> list[Peer]:
+def moved(peers: Sequence[Peer], move: PeerMove) -> list[Peer]:
     return [replace(item, start=move.start, end=move.end) if item.id == move.peer else item for item in peers]
 
 
@@ -97,7 +97,7 @@ def test_simultaneous_moves_with_stale_views_uncover_no_block(
     loading: dict[str, tuple[int, Peer]] = {}  # Peers that serve nothing while they load, and their span afterwards.
     for now in range(rounds):
         state = list(history[-1])
-        moves: list[Move] = []
+        moves: list[PeerMove] = []
         for own in state:
             if own.start == own.end:
                 continue
@@ -126,7 +126,7 @@ class Announcing:
     def __init__(self, own: Peer, late: int) -> None:
         self.own = own
         self.late = late
-        self.announced: Move | None = None
+        self.announced: PeerMove | None = None
         self.since = 0
         self.ready_at: int | None = None
 
@@ -187,35 +187,35 @@ def test_a_replica_moves_into_a_hole_at_once() -> None:
     swarm = [peer("a", 0, 5), peer("b", 0, 5), peer("c", 5, 8)]
     budgets = {"a": 5, "b": 5, "c": 3}
     busy = Willingness(sessions={"b": 1000}, load_s={"b": 1e6}, settled_s={"b": 0.0})
-    assert best_move(swarm, 10, max_blocks=budgets, willingness=busy) == Move("b", 5, 10)
-    assert best_move(swarm, 10, max_blocks={"a": 5, "c": 3}) == Move("a", 5, 10, confirm=True)
+    assert best_move(swarm, 10, max_blocks=budgets, willingness=busy) == PeerMove("b", 5, 10)
+    assert best_move(swarm, 10, max_blocks={"a": 5, "c": 3}) == PeerMove("a", 5, 10, confirm=True)
     # Only block 8 is missing. Spans 4:9 and 5:10 both fill it; 4:9 also helps block 4, which is weaker than block 9.
-    assert best_move([*swarm, peer("d", 9, 10)], 10, max_blocks=budgets) == Move("b", 4, 9)
+    assert best_move([*swarm, peer("d", 9, 10)], 10, max_blocks=budgets) == PeerMove("b", 4, 9)
 
 
 def test_the_most_replicated_peer_fills_the_hole() -> None:
     swarm = [peer("a", 0, 4), peer("b", 0, 4), peer("c", 4, 8), peer("d", 4, 8), peer("e", 4, 8)]
-    assert best_move(swarm, 12, max_blocks=dict.fromkeys("abcde", 4)) == Move("d", 8, 12)
-    assert best_move(swarm, 12, max_blocks={**dict.fromkeys("acde", 3), "b": 4}) == Move("b", 8, 12)
+    assert best_move(swarm, 12, max_blocks=dict.fromkeys("abcde", 4)) == PeerMove("d", 8, 12)
+    assert best_move(swarm, 12, max_blocks={**dict.fromkeys("acde", 3), "b": 4}) == PeerMove("b", 8, 12)
 
 
 def test_spans_shift_towards_missing_blocks() -> None:
     swarm = [peer("a", 0, 2), peer("b", 1, 3), peer("c", 3, 5)]
     budgets = dict.fromkeys("abc", 2)
     first = best_move(swarm, 6, max_blocks=budgets)
-    assert first is not None and first == Move("b", 2, 4, confirm=True)
+    assert first is not None and first == PeerMove("b", 2, 4, confirm=True)
     second = best_move(moved(swarm, first), 6, max_blocks=budgets)
-    assert second == Move("c", 4, 6, confirm=True)
-    assert best_move([peer("a", 0, 2)], 4, max_blocks={"a": 4}) == Move("a", 0, 4, confirm=True)
+    assert second == PeerMove("c", 4, 6, confirm=True)
+    assert best_move([peer("a", 0, 2)], 4, max_blocks={"a": 4}) == PeerMove("a", 0, 4, confirm=True)
     assert best_move([peer("a", 0, 2)], 4, max_blocks={"a": 2}) is None
 
 
 def test_a_hole_is_left_to_the_peer_that_moves_into_it() -> None:
     swarm = [peer("a", 0, 4), peer("b", 0, 4), peer("c", 0, 4)]
     budgets = dict.fromkeys("abc", 4)
-    assert best_move(swarm, 8, max_blocks=budgets) == Move("b", 4, 8)
+    assert best_move(swarm, 8, max_blocks=budgets) == PeerMove("b", 4, 8)
     assert best_move(swarm, 8, max_blocks=budgets, moving={"b": (4, 8)}) is None
-    assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) == Move("c", 8, 12)
+    assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) == PeerMove("c", 8, 12)
 
 
 def crowded() -> list[Peer]:
@@ -225,7 +225,7 @@ def crowded() -> list[Peer]:
 def test_a_replica_of_strong_blocks_moves_to_the_weakest() -> None:
     budgets = dict.fromkeys("abcde", 4)
     move = best_move(crowded(), 8, max_blocks=budgets)
-    assert move is not None and move == Move("b", 4, 8)
+    assert move is not None and move == PeerMove("b", 4, 8)
     assert best_move(moved(crowded(), move), 8, max_blocks=budgets) is None
     assert best_move(crowded(), 8, max_blocks=budgets, moving={"c": (4, 8)}) is None
 
@@ -233,15 +233,15 @@ def test_a_replica_of_strong_blocks_moves_to_the_weakest() -> None:
 def test_a_move_must_be_worth_its_cost() -> None:
     budgets = dict.fromkeys("abcde", 4)
 
-    def move(willingness: Willingness) -> Move | None:
+    def move(willingness: Willingness) -> PeerMove | None:
         return best_move(crowded(), 8, max_blocks=budgets, willingness=willingness)
 
     assert move(Willingness(settled_s=dict.fromkeys("bcd", SETTLE_S - 1))) is None
-    assert move(Willingness(settled_s={"b": SETTLE_S - 1, "c": SETTLE_S})) == Move("c", 4, 8)
-    assert move(Willingness(sessions={"b": 2, "c": 1, "d": 2})) == Move("c", 4, 8)
+    assert move(Willingness(settled_s={"b": SETTLE_S - 1, "c": SETTLE_S})) == PeerMove("c", 4, 8)
+    assert move(Willingness(sessions={"b": 2, "c": 1, "d": 2})) == PeerMove("c", 4, 8)
     assert move(Willingness(sessions=dict.fromkeys("bcd", 10_000))) is None
     two = [peer("a", 0, 4), peer("b", 0, 4), peer("c", 4, 8, decode_ms=5.0)]
-    assert best_move(two, 8, max_blocks={"b": 4}) == Move("b", 4, 8)
+    assert best_move(two, 8, max_blocks={"b": 4}) == PeerMove("b", 4, 8)
     nearly = [peer("a", 0, 4, 1.0), peer("b", 0, 4, 10.0), peer("c", 4, 8, 1.0 + MIN_GAIN / 10)]
     assert best_move(nearly, 8, max_blocks={"b": 4}) is None
 
@@ -250,16 +250,16 @@ def test_several_needed_moves_are_made_one_at_a_time() -> None:
     swarm = [*(peer(name, 0, 4) for name in "abcdef"), peer("g", 4, 12, decode_ms=1.0)]
     budgets = dict.fromkeys("abcdef", 4)
     first = best_move(swarm, 12, max_blocks=budgets)
-    assert first is not None and first == Move("b", 4, 8)
+    assert first is not None and first == PeerMove("b", 4, 8)
     second = best_move(moved(swarm, first), 12, max_blocks=budgets)
-    assert second == Move("c", 8, 12)
+    assert second == PeerMove("c", 8, 12)
     assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) is None  # Only one peer moves at a time.
 
 
 def test_the_peer_with_the_lowest_id_stays() -> None:
     swarm = [peer("a", 0, 4, decode_ms=9.0), *(peer(name, 0, 4) for name in "bcd"), peer("e", 4, 8)]
     assert best_move(swarm, 8, max_blocks={"a": 4}) is None
-    assert best_move(swarm, 8, max_blocks={"a": 4, "d": 4}) == Move("d", 4, 8)
+    assert best_move(swarm, 8, max_blocks={"a": 4, "d": 4}) == PeerMove("d", 4, 8)
 
 
 def test_equal_ids_are_refused() -> None:

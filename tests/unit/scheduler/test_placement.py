@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.options import ANY_SPAN
-from peers.placement import READ_BYTES, TRIED_AT_ONCE, Present, answering, choose_blocks, expected_block_ms
+from peers.peer_options import ANY_SPAN
+from peers.relocation import READ_BYTES, TRIED_AT_ONCE, PresentPeers, answering, choose_blocks, expected_block_ms
 from scheduler.facts import Link, Peer, Speed, coverage, missing_blocks
 from scheduler.placement import choose_span
 from splitnet.directory.record import PeerRecord
 from splitnet.security.identity import Identity
 from splitnet.wire.endpoints import Endpoint
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 
 def peer(start: int, end: int, decode_ms: float = 1.0) -> Peer:
@@ -107,9 +107,9 @@ def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> N
 
 
 def test_the_expected_time_of_a_block_is_that_of_reading_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peers.placement.block_bytes", lambda *_: 10 * READ_BYTES)
+    monkeypatch.setattr("peers.relocation.block_bytes", lambda *_: 10 * READ_BYTES)
     now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
-    monkeypatch.setattr("peers.placement.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("peers.relocation.time.perf_counter", lambda: next(now))
     assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore
 
 
@@ -121,7 +121,7 @@ def test_a_new_peer_compares_speeds_by_decode_alone() -> None:
     present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
     present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
     checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
-    assert choose_blocks(checkpoint, ANY_SPAN, 1, Present(present), own_ms=12.0) == (1, 2)
+    assert choose_blocks(checkpoint, ANY_SPAN, 1, PresentPeers(present), own_ms=12.0) == (1, 2)
 
 
 class FewLinks:
@@ -131,7 +131,7 @@ class FewLinks:
     rtt_ms: ClassVar[dict[Endpoint, float]]
 
     def __init__(self, _: Identity) -> None:
-        self.prober = SimpleNamespace(measure=lambda some: {each: Link(1.0, 500.0) for each in some})
+        self.prober = SimpleNamespace(measure_links=lambda some: {each: Link(1.0, 500.0) for each in some})
 
     def __enter__(self) -> FewLinks:
         return self
@@ -146,7 +146,7 @@ class FewLinks:
 
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> type[FewLinks]:
-    monkeypatch.setattr("peers.placement.PeerLinks", FewLinks)
+    monkeypatch.setattr("peers.relocation.PeerLinks", FewLinks)
     FewLinks.tried, FewLinks.rtt_ms = [], {}
     return FewLinks
 
@@ -189,9 +189,9 @@ def test_a_new_peer_ignores_silent_peers(links: type[FewLinks]) -> None:
     found = answering([*there, *gone], Identity.generate())
     assert {each.endpoint for each in found.records} == links.rtt_ms.keys()
     links.tried.clear()
-    assert answering(gone * 2, Identity.generate()) == Present([], {}, 0.0)
+    assert answering(gone * 2, Identity.generate()) == PresentPeers([], {}, 0.0)
     links.tried.clear()
-    assert answering([], Identity.generate()) == Present() and not links.tried
+    assert answering([], Identity.generate()) == PresentPeers() and not links.tried
     keys = {each.key for each in gone}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("splitnet.directory.record.has_worked", lambda key, _: key in keys)
@@ -206,7 +206,7 @@ def test_a_returning_peer_ignores_its_own_old_record(links: type[FewLinks]) -> N
     before = replace(at(0), key=identity.public)
     links.rtt_ms = {each.endpoint: 2.0 for each in (before, other)}
     assert answering([before, other], identity).records == [other]
-    assert answering([before], identity) == Present()
+    assert answering([before], identity) == PresentPeers()
 
 
 def test_measured_latencies_decide_the_first_span() -> None:
@@ -218,4 +218,4 @@ def test_measured_latencies_decide_the_first_span() -> None:
     away_ms = {near.key.text: 1.0, **{each.key.text: 46.0 for each in far}}
     checkpoint: Any = SimpleNamespace(num_blocks=20, hidden_size=64, name="model")
     for known, span in ((away_ms, (10, 20)), ({}, (0, 10))):
-        assert choose_blocks(checkpoint, ANY_SPAN, 10, Present([near, *far], known), own_ms=1.0) == span
+        assert choose_blocks(checkpoint, ANY_SPAN, 10, PresentPeers([near, *far], known), own_ms=1.0) == span

@@ -35,28 +35,28 @@ class TestMovePays:
 class TestPresentMs:
     def test_present_ms_is_the_median_of_the_last_steps(self) -> None:
         watch = RouteWatch()
-        watch.begin(10.0)
+        watch.begin_route(10.0)
         for elapsed_ms in [11.0, *[80.0] * (RECENT_STEPS // 2 - 1), *[90.0] * 2, *[500.0] * (RECENT_STEPS // 2 - 1)]:
-            watch.step_took(elapsed_ms)
+            watch.observe_step(elapsed_ms)
         assert watch.present_ms(10.0) == 90.0
         assert watch.present_ms(95.0) == 90.0
-        watch.look(RECENT_S + 1, 95.0, news=True, ends_silent=False)
+        watch.advise(RECENT_S + 1, 95.0, news=True, ends_silent=False)
         assert watch.present_ms(95.0) == 95.0
 
     def test_steps_of_several_positions_do_not_count(self) -> None:
         watch = RouteWatch()
-        watch.begin(10.0)
+        watch.begin_route(10.0)
         for _ in range(RECENT_STEPS):
-            watch.step_took(90.0, positions=8)
+            watch.observe_step(90.0, positions=8)
         assert watch.present_ms(10.0) == 10.0
 
     def test_present_ms_is_unknown_for_a_new_route(self) -> None:
         watch = RouteWatch()
         for _ in range(RECENT_STEPS):
-            watch.step_took(500.0)
-        watch.begin(10.0)
+            watch.observe_step(500.0)
+        watch.begin_route(10.0)
         for _ in range(RECENT_STEPS - 1):
-            watch.step_took(90.0)
+            watch.observe_step(90.0)
         assert watch.present_ms(90.0) == 0.0
 
 
@@ -64,47 +64,47 @@ class TestExpectedMs:
     @pytest.mark.parametrize(("step_ms", "expected_ms"), [(6.0, 6.0), (14.0, 10.0)])
     def test_expected_ms_is_the_smaller_of_prediction_and_first_steps(self, step_ms: float, expected_ms: float) -> None:
         watch = RouteWatch()
-        watch.begin(10.0)
+        watch.begin_route(10.0)
         assert watch.expected_ms == 10.0
         for _ in range(TRIAL_STEPS):
-            watch.step_took(step_ms)
+            watch.observe_step(step_ms)
         assert watch.expected_ms == expected_ms
         for _ in range(2 * TRIAL_STEPS):
-            watch.step_took(1.0)
+            watch.observe_step(1.0)
         assert watch.expected_ms == expected_ms
 
 
 class TestPredictionErrors:
     def test_the_best_ratio_of_a_route_counts(self) -> None:
         watch = RouteWatch()
-        watch.begin(10.0)
+        watch.begin_route(10.0)
         steps = [elapsed_ms for elapsed_ms in (30.0, 40.0, 12.0, 20.0) for _ in range(TRIAL_STEPS)]
-        ratios = [watch.step_took(elapsed_ms) for elapsed_ms in steps]
+        ratios = [watch.observe_step(elapsed_ms) for elapsed_ms in steps]
         assert [ratio for ratio in ratios if ratio is not None] == [3.0, 1.2]
 
     def test_a_single_slow_route_changes_no_error(self) -> None:
         predictions = PredictionErrors()
         assert predictions.error == 1.0
         for ratio in (1.6, 3.0, 3.0):
-            predictions.came("a", ratio)
+            predictions.add_ratio("a", ratio)
         assert predictions.error == 1.0
 
     def test_two_routes_slower_than_predicted_raise_the_error(self) -> None:
         predictions = PredictionErrors()
-        predictions.came("a", 3.0)
-        predictions.came("b", 2.0)
+        predictions.add_ratio("a", 3.0)
+        predictions.add_ratio("b", 2.0)
         assert predictions.error == 2.0
-        predictions.came("a", 1e6)
-        predictions.came("b", 1e6)
+        predictions.add_ratio("a", 1e6)
+        predictions.add_ratio("b", 1e6)
         assert predictions.error == MAX_ERROR
 
     def test_only_the_latest_routes_count(self) -> None:
         predictions = PredictionErrors()
         for route in range(PREDICTIONS):
-            predictions.came(route, 3.0)
+            predictions.add_ratio(route, 3.0)
         assert predictions.error == 3.0
         for route in "abc":
-            predictions.came(route, 0.5)
+            predictions.add_ratio(route, 0.5)
         assert predictions.error == 1.0, "routes that are faster than predicted make up for none"
 
     @pytest.mark.parametrize("factor", [2.0, 4.0])
@@ -112,23 +112,23 @@ class TestPredictionErrors:
         """This happens when all devices are on one machine. Until then, the session recomputes its context on only few
         routes."""
         predictions, watch, moves = PredictionErrors(), RouteWatch(), 0
-        watch.begin(10.0)
+        watch.begin_route(10.0)
         for _ in range(100):
             for _ in range(TRIAL_STEPS):
-                ratio = watch.step_took(10.0 * factor)
+                ratio = watch.observe_step(10.0 * factor)
                 if ratio is not None:
-                    predictions.came(moves, ratio)
+                    predictions.add_ratio(moves, ratio)
             if move_pays(watch.present_ms(10.0), 10.0 * predictions.error, 0.0, 1000, watch.expected_ms):
                 moves += 1
-                watch.begin(10.0)
+                watch.begin_route(10.0)
         assert moves == 1
 
     def test_a_session_leaves_a_slow_first_route(self) -> None:
         predictions, watch = PredictionErrors(), RouteWatch()
-        watch.begin(10.0)
-        *_, ratio = [watch.step_took(10.0 * DISAPPOINTING) for _ in range(TRIAL_STEPS)]
+        watch.begin_route(10.0)
+        *_, ratio = [watch.observe_step(10.0 * DISAPPOINTING) for _ in range(TRIAL_STEPS)]
         assert ratio is not None
-        predictions.came("slow", ratio)
+        predictions.add_ratio("slow", ratio)
         assert move_pays(watch.present_ms(10.0), 10.0 * predictions.error, 0.0, 1000, watch.expected_ms)
 
 

@@ -31,8 +31,8 @@ from scheduler.facts import (
     Hop,
     Link,
     Network,
+    NetworkPlace,
     Peer,
-    Place,
     Route,
     Speed,
     coverage,
@@ -85,7 +85,7 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
     links = st.builds(Link, st.sampled_from([0.0, 1.0, 10.0, 50.0]), st.sampled_from([10.0, 1000.0]))
     vectors = st.tuples(*[st.sampled_from([0.0, 5.0, 40.0])] * 3)
     coordinates = st.builds(Coordinate, vectors, st.sampled_from([0.1, 8.0]), st.sampled_from([0.1, 1.0]))
-    places = st.builds(Place, coordinates, st.sampled_from([0.0, 50.0, 2000.0]))
+    places = st.builds(NetworkPlace, coordinates, st.sampled_from([0.0, 50.0, 2000.0]))
     network = Network(
         draw(st.dictionaries(pairs, links, max_size=12)),
         Link(30.0, 100.0),
@@ -298,7 +298,7 @@ def test_one_hop_has_the_lowest_latency_and_many_the_highest_throughput() -> Non
 
 def test_a_table_holds_the_same_links_as_the_network() -> None:
     near, far = Coordinate((0.0, 0.0, 0.0), 2.0, 0.0), Coordinate((30.0, 40.0, 0.0), 4.0, 0.5)
-    places = {"a": Place(near, 500.0), "b": Place(far, 2000.0), "c": Place(far, 0.0)}
+    places = {"a": NetworkPlace(near, 500.0), "b": NetworkPlace(far, 2000.0), "c": NetworkPlace(far, 0.0)}
     network = Network({("a", "c"): FAST}, places=places)
     assert network.link("a", "b").latency_ms == pytest.approx(28 * 1.25)
     assert network.link("a", "b").bytes_per_ms == 500.0
@@ -426,4 +426,4 @@ def test_joules_are_watts_times_the_share_of_a_pass_of_the_session() -> None:
     # Reading the weights takes as long for four positions as for one, so three other sessions bear three quarters of
     # the energy.
     assert hop_joules(replace(alone, batch=3.0), 6) == pytest.approx(6 * 15.0 * 0.004 / 4)
-    assert block_joules(alone, 100) == pytest.approx(15.0 * alone.speed.at(100) / 1000)
+    assert block_joules(alone, 100) == pytest.approx(15.0 * alone.speed.block_ms_at(100) / 1000)

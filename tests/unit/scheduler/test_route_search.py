@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.route_search import ASKED_BESIDE, MANY_SILENT, MAX_PROBED_ROUTES, Answers, Found, searched_route
+from scheduler.route_search import (
+    ASKED_BESIDE,
+    MANY_SILENT,
+    MAX_PROBED_ROUTES,
+    PingHistory,
+    PlannedRoute,
+    searched_route,
+)
 from splitnet.errors import CoverageError
 
 
@@ -31,11 +38,11 @@ class Line:
     now_s: float = 1000.0
 
     def __post_init__(self) -> None:
-        self.answers = Answers()
+        self.answers = PingHistory()
         for name in sorted(self.told | self.answered):
-            self.answers.asked(name, self.now_s, answered=name in self.answered)
+            self.answers.record_ping(name, self.now_s, answered=name in self.answered)
         for name in self.stepped:
-            self.answers.stepped(name, self.now_s)
+            self.answers.record_step(name, self.now_s)
 
     def search(self, alive: Collection[str] = (), given_up: Set[str] = frozenset()) -> list[str]:
         return searched_route(
@@ -43,31 +50,31 @@ class Line:
         )
 
     @property
-    def names(self) -> set[str]:
+    def peer_names(self) -> set[str]:
         return set(self.peers)
 
     @property
     def silent(self) -> set[str]:
-        return self.answers.silent(self.now_s)
+        return self.answers.silent_peers(self.now_s)
 
     @property
     def asked(self) -> set[str]:
         return {*self.answers.asked_s()}
 
-    def plan(self, left_out: frozenset[str]) -> Found[list[str]] | None:
+    def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[list[str]] | None:
         for name in self.peers:
             if name not in left_out and name not in self.excluded:
-                return Found([name], unmeasured=(), newcomers=[name])
+                return PlannedRoute([name], unmeasured=(), newcomers=[name])
         if left_out:
             return None
         raise CoverageError("nobody is left")
 
-    def measure(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
+    def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         chosen = others[: self.budget]
         self.budget -= len(chosen)
         self.rounds.append([*chosen])
         for name in chosen:
-            self.answers.asked(name, self.now_s, answered=name not in self.dead)
+            self.answers.record_ping(name, self.now_s, answered=name not in self.dead)
         return set() if chosen else None
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
@@ -81,7 +88,7 @@ class Line:
 
         return {name for name in self.peers if near(name, silent, 1) < near(name, answered, 0)} - answered
 
-    def chosen(self, among: Set[str], count: int, *, likely: bool) -> list[str]:
+    def choose_peers(self, among: Set[str], count: int, *, likely: bool) -> list[str]:
         return [name for name in self.peers if name in among][:count] if likely else sorted(among)[:count]
 
 

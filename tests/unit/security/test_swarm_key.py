@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from splitnet.cli.connection import Connection
+from splitnet.cli.connection import ModelConnection
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
 from splitnet.directory.joining import join
@@ -181,9 +181,9 @@ def test_an_invitation_beside_another_swarm_key_or_key_is_refused_by_name(comman
 
 def test_bench_measures_the_swarm_of_an_invitation_beside_the_model_here(tmp_path: Path) -> None:
     benchmark = Benchmark((), 1, 0, 0, None, local=True)
-    assert benchmark._measures_swarm(Connection("m", ConnectionOptions(invite=tmp_path / "anna.invite")))
-    assert benchmark._measures_swarm(Connection("m", ConnectionOptions(initial_peers=["tcp://..."])))
-    assert not benchmark._measures_swarm(Connection("m", ConnectionOptions()))
+    assert benchmark._measures_swarm(ModelConnection("m", ConnectionOptions(invite=tmp_path / "anna.invite")))
+    assert benchmark._measures_swarm(ModelConnection("m", ConnectionOptions(initial_peers=["tcp://..."])))
+    assert not benchmark._measures_swarm(ModelConnection("m", ConnectionOptions()))
 
 
 def test_a_closed_swarm_joins_no_dht() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.serve.answers.grammars import Bounds, Grammars
+from splitnet.serve.answers.grammars import AnswerConstraints, Grammars
 from tests.leftovers import outliving_tests
 from tests.unit.serve.clients import KEY, THINKING, gateway
 from tests.unit.serve.fake_model import VOCABULARY, FakeModel
@@ -35,7 +35,7 @@ def tokenizer(shared_tokenizer: Any) -> Any:
 def grammars(shared_tokenizer: Any) -> Iterator[Grammars]:
     grammars = Grammars(shared_tokenizer, VOCABULARY, {2})
     with outliving_tests():
-        grammars.of_answer(Bounds(schema={}))
+        grammars.of_answer(AnswerConstraints(schema={}))
     yield grammars
     grammars.close()
 

@@ -29,7 +29,7 @@ def main(places: str, waiting: str, request_s: str, keys: str = "") -> None:
     stand_ins.attached = lambda *_, **__: FakeModel(checkpoint.max_positions or 0)
     stand_ins.DemandPublisher = lambda *_: SimpleNamespace(asked=lambda *_: None, close=lambda: None)
     swarm: Any = SimpleNamespace(peers=list, directory=None, identity=None, facts=None, close=lambda: None)
-    way = server.Way([MODEL], checkpoint, tokenizer, lambda _: swarm, ConnectionOptions())
+    way = server.ModelSpec([MODEL], checkpoint, tokenizer, lambda _: swarm, ConnectionOptions())
     limits = KeepLimits(16, 100_000, 300.0)
     options = server.ServeOptions("127.0.0.1", 0, Path(keys) if keys else None, int(places), int(waiting), limits, 1.0)
     server.serve(way, [], None, options, say=partial(print, flush=True), warn=print)

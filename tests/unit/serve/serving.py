@@ -64,7 +64,7 @@ class Server:
         pooling: Pooling | None = None,
     ) -> None:
         prompts = Prompts(tokenizer, VOCABULARY, positions)
-        self.prompt = partial(prompts.of_chat, tools=[])
+        self.prompt = partial(prompts.tokens_of_chat, tools=[])
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         self.admission = Admission(at_a_time, waiting)
         served = ServedModel(

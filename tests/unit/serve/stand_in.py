@@ -14,7 +14,7 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.answers.grammars import AllowedTokens, Grammars
 from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
-from splitnet.serve.generation import Ask, Choice, Ended, Generations, Listener, Piece
+from splitnet.serve.generation import Ended, GenerationRequest, Generations, Listener, TextDelta, TokenCollector
 from splitnet.serve.progress import ProgressLog
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import ServedModel
@@ -41,18 +41,18 @@ class Writer(Generations):
         self.model: Any = SimpleNamespace(headless=False, config=config, swarm=SimpleNamespace(facts=facts))
         self.decode, self.progress, self.draining = prompts.decode, ProgressLog(), False
         self.end_tokens = {tokenizer.eos_token_id}
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
         self._tokenizer, self._prompts, self._writes = tokenizer, prompts, writes
 
-    def start(self, ask: Ask, listener: Listener, answer: str = "") -> Any:
+    def start(self, ask: GenerationRequest, listener: Listener, answer: str = "") -> Any:
         self.asked.append(ask)
         ends = {*ask.stop_tokens, *(() if ask.ignores_ends else self.end_tokens)}
-        choice = Choice(0, self.decode, ask.max_tokens, ends, ask.stop_strings, (), ask.stops_apart)
+        choice = TokenCollector(0, self.decode, ask.max_tokens, ends, ask.stop_strings, (), ask.unstopped_parts)
         for token in next(self._allowed(ask)) if ask.max_tokens else ():
             if not choice.finished:
-                listener(choice.push(token, None))
+                listener(choice.push_token(token, None))
         if not ask.max_tokens:
-            listener(Piece(0, "", (), "length"))
+            listener(TextDelta(0, "", (), "length"))
         listener(Ended(len(ask.prompt), 0, choice.tokens, ask.prompt))
         return SimpleNamespace(cancel=lambda: None)
 
@@ -60,7 +60,7 @@ class Writer(Generations):
         """The prompt of a request, with its special tokens."""
         return self._prompts.decode_all(self.asked[number].prompt)
 
-    def _allowed(self, ask: Ask) -> Iterator[list[int]]:
+    def _allowed(self, ask: GenerationRequest) -> Iterator[list[int]]:
         """Yields the answers that the grammar of a request allows, as tokens with an end token."""
         for text in self._writes(self._prompts.decode_all(ask.prompt)):
             tokens = [*self._tokenizer(text, add_special_tokens=False).input_ids, min(self.end_tokens)]
@@ -73,7 +73,7 @@ class Writer(Generations):
                         raise RuntimeError
                 yield tokens
 
-    def end(self) -> None:
+    def end_requests(self) -> None:
         pass
 
     def close(self) -> None:

@@ -11,12 +11,12 @@ import pytest
 from pydantic import ValidationError
 
 from splitnet.serve.answers.parser import ToolCall
-from splitnet.serve.apis.anthropic import Answer, MessagesRequest, error_body
+from splitnet.serve.apis.anthropic import AnthropicWriter, MessagesRequest, error_body
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
-from splitnet.serve.responses import told
+from splitnet.serve.responses import stream_parts
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
@@ -136,12 +136,12 @@ def written(*events: Delta | Ended | Exception, shows_thinking: bool = True) -> 
     """The events of a stream, and the answer in one piece (None if it fails)."""
 
     async def write() -> tuple[list[Any], Any]:
-        answers = [Answer("m", 7, 9, shows_thinking) for _ in range(2)]
-        chunks = [chunk async for chunk in told(answers[0], happening(events))]
+        answers = [AnthropicWriter("m", 7, 9, shows_thinking) for _ in range(2)]
+        chunks = [chunk async for chunk in stream_parts(answers[0], happening(events))]
         streamed = [json.loads(chunk.split("data: ")[1]) for chunk in chunks]
         assert all(chunk.startswith(f"event: {each['type']}\n") for chunk, each in zip(chunks, streamed, strict=True))
         fails = any(isinstance(event, Exception) for event in events)
-        return streamed, None if fails else await answers[1].whole(happening(events))
+        return streamed, None if fails else await answers[1].whole_body(happening(events))
 
     return asyncio.run(write())
 

@@ -12,7 +12,7 @@ import pytest
 
 from splitnet.serve.admission import ANYONE
 from splitnet.serve.dashboard import Dashboard
-from splitnet.serve.gateway import Offer
+from splitnet.serve.gateway import LoadableModel
 from tests.unit.serve.fake_model import FakeModel
 from tests.unit.serve.serving import GREEDY, Server, until
 
@@ -37,7 +37,7 @@ async def shown(server: Server, **headers: str) -> list[Any]:
 def test_the_answers_of_all_models_are_told(server: Server, model: FakeModel, tokenizer: Any) -> None:
     other = Server(model, tokenizer)
     loaded = dataclasses.replace(other.app.state.gateway.served, name="other")
-    server.app.state.gateway.offers = [Offer(["other"], lambda: loaded)]
+    server.app.state.gateway.offers = [LoadableModel(["other"], lambda: loaded)]
 
     async def does() -> None:
         async with server.running():
@@ -50,7 +50,7 @@ def test_the_answers_of_all_models_are_told(server: Server, model: FakeModel, to
             asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
             await until(lambda: len(logs[1].answers()) == 5 and other.admission.waiting == 1)
             snapshot, _ = await shown(server)
-            other.generations.end()
+            other.generations.end_requests()
             await asyncio.gather(*asked)
         assert [(answer["id"], answer["tokens"]) for answer in snapshot["answers"] if answer["ended"]] == [
             (ids[0], 3),
@@ -73,7 +73,7 @@ def test_requests_that_run_and_wait_are_counted(server: Server, model: FakeModel
             asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
             await until(lambda: len(model.sessions) == 4 and server.admission.waiting == 1)
             snapshot, _ = await shown(server)
-            server.generations.end()
+            server.generations.end_requests()
             await asyncio.gather(*asked)
             assert snapshot["requests"] == {"running": 4, "waiting": 1}
             assert [answer["ended"] for answer in snapshot["answers"]] == [False] * 4

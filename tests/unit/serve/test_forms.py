@@ -21,8 +21,7 @@ from tokenizers import AddedToken
 
 import splitnet
 from splitnet.checkpoint.chat_template import render
-from splitnet.serve.answers.calls import NoCall, kinds_of
-from splitnet.serve.answers.forms import (
+from splitnet.serve.answers.call_forms import (
     FORMS,
     REASONING,
     Form,
@@ -30,12 +29,13 @@ from splitnet.serve.answers.forms import (
     Reasoning,
     form_in,
     form_of_marks,
+    history_for_template,
     probe,
-    with_ids,
 )
-from splitnet.serve.answers.forms import PROBE_TOOL as TOOL
-from splitnet.serve.answers.grammars import AllowedTokens, Bounds, Grammars
-from splitnet.serve.answers.parser import AnswerParser, Said
+from splitnet.serve.answers.call_forms import PROBE_TOOL as TOOL
+from splitnet.serve.answers.calls import NoCall, json_types_of
+from splitnet.serve.answers.grammars import AllowedTokens, AnswerConstraints, Grammars
+from splitnet.serve.answers.parser import AnswerParser, ParsedParts
 from splitnet.serve.apis.openai_requests import FunctionDefinition
 from splitnet.serve.failures import ApiError
 
@@ -67,19 +67,19 @@ def written(form: Form, reasoning: Reasoning | None, calls: Sequence[tuple[str, 
     thought = f"{reasoning.opening}Is it\n\n1 < 2? {reasoning.closing}{reasoning.resumes}" if reasoning else ""
     said = "" if form.is_answer else "Let me look."
     between = "<|end|><|start|>assistant" if form is FORMS["harmony"] else "\n\n"
-    return thought + (form.lead + said + between if said else "") + form.write(calls), said
+    return thought + (form.lead + said + between if said else "") + form.format_calls(calls), said
 
 
-def read(pieces: Sequence[str], forms: Forms, begun: str = "", schemas: Any = SCHEMAS) -> Said:
-    parser, whole = AnswerParser(forms, schemas, begun), Said()
-    for new in [*map(parser.push, pieces), parser.rest()]:
+def read(pieces: Sequence[str], forms: Forms, begun: str = "", schemas: Any = SCHEMAS) -> ParsedParts:
+    parser, whole = AnswerParser(forms, schemas, begun), ParsedParts()
+    for new in [*map(parser.push_text, pieces), parser.flush()]:
         whole.text += new.text
         whole.reasoning += new.reasoning
         whole.calls += new.calls
     return whole
 
 
-def named(said: Said) -> list[tuple[str, Any]]:
+def named(said: ParsedParts) -> list[tuple[str, Any]]:
     return [(call.name, json.loads(call.arguments)) for call in said.calls]
 
 
@@ -99,7 +99,7 @@ def test_calls_are_read_in_any_pieces(name: str) -> None:
 def test_an_unfinished_call_is_text(name: str) -> None:
     """Wherever a call is cut off, no character is lost or doubled, except white space and marks of messages."""
     form = FORMS[name]
-    text = form.write(CALLS[:1])
+    text = form.format_calls(CALLS[:1])
     begins = text.index(form.opening) + len(form.opening)
     ends = text.rindex(form.closing) if form.closing else len(text)
     for at in range(begins, ends):
@@ -114,7 +114,7 @@ def test_an_unfinished_call_is_text(name: str) -> None:
 def test_no_text_is_lost_or_doubled(name: str, data: st.DataObject) -> None:
     form = FORMS[name]
     parts = [form.opening, form.closing, *form.around, *form.also, *form.noise, "{", '"a"', "}", " ", "\n", "text", "é"]
-    pieces = data.draw(st.lists(st.sampled_from([*filter(None, parts), form.write(CALLS[:1])]), max_size=8))
+    pieces = data.draw(st.lists(st.sampled_from([*filter(None, parts), form.format_calls(CALLS[:1])]), max_size=8))
     answer = read(pieces, Forms(form))
     whole = read(["".join(pieces)], Forms(form))
     assert (answer.text, named(answer)) == (whole.text, named(whole))
@@ -129,13 +129,13 @@ def test_a_closing_mark_within_a_string_does_not_end_a_call() -> None:
     for name in ("hermes", "qwen-coder", "glm-4.5", "gemma-4", "nemotron", "kimi"):
         form = FORMS[name]
         calls = [("weather", {"city": f"a{form.closing}b", "days": 1}), ("clock", {})]
-        assert named(read(list(form.write(calls)), Forms(form))) == calls, name
+        assert named(read(list(form.format_calls(calls)), Forms(form))) == calls, name
 
 
 def test_a_call_after_an_invalid_call_is_found() -> None:
     form = FORMS["hermes"]
     bad = '<tool_call>\n{"name": "f", "arguments": {"a": "\n'
-    answer = read(list(bad + form.write(CALLS[1:])), Forms(form))
+    answer = read(list(bad + form.format_calls(CALLS[1:])), Forms(form))
     assert (answer.text, named(answer)) == (bad.rstrip(), CALLS[1:])
 
 
@@ -210,7 +210,7 @@ def test_json_is_text_in_forms_without_unmarked_calls() -> None:
         answer = read(list(BARE), Forms(form))
         assert (answer.text, answer.calls) == (BARE, [])
     parser = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS, bare=False)
-    said = [parser.push(BARE), parser.rest()]
+    said = [parser.push_text(BARE), parser.flush()]
     assert "".join(each.text for each in said) == BARE and not any(each.calls for each in said)
 
 
@@ -229,7 +229,7 @@ def test_json_is_text_in_forms_without_unmarked_calls() -> None:
     ],
 )
 def test_text_that_may_become_an_unmarked_call_is_held_back(text: str, held: bool) -> None:
-    told = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS).push(text)
+    told = AnswerParser(Forms(FORMS["hermes"]), SCHEMAS).push_text(text)
     assert (told.text, told.calls) == ("" if held else text, [])
 
 
@@ -250,10 +250,10 @@ def test_without_functions_calls_are_text_but_reasoning_is_found() -> None:
 def test_marks_mentioned_in_a_text_are_text() -> None:
     forms = Forms(FORMS["hermes"], THINK)
     for text in ('{"a": "<think>x", "b": 1}', "Use `<think>` for thoughts.\n\nThen answer.", "a <think>b</think> c"):
-        assert read(list(text), forms) == Said(text)
+        assert read(list(text), forms) == ParsedParts(text)
     llama = Forms(FORMS["llama"])
     for text in ('{"name": "Bob", "age": 3}', '{"name": "clock"}', '{"name": "Bob", "parameters": {}}'):
-        assert read(list(text), llama) == Said(text)
+        assert read(list(text), llama) == ParsedParts(text)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_marks_mentioned_in_a_text_are_text() -> None:
     ],
 )
 def test_values_that_json_cannot_have_make_no_call(name: str, text: str) -> None:
-    assert read([text], Forms(FORMS[name])) == Said(text)
+    assert read([text], Forms(FORMS[name])) == ParsedParts(text)
 
 
 def test_a_text_full_of_marks_is_read_in_linear_time() -> None:
@@ -275,10 +275,10 @@ def test_a_text_full_of_marks_is_read_in_linear_time() -> None:
     reads = 0
 
     class Counting:
-        def read(self, body: str, schemas: Any) -> Any:
+        def parse_calls(self, body: str, schemas: Any) -> Any:
             nonlocal reads
             reads += 1
-            return FORMS["qwen-coder"].syntax.read(body, schemas)
+            return FORMS["qwen-coder"].syntax.parse_calls(body, schemas)
 
     form = replace(FORMS["qwen-coder"], syntax=Counting())
     text = "<tool_call>\n<function=f>\n<parameter=a>\nx</tool_call>" * 200
@@ -316,20 +316,20 @@ def test_names_that_python_or_gemma_syntax_does_not_allow() -> None:
 
 
 def test_reasoning_that_begins_in_the_prompt() -> None:
-    assert read(list("\nwell</think>\n\nYes."), Forms(None, THINK), "<think>") == Said("Yes.", "well")
-    assert read(["never ends <"], Forms(None, THINK), "<think>") == Said("", "never ends <")
+    assert read(list("\nwell</think>\n\nYes."), Forms(None, THINK), "<think>") == ParsedParts("Yes.", "well")
+    assert read(["never ends <"], Forms(None, THINK), "<think>") == ParsedParts("", "never ends <")
     harmony = Forms(FORMS["harmony"], HARMONY)
     calls = " to=functions.clock<|channel|>commentary json<|message|>{}"
     assert named(read(list(calls), harmony, "<|start|>assistant")) == CALLS[1:]
     answer = read(list("<|channel|>final<|message|>Yes."), harmony, "<|start|>assistant")
-    assert answer == Said("Yes.")
+    assert answer == ParsedParts("Yes.")
 
 
 def test_arguments_have_the_types_of_their_schema() -> None:
     form = FORMS["qwen-coder"]
     schema = {"properties": {"a": {"type": "string"}, "b": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}
     given = {"a": "5", "b": None, "c": 5}
-    answer = read([form.write([("f", given)])], Forms(form), schemas={"f": schema})
+    answer = read([form.format_calls([("f", given)])], Forms(form), schemas={"f": schema})
     assert named(answer) == [("f", given)]
 
 
@@ -419,7 +419,7 @@ def test_history_takes_the_form_of_the_template() -> None:
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": "2", "tool_call_id": id},
         ]
-        made, answered = with_ids(history, Forms(FORMS[form], arguments_as_text=form == "deepseek-v3"))
+        made, answered = history_for_template(history, Forms(FORMS[form], arguments_as_text=form == "deepseek-v3"))
         assert answered["name"] == "f"
         assert made["tool_calls"][0]["id"] == answered["tool_call_id"]
         return made["tool_calls"][0]["id"], made["tool_calls"][0]["function"]["arguments"]
@@ -439,10 +439,10 @@ def test_calls_get_separate_messages_where_the_template_takes_one() -> None:
         *answers,
         {"role": "user", "content": "?"},
     ]
-    told = with_ids(history, Forms(FORMS["llama"]))
+    told = history_for_template(history, Forms(FORMS["llama"]))
     assert [one["content"] for one in told] == ["Well", "a", "", "b", "?"]
     assert [len(one.get("tool_calls", [])) for one in told] == [1, 0, 1, 0, 0]
-    assert len(with_ids(history, Forms(FORMS["hermes"]))) == 4
+    assert len(history_for_template(history, Forms(FORMS["hermes"]))) == 4
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +452,7 @@ def tokenizer(demo_checkpoint: Path) -> Any:
     marks = {
         mark
         for form in FORMS.values()
-        for mark in re.findall(r"<[|｜][^<>]*?[|｜]>|<\|\w+>|<\w+\|>|\[[A-Z_]+\]", form.write(CALLS))
+        for mark in re.findall(r"<[|｜][^<>]*?[|｜]>|<\|\w+>|<\w+\|>|\[[A-Z_]+\]", form.format_calls(CALLS))
     }
     marks |= {'<|"|>', "<|channel|>", "<|message|>", "<|constrain|>", "<|call|>", "<|start|>", "<think>", "</think>"}
     tokenizer.add_tokens(
@@ -469,7 +469,7 @@ def bound(tokenizer: Any) -> Bound:
     return tokenizer, Grammars(tokenizer, len(tokenizer), {2})
 
 
-def is_kept_to(bounds: Bounds, forms: Forms, bound: Bound, text: str, *, thinks: bool = False) -> bool:
+def is_kept_to(bounds: AnswerConstraints, forms: Forms, bound: Bound, text: str, *, thinks: bool = False) -> bool:
     """Whether a grammar allows a text as a whole answer."""
     tokenizer, grammars = bound
     allowed = AllowedTokens(grammars.of_answer(bounds, forms, thinks=thinks))
@@ -499,14 +499,14 @@ BAD = [
 @pytest.mark.parametrize("name", FORMS)
 def test_required_calls_are_bound_in_the_form_of_the_model(name: str, bound: Bound) -> None:
     form = FORMS[name]
-    required = Bounds(FUNCTIONS, required=True)
+    required = AnswerConstraints(FUNCTIONS, required=True)
     for call in (GOOD, SHORT, CALLS[1]):
-        assert is_kept_to(required, Forms(form), bound, form.write([call])), call
-        thought = f"<think>yes</think>\n\n{form.write([call])}"
+        assert is_kept_to(required, Forms(form), bound, form.format_calls([call])), call
+        thought = f"<think>yes</think>\n\n{form.format_calls([call])}"
         assert is_kept_to(required, Forms(form, THINK), bound, thought)
         assert is_kept_to(required, Forms(form, THINK), bound, thought.removeprefix("<think>"), thinks=True)
     for call in BAD:
-        assert not is_kept_to(required, Forms(form), bound, form.write([call])), call
+        assert not is_kept_to(required, Forms(form), bound, form.format_calls([call])), call
     assert not is_kept_to(required, Forms(form), bound, "Hello")
 
 
@@ -536,13 +536,13 @@ def test_schemas_that_are_too_large_are_refused(schema: Any, bound: Bound) -> No
     for name in ("qwen-coder", "minimax"):
         function = FunctionDefinition(name="f", parameters={"type": "object"} | schema)
         with pytest.raises(ApiError, match="cannot be kept to"):
-            bound[1].of_answer(Bounds([function], required=True), Forms(FORMS[name]))
+            bound[1].of_answer(AnswerConstraints([function], required=True), Forms(FORMS[name]))
 
 
 def test_types_of_exponentially_many_choices_are_found_fast() -> None:
     levels = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"} for _ in range(200)]} for n in range(8)}
     schema = {"$ref": "#/$defs/d0", "$defs": levels | {"d8": {"type": "integer"}}}
-    assert kinds_of(schema, schema) == {"integer"}
+    assert json_types_of(schema, schema) == {"integer"}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -560,7 +560,7 @@ def test_a_text_full_of_white_space_is_read_in_linear_time(name: str, text: str)
     def took_s(given: str) -> float:
         began = time.process_time()
         with suppress(NoCall):
-            FORMS[name].syntax.read(given, {"f": {}})
+            FORMS[name].syntax.parse_calls(given, {"f": {}})
         return time.process_time() - began
 
     short, long = (min(took_s(text.format(*[" " * length] * 2)) for _ in range(3)) for length in (4_000, 40_000))
@@ -573,7 +573,7 @@ def test_exponentially_many_choices_are_refused_in_tagged_forms(bound: Bound) ->
     schema = {"type": "object", "$defs": levels | {"a27": {"type": "string"}}, "properties": {"p": parameter}}
     function = FunctionDefinition(name="f", parameters=schema)
     with pytest.raises(ApiError, match="too many choices"):
-        bound[1].of_answer(Bounds([function], required=True), Forms(FORMS["qwen-coder"]))
+        bound[1].of_answer(AnswerConstraints([function], required=True), Forms(FORMS["qwen-coder"]))
 
 
 @pytest.mark.parametrize(
@@ -585,14 +585,16 @@ def test_exponentially_many_choices_are_refused_in_tagged_forms(bound: Bound) ->
 )
 def test_the_definition_of_a_tool_and_unknown_arguments_are_no_call(text: str) -> None:
     parser = AnswerParser(Forms(FORMS["hermes"]), {"f": {"type": "object", "properties": {"a": {}}}})
-    said = [parser.push(text), parser.rest()]
+    said = [parser.push_text(text), parser.flush()]
     assert "".join(each.text for each in said) == text and not any(each.calls for each in said)
 
 
 def test_a_schema_of_many_levels_is_refused(bound: Bound) -> None:
     levels = {f"a{n}": {"type": "array", "items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(3000)}
     with pytest.raises(ApiError, match="takes more than"):
-        bound[1].of_answer(Bounds(schema={"$ref": "#/$defs/a0", "$defs": levels | {"a3000": {"type": "string"}}}))
+        bound[1].of_answer(
+            AnswerConstraints(schema={"$ref": "#/$defs/a0", "$defs": levels | {"a3000": {"type": "string"}}})
+        )
 
 
 @pytest.mark.parametrize(
@@ -605,14 +607,16 @@ def test_a_schema_of_many_levels_is_refused(bound: Bound) -> None:
     ],
 )
 def test_strict_arguments_are_bound_for_every_opening(name: str, text: str, bound: Bound) -> None:
-    assert not is_kept_to(Bounds(FUNCTIONS), Forms(FORMS[name]), bound, text)
+    assert not is_kept_to(AnswerConstraints(FUNCTIONS), Forms(FORMS[name]), bound, text)
 
 
 def test_calls_of_functions_that_are_not_strict_are_unbound(bound: Bound) -> None:
     free = [FunctionDefinition(name="g", parameters={"type": "object", "properties": {"n": {"type": "integer"}}})]
     for name, form in FORMS.items():
         for arguments in ({"n": 3}, {"n": "x", "more": [1]}, {}):
-            assert is_kept_to(Bounds(free, several=False), Forms(form), bound, form.write([("g", arguments)])), name
+            assert is_kept_to(
+                AnswerConstraints(free, several=False), Forms(form), bound, form.format_calls([("g", arguments)])
+            ), name
 
 
 def test_lists_of_gemma_keep_min_and_max_items(bound: Bound) -> None:
@@ -620,7 +624,12 @@ def test_lists_of_gemma_keep_min_and_max_items(bound: Bound) -> None:
     items = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
     function = FunctionDefinition(name="g", parameters={"properties": {"a": items}, "required": ["a"]})
     fits = [
-        is_kept_to(Bounds([function], required=True), Forms(form), bound, form.write([("g", {"a": [7] * count})]))
+        is_kept_to(
+            AnswerConstraints([function], required=True),
+            Forms(form),
+            bound,
+            form.format_calls([("g", {"a": [7] * count})]),
+        )
         for count in range(5)
     ]
     assert fits == [False, False, True, True, False]
@@ -633,19 +642,21 @@ def test_any_schema_is_bound_or_refused(name: str, bound: Bound, schema: dict[st
     form = FORMS[name]
     function = FunctionDefinition(name="weather", parameters=schema)
     with suppress(ApiError):
-        bound[1].of_answer(Bounds([function], required=True), Forms(form))
-    answer = read([form.write(CALLS[:1])], Forms(form), schemas={"weather": schema})
+        bound[1].of_answer(AnswerConstraints([function], required=True), Forms(form))
+    answer = read([form.format_calls(CALLS[:1])], Forms(form), schemas={"weather": schema})
     assert [call.name for call in answer.calls] == ["weather"]
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_optional_calls_are_bound_where_they_are_strict(name: str, bound: Bound) -> None:
-    form, free = FORMS[name], Bounds(FUNCTIONS)
+    form, free = FORMS[name], AnswerConstraints(FUNCTIONS)
     assert is_kept_to(free, Forms(form), bound, form.lead + "Hello")
-    assert is_kept_to(free, Forms(form), bound, form.write([GOOD]))
-    assert not is_kept_to(free, Forms(form), bound, form.write(BAD[:1]))
-    both = Bounds(FUNCTIONS, schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
-    assert is_kept_to(both, Forms(form), bound, form.write([GOOD]))
+    assert is_kept_to(free, Forms(form), bound, form.format_calls([GOOD]))
+    assert not is_kept_to(free, Forms(form), bound, form.format_calls(BAD[:1]))
+    both = AnswerConstraints(
+        FUNCTIONS, schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    )
+    assert is_kept_to(both, Forms(form), bound, form.format_calls([GOOD]))
     assert is_kept_to(both, Forms(form), bound, form.lead + '{"a": 1}')
     assert not is_kept_to(both, Forms(form), bound, form.lead + '{"a": "b"}')
     assert not is_kept_to(both, Forms(form), bound, "Hello")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from splitnet.serve.admission import Client
+from splitnet.serve.admission import ApiClient
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import LARGE_BYTES, Preparing
+from splitnet.serve.gate import LARGE_BYTES, PreparationQueue
 
 SMALL, LARGE = 10, LARGE_BYTES + 1
 
@@ -20,8 +20,8 @@ class Caller:
     """A request of a client, which may disconnect."""
 
     def __init__(self, client: str) -> None:
-        self.state = SimpleNamespace(client=Client(client, tokens_per_minute=1))
-        self.state.client.spend(100)
+        self.state = SimpleNamespace(client=ApiClient(client, tokens_per_minute=1))
+        self.state.client.spend_tokens(100)
         self.gone = asyncio.Event()
 
     async def receive(self) -> dict[str, Any]:
@@ -50,12 +50,12 @@ class Work:
 @pytest.mark.parametrize("size", [SMALL, LARGE])
 def test_a_client_with_many_requests_does_not_delay_others(size: int) -> None:
     async def does() -> None:
-        preparing, work = Preparing(), Work()
+        preparing, work = PreparationQueue(), Work()
         async with asyncio.TaskGroup() as tasks:
             for number in range(16):
-                tasks.create_task(preparing.run(Caller("many"), size, work, f"many {number}"))  # pyright: ignore[reportArgumentType]
+                tasks.create_task(preparing.run_in_turn(Caller("many"), size, work, f"many {number}"))  # pyright: ignore[reportArgumentType]
             await work.has_begun("many 0")
-            one = tasks.create_task(preparing.run(Caller("one"), size, work, "one"))  # pyright: ignore[reportArgumentType]
+            one = tasks.create_task(preparing.run_in_turn(Caller("one"), size, work, "one"))  # pyright: ignore[reportArgumentType]
             if size == SMALL:
                 await work.has_begun("many 0", "one")
             work.may_end.set()
@@ -67,10 +67,10 @@ def test_a_client_with_many_requests_does_not_delay_others(size: int) -> None:
 
 def test_the_request_of_a_disconnected_client_is_not_prepared() -> None:
     async def does() -> None:
-        preparing, work = Preparing(), Work()
+        preparing, work = PreparationQueue(), Work()
         callers = [Caller("a") for _ in range(3)]
         tasks = [
-            asyncio.create_task(preparing.run(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
+            asyncio.create_task(preparing.run_in_turn(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
             for number, caller in enumerate(callers)
         ]
         await work.has_begun("0")
@@ -86,10 +86,10 @@ def test_the_request_of_a_disconnected_client_is_not_prepared() -> None:
 
 def test_a_thread_keeps_its_place_after_its_client_disconnects() -> None:
     async def does() -> None:
-        preparing, work = Preparing(), Work()
+        preparing, work = PreparationQueue(), Work()
         callers = [Caller("a") for _ in range(3)]
         tasks = [
-            asyncio.create_task(preparing.run(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
+            asyncio.create_task(preparing.run_in_turn(caller, SMALL, work, f"{number}"))  # pyright: ignore[reportArgumentType]
             for number, caller in enumerate(callers)
         ]
         await work.has_begun("0")

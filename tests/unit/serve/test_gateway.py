@@ -19,8 +19,8 @@ from splitnet.errors import DirectoryError, PeerLost, SplitnetError
 from splitnet.serve import gateway as module
 from splitnet.serve.apis.openai import API
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import ENDS, ApiKeys, Gate
-from splitnet.serve.gateway import Gateway, Offer
+from splitnet.serve.gate import REQUEST_CALLBACKS, ApiKeys, Gate
+from splitnet.serve.gateway import Gateway, LoadableModel
 
 
 class World:
@@ -31,17 +31,17 @@ class World:
         self.open: list[str] = []
 
     def model(self, name: str) -> Any:
-        served = SimpleNamespace(names=[name])
+        served = SimpleNamespace(model_names=[name])
         self.open.append(name)
         served.close = lambda: self.open.remove(name)
         return served
 
-    def offer(self, name: str) -> Offer:
+    def offer(self, name: str) -> LoadableModel:
         def load() -> Any:
             self.loads.append(name)
             return self.model(name)
 
-        return Offer([name, f"{name}-too"], load)
+        return LoadableModel([name, f"{name}-too"], load)
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def world() -> World:
 async def find(gateway: Gateway, name: str) -> Any:
     """The model that a request finds; the request ends at once."""
     with request():
-        return await gateway.find(name)
+        return await gateway.find_model(name)
 
 
 @contextmanager
 def request() -> Iterator[None]:
     with ExitStack() as ends:
-        ends.callback(ENDS.reset, ENDS.set(ends))
+        ends.callback(REQUEST_CALLBACKS.reset, REQUEST_CALLBACKS.set(ends))
         yield
 
 
@@ -71,10 +71,10 @@ async def wait_until_open(world: World, *names: str) -> None:
 
 def test_models_are_loaded_on_demand_and_the_least_recently_used_is_closed(world: World) -> None:
     gateway = Gateway(world.model("first"), [world.offer(name) for name in "abc"], keep=2)
-    assert gateway.names == ["first", "a", "a-too", "b", "b-too", "c", "c-too"]
+    assert gateway.model_names == ["first", "a", "a-too", "b", "b-too", "c", "c-too"]
 
     async def come() -> None:
-        assert (await find(gateway, "first")).names == ["first"]
+        assert (await find(gateway, "first")).model_names == ["first"]
         assert not world.loads
         both = await asyncio.gather(find(gateway, "a"), find(gateway, "a-too"))
         assert both[0] is both[1] and world.loads == ["a"]
@@ -83,7 +83,7 @@ def test_models_are_loaded_on_demand_and_the_least_recently_used_is_closed(world
         await find(gateway, "c")
         await wait_until_open(world, "first", "a", "c")
         with request():
-            await gateway.find("a")
+            await gateway.find_model("a")
             await find(gateway, "b")
             await wait_until_open(world, "first", "a", "b")
 
@@ -97,7 +97,7 @@ def test_with_one_kept_model_alternating_requests_replace_it(world: World) -> No
 
     async def come() -> None:
         for name in "aabba":
-            assert (await find(gateway, name)).names == [name]
+            assert (await find(gateway, name)).model_names == [name]
             await wait_until_open(world, "first", name)
 
     asyncio.run(come())
@@ -116,7 +116,7 @@ def test_a_model_is_in_use_until_the_end_of_the_answer(world: World) -> None:
                 await asyncio.sleep(0)
             assert world.loads == ["a"]
 
-        await gateway.find("a")
+        await gateway.find_model("a")
         await StreamingResponse(answer())(scope, receive, send)
 
     async def come() -> None:
@@ -124,7 +124,7 @@ def test_a_model_is_in_use_until_the_end_of_the_answer(world: World) -> None:
         transport = httpx.ASGITransport(Gate(inside, (API,), ApiKeys({})))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             assert (await client.get("/v1/a")).text == "begun"
-        assert (await waiting[0]).names == ["b"]
+        assert (await waiting[0]).model_names == ["b"]
         await wait_until_open(world, "first", "b")
 
     asyncio.run(come())
@@ -138,11 +138,11 @@ def test_a_request_is_refused_after_a_bounded_wait_for_models_in_use(
 
     async def come() -> None:
         with request():
-            await gateway.find("a")
+            await gateway.find_model("a")
             with pytest.raises(ApiError, match="1 other models are in use") as refused:
                 await find(gateway, "b")
             assert refused.value.status == 429
-            assert (await find(gateway, "a-too")).names == ["a"]
+            assert (await find(gateway, "a-too")).model_names == ["a"]
         await find(gateway, "b")
 
     asyncio.run(come())
@@ -157,7 +157,7 @@ def test_concurrent_requests_share_one_load_which_delays_no_other_model(world: W
         assert may_end.wait(10)
         return world.model("slow")
 
-    gateway = Gateway(world.model("first"), [Offer(["slow"], load), world.offer("a"), world.offer("b")])
+    gateway = Gateway(world.model("first"), [LoadableModel(["slow"], load), world.offer("a"), world.offer("b")])
 
     async def come() -> None:
         slow = [asyncio.create_task(find(gateway, "slow")) for _ in range(3)]
@@ -165,9 +165,9 @@ def test_concurrent_requests_share_one_load_which_delays_no_other_model(world: W
             await asyncio.sleep(0.001)
         slow[0].cancel()
         for name in "ab":
-            assert (await find(gateway, name)).names == [name]
+            assert (await find(gateway, name)).model_names == [name]
         may_end.set()
-        assert [served.names for served in await asyncio.gather(*slow[1:])] == [["slow"]] * 2
+        assert [served.model_names for served in await asyncio.gather(*slow[1:])] == [["slow"]] * 2
 
     asyncio.run(come())
     assert world.loads == ["slow", "a", "b"]
@@ -180,7 +180,10 @@ def test_a_failed_load_closes_no_other_model(world: World) -> None:
 
         return load
 
-    broken = [Offer(["far"], fails(PeerLost("the peer has gone"))), Offer(["bad"], fails(DirectoryError("no swarm")))]
+    broken = [
+        LoadableModel(["far"], fails(PeerLost("the peer has gone"))),
+        LoadableModel(["bad"], fails(DirectoryError("no swarm"))),
+    ]
     gateway = Gateway(world.model("first"), [*broken, world.offer("a")], keep=1)
 
     async def come() -> None:
@@ -189,7 +192,7 @@ def test_a_failed_load_closes_no_other_model(world: World) -> None:
             with pytest.raises(ApiError, match=f"'{name}' cannot be served: ") as refused:
                 await find(gateway, name)
             assert refused.value.status == status
-        assert (await find(gateway, "a")).names == ["a"]
+        assert (await find(gateway, "a")).model_names == ["a"]
         assert world.loads == ["a"] and world.open == ["first", "a"]
 
     asyncio.run(come())
@@ -198,7 +201,7 @@ def test_a_failed_load_closes_no_other_model(world: World) -> None:
 def test_an_unknown_name_starts_a_search_for_models(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     searches = 0
 
-    def search() -> list[Offer]:
+    def search() -> list[LoadableModel]:
         nonlocal searches
         searches += 1
         if searches == 2:
@@ -208,13 +211,13 @@ def test_an_unknown_name_starts_a_search_for_models(world: World, monkeypatch: p
     gateway = Gateway(world.model("first"), search=search)
 
     async def come() -> None:
-        assert (await find(gateway, "new")).names == ["new"]
+        assert (await find(gateway, "new")).model_names == ["new"]
         with pytest.raises(ApiError, match="has no model 'other': use 'first' or 'new' or 'new-too'"):
             await find(gateway, "other")
         assert searches == 1, "not again so soon"
         monkeypatch.setattr(module, "REFRESH_S", 0.0)
         await gateway.refresh()
-        assert searches == 2 and "new" in gateway.names
+        assert searches == 2 and "new" in gateway.model_names
 
     asyncio.run(come())
 
@@ -223,7 +226,7 @@ def test_requests_share_a_search_and_its_errors_are_not_theirs(world: World, mon
     monkeypatch.setattr(module, "REFRESH_S", 0.0)
     searches = 0
 
-    def search() -> list[Offer]:
+    def search() -> list[LoadableModel]:
         nonlocal searches
         searches += 1
         time.sleep(0.05)
@@ -237,7 +240,7 @@ def test_requests_share_a_search_and_its_errors_are_not_theirs(world: World, mon
         both = await asyncio.gather(find(gateway, "new"), find(gateway, "new"))
         assert both[0] is both[1] and searches == 1
         await gateway.refresh()
-        assert searches == 2 and "new" in gateway.names
+        assert searches == 2 and "new" in gateway.model_names
         await gateway.refresh()
         assert searches == 3
 
@@ -247,7 +250,7 @@ def test_requests_share_a_search_and_its_errors_are_not_theirs(world: World, mon
 def test_searches_for_models_are_repeated_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     now, fails, tried = 0.0, True, list[str]()
     monkeypatch.setattr(
-        "splitnet.swarm.models.models_of",
+        "splitnet.swarm.swarm_models.models_of",
         lambda swarm: [SimpleNamespace(name=f"of/{id}", fingerprint=id, missing=()) for id in swarm],
     )
 
@@ -257,7 +260,7 @@ def test_searches_for_models_are_repeated_and_bounded(monkeypatch: pytest.Monkey
             raise SplitnetError("the hub does not answer")
         return name
 
-    found: Any = command.Found(named, lambda: now)
+    found: Any = command.HubModelFinder(named, lambda: now)
     assert found(["a"]) == found(["a"]) == [] and tried == ["a"]
     now, fails = command.AGAIN_S + 1, False
     assert found(["a"]) == ["of/a"] and tried == ["a", "a"]

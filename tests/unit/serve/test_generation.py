@@ -29,14 +29,14 @@ def test_two_requests_never_share_a_kept_session(serve: Serve, monkeypatch: pyte
     async def does(server: Server) -> None:
         first = await server.chat("Who are you?", max_tokens=8)
         kept, all_here = server.generations.kept, threading.Barrier(3)
-        take = kept.take
+        take = kept.take_session
 
         def take_together(*given: Any) -> Any:
             taken = take(*given)
             all_here.wait(30)
             return taken
 
-        monkeypatch.setattr(kept, "take", take_together)
+        monkeypatch.setattr(kept, "take_session", take_together)
         twins = await asyncio.gather(*(server.chat("Who are you?", max_tokens=8) for _ in range(3)))
         assert all(twin["choices"] == first["choices"] for twin in twins)
         cached = sorted(twin["usage"]["prompt_tokens_details"]["cached_tokens"] for twin in twins)
@@ -51,7 +51,7 @@ def test_an_error_during_a_stream_is_sent_in_it(serve: Serve, model: FakeModel) 
             server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 250, "stream": True})
         )
         await until(lambda: len(model.sessions) == 1)
-        server.generations.end()
+        server.generations.end_requests()
         ended = await running
         if ended.status_code == 200:  # the first token had been sent
             assert '"code":"server_ending"' in ended.text and "[DONE]" not in ended.text

@@ -12,8 +12,8 @@ import torch
 from tokenizers import AddedToken
 
 import splitnet
-from splitnet.serve.answers.forms import FORMS
-from splitnet.serve.answers.grammars import AllowedTokens, Bounds, Grammar, Grammars
+from splitnet.serve.answers.call_forms import FORMS
+from splitnet.serve.answers.grammars import AllowedTokens, AnswerConstraints, Grammar, Grammars
 from splitnet.serve.answers.sampling import Sampling, TokenChooser
 from splitnet.serve.apis.openai_requests import FunctionDefinition
 from splitnet.serve.failures import ApiError
@@ -39,7 +39,7 @@ def possible(allowed: AllowedTokens, answer: list[int]) -> set[int]:
 
 
 def test_allowed_tokens_take_answers_in_any_order(grammars: Grammars, tokenizer: Any) -> None:
-    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"enum": ["red", "rose", "blue"]})))
+    allowed = AllowedTokens(grammars.of_answer(AnswerConstraints(schema={"enum": ["red", "rose", "blue"]})))
     red, blue = (tokenizer(text).input_ids for text in ('"red"', '"blue"'))
     for answer in (red, blue):
         assert all(token in possible(allowed, answer[:length]) for length, token in enumerate(answer))
@@ -49,7 +49,7 @@ def test_allowed_tokens_take_answers_in_any_order(grammars: Grammars, tokenizer:
 
 
 def test_only_allowed_tokens_are_chosen(grammars: Grammars, tokenizer: Any) -> None:
-    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"const": 7})))
+    allowed = AllowedTokens(grammars.of_answer(AnswerConstraints(schema={"const": 7})))
     scores = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0))
     before = scores.clone()
     chooser = TokenChooser(Sampling(1.0, 1.0, seed=1), 1, begins=3, allowed=[allowed])
@@ -63,7 +63,7 @@ def test_only_allowed_tokens_are_chosen(grammars: Grammars, tokenizer: Any) -> N
 @pytest.mark.parametrize("schema", [{"type": "rope"}, {"$ref": "#/none"}, {"minimum": "a"}])
 def test_unsupported_schemas_are_refused(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="cannot be kept to"):
-        grammars.of_answer(Bounds(schema=schema))
+        grammars.of_answer(AnswerConstraints(schema=schema))
 
 
 def unfolding(kind: str, depth: int) -> dict[str, Any]:
@@ -75,28 +75,32 @@ def unfolding(kind: str, depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "bounds",
     [
-        Bounds(schema=unfolding("allOf", 24)),
-        Bounds(schema={"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}),
-        Bounds(rule=f"start: %json {json.dumps(unfolding('allOf', 24))}", param="guided_grammar"),
-        Bounds(rule="start: /(a{1000}){1000}/", param="guided_grammar"),
-        Bounds(rule="\n".join(["start: r0", *(f"r{n}: r{n + 1} r{n + 1}" for n in range(255)), 'r255: "a"'])),
-        Bounds(schema={"properties": {f"p{n}": {"type": "integer"} for n in range(3000)}, "type": "object"}),
+        AnswerConstraints(schema=unfolding("allOf", 24)),
+        AnswerConstraints(schema={"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(40)]}),
+        AnswerConstraints(rule=f"start: %json {json.dumps(unfolding('allOf', 24))}", param="guided_grammar"),
+        AnswerConstraints(rule="start: /(a{1000}){1000}/", param="guided_grammar"),
+        AnswerConstraints(
+            rule="\n".join(["start: r0", *(f"r{n}: r{n + 1} r{n + 1}" for n in range(255)), 'r255: "a"'])
+        ),
+        AnswerConstraints(schema={"properties": {f"p{n}": {"type": "integer"} for n in range(3000)}, "type": "object"}),
     ],
     ids=["references", "patterns", "schema in a grammar", "repeats", "rules", "properties"],
 )
-def test_expensive_grammars_are_refused_without_cost_for_this_process(grammars: Grammars, bounds: Bounds) -> None:
-    assert grammars.of_answer(Bounds(schema={"const": 7}))
+def test_expensive_grammars_are_refused_without_cost_for_this_process(
+    grammars: Grammars, bounds: AnswerConstraints
+) -> None:
+    assert grammars.of_answer(AnswerConstraints(schema={"const": 7}))
     process, before = grammars._process._running, psutil.Process().memory_info().rss
     with pytest.raises(ApiError, match="cannot be kept to") as refused:
         grammars.of_answer(bounds)
     assert refused.value.status == 400
     assert psutil.Process().memory_info().rss - before < 32 << 20
-    assert grammars.of_answer(Bounds(schema={"const": 7}))
+    assert grammars.of_answer(AnswerConstraints(schema={"const": 7}))
     assert grammars._process._running is process, "what one question takes ends no other"
 
 
 def test_an_answer_that_exceeds_the_grammars_bounds_is_an_error(grammars: Grammars, tokenizer: Any) -> None:
-    allowed = AllowedTokens(grammars.of_answer(Bounds(schema={"type": "string", "pattern": ".*a.{400}"})))
+    allowed = AllowedTokens(grammars.of_answer(AnswerConstraints(schema={"type": "string", "pattern": ".*a.{400}"})))
     answer = tokenizer('"' + "ab " * 300, add_special_tokens=False).input_ids
     with pytest.raises(ApiError, match="the JSON schema cannot be kept to: lexer error"):
         for length in range(len(answer)):
@@ -133,7 +137,7 @@ CITY = {"type": "object", "properties": {"name": {"const": "Rome"}}, "required":
 def test_objects_have_the_properties_that_a_schema_names(
     grammars: Grammars, tokenizer: Any, schema: Any, answer: Any, kept: bool
 ) -> None:
-    assert is_kept_to(grammars.of_answer(Bounds(schema=schema)), tokenizer, json.dumps(answer)) == kept
+    assert is_kept_to(grammars.of_answer(AnswerConstraints(schema=schema)), tokenizer, json.dumps(answer)) == kept
 
 
 def tools(**parameters: Any) -> list[FunctionDefinition]:
@@ -182,7 +186,7 @@ def test_references_in_parameters_are_relative_to_the_parameters(
     tags: tuple[Grammars, Any], name: str, arguments: Any, fits: bool
 ) -> None:
     grammars, tokenizer = tags
-    grammar = grammars.of_answer(Bounds(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True))
+    grammar = grammars.of_answer(AnswerConstraints(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True))
     assert is_kept_to(grammar, tokenizer, call(name, arguments)) == fits
 
 
@@ -208,7 +212,7 @@ def test_optional_calls_are_bound_by_strict_and_several(
 ) -> None:
     grammars, tokenizer = tags
     for allowed, fits in ((False, one), (True, several)):
-        grammar = grammars.of_answer(Bounds(tools(trip=TRIP, any=TRIP), several=allowed))
+        grammar = grammars.of_answer(AnswerConstraints(tools(trip=TRIP, any=TRIP), several=allowed))
         assert is_kept_to(grammar, tokenizer, text) == fits
 
 
@@ -220,13 +224,13 @@ def test_a_tag_in_ordinary_tokens_begins_a_call(tags: tuple[Grammars, Any]) -> N
         for number in tokenizer(part, add_special_tokens=False).input_ids
     ]
     assert tokenizer.decode(spelled) == ROME
-    allowed = AllowedTokens(grammars.of_answer(Bounds(tools(trip=TRIP), several=False)))
+    allowed = AllowedTokens(grammars.of_answer(AnswerConstraints(tools(trip=TRIP), several=False)))
     assert all(token in possible(allowed, spelled[:length]) for length, token in enumerate([*spelled, 2]))
 
 
 def test_a_token_that_the_grammar_excludes_is_an_error(tags: tuple[Grammars, Any]) -> None:
     grammars, tokenizer = tags
-    allowed = AllowedTokens(grammars.of_answer(Bounds(tools(trip=TRIP), required=True)))
+    allowed = AllowedTokens(grammars.of_answer(AnswerConstraints(tools(trip=TRIP), required=True)))
     with pytest.raises(RuntimeError, match="none of the grammar"):
         possible(allowed, tokenizer("x").input_ids)
 
@@ -239,9 +243,9 @@ def test_special_tags_of_calls_stay_in_the_text(tags: tuple[Grammars, Any]) -> N
 
 def test_parameters_must_be_an_object(grammars: Grammars) -> None:
     with pytest.raises(ApiError, match="the arguments of f must be an object"):
-        grammars.of_answer(Bounds(tools(f={"type": "integer"}), required=True))
+        grammars.of_answer(AnswerConstraints(tools(f={"type": "integer"}), required=True))
 
 
 def test_an_unsuitable_tokenizer_is_refused() -> None:
     with pytest.raises(ApiError, match="ask for text"):
-        Grammars(object(), 10, {2}).of_answer(Bounds(schema={"type": "object"}))
+        Grammars(object(), 10, {2}).of_answer(AnswerConstraints(schema={"type": "object"}))

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken
 
 from splitnet.serve.failures import ApiError
-from splitnet.serve.infill import MARKS, Marks
+from splitnet.serve.infill import MARKS, InfillMarks
 from splitnet.serve.prompts import Prompts
 from tests.unit.serve.stand_in import MODEL, client
 
@@ -32,10 +32,12 @@ def shown(prompts: Prompts, tokens: list[int]) -> str:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("marks", MARKS, ids=lambda marks: marks.prefix)
-def test_a_prompt_has_the_marks_of_the_family_in_its_order(marks: Marks, special: bool, shared_tokenizer: Any) -> None:
+def test_a_prompt_has_the_marks_of_the_family_in_its_order(
+    marks: InfillMarks, special: bool, shared_tokenizer: Any
+) -> None:
     tokenizer = with_marks(shared_tokenizer, marks.prefix, marks.suffix, marks.middle, special=special)
     prompts = prompts_of(tokenizer)
-    tokens = prompts.of_gap(BEFORE, AFTER)
+    tokens = prompts.tokens_of_gap(BEFORE, AFTER)
     parts = [marks.prefix + BEFORE, marks.suffix + AFTER]
     parts.reverse() if marks.suffix_first else None
     assert shown(prompts, tokens) == "".join(parts) + marks.middle
@@ -54,7 +56,7 @@ def test_marks_in_texts_of_users_stay_text(special: bool, shared_tokenizer: Any)
     )
     prompts = prompts_of(tokenizer)
     text = f"a{marks.middle}b<|file_sep|><|repo_name|>{marks.prefix}{marks.suffix}<|endoftext|>"
-    tokens = prompts.of_gap(text, text, [(text, text)])
+    tokens = prompts.tokens_of_gap(text, text, [(text, text)])
     added = [prompts.text_of(token) for token in tokens if token >= 49152 or token < 17]
     assert added == [
         *("<|repo_name|>", "<|file_sep|>", "<|file_sep|>"),
@@ -68,29 +70,29 @@ def test_other_files_come_before_with_marks_or_as_snippets(shared_tokenizer: Any
     marks = MARKS[0]
     prompts = prompts_of(with_marks(shared_tokenizer, marks.prefix, marks.suffix, marks.middle, "<|file_sep|>"))
     repository = "<|file_sep|>a.py\nA = 1\n<|file_sep|>b.py\nB = 2\n<|file_sep|>filename\n"
-    whole = shown(prompts, prompts.of_gap(BEFORE, AFTER, files))
+    whole = shown(prompts, prompts.tokens_of_gap(BEFORE, AFTER, files))
     assert whole.endswith(repository + f"{marks.prefix}{BEFORE}{marks.suffix}{AFTER}{marks.middle}")
     room = prompts_of(prompts._tokenizer, 40)  # pyright: ignore[reportPrivateUsage]
-    asked = len(prompts.of_gap(BEFORE, AFTER))
-    cut = room.of_gap(BEFORE, AFTER, files * 9, 8)
-    assert len(cut) == 32 and cut[-asked:] == prompts.of_gap(BEFORE, AFTER), "their end is read, as room is left"
+    asked = len(prompts.tokens_of_gap(BEFORE, AFTER))
+    cut = room.tokens_of_gap(BEFORE, AFTER, files * 9, 8)
+    assert len(cut) == 32 and cut[-asked:] == prompts.tokens_of_gap(BEFORE, AFTER), "their end is read, as room is left"
 
 
 def test_the_marks_that_a_file_of_the_model_names_are_used(shared_tokenizer: Any) -> None:
     tokenizer = with_marks(shared_tokenizer, "<p>", "<s>", "<m>", *(MARKS[0].prefix, MARKS[0].suffix, MARKS[0].middle))
     tokenizer.infill_marks = ["<p>", "<s>", "<m>"]
     prompts = prompts_of(tokenizer)
-    assert shown(prompts, prompts.of_gap("a", "b")) == "<p>a<s>b<m>"
+    assert shown(prompts, prompts.tokens_of_gap("a", "b")) == "<p>a<s>b<m>"
     assert tokenizer.convert_tokens_to_ids("<m>") in prompts.infill_ends
     tokenizer = with_marks(shared_tokenizer, "[PREFIX]", "[SUFFIX]")
     tokenizer.infill_marks = ["[PREFIX]", "[SUFFIX]", ""]
     prompts = prompts_of(tokenizer)
-    assert shown(prompts, prompts.of_gap("a", "b")) == "[SUFFIX]b[PREFIX]a"
+    assert shown(prompts, prompts.tokens_of_gap("a", "b")) == "[SUFFIX]b[PREFIX]a"
 
 
 def test_a_model_without_marks_is_named(shared_tokenizer: Any) -> None:
     with pytest.raises(ApiError, match="no marks for a text before a suffix"):
-        prompts_of(with_marks(shared_tokenizer)).of_gap("a", "b")
+        prompts_of(with_marks(shared_tokenizer)).tokens_of_gap("a", "b")
 
 
 MIDDLE = "total = a + b"

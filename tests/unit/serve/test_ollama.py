@@ -12,16 +12,16 @@ import pytest
 from pydantic import ValidationError
 
 from splitnet.serve.answers.parser import ToolCall
-from splitnet.serve.apis.ollama import Answer, ChatRequest, GenerateRequest
+from splitnet.serve.apis.ollama import GenerateRequest, OllamaChatRequest, OllamaWriter
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
-from splitnet.serve.responses import told
+from splitnet.serve.responses import stream_parts
 
 
-def chat(*messages: dict[str, Any], **more: Any) -> ChatRequest:
-    return ChatRequest.model_validate({"model": "m", "messages": messages} | more)
+def chat(*messages: dict[str, Any], **more: Any) -> OllamaChatRequest:
+    return OllamaChatRequest.model_validate({"model": "m", "messages": messages} | more)
 
 
 def call(name: str, **more: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_images_are_refused_by_their_name() -> None:
     for images in ("aaaa", ["aaaa"]):
         document = {"model": "m", "messages": [{"role": "user", "content": "a", "images": images}]}
         with pytest.raises(ApiError, match="images are not supported: send text alone"):
-            validated(ChatRequest, document)
+            validated(OllamaChatRequest, document)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ async def happening(events: Sequence[Delta | Ended | Exception]) -> AsyncIterato
 
 def streamed(*events: Delta | Ended | Exception, is_chat: bool = True) -> list[Any]:
     async def write() -> list[Any]:
-        answer = Answer("m", is_chat, [time.perf_counter_ns()] * 2)
+        answer = OllamaWriter("m", is_chat, [time.perf_counter_ns()] * 2)
         assert json.loads(answer.alive)["done"] is False, "clients read every line as a part of the answer"
-        return [json.loads(chunk) async for chunk in told(answer, happening(events)) if chunk.endswith("}\n")]
+        return [json.loads(chunk) async for chunk in stream_parts(answer, happening(events)) if chunk.endswith("}\n")]
 
     return asyncio.run(write())
 
@@ -138,7 +138,7 @@ def test_a_stream_adds_up_to_the_answer_in_one_piece() -> None:
     assert [part["message"].get("thinking") for part in parts] == ["I ", "see.", None, None]
     assert "".join(part["message"]["content"] for part in parts) == "So: " and not last["message"]["content"]
     assert (last["done"], last["done_reason"], last["prompt_eval_count"], last["eval_count"]) == (True, "stop", 7, 9)
-    whole = asyncio.run(Answer("m", True, [0, 0]).whole(happening(events)))
+    whole = asyncio.run(OllamaWriter("m", True, [0, 0]).whole_body(happening(events)))
     functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
     assert [call["function"] for call in whole["message"]["tool_calls"]] == functions
     assert (whole["message"]["content"], whole["message"]["thinking"]) == ("So: ", "I see.")

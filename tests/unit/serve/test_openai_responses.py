@@ -14,12 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from splitnet.errors import PeerLost
 from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis import openai_responses
-from splitnet.serve.apis.openai_responses import Answer, KeptResponses, ResponseRequest, for_template
+from splitnet.serve.apis.openai_responses import KeptResponses, ResponseRequest, ResponsesWriter, for_template
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
-from splitnet.serve.responses import told as streamed_by
+from splitnet.serve.responses import stream_parts as streamed_by
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 PARIS = ToolCall("weather", '{"city": "Paris"}', "call_1")
@@ -49,7 +49,7 @@ async def told(events: Sequence[Any]) -> AsyncIterator[Any]:
 def streamed(events: Sequence[Any], **given: Any) -> tuple[list[Any], list[dict[str, Any]]]:
     """The events of a stream in OpenAI's types, and the stored responses."""
     kept: list[dict[str, Any]] = []
-    answer = Answer("m", body(**given), kept.append)
+    answer = ResponsesWriter("m", body(**given), kept.append)
 
     async def read() -> list[str]:
         return [chunk async for chunk in streamed_by(answer, told(events))]
@@ -92,7 +92,7 @@ def test_events_in_their_order() -> None:
 
 def test_a_whole_response_says_the_same() -> None:
     kept: list[dict[str, Any]] = []
-    whole = asyncio.run(Answer("m", body(), kept.append).whole(told(TURN)))
+    whole = asyncio.run(ResponsesWriter("m", body(), kept.append).whole_body(told(TURN)))
     response = Response.model_validate(whole)
     assert kept == [whole] and response.output_text == "It is Paris." and len(response.output) == 4
 
@@ -114,7 +114,9 @@ def test_a_stream_that_fails() -> None:
     events, kept = streamed([Delta(0, "It"), PeerLost("a peer was lost")])
     assert events[-1].type == "response.failed" and not kept
     assert events[-1].response.error.message == "a peer was lost"
-    limited = json.loads(Answer("m", body(), kept.append).failed(ApiError(429, "busy")).partition("data: ")[2])
+    limited = json.loads(
+        ResponsesWriter("m", body(), kept.append).error_event(ApiError(429, "busy")).partition("data: ")[2]
+    )
     assert limited["response"]["error"] == {"code": "rate_limit_exceeded", "message": "busy"}
 
 
@@ -209,7 +211,7 @@ def test_stored_responses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def holds(owner: str, *ids: str) -> list[bool]:
         def there(id: str) -> bool:
             try:
-                return kept.find(owner, id) == ({"id": id}, [{"content": text}])
+                return kept.find_response(owner, id) == ({"id": id}, [{"content": text}])
             except ApiError as error:
                 assert (error.status, error.code) == (404, "response_not_found")
                 return False
@@ -217,16 +219,16 @@ def test_stored_responses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return [there(id) for id in ids]
 
     for number in range(3):
-        kept.keep("a", {"id": f"a{number}"}, [{"content": text}])
+        kept.keep_response("a", {"id": f"a{number}"}, [{"content": text}])
     assert holds("a", "a0", "a1", "a2") == [False, True, True]  # half of the bytes is for one client
-    kept.keep("b", {"id": "b0"}, [{"content": text}])
-    kept.keep("b", {"id": "b1"}, [{"content": text}])
-    kept.keep("c", {"id": "c0"}, [{"content": text}])
+    kept.keep_response("b", {"id": "b0"}, [{"content": text}])
+    kept.keep_response("b", {"id": "b1"}, [{"content": text}])
+    kept.keep_response("c", {"id": "c0"}, [{"content": text}])
     assert holds("a", "a1", "a2") == [False, True] and holds("b", "b0", "b1") == [True, True]
     assert holds("c", "c0", "b0") == [True, False]  # b0 belongs to another client
     with pytest.raises(ApiError):
         kept.drop("c", "b0")
     kept.drop("b", "b0")
     assert holds("b", "b0", "b1") == [False, True]
-    kept.keep("b", {"id": "large"}, [{"content": text * 9}])
+    kept.keep_response("b", {"id": "large"}, [{"content": text * 9}])
     assert holds("b", "b1", "large") == [False, False]

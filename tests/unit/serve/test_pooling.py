@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from splitnet.errors import ModelNotFound
-from splitnet.serve.generation import similar
+from splitnet.serve.generation import group_by_length
 from splitnet.serve.pooling import Pooling
 
 ST = "sentence_transformers.models."
@@ -36,7 +36,7 @@ class Store:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
-    def find(self, name: str) -> Path | None:
+    def find_file(self, name: str) -> Path | None:
         return self.folder / name if (self.folder / name).is_file() else None
 
     def told_config(self) -> str:
@@ -109,7 +109,7 @@ def test_an_unreachable_hub_is_not_a_missing_description() -> None:
     def find(name: str) -> None:
         raise ModelNotFound("the hub cannot be reached")
 
-    checkpoint: Any = SimpleNamespace(store=SimpleNamespace(find=find), max_positions=None)
+    checkpoint: Any = SimpleNamespace(store=SimpleNamespace(find_file=find), max_positions=None)
     assert Pooling.of(checkpoint) == Pooling(refused="the hub cannot be reached")
 
 
@@ -150,5 +150,5 @@ def test_vectors() -> None:
 
 
 def test_texts_of_similar_lengths_are_read_together() -> None:
-    assert similar([3, 9, 2, 3, 1], 9) == [[1], [0, 3, 2], [4]]
-    assert similar([20], 9) == [[0]]
+    assert group_by_length([3, 9, 2, 3, 1], 9) == [[1], [0, 3, 2], [4]]
+    assert group_by_length([20], 9) == [[0]]

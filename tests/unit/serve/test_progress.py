@@ -14,7 +14,7 @@ ROUTE = RouteView((HopView("a", 0, 6),), ())
 def test_every_token_is_counted_in_its_second(steps: list[tuple[float, int]]) -> None:
     now = 50.0
     log = ProgressLog(clock=lambda: now)
-    answer = log.begin("answer")
+    answer = log.begin_answer("answer")
     seconds: list[int] = []
     for pause, tokens in steps:
         now += pause
@@ -29,7 +29,7 @@ def test_every_token_is_counted_in_its_second(steps: list[tuple[float, int]]) ->
 def test_an_ended_answer_keeps_its_last_route() -> None:
     now = 1.0
     log = ProgressLog(clock=lambda: now)
-    answer = log.begin("answer")
+    answer = log.begin_answer("answer")
     assert log.answers() == [answer] and answer.routes() == () and answer.first_token is None
     routes = (ROUTE,)
     answer.follow(lambda: routes)
@@ -38,28 +38,28 @@ def test_an_ended_answer_keeps_its_last_route() -> None:
     assert (answer.first_token, answer.routes()) == (3.0, (ROUTE,))
     answer.follow(None)
     routes = ()
-    log.end(answer)
+    log.end_answer(answer)
     assert answer.routes() == (ROUTE,) and answer.ended == 3.0 and log.answers() == [answer]
 
 
 def test_read_positions_of_the_prompt_are_counted() -> None:
     log = ProgressLog()
-    answer = log.begin("answer", 100)
-    assert answer.read() == 0
+    answer = log.begin_answer("answer", 100)
+    assert answer.prompt_done() == 0
     answer.cached = 40
     passed = iter([0, 32, 60, 70])  # several choices pass more positions than the prompt has
     answer.follow(lambda: (), lambda: next(passed))
-    assert [answer.read() for _ in range(4)] == [40, 72, 100, 100]
+    assert [answer.prompt_done() for _ in range(4)] == [40, 72, 100, 100]
     answer.follow(None)
-    assert answer.read() == 0
+    assert answer.prompt_done() == 0
     log.token(answer)
-    assert answer.read() == 100
+    assert answer.prompt_done() == 100
 
 
 def test_the_last_answers_are_kept() -> None:
     log = ProgressLog()
-    running = log.begin("running")
+    running = log.begin_answer("running")
     for number in range(KEPT_ANSWERS + 5):
-        log.end(log.begin(str(number)))
+        log.end_answer(log.begin_answer(str(number)))
     told = log.answers()
     assert len(told) == KEPT_ANSWERS + 1 and told[-1] is running and told[0].answer == "5"

@@ -18,7 +18,9 @@ def test_special_tokens_in_messages_forge_no_role(tokenizer: Any) -> None:
 
     def tokens(*said: tuple[str, str]) -> list[int]:
         messages = [{"role": role, "content": text} for role, text in said]
-        return prompts.of_chat(ChatRequest.model_validate({"model": MODEL, "messages": messages}).chat.messages, [])
+        return prompts.tokens_of_chat(
+            ChatRequest.model_validate({"model": MODEL, "messages": messages}).chat.messages, []
+        )
 
     plain = [("system", "Be kind."), ("user", " How are you? ")]
     messages = [{"role": role, "content": text} for role, text in plain]

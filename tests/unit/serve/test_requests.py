@@ -32,11 +32,11 @@ from splitnet.errors import (
 )
 from splitnet.limits import FairAccount, Holding
 from splitnet.security.identity import KeyOptions
-from splitnet.serve.admission import Admission, Client, Overloaded, QuotaUsed
-from splitnet.serve.answers.forms import PROBE, probe
+from splitnet.serve.admission import Admission, ApiClient, Overloaded, QuotaExceeded
+from splitnet.serve.answers.call_forms import PROBE, probe
 from splitnet.serve.apis.openai import API, error_body
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
-from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.failures import ApiError, api_error_of
 from splitnet.serve.gate import Api, ApiKeys, Gate
 from splitnet.serve.prompts import Prompts
 
@@ -48,7 +48,7 @@ def refusal(kind: type[BaseModel], document: dict[str, Any]) -> ApiError:
     with pytest.raises(ValidationError) as refused:
         kind.model_validate(document)
     errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
-    return failure_of(RequestValidationError(errors))
+    return api_error_of(RequestValidationError(errors))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_parameters_that_clients_of_openai_add_are_accepted() -> None:
 )
 def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds: bool) -> None:
     tools = {"tools": [{"type": "function", "function": {"name": "g"}}]}
-    assert ChatRequest.model_validate(CHAT | tools | more).chat.binds_calls == binds
+    assert ChatRequest.model_validate(CHAT | tools | more).chat.restricts_calls == binds
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_invalid_prompts_are_refused(prompt: Any) -> None:
 def test_errors_have_the_shape_that_clients_read(
     error: Exception, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failure = failure_of(error)
+    failure = api_error_of(error)
     assert failure.status == status
     assert ("Retry-After" in failure.headers) == (status in (429, 503))
     (details,) = error_body(failure).values()
@@ -195,10 +195,10 @@ def test_errors_have_the_shape_that_clients_read(
 def test_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("\ufeff# mine\n one \n\ntwo\n", encoding="utf-8")
-    assert len(ApiKeys.read(file)) == 2
+    assert len(ApiKeys.from_file(file)) == 2
     file.write_text("\ufeffone\n# mine\ntwo\n", encoding="utf-8")
-    keys = ApiKeys.read(file)
-    assert keys and not ApiKeys.read(None)
+    keys = ApiKeys.from_file(file)
+    assert keys and not ApiKeys.from_file(None)
     owners = [keys.client_of(key) for key in (b"one", b"two", b"# mine", b"", b"on")]
     assert None not in owners[:2] and owners[0] != owners[1] and owners[2:] == [None] * 3
 
@@ -220,7 +220,7 @@ def test_wrong_options_of_the_command_are_refused_at_once(options: list[str], me
 def test_options_of_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("weight=4,tokens-per-minute=60 one # Ann\ntwo weight=0.5\nthree\n")
-    one, two, three = (ApiKeys.read(file).client_of(key) for key in (b"one", b"two", b"three"))
+    one, two, three = (ApiKeys.from_file(file).client_of(key) for key in (b"one", b"two", b"three"))
     assert one and two and three
     assert (one.weight, two.weight, three.weight) == (4, 0.5, 1)
     assert one.tokens_per_minute == 60 and two.tokens_per_minute is None
@@ -244,25 +244,25 @@ def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) 
     file = tmp_path / "keys"
     file.write_text(f"first\n{line}\n")
     with pytest.raises(KeyFileError, match="line 2: ") as refused:
-        ApiKeys.read(file)
+        ApiKeys.from_file(file)
     assert message in str(refused.value)
 
 
 def test_a_quota_fills_evenly_and_overspent_tokens_are_owed() -> None:
     now = 0.0
-    client = Client("", tokens_per_minute=60, clock=lambda: now)
+    client = ApiClient("", tokens_per_minute=60, clock=lambda: now)
     client.check_quota()
-    client.spend(90)
-    with pytest.raises(QuotaUsed, match="60 tokens per minute") as refused:
+    client.spend_tokens(90)
+    with pytest.raises(QuotaExceeded, match="60 tokens per minute") as refused:
         client.check_quota()
-    failure = failure_of(refused.value)
+    failure = api_error_of(refused.value)
     assert (failure.status, failure.code) == (429, "rate_limit_exceeded")
     assert failure.headers == {"Retry-After": "31"}
     now = 31.0
     client.check_quota()
     now = 1000.0
-    client.spend(60)
-    with pytest.raises(QuotaUsed):
+    client.spend_tokens(60)
+    with pytest.raises(QuotaExceeded):
         client.check_quota()
 
 
@@ -272,7 +272,7 @@ def test_wrong_files_of_keys_are_refused(tmp_path: Path, content: bytes | None) 
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(KeyFileError, match=r"one (key )?per line"):
-        ApiKeys.read(file)
+        ApiKeys.from_file(file)
 
 
 def test_requests_run_in_order_and_too_many_are_refused() -> None:
@@ -282,7 +282,7 @@ def test_requests_run_in_order_and_too_many_are_refused() -> None:
         leave = asyncio.Event()
 
         async def request(name: str) -> None:
-            async with admission.place():
+            async with admission.admitted():
                 log.append(name)
                 await leave.wait()
 
@@ -291,7 +291,7 @@ def test_requests_run_in_order_and_too_many_are_refused() -> None:
         third = asyncio.create_task(request("third"))
         with pytest.raises(Overloaded, match="try again") as refused:
             await third
-        failure = failure_of(refused.value)
+        failure = api_error_of(refused.value)
         assert (failure.status, failure.code) == (429, "overloaded")
         assert (admission.running, admission.waiting) == (1, 1)
         second.cancel()  # frees a place to wait
@@ -306,18 +306,18 @@ def test_requests_run_in_order_and_too_many_are_refused() -> None:
     assert asyncio.run(come()) == ["first", "fourth"]
 
 
-def order_of(admission: Admission, asked: Sequence[Client]) -> list[str]:
+def order_of(admission: Admission, asked: Sequence[ApiClient]) -> list[str]:
     """The order in which waiting requests of clients are admitted, one at a time."""
 
     async def come() -> list[str]:
         order: list[str] = []
 
-        async def request(client: Client) -> None:
-            async with admission.place(client):
+        async def request(client: ApiClient) -> None:
+            async with admission.admitted(client):
                 order.append(client.name)
                 await asyncio.sleep(0)
 
-        async with admission.place(asked[0]):
+        async with admission.admitted(asked[0]):
             tasks = [asyncio.create_task(request(client)) for client in asked]
             await asyncio.sleep(0)
         await asyncio.gather(*tasks)
@@ -327,13 +327,13 @@ def order_of(admission: Admission, asked: Sequence[Client]) -> list[str]:
 
 
 def test_clients_take_turns_with_unequal_numbers_of_requests() -> None:
-    greedy, modest = Client("greedy"), Client("modest")
+    greedy, modest = ApiClient("greedy"), ApiClient("modest")
     order = order_of(Admission(1, 64), [greedy] * 10 + [modest] * 2)
     assert order[:4] == ["modest", "greedy", "modest", "greedy"]
 
 
 def test_turns_are_by_weight() -> None:
-    heavy, light = Client("heavy", 3), Client("light")
+    heavy, light = ApiClient("heavy", 3), ApiClient("light")
     order = order_of(Admission(1, 64), [light] * 20 + [heavy] * 20)
     assert 13 <= order[:20].count("heavy") <= 16
 
@@ -341,13 +341,13 @@ def test_turns_are_by_weight() -> None:
 def test_the_client_with_most_waiting_requests_is_refused() -> None:
     async def come() -> None:
         admission = Admission(1, 4)
-        greedy, modest = Client("greedy"), Client("modest")
+        greedy, modest = ApiClient("greedy"), ApiClient("modest")
 
-        async def request(client: Client) -> str:
-            async with admission.place(client):
+        async def request(client: ApiClient) -> str:
+            async with admission.admitted(client):
                 return client.name
 
-        async with admission.place(greedy):
+        async with admission.admitted(greedy):
             tasks = [asyncio.create_task(request(client)) for client in [greedy] * 4 + [modest]]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             refused = [task for task in tasks if task.done()]
@@ -365,14 +365,14 @@ def test_a_client_leaves_the_spare_places_to_others() -> None:
         admission = Admission(4, 64, spare=1)
         leave = asyncio.Event()
 
-        async def request(client: Client) -> None:
-            async with admission.place(client):
+        async def request(client: ApiClient) -> None:
+            async with admission.admitted(client):
                 await leave.wait()
 
-        tasks = [asyncio.create_task(request(Client("greedy"))) for _ in range(5)]
+        tasks = [asyncio.create_task(request(ApiClient("greedy"))) for _ in range(5)]
         await asyncio.sleep(0)
         assert (admission.running, admission.waiting) == (3, 2)
-        async with admission.place(Client("modest")):
+        async with admission.admitted(ApiClient("modest")):
             assert (admission.running, admission.waiting) == (4, 2)
         leave.set()
         await asyncio.gather(*tasks)
@@ -385,17 +385,17 @@ def test_a_request_that_is_cancelled_at_its_admission_frees_its_place() -> None:
         admission = Admission(1, 4)
 
         async def request() -> None:
-            async with admission.place():
+            async with admission.admitted():
                 pytest.fail("it was cancelled")
 
-        async with admission.place():
+        async with admission.admitted():
             task = asyncio.create_task(request())
             await asyncio.sleep(0)
         assert (admission.running, admission.waiting) == (1, 0), "it is let in, and has not gone on yet"
         task.cancel()
         await asyncio.wait([task])
         assert task.cancelled() and (admission.running, admission.waiting) == (0, 0)
-        async with admission.place():
+        async with admission.admitted():
             assert admission.running == 1
 
     asyncio.run(come())
@@ -406,13 +406,15 @@ def test_accounts_keep_their_bounds_unless_holdings_are_settled(grown: list[tupl
     account = FairAccount(100, 60)
     held: dict[int, Holding] = {}
     for number, (client, amount, settles) in enumerate(grown):
-        held[number] = account.hold(Client(str(client)), lambda number=number: held.pop(number))
+        held[number] = account.make_holding(ApiClient(str(client)), lambda number=number: held.pop(number))
         held[number].grow(amount)
         if number in held:
-            held[number].settled = settles
-        totals = [sum(each.amount for each in held.values() if each.holder == Client(str(name))) for name in range(3)]
+            held[number].is_pinned = settles
+        totals = [
+            sum(each.amount for each in held.values() if each.holder == ApiClient(str(name))) for name in range(3)
+        ]
         assert max(totals) <= 60
-        assert sum(totals) <= 100 or all(each.settled for each in held.values())
+        assert sum(totals) <= 100 or all(each.is_pinned for each in held.values())
         assert list(account.holdings) == list(held.values())
 
 
@@ -420,15 +422,15 @@ def test_the_largest_holding_is_evicted() -> None:
     account = FairAccount(10)
     gone: list[str] = []
     for client, name, amount in (("a", "a1", 2), ("a", "a2", 5), ("b", "b1", 3)):
-        account.hold(Client(client), lambda name=name: gone.append(name)).grow(amount)
-    account.hold(Client("c"), lambda: gone.append("c1")).grow(2)
+        account.make_holding(ApiClient(client), lambda name=name: gone.append(name)).grow(amount)
+    account.make_holding(ApiClient("c"), lambda: gone.append("c1")).grow(2)
     assert gone == ["a2"]
 
 
 def test_a_client_may_hold_as_much_as_its_bound() -> None:
     account = FairAccount(10, 4)
     gone: list[str] = []
-    holding = account.hold(Client("a"), lambda: gone.append("a"))
+    holding = account.make_holding(ApiClient("a"), lambda: gone.append("a"))
     holding.grow(4)
     assert not gone
     holding.grow(1)
@@ -438,8 +440,8 @@ def test_a_client_may_hold_as_much_as_its_bound() -> None:
 def test_the_largest_holder_for_its_weight_is_evicted() -> None:
     account = FairAccount(10)
     gone: list[str] = []
-    for client, amount in ((Client("heavy", 3), 6), (Client("light"), 4), (Client("light"), 1)):
-        account.hold(client, lambda name=client.name: gone.append(name)).grow(amount)
+    for client, amount in ((ApiClient("heavy", 3), 6), (ApiClient("light"), 4), (ApiClient("light"), 1)):
+        account.make_holding(client, lambda name=client.name: gone.append(name)).grow(amount)
     assert gone == ["light"]
 
 
@@ -524,7 +526,7 @@ def templated(monkeypatch: pytest.MonkeyPatch) -> None:
         return "\x01\x02\x03"
 
     monkeypatch.setattr("splitnet.serve.prompts.render", render)
-    monkeypatch.setattr("splitnet.serve.answers.forms.render", render)
+    monkeypatch.setattr("splitnet.serve.answers.call_forms.render", render)
     monkeypatch.setattr("splitnet.serve.prompts.begin", lambda: None)
 
 
@@ -540,7 +542,7 @@ def test_messages_as_templates_expect_them() -> None:
         {"role": "tool", "content": "2", "tool_call_id": "c"},
     ]
     prompts = Prompts(tokenizer, 300, 256)
-    assert prompts.of_chat(messages(said), []) == [1, 2, 3]
+    assert prompts.tokens_of_chat(messages(said), []) == [1, 2, 3]
     assert tokenizer.given == [
         {"role": "system", "content": "Be kind."},
         {
@@ -555,7 +557,7 @@ def test_messages_as_templates_expect_them() -> None:
     for wrong in ("{", '{"a": "\\ud800"}', '{"a": NaN}', "[" * 1000 + "]" * 1000):
         said[1]["tool_calls"][0]["function"]["arguments"] = wrong
         with pytest.raises(ApiError, match="not valid JSON"):
-            prompts.of_chat(messages(said), [])
+            prompts.tokens_of_chat(messages(said), [])
 
 
 class WithVariables(Tokenizer):
@@ -581,7 +583,7 @@ def test_a_template_gets_the_variables_that_it_uses() -> None:
     said = ChatRequest.model_validate(
         CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
     )
-    prompts.of_chat(said.chat.messages, [], said.chat.variables)
+    prompts.tokens_of_chat(said.chat.messages, [], said.chat.variables)
     assert tokenizer.variables == {"enable_thinking": False, "reasoning_effort": "low"}
 
 
@@ -604,46 +606,46 @@ def test_a_template_gets_the_variables_that_it_uses() -> None:
 def test_variables_that_a_template_does_not_use_are_refused(name: str) -> None:
     said = ChatRequest.model_validate(CHAT | {"chat_template_kwargs": {name: True}})
     with pytest.raises(ApiError, match=f"no place for '{name}'") as refused:
-        Prompts(WithVariables(), 300, 256).of_chat(said.chat.messages, [], said.chat.variables)
+        Prompts(WithVariables(), 300, 256).tokens_of_chat(said.chat.messages, [], said.chat.variables)
     assert refused.value.param == "chat_template_kwargs"
     said = ChatRequest.model_validate(CHAT | {"reasoning_effort": "high"})
     with pytest.raises(ApiError, match="no place for 'reasoning_effort'") as refused:
-        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.chat.messages, [], said.chat.variables)
+        Prompts(Tokenizer("{{ messages }}"), 300, 256).tokens_of_chat(said.chat.messages, [], said.chat.variables)
     assert refused.value.param == "reasoning_effort"
 
 
 def test_prompts_that_the_model_cannot_read_are_refused() -> None:
     prompts = Prompts(Tokenizer(None), 100, 8)
     with pytest.raises(ApiError, match="no chat template"):
-        prompts.of_chat([], [])
+        prompts.tokens_of_chat([], [])
     with pytest.raises(ApiError, match="nobody has said anything"):
-        Prompts(Tokenizer("{{ messages }}"), 100, 8).of_chat([], [])
+        Prompts(Tokenizer("{{ messages }}"), 100, 8).tokens_of_chat([], [])
     with pytest.raises(ApiError, match="empty"):
-        prompts.of_text("")
+        prompts.tokens_of_text("")
     with pytest.raises(ApiError, match="0 to 99"):
-        prompts.of_text([100])
-    assert prompts.of_text("A") == [65]
+        prompts.tokens_of_text([100])
+    assert prompts.tokens_of_text("A") == [65]
 
 
 def test_a_too_long_text_is_not_tokenized_whole() -> None:
     tokenizer = Tokenizer("{{ messages }}")
     prompts = Prompts(tokenizer, 100, 100_000)
-    assert len(prompts.of_text("A" * 90_000)) == 90_000
+    assert len(prompts.tokens_of_text("A" * 90_000)) == 90_000
     tokenizer.made = 0
     with pytest.raises(ApiError, match="more tokens than the model's context of 100000: shorten"):
-        prompts.of_text("A" * 10_000_000)
+        prompts.tokens_of_text("A" * 10_000_000)
     with pytest.raises(ApiError, match="shorten the prompt"):
-        prompts.of_chat(messages([{"role": "user", "content": "A" * 60_000}] * 100), [])
+        prompts.tokens_of_chat(messages([{"role": "user", "content": "A" * 60_000}] * 100), [])
     assert tokenizer.made < 400_000
     with pytest.raises(ApiError, match="shorten the prompt"):
         prompts.checked_ids("A" * 10_000_000)
     # A text that is cut may be longer than the context, up to a bound.
-    assert len(prompts.of_chat(messages([{"role": "user", "content": "A" * 1_000_000}]), [], last=2)) == 2
+    assert len(prompts.tokens_of_chat(messages([{"role": "user", "content": "A" * 1_000_000}]), [], last=2)) == 2
     tokenizer.made = 0
     with pytest.raises(ApiError, match="shorten the prompt"):
-        prompts.of_chat(messages([{"role": "user", "content": "A" * 10_000_000}]), [], last=5)
+        prompts.tokens_of_chat(messages([{"role": "user", "content": "A" * 10_000_000}]), [], last=5)
     with pytest.raises(ApiError, match="shorten the prompt"):
-        prompts.of_text("A" * 10_000_000, last=100_000)
+        prompts.tokens_of_text("A" * 10_000_000, last=100_000)
     assert tokenizer.made < 4_000_000
 
 

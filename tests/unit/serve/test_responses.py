@@ -19,8 +19,8 @@ from tests.unit.serve.serving import MODEL, Server, listening
 def test_clients_accept_keep_alive_events(
     model: FakeModel, tokenizer: Any, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "FIRST_S", 0.0)
-    monkeypatch.setattr(responses, "ALIVE_S", 0.001)
+    monkeypatch.setattr(responses, "FIRST_EVENT_S", 0.0)
+    monkeypatch.setattr(responses, "KEEP_ALIVE_S", 0.001)
     server = Server(model, tokenizer, grammars=grammars)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

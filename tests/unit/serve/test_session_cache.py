@@ -26,60 +26,60 @@ class Kept:
 
 def test_the_next_turn_gets_the_session_of_the_one_before() -> None:
     kept = Kept()
-    kept.cache.keep("me", [1, 2, 3], 10, "three")
-    kept.cache.keep("me", [1, 2, 3, 4, 5], 10, "five")
-    kept.cache.keep("me", [9, 9], 10, "other")
-    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) == ("five", 5)
-    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) == ("three", 3)
-    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) is None
+    kept.cache.keep_session("me", [1, 2, 3], 10, "three")
+    kept.cache.keep_session("me", [1, 2, 3, 4, 5], 10, "five")
+    kept.cache.keep_session("me", [9, 9], 10, "other")
+    assert kept.cache.take_session("me", [1, 2, 3, 4, 5, 6]) == ("five", 5)
+    assert kept.cache.take_session("me", [1, 2, 3, 4, 5, 6]) == ("three", 3)
+    assert kept.cache.take_session("me", [1, 2, 3, 4, 5, 6]) is None
     assert not kept.closed
 
 
 def test_a_session_is_not_taken_for_a_prompt_that_shares_little() -> None:
     kept = Kept()
-    kept.cache.keep("me", [1, 2, 3, 4, 5], 10, "five")
-    assert kept.cache.take("me", [1, 2, 9, 9, 9]) is None
-    assert kept.cache.take("me", []) is None
-    assert kept.cache.take("me", [1, 2, 3, 9]) == ("five", 3)
+    kept.cache.keep_session("me", [1, 2, 3, 4, 5], 10, "five")
+    assert kept.cache.take_session("me", [1, 2, 9, 9, 9]) is None
+    assert kept.cache.take_session("me", []) is None
+    assert kept.cache.take_session("me", [1, 2, 3, 9]) == ("five", 3)
 
 
 def test_the_least_recently_used_session_is_closed_first() -> None:
     kept = Kept(sessions=2)
-    kept.cache.keep("me", [1], 10, "a")
-    kept.cache.keep("me", [2], 10, "b")
-    taken = kept.cache.take("me", [1, 5])
+    kept.cache.keep_session("me", [1], 10, "a")
+    kept.cache.keep_session("me", [2], 10, "b")
+    taken = kept.cache.take_session("me", [1, 5])
     assert taken is not None
-    kept.cache.keep("me", [1, 5], 10, "a")
-    kept.cache.keep("me", [3], 10, "c")
+    kept.cache.keep_session("me", [1, 5], 10, "a")
+    kept.cache.keep_session("me", [3], 10, "c")
     assert kept.closed == ["b"]
 
 
 def test_owners_do_not_get_sessions_of_others() -> None:
     kept = Kept(sessions=3)
-    kept.cache.keep("ann", [1, 2, 3], 10, "ann's")
-    assert kept.cache.take("bob", [1, 2, 3, 4]) is None
+    kept.cache.keep_session("ann", [1, 2, 3], 10, "ann's")
+    assert kept.cache.take_session("bob", [1, 2, 3, 4]) is None
     for name in ("first", "second", "third", "fourth"):
-        kept.cache.keep("bob", [7], 10, name)
+        kept.cache.keep_session("bob", [7], 10, name)
     assert kept.closed == ["first", "second"], "who keeps most loses first"
-    assert kept.cache.take("ann", [1, 2, 3, 4]) == ("ann's", 3)
+    assert kept.cache.take_session("ann", [1, 2, 3, 4]) == ("ann's", 3)
 
 
 def test_positions_are_bounded() -> None:
     kept = Kept(positions=100)
-    kept.cache.keep("me", [1], 60, "a")
-    kept.cache.keep("me", [2], 40, "b")
+    kept.cache.keep_session("me", [1], 60, "a")
+    kept.cache.keep_session("me", [2], 40, "b")
     assert not kept.closed
-    kept.cache.keep("me", [3], 101, "too much alone")
+    kept.cache.keep_session("me", [3], 101, "too much alone")
     assert kept.closed == ["too much alone"]
-    kept.cache.keep("me", [4], 10, "d")
+    kept.cache.keep_session("me", [4], 10, "d")
     assert kept.closed == ["too much alone", "a"]
 
 
 def test_sessions_expire() -> None:
     kept = Kept()
-    kept.cache.keep("me", [1], 10, "a")
+    kept.cache.keep_session("me", [1], 10, "a")
     kept.now = 30.0
-    kept.cache.keep("me", [2], 10, "b")
+    kept.cache.keep_session("me", [2], 10, "b")
     kept.now = 61.0
     kept.cache.expire()
     assert kept.closed == ["a"]
@@ -89,7 +89,7 @@ def test_sessions_expire() -> None:
 
 def test_limits_of_zero_keep_no_session() -> None:
     kept = Kept(sessions=0)
-    kept.cache.keep("me", [1], 10, "a")
+    kept.cache.keep_session("me", [1], 10, "a")
     assert kept.closed == ["a"]
 
 
@@ -103,8 +103,8 @@ def test_no_session_is_shared_or_lost(does: list[tuple[str, list[int]]]) -> None
     for number, (what, tokens) in enumerate(does):
         if what == "keep":
             inside[str(number)] = tokens
-            kept.cache.keep("me", tokens, len(tokens), str(number))
-        elif (taken := kept.cache.take("me", tokens)) is not None:
+            kept.cache.keep_session("me", tokens, len(tokens), str(number))
+        elif (taken := kept.cache.take_session("me", tokens)) is not None:
             name, shared = taken
             assert inside.pop(name)[:shared] == tokens[:shared] and shared >= 1
         for name in kept.closed:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from splitnet.serve.answers.forms import FORMS, Forms
+from splitnet.serve.answers.call_forms import FORMS, Forms
 from splitnet.serve.answers.parser import AnswerParser
 from splitnet.serve.answers.sampling import ScoredToken
 from splitnet.serve.answers.text import Detokenizer, StopStrings
 from splitnet.serve.apis.openai import DONE
-from splitnet.serve.generation import Choice
+from splitnet.serve.generation import TokenCollector
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.responses import framed
 
@@ -40,11 +40,11 @@ def before_stop(pieces: list[str], strings: list[str], apart: tuple[list[str], s
     stops = StopStrings(strings, apart)
     text = ""
     for piece in pieces:
-        certain, stopped = stops.push(piece)
+        certain, stopped = stops.push_text(piece)
         text += certain
         if stopped:
             return text, True
-    return text + stops.rest(), False
+    return text + stops.flush(), False
 
 
 @given(
@@ -65,22 +65,22 @@ def test_certain_text_holds_no_stop_string(text: str, strings: list[str]) -> Non
 
 def test_text_is_released_as_soon_as_it_is_certain() -> None:
     stops = StopStrings(["END"])
-    assert [stops.push(piece)[0] for piece in ("one E", "N", "O ", "E", "ND two")] == ["one ", "", "ENO ", "", ""]
+    assert [stops.push_text(piece)[0] for piece in ("one E", "N", "O ", "E", "ND two")] == ["one ", "", "ENO ", "", ""]
 
 
 @given(st.text(max_size=20))
 def test_tokens_give_the_text_in_whole_characters(text: str) -> None:
     detokenizer = Detokenizer(decode)
-    pieces = [detokenizer.push(byte) for byte in text.encode()]
-    assert "".join(pieces) + detokenizer.rest() == text
+    pieces = [detokenizer.push_token(byte) for byte in text.encode()]
+    assert "".join(pieces) + detokenizer.flush() == text
     assert all(len(piece) <= 1 for piece in pieces)
 
 
 def test_invalid_bytes_are_released_with_the_next_character() -> None:
     detokenizer = Detokenizer(decode)
-    assert [detokenizer.push(byte) for byte in (0xE2, 0x82, ord("a"))] == ["", "", "\ufffda"]
-    detokenizer.push(0xE2)
-    assert detokenizer.rest() == "\ufffd"
+    assert [detokenizer.push_token(byte) for byte in (0xE2, 0x82, ord("a"))] == ["", "", "\ufffda"]
+    detokenizer.push_token(0xE2)
+    assert detokenizer.flush() == "\ufffd"
 
 
 LLAMA = ["<unk>", "<s>", "</s>", "▁The", "▁capital", "▁is", "▁Paris", "ing", "<0xE6>", "<0x97>", "<0xA5>", "a"]
@@ -107,19 +107,19 @@ PIECES = st.lists(st.sampled_from([[3], [4], [5], [6], [7], [8, 9, 10]]), max_si
 @given(prompt=PIECES, tokens=PIECES)
 def test_a_completion_keeps_the_space_that_it_begins_with(llama: Prompts, prompt: list[int], tokens: list[int]) -> None:
     prompt = [1, *prompt, 5]
-    choice = Choice(0, llama.decode, len(tokens), {2}, (), prompt)
-    said = "".join(choice.push(token, None).text for token in tokens)
+    choice = TokenCollector(0, llama.decode, len(tokens), {2}, (), prompt)
+    said = "".join(choice.push_token(token, None).text for token in tokens)
     assert llama.decode(prompt) + said == llama.decode(prompt + tokens)
 
 
 def test_a_completion_may_end_a_character_that_the_prompt_begins(llama: Prompts) -> None:
-    choice = Choice(0, llama.decode, 3, {2}, (), [1, 5, 8, 9])
-    assert [choice.push(token, None).text for token in (10, 6, 7)] == ["日", " Paris", "ing"]
+    choice = TokenCollector(0, llama.decode, 3, {2}, (), [1, 5, 8, 9])
+    assert [choice.push_token(token, None).text for token in (10, 6, 7)] == ["日", " Paris", "ing"]
 
 
 def test_a_message_begins_without_a_space(llama: Prompts) -> None:
-    choice = Choice(0, llama.decode, 3, {2}, ())
-    assert [choice.push(token, None).text for token in (6, 5, 6)] == ["Paris", " is", " Paris"]
+    choice = TokenCollector(0, llama.decode, 3, {2}, ())
+    assert [choice.push_token(token, None).text for token in (6, 5, 6)] == ["Paris", " is", " Paris"]
 
 
 def test_the_text_of_a_token_keeps_its_space(llama: Prompts) -> None:
@@ -128,8 +128,8 @@ def test_the_text_of_a_token_keeps_its_space(llama: Prompts) -> None:
 
 def test_tokens_begin_where_their_text_does(llama: Prompts) -> None:
     """Special tokens of an answer are not text, and three tokens make one character."""
-    choice = Choice(0, llama.decode, 9, {2}, ())
-    pieces = [choice.push(token, None) for token in (3, 1, 8, 9, 10, 5, 2)]
+    choice = TokenCollector(0, llama.decode, 9, {2}, ())
+    pieces = [choice.push_token(token, None) for token in (3, 1, 8, 9, 10, 5, 2)]
     assert [(piece.text, piece.begins) for piece in pieces] == [
         ("The", 0),
         ("", 3),
@@ -163,10 +163,10 @@ def test_invalid_bytes_are_read_in_linear_time(llama: Prompts) -> None:
 
 def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
     """The text of an answer, the `finish` of each piece, and the number of tokens; checks that each token is scored."""
-    choice = Choice(0, decode, max_tokens, {0}, stops)
+    choice = TokenCollector(0, decode, max_tokens, {0}, stops)
     said, finishes = "", []
     for byte in text.encode():
-        piece = choice.push(byte, ScoredToken(byte, -1.0, ()))
+        piece = choice.push_token(byte, ScoredToken(byte, -1.0, ()))
         said += piece.text
         assert [scored.token for scored in piece.scored] == [byte]
         finishes.append(piece.finish)
@@ -209,7 +209,7 @@ def test_the_length_limit_releases_held_back_text() -> None:
 
 def calls_in(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     parser = AnswerParser(Forms(FORMS["hermes"]), {})
-    told = [parser.push(piece) for piece in pieces] + [parser.rest()]
+    told = [parser.push_text(piece) for piece in pieces] + [parser.flush()]
     calls = [(call.name, json.loads(call.arguments)) for said in told for call in said.calls]
     return "".join(said.text for said in told), calls
 
@@ -237,7 +237,7 @@ def test_calls_of_tools(text: str, said: str, calls: list[Any], places: list[int
 
 
 def test_calls_have_unique_ids() -> None:
-    said = AnswerParser(Forms(FORMS["hermes"]), {}).push(CLOCK + CLOCK)
+    said = AnswerParser(Forms(FORMS["hermes"]), {}).push_text(CLOCK + CLOCK)
     assert len({call.id for call in said.calls}) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.liveness import Finding, Verdict
+from scheduler.liveness import PingVerdict, Verdict
 from splitnet.errors import ContextTooLong, NotFinite, PeerBusy, PeerFailed, PeerLost
 from splitnet.security.identity import Identity
 from splitnet.session.blame import Faults, OpenAgain, Replace, RequestsFault, error_of
@@ -88,14 +88,14 @@ def test_a_busy_hop_is_replaced_at_once() -> None:
 
 def test_silent_hops_are_replaced_together() -> None:
     silent = tuple(hop.endpoint for hop in HOPS[:2])
-    found = Faults(HOPS).judge(Verdict(Finding.SILENT, silent), [], [])
+    found = Faults(HOPS).judge(Verdict(PingVerdict.SILENT, silent), [], [])
     assert isinstance(found, Replace) and tuple(found.lost) == silent
 
 
-@pytest.mark.parametrize("finding", [Finding.STUCK, Finding.IDLE])
-def test_suspects_are_replaced_one_after_the_other(finding: Finding) -> None:
+@pytest.mark.parametrize("finding", [PingVerdict.STUCK, PingVerdict.IDLE])
+def test_suspects_are_replaced_one_after_the_other(finding: PingVerdict) -> None:
     faults, verdict = Faults(HOPS), Verdict(finding, tuple(hop.endpoint for hop in HOPS))
-    if finding is Finding.IDLE:
+    if finding is PingVerdict.IDLE:
         assert isinstance(faults.judge(verdict, [], []), OpenAgain)
     found = [faults.judge(verdict, [], []) for _ in HOPS]
     lost = list(itertools.chain(*(each.lost.items() for each in found if isinstance(each, Replace))))

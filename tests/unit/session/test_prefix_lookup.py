@@ -18,8 +18,8 @@ from splitnet.session.prefix_lookup import (
     WORTH_COPYING,
     AskAgain,
     CopyFrom,
+    LookUpNamespace,
     PrefixLookup,
-    PrefixNamespace,
     PrefixSource,
     Settled,
     Stage,
@@ -47,12 +47,12 @@ def hop_of(index: int) -> RouteHop:
 
 def lookup(*, shared: bool = False) -> PrefixLookup:
     made = PrefixLookup(SID, "model", (0, 2), 1, itertools.count(1).__next__)
-    made.namespace = PrefixNamespace(b"salt", shared)
+    made.namespace = LookUpNamespace(b"salt", shared)
     return made
 
 
 def opened(positions: int, *, stored: bool, stores: bool = True) -> Opened:
-    return Opened(SID, 1, True, positions, recalled=stored, stores=stores)
+    return Opened(SID, 1, True, positions, looked_up=stored, stores=stores)
 
 
 def begin(prefixes: PrefixLookup) -> SentLog:
@@ -133,7 +133,7 @@ def test_a_hop_that_names_other_weights_each_time_is_not_believed() -> None:
 def test_pages_are_named_by_all_that_they_depend_on() -> None:
     contexts: set[bytes] = set()
     for model, weights, codec in itertools.product(("a", "b"), ("float32", "int8"), ("none", "fp16")):
-        prefixes = PrefixLookup(SID, model, (0, 2), 1, itertools.count(1).__next__, PrefixNamespace(b"salt"))
+        prefixes = PrefixLookup(SID, model, (0, 2), 1, itertools.count(1).__next__, LookUpNamespace(b"salt"))
         hops = [hop_of(0), hop_of(1)]
         hops[0].weights = weights
         prefixes.begin_asking(hops, codec_by_name(codec))
@@ -144,7 +144,7 @@ def test_pages_are_named_by_all_that_they_depend_on() -> None:
 def test_without_a_namespace_hops_are_asked_for_nothing() -> None:
     prefixes, hops = lookup(), [hop_of(0), hop_of(1)]
     log = begin(prefixes)
-    prefixes.namespace = PrefixNamespace()
+    prefixes.namespace = LookUpNamespace()
     assert ask(prefixes, hops, log) == [(0, ())] * 2 and not any(hop.context for hop in hops)
     for hop in hops:
         prefixes.hop_opened(hop, opened(PAGE, stored=True))

@@ -17,20 +17,31 @@ from scheduler.candidates import CandidateIndex
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Coordinate, Hop, Link, Network, Speed
 from scheduler.route import NoRoute, best_route
-from simulator.clients import Plan, Planned
+from simulator.clients import RouteTask, SimulatedPlan
 from simulator.command import chart
-from simulator.engine import Simulation
 from simulator.geography import Access, Geography, MeasuredGeography, TrueNetwork, read_latencies
 from simulator.membership import Placing
 from simulator.outcome import Outcome, coordinate_error, differences, outcome_of, plan_qualities, pooled, simulate
 from simulator.policies import ABLATIONS, AGAINST, BASELINES, POLICIES
 from simulator.session import FAILED, FINISHED, RUNNING
+from simulator.simulation import Simulation
 from simulator.traffic import Stream
-from simulator.world import KINDS, Device, Events, Request, Settings, World, device_id, measured_to
+from simulator.world import (
+    KINDS,
+    Events,
+    SimulatedDevice,
+    SimulatedRequest,
+    SimulationSettings,
+    World,
+    device_id,
+    measured_to,
+)
 from splitnet.errors import SplitnetError
 from splitnet.session.events import Cause, Phase
 
-SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
+SMALL = SimulationSettings(
+    peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1
+)
 """A world in which peers join and leave all the time."""
 FEW = replace(SMALL, clients=10)
 
@@ -44,7 +55,7 @@ def small_world() -> World:
 def ran(world: World, policy: str) -> Simulation:
     """A finished simulation, which several tests share. Do not change it."""
     chosen = POLICIES[policy]
-    world = world.under(**chosen.rules)
+    world = world.with_rules(**chosen.rules)
     simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
     for _ in simulation.run():
         pass
@@ -94,7 +105,7 @@ def test_all_policies_run_in_the_same_world(small_world: World) -> None:
         assert devices == small_world.devices[: len(devices)]
         assert len(devices) > SMALL.peers
     with pytest.raises(ValueError, match="seed"):
-        small_world.under(seed=2)
+        small_world.with_rules(seed=2)
 
 
 def test_progress_increases_until_the_end() -> None:
@@ -118,24 +129,24 @@ class Fixed:
         self._spans = list(spans)
         self._hops = list(hops)
 
-    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+    def founders(self, devices: Sequence[SimulatedDevice]) -> list[tuple[int, int]]:
         return self._spans[: len(devices)]
 
-    def join(self, device: Device, place: object, view: object) -> tuple[int, int]:
+    def join(self, device: SimulatedDevice, place: object, view: object) -> tuple[int, int]:
         raise AssertionError("nobody joins")
 
     def move(self, node: object, view: object) -> None:
         return None
 
-    def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: object, rng: random.Random) -> SimulatedPlan:
         if any(hop.peer in plan.exclude for hop in self._hops):
             raise NoRoute([plan.blocks], [])
-        return Planned(self._hops, self._predicted_ms)
+        return SimulatedPlan(self._hops, self._predicted_ms)
 
 
 def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
     """Five peers that stay, each with 2 ms per block and token; (at_s, prompt, output) of each request."""
-    settings = Settings(
+    settings = SimulationSettings(
         peers=5, clients=len(requests), num_blocks=5, hidden=100, uptime=float("inf"), own_use=False, moves=False,
         jitter=0.0, loss=loss, window_bytes=math.inf, sessions_per_peer_hour=len(requests) * 3600 / 5 / 100,
     )  # fmt: skip
@@ -144,7 +155,7 @@ def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
         replace(device, speed=Speed.of(2.0, 0.01), max_blocks=5, kv_positions=1000) for device in world.devices
     ]
     world.requests = [
-        Request(5 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)
+        SimulatedRequest(5 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)
     ]
     return world
 
@@ -279,7 +290,7 @@ def test_the_shortest_prompt_waiting_for_an_uplink_is_sent_first(monkeypatch: py
 class InOrder(Fixed):
     """Takes the first peer that serves the next block and is not excluded."""
 
-    def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
+    def route(self, plan: RouteTask, view: object, rng: random.Random) -> SimulatedPlan:
         block, end = plan.blocks
         hops: list[Hop] = []
         while block < end:
@@ -289,7 +300,7 @@ class InOrder(Fixed):
                 raise NoRoute([(block, end)], [])
             hops.append(Hop(names[0], block, self._spans[serving[0]][1]))
             block = hops[-1].end
-        return Planned(hops)
+        return SimulatedPlan(hops)
 
 
 @pytest.mark.parametrize("crashes", [True, False])
@@ -311,7 +322,7 @@ def test_a_lost_hop_is_replaced_and_its_cache_computed_again(lost: int, instead:
     # The replacement has computed the whole context.
     assert simulation.nodes[device_id(instead)].busy_ms > 600 * 0.01 * 2
     assert session.machine.phase is Phase.CLOSED
-    assert not session.machine.under_way
+    assert not session.machine.in_flight_count
 
 
 def test_a_crashed_peer_on_a_running_machine_is_noticed_sooner() -> None:
@@ -331,16 +342,18 @@ def test_a_crashed_peer_on_a_running_machine_is_noticed_sooner() -> None:
 
 def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
     """One peer with 5 blocks, and clients with a latency of 10 ms to it."""
-    settings = Settings(
+    settings = SimulationSettings(
         peers=1, clients=len(requests), num_blocks=5, hidden=100, moves=False, jitter=0.0, loss=0.0,
         sessions_per_peer_hour=len(requests) * 36,
     )  # fmt: skip
     count = 1 + len(requests)
     accesses = [Access(0.0, 1e6, 1e6)] * count
     geography = MeasuredGeography(np.random.default_rng(0), accesses, np.full((count, count), 20.0))
-    device = Device(0, device_id(0), KINDS[0], speed, 5, 10_000, 0.0, float("inf"), crashes=False)
-    asked = [Request(1 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)]
-    return World.given(settings, geography, [device], asked)
+    device = SimulatedDevice(0, device_id(0), KINDS[0], speed, 5, 10_000, 0.0, float("inf"), crashes=False)
+    asked = [
+        SimulatedRequest(1 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)
+    ]
+    return World.from_devices(settings, geography, [device], asked)
 
 
 def test_a_world_may_be_built_from_given_devices_and_requests() -> None:
@@ -434,14 +447,14 @@ def test_a_session_learns_the_error_of_its_predictions() -> None:
     world = tiny_world((0.0, 16, 30))
     simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
     predictions = simulation.sessions[0].predictions
-    predictions.came("another route", 5.0)
+    predictions.add_ratio("another route", 5.0)
     assert predictions.error == 1.0  # No prediction was given.
     fixed = Fixed(SPANS, THREE_HOPS, predicted_ms=outcome.token_ms[0] / 3)
     doubting = Simulation(world, fixed, fixed)
     for _ in doubting.run():
         pass
     predictions = doubting.sessions[0].predictions
-    predictions.came("another route", 5.0)
+    predictions.add_ratio("another route", 5.0)
     assert predictions.error == pytest.approx(3.0)
     assert outcome_of(doubting).predicted == [pytest.approx(1 / 3)]
 
@@ -449,7 +462,7 @@ def test_a_session_learns_the_error_of_its_predictions() -> None:
 def test_events_run_in_order_of_time_and_then_of_planning() -> None:
     events, seen = Events(), list[str]()
     for ms, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (9.0, "late")):
-        events.at(ms, seen.append, name)
+        events.schedule(ms, seen.append, name)
     while events.next_before(5.0):
         pass
     assert seen == ["a", "b", "c"]
@@ -546,7 +559,7 @@ def test_candidates_of_a_large_swarm_cost_little() -> None:
     encodings, blocks = world.settings.encodings, (0, SMALL.num_blocks)
     excess: list[float] = []
     for session in simulation.sessions:
-        known = view.places
+        known = view.network_places
         network = Network(known.measured, known.unmeasured, {**known.places, CLIENT: session.client.place})
         index, outside = CandidateIndex(view.peers, network), [session.client.place] * 2
         chosen = index.near(outside, blocks, encodings=encodings, kv_needed=500, limit=60)
@@ -560,7 +573,7 @@ def test_candidates_of_a_large_swarm_cost_little() -> None:
 
 def test_candidates_keep_every_block_served(small_world: World) -> None:
     view = ran(small_world, "own").membership.view
-    index, blocks = CandidateIndex(view.peers, view.places), (0, SMALL.num_blocks)
+    index, blocks = CandidateIndex(view.peers, view.network_places), (0, SMALL.num_blocks)
     chosen = index.near([], blocks, encodings=SMALL.encodings, kv_needed=10**9, limit=1)
     served = {block for peer in chosen for block in range(peer.start, peer.end)}
     assert served == {block for peer in view.peers for block in range(peer.start, peer.end)}

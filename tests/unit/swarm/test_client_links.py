@@ -11,8 +11,8 @@ import pytest
 
 from splitnet.errors import PeerLost, SplitnetError
 from splitnet.security.identity import Identity
-from splitnet.swarm import links as links_module
-from splitnet.swarm.links import Links
+from splitnet.swarm import client_links as links_module
+from splitnet.swarm.client_links import Links
 from splitnet.wire.endpoints import Endpoint, LinkState
 from splitnet.wire.messages import Close, Message, Open, Ping
 
@@ -92,7 +92,7 @@ def test_a_link_is_in_use_until_its_last_session_closes(links: Links) -> None:
 
 def test_the_pool_learns_that_a_link_is_up(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Endpoint] = []
-    monkeypatch.setattr(links.pool, "came_up", told.append)
+    monkeypatch.setattr(links.pool, "restart_idle_time", told.append)
     links._link_changed(peer(), LinkState.UP)
     assert told == [peer()]
 
@@ -145,7 +145,7 @@ def test_a_lost_link_is_closed_and_stays_known_as_down(links: Links, monkeypatch
     session.close()
     links.pool.keep_unreached_s = 0.1
     assert any(not open_links(links) for _ in range(50))
-    assert links.state(peer()) is LinkState.DOWN
+    assert links.link_state(peer()) is LinkState.DOWN
 
 
 @pytest.mark.full

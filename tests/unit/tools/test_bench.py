@@ -12,19 +12,19 @@ from hypothesis import strategies as st
 
 from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
 from splitnet.session.inference import LinkUse
-from splitnet.tools.bench.backends import Gate, run_together
+from splitnet.tools.bench.backends import StartGate, run_together
 from splitnet.tools.bench.report import (
     LOCAL,
     SWARM,
-    Answer,
     Case,
     Measured,
+    MeasuredTraffic,
     Report,
+    ReportedHop,
+    ReportedRoute,
     Round,
-    Route,
-    RouteHop,
     Spread,
-    Traffic,
+    TokenTimes,
     cases_of,
     check_room,
     drawn,
@@ -38,8 +38,11 @@ from splitnet.tools.bench.report import (
 SECONDS = st.floats(1e-6, 1e3)
 PREFILL = Case(100)
 DECODE = Case(2, decodes=True, context=7, clients=2)
-ROUTE = Route(
-    (RouteHop(0, 2, "sn1a", "tcp://a:1", "cpu", "float32"), RouteHop(2, 6, "sn1b", "tcp://b:1", "cpu", "float32")),
+ROUTE = ReportedRoute(
+    (
+        ReportedHop(0, 2, "sn1a", "tcp://a:1", "cpu", "float32"),
+        ReportedHop(2, 6, "sn1b", "tcp://b:1", "cpu", "float32"),
+    ),
     (
         LinkUse("client", "blocks 0..1", "none", 2402),
         LinkUse("blocks 0..1 via client", "blocks 2..5", "int8", 700),
@@ -48,8 +51,8 @@ ROUTE = Route(
 )
 
 
-def traffic(case: Case, route: Route = ROUTE, repairs: int = 0, joules: float | None = None) -> Traffic:
-    return Traffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route, joules)
+def traffic(case: Case, route: ReportedRoute = ROUTE, repairs: int = 0, joules: float | None = None) -> MeasuredTraffic:
+    return MeasuredTraffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route, joules)
 
 
 def test_prefill_cases_come_first_and_zero_omits_a_case() -> None:
@@ -92,7 +95,7 @@ def test_arms_alternate(cases: list[Case], arms: list[str], rounds: int, warm_up
 @given(gaps=st.lists(st.lists(SECONDS, min_size=3, max_size=3), min_size=1, max_size=4))
 def test_the_slowest_client_bounds_the_common_speed(gaps: list[list[float]]) -> None:
     case = Case(3, True, clients=len(gaps))
-    figures = figures_of(case, tuple(Answer(1.0, tuple(of_one)) for of_one in gaps))
+    figures = figures_of(case, tuple(TokenTimes(1.0, tuple(of_one)) for of_one in gaps))
     speeds = [3 / sum(of_one) for of_one in gaps]
     assert len(gaps) * min(speeds) == pytest.approx(figures["tokens_per_s"])
     assert figures["token_ms_p50"] <= figures["token_ms_p95"] or figures["token_ms_p95"] == pytest.approx(
@@ -102,13 +105,13 @@ def test_the_slowest_client_bounds_the_common_speed(gaps: list[list[float]]) -> 
 
 
 def test_figures_of_a_round() -> None:
-    assert figures_of(PREFILL, (Answer(0.5, (), traffic(PREFILL)),)) == {
+    assert figures_of(PREFILL, (TokenTimes(0.5, (), traffic(PREFILL)),)) == {
         "first_token_ms": 500,
         "tokens_per_s": 200,
         "sent_bytes_per_token": 40,
         "received_bytes_per_token": 60,
     }
-    seen = tuple(Answer(second, (0.1, 0.3), traffic(DECODE)) for second in (1.0, 2.0))
+    seen = tuple(TokenTimes(second, (0.1, 0.3), traffic(DECODE)) for second in (1.0, 2.0))
     assert figures_of(DECODE, seen) == pytest.approx(
         {
             "first_token_ms": 1500,
@@ -129,10 +132,10 @@ class Scripted:
         self._remote = remote
         self._missing = missing
 
-    def run(self, case: Case) -> Round:
+    def run_case(self, case: Case) -> Round:
         took = next(self._seconds)
         gaps = (took,) * (case.new_tokens - 1 - self._missing)
-        return (Answer(took, gaps, traffic(case) if self._remote else None),) * case.clients
+        return (TokenTimes(took, gaps, traffic(case) if self._remote else None),) * case.clients
 
 
 def measured(rounds: int = 3) -> list[Measured]:
@@ -198,7 +201,7 @@ def test_the_table_has_both_arms_and_the_ratio() -> None:
 
 
 def test_one_arm_has_fewer_columns() -> None:
-    seen = [(Answer(0.5, ()),)]
+    seen = [(TokenTimes(0.5, ()),)]
     report = Report("small", {}, ENVIRONMENT, [Measured(PREFILL, {LOCAL: seen})])
     assert printed(report) == [
         ["small, one round"],
@@ -220,8 +223,8 @@ def test_the_sentence_draws_the_route_with_codecs_and_bytes() -> None:
 
 
 def test_the_sentence_names_other_routes_and_repairs() -> None:
-    other = Route(ROUTE.hops[:1], ROUTE.links[:1])
-    answers = (Answer(1, (1.0, 1.0), traffic(DECODE, repairs=1)), Answer(1, (1.0, 1.0), traffic(DECODE, other)))
+    other = ReportedRoute(ROUTE.hops[:1], ROUTE.links[:1])
+    answers = (TokenTimes(1, (1.0, 1.0), traffic(DECODE, repairs=1)), TokenTimes(1, (1.0, 1.0), traffic(DECODE, other)))
     rounds = [answers, answers[:1] * 2]
     sentence = Report("small", {}, {**ENVIRONMENT, "kernels": None}, [Measured(DECODE, {SWARM: rounds})]).sentence()
     assert "-> client (3 of 4 answers; 1 other route)." in sentence
@@ -230,8 +233,8 @@ def test_the_sentence_names_other_routes_and_repairs() -> None:
 
 def test_energy_is_shown_only_if_all_hops_of_all_answers_report_it() -> None:
     def report(*joules: float | None) -> Report:
-        rounds = [tuple(Answer(1, (1.0, 1.0), traffic(DECODE, joules=each)) for each in joules)] * 2
-        prompts = [(Answer(1, (), traffic(PREFILL, joules=joules[0])),)] * 2
+        rounds = [tuple(TokenTimes(1, (1.0, 1.0), traffic(DECODE, joules=each)) for each in joules)] * 2
+        prompts = [(TokenTimes(1, (), traffic(PREFILL, joules=joules[0])),)] * 2
         return Report(
             "small", {}, ENVIRONMENT, [Measured(PREFILL, {SWARM: prompts}), Measured(DECODE, {SWARM: rounds})]
         )
@@ -281,7 +284,7 @@ def test_numbers_have_three_digits(value: float) -> None:
 
 
 def test_clients_start_together() -> None:
-    gate = Gate(3)
+    gate = StartGate(3)
     arrived: list[int] = []
 
     def client(number: int) -> float:
@@ -295,7 +298,7 @@ def test_clients_start_together() -> None:
 
 
 def test_the_failure_of_one_client_ends_all() -> None:
-    gate = Gate(3)
+    gate = StartGate(3)
     passed: list[int] = []
 
     def fails() -> None:
@@ -309,4 +312,4 @@ def test_the_failure_of_one_client_ends_all() -> None:
         run_together([waits, fails, waits], gate)
     assert not passed
     with pytest.raises(threading.BrokenBarrierError):
-        gate.check()
+        gate.raise_if_broken()

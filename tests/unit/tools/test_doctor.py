@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.hivemind_node import NodeAnswer
 from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
 from splitnet.tools.doctor import document, examination, hardware, has_failed, summary
-from splitnet.tools.doctor.hardware import Finding, Status, failed, memory, open_model, passed, warned
+from splitnet.tools.doctor.hardware import CheckResult, Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
-from tests.unit.swarm.test_client_swarm import RECORD
+from tests.unit.swarm.test_swarm import RECORD
 
 ALLOWED_S = 3.0
 SIZES = ModelSizes(
@@ -143,7 +143,7 @@ def test_blocks_without_memory_for_a_context_are_named(tmp_path: Path) -> None:
         facts |= {"start": start, "end": end, "kv_free_positions": free, "kv_capacity": capacity, "bytes_per_ms": 1e5}
         return replace(RECORD, key=Identity.generate().public, **facts)
 
-    def told(positions: int, *records: PeerRecord) -> Finding:
+    def told(positions: int, *records: PeerRecord) -> CheckResult:
         return examination.context(checkpoint, positions, records, {record.key.text: 2.0 for record in records})
 
     head, tail = peer(0, 3, 8000), peer(3, 6, 3000)

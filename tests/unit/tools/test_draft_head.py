@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from splitnet.blocks.backbone import load_whole
-from splitnet.blocks.client_part import Ends
+from splitnet.blocks.client_part import ClientPart
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.eagle import EagleHead
@@ -33,7 +33,7 @@ from splitnet.tools.tune.draft_head import (
     unrolled,
 )
 from splitnet.tools.tune.folder import TuningFolder
-from splitnet.tools.tune.methods import Settings
+from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.tools.tune.run import IGNORED, Encoded
 from splitnet.tools.tune.states import States
 from tests.unit.model_ends import model_ends
@@ -45,7 +45,7 @@ CONFIG = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermedi
 """The config of the model."""
 
 
-def part() -> Ends:
+def part() -> ClientPart:
     generator = torch.Generator().manual_seed(0)
     embeddings, output = (torch.randn(VOCABULARY, HIDDEN, generator=generator) for _ in range(2))
     return model_ends(
@@ -83,11 +83,11 @@ def states_of(row: Encoded) -> Tensor:
 @pytest.fixture
 def states(tmp_path: Path) -> States:
     folder = TuningFolder(tmp_path / "work")
-    folder.begin({})
+    folder.claim({})
     states = States(folder)
     for file in range(4):
         rows = [row((file + place) % 20, 12 + place) for place in range(HELD_OUT // 2)]
-        states.add(rows, [states_of(one) for one in rows])
+        states.add_texts(rows, [states_of(one) for one in rows])
     return states
 
 
@@ -98,7 +98,7 @@ def a_head(count: int = 20) -> EagleHead:
 
 
 def a_run(states: States, head: EagleHead | None = None, **changed: Any) -> HeadRun:
-    settings = Settings(**{"steps": 60, "learning_rate": 1e-2, "batch_size": 1, "seed": 3, **changed})
+    settings = TrainingSettings(**{"steps": 60, "learning_rate": 1e-2, "batch_size": 1, "seed": 3, **changed})
     packs, _ = packs_of(states)
     return HeadRun(head or a_head(), packs, settings, unembedding_of(MODEL, torch.arange(20), CPU), halves=False)
 
@@ -122,10 +122,10 @@ def test_texts_and_states_are_read_as_written(states: States) -> None:
 
 def test_states_beyond_the_range_of_float16_are_kept(tmp_path: Path) -> None:
     folder = TuningFolder(tmp_path)
-    folder.begin({})
+    folder.claim({})
     states = States(folder)
     rows = [row(0, 8) for _ in range(HELD_OUT)]
-    states.add(rows, [torch.full((8, HIDDEN), 1e6) for _ in rows])
+    states.add_texts(rows, [torch.full((8, HIDDEN), 1e6) for _ in rows])
     assert bool((packs_of(states)[0][0].read() > 9e5).all())
 
 
@@ -220,7 +220,7 @@ def test_training_lowers_the_loss_and_raises_the_acceptance(states: States) -> N
     _, held_out = packs_of(states)
     unembedding = unembedding_of(MODEL, torch.arange(20), CPU)
     before = evaluate(head, held_out, unembedding)
-    losses = [run.step().loss for _ in range(60)]
+    losses = [run.take_step().loss for _ in range(60)]
     after = evaluate(head, held_out, unembedding)
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert after.loss < before.loss
@@ -233,7 +233,7 @@ def test_the_evaluated_acceptance_equals_that_of_drafting(states: States) -> Non
     head = a_head()
     run = a_run(states, head)
     for _ in range(40):
-        run.step()
+        run.take_step()
     head.requires_grad_(False)
     _, held_out = packs_of(states)
     quality = evaluate(head, held_out, unembedding_of(MODEL, torch.arange(20), CPU))
@@ -265,23 +265,23 @@ def test_a_seed_gives_the_same_head(states: States) -> None:
     for head, seed in zip(heads, (3, 3, 4), strict=True):
         run = a_run(states, head, seed=seed)
         for _ in range(3):
-            run.step()
+            run.take_step()
     first, second, other = (torch.cat([one.flatten() for one in head.parameters()]) for head in heads)
     assert first.equal(second) and not first.equal(other)
 
 
 def test_a_resumed_run_has_the_same_losses(states: States) -> None:
     whole, parted = a_run(states), a_run(states)
-    expected = [whole.step().loss for _ in range(6)]
-    found = [parted.step().loss for _ in range(3)]
+    expected = [whole.take_step().loss for _ in range(6)]
+    found = [parted.take_step().loss for _ in range(3)]
     resumed = a_run(states)
-    resumed.restore(*parted.state())
-    found += [resumed.step().loss for _ in range(3)]
+    resumed.restore(*parted.saved_state())
+    found += [resumed.take_step().loss for _ in range(3)]
     assert found == expected
 
 
 def test_training_works_in_16_bits(states: States) -> None:
     run = a_run(states)
     run.halves = True
-    losses = [run.step().loss for _ in range(4)]
+    losses = [run.take_step().loss for _ in range(4)]
     assert losses[-1] < losses[0]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from scheduler.cost import BlockWork, roofline
 from scheduler.facts import CLIENT, Link, Network, Speed
 from scheduler.partition import HOP_MS
-from splitnet.blocks.sizes import ModelSizes
+from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.cli.arguments import parse_blocks
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
@@ -113,7 +113,7 @@ def test_the_times_of_blocks_and_head_follow_from_the_machine() -> None:
     plan = make_plan(SIZES, DevicesFile((KnownDevice("a", 300 * MIB, machine),), "a", Network(links)), DEMAND)
     assert plan.client_ms == pytest.approx(2.0)
     work = BlockWork(10 * MIB, SIZES.flops_per_position, cache_bytes=MIB, sessions=16)
-    block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).at(1)
+    block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).block_ms_at(1)
     assert block_ms == pytest.approx(1.1)
     assert plan.spans[0].ms_per_token == pytest.approx(8 * 1.1 + HOP_MS)
     shared_ms = 8 * 2.6 + HOP_MS + 2.0  # 16 sessions share the weights, but each reads its own cache.

@@ -16,7 +16,7 @@ from nacl.public import PrivateKey
 
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.tools.tune import rounds as module
-from splitnet.tools.tune.methods import Schedule, Settings
+from splitnet.tools.tune.methods import Schedule, TrainingSettings
 from splitnet.tools.tune.rounds import (
     DELTA,
     LEAST_LOST_S,
@@ -28,8 +28,8 @@ from splitnet.tools.tune.rounds import (
     OUTRANGES,
     OUTWEIGHS,
     Numbers,
+    RoundRules,
     Rounds,
-    Rules,
     averaged,
     budget,
     sendable,
@@ -39,14 +39,14 @@ from splitnet.wire.messages import MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGra
 
 PATIENT_S = 2 * LOST_S  # Longer than any round waits for silent owners.
 SIZE = 5
-SETTINGS = Settings(6, 0.1, warmup_steps=2, schedule=Schedule.COSINE, clip=0.5, weight_decay=0.1)
+SETTINGS = TrainingSettings(6, 0.1, warmup_steps=2, schedule=Schedule.COSINE, clip=0.5, weight_decay=0.1)
 
 
 def numbers(seed: int, size: int = SIZE) -> Numbers:
     return np.random.default_rng(seed).normal(size=size).astype(np.float32)
 
 
-def mean_of(gradients: list[Numbers], shares: list[float], rules: Rules, say: Any = lambda _: None) -> Numbers:
+def mean_of(gradients: list[Numbers], shares: list[float], rules: RoundRules, say: Any = lambda _: None) -> Numbers:
     return averaged(gradients, np.array(shares), rules, np.random.default_rng(0), say)
 
 
@@ -71,14 +71,14 @@ def keys(count: int) -> dict[bytes, bytes]:
 )
 def test_contradictory_rules_are_refused(rules: dict[str, Any], told: str) -> None:
     with pytest.raises(SplitnetError, match=told):
-        Rules(**rules)
+        RoundRules(**rules)
 
 
 def test_an_average_is_weighted() -> None:
     gradients = [numbers(1), numbers(2), numbers(3)]
-    found = mean_of(gradients, [0.5, 0.3, 0.2], Rules())
+    found = mean_of(gradients, [0.5, 0.3, 0.2], RoundRules())
     assert np.allclose(found, 0.5 * gradients[0] + 0.3 * gradients[1] + 0.2 * gradients[2], atol=1e-6)
-    some = mean_of(gradients[:2], [0.5, 0.3], Rules())
+    some = mean_of(gradients[:2], [0.5, 0.3], RoundRules())
     assert np.allclose(some, (0.5 * gradients[0] + 0.3 * gradients[1]) / 0.8, atol=1e-6), "of those that were sent"
 
 
@@ -86,21 +86,21 @@ def test_gradients_that_are_too_long_or_not_finite_do_no_harm() -> None:
     honest = [numbers(seed) for seed in range(3)]
     told = list[str]()
     nonsense = [np.full(SIZE, value, np.float32) for value in (np.nan, np.inf)]
-    found = mean_of([*honest, *nonsense], [0.2] * 5, Rules(), told.append)
+    found = mean_of([*honest, *nonsense], [0.2] * 5, RoundRules(), told.append)
     assert np.allclose(found, np.mean(honest, axis=0), atol=1e-6) and "2 gradients are not finite" in told[0]
-    found = mean_of([honest[0], np.full(SIZE, LONGEST, np.float32)], [0.5] * 2, Rules(), told.append)
+    found = mean_of([honest[0], np.full(SIZE, LONGEST, np.float32)], [0.5] * 2, RoundRules(), told.append)
     assert np.array_equal(found, honest[0]) and "1 gradients are not finite" in told.pop(), "nor are its squares"
-    assert not mean_of(nonsense, [0.5, 0.5], Rules(), told.append).any() and "no gradient is finite" in told.pop()
+    assert not mean_of(nonsense, [0.5, 0.5], RoundRules(), told.append).any() and "no gradient is finite" in told.pop()
 
     length = float(np.linalg.norm(honest[0]))
     near = [each / np.linalg.norm(each) * length for each in honest]
     long = near[1] * (OUTLIES - 0.01)
-    found = mean_of([*near, long], [0.25] * 4, Rules(), told.append)
+    found = mean_of([*near, long], [0.25] * 4, RoundRules(), told.append)
     shortened = long / np.linalg.norm(long) * OUTRANGES * length
     assert np.allclose(found, np.mean([*near, shortened], axis=0), atol=1e-5) and "are longer" in told[1]
-    assert np.linalg.norm(mean_of([long], [1.0], Rules(norm=0.5))) == pytest.approx(0.5)
+    assert np.linalg.norm(mean_of([long], [1.0], RoundRules(norm=0.5))) == pytest.approx(0.5)
     assert len(told) == 2
-    mean_of([each / np.linalg.norm(each) for each in honest], [1 / 3] * 3, Rules(norm=1.0), told.append)
+    mean_of([each / np.linalg.norm(each) for each in honest], [1 / 3] * 3, RoundRules(norm=1.0), told.append)
     assert len(told) == 2, "rounding is no reason to tell anything"
 
 
@@ -108,7 +108,7 @@ def test_gradients_that_are_too_long_or_not_finite_do_no_harm() -> None:
 @pytest.mark.parametrize("norm", [0.0, 3.0])
 def test_a_gradient_of_far_too_large_norm_is_left_out(factor: float, norm: float) -> None:
     honest, told = [each / np.linalg.norm(each) for each in map(numbers, range(4))], list[str]()
-    found = mean_of([*honest, honest[2] * factor], [0.1, 0.2, 0.3, 0.2, 0.2], Rules(norm=norm), told.append)
+    found = mean_of([*honest, honest[2] * factor], [0.1, 0.2, 0.3, 0.2, 0.2], RoundRules(norm=norm), told.append)
     expected = sum(share * each for share, each in zip((0.1, 0.2, 0.3, 0.2), honest, strict=True)) / 0.8
     assert np.allclose(found, expected, atol=1e-6)
     assert told == ["1 gradients are not finite or far too long, and are left out"]
@@ -116,7 +116,7 @@ def test_a_gradient_of_far_too_large_norm_is_left_out(factor: float, norm: float
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_tolerated_liars_leave_the_average_among_honest_gradients(seed: int) -> None:
-    rules = Rules(owners=10, liars=2)
+    rules = RoundRules(owners=10, liars=2)
     honest = [1 + 0.1 * numbers(each, 50) for each in range(8)]
     gradients = [*honest, *(-1.9 * each for each in honest[:2])]  # As long as the limit of norms allows.
     random = np.random.default_rng(seed)
@@ -166,24 +166,24 @@ def test_masks_hide_each_update_and_cancel_in_the_sum() -> None:
 
 
 def test_a_lie_in_a_masked_sum_has_at_most_the_norm_of_an_update() -> None:
-    rounds = begun(Rules(owners=3, norm=0.5, masked=True))
+    rounds = begun(RoundRules(owners=3, norm=0.5, masked=True))
     wants = joined(rounds, keys(3))
     for number, (key, want) in enumerate(wants.items()):
         payload = b"\x12\x34\x56\x78" * SIZE if number else bytes(4 * SIZE)
-        rounds.take(key, RoundNumbers(want.number, want.attempt, payload))
-    assert rounds.step(1.0) == {} and rounds.number == 1
+        rounds.take_gradient(key, RoundNumbers(want.number, want.attempt, payload))
+    assert rounds.next_wants(1.0) == {} and rounds.number == 1
     assert np.linalg.norm(rounds.gradients[0]) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_masked_sums_carry_the_noise_of_all_owners() -> None:
-    rules = Rules(owners=3, norm=2.0, noise=MAX_NOISE, masked=True)
+    rules = RoundRules(owners=3, norm=2.0, noise=MAX_NOISE, masked=True)
     rounds, owners = begun(rules, 4000), keys(3)
     wants = joined(rounds, owners, 4000)
     assert all(want.share == pytest.approx(1 / 3) for want in wants.values()), "whatever examples they have"
     for key, want in wants.items():
         payload = sendable(numbers(1, 4000), want, "birds", key, owners[key])
-        rounds.take(key, RoundNumbers(0, want.attempt, payload))
-    rounds.step(1.0)
+        rounds.take_gradient(key, RoundNumbers(0, want.attempt, payload))
+    rounds.next_wants(1.0)
     # The sum has more noise than promised, because two of three owners suffice for the promise.
     found = rounds.gradients[0] * 3
     assert np.std(found) == pytest.approx(MAX_NOISE * 2.0 * math.sqrt(3 / 2), rel=0.1)
@@ -191,7 +191,7 @@ def test_masked_sums_carry_the_noise_of_all_owners() -> None:
 
 @pytest.mark.parametrize(("liars", "owners", "group"), [(0, 5, 5), (1, 9, 3), (1, 3, 1)])
 def test_the_budget_counts_the_noise_of_other_owners(liars: int, owners: int, group: int) -> None:
-    rules = Rules(owners=owners, norm=0.5, noise=2.0, liars=liars)
+    rules = RoundRules(owners=owners, norm=0.5, noise=2.0, liars=liars)
     (want, *_) = joined(begun(rules), keys(owners)).values()
     of_others = want.noise * math.sqrt(max(1, group - 1))
     assert of_others == pytest.approx(rules.noise * rules.norm)
@@ -231,7 +231,7 @@ class Recorded(Rounds):
 class Reference:
     """The parameters that torch's AdamW computes from the same gradients."""
 
-    def __init__(self, parameters: Numbers, settings: Settings) -> None:
+    def __init__(self, parameters: Numbers, settings: TrainingSettings) -> None:
         self.parameter = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
         self._settings, self._done = settings, 0
         self._optimizer = torch.optim.AdamW(
@@ -250,97 +250,97 @@ class Reference:
         return self.parameter.detach().numpy()
 
 
-def begun(rules: Rules, size: int = SIZE, settings: Settings = SETTINGS) -> Recorded:
+def begun(rules: RoundRules, size: int = SIZE, settings: TrainingSettings = SETTINGS) -> Recorded:
     rounds = Recorded(rules, parameters=numbers(99, size))
-    rounds.begin(settings)
+    rounds.accept_settings(settings)
     return rounds
 
 
 def joined(rounds: Rounds, owners: Any, size: int = SIZE) -> dict[bytes, WantGradient]:
     """All owners become ready; returns what each is asked for."""
     for number, key in enumerate(owners):
-        rounds.join(key, 1 + number, 0.0)
+        rounds.add_owner(key, 1 + number, 0.0)
         rounds.offer(key, size)
-    wants = rounds.step(0.0)
+    wants = rounds.next_wants(0.0)
     assert wants.keys() == set(owners)
     return wants
 
 
 def test_no_round_begins_before_the_parameters_are_known() -> None:
-    rounds = Rounds(Rules(owners=1))
-    rounds.join(b"one", 1, 0.0)
-    rounds.begin(SETTINGS)
+    rounds = Rounds(RoundRules(owners=1))
+    rounds.add_owner(b"one", 1, 0.0)
+    rounds.accept_settings(SETTINGS)
     rounds.offer(b"one", SIZE)
-    assert rounds.step(PATIENT_S) == {} and not rounds.is_over
+    assert rounds.next_wants(PATIENT_S) == {} and not rounds.is_over
     rounds.parameters = np.ones(SIZE, np.float32)
-    rounds.begin(Settings(99, 1.0))
+    rounds.accept_settings(TrainingSettings(99, 1.0))
     assert (rounds.settings, rounds.rounds) == (SETTINGS, SETTINGS.steps), "what is known stays"
     rounds.offer(b"one", SIZE)
-    assert rounds.step(PATIENT_S).keys() == {b"one"}
+    assert rounds.next_wants(PATIENT_S).keys() == {b"one"}
     for wrong in (SIZE + 1, 2, 0):
         with pytest.raises(SplitnetError, match=r"trains 5 numbers"):
             rounds.offer(b"one", wrong)
     for steps in (0, MAX_ROUNDS + 1):
         with pytest.raises(SplitnetError, match="1,048,576 steps at most: lower --steps"):
-            Rounds(Rules()).begin(Settings(steps, 1.0))
+            Rounds(RoundRules()).accept_settings(TrainingSettings(steps, 1.0))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_rounds_are_steps_of_adamw_with_the_weighted_mean(schedule: Schedule, clip: float) -> None:
-    settings = Settings(8, 0.05, warmup_steps=2, schedule=schedule, clip=clip, weight_decay=0.1)
-    rounds = begun(Rules(), 50, settings)
+    settings = TrainingSettings(8, 0.05, warmup_steps=2, schedule=schedule, clip=clip, weight_decay=0.1)
+    rounds = begun(RoundRules(), 50, settings)
     assert rounds.parameters is not None
     expected = Reference(rounds.parameters, settings)
     for number in range(settings.steps):
         assert not rounds.is_over
         gradients = {b"a": numbers(2 * number, 50), b"b": numbers(2 * number + 1, 50)}
         for key, examples in ((b"a", 3), (b"b", 1)):
-            rounds.join(key, examples, 0.0)
+            rounds.add_owner(key, examples, 0.0)
             rounds.offer(key, 50)
-        for key, want in rounds.step(0.0).items():
-            rounds.take(key, RoundNumbers(number, want.attempt, gradients[key].tobytes()))
-        assert rounds.step(0.0) == {} and rounds.number == number + 1
+        for key, want in rounds.next_wants(0.0).items():
+            rounds.take_gradient(key, RoundNumbers(number, want.attempt, gradients[key].tobytes()))
+        assert rounds.next_wants(0.0) == {} and rounds.number == number + 1
         expected.step(0.75 * gradients[b"a"] + 0.25 * gradients[b"b"])
         assert np.allclose(rounds.parameters, expected.numbers, rtol=1e-5, atol=1e-6), number
     assert rounds.is_over
 
 
 def test_a_malformed_update_does_not_replace_a_gradient() -> None:
-    rounds = begun(Rules())
+    rounds = begun(RoundRules())
     wants = joined(rounds, (b"a", b"b"))
     right = {key: numbers(seed) for seed, key in enumerate(wants)}
     for key, want in wants.items():
-        rounds.take(key, RoundNumbers(0, want.attempt, right[key].tobytes()))
+        rounds.take_gradient(key, RoundNumbers(0, want.attempt, right[key].tobytes()))
         for number, attempt, payload in (
             (0, want.attempt, b""), (0, want.attempt, bytes(4 * SIZE + 4)),
             (1, want.attempt, bytes(4 * SIZE)), (0, want.attempt ^ 1, bytes(4 * SIZE)),
         ):  # fmt: skip
-            rounds.take(key, RoundNumbers(number, attempt, payload))
-        rounds.take(b"stranger", RoundNumbers(0, want.attempt, bytes(4 * SIZE)))
-    assert rounds.step(0.0) == {} and rounds.number == 1
+            rounds.take_gradient(key, RoundNumbers(number, attempt, payload))
+        rounds.take_gradient(b"stranger", RoundNumbers(0, want.attempt, bytes(4 * SIZE)))
+    assert rounds.next_wants(0.0) == {} and rounds.number == 1
     assert np.allclose(rounds.gradients[0], sum(wants[key].share * each for key, each in right.items()), atol=1e-6)
 
 
 def test_the_weight_of_claimed_examples_is_bounded() -> None:
-    rounds = begun(Rules(owners=3))
+    rounds = begun(RoundRules(owners=3))
     for key, count in ((b"a", 10), (b"b", 10), (b"liar", 1 << 31)):
-        rounds.join(key, count, 0.0)
+        rounds.add_owner(key, count, 0.0)
         rounds.offer(key, SIZE)
-    wants = rounds.step(0.0)
+    wants = rounds.next_wants(0.0)
     assert wants[b"liar"].share == pytest.approx(OUTWEIGHS / (OUTWEIGHS + 2))
 
 
 def test_an_owner_may_join_again_while_its_update_is_awaited() -> None:
     """The former process of the owner still sends, either nothing or an update of the right size."""
     for payload in (b"", np.ones(SIZE, np.float32).tobytes()):
-        rounds = begun(Rules(owners=3, liars=1))
+        rounds = begun(RoundRules(owners=3, liars=1))
         wants = joined(rounds, (b"a", b"b", b"c"))
-        rounds.join(b"c", 1, 0.0)
+        rounds.add_owner(b"c", 1, 0.0)
         for key, want in wants.items():
             sent = payload if key == b"c" else np.ones(SIZE, np.float32).tobytes()
-            rounds.take(key, RoundNumbers(0, want.attempt, sent))
-        assert rounds.step(PATIENT_S) == {} and rounds.number == (1 if payload else 0)
+            rounds.take_gradient(key, RoundNumbers(0, want.attempt, sent))
+        assert rounds.next_wants(PATIENT_S) == {} and rounds.number == (1 if payload else 0)
         assert all(np.isfinite(each).all() for each in rounds.gradients) and len(rounds.gradients) == rounds.number
         assert rounds.parameters is not None and np.isfinite(rounds.parameters).all()
 
@@ -349,15 +349,15 @@ def played(rounds: Rounds, honest: Sequence[bytes], silent: Sequence[bytes], unt
     """The seconds of each round. Honest owners answer at once; silent owners only repeat that they are ready."""
     now, began, took = 0.0, 0.0, list[float]()
     for key in (*honest, *silent):
-        rounds.join(key, 10, now)
+        rounds.add_owner(key, 10, now)
     while rounds.number < until:
         for key in (*honest, *silent):
             if not rounds.owners[key].ready and key not in rounds.members:
                 rounds.offer(key, SIZE)
         number = rounds.number
-        for key, want in rounds.step(now).items():
+        for key, want in rounds.next_wants(now).items():
             if key in honest:
-                rounds.take(key, RoundNumbers(want.number, want.attempt, numbers(1).tobytes()))
+                rounds.take_gradient(key, RoundNumbers(want.number, want.attempt, numbers(1).tobytes()))
         if rounds.number > number:
             took.append(now - began)
             began = now
@@ -366,9 +366,9 @@ def played(rounds: Rounds, honest: Sequence[bytes], silent: Sequence[bytes], unt
 
 
 @pytest.mark.parametrize(
-    "rules", [Rules(), Rules(owners=3, norm=1.0, masked=True), Rules(owners=3, norm=1.0, noise=1.0)]
+    "rules", [RoundRules(), RoundRules(owners=3, norm=1.0, masked=True), RoundRules(owners=3, norm=1.0, noise=1.0)]
 )
-def test_silent_owners_delay_few_rounds_by_seconds(rules: Rules) -> None:
+def test_silent_owners_delay_few_rounds_by_seconds(rules: RoundRules) -> None:
     settings = replace(SETTINGS, steps=16)
     honest = [bytes([number]) * 32 for number in range(rules.owners)]
     silent = [bytes([100 + number]) * 32 for number in range(rules.owners + 1)]
@@ -381,7 +381,7 @@ def test_silent_owners_delay_few_rounds_by_seconds(rules: Rules) -> None:
 
 
 def test_an_owner_silent_after_a_delivery_delays_a_round_by_its_measured_pace() -> None:
-    rounds = begun(Rules(), settings=replace(SETTINGS, steps=9))
+    rounds = begun(RoundRules(), settings=replace(SETTINGS, steps=9))
     honest, gone = [b"a", b"b"], [b"x", b"y", b"z"]
     played(rounds, [*honest, *gone], [], 1)
     rounds._began = 0.0
@@ -391,43 +391,43 @@ def test_an_owner_silent_after_a_delivery_delays_a_round_by_its_measured_pace() 
 
 def test_keys_that_only_join_do_not_displace_delivering_owners(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_GRADIENTS_BYTES", 2 * 4 * SIZE)
-    rounds = begun(Rules())
+    rounds = begun(RoundRules())
     played(rounds, [b"a", b"b"], [], 1)
     for number in range(2 * MAX_OWNERS):
-        rounds.join(number.to_bytes(32), 1, 1.0)
+        rounds.add_owner(number.to_bytes(32), 1, 1.0)
     assert len(rounds.owners) == MAX_OWNERS and rounds.present == 2
     for key in (b"a", b"b"):
         rounds.offer(key, SIZE)
     with pytest.raises(SplitnetError, match="has memory for 2 owners of 5 numbers: come later"):
         rounds.offer((2 * MAX_OWNERS - 1).to_bytes(32), SIZE)
-    assert rounds.step(1.0).keys() == {b"a", b"b"}, "they wait for none of the others"
+    assert rounds.next_wants(1.0).keys() == {b"a", b"b"}, "they wait for none of the others"
 
 
 def test_a_new_owner_replaces_one_without_deliveries() -> None:
-    rounds = begun(Rules(owners=1))
+    rounds = begun(RoundRules(owners=1))
     owners = [number.to_bytes(32) for number in range(MAX_OWNERS)]
     played(rounds, owners[:-1], [], 1)
     for newcomer in (b"one", b"two"):
-        rounds.join(newcomer, 1, 1.0)
+        rounds.add_owner(newcomer, 1, 1.0)
     assert rounds.owners.keys() == {*owners[:-1], b"two"}
     played(rounds, [*owners[:-1], b"two"], [], 2)
     with pytest.raises(SplitnetError, match="256 owners take part already: join again later"):
-        rounds.join(b"three", 1, 1.0)
+        rounds.add_owner(b"three", 1, 1.0)
 
 
 def test_a_round_waits_for_a_newcomer_from_its_first_gradient_on() -> None:
-    rounds = begun(Rules())
+    rounds = begun(RoundRules())
     played(rounds, [b"a", b"b"], [], 1)
-    rounds.join(b"late", 1, 0.0)
+    rounds.add_owner(b"late", 1, 0.0)
     for waits in (False, True):
         for key in (b"a", b"b"):
             rounds.offer(key, SIZE)
         assert rounds.present == 2 + waits
-        wants = rounds.step(1.0)
+        wants = rounds.next_wants(1.0)
         assert (wants == {}) is waits
         for key, want in wants.items():
-            rounds.take(key, RoundNumbers(want.number, want.attempt, numbers(1).tobytes()))
-        rounds.step(1.0)
+            rounds.take_gradient(key, RoundNumbers(want.number, want.attempt, numbers(1).tobytes()))
+        rounds.next_wants(1.0)
         rounds.tries(b"late")
 
 
@@ -444,7 +444,7 @@ class Coordination(RuleBasedStateMachine):
         owners = max(owners, 3 if kind in ("liars", "masked") else 1)
         more: dict[str, Any] = {"liars": 1} if kind == "liars" else {}
         more |= {"noise": {"norm": 1.0, "noise": 0.5}, "masked": {"norm": 1.0, "masked": True}}.get(kind, {})
-        self.terms = Rules(owners=owners, **more)
+        self.terms = RoundRules(owners=owners, **more)
         self.settings = replace(SETTINGS, clip=clip)
         self.rounds = begun(self.terms, settings=self.settings)
         assert self.rounds.parameters is not None
@@ -461,7 +461,7 @@ class Coordination(RuleBasedStateMachine):
     @rule(owner=st.integers(0, 6), examples=st.sampled_from([0, 1, 10, 1000, 1 << 31]))
     def join(self, owner: int, examples: int) -> None:
         key = list(self.keys)[owner]
-        self.rounds.join(key, examples, self.at)
+        self.rounds.add_owner(key, examples, self.at)
         self.sent.pop(key, None)
 
     @rule(owner=st.integers(0, 6), size=st.sampled_from([SIZE, SIZE, SIZE, 0, 4]))
@@ -492,7 +492,7 @@ class Coordination(RuleBasedStateMachine):
             want.attempt + (wrong == "attempt"),
             b"" if wrong == "empty" else payload + bytes(4) * (wrong == "size"),
         )
-        self.rounds.take(key, message)
+        self.rounds.take_gradient(key, message)
         if wrong is None and key in self.rounds.members:
             self.sent[key] = gradient
 
@@ -504,7 +504,7 @@ class Coordination(RuleBasedStateMachine):
         kept = before.copy()
         sent = dict(self.sent)
         members = [key for key in self.rounds.members if key in sent]
-        wants = self.rounds.step(self.at)
+        wants = self.rounds.next_wants(self.at)
         if wants:
             self.check_wants(wants)
         assert self.rounds.number in (self.number, self.number + 1)

@@ -14,8 +14,8 @@ from splitnet.transport import addresses
 from splitnet.transport.addresses import (
     dht_addresses,
     hosts_of,
-    inside_of,
     is_reachable,
+    loopback_address_of,
     public_address,
     with_literal_host,
 )
@@ -160,7 +160,7 @@ def test_the_wait_for_a_silent_name_server_is_bounded(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_address_of_a_peers_own_port_on_its_machine(listen: str, inside: str) -> None:
-    assert inside_of(listen, 7) == inside
+    assert loopback_address_of(listen, 7) == inside
 
 
 def test_globally_routable_addresses() -> None:

@@ -45,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, rtt_ms: Callable[[int, int], float
     """The measured latency in ms and bandwidth in bytes/ms, and the number of pings."""
     clock = Clock(rtt_ms)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    link = clock.prober.measure([PEER])[PEER]
+    link = clock.prober.measure_links([PEER])[PEER]
     return link.latency_ms, link.bytes_per_ms, len(clock.pings)
 
 
@@ -156,7 +156,7 @@ def test_an_answer_of_another_peer_is_ignored() -> None:
     answer = prober.ping(PEER)
     prober.pong(Endpoint("tcp://127.0.0.1:2", Identity.generate().public), Pong(pings[0].nonce, 0.0, 0))
     assert not answer.done() and not prober.rtt_ms(PEER)
-    assert prober.answered(PEER) == 0
+    assert prober.last_answered(PEER) == 0
     prober.pong(PEER, Pong(pings[0].nonce, 0.0, 0))
     assert answer.done()
 
@@ -167,4 +167,4 @@ def test_an_answer_shows_which_messages_have_arrived() -> None:
     first, second, third = (prober.probe(PEER) for _ in range(3))
     for index, latest in ((1, second), (0, second), (2, third)):
         prober.pong(PEER, Pong(pings[index].nonce, 0.0, 0))
-        assert prober.answered(PEER) == latest > first
+        assert prober.last_answered(PEER) == latest > first

@@ -202,7 +202,7 @@ def test_a_key_that_is_not_listed_is_refused(node: Start, tmp_path: Path) -> Non
     server = node(ANY_PORT, authorized=AuthorizedKeys(keys))
     stranger.transport.send(server.endpoint, [b"let me in"])
     stranger.wait_for_state(server.endpoint, LinkState.REFUSED)
-    assert stranger.transport.state(server.endpoint) is LinkState.REFUSED
+    assert stranger.transport.link_state(server.endpoint) is LinkState.REFUSED
     friend.transport.send(server.endpoint, [b"hello"])
     server.wait(lambda: bool(server.received))
     assert server.frames() == [[b"hello"]]
@@ -242,7 +242,7 @@ def test_a_server_that_ends_is_noticed_and_one_that_comes_back_is_found(node: St
     client.wait_for_state(endpoint, LinkState.UP)
     server.transport.close()
     client.wait_for_state(endpoint, LinkState.DOWN)
-    assert client.transport.state(endpoint) is LinkState.DOWN
+    assert client.transport.link_state(endpoint) is LinkState.DOWN
 
 
 def test_an_address_without_a_listener_is_down(node: Start) -> None:
@@ -299,7 +299,7 @@ def test_a_link_that_is_closed_is_forgotten_and_can_be_opened_again(node: Start)
         client.transport.disconnect(server.endpoint)
     client.transport.disconnect(server.endpoint)
     assert len({source for source, _ in server.received}) == 3, "each time it is another connection"
-    client.wait(lambda: client.transport.state(server.endpoint) is LinkState.CONNECTING)
+    client.wait(lambda: client.transport.link_state(server.endpoint) is LinkState.CONNECTING)
 
 
 def test_closing_sends_what_is_queued_and_leaves_no_thread(node: Start) -> None:
@@ -614,7 +614,7 @@ def test_a_handshake_under_way_outlives_silent_connections_that_are_newer(monkey
         def connect() -> tuple[socket.socket, TcpConnection]:
             there = stack.enter_context(socket.create_connection(server.getsockname(), WAIT_S))
             here = stack.enter_context(server.accept()[0])
-            made = table.opened(here.fileno())
+            made = table.connection_made(here.fileno())
             assert made is not None
             return there, made
 
@@ -638,7 +638,7 @@ def test_a_new_connection_replaces_one_of_the_key_with_most(monkeypatch: pytest.
         def connect() -> TcpConnection:
             stack.enter_context(socket.create_connection(server.getsockname(), WAIT_S))
             here = stack.enter_context(server.accept()[0])
-            made = table.opened(here.fileno())
+            made = table.connection_made(here.fileno())
             assert made is not None
             return made
 
@@ -678,7 +678,7 @@ def test_links_from_a_lost_address_are_opened_again(node: Start, monkeypatch: py
     client.transport.send(server.endpoint, [b"one"])
     client.wait(lambda: bool(client.received))
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "has_address", lambda host: False)
+        patch.setattr(flow, "is_own_address", lambda host: False)
         client.wait_for_state(server.endpoint, LinkState.DOWN)
     client.transport.send(server.endpoint, [b"two"])
     client.wait(lambda: client.frames() == [[b"one"], [b"two"]])
@@ -687,10 +687,10 @@ def test_links_from_a_lost_address_are_opened_again(node: Start, monkeypatch: py
 def test_an_address_that_is_lost_for_a_moment_ends_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     connections = Connections(Budget(1), drained=lambda: 0, drain=lambda: None)
-    monkeypatch.setattr(connections, "end", lambda known, reason: ended.append(f"{known.own_host} {reason}"))
+    monkeypatch.setattr(connections, "end_connection", lambda known, reason: ended.append(f"{known.own_host} {reason}"))
     present = [TcpConnection(-1, b"", "192.0.2.1", 0.0, None, own_host=own) for own in ("192.0.2.7", "192.0.2.8")]
     gone: set[str] = set()
-    monkeypatch.setattr(flow, "has_address", lambda host: host not in gone)
+    monkeypatch.setattr(flow, "is_own_address", lambda host: host not in gone)
     for now, away in enumerate((set[str](), {"192.0.2.7"}, {"192.0.2.8"}, set[str](), {"192.0.2.7"}, {"192.0.2.7"})):
         gone = away
         assert not ended
@@ -701,12 +701,12 @@ def test_an_address_that_is_lost_for_a_moment_ends_no_connection(monkeypatch: py
 def test_a_connection_that_zeromq_has_closed_is_hung_up_without_an_error() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as one:
         descriptor = one.fileno()
-    flow.hang_up(descriptor, b"\0" * 8)
+    flow.shut_down(descriptor, b"\0" * 8)
 
 
 def test_addresses_of_this_machine_are_recognised() -> None:
-    assert flow.has_address("127.0.0.1") and flow.has_address("::ffff:127.0.0.1")
-    assert not flow.has_address("192.0.2.7") and not flow.has_address("2001:db8::7")
+    assert flow.is_own_address("127.0.0.1") and flow.is_own_address("::ffff:127.0.0.1")
+    assert not flow.is_own_address("192.0.2.7") and not flow.is_own_address("2001:db8::7")
 
 
 def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ attempts = st.integers(0, MAX_ATTEMPT)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
-    # Control characters are escaped when decoded, see tests/unit/test_printable.py.
+    # Control characters are escaped when decoded, see tests/unit/test_logs_printable.py.
     return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 
@@ -450,11 +450,11 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Opened(SESSION, 1, True, 0), "next_reachable", False, 0),
     (Opened(SESSION, 1, True, 0), "weights", "w" * 64, "w" * 65),
     (STEP, "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
-    (STEP, "reach", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (STEP, "rope_length", MAX_POSITIONS, MAX_POSITIONS + 1),
     (STEP, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
     (STEP, "labels", b"", bytes(LABEL_BYTES - 1)),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
-    (Opened(SESSION, 1, True, 0), "recalled", True, 1),
+    (Opened(SESSION, 1, True, 0), "looked_up", True, 1),
     (Opened(SESSION, 1, True, 0), "stores", True, 1),
     (STEP, "parts", [[1, 0, 1, 0]] * MAX_ROWS, [[1, 0, 1, 0]] * (MAX_ROWS + 1)),
     (STEP, "parts", [], None),
@@ -477,7 +477,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (FORWARD, "lengths", [], [MAX_POSITIONS + 1]),
     (FORWARD, "lengths", [0], [True]),
     (FORWARD, "oldest", LARGEST_NUMBER, LARGEST_NUMBER + 1),
-    (FORWARD, "reach", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (FORWARD, "rope_length", MAX_POSITIONS, MAX_POSITIONS + 1),
     (FORWARD, "kept", False, 1),
     (FORWARD, "adapter", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (FORWARD, "gradient_codec", 255, 256),

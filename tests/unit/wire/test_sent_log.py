@@ -95,7 +95,7 @@ def test_a_replay_gives_the_rows_that_were_sent_last(data: st.DataObject) -> Non
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 12), "steps")):
         sent = model.step(data)
-        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        log.record_step(sent.parts, sent.forks, sent.payload, sent.reach)
         assert {row: log.length(row) for row in model.rows} == {row: len(held) for row, held in model.rows.items()}
     held = {row: positions for row, positions in model.rows.items() if positions}
     assert contents(log) == held
@@ -108,26 +108,26 @@ def test_a_step_that_is_logged_twice_changes_nothing(data: st.DataObject) -> Non
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 8), "steps")):
         sent = model.step(data)
-        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        log.record_step(sent.parts, sent.forks, sent.payload, sent.reach)
         once = contents(log)
-        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        log.record_step(sent.parts, sent.forks, sent.payload, sent.reach)
         assert contents(log) == once
 
 
 def test_a_fork_does_not_change_its_source() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Chunk(1, 0, 3, 0)], None, b"abc")
-    log.record([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
-    log.record([Chunk(2, 1, 1, 0)], None, b"x")
+    log.record_step([Chunk(1, 0, 3, 0)], None, b"abc")
+    log.record_step([Chunk(1, 3, 1, 0), Chunk(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
+    log.record_step([Chunk(2, 1, 1, 0)], None, b"x")
     assert {parts[0].row: payload for parts, payload, *_ in log.replay(10)} == {1: b"abcd", 2: b"ax"}
 
 
 def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Chunk(1, 0, 2, 0)], None, b"ab")
-    log.record([Chunk(2, 0, 1, 0)], None, b"c")
+    log.record_step([Chunk(1, 0, 2, 0)], None, b"ab")
+    log.record_step([Chunk(2, 0, 1, 0)], None, b"c")
     assert (log.length(1), log.length(2)) == (2, 1)
-    log.record([Chunk(3, 0, 1, 0)], [], b"d")
+    log.record_step([Chunk(3, 0, 1, 0)], [], b"d")
     assert (log.length(1), log.length(2), log.length(3)) == (0, 0, 1)
 
 
@@ -143,10 +143,10 @@ def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
 )
 def test_invalid_steps_are_refused_and_change_nothing(parts: list[Chunk], forks: list[Fork] | None) -> None:
     log = SentLog(codec=0, bytes_per_position=1)
-    log.record([Chunk(1, 0, 2, 0)], None, b"ab")
-    log.record([Chunk(9, 0, 1, 0)], None, b"c")
+    log.record_step([Chunk(1, 0, 2, 0)], None, b"ab")
+    log.record_step([Chunk(9, 0, 1, 0)], None, b"c")
     with pytest.raises(ProtocolError):
-        log.record(parts, forks, b"xy")
+        log.record_step(parts, forks, b"xy")
     assert {parts[0].row: payload for parts, payload, *_ in log.replay(10)} == {1: b"ab", 9: b"c"}
 
 
@@ -154,7 +154,7 @@ def test_a_replayed_step_never_exceeds_a_payload() -> None:
     size = MAX_PAYLOAD_BYTES // 4
     log = SentLog(codec=0, bytes_per_position=size)
     payload = bytearray(6 * size)  # memory pages that are never written are not allocated
-    log.record([Chunk(1, 0, 6, 0)], None, memoryview(payload))
+    log.record_step([Chunk(1, 0, 6, 0)], None, memoryview(payload))
     assert [parts[0].length for parts, *_ in log.replay(512)] == [4, 2]
 
 
@@ -196,7 +196,7 @@ def labelled(positions: Sequence[tuple[bytes, int]], cuts: Sequence[int], salt: 
     ends = sorted({*(cut for cut in cuts if 0 < cut < len(positions)), *changes, len(positions)})
     for start, end in pairwise((0, *ends)):
         payload = b"".join(position for position, _ in positions[start:end])
-        log.record([Chunk(1, start, end - start, 0)], None, payload, positions[start][1])
+        log.record_step([Chunk(1, start, end - start, 0)], None, payload, positions[start][1])
     return log
 
 
@@ -239,7 +239,7 @@ def recorded(data: st.DataObject, model: Model, client: SentLog) -> Iterator[tup
     """Draws steps that a client logs, each with its labels."""
     for _ in range(data.draw(st.integers(1, 10), "steps")):
         sent = model.step(data)
-        yield sent, client.record(sent.parts, sent.forks, sent.payload, sent.reach)
+        yield sent, client.record_step(sent.parts, sent.forks, sent.payload, sent.reach)
 
 
 @given(data=st.data(), page=st.integers(1, 4))
@@ -249,11 +249,11 @@ def test_a_hop_knows_the_labels_of_its_pages(data: st.DataObject, page: int) -> 
     with pages_of(page):
         for sent, labels in recorded(data, model, client):
             assert len(labels) == sum(map(page_ends, sent.parts))
-            assert hop.record(sent.parts, sent.forks, sent.payload, sent.reach, labels) == labels
+            assert hop.record_step(sent.parts, sent.forks, sent.payload, sent.reach, labels) == labels
         again, following = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
         for parts, payload, reach, labels in hop.replay(data.draw(st.integers(1, 7), "positions per step")):
-            assert again.record(parts, None, payload, reach) == labels
-            following.record(parts, None, payload, reach, labels)
+            assert again.record_step(parts, None, payload, reach) == labels
+            following.record_step(parts, None, payload, reach, labels)
         for row, positions in model.rows.items():
             assert len(client.labels(row)) == len(positions) // page
             assert client.labels(row) == hop.labels(row) == following.labels(row) == again.labels(row)
@@ -266,7 +266,7 @@ def test_a_hop_that_misses_labels_has_no_later_ones(data: st.DataObject, page: i
     with pages_of(page):
         for sent, labels in recorded(data, model, client):
             kept = labels if data.draw(st.booleans(), "labelled") else ()
-            hop.record(sent.parts, sent.forks, sent.payload, sent.reach, kept)
+            hop.record_step(sent.parts, sent.forks, sent.payload, sent.reach, kept)
             for row in model.rows:
                 known = hop.labels(row)
                 assert known == client.labels(row)[: len(known)]
@@ -289,15 +289,17 @@ def test_pages_and_a_replay_of_the_rest_make_the_whole_row(
             assert data == b"".join(each for each, _ in text[index * page : (index + 1) * page])
             assert {reach} == reaches
             pages.append((data, reach, label))
-        hop.record([Chunk(9, 0, 1, 0)], None, bytes(SIZE))
-        hop.restore(1, pages)
+        hop.record_step([Chunk(9, 0, 1, 0)], None, bytes(SIZE))
+        hop.restore_row(1, pages)
         since = len(pages) * page
         for parts, payload, reach, labels in log.replay(step, since):
             assert parts[0].start >= since and parts[0].length <= step
-            hop.record(parts, None, payload, reach, labels)
+            hop.record_step(parts, None, payload, reach, labels)
         assert contents(hop) == contents(log)
         assert hop.labels(1) == log.labels(1)
-        assert [(each.payload, each.reach) for each in hop.replay()] == [(e.payload, e.reach) for e in log.replay()]
+        assert [(each.payload, each.rope_length) for each in hop.replay()] == [
+            (e.payload, e.rope_length) for e in log.replay()
+        ]
 
 
 def test_a_page_that_is_not_logged_is_an_error() -> None:

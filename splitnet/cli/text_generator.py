@@ -1,0 +1,188 @@
+"""Common parts of `generate`, `chat` and `demo`: loading the client's model, streaming, summary of an answer."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from splitnet.checkpoint.chat_template import render
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.connection import ModelConnection
+from splitnet.cli.tables import table
+from splitnet.drafts.draft_stats import Counts
+from splitnet.drafts.speculator import EAGLE, NAMES, OFF
+from splitnet.errors import SplitnetError
+from splitnet.hf.cache import ModelSession
+from splitnet.hf.causal_lm import RemoteCausalLM, attached
+from splitnet.hf.local_adapters import load_adapter
+from splitnet.logs import printable
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+    def options(self) -> dict[str, Any]:
+        limits = {"max_new_tokens": self.max_new_tokens}
+        if not self.temperature:
+            return {**limits, "do_sample": False, "temperature": None, "top_p": None}
+        torch.manual_seed(self.seed if self.seed is not None else random.getrandbits(63))
+        return {**limits, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+@dataclass
+class TextGenerator:
+    """A model with remote blocks, and its tokenizer."""
+
+    model: RemoteCausalLM
+    tokenizer: Any
+    generator: Any  # the model itself, or its PEFT wrapper
+    speculate: Any  # source of drafts, see `RemoteCausalLM.generate`
+
+    @classmethod
+    def connect(cls, connection: ModelConnection, adapter: Path | None = None, speculate: str = OFF) -> TextGenerator:
+        """Loads the client part and joins the swarm. Raises AdapterError if the adapter does not fit, and the errors of
+        `drafts_of` and `attached` if these drafts are impossible.
+        """
+        checkpoint = connection.checkpoint()
+        drafts = drafts_of(speculate, connection)
+        swarm = connection.swarm(checkpoint)
+        try:
+            remote = attached(checkpoint, swarm, connection.options, drafts)
+            generator = load_adapter(remote, adapter) if adapter else remote
+            return cls(remote, checkpoint.tokenizer(), generator, drafts)
+        except BaseException:
+            swarm.close()
+            raise
+
+    def encode_prompt(self, prompt: str, *, chat: bool | None, system: str | None = None) -> torch.Tensor:
+        """Token ids `[1, seq]` of a prompt; `chat` None: as a chat if the model has a chat template."""
+        if chat is None:
+            chat = bool(self.tokenizer.chat_template)
+        if not chat:
+            return self.tokenizer(prompt, return_tensors="pt").input_ids
+        system_messages = [{"role": "system", "content": system}] if system else []
+        return self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> torch.Tensor:
+        """Token ids `[1, seq]` of a conversation, ready for the next answer."""
+        if not self.tokenizer.chat_template:
+            raise SplitnetError("this model has no chat template: use `splitnet generate --raw`")
+        from jinja2 import TemplateError
+
+        try:
+            text = render(self.tokenizer, messages, answer=True)
+        except TemplateError as error:
+            raise SplitnetError(
+                f"the model's chat template refuses this ({error}): use `splitnet generate --raw`"
+            ) from None
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+
+    def new_tokens(self, ids: torch.Tensor, wanted: int | None, usual: int) -> int:
+        """The most tokens of an answer after `ids`: the wanted number, or the usual number as far as it fits."""
+        most = self.model.swarm.facts.max_positions
+        return wanted or (usual if most is None else max(1, min(usual, most - ids.shape[1])))
+
+    def print_answer(self, ids: torch.Tensor, sampling: SamplingOptions) -> GeneratedText:
+        """Generates after `ids`, and prints text as it arrives."""
+        streamer = _TimedStreamer(self.tokenizer)
+        began, counts = time.perf_counter(), self.model.speculator.counts
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        options = {**sampling.options(), "pad_token_id": end if pad is None else pad}
+        drafts = self.model.can_draft(ids.shape[1], sampling.max_new_tokens)
+        options["speculate"] = self.speculate if drafts else OFF
+        try:
+            mask = torch.ones_like(ids)
+            output = self.generator.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
+        except SplitnetError:
+            if streamer.first_token_at:
+                streamer.end()  # prints the generated text to its last word
+            raise
+        new = output[0, ids.shape[1] :]
+        return GeneratedText(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            prompt_tokens=ids.shape[1],
+            new_tokens=len(new),
+            first_token_s=streamer.first_token_at - began,
+            total_s=time.perf_counter() - began,
+            drafts=Counts(*(now - then for now, then in zip(self.model.speculator.counts, counts, strict=True))),
+        )
+
+
+def drafts_of(speculate: str, connection: ModelConnection) -> Any:
+    """The value for `generate`: a name unchanged, or the model of a hub id or folder. Raises ModelNotFound."""
+    if speculate in NAMES or speculate.startswith(EAGLE):
+        return speculate
+    from splitnet.blocks.backbone import load_whole
+
+    return load_whole(Checkpoint.open(speculate), "auto").to(connection.options.device)
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """Generated text and how long it took."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    total_s: float
+    drafts: Counts  # of this answer
+
+    @property
+    def tokens_per_s(self) -> float:
+        decode_s = self.total_s - self.first_token_s
+        return (self.new_tokens - 1) / decode_s if decode_s > 0 else 0.0
+
+
+class _TimedStreamer(TextStreamer):
+    """Prints text to stdout as it arrives, and records the time of the first token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first_token_at = 0.0
+        self._puts = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the first call has the prompt
+            self.first_token_at = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        # Peers can influence the text, so control characters are removed for terminals. Files and pipes get it
+        # unchanged.
+        text = printable(text) if sys.stdout.isatty() else text
+        sys.stdout.write(text + ("\n" if stream_end else ""))
+        sys.stdout.flush()
+
+
+def print_summary(answer: GeneratedText, session: ModelSession) -> None:
+    links = [(link.sender, link.receiver, link.codec, str(link.bytes_per_token)) for link in session.links()]
+    heads = ["from", "to", "codec", "bytes per token"]
+    typer.echo(table(heads, links, heads[-1:], title="route"), err=True)
+    typer.echo(
+        f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new; "
+        f"time to first token {answer.first_token_s * 1000:.0f} ms, then {answer.tokens_per_s:.1f} tokens/s",
+        err=True,
+    )
+    if answer.drafts.round_trips:
+        typer.echo(
+            f"{answer.drafts.tokens / answer.drafts.round_trips:.2f} tokens per round trip: of "
+            f"{answer.drafts.drafted} drafted tokens {answer.drafts.accepted} were accepted",
+            err=True,
+        )
