@@ -151,14 +151,15 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
 
 
 def test_a_flood_of_outsiders_does_not_keep_a_member_from_joining(
-    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
-    peer = swarm.peers[0]
-    answered = ask_of_nothing(peer.endpoint, seconds=0.5)
-    assert 0 < answered < 64, "they have had all that they may ask together"
-    with connect(peer) as client:
-        assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
+    with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:  # nobody has asked its peer before
+        (peer,) = swarm.peers
+        answered = ask_of_nothing(peer.endpoint, seconds=0.5)
+        assert 0 < answered < 64, "they have had all that they may ask together"
+        with connect(peer) as client:
+            assert [record.key for record in client.peers()] == [peer.identity.public]
 
 
 def test_messages_between_members_are_sealed(swarm: LocalSwarm) -> None:
