@@ -182,7 +182,8 @@ class SimulatedPlanner:
             holders: Collection[str] = (),
         ) -> list[PlannedHop]:
             nonlocal planned
-            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in neighbours)
+            device = self._identities.device
+            source, target = (CLIENT if each is None else device(each.key.text) for each in neighbours)
             plan = replace(
                 self._plan(session, {*exclude, *banned}),
                 blocks=blocks,

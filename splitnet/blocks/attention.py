@@ -34,8 +34,7 @@ _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in th
 
 
 def positions_at_once(heads: int, key_count: int) -> int:
-    """The number of new positions whose scores, for `heads` heads by `key_count` positions, fit in `SCORE_BYTES`; at least
-    1."""
+    """How many new positions, at least 1, have scores that fit in `SCORE_BYTES`: `heads` heads by `key_count` keys each."""
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * key_count))
 
 
