@@ -34,7 +34,7 @@ _COPIES = 3  # of the scores in float32: with the mask, after softmax, and in th
 
 
 def positions_at_once(heads: int, key_count: int) -> int:
-    """How many new positions, at least 1, have scores that fit in `SCORE_BYTES`: `heads` heads by `key_count` keys each."""
+    """How many new positions, at least 1, have scores that fit in `SCORE_BYTES`: `heads` by `key_count` scores each."""
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * key_count))
 
 
