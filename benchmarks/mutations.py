@@ -610,7 +610,7 @@ WEIGHTS = [
 SERVE = [
     Fault(
         "the beginning of an API key is enough",
-        "splitnet/serve/gate.py",
+        "splitnet/serve/request_gate.py",
         "if hmac.compare_digest(given, key)]",
         "if key.startswith(given)]",
         ("tests/unit/serve/test_requests.py",),
@@ -724,10 +724,10 @@ SERVE = [
     ),
     Fault(
         "pages of every site use the server",
-        "splitnet/serve/gate.py",
+        "splitnet/serve/request_gate.py",
         'raise ApiError(403, unknown, code="unknown_origin")',
         "pass",
-        ("tests/unit/serve/test_gate_origins.py",),
+        ("tests/unit/serve/test_request_gate_origins.py",),
     ),
     Fault(
         "a prefix that peers stored does not count as cached",

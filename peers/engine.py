@@ -27,8 +27,7 @@ from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.facts import CONTEXTS, PASS_SIZES
 from splitnet.blocks.adapters import AdapterTensors, read_tensors, write_groups
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
-from splitnet.blocks.span import RowChunk as SpanChunk
-from splitnet.blocks.span import Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.errors import AdapterError, CodecError, NotFinite, PeerBusy, ProtocolError
 from splitnet.quant.device import (
     Stopwatch,
@@ -267,7 +266,7 @@ class Engine:
             work.wait_ms = (began_at - work.arrived_at) * 1000
         session = ready[0][0].session
         span = self._view(session.start, session.end)
-        chunks: list[SpanChunk] = []
+        chunks: list[RowChunk] = []
         inputs: list[torch.Tensor] = []
         for work, count in ready:
             assert work.hidden is not None

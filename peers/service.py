@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from peers.counters import Counters, SessionEnd
-from peers.hop_route import HopConnector, HopOutputs
+from peers.hop_outputs import HopOutputs
+from peers.next_hop import HopConnector
 from peers.peer_links import NextHops, Outbox
 from peers.prefixes import READ_S, Page
 from peers.queue import WorkQueue

@@ -111,7 +111,7 @@ class RowPages(NamedTuple):
 
 @dataclass(slots=True)
 class RouteState:
-    """The hops before and after this one. Owner: `peers.service`, with `peers.hop_route`."""
+    """The hops before and after this one. Owner: `peers.service`, with `peers.next_hop` and `peers.hop_outputs`."""
 
     previous: bytes | None = None  # CURVE key of the previous hop, which sends steps as the client does
     weights: str = ""  # the weight format for `Opened`; empty: the client did not ask

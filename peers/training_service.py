@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peers.counters import Counters
-from peers.hop_route import HopOutputs, timing_of
+from peers.hop_outputs import HopOutputs, timing_of
 from peers.peer_links import Outbox
 from peers.queue import WorkQueue
 from peers.sessions import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Final, Protocol, TypeVar
 
 # A step with at most this many positions is a decode step: a token per row, or a window of drafts.
@@ -56,23 +56,6 @@ def next_pass(waiting: Sequence[W], passed_over: int, max_positions: int = PASS_
                 counts[step] = counts.get(step, 0) + count
                 left -= count
     return counts
-
-
-SIZES: Final = (64, 128, 256, 512)  # positions of a step: smaller steps use devices badly, larger ones make hops wait
-
-
-def best_step(positions: int, latency_ms: Callable[[int], float], slowest_hop_ms: Callable[[int], float]) -> int:
-    """The size of steps with which `positions` positions are done soonest; among equals the largest.
-
-    latency_ms: of a step through the route, by its positions. slowest_hop_ms: for which a step occupies the slowest hop
-    or link, and so delays the next step.
-    """
-
-    def prefill_ms(size: int) -> float:
-        size = min(size, positions)
-        return latency_ms(size) + (math.ceil(positions / size) - 1) * slowest_hop_ms(size)
-
-    return min(reversed(SIZES), key=prefill_ms)
 
 
 class MovingAverage:

@@ -14,9 +14,9 @@ from typing import Final
 
 import numpy as np
 
-from scheduler.batching import SIZES
 from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_ms
 from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, Network, Peer, Route, Speed
+from scheduler.prefill_chunks import CHUNK_SIZES
 
 # Most devices for which the optimum is computed: a tenth of a second, tripled by each further device.
 EXACT_DEVICES: Final = 15
@@ -359,12 +359,12 @@ def first_token_ms(
     prompt: int,
     client_ms: float = 0.0,
 ) -> float:
-    """Ms until the first token of a prompt, cut into equal steps of the best size among `SIZES`.
+    """Ms until the first token of a prompt, cut into equal steps of the best size among `CHUNK_SIZES`.
 
     The average step reads half of the prompt as context.
     """
     route = partial(route_ms, hops, peers, network, encodings=encodings, context=prompt // 2)
-    counts = {-(-prompt // size) for size in SIZES}
+    counts = {-(-prompt // size) for size in CHUNK_SIZES}
     return client_ms + min(route(positions=-(-prompt // steps), in_flight=steps) for steps in counts)
 
 

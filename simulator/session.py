@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Final
 
 from scheduler import route as routes
-from scheduler.batching import SIZES, best_step
 from scheduler.cost import route_ms
 from scheduler.facts import CLIENT, Hop, Network
 from scheduler.liveness import LOST_S
+from scheduler.prefill_chunks import CHUNK_SIZES, best_chunk
 from scheduler.replan import PredictionErrors, RouteWatch
 from scheduler.route_search import PlannedRoute, searched_route
 from simulator.clients import RouteTask, SeenHop, SimulatedClient, SimulatedPlan
@@ -244,9 +244,9 @@ class SimulatedPlanner:
 
     def step_positions(self, session: SimulatedSession, positions: int) -> int:
         """The size of the steps into which a client cuts this many positions, as real clients do."""
-        if positions <= SIZES[0]:
+        if positions <= CHUNK_SIZES[0]:
             return positions
-        return best_step(
+        return best_chunk(
             positions,
             lambda size: self.step_ms(session, size),
             lambda size: self.step_ms(session, size, 2) - self.step_ms(session, size),

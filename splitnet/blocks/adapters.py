@@ -9,7 +9,7 @@ The name of a tensor is the number of its block in the whole model and its place
     12.prefix_keys                [kv heads, virtual positions, head size]
     12.prefix_values              [kv heads, virtual positions, head size]
 
-`splitnet.hf.local_adapters` reads the tensors from the modules that PEFT adds to a model.
+`splitnet.hf.peft_adapters` reads the tensors from the modules that PEFT adds to a model.
 
 Low-rank adaptation: Hu et al., "LoRA", arXiv:2106.09685. Factors: Liu et al., "(IA)3", arXiv:2205.05638. Prefix: Li and
 Liang, "Prefix-Tuning", arXiv:2101.00190, and Liu et al., "P-Tuning v2", arXiv:2110.07602.

@@ -141,7 +141,7 @@ def serve(
     """
     require("serve", "splitnet serve")
     listen_at(host, port).close()  # fails at once if the port is taken
-    from splitnet.serve.gate import ApiKeys
+    from splitnet.serve.request_gate import ApiKeys
 
     ApiKeys.from_file(api_key_file)
     if "*" in (allow_origin or ()) and api_key_file is None:

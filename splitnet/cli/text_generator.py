@@ -23,7 +23,7 @@ from splitnet.drafts.speculator import EAGLE, NAMES, OFF
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
-from splitnet.hf.local_adapters import load_adapter
+from splitnet.hf.peft_adapters import load_adapter
 from splitnet.logs import printable
 
 

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from splitnet.blocks.adapters import AdapterTensors
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy
-from splitnet.hf.local_adapters import LocalAdapters
 from splitnet.hf.parameters import refuse
+from splitnet.hf.peft_adapters import LocalAdapters
 from splitnet.hf.side_network import Arrangement, SideCache
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession

@@ -25,8 +25,8 @@ from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import Decoding, FamilyLoop, GrowingText, Outputs
-from splitnet.hf.local_adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.parameters import GenerateCall, refuse, too_long
+from splitnet.hf.peft_adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.hf.remote_blocks import Exchange, PerThread
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.hf.side_network import SideCache, SideNetwork

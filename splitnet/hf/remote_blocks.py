@@ -20,8 +20,8 @@ from splitnet.blocks.adapters import AdapterTensors, block_of
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy, SplitnetError
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
-from splitnet.hf.local_adapters import LocalAdapters, Prefixes
 from splitnet.hf.parameters import check_positions, mask_of, rope_length_of, too_long
+from splitnet.hf.peft_adapters import LocalAdapters, Prefixes
 from splitnet.session.local import Blocks, LocalSpan
 from splitnet.session.training import Passed, PassSession
 from splitnet.wire.messages import Chunk

@@ -25,8 +25,8 @@ from splitnet.checkpoint.transfer.manifest_search import differs, find_manifest
 from splitnet.directory.joining import join
 from splitnet.errors import CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.local_adapters import take_prefix
 from splitnet.hf.parameters import check_forward
+from splitnet.hf.peft_adapters import take_prefix
 from splitnet.hf.remote_blocks import RemoteBlocks
 from splitnet.paths import public_name
 from splitnet.quant.device import free_memory, seconds_after_work

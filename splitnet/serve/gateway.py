@@ -13,7 +13,7 @@ from anyio import to_thread
 
 from splitnet.errors import SplitnetError
 from splitnet.serve.failures import ApiError, api_error_of
-from splitnet.serve.gate import REQUEST_CALLBACKS
+from splitnet.serve.request_gate import REQUEST_CALLBACKS
 from splitnet.serve.responses import ServedModel
 
 log = logging.getLogger(__name__)

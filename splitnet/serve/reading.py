@@ -12,8 +12,8 @@ from starlette.requests import Request
 
 from splitnet.serve.answers.sampling import Sampling
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import cancel_on_disconnect
 from splitnet.serve.generation import GenerationRequest, ReadTask
+from splitnet.serve.request_gate import cancel_on_disconnect
 from splitnet.serve.responses import ServedModel
 
 CONTEXT = -1  # A value of `truncate`: cut texts to what the model reads

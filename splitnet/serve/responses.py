@@ -20,11 +20,11 @@ from splitnet.serve.admission import ANYONE, Admission, ApiClient
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.failures import ApiError, api_error_of
-from splitnet.serve.gate import PreparationQueue, cancel_on_disconnect
 from splitnet.serve.generation import Ended, Event, GenerationRequest, Generations, Numbered, ScoredPrompt, TextDelta
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 MAX_UNREAD_BYTES = 64 * 2**20  # Most bytes of all streams that clients have not read yet

@@ -28,7 +28,7 @@ from splitnet.directory.demand import DemandPublisher
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.errors import CoverageError, SplitnetError
 from splitnet.hf.causal_lm import attached
-from splitnet.hf.local_adapters import check_served, load_adapter
+from splitnet.hf.peft_adapters import check_served, load_adapter
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
@@ -37,12 +37,12 @@ from splitnet.serve.answers.sampling import choose_defaults
 from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses, tokens
 from splitnet.serve.dashboard import HEADERS, Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, api_error_of
-from splitnet.serve.gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, BoundedHttp, Gate, api_of
 from splitnet.serve.gateway import KEPT_MODELS, Gateway, LoadableModel
 from splitnet.serve.generation import Generations
 from splitnet.serve.metrics import instrument
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.request_gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, BoundedHttp, Gate, api_of
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions

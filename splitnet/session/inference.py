@@ -12,9 +12,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from scheduler.batching import DECODE_POSITIONS, SIZES, best_step
+from scheduler.batching import DECODE_POSITIONS
 from scheduler.facts import ContextCost
 from scheduler.liveness import PROGRESS_TIMEOUT_S
+from scheduler.prefill_chunks import CHUNK_SIZES, best_chunk
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import AdapterTensors, read_tensors
 from splitnet.errors import ProtocolError, SplitnetError
@@ -22,7 +23,7 @@ from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Abandon, Distrust, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
-from splitnet.session.prefix_lookup import LookUpNamespace
+from splitnet.session.prefix_lookup import LookUpNamespace, positions_to_look_up
 from splitnet.session.requests import FetchRequest, StepRequest
 from splitnet.session.standby import Standby, StandbyText
 from splitnet.swarm.plan import Prediction
@@ -30,7 +31,6 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
-    MAX_LABELS,
     MAX_PAYLOAD_BYTES,
     MAX_TAPS,
     Chunk,
@@ -43,7 +43,6 @@ from splitnet.wire.messages import (
     Timing,
     encode,
 )
-from splitnet.wire.sent_log import PAGE
 
 ASK_S = 2.0  # between two questions to hops about the times of decode steps
 THROUGHPUT_STEPS = 8  # steps under way in a session that prefers throughput
@@ -210,8 +209,8 @@ class Session(SessionDriver):
     def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], rope_length: int) -> int:
         """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
         state, part, prefixes = self.state, parts[0], self.state.prefixes
-        most, salt = min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE, prefixes.namespace.salt
-        if salt is None or state.in_flight_count or len(parts) > 1 or part.start or most <= 0 or not part.keep:
+        salt, most = prefixes.namespace.salt, positions_to_look_up(parts)
+        if salt is None or state.in_flight_count or not most:
             prefixes.hit = prefixes.reused = 0
             return 0
         encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
@@ -340,12 +339,12 @@ class Session(SessionDriver):
 
     def step_positions(self, positions: int, prediction: Callable[[int], Prediction] | None = None) -> int:
         """The best size of steps for this number of positions; several steps flow through the hops at once."""
-        if positions <= SIZES[0]:
+        if positions <= CHUNK_SIZES[0]:
             return positions
         if prediction is None:
             self.open(positions)
             prediction = self.predictions()
-        size = best_step(positions, lambda n: prediction(n).latency_ms, lambda n: prediction(n).slowest_hop_ms)
+        size = best_chunk(positions, lambda n: prediction(n).latency_ms, lambda n: prediction(n).slowest_hop_ms)
         return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:

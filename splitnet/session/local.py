@@ -12,8 +12,7 @@ import torch
 
 from splitnet.blocks.adapters import AdapterTensors
 from splitnet.blocks.kv_cache import SequenceCache
-from splitnet.blocks.span import RowChunk as SpanChunk
-from splitnet.blocks.span import Span
+from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import SplitnetError
 from splitnet.session.driver import SessionTraffic
@@ -86,7 +85,7 @@ class LocalSpan:
         self.span = span
         self._lock = threading.Lock()
 
-    def run(self, hidden: torch.Tensor, parts: Sequence[SpanChunk], taps: Sequence[int] = ()) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]` float32, see `Span.forward`."""
         with self._lock:
             return self.span.forward(hidden, parts, taps).float()
@@ -135,13 +134,13 @@ class LocalSequences:
         """
         if forks is not None:
             self._rows = fork_rows(self._rows, forks, lambda row: row.fork())
-        span_parts: list[SpanChunk] = []
+        span_parts: list[RowChunk] = []
         for part in parts:
             row = self._rows.get(part.row)
             if row is None:
                 row = self._rows[part.row] = self._span.span.new_row(adapter=self._adapter)
             row.crop(part.start)
-            span_parts.append(SpanChunk(row, part.start, part.length, self._adapter, rope_length))
+            span_parts.append(RowChunk(row, part.start, part.length, self._adapter, rope_length))
         return self._span.run(hidden, span_parts, self._taps)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from splitnet.session.events import LookUpPrefix
 from splitnet.session.failover import RouteHop
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import MAX_LABELS, CopyPages, Opened
+from splitnet.wire.messages import MAX_LABELS, Chunk, CopyPages, Opened
 from splitnet.wire.sent_log import PAGE, SentLog, digest
 
 WORTH_COPYING = 16 * PAGE  # least advantage of another peer, in positions: a hop computes fewer sooner than it copies
@@ -43,6 +43,14 @@ class LookUpNamespace:
 
 
 NO_PAGES = LookUpNamespace()
+
+
+def positions_to_look_up(parts: Sequence[Chunk]) -> int:
+    """How many first positions of a step are looked up among stored pages; 0: the step does not begin a single text."""
+    part = parts[0]
+    if len(parts) > 1 or part.start or not part.keep:
+        return 0
+    return min((part.length - part.keep) // PAGE, MAX_LABELS) * PAGE
 
 
 @dataclass(frozen=True, slots=True)

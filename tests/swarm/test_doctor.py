@@ -21,7 +21,7 @@ from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
 from splitnet.session.options import ConnectionOptions
 from splitnet.tools.doctor.examination import Setup, examine
-from splitnet.tools.doctor.hardware import CheckResult, Status, passed
+from splitnet.tools.doctor.machine_checks import CheckResult, Status, passed
 from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint

@@ -23,7 +23,7 @@ from splitnet.security.swarm_key import SwarmKey
 from splitnet.swarm.swarm import ModelFacts, Overview, Swarm, reached
 from splitnet.swarm.trial import PeerLinks
 from splitnet.tools.doctor.examination import peer as finding_of
-from splitnet.tools.doctor.hardware import Status
+from splitnet.tools.doctor.machine_checks import Status
 from splitnet.transport import addresses
 from splitnet.transport.addresses import Reach
 from splitnet.wire.endpoints import Endpoint

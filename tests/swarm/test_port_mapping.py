@@ -22,7 +22,7 @@ from splitnet.nat.punch import PathKind
 from splitnet.security.identity import Identity
 from splitnet.swarm.trial import PeerLinks
 from splitnet.tools.doctor.examination import AddressChecks
-from splitnet.tools.doctor.hardware import Status, failed
+from splitnet.tools.doctor.machine_checks import Status, failed
 from splitnet.wire.endpoints import LinkState
 from tests.swarm.harness import local_swarm, wait_until
 

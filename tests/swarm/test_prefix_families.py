@@ -259,7 +259,7 @@ def test_pages_at_the_beginning_of_a_row_are_written_to_disk(
 def test_stored_pages_are_used_by_hops_relayed_through_the_client(
     node: DhtDirectory, own_folder: Path, own_local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peers.hop_route import HopConnector
+    from peers.next_hop import HopConnector
 
     monkeypatch.setattr(HopConnector, "_set_next", lambda hops, session, following: following is None)
     asks = texts(3, first=1100)

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedParameter
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.local_adapters import load_adapter
+from splitnet.hf.peft_adapters import load_adapter
 from splitnet.hf.side_network import SideNetwork
 from splitnet.tools.tune.folder import TuningFolder
 from splitnet.tools.tune.run import Encoded

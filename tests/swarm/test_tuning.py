@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import AdapterError
-from splitnet.hf.local_adapters import PROMPTS
+from splitnet.hf.peft_adapters import PROMPTS
 from splitnet.tools.tune.methods import TrainingSettings, begin_prefix
 from splitnet.tools.tune.run import IGNORED, Encoded, TuningRun, estimate_gradients
 from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, lora, padded, wrapped

@@ -155,7 +155,7 @@ def test_no_module_uses_pickle() -> None:
 
 
 PART_OWNERS = {
-    "route_state": {"peers.hop_route", "peers.service"},
+    "route_state": {"peers.hop_outputs", "peers.next_hop", "peers.service"},
     "row_state": {"peers.rows"},
     "queue_state": {"peers.queue"},
     "training_state": {"peers.training_service"},

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from splitnet import foreign_modules
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
-from splitnet.tools.doctor import hardware
-from splitnet.tools.doctor.hardware import Status
+from splitnet.tools.doctor import machine_checks
+from splitnet.tools.doctor.machine_checks import Status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,7 @@ def test_doctor_and_peer_fail_with_a_foreign_module(
 ) -> None:
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path / "first")
-    found = next(hardware.software())
+    found = next(machine_checks.software())
     assert found.status is Status.failed and found.check == "libraries" and found.text.startswith(advice(name, foreign))
     ran = CliRunner().invoke(app, ["peer", "m"])
     assert isinstance(ran.exception, SplitnetError) and str(ran.exception).startswith(advice(name, foreign))

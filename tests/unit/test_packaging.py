@@ -89,9 +89,9 @@ def test_an_installation_without_a_compiler_works_and_doctor_gives_advice(wheel:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = """
 import splitnet
-from splitnet.tools.doctor import hardware
+from splitnet.tools.doctor import machine_checks
 print(splitnet.__file__)
-found = hardware.kernels()
+found = machine_checks.kernels()
 print(found.status.name)
 print(found.text)
 """

@@ -127,14 +127,14 @@ def without(*given, **named):
     return object() if "_C" in str(given[0]) else found
 import torch
 ctypes.CDLL = without
-from splitnet.tools.doctor import hardware
+from splitnet.tools.doctor import machine_checks
 from splitnet.quant import native as kernels
 from splitnet.quant.choose import INT4_TILES
 torch.set_num_threads(3)
 held, row = INT4_TILES.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
 print(kernels.have_threads())
 print(torch.allclose(held.multiply(row), row @ held.dequantised(torch.float32).T, atol=1e-3, rtol=1e-3))
-found = hardware.kernels()
+found = machine_checks.kernels()
 print(found.status.name, "with one thread" in found.text)
 """
     assert run(code) == ["False", "True", "warned True"]

@@ -20,9 +20,9 @@ from splitnet.serve.apis import openai
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
 from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import EVENTS, ServedModel, framed
 
 VERSION = "anthropic-version"  # A header that all clients of this API send, and clients of other APIs do not

@@ -18,9 +18,9 @@ from starlette.responses import Response
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.openai_requests import Batch, TokenIds
 from splitnet.serve.apis.strict import Strict, TokenCount
-from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.reading import embed, rerank
+from splitnet.serve.request_gate import ParsingRoute
 
 
 def listed(given: Any) -> Any:

@@ -36,10 +36,10 @@ from splitnet.serve.apis.strict import (
 )
 from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
 from splitnet.serve.reading import CONTEXT, embed
+from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import ServedModel
 
 VERSION = "0.12.6"  # The version of Ollama whose API this is: programs require a minimum

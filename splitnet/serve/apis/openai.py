@@ -18,9 +18,9 @@ from splitnet.serve.answers.sampling import ScoredToken
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest, SamplingRequest, most
 from splitnet.serve.chat import Delta, answer_chat, check_scores, sampling_of
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import Api, ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended, GenerationRequest, Numbered, ScoredPrompt, TextDelta
+from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, framed
 from splitnet.version import __version__
 

@@ -25,9 +25,9 @@ from splitnet.serve.apis.openai_requests import (
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, Strict, Temperature, TokenCount, few
 from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import ParsingRoute
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.request_gate import ParsingRoute
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 
 KEPT_BYTES = 64 * 2**20  # Most bytes of stored responses, half of them for one client

@@ -14,8 +14,8 @@ from splitnet.serve.apis.openai import InfillWriter, answer_completions
 from splitnet.serve.apis.openai_requests import ChatRequest, InfillRequest, TokenIds
 from splitnet.serve.apis.strict import Strict
 from splitnet.serve.chat import prompt_of
-from splitnet.serve.gate import ParsingRoute, validated
 from splitnet.serve.gateway import Gateway
+from splitnet.serve.request_gate import ParsingRoute, validated
 from splitnet.version import __version__
 
 

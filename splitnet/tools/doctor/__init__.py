@@ -26,7 +26,7 @@ from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 
 if TYPE_CHECKING:
-    from splitnet.tools.doctor.hardware import CheckResult
+    from splitnet.tools.doctor.machine_checks import CheckResult
 
 _COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 _CHECK_WIDTH = 10

@@ -34,8 +34,8 @@ from splitnet.swarm.client_links import Links, refusal
 from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.swarm import short_key
 from splitnet.swarm.trial import PeerLinks, TriedPeer
-from splitnet.tools.doctor import hardware
-from splitnet.tools.doctor.hardware import SHOWN_DIGITS, CheckResult, Status, failed, passed, warned
+from splitnet.tools.doctor import machine_checks
+from splitnet.tools.doctor.machine_checks import SHOWN_DIGITS, CheckResult, Status, failed, passed, warned
 from splitnet.transport.addresses import (
     check_listen_address,
     endpoint_of,
@@ -367,19 +367,19 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
     `clock` returns Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
     """
     swarm = setup.options.load_swarm_key() or OPEN
-    yield from hardware.software()
-    yield hardware.devices(setup.options.device)
-    yield hardware.kernels()
+    yield from machine_checks.software()
+    yield machine_checks.devices(setup.options.device)
+    yield machine_checks.kernels()
     checkpoint = None
     if setup.model is None:
-        yield passed("memory", f"{hardware.gib(free_memory('cpu'))} are free")
+        yield passed("memory", f"{machine_checks.gib(free_memory('cpu'))} are free")
     else:
-        found, checkpoint = hardware.open_model(setup.model)
+        found, checkpoint = machine_checks.open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
     identity = setup.options.identity
     if identity is None:
-        found, identity = hardware.key_of(setup.options.key_file)
+        found, identity = machine_checks.key_of(setup.options.key_file)
         yield found
         identity = identity or Identity.generate()
     needed = setup.listen is not None or setup.public_host is not None
@@ -401,10 +401,10 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[CheckResult]:
     if checkpoint is not None:
         try:
             sizes = ModelSizes.of(model)
-            yield hardware.memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
+            yield machine_checks.memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
         except SplitnetError as error:
             yield failed("memory", str(error))
-    yield hardware.room_on_disk(model, sizes)
+    yield machine_checks.room_on_disk(model, sizes)
 
 
 def _way_to(

@@ -13,7 +13,7 @@ from splitnet.errors import AdapterError
 from splitnet.paths import public_name
 
 if TYPE_CHECKING:
-    from splitnet.hf.local_adapters import Prefixes
+    from splitnet.hf.peft_adapters import Prefixes
 
 
 class Method(StrEnum):

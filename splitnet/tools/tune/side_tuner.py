@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from splitnet.errors import SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM
-from splitnet.hf.local_adapters import CONFIG_FILE, WEIGHTS_FILE
+from splitnet.hf.peft_adapters import CONFIG_FILE, WEIGHTS_FILE
 from splitnet.hf.side_network import SideNetwork
 from splitnet.tools.tune.run import Encoded
 from splitnet.tools.tune.states import States, parts_of, states_of

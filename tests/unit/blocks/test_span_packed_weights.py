@@ -32,7 +32,7 @@ from splitnet.quant.choose import choose_weights
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.linear import QuantizedLinear
 from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, ScaleFormat, StoredMatrix
-from splitnet.tools.doctor.hardware import room_on_disk
+from splitnet.tools.doctor.machine_checks import room_on_disk
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
 from tests.unit.random_models import random_checkpoint

@@ -44,7 +44,7 @@ from splitnet.checkpoint.gguf.file import GgufFile
 from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.hf.causal_lm import AutoTokenizer
-from splitnet.hf.local_adapters import load_adapter
+from splitnet.hf.peft_adapters import load_adapter
 from splitnet.limits import ALL_MATCHES_S, Patterns
 from splitnet.quant.packed_tensor import PackedTensor
 from splitnet.serve.failures import ApiError

@@ -15,7 +15,7 @@ from splitnet.blocks.client_part import load_classifier_part, load_client_part
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
-from splitnet.tools.doctor.hardware import Status, open_model
+from splitnet.tools.doctor.machine_checks import Status, open_model
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 

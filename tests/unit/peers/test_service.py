@@ -18,7 +18,7 @@ import torch
 
 from peers import service
 from peers.engine import Engine
-from peers.hop_route import FAR_TIMES
+from peers.next_hop import FAR_TIMES
 from peers.peer_links import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.prefixes import READ_S, Page, PageNamespace, PrefixStore
 from peers.queue import WorkQueue

@@ -13,7 +13,7 @@ from typing import Any
 
 from splitnet.checkpoint import demo
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.serve import gate, server
+from splitnet.serve import request_gate, server
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
 from tests.unit.serve.fake_model import FakeModel
@@ -21,7 +21,7 @@ from tests.unit.serve.serving import MODEL, TEMPLATE
 
 
 def main(places: str, waiting: str, request_s: str, keys: str = "") -> None:
-    gate.REQUEST_S = float(request_s)
+    request_gate.REQUEST_S = float(request_s)
     checkpoint = Checkpoint.open(demo.demo_checkpoint())
     tokenizer = checkpoint.tokenizer()
     tokenizer.chat_template = TEMPLATE

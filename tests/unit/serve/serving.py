@@ -19,11 +19,11 @@ from splitnet.security.identity import KeyOptions
 from splitnet.serve.admission import Admission
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
-from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Generations
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.request_gate import ApiKeys
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import make_app
 from splitnet.serve.session_cache import KeepLimits

@@ -12,11 +12,11 @@ from starlette.testclient import TestClient
 
 from splitnet.serve.admission import Admission
 from splitnet.serve.answers.grammars import AllowedTokens, Grammars
-from splitnet.serve.gate import ApiKeys
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended, GenerationRequest, Generations, Listener, TextDelta, TokenCollector
 from splitnet.serve.progress import ProgressLog
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.request_gate import ApiKeys
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import make_app
 

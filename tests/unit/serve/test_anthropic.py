@@ -14,8 +14,8 @@ from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.anthropic import AnthropicWriter, MessagesRequest, error_body
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
+from splitnet.serve.request_gate import validated
 from splitnet.serve.responses import stream_parts
 
 USER = {"role": "user", "content": "hi"}

@@ -19,8 +19,8 @@ from splitnet.errors import DirectoryError, PeerLost, SplitnetError
 from splitnet.serve import gateway as module
 from splitnet.serve.apis.openai import API
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import REQUEST_CALLBACKS, ApiKeys, Gate
 from splitnet.serve.gateway import Gateway, LoadableModel
+from splitnet.serve.request_gate import REQUEST_CALLBACKS, ApiKeys, Gate
 
 
 class World:

@@ -15,8 +15,8 @@ from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.apis.ollama import GenerateRequest, OllamaChatRequest, OllamaWriter
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
+from splitnet.serve.request_gate import validated
 from splitnet.serve.responses import stream_parts
 
 

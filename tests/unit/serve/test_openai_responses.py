@@ -17,8 +17,8 @@ from splitnet.serve.apis import openai_responses
 from splitnet.serve.apis.openai_responses import KeptResponses, ResponseRequest, ResponsesWriter, for_template
 from splitnet.serve.chat import Delta
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import validated
 from splitnet.serve.generation import Ended
+from splitnet.serve.request_gate import validated
 from splitnet.serve.responses import stream_parts as streamed_by
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -37,8 +37,8 @@ from splitnet.serve.answers.call_forms import PROBE, probe
 from splitnet.serve.apis.openai import API, error_body
 from splitnet.serve.apis.openai_requests import ChatRequest, CompletionRequest
 from splitnet.serve.failures import ApiError, api_error_of
-from splitnet.serve.gate import Api, ApiKeys, Gate
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.request_gate import Api, ApiKeys, Gate
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}

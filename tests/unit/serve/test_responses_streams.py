@@ -13,11 +13,11 @@ import uvicorn
 from starlette.requests import Request
 
 from splitnet.limits import FairAccount
-from splitnet.serve import gate
+from splitnet.serve import request_gate
 from splitnet.serve.admission import ApiClient
 from splitnet.serve.apis.openai import error_body
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import BoundedHttp
+from splitnet.serve.request_gate import BoundedHttp
 from splitnet.serve.responses import UNREAD, EventStream, ServedModel, framed, stream_parts
 
 
@@ -120,7 +120,7 @@ async def on_a_server(app: Any, does: Callable[[int], Awaitable[None]], idle: Fa
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "UNREAD_S", 0.1)
+    monkeypatch.setattr(request_gate, "UNREAD_S", 0.1)
     cut_off = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -142,7 +142,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_client_that_sends_no_whole_head_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "REQUEST_S", 0.2)
+    monkeypatch.setattr(request_gate, "REQUEST_S", 0.2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})

@@ -18,8 +18,8 @@ from splitnet.directory.hivemind_node import NodeAnswer
 from splitnet.directory.record import PeerRecord
 from splitnet.quant.native import Kernels
 from splitnet.security.identity import Identity
-from splitnet.tools.doctor import document, examination, hardware, has_failed, summary
-from splitnet.tools.doctor.hardware import CheckResult, Status, failed, memory, open_model, passed, warned
+from splitnet.tools.doctor import document, examination, has_failed, machine_checks, summary
+from splitnet.tools.doctor.machine_checks import CheckResult, Status, failed, memory, open_model, passed, warned
 from tests.unit.random_models import random_checkpoint
 from tests.unit.swarm.test_swarm import RECORD
 
@@ -41,37 +41,37 @@ SIZES = ModelSizes(
 
 @pytest.mark.parametrize("version", ["3.11.0", "3.14.0rc1"])
 def test_a_supported_python_passes(version: str) -> None:
-    assert hardware.python_version(">=3.11", version) == passed("python", version)
+    assert machine_checks.python_version(">=3.11", version) == passed("python", version)
 
 
 def test_an_old_python_fails() -> None:
-    found = hardware.python_version(">=3.11", "3.10.12")
+    found = machine_checks.python_version(">=3.11", "3.10.12")
     assert found.status is Status.failed and "3.10.12, splitnet needs >=3.11: install that" in found.text
 
 
 def test_missing_and_unfit_libraries_are_named_with_a_command() -> None:
     requirements = ["alpha>=2,<3", "beta", "gamma>=1; extra == 'dev'", "delta; python_version < '3'"]
     there = {"alpha": "3.1", "beta": "0.1"}
-    (found,) = hardware.libraries(requirements, there.get)
+    (found,) = machine_checks.libraries(requirements, there.get)
     assert found.status is Status.failed
     assert found.text == "alpha is 3.1, splitnet needs <3,>=2: run `pip install 'alpha<3,>=2'`"
-    (found,) = hardware.libraries(["beta", "epsilon>=1"], there.get)
+    (found,) = machine_checks.libraries(["beta", "epsilon>=1"], there.get)
     assert found.text == "epsilon is not installed: run `pip install 'epsilon>=1'`"
-    (found,) = hardware.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
+    (found,) = machine_checks.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
     assert found == passed("libraries", "2 are installed, in versions that fit")
 
 
 def test_little_disk_space_is_a_warning(tmp_path: Path) -> None:
-    assert hardware.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
-    found = hardware.disk(tmp_path, 1 << 60)
+    assert machine_checks.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
+    found = machine_checks.disk(tmp_path, 1 << 60)
     assert found.status is Status.warned and "the whole model takes" in found.text and "HF_HOME" in found.text
 
 
 def test_the_key_check_creates_no_key(tmp_path: Path) -> None:
-    found, identity = hardware.key_of(tmp_path / "folder" / "key")
+    found, identity = machine_checks.key_of(tmp_path / "folder" / "key")
     assert found.status is Status.passed and identity is None and list(tmp_path.iterdir()) == []
     mine = Identity.load_or_create(tmp_path / "key")
-    found, identity = hardware.key_of(tmp_path / "key")
+    found, identity = machine_checks.key_of(tmp_path / "key")
     assert found.status is Status.passed and identity is not None and identity.public == mine.public
 
 
@@ -183,11 +183,11 @@ def test_the_report_counts_and_lists_findings() -> None:
 
 
 def test_the_installed_package_passes() -> None:
-    assert {finding.check: finding.status for finding in hardware.software()} == {
+    assert {finding.check: finding.status for finding in machine_checks.software()} == {
         "python": Status.passed,
         "libraries": Status.passed,
     }
-    assert hardware.devices().status is Status.passed
+    assert machine_checks.devices().status is Status.passed
 
 
 @pytest.mark.parametrize(
@@ -196,4 +196,4 @@ def test_the_installed_package_passes() -> None:
 )
 def test_missing_kernels_are_a_warning(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.quant.native.kernels_here", lambda: kernels)
-    assert hardware.kernels().status is status
+    assert machine_checks.kernels().status is status

@@ -11,7 +11,7 @@ import pytest
 
 from splitnet.serve.admission import ApiClient
 from splitnet.serve.failures import ApiError
-from splitnet.serve.gate import LARGE_BYTES, PreparationQueue
+from splitnet.serve.request_gate import LARGE_BYTES, PreparationQueue
 
 SMALL, LARGE = 10, LARGE_BYTES + 1
 
