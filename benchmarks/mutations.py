@@ -312,7 +312,7 @@ SCHEDULER = [
         "scheduler/batching.py",
         "(math.ceil(positions / size) - 1)",
         "math.ceil(positions / size)",
-        ("tests/unit/scheduler/test_batching_prefill.py",),
+        ("tests/unit/scheduler/test_prefill_chunks.py",),
     ),
     Fault(
         "sessions that fill no group are left out",
