@@ -158,7 +158,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(isinstance(child, BlockList) for child in module.children()):
             return module
-    raise ValueError("this model is no client part: load it with load_client_part")
+    raise ValueError("this model is not a client part: load it with load_client_part")
 
 
 def outline_in(model: nn.Module) -> BlockList:
@@ -167,11 +167,11 @@ def outline_in(model: nn.Module) -> BlockList:
 
 
 def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint, of the model's tensors outside the blocks.
+    """Name in the model -> name in the checkpoint, for the model's tensors outside the blocks.
 
-    The names differ where the checkpoint is of a multimodal model, whose text model has a different prefix. Tensors of
-    that model's other parts are left out, and so are tensors that models of the family ignore on purpose. Raises
-    UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
+    The names differ if the checkpoint belongs to a multimodal model, where names of the text model have another prefix.
+    Tensors of that model's other parts are left out, and so are tensors that models of the family ignore on purpose.
+    Raises UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
         left_out = ignored(checkpoint.client_part_names_of, model_class)
@@ -362,10 +362,10 @@ class AbsentWeight(Tensor):
 
 
 class RemotePart(nn.Module):
-    """A module without weights on this machine; its submodules have none either, except an adapter's modules."""
+    """A module without weights on this machine; its submodules have no weights either, except an adapter's modules."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Raises AdapterError if there are none, because code that asks for parameters needs some."""
+        """Raises AdapterError if there are no parameters, because code that asks for parameters needs some."""
         first = next(found := super().parameters(recurse), None)
         if first is None:
             raise _absent()

@@ -267,8 +267,9 @@ def _mapped(size: int) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Returns the memory of unused objects, such as blocks in reference cycles, to the system. The collector ignores
-    frozen objects, so they are unfrozen; the C library would keep pieces that are too small for the next blocks."""
+    """Returns the memory of unused objects, such as blocks in reference cycles, to the system. The garbage collector
+    ignores frozen objects, so this function unfreezes all objects; the C library would keep free memory in pieces that
+    are too small for the next blocks."""
     global _shared
     with _sharing:
         _shared = _shared[:0].clone()
@@ -361,7 +362,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
                 # In another namespace than the mount's, paths do not lead to the group.
                 is_below = own.is_relative_to(top) and ".." not in own.parts
                 yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
-    except (OSError, ValueError):  # the system has no such files, or in another format
+    except (OSError, ValueError):  # the system lacks these files, or they have another format
         return
 
 
@@ -391,7 +392,11 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
     would fit."""
     free = free_memory(device)
     fitting = min(end - start, free // block_bytes)
-    advice = f"at most {fitting} fit: use --blocks {start}:{start + fitting}" if fitting else "not even one fits"
+    advice = (
+        f"at most {fitting} fit: use --blocks {start}:{start + fitting}"
+        if fitting
+        else "not even one fits: use another device"
+    )
     message = (
         f"blocks {start}:{end} of {model} take {(end - start) * block_bytes / 2**30:.2f} GiB, {device} has "
         f"{free / 2**30:.2f} GiB free: {advice}, or smaller --weights"

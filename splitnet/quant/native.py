@@ -57,7 +57,7 @@ def _load() -> tuple[Any, str]:
     return loaded, ""
 
 
-_kernels, load_error = _load()  # `load_error`: the fault of the kernels; empty if they are loaded
+_kernels, load_error = _load()  # `load_error`: why the kernels are missing; empty if they are loaded
 
 
 def use_path(name: str) -> None:

@@ -407,7 +407,7 @@ class Latents:
 class Mlp:
     """An MLP for all positions: `down(activation(gate) * up)`, or without a gate `down(activation(up))`."""
 
-    gate: Any  # if `up` is None, its output has the outputs of `up` after its own; None: no gate
+    gate: Any  # a layer; if `up` is None, this layer also computes the outputs of `up`, after the gate's; None: no gate
     up: Any
     down: Any
     activation: Activation

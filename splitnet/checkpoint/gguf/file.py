@@ -41,7 +41,7 @@ class _Reader(GGUFReader):
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *args: Any, **options: Any) -> Any:
         if self._reads_head and int(offset) + np.dtype(dtype).itemsize * int(count) > MAX_HEAD_BYTES:
-            raise ValueError("its metadata do not end")
+            raise ValueError("its metadata are too long")
         return super()._get(offset, dtype, count, *args, **options)
 
     def _build_fields(self, offs: int, count: int) -> int:
@@ -77,7 +77,7 @@ class _Reader(GGUFReader):
 
 def _at_most(most: int, count: int, what: str) -> int:
     if count > most:
-        raise ValueError(f"it says that it has {count} {what}")
+        raise ValueError(f"it claims to have {count} {what}")
     return int(count)
 
 
@@ -163,8 +163,8 @@ class GgufFile:
                 shape = tuple(int(size) for size in reversed(tensor.shape))
                 if len(tensor.name) > MOST_OF_NAME or any(not 0 < size <= _MOST_IN_A_ROW for size in shape):
                     raise UnsupportedModel(
-                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which is "
-                        "no tensor of a model: download it again"
+                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which no "
+                        "tensor of a model has: download it again"
                     )
                 offset = int(tensor.data_offset)
                 self.tensors[tensor.name] = GgufTensor(

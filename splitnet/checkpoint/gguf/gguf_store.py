@@ -70,8 +70,8 @@ class GgufStore:
             return make_config(self._family.model_type, values, self._file)
         except (StrictDataclassError, *MALFORMED) as error:
             raise UnsupportedModel(
-                f"the metadata of {self.source} describe no model of the family {self._family.model_type!r}: download "
-                f"it again, or take another file of this model ({' '.join(str(error).split())})"
+                f"the metadata of {self.source} do not describe a model of the family {self._family.model_type!r}: "
+                f"download it again, or take another file of this model ({' '.join(str(error).split())})"
             ) from error
 
     @property

@@ -46,7 +46,7 @@ class Suffix:
     ending: str
     base: str
     role: str  # the format's key of the tensor
-    sure: bool = True  # the ending has no other meaning; if false, it counts only where there is such a weight
+    sure: bool = True  # the ending has no other meaning; if false, the ending counts only if the weight exists
 
 
 def of_weight(text: str) -> tuple[Suffix, ...]:
@@ -72,7 +72,8 @@ class QuantizedFormat(ABC):
 
     suffixes: Sequence[Suffix]  # endings of the tensors that belong to a weight; the first that fits counts
     needed: frozenset[str]  # the roles that every quantized weight has
-    # Endings of tensors that concern only activations or caches, whose types stay as they are in splitnet.
+    # Endings of tensors that concern only activations or caches. They are ignored: splitnet quantizes neither as they
+    # say.
     left: tuple[str, ...] = ()
 
     @abstractmethod
@@ -150,7 +151,7 @@ class CheckpointWeights:
 
 def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A count or size from a description. The value is not bounded by this check: callers compare it with sizes of
-    tensors before they use it. Raises ValueError: it is no positive integer."""
+    tensors before they use it. Raises ValueError: the value is not a positive integer."""
     value = settings.get(key, default)
     if type(value) is not int or not 0 < value < _MOST_COUNTED:
         raise ValueError(f"{key}: {value!r}")
