@@ -32,8 +32,8 @@ class BlockSize(NamedTuple):
     held: int  # all weights in the format in which the block holds them
     plain_experts: int = 0  # the part of `plain` that is weights of experts
     experts: int = 0  # the part of `held` that is weights of experts
-    coded: bool = False  # some weights stay in the codes of the checkpoint
-    converted: bool = False  # some weights are converted to another format
+    coded: bool = False  # whether some weights stay in the codes of the checkpoint
+    converted: bool = False  # whether some weights are converted to another format
 
 
 def block_bytes(
@@ -53,7 +53,7 @@ def block_bytes(
 def weights_of(
     checkpoint: Checkpoint, kind: str | None, dtype: torch.dtype | str | None, device: str | torch.device
 ) -> WeightChoice:
-    """How the blocks of a checkpoint hold their weights, see `choose_weights`; the same for each of its spans."""
+    """How the blocks of a checkpoint hold their weights, see `choose_weights`. The choice is the same for each span."""
 
     def held_bytes(weights: WeightChoice) -> int:
         return sum(size.held for size in block_sizes(checkpoint, weights, range(checkpoint.num_blocks)))

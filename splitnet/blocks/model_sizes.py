@@ -1,6 +1,6 @@
 """The sizes of a model before it is loaded: bytes of a block, of a cached position and of the client's part; FLOPs.
 
-The model is built on the meta device, where tensors have no memory, so the sizes are those that transformers would
+The model is built on the meta device, where tensors have no memory, so the sizes are the sizes that transformers would
 load, and no weight is read or downloaded. Only for weights in codes are the headers of files read, for their bytes.
 """
 

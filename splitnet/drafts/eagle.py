@@ -41,7 +41,7 @@ from splitnet.quant.linear import hold_weights
 
 MOST_LAYERS = 8
 MOST_TAPS = 8
-_MOST_SIZE = 1 << 20  # largest dimension: torch can count the product of two
+_MOST_SIZE = 1 << 20  # largest dimension: the product of two dimensions fits in torch's sizes
 _ROPES = ("default", "linear", "llama3", "yarn")  # RoPE types with frequencies that do not depend on the text's length
 _SPECULATORS = "speculators_model_type"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -177,7 +177,7 @@ class EagleHead(nn.Module):
         places = store.tensor_locations()
         names = {name.replace("midlayer.", "layers.0.", 1): name for name in places}
         with replace_library_errors(
-            lambda why: SplitnetError(f"the config of {source} is none of an EAGLE head ({why})")
+            lambda why: SplitnetError(f"the config of {source} is not the config of an EAGLE head ({why})")
         ):
             shape = _shape_of(json.loads(store.told_config()), names.keys(), model)
         with torch.device("meta"):
@@ -269,7 +269,9 @@ class EagleHead(nn.Module):
         """Writes the head in bfloat16, in the format of `speculators`. verifier: hub id or path of the model; None:
         others cannot open the model. Raises SplitnetError: EAGLE-1 and 2, which the format lacks."""
         if self.shape.first:
-            raise SplitnetError("a head of EAGLE-1 or 2 has no place in the format of speculators: train a new one")
+            raise SplitnetError(
+                "a head of EAGLE-1 or 2 cannot be written in the format of speculators: train a new head"
+            )
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
         if (ids := self.draft_vocabulary) is not None:
             known = torch.zeros(self.model.vocabulary, dtype=torch.bool)
@@ -316,7 +318,7 @@ def _refuse(problem: str) -> NoReturn:
 def _ids_of(offsets: Tensor, vocabulary: int) -> Tensor:
     ids = offsets.long() + torch.arange(len(offsets))
     if not bool(((ids >= 0) & (ids < vocabulary)).all()) or len(ids.unique()) < len(ids):
-        _refuse(f"drafts tokens by d2t that are not, or not once, among the model's {vocabulary}")
+        _refuse(f"has a d2t with tokens that are repeated, or not among the model's {vocabulary}")
     return ids
 
 
@@ -408,7 +410,7 @@ def _layer_of(told: Mapping[str, Any], model: ClientPart, *, own_embeddings: boo
     try:
         LlamaRotaryEmbedding(config)(torch.empty(0), torch.zeros(1, 1))
     except Exception as error:
-        raise ValueError(f"no rotary embedding comes of {str(rope)[:500]}: {error}") from error
+        raise ValueError(f"no rotary embedding can be made from {str(rope)[:500]}: {error}") from error
     return config
 
 

@@ -662,7 +662,7 @@ INLINE VNNI __m512i eight_bytes(const int8_t *from) {
     return _mm512_set1_epi64(bytes);
 }
 
-/* E4M3 with the four inputs of an output together: as bfloat16, which the CPU multiplies in pairs. */
+/* For E4M3 codes that are not in pairs: the codes become bfloat16 numbers, which the CPU multiplies in pairs. */
 INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
@@ -841,8 +841,8 @@ static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
     return found ? found : grouped_plainly;
 }
 
-/* Converts the rows of a job to the type that a kernel takes; allocates `numbers->high` if necessary. Returns 0 without
-memory. */
+/* Converts the rows of a job to the type that a kernel takes; allocates `numbers->high` if necessary. Returns 0 if
+memory cannot be allocated. */
 static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Quantised *numbers) {
     const Grouped *weight = job->weight;
     const int integers = taken_by(weight) == AS_INTEGERS || (weight->code == FLOAT_TABLE && path->in_words);
@@ -888,7 +888,7 @@ static void run_some_tiles(const void *given, int64_t thread) {
     }
 }
 
-/* Each thread computes some of the tiles, for all runs. */
+/* Each thread computes the products of some of the tiles with all runs of rows. */
 static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many) {
     TiledRuns all = {kernel, job, rows, runs, many, parts_of(job->weight->outputs, TILE), job->threads < 1 ? 1 : job->threads};
     run_parts(run_some_tiles, &all, all.threads, all.threads);

@@ -1,4 +1,4 @@
-/* New positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. All computations are in
+/* Runs new positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. All computations are in
 float32. Keys and values are stored in the span's type, float32 or bfloat16, or as float16, or in the codes of
 splitnet/blocks/kv_form.py. */
 
@@ -102,7 +102,7 @@ typedef struct {
     int threads;
 } Step;
 
-/* bits: 16 for float16; 8, 4 for codes; 0 for the type of blocks. */
+/* `bits`: 16 for float16, 8 or 4 for codes, 0 for the type of blocks. */
 static enum stored stored_by(long long bits, int floats) {
     return bits == 16 ? KV_FLOAT16 : bits == 8 ? KV_BYTES : bits ? KV_NIBBLES : floats ? KV_FLOAT32 : KV_BFLOAT16;
 }
@@ -223,7 +223,7 @@ static int64_t kv_code_bytes(int64_t size, enum stored kind) { return kind == KV
 
 static int is_coded(enum stored kind) { return kind >= KV_BYTES; }
 
-/* For one head. */
+/* Bytes of one head's key or value in one position. */
 static int64_t kv_bytes(int64_t size, enum stored kind) {
     if (!is_coded(kind)) return size * (kind == KV_FLOAT32 ? 4 : 2);
     return kv_code_bytes(size, kind) + 2 * (size / kv_group(size, kind));
@@ -336,7 +336,7 @@ typedef struct {
     enum stored near_kind;
 } Seen;
 
-/* Positions that are read at a time. */
+/* Maximum positions whose keys or values are read at a time. */
 #define LINES 16
 
 /* Reads `count` rows of `size` numbers from `first` on, at most LINES, padded with zeros to LINES rows. `room`: memory for
@@ -677,7 +677,7 @@ INLINE VNNI int64_t best_of(const float *values, int64_t count) {
     return best;
 }
 
-/* Excludes all groups of experts except the `kept` best ones, ranked by the sum of their best or two best scores. */
+/* Excludes all groups of experts except the `kept` best groups. A group's rank is the sum of its best or two best scores. */
 static void keep_groups(const Block *block, float *scores) {
     int64_t size = block->experts / block->groups;
     for (int64_t out = block->groups - block->kept; out > 0; out--) {
@@ -1024,7 +1024,7 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
         for (int64_t i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
 }
 
-/* Runs the positions through the blocks. `stores`: [blocks, positions]. Returns 0 without memory. */
+/* Runs the positions through the blocks. `stores`: [blocks, positions]. Returns 0 if memory cannot be allocated. */
 VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
     int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
     int64_t parts = 1, heads_most = 0;

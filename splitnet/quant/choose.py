@@ -121,7 +121,7 @@ class WeightChoice:
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)
 
     def plain(self) -> WeightChoice:
-        """This choice for a case in which all weights without codes are held in the type that blocks compute in."""
+        """This choice, changed: weights that are not in codes are held in the type that blocks compute in."""
         return replace(self, kind=name_of(self.dtype), forms=())
 
 

@@ -29,15 +29,16 @@ _TRIED_SIZE, _TRIED_PRODUCTS = 1024, 8
 
 
 def seconds_after_work(device: torch.device) -> float:
-    """`time.perf_counter()` after the device has finished its work: calls for a GPU return before that."""
+    """`time.perf_counter()` after the device has finished its work: calls for a GPU return before the GPU has
+    finished."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch:
-    """Measures the time that a device needs for this thread's work, from creation to `stop`: on CUDA by events, so that
-    `stop` does not wait; elsewhere by the clock."""
+    """Measures the time that a device needs for this thread's work, from the creation of this object to `stop`: on CUDA
+    with events, so that `stop` does not wait; elsewhere with the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

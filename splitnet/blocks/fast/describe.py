@@ -23,7 +23,7 @@ from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.linear import QuantizedLinear
 
 _TRIALS = 8
-_SCALES = (1.0, 1e-2)  # scales of the inputs that norms are tried on: the second one shows the epsilon of the variance
+_SCALES = (1.0, 1e-2)  # scales of the inputs for trials of norms; the second scale shows the epsilon of the variance
 
 
 class UnknownPart(Exception):
@@ -47,7 +47,7 @@ class Norm:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """Finds the norm of a family's own module by a trial; raises UnknownPart if the module computes something
+        """Finds the factors of a family's own norm by a trial. Raises UnknownPart if the module computes something
         else."""
         own: Any = deepcopy(module).float()
         named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
@@ -179,11 +179,11 @@ _ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
 class BlockDescription:
     """A block with the usual parts."""
 
-    before: Norm | None  # of the input of attention; `after`: of its output
+    before: Norm | None  # the norm of the input of attention; `after`: the norm of attention's output
     after: Norm | None
-    between: Norm | None  # of the input of the MLP; `behind`: of its output
+    between: Norm | None  # the norm of the input of the MLP; `behind`: the norm of the MLP's output
     behind: Norm | None
-    parallel: bool  # the MLP has the same input as attention; else the output of attention
+    parallel: bool  # whether the MLP has the same input as attention; otherwise its input is the output of attention
     residual: float  # factor of the outputs of attention and MLP
     attention: Attention
     mlp: Mlp | None  # None for a block with experts alone
@@ -357,12 +357,12 @@ class Latents:
 
     lowered: Any  # a layer whose normed output is the input of `query`, or None
     lowered_norm: Norm | None
-    # Its output is the input of `norm`, which gives the latents, followed by the rotated part of keys, which all heads
-    # share.
+    # A layer. The first part of its output is the input of `norm`, which gives the latents; the rest is the rotated
+    # part of keys, which all heads share.
     layer: Any
     norm: Norm
-    expand: Any  # computes, by head, the rest of a key and the value from latents
-    kept: bool  # latents and the rotated part of keys are stored in place of keys and values
+    expand: Any  # a layer that computes the rest of the key and the value of each head from latents
+    kept: bool  # whether latents and the rotated part of keys are stored in place of keys and values
 
     @classmethod
     def of(cls, parts: _Parts, module: Any) -> Self:
@@ -524,7 +524,7 @@ def _choice_of(mlp: nn.Module, router: Any) -> RouterRule | None:
     weight, bias = weights[0].detach(), getattr(router, "bias", None)
     choice = RouterRule(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
     hidden = _noise(weight.shape[1])
-    hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to tell softmax from sigmoid
+    hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to distinguish softmax from sigmoid
     given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
     try:
         _, shares, indices = deepcopy(router).float()(*given)

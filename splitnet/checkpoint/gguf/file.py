@@ -23,7 +23,7 @@ from splitnet.quant.packed_tensor import CodeLayout, Codes, Experts, PackedTenso
 Bytes = npt.NDArray[np.uint8]
 _Type = GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
-_LONG = 1024  # numbers; lists with one number per block are shorter
+_LONG = 1024  # lists of more numbers are skipped; lists with one number per block are shorter
 _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22
@@ -35,7 +35,8 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 
 class _Reader(GGUFReader):
     """Skips lists of strings and long lists, because the `gguf` package keeps some arrays for each token of a
-    vocabulary. It also reads files that a stranger describes and that are mostly holes, so all sizes are bounded."""
+    vocabulary. This class also reads files whose metadata come from a stranger and whose data are mostly missing, so
+    all sizes are bounded."""
 
     _reads_head = True
 

@@ -72,8 +72,8 @@ class QuantizedFormat(ABC):
 
     suffixes: Sequence[Suffix]  # endings of the tensors that belong to a weight; the first that fits counts
     needed: frozenset[str]  # the roles that every quantized weight has
-    # Endings of tensors that concern only activations or caches. They are ignored: splitnet quantizes neither as they
-    # say.
+    # Endings of tensors that concern only activations or caches. They are ignored, because splitnet does not quantize
+    # activations and chooses the type of caches itself.
     left: tuple[str, ...] = ()
 
     @abstractmethod
