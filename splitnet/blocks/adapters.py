@@ -1,6 +1,6 @@
 """A client's own parameters in blocks: changes of linear layers, and a prefix of keys and values.
 
-The name of a tensor is the number of its block in the whole model and its place in the block:
+The name of a tensor is the number of the tensor's block in the whole model, followed by the tensor's path in the block:
 
     12.self_attn.q_proj.lora_A    [rank, inputs]
     12.self_attn.q_proj.lora_B    [outputs, rank], times the scaling

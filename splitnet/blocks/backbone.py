@@ -297,7 +297,8 @@ def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
-    """Keeps blocks `[start, end)` of a backbone and replaces the modules before and after them with neutral ones."""
+    """Keeps blocks `[start, end)` of a backbone and replaces the modules before and after these blocks with neutral
+    modules."""
     parent, list_name = parent_of(backbone, container)
     kept = getattr(parent, list_name)[start:end]
     for module in kept.modules():
@@ -349,7 +350,7 @@ def parent_of(model: nn.Module, container: str) -> tuple[nn.Module, str]:
 
 
 def _shallow(module: Any) -> Any:
-    """A copy of a module with the same children, which can be replaced one by one."""
+    """A copy of a module with the same children. Replacing a child of the copy does not change the original module."""
     shallow = copy.copy(module)
     shallow.__dict__["_modules"] = dict(module._modules)
     return shallow

@@ -62,7 +62,8 @@ def weights_of(
 
 
 def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
-    """Refuses blocks, from `start` on, whose files take more bytes than the config allows, as strangers supply both.
+    """Refuses blocks, from `start` on, that take more bytes in the files than the config allows. Strangers supply both
+    files and config.
 
     Raises ModelNotFound, which names the block, or UnsupportedModel if no model can be built from this config.
     """
@@ -76,7 +77,7 @@ def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
         numbers = sum(tensor.numel() for tensor in module.state_dict().values())
         if told > torch.float32.itemsize * numbers + _TABLE_BYTES:
             raise ModelNotFound(
-                f"block {index} of {checkpoint.name} is said to take {told / 2**20:.0f} MiB for {numbers} numbers: "
+                f"block {index} of {checkpoint.name} takes {told / 2**20:.0f} MiB in its files for {numbers} numbers: "
                 "join another swarm, or give --model-id"
             )
 

@@ -1,4 +1,4 @@
-"""The client's part of a model: embeddings, final norm and head, with one module in place of all blocks."""
+"""The client part of a model: embeddings, final norm and head, with one module in place of all blocks."""
 
 from __future__ import annotations
 
@@ -291,7 +291,8 @@ class BlockList(nn.ModuleList):
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
-    """Whether a family's backbone takes `output[0]` of the value that a block returns: found by trying both.
+    """Whether a family's backbone takes `output[0]` of the value that a block returns: found by trying both return
+    types.
 
     Taking `[0]` of a tensor would drop the batch dimension, often without an error. Raises UnsupportedModel if the
     backbone takes neither a tensor nor a tuple. `container`: the name of the list of blocks in `model`; it may be
@@ -303,7 +304,7 @@ def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
         output = _run_without_blocks(model, container, returns_tuple, backbone, inputs)
         if output is not None and output.shape[:2] == (2, 3):
             return returns_tuple
-    raise UnsupportedModel(f"the client's part of the family {model.config.model_type!r} does not run on its own")
+    raise UnsupportedModel(f"the client part of the family {model.config.model_type!r} does not run without its blocks")
 
 
 def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype) -> None:
@@ -324,7 +325,8 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
 def _run_without_blocks(
     model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, Tensor]
 ) -> Tensor | None:
-    """The output of `backbone`, a part of `model`, with a block that does nothing; None: it does not run."""
+    """The output of `backbone`, a part of `model`, with a block that does nothing in place of the blocks; None: this
+    does not run."""
     parent, name = parent_of(model, container)
     config: Any = parent.config
     blocks, count = getattr(parent, name), config.num_hidden_layers

@@ -24,7 +24,7 @@ OLDEST_COPY_DISTANCE = 64
 SPACING = 32
 # Positions of a row's first allocation if its size is unknown; each later allocation doubles it.
 FIRST_CAPACITY = 256
-# Maximum number of live copies of a row's states: the present ones, those of a pass, the copies.
+# Maximum number of live versions of a row's states: the present states, the states of a running pass, and the copies.
 MAX_LIVE_STATES = COPIES + 2
 
 
@@ -385,12 +385,12 @@ class SequenceCache:
         start = self._before(key) + position
         end = start + codes[0].shape[2]
         if not position and len(first) < len(codes):
-            raise ValueError("a page of keys and values that are held in another way")
+            raise ValueError("the keys and values of a page have another format than the row")
         keys, values = first or codes
         block = self._with_room(key, keys, values, end)
         for held, new in zip((block.keys, block.values), codes, strict=True):
             if new.dtype != held.dtype or new.shape != held[:, :, start:end].shape:
-                raise ValueError("a page of keys and values that are held in another way")
+                raise ValueError("the keys and values of a page have another format than the row")
             held[:, :, start:end] = new
         for near, new in zip(block.near, first, strict=False):
             near[:, :, :SINKS] = new

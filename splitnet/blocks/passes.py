@@ -73,8 +73,8 @@ class SpanPasses:
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
         most_positions: maximum positions of whole sequences that go through a block at once; a longer sequence is a
             separate piece; None: no limit.
-        graph_bytes: bytes that torch may keep for the backward pass. Blocks for which they do not suffice are computed
-            again in the backward pass.
+        graph_bytes: bytes that torch may keep for the backward pass. Blocks for which these bytes do not suffice are
+            computed again in the backward pass.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SpanPasses:
         self._span, self._between, self._most_positions = span, between, most_positions
         self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
-        # Bytes per position in a block, by kind of pass: the most that was measured.
+        # Bytes per position in a block, by kind of pass: the maximum that was measured.
         self._kept_per_position: dict[tuple[int, ...], float] = {}
 
     def forward(
@@ -156,8 +156,8 @@ class SpanPasses:
         """As `forward`; also returns the data that `backward_saved` needs. Raises PeerBusy if torch would keep too many
         bytes of a block.
 
-        `most`: bytes that torch may keep, plus the bytes of one more block while it runs; the blocks for which they do
-        not suffice are computed again in the backward pass.
+        `most`: bytes that torch may keep, plus the bytes of one more block while it runs; blocks for which these bytes
+        do not suffice are computed again in the backward pass.
         """
         traced = AdapterTensors(adapter.of_blocks(start, end)).traced() if adapter is not None else None
         block_pieces: list[list[_BlockPiece]] = []

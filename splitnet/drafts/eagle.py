@@ -332,7 +332,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -
         _refuse(f"is a speculator of the kind {kind!r}, and only eagle3 is known")
     told = values["transformer_layer_config"] if kind else values
     if not isinstance(told, Mapping):
-        _refuse("has a transformer_layer_config that describes nothing")
+        _refuse("has a transformer_layer_config that is not an object with keys")
     nested = values.get("eagle_config")
     first = not kind and "layers.0.hidden_norm.weight" not in tensors
     flags = {name: bool(values.get(name)) for name in _FLAGS if not first}
@@ -352,7 +352,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -
     if not first and values.get("draft_vocab_size") is not None:
         draft = _number(values, "draft_vocab_size", model.vocabulary)
     if draft != model.vocabulary and "d2t" not in tensors:
-        _refuse(f"drafts {draft} of {model.vocabulary} tokens and has no d2t, which says what they are")
+        _refuse(f"drafts {draft} of {model.vocabulary} tokens and has no d2t, which gives the tokens that are drafted")
     own = {"lm_head.weight", "embed_tokens.weight"} & tensors if not first else frozenset[str]()
     fits = model.head is not None and draft == model.vocabulary and layer.hidden_size == model.hidden_size
     if "lm_head.weight" not in own and not fits:

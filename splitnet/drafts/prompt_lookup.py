@@ -25,9 +25,9 @@ class PromptLookup:
     else with fewer of them, is copied. The kind of a guess grows with the number of equal tokens before the place.
 
     A copy with changes, such as edited code, is followed further: if a token differs from the source and the next ones
-    are equal, the new token replaces the old one. From then on both count as equal when places are compared, and the
-    new token is drafted. The source is followed as long as the text agrees with it; a new look-up would mostly find a
-    place within the copy.
+    are equal, the new token replaces the old one. From then on the two tokens count as equal when places are compared,
+    and the new token is drafted. The source is followed as long as the text agrees with it; a new look-up would mostly
+    find a place within the copy.
     """
 
     priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)

@@ -18,7 +18,7 @@ enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
 
 /* All fields have 8 bytes: Python writes them as a list of numbers. */
 typedef struct {
-    int64_t code; /* ANY: only the plain loops take it */
+    int64_t code; /* an `enum code`; only the plain loops take weights with ANY */
     int64_t bits, group, panel, inputs, outputs;
     int64_t offset;       /* the code of zero, without a table */
     int64_t scale, zero;  /* their types: an `enum number` */
@@ -146,7 +146,7 @@ INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t code
         for (int i = 0, shift = 0; i < (vector < whole ? 1 : 3); i++) {
             const int *piece = vector < whole ? alone : pieces[bits][vector - whole][i];
             const int mask = (1 << piece[2]) - 1;
-            uint8_t some[VECTOR]; /* a local array, so that the compiler knows that it does not overlap */
+            uint8_t some[VECTOR]; /* a local array, so that the compiler knows that the array does not overlap `codes` */
             for (int k = 0; k < VECTOR; k++) some[k] = (uint8_t)((at[piece[0] * VECTOR + k] >> piece[1] & mask) << shift);
             for (int k = 0; k < VECTOR; k++) codes[vector * VECTOR + k] |= some[k];
             shift += piece[2];
@@ -825,7 +825,7 @@ typedef struct {
     const char *name;
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
-    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with unconverted rows */
+    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: E4M3 is multiplied with unconverted rows */
     Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; E4M3 in pairs */

@@ -1,4 +1,4 @@
-/* Runs new positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. All computations are in
+/* Runs new positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. Computations are in
 float32. Keys and values are stored in the span's type, float32 or bfloat16, or as float16, or in the codes of
 splitnet/blocks/kv_form.py. */
 
@@ -33,7 +33,7 @@ typedef struct {
     Norm before, after;   /* of the input and the output of attention */
     Norm between, behind; /* of the input and the output of the MLP */
     Norm query_norm, key_norm;
-    int64_t parallel;       /* the MLP has the input of attention, or its own norm of it; else the output of attention */
+    int64_t parallel;       /* the MLP has the input of attention, perhaps with another norm; otherwise the output of attention */
     double residual;        /* factor of the outputs of attention and MLP before they are added */
     const float *sinks;     /* per head, a logit in the softmax that has no value; or NULL */
     const float *slopes;    /* per head, added to a logit for every position (ALiBi); or NULL */
@@ -63,7 +63,7 @@ typedef struct {
     int64_t sigmoid;         /* scores are sigmoids of logits, else their softmax */
     int64_t normalised;      /* the shares of the chosen experts add up to one */
     int64_t groups, kept;    /* experts are chosen from the `kept` best groups */
-    int64_t judges;          /* how many of a group's best scores are summed to rank it: one or two */
+    int64_t judges;          /* how many of a group's best scores are summed to rank the group: one or two */
     int64_t interleaved;     /* gate and up of an expert are interleaved, else its gate comes first */
     const float *correction; /* added to scores for the choice alone, or NULL */
     double factor;           /* factor of shares */
@@ -107,7 +107,7 @@ static enum stored stored_by(long long bits, int floats) {
     return bits == 16 ? KV_FLOAT16 : bits == 8 ? KV_BYTES : bits ? KV_NIBBLES : floats ? KV_FLOAT32 : KV_BFLOAT16;
 }
 
-/* Cephes' exponential function: error of a unit in the last place. */
+/* The exponential function of the Cephes library; the error is one unit in the last place. */
 INLINE VNNI __m512 exponential(__m512 x) {
     const __m512 most = _mm512_set1_ps(88.0f), least = _mm512_set1_ps(-103.0f);
     x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* this order keeps NaN */
@@ -129,11 +129,11 @@ INLINE VNNI __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
+INLINE VNNI __m512 tangent(__m512 x) { /* the hyperbolic tangent */
     return _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1));
 }
 
-/* Normalises one head or several; `head`: its index. */
+/* Normalises one head or several; `head`: the index of the first head. */
 INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, int64_t width, int64_t head) {
     const float *weight = norm->weight + head * norm->stride;
     __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
@@ -643,7 +643,7 @@ VNNI static void open_gate(const Block *block, const float *gate, const float *u
     }
 }
 
-/* The gating of an expert, as its family defines it. `inner`: its gate and up. */
+/* The gating of an expert, as the family defines gating. `inner`: gate and up of the expert. */
 VNNI static void open_expert(const Block *block, const float *inner, float *gated, int64_t count) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);

@@ -104,8 +104,8 @@ def _events_tell(device: torch.device) -> bool:
 
 
 def end_threads() -> None:
-    """Ends the threads that help this thread to compute; its next computation starts new ones. Other threads keep their
-    helpers.
+    """Ends the threads that help this thread to compute; the next computation of this thread starts new helper threads.
+    Other threads keep their helper threads.
 
     libgomp, which torch brings for Linux, starts helper threads for each computing thread. If they outnumber the
     processors, idle helpers sleep, and a decode step takes up to four times as long.
@@ -371,7 +371,7 @@ def _left_in(group: Path) -> Iterator[int]:
     """The bytes that each limit of a control group leaves. The cache of unused files counts as free, because the kernel
     takes it back."""
     for limit, used, reclaimed in _LIMITS:
-        with suppress(OSError, ValueError):  # files of the other version are missing; "max" is no number
+        with suppress(OSError, ValueError):  # files of the other version are missing; "max" is not a number
             statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
             yield (
                 int((group / limit).read_text(encoding="ascii"))

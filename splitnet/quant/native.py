@@ -196,7 +196,7 @@ def path_in_use() -> str | None:
 
 
 def have_threads() -> bool:
-    """Whether the kernels compute with as many threads as torch; otherwise they use one."""
+    """Whether the kernels compute with as many threads as torch; otherwise the kernels use one thread."""
     return _kernels is not None and _kernels.has_threads()
 
 

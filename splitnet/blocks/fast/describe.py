@@ -41,7 +41,7 @@ class Norm:
     """The factors and summands of a norm, applied to normalised numbers."""
 
     kind: NormKind
-    weight: Tensor  # `[width]`, or `[heads, size]` if each head has its own; likewise the bias
+    weight: Tensor  # `[width]`, or `[heads, size]` if each head has separate weights; the bias has the same shape
     bias: Tensor | None
     epsilon: float  # added to the variance
 
@@ -385,7 +385,7 @@ class Latents:
 
     @property
     def turned(self) -> int:
-        """Numbers of a key, its last ones, that are rotated."""
+        """How many numbers at the end of a key are rotated."""
         return self.layer.out_features - self.rank
 
     def fits_together(self, attention: Attention) -> bool:
@@ -622,6 +622,6 @@ def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[i
         return list(range(heads + 2 * stored))
     group, turns = heads // stored, range(stored)
     queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
-    # With this attribute, each query has its own copy of the key.
+    # With this attribute, each query has a separate copy of the key.
     times = group if getattr(attention, "new_decoder_architecture", False) else 1
     return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]

@@ -349,7 +349,7 @@ def _like(
     changes: tuple[Change, ...] = (),
     **others: Any,
 ) -> GgufArchitecture:
-    """A row that extends another one; `others` replace its attributes."""
+    """A row that extends `row`; `others` replace attributes of `row`."""
     both = {"fields": row.fields | _names(fields), "tensors": row.tensors | _names(tensors)}
     return replace(row, model_type=model_type, changes=(*row.changes, *changes), **both, **others)
 

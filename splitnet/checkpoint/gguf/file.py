@@ -122,7 +122,7 @@ class GgufTensor:
 
 
 class _FileMatrix(StoredMatrix):
-    """Rows of a tensor in a file. Some of its outputs are read without the others."""
+    """Rows of a tensor in a file. A subset of the outputs can be read without the others."""
 
     def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
         super().__init__(layout_of(stored, name), (len(rows), inputs), self._read_codes)

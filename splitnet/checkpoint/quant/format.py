@@ -30,8 +30,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A quantized weight that no `CodeLayout` describes (the reason is `why`): it is read as float32, and rounded to
-    `dtype` once."""
+    """A quantized weight that no `CodeLayout` describes for the reason `why`. The weight is read as float32, and
+    rounded to `dtype` once."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -141,7 +141,7 @@ class CheckpointWeights:
                 return self._format.tensor(name, parts, self.dtype)
             except MALFORMED as error:
                 raise UnsupportedModel(
-                    f"{name} is not what the config says of quantized weights ({error!r}): download it again"
+                    f"{name} contradicts the config's description of quantized weights ({error!r}): download it again"
                 ) from error
         plain = parts[WEIGHT]
         if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:

@@ -65,7 +65,8 @@ class _SourceState:
     """The state of one source."""
 
     held: set[bytes] = field(default_factory=set[bytes])  # needed pieces that the source has
-    # Pieces to request from the source, the next one at the end; some may be requested from others meanwhile.
+    # Pieces to request from the source, the next piece at the end. Some of them may already be requested from other
+    # sources.
     queue: list[bytes] = field(default_factory=list[bytes])
     # Pieces under way from the source: time of the request, and bytes.
     asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])

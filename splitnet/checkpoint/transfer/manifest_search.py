@@ -294,7 +294,7 @@ class _Race:
                 self._drop_question(number)
 
     def _bound(self) -> None:
-        """Drops the peers that have sent most while all together have sent more than the limit."""
+        """While all peers together have sent more than the limit, drops the peer that has sent the most bytes."""
         while sum(one.nbytes for one in self._asked.values()) > MAX_ANSWER_BYTES:
             self._drop_question(
                 max(self._asked, key=lambda number: self._asked[number].nbytes), "it has sent too many bytes"

@@ -251,7 +251,7 @@ def test_a_rotary_embedding_that_is_scaled_twice_is_refused(tmp_path: Path) -> N
         ("attention__head_count", 0, "do not describe a model"),
         ("attention__head_count", 7, "do not describe a model"),
         ("attention__layer_norm_rms_epsilon", "small", "do not describe a model"),
-        ("attention__head_count_kv", 3, r"blk\.0\.attn_k\.weight .* is not what its metadata say"),
+        ("attention__head_count_kv", 3, r"blk\.0\.attn_k\.weight .* does not fit the file's metadata"),
     ],
 )
 def test_metadata_that_do_not_fit_the_tensors(key: str, value: Any, said: str, tmp_path: Path) -> None:
