@@ -212,7 +212,7 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
     }
 }
 
-/* Converts some lanes of a tile to floats, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
+/* Converts some lanes of a tile to floats, `[lanes, inputs]`, rounded as `Codes.to_floats` rounds them. */
 INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];

@@ -122,8 +122,8 @@ class GgufStore:
         except (RuntimeError, *MALFORMED) as error:
             first = recipe.parts[0]
             raise UnsupportedModel(
-                f"{first.name} of {self.source} ({list(first.shape)}) does not fit the file's metadata ({error}): download "
-                "it again, or take another file of this model"
+                f"{first.name} of {self.source} ({list(first.shape)}) does not fit the file's metadata ({error}): "
+                "download it again, or take another file of this model"
             ) from error
 
     def told_config(self) -> str:

@@ -99,7 +99,7 @@ class Gptq(QuantizedFormat):
             def numbers() -> torch.Tensor:
                 of = index.read(...).long()
                 if bool((of < 0).any() | (of >= groups).any()):
-                    raise misfit(index, f"has groups outside 0..{groups - 1}")
+                    raise misfit(index, f"assigns inputs to other groups than its {groups} groups")
                 return by_group(read_with_zeros(), of)
 
             return Numbers((outputs, inputs), dtype, numbers, "its groups are of permuted inputs ('desc_act')")
