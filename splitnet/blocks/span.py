@@ -134,7 +134,7 @@ class Span:
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
         self.weights = weights
-        self.dtype = weights.dtype  # not the dtype of a parameter: some families keep their norms in float32
+        self.dtype = weights.dtype  # not the dtype of a parameter, because some families keep norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
         # Latents, from which keys and values are computed, are few numbers already.

@@ -10,8 +10,8 @@ row. Codes of integers are multiplied as unsigned bytes, other codes as floats. 
 #define TILE 16      /* outputs that are stored together */
 #define CHUNK 32     /* inputs whose codes are stored together */
 #define UNITS 256    /* inputs that share a unit of steps */
-#define MOST_GROUPS 64 /* per panel */
-#define MOST_ROWS 64 /* rows that are multiplied with a tile before the next tile, so that they stay in a cache */
+#define MOST_GROUPS 64 /* maximum groups per panel */
+#define MOST_ROWS 64 /* maximum rows that are multiplied with a tile before the next tile, so that the rows stay in a cache */
 
 enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE, ONES };
 enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
@@ -21,7 +21,7 @@ typedef struct {
     int64_t code; /* an `enum code`; only the plain loops take weights with ANY */
     int64_t bits, group, panel, inputs, outputs;
     int64_t offset;       /* the code of zero, without a table */
-    int64_t scale, zero;  /* their types: an `enum number` */
+    int64_t scale, zero;  /* types of scales and zeros: an `enum number` */
     int64_t scales_at, zeros_at; /* bytes of the scales, and of the zeros, of one group of a tile */
     int64_t tile_bytes;
     int64_t pairs;        /* two of the four inputs of an output are stored 32 bytes after the other two */
@@ -259,7 +259,7 @@ typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
     int64_t stride; /* of `high` and `low`; SUMMED times the stride of the sums, CHUNK times that of the pairs */
-    const float *highs; /* with the stride of the sums */
+    const float *highs; /* with the same stride as `sums` */
 } Numbered;
 
 /* The difference between the unsigned bytes and the values that they encode. */

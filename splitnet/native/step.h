@@ -35,7 +35,7 @@ typedef struct {
     Norm query_norm, key_norm;
     int64_t parallel;       /* the MLP has the input of attention, perhaps with another norm; otherwise the output of attention */
     double residual;        /* factor of the outputs of attention and MLP before they are added */
-    const float *sinks;     /* per head, a logit in the softmax that has no value; or NULL */
+    const float *sinks;     /* per head, a logit that takes part in the softmax without a value; or NULL */
     const float *slopes;    /* per head, added to a logit for every position (ALiBi); or NULL */
     /* If `query` computes all three: the places of the heads of query, key and value in its output; else NULL */
     const int64_t *places;
@@ -46,7 +46,7 @@ typedef struct {
     int64_t absorbed;   /* latents are stored in place of keys, and the rotated part of keys in place of values */
     int64_t window; /* positions that a position sees, or 0: all */
     int64_t joined; /* query_norm and key_norm normalise all heads together */
-    int64_t late;   /* these norms come after the rotary embedding */
+    int64_t late;   /* query_norm and key_norm come after the rotary embedding */
     int64_t rope;   /* index of the rotary embedding, or -1 */
     int64_t activation;
     double shape[4]; /* of XIELU: alpha of positive numbers, alpha of other numbers, beta, and the upper limit for the latter */
@@ -56,15 +56,15 @@ typedef struct {
     Matrix gate, up, down;
     Matrix opener; /* one output, whose sigmoid scales the MLP's output; or without weights */
     Norm lowered_norm, latent_norm;
-    Matrix lowered; /* its normed output is the input of `query`; without weights, `query` has the input of attention */
-    Matrix latent;  /* its output is the latents, before their norm, and the rotated part of keys, which all heads share */
+    Matrix lowered; /* the normed output is the input of `query`; without weights, `query` has the input of attention */
+    Matrix latent;  /* gives the latents, before the norm, and the rotated part of keys, which all heads share */
     Matrix expand;  /* computes, by head, the rest of the key and the value; in floats if latents are stored */
     int64_t experts, chosen; /* 0: there are none */
-    int64_t sigmoid;         /* scores are sigmoids of logits, else their softmax */
+    int64_t sigmoid;         /* scores are sigmoids of logits; otherwise the softmax of the logits */
     int64_t normalised;      /* the shares of the chosen experts add up to one */
     int64_t groups, kept;    /* experts are chosen from the `kept` best groups */
     int64_t judges;          /* how many of a group's best scores are summed to rank the group: one or two */
-    int64_t interleaved;     /* gate and up of an expert are interleaved, else its gate comes first */
+    int64_t interleaved;     /* gate and up of an expert are interleaved; otherwise the gate comes first */
     const float *correction; /* added to scores for the choice alone, or NULL */
     double factor;           /* factor of shares */
     double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), with gate and up limited by `limit` */

@@ -30,7 +30,7 @@ class WeightFormat:
 
     numbers: torch.dtype | CodeLayout
     """A float type; int8, from which floats are made at every call; or the layout of codes in tiles."""
-    narrows: bool = False  # bfloat16 is taken instead of float16 for weights that it holds exactly
+    narrows: bool = False  # whether bfloat16 replaces float16 for weights that bfloat16 holds exactly
 
     def fits(self, outputs: int, inputs: int) -> bool:
         if not isinstance(self.numbers, CodeLayout):
@@ -156,7 +156,9 @@ def choose_weights(
     if kind == AUTO:
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
-            computes = torch.float32  # three times as fast, because no steps in float16 are compiled, and no less exact
+            computes = (
+                torch.float32
+            )  # three times as fast as float16, for which no steps are compiled, and not less exact
         # Decoding reads all weights for every token, so a kernel that reads half of the bytes is twice as fast.
         halves = computes == torch.float32 and _reads_halves_fast(device)
         fastest = _of_kind("float16" if halves else name_of(computes), computes, stored, device)

@@ -243,21 +243,23 @@ class BlockDescription:
 class Attention:
     """The attention of a block."""
 
-    query: Any  # a layer, as `out`, `key` and `value`
+    query: Any  # a linear layer; so are `out`, `key` and `value`
     out: Any
-    heads: int  # of queries; `stored`: of stored keys
+    heads: int  # number of heads of queries; `stored`: number of heads of stored keys and values
     stored: int
-    size: int  # of a head of queries and keys; `value_size`: of a head of values
+    size: int  # numbers per head of queries and keys; `value_size`: numbers per head of values
     value_size: int
     scale: float
-    index: int  # of the block in its caches
-    key: Any = None  # None, as `value`, where `query` computes all three
+    index: int  # index of the block in the KV caches
+    key: Any = None  # None if `query` computes queries, keys and values; `value` likewise
     value: Any = None
-    places: list[int] | None = None  # the heads' places in the output of such a layer: queries, keys, values
+    places: list[int] | None = (
+        None  # if `query` computes all three: the places of the heads in its output, see `_places`
+    )
     query_norm: Norm | None = None
     key_norm: Norm | None = None
-    late: bool = False  # the norms come after the rotary embedding
-    cap: float = 0.0  # limit of logits, `clip`: limit of the numbers of heads; 0: none
+    late: bool = False  # whether the norms of queries and keys come after the rotary embedding
+    cap: float = 0.0  # soft limit of logits; `clip`: limit of the numbers of heads; 0: no limit
     clip: float = 0.0
     sinks: Tensor | None = None
     slopes: Tensor | None = None  # bias per position for the logits of a head
@@ -448,8 +450,8 @@ class RouterRule:
     chosen: int  # experts per position
     groups: int  # experts are chosen from the `kept` best groups
     kept: int
-    sigmoid: bool = False  # scores are sigmoids of logits, else their softmax
-    normalised: bool = False  # shares add up to `factor`
+    sigmoid: bool = False  # whether scores are sigmoids of logits; otherwise scores are the softmax of the logits
+    normalised: bool = False  # whether shares add up to `factor`
     factor: float = 1.0
     judges: int = 2  # how many of a group's best scores, one or two, are summed to rank the group
 
@@ -488,7 +490,7 @@ class Gating:
 class KnownExperts:
     """Experts in place of an MLP."""
 
-    held: Any  # the experts; each of their two weights has one layout
+    held: Any  # the module of the experts; each of its two weights has one layout
     choice: RouterRule
     gating: Gating
     shared: nn.Module | None  # an MLP for all positions, besides the experts
