@@ -254,9 +254,9 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
 
 
 class AllBlocks(nn.Module):
-    """The only entry of the list of blocks. It calls `blocks` and returns what the family's own blocks would return. It
-    ignores the backbone's mask, positions and cache: code that provides `blocks` takes these earlier (see
-    `backbone_of`)."""
+    """The only entry of the list of blocks. This module calls `blocks`, and returns a value of the type that the
+    family's own blocks return. The backbone's mask, positions and cache are ignored, because the code that provides
+    `blocks` takes them earlier (see `backbone_of`)."""
 
     attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by this attribute
 

@@ -53,8 +53,8 @@ _LEFT_OUT = ("t2d", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_
 class Shape:
     """The architecture of a head; the flags have the names of `speculators`.
 
-    layer: sizes and rotary embedding of the layers. first: EAGLE-1 or 2. extras: names of optional tensors: biases,
-    norms of queries and keys, embeddings, a language model head.
+    layer: sizes and rotary embedding of the layers. first: whether the head is EAGLE-1 or 2. extras: names of optional
+    tensors: biases, norms of queries and keys, embeddings, a language model head.
     """
 
     layer: LlamaConfig
@@ -69,11 +69,12 @@ class Shape:
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Index of a layer, queries `[..., heads, n, head size]`, keys and values of the KV heads -> shape of the queries."""
+"""Maps the index of a layer, queries `[..., heads, n, head size]`, and keys and values of the KV heads to the outputs
+of attention, in the shape of the queries."""
 
 
 def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """New positions attend to the cache and to each other, and are appended to the cache."""
+    """Computes attention of new positions to the cache and to each other, and appends these positions to the cache."""
     count = keys.shape[1]
     every, all_values = cache.append(layer, keys[None], values[None])
     mask = None

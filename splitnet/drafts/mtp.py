@@ -100,7 +100,7 @@ LAYERS: Mapping[str, MtpLayer] = {
         renamed=("pre_mlp_layernorm.", "post_attention_layernorm."),
     ),
     "nemotron_h": MtpLayer(names=_NEMOTRON),
-    # MiMo, whose blocks are those of Qwen2; as in vLLM
+    # MiMo, which has the blocks of Qwen2; the layer is as in vLLM
     "qwen2": MtpLayer(names=_MIMO, hidden_first=True, normed=False),
     "qwen3_5_moe_text": MtpLayer(names=_BESIDE),
     "qwen3_5_text": MtpLayer(names=_BESIDE),
@@ -124,7 +124,7 @@ def mtp_head(checkpoint: Checkpoint, ends: ClientPart, weights: str | None = Non
     """Reads only the MTP layer of a checkpoint; None: the checkpoint has no such layer.
 
     Args:
-        ends: of the client's part of the same checkpoint.
+        ends: embeddings, final norm and head of the client part of the same checkpoint.
         weights: format of the block's weights, see `Span.load`.
 
     Raises:

@@ -156,9 +156,8 @@ def choose_weights(
     if kind == AUTO:
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
-            computes = (
-                torch.float32
-            )  # three times as fast as float16, for which no steps are compiled, and not less exact
+            # Three times as fast as float16, for which no steps are compiled, and not less exact.
+            computes = torch.float32
         # Decoding reads all weights for every token, so a kernel that reads half of the bytes is twice as fast.
         halves = computes == torch.float32 and _reads_halves_fast(device)
         fastest = _of_kind("float16" if halves else name_of(computes), computes, stored, device)

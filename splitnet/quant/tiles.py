@@ -24,7 +24,7 @@ from splitnet.quant.packed_tensor import STEPS_GROUP, TABLES, CodeLayout, Codes,
 TILE = 16  # outputs that are stored together
 CHUNK = 32  # inputs whose codes are stored together
 _VECTORS, _RUN = 8, 4  # vectors per chunk; inputs per output in one vector
-# Minimum inputs of a panel, which is the least suitable multiple of the layout's groups.
+# Minimum inputs of a panel. The number of inputs of a panel is the smallest suitable multiple of the layout's group.
 _PANEL = 512
 _LINE = 64
 _PIECES = {

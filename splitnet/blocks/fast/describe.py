@@ -253,9 +253,8 @@ class Attention:
     index: int  # index of the block in the KV caches
     key: Any = None  # None if `query` computes queries, keys and values; `value` likewise
     value: Any = None
-    places: list[int] | None = (
-        None  # if `query` computes all three: the places of the heads in its output, see `_places`
-    )
+    # If `query` computes all three: the places of the heads of queries, keys and values in the output of `query`.
+    places: list[int] | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     late: bool = False  # whether the norms of queries and keys come after the rotary embedding
