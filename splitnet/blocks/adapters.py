@@ -1,6 +1,6 @@
 """A client's own parameters in blocks: changes of linear layers, and a prefix of keys and values.
 
-The name of a tensor is the number of its block in the whole model and its place in the block:
+The name of a tensor is the number of the tensor's block in the whole model, followed by the tensor's path in the block:
 
     12.self_attn.q_proj.lora_A    [rank, inputs]
     12.self_attn.q_proj.lora_B    [outputs, rank], times the scaling
@@ -79,7 +79,7 @@ class AdapterTensors:
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None or tensor.dtype not in DTYPES:
-                raise AdapterError(f"{name!r} of {tensor.dtype} is no parameter of an adapter")
+                raise AdapterError(f"{name!r} of {tensor.dtype} is not a parameter of an adapter")
             block, rest = int(match[1]), match[2]
             if rest == PREFIX_KEYS:
                 self.prefixes[block] = _prefix(block, tensor, self._partner(f"{block}.{PREFIX_VALUES}"))
@@ -135,7 +135,7 @@ def read_tensors(payload: bytes | memoryview) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(bytes(payload))
     except Exception as error:  # the library raises exceptions of many types
-        raise AdapterError(f"the bytes are no safetensors: {error}") from None
+        raise AdapterError(f"the bytes are not in the safetensors format: {error}") from None
 
 
 def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
@@ -152,7 +152,7 @@ def write_groups(tensors: Mapping[str, Tensor]) -> list[bytes]:
 
 
 def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yields each payload of a thing that is sent in several messages, with the number of payloads that follow."""
+    """Yields each payload of data that are sent in several messages, with the number of payloads that follow."""
     for index, payload in enumerate(payloads):
         yield len(payloads) - index - 1, payload
 
@@ -167,8 +167,7 @@ _applied = _Applied()
 
 def applying(adapters: Sequence[AdapterTensors | None], counts: Sequence[int]) -> AbstractContextManager[None]:
     """Applies each sequence's adapter to its positions while this thread runs layers with `LayerHooks`: the sequences
-    are
-    packed in one tensor, and `counts` are their positions."""
+    are packed in one tensor, and `counts` are their numbers of positions."""
     slices: list[tuple[slice, AdapterTensors]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
@@ -256,7 +255,8 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class SpanAdapters:
-    """Fits adapters to the blocks of a span; `first` is the number of its first block. Views of the span share it."""
+    """Fits adapters to the blocks of a span; `first` is the number of its first block. Views of the span share this
+    object."""
 
     def __init__(self, blocks: nn.ModuleList, first: int) -> None:
         self._blocks, self._first = blocks, first

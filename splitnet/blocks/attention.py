@@ -30,11 +30,12 @@ GROUPED = "splitnet_sdpa"  # as "sdpa", masks included, for families whose seque
 
 # Bytes of the scores of one call of attention. The scores of more new positions are computed in chunks of this size.
 SCORE_BYTES = 128 * 2**20
-_COPIES = 3  # of the scores in float32: with the mask, after softmax, and in the dtype of the values
+_COPIES = 3  # copies of the scores, each counted as float32: with the mask, after softmax, in the dtype of the values
 
 
 def positions_at_once(heads: int, key_count: int) -> int:
-    """How many new positions, at least 1, have scores that fit in `SCORE_BYTES`: `heads` by `key_count` scores each."""
+    """How many new positions, at least 1, have scores that fit in `SCORE_BYTES`; a position has `heads` x `key_count`
+    scores."""
     return max(1, SCORE_BYTES // (4 * _COPIES * heads * key_count))
 
 
@@ -51,7 +52,7 @@ class RowChunk:
     start: int
     count: int
     adapter: AdapterTensors | None = None  # the client's changes to the blocks; its prefix is in the row
-    # The least length, in positions, for which its rotary frequencies are computed; see
+    # The minimum length, in positions, for which the sequence's rotary frequencies are computed; see
     # `splitnet.wire.messages.Step.rope_length`.
     rope_length: int = 0
 
@@ -72,7 +73,8 @@ class PackedPass:
     """The facts about the running pass that the attention function needs."""
 
     parts: Sequence[RowChunk]  # in the order of their positions in the packed tensor
-    # In positions, by block of the span. If empty, the window is the one that a block passes to its attention.
+    # Sliding windows in positions, by block of the span. If empty, the window that a block passes to its attention
+    # counts.
     windows: Sequence[int | None]
     sdpa: bool  # whether the family's attention is torch's scaled dot product attention
     masks: Masks = field(default_factory=dict)  # the masks of this pass; most blocks share them

@@ -39,8 +39,8 @@ from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, Stored
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """A frozen embedding that holds its weight in the codes of the checkpoint. Its `weight` serves code that inspects
-    it or needs all of it as numbers; the numbers are read from the files on use."""
+    """A frozen embedding that holds its weight in the codes of the checkpoint. `weight` serves code that inspects the
+    weight or needs all of its numbers; the numbers are read from the files on use."""
 
     held: BlockQuantWeight | JoinedWeight
     parameter_like: nn.Parameter
@@ -87,7 +87,7 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
 
 
 def can_hold_codes(path: str, layer: nn.Module) -> bool:
-    """Whether a layer can hold its weight in codes; others need numbers."""
+    """Whether a layer can hold its weight in codes; other layers need numbers."""
     return isinstance(layer, nn.Embedding) or (sizes_of(layer) is not None and not is_router(path))
 
 
@@ -115,12 +115,14 @@ class Zero(nn.Module):
         return self._zero
 
 
-_MOST_COMPUTED = 1 << 26  # numbers that a family may compute while its model is built, such as tables of positions
-_LONGEST_RANGE = 1 << 20  # entries that one `torch.arange` may have meanwhile: more is an absurd config
+# Maximum numbers, in all tensors together, that a family may compute while its model is built, such as tables.
+_MOST_COMPUTED = 1 << 26
+_LONGEST_RANGE = 1 << 20  # maximum entries of one `torch.arange` at that time; only an absurd config needs more
 
 
 class _LightMeta(TorchFunctionMode):
-    """Builds a model on the meta device without torch's compiler, which torch imports (1 s) to fill or count.
+    """Builds a model on the meta device without torch's compiler, which takes 1 s to import. torch would import it for
+    initialisation and ranges.
 
     Raises UnsupportedModel if the numbers of the config make the family compute more than `_MOST_COMPUTED` numbers, or
     a range of more than `_LONGEST_RANGE`.
@@ -143,7 +145,7 @@ class _LightMeta(TorchFunctionMode):
             if tensor.is_meta:
                 return tensor
         given = [one for one in args if isinstance(one, Tensor) and not one.is_meta]
-        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # the result may be as large
+        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # the result may have as many numbers
             made = func(*(one.to("meta") if isinstance(one, Tensor) else one for one in args), **options)
             self._check_numbers(made.numel() if isinstance(made, Tensor) else 0)
         made = func(*args, **options)
@@ -156,8 +158,8 @@ class _LightMeta(TorchFunctionMode):
     def _check_numbers(self, count: float) -> None:
         if not count <= self._left:
             raise UnsupportedModel(
-                "the numbers of the config make its family compute tables that are too large: download it again, or "
-                "mend it"
+                "the numbers of the config make its family compute tables that are too large: download the config "
+                "again, or correct it"
             )
 
 
@@ -182,7 +184,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
     except Exception as error:  # transformers raises exceptions of many types for bad configs
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(
-            f"transformers cannot build a model of the config of {where}: download it again, or mend it "
+            f"transformers cannot build a model of the config of {where}: download it again, or correct it "
             f"({type(error).__name__}: {error})"
         ) from error
 
@@ -263,7 +265,7 @@ def load_cut(
         if head & mismatched:
             raise UnsupportedModel(
                 f"the checkpoint has a head for another number of labels ({min(head & mismatched)}): give the number "
-                "that it was trained with, or a checkpoint without a head"
+                "of labels that the head was trained with, or a checkpoint without a head"
             )
         missing -= head
     if missing := missing | mismatched:
@@ -295,7 +297,8 @@ def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
-    """Keeps blocks `[start, end)` of a backbone and replaces the modules before and after them with neutral ones."""
+    """Keeps blocks `[start, end)` of a backbone and replaces the modules before and after these blocks with neutral
+    modules."""
     parent, list_name = parent_of(backbone, container)
     kept = getattr(parent, list_name)[start:end]
     for module in kept.modules():
@@ -347,7 +350,7 @@ def parent_of(model: nn.Module, container: str) -> tuple[nn.Module, str]:
 
 
 def _shallow(module: Any) -> Any:
-    """A copy of a module with the same children, which can be replaced one by one."""
+    """A copy of a module with the same children. Replacing a child of the copy does not change the original module."""
     shallow = copy.copy(module)
     shallow.__dict__["_modules"] = dict(module._modules)
     return shallow

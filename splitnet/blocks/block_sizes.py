@@ -32,8 +32,8 @@ class BlockSize(NamedTuple):
     held: int  # all weights in the format in which the block holds them
     plain_experts: int = 0  # the part of `plain` that is weights of experts
     experts: int = 0  # the part of `held` that is weights of experts
-    coded: bool = False  # some weights stay in the codes of the checkpoint
-    converted: bool = False  # some weights are converted to another format
+    coded: bool = False  # whether some weights stay in the codes of the checkpoint
+    converted: bool = False  # whether some weights are converted to another format
 
 
 def block_bytes(
@@ -53,7 +53,7 @@ def block_bytes(
 def weights_of(
     checkpoint: Checkpoint, kind: str | None, dtype: torch.dtype | str | None, device: str | torch.device
 ) -> WeightChoice:
-    """How the blocks of a checkpoint hold their weights, see `choose_weights`; the same for each of its spans."""
+    """How the blocks of a checkpoint hold their weights, see `choose_weights`. The choice is the same for each span."""
 
     def held_bytes(weights: WeightChoice) -> int:
         return sum(size.held for size in block_sizes(checkpoint, weights, range(checkpoint.num_blocks)))
@@ -62,7 +62,8 @@ def weights_of(
 
 
 def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
-    """Refuses blocks, from `start` on, whose files take more bytes than the config allows, as strangers supply both.
+    """Refuses blocks, from `start` on, that take more bytes in the files than the config allows. Strangers supply both
+    files and config.
 
     Raises ModelNotFound, which names the block, or UnsupportedModel if no model can be built from this config.
     """
@@ -76,7 +77,7 @@ def check_file_bytes(checkpoint: Checkpoint, start: int = 0) -> None:
         numbers = sum(tensor.numel() for tensor in module.state_dict().values())
         if told > torch.float32.itemsize * numbers + _TABLE_BYTES:
             raise ModelNotFound(
-                f"block {index} of {checkpoint.name} is said to take {told / 2**20:.0f} MiB for {numbers} numbers: "
+                f"block {index} of {checkpoint.name} takes {told / 2**20:.0f} MiB in its files for {numbers} numbers: "
                 "join another swarm, or give --model-id"
             )
 

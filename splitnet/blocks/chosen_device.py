@@ -75,7 +75,7 @@ def find_present(*, tried: bool = True) -> TorchDevices:
     names = {"cuda": _names_by(torch.cuda), "xpu": _names_by(torch.xpu)}
     names["mps"] = ("Metal",) if torch.backends.mps.is_available() else ()
     built = any((torch.version.cuda, torch.version.hip, torch.backends.mps.is_built(), torch.xpu._is_compiled()))
-    lacking = "torch finds no GPU" if built else f"torch {torch.__version__} is built for no GPU"
+    lacking = "torch finds no GPU" if built else f"torch {torch.__version__} is built without support for GPUs"
     present = TorchDevices(names, lacking=lacking)
     faults: dict[str, str] = {}
     for device in present.devices if tried else ():
@@ -120,4 +120,4 @@ def _fault_of(device: str) -> str | None:
         found = float((ones @ ones).sum())
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError if built without the backend
         return first_line(error)
-    return None if found == 8.0**3 else "it multiplies wrongly"
+    return None if found == 8.0**3 else "its products are wrong"

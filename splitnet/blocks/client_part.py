@@ -1,4 +1,4 @@
-"""The client's part of a model: embeddings, final norm and head, with one module in place of all blocks."""
+"""The client part of a model: embeddings, final norm and head, with one module in place of all blocks."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(isinstance(child, BlockList) for child in module.children()):
             return module
-    raise ValueError("this model is no client part: load it with load_client_part")
+    raise ValueError("this model is not a client part: load it with load_client_part")
 
 
 def outline_in(model: nn.Module) -> BlockList:
@@ -167,11 +167,11 @@ def outline_in(model: nn.Module) -> BlockList:
 
 
 def client_part_names(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint, of the model's tensors outside the blocks.
+    """Name in the model -> name in the checkpoint, for the model's tensors outside the blocks.
 
-    The names differ where the checkpoint is of a multimodal model, whose text model has a different prefix. Tensors of
-    that model's other parts are left out, and so are tensors that models of the family ignore on purpose. Raises
-    UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
+    The names differ if the checkpoint belongs to a multimodal model, where names of the text model have another prefix.
+    Tensors of that model's other parts are left out, and so are tensors that models of the family ignore on purpose.
+    Raises UnsupportedModel if a multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
         left_out = ignored(checkpoint.client_part_names_of, model_class)
@@ -254,9 +254,9 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
 
 
 class AllBlocks(nn.Module):
-    """The only entry of the list of blocks. It calls `blocks` and returns what the family's own blocks would return. It
-    ignores the backbone's mask, positions and cache: code that provides `blocks` takes these earlier (see
-    `backbone_of`)."""
+    """The only entry of the list of blocks. This module calls `blocks`, and returns a value of the type that the
+    family's own blocks return. The backbone's mask, positions and cache are ignored, because the code that provides
+    `blocks` takes them earlier (see `backbone_of`)."""
 
     attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by this attribute
 
@@ -291,7 +291,8 @@ class BlockList(nn.ModuleList):
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
-    """Whether a family's backbone takes `output[0]` of the value that a block returns: found by trying both.
+    """Whether a family's backbone takes `output[0]` of the value that a block returns: found by trying both return
+    types.
 
     Taking `[0]` of a tensor would drop the batch dimension, often without an error. Raises UnsupportedModel if the
     backbone takes neither a tensor nor a tuple. `container`: the name of the list of blocks in `model`; it may be
@@ -303,7 +304,7 @@ def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:
         output = _run_without_blocks(model, container, returns_tuple, backbone, inputs)
         if output is not None and output.shape[:2] == (2, 3):
             return returns_tuple
-    raise UnsupportedModel(f"the client's part of the family {model.config.model_type!r} does not run on its own")
+    raise UnsupportedModel(f"the client part of the family {model.config.model_type!r} does not run without its blocks")
 
 
 def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype) -> None:
@@ -324,7 +325,8 @@ def check_neutral(backbone: PreTrainedModel, container: str, dtype: torch.dtype)
 def _run_without_blocks(
     model: PreTrainedModel, container: str, returns_tuple: bool, backbone: Any, inputs: dict[str, Tensor]
 ) -> Tensor | None:
-    """The output of `backbone`, a part of `model`, with a block that does nothing; None: it does not run."""
+    """The output of `backbone`, a part of `model`, with a block that does nothing in place of the blocks; None: this
+    does not run."""
     parent, name = parent_of(model, container)
     config: Any = parent.config
     blocks, count = getattr(parent, name), config.num_hidden_layers
@@ -362,10 +364,10 @@ class AbsentWeight(Tensor):
 
 
 class RemotePart(nn.Module):
-    """A module without weights on this machine; its submodules have none either, except an adapter's modules."""
+    """A module without weights on this machine; its submodules have no weights either, except an adapter's modules."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Raises AdapterError if there are none, because code that asks for parameters needs some."""
+        """Raises AdapterError if there are no parameters, because code that asks for parameters needs some."""
         first = next(found := super().parameters(recurse), None)
         if first is None:
             raise _absent()

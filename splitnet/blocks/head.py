@@ -5,7 +5,7 @@ generate at the same time read it together, as the peers read their blocks.
 
 Logits are by far the largest tensors of a client that trains. So the loss is computed for some positions at a time:
 their logits give their loss and, in the same memory, their gradient, which goes back through the head at once. Only the
-gradient by the hidden states is kept. Positions without a label are left out.
+gradient with respect to the hidden states is kept. Positions without a label are left out.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CHANGES_S = 1.0
 changes, such as changes by `weight.data`. A change of the whole weight is seen at once, a change of some rows when a
 call begins."""
 
-_SUMMED_ROWS = 256  # rows per sum, so that their sums take little memory
+_SUMMED_ROWS = 256  # rows of a weight that are summed at a time, so that intermediate results take little memory
 _SAMPLE = 1024  # numbers that are compared before every product
-MOST_ROWS = 16  # rows of all threads together; with more rows, products of matrices are faster
+MOST_ROWS = 16  # maximum rows of all threads in a shared product; with more rows, products of matrices are faster
 
 
 @dataclass(slots=True)
@@ -115,7 +115,7 @@ class _Sharing(nn.Module):
         return product.view(*input.shape[:-1], own.out_features)
 
     def _multiplier(self) -> Callable[[Tensor], Tensor] | None:
-        """The product of few rows with the weight; None: threads do not share it."""
+        """The function that multiplies few rows with the weight; None: threads do not share products."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class _Sharing(nn.Module):
 class _WeightCopy:
     """A copy of a weight, with the facts by which a change of the weight is found."""
 
-    form: WeightForm | None  # None if the values of the weight do not allow it
+    form: WeightForm | None  # the copy; None if the values of the weight do not allow a copy
     sums: Tensor  # of the bits of each row
     state: tuple[int, int]  # the weight's address and version
     some: Tensor  # the bits of a number of each row
@@ -291,7 +291,8 @@ class _Sum(torch.autograd.Function):
 
 
 def _entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, and the gradient of their sum by the logits, which overwrites the logits."""
+    """The loss of each position, and the gradient of their sum with respect to the logits, which overwrites the
+    logits."""
     # torch raises an error if the backward pass needs the logits: changes of a detached tensor count as its changes.
     scores = logits.detach().float()
     labels = labels[:, None]

@@ -16,19 +16,21 @@ from splitnet.blocks.adapters import Prefix
 from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm, in_full
 from splitnet.quant.device import new_empty
 
-COPIES = 4  # earlier states that a row keeps: two of the last steps, and two that are farther apart
+# Copies of earlier states that a row keeps for rewinds: two of the last steps, and two that are farther apart.
+COPIES = 4
 # The oldest copy is at least this many positions back, if the row is long enough, because drafts are shorter than this.
 OLDEST_COPY_DISTANCE = 64
 # Positions between copies while positions arrive one by one. Before a pass of several positions a copy is always made.
 SPACING = 32
 # Positions of a row's first allocation if its size is unknown; each later allocation doubles it.
 FIRST_CAPACITY = 256
-# Maximum number of live copies of a row's states: the present ones, those of a pass, the copies.
+# Maximum number of live versions of a row's states: the present states, the states of a running pass, and the copies.
 MAX_LIVE_STATES = COPIES + 2
 
 
 class StateLayer(LinearAttentionLayer):
-    """transformers' states of one block, without writing to tensors that another copy may share."""
+    """The states of one block in transformers' interface. This class never writes to a tensor that another copy may
+    share."""
 
     def own(self, states: dict[int, Tensor | None], index: int) -> Tensor | None:
         """One state of the block, which the caller may write to; None at the beginning of a sequence."""
@@ -127,7 +129,8 @@ class SequenceStates:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], length: int, device: torch.device) -> None:
-        """Makes `tensors` the present states of a row of `length` positions. Raises ValueError: they are no states."""
+        """Makes `tensors` the present states of a row of `length` positions. Raises ValueError: `tensors` are not
+        states of these blocks."""
         self._layers = {}
         for name, tensor in tensors.items():
             block, kind, index = name.split(".")
@@ -143,7 +146,7 @@ class SequenceStates:
         self._copies, self._working = [(length, self._layers)], {}
 
     def fork(self) -> SequenceStates:
-        """An independent copy. Memory that both have in common is shared."""
+        """An independent copy. The copy and this object share tensors until one of them replaces a tensor."""
         other = SequenceStates(self._per_block)
         other._layers, other._copies = self._layers, list(self._copies)
         return other
@@ -153,7 +156,7 @@ class SequenceStates:
 class _Block:
     keys: Tensor
     values: Tensor
-    near: tuple[Tensor, ...] = ()  # where keys and values are codes: some positions of both in full
+    near: tuple[Tensor, ...] = ()  # if keys and values are codes: the positions of both that are held in full
     near_from: int = 0  # the first of the last positions in `near`
 
     def wrote(self, start: int, end: int) -> None:
@@ -187,8 +190,8 @@ class SequenceCache:
     exists, the positions from `computed` to `length` must run again before new ones.
 
     Args:
-        room: positions after the prefix that memory is allocated for; None, or more positions arrive: capacities
-            double.
+        room: positions after the prefix that memory is allocated for; None: capacities double. If more positions
+            arrive, capacities double from there on.
         prefix: keys and values of an adapter before the first position, by block of the span.
         states: an empty object where blocks keep states.
         form: the format of keys and values; None: the type in which they arrive.
@@ -263,7 +266,7 @@ class SequenceCache:
         return sum(tensor.nbytes // tensor.shape[2] for pair in pairs for tensor in pair)
 
     def count_same_codes(self, count: int) -> int:
-        """The number of the next `count` positions, at least 1, for which the same positions are in codes."""
+        """How many of the next `count` positions, at least 1, see the same earlier positions as codes."""
         if self.form is None or not self.form.coded:
             return count
         start = self.prefix_length + self.computed
@@ -382,12 +385,12 @@ class SequenceCache:
         start = self._before(key) + position
         end = start + codes[0].shape[2]
         if not position and len(first) < len(codes):
-            raise ValueError("a page of keys and values that are held in another way")
+            raise ValueError("the keys and values of a page have another format than the row")
         keys, values = first or codes
         block = self._with_room(key, keys, values, end)
         for held, new in zip((block.keys, block.values), codes, strict=True):
             if new.dtype != held.dtype or new.shape != held[:, :, start:end].shape:
-                raise ValueError("a page of keys and values that are held in another way")
+                raise ValueError("the keys and values of a page have another format than the row")
             held[:, :, start:end] = new
         for near, new in zip(block.near, first, strict=False):
             near[:, :, :SINKS] = new

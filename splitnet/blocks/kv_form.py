@@ -21,25 +21,27 @@ from splitnet.errors import WeightsError
 from splitnet.wire.kv_forms import KV_BITS
 
 # The same numbers as in `native/step.h`.
-SINKS = 4  # first positions of a row that are held in full besides their codes
-WINDOW = 64  # last positions, with its own, that a position sees in full
-# Positions of the ring: a window, and positions that drafts and steps overwrite and that a crop may bring back.
+SINKS = 4  # positions at the beginning of a row that are held in full besides their codes
+WINDOW = 64  # positions up to and including the current one that attention reads in full, not as codes
+# Positions that the ring holds in full: twice `WINDOW`, so that a crop of up to `WINDOW` positions leaves a full
+# window.
 RING = 128
 
 AUTO = "auto"
 KINDS = tuple(KV_BITS)
-_VECTOR = 16  # a head has a multiple of this number of numbers
-_PIECE = 4096  # positions that are decoded at once
+_VECTOR = 16  # the head size must be a multiple of this: compiled steps read 16 numbers at a time
+_PIECE = 4096  # maximum positions that are decoded at once, to limit memory
 # The positive levels; the negative levels mirror them.
 _LEVELS = (0.1284, 0.3881, 0.6568, 0.9424, 1.2562, 1.6180, 2.0690, 2.7326)
 
 
 @dataclass(frozen=True)
 class KVForm:
-    """The format in which a row holds its keys, and `values` the format of its values; `bits`: 16 for float16, 8 or 4
-    for codes.
+    """The format of the keys in a row; `values` is the format of the row's values. `bits` and `value_bits`: bits per
+    number of keys and of values: 16 for float16, 8 or 4 for codes.
 
-    Keys have more bits because their errors cost more: they change the weights of positions.
+    Keys may have more bits than values, because errors of keys cost more: they change the attention weights of
+    positions.
     """
 
     name: str
@@ -67,7 +69,7 @@ class KVForm:
         return min(_turned_together(size), 64 if self.bits == 8 else 32)
 
     def bytes_of(self, size: int) -> int:
-        """Bytes of one head's key in one position. Raises WeightsError: this size has no codes."""
+        """Bytes of one head's key in one position. Raises WeightsError: heads of this size cannot be held in codes."""
         if not self.coded:
             return 2 * size
         if size % _VECTOR:
@@ -78,8 +80,9 @@ class KVForm:
         return size * self.bits // 8 + 2 * (size // self.group(size))
 
     def encode(self, numbers: Tensor) -> Tensor:
-        """`[..., size]` -> float16 of the same shape, or, for rotated numbers, uint8 `[..., bytes_of(size)]`: the codes
-        of a head, followed by its scales."""
+        """Encodes numbers, `[..., size]`. For 16 bits the result is float16 of the same shape; otherwise the numbers
+        are rotated, and the result is uint8 `[..., bytes_of(size)]`: the codes of a head, followed by the head's
+        scales."""
         if not self.coded:
             return numbers.to(torch.float16)
         groups = numbers.float().unflatten(-1, (-1, self.group(numbers.shape[-1])))
@@ -110,8 +113,8 @@ class KVForm:
         return (numbers.unflatten(-1, (-1, self.group(size))) * scales[..., None]).flatten(-2)
 
     def read_positions(self, held: Tensor, near: Tensor, since: int, start: int, new: Tensor) -> Tensor:
-        """The first `start` positions in the form that blocks take, followed by `new` positions: `[1, heads, positions,
-        size]` in the type of `new`. Pieces of positions are decoded one by one.
+        """The first `start` positions, decoded and rotated back, followed by the `new` positions: `[1, heads,
+        positions, size]` in the type of `new`. At most `_PIECE` positions are decoded at once.
 
         held: `[1, heads, capacity, ...]` of codes or float16.
         near: `[1, heads, SINKS + RING, size]`, rotated, in full: the first positions and the positions from `since` on.
@@ -130,7 +133,8 @@ class KVForm:
         return read
 
     def write_positions(self, held: Tensor, near: Tensor, start: int, numbers: Tensor) -> None:
-        """Stores positions from `start` on, `[1, heads, positions, size]`, for `read`."""
+        """Stores `numbers`, `[1, heads, positions, size]`, as the positions from `start` on; `read_positions` reads
+        them."""
         end = start + numbers.shape[2]
         numbers = hadamard_rotated(numbers.float())
         first = max(start, end - RING)
@@ -141,7 +145,7 @@ class KVForm:
 
 
 def in_full(near: Tensor, first: int, last: int) -> Tensor:
-    """Positions `[first, last)` of the ring in the form that blocks take, `[1, heads, positions, size]`."""
+    """Positions `[first, last)` of the ring, rotated back, `[1, heads, positions, size]`."""
     return hadamard_rotated(near[:, :, places_in_ring(first, last, near.device)].float()).to(near.dtype)
 
 

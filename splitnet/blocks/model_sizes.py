@@ -1,6 +1,6 @@
 """The sizes of a model before it is loaded: bytes of a block, of a cached position and of the client's part; FLOPs.
 
-The model is built on the meta device, where tensors have no memory, so the sizes are those that transformers would
+The model is built on the meta device, where tensors have no memory, so the sizes are the sizes that transformers would
 load, and no weight is read or downloaded. Only for weights in codes are the headers of files read, for their bytes.
 """
 
@@ -44,7 +44,7 @@ class ModelSizes:
     num_blocks: int
     hidden_size: int
     block_bytes: int  # weights of the largest block, in the format in which it holds them
-    expert_bytes: int  # weights of its experts, of which a position uses the share `expert_share`
+    expert_bytes: int  # weights of the block's experts; a position uses the share `expert_share` of them
     expert_share: float
     kv_bytes: int  # keys and values of one position in one block; the mean where blocks differ
     client_part_bytes: int  # weights that a client holds: embeddings, final norm and head
@@ -52,7 +52,7 @@ class ModelSizes:
     max_positions: int | None  # the longest sequence that the model was made for; None if its config does not say
     weights: str = ""  # weight format of linear layers in blocks; "" for `dtype`
     saved_bytes: int = 0  # bytes that the weights of a block would take in `dtype`, minus `block_bytes`
-    saved_expert_bytes: int = 0  # the same for the experts of the block
+    saved_expert_bytes: int = 0  # the part of `saved_bytes` for the experts of the block
     file_bytes: int = 0  # bytes of the checkpoint; 0 if only its config was read
     state_bytes: int = 0  # bytes of a sequence in one block, independent of its length; the mean where blocks differ
 
@@ -142,7 +142,7 @@ class ModelSizes:
         setattr(parent, list_name, nn.ModuleList())
         facts = checkpoint.store.tensor_facts(checkpoint.store.tensor_names)
         ends = {name: facts[stored] for name, stored in client_part_names(checkpoint, type(whole), container).items()}
-        saved: dict[int, int] = {}  # by parameter, as some layers share one
+        saved: dict[int, int] = {}  # by parameter, because some layers share a parameter
         for path, (one, *_) in codes_within(whole, ends).items():
             layer: Any = whole.get_submodule(path)
             if can_hold_codes(path, layer):

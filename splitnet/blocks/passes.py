@@ -23,7 +23,7 @@ from splitnet.errors import PeerBusy
 GRAPH_BYTES = 512 * 2**20
 # Factor on `GRAPH_BYTES` for one block alone, because one long sequence cannot be cut.
 ONE_BLOCK_FACTOR = 2
-MOST_KINDS = 256  # kinds of passes whose bytes were measured; with more, the measurements are dropped
+MOST_KINDS = 256  # maximum kinds of passes whose measured bytes are kept; with more, all measurements are dropped
 
 
 class _BlockPiece(NamedTuple):
@@ -73,8 +73,8 @@ class SpanPasses:
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
         most_positions: maximum positions of whole sequences that go through a block at once; a longer sequence is a
             separate piece; None: no limit.
-        graph_bytes: bytes that torch may keep for the backward pass. Blocks for which they do not suffice are computed
-            again in the backward pass.
+        graph_bytes: bytes that torch may keep for the backward pass. Blocks for which these bytes do not suffice are
+            computed again in the backward pass.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SpanPasses:
         self._span, self._between, self._most_positions = span, between, most_positions
         self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
-        # Bytes per position in a block, by kind of pass: the most that was measured.
+        # Bytes per position in a block, by kind of pass: the maximum that was measured.
         self._kept_per_position: dict[tuple[int, ...], float] = {}
 
     def forward(
@@ -124,10 +124,11 @@ class SpanPasses:
         *,
         rope_length: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of a loss by the input of a pass as in `forward`, and by the adapter's tensors in these blocks.
+        """Gradients of a loss with respect to the input of a pass as in `forward`, and to the adapter's tensors in
+        these blocks.
 
-        `gradient`: `[positions, hidden]`, of the loss by the output. Raises ValueError if it does not fit `hidden`, and
-        PeerBusy if torch would keep too many bytes of a block.
+        `gradient`: `[positions, hidden]`, of the loss with respect to the output. Raises ValueError if it does not fit
+        `hidden`, and PeerBusy if torch would keep too many bytes of a block.
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
@@ -153,11 +154,10 @@ class SpanPasses:
         rope_length: int = 0,
     ) -> tuple[Tensor, SavedGraph]:
         """As `forward`; also returns the data that `backward_saved` needs. Raises PeerBusy if torch would keep too many
-        bytes
-        of a block.
+        bytes of a block.
 
-        `most`: bytes that torch may keep, plus the bytes of one more block while it runs; the blocks for which they do
-        not suffice are computed again in the backward pass.
+        `most`: bytes that torch may keep, plus the bytes of one more block while it runs; blocks for which these bytes
+        do not suffice are computed again in the backward pass.
         """
         traced = AdapterTensors(adapter.of_blocks(start, end)).traced() if adapter is not None else None
         block_pieces: list[list[_BlockPiece]] = []
@@ -236,6 +236,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _kind(lengths: Sequence[int], adapter: AdapterTensors | None) -> tuple[int, ...]:
-    """Passes of a kind take similar bytes per position: scores of attention may grow with the longest sequence."""
+    """The kind of a pass. Passes of one kind take similar bytes per position; scores of attention grow with the longest
+    sequence."""
     longest = max(lengths).bit_length()
     return (longest,) if adapter is None else (longest, len(adapter.tensors), adapter.prefix_length.bit_length())

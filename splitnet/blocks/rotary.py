@@ -36,7 +36,8 @@ class PairLayout(IntEnum):
 
 @dataclass(frozen=True)
 class RopeLayout:
-    """How a family rotates the first numbers of heads by cosines and sines; `sines_first`: it gives the sines first."""
+    """How a family rotates the first numbers of heads by cosines and sines; `sines_first`: the family gives the sines
+    first."""
 
     cosine_layout: CosineLayout = CosineLayout.TWICE
     pair_layout: PairLayout = PairLayout.APART

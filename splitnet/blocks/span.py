@@ -1,4 +1,4 @@
-"""Blocks `[start, end)` of a model: its transformers backbone, cut down to them.
+"""Blocks `[start, end)` of a model: the model's backbone in transformers, cut down to these blocks.
 
 The family's own code runs the blocks: rotary embeddings, grouped heads, experts, soft caps and so on. The modules
 before and after the blocks are made neutral, and only the tensors of the blocks are read.
@@ -70,17 +70,18 @@ FastStep = TorchStep | GraphStep | NativeStep
 
 LEAN_PROMPT, LEAN_TRIALS = 5, 3
 LEAN_TOLERANCE, LEAN_TOLERANCE_HALF = 0.02, 0.3
-"""Tolerances relative to the norm of what blocks add to their input. The second is for half precision, whose rounding
-errors grow on noise through many blocks. A block of another structure differs by about the whole norm."""
+"""Tolerances relative to the norm of the difference between the output and the input of the blocks. The second is for
+half precision, whose rounding errors grow on noise through many blocks. A block of another structure differs by about
+the whole norm."""
 
 LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE = 0.04, 2.0**-8
-"""Tolerances for one block alone in half precision, relative to what the block adds and to its input. Each block is
-also tried alone, because 30 % for all blocks together would accept some wrong blocks."""
+"""Tolerances for one block alone in half precision, relative to the difference between output and input, and to the
+input. Each block is also tried alone, because 30 % for all blocks together would accept some wrong blocks."""
 
-# Positions that run again in the pass of new ones. More positions have a pass of their own, to keep the states after
-# it.
+# Maximum positions that run again in the same pass as new positions. More positions run in a separate pass, so that the
+# states after that pass are kept.
 MERGED_POSITIONS = 8
-TRIALS = 3  # of each of two ways to run a pass, alternating
+TRIALS = 3  # timed runs of each of two ways to run a pass; the runs of the two ways alternate
 PASS_POSITIONS = 512  # positions per pass, for positions that run again and for whole sequences
 # Maximum length of a sequence with gradients, in multiples of the positions whose attention scores fit in memory, for
 # families that run sequence by sequence.
@@ -133,7 +134,7 @@ class Span:
         self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
         self.weights = weights
-        self.dtype = weights.dtype  # not the dtype of a parameter: some families keep their norms in float32
+        self.dtype = weights.dtype  # not the dtype of a parameter, because some families keep norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
         # Latents, from which keys and values are computed, are few numbers already.
@@ -345,8 +346,7 @@ class Span:
 
         `[positions, hidden]`, the sequences concatenated -> the same shape, on the span's device and in its dtype.
         `adapter`: one that `fit_adapter` has accepted; `rope_length`: as in `splitnet.wire.messages.Forward`. Raises
-        ValueError if
-        the lengths do not fit `hidden`.
+        ValueError if the lengths do not fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
@@ -428,7 +428,7 @@ class Span:
 
     @property
     def replayed_positions(self) -> int:
-        """The most positions of a decode step that graphs replay; 0: graphs replay no step."""
+        """The maximum number of positions of a decode step that graphs replay; 0: graphs replay no step."""
         return self._lean.most if isinstance(self._lean, GraphStep) else 0
 
     def _refuse_prefixes(self) -> None:
@@ -610,7 +610,7 @@ class Span:
         except Exception as error:
             held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
-        # Blocks of families with states may have experts alone.
+        # In families with states, some blocks may consist of experts only.
         all_keep = len(row.blocks) == self.end - self.start or self._keeps_states
         if output.shape != (1, self.hidden_size) or not all_keep:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")

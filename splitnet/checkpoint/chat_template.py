@@ -17,8 +17,8 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The text of a conversation, as `tokenizer.apply_chat_template` would make it. answer: whether the text ends with
-    the beginning of an answer. variables: further variables of the template. Raises jinja2.TemplateError if the
+    """The text of a conversation, as `tokenizer.apply_chat_template` would make the text. answer: whether the text ends
+    with the beginning of an answer. variables: further variables of the template. Raises jinja2.TemplateError if the
     template refuses the messages, fails, or takes too long or too much memory; SplitnetError if no template can be
     rendered here."""
     question = {

@@ -28,7 +28,7 @@ OTHER_TOWERS = re.compile(
 )
 """Parts of names of tensors that do not belong to the text model."""
 
-_SHOWN = 3  # tensors that an error names
+_SHOWN = 3  # maximum number of tensors that an error message names
 _NOT_WEIGHTS = r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias|causal_mask)$|(^|\.)position_ids$"
 """Tables in older checkpoints that models compute themselves. If a table is a weight of a model, the model takes it."""
 _NEXT_TOKENS = r"(^|\.)mtp(\.|_|\d|$)"
@@ -67,8 +67,8 @@ class Checkpoint:
         index of the shards are read (from the hub: downloaded). tokenizer: hub id or folder of a tokenizer that
         replaces the model's own.
 
-        Raises ModelNotFound if nothing is found, or it holds no safetensors; UnsupportedModel if the family of the
-        model is unknown or cannot be cut into spans, or its weights are stored in an unknown way.
+        Raises ModelNotFound if nothing is found, or the checkpoint has no safetensors files; UnsupportedModel if the
+        family of the model is unknown or cannot be cut into spans, or its weights are stored in an unknown way.
         """
         return cls.of(open_store(model, revision), tokenizer)
 
@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model was made for; None: it has no known bound."""
+        """The number of positions that the model was made for; None: no bound is known."""
         return max_positions(self.config)
 
     @cached_property
@@ -214,7 +214,8 @@ class Checkpoint:
         return self.store.folder or HeldPieces(self.manifest(), self.store)
 
     def adopt(self, manifest: Manifest) -> None:
-        """Takes a manifest as this model's, after `transfer.matching.differs` has compared it with the files here."""
+        """Takes a manifest as this model's manifest. Call `transfer.manifest_search.differs` first, which compares the
+        manifest with the files here."""
         self._manifest = manifest
         keep_manifest(self.store.commit, manifest)
 
@@ -294,6 +295,6 @@ def check_no_unexpected(names: Iterable[str], model_type: str) -> None:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise UnsupportedModel(
             f"the checkpoint holds tensors that models of the family {model_type!r} do not take "
-            f"({', '.join(left[:_SHOWN])}{more}): without them the model would be another one; take a checkpoint in "
-            "transformers' format, or remove them if they are not meant to be used"
+            f"({', '.join(left[:_SHOWN])}{more}): without them the model would compute something else; take a "
+            "checkpoint in transformers' format, or remove them if they are not meant to be used"
         )

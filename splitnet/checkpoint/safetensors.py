@@ -56,7 +56,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS = 8
 _MOST_BYTES = 1 << 60
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
-"""File names in an index: files beside the index, not elsewhere on the machine."""
+"""Allowed file names in an index: files in the folder of the index, not elsewhere on the machine."""
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # MLX uses "quantization"
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
     "auto-round": auto_round,
@@ -97,24 +97,24 @@ def read_places(file: BinaryIO, shard: str) -> dict[str, TensorLocation]:
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > _MAX_HEADER_BYTES:
-            raise ValueError("header too long")
+            raise ValueError("the header is too long")
         header = json.loads(file.read(size))
         if any(len(name) > MOST_OF_NAME for name in header):
-            raise ValueError("names without end")
+            raise ValueError("the name of a tensor is too long")
         return {name: _place(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"}
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
 
 
 def _place(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorLocation:
-    """The place of a tensor. Raises ValueError for impossible values; `begin`: offset of the data in the file."""
+    """The location of a tensor. `begin`: offset of the data in the file. Raises ValueError for impossible values."""
     start, end = data_offsets
     if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
-        raise ValueError("sizes of nothing that there is")
+        raise ValueError("a tensor has too many dimensions, or is too large")
     if any(type(number) is not int or number < 0 for number in (*shape, start, end - start)) or type(dtype) is not str:
-        raise ValueError("numbers that are none")
+        raise ValueError("a shape, an offset or a type is invalid")
     if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise ValueError("a tensor of another size")
+        raise ValueError("the bytes of a tensor do not fit its shape and type")
     return TensorLocation(shard, begin + start, end - start, dtype, tuple(shape))
 
 
@@ -140,8 +140,8 @@ class SafetensorsStore:
             return cls(path.resolve().name, path, None)
         if path.is_file():
             raise ModelNotFound(
-                f"{model} is a file that is no checkpoint: give a GGUF file, whose name ends with .gguf, a checkpoint "
-                "folder or a Hugging Face id"
+                f"{model} is a file that is not a checkpoint: give a GGUF file, whose name ends with .gguf, a "
+                "checkpoint folder or a Hugging Face id"
             )
         if isinstance(model, Path) or _is_path(model):
             raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
@@ -168,8 +168,8 @@ class SafetensorsStore:
                 raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
             except StrictDataclassError as error:
                 raise UnsupportedModel(
-                    f"the config of {self.source} has values that its family cannot have: download it again, or mend "
-                    f"it ({' '.join(str(error).split())})"
+                    f"the config of {self.source} has values that its family cannot have: download it again, or "
+                    f"correct it ({' '.join(str(error).split())})"
                 ) from error
         # transformers sees every weight as plain numbers, because this store decodes quantized weights.
         for part in (config, *vars(config).values()):
@@ -331,7 +331,7 @@ class SafetensorsStore:
     def generation_config(self) -> GenerationConfig | None:
         with replace_library_errors(
             lambda why: UnsupportedModel(
-                f"{_GENERATION} of {self.name} is not what transformers reads: download it again, or remove it ({why})"
+                f"{_GENERATION} of {self.name} cannot be read by transformers: download it again, or remove it ({why})"
             )
         ):
             try:
@@ -360,7 +360,7 @@ class SafetensorsStore:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass
             raise ModelNotFound(
-                f"{INDEX_FILE} of {self.name} does not say which file holds which tensor, or names one elsewhere: "
+                f"{INDEX_FILE} of {self.name} does not name, for each tensor, a file in the same folder: "
                 "download it again"
             )
         try:
@@ -372,8 +372,8 @@ class SafetensorsStore:
             ) from error
 
     def _infos(self, names: Iterable[str]) -> dict[str, TensorLocation]:
-        """The places of tensors, from the headers of their shards, and of all other tensors in these shards. Raises
-        ModelNotFound: a shard lacks a tensor, because the index belongs to other shards."""
+        """The locations of these tensors and of all other tensors in their shards, from the headers of the shards.
+        Raises ModelNotFound: a shard lacks a tensor, because the index belongs to other shards."""
         names = list(names)
         infos: dict[str, TensorLocation] = {}
         for shard in sorted({self._weight_map[name] for name in names}):
@@ -385,7 +385,7 @@ class SafetensorsStore:
             shard = self._weight_map[name]
             if name not in infos or infos[name].file != shard:
                 raise ModelNotFound(
-                    f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} says it holds: download both again"
+                    f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} assigns to it: download both again"
                 )
         return infos
 
@@ -442,7 +442,7 @@ class SafetensorsStore:
             return Path(hf_hub_download(self.name, file, revision=self._revision))
         except GatedRepoError as error:
             raise ModelNotFound(
-                f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
+                f"the licence of {self.name} must be accepted: accept it on the model's page, then run 'hf auth login'"
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             if cached is not None:  # the cache knows that the hub has no such file
@@ -459,7 +459,7 @@ class SafetensorsStore:
                 "'hf auth login' if it is private"
             ) from error
         except HfHubHTTPError as error:
-            raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error
+            raise ModelNotFound(f"the hub refuses {self.name}: {error}") from error
 
     def _check_that_hub_answers(self, file: str) -> None:
         """Asks the hub once, because a download would try to connect for half a minute. The download handles the hub's
@@ -476,8 +476,8 @@ class SafetensorsStore:
 
 
 def _is_path(model: str) -> bool:
-    """Whether a model that is no folder was meant as a path, of this system or of Windows: hub ids do not look like
-    paths."""
+    """Whether `model`, which is not an existing folder, was meant as a path of this system or of Windows: hub ids do
+    not look like paths."""
     return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
 
 
@@ -515,8 +515,9 @@ def _without_notes(values: Any) -> Any:
 
 
 def _quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization of a checkpoint's weights, from its config; None: they are plain numbers. `config`: the config
-    file of the whole checkpoint. Some multimodal configs have it in the config of the text model."""
+    """The quantization of a checkpoint's weights, from its config; None: the weights are plain numbers. `config`: the
+    config file of the whole checkpoint. In some multimodal configs, the config of the text model has the
+    quantization."""
     nested = [value for value in config.values() if isinstance(value, Mapping)]
     for place in (config, *nested):
         for key in _QUANTIZATION_KEYS:

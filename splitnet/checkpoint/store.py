@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from splitnet.checkpoint.transfer.weight_pieces import TensorFiles, WeightFolder
 from splitnet.quant.packed_tensor import CodeLayout
 
-# Characters in the name of a tensor; a bound, because regular expressions match these names.
+# Maximum characters in the name of a tensor. Names are bounded because regular expressions match them.
 MOST_OF_NAME = 512
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all); from several threads, one at a time
 
@@ -53,13 +53,14 @@ class TensorStore(TensorFiles, Protocol):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The config of the whole checkpoint, without its description of quantization. Raises ModelNotFound: it cannot
-        be read; UnsupportedModel: transformers does not know the architecture."""
+        """The config of the whole checkpoint, without its description of quantization. Raises ModelNotFound: the config
+        cannot be read; UnsupportedModel: transformers does not know the architecture."""
         ...
 
     @property
     def quantized(self) -> bool:
-        """Whether weights may be in few bits: only headers then give their bytes, otherwise config and type do."""
+        """Whether weights may be in few bits. If so, only headers give the bytes of weights; otherwise config and type
+        do."""
         ...
 
     @property

@@ -27,7 +27,7 @@ class DraftModel:
         config = model.config.get_text_config()
         if config.vocab_size != vocabulary:
             raise SplitnetError(
-                f"the draft model knows {config.vocab_size} tokens, the model {vocabulary}: "
+                f"the draft model has {config.vocab_size} tokens, the model {vocabulary}: "
                 "use a draft model with the same tokenizer"
             )
         has_states = keeps_states(config)
@@ -39,7 +39,8 @@ class DraftModel:
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
-        # For models with recurrent states, the row keeps the tokens, from which states are computed again.
+        # For models with recurrent states, the row keeps the tokens, from which the states are computed again after a
+        # rewind.
         self._row = SequenceCache(states=SequenceStates(states_per_block(config)) if has_states else None)
         self._one_by_one = has_states and family_of(config).one_by_one
 

@@ -1,4 +1,4 @@
-"""What texts have shown of decode steps and of drafts: which windows of drafts pay is decided from these statistics."""
+"""Statistics of decode steps and of drafts, from which the number of drafts in a window is chosen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARE = 0.2  # weight of the latest step in the averages of step costs
 MEMORY = 0.97  # decay of the weight of earlier tokens in the acceptance, per token
 PRIOR_TOKENS = 4.0  # weight of the priors, in tokens
 FADING = 0.995
-"""Decay, per plain step, of the extra cost measured for longer steps, so that they are tried again."""
+"""Decay, per plain step, of the extra cost that was measured for longer steps, so that longer steps are tried again."""
 LOOK_SHARE = 0.002  # a guess is made at every token if it takes at most this share of a plain step
 
 
@@ -34,7 +34,7 @@ class Counts(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """A token that was sent behind the text. place: index in its window. before: kind of the previous draft."""
+    """A drafted token that was sent after the text. place: index in its window. before: kind of the previous draft."""
 
     token: int
     kind: int
@@ -52,33 +52,35 @@ class DraftStats:
         self.drafted = 0  # tokens that were sent as drafts
         self.accepted = 0  # drafted tokens that the model chose
         self.texts = 0  # texts that are being generated
-        self.tokens = self.round_trips = 0  # of texts with this drafter, without their prompts
+        # Generated tokens of texts with this drafter, and passes through the blocks that gave these tokens.
+        self.tokens = self.round_trips = 0
         self.by_place: dict[int, list[int]] = {}  # by index in a window: drafts that were compared, and accepted
         self._own = [_RightShare(prior) for prior in priors]
-        self._following: dict[int, _RightShare] = {}  # by kind: guesses behind a guess of this kind, once observed
+        self._following: dict[int, _RightShare] = {}  # by kind: guesses after a guess of this kind, once observed
         # Time of a plain step beyond its prediction; and, by positions, time of a longer step beyond its own prediction
         # and beyond the excess of a plain step. So a cause that slows plain steps does not make longer ones look fast.
         self._plain_ms = MovingAverage(SHARE)
         self._more_ms: dict[int, MovingAverage] = {}
         self._client_ms: dict[int, MovingAverage] = {}  # by positions: time that a step kept this process busy
         self._drafting_ms = (MovingAverage(SHARE), MovingAverage(SHARE))  # of a draft's first guess, of a further guess
-        self._saved = MovingAverage(SHARE, 1.0)  # round trips that a draft saved
+        self._saved = MovingAverage(SHARE, 1.0)  # mean round trips that a draft saves
         self._lock = threading.RLock()
 
     def acceptance(self, kinds: Iterable[int]) -> float:
-        """Probability that the model chooses a guess of these kinds, if it chose all guesses before."""
+        """Probability that the model chooses a guess of these kinds, given that the model has chosen all guesses
+        before."""
         shares = [self._own[kind] for kind in kinds]
         return sum(share.right for share in shares) / sum(share.tried for share in shares)
 
     def compared(self, kind: int, right: bool, before: int | None = None) -> None:
-        """Notes whether the model chose a guess, behind accepted guesses. before: kind of the guess before."""
+        """Records whether the model chose a guess that follows accepted guesses. before: kind of the guess before."""
         with self._lock:
             self._own[kind].add(right)
             if before is not None:
                 self._following.setdefault(before, _RightShare(self._own[before].value)).add(right)
 
     def sent(self, count: int) -> None:
-        """Notes drafted tokens that were sent."""
+        """Records drafted tokens that were sent."""
         with self._lock:
             self.drafted += count
 
@@ -94,7 +96,7 @@ class DraftStats:
                 self.texts -= 1
 
     def received(self, tokens: int, *, drafted: bool) -> None:
-        """Notes the new tokens of one round trip. drafted: a draft was made before, whether it was sent or not."""
+        """Records the new tokens of one round trip. drafted: a draft was made before the round trip, sent or not."""
         with self._lock:
             self.tokens += tokens
             self.round_trips += 1
@@ -113,7 +115,7 @@ class DraftStats:
     def observe_latency(
         self, positions: int, elapsed_ms: float, client_ms: float, prediction: Callable[[int], Prediction]
     ) -> None:
-        """Notes the times of a step during which nothing else was under way.
+        """Records the times of a step during which nothing else was under way.
 
         elapsed_ms: from sending the step until its tokens were chosen. client_ms: time that this process was busy.
         """
@@ -143,7 +145,7 @@ class DraftStats:
 
     @property
     def knows_steps(self) -> bool:
-        """Whether a plain step was measured, which windows are compared with."""
+        """Whether a plain step was measured, with which windows are compared."""
         return 1 in self._client_ms
 
     def window(self, kind: int, prediction: Callable[[int], Prediction]) -> Window:

@@ -45,5 +45,6 @@ class Drafter(Protocol):
         """Appends a token to the text. features: `[len(taps) * hidden]` of the position before the token."""
 
     def draft_tokens(self, pending: Sequence[int]) -> Iterator[Guess]:
-        """Guesses, without end, of the tokens behind the text and `pending`, the drafts that are under way."""
+        """Guesses the tokens after the text and `pending`, the drafts that are under way; yields guesses without
+        end."""
         ...

@@ -41,7 +41,7 @@ from splitnet.quant.linear import hold_weights
 
 MOST_LAYERS = 8
 MOST_TAPS = 8
-_MOST_SIZE = 1 << 20  # largest dimension: torch can count the product of two
+_MOST_SIZE = 1 << 20  # largest dimension: the product of two dimensions fits in torch's sizes
 _ROPES = ("default", "linear", "llama3", "yarn")  # RoPE types with frequencies that do not depend on the text's length
 _SPECULATORS = "speculators_model_type"
 _LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -53,8 +53,8 @@ _LEFT_OUT = ("t2d", "rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_
 class Shape:
     """The architecture of a head; the flags have the names of `speculators`.
 
-    layer: sizes and rotary embedding of the layers. first: EAGLE-1 or 2. extras: names of optional tensors: biases,
-    norms of queries and keys, embeddings, a language model head.
+    layer: sizes and rotary embedding of the layers. first: whether the head is EAGLE-1 or 2. extras: names of optional
+    tensors: biases, norms of queries and keys, embeddings, a language model head.
     """
 
     layer: LlamaConfig
@@ -69,11 +69,12 @@ class Shape:
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Index of a layer, queries `[..., heads, n, head size]`, keys and values of the KV heads -> shape of the queries."""
+"""Maps the index of a layer, queries `[..., heads, n, head size]`, and keys and values of the KV heads to the outputs
+of attention, in the shape of the queries."""
 
 
 def _attend(cache: SequenceCache, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """New positions attend to the cache and to each other, and are appended to the cache."""
+    """Computes attention of new positions to the cache and to each other, and appends these positions to the cache."""
     count = keys.shape[1]
     every, all_values = cache.append(layer, keys[None], values[None])
     mask = None
@@ -177,7 +178,7 @@ class EagleHead(nn.Module):
         places = store.tensor_locations()
         names = {name.replace("midlayer.", "layers.0.", 1): name for name in places}
         with replace_library_errors(
-            lambda why: SplitnetError(f"the config of {source} is none of an EAGLE head ({why})")
+            lambda why: SplitnetError(f"the config of {source} is not the config of an EAGLE head ({why})")
         ):
             shape = _shape_of(json.loads(store.told_config()), names.keys(), model)
         with torch.device("meta"):
@@ -269,7 +270,9 @@ class EagleHead(nn.Module):
         """Writes the head in bfloat16, in the format of `speculators`. verifier: hub id or path of the model; None:
         others cannot open the model. Raises SplitnetError: EAGLE-1 and 2, which the format lacks."""
         if self.shape.first:
-            raise SplitnetError("a head of EAGLE-1 or 2 has no place in the format of speculators: train a new one")
+            raise SplitnetError(
+                "a head of EAGLE-1 or 2 cannot be written in the format of speculators: train a new head"
+            )
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
         if (ids := self.draft_vocabulary) is not None:
             known = torch.zeros(self.model.vocabulary, dtype=torch.bool)
@@ -316,7 +319,7 @@ def _refuse(problem: str) -> NoReturn:
 def _ids_of(offsets: Tensor, vocabulary: int) -> Tensor:
     ids = offsets.long() + torch.arange(len(offsets))
     if not bool(((ids >= 0) & (ids < vocabulary)).all()) or len(ids.unique()) < len(ids):
-        _refuse(f"drafts tokens by d2t that are not, or not once, among the model's {vocabulary}")
+        _refuse(f"has a d2t with tokens that are repeated, or not among the model's {vocabulary}")
     return ids
 
 
@@ -330,7 +333,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -
         _refuse(f"is a speculator of the kind {kind!r}, and only eagle3 is known")
     told = values["transformer_layer_config"] if kind else values
     if not isinstance(told, Mapping):
-        _refuse("has a transformer_layer_config that describes nothing")
+        _refuse("has a transformer_layer_config that is not an object with keys")
     nested = values.get("eagle_config")
     first = not kind and "layers.0.hidden_norm.weight" not in tensors
     flags = {name: bool(values.get(name)) for name in _FLAGS if not first}
@@ -350,7 +353,7 @@ def _shape_of(values: Mapping[str, Any], tensors: Set[str], model: ClientPart) -
     if not first and values.get("draft_vocab_size") is not None:
         draft = _number(values, "draft_vocab_size", model.vocabulary)
     if draft != model.vocabulary and "d2t" not in tensors:
-        _refuse(f"drafts {draft} of {model.vocabulary} tokens and has no d2t, which says what they are")
+        _refuse(f"drafts {draft} of {model.vocabulary} tokens and has no d2t, which gives the tokens that are drafted")
     own = {"lm_head.weight", "embed_tokens.weight"} & tensors if not first else frozenset[str]()
     fits = model.head is not None and draft == model.vocabulary and layer.hidden_size == model.hidden_size
     if "lm_head.weight" not in own and not fits:
@@ -408,7 +411,7 @@ def _layer_of(told: Mapping[str, Any], model: ClientPart, *, own_embeddings: boo
     try:
         LlamaRotaryEmbedding(config)(torch.empty(0), torch.zeros(1, 1))
     except Exception as error:
-        raise ValueError(f"no rotary embedding comes of {str(rope)[:500]}: {error}") from error
+        raise ValueError(f"no rotary embedding can be made from {str(rope)[:500]}: {error}") from error
     return config
 
 

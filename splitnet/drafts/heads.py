@@ -17,9 +17,9 @@ from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.drafts.drafter import Guess, shared
 from splitnet.drafts.prompt_lookup import PromptLookup
 
-PIECE = 512  # most positions that a head runs at once, which bounds its memory
+PIECE = 512  # maximum positions that a head runs at once, to limit memory
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)
-"""Bounds between kinds of guesses, by the head's probability of its likeliest token."""
+"""Thresholds between kinds of guesses, in the probability that the head gives its likeliest token."""
 
 
 class DraftHead(Protocol):
@@ -39,7 +39,7 @@ class DraftHead(Protocol):
     def run(self, tokens: Tensor, features: Tensor, cache: SequenceCache, *, own: bool = False) -> Tensor:
         """The outputs `[seq, hidden]` of new positions, at most `PIECE`; appends the positions to the cache.
 
-        tokens: `[seq]`, the token behind each position. features: `[seq, len(taps) * hidden]` of the model; with `own`
+        tokens: `[seq]`, the token after each position. features: `[seq, len(taps) * hidden]` of the model; with `own`
         `[seq, hidden]`, the head's outputs at the previous positions.
         """
         ...
@@ -64,13 +64,13 @@ class HeadDrafter:
         self._cache = SequenceCache()
         self._known: list[tuple[int, Tensor]] = []  # tokens and features of positions that were not run yet
         self._length = 0  # positions of the cache with features of the model
-        self._drafted: list[int] = []  # tokens behind these positions; the cache may hold them, too
+        self._drafted: list[int] = []  # drafted tokens after these positions; the cache may hold some of them
         self._outputs: list[Tensor] = []  # of the head, `[hidden]`: at the last position with features, and at drafts
 
     def begin_text(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self._cache, self._length = SequenceCache(), 0
         self._drafted, self._outputs = [], []
-        # Embeddings in the place of a prompt have no tokens: their positions are left out.
+        # Positions with embeddings in place of a prompt have no tokens, so these positions are left out.
         count = 0 if features is None else max(0, min(len(features), len(tokens) - 1))
         self._known = [] if features is None or not count else [*zip(tokens[-count:], features[-count:], strict=True)]
 

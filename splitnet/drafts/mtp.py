@@ -1,4 +1,4 @@
-"""Drafts with the layer for multi-token prediction (MTP) that some checkpoints have behind their blocks.
+"""Drafts with the layer for multi-token prediction (MTP) that some checkpoints have after their blocks.
 
 DeepSeek-V3 (arXiv:2412.19437), section 2.2: the embedding of a token and the hidden state of the previous position are
 normalised and projected to one hidden state. From this state and those of earlier positions, a block of the model's
@@ -72,8 +72,9 @@ class MtpLayer:
     """The MTP layer of a family.
 
     attention, mlp: the kind of the layer's block, for configs that list kinds of blocks without this layer. renamed:
-    part of the names of the layer's tensors -> part of the names in the model's blocks. hidden_first: the projection
-    takes hidden states before embeddings. normed: the layer takes hidden states behind the model's final norm.
+    part of the names of the layer's tensors -> part of the names in the model's blocks. hidden_first: in the input of
+    the projection, hidden states come before embeddings. normed: the layer takes hidden states after the model's final
+    norm.
     """
 
     names: Names = _BEHIND
@@ -87,7 +88,7 @@ class MtpLayer:
 LAYERS: Mapping[str, MtpLayer] = {
     "deepseek_v3": MtpLayer(),
     "deepseek_v32": MtpLayer(attention="indexed_attention"),
-    "ernie4_5_moe": MtpLayer(names=_ERNIE),  # with a final norm as in FastDeploy; vLLM and SGLang have none
+    "ernie4_5_moe": MtpLayer(names=_ERNIE),  # with a final norm as in FastDeploy; vLLM and SGLang omit this norm
     "glm4_moe": MtpLayer(),
     "glm4_moe_lite": MtpLayer(),
     "glm_moe_dsa": MtpLayer(attention="indexed_attention"),
@@ -99,7 +100,7 @@ LAYERS: Mapping[str, MtpLayer] = {
         renamed=("pre_mlp_layernorm.", "post_attention_layernorm."),
     ),
     "nemotron_h": MtpLayer(names=_NEMOTRON),
-    # MiMo, whose blocks are those of Qwen2; as in vLLM
+    # MiMo, which has the blocks of Qwen2; the layer is as in vLLM
     "qwen2": MtpLayer(names=_MIMO, hidden_first=True, normed=False),
     "qwen3_5_moe_text": MtpLayer(names=_BESIDE),
     "qwen3_5_text": MtpLayer(names=_BESIDE),
@@ -109,8 +110,8 @@ LAYERS: Mapping[str, MtpLayer] = {
 
 
 class _FoundHead(NamedTuple):
-    """The layer of a checkpoint. whole: the checkpoint with the layer's blocks behind the model's. parts: field of
-    `Names` -> name of the tensor."""
+    """The layer of a checkpoint. whole: the checkpoint with the layer's blocks after the model's blocks. parts: field
+    of `Names` -> name of the tensor."""
 
     layer: MtpLayer
     whole: Checkpoint
@@ -123,7 +124,7 @@ def mtp_head(checkpoint: Checkpoint, ends: ClientPart, weights: str | None = Non
     """Reads only the MTP layer of a checkpoint; None: the checkpoint has no such layer.
 
     Args:
-        ends: of the client's part of the same checkpoint.
+        ends: embeddings, final norm and head of the client part of the same checkpoint.
         weights: format of the block's weights, see `Span.load`.
 
     Raises:
@@ -135,7 +136,7 @@ def mtp_head(checkpoint: Checkpoint, ends: ClientPart, weights: str | None = Non
     if found is None:
         return None
     if not ends.compute_everything:
-        raise _unusable(checkpoint, "the model does more to embeddings or logits than is known here")
+        raise _unusable(checkpoint, "the model changes embeddings or logits in a way that is not known here")
     return MtpHead(found, ends, weights)
 
 
@@ -155,7 +156,7 @@ def mtp_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None = None, weights:
 class MtpHead:
     """A `DraftHead` of an MTP layer. Threads may share it.
 
-    Its outputs are behind the layer's final norm, as its inputs are behind the model's.
+    The outputs come from the layer's final norm, as the inputs come from the model's final norm.
     """
 
     draft_vocabulary = None

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from splitnet.drafts.drafter import Guess
 
-LONGEST_NGRAM = 3  # most tokens of the n-gram that is looked up
-LONGEST_MATCH = 16  # most tokens before a place that are compared to rate the place
-LEARNING_MATCH = 3  # equal tokens before a place that a replacement of a token needs to be learnt
-RENAMED_WITHIN = 2048  # latest tokens that are indexed again after a replacement: the copy, not its source
-TIMES_FORGOTTEN = 3  # a token that lost its replacement this often gets no other one
-TIMES_SEEN = 2  # how often a token must be replaced by the same other token before the replacement is drafted
+LONGEST_NGRAM = 3  # maximum tokens of the n-gram that is looked up
+LONGEST_MATCH = 16  # maximum tokens before a place that are compared to rate the place
+LEARNING_MATCH = 3  # minimum equal tokens before a replaced token for which the replacement is learnt
+RENAMED_WITHIN = 2048  # latest tokens that are indexed again after a replacement was learnt: the copy, not its source
+TIMES_FORGOTTEN = 3  # a token that has lost its replacement this often gets no further replacement
+TIMES_SEEN = 2  # how often a token must be replaced by the same token before the replacement is drafted
 
 
 class PromptLookup:
     """Drafts the tokens that followed the last tokens earlier in the text; needs no model and hardly any time.
 
-    Saxena, "Prompt Lookup Decoding" (2023). The latest place with the last `LONGEST_NGRAM` tokens, or else with fewer,
-    is copied. The kind of a guess grows with the number of equal tokens before the place.
+    Saxena, "Prompt Lookup Decoding" (2023). The text after the latest place with the last `LONGEST_NGRAM` tokens, or
+    else with fewer of them, is copied. The kind of a guess grows with the number of equal tokens before the place.
 
     A copy with changes, such as edited code, is followed further: if a token differs from the source and the next ones
-    are equal, the new token replaces the old one. From then on both count as equal when places are compared, and the
-    new token is drafted. The source is followed as long as the text agrees with it; a new look-up would mostly find a
-    place within the copy.
+    are equal, the new token replaces the old one. From then on the two tokens count as equal when places are compared,
+    and the new token is drafted. The source is followed as long as the text agrees with it; a new look-up would mostly
+    find a place within the copy.
     """
 
     priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
@@ -39,7 +39,7 @@ class PromptLookup:
         self._former: dict[int, int] = {}  # the inverse of `_renamed`
         self._seen: Counter[tuple[int, int]] = Counter()  # how often a token was replaced by another one
         self._forgotten: Counter[int] = Counter()  # how often a token has lost its replacement
-        self._places: dict[tuple[int, ...], int] = {}  # index behind the last occurrence of an n-gram
+        self._places: dict[tuple[int, ...], int] = {}  # index after the last occurrence of an n-gram
         self._source: int | None = None  # index of the next token of the source; None: there is no source
         self._suspect: tuple[int, int] | None = None  # a token of the source, and the text's latest token in its place
 
@@ -65,7 +65,7 @@ class PromptLookup:
         kind = (sum(same) if same and same[0] else 0).bit_length()
         copied = (self._tokens[index] for index in range(place, len(self._tokens)))
         renamed = (self._renamed.get(token, token) for token in copied)
-        # A repetition is expected to go on.
+        # A repetition is expected to continue.
         yield from (Guess(token, kind) for token in itertools.cycle(itertools.chain(renamed, pending)))
 
     def _follow(self, token: int) -> None:
@@ -118,7 +118,7 @@ class PromptLookup:
             self._places[self._former_of(self._tokens[index - size : index])] = index
 
     def _place(self, tail: Sequence[int], pending: Sequence[int]) -> int | None:
-        """The index to copy from, behind the text and the pending drafts."""
+        """The index from which to copy the tokens after the text and the pending drafts."""
         source = self._source
         if source is not None and source + len(pending) <= len(self._tokens):
             ahead = self._tokens[source : source + len(pending)]

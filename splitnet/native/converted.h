@@ -161,7 +161,7 @@ CONVERT_TILE(bfloat_tile, BFLOATS, uint16_t, store_bfloats)
 #endif
 #endif
 
-/* `bfloats`: the numbers are bfloat16; only a path that multiplies bfloat16 makes these. */
+/* `bfloats`: the numbers are bfloat16; only a path that multiplies bfloat16 makes bfloat16 numbers. */
 typedef struct {
     const Path *path; /* the path in use */
     const Grouped *weight;

@@ -10,18 +10,18 @@ row. Codes of integers are multiplied as unsigned bytes, other codes as floats. 
 #define TILE 16      /* outputs that are stored together */
 #define CHUNK 32     /* inputs whose codes are stored together */
 #define UNITS 256    /* inputs that share a unit of steps */
-#define MOST_GROUPS 64 /* per panel */
-#define MOST_ROWS 64 /* rows that are multiplied with a tile before the next tile, so that they stay in a cache */
+#define MOST_GROUPS 64 /* maximum groups per panel */
+#define MOST_ROWS 64 /* maximum rows that are multiplied with a tile before the next tile, so that the rows stay in a cache */
 
 enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE, ONES };
 enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
 
 /* All fields have 8 bytes: Python writes them as a list of numbers. */
 typedef struct {
-    int64_t code; /* ANY: only the plain loops take it */
+    int64_t code; /* an `enum code`; only the plain loops take weights with ANY */
     int64_t bits, group, panel, inputs, outputs;
     int64_t offset;       /* the code of zero, without a table */
-    int64_t scale, zero;  /* their types: an `enum number` */
+    int64_t scale, zero;  /* types of scales and zeros: an `enum number` */
     int64_t scales_at, zeros_at; /* bytes of the scales, and of the zeros, of one group of a tile */
     int64_t tile_bytes;
     int64_t pairs;        /* two of the four inputs of an output are stored 32 bytes after the other two */
@@ -146,7 +146,7 @@ INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t code
         for (int i = 0, shift = 0; i < (vector < whole ? 1 : 3); i++) {
             const int *piece = vector < whole ? alone : pieces[bits][vector - whole][i];
             const int mask = (1 << piece[2]) - 1;
-            uint8_t some[VECTOR]; /* a local array, so that the compiler knows that it does not overlap */
+            uint8_t some[VECTOR]; /* a local array, so that the compiler knows that the array does not overlap `codes` */
             for (int k = 0; k < VECTOR; k++) some[k] = (uint8_t)((at[piece[0] * VECTOR + k] >> piece[1] & mask) << shift);
             for (int k = 0; k < VECTOR; k++) codes[vector * VECTOR + k] |= some[k];
             shift += piece[2];
@@ -212,7 +212,7 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
     }
 }
 
-/* Converts some lanes of a tile to floats, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
+/* Converts some lanes of a tile to floats, `[lanes, inputs]`, rounded as `Codes.to_floats` rounds them. */
 INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
@@ -259,7 +259,7 @@ typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
     int64_t stride; /* of `high` and `low`; SUMMED times the stride of the sums, CHUNK times that of the pairs */
-    const float *highs; /* with the stride of the sums */
+    const float *highs; /* with the same stride as `sums` */
 } Numbered;
 
 /* The difference between the unsigned bytes and the values that they encode. */
@@ -662,7 +662,7 @@ INLINE VNNI __m512i eight_bytes(const int8_t *from) {
     return _mm512_set1_epi64(bytes);
 }
 
-/* E4M3 with the four inputs of an output together: as bfloat16, which the CPU multiplies in pairs. */
+/* For E4M3 codes that are not in pairs: the codes become bfloat16 numbers, which the CPU multiplies in pairs. */
 INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
@@ -825,7 +825,7 @@ typedef struct {
     const char *name;
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
-    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with unconverted rows */
+    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: E4M3 is multiplied with unconverted rows */
     Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; E4M3 in pairs */
@@ -841,8 +841,8 @@ static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
     return found ? found : grouped_plainly;
 }
 
-/* Converts the rows of a job to the type that a kernel takes; allocates `numbers->high` if necessary. Returns 0 without
-memory. */
+/* Converts the rows of a job to the type that a kernel takes; allocates `numbers->high` if necessary. Returns 0 if
+memory cannot be allocated. */
 static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Quantised *numbers) {
     const Grouped *weight = job->weight;
     const int integers = taken_by(weight) == AS_INTEGERS || (weight->code == FLOAT_TABLE && path->in_words);
@@ -888,7 +888,7 @@ static void run_some_tiles(const void *given, int64_t thread) {
     }
 }
 
-/* Each thread computes some of the tiles, for all runs. */
+/* Each thread computes the products of some of the tiles with all runs of rows. */
 static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many) {
     TiledRuns all = {kernel, job, rows, runs, many, parts_of(job->weight->outputs, TILE), job->threads < 1 ? 1 : job->threads};
     run_parts(run_some_tiles, &all, all.threads, all.threads);

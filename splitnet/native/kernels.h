@@ -1,16 +1,16 @@
-/* All products for one kind of instructions; paths.h includes this once for each, as Google's Highway does it. Before that
-it defines:
+/* All products for one kind of instructions. paths.h includes this file once for each kind, as Google's Highway does.
+Before each inclusion, paths.h defines:
 
-    NAME         of the path, as people write it
-    NAMED(name)  the name of a function for this kind; is_here is there: whether the CPU has it
-    TARGET       what lets the compiler use the instructions
-    BITS         of a vector; V(name) is what vectors_*.h have for it
-    DOT          adds products of bytes, of four neighbours each: dot(sums, codes, numbers)
-    WORDS        where it is PAIRED: adds products of words, of two neighbours each
-    SIGNED       its codes have a sign, else none
-    PAIRED       it is slow, but products of codes without sign and of few bits can be summed in 16 bits
-    ROWS         that are multiplied at a time: 4 or 2
-    SCALED       E4M3 is taken as it is, 2^120 times too small */
+    NAME         the name of the path, as users write it
+    NAMED(name)  the name of a function of this path; NAMED(is_here) tells whether the CPU has the instructions
+    TARGET       the attribute that lets the compiler use the instructions
+    BITS         bits of a vector; V(name) is the type or function of vectors_*.h for this size
+    DOT          the function dot(sums, codes, numbers), which adds products of bytes, of four neighbours each
+    WORDS        with PAIRED: the function that adds products of words, of two neighbours each
+    SIGNED       whether the codes that DOT takes have a sign
+    PAIRED       whether DOT is slow, but products of unsigned codes with few bits can be summed in 16 bits
+    ROWS         rows that are multiplied at a time: 4 or 2
+    SCALED       whether E4M3 codes are multiplied without a conversion, as floats that are 2^120 times too small */
 
 #define LANES (BITS / 32)                /* 32-bit numbers in a vector */
 #define WIDE (BITS / 8)                  /* bytes of a vector */

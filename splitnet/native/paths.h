@@ -48,7 +48,7 @@ static int is_here_avxvnni(void) {
 #include "kernels.h"
 #endif
 
-/* As avx-vnni, with AVX512's encoding of the instructions, so that CPUs without AVX-VNNI can test it. */
+/* As avx-vnni, with AVX512's encoding of the instructions, so that CPUs with AVX512 but without AVX-VNNI can test these kernels. */
 #define NAME "avx512-256"
 #define NAMED(name) JOINED(name, evex)
 #define is_here_evex has_vnni

@@ -143,7 +143,7 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
 
 #ifdef HAVE_VNNI
 
-/* Mask of the existing ones of 16 numbers, where `left` numbers are left in a row. */
+/* Mask of the first `left` of 16 numbers, where `left` is the count of numbers that are left in a row. */
 INLINE VNNI __mmask16 some_of(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
 VNNI static void quantise_vnni(const Job *job, const Quantised *to) {

@@ -1,4 +1,4 @@
-/* New positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. All computations are in
+/* Runs new positions through blocks with the usual parts; see splitnet/blocks/fast/native_step.py. Computations are in
 float32. Keys and values are stored in the span's type, float32 or bfloat16, or as float16, or in the codes of
 splitnet/blocks/kv_form.py. */
 
@@ -33,9 +33,9 @@ typedef struct {
     Norm before, after;   /* of the input and the output of attention */
     Norm between, behind; /* of the input and the output of the MLP */
     Norm query_norm, key_norm;
-    int64_t parallel;       /* the MLP has the input of attention, or its own norm of it; else the output of attention */
+    int64_t parallel;       /* the MLP has the input of attention, perhaps with another norm; otherwise the output of attention */
     double residual;        /* factor of the outputs of attention and MLP before they are added */
-    const float *sinks;     /* per head, a logit in the softmax that has no value; or NULL */
+    const float *sinks;     /* per head, a logit that takes part in the softmax without a value; or NULL */
     const float *slopes;    /* per head, added to a logit for every position (ALiBi); or NULL */
     /* If `query` computes all three: the places of the heads of query, key and value in its output; else NULL */
     const int64_t *places;
@@ -46,7 +46,7 @@ typedef struct {
     int64_t absorbed;   /* latents are stored in place of keys, and the rotated part of keys in place of values */
     int64_t window; /* positions that a position sees, or 0: all */
     int64_t joined; /* query_norm and key_norm normalise all heads together */
-    int64_t late;   /* these norms come after the rotary embedding */
+    int64_t late;   /* query_norm and key_norm come after the rotary embedding */
     int64_t rope;   /* index of the rotary embedding, or -1 */
     int64_t activation;
     double shape[4]; /* of XIELU: alpha of positive numbers, alpha of other numbers, beta, and the upper limit for the latter */
@@ -56,15 +56,15 @@ typedef struct {
     Matrix gate, up, down;
     Matrix opener; /* one output, whose sigmoid scales the MLP's output; or without weights */
     Norm lowered_norm, latent_norm;
-    Matrix lowered; /* its normed output is the input of `query`; without weights, `query` has the input of attention */
-    Matrix latent;  /* its output is the latents, before their norm, and the rotated part of keys, which all heads share */
+    Matrix lowered; /* the normed output is the input of `query`; without weights, `query` has the input of attention */
+    Matrix latent;  /* gives the latents, before the norm, and the rotated part of keys, which all heads share */
     Matrix expand;  /* computes, by head, the rest of the key and the value; in floats if latents are stored */
     int64_t experts, chosen; /* 0: there are none */
-    int64_t sigmoid;         /* scores are sigmoids of logits, else their softmax */
+    int64_t sigmoid;         /* scores are sigmoids of logits; otherwise the softmax of the logits */
     int64_t normalised;      /* the shares of the chosen experts add up to one */
     int64_t groups, kept;    /* experts are chosen from the `kept` best groups */
-    int64_t judges;          /* how many of a group's best scores are summed to rank it: one or two */
-    int64_t interleaved;     /* gate and up of an expert are interleaved, else its gate comes first */
+    int64_t judges;          /* how many of a group's best scores are summed to rank the group: one or two */
+    int64_t interleaved;     /* gate and up of an expert are interleaved; otherwise the gate comes first */
     const float *correction; /* added to scores for the choice alone, or NULL */
     double factor;           /* factor of shares */
     double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), with gate and up limited by `limit` */
@@ -102,12 +102,12 @@ typedef struct {
     int threads;
 } Step;
 
-/* bits: 16 for float16; 8, 4 for codes; 0 for the type of blocks. */
+/* `bits`: 16 for float16, 8 or 4 for codes, 0 for the type of blocks. */
 static enum stored stored_by(long long bits, int floats) {
     return bits == 16 ? KV_FLOAT16 : bits == 8 ? KV_BYTES : bits ? KV_NIBBLES : floats ? KV_FLOAT32 : KV_BFLOAT16;
 }
 
-/* Cephes' exponential function: error of a unit in the last place. */
+/* The exponential function of the Cephes library; the error is one unit in the last place. */
 INLINE VNNI __m512 exponential(__m512 x) {
     const __m512 most = _mm512_set1_ps(88.0f), least = _mm512_set1_ps(-103.0f);
     x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* this order keeps NaN */
@@ -129,11 +129,11 @@ INLINE VNNI __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
+INLINE VNNI __m512 tangent(__m512 x) { /* the hyperbolic tangent */
     return _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1));
 }
 
-/* Normalises one head or several; `head`: its index. */
+/* Normalises one head or several; `head`: the index of the first head. */
 INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, int64_t width, int64_t head) {
     const float *weight = norm->weight + head * norm->stride;
     __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
@@ -223,7 +223,7 @@ static int64_t kv_code_bytes(int64_t size, enum stored kind) { return kind == KV
 
 static int is_coded(enum stored kind) { return kind >= KV_BYTES; }
 
-/* For one head. */
+/* Bytes of one head's key or value in one position. */
 static int64_t kv_bytes(int64_t size, enum stored kind) {
     if (!is_coded(kind)) return size * (kind == KV_FLOAT32 ? 4 : 2);
     return kv_code_bytes(size, kind) + 2 * (size / kv_group(size, kind));
@@ -336,7 +336,7 @@ typedef struct {
     enum stored near_kind;
 } Seen;
 
-/* Positions that are read at a time. */
+/* Maximum positions whose keys or values are read at a time. */
 #define LINES 16
 
 /* Reads `count` rows of `size` numbers from `first` on, at most LINES, padded with zeros to LINES rows. `room`: memory for
@@ -643,7 +643,7 @@ VNNI static void open_gate(const Block *block, const float *gate, const float *u
     }
 }
 
-/* The gating of an expert, as its family defines it. `inner`: its gate and up. */
+/* The gating of an expert, as the family defines gating. `inner`: gate and up of the expert. */
 VNNI static void open_expert(const Block *block, const float *inner, float *gated, int64_t count) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);
@@ -677,7 +677,7 @@ INLINE VNNI int64_t best_of(const float *values, int64_t count) {
     return best;
 }
 
-/* Excludes all groups of experts except the `kept` best ones, ranked by the sum of their best or two best scores. */
+/* Excludes all groups of experts except the `kept` best groups. A group's rank is the sum of its best or two best scores. */
 static void keep_groups(const Block *block, float *scores) {
     int64_t size = block->experts / block->groups;
     for (int64_t out = block->groups - block->kept; out > 0; out--) {
@@ -1024,7 +1024,7 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
         for (int64_t i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
 }
 
-/* Runs the positions through the blocks. `stores`: [blocks, positions]. Returns 0 without memory. */
+/* Runs the positions through the blocks. `stores`: [blocks, positions]. Returns 0 if memory cannot be allocated. */
 VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
     int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
     int64_t parts = 1, heads_most = 0;

@@ -67,7 +67,7 @@ INLINE NEON FloatTable_128 float_table_128(const float *at) {
     return (FloatTable_128){{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
 }
 
-/* Only the last four bits of indices count. */
+/* Looks up numbers in a table of 16. Only the last four bits of an index count. */
 INLINE NEON Floats_128 look_up_float_128(FloatTable_128 table, Ints_128 places) {
     Ints_128 bytes = (places & splat_int_128(15)) * splat_int_128(0x04040404) + splat_int_128(0x03020100);
     return (Floats_128)vqtbl4q_u8(table, (uint8x16_t)bytes);

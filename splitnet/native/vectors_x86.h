@@ -90,7 +90,7 @@ INLINE AVX2 FloatTable_256 float_table_256(const float *at) {
     return (FloatTable_256){_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
 }
 
-/* Only the last four bits of indices count. */
+/* Looks up numbers in a table of 16. Only the last four bits of an index count. */
 INLINE AVX2 Floats_256 look_up_float_256(FloatTable_256 table, Ints_256 places) {
     __m256 lower = _mm256_permutevar8x32_ps(table.lower, (__m256i)places);
     __m256 upper = _mm256_permutevar8x32_ps(table.upper, (__m256i)places);

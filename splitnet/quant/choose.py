@@ -30,7 +30,7 @@ class WeightFormat:
 
     numbers: torch.dtype | CodeLayout
     """A float type; int8, from which floats are made at every call; or the layout of codes in tiles."""
-    narrows: bool = False  # bfloat16 is taken instead of float16 for weights that it holds exactly
+    narrows: bool = False  # whether bfloat16 replaces float16 for weights that bfloat16 holds exactly
 
     def fits(self, outputs: int, inputs: int) -> bool:
         if not isinstance(self.numbers, CodeLayout):
@@ -44,9 +44,10 @@ class WeightFormat:
         return outputs * inputs * self.numbers.itemsize + scales
 
     def of(self, weight: Tensor) -> WeightForm | None:
-        """Converts a weight into this format, on its device; None if its values do not allow it.
+        """Converts a weight into this format, on the weight's device; None if a value of the weight is outside the
+        range of the format.
 
-        `weight`: `[outputs, inputs]`, float32; it is neither changed nor kept.
+        `weight`: `[outputs, inputs]`, float32; the tensor is neither changed nor kept.
         """
         if isinstance(self.numbers, CodeLayout):
             codes = integer_codes(weight, self.numbers)
@@ -106,7 +107,7 @@ class WeightChoice:
         return layout if layout is not None and inputs % max(1, layout.group) == 0 else None
 
     def as_loaded(self, held: Iterable[Any]) -> WeightChoice:
-        """The same with the facts that are known once all layers are loaded. `held`: the layers' forms, among other
+        """This choice with the facts that are known once all layers are loaded. `held`: the layers' forms, among other
         objects."""
         is_stored = self.kind.startswith(STORED)
         forms = [form for form in held if isinstance(form, WeightForm)]
@@ -120,7 +121,7 @@ class WeightChoice:
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)
 
     def plain(self) -> WeightChoice:
-        """The same, with all weights that are not in codes in the type that blocks compute in."""
+        """This choice, changed: weights that are not in codes are held in the type that blocks compute in."""
         return replace(self, kind=name_of(self.dtype), forms=())
 
 
@@ -155,7 +156,8 @@ def choose_weights(
     if kind == AUTO:
         computes = wished or stored
         if wished is None and stored == torch.float16 and _reads_halves_fast(device):
-            computes = torch.float32  # three times as fast, because no steps in float16 are compiled, and no less exact
+            # Three times as fast as float16, for which no steps are compiled, and not less exact.
+            computes = torch.float32
         # Decoding reads all weights for every token, so a kernel that reads half of the bytes is twice as fast.
         halves = computes == torch.float32 and _reads_halves_fast(device)
         fastest = _of_kind("float16" if halves else name_of(computes), computes, stored, device)

@@ -29,15 +29,16 @@ _TRIED_SIZE, _TRIED_PRODUCTS = 1024, 8
 
 
 def seconds_after_work(device: torch.device) -> float:
-    """`time.perf_counter()` after the device has finished its work: calls for a GPU return before that."""
+    """`time.perf_counter()` after the device has finished its work: calls for a GPU return before the GPU has
+    finished."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class Stopwatch:
-    """Measures the time that a device needs for this thread's work, from creation to `stop`: on CUDA by events, so that
-    `stop` does not wait; elsewhere by the clock."""
+    """Measures the time that a device needs for this thread's work, from the creation of this object to `stop`: on CUDA
+    with events, so that `stop` does not wait; elsewhere with the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,8 +104,8 @@ def _events_tell(device: torch.device) -> bool:
 
 
 def end_threads() -> None:
-    """Ends the threads that help this thread to compute; its next computation starts new ones. Other threads keep their
-    helpers.
+    """Ends the threads that help this thread to compute; the next computation of this thread starts new helper threads.
+    Other threads keep their helper threads.
 
     libgomp, which torch brings for Linux, starts helper threads for each computing thread. If they outnumber the
     processors, idle helpers sleep, and a decode step takes up to four times as long.
@@ -267,8 +268,9 @@ def _mapped(size: int) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Returns the memory of unused objects, such as blocks in reference cycles, to the system. The collector ignores
-    frozen objects, so they are unfrozen; the C library would keep pieces that are too small for the next blocks."""
+    """Returns the memory of unused objects, such as blocks in reference cycles, to the system. The garbage collector
+    ignores frozen objects, so this function unfreezes all objects; the C library would keep free memory in pieces that
+    are too small for the next blocks."""
     global _shared
     with _sharing:
         _shared = _shared[:0].clone()
@@ -361,7 +363,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
                 # In another namespace than the mount's, paths do not lead to the group.
                 is_below = own.is_relative_to(top) and ".." not in own.parts
                 yield from accumulate(own.relative_to(top).parts if is_below else (), Path.joinpath, initial=folder)
-    except (OSError, ValueError):  # the system has no such files, or in another format
+    except (OSError, ValueError):  # the system lacks these files, or they have another format
         return
 
 
@@ -369,7 +371,7 @@ def _left_in(group: Path) -> Iterator[int]:
     """The bytes that each limit of a control group leaves. The cache of unused files counts as free, because the kernel
     takes it back."""
     for limit, used, reclaimed in _LIMITS:
-        with suppress(OSError, ValueError):  # files of the other version are missing; "max" is no number
+        with suppress(OSError, ValueError):  # files of the other version are missing; "max" is not a number
             statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
             yield (
                 int((group / limit).read_text(encoding="ascii"))
@@ -391,7 +393,11 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
     would fit."""
     free = free_memory(device)
     fitting = min(end - start, free // block_bytes)
-    advice = f"at most {fitting} fit: use --blocks {start}:{start + fitting}" if fitting else "not even one fits"
+    advice = (
+        f"at most {fitting} fit: use --blocks {start}:{start + fitting}"
+        if fitting
+        else "not even one fits: use another device"
+    )
     message = (
         f"blocks {start}:{end} of {model} take {(end - start) * block_bytes / 2**30:.2f} GiB, {device} has "
         f"{free / 2**30:.2f} GiB free: {advice}, or smaller --weights"

@@ -24,8 +24,8 @@ from splitnet.quant.packed_tensor import PackedTensor
 log = logging.getLogger(__name__)
 
 TOLERANCE = 0.02
-"""Maximum error of a row, relative to the norm of the family's own result: both are rounded to half precision. One
-wrong expert among a row's four causes a larger error."""
+"""Maximum error of a row, relative to the norm of the family's own result: both results are rounded to half precision.
+One wrong expert among a row's four causes a larger error."""
 
 _GROUPED, _OWN = "grouped_mm", "eager"
 _ROWS = 1, 33, 132

@@ -71,7 +71,8 @@ class WeightForm(nn.Module):
         yield self.dequantised(dtype)
 
     def multiply_back(self, gradient: Tensor) -> Tensor:
-        """Gradient of `multiply` by its rows: `[rows, outputs]` -> `[rows, inputs]`, in the type of `gradient`."""
+        """Gradient of `multiply` with respect to the rows: `[rows, outputs]` -> `[rows, inputs]`, in the type of
+        `gradient`."""
         found: Tensor | None = None
         begin = 0
         for piece in self.pieces(gradient.dtype):

@@ -181,7 +181,8 @@ class DeviceInt8(ScaledForm):
 
 
 class DeviceFp8(ScaledForm):
-    """E4M3 codes, multiplied as such; a row is the sum of two E4M3 numbers, which have eight bits together."""
+    """E4M3 codes, multiplied as E4M3. Each number of a row becomes the sum of two E4M3 numbers, which have eight bits
+    together."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)

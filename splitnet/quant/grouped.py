@@ -28,7 +28,8 @@ from splitnet.quant.packed_tensor import CodeLayout, Codes, PackedTensor, Stored
 from splitnet.quant.tiles import CHUNK, TILE, TileLayout
 
 EXPERTS_FROM = 32
-"""Rows of one expert from which its weight is converted to floats, because a kernel in float32 is slower."""
+"""Number of rows of one expert from which the expert's weight is converted to floats, because a kernel in float32 is
+slower."""
 
 _INT8_FROM, _INTEGERS_FROM, _OTHERS_FROM = 32, 48, 24
 """The same limits for three kinds of weights: with one scale per output, of integers in groups, and of floats in
@@ -37,7 +38,7 @@ groups. They are for CPUs with VNNI that multiply bfloat16 faster than float32; 
 _PIECE = 2**20  # weights that are packed into tiles at a time
 # Maximum rows of experts for which devices other than CPUs convert a weight for each row.
 GATHERED_ROWS = 8
-_LARGE_PIECE = 2**24  # weights that are converted to floats at a time on devices other than CPUs
+_LARGE_PIECE = 2**24  # weights that are converted to floats at a time on devices other than CPUs, to limit memory
 
 
 class BlockQuantWeight(WeightForm):

@@ -21,8 +21,7 @@ PLAIN_LINEAR = frozenset({"FalconLinear"})
 ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
 """Names of modules that keep their weights. Routers choose experts: they are small, and a different choice of experts
 changes results more than a rounded weight. `dt_proj`: see `splitnet.checkpoint.families.UNCALLED_LAYERS`. `kv_b_proj`
-is
-also small, and where latents are stored the products use its columns."""
+is also small, and where latents are stored, the products use single columns of its weight."""
 
 
 class QuantizedLinear(nn.Module):

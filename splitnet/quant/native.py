@@ -57,7 +57,7 @@ def _load() -> tuple[Any, str]:
     return loaded, ""
 
 
-_kernels, load_error = _load()  # `load_error`: the fault of the kernels; empty if they are loaded
+_kernels, load_error = _load()  # `load_error`: why the kernels are missing; empty if they are loaded
 
 
 def use_path(name: str) -> None:
@@ -196,7 +196,7 @@ def path_in_use() -> str | None:
 
 
 def have_threads() -> bool:
-    """Whether the kernels compute with as many threads as torch; otherwise they use one."""
+    """Whether the kernels compute with as many threads as torch; otherwise the kernels use one thread."""
     return _kernels is not None and _kernels.has_threads()
 
 

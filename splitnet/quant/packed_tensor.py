@@ -179,19 +179,19 @@ def _order_of_runs(index: Tensor, length: int) -> Tensor | None:
 class StoredMatrix:
     """One weight `[outputs, inputs]` of a checkpoint, or some of its outputs; `shape` is the two numbers.
 
-    `read` reads its codes, in `layout`. Each use calls it again, because codes are not kept.
+    `read` reads the matrix's codes, in `layout`. Each use calls `read` again, because codes are not kept.
     """
 
     def __init__(self, layout: CodeLayout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
         self.layout, self.shape, self.read = layout, shape, read
 
     def of_outputs(self, outputs: Tensor | slice) -> StoredMatrix:
-        """Some of its outputs, in the given order."""
+        """The matrix with some of its outputs, in the given order."""
         count = len(range(self.shape[0])[outputs]) if isinstance(outputs, slice) else len(outputs)
         return StoredMatrix(self.layout, (count, self.shape[1]), lambda: self.read().of_outputs(outputs))
 
     def of_inputs(self, inputs: Tensor) -> StoredMatrix | None:
-        """Its inputs in another order; None if that would separate inputs that share a scale.
+        """The matrix with its inputs in another order; None if this order would separate inputs that share a scale.
 
         Steps whose `STEPS_GROUP` inputs are separated become float32 numbers of the same value.
         """
@@ -224,7 +224,7 @@ class StoredMatrix:
 
 
 class Experts(Sequence[tuple[StoredMatrix, ...]]):
-    """The matrices of each expert, made from its number on request, because a file may claim any number of experts."""
+    """The matrices of each expert. They are made on request, because a file may claim any number of experts."""
 
     def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
         self._range, self._make = range(count), make
@@ -527,5 +527,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def is_number_type(dtype: Any) -> TypeGuard[torch.dtype]:
-    """Whether a type is one of weights in numbers: floating-point numbers of 16 bits or more, not codes."""
+    """Whether weights that are numbers, not codes, may have this type: floating-point numbers of 16 bits or more."""
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1

@@ -23,8 +23,8 @@ from splitnet.quant.packed_tensor import STEPS_GROUP, TABLES, CodeLayout, Codes,
 
 TILE = 16  # outputs that are stored together
 CHUNK = 32  # inputs whose codes are stored together
-_VECTORS, _RUN = 8, 4  # vectors per chunk; inputs of each output of a tile per vector
-# Minimum inputs of a panel, which is the least suitable multiple of the layout's groups.
+_VECTORS, _RUN = 8, 4  # vectors per chunk; inputs per output in one vector
+# Minimum inputs of a panel. The number of inputs of a panel is the smallest suitable multiple of the layout's group.
 _PANEL = 512
 _LINE = 64
 _PIECES = {
@@ -60,10 +60,10 @@ class TileLayout:
 
     layout: CodeLayout
     inputs: int
-    scale_type: torch.dtype  # of the stored number of each group
+    scale_type: torch.dtype  # type of the stored scale of each group
     zero_type: torch.dtype | None
-    nibbles: bool  # the steps of scales and zeros share a byte, the scale's in its lower half
-    finite: bool = True  # no code stands for NaN; otherwise plain loops multiply e4m3
+    nibbles: bool  # whether the steps of scale and zero share a byte, with the scale's step in the lower half
+    finite: bool = True  # whether no code is NaN; otherwise plain loops multiply e4m3
 
     @classmethod
     def of(cls, layout: CodeLayout, inputs: int, codes: Codes | None = None) -> TileLayout:
@@ -268,8 +268,8 @@ def _values(layout: CodeLayout) -> Tensor:
 
 @cache
 def _bytes(table: str) -> tuple[Tensor, float] | None:
-    """Bytes such that `(byte - 128) * factor` is the value of each code of a table, and the factor; None: there are
-    none."""
+    """Bytes such that `(byte - 128) * factor` is the value of each code of a table, and the factor; None: no such bytes
+    exist."""
     values = TABLES[table]
     for factor in (1.0, 0.5):
         whole = values / factor + 128

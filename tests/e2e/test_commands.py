@@ -115,9 +115,9 @@ TUNE = "tune {small} --join {nobody} --output {home}/adapter --data"
 FAILURES: dict[str, tuple[str, str]] = {
     # name: (arguments, expected sentence); {words} are filled in
     "no such folder": ("peer /no/such/folder", "there is no folder /no/such/folder: give"),
-    "a file that is no checkpoint": (
+    "a file that is not a checkpoint": (
         "peer {good}",
-        "good is a file that is no checkpoint: give a GGUF file, whose name",
+        "good is a file that is not a checkpoint: give a GGUF file, whose name",
     ),
     "several GGUF files": ("peer {ggufs}", "ggufs holds 2 GGUF files: give one of them, such as .*/ggufs/a.gguf"),
     "blocks that are not there": ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),

@@ -23,7 +23,7 @@ from splitnet.quant.experts import QuantizedExperts
 from splitnet.quant.linear import QuantizedLinear
 
 _TRIALS = 8
-_SCALES = (1.0, 1e-2)  # scales of the inputs that norms are tried on: the second one shows the epsilon of the variance
+_SCALES = (1.0, 1e-2)  # scales of the inputs for trials of norms; the second scale shows the epsilon of the variance
 
 
 class UnknownPart(Exception):
@@ -41,13 +41,13 @@ class Norm:
     """The factors and summands of a norm, applied to normalised numbers."""
 
     kind: NormKind
-    weight: Tensor  # `[width]`, or `[heads, size]` if each head has its own; likewise the bias
+    weight: Tensor  # `[width]`, or `[heads, size]` if each head has separate weights; the bias has the same shape
     bias: Tensor | None
     epsilon: float  # added to the variance
 
     @classmethod
     def of(cls, module: nn.Module) -> Self:
-        """Finds the norm of a family's own module by a trial; raises UnknownPart if the module computes something
+        """Finds the factors of a family's own norm by a trial. Raises UnknownPart if the module computes something
         else."""
         own: Any = deepcopy(module).float()
         named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
@@ -179,11 +179,11 @@ _ALIBI: Mapping[str, Callable[[Any, int], Tensor]] = {
 class BlockDescription:
     """A block with the usual parts."""
 
-    before: Norm | None  # of the input of attention; `after`: of its output
+    before: Norm | None  # the norm of the input of attention; `after`: the norm of attention's output
     after: Norm | None
-    between: Norm | None  # of the input of the MLP; `behind`: of its output
+    between: Norm | None  # the norm of the input of the MLP; `behind`: the norm of the MLP's output
     behind: Norm | None
-    parallel: bool  # the MLP has the same input as attention; else the output of attention
+    parallel: bool  # whether the MLP has the same input as attention; otherwise its input is the output of attention
     residual: float  # factor of the outputs of attention and MLP
     attention: Attention
     mlp: Mlp | None  # None for a block with experts alone
@@ -243,21 +243,22 @@ class BlockDescription:
 class Attention:
     """The attention of a block."""
 
-    query: Any  # a layer, as `out`, `key` and `value`
+    query: Any  # a linear layer; so are `out`, `key` and `value`
     out: Any
-    heads: int  # of queries; `stored`: of stored keys
+    heads: int  # number of heads of queries; `stored`: number of heads of stored keys and values
     stored: int
-    size: int  # of a head of queries and keys; `value_size`: of a head of values
+    size: int  # numbers per head of queries and keys; `value_size`: numbers per head of values
     value_size: int
     scale: float
-    index: int  # of the block in its caches
-    key: Any = None  # None, as `value`, where `query` computes all three
+    index: int  # index of the block in the KV caches
+    key: Any = None  # None if `query` computes queries, keys and values; `value` likewise
     value: Any = None
-    places: list[int] | None = None  # the heads' places in the output of such a layer: queries, keys, values
+    # If `query` computes all three: the places of the heads of queries, keys and values in the output of `query`.
+    places: list[int] | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
-    late: bool = False  # the norms come after the rotary embedding
-    cap: float = 0.0  # limit of logits, `clip`: limit of the numbers of heads; 0: none
+    late: bool = False  # whether the norms of queries and keys come after the rotary embedding
+    cap: float = 0.0  # soft limit of logits; `clip`: limit of the numbers of heads; 0: no limit
     clip: float = 0.0
     sinks: Tensor | None = None
     slopes: Tensor | None = None  # bias per position for the logits of a head
@@ -357,12 +358,12 @@ class Latents:
 
     lowered: Any  # a layer whose normed output is the input of `query`, or None
     lowered_norm: Norm | None
-    # Its output is the input of `norm`, which gives the latents, followed by the rotated part of keys, which all heads
-    # share.
+    # A layer. The first part of its output is the input of `norm`, which gives the latents; the rest is the rotated
+    # part of keys, which all heads share.
     layer: Any
     norm: Norm
-    expand: Any  # computes, by head, the rest of a key and the value from latents
-    kept: bool  # latents and the rotated part of keys are stored in place of keys and values
+    expand: Any  # a layer that computes the rest of the key and the value of each head from latents
+    kept: bool  # whether latents and the rotated part of keys are stored in place of keys and values
 
     @classmethod
     def of(cls, parts: _Parts, module: Any) -> Self:
@@ -385,7 +386,7 @@ class Latents:
 
     @property
     def turned(self) -> int:
-        """Numbers of a key, its last ones, that are rotated."""
+        """How many numbers at the end of a key are rotated."""
         return self.layer.out_features - self.rank
 
     def fits_together(self, attention: Attention) -> bool:
@@ -407,7 +408,7 @@ class Latents:
 class Mlp:
     """An MLP for all positions: `down(activation(gate) * up)`, or without a gate `down(activation(up))`."""
 
-    gate: Any  # if `up` is None, its output has the outputs of `up` after its own; None: no gate
+    gate: Any  # a layer; if `up` is None, this layer also computes the outputs of `up`, after the gate's; None: no gate
     up: Any
     down: Any
     activation: Activation
@@ -448,8 +449,8 @@ class RouterRule:
     chosen: int  # experts per position
     groups: int  # experts are chosen from the `kept` best groups
     kept: int
-    sigmoid: bool = False  # scores are sigmoids of logits, else their softmax
-    normalised: bool = False  # shares add up to `factor`
+    sigmoid: bool = False  # whether scores are sigmoids of logits; otherwise scores are the softmax of the logits
+    normalised: bool = False  # whether shares add up to `factor`
     factor: float = 1.0
     judges: int = 2  # how many of a group's best scores, one or two, are summed to rank the group
 
@@ -488,7 +489,7 @@ class Gating:
 class KnownExperts:
     """Experts in place of an MLP."""
 
-    held: Any  # the experts; each of their two weights has one layout
+    held: Any  # the module of the experts; each of its two weights has one layout
     choice: RouterRule
     gating: Gating
     shared: nn.Module | None  # an MLP for all positions, besides the experts
@@ -524,7 +525,7 @@ def _choice_of(mlp: nn.Module, router: Any) -> RouterRule | None:
     weight, bias = weights[0].detach(), getattr(router, "bias", None)
     choice = RouterRule(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
     hidden = _noise(weight.shape[1])
-    hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to tell softmax from sigmoid
+    hidden *= 2 / (hidden @ weight.float().T).std()  # so that scores differ enough to distinguish softmax from sigmoid
     given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
     try:
         _, shares, indices = deepcopy(router).float()(*given)
@@ -622,6 +623,6 @@ def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[i
         return list(range(heads + 2 * stored))
     group, turns = heads // stored, range(stored)
     queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
-    # With this attribute, each query has its own copy of the key.
+    # With this attribute, each query has a separate copy of the key.
     times = group if getattr(attention, "new_decoder_architecture", False) else 1
     return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]

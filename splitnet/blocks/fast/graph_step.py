@@ -32,7 +32,7 @@ from splitnet.quant.device import copy_to_device, milliseconds
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16)  # numbers of positions that are recorded, until a recording fails its test
-# Maximum error of a recording, relative to what one block adds, and to keys and values.
+# Maximum error of a recording, relative to the numbers that one block adds to its input, and to keys and values.
 TOLERANCE = 0.01
 TOLERANCE_OF_ALL = 0.1  # the same for all blocks together, through which rounding errors grow
 # Rounding errors relative to the input of a block, to which the block adds.
@@ -104,7 +104,7 @@ class OnDeviceAlone(TorchDispatchMode):
                 return result
         packet, name = func.overloadpacket, str(func)
         if func.namespace not in ("aten", "prim"):
-            raise CannotBeRecorded(f"{name} is no operation of torch itself")
+            raise CannotBeRecorded(f"{name} is not an operation of torch itself")
         if packet in _INDEXING:
             waits = any(index.dtype in (torch.bool, torch.uint8) for index in tree_leaves(args[1]) if index is not None)
         elif name.startswith("aten._grouped_mm."):
@@ -121,7 +121,7 @@ class OnDeviceAlone(TorchDispatchMode):
 
 
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# These wait only where an index is a mask.
+# These operations wait for the device only where an index is a mask.
 _INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
 
 
@@ -189,7 +189,7 @@ class GraphStep:
 
     @property
     def most(self) -> int:
-        """The most positions of a step that is replayed; 0: no step is replayed."""
+        """The maximum number of positions of a step that is replayed; 0: no step is replayed."""
         return max(self.recorded, default=0)
 
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:

@@ -1,4 +1,4 @@
-"""A few new positions through blocks of the usual parts, in one call of compiled code.
+"""Runs a few new positions through blocks with the usual parts, in one call of compiled code.
 
 With weights in few bits, `TorchStep` spends more than half of a decode step on some twenty calls of torch for each
 block, on tensors of a few hundred numbers. `native/step.h` implements the whole block, also for several positions of a

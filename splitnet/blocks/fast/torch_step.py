@@ -1,9 +1,10 @@
-"""One new position per sequence through blocks of the usual structure, with as few operations as possible.
+"""Runs one new position per sequence through blocks of the usual structure, with as few operations as possible.
 
 A decode step reads all weights and computes little, so the overhead of a family's own code counts: its modules, its
-copies, and the separate operations of norms and rotary embeddings. This module runs blocks that are built as Llama's,
-with the family's own layers. Such blocks are recognised by their parts, and a comparison of outputs proves them when a
-span loads. The family's own code runs all other blocks, and all steps with more positions.
+copies, and the separate operations of norms and rotary embeddings. This module runs blocks that have the structure of
+Llama's blocks, and calls the family's own layers. Such blocks are recognised by the names of their parts. When a span
+loads, a comparison with the outputs of the family's own code shows whether this module computes the same. The family's
+own code runs all other blocks, and all steps with more positions.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
-Turns = tuple[Tensor, Tensor]  # cosines, and sines with their signs
+Turns = tuple[Tensor, Tensor]  # cosines and signed sines, see `TorchStep.turns`
 
 
 class TorchStep:
-    """Runs blocks of a family that `TorchStep.of` recognises, in order; `windows`: sliding windows in positions, by the
-    index of blocks in their caches."""
+    """Runs blocks of a family that `TorchStep.of` recognises, in order. `windows`: the sliding window of each block in
+    positions (None: no window), by the block's index in the KV cache."""
 
     def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
         self.blocks = [LeanBlock(block, windows) for block in blocks]
@@ -48,7 +49,7 @@ class TorchStep:
         return cls(blocks, rope, windows)
 
     def only(self, blocks: Sequence[LeanBlock]) -> TorchStep:
-        """The step for some of its blocks."""
+        """A step for some of the blocks of this step."""
         some = copy(self)
         some.blocks = list(blocks)
         return some
@@ -58,8 +59,8 @@ class TorchStep:
         return all(part.count == 1 and part.adapter is None for part in parts)
 
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
-        """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`: the hidden states after each number of blocks in
-        `taps`, and the output last; the same in the other fast steps."""
+        """Runs the blocks: `[positions, hidden]` -> `[positions, (taps + 1) * hidden]`. The result joins the hidden
+        states after each number of blocks in `taps`, and the output last. The other fast steps have the same method."""
         turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
         tapped: list[Tensor] = []
         for count, block in enumerate(self.blocks, 1):
@@ -74,12 +75,13 @@ class TorchStep:
         of `like`; `positions`: `[positions]`, int64."""
         cos, sin = self._rope(like[None], positions[None])
         half = cos.shape[-1] // 2
-        # `_turned` swaps the halves, so the sines have the sign of the first half.
+        # `_turned` swaps the two halves of a head, so the sines of the first half are negative.
         return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
 
 
 class LeanBlock:
-    """A block in three parts: before attention, attention, and after it. Only attention depends on the sequences."""
+    """One block, which runs in three parts: `before` attention, `attend`, and `behind` attention. Only `attend` depends
+    on the sequences."""
 
     def __init__(self, block: Any, windows: Sequence[int | None]) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -99,7 +101,8 @@ class LeanBlock:
 
     @property
     def weights_at(self) -> int:
-        """The address of one weight, by which a move of the block's weights, such as to another device, is detected."""
+        """The address of one weight. If the address changes, the block's weights have moved, for example to another
+        device."""
         return self._before.weight.untyped_storage().data_ptr()
 
     def before(self, hidden: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +143,8 @@ class LeanBlock:
 
 
 def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
-    """Whether the parts of a block have the names of Llama's; the names do not prove what they compute. `experts`:
-    accepts any module that maps hidden states to hidden states in place of the MLP."""
+    """Whether the parts of a block have the names of the parts of Llama's block; equal names do not prove an equal
+    computation. `experts`: accepts any module that maps hidden states to hidden states in place of the MLP."""
     children = dict(block.named_children())
     if set(children) != _PARTS:
         return False

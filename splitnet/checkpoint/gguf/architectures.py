@@ -39,7 +39,7 @@ class Change(NamedTuple):
 
     name: str  # within the block
     parts: str  # names of the tensors of the file, within the block; all are needed to make it
-    make: Make  # makes it from the parts; it also runs with parts on the meta device
+    make: Make  # makes the tensor from the parts; also called with parts on the meta device
     keeps_codes: bool = True  # whether codes stay codes
 
 
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 class GgufArchitecture:
     """One architecture of GGUF files."""
 
-    model_type: str  # of transformers
+    model_type: str  # the family, as transformers names it
     # Key of the metadata -> field of the config. Empty: the key is known, and is read elsewhere or has no effect.
     fields: dict[str, str]
     # Module of a block in the file -> module in transformers, for its weight and bias, or tensor -> tensor.
@@ -57,8 +57,8 @@ class GgufArchitecture:
     settle: Callable[[Values, Metadata], None] | None = None
     # Field of the config -> tensor; true if any block has the tensor.
     has: dict[str, str] = field(default_factory=dict[str, str])
-    values: Mapping[str, Any] = field(default_factory=Values)  # config values, if the file has no others
-    gating: int | None = None  # the family's value of `expert_gating_func`; None: it has no such key
+    values: Mapping[str, Any] = field(default_factory=Values)  # config values, unless the file has other values
+    gating: int | None = None  # the family's value of `expert_gating_func`; None: its files lack this key
     outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)  # as `tensors`, for modules outside of blocks
     container: str = "model.layers"  # the part of names before the number of a block in transformers
     partial_rope: bool = False  # whether heads may be rotated in part
@@ -98,7 +98,9 @@ def config_values(family: GgufArchitecture, file: GgufFile) -> Values:
     if family.settle is not None:
         family.settle(values, metadata)
     if family.gating is not None and metadata.get("expert_gating_func", family.gating) != family.gating:
-        raise UnsupportedModel(f"{file.name} chooses experts in a way that its family does not: take another")
+        raise UnsupportedModel(
+            f"{file.name} chooses experts in another way than its family: take another file of this model"
+        )
     metadata.check_all_used()
     return values
 
@@ -347,7 +349,7 @@ def _like(
     changes: tuple[Change, ...] = (),
     **others: Any,
 ) -> GgufArchitecture:
-    """A row that extends another one; `others` replace its attributes."""
+    """A row that extends `row`; `others` replace attributes of `row`."""
     both = {"fields": row.fields | _names(fields), "tensors": row.tensors | _names(tensors)}
     return replace(row, model_type=model_type, changes=(*row.changes, *changes), **both, **others)
 

@@ -46,7 +46,7 @@ class Metadata:
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
             raise UnsupportedModel(
-                f"{self.file.name} says nothing of {self.file.architecture}.{key}: convert the model again with a "
+                f"{self.file.name} lacks the key {self.file.architecture}.{key}: convert the model again with a "
                 "current version of llama.cpp"
             )
         return self.get(key)
@@ -91,8 +91,8 @@ def dtype_of(file: GgufFile) -> torch.dtype:
 
 
 def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False) -> dict[str, Any]:
-    """The rotary embedding of a family whose blocks all have the same. `partial`: whether the family may rotate only
-    the first numbers of a head. Raises UnsupportedModel: its kind is unknown."""
+    """The rotary embedding of a family with the same rotary embedding in all blocks. `partial`: whether the family may
+    rotate only the first numbers of a head. Raises UnsupportedModel: its kind is unknown."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 10_000.0)}
     turned = metadata.get("rope.dimension_count", head_dim)
     if partial:
@@ -135,7 +135,7 @@ def _yarn(metadata: Metadata) -> dict[str, Any]:
         if f"rope.scaling.{key}" in metadata:
             found[name] = metadata[f"rope.scaling.{key}"]
     if metadata.get("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
-        raise _odd(metadata, "has an extrapolation factor of its rotary embedding")
+        raise _odd(metadata, "has an extrapolation factor for its rotary embedding, which splitnet does not know")
     return found
 
 

@@ -23,7 +23,7 @@ from splitnet.quant.packed_tensor import CodeLayout, Codes, Experts, PackedTenso
 Bytes = npt.NDArray[np.uint8]
 _Type = GGMLQuantizationType
 _PLAIN = {_Type.F32: torch.float32, _Type.F16: torch.float16, _Type.BF16: torch.bfloat16}
-_LONG = 1024  # numbers; lists with one number per block are shorter
+_LONG = 1024  # lists of more numbers are skipped; lists with one number per block are shorter
 _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22
@@ -35,13 +35,14 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$"
 
 class _Reader(GGUFReader):
     """Skips lists of strings and long lists, because the `gguf` package keeps some arrays for each token of a
-    vocabulary. It also reads files that a stranger describes and that are mostly holes, so all sizes are bounded."""
+    vocabulary. This class also reads files whose metadata come from a stranger and whose data are mostly missing, so
+    all sizes are bounded."""
 
     _reads_head = True
 
     def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *args: Any, **options: Any) -> Any:
         if self._reads_head and int(offset) + np.dtype(dtype).itemsize * int(count) > MAX_HEAD_BYTES:
-            raise ValueError("its metadata do not end")
+            raise ValueError("its metadata are too long")
         return super()._get(offset, dtype, count, *args, **options)
 
     def _build_fields(self, offs: int, count: int) -> int:
@@ -77,7 +78,7 @@ class _Reader(GGUFReader):
 
 def _at_most(most: int, count: int, what: str) -> int:
     if count > most:
-        raise ValueError(f"it says that it has {count} {what}")
+        raise ValueError(f"it claims to have {count} {what}")
     return int(count)
 
 
@@ -121,7 +122,7 @@ class GgufTensor:
 
 
 class _FileMatrix(StoredMatrix):
-    """Rows of a tensor in a file. Some of its outputs are read without the others."""
+    """Rows of a tensor in a file. A subset of the outputs can be read without the others."""
 
     def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
         super().__init__(layout_of(stored, name), (len(rows), inputs), self._read_codes)
@@ -163,8 +164,8 @@ class GgufFile:
                 shape = tuple(int(size) for size in reversed(tensor.shape))
                 if len(tensor.name) > MOST_OF_NAME or any(not 0 < size <= _MOST_IN_A_ROW for size in shape):
                     raise UnsupportedModel(
-                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which is "
-                        "no tensor of a model: download it again"
+                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which no "
+                        "tensor of a model has: download it again"
                     )
                 offset = int(tensor.data_offset)
                 self.tensors[tensor.name] = GgufTensor(

@@ -70,8 +70,8 @@ class GgufStore:
             return make_config(self._family.model_type, values, self._file)
         except (StrictDataclassError, *MALFORMED) as error:
             raise UnsupportedModel(
-                f"the metadata of {self.source} describe no model of the family {self._family.model_type!r}: download "
-                f"it again, or take another file of this model ({' '.join(str(error).split())})"
+                f"the metadata of {self.source} do not describe a model of the family {self._family.model_type!r}: "
+                f"download it again, or take another file of this model ({' '.join(str(error).split())})"
             ) from error
 
     @property
@@ -122,8 +122,8 @@ class GgufStore:
         except (RuntimeError, *MALFORMED) as error:
             first = recipe.parts[0]
             raise UnsupportedModel(
-                f"{first.name} of {self.source} ({list(first.shape)}) is not what its metadata say ({error}): download "
-                "it again, or take another file of this model"
+                f"{first.name} of {self.source} ({list(first.shape)}) does not fit the file's metadata ({error}): "
+                "download it again, or take another file of this model"
             ) from error
 
     def told_config(self) -> str:

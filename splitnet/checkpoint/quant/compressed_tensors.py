@@ -65,8 +65,8 @@ class CompressedTensors(QuantizedFormat):
         names -= {"dense"} if len(names) > 1 else set()
         if unknown := sorted(names - _FORMATS):
             raise UnsupportedModel(
-                f"the format {unknown[0]!r} of compressed-tensors is not known: take a checkpoint in another one, such "
-                "as 'pack-quantized' or 'float-quantized'"
+                f"the format {unknown[0]!r} of compressed-tensors is not known: take a checkpoint in another format, "
+                "such as 'pack-quantized' or 'float-quantized'"
             )
         sparse = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparse != "dense":
@@ -74,7 +74,7 @@ class CompressedTensors(QuantizedFormat):
         if (settings.get("transform_config") or {}).get("config_groups"):
             raise UnsupportedModel(
                 "the checkpoint transforms activations while it runs ('transform_config'), which is not known here: "
-                "take one without"
+                "take a checkpoint without this config"
             )
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
@@ -106,7 +106,7 @@ class CompressedTensors(QuantizedFormat):
             raise misfit(weight, "is not symmetric, and has no zero points")
         order = parts.get("groups")
         if order is not None and not _in_order(order.read(...), weight.shape[-1], settings.get("group_size")):
-            raise misfit(order, "permutes inputs ('actorder'), which is known of packed weights only")
+            raise misfit(order, "permutes inputs ('actorder'), which is known for packed weights only")
         block = settings.get("block_structure")
         if settings.get("strategy") in ("group", "channel"):
             block = (1, number_in(settings, "group_size") if settings["strategy"] == "group" else weight.shape[-1])
@@ -206,5 +206,5 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
 
 
 def _in_order(index: torch.Tensor, inputs: int, group: int | None) -> bool:
-    """Whether inputs are grouped in order; negative numbers in the index mean the same."""
+    """Whether consecutive inputs share a group. An index with negative numbers also means that they do."""
     return bool((index < 0).any()) or in_order(index, inputs, group or inputs)

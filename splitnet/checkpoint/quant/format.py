@@ -30,8 +30,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A quantized weight that no `CodeLayout` describes (the reason is `why`): it is read as float32, and rounded to
-    `dtype` once."""
+    """A quantized weight that no `CodeLayout` describes for the reason `why`. The weight is read as float32, and
+    rounded to `dtype` once."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class Suffix:
     ending: str
     base: str
     role: str  # the format's key of the tensor
-    sure: bool = True  # the ending has no other meaning; if false, it counts only where there is such a weight
+    sure: bool = True  # the ending has no other meaning; if false, the ending counts only if the weight exists
 
 
 def of_weight(text: str) -> tuple[Suffix, ...]:
@@ -72,7 +72,8 @@ class QuantizedFormat(ABC):
 
     suffixes: Sequence[Suffix]  # endings of the tensors that belong to a weight; the first that fits counts
     needed: frozenset[str]  # the roles that every quantized weight has
-    # Endings of tensors that concern only activations or caches, whose types stay as they are in splitnet.
+    # Endings of tensors that concern only activations or caches. They are ignored, because splitnet does not quantize
+    # activations and chooses the type of caches itself.
     left: tuple[str, ...] = ()
 
     @abstractmethod
@@ -140,7 +141,7 @@ class CheckpointWeights:
                 return self._format.tensor(name, parts, self.dtype)
             except MALFORMED as error:
                 raise UnsupportedModel(
-                    f"{name} is not what the config says of quantized weights ({error!r}): download it again"
+                    f"{name} contradicts the config's description of quantized weights ({error!r}): download it again"
                 ) from error
         plain = parts[WEIGHT]
         if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:
@@ -150,7 +151,7 @@ class CheckpointWeights:
 
 def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """A count or size from a description. The value is not bounded by this check: callers compare it with sizes of
-    tensors before they use it. Raises ValueError: it is no positive integer."""
+    tensors before they use it. Raises ValueError: the value is not a positive integer."""
     value = settings.get(key, default)
     if type(value) is not int or not 0 < value < _MOST_COUNTED:
         raise ValueError(f"{key}: {value!r}")

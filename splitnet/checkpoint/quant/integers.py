@@ -93,13 +93,13 @@ class Gptq(QuantizedFormat):
 
         permuted = self._permuted and groups > 1
         if permuted and (index is None or index.shape != (inputs,)):
-            raise misfit(index or words, f"does not say of which group each of {inputs} inputs is ('g_idx')")
+            raise misfit(index or words, f"does not assign each of {inputs} inputs to a group ('g_idx')")
         if permuted and index is not None and not in_order(index.read(...), inputs, group):
 
             def numbers() -> torch.Tensor:
                 of = index.read(...).long()
                 if bool((of < 0).any() | (of >= groups).any()):
-                    raise misfit(index, f"is of other groups than {groups}")
+                    raise misfit(index, f"assigns inputs to other groups than its {groups} groups")
                 return by_group(read_with_zeros(), of)
 
             return Numbers((outputs, inputs), dtype, numbers, "its groups are of permuted inputs ('desc_act')")
@@ -135,7 +135,7 @@ class Awq(QuantizedFormat):
             raise UnsupportedModel(f"the AWQ packing {name!r} is not known: take a checkpoint in the packing 'gemm'")
         if settings.get("bits", settings.get("w_bit", 4)) != 4 or not settings.get("zero_point", True):
             raise UnsupportedModel(
-                "of AWQ only 4 bits with zero points are known ('bits', 'zero_point'): take such a checkpoint"
+                "only AWQ with 4 bits and zero points is known ('bits', 'zero_point'): take such a checkpoint"
             )
 
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> PackedTensor | Numbers:
@@ -322,7 +322,7 @@ class Mlx(QuantizedFormat):
             if layout is None:
                 raise UnsupportedModel(f"MLX's mode {mode!r} is not known: take a checkpoint in the mode 'affine'")
             if biases is not None or scales.dtype != torch.uint8 or (layout.bits, layout.group) != (bits, group):
-                raise misfit(scales, f"is not what the mode {mode!r} has for {weight.name} ({list(weight.shape)})")
+                raise misfit(scales, f"does not fit the mode {mode!r} for {weight.name} ({list(weight.shape)})")
 
         def read(index: Any) -> Codes:
             stored = scales.read(index)

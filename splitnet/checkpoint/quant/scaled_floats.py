@@ -38,7 +38,8 @@ SCALE_KINDS = {
     torch.bfloat16: ScaleFormat.BFLOAT16,
     torch.uint8: ScaleFormat.E8M0,
 }
-"""Kind of scales by their stored type. Powers of two are bytes here, whatever type the file names."""
+"""The `ScaleFormat` of scales, by their stored type. Powers of two are stored as bytes here, whatever type the file
+names."""
 
 _MXFP4_GROUP = 32
 _ACTIVATIONS = (
@@ -155,9 +156,9 @@ class ModelOpt(QuantizedFormat):
 
 
 def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, divide: bool) -> PackedTensor:
-    """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and a scale for the whole weight, by which the others are
-    divided or multiplied. No kind of scales is FP8 times a number, so scales become float32: the weight takes 6 bits
-    per number."""
+    """NVFP4: E2M1 codes, an FP8 scale for every 16 inputs, and a scale for the whole weight, by which the scales of
+    groups are divided or multiplied. No `ScaleFormat` is FP8 times a number, so scales become float32: the weight takes
+    6 bits per number."""
     *experts, outputs, half = packed.shape
     inputs = 2 * half
     fits = scale.dtype == torch.float8_e4m3fn and scale.shape == (*experts, outputs, inputs // 16) and inputs % 16 == 0
@@ -199,7 +200,7 @@ def scaled_weight(
     """
     kind = SCALE_KINDS.get(scale.dtype)
     if kind is None or weight.dtype not in (*FP8_TABLES, torch.int8, torch.uint8):
-        raise misfit(weight, f"and {scale.name} ({list(scale.shape)}, {scale.dtype}) are no weight with scales")
+        raise misfit(weight, f"and {scale.name} ({list(scale.shape)}, {scale.dtype}) are not a weight with its scales")
     if len(weight.shape) not in (2, 3):
         raise misfit(weight, "is neither a matrix nor a stack of matrices")
     *experts, outputs, inputs = weight.shape

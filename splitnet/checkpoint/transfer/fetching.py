@@ -41,15 +41,16 @@ MAX_HUB_ERRORS: Final = 32  # consecutive errors after which the hub is left out
 HUB_TIMEOUT_S: Final = 30.0
 FIRST_BYTES: Final = 2 << 20  # bytes that are requested at once from a source without a measured rate
 MAX_BYTES: Final = 32 << 20
-MAX_PIECES: Final = 48  # requested at once from one source
+MAX_PIECES: Final = 48  # maximum pieces that are requested at once from one source
 HORIZON_S: Final = 0.25
-"""A source has twice this time's bytes under way; twice the least time of a piece, if that is longer."""
+"""A source has as many bytes under way as it sends in twice this time, or in twice the shortest time of a piece, if the
+latter is longer."""
 REST_S: Final = 10.0  # pause after which a silent source is asked again
 BUSY_S: Final = 1.0  # pause after which a busy source is asked again
 MAX_STRIKES: Final = 3  # silences after which a source is left out
 SLOW_S: Final = 5.0
-"""A piece that is under way for this time, and for a multiple of an idle source's time, is also asked of the idle
-source."""
+"""If a piece is under way for this time, and for a multiple of the time that an idle source would take, the piece is
+also requested from the idle source."""
 _FORGET: Final = 0.9  # decay of earlier observations per piece
 
 HUB: Final = "the hub"
@@ -64,7 +65,8 @@ class _SourceState:
     """The state of one source."""
 
     held: set[bytes] = field(default_factory=set[bytes])  # needed pieces that the source has
-    # Pieces to request from the source, the next one at the end; some may be requested from others meanwhile.
+    # Pieces to request from the source, the next piece at the end. Some of them may already be requested from other
+    # sources.
     queue: list[bytes] = field(default_factory=list[bytes])
     # Pieces under way from the source: time of the request, and bytes.
     asked: dict[bytes, tuple[float, int]] = field(default_factory=dict[bytes, tuple[float, int]])
@@ -277,10 +279,10 @@ class HubPieces:
                 response.read()  # the body has the reason
             hf_raise_for_status(response)
             if response.status_code != 206:  # the response is the whole file, and its body is not read
-                raise ModelNotFound(f"the hub does not give ranges of {file}")
+                raise ModelNotFound(f"the hub does not support range requests for {file}")
             data = response.read()
         if len(data) != size:
-            raise ModelNotFound(f"the hub does not give ranges of {file}")
+            raise ModelNotFound(f"the hub does not support range requests for {file}")
         return data
 
 

@@ -20,14 +20,15 @@ from splitnet.wire.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYT
 
 PIECE_BYTES: Final = MAX_PART_BYTES  # bytes of a piece; the last piece of a tensor may be shorter
 MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES // 2
-"""Enough for 4 TB of weights; reading a manifest takes three times its bytes, plus a little per tensor."""
+"""Enough for 4 TB of weights. Decoding a manifest takes memory of three times its bytes, plus a little per tensor."""
 
 MAX_HEAD_BYTES: Final = 256 << 20
-"""Bytes before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
+"""Maximum bytes before the tensors in all files together. These bytes are metadata and a vocabulary, and are fetched
+into memory."""
 
 _MARK: Final = "splitnet weights 1"
 _MAX_TENSORS: Final = 1 << 19
-"""Kimi K2 has 277,000 if each matrix of an expert has three scales, as in NVFP4."""
+"""Kimi K2 has 277,000 tensors if each matrix of an expert has three scales, as in NVFP4."""
 _MAX_FILES: Final = 1 << 16
 _MAX_NAME: Final = 512
 _MAX_CONFIG: Final = 1 << 20

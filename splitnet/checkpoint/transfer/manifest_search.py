@@ -24,14 +24,15 @@ from splitnet.wire.messages import MAX_PART_BYTES, Failure, Message, WeightsKind
 
 log = logging.getLogger(__name__)
 
-MAX_ASKED: Final = 8  # peers that are asked for the manifest of one model
-MAX_MODELS: Final = 8  # models with one name that are requested, because anybody may claim a name
+MAX_ASKED: Final = 8  # maximum peers that are asked for the manifest of one model
+MAX_MODELS: Final = 8  # maximum models with one name that are requested; anybody may claim a name
 NEXT_PEER_S: Final = 5.0  # time after which another peer is asked, too, if the first one is slow
 ANSWER_LIMIT_S: Final = 40.0
-"""A peer is slow if it will not have sent all by then at its rate: peers share the link of this machine."""
+"""A peer is slow if, at its measured rate, it would need longer than this to send everything. Peers share this
+machine's link."""
 ANSWER_S: Final = 10.0  # time limit of an answer
 MAX_PEER_S: Final = 120.0  # time limit of all answers of a peer
-# Bytes of manifests and heads that several peers are sending.
+# Maximum bytes of the manifests and heads that all asked peers together are sending.
 MAX_ANSWER_BYTES: Final = MAX_MANIFEST_BYTES + MAX_HEAD_BYTES
 
 
@@ -90,8 +91,8 @@ def find_manifest(
     Args:
         directory: the swarm's directory.
         model: the user's name of the model.
-        expected: its fingerprint; None: the fingerprint of the only model with this name, or of the only one from a
-            peer that was joined through.
+        expected: the model's fingerprint; None: the fingerprint of the only model with this name, or of the only such
+            model at a peer that was joined through.
         joined: addresses that were joined through.
         allows: whether a peer with this key may be asked.
         wants_heads: whether the bytes before the tensors in GGUF files are needed, too, for a fingerprint.
@@ -158,9 +159,9 @@ ManifestFetch = Generator[Question, Message, tuple[Manifest, list[bytes]]]
 
 
 def tell(fingerprint: str, with_heads: bool) -> ManifestFetch:
-    """Requests the manifest of a model from one peer and, if wanted, the bytes before the tensors in its files. Yields
-    questions and is sent the answers; returns both, checked. Raises ModelNotFound, with the reason to leave the peer
-    out."""
+    """A generator that requests the manifest of a model from one peer and, with `with_heads`, the bytes before the
+    tensors in the model's files. The generator yields questions, and the caller sends the answers into it. Returns the
+    checked manifest and heads. Raises ModelNotFound, with the reason to leave the peer out."""
     data = yield from whole(WeightsKind.MANIFEST, bytes.fromhex(fingerprint))
     try:
         manifest = Manifest.unpack(data)
@@ -219,8 +220,8 @@ class _AskedPeer:
 @dataclass(eq=False)
 class _Race:
     """Asks `peers` of several models, by fingerprint, in order. found: for each model, the peer whose manifest was
-    accepted. manifest: the last one from a peer that was joined through; the first one if there is no such peer.
-    reasons: why other peers were left out."""
+    accepted. manifest: the last manifest from a peer that was joined through; the first manifest if there is no such
+    peer. reasons: why other peers were left out."""
 
     asking: PeerQuestions
     peers: Mapping[str, Sequence[Endpoint]]
@@ -293,7 +294,7 @@ class _Race:
                 self._drop_question(number)
 
     def _bound(self) -> None:
-        """Drops the peers that have sent most while all together have sent more than the limit."""
+        """While all peers together have sent more than the limit, drops the peer that has sent the most bytes."""
         while sum(one.nbytes for one in self._asked.values()) > MAX_ANSWER_BYTES:
             self._drop_question(
                 max(self._asked, key=lambda number: self._asked[number].nbytes), "it has sent too many bytes"

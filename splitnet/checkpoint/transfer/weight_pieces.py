@@ -2,7 +2,7 @@
 
 Such a folder is in the user's cache, under the model's fingerprint. It holds files in the format of a checkpoint, with
 holes for missing pieces, so that the same code reads them; a file that lists the written pieces; and the manifest. The
-list only shows which pieces to check: each piece is hashed, once per process, before it is used.
+list of written pieces only shows which pieces to check: each piece is hashed, once per process, before it is used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class TensorLocation:
 
 
 class TensorFiles(Protocol):
-    """The places of the tensors of a checkpoint. For the other contents: `splitnet.checkpoint.store.TensorStore`."""
+    """The locations of the tensors of a checkpoint. `splitnet.checkpoint.store.TensorStore` gives the other
+    contents."""
 
     def tensor_locations(self) -> Mapping[str, TensorLocation]:
         """All tensors in the files by name; a weight may be several tensors. Raises ModelNotFound: a file is missing or
@@ -168,7 +169,7 @@ class WeightFolder(HeldPieces):
         self.fetched = 0
         self._checked = bytearray(len(self))
         self._part_of = {tensor.name: part for part, tensor in enumerate(manifest.tensors)}
-        # The slots of pieces that are being fetched. Other slots with the same bytes stay holes.
+        # The slots of pieces that are being fetched. Other slots with the same bytes are not written.
         self._wanted: dict[bytes, list[int]] = {}
         try:
             written = (path / WRITTEN_FILE).read_bytes() if (path / WRITTEN_FILE).exists() else b""

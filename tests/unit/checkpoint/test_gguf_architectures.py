@@ -248,10 +248,10 @@ def test_a_rotary_embedding_that_is_scaled_twice_is_refused(tmp_path: Path) -> N
     ("key", "value", "said"),
     [
         ("block_count", 1, r"blk\.1\..* has 1 blocks"),
-        ("attention__head_count", 0, "describe no model"),
-        ("attention__head_count", 7, "describe no model"),
-        ("attention__layer_norm_rms_epsilon", "small", "describe no model"),
-        ("attention__head_count_kv", 3, r"blk\.0\.attn_k\.weight .* is not what its metadata say"),
+        ("attention__head_count", 0, "do not describe a model"),
+        ("attention__head_count", 7, "do not describe a model"),
+        ("attention__layer_norm_rms_epsilon", "small", "do not describe a model"),
+        ("attention__head_count_kv", 3, r"blk\.0\.attn_k\.weight .* does not fit the file's metadata"),
     ],
 )
 def test_metadata_that_do_not_fit_the_tensors(key: str, value: Any, said: str, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_metadata_that_do_not_fit_the_tensors(key: str, value: Any, said: str, t
 def test_more_blocks_than_tensors_where_these_tell_the_kinds_of_blocks(tmp_path: Path) -> None:
     folder = random_checkpoint("qwen3_next", tmp_path / "checkpoint", **DELTA)
     path = write_gguf(folder, tmp_path / "model.gguf", block_count=5)
-    with pytest.raises(UnsupportedModel, match=r"describe no model .*block 4 has none of"):
+    with pytest.raises(UnsupportedModel, match=r"do not describe a model .*block 4 has none of"):
         Checkpoint.open(path)
 
 

@@ -392,7 +392,7 @@ def test_blocks_take_no_more_in_files_than_the_config_says(folder: Path, tmp_pat
     size = 20 * PIECE_BYTES
     large = Tensor("model.layers.1.mlp.more.weight", "U8", (size,), Pieces(size, bytes(32) * 20))
     told = dataclasses.replace(manifest, tensors=tuple(sorted((*manifest.tensors, large), key=lambda one: one.name)))
-    with pytest.raises(ModelNotFound, match=r"block 1 of .* is said to take 20 MiB"):
+    with pytest.raises(ModelNotFound, match=r"block 1 of .* takes 20 MiB"):
         check_file_bytes(Checkpoint.open(make_folder(told, (), lambda path: None)))
 
 

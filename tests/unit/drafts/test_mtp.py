@@ -279,11 +279,11 @@ def test_missing_and_unusable_mtp_tensors_are_refused_by_name(tmp_path: Path) ->
         mtp_head(checkpoint, ends_of_checkpoint(checkpoint))
     large = tensors | {"mtp.layers.0.self_attn.q_proj.weight": torch.ones(3 << 20, 4)}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "large", folder, large, config))
-    with pytest.raises(ModelNotFound, match="block 3 of large is said to take"):
+    with pytest.raises(ModelNotFound, match="block 3 of large takes"):
         mtp_bytes(checkpoint)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "none", folder, without, config))
     assert mtp_head(checkpoint, ends_of_checkpoint(checkpoint)) is None and mtp_bytes(checkpoint) == 0
-    with pytest.raises(UnsupportedModel, match="does more to embeddings or logits"):
+    with pytest.raises(UnsupportedModel, match="changes embeddings or logits"):
         mtp_head(Checkpoint.open(folder), model_ends(None, None, None, hidden_size=64, num_blocks=3, vocabulary=300))
 
 

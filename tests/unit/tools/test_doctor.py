@@ -105,7 +105,7 @@ def test_an_unusable_model_fails_with_a_remedy(fault: str, tmp_path: Path) -> No
         expected = "download it again"
     elif fault == "the index is damaged":
         index.write_text("{")
-        expected = "does not say which file holds which tensor"
+        expected = "does not name, for each tensor, a file in the same folder"
     else:
         config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "t5"}))
         expected = "cannot be cut into spans"
