@@ -131,7 +131,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "port taken": ("peer {small} --listen {taken}", "{taken} is taken: choose another port"),
     "DHT port taken": ("peer {small} --dht-listen {taken_dht}", "{taken_dht} is taken; choose another port"),
     "not this machine": ("peer {small} --listen tcp://203.0.113.5:0", "cannot listen on .*: give an address of this"),
-    "no power of a device": ("peer {small} --watts 0", "--watts 0 is no power of a device: give more than 0"),
+    "no power of a device": ("peer {small} --watts 0", "--watts 0 is not a valid power: give more than 0"),
     "client: no slowdown": (
         "generate {small} hi --join {nobody} --prefer energy --energy-slowdown 0.5",
         "give 1 or more",
@@ -155,7 +155,7 @@ FAILURES: dict[str, tuple[str, str]] = {
         "compute in bfloat16 cannot hold weights as float32: leave --dtype out, or use --weights bfloat16",
     ),
     "no list of keys": ("peer {small} --authorized-keys /no/keys", "authorized keys in /no/keys cannot be read"),
-    "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
+    "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is not an address to join with: copy"),
     "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody}: check that it runs"),
     "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody}: check that it"),
     "client: no peer to join through": (
@@ -168,7 +168,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     ),
     "dht: no node to join through": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --key-file {home}/dht --join {no_peer}",
-        "a node of the DHT joins through another node, not tcp://127.0.0.1:9",
+        "tcp://127.0.0.1:9 is not the address of a node of the DHT",
     ),
     "client: no swarm": ("generate {small} hi", "no swarm is given: give --join with the address .* with --lan"),
     "status: no swarm": ("status {small}", "no swarm is given: give --join with the address .* with --lan"),
@@ -181,13 +181,13 @@ FAILURES: dict[str, tuple[str, str]] = {
         "{taken_dht} is taken; choose another port",
     ),
     "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away and a new one will be"),
-    "dht: no host": ("dht --public-host a/b", "'a/b' is no host: write HOST or HOST:PORT"),
+    "dht: no host": ("dht --public-host a/b", "'a/b' is not a host: write HOST or HOST:PORT"),
     "dht: no public port": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --public-host a",
         "others cannot reach a at port 0: write --public-host HOST:PORT",
     ),
     "no configuration": ("--config /no/file key", "/no/file cannot be read .*: give another --config"),
-    "client: no address to join": ("status {small} --join here", "'here' is no address to join with: copy"),
+    "client: no address to join": ("status {small} --join here", "'here' is not an address to join with: copy"),
     "client: a hole": ("generate {small} hi --join {holed}", "blocks 4..5 of .* are served by nobody: start a peer"),
     "client: other weights": ("generate {fine_tuned} hi --join {holed}", "this swarm serves other weights than your"),
     "status: other weights": ("status {fine_tuned} --join {holed}", "this swarm serves other weights than your"),

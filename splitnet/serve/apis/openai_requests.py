@@ -377,7 +377,7 @@ class ChatRequest(SamplingRequest):
 
     @property
     def chat(self) -> Chat:
-        """The chat of the request. Raises ApiError if arguments of a call are not JSON, or several constraints are given."""
+        """The chat of the request. Raises ApiError if call arguments are not JSON, or there are several constraints."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         bounds, top = self.bounds, (self.top_logprobs or 0) if self.logprobs else None
         return Chat(

@@ -207,8 +207,8 @@ def test_keys(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--allow-origin", "*"], "opens the server to the pages of all sites: give --api-key-file"),
-        (["--allow-origin", "chat.example"], "'chat.example' is no site: write it as browsers do"),
-        (["--allow-origin", "https://chat.example/"], "is no site"),
+        (["--allow-origin", "chat.example"], "'chat.example' is not a site: write https://HOST"),
+        (["--allow-origin", "https://chat.example/"], "is not a site"),
         (["--served-name", " "], "--served-name is empty"),
     ],
 )
