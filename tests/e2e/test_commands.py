@@ -180,7 +180,7 @@ FAILURES: dict[str, tuple[str, str]] = {
         "dht --listen {taken_dht} --key-file {home}/dht",
         "{taken_dht} is taken; choose another port",
     ),
-    "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away and a new one will be"),
+    "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away, then a new key"),
     "dht: no host": ("dht --public-host a/b", "'a/b' is not a host: write HOST or HOST:PORT"),
     "dht: no public port": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --public-host a",
