@@ -242,11 +242,11 @@ FAILURES: dict[str, tuple[str, str]] = {
         "2 tokens and 512 virtual ones are more than the model's context of 256: lower --tokens",
     ),
     "tune: nowhere to put the text": (f"{TUNE} {{good}} --template x", "the template has no {{text}}: write it where"),
-    "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head is about labels, and the data has none: give"),
+    "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head needs labels, and the data has none: give"),
     "tune: one label": (f"{TUNE} {{one_label}}", "all examples have the label 'lights': give others"),
     "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave none of 100: lower --warmup"),
     "tune: nothing learned": (f"{TUNE} {{plain}} --lr 0", "with --lr 0 nothing is learned: leave it out"),
-    "tune: nothing to resume": (f"{TUNE} {{plain}} --resume", "holds no run to go on with: leave out --resume"),
+    "tune: nothing to resume": (f"{TUNE} {{plain}} --resume", "holds no run to continue: leave out --resume"),
     "bench: no arm": ("bench {small}", "there is nothing to measure: give --join ADDR for a swarm, --local"),
     "bench: no test": ("bench {small} --local --prefill 0 --decode 0", "leave nothing to measure: give tokens to one"),
     "bench: a long prompt": (

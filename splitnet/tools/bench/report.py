@@ -58,7 +58,7 @@ def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clie
 
 
 def check_room(cases: Sequence[Case], max_positions: int | None) -> None:
-    """Raises ContextTooLong if a case does not fit in the model's context (None: unbounded); names the option to lower."""
+    """Raises ContextTooLong, with the option to lower, if a case does not fit in the context (None: unbounded)."""
     for case in cases:
         if max_positions is None or case.positions <= max_positions:
             continue

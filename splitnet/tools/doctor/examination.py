@@ -81,7 +81,7 @@ def local_network(checkpoint: Checkpoint) -> tuple[CheckResult, list[str]]:
 
 
 def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[CheckResult]:
-    """Whether the nodes to join through answer with the keys of their addresses. others_answer: other addresses answer."""
+    """Whether the nodes to join through answer with the keys of their addresses. others_answer: others do."""
     # One node is enough to join. If another node answers, a silent node only costs time.
     wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
     for answer in answers:

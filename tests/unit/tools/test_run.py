@@ -171,7 +171,7 @@ class TestFolder:
         folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
         folder.claim({"steps": 3, "method": "lora"})
         folder.save_checkpoint({}, {})
-        with pytest.raises(DataError, match="--resume goes on"):
+        with pytest.raises(DataError, match="continue it with --resume"):
             folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
         folder.check_settings({"steps": 3, "method": "lora"}, resume=True)
         with pytest.raises(DataError, match="has steps 3, not 4"):
