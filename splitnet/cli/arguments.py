@@ -212,7 +212,7 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers when blocks have none.")
+        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers if blocks have no peer.")
     ],
     "any_weights": Annotated[
         bool | None,

@@ -203,7 +203,7 @@ _SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
 
 
 def machine_problem(error: BaseException) -> str | None:
-    """The problem of this machine that ended a command, even if the error names another cause; None: there is none."""
+    """The problem of this machine that ended a command, even if the error names another cause; else None."""
     cause: BaseException | None = error
     while cause is not None:
         number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)

@@ -1,4 +1,4 @@
-"""`splitnet serve`: the model behind OpenAI's HTTP interface."""
+"""`splitnet serve`: models over HTTP, with the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Overloaded(SplitnetError):
 
 
 class QuotaExceeded(SplitnetError):
-    """A client has used its tokens per minute; it gets more after `retry_after_s` seconds."""
+    """A client has used its tokens per minute; the client gets more tokens after `retry_after_s` seconds."""
 
     def __init__(self, per_minute: int, retry_after_s: int) -> None:
         super().__init__(f"this key has used its {per_minute} tokens per minute: try again in {retry_after_s} s")
@@ -28,7 +28,7 @@ class QuotaExceeded(SplitnetError):
 
 @dataclass(frozen=True)
 class ApiClient:
-    """The holder of an API key, or an address where there are no keys."""
+    """The holder of an API key; if the server has no keys, an IP address."""
 
     name: str  # identifies the client; not the secret key
     weight: float = 1.0  # the client's share of the places is proportional to this weight

@@ -159,7 +159,7 @@ SHOWN_S = 60.0  # How long an ended answer is shown
 
 
 def snapshot(gateway: Gateway, seen: Sequence[SeenPeer], problem: str | None) -> Any:
-    """The swarm of the first model, and the answers of all models. problem: why peers may be unknown; None: none."""
+    """The swarm of the first model, and the answers of all models. problem: why peers may be unknown, if so."""
     model, loaded = gateway.served.generations.model, gateway.loaded
     logs, admissions = [each.generations.progress for each in loaded], [each.admission for each in loaded]
     answers = [(log.clock(), each) for log in logs for each in log.answers()]

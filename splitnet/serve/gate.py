@@ -259,7 +259,7 @@ class Api:
     key_header: str  # the header that holds the key, for the message that refuses a wrong key
     challenge: str  # the header WWW-Authenticate of that message
     error: type[BaseModel]  # the type of `error_body`
-    # A header that only clients of this protocol send; it selects the protocol where several share a path.
+    # A header that only clients of this protocol send, so that it selects the protocol if several share a path.
     header: str | None = None
 
 

@@ -350,7 +350,7 @@ class Generation:
 
     @torch.no_grad()
     def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
-        """Passes the scores of the prompt's tokens to the listener; the first token has none."""
+        """Passes the scores of the prompt's tokens to the listener; the first token has no score."""
         length, top = prompt.shape[1], self._ask.top_logprobs or 0
         scored = [ScoredToken(self._ask.prompt[0], None, ())]
         step = max(1, SCORED_LOGITS // self._own.vocabulary)

@@ -57,7 +57,7 @@ class Prompts:
 
     @property
     def template(self) -> str:
-        """The chat template; empty: there is none."""
+        """The chat template; empty: the model has no chat template."""
         return self._tokenizer.get_chat_template(tools=[PROBE_TOOL]) if self._tokenizer.chat_template else ""
 
     @cached_property

@@ -95,7 +95,7 @@ class ServedModel:
         return self.metrics.watch_answer(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
-        """Runs `work` in another thread and returns its result. size: bytes of its input; None: those of the body."""
+        """Runs `work` in another thread and returns its result. size: bytes of its input; None: the body's."""
         return await self.preparing.run_in_turn(request, len(await request.body()) if size is None else size, work)
 
     async def respond(

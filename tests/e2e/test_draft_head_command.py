@@ -66,7 +66,7 @@ def test_a_head_is_trained_on_answers_of_the_model_and_used_for_drafts(
     ("options", "said"),
     [
         (["--draft-head"], "nothing to learn from"),
-        (["--draft-head", "--generate", "4", "--rank", "4"], "--rank does not go with --draft-head"),
+        (["--draft-head", "--generate", "4", "--rank", "4"], "--rank has no effect with --draft-head"),
         (["--epochs", "3", "--data", "x.jsonl"], "--epochs is for --draft-head"),
         (["--draft-head", "--data", "PROMPTS"], "'completion'"),
         ([], "give examples with --data"),

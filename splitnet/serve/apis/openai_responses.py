@@ -244,7 +244,9 @@ class KeptResponses:
         """A response and its messages. Raises ApiError if the client has no response with this id."""
         holder, text = self._kept.get(id, ("", b""))
         if holder != owner or not text:
-            gone = f"there is no response {id!r}: it was not stored, or newer ones replaced it; send all items again"
+            gone = (
+                f"there is no response {id!r}: it was not stored, or was dropped for newer ones; send all items again"
+            )
             raise ApiError(404, gone, param=param, code="response_not_found")
         response, messages = from_json(text)
         return response, messages

@@ -116,7 +116,7 @@ def _device(entry: Any, place: str) -> KnownDevice:
     else:
         if any(key not in values for key in machine):
             raise DevicesFileError(
-                f"{place}: how fast is it? write memory_bandwidth and compute, or block_ms as measured"
+                f"{place}: the speed is missing: write memory_bandwidth and compute, or a measured block_ms"
             )
         speed = MachineSpeed(
             _quantity(values["memory_bandwidth"], _BYTES_PER_S, f"{place}.memory_bandwidth", "50GB/s") / 1000,
@@ -156,7 +156,9 @@ def _network(content: Any, names: Sequence[str], host: str | None) -> Network:
             known[sender, receiver] = _link(values, place)
     lacking = [(a, b) for a in ends for b in ends if a != b and (a, b) not in known]
     if lacking and default is None:
-        raise DevicesFileError(f"links: what is between {lacking[0][0]} and {lacking[0][1]}? add a pair, or a default")
+        raise DevicesFileError(
+            f"links: the link between {lacking[0][0]} and {lacking[0][1]} is missing: add it, or a default"
+        )
     network = Network(known, _link(default, "links.default")) if default else Network(known)
     return _with_client(network, names, host)
 

@@ -182,11 +182,13 @@ def tune(
     if accumulate > parts:
         raise SplitnetError(f"with these options, a step can be cut into at most {parts} parts: lower --accumulate")
     if warmup_steps >= steps:
-        raise SplitnetError(f"{warmup_steps} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
+        raise SplitnetError(
+            f"{warmup_steps} steps of warm-up leave no other steps of {steps}: lower --warmup or raise --steps"
+        )
     train = read_examples(data)
     held_out = read_examples(evaluation, train.form) if evaluation else None
     if train.form == "classification" and len(train.labels) < 2 and join_round is None:
-        raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
+        raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give examples with other labels, too")
     if head and method is Method.SIDE:
         raise SplitnetError("--method side predicts labels with the model's words: leave out --head")
     if head and join_round is not None:

@@ -81,7 +81,7 @@ class TuningFolder:
             save_file(whole, partial, metadata={"facts": json.dumps(facts)})
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint; None if there is none. Raises DataError if the file is damaged."""
+        """The last checkpoint; None if no checkpoint exists. Raises DataError if the file is damaged."""
         if not self._checkpoint.exists():
             return None
         try:

@@ -71,7 +71,7 @@ class Encoder:
                     many = f"{len(row.ids):,} tokens are more than {self.max_length:,}"
                     examples.fail(example, f"{many}: shorten it or raise --max-length")
                 if not self.head and not row.learned:
-                    examples.fail(example, "nothing to learn: one token has none before it to be told from")
+                    examples.fail(example, "there is nothing to learn, because the text has only one token")
             rows += made
         return rows
 
@@ -100,7 +100,7 @@ class Encoder:
     def _classified(self, examples: Examples, example: Example) -> Encoded:
         text, label = example.fields["text"], example.fields["label"]
         if label not in self.labels:
-            examples.fail(example, f"the label {label!r} is none of the training data's: {', '.join(self.labels)}")
+            examples.fail(example, f"the label {label!r} is not in the training data: {', '.join(self.labels)}")
         choice = self.labels.index(label)
         prompt = self.template.replace("{text}", text)
         if self.head:

@@ -244,7 +244,7 @@ def test_a_model_that_does_not_fit_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--context", "999"], "made for 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
+    [(["--context", "999"], "context of 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
 )
 def test_impossible_lengths_are_refused(model: Path, options: list[str], said: str) -> None:
     result = run(model, TWO, *options)

@@ -181,7 +181,7 @@ class TestFolder:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(DataError, match="already holds files"):
             TuningFolder(tmp_path).check_settings({}, resume=False)
-        with pytest.raises(DataError, match="no run to go on with"):
+        with pytest.raises(DataError, match="no run to continue"):
             TuningFolder(tmp_path).check_settings({}, resume=True)
 
     def test_metrics_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
