@@ -244,7 +244,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     "tune: nowhere to put the text": (f"{TUNE} {{good}} --template x", "the template has no {{text}}: write it where"),
     "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head needs labels, and the data has none: give"),
     "tune: one label": (f"{TUNE} {{one_label}}", "all examples have the label 'lights': give examples"),
-    "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave no other steps of 100: lower --warmup"),
+    "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave no other steps of 100: lower"),
     "tune: nothing learned": (f"{TUNE} {{plain}} --lr 0", "with --lr 0 nothing is learned: leave it out"),
     "tune: nothing to resume": (f"{TUNE} {{plain}} --resume", "holds no run to continue: leave out --resume"),
     "bench: no arm": ("bench {small}", "there is nothing to measure: give --join ADDR for a swarm, --local"),

@@ -77,7 +77,7 @@ def test_an_option_without_effect_is_refused(options: tuple[str, ...], told: str
     [
         (("--accumulate", "9"), "a step can be cut into at most 8 parts"),
         (("--accumulate", "2", "--zeroth-order", "--method", "prompt"), "a step can be cut into at most 1 parts"),
-        (("--template", "{text} is"), "--template is about labels, and the data has none"),
+        (("--template", "{text} is"), "--template needs labels, and the data has none"),
         (("--targets", " ,"), "--targets names no layer"),
     ],
 )
