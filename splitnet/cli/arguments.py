@@ -1,7 +1,7 @@
-"""Arguments that several commands share, and the parsers of their texts.
+"""Arguments that several commands share, and parsers of their values.
 
-A shared option has the same meaning in all of its commands. One variable, or `[common]` in the configuration file, sets
-it for all its commands, see `splitnet/cli/configuration.py`.
+A shared option has the same meaning in all of its commands. One environment variable, or the table `[common]` of the
+configuration file, sets the option for all its commands; see `splitnet/cli/configuration.py`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ Command = Callable[..., None]
 
 
 def option_group(title: str) -> Any:
-    """Declares options as `typer.Option` does, in one box of `--help`; `.shared` declares one of several commands."""
+    """Returns a function that declares options as `typer.Option` does, in one box of `--help`.
+
+    The function's attribute `shared` declares options that several commands share.
+    """
     option: Any = functools.partial(typer.Option, rich_help_panel=title)
     option.shared = functools.partial(_shared, option)
     return option
 
 
 def _shared(declare: Callable[..., Any], flags: str, **options: Any) -> Any:
-    """An option that means the same in all of its commands, and that a variable named by its flag sets in all."""
+    """Declares an option with the same meaning in several commands. One variable, named after the option's flag, sets
+    the option in all of them."""
     return declare(flags, envvar=f"SPLITNET_{flags.partition('/')[0][2:].upper().replace('-', '_')}", **options)
 
 
@@ -51,7 +55,7 @@ in_network = option_group("Network")
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
-    """Refuses malformed addresses before slow work begins."""
+    """Returns the addresses. Refuses malformed addresses before slow work begins."""
     for address in addresses or ():
         if address.startswith("tcp://"):
             from splitnet.transport.addresses import check_peer_address
@@ -59,7 +63,8 @@ def checked_addresses(addresses: list[str] | None) -> list[str] | None:
             check_peer_address(address)
         elif not re.fullmatch(r"/.+/p2p/\w+", address):
             raise SplitnetError(
-                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/... or tcp://..."
+                f"{address!r} is not an address to join with: copy a whole address that a peer prints, /ip4/... or "
+                "tcp://..."
             )
     return addresses
 
@@ -73,7 +78,7 @@ def _checked_codec(name: str) -> str:
 
 
 def _checked_device(name: str) -> str:
-    """Refuses malformed names of devices before slow work begins; `find_device` later checks that it exists."""
+    """Refuses malformed names of devices before slow work begins; `find_device` later checks that the device exists."""
     if not DEVICE_NAME.fullmatch(name):
         raise SplitnetError(f"there is no device {name!r}: use --device auto, cpu, cuda, cuda:1, mps or xpu")
     return name
@@ -131,7 +136,7 @@ def one_identity(context: typer.Context, value: Path | None) -> Path | None:
     invited, *keys = (getattr(context.get_parameter_source(name), "name", "DEFAULT") for name in names)
     for option, source in zip(("--swarm-key", "--key-file"), keys, strict=True):
         if invited != "DEFAULT" and source == "COMMANDLINE":
-            raise SplitnetError(f"an invitation contains keys already: leave out {option} or --invite")
+            raise SplitnetError(f"an invitation already contains keys: leave out {option} or --invite")
     return value
 
 
@@ -150,7 +155,7 @@ InviteFile = Annotated[
         "--invite",
         metavar="FILE",
         callback=one_identity,
-        help="File from `splitnet invite`, with model, addresses, swarm key and key; it replaces these options.",
+        help="File from `splitnet invite`, with model, addresses, swarm key and key; the file replaces these options.",
     ),
 ]
 RelayPort = Annotated[
@@ -164,7 +169,7 @@ RelayPort = Annotated[
     ),
 ]
 RelayRate = Annotated[
-    str | None, in_network("--relay-rate", metavar="32MiB", help="Most bytes per second to relay, in total.")
+    str | None, in_network("--relay-rate", metavar="32MiB", help="Maximum bytes per second to relay, in total.")
 ]
 
 
@@ -181,7 +186,9 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
 
 def _checked_model_id(model_id: str | None) -> str | None:
     if model_id is not None and not re.fullmatch(r"[0-9a-f]{64}", model_id):
-        raise SplitnetError(f"{model_id!r} is no id of a model: copy all 64 digits that `splitnet status --json` shows")
+        raise SplitnetError(
+            f"{model_id!r} is not the id of a model: copy all 64 digits that `splitnet status --json` shows"
+        )
     return model_id
 
 
@@ -205,7 +212,7 @@ CONNECTING: dict[str, Any] = {
     "lan": Lan,
     "codec": CodecName,
     "recovery_timeout_s": Annotated[
-        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers when blocks have none.")
+        float, in_route("--wait", min=0, metavar="SECONDS", help="Time to wait for peers if blocks have no peer.")
     ],
     "any_weights": Annotated[
         bool | None,
@@ -218,7 +225,7 @@ CONNECTING: dict[str, Any] = {
     ],
     "kv_at_least": Annotated[
         StrEnum("KVForms", get_args(KVForms)),
-        in_computing.shared("--kv-at-least", help="Use no peers that hold KV caches in fewer bits than this."),
+        in_computing.shared("--kv-at-least", help="Use only peers that hold KV caches in at least this many bits."),
     ],
     "device": Device,
     "local_blocks": Annotated[
@@ -258,8 +265,8 @@ CONNECTING: dict[str, Any] = {
         StrEnum("Prefixes", get_args(Prefixes)),
         in_route.shared(
             "--prefixes",
-            help="Peers store keys and values of prompts, for later prompts with the same beginning: of this key "
-            "only, also of other keys in its group (set by the owner of a peer), or not at all.",
+            help="Whether peers store keys and values of prompts for later prompts with the same beginning: for later "
+            "prompts of this key only, also of other keys in its group (set by the owner of a peer), or not at all.",
         ),
     ],
     "standby": Annotated[
@@ -267,8 +274,8 @@ CONNECTING: dict[str, Any] = {
         in_route.shared(
             "--standby",
             metavar="8MiB",
-            help="Replicas copy the keys and values of sessions, at this many bytes per second; a replica that "
-            "replaces a hop then computes only the rest.",
+            help="Maximum bytes per second at which replicas copy the keys and values of sessions; a replica that "
+            "replaces a hop then computes only the missing positions.",
         ),
     ],
     "energy_slowdown": Annotated[
@@ -276,8 +283,8 @@ CONNECTING: dict[str, Any] = {
         in_route.shared(
             "--energy-slowdown",
             metavar="FACTOR",
-            help="With --prefer energy: how many times as long as on the fastest route a token may take; by default "
-            "1.5.",
+            help="With --prefer energy: maximum time of a token, as a multiple of its time on the fastest route; by "
+            "default 1.5.",
         ),
     ],
     "key_file": KeyFile,
@@ -297,9 +304,9 @@ CONNECTING: dict[str, Any] = {
 
 
 def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Replaces a command's keyword-only parameter `connecting` by these options.
+    """Replaces a command's keyword-only parameter `connecting` with options for the fields of `ConnectionOptions`.
 
-    only: names of fields of `ConnectionOptions`; empty: all. without: fields to leave out.
+    only: names of the fields; empty: all fields. without: names of fields to leave out.
     """
     options: dict[str, inspect.Parameter] = {}
     for name, annotation in CONNECTING.items():
@@ -330,14 +337,14 @@ def connects(*, only: Collection[str] = (), without: Collection[str] = ()) -> Ca
 
 
 def command_arguments(options: ConnectionOptions) -> list[str]:
-    """The options that differ from the defaults, as arguments of another command."""
+    """The options that differ from their defaults, as arguments for another command."""
     arguments: list[str] = []
     for name, annotation in CONNECTING.items():
         value = getattr(options, name)
         if value == getattr(ConnectionOptions, name) or (options.invite and name in ("key_file", "swarm_key")):
             continue
         (option,) = annotation.__metadata__
-        flag, _, opposite = option.default.partition("/")  # typer keeps the flags here
+        flag, _, opposite = option.default.partition("/")  # typer stores the flags in `default`
         if isinstance(value, bool):
             arguments.append(flag if value else opposite)
             continue
@@ -361,8 +368,9 @@ def require(extra: str, what: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps progress bars and advice of transformers and the hub client out of the commands' output, and has the
-    client's log written once, like all other logs.
+    """Removes progress bars and advice of transformers and the hub client from the output of commands.
+
+    Messages in the hub client's log are written once, like those of all other logs.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -371,12 +379,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", module="huggingface_hub")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    importlib.import_module("huggingface_hub.utils.logging")  # adds a handler
+    importlib.import_module("huggingface_hub.utils.logging")  # this import adds a handler
     logging.getLogger("huggingface_hub").handlers.clear()
 
 
 def resolve_model(model: str) -> str:
-    """The checkpoint that a model argument names; prepares the demo model on request."""
+    """The checkpoint that a model argument names; `demo` prepares the demo model."""
     from splitnet.checkpoint.demo import DEMO_NAME, demo_checkpoint
 
     quiet_libraries()
@@ -400,5 +408,5 @@ def parse_host_port(text: str) -> tuple[str, int]:
     """Host and port of a text such as `9100` (this machine only), `0.0.0.0:9100` or `[::]:9100`."""
     match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):)?(\d{1,5})", text.strip())
     if match is None or int(match[2]) > 65535:
-        raise SplitnetError(f"{text!r} is no place to listen: write PORT or HOST:PORT, with port 0 for any free one")
+        raise SplitnetError(f"{text!r} is not an address to listen at: write PORT or HOST:PORT; port 0: any free port")
     return (match[1] or "127.0.0.1").strip("[]"), int(match[2])

@@ -1,8 +1,9 @@
-"""Options from environment variables, then from one TOML file.
+"""Reads options from environment variables, then from one TOML file.
 
-`splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
-with the same meaning in several commands is declared as shared (`splitnet/cli/arguments.py`): one variable and the
-table `[common]` set it for all its commands. `[common]` also contains the options before the command.
+For example, the variable `SPLITNET_PEER_KV_MEMORY`, or `kv-memory` in the table `[peer]` of the file, sets the option
+`splitnet peer --kv-memory`. An option with the same meaning in several commands is declared as shared
+(`splitnet/cli/arguments.py`): one variable, or the table `[common]`, sets the option for all its commands. `[common]`
+also contains the options that are written before the command.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SIMILAR_COMMANDS = {
     "ps": "'status'",
     "train": "'tune'",
 }
-"""Commands of other programs, with the commands that do the same here, which spelling alone would not suggest."""
+"""Commands of other programs, and the equivalent commands of splitnet, if these have a different spelling."""
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
@@ -42,10 +43,10 @@ _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "
 class Setting:
     """An option with all of its names."""
 
-    command: str  # of the option; `common` for the options before the command
-    parameter: Any  # click's
+    command: str  # the command that has the option; `common` for the options before the command
+    parameter: Any  # click's parameter
     kind: type  # type of the value, or of each value of a repeatable option
-    shared: str  # name of the variable that sets it in several commands; "" if there is none
+    shared: str  # name of the variable that sets the option in several commands; "" if there is no such variable
 
     @property
     def key(self) -> str:
@@ -53,18 +54,18 @@ class Setting:
 
     @property
     def variables(self) -> list[str]:
-        """Environment variables that set the option; the first set variable counts."""
+        """Environment variables that set the option; the first variable that is set counts."""
         path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
         own = "_".join(path).upper().replace("-", "_")
         return [own, self.shared] if self.shared else [own]
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Tables of the file that may contain the option; the first that contains it counts."""
+        """Tables of the file that may contain the option; the first table that contains the option counts."""
         return (self.command, COMMON) if self.shared else (self.command,)
 
     def converted(self, value: Any) -> Any:
-        """A value from the file, converted for click. Raises ConfigurationError: it is of another type."""
+        """Converts a value from the file for click. Raises ConfigurationError if the value has another type."""
         if not self.parameter.multiple:
             return self._of_kind(value)
         if not isinstance(value, list):
@@ -72,7 +73,7 @@ class Setting:
         return [self._of_kind(item) for item in value]
 
     def check_value(self, value: Any, context: typer.Context) -> None:
-        """Raises ConfigurationError if the option refuses a value of `taken`."""
+        """Raises ConfigurationError if the option refuses a value from the file."""
         try:
             self.parameter.process_value(context, value)
         except (typer.BadParameter, SplitnetError) as error:
@@ -104,12 +105,14 @@ class ConfigurableGroup(TyperGroup):
         self.settings = list(_settings(self))
         for setting in self.settings:
             setting.parameter.envvar = setting.variables
-            # Users can derive the names from the flags; help would be twice as long.
+            # Users can derive the names of variables from the flags, and with these names, help would be twice as long.
             setting.parameter.show_envvar = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Resolves a command as click does. For commands of other programs, the error names the equivalent commands of
-        splitnet. Then checks the file's values for the command, which may load large modules.
+        """Resolves a command as click does, and then checks the file's values for the command.
+
+        For commands of other programs, the error names the equivalent commands of splitnet. The check may import large
+        modules.
         """
         if (word := args[0]) not in self.commands and word in SIMILAR_COMMANDS:
             ctx.fail(f"No such command {word!r}. Did you mean {SIMILAR_COMMANDS[word]}?")
@@ -122,7 +125,9 @@ class ConfigurableGroup(TyperGroup):
 
 
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
-    """Callback of --config: uses the file as defaults of all options; without a path, the user's file if it exists.
+    """Callback of --config: takes the defaults of all options from the file.
+
+    path: None reads the user's file, if it exists.
 
     Raises ConfigurationError if the file cannot be read, or contains a value that no option accepts.
     """
@@ -145,7 +150,7 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
 
 
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a `splitnet peer` whose options are all on its command line."""
+    """The environment for a `splitnet peer` whose options are all on its command line: without option variables."""
     taken = (*(f"{_PREFIX}_{name}" for name in ("JOIN", "LAN", "DEVICE", "SWARM_KEY", "INVITE")), f"{_PREFIX}_PEER_")
     kept = {name: value for name, value in environment.items() if not name.startswith(taken)}
     return {**kept, CONFIG_VARIABLE: os.devnull}
@@ -171,7 +176,7 @@ def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iter
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):
-            raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
+            raise ConfigurationError(f"{file}: {name!r} is in no table: move it to [{COMMON}] or a command's table")
         if name not in tables:
             raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
         known = {setting.key for setting in settings if name in setting.tables}

@@ -32,9 +32,9 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 
 
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
-    """Addresses to join a model's swarm, as its peers on this network announce them. Prints its finds to stderr.
+    """Addresses to join a model's swarm, as peers on this network announce them. Prints what it finds to stderr.
 
-    Raises DirectoryError if there is none, or if `lan` forbids the search.
+    Raises DirectoryError if there are no such addresses, or if `lan` is False and forbids the search.
     """
     if not lan:
         raise DirectoryError(f"no swarm is given: {_FIX}, or search this network with --lan")
@@ -78,7 +78,7 @@ def ask_network(model: str, *, lan: bool) -> list[str]:
 class ModelConnection:
     """A model (hub id, checkpoint folder or GGUF file) and its swarm, by the options of a command.
 
-    Without addresses, the swarm is searched on the local network, if the options allow that.
+    If no addresses are given, the swarm is searched on the local network, if the options allow the search.
     """
 
     model: str
@@ -86,7 +86,7 @@ class ModelConnection:
 
     @cached_property
     def options(self) -> ConnectionOptions:
-        """The given options, with the device that was found. Tells the user about a device other than the CPU.
+        """The given options with the device that was found. Informs the user about a device other than the CPU.
 
         Raises SplitnetError if the requested device does not exist, or does not work.
         """
@@ -96,16 +96,16 @@ class ModelConnection:
         return replace(self.requested, device=choice.device)
 
     def checkpoint(self) -> Checkpoint:
-        """The model's checkpoint. Raises errors of `options` and key files before those of `Checkpoint.open`."""
+        """Opens the model's checkpoint. Raises errors of `options` and key files before errors of `Checkpoint.open`."""
         _ = self.options, self._keys
         return Checkpoint.open(self.model, tokenizer=self.requested.tokenizer)
 
     def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
-        """The facts of the model. If parts of the model are not on this machine, peers are asked.
+        """The facts of the model. If parts of the model are not on this machine, peers are asked for the facts.
 
-        Raises DirectoryError if no address of the swarm answers, or none is given or found; KeyFileError if a key file
-        cannot be used; ModelNotFound if not all of the model is here and no peer knows its facts; WrongSwarm if the
-        fingerprint is not `model_id`.
+        Raises DirectoryError if no address of the swarm answers, or no address is given or found; KeyFileError if a key
+        file cannot be used; ModelNotFound if parts of the model are not on this machine and no peer knows its facts;
+        WrongSwarm if the fingerprint is not `model_id`.
         """
         expected = self._with_invitation.model_id
         with StageProgress() as progress:
@@ -126,22 +126,22 @@ class ModelConnection:
         return ModelFacts.of(checkpoint)
 
     def swarm_of(self, facts: ModelFacts) -> Swarm:
-        """Joins the swarm of a model. Errors as of `facts_of`."""
+        """Joins the swarm of a model. Raises the same errors as `facts_of`."""
         identity, swarm_key, trusted = self._keys
         addresses = self._with_invitation.initial_peers or (
             () if swarm_key else find_swarm(facts, lan=self.requested.lan)
         )
-        # None: join with the addresses
+        # None: the peer joins with the addresses.
         join_args = self.join_args if self.requested.invite or self.requested.swarm_key else None
         return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted, join_args=join_args)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
-        """Joins the swarm of a checkpoint. Errors as of `facts_of`."""
+        """Joins the swarm of a checkpoint. Raises the same errors as `facts_of`."""
         return self.swarm_of(self.facts_of(checkpoint))
 
     @contextmanager
     def directory(self) -> Generator[SwarmDirectory]:
-        """The swarm's directory, for all models. Raises DirectoryError as `facts_of`, KeyFileError."""
+        """The swarm's directory, for all models. Raises DirectoryError like `facts_of`, and KeyFileError."""
         identity, swarm_key, _ = self._keys
         with closing(Links(identity)) as links:
             addresses = self._with_invitation.initial_peers or ask_network(

@@ -1,4 +1,7 @@
-"""How a daemon publishes the address to join with: on stdout, and in a file that exists while it serves."""
+"""Publishes the address to join a daemon with, on stdout and in a file that exists while the daemon serves.
+
+Also handles the signals that stop a daemon.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ _ON_THIS_MACHINE = re.compile(r"(tcp:/|/ip4)/127\.|(tcp://\[|/ip6/)::1\b")
 
 
 def print_addresses(addresses: Sequence[str]) -> None:
-    """Prints the address for other machines, at the port that they need anyway, and the other addresses dimmed."""
+    """Prints the address that other machines join with, and all other addresses dimmed.
+
+    An address of a peer comes before addresses of the DHT, because other machines need the peer's port anyway.
+    """
 
     def is_local(address: str) -> bool:
         return _ON_THIS_MACHINE.match(address) is not None
@@ -67,23 +73,23 @@ def forget_address(file: Path | None) -> None:
         raise SplitnetError(f"cannot replace {file} ({error.strerror}): give another --address-file") from None
 
 
-_LOOK_S = 0.5  # Seconds. Windows runs no handler while the main thread waits for a lock, so each wait is this short.
+# Duration of each wait in seconds. On Windows, handlers do not run while the main thread waits, so waits are short.
+_LOOK_S = 0.5
 
 
 class StopSignals:
-    """Handles signals that end a process. From its creation on, these signals do not raise.
+    """Handles signals that end a process. After an instance has been created, these signals raise no exceptions.
 
-    Until the first `raise_if_stopped`, a signal ends the process at once. After it, the first signal ends
-    `raise_if_stopped` and `wait`, and
-    the second one ends the process.
+    Until `raise_if_stopped` is first called, a signal ends the process at once. Later, the first signal ends
+    `raise_if_stopped` and `wait`, and the second signal ends the process.
     """
 
     def __init__(self) -> None:
         self._number = 0
         self._may_end = True
-        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # a handler may fill a `SimpleQueue`
+        self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # signal handlers may put into a `SimpleQueue`
         for number in ENDING:
-            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIG_IGN
                 signal.signal(number, self._on_signal)
 
     def raise_if_stopped(self) -> None:

@@ -26,16 +26,16 @@ from splitnet.transport.addresses import listen_at
 
 ONE_THREAD = ("--threads", "1")
 EXACT = (*ONE_THREAD, "--weights", "float32", "--device", "cpu")
-"""Options of daemons that compute the same as plain transformers with float32."""
+"""Options with which daemons compute the same results as plain transformers with float32."""
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 
 
 class LocalSwarm:
-    """`count` daemons that share the blocks of a checkpoint (hub id or folder) evenly; all are stopped on leaving.
+    """Runs `count` daemons that share the blocks of a checkpoint (hub id or folder) evenly, until the `with` ends.
 
-    options: of the command line of each daemon. join: address of a swarm; empty: they start a new one.
+    options: command line options for each daemon. join: address of a swarm; empty: the daemons start a new swarm.
     """
 
     def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
@@ -104,7 +104,7 @@ class LocalSwarm:
 
 
 def _count_blocks(checkpoint: str) -> int:
-    """Blocks of a checkpoint, without loading torch if the folder is local."""
+    """The number of blocks of a checkpoint. For a local folder, torch is not loaded."""
     config = Path(checkpoint) / "config.json"
     if config.is_file():
         with suppress(OSError, ValueError, AttributeError, RecursionError):  # `Checkpoint.open` below reports errors
@@ -126,7 +126,7 @@ def demo(
     ] = DEMO_NAME,
     prompt: Annotated[str, typer.Option(help="The question.")] = PROMPT,
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
     codec: CodecName = "int8",
     device: Device = "auto",
     serve: Annotated[

@@ -14,24 +14,28 @@ from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, pars
 from splitnet.cli.daemon import StopSignals, forget_address, published_address
 from splitnet.errors import KeyFileError, SplitnetError
 
-_FIRST_BYTE = b"\x08"  # of a private key in libp2p's format: the number of the field with the key's type
+_FIRST_BYTE = b"\x08"  # The first byte of a private key in libp2p's format: the tag of the field with the key's type
 
 
 def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
     for address in checked_addresses(addresses) or ():
         if address.startswith("tcp://"):
-            raise SplitnetError(f"a node of the DHT joins through another node, not {address}: give /ip4/...")
+            raise SplitnetError(f"{address} is not the address of a node of the DHT: give an address /ip4/...")
     return addresses
 
 
 def dht(
     listen: Annotated[
-        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Address to listen at; a fixed port keeps it valid.")
+        str,
+        typer.Option(
+            metavar="/ip4/HOST/tcp/PORT", help="Address to listen at; with a fixed port, the address stays valid."
+        ),
     ] = "/ip4/0.0.0.0/tcp/31330",
     public_host: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
+            metavar="HOST[:PORT]",
+            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
         ),
     ] = None,
     join: Annotated[
@@ -43,7 +47,7 @@ def dht(
     key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with the key behind the address, created if missing; by default dht-key in your data folder."
+            help="File with the key of this node, created if missing; by default dht-key in your data folder."
         ),
     ] = None,
     address_file: Annotated[
@@ -57,8 +61,8 @@ def dht(
 ) -> None:
     """Run a node of the DHT until interrupted (SIGINT or SIGTERM); peers and clients of any model can join through it.
 
-    It loads no model. It stores the records by which others find each other, and with --relay-port carries activations
-    between those that cannot connect to each other, encrypted.
+    The node loads no model. It stores the records of peers, so that peers and clients find each other. With
+    --relay-port, it also relays encrypted activations between machines that cannot connect to each other.
     """
     public = [_multiaddr(public_host, listen)] if public_host else []
     rate = parse_relay_rate(relay_rate, relay_port)
@@ -94,10 +98,10 @@ def dht(
 
 
 def _multiaddr(public_host: str, listen: str) -> str:
-    """The multiaddr for a text such as `example.org:31330`; without a port, with that of `listen`."""
+    """The multiaddr for a text such as `example.org:31330`. If the text has no port, the port of `listen` is used."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::(\d{1,5}))?", public_host)
     if match is None:
-        raise SplitnetError(f"{public_host!r} is no host: write HOST or HOST:PORT, as in example.org:31330")
+        raise SplitnetError(f"{public_host!r} is not a host: write HOST or HOST:PORT, as in example.org:31330")
     host, port = match[1].strip("[]"), match[2] or listen.rpartition("/")[2]
     if not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise SplitnetError(f"others cannot reach {public_host} at port {port}: write --public-host HOST:PORT")
@@ -119,7 +123,7 @@ def _prepared(key_file: Path | None) -> Path:
             with key_file.open("rb") as file:
                 first = file.read(1)
             if first != _FIRST_BYTE:
-                raise KeyFileError(f"{key_file} holds no key of a DHT node: move it away and a new one will be made")
+                raise KeyFileError(f"{key_file} holds no key of a DHT node: move it away, then a new key is created")
     except OSError as error:
         raise KeyFileError(
             f"the key in {key_file} cannot be used ({error.strerror}): give another --key-file"

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 in_answer = option_group("Answer")
 
-GENERATED, ANSWERED = 256, 512  # most tokens by default
+GENERATED, ANSWERED = 256, 512  # Default maximum of tokens of a generated text, and of an answer in a chat
 MaxNewTokens = Annotated[
     int | None,
-    in_answer(min=1, help=f"Most tokens to generate; by default {GENERATED} ({ANSWERED} in a chat), or all that fit."),
+    in_answer(
+        min=1,
+        help=f"Maximum number of tokens to generate; by default {GENERATED} ({ANSWERED} in a chat), or all that fit.",
+    ),
 ]
-Temperature = Annotated[float, in_answer(min=0, help="0 always takes the likeliest token.")]
+Temperature = Annotated[float, in_answer(min=0, help="0 always chooses the likeliest token.")]
 TopP = Annotated[float, in_answer(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, in_answer(help="Makes sampling repeatable.")]
 
@@ -61,7 +64,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes 
 
 
 def connection_to(model: str | None, connecting: ConnectionOptions) -> ModelConnection:
-    """The connection to a given model or the invitation's. Imports the libraries for models."""
+    """The connection to the given model, or to the model of the invitation. Imports the libraries for models."""
     checkpoint = resolve_model(model_name(model, connecting.invite))
 
     import_models()

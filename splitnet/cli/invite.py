@@ -31,15 +31,18 @@ class Invite:
 
     model: str  # hub id, folder or file
     join: tuple[str, ...]  # addresses of peers
-    swarm_key: SwarmKey  # of the swarm
+    swarm_key: SwarmKey
     identity: Identity  # the key of the invited person
-    # Lines of a list of keys: the clients of a peer that the invited person runs; empty: not stated.
+    # Lines of a file of authorized keys, for a peer that the invited person runs; empty: not stated.
     authorized: tuple[str, ...] = ()
-    model_id: str | None = None  # the fingerprint of the model; None: it is found by its name
+    model_id: str | None = None  # the fingerprint of the model; None: the model is found by its name
 
     @classmethod
     def load(cls, path: Path) -> Invite:
-        """Reads an invitation. Raises KeyFileError: invalid, or others can read it; DirectoryError: bad address."""
+        """Reads an invitation.
+
+        Raises KeyFileError if the file is invalid or others can read it, and DirectoryError if an address is invalid.
+        """
         from splitnet.security.identity import Identity
         from splitnet.security.swarm_key import SwarmKey, read_secret_file
 
@@ -54,14 +57,14 @@ class Invite:
                 raise ValueError
             swarm_key, identity = SwarmKey.parse(str(content["swarm-key"])), Identity.parse(str(content["key"]))
         except (KeyError, ValueError, RecursionError):
-            raise KeyFileError(f"{path} is no invitation: ask for the file that `splitnet invite` wrote") from None
+            raise KeyFileError(f"{path} is not an invitation: ask for the file that `splitnet invite` wrote") from None
         except KeyFileError as error:
-            raise KeyFileError(f"{path} is no invitation: {error}") from None
+            raise KeyFileError(f"{path} is not an invitation: {error}") from None
         checked_addresses(join)
         return cls(model, tuple(join), swarm_key, identity, tuple(authorized), model_id)
 
     def save(self, path: Path) -> None:
-        """Writes a new file that only its owner can read. Raises KeyFileError if that fails, or the file exists."""
+        """Writes a new file that only its owner can read. Raises KeyFileError if writing fails, or the file exists."""
         from splitnet.security.swarm_key import write_secret_file
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
@@ -73,10 +76,10 @@ class Invite:
         write_secret_file(path, _ABOUT + "".join(lines))
 
     def list_of_keys(self, path: Path) -> Path | None:
-        """The list of clients for a peer with the invitation in `path`, in a file next to it; created if missing.
+        """The file of authorized keys for a peer with the invitation in `path`; None: the invitation lists no clients.
 
-        Clients that are not listed may connect, too, with the lowest priority, because some may be invited later. None:
-        the invitation lists no clients. Raises SplitnetError if the file cannot be written.
+        The file is next to `path`, and is created if missing. Clients that are not listed may also connect, with the
+        lowest priority, because some clients may be invited later. Raises SplitnetError if the file cannot be written.
         """
         file = path.with_name(f"{path.name}.keys")
         if file.exists() or not self.authorized:
@@ -94,7 +97,7 @@ class Invite:
 
 
 def with_invitation(options: ConnectionOptions) -> ConnectionOptions:
-    """The options, with addresses, keys and model id of their invitation. Errors as of `Invite.load`."""
+    """The options, with the addresses, keys and model id of their invitation. Raises the errors of `Invite.load`."""
     if options.invite is None:
         return options
     invite = Invite.load(options.invite)
@@ -126,7 +129,7 @@ def invite(
     authorized_keys: Annotated[
         Path, typer.Option(help="The --authorized-keys file of your peers; the new key is added, with --name.")
     ],
-    name: Annotated[str, typer.Option(help="Name of the invited person, after the key in that file.")] = "invited",
+    name: Annotated[str, typer.Option(help="Name of the invited person, written after the new key.")] = "invited",
     model_id: ModelId = None,
     options: Annotated[
         str, typer.Option(metavar="kv=8GiB,...", help="Options of the key, see docs/network.md#who-may-take-part.")
@@ -144,7 +147,7 @@ def invite(
         if not is_peer_address(address):
             raise SplitnetError(f"a closed swarm is joined through peers: give --join tcp://..., not {address}")
     if not name.isprintable() or "#" in name or "=" in name or not name.strip():
-        raise SplitnetError(f"{name!r} cannot stand in a list of keys: give a --name without # and =")
+        raise SplitnetError(f"{name!r} is not valid in a list of keys: give a --name without # and =")
     if options:
         parse_options(options)
     identity = Identity.generate()
@@ -176,7 +179,7 @@ def _are_texts(value: Any) -> bool:
 
 def _quoted(text: str) -> str:
     if not text.isprintable() or "'" in text:
-        raise SplitnetError(f"{text!r} cannot stand in an invitation")
+        raise SplitnetError(f"an invitation cannot contain {text!r}")
     return f"'{text}'"
 
 

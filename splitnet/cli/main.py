@@ -36,10 +36,10 @@ _OURS = ("peers", "scheduler", "simulator", "splitnet")
 
 
 def optional_command(entry: str) -> Callable[..., None]:
-    """The command `MODULE:FUNCTION` of a tool that no other module imports.
+    """Returns the command `MODULE:FUNCTION` of a tool that no other module imports.
 
-    If the module or a library is missing, or another module has its name, a command that reports this. Any other error
-    is a bug of splitnet, and is raised.
+    If the module or a library is missing, or another module has the same name, returns a command that reports the
+    problem. Any other error is a bug of splitnet, and is raised.
     """
     module, _, name = entry.partition(":")
     try:
@@ -113,7 +113,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
     simulate: ("splitnet simulate --peers 200 --clients 200", "splitnet simulate --scenario heavy --against all"),
 }
-"""Examples of each command for `--help`; /ip4/... and tcp://... are the addresses that a peer prints."""
+"""Examples of each command for `--help`; /ip4/... and tcp://... stand for the addresses that a peer prints."""
 
 for command, shown in EXAMPLES.items():
     app.command(
@@ -152,7 +152,7 @@ def common(
     set_up(log_format, logging.INFO if verbose else logging.WARNING)
 
 
-_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)  # errors that a check of `splitnet doctor` explains further
+_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)  # Errors whose cause `splitnet doctor` can find
 
 
 def main() -> None:
@@ -162,7 +162,8 @@ def main() -> None:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="utf-8")
-    # By default these signals end the process without cleanup: it must leave the swarm and stop its children.
+    # By default, these signals end the process without cleanup. But the process must leave the swarm and stop its
+    # child processes.
     for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit_cleanly)
@@ -192,12 +193,12 @@ _OF_THE_MACHINE = {
     errno.EROFS: ("nothing can be written there", "name a folder elsewhere"),
     errno.EACCES: ("this user may not use it", "change its permissions, or name another"),
     errno.EPERM: ("this user may not use it", "change its permissions, or name another"),
-    errno.EIO: ("the disk does not work", "see the log of the system, and take another"),
+    errno.EIO: ("the disk does not work", "see the log of the system, and use another disk"),
     errno.EMFILE: ("too many files and connections are open in this process", _FILES),
     errno.ENFILE: ("too many files are open on this machine", _FILES),
     errno.ENOMEM: ("there is not enough memory", _MEMORY),
 }
-# How libraries in other languages report an error of the system.
+# The form in which libraries in other languages report an error of the operating system.
 _SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
 
 
@@ -211,7 +212,7 @@ def machine_problem(error: BaseException) -> str | None:
         if number in _OF_THE_MACHINE:
             what, fix = _OF_THE_MACHINE[number]
             if isinstance(error, SplitnetError) and os.strerror(number) in str(error):
-                return None  # the error's text contains the reason and the fix already
+                return None  # the text of the error already contains the reason and the fix
             file = getattr(cause, "filename", None)
             return f"{f'{file}: ' if file else ''}{what} ({os.strerror(number)}): {fix}"
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""`splitnet peer`: serve blocks of a model. The only file outside `peers` that may import `peers`."""
+"""`splitnet peer`: serve blocks of a model. Only this file outside of `splitnet.peers` may import `splitnet.peers`."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ in_memory = option_group("Blocks and memory")
 in_sharing = option_group("Weights for others")
 
 
-Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # that blocks compute in
+Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])  # Types that blocks can compute in
 KVKind = StrEnum("KVKind", list(KV_BITS))
 AS_COMPUTED = KVKind("auto")
-WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])  # of linear layers
+# Formats of the weights of linear layers
+WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "int8", "int4"])
 
 
 def peer(
@@ -66,7 +67,7 @@ def peer(
     blocks: Annotated[
         str | None, in_memory(metavar="START:END", help="Blocks to serve; by default chosen by the needs of the swarm.")
     ] = None,
-    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
+    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; serves as many as fit.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     kv: Annotated[
         KVKind,
@@ -87,7 +88,7 @@ def peer(
         bool,
         in_memory(
             "--any-model",
-            help="Serve the model with the most demand, beginning with MODEL if given; leave a model without demand.",
+            help="Serve the model with the highest demand, beginning with MODEL if given; leave models without demand.",
         ),
     ] = False,
     allow: Annotated[
@@ -118,7 +119,8 @@ def peer(
     public_host: Annotated[
         str | None,
         in_network(
-            metavar="HOST[:PORT]", help="How others reach this machine, if at another name or port (NAT, containers)."
+            metavar="HOST[:PORT]",
+            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
         ),
     ] = None,
     reach: Annotated[
@@ -205,7 +207,7 @@ def peer(
     wanted_disk = parse_bytes(prefix_store) if prefix_store not in (None, "off", "memory") else None
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     if watts is not None and not 0 < watts <= MAX_WATTS:
-        raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
+        raise SplitnetError(f"--watts {watts:g} is not a valid power: give more than 0 and at most {MAX_WATTS:g}")
     wanted_rate = parse_relay_rate(relay_rate, relay_port)
     if wanted_share == 0:
         raise typer.BadParameter("--share-rate 0 sends nothing: give more, or --no-share-weights")
@@ -216,7 +218,7 @@ def peer(
         check_listen_address(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     allowed = read_models(allow) if allow is not None else []
-    chooses = any_model and model is None  # also the first model
+    chooses = any_model and model is None  # the peer also chooses its first model
     checkpoint = None if chooses else resolve_model(model_name(model, invite))
     connecting = ConnectionOptions(initial_peers=join or (), swarm_key=swarm_key, invite=invite, model_id=model_id)
     given = with_invitation(connecting)
@@ -301,7 +303,7 @@ def peer(
 
         serving = RunningPeer.start(checkpoint, options, progress=report)
     try:
-        # Loaded objects stay, so the garbage collector need not traverse them between two tokens.
+        # Loaded objects stay in memory, so the garbage collector need not traverse these objects between two tokens.
         gc.collect()
         gc.freeze()
         typer.echo(f"computes on {computes_on}")
@@ -331,22 +333,22 @@ def peer(
 
 
 def read_models(file: Path) -> list[str]:
-    """The models in a file, one per line. Raises SplitnetError if there are none, or a line is no name of a model."""
+    """The models in a file, one per line. Raises SplitnetError if the file names no model, or a line is invalid."""
     try:
         lines = list(lines_of(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        raise SplitnetError(f"{file} cannot be read ({error}): give --allow a file with one model a line") from None
+        raise SplitnetError(f"{file} cannot be read ({error}): give --allow a file with one model per line") from None
     for number, line in lines:
         if not line.isprintable() or (re.search(r"[\s*?]", line) and not Path(line).exists()):
-            raise SplitnetError(f"{file}, line {number}: {line!r} is no model: write one folder, file or hub id a line")
+            raise SplitnetError(f"{file}, line {number}: {line!r} is not a model: write one folder, file or hub id")
     models = [resolve_model(line) for _, line in lines]
     if not models:
-        raise SplitnetError(f"{file} names no model: write one a line, or leave --allow out")
+        raise SplitnetError(f"{file} names no model: write one model per line, or leave out --allow")
     return models
 
 
 def join_advice(address: str, joined: Sequence[str], reach: Reach) -> str | None:
-    """How machines in other networks join if they cannot reach this peer's address; None: they can, or it is a test."""
+    """Advice for machines in other networks that cannot reach this peer's address; None: no advice is needed."""
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
     if reached := [one for one in joined if any(is_global(f"tcp://{host}:1") for host in hosts_of([one]))]:
@@ -356,7 +358,7 @@ def join_advice(address: str, joined: Sequence[str], reach: Reach) -> str | None
 
 
 def _what_it_serves(peer: RunningPeer) -> str:
-    # A separate function: a variable of the caller would keep the memory of a span after the peer has moved.
+    # In a separate function, because a variable of the caller would keep a span in memory after the peer has moved.
     span = peer.span
     computes = str(span.dtype).removeprefix("torch.")
     exactly = "exactly " if span.weights.exact else ""
@@ -376,7 +378,7 @@ def _why_not_held_so(peer: RunningPeer) -> str:
 
 
 def _other_weights(peer: RunningPeer) -> str | None:
-    """Other formats for the weights; None: none is known to be better in some respect."""
+    """A sentence about other formats of the weights; None: no other format has a known advantage."""
     from splitnet.quant.choose import STORED
     from splitnet.quant.native import has_integer_kernels
 

@@ -1,4 +1,4 @@
-"""`splitnet serve`: the model behind OpenAI's HTTP interface."""
+"""`splitnet serve`: models over HTTP, with the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ in_models = option_group("Models")
 in_limits = option_group("How much at a time")
 
 
-AGAIN_S = 600.0  # seconds until an unreadable model of the swarm is tried again
-MOST_FOUND = 64  # most models of the swarm that are tried
+AGAIN_S = 600.0  # Seconds until an unreadable model of the swarm is tried again
+MOST_FOUND = 64  # Maximum number of models of the swarm that are tried
 
-SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])  # for values that a request leaves out
+# Sources of values that a request leaves out
+SamplingDefaults = StrEnum("SamplingDefaults", ["openai", "checkpoint"])
 
 
 def _checked_origins(origins: list[str] | None) -> list[str] | None:
     for origin in origins or ():
         if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
-            raise SplitnetError(f"{origin!r} is no site: write it as browsers do, https://HOST or https://HOST:PORT")
+            raise SplitnetError(f"{origin!r} is not a site: write https://HOST or https://HOST:PORT, as browsers do")
     return origins
 
 
@@ -65,7 +66,7 @@ def serve(
     ] = None,
     *,
     connecting: ConnectionOptions,
-    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    host: Annotated[str, in_http(help="Address to listen on; 0.0.0.0: all addresses of this machine.")] = "127.0.0.1",
     port: Annotated[int, in_http(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
     api_key_file: Annotated[
         Path | None,
@@ -78,8 +79,8 @@ def serve(
         list[str] | None,
         in_http(
             metavar="NAME",
-            help="Host name that requests may use if there are no API keys, besides localhost and IP addresses. Can "
-            "be given several times.",
+            help="Host name that requests may use if there are no API keys, in addition to localhost and IP addresses. "
+            "Can be given several times.",
         ),
     ] = None,
     allow_origin: Annotated[
@@ -87,8 +88,8 @@ def serve(
         in_http(
             metavar="ORIGIN",
             callback=_checked_origins,
-            help="Site whose pages may use the server, such as https://chat.example.org, besides those of this "
-            "machine; * is any, with API keys only. Can be given several times.",
+            help="Site whose pages may use the server, such as https://chat.example.org, in addition to sites on this "
+            "machine; * allows all sites, with API keys only. Can be given several times.",
         ),
     ] = None,
     served_name: Annotated[
@@ -97,7 +98,7 @@ def serve(
             metavar="NAME",
             callback=_checked_names,
             help="Name of the model in requests and answers; by default from its folder, file or hub id. Can be "
-            "given several times; answers use the first.",
+            "given several times; answers use the first name.",
         ),
     ] = None,
     serve_all: Annotated[
@@ -113,12 +114,16 @@ def serve(
     keep_models: Annotated[
         int, in_models(min=1, help="Models that stay loaded besides the first; the least recently used is unloaded.")
     ] = 4,
-    max_requests: Annotated[int, in_limits(min=1, max=1024, help="Requests that run at the same time.")] = 16,
-    max_waiting: Annotated[int, in_limits(min=0, help="Requests that wait; further ones are refused for now.")] = 64,
-    keep_sessions: Annotated[
-        int, in_limits(min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.")
+    max_requests: Annotated[
+        int, in_limits(min=1, max=1024, help="Maximum number of requests that run at the same time.")
     ] = 16,
-    keep_positions: Annotated[int, in_limits(min=0, help="Most positions of KV cache for these chats.")] = 16384,
+    max_waiting: Annotated[
+        int, in_limits(min=0, help="Maximum number of waiting requests; further requests are refused.")
+    ] = 64,
+    keep_sessions: Annotated[
+        int, in_limits(min=0, help="Maximum number of chats whose KV caches stay on the peers between turns.")
+    ] = 16,
+    keep_positions: Annotated[int, in_limits(min=0, help="Maximum positions of KV cache for these chats.")] = 16384,
     keep_for: Annotated[float, in_limits(min=0, metavar="SECONDS", help="How long unused chats stay.")] = 300.0,
     drain_s: Annotated[
         float,
@@ -190,15 +195,16 @@ def _named_folder(given: str) -> tuple[str, Path]:
     name, is_named, folder = given.partition("=")
     if not is_named or not name or not Path(folder).is_dir():
         raise SplitnetError(
-            f"--adapter {given!r} names no folder: give NAME=DIR with the folder that `splitnet tune` has written"
+            f"--adapter {given!r} names no folder: give NAME=DIR with a folder that `splitnet tune` has written"
         )
     return name, Path(folder)
 
 
 class HubModelFinder:
-    """Finds the models of a swarm that are on the hub, or were; peers cannot name files of this machine.
+    """Finds the models of a swarm whose names are hub ids, so that peers cannot name files of this machine.
 
-    named: returns a model by name and fingerprint. After a SplitnetError the model is tried again after `AGAIN_S`.
+    Models that have left the swarm stay in the result. named: returns a model by name and fingerprint. If `named`
+    raises a SplitnetError, the model is tried again after `AGAIN_S`.
     """
 
     def __init__(self, named: Callable[[str, str], ModelSpec], clock: Callable[[], float] = time.monotonic) -> None:

@@ -40,9 +40,9 @@ class StageProgress:
         self._bars.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done. Earlier stages are shown as finished.
+        """Shows that `done` of `total` (in any unit; 0: unknown) of a stage is done, and finishes earlier stages.
 
-        The part of a stage after `; ` may change.
+        Of the text `stage`, the part after `; ` may change between calls.
         """
         stage, _, detail = stage.partition("; ")
         if stage not in self._tasks:

@@ -13,7 +13,7 @@ from splitnet.cli.generate import connection_to
 from splitnet.cli.tables import table
 from splitnet.session.options import ConnectionOptions
 
-SHOWN_ADDRESSES = 3  # to join with; the JSON contains all
+SHOWN_ADDRESSES = 3  # Maximum number of addresses to join with that are printed; JSON contains all addresses
 
 if TYPE_CHECKING:
     from splitnet.swarm.swarm import Overview

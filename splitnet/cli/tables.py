@@ -23,7 +23,7 @@ def table(
     least important column comes last.
 
     Args:
-        heads: of the columns; a line break in a head makes it narrower.
+        heads: the heads of the columns; a line break in a head makes the column narrower.
         figures: the heads of columns that are aligned to the right.
     """
     lines = [[" ".join(printable(cell).split()) for cell in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Common parts of `generate`, `chat` and `demo`: loading the client's model, streaming, summary of an answer."""
+"""Common parts of `generate`, `chat` and `demo`: loading the client's model, streaming, and a summary of the answer."""
 
 from __future__ import annotations
 
@@ -55,8 +55,10 @@ class TextGenerator:
 
     @classmethod
     def connect(cls, connection: ModelConnection, adapter: Path | None = None, speculate: str = OFF) -> TextGenerator:
-        """Loads the client part and joins the swarm. Raises AdapterError if the adapter does not fit, and the errors of
-        `drafts_of` and `attached` if these drafts are impossible.
+        """Loads the client part and joins the swarm.
+
+        Raises AdapterError if the adapter does not fit, and the errors of `drafts_of` and `attached` if drafts from
+        `speculate` are impossible.
         """
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
@@ -70,7 +72,7 @@ class TextGenerator:
             raise
 
     def encode_prompt(self, prompt: str, *, chat: bool | None, system: str | None = None) -> torch.Tensor:
-        """Token ids `[1, seq]` of a prompt; `chat` None: as a chat if the model has a chat template."""
+        """Token ids `[1, seq]` of a prompt. chat: None encodes a chat if the model has a chat template."""
         if chat is None:
             chat = bool(self.tokenizer.chat_template)
         if not chat:
@@ -93,12 +95,12 @@ class TextGenerator:
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
     def new_tokens(self, ids: torch.Tensor, wanted: int | None, usual: int) -> int:
-        """The most tokens of an answer after `ids`: the wanted number, or the usual number as far as it fits."""
+        """The maximum number of tokens of an answer after `ids`: `wanted`, or as many of `usual` as fit the context."""
         most = self.model.swarm.facts.max_positions
         return wanted or (usual if most is None else max(1, min(usual, most - ids.shape[1])))
 
     def print_answer(self, ids: torch.Tensor, sampling: SamplingOptions) -> GeneratedText:
-        """Generates after `ids`, and prints text as it arrives."""
+        """Generates an answer after `ids`, and prints text as it arrives."""
         streamer = _TimedStreamer(self.tokenizer)
         began, counts = time.perf_counter(), self.model.speculator.counts
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -124,7 +126,8 @@ class TextGenerator:
 
 
 def drafts_of(speculate: str, connection: ModelConnection) -> Any:
-    """The value for `generate`: a name unchanged, or the model of a hub id or folder. Raises ModelNotFound."""
+    """The value of `speculate` for `generate`: the unchanged name of a source of drafts, or a loaded model for a hub id
+    or folder. Raises ModelNotFound."""
     if speculate in NAMES or speculate.startswith(EAGLE):
         return speculate
     from splitnet.blocks.backbone import load_whole
@@ -141,7 +144,7 @@ class GeneratedText:
     new_tokens: int
     first_token_s: float
     total_s: float
-    drafts: Counts  # of this answer
+    drafts: Counts  # counts of drafts of this answer
 
     @property
     def tokens_per_s(self) -> float:
@@ -159,12 +162,12 @@ class _TimedStreamer(TextStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         self._puts += 1
-        if self._puts == 2:  # the first call has the prompt
+        if self._puts == 2:  # the first call passes the prompt
             self.first_token_at = time.perf_counter()
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        # Peers can influence the text, so control characters are removed for terminals. Files and pipes get it
+        # Peers can influence the text, so control characters are removed for terminals. Files and pipes get the text
         # unchanged.
         text = printable(text) if sys.stdout.isatty() else text
         sys.stdout.write(text + ("\n" if stream_end else ""))

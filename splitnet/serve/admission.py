@@ -19,7 +19,7 @@ class Overloaded(SplitnetError):
 
 
 class QuotaExceeded(SplitnetError):
-    """A client has used its tokens per minute; it gets more after `retry_after_s` seconds."""
+    """A client has used its tokens per minute; the client gets more tokens after `retry_after_s` seconds."""
 
     def __init__(self, per_minute: int, retry_after_s: int) -> None:
         super().__init__(f"this key has used its {per_minute} tokens per minute: try again in {retry_after_s} s")
@@ -28,12 +28,12 @@ class QuotaExceeded(SplitnetError):
 
 @dataclass(frozen=True)
 class ApiClient:
-    """The holder of an API key, or an address where there are no keys."""
+    """The holder of an API key; if the server has no keys, an IP address."""
 
     name: str  # identifies the client; not the secret key
-    weight: float = 1.0  # of the client's share of the places
-    # Tokens of prompts and answers; after a minute without requests, a client may use them at once. None: no bound.
-    # A running answer may exceed the bound; the client's next request then waits for longer.
+    weight: float = 1.0  # the client's share of the places is proportional to this weight
+    # Tokens of prompts and answers; a client may use all tokens of a minute at once if it was idle before. None: no
+    # bound. A running answer may exceed the bound; then the client must wait longer before its next request.
     tokens_per_minute: int | None = None
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)
     _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)
@@ -53,7 +53,7 @@ ANYONE = ApiClient("")
 
 
 def client_at(address: str) -> ApiClient:
-    """The client at an IP address. A machine has at least 2**64 addresses of IPv6 (a /64), which are one client."""
+    """The client at an IP address. All IPv6 addresses of a /64 network are one client, as one machine may use all."""
     try:
         version = ipaddress.ip_address(address).version
     except ValueError:
@@ -62,7 +62,8 @@ def client_at(address: str) -> ApiClient:
 
 
 class Admission:
-    """Admits requests. A free place goes to the client with the fewest places for its weight; equal clients alternate.
+    """Admits requests. The client with the fewest places relative to its weight gets a free place; equal clients
+    alternate.
 
     When more than `waiting` requests wait, the newest request of the client with the most waiting requests is refused.
     A client holds at most `at_a_time - spare` places, so that `spare` places are free for clients that come later.
@@ -85,8 +86,10 @@ class Admission:
 
     @asynccontextmanager
     async def admitted(self, client: ApiClient = ANYONE) -> AsyncIterator[None]:
-        """Waits for a place and holds it within the `with`. Raises QuotaExceeded, or Overloaded: too many requests
-        wait."""
+        """Waits for a place and holds the place within the `with`.
+
+        Raises QuotaExceeded, or Overloaded if too many requests wait.
+        """
         client.check_quota()
         await self._wait_for_turn(client)
         try:

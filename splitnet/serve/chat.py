@@ -24,15 +24,15 @@ MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """A request for a chat or for the continuation of a text, in the terms of no protocol.
+    """A request for a chat or for the continuation of a text, independent of any protocol.
 
     Messages have the form that chat templates expect: `role`; `content`, one string; for assistants `reasoning_content`
     and `tool_calls` (`id`, `function` with `name` and `arguments`, an object); for tools `tool_call_id`.
     """
 
     messages: Sequence[dict[str, Any]]
-    functions: Sequence[Function] = ()  # that the model may call
-    to_call: Sequence[Function] = ()  # the model must call one; empty: no call is required
+    functions: Sequence[Function] = ()  # the functions that the model may call
+    to_call: Sequence[Function] = ()  # the model must call one of these functions; empty: no call is required
     several_calls: bool = True
     answer_schema: Mapping[str, Any] | None = None  # the JSON schema that the answer must fit; None: the answer is text
     rule: str | None = None  # a grammar that the answer must match, see `AnswerConstraints`
@@ -40,10 +40,10 @@ class Chat:
     # Variables for the chat template besides messages and tools, by the parameter of the request that gives them.
     variables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)  # see `sampling_of`
-    max_tokens: int | None = None  # of each answer; None: as many as there is room for
+    max_tokens: int | None = None  # maximum tokens of each answer; None: as many as the context has room for
     suffix: str | None = None  # the text after the gap that the model fills; None: the request has no gap
     is_text: bool = False  # the last message is a bare text that the answer continues; calls and reasoning stay text
-    fits: bool = True  # the context must have room for `max_tokens`; otherwise an answer ends at the end of the context
+    fits: bool = True  # the context must have room for `max_tokens`; if False, answers may end with the context
     choices: int = 1
     stop_strings: Sequence[str] = ()
     top_logprobs: int | None = None  # see `GenerationRequest`
@@ -52,7 +52,7 @@ class Chat:
     scores_prompt: bool = False
     last_tokens: int | None = None  # how many last tokens of the prompt are read; None: all
     begins_answer: bool = True  # the prompt ends with the marks that begin an answer
-    continues_last_message: bool = False  # the answer continues the last message, which is the assistant's
+    continues_last_message: bool = False  # the answer continues the last message, which is from the assistant
     echoes: bool = False  # the text of the last message is sent before the answer
 
     @property
@@ -65,19 +65,19 @@ class Chat:
 class Delta:
     """The new part of one message of the assistant."""
 
-    choice: int  # which answer of the request
+    choice: int  # the index of the answer in the request
     text: str = ""
     reasoning: str = ""
     calls: Sequence[ToolCall] = ()  # newly completed calls
     scored: tuple[ScoredToken, ...] = ()
-    finish: Finish | Literal["tool_calls"] | None = None  # why the answer ends here; None: it continues
+    finish: Finish | Literal["tool_calls"] | None = None  # why the answer ends here; None: the answer continues
     stopped: str | None = None  # the stop string that ended the answer
     tokens: tuple[int, ...] = ()  # new token ids
     scored_prompt: tuple[ScoredToken, ...] = ()
 
 
 def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
-    """The sampling of a request. `given`: fields of `Sampling`; a missing or None field gets the model's default.
+    """The sampling of a request. given: fields of `Sampling`; a field that is missing or None gets its default.
 
     Raises ApiError if the model does not know a token in `bias`.
     """
@@ -91,7 +91,7 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
 
 
 def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
-    """Raises ApiError if the prompts need more than `MAX_SCORES` scores; `top`: likeliest tokens beside each token."""
+    """Raises ApiError if the prompts need more than `MAX_SCORES` scores. top: scored alternatives to each token."""
     scores = sum(map(len, prompts)) * (1 + (top or 0))
     if scores > MAX_SCORES:
         many = f"{scores} scores of prompts are more than {MAX_SCORES}"
@@ -116,9 +116,9 @@ async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[i
 async def with_thinking(
     served: ServedModel, request: Request, chat: Chat, param: str, on: bool | None, effort: str | None
 ) -> Chat:
-    """The chat with the variables of its template that turn the model's reasoning on or off and set its effort.
+    """Adds the variables of the chat template that turn the model's reasoning on or off, and set its effort.
 
-    param: the parameter of the request that asks for this. on, effort: None leaves the model's default.
+    param: the parameter of the request that asks for these. on, effort: None keeps the default of the model.
     Raises ApiError if `on` is False and the model always reasons.
     """
     if on is None and effort is None:
@@ -143,9 +143,9 @@ async def answer_chat(
     stream: bool,
     prompt: list[int] | None = None,
 ) -> Response:
-    """Runs a chat; `answer` writes the `Delta`s of its messages and the final `Ended`.
+    """Runs a chat; `answer` writes the `Delta`s of the messages and the final `Ended`.
 
-    prompt: token ids; None: made of the messages. Raises ApiError if the request cannot be honoured.
+    prompt: token ids; None: the prompt is made from the messages. Raises ApiError if the request cannot be honoured.
     """
     prompts = served.prompts
     prompts.check_known(chat.stop_tokens, "stop_token_ids")
@@ -169,7 +169,7 @@ async def answer_chat(
         max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
-        # Stop strings end only text: an answer that must be a call has none, and a grammar keeps calls whole.
+        # Stop strings end only text: an answer that must be a call has no stop strings, and a grammar protects calls.
         stop_strings=() if chat.to_call else chat.stop_strings,
         unstopped_parts=(calls.openings, calls.closing)
         if calls and chat.restricts_calls and chat.stop_strings

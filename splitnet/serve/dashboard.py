@@ -36,22 +36,22 @@ from splitnet.transport.prober import PingReply
 from splitnet.version import __version__
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-ASKED_PEERS = 128  # Most peers that are pinged, as each takes a socket; of other peers only the record is known
-PAUSE_S = 10.0  # Changes during a longer pause between looks are not noted as events: their time is unknown
+ASKED_PEERS = 128  # Maximum number of pinged peers, as each takes a socket; only the records of others are known
+PAUSE_S = 10.0  # After a longer pause between two calls of `refresh`, changes are not logged: their time is unknown
 
 
 class PeerState(Enum):
     """The state of a peer as far as the client knows."""
 
     HERE = "here"
-    UNKNOWN = "unknown"  # it was not pinged, or has had no time to answer
+    UNKNOWN = "unknown"  # the peer was not pinged, or has not had time to answer
     GONE = "gone"
-    REFUSES = "refuses"  # it does not accept this client's key
+    REFUSES = "refuses"  # the peer does not accept this client's key
 
 
 @dataclass(frozen=True, slots=True)
 class SeenPeer:
-    """The last known state of a peer. since: clock time of the state's beginning, in s. answer: the last, if any."""
+    """The last known state of a peer. since: clock time in s at which the state began. answer: the last answer."""
 
     record: PeerRecord
     state: PeerState
@@ -80,15 +80,15 @@ class Presence:
     def refresh(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[SeenPeer]:
         """The known states of the peers of these records; pings peers again without waiting for answers.
 
-        working: keys of the peers on routes of running answers. Their sessions watch and replace these peers, so a late
-        answer to a ping does not make them gone.
+        working: keys of the peers on routes of running answers. The sessions watch and replace these peers, so these
+        peers do not count as gone when an answer to a ping is late.
         """
         now = self._clock()
         if now - self._looked_at > PAUSE_S:
             self._asked, self._seen = {}, {}
         told = bool(self._seen)
         self._looked_at = now
-        # Keys are random: a choice by key is independent of blocks, and the same at each look.
+        # Keys are random, so a choice by key does not depend on blocks, and is the same in each call.
         asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
         endpoints = {record.key.text: record.endpoint for record in asked}
         self._asked = {endpoint: self._asked.get(endpoint) or _PeerQuery() for endpoint in endpoints.values()}
@@ -107,7 +107,7 @@ class Presence:
         return list(self._seen.values())
 
     def _query_peer(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[PeerState, PingReply | None]:
-        """The state and last answer of a peer; pings it again if it has answered, or has been silent."""
+        """The state and last answer of a peer; pings the peer again if it has answered, or has been silent."""
         asked = self._asked[endpoint]
         if asked.future is not None and asked.future.done():
             asked.answer, asked.future = asked.future.result(), None
@@ -159,7 +159,7 @@ SHOWN_S = 60.0  # How long an ended answer is shown
 
 
 def snapshot(gateway: Gateway, seen: Sequence[SeenPeer], problem: str | None) -> Any:
-    """The swarm of the first model, and the answers of all models; `problem`: why peers may not be known."""
+    """The swarm of the first model, and the answers of all models. problem: why peers may be unknown, if so."""
     model, loaded = gateway.served.generations.model, gateway.loaded
     logs, admissions = [each.generations.progress for each in loaded], [each.admission for each in loaded]
     answers = [(log.clock(), each) for log in logs for each in log.answers()]
@@ -189,7 +189,7 @@ def snapshot(gateway: Gateway, seen: Sequence[SeenPeer], problem: str | None) ->
 
 
 def _peer(swarm: Swarm, seen: SeenPeer, now: float) -> dict[str, Any]:
-    """A peer for the page. Its texts are untrusted; its key and numbers were checked with its record."""
+    """A peer for the page. The peer's texts are untrusted; key and numbers were checked together with the record."""
     record, answer = seen.record, seen.answer
     return {
         "key": record.key.text,
@@ -230,7 +230,7 @@ def _answer(progress: AnswerProgress, now: float) -> dict[str, Any]:
     }
 
 
-POINTS = 300  # Most points of a loss curve
+POINTS = 300  # Maximum number of points of a loss curve
 _SUMMED = ("tokens", "seconds", "sent_bytes", "received_bytes", "joules")
 
 
@@ -266,8 +266,8 @@ class TunedRun:
 
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0  # Time between two look-ups in the directory, while a page is open
-MAX_STREAMS = 32  # Most open pages of all clients together
-TICK_S = 0.25  # Longest delay of an event, and of the end of a stream when the server ends
+MAX_STREAMS = 32  # Maximum number of open pages of all clients together
+TICK_S = 0.25  # Maximum delay of an event, and of the end of a stream when the server ends
 
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
@@ -282,7 +282,9 @@ HEADERS = {
 
 class Dashboard:
     """Watches all answers, and the swarm of the first model, while a page is open; all pages show the same data.
-    tuned: the folder of a run of `splitnet tune` to show, too."""
+
+    tuned: the folder of a run of `splitnet tune` whose progress is also shown; None: no run is shown.
+    """
 
     def __init__(self, gateway: Gateway, tuned: Path | None = None) -> None:
         self._tuned = TunedRun(tuned) if tuned is not None else None
@@ -299,7 +301,7 @@ class Dashboard:
         self._streams = FairAccount(MAX_STREAMS)
 
     async def stream(self, client: ApiClient) -> AsyncGenerator[str]:
-        """Server-sent events: snapshots, and the swarm's event log, which is first sent as far as it is kept.
+        """Server-sent events: snapshots and entries of the swarm's event log, beginning with all kept entries.
 
         When more than `MAX_STREAMS` are open, the oldest stream of the client with the most streams ends.
         """
@@ -339,7 +341,7 @@ class Dashboard:
             self._looked_up_at = now
             self._lookup = asyncio.create_task(self._read_records())
             if age_s > PAUSE_S:
-                await asyncio.shield(self._lookup)  # other streams need the result if this one is cancelled
+                await asyncio.shield(self._lookup)  # other streams need the result even if this stream is cancelled
 
     async def _read_records(self) -> None:
         try:

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
 IMAGES = "image", "image_url", "input_image"  # Types of message parts that are images
-MAX_QUOTED_CHARACTERS = 64  # Characters of the longest value that an error message quotes
-MOST_MESSAGE = 2000  # Characters of an error message, which may quote the request
+MAX_QUOTED_CHARACTERS = 64  # Maximum number of characters of a value that an error message quotes
+MOST_MESSAGE = 2000  # Maximum number of characters of an error message, which may quote the request
 
 
 class ApiError(SplitnetError):
@@ -36,8 +36,8 @@ class ApiError(SplitnetError):
 
     def __init__(
         self,
-        status: int,  # of HTTP
-        message: str,  # one sentence that describes the error and its fix
+        status: int,  # the HTTP status
+        message: str,  # one sentence that describes the error and how to fix it
         *,
         param: str | None = None,  # the parameter that is wrong
         code: str | None = None,  # identifies the kind of error for programs
@@ -81,20 +81,20 @@ def api_error_of(error: BaseException) -> ApiError:
         if isinstance(error.__cause__, ApiError):  # FastAPI wraps errors that are raised while it reads a body
             return error.__cause__
         return ApiError(error.status_code, error.detail)
-    # The traceback alone: the message of the error may hold a part of a prompt.
+    # Only the traceback is logged, because the message of the error may contain a part of a prompt.
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return ApiError(500, "unexpected error in the server: its log has the details")
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """The error for a body that pydantic rejects. `errors`: pydantic's, whose `loc` begins with `body`."""
+    """The error for a body that pydantic rejects. errors: pydantic's errors, whose `loc` begins with `body`."""
 
     def named(error: Any) -> str:
         given = error.get("ctx", {}).get("tag", error.get("input"))
         return given if isinstance(given, str) and len(given) <= MAX_QUOTED_CHARACTERS else ""
 
-    # Where a value may have several forms, the error at the deepest place belongs to the form that fits best.
-    # Within an object, an unknown literal such as `type` matters most: it decides which other fields are allowed.
+    # If a value may have several forms, the error at the deepest place belongs to the form that fits best.
+    # Within an object, an unknown literal such as `type` matters most, because it determines the allowed fields.
     first = max(errors, key=lambda each: (len(each["loc"]), each["type"] == "literal_error" and named(each) != ""))
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "model_type"):
         return ApiError(400, "the body must be a JSON object")

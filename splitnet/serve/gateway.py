@@ -18,9 +18,9 @@ from splitnet.serve.responses import ServedModel
 
 log = logging.getLogger(__name__)
 
-KEPT_MODELS = 4  # Models that stay loaded besides the first
-WAIT_S = 30.0  # How long a request waits while `keep` other models are in use, before it is refused
-REFRESH_S = 10.0  # Least time between two searches for models
+KEPT_MODELS = 4  # Number of models that stay loaded besides the first model
+WAIT_S = 30.0  # How long a request waits while `keep` other models are in use, before the request is refused
+REFRESH_S = 10.0  # Minimum time between two searches for models
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Gateway:
     """Finds the model of a request.
 
     `served` is loaded at the start and stays loaded. Requests use at most `keep` models of `offers` and `search` at a
-    time. A new model is loaded before an unused one is closed, so a failed load closes no model.
+    time. A new model is loaded before an unused model is closed, so no model is closed if loading fails.
     created: the creation time of the models in listings, in seconds since 1970.
     """
 
@@ -50,9 +50,10 @@ class Gateway:
         self._found: Sequence[LoadableModel] = ()
         self._searched_at = float("-inf")
         self._searching: asyncio.Task[None] | None = None
-        self._loaded: dict[str, ServedModel] = {}  # by the first name of their offer; the least recently used first
-        self._uses: Counter[str] = Counter()  # unanswered requests, by the same name
-        self._loads: dict[str, asyncio.Task[None]] = {}  # running loads, by the same name
+        # Models by the first name in their `LoadableModel`, the least recently used model first.
+        self._loaded: dict[str, ServedModel] = {}
+        self._uses: Counter[str] = Counter()  # number of unanswered requests, by the same names
+        self._loads: dict[str, asyncio.Task[None]] = {}  # running loads, by the same names
         self._freed = asyncio.Event()
 
     @property
@@ -86,15 +87,15 @@ class Gateway:
     async def _search(self, search: Callable[[], Sequence[LoadableModel]]) -> None:
         try:
             self._found = await to_thread.run_sync(search)
-        except SplitnetError:  # the directory does not answer
+        except SplitnetError:  # for example, the directory does not answer
             return
         except Exception:
             log.exception("models of the swarm could not be looked for")
 
     async def find_model(self, name: str | None) -> ServedModel:
-        """The model of this name (None: the first), loaded, which stays loaded until the request is answered.
+        """Loads the model with this name (None: the first model), which stays loaded until the request is answered.
 
-        Raises ApiError if no model has this name, it cannot be loaded, or too many other models are in use.
+        Raises ApiError if no model has this name, the model cannot be loaded, or too many other models are in use.
         """
         if name is None or name in self.served.model_names:
             return self.served

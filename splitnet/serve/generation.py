@@ -1,4 +1,4 @@
-"""Runs requests on the model, each in a thread: the only file of the server that calls the model."""
+"""Runs requests on the model, each in a thread. No other file of the server calls the model."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class TextDelta:
     choice: int  # which answer of the request
     text: str  # may be empty while a character or a stop string is not complete
     scored: tuple[ScoredToken, ...]  # the new tokens, if they are scored, including an end token that is not text
-    finish: Finish | None  # why the answer ends here; None: it continues
-    begins: int = 0  # characters of the answer before the new tokens
+    finish: Finish | None  # why the answer ends here; None: the answer continues
+    begins: int = 0  # number of characters of the answer before the new tokens
     stopped: str | None = None  # the stop string that ended the answer
     tokens: tuple[int, ...] = ()  # new token ids
 
 
 @dataclass(eq=False)
 class TokenCollector:
-    """Takes the tokens of one answer, and counts them."""
+    """Takes and counts the tokens of one answer, and makes text from them."""
 
     index: int  # which answer of the request
     decode: Callable[[list[int]], str]
-    max_tokens: int  # most tokens of the answer
-    end_tokens: Collection[int]  # tokens that end the answer and are not part of its text
+    max_tokens: int  # maximum number of tokens of the answer
+    end_tokens: Collection[int]  # tokens that end the answer and are not part of the answer's text
     stop_strings: Sequence[str]  # strings before which the answer ends
     prompt: Sequence[int] = ()  # tokens whose text the answer continues; empty: the answer is a separate text
     unstopped_parts: tuple[Sequence[str], str] = ((), "")  # see `StopStrings`
@@ -84,23 +84,24 @@ class TokenCollector:
 
 
 RESERVED_ANSWER = 512
-"""Positions that peers reserve at the start for an answer of unknown length, and by which the reservation grows."""
+"""Positions that peers reserve at the start for an answer of unknown length; a reservation grows by this number."""
 
 LEAST_ANSWER = 64
-"""Positions that are reserved where peers lack memory for `RESERVED_ANSWER`; a reservation grows when half are left."""
+"""Positions that are reserved if peers lack memory for `RESERVED_ANSWER`. A reservation grows when half of this number
+is left."""
 
-SCORED_LOGITS = 2**24  # Logits that one step computes while a prompt is scored; bounds memory
+SCORED_LOGITS = 2**24  # Maximum number of logits that one step computes while a prompt is scored; bounds memory
 
 
-READ_POSITIONS = 2**13  # Most positions, padding included, of several texts that are read in one batch
+READ_POSITIONS = 2**13  # Maximum positions, padding included, of several texts that are read in one batch
 
 
 @dataclass(frozen=True)
 class ReadTask:
     """A request for the hidden states of texts, without an answer; the prompt is all texts, one after the other.
 
-    keep: how many last positions of a text are wanted; 0: all. take: called with the numbers of some texts and the
-    states `[positions, hidden]` of each, after the final norm.
+    keep: how many last positions of a text are wanted; 0: all. take: called with the numbers of some texts, and for
+    each of these texts the states `[positions, hidden]` after the final norm.
     """
 
     lengths: Sequence[int]
@@ -113,7 +114,7 @@ class GenerationRequest:
     """A request to the model: one prompt, and how to answer it."""
 
     prompt: list[int]  # token ids, at least one
-    max_tokens: int  # of each answer; 0: no answer, the prompt is only scored or read
+    max_tokens: int  # maximum number of tokens of each answer; 0: no answer, the prompt is only scored or read
     sampling: Sampling
     choices: int = 1  # how many answers
     stop_strings: Sequence[str] = ()
@@ -126,7 +127,8 @@ class GenerationRequest:
     # The answers continue the text of the prompt, as completions do; a message of a chat is a separate text.
     continues_prompt: bool = False
     owner: str = ""  # the client whose kept sessions may be used
-    # Peers reserve memory for `max_tokens` at the start; otherwise for fewer, and an answer ends when memory runs out.
+    # Peers reserve memory for `max_tokens` at the start. If False, they reserve memory for fewer tokens, and an answer
+    # ends when memory runs out.
     reserve_max_tokens: bool = True
     reading: ReadTask | None = None  # with `max_tokens` 0: the prompt is read, not scored
 
@@ -140,16 +142,16 @@ class ScoredPrompt:
 
 @dataclass(frozen=True)
 class Ended:
-    """A prompt is answered, with numbers of tokens."""
+    """The event that a prompt is answered, with numbers of tokens."""
 
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, whose keys and values the peers already held
-    answer_tokens: int  # of all answers together
+    cached_tokens: int  # tokens of the prompt whose keys and values the peers already held
+    answer_tokens: int  # tokens of all answers together
     prompt: Sequence[int] = ()  # token ids
 
 
 Event = ScoredPrompt | TextDelta | Ended | BaseException
-Numbered = tuple[int, ScoredPrompt | TextDelta | Ended]  # the number of a prompt of the request, and an event of it
+Numbered = tuple[int, ScoredPrompt | TextDelta | Ended]  # the number of a prompt in its request, and an event
 Listener = Callable[[Event], object]
 
 
@@ -171,12 +173,12 @@ class Generations:
         self.kept: SessionCache[RemoteCache] = SessionCache(self.limits, RemoteCache.close)
         ends = self.model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        # The request alone says how tokens are chosen; transformers would silently add the checkpoint's options.
+        # The request alone determines how tokens are chosen; transformers would silently add the checkpoint's options.
         self.model.generation_config = GenerationConfig(eos_token_id=ends)
         self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
-        self.draining = False  # the server ends after its running requests: streams without end must end, too
+        self.draining = False  # the server is ending: streams that have no end of their own must end now
 
     def start(self, ask: GenerationRequest, listener: Listener, answer: str = "") -> Generation:
         """Begins to answer a prompt. `listener` is called from another thread, finally with `Ended` or an error.
@@ -249,7 +251,7 @@ class Generation:
                     ended = self._run_in(session, room)
                     break
                 except PeerBusy as error:
-                    # Kept sessions may hold the missing memory, or the session that was kept for this request is bound
+                    # Kept sessions may occupy the missing memory. Or the kept session that this request uses is bound
                     # to a route without free memory.
                     freed = not isinstance(error, ContextTooLong) and kept.clear()
                     if not freed and session is None and attempts and attempts[0] == (None, room):
@@ -264,8 +266,9 @@ class Generation:
             end_threads()  # another thread may run the next request
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None, room: int) -> Ended:
-        """Runs in a kept session, given with its number of first tokens in common with the prompt, or in a new one.
+        """Runs the request in a kept session or in a new session.
 
+        taken: the kept session, and how many first tokens it has in common with the prompt; None: use a new session.
         room: tokens of each answer for which the peers reserve memory at the start.
         """
         ask = self._ask
@@ -311,9 +314,9 @@ class Generation:
 
     @torch.no_grad()
     def _read_texts(self, reading: ReadTask) -> Ended:
-        """Reads texts of similar lengths in batches, in smaller ones where the peers lack memory."""
+        """Reads texts of similar lengths in batches; halves a batch if the peers lack memory for the whole batch."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
-        # A batch gets the rotary frequencies of its longest text; where these depend on length, texts are read alone.
+        # A batch uses the rotary frequencies of its longest text. If these depend on length, texts are read alone.
         alone = RopeLengths(self._own.model.config.get_text_config()).frequencies_vary
         groups = group_by_length(reading.lengths, 0 if alone else READ_POSITIONS)
         while groups:
@@ -347,7 +350,7 @@ class Generation:
 
     @torch.no_grad()
     def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
-        """Passes the scores of the prompt's tokens to the listener; the first token has none."""
+        """Passes the scores of the prompt's tokens to the listener; the first token has no score."""
         length, top = prompt.shape[1], self._ask.top_logprobs or 0
         scored = [ScoredToken(self._ask.prompt[0], None, ())]
         step = max(1, SCORED_LOGITS // self._own.vocabulary)
@@ -412,7 +415,7 @@ class Generation:
         return sum(choice.tokens for choice in choices), output[0].tolist()
 
     def _grow_reservation(self, layer: RemoteLayer, choices: Sequence[TokenCollector]) -> None:
-        """Asks for more memory before that of the answers runs out; where peers have none, shortens the answers."""
+        """Reserves more memory before the reserved positions run out; if peers have no memory, shortens the answers."""
         tokens, prompt = max(choice.tokens for choice in choices), len(self._ask.prompt)
         most = max(choice.max_tokens for choice in choices)
         if layer.bound is None or layer.bound >= prompt + most or prompt + tokens + LEAST_ANSWER // 2 < layer.bound:
@@ -427,7 +430,7 @@ class Generation:
             return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
 
     def _release_cache(self, cache: RemoteCache, held: list[int] | None) -> None:
-        """Keeps a session for the next turn of a chat if its tokens `held` are known, else closes it."""
+        """Keeps the session of a cache for the next turn of a chat if its tokens `held` are known, else closes it."""
         self._progress.follow(None)
         with self._lock:
             self._cache = None

@@ -1,4 +1,4 @@
-"""Marks with which a model is asked for the text between a prefix and a suffix: one table of all families."""
+"""Marks with which a model is asked for the text between a prefix and a suffix: one table for all model families."""
 
 # ruff: noqa: RUF001 (marks have such characters)
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class InfillMarks:
-    """Tokens before the text in front of the gap, before the text after the gap, and at the gap (empty: none)."""
+    """The tokens before the prefix, before the suffix, and at the gap (empty: there is no token at the gap)."""
 
     prefix: str
     suffix: str
@@ -40,8 +40,10 @@ KNOWN = {*REPOSITORIES, *FILES, *OTHERS, *(text for each in MARKS for text in (e
 
 
 def marks_of(token_of: Callable[[str], int | None], named: Sequence[str]) -> InfillMarks | None:
-    """The marks of a model; None: it has none. `token_of`: the id of a token. `named`: the marks that the model's file
-    names (prefix, suffix, middle), or nothing."""
+    """The marks of a model; None: the model has no marks.
+
+    token_of: returns the id of a token. named: the marks in the model's file (prefix, suffix, middle), or empty.
+    """
     prefix, suffix, middle = named or ("", "", "")
     own = [row for row in MARKS if row.prefix == prefix] or [InfillMarks(prefix, suffix, middle)]
     rows = own if prefix and suffix else MARKS

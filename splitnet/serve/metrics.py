@@ -39,29 +39,29 @@ class GatewayMetrics:
     """The metrics of one app, in a separate registry."""
 
     def __init__(self) -> None:
-        # Creation times of the series, which Prometheus does not use in the text format.
+        # Without the creation times of the series, which Prometheus ignores in the text format.
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests that were answered.", "path", "status")
-        whole = "From the arrival of a request to the end of its answer."
+        whole = "Time from the arrival of a request to the end of its answer."
         self._seconds = self._histogram("request_seconds", whole, SECONDS, "path")
         failed = "Requests that the model did not answer to the end, by the code of the error."
         self._failures = self._counter("failures", failed, "cause")
         for code in ("overloaded", "peers_busy"):
             self._failures.labels(code)
-        self._cancelled = self._counter("cancelled", "Requests whose client went before the end of the answer.")
+        self._cancelled = self._counter("cancelled", "Requests whose client disconnected before the end of the answer.")
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
         self._cached = self._counter("cached_tokens", "Tokens of prompts that the peers held from an earlier turn.")
         self._completion = self._counter("completion_tokens", "Tokens of answers.")
-        first = "From the arrival of a request to its first token, waiting included."
+        first = "Time from the arrival of a request to its first token, waiting included."
         self._first_token = self._histogram("time_to_first_token_seconds", first, SECONDS)
         between = "Mean time between the tokens of an answer."
         self._per_token = self._histogram("time_per_output_token_seconds", between, SECONDS)
-        repaired = "From noticing that a route needs repair until generation went on, by cause."
+        repaired = "Time from noticing that a route needs failover until generation continued, by cause."
         self._failover = self._histogram("failover_seconds", repaired, SECONDS, "cause")
         for cause in Cause:
             self._failover.labels(cause.value)
-        hop = "Of a step at a hop: waiting for the device, computing, and travelling to the next hop."
+        hop = "Time of a step at a hop: waiting for the device, computing, and travelling to the next hop."
         self._hop = self._histogram("hop_seconds", hop, HOP_SECONDS, "part")
         self._sent = self._counter("sent_bytes", "Bytes that sessions sent to peers.")
         self._received = self._counter("received_bytes", "Bytes that sessions got from peers.")
@@ -92,7 +92,7 @@ class GatewayMetrics:
                         self._completion.inc()
                     elif isinstance(event, Ended):
                         self._cached.inc(event.cached_tokens)
-                        gaps = max(tokens.values(), default=0) - 1  # all answers to a prompt grow together
+                        gaps = max(tokens.values(), default=0) - 1  # all answers to a prompt get a token in each step
                         if gaps > 0:
                             self._per_token.observe((last_at - first_at) / gaps)
                     yield number, event
@@ -109,8 +109,8 @@ class GatewayMetrics:
     def watch_session(self, cache: RemoteCache) -> Callable[[], None]:
         """Returns a function that counts the new measurements of a cache's session at each call.
 
-        Of several steps between calls, only the times of the last one are known. A cache has no session before its
-        first step.
+        If several steps ran between two calls, only the times of the last step are known. A cache has no session before
+        its first step.
         """
         timings: tuple[Timing, ...] = ()
         repairs = sent = received = 0
@@ -152,7 +152,7 @@ class GatewayMetrics:
 
 
 class _PresentMetrics(Collector):
-    """Metrics whose values are read at a scrape: present states, and counters of other modules."""
+    """Metrics whose values are read when Prometheus scrapes: present states, and counters of other modules."""
 
     def __init__(self, name: str, generations: Generations, admission: Admission) -> None:
         self._name = name
@@ -169,16 +169,16 @@ class _PresentMetrics(Collector):
             ("requests_running", "Requests that the model is answering.", self._admission.running),
             ("requests_waiting", "Requests that wait for their turn.", self._admission.waiting),
             ("kept_sessions", "Sessions that are kept for the next turns of chats.", len(kept)),
-            ("kept_tokens", "Tokens whose keys and values the peers hold for them.", kept.tokens),
+            ("kept_tokens", "Tokens whose keys and values the peers hold for kept sessions.", kept.tokens),
         ):
             yield GaugeMetricFamily(f"splitnet_gateway_{metric}", help, value)
         for name, help, value in (
             ("drafted_tokens", "Drafted tokens that were sent to peers.", counts.drafted),
-            ("accepted_tokens", "Drafted tokens that the model has chosen, too.", counts.accepted),
+            ("accepted_tokens", "Drafted tokens that the model has accepted.", counts.accepted),
             ("tokens_with_drafts", "Tokens of answers with a source of drafts.", counts.tokens),
             (
                 "round_trips_with_drafts",
-                "Round trips through the blocks for these tokens.",
+                "Round trips through the blocks for tokens of answers with a source of drafts.",
                 counts.round_trips,
             ),
         ):

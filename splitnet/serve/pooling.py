@@ -1,4 +1,4 @@
-"""What a checkpoint says about embeddings: how a text becomes one vector, and whether the model is a reranker."""
+"""Reads from a checkpoint how a text becomes one vector (an embedding), and whether the model is a reranker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import SplitnetError, UnsupportedModel, replace_library_errors
 
-_FILE_BYTES = 2**20  # Most bytes that are read of a description
+_FILE_BYTES = 2**20  # Maximum number of characters that are read from a file that describes embeddings
 _POOLING_MODES = {
     "cls": "the first token's state",
     "mean": "the mean of all states",
@@ -24,12 +24,12 @@ _GGUF_MODES = {1: "mean", 2: "cls", 3: "lasttoken"}  # as llama.cpp numbers them
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """How a vector is made of a text; by default it is the last token's state, normalised.
+    """How a vector is computed from a text; by default the vector is the normalised state of the last token.
 
-    refused: a clause that says why the model makes no embeddings; empty: it makes them. mode: see `_POOLING_MODES`.
-    prompts:
-    texts that are put before inputs, by name. most: tokens of the longest input; None: no bound is known. reranks: the
-    model is a reranker in the form of Qwen3-Reranker. told: the checkpoint describes its embeddings.
+    refused: a clause that says why the model makes no embeddings; empty: the model makes embeddings. mode: see
+    `_POOLING_MODES`. prompts: texts that are put before inputs, by name. most: maximum tokens of an input; None: no
+    bound is known. reranks: the model is a reranker in the form of Qwen3-Reranker. told: the checkpoint describes its
+    embeddings.
     """
 
     refused: str = ""
@@ -113,7 +113,7 @@ def _described(checkpoint: Checkpoint) -> Pooling:
 
 
 def _read(checkpoint: Checkpoint, name: str, folder: str = "") -> Any:
-    """The JSON of a file; None: there is no such file. folder: that of a module, within the checkpoint."""
+    """The JSON of a file; None: the file does not exist. folder: the folder of a module within the checkpoint."""
     if not re.fullmatch(r"[\w-]*", folder):
         raise UnsupportedModel("modules.json of the checkpoint names files elsewhere")
     text = _text_of(checkpoint, f"{folder}/{name}" if folder else name)

@@ -29,18 +29,18 @@ class HopView:
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
-    """A link of a route, in the direction of the activations, see `splitnet.session.inference.LinkUse`."""
+    """A link of a route, in the direction of activations; see `splitnet.session.inference.LinkUse`."""
 
     codec: str
     bytes_per_token: int
-    # One way: measured, or predicted from the network coordinates of the two ends; None: unknown.
+    # The delay in one direction, measured or predicted from the network coordinates of the two ends; None: unknown.
     delay_ms: float | None
     via_client: bool  # relayed through the client, because the two ends cannot connect
 
 
 @dataclass(frozen=True, slots=True)
 class RouteView:
-    """Consecutive hops, and the links before, between and after them: one link more than hops."""
+    """Consecutive hops, and the links before, between and after these hops. There is one more link than hops."""
 
     hops: tuple[HopView, ...]
     links: tuple[LinkView, ...]
@@ -49,7 +49,7 @@ class RouteView:
 def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ...]:
     """The open routes of a session, in the order of their blocks; the client runs all other blocks.
 
-    Callable from any thread. A route that is being repaired may be left out.
+    Callable from any thread. A route during failover may be left out.
     """
     if session is None:
         return ()
@@ -78,11 +78,11 @@ Routes = tuple[RouteView, ...]
 
 @dataclass
 class AnswerProgress:
-    """The progress of one prompt of a request. Times are seconds of the log's clock."""
+    """The progress of one prompt of a request. Times are in seconds, by the clock of the `ProgressLog`."""
 
     answer: str  # id of the request's answer
     began: float
-    prompt: int = 0  # positions
+    prompt: int = 0  # number of positions of the prompt
     cached: int = 0  # positions of the prompt that peers already held from another answer
     tokens: int = 0
     first_token: float | None = None
@@ -92,9 +92,9 @@ class AnswerProgress:
     _last_routes: Routes = ()
 
     def follow(self, routes: Callable[[], Routes] | None, passed: Callable[[], int] | None = None) -> None:
-        """Sets the functions that give the routes of the session and the positions that have passed all its blocks.
+        """Sets the functions that return the session's routes, and how many positions have passed all blocks.
 
-        routes None: the session is given back, and the last routes are kept.
+        routes: None when the answer does not use the session any more; then the last routes are kept.
         """
         if routes is None:
             self._last_routes = self.routes()
@@ -144,7 +144,7 @@ class ProgressLog:
             self._ended.append(progress)
 
     def answers(self) -> list[AnswerProgress]:
-        """The last ended answers in the order of their ends, then the running ones in the order of their beginnings."""
+        """The last ended answers in the order in which they ended, then the running answers in the order of starts."""
         with self._lock:
             return [*self._ended, *self._running]
 

@@ -20,22 +20,22 @@ from splitnet.serve.answers.text import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.infill import InfillMarks
 
-KEPT_TEXTS = 2**16  # Cached texts of tokens: logprobs need the texts of 20 alternatives to each token
+KEPT_TEXTS = 2**16  # Number of cached texts of tokens: logprobs need the texts of up to 20 alternatives to each token
 
 SLICE = 2**16
-"""Characters that are tokenized at a time to check a text's length, so that a too long text costs little memory."""
+"""Characters that are tokenized at a time to check a text's length, so that a too long text needs little memory."""
 
 LONGEST_TOKEN = 256  # Characters of the longest token, such as white space in some vocabularies
-LONGEST_CHARACTER = 16  # Most tokens that are joined until they make a whole character
-CUT_TIMES = 16  # Length limit, in contexts of the model, for texts that are cut to their last tokens
+LONGEST_CHARACTER = 16  # Maximum number of tokens that are joined until they form a whole character
+CUT_TIMES = 16  # Maximum length, in contexts of the model, of texts that are cut to their last tokens
 CUT_TOKENS = 128  # Tokens that each cut between slices may add to the length of a text
-LAST_TOKENS = 8  # Last tokens of a prompt that are searched for the marks that begin its answer
-GAP_TOKENS = 256  # Tokens that other files leave free for the text of a gap, where a request sets no bound
-DEFAULT_MAX_TOKENS = 4096  # Most tokens of an answer, where neither the request nor the model has a bound
+LAST_TOKENS = 8  # Number of last tokens of a prompt that are searched for marks that begin the answer
+GAP_TOKENS = 256  # Tokens that are left free for the text of a gap if the request sets no maximum
+DEFAULT_MAX_TOKENS = 4096  # Maximum tokens of an answer if neither the request nor the model sets a maximum
 
 
 class Prompts:
-    """Makes prompts with a model's tokenizer and chat template. max_positions: its context; None: no bound."""
+    """Makes prompts with a model's tokenizer and chat template. max_positions: the model's context; None: no bound."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
         self._tokenizer = tokenizer
@@ -52,12 +52,12 @@ class Prompts:
 
     @cached_property
     def forms(self) -> Forms:
-        """How the model writes calls and reasoning, found from its chat template and its tokens."""
+        """The forms of the model's calls and reasoning, determined from its chat template and its tokens."""
         return forms_of(self._tokenizer)
 
     @property
     def template(self) -> str:
-        """The chat template; empty: there is none."""
+        """The chat template; empty: the model has no chat template."""
         return self._tokenizer.get_chat_template(tools=[PROBE_TOOL]) if self._tokenizer.chat_template else ""
 
     @cached_property
@@ -72,7 +72,7 @@ class Prompts:
         return {number for number, token in added.items() if token.special and token.content not in marks}
 
     def begun(self, prompt: Sequence[int]) -> str:
-        """The mark at the end of a prompt that begins an answer, or a part of it such as reasoning; empty: none."""
+        """The mark at the end of a prompt that begins an answer or its reasoning; empty: there is no such mark."""
         forms = self.forms
         noise = forms.calls.noise if forms.calls is not None else ()
         marks = [*noise, *([forms.reasoning.opening] if forms.reasoning is not None else ())]
@@ -104,12 +104,12 @@ class Prompts:
         """The tokens of a chat.
 
         Messages and tools have the form that chat templates expect: text in one piece, arguments of calls as objects.
-        parameters: more variables for the template, by the parameter of the request that gives them; later ones win.
-        answer: the prompt ends with the marks that begin an answer. goes_on: the answer continues the last message.
-        last: how many last tokens are kept.
+        parameters: more variables for the template, by the parameter of the request that gives them; a later value
+        replaces an earlier value. answer: the prompt ends with the marks that begin an answer. goes_on: the answer
+        continues the last message. last: how many last tokens are kept.
 
-        Special tokens come from the template alone: names of special tokens in messages and tools stay text. So no text
-        of a message can end the message and begin one of another role.
+        Special tokens come from the template alone: names of special tokens in messages and tools stay text. So the
+        text of a message cannot end the message and begin a message of another role.
 
         Raises ApiError if the model has no chat template for the request, the template refuses the messages, or they
         are longer than the context.
@@ -148,7 +148,7 @@ class Prompts:
         return self.ids(text)
 
     def text_of_ids(self, tokens: list[int]) -> str:
-        """The text of tokens. Raises ApiError: a token is unknown, or the tokens are longer than the context."""
+        """The text of tokens. Raises ApiError if a token is unknown or there are more tokens than the context holds."""
         if self.max_positions is not None and len(tokens) > self.max_positions:
             raise self._too_long(f"{len(tokens)} tokens are more than", "send fewer at once")
         self.check_known(tokens, "tokens")
@@ -185,22 +185,22 @@ class Prompts:
 
     @cached_property
     def marks(self) -> InfillMarks | None:
-        """The marks around a gap that the model fills, found from its file or its tokens; None: it has none."""
+        """The marks of a gap that the model can fill, by its file or its tokens; None: the model has no such marks."""
         return infill.marks_of(self.token_of, getattr(self._tokenizer, "infill_marks", ()))
 
     @cached_property
     def infill_ends(self) -> set[int]:
-        """Tokens that end what the model writes into a gap."""
+        """Tokens that end the text that the model writes into a gap."""
         own = getattr(self._tokenizer, "infill_marks", ())
         return {token for text in {*infill.KNOWN, *own} if (token := self.token_of(text)) is not None}
 
     def tokens_of_gap(
         self, prefix: str, suffix: str, files: Sequence[tuple[str, str]] = (), max_tokens: int | None = None
     ) -> list[int]:
-        """The tokens that ask a model for the text between `prefix` and `suffix`; marks in these stay text.
+        """The prompt that asks a model for the text between `prefix` and `suffix`; marks in these texts stay text.
 
-        files: names and texts of other files; their last tokens are read, as far as `max_tokens` leaves room.
-        Raises ApiError: the model has no marks for gaps, or a text is longer than the context.
+        files: names and texts of other files; their last tokens are used, as far as `max_tokens` leaves room.
+        Raises ApiError if the model has no marks for gaps, or a text is longer than the context.
         """
         if self.marks is None:
             raise ApiError(400, "this model has no marks for a text before a suffix: leave out suffix", param="suffix")
@@ -221,7 +221,7 @@ class Prompts:
         return [*begin, *others[max(0, len(others) - max(0, room)) :], *asked]
 
     def _marked(self, mark: str, text: str = "", *, behind: bool = False) -> list[int]:
-        """The tokens of a mark and of a text; `behind`: other text comes before it."""
+        """The tokens of a mark and a text. behind: the text continues other text, so it begins without a space."""
         tokens = self.plain(text)
         if behind and self._tokenizer.convert_ids_to_tokens(self._some_text[0]).startswith("\u2581"):
             # This tokenizer begins each text with a space.
@@ -246,9 +246,9 @@ class Prompts:
             raise ApiError(400, refusal, param="messages") from None
 
     def _as_text(self, said: Any, mark: str) -> Any:
-        """A JSON value with `mark` between the characters of all names of special tokens, which thus stay text.
+        """A JSON value in which `mark` separates the characters of all names of special tokens.
 
-        The text is tokenized piece by piece, split at `mark`.
+        The text is later split at `mark` and tokenized piece by piece, so that these names stay text.
         """
         if isinstance(said, str):
             return self._special.sub(lambda match: mark.join(match[0]), said)
@@ -263,8 +263,9 @@ class Prompts:
     ) -> list[int]:
         """The tokens of a bare prompt, including special tokens that the tokenizer adds.
 
-        most: keeps the first tokens, and special tokens that the tokenizer adds at the end. last: keeps last tokens.
-        Raises ApiError: there are no tokens, a token is unknown, or the text is longer than the context.
+        most: how many first tokens are kept, including special tokens that the tokenizer adds at the end. last: how
+        many last tokens are kept. Raises ApiError if there are no tokens, a token is unknown, or the text is longer
+        than the context.
         """
         if isinstance(prompt, str) and last:
             end = prompt[-last * LONGEST_TOKEN :]
@@ -285,13 +286,13 @@ class Prompts:
             self._check_length([text])
             return self._tokenizer(text).input_ids
         tokens = self._tokenizer(text[: most * LONGEST_TOKEN]).input_ids
-        # The tokenizer's own truncation is a setting that other threads would see.
+        # The tokenizer's own truncation is not used, because it is a setting that applies to all threads.
         some = self._tokenizer("a").input_ids
         added = some[len(some) - some[::-1].index(self._some_text[-1]) :]
         return [*tokens[: max(0, most - len(added))], *added] if len(tokens) > most else tokens
 
     def begins(self, tokens: Sequence[int], text: str) -> list[int]:
-        """The character of `text` at which each token of a bare prompt begins; 0 for tokens added in front of it."""
+        """The index in `text` at which each token of a bare prompt begins; 0 for tokens added before the text."""
         begins: list[int] = []
         at, part = 0, [*self._some_text]
         for token in tokens:
@@ -304,7 +305,7 @@ class Prompts:
         return [max(0, begin - max(0, at - len(text))) for begin in begins]
 
     def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
-        """Raises ApiError if texts together are longer than `times` contexts; stops tokenizing once that is certain."""
+        """Raises ApiError if the texts together exceed `times` contexts; tokenizes no further once that is certain."""
         if self.max_positions is None or sum(map(len, texts)) <= SLICE:
             return
         tokens = 0
@@ -319,15 +320,19 @@ class Prompts:
             raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
     def last(self, count: int | None, max_tokens: int | None) -> int | None:
-        """How many last tokens of a prompt to keep; None: all. count: that of the request; -1: leave an answer room."""
+        """How many last tokens of a prompt to keep; None: all.
+
+        count: the number that the request gives; -1: as many as leave room for the answer.
+        """
         if count != -1 or self.max_positions is None:
             return None if count == -1 else count
         return max(1, self.max_positions - (1 if max_tokens is None else max_tokens))
 
     def room_for(self, prompt: list[int], max_tokens: int | None, *, fits: bool = True) -> int:
-        """How many tokens an answer may have. max_tokens: as the request says; None: as many as fit into the context.
+        """How many tokens an answer may have. max_tokens: the request's maximum; None: as many as the context allows.
 
-        fits: `max_tokens` must fit into the context; otherwise fewer are given. Raises ApiError if there is no room.
+        fits: `max_tokens` must fit into the context; if False, the maximum is lowered to what fits. Raises ApiError if
+        there is no room.
         """
         if self.max_positions is None:
             return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS

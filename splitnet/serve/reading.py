@@ -16,8 +16,8 @@ from splitnet.serve.generation import GenerationRequest, ReadTask
 from splitnet.serve.request_gate import cancel_on_disconnect
 from splitnet.serve.responses import ServedModel
 
-CONTEXT = -1  # A value of `truncate`: cut texts to what the model reads
-MOST_TOKENS = 2**21  # Most tokens of all texts of a request
+CONTEXT = -1  # A value of `truncate`: texts are cut to the length that the model can read
+MOST_TOKENS = 2**21  # Maximum number of tokens of all texts of a request
 
 # The prompt of Qwen3-Reranker: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
 _BEFORE = (
@@ -38,10 +38,11 @@ async def embed(
     prompt_name: str | None = None,
     truncate: int | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """Embeddings `[texts, dimensions]` float32, and how many tokens were read.
+    """Returns embeddings `[texts, dimensions]` float32, and how many tokens were read.
 
-    dimensions: how many first values of a vector are wanted; None: all. prompt_name: the checkpoint's prompt to put
-    before texts. truncate: tokens that are read of a longer text. Raises ApiError if the request cannot be honoured.
+    dimensions: how many first values of a vector are wanted; None: all. prompt_name: name of the checkpoint's prompt
+    that is put before texts. truncate: how many first tokens of a longer text are read. Raises ApiError if the request
+    cannot be honoured.
     """
     pooling, prompts = served.pooling, served.prompts
     size: int = served.generations.model.config.get_text_config().hidden_size
@@ -76,10 +77,10 @@ async def rerank(
     instruction: str | None = None,
     per_document: int | None = None,
 ) -> tuple[list[float], int]:
-    """The probability that each document answers the query, and how many tokens were read.
+    """Returns the probability that each document answers the query, and how many tokens were read.
 
-    instruction: the task for which documents are judged; None: a web search. per_document: tokens that are read of a
-    document. Raises ApiError if the request cannot be honoured.
+    instruction: the task for which documents are judged; None: a web search. per_document: the maximum number of tokens
+    that are read of a document. Raises ApiError if the request cannot be honoured.
     """
     prompts, model = served.prompts, served.generations.model
     if not served.pooling.reranks:

@@ -90,11 +90,11 @@ def _key_of(words: Sequence[str]) -> tuple[str, KeyOptions]:
 
 MAX_BODY_BYTES = 16 * 2**20
 
-# Memory of a parsed JSON value, without the text of strings, and of a parsed object. Two bytes of a body can hold an
-# object, and objects occupy the event loop longest.
+# Estimated memory of a parsed JSON value, without the text of strings, and of a parsed JSON object. Two bytes of a body
+# can define an object, and objects occupy the event loop longest.
 VALUE_BYTES, OBJECT_BYTES = 64, 512
-MAX_PARSED_BYTES = 48 * 2**20  # Memory of one parsed body
-ALL_PARSED_BYTES = 128 * 2**20  # Memory of the parsed bodies of all unanswered requests
+MAX_PARSED_BYTES = 48 * 2**20  # Maximum memory of one parsed body
+ALL_PARSED_BYTES = 128 * 2**20  # Maximum memory of the parsed bodies of all unanswered requests
 BODY_S = 60.0  # Time within which a body must arrive
 
 
@@ -115,7 +115,7 @@ class Body:
     async def read_whole(self) -> AsyncIterator[Receive]:
         """Waits for the whole body. Within the `with`, the yielded function receives it in one message.
 
-        Raises ApiError if the body is too long, has too many values, arrives too slowly, or finds no memory.
+        Raises ApiError if the body is too long, has too many values, arrives too slowly, or memory is lacking.
         """
         try:
             messages = [await self._arrived()]
@@ -154,11 +154,13 @@ class Body:
 
 
 REQUEST_S = 10.0  # Time for the head of a request, counted from the connection or from the last answer
-UNREAD_S = 30.0  # A client that reads less than `READ_BYTES` of its waiting answer within this time is cut off
+# A client is disconnected if it reads less than `READ_BYTES` of its waiting answer within this time
+UNREAD_S = 30.0
 READ_BYTES = 2**14
 
 IDLE_CONNECTIONS = 256
-"""Most connections without a whole request; beyond it, the oldest of the client with the most of them is closed."""
+"""Maximum number of connections without a whole request. For a further connection, the oldest of these connections is
+closed, of the client that has the most."""
 
 
 class BoundedHttp(H11Protocol):
@@ -212,7 +214,7 @@ class BoundedHttp(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
 
     def _set_timeout(self, seconds: float | None) -> None:
-        """Cuts the client off after this time unless it has read `READ_BYTES`; None: waits without end."""
+        """Disconnects the client after this time unless the client has read `READ_BYTES`; None: sets no limit."""
         if self._timer is not None:
             self._timer.cancel()
         self._unread = self.transport.get_write_buffer_size()
@@ -236,32 +238,33 @@ class BoundedHttp(H11Protocol):
 
 
 ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # Origins whose pages may always use the server
-REQUEST_ID = r"[\w.:-]{1,128}"  # Ids that a request may give itself; other requests get one
+REQUEST_ID = r"[\w.:-]{1,128}"  # Valid ids in the header of a request; other requests get an id from the server
 REQUEST_ID_HEADERS = (
     b"x-request-id",
     b"request-id",
 )  # Headers of answers: OpenAI's clients read the first one, Anthropic's the second one
 WITHOUT_VERSION = ("/chat/completions", "/completions", "/models", "/embeddings", "/responses", "/messages", "/rerank")
-"""Paths that are served without `/v1`, too: some programs are given only the address of the server."""
-PROTECTED = ("/dashboard/", "/metrics")  # Beginnings of paths that need a key, besides the paths of protocols
+"""Paths that also work without `/v1`, because users of some programs enter only the address of the server."""
+PROTECTED = ("/dashboard/", "/metrics")  # Prefixes of paths that need a key, besides the paths of protocols
 
 
 @dataclass(frozen=True)
 class Api:
     """An HTTP protocol of the server, such as OpenAI's."""
 
-    paths: tuple[str, ...]  # beginnings of its paths
-    router: Callable[[Any], APIRouter]  # makes its paths for a `splitnet.serve.gateway.Gateway`
+    paths: tuple[str, ...]  # prefixes of the protocol's paths
+    router: Callable[[Any], APIRouter]  # makes the protocol's paths for a `splitnet.serve.gateway.Gateway`
     error_body: Callable[[ApiError], dict[str, Any]]  # the JSON of an error
     key_of: Callable[[Headers], str]  # the API key in the headers of a request
     key_header: str  # the header that holds the key, for the message that refuses a wrong key
     challenge: str  # the header WWW-Authenticate of that message
     error: type[BaseModel]  # the type of `error_body`
-    header: str | None = None  # a header that only its clients send: decides where protocols share a path
+    # A header that only clients of this protocol send, so that it selects the protocol if several share a path.
+    header: str | None = None
 
 
 def api_of(path: str, headers: Headers, apis: Sequence[Api]) -> Api:
-    """The protocol whose `header` was sent, else that with the longest matching beginning of a path, else the first."""
+    """The protocol whose `header` was sent, else the protocol with the longest matching prefix, else the first one."""
 
     def fits(api: Api) -> tuple[bool, int]:
         longest = max((len(begin) for begin in api.paths if path.startswith(begin)), default=0)
@@ -276,12 +279,12 @@ REQUEST_CALLBACKS: ContextVar[ExitStack] = ContextVar("ENDS")
 
 @dataclass(eq=False)
 class Gate:
-    """ASGI middleware that checks requests and gives each accepted one a `ApiClient` in its state.
+    """ASGI middleware that checks requests and adds an `ApiClient` to the state of each accepted request.
 
-    With keys, the paths of protocols and the `PROTECTED` paths need one. Without keys, pages of other sites must not
-    use the server. A page could point its own host name at this machine (DNS rebinding): requests must name an IP
-    address, localhost, or one of `hosts`. A page could send requests whose answers it cannot read: an `Origin` must be
-    the server itself, this machine, or one of `origins`.
+    If there are keys, the paths of protocols and the `PROTECTED` paths need a key. If there are no keys, web pages of
+    other sites must not use the server. Such a page could point its own host name at this machine (DNS rebinding), so
+    requests must name an IP address, localhost, or one of `hosts`. Such a page could also send requests whose answers
+    it cannot read, so the header `Origin` must name the server itself, this machine, or one of `origins`.
     """
 
     app: ASGIApp
@@ -293,7 +296,7 @@ class Gate:
     def __post_init__(self) -> None:
         self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
         self._protected = *PROTECTED, *(begin for api in self.apis for begin in api.paths)
-        # One client takes at most half of the memory.
+        # A client can use at most half of the memory.
         self._parsed = FairAccount(ALL_PARSED_BYTES, ALL_PARSED_BYTES // 2)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -334,7 +337,7 @@ class Gate:
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
-        if given is None:  # browsers always send it
+        if given is None:  # the request is not from a browser: browsers always send this header
             return
         host = given.lower()
         host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
@@ -349,7 +352,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is None or origin in self.origins or re.fullmatch(ON_THIS_MACHINE, origin):
             return
-        # A proxy may change the Host. Over TLS the browser also sends Sec-Fetch-Site, which scripts cannot set.
+        # A proxy may change the header Host. Over TLS, browsers also send Sec-Fetch-Site, which scripts cannot set.
         if origin.partition("://")[2] != headers.get("host") and headers.get("sec-fetch-site") != "same-origin":
             unknown = "pages of this site may not use the server: start it with --allow-origin ORIGIN"
             raise ApiError(403, unknown, code="unknown_origin")
@@ -370,13 +373,14 @@ Model = TypeVar("Model", bound=BaseModel)
 LARGE_BYTES = 2**16  # Larger requests are prepared one at a time, so that small requests find a free core
 
 
-MOST_PREPARING = 1024  # Requests that may wait for their preparation
+MOST_PREPARING = 1024  # Maximum number of requests that wait for their preparation
 
 
 class PreparationQueue:
     """Prepares requests in separate threads before the model runs: parsing, templates, tokens, grammars.
 
-    One small request per client, and one large request in all, is prepared at a time, so that no client delays others.
+    At any time, at most one small request per client and one large request in total are prepared, so that no client
+    delays others.
     """
 
     def __init__(self) -> None:
@@ -389,11 +393,11 @@ class PreparationQueue:
         places = self._large if size > LARGE_BYTES else self._small
 
         async def prepared() -> Result:
-            async with places.admitted(ApiClient(client.name, client.weight)):  # without its quota of tokens
+            async with places.admitted(ApiClient(client.name, client.weight)):  # without the client's quota of tokens
                 working = asyncio.ensure_future(to_thread.run_sync(work, *arguments, limiter=self._threads))
                 try:
                     return await asyncio.shield(working)
-                finally:  # a thread cannot be ended, so its place is freed only when it ends
+                finally:  # a thread cannot be stopped, so its place becomes free only when the thread ends
                     await asyncio.wait([working])
 
         return await cancel_on_disconnect(request, prepared())
@@ -441,7 +445,7 @@ def validated(kind: type[Model], document: Any) -> Model:
 
 
 class ParsingRoute(APIRoute):
-    """Parses bodies with `app.state.preparing`; FastAPI would parse them on the event loop and collect every error."""
+    """Parses bodies with `app.state.preparing`, because FastAPI parses on the event loop and collects all errors."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -453,7 +457,7 @@ class ParsingRoute(APIRoute):
                 return await self.app.state.preparing.run_in_turn(self, len(body), parsed, kind, body)
 
         async def handle(request: Request) -> Response:
-            # All bodies are JSON, but `curl -d` and some clients of Ollama send another content type, or none.
+            # All bodies are JSON, but `curl -d` and some clients of Ollama send another content type or no such header.
             others = [header for header in request.scope["headers"] if header[0] != b"content-type"]
             headers = [*others, (b"content-type", b"application/json")]
             return await handler(Parsed({**request.scope, "headers": headers}, request.receive))

@@ -27,10 +27,10 @@ from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
-MAX_UNREAD_BYTES = 64 * 2**20  # Most bytes of all streams that clients have not read yet
-EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # the second is a comment to clients
+MAX_UNREAD_BYTES = 64 * 2**20  # Maximum number of bytes of all streams together that clients have not read yet
+EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # clients ignore `KEEP_ALIVE`, which is a comment
 FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
-KEEP_ALIVE_S = 5.0  # Time without an event after which a client is sent `alive`
+KEEP_ALIVE_S = 5.0  # Time without an event after which the part `alive` is sent to a client
 
 Result = TypeVar("Result")
 Told = TypeVar("Told")
@@ -38,16 +38,15 @@ Taken = TypeVar("Taken", contravariant=True)
 
 
 def framed(document: dict[str, Any]) -> str:
-    """One server-sent event in one line, as JSON escapes line breaks."""
+    """One server-sent event in one line, because JSON escapes line breaks."""
     return f"data: {json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
 
 
 class AnswerWriter(Protocol[Taken]):
     """Writes the events of a request in the form of a protocol. id: the answer's id for clients.
 
-    `whole` returns the body of an answer that is not streamed. `chunks` yields the parts of a stream; `error_event`
-    writes
-    an error, which is the last part. alive: the part that is sent while there are no events.
+    `whole_body` returns the body of an answer that is not streamed. `event_stream` yields the parts of a stream, and
+    `error_event` returns the last part after an error. alive: the part that is sent while there are no events.
     """
 
     id: str
@@ -74,7 +73,7 @@ class ServedModel:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: PreparationQueue = field(default_factory=PreparationQueue)
     unread: FairAccount = field(default_factory=lambda: FairAccount(MAX_UNREAD_BYTES))
-    # called with the tokens of each request: demand for the swarm
+    # Called with the number of tokens of each prompt and its answers, which is demand for the model.
     note_demand: Callable[[int], None] = lambda tokens: None
     leave: Callable[[], None] = lambda: None  # leaves the model's swarm
 
@@ -89,11 +88,14 @@ class ServedModel:
         return list(dict.fromkeys([self.name, *self.other_names]))
 
     def running(self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str) -> AsyncGenerator[Numbered]:
-        """Runs the prompts of a request once it has a place; closing the generator ends them. answer: the id."""
+        """Runs the prompts of a request once the request has a place; closing the generator ends the prompts.
+
+        answer: the id of the answer.
+        """
         return self.metrics.watch_answer(self._events(client, asks, answer), asks)
 
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
-        """The result of `work`, run in another thread; `size`: bytes of its input, by default the body's."""
+        """Runs `work` in another thread and returns its result. size: bytes of its input; None: the body's."""
         return await self.preparing.run_in_turn(request, len(await request.body()) if size is None else size, work)
 
     async def respond(
@@ -107,7 +109,7 @@ class ServedModel:
                 return JSONResponse(whole)
             except ValueError:
                 raise ApiError(502, "the answer has numbers or characters that JSON cannot have: ask again") from None
-        # An error before the first event, and within FIRST_S, still gets its own HTTP status.
+        # An error before the first event, and within `FIRST_EVENT_S`, still gets its own HTTP status.
         first = asyncio.ensure_future(anext(events))
         resumed = _PeekedEvents(first, events)
         try:
@@ -126,7 +128,7 @@ class ServedModel:
     async def _events(
         self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str
     ) -> AsyncGenerator[Numbered]:
-        """Runs the prompts of a request in one place, one after the other; closing the generator ends them."""
+        """Runs the prompts of a request in one place, one after the other; closing the generator ends the prompts."""
         if self.generations.model.headless and any(ask.reading is None for ask in asks):
             raise ApiError(400, f"{self.name!r} has no head to answer with: ask it for embeddings", param="model")
         async with self.admission.admitted(client):
@@ -168,7 +170,7 @@ async def stream_parts(answer: AnswerWriter[Told], events: AsyncIterator[Told]) 
 
 
 class _PeekedEvents(AsyncIterator[Told]):
-    """An iterator of events whose first one is already awaited as a future; can be closed at any point."""
+    """An iterator of events that can be closed at any point; the first event is awaited as the future `first`."""
 
     def __init__(self, first: asyncio.Future[Told], events: AsyncGenerator[Told]) -> None:
         self._first: asyncio.Future[Told] | None = first
@@ -193,11 +195,11 @@ class Closable(Protocol):
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events; its source is closed however the response ends, even before it begins.
+    """A response of server-sent events. Its source is always closed, even if the response ends before it begins.
 
-    The events in `body` are made of `source`. With the account `unread`, events are buffered as they come, so that a
-    slow client does not hold up the source; a client that reads too slowly gets `evicted` as the last event. After
-    `KEEP_ALIVE_S` without an event, the client is sent `alive`, so that proxies keep the connection.
+    The events in `body` are made from those of `source`. With the account `unread`, events are buffered as they come,
+    so that a slow client does not delay the source; a client that reads too slowly receives `evicted` as the last
+    event. After `KEEP_ALIVE_S` without an event, `alive` is sent to the client, so that proxies keep the connection.
     """
 
     def __init__(

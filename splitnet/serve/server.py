@@ -51,7 +51,7 @@ from splitnet.swarm.swarm import Overview, Swarm
 from splitnet.transport.addresses import listen_at
 from splitnet.wire.endpoints import LinkState
 
-# The protocols that are served; the first one also writes the errors of paths of no protocol.
+# The protocols that are served; the first protocol also writes the errors of paths that belong to no protocol.
 APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API, tokens.API)
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
 EXPIRY_S = 5.0  # Time between two checks for expired sessions
@@ -103,7 +103,7 @@ def make_app(
     def health() -> dict[str, str]:
         """Says whether peers serve every block of the model; needs no API key."""
         model = served.generations.model
-        # The record of a killed peer stays for a while, so peers that cannot be connected to are not counted.
+        # The record of a killed peer stays for some time, so peers to which the connection is down are not counted.
         present = (
             each for each in model.swarm.peers() if model.swarm.links.link_state(each.endpoint) is not LinkState.DOWN
         )
@@ -123,7 +123,7 @@ def make_app(
         page = f"<!doctype html><meta charset=utf-8><title>splitnet</title><h1>Paths</h1><ul>{''.join(rows)}</ul>"
         return HTMLResponse(f'{page}<p>For programs: <a href="openapi.json">openapi.json</a>', headers=HEADERS)
 
-    for api in reversed(APIS):  # the first one comes last, as other protocols take some requests of shared paths
+    for api in reversed(APIS):  # other protocols take some requests of shared paths, so the first protocol comes last
         app.include_router(api.router(gateway), responses=_errors(api))
     return app
 
@@ -166,9 +166,9 @@ class ServeOptions:
 class ModelSpec:
     """A model to serve: its names, and how to load its client part and join its swarm."""
 
-    names: Sequence[str]  # names that requests may give; answers have the first
+    names: Sequence[str]  # names that requests may give; answers contain the first name
     checkpoint: Checkpoint
-    tokenizer: Any  # made beforehand, because making it stops all threads for about 0.2 s
+    tokenizer: Any  # created beforehand, because its creation stops all threads for about 0.2 s
     join: Callable[[Checkpoint], Swarm]
     options: ConnectionOptions
     speculate: Any = None
@@ -180,8 +180,8 @@ def serve(
     others: Sequence[ModelSpec],
     search: Callable[[SwarmDirectory], Sequence[ModelSpec]] | None,  # finds more models
     options: ServeOptions,
-    say: Callable[[str], None],  # gets the addresses and the used options of the checkpoint, once requests are answered
-    warn: Callable[[str], None],  # gets warnings
+    say: Callable[[str], None],  # called with addresses and used options of the checkpoint, once requests are answered
+    warn: Callable[[str], None],  # called with warnings
 ) -> None:
     """Serves models until SIGINT or SIGTERM. Raises AddressInUse, or SplitnetError if `first` cannot be served."""
     keys = ApiKeys.from_file(options.api_key_file)
@@ -201,7 +201,7 @@ def serve(
             hosts = options.host, *options.hosts
             app = make_app(gateway, keys, hosts, options.origins, options.tuned)
             server = _Server(app, gateway, options.drain_s)
-            # uvicorn raises a received signal again at its end; the default handler would then end the process.
+            # uvicorn raises a received signal again when it ends; the default handler would then end the process.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, server.handle_exit)
             shown = f"[{host}]" if ":" in host else host
@@ -209,7 +209,7 @@ def serve(
             say(f"the swarm and a chat are shown at http://{shown}:{port}/")
             for sentence in (*loading.said, served.pooling.sentence):
                 say(sentence)
-            # A garbage collection over all objects of torch and transformers stops every answer for half a second.
+            # A garbage collection that visits all objects of torch and transformers stops answers for half a second.
             gc.freeze()
             server.run(sockets=[listener])
         finally:
@@ -222,11 +222,11 @@ class _ModelLoader:
 
     def __init__(self, options: ServeOptions, keys: int) -> None:
         self._options = options
-        # With several keys, no client takes all places: another client soon finds one.
+        # If there are several keys, no client can take all places, so that another client soon gets a place.
         self._spare = options.max_requests // 4 if keys > 1 else 0
         self._shared: dict[str, Any] = {}
         self._demand: DemandPublisher | None = None
-        self.said: list[str] = []  # sentences on options of the first checkpoint that are used
+        self.said: list[str] = []  # sentences about options of the first checkpoint, for the user
 
     def offer(self, spec: ModelSpec) -> LoadableModel:
         if spec.adapter is not None:
@@ -239,7 +239,8 @@ class _ModelLoader:
         swarm = spec.join(checkpoint)
         try:
             if self._demand is None:
-                # Raises if all peers serve other weights. Further models may get peers only once requests ask for them.
+                # Raises if all peers serve other weights. Not called for further models, which may get peers only after
+                # requests have asked for these models.
                 swarm.peers()
             remote = attached(checkpoint, swarm, spec.options, spec.speculate, headless=True)
             if spec.adapter is not None:
@@ -279,7 +280,7 @@ class _ModelLoader:
 
 
 class _Server(uvicorn.Server):
-    """At a shutdown, lets running requests finish for `drain_s` seconds; then they get an error."""
+    """At shutdown, running requests have `drain_s` seconds to finish; after that, they end with an error."""
 
     def __init__(self, app: object, gateway: Gateway, drain_s: float) -> None:
         super().__init__(

@@ -13,14 +13,15 @@ import numpy as np
 
 Handle = TypeVar("Handle")
 
-COMMON_PREFIX_TOKENS = 128  # Tokens with which many unrelated chats begin alike
+COMMON_PREFIX_TOKENS = 128  # Unrelated chats often have up to this many first tokens in common
 MIN_SHARED_PART = 0.5
-"""Share of its tokens that a session must have in common with a prompt to be used: its other tokens are dropped."""
+"""A kept session is used for a prompt only if at least this share of the session's tokens is also the beginning of the
+prompt, because the session's other tokens are dropped."""
 
 
 @dataclass(frozen=True)
 class KeepLimits:
-    """Bounds of kept sessions: their number, the positions that they reserve on peers, and seconds without use."""
+    """Limits of kept sessions: their number, the positions that they reserve on peers, and seconds without use."""
 
     sessions: int
     positions: int
@@ -39,8 +40,8 @@ class _KeptSession(Generic[Handle]):
 class SessionCache(Generic[Handle]):
     """Kept sessions. Evicts the least recently used session of the owner with the most sessions. Thread-safe.
 
-    A taken session has one user until it is kept again. An owner never gets a session of another owner, because a hit
-    would reveal what the other one asked. close: closes a session; called without the lock.
+    A taken session has one user until the session is kept again. An owner never gets a session of another owner,
+    because a hit would reveal the prompts of the other owner. close: closes a session; called without the lock.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class SessionCache(Generic[Handle]):
             return sum(len(kept.tokens) for kept in self._kept)
 
     def take_session(self, owner: str, prompt: list[int]) -> tuple[Handle, int] | None:
-        """Takes out the owner's session with the most first tokens in common with a prompt; also returns how many."""
+        """Takes the owner's session that has the longest prefix in common with a prompt; also returns that length."""
         wanted = np.asarray(prompt)
         with self._lock:
             shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             for index, kept in enumerate(self._kept):
-                # For a long prompt, the prefix stores of peers may hold far more than these few tokens.
+                # For a long prompt, the prefix stores of peers may contain far more tokens than the common prefix.
                 little = shared[index] < COMMON_PREFIX_TOKENS < len(prompt) - shared[index]
                 if little or shared[index] < MIN_SHARED_PART * len(kept.tokens):
                     shared[index] = 0
@@ -76,7 +77,7 @@ class SessionCache(Generic[Handle]):
     def keep_session(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
         """Keeps a session if the limits allow it; closes older sessions where the limits require it.
 
-        tokens: with keys and values at the peers. positions: how many positions the session reserves there.
+        tokens: the tokens whose keys and values the peers hold. positions: how many positions the session reserves.
         """
         with self._lock:
             self._kept.append(_KeptSession(owner, np.asarray(tokens), positions, handle, self._clock()))

@@ -1,1 +1,1 @@
-"""Tools that are leaves: their commands are registered, the core does not know them."""
+"""Optional tools: the command line registers their commands, and no other part of splitnet imports them."""

@@ -38,7 +38,7 @@ def test_a_context_length_is_checked(duo: str, small: Path, here: Here) -> None:
         r"a session of 200 positions fits: [\d.]+ s to the first token of a prompt that long, then [\d.]+ tokens/s",
         by_check["context"]["text"],
     )
-    assert here("doctor", "--context", "200").error == "--context is about a model: give MODEL, too"
+    assert here("doctor", "--context", "200").error == "--context needs a model: give MODEL, too"
 
 
 def test_a_swarm_of_other_weights_fails_in_json(

@@ -56,17 +56,17 @@ def test_a_head_is_trained_on_answers_of_the_model_and_used_for_drafts(
     assert drafted.output == plain.output
 
     again = here(*words)
-    assert again.code != 0 and "--resume goes on with it" in again.errors
+    assert again.code != 0 and "continue it with --resume" in again.errors
     resumed = here(*words, "--resume")  # No step is left.
     assert resumed.code == 0, resumed.errors
-    assert "going on after step" in resumed.errors
+    assert "continuing after step" in resumed.errors
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--draft-head"], "nothing to learn from"),
-        (["--draft-head", "--generate", "4", "--rank", "4"], "--rank does not go with --draft-head"),
+        (["--draft-head", "--generate", "4", "--rank", "4"], "--rank has no effect with --draft-head"),
         (["--epochs", "3", "--data", "x.jsonl"], "--epochs is for --draft-head"),
         (["--draft-head", "--data", "PROMPTS"], "'completion'"),
         ([], "give examples with --data"),

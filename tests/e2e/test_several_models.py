@@ -114,4 +114,4 @@ def test_a_peer_without_a_fixed_model_serves_a_model_in_demand(
 
 def test_invalid_adapters_are_refused_at_the_start(folders: dict[str, Path], here: Here) -> None:
     finished = here("serve", str(folders["alpha"]), "--adapter", "tuned=nowhere")
-    assert finished.code == 1 and "give NAME=DIR with the folder" in finished.errors
+    assert finished.code == 1 and "give NAME=DIR with a folder" in finished.errors

@@ -168,7 +168,7 @@ def test_two_owners_train_one_adapter_together(
             told = here("round", "status", "birds", *at)
             assert "0 of 8 rounds are over" in told.output, told.errors
             ended = here("round", "end", "birds", *at)
-            assert ended.code == 1 and "the key of the coordinator alone ends a round" in ended.errors
+            assert ended.code == 1 and "only the coordinator's key can end a round" in ended.errors
             second = here(*owner(guest, "--join-round", "birds"))
             others = first.finish()
         coordinated = rounds.finish()
@@ -196,14 +196,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words: Words, here: Here, tmp
         process.wait_for(lambda: len(metrics(folder)) > 4)
         stopped = process.stop(signal.SIGINT)
     assert stopped.code == 128 + signal.SIGINT
-    done = re.search(r"Stopped after step (\d+); nothing is lost.*--resume goes on", stopped.errors)
+    done = re.search(r"Stopped after step (\d+); nothing is lost.*--resume continues", stopped.errors)
     assert done and int(done[1]) == len(metrics(folder)) < STEPS
     with background(tmp_path, *words(folder, *options, "--resume")) as process:
         process.wait_for(lambda: len(metrics(folder)) > int(done[1]) + 14)
         process.stop(signal.SIGKILL)
     assert len(metrics(folder)) < STEPS
     resumed = here(*words(folder, *options, "--resume"))
-    assert "going on after step" in resumed.errors
+    assert "continuing after step" in resumed.errors
     expect_trained(resumed, folder, STEPS)
 
     expect_trained(here(*words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
@@ -225,7 +225,7 @@ def test_zeroth_order_training_uses_the_fp16_codec(words: Words, here: Here, tmp
 def test_a_plan_lists_the_cost_of_each_method(words: Words, here: Here, tmp_path: Path) -> None:
     words_of = words(tmp_path / "none", "--plan", "--steps", "40")
     refused = here(*words_of)
-    assert refused.code == 1 and "--output does not go with --plan" in refused.errors
+    assert refused.code == 1 and "--output has no effect with --plan" in refused.errors
     place = words_of.index("--output")
     finished = here(*words_of[:place], *words_of[place + 2 :])
     assert finished.code == 0, finished.errors

@@ -184,7 +184,7 @@ THOUGHT = {"messages": [*CALLED[:1], {"role": "assistant", "content": "Yes.", "r
         (HERMES.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}"), {}, "leaves out 'One moment.'"),
         (HERMES.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"), {}, 'leaves out \'{"sky": '),
         (HERMES, THOUGHT, "leaves out 'It may be.'"),
-        (HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), THOUGHT, "asks with '.*<think>', but"),
+        (HERMES.replace("assistant\n{% endif", "assistant\n<think>{% endif"), THOUGHT, "answers with '.*<think>', but"),
         ("{{ raise_exception('no roles') }}", {}, "refuses the messages .no roles."),
     ],
 )
@@ -243,7 +243,7 @@ def test_labels_are_encoded_for_a_head(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_label_missing_in_the_training_data_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     file = tmp_path / "held_out.jsonl"
     file.write_text('{"text": "a", "label": "weather"}')
-    with pytest.raises(DataError, match="line 1: the label 'weather' is none of the training data's: lights, music"):
+    with pytest.raises(DataError, match="line 1: the label 'weather' is not in the training data: lights, music"):
         Encoder(tokenizer, 16, labels=["lights", "music"]).encode_file(read_examples(file))
 
 

@@ -1,6 +1,6 @@
-"""Forms in which models write calls and reasoning: one table, and how a chat template shows which form a model has."""
+"""A table of the forms in which models write calls and reasoning, and the choice of a form by a chat template."""
 
-# ruff: noqa: RUF001 (marks have such characters)
+# ruff: noqa: RUF001 (some marks contain ambiguous characters)
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ class Form:
     closing: str  # empty: the end of the answer closes the call
     syntax: Syntax
     also: tuple[str, ...] = ()  # other opening marks
-    around: tuple[str, str] = ("", "")  # marks around all calls of an answer
+    around: tuple[str, str] = ("", "")  # the marks before and after all calls of an answer
     between: str = ""  # text between two calls
     noise: tuple[str, ...] = ()  # marks of a message that are not part of its text
     lead: str = ""  # the mark before the text of an answer
-    aside: tuple[str, str] = ("", "")  # marks around a text that comes before the answer or before a call
+    aside: tuple[str, str] = ("", "")  # the marks before and after a text that precedes the answer or a call
     is_answer: bool = False  # a call is the whole answer, and `opening` is the beginning of the call itself
     # Small models of this form leave out the marks: a call that is the whole answer is also read without them.
     also_bare: bool = False
-    one_call: bool = False  # a message has one call: the template refuses more, or leaves them out
-    ids: str = ""  # ids of calls in a history; "nine": nine letters and digits, "numbered": functions.NAME:NUMBER
+    one_call: bool = False  # a message has at most one call: the template refuses or omits further calls
+    # The form of call ids in a history; "nine": nine letters and digits, "numbered": functions.NAME:NUMBER, "": any.
+    ids: str = ""
 
     @property
     def openings(self) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """The marks around the reasoning of an answer. resumes: the mark that begins the rest of the answer."""
+    """The marks around the reasoning of an answer. resumes: the mark with which the answer continues afterwards."""
 
     opening: str
     closing: str
@@ -149,7 +150,7 @@ REASONING = (
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one model's calls and reasoning. calls None: its form of calls is unknown."""
+    """The forms of one model's calls and reasoning. calls: None if the form of the model's calls is unknown."""
 
     calls: Form | None = None
     reasoning: Reasoning | None = None
@@ -158,7 +159,7 @@ class Forms:
 
     @property
     def marks(self) -> str:
-        """All marks in one text, to look up which special tokens are part of a mark."""
+        """All marks in one text; a special token that occurs in this text is part of a mark."""
         calls, reasoning = self.calls, self.reasoning
         of_calls = (*calls.openings, calls.closing, *calls.around, *calls.noise) if calls is not None else ()
         of_reasoning = (reasoning.opening, reasoning.closing) if reasoning is not None else ()
@@ -183,14 +184,17 @@ _PROBE_ID = "abcdefghi"  # valid for Mistral's templates
 
 
 def probe(*, as_text: bool) -> list[dict[str, Any]]:
-    """Messages with a function call: a rendered chat template shows its form. as_text: arguments are JSON text."""
+    """Messages with a function call; when a chat template renders them, the form of the call is visible.
+
+    as_text: the arguments of the call are JSON text.
+    """
     arguments = json.dumps(PROBE[1]) if as_text else PROBE[1]
     call = {"id": _PROBE_ID, "type": "function", "function": {"name": PROBE[0], "arguments": arguments}}
     return [{"role": "user", "content": PROBE_TEXT}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 def forms_of(tokenizer: Any) -> Forms:
-    """How a model writes calls and reasoning, found from its chat template and its tokens."""
+    """The forms of a model's calls and reasoning, determined from its chat template and its tokens."""
     if not tokenizer.chat_template:
         return PLAIN
     template = tokenizer.get_chat_template(tools=[PROBE_TOOL])
@@ -228,7 +232,7 @@ def form_in(rendered: str, ends: Collection[str] = ()) -> Form | None:
 
 
 def form_of_marks(tokens: Collection[str], template: str) -> Form | None:
-    """The form whose marks are special tokens or are in the chat template, for a template that shows no calls."""
+    """The form whose marks are special tokens or occur in the chat template, for a template that renders no calls."""
     known = template + "\0".join(tokens)
     # Of two forms with the same opening mark, the later one in the table has more marks.
     for form in reversed(FORMS.values()):
@@ -243,7 +247,7 @@ def reasoning_of(tokens: Collection[str], template: str) -> Reasoning | None:
 
 
 def history_for_template(messages: Sequence[dict[str, Any]], forms: Forms) -> list[dict[str, Any]]:
-    """A history in the form that the chat template takes: ids of calls, arguments, names of tools, reasoning."""
+    """A history whose call ids, arguments, tool names and reasoning have the form that the chat template expects."""
     has_noise = forms.calls is not None and bool(forms.calls.noise)
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
@@ -251,7 +255,7 @@ def history_for_template(messages: Sequence[dict[str, Any]], forms: Forms) -> li
     for message in _apart(messages) if forms.calls is not None and forms.calls.one_call else messages:
         message = dict(message)
         if message.get("reasoning_content") and message.get("content") and message.get("tool_calls") and has_noise:
-            # gpt-oss's template takes either reasoning or content, and writes it to the same channel.
+            # The template of gpt-oss accepts either reasoning or content, and writes both to the same channel.
             message["content"] = f"{message.pop('reasoning_content')}\n\n{message['content']}"
         if message.get("tool_calls"):
             calls: list[dict[str, Any]] = []

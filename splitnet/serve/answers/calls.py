@@ -13,20 +13,22 @@ from keyword import iskeyword
 from typing import Any, Protocol
 
 ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""The white space of JSON. Where it is free, small models write white space until their context is full."""
+"""Options of llguidance that fix the white space of JSON. With free white space, small models write only white space
+until their context is full."""
 
 _ANY = r"(.|\n)*"
 
-MOST_RULES, MOST_SIZE = 1000, 2**20  # Rules of a grammar, and its characters
-MOST_REFERENCES, MOST_PROPERTIES = 256, 256  # References followed one after the other; items that minItems may require
-MOST_NAMES = 2**13  # Names in schemas that are merged
+MOST_RULES, MOST_SIZE = 1000, 2**20  # Maximum number of rules of a grammar, and of their characters
+# Maximum number of references that are followed (or of alternatives), and of items in minItems or maxItems
+MOST_REFERENCES, MOST_PROPERTIES = 256, 256
+MOST_NAMES = 2**13  # Maximum number of names in the schemas that are merged into one
 
 Schema = Mapping[str, Any]
 Read = list[tuple[str, dict[str, Any]]]  # names and arguments
 
 
 class NoCall(Exception):
-    """A text is not a call. goes_on: the closing mark after the text is inside of a string: the call may continue."""
+    """A text is not a call. goes_on: the text ends inside a string, so the call may continue after the closing mark."""
 
     def __init__(self, goes_on: bool = False) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class NoCall(Exception):
 
 
 class GrammarRules:
-    """Collects rules in llguidance's Lark. literal: writes a rule that matches a text."""
+    """Collects rules of a grammar in llguidance's Lark syntax. literal: returns an expression that matches a text."""
 
     def __init__(self, literal: Callable[[str], str]) -> None:
         self.literal = literal
@@ -51,12 +53,12 @@ class GrammarRules:
         return name
 
     def json(self, schema: Schema) -> str:
-        # Closed parts of an `allOf` would exclude each other's properties.
+        # If the parts of an `allOf` were closed, each part would forbid the properties of the other parts.
         kept = schema if '"allOf"' in json.dumps(schema) else close_objects(schema)
         return f"%json {json.dumps({**kept, 'x-guidance': ONE_LINE})}"
 
     def text_until(self, end: str) -> str:
-        """Matches any text up to and including the first `end`."""
+        """Returns the name of a rule that matches any text up to and including the first `end`."""
         literal = self.literal(end)
         return (
             self.add_rule(f"TEXT {literal}", "[lazy]")
@@ -65,7 +67,10 @@ class GrammarRules:
         )
 
     def some_of(self, items: Sequence[tuple[str, bool]], separator: str) -> str:
-        """Matches items in their order, with `separator` between; items that are not required may be missing."""
+        """Returns the name of a rule that matches `items` in their order, with `separator` between them.
+
+        items: an expression for each item, and whether the item is required; other items may be missing.
+        """
         first = after = self.add_rule('""')
         for item, required in reversed(items):
             tail, head = f"{separator} {item} {after}", f"{item} {after}"
@@ -93,10 +98,10 @@ _OPEN = {"patternProperties", "anyOf", "oneOf", "not", "if", "$ref", "unevaluate
 
 
 def close_objects(schema: Any) -> Any:
-    """A schema in which objects with `properties` allow no further ones, unless it says that they do.
+    """Returns the schema with `additionalProperties` false in objects with `properties` that do not set it themselves.
 
-    Answers that fit it also fit the given schema. With free properties small models find no end, and programs expect
-    the named properties only.
+    Answers that fit the returned schema also fit the given schema. If further properties are allowed, small models
+    write them without end, and programs expect only the named properties.
     """
     if isinstance(schema, list):
         return [*map(close_objects, schema)]
@@ -114,8 +119,8 @@ def close_objects(schema: Any) -> Any:
 
 
 def merge_references(schema: Schema, root: Schema) -> Schema:
-    """A schema with its top-level `$ref` and `allOf` merged into it; references are to `root`. A schema that would need
-    more than `MOST_NAMES` names keeps its reference."""
+    """A schema with its top-level `$ref` and `allOf` merged into it; references point into `root`. When the merged
+    schemas have more than `MOST_NAMES` names, the remaining `$ref` or `allOf` stays."""
     names = 0
     for _ in range(MOST_REFERENCES):
         if (names := names + len(schema)) > MOST_NAMES:
@@ -142,7 +147,7 @@ def _kind_of(value: Any) -> set[str]:
 
 
 def json_types_of(schema: Schema, root: Schema, seen: set[int] | None = None) -> set[str]:
-    """The JSON types that a schema allows; empty: any type. seen: ids of alternatives that are already included."""
+    """The JSON types that a schema allows; empty: any type. seen: Python ids of alternatives that are included."""
     schema = merge_references(schema, root)
     if choices := choices_of(schema):
         return set().union(*map(_kind_of, choices))
@@ -157,7 +162,7 @@ def json_types_of(schema: Schema, root: Schema, seen: set[int] | None = None) ->
 
 
 def properties_of(schema: Schema) -> list[tuple[str, Schema, bool]]:
-    """Names of an object's properties, their schemas, each with the definitions that it needs, and whether required."""
+    """The name of each property of an object, its schema with the needed definitions, and whether it is required."""
     required = {each for each in _all(schema, "required") if isinstance(each, str)}
     given = schema.get("properties")
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
@@ -177,11 +182,12 @@ def _check_references(schema: Schema) -> None:
         raise ValueError("with this model, references can only be to $defs")
 
 
-MOST_CHECKS, MOST_CHECKED = 1000, 2**18  # Parts of a schema that one `fits_schema` checks, and characters of the schema
+# Maximum number of parts of a schema that one call of `fits_schema` checks, and of characters of the schema
+MOST_CHECKS, MOST_CHECKED = 1000, 2**18
 
 
 def fits_schema(value: Any, schema: Schema, root: Schema | None = None, checks: Iterator[int] | None = None) -> bool:
-    """Whether a value has the types, the choices and the required names of a schema; references are to `root`.
+    """Whether a value has the types, the choices and the required names of a schema; references point into `root`.
 
     Raises ValueError or RecursionError if the check takes too long.
     """
@@ -212,7 +218,7 @@ def fits_schema(value: Any, schema: Schema, root: Schema | None = None, checks: 
 
 
 class Syntax(Protocol):
-    """The syntax of a call between its opening and closing marks. pattern: matches a mark inside of the call."""
+    """The syntax of a call between its opening and closing marks. pattern: a regex that matches a mark in the call."""
 
     @property
     def pattern(self) -> str: ...
@@ -253,7 +259,7 @@ _OF_CALLS = {"type", "id", "name", "arguments", "parameters"}
 
 @dataclass(frozen=True)
 class JsonCalls:
-    """Objects with a name and arguments: one, a list, or several in a row."""
+    """JSON objects with a name and arguments: one object, a list of objects, or several objects in a row."""
 
     before: str = "\n"
     after: str = "\n"
@@ -273,7 +279,7 @@ class JsonCalls:
                 raise NoCall
             arguments = next((each[key] for key in ("arguments", "parameters") if key in each), None)
             if self.has_arguments and (arguments is None or each.keys() - _OF_CALLS):
-                raise NoCall  # a tool's definition, which has parameters, too
+                raise NoCall  # the object may be the definition of a tool, which has a name and parameters, too
             arguments = {} if arguments is None else arguments
             calls.append((each["name"], _object(arguments)))
         if not calls:
@@ -290,7 +296,7 @@ class JsonCalls:
 
 @dataclass(frozen=True)
 class NamedJson:
-    """A name, a separator, and the arguments as JSON. also: a pattern of other spellings of the separator."""
+    """A name, a separator, and the arguments as JSON. also: a regex that matches all spellings of the separator."""
 
     separator: str
     after: str = ""
@@ -315,7 +321,7 @@ class NamedJson:
 
 
 def _loose(piece: str) -> str:
-    """A pattern of a piece with any white space around it."""
+    """A regex that matches a piece of text with any white space around it."""
     return r"\s*" + re.escape(piece.strip()) + r"\s*" if piece.strip() else r"\s*"
 
 
@@ -329,7 +335,7 @@ class Tagged:
     after_value: str
     before_name: str = ""
     last: str = ""
-    before_json: str = ""  # comes between key and value, in place of `after_key`, if the value is not a string
+    before_json: str = ""  # the text between key and value, in place of `after_key`, if the value is not a string
 
     def parse_calls(self, body: str, schemas: Mapping[str, Schema]) -> Read:
         head = re.match(rf"{_loose(self.before_name)}([^\s<>\"]+){_loose(self.after_name)}", body)
@@ -346,7 +352,7 @@ class Tagged:
         at = head.end()
         while found := one.match(body, at):
             value, at = found["value"], found.end()
-            # One line break on each side belongs to the tags, if the form has it.
+            # If the tags of this syntax include line breaks, one line break on each side is not part of the value.
             value = value.removeprefix("\n") if self.after_key.endswith("\n") else value
             value = value.removesuffix("\n") if self.after_value.startswith("\n") else value
             told = found["text"] is not None if texts != others else None
@@ -393,7 +399,7 @@ class Tagged:
 
 
 def _split_string_choices(schema: Schema, looks: Iterator[int] | None = None) -> tuple[list[Schema], list[Schema]]:
-    """The alternatives of a schema that are strings, which are written raw, and all other alternatives.
+    """The alternatives of a schema that are strings, which calls contain without quotes, and all other alternatives.
 
     looks: counts the alternatives. Raises ValueError if there are more than `MOST_REFERENCES`.
     """
@@ -417,7 +423,7 @@ def _split_string_choices(schema: Schema, looks: Iterator[int] | None = None) ->
 
 
 def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
-    """The value of an argument. is_string: whether its tag says that it is a string; None: the tag does not say."""
+    """The value of an argument. is_string: whether the argument's tag marks a string; None: the tag does not say."""
     kinds = json_types_of(schema, schema) if schema is not None else set[str]()
     if is_string or (is_string is None and kinds == {"string"}):
         return value
@@ -431,7 +437,7 @@ def _typed(value: str, schema: Schema | None, is_string: bool | None) -> Any:
 
 
 def _raw_text(rules: GrammarRules, schema: Schema, end: str) -> str:
-    """Matches a string that is written raw, followed by `end`."""
+    """Returns an expression that matches a string without quotes, followed by `end`."""
     if choices := choices_of(schema):
         texts = (each if isinstance(each, str) else _dumped(each) for each in choices)
         return f"({' | '.join(map(rules.literal, texts))}) {rules.literal(end)}"
@@ -517,12 +523,12 @@ class Python:
 QUOTE = '<|"|>'
 _WORD = r"[^{}\[\],:\"\s]++"
 _KEY = re.compile(rf"([{{,]\s*+)({_WORD}(?:\s++{_WORD})*+)\s*+:")
-"""A bare key of an object. Possessive, so that a hostile text is read in linear time."""
+"""A key of an object without quotes. The quantifiers are possessive, so that any text is read in linear time."""
 
 
 @dataclass(frozen=True)
 class Gemma:
-    """A name and an object with bare keys, whose strings are enclosed in special tokens."""
+    """A name and an object. The keys of the object have no quotes, and its strings are enclosed in special tokens."""
 
     pattern: str = field(default="", init=False)
 
@@ -533,7 +539,7 @@ class Gemma:
         parts = found[2].split(QUOTE)
         if len(parts) % 2 == 0:
             raise NoCall(goes_on=True)
-        # Odd parts are strings; even parts have the keys and other values.
+        # Parts with odd indices are strings; parts with even indices contain the keys and all other values.
         parts[1::2] = map(json.dumps, parts[1::2])
         parts[::2] = (_KEY.sub(r'\1"\2":', part) for part in parts[::2])
         for word, plain in (("None", "null"), ("True", "true"), ("False", "false")):

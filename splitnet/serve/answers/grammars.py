@@ -26,14 +26,14 @@ from splitnet.serve.failures import ApiError
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked grammar of an answer. param: the parameter of the request that gives it."""
+    """A checked grammar of an answer. param: the parameter of the request that defines the grammar."""
 
-    matcher: llguidance.LLMatcher  # before the first token
+    matcher: llguidance.LLMatcher  # in the state before the first token
     param: str | None
 
 
 class Function(Protocol):
-    """A function that the model may call. parameters: JSON schema of its arguments; strict: calls must fit it."""
+    """A function that the model may call. parameters: JSON schema of its arguments. strict: calls must fit them."""
 
     name: str
     description: str | None
@@ -43,13 +43,14 @@ class Function(Protocol):
 
 @dataclass(frozen=True)
 class AnswerConstraints:
-    """What an answer must match; by default it is free."""
+    """The constraints that an answer must match; by default an answer is unconstrained."""
 
-    functions: Sequence[Function] = ()  # that may be called; arguments must fit if strict or required
+    # Functions that may be called. Arguments must fit the schema of a function if it is strict or a call is required.
+    functions: Sequence[Function] = ()
     required: bool = False  # the answer is one call of a function, without text
     several: bool = True  # the answer may have more calls or text after a call
-    schema: Mapping[str, Any] | None = None  # an answer that is not a call is JSON that fits this
-    rule: str | None = None  # an answer that is not a call matches this grammar, in llguidance's Lark
+    schema: Mapping[str, Any] | None = None  # an answer that is not a call is JSON that fits this schema
+    rule: str | None = None  # an answer that is not a call matches this grammar, in llguidance's Lark syntax
     param: str = "response_format"  # the parameter of the request that gives `schema` or `rule`
 
     @property
@@ -94,8 +95,8 @@ class Grammars:
         return Grammar(llguidance.LLMatcher(tokens, text, log_level=0, limits=limits), param)
 
     def read_tokenizer(self) -> None:
-        """Reads the tokenizer, which stops all other threads for a second."""
-        with suppress(ApiError):  # requests that need it get the error
+        """Reads the tokenizer before the first request, because reading stops all other threads for about a second."""
+        with suppress(ApiError):  # the error is raised again for requests that need a grammar
             _ = self._tokens
 
     def close(self) -> None:
@@ -144,7 +145,7 @@ class Grammars:
         return "" if not ids or set(ids) <= set(self._end_tokens) else rules.literal(form.closing)
 
     def _literal(self, text: str) -> str:
-        """A rule that matches a text: llguidance matches special tokens by id, not as text."""
+        """An expression that matches a text; special tokens are written as ids, because llguidance requires that."""
         parts = re.split(f"({self._special})", text) if self._special else [text]
         literals = (
             json.dumps(part) if number % 2 == 0 else f"<[{self._tokenizer.convert_tokens_to_ids(part)}]>"
@@ -169,7 +170,7 @@ class Grammars:
 
 
 def _of_arguments(tool: Function, *, bound: bool) -> dict[str, Any]:
-    """The schema that the arguments of a call must fit. bound: they must fit the tool's schema, strict or not."""
+    """The schema that the arguments of a call must fit. bound: the tool's schema applies even if it is not strict."""
     given = tool.parameters if bound or tool.strict else None
     schema: dict[str, Any] = {"type": "object"} | (given or {})
     if schema["type"] != "object":
@@ -216,8 +217,9 @@ def _other_than(openings: Collection[str]) -> str:
     return f"/[{space}]*{rest(openings, space)}/"
 
 
-MASKS_S, MASK_S = 10.0, 0.02  # Processor time in s for the masks of an answer: in all, and more for each token
-_NO_TOKEN = "doesn't satisfy the grammar"  # In an error of llguidance; its other errors are exceeded bounds
+# Maximum processor time for the masks of an answer, in s: `MASKS_S` plus `MASK_S` for each token
+MASKS_S, MASK_S = 10.0, 0.02
+_NO_TOKEN = "doesn't satisfy the grammar"  # Text in an error of llguidance; its other errors report exceeded limits
 
 
 class AllowedTokens:
@@ -235,19 +237,19 @@ class AllowedTokens:
         Raises ApiError if the grammar takes too much time or memory with this answer.
         """
         began = time.thread_time()
-        # While drafts are verified, an answer may be shorter than, or differ from, that of the last call.
+        # While drafts are verified, an answer may be shorter than the answer of the last call, or differ from it.
         same = shared(answer, self._taken)
         self._matcher.rollback(len(self._taken) - same)
         del self._taken[same:]
         for token in answer[same:]:
-            if self._matcher.is_stopped():  # this answer has ended, but others of its batch have not
+            if self._matcher.is_stopped():  # this answer has ended, but other answers of the batch have not
                 break
             if self._matcher.consume_token(token):
                 self._taken.append(token)
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if error := self._matcher.get_error():
             if _NO_TOKEN in error:
-                raise RuntimeError("a token that was allowed is none of the grammar")
+                raise RuntimeError("a token that was allowed does not match the grammar")
             raise _unsupported_grammar(error, self._param)
         self._spent_s += time.thread_time() - began
         if self._spent_s > MASKS_S + MASK_S * len(answer):

@@ -32,20 +32,20 @@ class ParsedParts:
     calls: list[ToolCall] = field(default_factory=list)
 
 
-MOST_TRIES = 16  # Most closing marks of a call that are tried: a mark may be inside of a string
+MOST_TRIES = 16  # Maximum number of closing marks that are tried for one call: a mark may be inside a string
 
 _BARE = JsonCalls(has_arguments=True)
 _FENCE = "```"
 _LEADS = "", _FENCE, f"{_FENCE}json", "<|python_tag|>"  # Texts that may come before calls without marks
 _LEAD = re.compile(rf"\s*({_FENCE}\s*(?:json)?|<\|python_tag\|>)?\s*")
-_MOST_HEAD = 512  # First characters of a call without marks that are compared, white space included
-_MOST_BARE = 2**15  # Longest calls without marks, in characters: they are parsed again with each token
+_MOST_HEAD = 512  # Number of first characters of a call without marks that are compared, white space included
+_MOST_BARE = 2**15  # Maximum characters of calls without marks, because these are parsed again after each token
 _UNCERTAIN = 12
-"""Characters at the end of unfinished JSON that may be a part of a value, such as `false` or two of `\\u0000`."""
+"""Maximum characters of an unfinished value at the end of JSON, such as a part of `false`, or of two `\\u0000`."""
 
 
 def _heads(names: Iterable[str]) -> list[str]:
-    """Beginnings of calls without marks, white space removed."""
+    """The beginnings of calls without marks, with white space removed."""
     kinds = "", '"type":"function",'
     keys = [f'{kind}"name":"{name}"' for name in names for kind in kinds] + ['"arguments":{', '"parameters":{']
     return [f"{lead}{{{key}" for lead in _LEADS for key in keys]
@@ -75,11 +75,12 @@ def _may_be_bare(text: str, heads: Sequence[str]) -> bool:
 class AnswerParser:
     """Separates reasoning and calls from the text of an answer that comes in pieces.
 
-    A text between marks of a call that cannot be read as a call stays text. White space next to marks is dropped. Calls
-    without a closing mark are read when the answer has ended. Text that may become a call without marks is held back.
+    Text between the marks of a call stays text if it cannot be read as a call. White space next to marks is dropped.
+    Calls without a closing mark are read when the answer has ended. Text that may become a call without marks is held
+    back.
 
     schemas: JSON schemas of the arguments of functions, by name; None: there are no functions. begun: the mark at the
-    end of the prompt. bare: JSON without marks may be a call of a model that leaves them out.
+    end of the prompt. bare: JSON without marks may be a call, if models of this form leave out the marks.
     """
 
     def __init__(
@@ -96,11 +97,11 @@ class AnswerParser:
         self._thinks = False
         self._strips = False  # drop white space before the next text
         self._has_text = False
-        self._begins = True  # only white space came since the beginning, a call, or a mark of a message
+        self._begins = True  # only white space has come since the beginning, the last call, or a mark of a message
         self._called = self._behind_call = False
         self._lead: str | None = None  # the text up to the opening mark of the current call; None: outside of a call
         self._tries = 0
-        self._ignored = 0  # first characters of the current call, whose closing marks are inside of strings
+        self._ignored = 0  # number of first characters of the current call whose closing marks are inside strings
 
     def push_text(self, piece: str) -> ParsedParts:
         """Takes the next piece."""
@@ -108,7 +109,7 @@ class AnswerParser:
         return self._parse_held(ended=False)
 
     def flush(self) -> ParsedParts:
-        """The parts that were held back, at the end of the answer; the last call may lack its closing mark."""
+        """Returns the parts that were held back until the answer ended; the last call may lack its closing mark."""
         return self._parse_held(ended=True)
 
     def _parse_held(self, *, ended: bool) -> ParsedParts:
@@ -152,7 +153,7 @@ class AnswerParser:
 
     def _marks(self) -> list[str]:
         form, reasoning = self._form, self._reasoning
-        # Reasoning begins only here; elsewhere a text may mention the mark.
+        # Reasoning begins only where no text precedes it; elsewhere a text may mention the mark of reasoning.
         marks = [*self._noise, *([reasoning.opening] if reasoning is not None and self._begins else ())]
         return marks + list(form.openings if form is not None and not form.is_answer else ())
 
@@ -205,7 +206,7 @@ class AnswerParser:
         return self._behind_call
 
     def _certain(self, marks: Sequence[str]) -> int:
-        """How many held characters are certainly text."""
+        """How many of the held characters are certainly text."""
         if not marks:
             return len(self._held)
         held = self._held[: len(self._held) - held_back(self._held, [*marks, self._section[0]])].rstrip()

@@ -1,4 +1,4 @@
-"""Chooses the next token. A choice depends on the request alone, so that its seed reproduces the answer."""
+"""Chooses the next token. A choice depends on the request alone, so that the request's seed reproduces the answer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GREEDY_BELOW = 1e-3  # Below this temperature the likeliest token is always chos
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Values for parameters that a request leaves out; the defaults here are OpenAI's."""
+    """Values for parameters that a request leaves out; the defaults of these fields are those of OpenAI."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # how many of the likeliest tokens may be chosen; 0: all
-    min_p: float = 0.0  # least probability of a token, as a share of that of the likeliest token; 0: no bound
+    min_p: float = 0.0  # minimum probability of a token, as a share of the largest probability; 0: no bound
     repetition_penalty: float = 1.0  # divides the logits of tokens in prompt and answer; 1: no penalty
 
 
@@ -53,7 +53,7 @@ class Sampling(SamplingDefaults):
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token with its log probability (None: it is the first), and the likeliest tokens at its position."""
+    """A token, its log probability (None for the first token of a prompt), and the likeliest tokens at its position."""
 
     token: int
     logprob: float | None
@@ -61,13 +61,14 @@ class ScoredToken:
 
 
 class TokenChooser(LogitsProcessor):
-    """Chooses a token for each sequence of a batch and leaves no other to `generate(do_sample=False)`.
+    """Chooses a token for each sequence of a batch and excludes all other tokens, for `generate(do_sample=False)`.
 
-    The noise of a choice is a function of the seed, the prompt, the sequence and the position, not the state of a
-    generator: neither other requests nor the number of positions in a step can change it.
+    The noise of a choice is a function of the seed, the prompt, the sequence and the position, and does not depend on
+    the state of a generator. So neither other requests nor the number of positions in a step can change the noise.
 
-    top: how many of the likeliest tokens are scored besides the chosen one, in `scored`; None: no token is. begins: the
-    position at which the answers begin. allowed: the grammar of each answer, or empty. ends: tokens that end an answer.
+    top: how many of the likeliest tokens are scored besides the chosen one, in `scored`; None: no token is scored.
+    begins: the position at which the answers begin. allowed: the allowed tokens of each answer by its grammar; empty:
+    there is no grammar. ends: tokens that end an answer.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class TokenChooser(LogitsProcessor):
         for warper in self._warpers:
             scores = warper(input_ids, scores)
         probabilities = scores.softmax(dim=-1)
-        # An argmax of probability over exponential noise is a sample (exponential race).
+        # The argmax of probabilities divided by exponential noise is a sample of the distribution (exponential race).
         noise = np.stack([self._noise(row, position, scores.shape[1]) for row in range(len(scores))])
         return (probabilities / torch.from_numpy(noise).to(scores.device)).argmax(dim=-1)
 
@@ -143,7 +144,7 @@ class TokenChooser(LogitsProcessor):
 
 
 def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[ScoredToken]:
-    """Scores one token `[rows]` for each row of logits `[rows, vocabulary]`."""
+    """Scores one token for each row: `logits` is `[rows, vocabulary]`, `tokens` is `[rows]`."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     best, ids = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
@@ -164,7 +165,7 @@ _NO_SAMPLING = {
 
 
 def choose_defaults(config: GenerationConfig, *, of_checkpoint: bool) -> tuple[SamplingDefaults, list[str]]:
-    """The defaults, and sentences for the user on the fields of the checkpoint's config.
+    """Returns the defaults, and sentences that tell the user which fields of the checkpoint's config are used.
 
     of_checkpoint: use the defaults that the config recommends.
     """

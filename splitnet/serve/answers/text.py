@@ -1,4 +1,4 @@
-"""Makes text from tokens that come one by one, and ends it at stop strings."""
+"""Makes text from tokens that come one by one, and ends the text at stop strings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from splitnet.drafts.drafter import shared
 
 INCOMPLETE = "\ufffd"  # Tokenizers write this for a character with missing bytes
-_MOST_CONTEXT = 32  # Most last tokens of a prompt that are decoded together with the answer
+_MOST_CONTEXT = 32  # Maximum number of last tokens of a prompt that are decoded together with the answer
 
 
 class Detokenizer:
-    """Gives the text of each new token, once its last character is complete.
+    """Gives the text of each new token, once the last character of the text is complete.
 
     prompt: tokens whose text the answer continues; empty: the answer is a separate text. Some tokenizers, such as
     Llama 2's, drop the space at the beginning of a text.
@@ -34,7 +34,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The remaining text at the end of an answer, complete or not."""
+        """Returns the remaining text at the end of an answer, even if its last character is incomplete."""
         text = self._new_text()
         self._told = len(self._tokens)
         return text
@@ -46,7 +46,7 @@ class Detokenizer:
 
 
 def _last_text(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:
-    """The fewest last tokens of a prompt with a text that begins with a whole character, or else `_MOST_CONTEXT`."""
+    """The shortest end of a prompt whose text begins with a whole character; at most `_MOST_CONTEXT` tokens."""
     for count in range(1, min(len(prompt), _MOST_CONTEXT) + 1):
         tokens = list(prompt[-count:])
         text = decode(tokens)
@@ -62,14 +62,15 @@ def held_back(text: str, strings: Sequence[str]) -> int:
     return next((one for one in lengths if any(string.startswith(text[-one:]) for string in strings)), 0)
 
 
-_ENDED, _OPEN = "\ud800", "\ud801"  # Replace characters of a part without stop strings; requests cannot contain them
+# These replace the characters of parts in which stop strings do not count; requests cannot contain these characters
+_ENDED, _OPEN = "\ud800", "\ud801"
 
 
 class StopStrings:
     """Ends a text before its first stop string; text that may begin a stop string is held back.
 
-    apart: marks that begin a part in which stop strings do not count, and the mark that ends it (empty: the end of the
-    text). Such a part is held back until it has ended.
+    apart: the marks that begin a part in which stop strings do not count, and the mark that ends such a part (empty:
+    the part ends with the text). Such a part is held back until the part has ended.
     """
 
     def __init__(self, strings: Sequence[str], apart: tuple[Sequence[str], str] = ((), "")) -> None:
@@ -83,7 +84,7 @@ class StopStrings:
     def push_text(self, piece: str) -> tuple[str, bool]:
         """Takes the next piece; returns the text that is certain, and whether the text has ended."""
         text = self._held + piece
-        # The stop string that is complete first wins, so that the result does not depend on how the text was cut.
+        # The stop string that is complete first counts, so that the result does not depend on how the text was cut.
         seen = self._apart.sub(lambda part: (_ENDED if part["end"] else _OPEN) * len(part[0]), text)
         found = [(at + len(string), at, string) for string in self._strings if (at := seen.find(string)) >= 0]
         if found:
@@ -95,6 +96,6 @@ class StopStrings:
         return text[:certain], False
 
     def flush(self) -> str:
-        """The text that was held back, at the end of the answer."""
+        """Returns the text that was held back until the end of the answer."""
         held, self._held = self._held, ""
         return held

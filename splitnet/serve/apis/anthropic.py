@@ -25,13 +25,16 @@ from splitnet.serve.generation import Ended
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import EVENTS, ServedModel, framed
 
-VERSION = "anthropic-version"  # A header that all clients of this API send, and clients of other APIs do not
-SIGNATURE = "splitnet"  # Signature of thinking blocks: some clients send back only signed ones; it is not checked
-# Begins a system text that is not for models and changes each time
+VERSION = "anthropic-version"  # All clients of this API send this header; clients of other APIs do not send it
+# Signature of thinking blocks, because some clients send back only signed blocks; the server does not check signatures
+SIGNATURE = "splitnet"
+# Some clients begin with a system text with this prefix. The text is not meant for models, and changes in each request,
+# so that the prefix of the prompt would change, too.
 IGNORED_SYSTEM_PREFIX = "x-anthropic-billing-header"
 
 Each = TypeVar("Each")
-CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]  # No effect: all prompts are cached
+# Accepted without effect, because all prompts are cached
+CacheControl = dict[Literal["type", "ttl"], Literal["ephemeral", "5m", "1h"]]
 
 
 def _blocks(content: Any) -> Any:
@@ -93,8 +96,8 @@ def _for_template(
 ) -> list[dict[str, Any]]:
     """Messages in the form that chat templates expect; consecutive texts of a user become one message.
 
-    An instruction after the beginning becomes a text of the user: many templates refuse later system messages, or omit
-    them.
+    An instruction that is not at the beginning becomes a text of the user, because many templates refuse or omit later
+    system messages.
     """
     said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for message in messages:
@@ -143,7 +146,7 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Options of thinking; `budget_tokens` has no effect, because `max_tokens` bounds thinking and answer."""
+    """Options of thinking; `budget_tokens` has no effect, because `max_tokens` bounds thinking and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: TokenCount | None = None
@@ -161,14 +164,14 @@ class OutputConfig(Strict):
 
 
 class ContextEdit(Strict):
-    """No effect: the chat template decides which earlier thinking the model reads."""
+    """Accepted without effect: the chat template determines which earlier thinking the model reads."""
 
     type: Literal["clear_thinking_20251015"]
     keep: Any = None
 
 
 class MessagesRequest(Strict):
-    """The body of `/v1/messages`, and of `/v1/messages/count_tokens`, where `max_tokens` is not needed."""
+    """The body of `/v1/messages`, and of `/v1/messages/count_tokens`, which does not need `max_tokens`."""
 
     model: str
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
@@ -193,12 +196,12 @@ class MessagesRequest(Strict):
 
     @property
     def chat(self) -> Chat:
-        """The chat without the template's variables for thinking. Raises ApiError if parameters contradict others."""
+        """The chat without the template's variables for thinking. Raises ApiError if parameters are contradictory."""
         if isinstance(self.messages[-1], AnthropicAssistantMessage):
-            raise ApiError(400, "the last message is the assistant's: end with a message of the user", param="messages")
+            raise ApiError(400, "the last message is from the assistant: end with a user message", param="messages")
         choice, tools = self.tool_choice or ToolChoice(type="auto"), self.tools or []
         if choice.name is not None and choice.type != "tool":
-            raise ApiError(400, "tool_choice.name is for the type tool: leave it out", param="tool_choice")
+            raise ApiError(400, "tool_choice.name needs the type tool: leave out the name", param="tool_choice")
         to_call = [tool for tool in tools if choice.type == "any" or tool.name == choice.name]
         if choice.type in ("any", "tool") and not to_call:
             raise ApiError(400, "tool_choice asks for a tool that is not in tools: add it there", param="tool_choice")
@@ -241,7 +244,7 @@ _ERROR_TYPES |= {408: "timeout_error", 413: "request_too_large", 503: "overloade
 def error_body(failure: ApiError) -> dict[str, Any]:
     kind = _ERROR_TYPES.get(failure.status, "invalid_request_error" if failure.status < 500 else "api_error")
     error: dict[str, Any] = {"type": kind, "message": str(failure)}
-    if failure.param == "thread":  # makes clients send whole conversations
+    if failure.param == "thread":  # this code makes clients send whole conversations
         error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return {"type": "error", "error": error}
 
@@ -338,7 +341,7 @@ class AnthropicWriter:
         return _framed(error_body(failure))
 
     def _take_event(self, event: Delta | Ended) -> Iterator[dict[str, Any]]:
-        """Takes an event; yields Anthropic's stream events for its new parts."""
+        """Takes an event; yields Anthropic's stream events for the new parts in the event."""
         if isinstance(event, Ended):
             self._ended = event
             return
@@ -389,7 +392,7 @@ class AnthropicWriter:
         return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
-        """Token counts; `input_tokens` leaves out the cached tokens of the prompt."""
+        """Token counts; `input_tokens` does not include the cached tokens of the prompt."""
         ended = self._ended
         return {
             "input_tokens": ended.prompt_tokens - ended.cached_tokens,

@@ -41,7 +41,7 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: TokenCount | None = None
     prompt_name: str | None = None
-    truncate_prompt_tokens: Literal[-1] | TokenCount | None = None  # -1: as many as the model reads
+    truncate_prompt_tokens: Literal[-1] | TokenCount | None = None  # -1: as many tokens as the model can read
     user: str | None = None
 
 
@@ -130,6 +130,6 @@ def _base64(row: torch.Tensor) -> str:
 
 
 def written(told: dict[str, Any], name: str, entries: Iterable[Any]) -> bytes:
-    """The JSON of the object `told` with a long list as `name`; entries are written one by one, so that other threads
-    can run in between."""
+    """The JSON of the object `told`, extended by a long list with the key `name`. Entries are written one by one, so
+    that other threads can run in between."""
     return to_json(told)[:-1] + f',"{name}":['.encode() + b",".join(map(to_json, entries)) + b"]}"

@@ -42,9 +42,9 @@ from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import ServedModel
 
-VERSION = "0.12.6"  # The version of Ollama whose API this is: programs require a minimum
+VERSION = "0.12.6"  # The version of Ollama that this API corresponds to: programs require a minimum version
 LINES = "application/x-ndjson"
-LATEST = ":latest"  # The end of a model's name that clients may add or leave out
+LATEST = ":latest"  # The suffix of a model's name that clients may add or leave out
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 _NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
@@ -54,7 +54,8 @@ _UNUSED |= {"num_thread", "numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"}
 
 
 def _used(options: Any) -> Any:
-    """Removes options without effect on answers: where a model runs, details of unsupported options, neutral values."""
+    """Removes options without effect on answers: settings of Ollama's engine, details of unsupported options, and
+    neutral values."""
     given = options.items() if isinstance(options, dict) else ()
     neutral = {name: (None, value) for name, value in _NEUTRAL.items()}
     used = {name: value for name, value in given if name not in _UNUSED and value not in neutral.get(name, ())}
@@ -132,7 +133,8 @@ class OllamaMessage(Strict):
 
 
 def _for_template(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates expect. Calls and results without an id, as of many clients, get one."""
+    """Messages in the form that chat templates expect. Calls and results without an id, which many clients send, get an
+    id."""
     said: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []  # the names and ids of calls without a result
     for message in messages:
@@ -179,7 +181,7 @@ class GenerateRequest(Generating):
     @model_validator(mode="after")
     def _raw_is_all(self) -> GenerateRequest:
         if bool(self.raw) + bool(self.suffix) + bool(self.system or self.think is not None) > 1:
-            raise ValueError("raw, suffix and (system or think) exclude each other: give only one of the three")
+            raise ValueError("raw, suffix, and system or think exclude each other: give only one of the three")
         return self
 
     @property
@@ -245,9 +247,9 @@ def router(gateway: Gateway) -> APIRouter:
         times.append(time.perf_counter_ns())
         _check_context(served, body.options)
         answer = OllamaWriter(body.model, isinstance(body, OllamaChatRequest), times)
-        if not chat.messages:  # clients load a model in this way
+        if not chat.messages:  # clients load a model with such a request
             if body.keep_alive in (0, "0", "0s"):
-                raise ApiError(400, "keep_alive: the server itself closes models: leave it out", param="keep_alive")
+                raise ApiError(400, "only the server closes models: leave out keep_alive", param="keep_alive")
             return answer.part(done=True, done_reason="load")
         on, effort = (True, body.think) if isinstance(body.think, str) else (body.think, None)
         chat = await with_thinking(served, request, chat, "think", on, effort)
@@ -266,7 +268,7 @@ def router(gateway: Gateway) -> APIRouter:
         return await answered(body, request)
 
     def entry(name: str, family: str = "") -> dict[str, Any]:
-        """An entry of a list of models; the size is unknown, and the digest is made of the name."""
+        """An entry of a list of models; the size is unknown, and the digest is derived from the name."""
         named = name if ":" in name else name + LATEST
         digest, modified = hashlib.sha256(name.encode()).hexdigest(), datetime.fromtimestamp(gateway.created, UTC)
         details = {"format": "", "family": family, "families": [family], "parameter_size": "", "quantization_level": ""}
@@ -281,7 +283,7 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/api/ps")
     def running() -> dict[str, Any]:
         """Lists the loaded models."""
-        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}  # models are closed by use, not by time
+        more = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}  # models do not expire after a time
         return {"models": [entry(served.name, _family(served)) | more for served in gateway.loaded]}
 
     @paths.post("/api/show")
@@ -299,7 +301,7 @@ def router(gateway: Gateway) -> APIRouter:
 
     @paths.get("/api/version")
     def version() -> dict[str, str]:
-        """Gives the version of Ollama whose API this is."""
+        """Gives the version of Ollama that this API corresponds to."""
         return {"version": VERSION}
 
     @paths.head("/", include_in_schema=False)
@@ -307,7 +309,7 @@ def router(gateway: Gateway) -> APIRouter:
         """Lets clients check that the server runs."""
 
     def refuse() -> None:
-        raise ApiError(403, "models are chosen where this server is started, with `splitnet serve`")
+        raise ApiError(403, "clients cannot change the models: give other models to `splitnet serve`")
 
     @paths.post("/api/embed", response_model=None)
     async def embedded(body: EmbedRequest, request: Request) -> Response:
@@ -365,7 +367,7 @@ class OllamaWriter:
 
     model: str
     is_chat: bool
-    times: list[int]  # ns of the request's arrival and of the end of the model's loading, then of the first event
+    times: list[int]  # in ns: arrival of the request, end of the model's loading, and later the first event
 
     media_type = LINES
 
@@ -413,7 +415,7 @@ class OllamaWriter:
         return event
 
     def _last(self) -> dict[str, Any]:
-        """The fields of the last part; the prompt's time includes the wait for a place."""
+        """The fields of the last part; the time of the prompt includes the wait for a place."""
         came, loaded, began, ended = *self.times, time.perf_counter_ns()
         return {
             "done": True,

@@ -54,7 +54,7 @@ def error_body(failure: ApiError) -> dict[str, Any]:
 
 
 def key_of(headers: Mapping[str, str]) -> str:
-    """The API key of a request, in OpenAI's header or in that of Anthropic's clients; empty: none."""
+    """The API key in a request's headers, as clients of OpenAI or Anthropic send it; empty: there is no key."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return headers.get("x-api-key") or (key.strip() if kind.lower() == "bearer" else "")
 
@@ -114,7 +114,7 @@ async def answer_completions(
     """Continues texts, or fills a gap.
 
     gap: the text after the gap, and the names and texts of other files; None: the answer continues the text.
-    max_tokens: most tokens of an answer; None: as many as there is room for. Raises ApiError.
+    max_tokens: maximum tokens of an answer; None: as many as the context has room for. Raises ApiError.
     """
     served = await gateway.find_model(body.model)
     prompts, texts = served.prompts, body.prompts
@@ -177,7 +177,7 @@ API = Api(("/v1",), router, error_body, key_of, "Authorization: Bearer KEY", "Be
 
 @dataclass(frozen=True)
 class ObjectNames:
-    """Names in the answers of a kind: the beginning of ids, and the `object` of a whole answer and of a chunk."""
+    """Names in one kind of answers: the prefix of ids, and the `object` of a whole answer and of a chunk."""
 
     id_prefix: str
     whole: str
@@ -188,7 +188,7 @@ CHAT = ObjectNames("chatcmpl", "chat.completion", "chat.completion.chunk")
 COMPLETION = ObjectNames("cmpl", "text_completion", "text_completion")
 
 
-Event = Delta | Ended | Numbered  # the first two are of chats, the last one is of completions
+Event = Delta | Ended | Numbered  # chats have events `Delta` and `Ended`, completions have events `Numbered`
 
 
 @dataclass(eq=False)
@@ -240,7 +240,7 @@ class OpenAIWriter:
         return framed(error_body(failure))
 
     def _take_event(self, event: Event) -> list[dict[str, Any]]:
-        """Takes an event; returns the choices of stream chunks with its new parts."""
+        """Takes an event; returns the choices of stream chunks with the new parts in the event."""
         number, said = event if isinstance(event, tuple) else (0, event)
         each = len(self.choices) // self.prompts
         choices: Sequence[Any] = self.choices[number * each : (number + 1) * each]
@@ -304,9 +304,9 @@ class InfillWriter(OpenAIWriter):
 
 
 class _ChoiceWriter:
-    """One growing choice. text_of: gives the text of a token, including special tokens.
+    """One growing choice. text_of: returns the text of a token, including special tokens.
 
-    `take_delta` takes a new part and returns its choices of stream chunks; `whole` returns the whole choice.
+    `take_delta` takes a new part and returns choices of stream chunks with it; `whole_choice` returns the whole choice.
     """
 
     def __init__(self, index: int, with_logprobs: bool, text_of: Callable[[int], str], body: SamplingRequest) -> None:
@@ -329,7 +329,7 @@ class _ChoiceWriter:
         return told | ({"token_ids": list(tokens)} if self.body.return_token_ids else {})
 
     def of_prompt(self) -> dict[str, Any]:
-        """The scores of the prompt's tokens in vLLM's form; empty: the request does not ask for them."""
+        """The scores of the prompt's tokens in vLLM's form; empty: the request does not ask for these scores."""
         if self.body.prompt_logprobs is None:
             return {}
         scores: list[Any] = []
@@ -369,7 +369,7 @@ class _ChatChoiceWriter(_ChoiceWriter):
         if delta or new.scored or (new.tokens and self.body.return_token_ids):
             told.append(self._with("delta", delta, self._logprobs(new.scored), new.tokens))
         self._finish = new.finish
-        if new.finish:  # in a separate chunk, as from OpenAI: some clients read only the reason of the last chunk
+        if new.finish:  # in a separate chunk, as OpenAI does: some clients read only the reason of the last chunk
             told.append(self._with("delta", {}, self._logprobs(())))
         return told
 
@@ -391,12 +391,12 @@ class _ChatChoiceWriter(_ChoiceWriter):
 
     def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text_of(token)
-        # A replacement character means an incomplete character, whose bytes are unknown here.
+        # A replacement character stands for an incomplete character, whose bytes are unknown here.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _reasoned(text: str) -> dict[str, Any]:
-    """Reasoning under both names that clients read."""
+    """Reasoning under the two names that different clients read."""
     return {"reasoning_content": text, "reasoning": text} if text else {}
 
 
@@ -405,8 +405,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 class _CompletionChoiceWriter(_ChoiceWriter):
-    """A choice that continues a text. prompt: the text to echo before the answer, or empty. begins: where the prompt's
-    scored tokens begin in the echoed text, in characters."""
+    """A choice that continues a text. prompt: the text to echo before the answer, or empty. begins: the index in the
+    echoed text at which each scored token of the prompt begins, in characters."""
 
     def __init__(
         self,
@@ -441,7 +441,7 @@ class _CompletionChoiceWriter(_ChoiceWriter):
         return self._with("text", self._text, self._logprobs(0), self._tokens) | self.of_prompt()
 
     def _logprobs(self, first: int) -> dict[str, Any]:
-        """The scores from index `first` on."""
+        """The scores, beginning with index `first`."""
         scored = self._scored[first:]
         return {
             "tokens": [self._text_of(each.token) for each in scored],
@@ -454,7 +454,7 @@ class _CompletionChoiceWriter(_ChoiceWriter):
         if scored.logprob is None:
             return None
         top: dict[str, float] = {}
-        # Tokens with the same text share an entry, that of the likeliest. The chosen token is always included.
+        # Of tokens with the same text, only the likeliest token gets an entry. The chosen token is always included.
         for token, logprob in (*scored.top[: self._likeliest], (scored.token, scored.logprob)):
             top.setdefault(self._text_of(token), logprob)
         return top

@@ -78,7 +78,7 @@ class SchemaFormat(Strict):
 ResponseFormat = Annotated[PlainFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
-RULES = 256  # Most rules of a grammar
+RULES = 256  # Maximum number of rules of a grammar
 
 
 def most(*counts: int | None) -> int | None:
@@ -98,14 +98,14 @@ def _schema(given: Any, param: str) -> dict[str, Any]:
 
 
 class StructuredOutputs(Strict):
-    """A constraint on the answer in vLLM's form: one of json, regex, choice, grammar and json_object."""
+    """A constraint on the answer in vLLM's form: only one of json, regex, choice, grammar and json_object is given."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: Rule | None = None
     choice: Choices | None = None
     grammar: Rule | None = None
     json_object: Literal[True] | None = None
-    # Accepted without effect: options of the implementation.
+    # Options of vLLM's implementation, which are accepted without effect.
     disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
     disable_additional_properties: Literal[False] | None = None
@@ -118,7 +118,7 @@ class StructuredOutputs(Strict):
 
 
 def _lark(kind: str, given: Any) -> str:
-    """A grammar in Lark for a constraint of `StructuredOutputs`, by its name there. Raises ApiError if it is wrong."""
+    """A grammar in Lark for the constraint `kind` of `StructuredOutputs`. Raises ApiError if `given` is invalid."""
     if kind == "regex":
         escaped = re.sub(r"\\.|/", lambda match: "\\/" if match[0] == "/" else match[0], given, flags=re.DOTALL)
         return f"start: /{escaped}/"
@@ -154,7 +154,7 @@ class SamplingRequest(Strict):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     stop_token_ids: Annotated[list[KnownToken], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
-    truncate_prompt_tokens: TokenCount | Literal[-1] | None = None  # -1: as many as leave room for the answer
+    truncate_prompt_tokens: TokenCount | Literal[-1] | None = None  # -1: as many tokens as leave room for the answer
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: Rule | None = None
@@ -183,7 +183,7 @@ class SamplingRequest(Strict):
 
     @property
     def constraints(self) -> dict[str, dict[str, Any]]:
-        """Constraints on the answer, by parameter: a `schema` or a `rule`, see `AnswerConstraints`. Raises ApiError."""
+        """A `schema` or a `rule` for the answer, by parameter, see `AnswerConstraints`. Raises ApiError if invalid."""
         guided = ("json", "regex", "choice", "grammar")
         given: dict[str, tuple[str, Any]] = {
             f"guided_{kind}": (kind, getattr(self, f"guided_{kind}")) for kind in guided
@@ -201,7 +201,7 @@ class SamplingRequest(Strict):
 
     @property
     def bounds(self) -> dict[str, Any]:
-        """The only constraint, with its `param`; empty: there is none. Raises ApiError if there are several."""
+        """The single constraint with its `param`; empty: no constraint is given. Raises ApiError if several are."""
         found = self.constraints
         if len(found) > 1:
             raise ApiError(400, f"an answer can have only one of {' and '.join(found)}: leave out the others")
@@ -230,7 +230,7 @@ class SamplingRequest(Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for streams: leave it out, or set stream to true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs is for whole answers only: leave it out, or stream")
+            raise ValueError("prompt_logprobs is for whole answers only: leave out prompt_logprobs or stream")
         return self
 
 
@@ -368,7 +368,7 @@ class ChatRequest(SamplingRequest):
                     "add_generation_prompt begins an answer, continue_final_message continues one: leave one out"
                 )
             if self.messages[-1].role != "assistant":
-                raise ValueError("continue_final_message continues a message of the assistant: end messages with one")
+                raise ValueError("continue_final_message continues a message of the assistant: send it as the last one")
         elif self.echo:
             raise ValueError("echo repeats the message that an answer continues: set continue_final_message, too")
         if self.tools_to_call and self.constraints:
@@ -377,7 +377,7 @@ class ChatRequest(SamplingRequest):
 
     @property
     def chat(self) -> Chat:
-        """The chat of the request. Raises ApiError: arguments of a call are not JSON, or there are many constraints."""
+        """The chat of the request. Raises ApiError if call arguments are not JSON, or there are several constraints."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         bounds, top = self.bounds, (self.top_logprobs or 0) if self.logprobs else None
         return Chat(
@@ -449,7 +449,7 @@ class CompletionRequest(SamplingRequest):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list, also where the request gives only one."""
+        """The prompts as a list, even if the request gives only one prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -460,7 +460,7 @@ class CompletionRequest(SamplingRequest):
 class OtherFile(Strict):
     text: str
     filename: str = "tmp"
-    time: Any = None  # sent by editors, without effect
+    time: Any = None  # editors send this field; it has no effect
 
 
 class InfillRequest(CompletionRequest):

@@ -30,11 +30,11 @@ from splitnet.serve.generation import Ended
 from splitnet.serve.request_gate import ParsingRoute
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 
-KEPT_BYTES = 64 * 2**20  # Most bytes of stored responses, half of them for one client
+KEPT_BYTES = 64 * 2**20  # Maximum number of bytes of stored responses; one client can use half of these
 
 
 class SentObject(Strict):
-    """An object whose null fields count as missing: clients send back objects of their own types, with nulls."""
+    """An object whose null fields count as missing, because clients send back objects of their types with nulls."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +124,7 @@ class TextConfig(SentObject):
 
 
 Note = Annotated[str, Field(max_length=512)]
-Summary = Literal["auto", "concise", "detailed"]  # No effect: reasoning is sent unchanged
+Summary = Literal["auto", "concise", "detailed"]  # Accepted without effect, because reasoning is sent unchanged
 
 
 class ResponsesReasoning(SentObject):
@@ -223,7 +223,8 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 class KeptResponses:
-    """Stored responses as JSON, each for its own client. Drops the oldest one of the client with the most bytes."""
+    """Stored responses as JSON; each is only for the client that asked for it. If space runs out, the oldest response
+    of the client with the most bytes is dropped."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, bytes]] = {}  # by id: owner, JSON of response and messages
@@ -243,7 +244,9 @@ class KeptResponses:
         """A response and its messages. Raises ApiError if the client has no response with this id."""
         holder, text = self._kept.get(id, ("", b""))
         if holder != owner or not text:
-            gone = f"there is no response {id!r}: it was not stored, or newer ones replaced it; send all items again"
+            gone = (
+                f"there is no response {id!r}: it was not stored, or was dropped for newer ones; send all items again"
+            )
             raise ApiError(404, gone, param=param, code="response_not_found")
         response, messages = from_json(text)
         return response, messages
@@ -267,7 +270,8 @@ def router(gateway: Gateway) -> APIRouter:
             _, before = kept.find_response(owner, body.previous_response_id, "previous_response_id")
         messages = [*before, *await served.prepare(request, lambda: for_template(body.input))]
         said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
-        while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":  # many templates take only one
+        # Many templates accept only one system message.
+        while len(said) > 1 and said[0]["role"] == said[1]["role"] == "system":
             said[:2] = [{"role": "system", "content": f"{said[0]['content']}\n\n{said[1]['content']}"}]
         chat, effort = body.chat(said), body.reasoning.effort if body.reasoning else None
         on, effort = effort and effort != "none", {"minimal": "low", "xhigh": "high"}.get(effort or "", effort)
@@ -325,7 +329,7 @@ Told = Iterator[dict[str, Any]]
 class ResponsesWriter:
     """Writes the events of a request in OpenAI's form, see `splitnet.serve.responses.AnswerWriter`.
 
-    keep: called with the response once it has ended.
+    keep: called with the complete response when the answer has ended.
     """
 
     model: str
@@ -368,7 +372,10 @@ class ResponsesWriter:
         return f"event: {event['type']}\n{framed(event)}"
 
     def _take_event(self, event: Delta | Ended) -> Told:
-        """Takes an event; yields stream events for its new parts. Each must be written before the next is taken."""
+        """Takes an event; yields stream events for the new parts in the event.
+
+        Each stream event must be written before the next one is requested.
+        """
         if isinstance(event, Ended):
             self._usage = {
                 "input_tokens": event.prompt_tokens,

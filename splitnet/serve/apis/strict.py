@@ -1,4 +1,4 @@
-"""Base of the requests of all protocols: unlisted parameters are refused, and every value is bounded."""
+"""Base class for the requests of all protocols: unlisted parameters are refused, and every value is bounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StopStrings = Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRING
 
 
 def few(given: Any) -> Any:
-    """Refuses an object with very many names before pydantic collects an error for each."""
+    """Refuses an object with very many names, before pydantic collects an error for each of these names."""
     if isinstance(given, dict) and len(given) > NAMES:
         raise ValueError(f"an object has {len(given)} names: give {NAMES} at most")
     return given

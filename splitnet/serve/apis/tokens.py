@@ -1,4 +1,4 @@
-"""Further paths of llama.cpp's server and vLLM: tokens of texts, texts of tokens, gaps, and facts about the model."""
+"""Further paths of llama.cpp's server and vLLM: tokens of texts, texts of tokens, infill, and facts about the model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tokenize(Strict):
         if sum(each is not None for each in (self.prompt, self.content, self.messages)) != 1:
             raise ValueError("give one of prompt, content and messages")
         if self.messages is not None and (self.add_special_tokens or self.add_special):
-            raise ValueError("add_special_tokens is for texts: a chat has those of its template")
+            raise ValueError("add_special_tokens is for texts: leave it out, as a chat template adds special tokens")
         return self
 
 

@@ -41,7 +41,7 @@ def bench(
         in_tests(min=1, max=256, help="Concurrent answers; repeat for several.", show_default="1"),
     ] = None,
     rounds: Annotated[int, in_manner(min=1, help="Rounds of all measurements.")] = 3,
-    warm_up: Annotated[int, in_manner(min=0, help="Earlier rounds, which do not count.")] = 1,
+    warm_up: Annotated[int, in_manner(min=0, help="Rounds before these, which do not count.")] = 1,
     threads: Annotated[
         int | None,
         in_manner(min=1, help="CPU threads of this process, for --local and the client part of the model."),
@@ -52,8 +52,8 @@ def bench(
 ) -> None:
     """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
 
-    Prompts are random tokens. Answers have exactly the requested number of tokens, even if the model would end. Such
-    answers show little about drafts, so --speculate is off by default.
+    Prompts are random tokens. Answers have exactly the requested number of tokens, even if the model would end earlier.
+    Such answers show little about drafts, so --speculate is off by default.
     """
     if not (connecting.initial_peers or connecting.lan or local or connecting.invite):
         raise SplitnetError(

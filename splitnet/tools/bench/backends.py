@@ -1,4 +1,4 @@
-"""The two compared ways to run a model, a swarm and plain transformers, and one call of `splitnet bench`."""
+"""The two ways to run a model that `splitnet bench` compares, a swarm and plain transformers, and the benchmark."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from splitnet.version import __version__
 
 
 class Clock(BaseStreamer):
-    """Records the time of each new token, by `time.perf_counter`. after: called with the number of tokens."""
+    """Records the time of each new token, by `time.perf_counter`. after: called with the number of new tokens."""
 
     def __init__(self, after: Callable[[int], None] | None = None) -> None:
         self.times: list[float] = []
@@ -86,7 +86,7 @@ class StartGate(threading.Barrier):
 
 
 def run_together(clients: Sequence[Callable[[], Result]], gate: StartGate) -> list[Result]:
-    """The results of clients that run at the same time, each in a separate thread; a single one runs in this thread.
+    """The results of clients that run concurrently, each in its own thread. A single client runs in this thread.
 
     Raises the error of the first client that failed, after the others have ended.
     """
@@ -108,7 +108,7 @@ def run_together(clients: Sequence[Callable[[], Result]], gate: StartGate) -> li
 
 
 class SwarmArm:
-    """Clients of a swarm, each with a separate session and thread; all use one model with remote blocks."""
+    """Clients of a swarm, each with its own session and thread; all clients use one model with remote blocks."""
 
     def __init__(self, model: RemoteCausalLM, seed: int, speculate: Any = None) -> None:
         self._model = model
@@ -159,7 +159,7 @@ def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: 
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=new_tokens,
-        # `min_new_tokens` would suppress end tokens at the price of a pass over the vocabulary for every token.
+        # `min_new_tokens` would also suppress end tokens, but takes a pass over the vocabulary for every token.
         eos_token_id=None,
         pad_token_id=0,
         do_sample=False,
@@ -247,7 +247,7 @@ class Benchmark:
     speculate: Any = None  # source of drafts, see `RemoteCausalLM.generate`
 
     def run(self, connection: ModelConnection) -> Report:
-        """Measures; with `local` and no address of a swarm, only plain transformers.
+        """Measures all cases. With `local` and without an address of a swarm, measures only plain transformers.
 
         Raises ContextTooLong if the model has no room for a case, and another SplitnetError for other problems.
         """
@@ -287,7 +287,7 @@ class Benchmark:
 
 
 def environment() -> dict[str, Any]:
-    """The environment of this process. The environment of peers is not known here."""
+    """The environment of this process; the environment of peers is unknown."""
     return {
         "splitnet": __version__,
         "torch": torch.__version__,

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Case:
     """Exact numbers of tokens to send and to generate."""
 
-    tokens: int  # of the prompt in a prefill, of each client's answer otherwise
-    decodes: bool = False  # whether tokens after the first are measured; otherwise the prompt
+    tokens: int  # number of tokens of the prompt in a prefill, otherwise of each client's answer
+    decodes: bool = False  # whether tokens after the first token are measured; otherwise the prompt is measured
     context: int = 0  # tokens in the KV cache before the measured answer
     clients: int = 1  # number of concurrent clients
 
@@ -37,17 +37,20 @@ class Case:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens that each client generates. The first comes with the prompt, so a measured answer begins after it."""
+        """Tokens that each client generates. The prefill yields the first token, so the measurement begins after it."""
         return self.tokens + 1 if self.decodes else 1
 
     @property
     def positions(self) -> int:
-        """Positions in each client's KV cache at the end; the last token is not fed."""
+        """Positions in each client's KV cache at the end; the model does not read the last token."""
         return self.prompt + self.new_tokens - 1
 
 
 def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clients: Sequence[int]) -> list[Case]:
-    """All prompts, then answers of `decode` tokens for each context and number of clients; 0 leaves them out."""
+    """All prompts, then answers of `decode` tokens for each context and number of clients.
+
+    A length of 0 in `prefills`, or `decode` 0, leaves out the prompt or the answers.
+    """
     cases = [Case(tokens) for tokens in prefills if tokens]
     if decode:
         cases += [Case(decode, True, context, count) for context in contexts for count in clients]
@@ -55,13 +58,13 @@ def cases_of(prefills: Sequence[int], decode: int, contexts: Sequence[int], clie
 
 
 def check_room(cases: Sequence[Case], max_positions: int | None) -> None:
-    """Raises ContextTooLong, with the option to lower, if a model's context (None: unbounded) cannot hold a case."""
+    """Raises ContextTooLong, with the option to lower, if a case does not fit in the context (None: unbounded)."""
     for case in cases:
         if max_positions is None or case.positions <= max_positions:
             continue
         limit = f"more than the model's context of {max_positions:,}"
         if not case.decodes:
-            raise ContextTooLong(f"a prompt of {case.tokens:,} tokens is {limit}: lower --prefill, or 0 leaves it out")
+            raise ContextTooLong(f"a prompt of {case.tokens:,} tokens is {limit}: lower --prefill, or give 0 for none")
         raise ContextTooLong(
             f"{case.tokens:,} tokens after a context of {case.prompt:,} are {case.positions:,} positions, {limit}: "
             "lower --context or --decode"
@@ -91,7 +94,7 @@ class ReportedHop:
 
 @dataclass(frozen=True, slots=True)
 class ReportedRoute:
-    """The peers of a client's route, and its links, from the client back to the client."""
+    """The peers of a client's route, and the links of the route, from the client back to the client."""
 
     hops: tuple[ReportedHop, ...]
     links: tuple[LinkUse, ...]
@@ -99,23 +102,23 @@ class ReportedRoute:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTraffic:
-    """A client's traffic with peers during the measurement. Received bytes are of payloads only."""
+    """A client's traffic with peers during the measurement. Received bytes include only payloads."""
 
     sent_bytes: int
     received_bytes: int
-    positions: int  # in total: the prompt and each fed token
+    positions: int  # all positions that the model read: those of the prompt and of the generated tokens
     repairs: int
     route: ReportedRoute
-    joules_per_token: float | None = None  # of a decoded token at all hops, as they report; None: a hop does not
+    joules_per_token: float | None = None  # sum for a decoded token, as all hops report; None: a hop does not report
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
-    """What one client measured: seconds to its first token, and between tokens after all clients had their first."""
+    """Measurements of one client: seconds to its first token, and between tokens after all clients had one token."""
 
     first_token_s: float
     token_s: tuple[float, ...]
-    traffic: MeasuredTraffic | None = None  # none for plain transformers
+    traffic: MeasuredTraffic | None = None  # None for plain transformers
 
     @property
     def new_tokens(self) -> int:
@@ -127,7 +130,7 @@ Round = tuple[TokenTimes, ...]  # the answers of all clients of a case in one ro
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A figure over the rounds."""
+    """The median and the range of a figure over the rounds."""
 
     median: float
     low: float
@@ -159,7 +162,7 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
     return figures
 
 
-# Called with the stage, and the numbers of done and of all measurements in it.
+# Called with the stage, and the numbers of finished and of all measurements in this stage.
 Progress = Callable[[str, int, int], None]
 
 
@@ -186,15 +189,15 @@ class Measured:
         return {name: Spread.of([figures[name] for figures in rounds]) for name in names}
 
     def ratio(self, arm: str, other: str) -> Spread:
-        """Tokens per second of one arm as a share of another's, by round."""
+        """Tokens per second of one arm divided by those of another arm, over the rounds."""
         pairs = zip(self.figures(arm), self.figures(other), strict=True)
         return Spread.of([figures[TOKENS_PER_S] / others[TOKENS_PER_S] for figures, others in pairs])
 
 
 def turns(cases: Sequence[Case], arms: Sequence[str], rounds: int, warm_up: int) -> Iterator[tuple[int, Case, str]]:
-    """Round, case and arm of all measurements in order; rounds below 1 do not count.
+    """Yields the round, case and arm of each measurement, in order; rounds below 1 do not count.
 
-    The order of the arms alternates between rounds, so that neither always comes first.
+    The order of the arms alternates between rounds, so that no arm always comes first.
     """
     for number in range(1 - warm_up, rounds + 1):
         for case in cases:
@@ -233,7 +236,7 @@ _RATIO = f"{SWARM} /\n{LOCAL}"
 class Report:
     """All measurements: all cases with the same arms, `SWARM`, `LOCAL` or both.
 
-    The settings of the command and the environment (versions, platform, threads and kernels) are for the document.
+    The settings of the command and the environment (versions, platform, threads and kernels) are parts of the document.
     """
 
     model: str
@@ -250,7 +253,7 @@ class Report:
         return Counter(traffic.route for traffic in self._traffics())
 
     def document(self) -> dict[str, Any]:
-        """For JSON: all rounds, medians and ranges; routes are named by their index."""
+        """The document for JSON: all rounds, medians and ranges; routes are named by their index."""
         routes = list(self.routes())
         return {
             "model": self.model,
@@ -346,12 +349,12 @@ def counted(count: int, thing: str) -> str:
 
 
 def number(value: float) -> str:
-    """With a sensible number of digits."""
+    """The text of a number, with fewer decimal places for larger numbers."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def with_range(spread: Spread) -> str:
-    """A median and its range, which is left out after one round."""
+    """The text of a median and its range. The range is left out if its ends are equal, as after one round."""
     if spread.low == spread.high:
         return number(spread.median)
     return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"

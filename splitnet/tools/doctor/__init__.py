@@ -38,17 +38,17 @@ def doctor(
     lan: Lan = True,
     listen: Annotated[
         str | None,
-        typer.Option(metavar="tcp://HOST:PORT", help="Address of a peer on this machine, which others must reach."),
+        typer.Option(metavar="tcp://HOST:PORT", help="Address of a peer on this machine that others must reach."),
     ] = None,
     public_host: Annotated[
-        str | None, typer.Option(metavar="HOST[:PORT]", help="Name and port for others to reach it, if they differ.")
+        str | None, typer.Option(metavar="HOST[:PORT]", help="Name and port at which others reach it, if they differ.")
     ] = None,
     context: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="TOKENS",
-            help="Length of a session, to check whether it fits and how fast it is.",
+            help="Length of a session in tokens: checks whether such a session fits, and how fast it is.",
             show_default=False,
         ),
     ] = None,
@@ -68,7 +68,7 @@ def doctor(
     options = with_invitation(given)
     source = resolve_model(model_name(model, invite)) if model or invite else None
     if context is not None and source is None:
-        raise SplitnetError("--context is about a model: give MODEL, too")
+        raise SplitnetError("--context needs a model: give MODEL, too")
 
     import_models()
     from splitnet.tools.doctor.examination import Setup, examine

@@ -81,8 +81,8 @@ def local_network(checkpoint: Checkpoint) -> tuple[CheckResult, list[str]]:
 
 
 def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[CheckResult]:
-    """Whether the nodes to join through answer with the keys of their addresses. others_answer: other addresses do."""
-    # One node is enough to join. While another one answers, a silent node only wastes time.
+    """Whether the nodes to join through answer with the keys of their addresses. others_answer: others do."""
+    # One node is enough to join. If another node answers, a silent node only costs time.
     wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
     for answer in answers:
         if not answer.fault:
@@ -99,7 +99,10 @@ def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False
 
 
 def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> CheckResult:
-    """Whether this machine's clock agrees, up to some seconds, with the clocks of nodes; at least one node answers."""
+    """Whether this machine's clock and the clocks of nodes differ by at most `allowed_s` seconds.
+
+    At least one node must have answered.
+    """
     ahead_s = {answer.address: answer.ahead_s for answer in answers if not answer.fault}
     usual_s = median(ahead_s.values())
     if abs(usual_s) > allowed_s:
@@ -113,14 +116,17 @@ def clocks(answers: Sequence[NodeAnswer], allowed_s: float) -> CheckResult:
         if abs(seconds) > allowed_s:
             return warned(
                 "clock",
-                f"the clock of {address} is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}, others agree "
-                "with this machine's: have it set, for instance with `timedatectl set-ntp true`",
+                f"the clock of {address} is {abs(seconds):.0f} s {'ahead' if seconds > 0 else 'behind'}, other clocks "
+                "agree with this machine's: have that clock set, for instance with `timedatectl set-ntp true`",
             )
     return passed("clock", f"within {abs(usual_s):.2f} s of the swarm's, {allowed_s:.0f} s are allowed")
 
 
 def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> list[str]:
-    """The fingerprints of a swarm's models that match the user's model, or its name if parts of it are missing here."""
+    """The fingerprints of a swarm's models that match the user's model; None matches all models.
+
+    If parts of the user's model are missing on this machine, models with the same name match.
+    """
     if checkpoint is None:
         return list(models)
     if checkpoint.knows_manifest:
@@ -129,7 +135,7 @@ def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> li
 
 
 def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> CheckResult:
-    """Whether a swarm with these models (names by fingerprint) serves the user's model; None: any model."""
+    """Whether a swarm with these models (names by fingerprint) serves the model of `checkpoint`; None: any model."""
     names = ", ".join(sorted(set(models.values())))
     if not models:
         return failed("swarm", "no peer serves a model here: start one with `splitnet peer MODEL --join ADDR`")
@@ -151,7 +157,10 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Ch
 
 
 def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> CheckResult:
-    """Whether each of a model's `count` blocks has a peer that is not silent, by these records."""
+    """Whether each of a model's `count` blocks is served by a peer that answers.
+
+    silent, others: the records of the peers that do not answer, and of all other peers.
+    """
     holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
     if not holes:
         return passed("coverage", f"all {count} blocks of {name} are served by peers that answer")
@@ -170,7 +179,7 @@ def context(
 ) -> CheckResult:
     """Whether a session of this many positions fits at present, which blocks lack memory, and how fast it would be.
 
-    records: of peers that together serve all blocks. rtt_ms: round trips to the tried peers, by name.
+    records: records of peers that together serve all blocks. rtt_ms: round trips to the tried peers, by name.
     """
     count, most = checkpoint.num_blocks, checkpoint.max_positions
     if most is not None and positions > most:
@@ -185,8 +194,8 @@ def context(
     lacking = [f"blocks {blocks_text(*each)} {verb} {most_positions(peers, each, held)}" for each in full]
     lack = f"{' and '.join(lacking)} at most{'' if too_small else ' now'}"
     if too_small:
-        fix = "start peers for them with more --kv-memory or fewer bits (--kv), or ask for fewer"
-        return failed("context", f"{what} fits into no chain of peers: {lack}: {fix}")
+        fix = "start peers for these blocks with more --kv-memory or fewer bits (--kv), or ask for fewer positions"
+        return failed("context", f"{what} fits into no route: {lack}: {fix}")
     rates = {record.key.text: record.bytes_per_ms or UNMEASURED.bytes_per_ms for record in records}
     ways = ((name, Link(ms / 2, rates[name])) for name, ms in rtt_ms.items())
     links = {pair: link for name, link in ways for pair in ((CLIENT, name), (name, CLIENT))}
@@ -200,18 +209,18 @@ def context(
     least = ", without the time to read such a context, which some peers do not report" if unknown else ""
     speed = f"{first_s:.1f} s to the first token of a prompt that long, then {1000 / token_ms:.1f} tokens/s{least}"
     if full:
-        return warned("context", f"{what} does not fit now: {lack}: try again later, or start peers for them ({speed})")
+        return warned("context", f"{what} does not fit now: {lack}: try again later, or start more peers ({speed})")
     return passed("context", f"{what} fits: {speed}")
 
 
 _HIDDEN_SILENCE = (
-    "it is not reached through any of its helpers: it or they have ended, or are full; its record expires within a "
-    "minute, or then names other helpers"
+    "the peer is not reached through any of its helpers: the peer or its helpers have ended, or the helpers are full; "
+    "within a minute, its record expires or names other helpers"
 )
 
 
 def peer(record: PeerRecord, answer: TriedPeer, ahead_s: float, allowed_s: float) -> CheckResult:
-    """The finding about one peer, whose record was signed `ahead_s` seconds after the present time."""
+    """The finding about one peer. ahead_s: how many seconds after the present time the record was signed."""
     blocks = f"blocks {record.start}..{record.end - 1}"
     name = f"{short_key(record.key.text)} at {record.address}, {blocks}"
     if record.relays:
@@ -224,7 +233,7 @@ def peer(record: PeerRecord, answer: TriedPeer, ahead_s: float, allowed_s: float
     if answer.rtt_ms is None:
         return warned("peer", f"{name}: {_HIDDEN_SILENCE if record.relays else _silence(answer.state)}")
     if ahead_s > allowed_s:
-        return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
+        return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have the clock set by NTP")
     path_text = "" if answer.path_kind is PathKind.DIRECT else f", {answer.path_kind.value}"
     return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key{path_text}")
 
@@ -232,7 +241,7 @@ def peer(record: PeerRecord, answer: TriedPeer, ahead_s: float, allowed_s: float
 def peer_to_join(
     address: str, endpoint: Endpoint, answer: TriedPeer, wrong: Callable[[str, str], CheckResult]
 ) -> CheckResult:
-    """Whether a peer to join through answers with the key of its address; a problem is reported through `wrong`."""
+    """Whether a peer to join through answers with the key of its address. wrong: makes the result for a problem."""
     if answer.state is LinkState.WRONG_KEY:
         text = "what answers there ends the handshake as if it has another key"
         return wrong("join", f"{address}: {text}: copy the address that the peer prints now")
@@ -246,14 +255,14 @@ def peer_to_join(
 def _silence(state: LinkState) -> str:
     if state is LinkState.DOWN:
         return (
-            "nothing listens there: it has ended and its record expires within a minute, or it announces a wrong "
-            "address: start it with --public-host"
+            "nothing listens there: the peer has ended and its record expires within a minute, or the peer announces a "
+            "wrong address: start it with --public-host"
         )
     if state is LinkState.UP:
-        return "accepts the connection and does not answer: it hangs; start it again"
+        return "accepts the connection and does not answer: restart the peer, which hangs"
     return (
-        "the connection gets no answer: have its port opened in firewalls and routers on the way, or start it with "
-        "the --public-host by which others reach it"
+        "the connection gets no answer: have the peer's port opened in firewalls and routers on the way, or start the "
+        "peer with the --public-host at which others reach it"
     )
 
 
@@ -266,15 +275,15 @@ class AddressChecks:
 
     identity: Identity
     listen: str  # `tcp://host:port`, where a peer would listen
-    public_host: str | None  # `HOST` or `HOST:PORT` at which others reach it; None: detected
-    needed: bool  # this machine should serve, so an unreachable port is a failure
+    public_host: str | None  # `HOST` or `HOST:PORT` at which others reach this machine; None: detected
+    needed: bool  # whether this machine should serve, so that an unreachable port is a failure
     _serving: PeerRecord | None = None
 
     def __post_init__(self) -> None:
-        self._address = self.listen  # others were asked to connect to this address
+        self._address = self.listen  # the address to which others were asked to connect
 
     def port(self, own: PeerRecord | None = None) -> CheckResult:
-        """Whether the port is free, or used by the peer with this machine's key, whose record is `own`."""
+        """Whether the port is free, or used by this machine's peer. own: the peer's record, if the peer is running."""
         try:
             check_listen_address(self.listen)
         except AddressInUse as error:
@@ -287,7 +296,7 @@ class AddressChecks:
         return passed("port", f"{self.listen} can be listened on")
 
     def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> CheckResult:
-        """Whether some of the answering peers reach this machine; call this after `port` has passed."""
+        """Whether some of the answering peers reach this machine; call this method after `port` has passed."""
         if self._serving is not None:
             return self._ask_peers(links, answering, self._serving.address)
         try:
@@ -303,13 +312,13 @@ class AddressChecks:
             return self._ask_peers(links, answering, address)
 
     def router(self, found: CheckResult) -> Iterator[CheckResult]:
-        """The router's own report, without a request for a port, if `found` shows that peers cannot connect."""
+        """Whether the router offers ports, if `found` shows that peers cannot connect. Requests no port."""
         if found.status is Status.passed or self.public_host is not None or not is_reachable(self._address):
             return
         try:
             yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
         except MappingError as error:
-            yield warned("router", f"it gives no ports ({error}): enable its NAT-PMP or UPnP, or forward a port")
+            yield warned("router", f"the router gives no ports ({error}): enable NAT-PMP or UPnP, or forward a port")
 
     def _ask_peers(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> CheckResult:
         self._address = address
@@ -321,7 +330,7 @@ class AddressChecks:
             return warned("reach", "no answering peer could try to reach this machine: see above")
         here = Endpoint(address, self.identity.public)
         reached = dict(links.ask_back(others, here))
-        # A peer that remembers this address waits a while before it tries again, but opens a new link at once.
+        # A peer that knows this address waits for some time before its next attempt, but opens a new link at once.
         again = [record for record in others if reached.get(record.key.text) is False]
         reached |= links.ask_back(again, here) if again else {}
         count = sum(reached.values())
@@ -352,17 +361,17 @@ ANY_PORT = "tcp://0.0.0.0:0"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The setup to check, as options of `splitnet peer`; None: no model, or no address to listen at."""
+    """The setup to check, as in the options of `splitnet peer`; None: no model, or no address to listen at."""
 
     model: str | None = None
     options: ConnectionOptions
     listen: str | None = None
     public_host: str | None = None
-    context: int | None = None  # positions of a session that should fit; None: any
+    context: int | None = None  # number of positions of a session that should fit; None: no session is checked
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[CheckResult]:
-    """Makes all checks that the setup allows; no finding ends the examination.
+    """Yields the results of all checks that the setup allows; a failed check does not end the examination.
 
     `clock` returns Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
     """
@@ -392,7 +401,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         yield from _way_to(join, checkpoint, reach, clock, swarm, setup.context)
     else:
         if setup.context is not None:
-            yield warned("context", "no swarm was found for such a session: give --join")
+            yield warned("context", "no swarm was found to check the session with: give --join")
         yield reach.port()
 
 
@@ -426,7 +435,7 @@ def _way_to(
         allowed_s = allowed_skew_s()
         agreement = clocks(present, allowed_s)
         yield agreement
-        # With a wrong clock, records of peers look expired, or from the future.
+        # If this machine's clock is wrong, records of peers seem to be expired, or to be from the future.
         in_time = [] if agreement.status is Status.failed else present
         present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_s]
     joined = [*joined, *(answer.address for answer in present)]
@@ -482,7 +491,7 @@ def _swarm(
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
-            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and assumed to answer")
+            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, but assumed to answer")
         counted = [*answering, *records[MAX_PEERS:]]
         for model in wanted:
             told = max((record.num_blocks for record in records if record.model == model), default=0)

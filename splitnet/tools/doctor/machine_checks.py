@@ -52,7 +52,7 @@ _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def software() -> Iterator[CheckResult]:
-    """Python and the libraries, compared with the package's requirements, and modules that hide splitnet's."""
+    """Checks Python and the libraries against the package's requirements, and finds modules that hide splitnet's."""
     yield from (failed("libraries", sentence) for sentence in foreign_modules())
     try:
         package = metadata.distribution("splitnet")
@@ -71,7 +71,10 @@ def python_version(required: str, version: str) -> CheckResult:
 
 
 def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[CheckResult]:
-    """Whether a package's required libraries, without extras, are `installed` (their versions) and fit."""
+    """Whether the required libraries of a package, without extras, are installed in versions that fit.
+
+    installed: returns the version of a library; None: the library is not installed.
+    """
     needed = [Requirement(text) for text in requirements]
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
     wrong = False
@@ -107,7 +110,7 @@ def devices(asked: str = AUTO) -> CheckResult:
 
 
 def kernels() -> CheckResult:
-    """Whether splitnet's kernels are compiled, and for this CPU."""
+    """Whether splitnet's kernels are compiled, and which of them this CPU uses."""
     try:
         from splitnet.quant.native import Kernels, have_threads, kernels_here, load_error, path_in_use, prefetch_in_use
     except (ImportError, OSError) as error:
@@ -152,7 +155,7 @@ def disk(folder: Path, needed: int) -> CheckResult:
 
 
 def key_of(path: Path | None) -> tuple[CheckResult, Identity | None]:
-    """Whether the machine's key, in `path` or the user's file, is usable; and the key, if it exists."""
+    """Whether the machine's key, in `path` or the user's file, is usable. Also returns the key, if it exists."""
     path = path or default_key_file()
     try:
         if path.exists():
@@ -164,7 +167,7 @@ def key_of(path: Path | None) -> tuple[CheckResult, Identity | None]:
     folder = nearest_folder(path.parent)
     if not os.access(folder, os.W_OK):
         return failed("key", f"{path} cannot be made: change the owner of {folder}, or give --key-file"), None
-    return passed("key", f"none yet; {path} is made when a command first needs it"), None
+    return passed("key", f"there is no key yet; {path} is created when a command needs it"), None
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -183,7 +186,7 @@ def _installed_version(name: str) -> str | None:
         return None
 
 
-SHOWN_DIGITS = 12  # of a fingerprint
+SHOWN_DIGITS = 12  # Number of digits of a fingerprint that are printed
 
 
 def open_model(model: str) -> tuple[CheckResult, Checkpoint | None]:
@@ -201,7 +204,7 @@ def open_model(model: str) -> tuple[CheckResult, Checkpoint | None]:
 
 
 def memory(sizes: ModelSizes, free: int) -> CheckResult:
-    """Whether blocks of the model fit in `free` bytes, by the default share of a peer."""
+    """Whether blocks of the model fit in the share of `free` bytes that a peer uses by default."""
     fitting = min(sizes.num_blocks, int(free * BLOCKS_SHARE) // sizes.block_bytes)
     block = f"{sizes.block_bytes / 2**20:.0f} MiB as {sizes.held_as}"
     if fitting:

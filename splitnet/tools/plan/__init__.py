@@ -1,4 +1,4 @@
-"""`splitnet plan`: how to cut a model over known devices, and its expected speed."""
+"""`splitnet plan`: the best partition of a model over known devices, and the expected speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_PROMPT = 512
 DEFAULT_SESSIONS = 8
 
 
-Objective = StrEnum("Objective", ["latency", "throughput"])  # of the best partition
+Objective = StrEnum("Objective", ["latency", "throughput"])  # The quantity that the best partition optimizes
 tokens = partial(typer.Option, min=1, metavar="TOKENS", show_default=False)
 
 
@@ -36,7 +36,9 @@ def plan(
     ],
     objective: Annotated[
         Objective,
-        typer.Option("--for", help="latency: fastest tokens of one session. throughput: most tokens of many sessions."),
+        typer.Option(
+            "--for", help="latency: lowest time per token of one session. throughput: highest total of many sessions."
+        ),
     ] = Objective.latency,
     context: Annotated[
         int | None,
@@ -81,7 +83,7 @@ def plan(
     sizes = ModelSizes.of(checkpoint, str(dtype) if dtype else None, str(weights) if weights else None)
     limit = sizes.max_positions
     if context is not None and limit is not None and context > limit:
-        raise SplitnetError(f"{sizes.name} was made for {limit} positions: use --context {limit} or less")
+        raise SplitnetError(f"{sizes.name} has a context of {limit} positions: use --context {limit} or less")
     context = context or min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     prompt = prompt or min(DEFAULT_PROMPT, context)
     if prompt > context:
@@ -97,7 +99,7 @@ def plan(
         typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
         raise typer.Exit(1) from None
     if weights is None and sizes.dtype == "float16":
-        dtype = Dtype.float16  # otherwise CPUs would compute in float32, with caches of twice the size
+        dtype = Dtype.float16  # by default, CPUs would compute in float32, with KV caches of twice the size
     commands = [_command(model, span, dtype, weights, joins=index > 0) for index, span in enumerate(made.spans)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))
@@ -106,7 +108,7 @@ def plan(
 
 
 def _command(model: str, span: PlannedSpan, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
-    # The part of all memory that does not hold weights.
+    # The part of the used memory that is for KV caches.
     needed = span.memory_used - (span.device.memory - span.kv_memory)
     whole_mib = span.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{span.kv_memory}B"
@@ -177,7 +179,7 @@ def _print(plan: Plan, commands: list[str]) -> None:
     typer.echo()
     for sentence in summary(plan):
         typer.echo(sentence)
-    typer.echo("\nRun on each device (ADDR is what the first one prints):")
+    typer.echo("\nRun on each device (ADDR is the address that the first device prints):")
     for span, command in zip(plan.spans, commands, strict=True):
         typer.secho(f"  {span.device.name}:", bold=True)
         typer.echo(f"    {command}")

@@ -12,7 +12,7 @@ from scheduler.facts import CLIENT, MAX_WATTS, Link, Network, Speed
 from splitnet.blocks.chosen_device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 
-CLIENT_NAME: Final = "client"  # the client's name in links if it runs on none of the devices
+CLIENT_NAME: Final = "client"  # The client's name in links if the client does not run on one of the devices
 
 SAME_MACHINE: Final = Link(latency_ms=0.05, bytes_per_ms=1e6)
 """The link between a client and a peer on the same machine, through memory."""
@@ -33,7 +33,7 @@ class DevicesFileError(SplitnetError):
 
 @dataclass(frozen=True)
 class MachineSpeed:
-    """The speed that a device achieves. bytes_per_ms: reading memory. flops_per_ms: in the type of the weights."""
+    """The speed that a device achieves. bytes_per_ms: for reading memory. flops_per_ms: in the type of the weights."""
 
     bytes_per_ms: float
     flops_per_ms: float
@@ -45,14 +45,14 @@ class KnownDevice:
 
     name: str
     memory: int  # bytes for weights, KV caches and, on the client's device, the client part
-    speed: Speed | MachineSpeed  # measured with the model, or the facts to derive it from
-    torch_device: str | None = None  # to compute on, such as `cuda`; None: the peer's choice
-    watts: float = 0.0  # drawn while it computes; 0: not known
+    speed: Speed | MachineSpeed  # the speed measured with the model, or figures from which the speed is derived
+    torch_device: str | None = None  # the torch device to compute on, such as `cuda`; None: the peer chooses
+    watts: float = 0.0  # power of the device while it computes; 0: unknown
 
 
 @dataclass(frozen=True)
 class DevicesFile:
-    """The file's content; `client_host`: name of the client's device; None: another machine."""
+    """The content of the file. client_host: name of the device that runs the client; None: another machine runs it."""
 
     devices: tuple[KnownDevice, ...]
     client_host: str | None
@@ -86,7 +86,7 @@ def _file(content: Any) -> DevicesFile:
         raise DevicesFileError("devices is empty: describe at least one")
     for name in names:
         if names.count(name) > 1:
-            raise DevicesFileError(f"devices: {name!r} is there twice: give each device a name of its own")
+            raise DevicesFileError(f"devices: {name!r} is there twice: give each device its own name")
     host = None
     if top.get("client") is not None:
         host = _mapping(top["client"], "client", required=("host",))["host"]
@@ -116,7 +116,7 @@ def _device(entry: Any, place: str) -> KnownDevice:
     else:
         if any(key not in values for key in machine):
             raise DevicesFileError(
-                f"{place}: how fast is it? write memory_bandwidth and compute, or block_ms as measured"
+                f"{place}: the speed is missing: write memory_bandwidth and compute, or a measured block_ms"
             )
         speed = MachineSpeed(
             _quantity(values["memory_bandwidth"], _BYTES_PER_S, f"{place}.memory_bandwidth", "50GB/s") / 1000,
@@ -156,7 +156,9 @@ def _network(content: Any, names: Sequence[str], host: str | None) -> Network:
             known[sender, receiver] = _link(values, place)
     lacking = [(a, b) for a in ends for b in ends if a != b and (a, b) not in known]
     if lacking and default is None:
-        raise DevicesFileError(f"links: what is between {lacking[0][0]} and {lacking[0][1]}? add a pair, or a default")
+        raise DevicesFileError(
+            f"links: the link between {lacking[0][0]} and {lacking[0][1]} is missing: add it, or a default"
+        )
     network = Network(known, _link(default, "links.default")) if default else Network(known)
     return _with_client(network, names, host)
 

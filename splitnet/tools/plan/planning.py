@@ -27,7 +27,7 @@ from splitnet.tools.plan.devices_file import DevicesFile, KnownDevice, MachineSp
 from splitnet.wire.codecs import CODECS
 
 MOST_SESSIONS: Final = 16
-"""Sessions for the reported throughput by default; fewer if memory for fewer exists."""
+"""Default number of sessions for the reported throughput; fewer if the memory does not suffice for so many."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Demand:
     context: int  # positions of a session
     prompt: int  # prompt positions among them
     sessions: int  # sessions for which each device has memory
-    throughput: bool  # optimizes the sessions' total throughput
+    throughput: bool  # whether to optimize the sessions' total throughput, instead of the latency of one session
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,16 @@ class PlannedSpan:
     start: int
     end: int
     memory_used: int
-    kv_memory: int  # the memory that its blocks leave for KV caches
-    kv_needed: int  # KV caches of the sessions, with the context's length
-    max_blocks: int  # for which it would have memory, with such caches
-    ms_per_token: float  # of a decode step
-    joules_per_token: float | None  # none if the device's power is not known
+    kv_memory: int  # the memory that the device's blocks leave for KV caches
+    kv_needed: int  # the size of KV caches for all sessions, each as long as the context
+    max_blocks: int  # how many blocks fit in the device's memory together with such caches
+    ms_per_token: float  # time of a decode step
+    joules_per_token: float | None  # None if the power of the device is unknown
 
 
 @dataclass(frozen=True)
 class UsedLink:
-    """A link of the plan, by the names of its ends. ms_per_token: of a decode step, including latency."""
+    """A link of the plan, with the names of its two ends. ms_per_token: time of a decode step, including latency."""
 
     sender: str
     receiver: str
@@ -72,23 +72,24 @@ class Plan:
     sizes: ModelSizes
     demand: Demand
     client: str
-    client_ms: float | None  # of a decode step, for the head; None if the client's machine is not known
+    client_ms: float | None  # time of the head in a decode step; None if the client's machine is unknown
     spans: tuple[PlannedSpan, ...]
     links: tuple[UsedLink, ...]
-    tokens_per_s: float  # of one session while it decodes
-    first_token_ms: float  # from sending the prompt in an open session
-    longest_first_token_ms: float  # for a prompt that fills the context
-    left_out: Mapping[str, int]  # devices without blocks, and the number of blocks for which they have memory
+    tokens_per_s: float  # speed of one session while it decodes
+    first_token_ms: float  # time from sending the prompt, in an open session, to the first token
+    longest_first_token_ms: float  # the same time for a prompt that fills the context
+    left_out: Mapping[str, int]  # devices without blocks in the plan, and how many blocks fit in their memory
     sessions: int
-    all_tokens_per_s: float  # total of this many sessions
-    # By device that could hold all blocks: tokens/s of one session, or for throughput the total of all sessions.
+    all_tokens_per_s: float  # total speed of `sessions` sessions
+    # For each device that could hold all blocks: tokens/s of one session or, for throughput, of all sessions together.
     alone: Mapping[str, float]
-    everyone: float | None  # the same for the best chain of all devices; None if that is the plan, or there is none
-    exact: bool  # no other partition is better by the cost model
+    # The same speed for the best route through all devices; None if the plan is this route, or there is no such route.
+    everyone: float | None
+    exact: bool  # whether no other partition is better by the cost model
 
 
 def joules_of(spans: Sequence[PlannedSpan]) -> float | None:
-    """Joules of a token on all devices; None if one is not known."""
+    """Joules of a token on all devices; None if the energy of a device is unknown."""
     known = [span.joules_per_token for span in spans if span.joules_per_token is not None]
     return sum(known) if len(known) == len(spans) else None
 
@@ -98,7 +99,7 @@ def amount(count: int) -> str:
 
 
 class ModelTooBig(OutOfMemory):
-    """The devices together cannot hold the model. missing_bytes: of weights and KV caches."""
+    """The devices together cannot hold the model. missing_bytes: missing memory for weights and KV caches."""
 
     def __init__(self, message: str, missing_blocks: int, missing_bytes: int) -> None:
         super().__init__(message)
@@ -117,7 +118,7 @@ class _PartitionSearch:
         self._file = file
         self._demand = demand
         self._known = {device.name: device for device in file.devices}
-        self._kv_bytes = sizes.kv_bytes * demand.context + sizes.state_bytes  # of a session and block
+        self._kv_bytes = sizes.kv_bytes * demand.context + sizes.state_bytes  # for a session and block
         self._encodings: Sequence[Encoding] = encodings_of(
             {name: codec.bytes_per_position(sizes.hidden_size) for name, codec in CODECS.items()}
         )
@@ -127,7 +128,7 @@ class _PartitionSearch:
             for device in file.devices
         ]
         self._peers: dict[str, Peer] = {device.id: device.peer(0, 1) for device in self._devices}
-        # A step of a prefill reads only its own row, up to its own position.
+        # A step of a prefill reads only the keys and values of its own row, up to its own position.
         self._reading: dict[str, Peer] = {
             name: replace(
                 peer, speed=self._speed(self._known[name], cached=False), context_cost=self._past(self._known[name])
@@ -175,7 +176,7 @@ class _PartitionSearch:
         )
 
     def _room(self, device: KnownDevice) -> int:
-        """Bytes for blocks and KV caches, without the client part on the client's host."""
+        """Bytes of a device for blocks and KV caches. On the client's device, the client part is subtracted."""
         return device.memory - (self._sizes.client_part_bytes if device.name == self._file.client_host else 0)
 
     def _machine(self, device: KnownDevice) -> MachineSpeed:
@@ -189,14 +190,14 @@ class _PartitionSearch:
         )
 
     def _past(self, device: KnownDevice) -> ContextCost:
-        """The cost of reading keys and values, or of attention with heads as wide as hidden states."""
+        """The cost of context: reading keys and values, or computing attention with heads as wide as hidden states."""
         machine, sizes = self._machine(device), self._sizes
         ms = [(context * sizes.kv_bytes / machine.bytes_per_ms, context / machine.flops_per_ms) for context in CONTEXTS]
         arithmetic = 4 * PASS_POSITIONS * sizes.hidden_size  # two products, of two operations each
         return ContextCost(tuple((reading, max(reading, arithmetic * each)) for reading, each in ms))
 
     def _speed(self, device: KnownDevice, *, cached: bool = True) -> Speed:
-        """cached: each position of a pass is of a different session, and its cache is read."""
+        """The speed of a device. cached: each position of a pass belongs to another session, whose KV cache is read."""
         cache_bytes, sessions = self._kv_bytes if cached else 0, max(self._demand.sessions, MOST_SESSIONS)
         if isinstance(device.speed, Speed):
             cache_ms = cache_bytes / self._machine(device).bytes_per_ms
@@ -225,7 +226,7 @@ class _PartitionSearch:
         return fastest_partition(self._devices, blocks, network, encodings=self._encodings, everyone=everyone).hops
 
     def _widest(self) -> Sequence[Hop]:
-        """The chain with the largest total throughput of all sessions; tries several numbers of sessions per pass."""
+        """The route with the highest total throughput of all sessions; tries several numbers of sessions per pass."""
         candidates = [self._fastest()]
         widest = partial(widest_partition, self._devices, self._sizes.num_blocks, self._file.network)
         positions = 1
@@ -306,7 +307,7 @@ def title(plan: Plan) -> str:
 
 
 def device_table(plan: Plan) -> str:
-    """The devices in the order of the chain, with their blocks and memory."""
+    """The devices in the order of the route, with their blocks and memory."""
     energy = ["J/token"] * any(span.device.watts for span in plan.spans)
     figures = ["at most", "memory used", "KV caches", "ms/token", *energy]
     rows = [
@@ -328,7 +329,7 @@ def device_table(plan: Plan) -> str:
 
 
 def link_table(plan: Plan) -> str:
-    """The links in the order of the chain, from the client and back to it."""
+    """The links in the order of the route, from the client and back to the client."""
     figures = ["latency ms", "ms/token"]
     rows = [
         (f"{link.sender} -> {link.receiver}", f"{link.latency_ms:.1f}", f"{link.ms_per_token:.1f}")
@@ -363,9 +364,9 @@ def summary(plan: Plan) -> Iterator[str]:
 def _comparison(plan: Plan) -> Iterator[str]:
     names = [span.device.name for span in plan.spans]
     unit = f"tokens/s for {plan.sessions} sessions together" if plan.demand.throughput else "tokens/s"
-    everyone = f": all devices in a chain would give {plan.everyone:.1f} {unit}" if plan.everyone is not None else ""
+    everyone = f": a route through all would give {plan.everyone:.1f} {unit}" if plan.everyone is not None else ""
     if len(names) == 1:
-        yield f"{names[0]} alone is faster than any chain of devices{everyone}."
+        yield f"{names[0]} alone is faster than any route through several devices{everyone}."
         if names[0] == plan.client:
             yield "The client runs on it too, so you need no splitnet for this: run the model there with transformers."
         return

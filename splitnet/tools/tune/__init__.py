@@ -50,7 +50,7 @@ _NEEDS = {
     "directions": ("--zeroth-order",),
     "eval_every": ("--eval",),
 }
-"""Options that matter in some runs only, by parameter, and the options that a run needs for them: one of these."""
+"""Options that have an effect in some runs only, by parameter; a run needs one of the listed options for them."""
 
 
 @connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby"))
@@ -64,7 +64,7 @@ def tune(
     connecting: ConnectionOptions,
     data: Annotated[Path | None, in_data(metavar="FILE.jsonl", help="Examples, one JSON object per line.")] = None,
     evaluation: Annotated[Path | None, in_data("--eval", metavar="FILE.jsonl", help="Held-out examples.")] = None,
-    method: Annotated[Method, typer.Option(help="What to train.")] = Method.LORA,
+    method: Annotated[Method, typer.Option(help="Method of tuning, see docs/tuning.md.")] = Method.LORA,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output folder.")] = False,
     join_round: Annotated[
         str | None, typer.Option(metavar="NAME", help="Train together with other owners, see `splitnet round`.")
@@ -74,24 +74,24 @@ def tune(
     ] = False,
     template: Annotated[str, in_data(help="Prompt for a text with a label.")] = TEMPLATE,
     head: Annotated[
-        bool, in_data("--head", help="Train a head that predicts labels, instead of using the model's words.")
+        bool, in_data("--head", help="Train a head that predicts labels; by default the model's words predict labels.")
     ] = False,
     max_length: Annotated[
-        int | None, in_data(min=2, help="Most tokens per example; by default 1024, if the model has room.")
+        int | None, in_data(min=2, help="Maximum tokens per example; by default 1024, if the model has room.")
     ] = None,
     steps: Annotated[int, in_training(min=1, help="Optimizer steps.")] = 100,
     learning_rate: Annotated[
-        float | None, in_training("--lr", min=0, help="Largest step size; depends on the method.")
+        float | None, in_training("--lr", min=0, help="Maximum learning rate; the default depends on the method.")
     ] = None,
     batch_size: Annotated[int, in_training(min=1, help="Examples per step.")] = 8,
-    accumulate: Annotated[int, in_training(min=1, help="Parts to cut a step into, to save local memory.")] = 1,
+    accumulate: Annotated[int, in_training(min=1, help="Parts into which a step is cut, to save local memory.")] = 1,
     schedule: Annotated[Schedule, in_training(help="Schedule of the learning rate.")] = Schedule.LINEAR,
     warmup_steps: Annotated[int, in_training("--warmup", min=0, help="Steps in which the learning rate rises.")] = 0,
-    clip: Annotated[float, in_training(min=0, help="Largest norm of a gradient; 0: no limit.")] = 1.0,
+    clip: Annotated[float, in_training(min=0, help="Maximum norm of a gradient; 0: no limit.")] = 1.0,
     weight_decay: Annotated[float, in_training(min=0, help="Weight decay of AdamW.")] = 0.0,
     zeroth_order: Annotated[bool, in_training("--zeroth-order", help="Train with forward passes only (MeZO).")] = False,
     directions: Annotated[
-        int, in_training(min=1, help="Directions of --zeroth-order; a step takes one pass more than directions.")
+        int, in_training(min=1, help="Directions of --zeroth-order; N directions take N + 1 passes per step.")
     ] = 4,
     seed: Annotated[int, in_training(min=0, max=2**31, help="Makes training repeatable.")] = 0,
     eval_every: Annotated[int, in_training(min=0, help="Steps between evaluations; 0: only at both ends.")] = 0,
@@ -109,14 +109,16 @@ def tune(
     network: Annotated[PromptNetwork, in_adapter(help="Network of p-tuning.")] = PromptNetwork.MLP,
     width: Annotated[int | None, in_adapter(min=32, help="Width of a side network; default: model's / 4.")] = None,
     draft_head: Annotated[
-        bool, in_drafts("--draft-head", help="Train an EAGLE head, for --speculate eagle=DIR, instead of an adapter.")
+        bool, in_drafts("--draft-head", help="Instead of an adapter, train an EAGLE head for --speculate eagle=DIR.")
     ] = False,
     generate: Annotated[
         int | None,
-        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to its prompts."),
+        in_drafts(min=1, metavar="N", help="Learn from N texts of the model: answers to the data, or to own prompts."),
     ] = None,
     epochs: Annotated[int, in_drafts(min=1, help="Passes over the texts.")] = 8,
-    draft_vocabulary: Annotated[int, in_drafts(min=16, help="Most frequent tokens, which the head can draft.")] = 8192,
+    draft_vocabulary: Annotated[
+        int, in_drafts(min=16, help="Number of tokens that the head can draft, the most frequent.")
+    ] = 8192,
     states_limit: Annotated[
         str, in_drafts(metavar="4GiB", help="Disk space for hidden states, also of --method side.")
     ] = "4GiB",
@@ -124,7 +126,7 @@ def tune(
     """Fine-tune a model on your examples: the adapter stays on this machine, and peers run the blocks.
 
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
-    classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
+    classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all examples of a file have one form.
 
     With --draft-head, a head that drafts tokens for --speculate is trained, with forward passes only. With --generate,
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
@@ -134,7 +136,7 @@ def tune(
         more = ", or have N texts written with --generate N" if draft_head else ""
         raise SplitnetError(f"there is nothing to learn from: give examples with --data FILE.jsonl{more}")
     if learning_rate == 0:
-        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a step size such as 1e-3")
+        raise SplitnetError("with --lr 0 nothing is learned: leave it out, or give a learning rate such as 1e-3")
     if output is None and not plan:
         raise SplitnetError("the trained adapter needs a folder: give --output DIR, or ask for the cost with --plan")
     output = output or Path()
@@ -146,14 +148,14 @@ def tune(
     if draft_head:
         work = output / WORK
         if not resume and output.is_dir() and any(path != work for path in output.iterdir()):
-            again = "a head: --resume goes on with it, or" if work.is_dir() else "files:"
+            again = "a head: continue it with --resume, or" if work.is_dir() else "files:"
             raise SplitnetError(f"{output} already holds {again} give another --output")
         TuningFolder(work).check_place(resume=resume)
         texts = read_examples(data, answered=not generate) if data is not None else None
         if texts is not None and generate and texts.form in ("text", "classification"):
             raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
         if texts is not None and texts.form == "classification":
-            raise SplitnetError('labels make no draft head: give {"text": "..."}, chats or prompts with completions')
+            raise SplitnetError('draft heads learn no labels: give {"text": "..."}, chats or prompts with completions')
         checkpoint = resolve_model(model_name(model, connecting.invite))
 
         from splitnet.cli.connection import ModelConnection
@@ -178,13 +180,15 @@ def tune(
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
     parts = 1 if zeroth_order and not head and method in (Method.PROMPT, Method.P_TUNING) else batch_size
     if accumulate > parts:
-        raise SplitnetError(f"a step is cut into {parts} parts at most with these options: lower --accumulate")
+        raise SplitnetError(f"with these options, a step can be cut into at most {parts} parts: lower --accumulate")
     if warmup_steps >= steps:
-        raise SplitnetError(f"{warmup_steps} steps of warm-up leave none of {steps}: lower --warmup or raise --steps")
+        raise SplitnetError(
+            f"{warmup_steps} steps of warm-up leave no other steps of {steps}: lower --warmup or raise --steps"
+        )
     train = read_examples(data)
     held_out = read_examples(evaluation, train.form) if evaluation else None
     if train.form == "classification" and len(train.labels) < 2 and join_round is None:
-        raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
+        raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give examples with other labels, too")
     if head and method is Method.SIDE:
         raise SplitnetError("--method side predicts labels with the model's words: leave out --head")
     if head and join_round is not None:
@@ -192,7 +196,7 @@ def tune(
     given_options = dict(_given(context))
     option = "--head" if head else given_options.get("template")
     if train.form != "classification" and option:
-        raise SplitnetError(f'{option} is about labels, and the data has none: give {{"text": "...", "label": "..."}}')
+        raise SplitnetError(f'{option} needs labels, and the data has none: give {{"text": "...", "label": "..."}}')
     checkpoint = resolve_model(model_name(model, connecting.invite))
 
     from splitnet.cli.connection import ModelConnection
@@ -230,7 +234,7 @@ def tune(
         **given,
     )
     if zeroth_order and connecting.codec == "auto":
-        connecting = replace(connecting, codec="fp16")  # Int8's errors would hide small differences of losses
+        connecting = replace(connecting, codec="fp16")  # errors of int8 would hide small differences of losses
     (tuning.plan if plan else tuning.run)(ModelConnection(checkpoint, connecting))
 
 
@@ -252,7 +256,9 @@ def round(
         Path | None, typer.Option(metavar="DIR", help="New folder for the state from which --resume continues.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the rounds in the output folder.")] = False,
-    owners: Annotated[int, typer.Option(min=1, max=256, help="Owners of the first round; later ones need half.")] = 2,
+    owners: Annotated[
+        int, typer.Option(min=1, max=256, help="Owners needed in the first round; later rounds need half.")
+    ] = 2,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Address at which owners connect.")
     ] = "tcp://0.0.0.0:0",
@@ -263,7 +269,7 @@ def round(
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys of the owners; by default anyone may take part.")
     ] = None,
-    norm: Annotated[float, in_gradients(min=0, help="Length to which gradients are cut; 0: twice the median.")] = 0.0,
+    norm: Annotated[float, in_gradients(min=0, help="Maximum norm of a gradient; 0: twice the median.")] = 0.0,
     liars: Annotated[int, in_gradients(min=0, help="Dishonest owners to tolerate, by a median of means.")] = 0,
     noise: Annotated[
         float, in_gradients(min=0, help="Noise that owners add for privacy, as a multiple of --norm.")
@@ -277,7 +283,7 @@ def round(
     The owner that starts the rounds takes part like the others, with the same key; its options determine the training.
     """
     if not name.isprintable() or "@" in name.partition("@")[0] or not 0 < len(name.partition("@")[0]) <= 64:
-        raise SplitnetError("a round has a name of 1 to 64 printable characters")
+        raise SplitnetError("the name of a round must have 1 to 64 printable characters: give another")
     if action is not Action.START:
         for given, option in _given(context):
             if given not in {"action", "name", "model", *CONNECTING}:
@@ -303,7 +309,7 @@ def round(
         with RoundLink(swarm, name) as link:
             state, _ = link.ask_round(RoundWish.END if action is Action.END else RoundWish.LOOK)
         told = f"{state.number} of {state.rounds or '?'} rounds are over"
-        typer.echo(f"{told}; {state.owners} owners take part, {state.ready} are ready with the next")
+        typer.echo(f"{told}; {state.owners} owners take part, {state.ready} are ready for the next round")
 
 
 def _check_options(context: typer.Context) -> None:
@@ -320,15 +326,15 @@ def _check_options(context: typer.Context) -> None:
             raise SplitnetError(f"{parameter.opts[0]} is {value}: give a finite number")
     for name, option in _given(context):
         if given["draft_head"] and name not in _OF_DRAFT_HEADS:
-            raise SplitnetError(f"{option} does not go with --draft-head: leave it out")
+            raise SplitnetError(f"{option} has no effect with --draft-head: leave it out")
         if given["plan"] and name in _NOT_PLANNED:
-            raise SplitnetError(f"{option} does not go with --plan, which is for all methods: leave it out")
+            raise SplitnetError(f"{option} has no effect with --plan, which is for all methods: leave it out")
         if run.isdisjoint(needed := _NEEDS.get(name, run)):
-            raise SplitnetError(f"{option} is for {' and '.join(needed)}: leave it out, or add what it is for")
+            raise SplitnetError(f"{option} is for {' and '.join(needed)}: leave it out, or add what it needs")
 
 
 def _given(context: typer.Context) -> Iterator[tuple[str, str]]:
-    """The parameters that are given on the command line, with their options."""
+    """The parameters that are given on the command line, with the names of their options."""
     for parameter in context.command.params if context.command else ():
         name = parameter.name or ""
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE":

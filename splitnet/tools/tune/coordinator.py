@@ -40,7 +40,7 @@ from splitnet.wire.messages import (
 )
 
 LOOK_S = 0.2
-LINGER_S = 120.0  # seconds after the end, for owners that lack the last parameters
+LINGER_S = 120.0  # Seconds that the coordinator stays after the last round, for owners that lack the parameters
 
 
 def round_place(fingerprint: str, name: str) -> str:
@@ -51,8 +51,8 @@ def round_place(fingerprint: str, name: str) -> str:
 class Coordinator:
     """A joint tuning of the swarm's model. Its state is kept in a folder, for resuming.
 
-    listen, public_host: as for a peer. authorized: the keys of owners; None: any. Raises AddressInUse, and DataError if
-    the folder cannot be used, or holds another joint tuning.
+    listen, public_host: as for a peer. authorized: file with the keys of owners; None: any owner. Raises AddressInUse,
+    and DataError if the folder cannot be used, or holds another joint tuning.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Coordinator:
         self._endpoint = Endpoint(address, swarm.identity.public)
 
     def run(self) -> None:
-        """Runs until the last round, or until it is stopped (SystemExit)."""
+        """Runs until the last round is over, or until a signal stops the coordinator (raises SystemExit)."""
         stop = StopSignals()
         self._transport.start()
         direct = f"{self._name}@{peer_address(self._endpoint)}"
@@ -119,7 +119,7 @@ class Coordinator:
         return all(key in self._informed for key, owner in owners if owner.missed < FORGIVEN)
 
     def _report_round(self) -> None:
-        """Prints what has happened, and saves the state."""
+        """Prints the messages of the rounds for the user, and saves the state."""
         with self._lock:
             rounds = self._rounds
             told, rounds.told = rounds.told, []
@@ -143,7 +143,7 @@ class Coordinator:
                 if isinstance(message, RoundNumbers) and message.attempt:
                     self._rounds.take_gradient(source.curve, message)
                 elif isinstance(message, RoundNumbers) and source.curve == self._own:
-                    if self._rounds.parameters is None:  # other owners continue from known parameters
+                    if self._rounds.parameters is None:  # known parameters are never replaced
                         self._rounds.parameters = np.frombuffer(message.payload, "<f4").copy()
                 elif isinstance(message, AskRound):
                     try:
@@ -155,10 +155,10 @@ class Coordinator:
     def _answer_owner(self, source: Connection, ask: AskRound) -> None:
         rounds, key = self._rounds, source.curve
         if (ask.name, ask.model) != (self._name, self._model):
-            raise SplitnetError(f"this coordinator has the round {self._name}, or another model: check both")
+            raise SplitnetError(f"this coordinator has another round ({self._name}) or another model: check both")
         if ask.wish == RoundWish.END:
             if key != self._own:
-                raise SplitnetError("the key of the coordinator alone ends a round: give its --key-file")
+                raise SplitnetError("only the coordinator's key can end a round: give its --key-file")
             if not self._settings:
                 raise SplitnetError("the rounds have not begun: stop the coordinator instead")
             rounds.rounds = rounds.number
@@ -186,7 +186,7 @@ class Coordinator:
         self._send_numbers(source, *([self._state()] if current else self._latest()))
 
     def _advance(self) -> None:
-        """Sends the current news to owners; also called five times per second."""
+        """Sends requests for gradients and the latest parameters to owners; also called five times per second."""
         with self._lock:
             rounds, number = self._rounds, self._rounds.number
             waiting = [key for key, owner in rounds.owners.items() if owner.ready]
@@ -200,7 +200,7 @@ class Coordinator:
                 self._changed.set()
 
     def _begin_rounds(self, settings: bytes) -> None:
-        """Begins with these settings. Raises SplitnetError if they are invalid."""
+        """Begins the rounds with these settings. Raises SplitnetError if the settings are invalid."""
         try:
             given = json.loads(settings)
             names = {each.name for each in fields(TrainingSettings)}
@@ -208,7 +208,7 @@ class Coordinator:
                 TrainingSettings(**{name: value for name, value in given.items() if name in names})
             )
         except (ValueError, TypeError, AttributeError):
-            raise SplitnetError("these are no settings of a round") from None
+            raise SplitnetError("these are not the settings of a round") from None
         self._settings = settings
 
     def _state(self, following: bool = False, refused: str = "") -> RoundState:

@@ -17,15 +17,18 @@ from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.tools.tune.run import Encoded, TuningRun
 from splitnet.tools.tune.side_tuner import SideTuner
 
-MEASURED = 3  # steps after a first one, which opens routes and sends the adapter
+MEASURED = 3  # Number of measured steps, after a first step that opens routes and sends the adapter
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """states_s, states_bytes, disk_bytes: of the hidden states of all examples, which are sent once. first_s:
-    additional time of the first step. step_bytes: sent and received by the client. states_joules, step_joules: of
-    peers; nan: some peers do not state their power. client_bytes: growth of the client's memory; None: not known.
+    """The estimated cost of a method.
+
+    states_s, states_bytes, disk_bytes: time, traffic and disk space of the hidden states of all examples, which are
+    sent only once. first_s: additional time of the first step. step_bytes: bytes that the client sends and receives per
+    step. states_joules, step_joules: energy of peers; nan: some peers do not state their power. client_bytes: growth of
+    the client's memory; None: unknown.
     """
 
     method: str
@@ -52,7 +55,7 @@ class Cost:
 
 
 def first_rows(rows: Sequence[Encoded], settings: TrainingSettings) -> list[Encoded]:
-    """Rows for the measured steps, from all parts of the file."""
+    """Rows for the measured steps, evenly distributed over the file."""
     count = min(len(rows), (1 + MEASURED) * settings.batch_size)
     return [rows[place * len(rows) // count] for place in range(count)]
 
@@ -120,14 +123,14 @@ def print_costs(costs: Sequence[Cost], settings: TrainingSettings) -> None:
         )
     typer.echo(table(["method", *heads], rows, heads, title=title))
     typer.echo(
-        "Epochs and run in seconds, without evaluations; sent and received by the client in the whole run; client: "
-        "growth of its memory."
+        "Epochs and run in seconds, without evaluations; sent and received: by the client in the whole run; client: "
+        "growth of the client's memory."
     )
 
 
 @contextmanager
 def _peak() -> Iterator[list[int]]:
-    """After the `with`, the list holds this process's largest growth in bytes during it, if that is known."""
+    """After the `with`, the list holds the maximum growth of this process's memory in bytes, if known."""
     grown: list[int] = []
     before = 0
     if sys.platform == "linux":

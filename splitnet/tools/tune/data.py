@@ -18,7 +18,7 @@ FIELDS: dict[Form, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
     "classification": ("text", "label"),
     "text": ("text",),
-    "prompt": ("prompt",),  # without an answer
+    "prompt": ("prompt",),  # a prompt without an answer
 }
 """Fields of an example of each form. The first form that matches a file's first example is the form of the file."""
 
@@ -33,7 +33,7 @@ _KINDS |= {int | float: "a number"}
 _OF_REQUESTS = "functions", "function_call", "tool_choice", "response_format", "system"
 """Keys next to `messages` that change a model's answers, but that chat templates do not use."""
 
-TEMPLATE = "{text} Label:"  # text of a classified example before its label
+TEMPLATE = "{text} Label:"  # The text of a classified example before the example's label
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Examples:
 
 
 def read_examples(path: Path, form: Form | None = None, *, answered: bool = True) -> Examples:
-    """Reads a file with one JSON object per line; empty lines and other fields are skipped.
+    """Reads a file with one JSON object per line; empty lines and unknown fields are skipped.
 
-    form: required form of the examples; None: that of the first one. answered: chats without an answer are refused.
+    form: required form of the examples; None: the form of the first example. answered: refuse chats without an answer.
     Raises DataError if the file or a line cannot be read.
     """
     try:
@@ -122,7 +122,7 @@ def _checked(fields: dict[str, Any], form: Form, answered: bool) -> dict[str, An
         if not fields[name].strip() and name != "prompt":
             raise ValueError(f"{name!r} is empty: fill it or remove the line")
         _refuse_surrogates(name, fields[name])
-    # A label is written after one space, so surrounding white space makes no other class.
+    # A label is written after one space, so labels that differ only in surrounding white space are the same class.
     return {name: fields[name].strip() if name == "label" else fields[name] for name in FIELDS[form]}
 
 
@@ -130,13 +130,13 @@ def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
     kinds = {"messages": list, "tools": list, "parallel_tool_calls": bool}
     named = {name: value for name, value in given.items() if name in (*kinds, *_OF_REQUESTS)}
     chat = _known("the chat", named, kinds)
-    waiting: dict[str, bool] = {}  # the id of each call so far, and whether its result is missing
+    waiting: dict[str, bool] = {}  # by id of a call: whether the call's result is missing
     numbered = enumerate(chat.get("messages", ()), start=1)
     chat["messages"] = messages = [_checked_message(f"message {number}", one, waiting) for number, one in numbered]
     if not messages:
         raise ValueError("'messages' must be a list of messages")
     if messages[0]["role"] == "assistant":
-        raise ValueError("the chat begins with the assistant, which answers nothing: begin with the user or the system")
+        raise ValueError("the chat begins with the assistant: begin with a message of the user or the system")
     learned = [one for one in messages if one["role"] == "assistant" and one.get("weight", 1)]
     if answered and not any(one["content"].strip() or "tool_calls" in one for one in learned):
         raise ValueError("no message of the assistant of weight 1, so there is nothing to learn: add the answer")
@@ -144,7 +144,7 @@ def _checked_chat(given: dict[str, Any], answered: bool) -> dict[str, Any]:
         raise ValueError("'parallel_tool_calls' is false, and a message has several calls: leave out one of them")
     for number, tool in enumerate(chat.get("tools", ()), start=1):
         chat["tools"][number - 1] = function = _function(f"tool {number}", tool, _TOOL)
-        function["function"].pop("strict", None)  # bounds answers, and is not part of the model's prompt
+        function["function"].pop("strict", None)  # `strict` bounds answers, and is not part of the model's prompt
     _refuse_surrogates("messages", json.dumps(chat, ensure_ascii=False))
     return chat
 
@@ -185,12 +185,12 @@ def _function(where: str, given: Any, kinds: Mapping[str, Any]) -> dict[str, Any
     """A tool, or a call of a tool, with its function. Raises ValueError if `given` is neither."""
     kinds_outside = {"id": str, "index": int, "type": str, "function": dict}
     outer = {"type": "function", **_known(where, given, kinds_outside, ("function",))}
-    outer.pop("index", None)  # of a stream; the list has the same order
+    outer.pop("index", None)  # the index of a call in a stream; the list has the same order
     return outer | {"function": _known(where, outer["function"], kinds, ("name",))}
 
 
 def _known(where: str, given: Any, kinds: Mapping[str, Any], needed: Sequence[str] = ()) -> dict[str, Any]:
-    """The non-empty values of an object, in the order of `kinds`. Raises ValueError if it has unknown or wrong ones."""
+    """The non-empty values of an object, in the order of `kinds`. Raises ValueError if a key or a type is wrong."""
     if not isinstance(given, dict) or any(given.get(name) is None for name in needed):
         raise ValueError(f"{where} must be an object with {' and '.join(needed)}, as in OpenAI's format")
     for name, value in given.items():

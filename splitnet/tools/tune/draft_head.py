@@ -1,8 +1,8 @@
-"""The work of `tune --draft-head`: an EAGLE-3 head learns the model's next tokens from its last hidden states.
+"""The work of `tune --draft-head`: an EAGLE-3 head learns the model's next tokens from the model's last hidden states.
 
-The peers run forward, once per text. The states stay on disk, so that further epochs need no peer. The head of EAGLE-3
-(Li et al., arXiv:2503.01840) is trained on the last hidden state only, which the client receives anyway, with a head
-for the most frequent tokens (FR-Spec, arXiv:2502.14856).
+The peers run one forward pass per text. The states stay on disk, so that further epochs need no peer. The head of
+EAGLE-3 (Li et al., arXiv:2503.01840) is trained only on the last hidden state, which the client receives anyway, and
+its output is limited to the most frequent tokens (FR-Spec, arXiv:2502.14856).
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ from splitnet.tools.tune.methods import Schedule, TrainingSettings
 from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, collate, pad_of
 from splitnet.tools.tune.states import States, parts_of, read, states_of
 
-LONGEST_TEXT = 512  # tokens; the default of --max-length
-TOGETHER = 32  # texts that are generated together, and stored in one file
-PASS_POSITIONS = 4096  # positions of texts in one pass through the blocks
-ROWS = 64  # rows of logits at a time
-PACK = 512  # positions that the head sees at the same time in training
-DEPTH = 5  # consecutive tokens that the head learns to draft
-DECAY = 0.8  # of a drafted token's weight, from each token to the next
-CHAINS = 4  # one of this many positions is followed beyond the first drafted token
-HELD_OUT = 50  # one of this many texts is held out
-BATCH = 4  # packs per step
-TEMPERATURE = 0.7  # for generated answers
-BARREN = 5  # rounds without a prompt until the search for one ends
+LONGEST_TEXT = 512  # Default of --max-length, in tokens
+TOGETHER = 32  # Number of texts that are generated together, and stored in one file
+PASS_POSITIONS = 4096  # Maximum number of positions of texts in one pass through the blocks
+ROWS = 64  # Number of rows of logits that are computed at a time, to bound memory
+PACK = 512  # Maximum number of positions that the head processes together in training
+DEPTH = 5  # Number of consecutive tokens that the head learns to draft
+DECAY = 0.8  # Factor by which the weight of the loss decreases from each drafted token to the next
+CHAINS = 4  # One of this many positions is continued after the first drafted token
+HELD_OUT = 50  # One of this many texts is held out
+BATCH = 4  # Packs per step
+TEMPERATURE = 0.7  # Temperature of generated answers
+BARREN = 5  # Number of rounds without a new prompt after which the search for prompts ends
 LEARNING_RATE = 1e-3
-WARMUP = 0.05  # share of the steps
+WARMUP = 0.05  # Share of the steps in which the learning rate rises
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Consecutive positions of texts, and access to the model's last hidden states.
 
-    ids: `[n]`. texts: `[n]`, the number of each position's text. learned: `[n]`, tokens that the model should write.
+    ids: `[n]`, token ids. texts: `[n]`, the number of the text at each position. learned: `[n]`, true for tokens that
+    the head learns.
     """
 
     ids: Tensor
@@ -85,7 +86,7 @@ def packs_of(states: States) -> tuple[list[Pack], list[Pack]]:
 
 
 def frequent(states: States, count: int, vocabulary: int) -> Tensor:
-    """The ids of the most frequent learned tokens, in rising order; among equals, the lower ids."""
+    """The ids of the most frequent learned tokens, in ascending order; of equally frequent tokens, the lower ids."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
     for ids, learned in zip(states.all("ids"), states.all("learned"), strict=True):
         counts += torch.bincount(ids[learned], minlength=vocabulary)
@@ -100,16 +101,16 @@ def _states_at(path: Path, places: Tensor) -> Tensor:
 class _UnrolledAttention:
     """Attention of an unrolled head, as in the training-time test of EAGLE-3.
 
-    First each position attends to earlier positions of the same text. Then chains continue from some positions: each
-    step of a chain attends to the positions that its beginning saw, and to earlier steps of the chain. masked: `[n,
-    n]`, true for hidden positions.
+    First, each position attends to earlier positions of the same text. Then chains of drafted tokens continue from some
+    positions: each step of a chain attends to the same positions as the first position of the chain, and to earlier
+    steps of the chain. masked: `[n, n]`, true where a position does not attend to another.
     """
 
     def __init__(self, masked: Tensor) -> None:
         self._masked = masked
         self._first: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self.beginnings: Tensor | None = None  # of the chains, `[m]`; None: they have not begun
+        self.beginnings: Tensor | None = None  # first positions of the chains, `[m]`; None: chains have not begun
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         masked, own = self._masked, self._own.setdefault(layer, [])
@@ -132,11 +133,10 @@ class _UnrolledAttention:
 
 
 def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs of the head, `[m, hidden]`, for the first to the last drafted token, with their positions.
+    """Yields outputs of the head, `[m, hidden]`, and positions `[m]`, for the first to the last drafted token.
 
-    The model's states at these positions `[m]` give the right token.
-
-    followed: `[n]`, positions from which more than one token is drafted, if the text is long enough.
+    The model's states at these positions determine the right tokens. followed: `[n]`, true for positions from which
+    more than one token is drafted, if the text is long enough.
     """
     ids, texts = pack.ids.to(states.device), pack.texts.to(states.device)
     places = torch.arange(len(ids) - 1, device=states.device)
@@ -149,7 +149,7 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
     learned = pack.learned.to(states.device)
 
     def goes_on(depth: int) -> Tensor:
-        """Positions at which `depth` drafted tokens, and one more, belong to the same text."""
+        """Positions after which `depth` drafted tokens and one more token belong to the same text."""
         last = len(ids) - depth - 2
         if last <= 0:
             return places[:0]
@@ -171,9 +171,10 @@ def unrolled(head: EagleHead, pack: Pack, states: Tensor, followed: Tensor) -> I
 
 
 class HeadRun(TuningRun):
-    """Trains a head; rows are packs.
+    """Trains a draft head; rows are packs.
 
-    unembedding: `[draft vocabulary, hidden]`, from the model's own head: its logits of the states are the target.
+    unembedding: `[draft vocabulary, hidden]`, rows of the model's own head, which computes the target logits from the
+    model's states.
     """
 
     def __init__(
@@ -210,14 +211,14 @@ class HeadRun(TuningRun):
         if not counts:
             return states.new_zeros(())
         weights = [states.new_full((count,), counted / count) for counted, count in counts]
-        # One product for all, because the head of a vocabulary is most of the work.
+        # One matrix product for all outputs, because the product with the output head is most of the work.
         logits = self.model.logits(torch.cat(outputs))
         return divergence(logits, expected, torch.cat(places), torch.cat(weights))
 
     def _are_halves_faster(self) -> bool:
         """Whether a step in bfloat16 takes less time than in float32, on this machine."""
         seconds = [0.0, 0.0]
-        for halves in (True, False, True, False):  # the first two also allocate memory
+        for halves in (True, False, True, False):  # the first two steps also allocate memory
             self.halves, began = halves, time.perf_counter()
             self._loss(self._rows_of(0)[:1], backward=True)
             seconds[halves] = time.perf_counter() - began
@@ -232,7 +233,8 @@ def expected_logits(model: ClientPart, unembedding: Tensor, states: Tensor) -> T
 
 
 class _Divergence(torch.autograd.Function):
-    """Computes gradients in the forward pass, some rows at a time, because logits are by far the largest tensors."""
+    """The divergence. Gradients are computed in the forward pass, some rows at a time, because logits are by far the
+    largest tensors."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -253,8 +255,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor) -> Tensor:
-    """Kullback and Leibler's divergence of the distributions by logits `[m, v]` from those by rows `places` of
-    `expected`, `[n, v]`, summed with weights `[m]`.
+    """The Kullback-Leibler divergence of the distributions of `logits`, `[m, v]`, from the distributions of the rows
+    `places` of the logits `expected`, `[n, v]`. The sum over rows is weighted with `weights`, `[m]`.
     """
     divergence: Any = _Divergence.apply(logits, expected, places, weights)
     return divergence
@@ -262,8 +264,10 @@ def divergence(logits: Tensor, expected: Tensor, places: Tensor, weights: Tensor
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Quality on held-out texts. acceptance: for each drafted token, how often the model finds it the likeliest, if all
-    earlier ones were right. per_trip: tokens per round trip with all drafted tokens, including the model's own token.
+    """Quality on held-out texts.
+
+    acceptance: for each drafted token, how often the model chooses the same token, if all earlier drafted tokens were
+    right. per_trip: tokens per round trip with all drafted tokens, including the model's own token.
     """
 
     loss: float
@@ -283,7 +287,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
         states = pack.read().to(unembedding.device)
         expected = expected_logits(model, unembedding, states)
         chosen = torch.cat([model.logits(some).argmax(dim=-1) for some in states.split(64)])
-        # Indexed by the position before a drafted token.
+        # The index is the position before a drafted token.
         alive = torch.ones(len(states), dtype=torch.bool, device=states.device)
         for depth, (outputs, places) in enumerate(unrolled(head, pack, states, alive)):
             logits = head.logits(outputs)
@@ -302,7 +306,7 @@ def evaluate(head: EagleHead, packs: Sequence[Pack], unembedding: Tensor) -> Qua
 
 @torch.no_grad()
 def unembedding_of(model: ClientPart, ids: Tensor, device: torch.device) -> Tensor:
-    """The rows of the model's own head for some tokens, `[len(ids), hidden]` float32, for any format of the head."""
+    """The rows of the model's own head for tokens `ids`, `[len(ids), hidden]` float32, for any format of the head."""
     unit = torch.eye(model.hidden_size, device=device)
     base = model.head(torch.zeros(1, model.hidden_size, device=device))
     columns = [(model.head(rows) - base)[:, ids].float() for rows in unit.split(64)]
@@ -311,8 +315,10 @@ def unembedding_of(model: ClientPart, ids: Tensor, device: torch.device) -> Tens
 
 @torch.no_grad()
 def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -> EagleHead:
-    """A head for tokens `ids` whose first output is its input: initialized with torch's random numbers, except for its
-    output head, which is the model's, and the layer before it.
+    """A new draft head for tokens `ids`.
+
+    Weights are initialized with torch's random numbers, except for the projection of the features, which is the
+    identity, and the output head, which is the model's.
     """
     hidden, all_heads = model.hidden_size, config.num_attention_heads
     size = getattr(config, "head_dim", None) or hidden // all_heads
@@ -348,8 +354,9 @@ def new_head(model: ClientPart, config: Any, ids: Tensor, unembedding: Tensor) -
 
 @torch.no_grad()
 def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
-    """Initializes the head's first layer with equally named and sized weights of the model's last block, which learns
-    faster. Only the columns of the features; the columns of the embedding stay random.
+    """Initializes the head's first layer with weights of the model's last block that have the same name and size.
+
+    The head then learns faster. Only columns for features are initialized; the columns for the embedding stay random.
     """
     own = dict(head.layers[0].named_parameters())
     own["input_layernorm.weight"] = own.pop("hidden_norm.weight")
@@ -364,8 +371,10 @@ def begin_as_last_block(head: EagleHead, checkpoint: Checkpoint) -> None:
 
 @torch.no_grad()
 def client_part(checkpoint: Checkpoint, device: str) -> ClientPart:
-    """The client part. Raises SplitnetError if the family does more than a norm and a head after its blocks, because
-    the meaning of its hidden states is then unknown.
+    """Loads the client part.
+
+    Raises SplitnetError if models of the family have more than a norm and a head after their blocks, because then the
+    meaning of the hidden states is unknown.
     """
     blocks, shown = nn.Identity(), list[Tensor]()
     model = load_client_part(checkpoint, blocks, dtype=torch.float32, device=device)
@@ -385,7 +394,7 @@ def client_part(checkpoint: Checkpoint, device: str) -> ClientPart:
 
 @dataclass(frozen=True)
 class DraftHeadTuning:
-    """One call of the command; see its options. texts: to learn from, or with `generate` the prompts, if any."""
+    """One call of the command, see its options. texts: the texts to learn from; with `generate`, prompts, if any."""
 
     texts: Examples | None
     generate: int
@@ -400,7 +409,7 @@ class DraftHeadTuning:
     join_args: Sequence[str]  # the arguments with which commands reach the model
 
     def run(self, connection: ModelConnection) -> None:
-        """Trains to the last epoch, or until it is stopped. Raises SplitnetError; finished work is kept."""
+        """Trains to the last epoch, or until a signal stops the training. Raises SplitnetError; keeps finished work."""
         checkpoint = connection.checkpoint()
         room = checkpoint.max_positions or math.inf
         longest = self.max_length or int(min(LONGEST_TEXT, room))
@@ -511,7 +520,7 @@ class _Writer:
     def write_states(
         self, states: States, model: RemoteCausalLM, progress: TuningProgress, stopped: Sequence[int]
     ) -> None:
-        """Writes files of states until all texts, or as many as fit, are done, or it is stopped."""
+        """Writes files of states until all texts are done, no more states fit, or `stopped` is not empty."""
         began, before = time.monotonic(), states.texts
         progress.say(f"{self.wanted - before:,} texts, {TOGETHER} at a time: peers compute their states ...")
         while not self.has_all(states) and not stopped:
@@ -526,10 +535,10 @@ class _Writer:
             size = states.nbytes / 2**20
             progress.say(f"states of {done:,} of {self.wanted:,} texts, {size:,.0f} MiB, {left / 60:.0f} minutes left")
         if states.texts < self.wanted and not stopped:
-            progress.say(f"--states-limit is reached: {states.texts:,} of {self.wanted:,} texts are learned from")
+            progress.say(f"--states-limit is reached: the head learns from {states.texts:,} of {self.wanted:,} texts")
 
     def _generated(self, model: RemoteCausalLM, number: int) -> list[Encoded]:
-        """Texts of a file: prompts of the data in turn, or generated ones, and the model's answers.
+        """The texts of a file: prompts from the data in turn, or generated prompts, and the model's answers to them.
 
         Generated prompts: Magpie (Xu et al., arXiv:2406.08464).
         """
@@ -549,10 +558,10 @@ class _Writer:
                     Encoded(prompt + answer, [IGNORED] * len(prompt) + answer)
                     for prompt, answer in zip(prompts, answers, strict=True)
                 ]
-        raise SplitnetError("the model writes no prompts of its own: give some with --data")
+        raise SplitnetError("the model writes no prompts of its own: give prompts with --data")
 
     def _imagined(self, model: RemoteCausalLM) -> list[list[int]]:
-        """Generated prompts that are complete, with the text of the chat template around them."""
+        """Generated prompts that are complete, including the text of the chat template before and after each prompt."""
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         whole = render(self._tokenizer, [{"role": "user", "content": mark}], answer=True)
         before, found, after = whole.partition(mark)
@@ -567,7 +576,7 @@ class _Writer:
     def _sample(
         self, model: RemoteCausalLM, prompts: Sequence[list[int]], most: int, temperature: float = TEMPERATURE
     ) -> list[list[int]]:
-        """The model's text after each prompt, with the end token, if the text ends."""
+        """The model's text after each prompt, including the end token if the text ends."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])

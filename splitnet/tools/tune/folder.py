@@ -17,14 +17,15 @@ from splitnet.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-WORK = "work"  # folder for the states of a draft head: readers of heads read all safetensors next to the config
+# Separate folder for hidden states, because readers of heads load all safetensors in the folder of a config
+WORK = "work"
 CHECKPOINT = "checkpoint.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class TuningFolder:
-    """Files of a run: the adapter in PEFT's format, its settings, metrics (a line per step and per evaluation), the
-    loss curve, and the checkpoint for resuming.
+    """The files of a run: the adapter in PEFT's format, the settings, metrics (a line per step and per evaluation), the
+    loss curve, and the checkpoint from which a run resumes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,12 +35,12 @@ class TuningFolder:
         self._checkpoint = path / CHECKPOINT
 
     def check_place(self, *, resume: bool) -> None:
-        """Raises DataError if no run may begin here, or resume, before the settings are known."""
+        """Raises DataError if no run can begin here or, with `resume`, continue here. Needs no settings of a run."""
         if resume:
             if not self._settings.exists():
-                raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
+                raise DataError(f"{self.path} holds no run to continue: leave out --resume")
         elif self.path.is_dir() and any(path not in (self._settings, self._metrics) for path in self.path.iterdir()):
-            found = "a run: --resume goes on with it, or" if self._settings.exists() else "files:"
+            found = "a run: continue it with --resume, or" if self._settings.exists() else "files:"
             raise DataError(f"{self.path} already holds {found} give another --output")
         there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -58,8 +59,8 @@ class TuningFolder:
         for name in [*saved, *settings]:
             if saved.get(name) != settings.get(name):
                 raise DataError(
-                    f"the run in {self.path} has {name} {saved.get(name)!r}, not {settings.get(name)!r}: go on with "
-                    "the options that it began with, or give another --output"
+                    f"the run in {self.path} has {name} {saved.get(name)!r}, not {settings.get(name)!r}: continue "
+                    "with the options of that run, or give another --output"
                 )
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -75,12 +76,12 @@ class TuningFolder:
         from safetensors.torch import save_file
 
         with self._replacing(self.path / file) as partial:
-            # Without contiguous(), safetensors refuses views; its metadata may contain only texts.
+            # safetensors refuses views without contiguous(), and its metadata may contain only texts.
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(whole, partial, metadata={"facts": json.dumps(facts)})
 
     def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint; None if there is none. Raises DataError if the file is damaged."""
+        """The last checkpoint; None if no checkpoint exists. Raises DataError if the file is damaged."""
         if not self._checkpoint.exists():
             return None
         try:
@@ -103,9 +104,9 @@ class TuningFolder:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Lines of the metrics; `until` permanently removes the lines of later steps.
+        """The lines of the metrics. until: permanently removes the lines of steps after this step.
 
-        After a crash, the file may have steps that no checkpoint has, and half a line.
+        After a crash, the file may contain steps after the last checkpoint, and an incomplete line.
         """
         lines: list[dict[str, Any]] = []
         if self._metrics.exists():
@@ -127,9 +128,9 @@ class TuningFolder:
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
-        """Yields a file to write, which replaces `path` once it is on the disk.
+        """Yields a file to write. Once the file is on the disk, it replaces `path`.
 
-        Before that, its tensors are read and must be finite. After a DataError, `path` is unchanged.
+        Before that, the tensors in the file are read, and must be finite. After a DataError, `path` is unchanged.
         """
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         try:
@@ -155,11 +156,11 @@ class TuningFolder:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"cannot write {path} ({reason}): make room, then go on with --resume") from error
+            raise DataError(f"cannot write {path} ({reason}): make room, then continue with --resume") from error
 
 
 def _finite_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file. Raises OSError and SafetensorError, and ValueError if one is not finite."""
+    """All tensors of a file. Raises OSError and SafetensorError, and ValueError if a tensor is not finite."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():

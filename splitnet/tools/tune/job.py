@@ -47,12 +47,12 @@ from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 from splitnet.wire.messages import RoundState, RoundWish
 
-SMOOTHED_OVER = 10  # steps per point of the smoothed line
+SMOOTHED_OVER = 10  # Number of steps that each point of the smoothed line averages
 
 
 def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Writes a PNG of the lines of `metrics.jsonl`."""
-    from matplotlib.figure import Figure  # without pyplot there is no window, and no global state
+    from matplotlib.figure import Figure  # pyplot is not used, because it opens windows and has global state
 
     steps = [line["step"] for line in metrics if "loss" in line]
     losses = [line["loss"] for line in metrics if "loss" in line]
@@ -82,11 +82,12 @@ def draw_loss_curve(metrics: Sequence[dict[str, Any]], title: str, path: Path) -
     figure.savefig(path, format="png", dpi=120)
 
 
-LINE_EVERY_S = 10.0  # seconds between lines without a terminal
+LINE_EVERY_S = 10.0  # Seconds between lines of progress if stderr is not a terminal
 
 
 class TuningProgress:
-    """Progress within `bars`: loss, tokens/s and remaining time on a terminal; otherwise a line from time to time."""
+    """Shows progress within `bars`: loss, tokens/s and remaining time on a terminal, otherwise a line every
+    `LINE_EVERY_S` seconds."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -115,7 +116,7 @@ class TuningProgress:
 
     @contextmanager
     def evaluating(self, rows: int) -> Iterator[Callable[[int], None]]:
-        """Shows an evaluation. Yields the function to call with the number of further rows that are done."""
+        """Shows an evaluation. Yields a function that the caller calls with the number of newly evaluated rows."""
         task = self.bars.add_task("evaluating", total=rows, facts="")
         try:
             yield lambda done: self.bars.advance(task, done)
@@ -128,10 +129,10 @@ class TuningProgress:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Result on held-out examples."""
+    """The result on held-out examples."""
 
     loss: float  # mean over the learned tokens, or with a head over the examples
-    accuracy: float | None  # share of examples with the right label; None if they have none
+    accuracy: float | None  # share of examples with the right label; None if the examples have no labels
 
 
 @torch.no_grad()
@@ -141,8 +142,8 @@ def evaluate(
     *,
     batch_size: int,
     pad: int,
-    words: Sequence[int] | None = None,  # the first token of each label: the likeliest one is the model's label
-    head: bool = False,  # whether the model's logits are those of labels
+    words: Sequence[int] | None = None,  # the first token of each label; the likeliest of these is the model's choice
+    head: bool = False,  # whether the model's logits are logits of labels
     advance: Callable[[int], None] | None = None,  # called with the number of rows after each batch
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -175,17 +176,17 @@ def evaluate(
 
 
 def _before_answers(rows: Sequence[Encoded]) -> list[int]:
-    """The position before the first learned token of each row, from the end, because soft prompts precede the rows."""
+    """The position before the first learned token of each row, from the row's end, as soft prompts precede rows."""
     longest = max(len(row.ids) for row in rows)
     return [next(at for at, target in enumerate(row.targets) if target != IGNORED) - 1 - longest for row in rows]
 
 
-LONGEST_ROW = 1024  # default limit of tokens per row
+LONGEST_ROW = 1024  # Default maximum of tokens per row
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One call of the command; see its options."""
+    """One call of the command, see its options."""
 
     method: Method
     options: AdapterOptions
@@ -205,7 +206,7 @@ class Tuning:
     named: Mapping[str, str] = field(default_factory=dict[str, str])  # given options, by parameter
 
     def run(self, connection: ModelConnection) -> None:
-        """Trains to the last step, or until it is stopped. Raises SplitnetError; finished steps are kept."""
+        """Trains to the last step, or until a signal stops the training. Raises SplitnetError; keeps finished steps."""
         checkpoint = connection.checkpoint()
         rows = self._rows(checkpoint)
         facts = connection.facts_of(checkpoint)
@@ -258,7 +259,7 @@ class Tuning:
         if isinstance(run, JointRun):
             sent, received = joint["link"].moved
             typer.echo(
-                f"To the coordinator {sent / 1e6:,.2f} MB of numbers were sent, {received / 1e6:,.2f} MB received."
+                f"{sent / 1e6:,.2f} MB of numbers were sent to the coordinator, {received / 1e6:,.2f} MB received."
             )
         self._print_next()
 
@@ -273,7 +274,7 @@ class Tuning:
     def _agreed(self, state: RoundState) -> Tuning:
         """A copy with the settings of a round.
 
-        Raises SplitnetError if a given option contradicts the settings, or they are of another version.
+        Raises SplitnetError if a given option contradicts the settings, or the settings are of another version.
         """
         own = self._shared()
         try:
@@ -295,7 +296,7 @@ class Tuning:
             training |= {"schedule": Schedule(training["schedule"]), "accumulate": self.settings.accumulate}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise SplitnetError(
-                f"the settings of this round are of another version ({error}): upgrade the older"
+                f"the settings of this round are of another version ({error}): upgrade the older splitnet"
             ) from None
         typer.echo(f"round of {method}, {training['steps']} steps", err=True)
         how = {"method": method, "options": AdapterOptions(**options), "settings": TrainingSettings(**training)}
@@ -315,7 +316,8 @@ class Tuning:
                     costs.append(self._cost(method, checkpoint, swarm, connection.options))
                 except SplitnetError as error:
                     typer.echo(f"{method} is not possible: {error}", err=True)
-                # Models with remote blocks have reference cycles, and would count in the next model's memory.
+                # Models with remote blocks have reference cycles, so without a collection their memory would be counted
+                # for the next model.
                 gc.collect()
         if not costs:
             raise SplitnetError("no method is possible for this model and these options: see above")
@@ -337,7 +339,7 @@ class Tuning:
             return measured(method, run, rows, held_out, pad)
 
     def _fill(self, tuner: SideTuner, folder: TuningFolder, pad: int) -> None:
-        """Has the peers compute the states, and records the cost."""
+        """Lets the peers compute the states, and records the cost."""
         began, progress = time.perf_counter(), TuningProgress(self.settings.steps)
         with stop_signals("file of states") as stopped:
             tuner.compute_states(pad, progress.say, stopped)
@@ -389,7 +391,7 @@ class Tuning:
                 metrics, title = folder.metrics(), f"{self.method}, {self.train.path.name}"
                 folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
 
-        run.sound = save_if_due  # called before overflowing parameters could replace a checkpoint
+        run.sound = save_if_due  # called before an overflow, so that overflowing parameters replace no checkpoint
         saved = folder.load_checkpoint() if self.resume else None
         told = f"{self.method}: {len(self.train.rows):,} examples"
         take_steps(run, folder, progress, saved, told, look=look, keep=keep)
@@ -418,7 +420,7 @@ class Tuning:
 
     @property
     def _labels(self) -> Sequence[str]:
-        """All labels; owners that train together may have only some of the labels each."""
+        """All labels; each owner of a joint tuning may have examples with only some of these labels."""
         both = {*self.train.labels, *(self.held_out.labels if self.held_out and self.join_round else ())}
         return sorted(both)
 
@@ -431,7 +433,7 @@ class Tuning:
         pad: int,
         rows: Sequence[Encoded],
     ) -> Any:
-        """The model with a new adapter, which begins as a text or, like the head, with torch's random numbers.
+        """The model with a new adapter. The adapter begins with a text or, like the head, with torch's random numbers.
 
         rows: all rows of later calls.
         """
@@ -441,7 +443,7 @@ class Tuning:
         if self.head:
             labels = (None, dict(enumerate(self.train.labels)), None)
             model = attached_classifier(checkpoint, swarm, labels, running)
-            model.config.pad_token_id = pad  # with this id the classifier finds the last token of a row
+            model.config.pad_token_id = pad  # the classifier uses this id to find the last token of a row
         else:
             model = attached(checkpoint, swarm, running)
         beginning = self._beginning()
@@ -504,13 +506,13 @@ def take_steps(
     Args:
         saved: the checkpoint to resume from; None: the run begins.
         told: a description of the run for the user.
-        look: called before the first step and after each; evaluates and saves when due.
+        look: evaluates and saves when due; called before the first step and after each step.
         keep: saves everything; called at the end of the run and after an error, but not after an overflow.
     """
     if saved:
         run.restore(*saved)
     folder.metrics(until=run.done if saved else -1)
-    since = f", going on after step {run.done}" if saved else ""
+    since = f", continuing after step {run.done}" if saved else ""
     typer.echo(f"{told}, {run.trained_parameters:,} trained parameters{since}", err=True)
     with progress.bars, stop_signals("step") as stopped:
         run.stopped = stopped
@@ -520,12 +522,12 @@ def take_steps(
                 _take_step(run, folder, progress)
                 look()
         except NotFinite:
-            raise  # saved parameters have passed a step without an overflow
+            raise  # nothing is saved, because only parameters that pass a step without an overflow are saved
         except BaseException as error:
             if run.done:
                 keep()
                 if isinstance(error, SplitnetError):
-                    typer.echo(f"{run.done} steps are saved; the same command with --resume goes on.", err=True)
+                    typer.echo(f"{run.done} steps are saved; the same command with --resume continues.", err=True)
             raise
         if run.done:
             keep()
@@ -553,7 +555,8 @@ def _joules(spent: float) -> dict[str, float]:
 
 @contextmanager
 def stop_signals(what: str) -> Iterator[list[int]]:
-    """Collects the first signal to stop, so that the running `what` can finish; a second signal ends at once."""
+    """Yields a list for the first signal to stop, so that the running `what` can finish; a second signal ends the
+    process at once."""
     stopped: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -571,9 +574,9 @@ def stop_signals(what: str) -> Iterator[list[int]]:
 
 
 def end_if(stopped: Sequence[int], told: str) -> None:
-    """Ends the process with the signal's exit code, if a signal has stopped the run."""
+    """Ends the process with the exit code for the signal, if a signal has stopped the run."""
     if stopped:
-        typer.echo(f"{told}; nothing is lost. The same command with --resume goes on.", err=True)
+        typer.echo(f"{told}; nothing is lost. The same command with --resume continues.", err=True)
         raise SystemExit(128 + stopped[0])
 
 

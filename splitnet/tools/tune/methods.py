@@ -27,7 +27,7 @@ class Method(StrEnum):
 
     @property
     def learning_rate(self) -> float:
-        """A step size of AdamW to start with."""
+        """The default learning rate of AdamW for the method."""
         if self is Method.SIDE:
             return 3e-4
         return 1e-2 if self in (Method.PROMPT, Method.PREFIX) else 1e-3
@@ -45,14 +45,15 @@ class AdapterOptions:
     """The size and the initial value of an adapter; each method uses some of the fields."""
 
     tokens: int = 16  # virtual tokens of prompt, prefix and p-tuning
-    init_text: str | None = None  # its embeddings, cut or repeated, are the initial prompt; None: random tokens
-    # Width of the network that generates a prefix in training (None: no network), or of p-tuning's.
+    # The embeddings of this text, cut or repeated, are the initial prompt; None: random tokens.
+    init_text: str | None = None
+    # Width of the network that generates a prefix in training (None: no network), or of the network of p-tuning.
     projection: int | None = None
-    network: PromptNetwork = PromptNetwork.MLP  # of p-tuning
-    rank: int = 8  # of LoRA, as the next two
+    network: PromptNetwork = PromptNetwork.MLP  # the network of p-tuning
+    rank: int = 8  # rank of LoRA; the next two fields are for LoRA, too
     alpha: int = 16
     targets: Sequence[str] = ()  # empty: PEFT's default for the family; ALL_LINEAR: all linear layers
-    width: int | None = None  # of a side network; None: a quarter of the model's
+    width: int | None = None  # width of a side network; None: a quarter of the model's hidden size
 
     def virtual_tokens(self, method: Method) -> int:
         """Positions of the model's context that an adapter of this method occupies."""
@@ -67,14 +68,14 @@ def with_new_adapter(
 ) -> Any:
     """The PEFT model of a model, remote or not, with a new adapter to train.
 
-    The adapter's configuration names the source of the tokenizer, for `init_text`. With `head` the model is a sequence
-    classifier, whose head is trained too.
+    The adapter's configuration names the source of the tokenizer, for `init_text`. With `head`, the model is a sequence
+    classifier whose head is trained, too.
 
     Raises AdapterError if the options do not fit the model.
     """
     from peft import TaskType, get_peft_model
 
-    # PEFT ignores names without a layer, if other names have one.
+    # PEFT ignores names that match no layer if other names match layers.
     sizes = {f".{path}": getattr(getattr(one, "weight", None), "ndim", 0) for path, one in model.named_modules()}
     for name in options.targets if method is Method.LORA else ():
         if name != ALL_LINEAR and not any(path.endswith(f".{name}") for path in sizes):
@@ -84,7 +85,7 @@ def with_new_adapter(
     try:
         with tempfile.TemporaryDirectory() as folder:
             if method is Method.PROMPT and options.init_text:
-                # PEFT loads it through transformers, which does not read tokenizers from GGUF files.
+                # PEFT loads the tokenizer through transformers, which does not read tokenizers from GGUF files.
                 tokenizer.save_pretrained(folder)
             wrapped = get_peft_model(model, _config(task, method, options, folder))
     except ValueError as error:
@@ -99,11 +100,12 @@ def with_new_adapter(
 def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
     """Initializes a prefix without projection with the keys and values of a text.
 
-    With random keys and values, which no model expects, training begins with a much higher loss, and with gradients
-    whose direction changes with the least error of an activation. Real words as a beginning: Li and Liang,
-    arXiv:2101.00190, section 7.4.
+    With random keys and values, training would begin with a much higher loss, and with gradients whose direction
+    changes with the smallest error of an activation. Li and Liang, arXiv:2101.00190, section 7.4, also initialize with
+    real words.
 
-    pairs: of each block `[kv heads, positions, head size]`, cut or repeated to the length of the prefix.
+    pairs: keys and values of each block, `[kv heads, positions, head size]`, which are cut or repeated to the length of
+    the prefix.
 
     Raises AdapterError if keys and values have other sizes than PEFT's prefix for this model.
     """
@@ -161,15 +163,15 @@ class TrainingSettings:
     steps: int
     learning_rate: float
     batch_size: int = 8  # rows per step
-    accumulate: int = 1  # parts into which a step's rows are cut; less memory at the client, the same gradient
+    accumulate: int = 1  # parts into which a step's rows are cut, to save memory; the gradient stays the same
     warmup_steps: int = 0  # steps in which the learning rate rises from 0
     schedule: Schedule = Schedule.LINEAR  # after the warm-up; linear and cosine decrease to 0 at the last step
-    clip: float = 1.0  # largest norm of a gradient; 0: any
+    clip: float = 1.0  # maximum norm of a gradient; 0: no maximum
     weight_decay: float = 0.0
-    # Gradients from forward passes only, see `estimate_gradients`, with this many `directions`.
+    # Whether gradients are estimated from forward passes only, along `directions`, see `estimate_gradients`.
     zeroth_order: bool = False
     directions: int = 1
-    seed: int = 0  # of the order of the data, and of the directions
+    seed: int = 0  # determines the order of the data, and the directions
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -37,17 +37,18 @@ from splitnet.wire.messages import (
 )
 
 LOOK_S = 0.2
-ASK_AGAIN_S = 5.0  # a waiting owner asks again, because the coordinator may have been restarted
-SILENT_S = 120.0  # until a silent coordinator counts as gone
-WAITING_MESSAGES = 8  # of up to 64 MiB each
-SHOWN = 3  # coordinators of the same name
+ASK_AGAIN_S = 5.0  # A waiting owner asks again after this time, because the coordinator may have been restarted
+SILENT_S = 120.0  # A coordinator that has been silent for this time counts as gone
+WAITING_MESSAGES = 8  # Maximum number of unread messages, which may have 64 MiB each
+SHOWN = 3  # Maximum number of coordinators with the same name that an error message lists
 
 
 class RoundLink(AbstractContextManager["RoundLink"]):
-    """The connection to the coordinator of a joint tuning of the swarm's model; close it when done.
+    """The connection to the coordinator of a joint tuning of the swarm's model. The caller must close the connection.
 
-    name: of the joint tuning, or NAME@tcp://HOST:PORT?key=... of its coordinator, if several have that name. examples:
-    number of this owner's examples. Raises SplitnetError if no coordinator has this name, or several have.
+    name: name of the joint tuning; or NAME@tcp://HOST:PORT?key=... with the coordinator's address, if several
+    coordinators have this name. examples: number of this owner's examples. Raises SplitnetError if no coordinator, or
+    several coordinators, have this name.
     """
 
     def __init__(self, swarm: Swarm, name: str, examples: int = 0) -> None:
@@ -55,7 +56,8 @@ class RoundLink(AbstractContextManager["RoundLink"]):
         self._model, self._identity, self._examples = swarm.facts.fingerprint, swarm.identity, examples
         self._endpoint = endpoint_of(address) if address else self._found(swarm)
         self._answers: queue.Queue[Message | SplitnetError] = queue.Queue(WAITING_MESSAGES)
-        self._starts = self._endpoint.key == self._identity.public  # starts the rounds, with settings and parameters
+        # Whether this owner starts the rounds and provides the settings and the initial parameters.
+        self._starts = self._endpoint.key == self._identity.public
         self._beginning = np.zeros(0, np.float32)
         self._safe: tuple[str, ...] = ()  # how the last gradient was protected
         self.moved = 0, 0  # bytes of numbers sent and received
@@ -86,11 +88,11 @@ class RoundLink(AbstractContextManager["RoundLink"]):
         stopped: Sequence[int] = (),
         say: Callable[[str], None] = lambda _: None,
     ) -> tuple[RoundState, Numbers | None]:
-        """The state of the rounds and the parameters, float32 `[n]`; None: not known yet.
+        """Returns the state of the rounds, and the parameters, float32 `[n]`, or None if these are not known yet.
 
-        A JOIN returns when the round has settings, and parameters unless this owner provides them. A READY with a
-        gradient returns when the round is over; the gradient is sent when the coordinator requests it. Raises
-        SplitnetError if the coordinator refuses or is gone; Stopped once `stopped` is not empty.
+        With the wish JOIN, returns when the round has settings, and also parameters unless this owner provides them.
+        With READY and a gradient, returns when the round is over; the gradient is sent when the coordinator requests
+        it. Raises SplitnetError if the coordinator refuses or is gone, and Stopped once `stopped` is not empty.
         """
         size = 0 if gradient is None else gradient.size
         asked = AskRound(self.name, self._model, wish, number, self._examples, size, payload)
@@ -107,8 +109,8 @@ class RoundLink(AbstractContextManager["RoundLink"]):
             except queue.Empty:
                 if time.monotonic() > heard + SILENT_S:
                     raise SplitnetError(
-                        f"the coordinator of {self.name} has not answered for {SILENT_S:.0f} s: go on with --resume "
-                        "when it is back"
+                        f"the coordinator of {self.name} has not answered for {SILENT_S:.0f} s: continue with "
+                        "--resume when the coordinator is back"
                     ) from None
                 continue
             heard = time.monotonic()
@@ -125,7 +127,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
                     state, parameters = None if waits else message, None
                     if waits and gradient is not None and not message.ready:  # the initial parameters were lost
                         self.send_parameters(self._beginning)
-                    # The next message may take long on a slow link, and must not be requested again meanwhile.
+                    # On a slow link, the next message may take long; meanwhile it must not be requested again.
                     if not waits:
                         ask_at = heard + SILENT_S / 2
                     now = (
@@ -143,7 +145,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
                         raise ProtocolError("the coordinator has sent numbers that are not finite: end this round")
                     self.moved = self.moved[0], self.moved[1] + len(message.payload)
                 case WantGradient() if message.attempt in answered:
-                    pass  # the same masks on another share would reveal the gradient
+                    pass  # not answered again: the same masks with another share would reveal the gradient
                 case WantGradient() if gradient is not None and message.number == number:
                     answered.add(message.attempt)
                     safe = "masked" if message.members else "not masked", "with noise" if message.noise else "no noise"
@@ -164,7 +166,7 @@ class RoundLink(AbstractContextManager["RoundLink"]):
         raise Stopped
 
     def send_parameters(self, parameters: Numbers) -> None:
-        """Sends the coordinator the initial parameters, if it has the key of this owner."""
+        """Sends the initial parameters to the coordinator, if the coordinator has the same key as this owner."""
         self._beginning = parameters
         if self._starts:
             self._transport.send(self._endpoint, encode(RoundNumbers(0, 0, parameters.tobytes())))
@@ -185,14 +187,14 @@ class RoundLink(AbstractContextManager["RoundLink"]):
 
 
 class Stopped(Exception):
-    """The user has stopped an owner that waits for the others."""
+    """Raised if the user has stopped this owner while it waits for the other owners."""
 
 
 class JointRun(TuningRun):
     """A run whose steps use the mean gradient of all owners.
 
-    say: called with the progress of the round. joined: the answer to joining. Raises SplitnetError if a message has no
-    room for this many parameters, or the others train something else.
+    say: called with the progress of the round. joined: the result of joining. Raises SplitnetError if the parameters
+    do not fit in a message, or their number differs from that of the round.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class JointRun(TuningRun):
         super().__init__(*given, **named)
         first = _numbers(self.trained.values())
         self._link, self._say = link, say
-        # None: rounds have not begun, and all owners begin with these.
+        # If the coordinator sent no parameters, rounds have not begun, and all owners begin with `first`.
         self._joined = joined[0], first if joined[1] is None else joined[1]
         if first.nbytes > MAX_PAYLOAD_BYTES:
             raise SplitnetError(f"{first.size:,} numbers are too many for owners that train together")
@@ -215,7 +217,7 @@ class JointRun(TuningRun):
 
     @torch.no_grad()
     def _adopt(self, state: RoundState, parameters: Numbers | None) -> None:
-        """Takes over the state of the others."""
+        """Takes over the state and the parameters of the round."""
         if parameters is not None:
             sizes = [parameter.numel() for parameter in self.trained.values()]
             if sum(sizes) != parameters.size:

@@ -1,9 +1,9 @@
 """Rounds of joint tuning: owners of examples train one adapter, and a coordinator averages their gradients.
 
 A round is one step of the optimizer: every owner sends the gradient of a batch of its examples at the common
-parameters, and the coordinator takes the step with their mean, weighted by examples (FedSGD, McMahan et al.,
-arXiv:1602.05629, section 2). So the mean has no bias, for any trained parameters and any distribution of labels. No
-I/O, no clock: times are seconds by the caller's clock. Keys are CURVE keys, 32 bytes.
+parameters, and the coordinator takes the step with the mean of the gradients, weighted by numbers of examples (FedSGD,
+McMahan et al., arXiv:1602.05629, section 2). So the mean has no bias, for any trained parameters and any distribution
+of labels. The module has no I/O and no clock: times are seconds by the caller's clock. Keys are CURVE keys, 32 bytes.
 """
 
 from __future__ import annotations
@@ -23,33 +23,39 @@ from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.tools.tune.methods import TrainingSettings
 from splitnet.wire.messages import MAX_ATTEMPT, MAX_OWNERS, MAX_ROUNDS, RoundNumbers, WantGradient
 
-LEAST_MASKED = 3  # owners: of two, each would learn the other's gradient
+LEAST_MASKED = 3  # Minimum number of owners for masks: each of two owners would learn the other owner's gradient
 STRAGGLE = 2.0
 LEAST_WAIT_S = 5.0
 """A round waits for stragglers until `STRAGGLE` times the time after which enough owners were ready, and at least
 `LEAST_WAIT_S` seconds."""
 LOST_S = 600.0
 LOST_TIMES, LEAST_LOST_S = 10.0, 60.0
-"""If not even half of the owners send their gradients, the missing owners count as gone after `LOST_S` seconds, or
-after `LOST_TIMES` times the duration of the last round, but not before `LEAST_LOST_S` seconds."""
-FORGIVEN = 2  # rounds that an owner may miss until the others stop waiting for it
-MAX_GRADIENTS_BYTES = 4 << 30  # bytes of gradients that the coordinator holds at the same time
-OUTWEIGHS = 4  # an owner counts with at most this many times the median number of examples
-SHORTENED = 0.999  # a gradient that keeps less than this share of its length is reported; the rest is rounding
-OUTRANGES, OUTLIES = 2, 5  # times the median norm: longer gradients are shortened; are dropped
-LONGEST = 1e18  # the squares of longer gradients overflow float32
-MAX_NORM, MAX_NOISE = 1e6, 16.0  # sums with more noise may not fit into 32 bits
-DELTA = 1e-5  # of the privacy budget
+"""If fewer than half of the owners send their gradients, the missing owners count as gone after `LOST_TIMES` times the
+duration of the last round, but not before `LEAST_LOST_S` seconds and not after `LOST_S` seconds."""
+FORGIVEN = 2  # After an owner has missed this many rounds, later rounds do not wait for this owner
+MAX_GRADIENTS_BYTES = 4 << 30  # Maximum bytes of gradients that the coordinator holds at the same time
+OUTWEIGHS = 4  # The weight of an owner is at most this many times the median number of examples
+# A gradient is reported as shortened if it keeps less than this share of its norm; smaller changes are rounding errors
+SHORTENED = 0.999
+# Multiples of the median norm: without a given norm, gradients with a norm above the first multiple are shortened;
+# gradients with a norm above the second multiple are dropped
+OUTRANGES, OUTLIES = 2, 5
+LONGEST = 1e18  # Maximum norm of a gradient: the squares of larger values overflow float32
+MAX_NORM, MAX_NOISE = 1e6, 16.0  # Maxima of --norm and --noise: sums with more noise may not fit into 32 bits
+DELTA = 1e-5  # The delta of the privacy budget
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRules:
-    """owners: required to begin; later half of them are enough. norm: the longest gradient, longer ones are shortened;
-    0: twice the median. noise: standard deviation of the noise in the sum of gradients, as a multiple of `norm`.
-    masked: owners add masks that cancel out, so that the coordinator sees only sums. liars: number of owners that may
-    send anything: gradients are averaged in 2 * liars + 1 groups, and the median of the groups counts.
+    """The rules of a joint tuning.
+
+    owners: number of owners that the first round needs; later rounds need half of this number. norm: maximum norm of a
+    gradient, longer gradients are shortened; 0: twice the median. noise: standard deviation of the noise in the sum of
+    gradients, as a multiple of `norm`. masked: owners add masks that cancel out, so that the coordinator sees only
+    sums. liars: number of owners that may send arbitrary numbers: gradients are averaged in 2 * liars + 1 groups, and
+    the median of the groups counts.
     """
 
     owners: int = 2
@@ -62,25 +68,27 @@ class RoundRules:
         if not (0 <= self.norm <= MAX_NORM and 0 <= self.noise <= MAX_NOISE):
             raise SplitnetError(f"give a --norm of 0 to {MAX_NORM:g}, and a --noise of 0 to {MAX_NOISE:g}")
         if (self.noise or self.masked) and not self.norm:
-            raise SplitnetError("noise and masks need to know how long a gradient may be: give --norm, such as 1")
+            raise SplitnetError("noise and masks need a maximum norm of gradients: give --norm, such as 1")
         if self.masked and self.liars:
             raise SplitnetError("with --masked the coordinator sees no single gradient: leave out --liars")
         if self.masked and self.owners < LEAST_MASKED:
-            raise SplitnetError(f"masks hide nothing from so few: give --owners {LEAST_MASKED} or more")
+            raise SplitnetError(f"with so few owners, masks hide nothing: give --owners {LEAST_MASKED} or more")
         if self.owners < 2 * self.liars + 1:
             raise SplitnetError(f"{self.liars} liars need {2 * self.liars + 1} owners or more: raise --owners")
 
     @property
     def quorum(self) -> int:
-        """Owners that an average after the first requires."""
+        """Number of owners that every round after the first needs."""
         return max((self.owners + 1) // 2, LEAST_MASKED if self.masked else 2 * self.liars + 1)
 
 
 @dataclass(slots=True)
 class Owner:
-    """tried: it has been ready with a gradient. delivered: the last requested gradient has arrived. failed: consecutive
-    requested gradients that never arrived. back_at: number of the round from which gradients are requested again.
-    missed: consecutive rounds without a gradient of this owner.
+    """The coordinator's state of one owner.
+
+    tried: the owner has computed a gradient. delivered: the last requested gradient has arrived. failed: number of
+    consecutive requested gradients that did not arrive. back_at: number of the round from which gradients of this owner
+    are requested again. missed: number of consecutive rounds without a gradient of this owner.
     """
 
     examples: int
@@ -90,7 +98,7 @@ class Owner:
     failed: int = 0
     back_at: int = 0
     missed: int = 0
-    share: float = 0.0  # of its gradient in the average
+    share: float = 0.0  # the weight of the owner's gradient in the average
     gradient: bytes | None = None
 
     @property
@@ -100,10 +108,12 @@ class Owner:
 
 @dataclass(eq=False)
 class Rounds:
-    """The coordinator's state. settings: of the owner that starts the rounds; None: it has not joined. number: finished
-    rounds, of `rounds`. parameters: the trained numbers, float32 `[n]`, which that owner initializes. moments: of the
-    optimizer, `[2, n]`. releases: sums with contributions of owners, which the privacy budget counts. told: messages
-    for the user.
+    """The coordinator's state.
+
+    settings: settings from the owner that starts the rounds; None: this owner has not joined. number: how many of the
+    `rounds` are finished. parameters: the trained numbers, float32 `[n]`; the owner that starts the rounds initializes
+    them. moments: the moments of the optimizer, `[2, n]`. releases: number of sums with contributions of owners, which
+    the privacy budget counts. told: messages for the user.
     """
 
     rules: RoundRules
@@ -115,9 +125,9 @@ class Rounds:
     releases: int = 0
     owners: dict[bytes, Owner] = field(default_factory=dict[bytes, Owner])
     told: list[str] = field(default_factory=list[str])
-    members: tuple[bytes, ...] = ()  # owners whose gradients are requested; empty: owners compute them
+    members: tuple[bytes, ...] = ()  # owners whose gradients are requested; empty: owners still compute gradients
     _attempt: int = 0
-    _began: float | None = None  # begin of this round, or this attempt
+    _began: float | None = None  # time at which this round, or the last attempt to collect gradients, began
     _enough_at: float | None = None
     _took_s: float = LOST_S  # duration of collecting the gradients of the last round
 
@@ -131,7 +141,7 @@ class Rounds:
 
     @property
     def present(self) -> int:
-        """Owners that a round waits for."""
+        """Number of owners that a round waits for."""
         return max(self._needed, sum(owner.is_awaited for owner in self.owners.values())) if self.owners else 0
 
     @property
@@ -139,15 +149,17 @@ class Rounds:
         return self.rules.quorum if self.number else max(self.rules.quorum, self.rules.owners)
 
     def accept_settings(self, settings: TrainingSettings) -> None:
-        """Uses these settings, unless settings are known. Raises SplitnetError if they have too many steps."""
+        """Uses these settings, unless settings are known. Raises SplitnetError if the number of steps is too large."""
         if not 0 < settings.steps <= MAX_ROUNDS:
-            raise SplitnetError(f"a joint tuning has {MAX_ROUNDS:,} steps at most: lower --steps")
+            raise SplitnetError(f"a joint tuning has at most {MAX_ROUNDS:,} steps: lower --steps")
         if self.settings is None:
             self.settings, self.rounds = settings, settings.steps
 
     def add_owner(self, key: bytes, examples: int, now: float) -> None:
-        """Adds an owner. If all places are taken, an owner that has delivered no gradient lately loses its place; when
-        it is ready with a gradient, it joins again. Raises SplitnetError if all places belong to delivering owners.
+        """Adds an owner.
+
+        If all places are taken, an owner that has not delivered its last requested gradient loses its place; this owner
+        joins again when it is ready with a gradient. Raises SplitnetError if all places belong to delivering owners.
         """
         if key not in self.owners and len(self.owners) >= MAX_OWNERS:
             works = {each for each, owner in self.owners.items() if owner.delivered and owner.missed < FORGIVEN}
@@ -161,13 +173,14 @@ class Rounds:
         self._began = now if self._began is None else self._began
 
     def tries(self, key: bytes) -> None:
-        """Marks an owner that has computed a gradient, even for an earlier round: later rounds wait for this owner."""
+        """Marks an owner that has computed a gradient, even for an earlier round, so that later rounds wait for it."""
         owner = self.owners[key]
         owner.missed, owner.tried = owner.missed if owner.tried else 0, True
 
     def offer(self, key: bytes, size: int) -> None:
-        """Marks an owner as ready with a gradient; no effect before the parameters are known. Raises SplitnetError if
-        the gradient has another size, or is too large, or delivering owners use all the memory.
+        """Marks an owner as ready with a gradient; has no effect before the parameters are known.
+
+        Raises SplitnetError if the gradient has another size, is too large, or delivering owners use all the memory.
         """
         if self.parameters is None:
             return
@@ -175,20 +188,20 @@ class Rounds:
         if size != self.parameters.size:
             raise SplitnetError(f"the round trains {self.parameters.size:,} numbers, this adapter {size:,}")
         if size > most:
-            raise SplitnetError(f"{size:,} numbers of {self.rules.owners} owners are too many: train {most:,} at most")
+            raise SplitnetError(f"{size:,} numbers of {self.rules.owners} owners are too many: train at most {most:,}")
         if sum(owner.delivered for each, owner in self.owners.items() if each != key) >= self._places:
-            raise SplitnetError(f"the coordinator has memory for {self._places} owners of {size:,} numbers: come later")
+            raise SplitnetError(f"the coordinator has memory for {self._places} owners of {size:,} numbers: join later")
         self.tries(key)
         self.owners[key].ready = True
 
     @property
     def _places(self) -> int:
-        """Gradients that the coordinator holds at the same time."""
+        """Maximum number of gradients that the coordinator holds at the same time."""
         assert self.parameters is not None
         return MAX_GRADIENTS_BYTES // max(1, self.parameters.nbytes)
 
     def take_gradient(self, key: bytes, numbers: RoundNumbers) -> None:
-        """Stores a requested gradient; drops any other."""
+        """Stores a requested gradient; drops any other gradient."""
         owner = self.owners.get(key)
         wanted = key in self.members and (self.number, self._attempt) == (numbers.number, numbers.attempt)
         size = self.parameters.nbytes if self.parameters is not None else 0
@@ -196,7 +209,7 @@ class Rounds:
             owner.gradient = bytes(numbers.payload)
 
     def next_wants(self, now: float) -> dict[bytes, WantGradient]:
-        """The messages for owners at this time. `number` rises when a round has been averaged."""
+        """The messages to send to owners at this time. Increases `number` when it averages the gradients of a round."""
         if self.is_over or self._began is None:
             return {}
         if self.members:
@@ -222,14 +235,15 @@ class Rounds:
         for key in keys:
             self.owners[key].gradient = None
         self.members = tuple(sorted(keys))
-        # Never repeated, even after a restart of the coordinator, because masks are derived from it.
+        # The number of an attempt is random, so that it never repeats, even after a restart of the coordinator, because
+        # masks are derived from it.
         self._attempt, self._began, self._enough_at = 1 + secrets.randbelow(MAX_ATTEMPT), now, None
         self.releases += 1
         examples = [self.owners[key].examples for key in self.members]
         most = OUTWEIGHS * float(np.median(examples))
         weights = [1.0 if rules.noise else min(each, most) for each in examples]
-        # The noise suffices in any reported sum against an owner that knows its own noise: with liars, in the smallest
-        # group.
+        # The noise must suffice in every reported sum, even against an owner that subtracts its own noise. With liars,
+        # the smallest reported sum is that of one group.
         others = len(weights) // (2 * rules.liars + 1) - 1
         spread = rules.noise * rules.norm / math.sqrt(max(1, others))
         masking = self.members if rules.masked else ()
@@ -243,8 +257,8 @@ class Rounds:
         assert self._began is not None
         sent = [key for key in self.members if self.owners[key].gradient is not None]
         if len(sent) < len(self.members):
-            # Only owners that delivered before count, because anybody can make keys; in the first round, the required
-            # number.
+            # Only owners that delivered gradients before count, because anybody can make keys. If there are no such
+            # owners, as in the first round, the required number of owners is expected.
             proven = {key for key in self.members if self.owners[key].delivered}
             expected = len(proven) or min(len(self.members), self.rules.owners)
             half = 2 * len(proven.intersection(sent) if proven else sent) >= expected
@@ -258,7 +272,8 @@ class Rounds:
                 owner.back_at = self.number + 1 + 2**owner.failed
             self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
             enough = len(sent) >= self.rules.quorum
-            if not enough or self.rules.masked or self.rules.noise:  # masks do not cancel out, or noise is missing
+            # Without the missing owners, masks do not cancel out, and noise is missing.
+            if not enough or self.rules.masked or self.rules.noise:
                 self.members, self._began, self._enough_at = (), now, None
                 return self._want(sent, now) if enough else {}
         self._average(sent)
@@ -269,7 +284,7 @@ class Rounds:
         rules, owners = self.rules, [self.owners[key] for key in keys]
         gradients = [np.frombuffer(owner.gradient or b"", "<f4") for owner in owners]
         shares = np.array([owner.share for owner in owners])
-        if rules.masked:  # the sum is not longer than one gradient may be
+        if rules.masked:  # shares add up to 1, so the sum is like one gradient
             gradients, shares = [unmasked([owner.gradient or b"" for owner in owners], rules.norm)], np.ones(1)
         self._descend(averaged(gradients, shares, rules, np.random.default_rng(), self._say))
         self.number += 1
@@ -307,8 +322,8 @@ def averaged(
     random: np.random.Generator,
     say: Any = lambda _: None,
 ) -> Numbers:
-    """The weighted mean of gradients, float32 `[n]` each; with `rules.liars` the element-wise median of the means of
-    random groups. Gradients that are not finite or far too long are left out, and long ones are shortened.
+    """The weighted mean of gradients, float32 `[n]` each; with `rules.liars`, the element-wise median of the means of
+    random groups. Gradients that are not finite or far too long are left out, and long gradients are shortened.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.array([float(np.linalg.norm(gradient.astype(np.float64))) for gradient in gradients])
@@ -336,11 +351,12 @@ def averaged(
 def sendable(gradient: Numbers, want: WantGradient, name: str, own: bytes, secret: bytes) -> bytes:
     """The message of an owner: its gradient, float32 `[n]`, shortened, with noise, and with masks if requested.
 
-    Masks (Bonawitz et al., "Practical Secure Aggregation", CCS 2017, section 4, without the recovery of masks: if an
-    owner is lost, the others send again with new masks): in each pair of owners, one adds and the other subtracts
-    numbers that are derived from their shared secret. own, secret: the owner's CURVE keys, 32 bytes each.
+    Masks are those of Bonawitz et al., "Practical Secure Aggregation", CCS 2017, section 4: in each pair of owners, one
+    owner adds and the other owner subtracts numbers that are derived from the shared secret of both. Masks are not
+    recovered: if an owner is lost, the other owners send their gradients again with new masks.
 
-    Raises ProtocolError if masks would hide nothing, because too few others take part.
+    own, secret: the owner's public and secret CURVE keys, 32 bytes each. Raises ProtocolError if masks would hide
+    nothing, because too few other owners take part.
     """
     if want.norm:
         gradient = gradient * min(1.0, want.norm / max(float(np.linalg.norm(gradient)), 1e-30))
@@ -369,14 +385,17 @@ def unmasked(gradients: Sequence[bytes], norm: float) -> Numbers:
 
 
 def _scale(norm: float) -> float:
-    return 2**24 / norm  # leaves room for noise in 32 bits: shares add up to 1, so a sum of gradients is at most `norm`
+    # Leaves room for noise in 32 bits: shares add up to 1, so the norm of a sum of gradients is at most `norm`.
+    return 2**24 / norm
 
 
 def budget(noise: float, releases: int) -> float:
-    """Epsilon of all averages so far, at delta `DELTA`: how well the averages, and one other owner's own gradients,
-    hide whether an owner sent gradients or zeros, whatever its examples are. The Gaussian mechanism (Bun and Steinke,
-    arXiv:1605.02065, propositions 1.3 and 1.6): the sum has noise of standard deviation `noise` times the longest
-    gradient.
+    """The epsilon of all averages so far, at delta `DELTA`.
+
+    Epsilon bounds how well somebody who knows the averages and the gradients of one other owner can find out whether an
+    owner sent gradients or zeros, for any examples of this owner. By the Gaussian mechanism (Bun and Steinke,
+    arXiv:1605.02065, propositions 1.3 and 1.6): each sum has noise whose standard deviation is `noise` times the
+    maximum norm of a gradient.
     """
     rho = releases / (2 * noise**2)
     return rho + 2 * math.sqrt(rho * math.log(1 / DELTA))

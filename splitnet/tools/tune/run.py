@@ -26,7 +26,7 @@ class Encoded:
 
     ids: list[int]
     targets: list[int]  # the token to learn at each position, or IGNORED
-    choice: int | None = None  # the index of the label, in a classification
+    choice: int | None = None  # the index of the row's label, in a classification
 
     @property
     def learned(self) -> int:
@@ -38,10 +38,10 @@ class Encoder:
     """Converts examples to rows."""
 
     tokenizer: Any
-    max_length: int  # most tokens per row
-    template: str = "{text}"  # of a classification, before the label
-    labels: Sequence[str] = ()  # of a classification
-    head: bool = False  # whether a trained head predicts labels, rather than words
+    max_length: int  # maximum number of tokens per row
+    template: str = "{text}"  # the text before the label, in a classification
+    labels: Sequence[str] = ()  # all labels, in a classification
+    head: bool = False  # whether a trained head predicts labels, instead of the model's words
 
     @property
     def _end_tokens(self) -> list[int]:
@@ -71,12 +71,12 @@ class Encoder:
                     many = f"{len(row.ids):,} tokens are more than {self.max_length:,}"
                     examples.fail(example, f"{many}: shorten it or raise --max-length")
                 if not self.head and not row.learned:
-                    examples.fail(example, "nothing to learn: one token has none before it to be told from")
+                    examples.fail(example, "there is nothing to learn, because the text has only one token")
             rows += made
         return rows
 
     def words(self) -> list[int]:
-        """The first token of each label, by which words distinguish labels. Raises DataError if two are the same."""
+        """The first token of each label, which identifies the label. Raises DataError if two labels begin alike."""
         first = [self.ids_of(" " + label)[0] for label in self.labels]
         for number, token in enumerate(first):
             if token in first[:number]:
@@ -91,7 +91,7 @@ class Encoder:
         ids = self.tokenizer(example.fields["text"])["input_ids"] + self._end_tokens
         pieces = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         if len(pieces) > 1 and len(pieces[-1]) == 1:
-            pieces.pop()  # a single token teaches nothing
+            pieces.pop()  # a row with a single token has no token to learn
         return [_row([(piece, True)]) for piece in pieces]
 
     def _completion(self, prompt: str, completion: str) -> Encoded:
@@ -100,7 +100,7 @@ class Encoder:
     def _classified(self, examples: Examples, example: Example) -> Encoded:
         text, label = example.fields["text"], example.fields["label"]
         if label not in self.labels:
-            examples.fail(example, f"the label {label!r} is none of the training data's: {', '.join(self.labels)}")
+            examples.fail(example, f"the label {label!r} is not in the training data: {', '.join(self.labels)}")
         choice = self.labels.index(label)
         prompt = self.template.replace("{text}", text)
         if self.head:
@@ -112,8 +112,9 @@ class Encoder:
     def _chat(self, examples: Examples, example: Example) -> list[Encoded]:
         """Rows of a chat in the format of the model's template, with loss on the answers and their end tokens.
 
-        Answers are encoded apart from the text before them, as in generation. Each answer follows the history of its
-        prompt: where the template rewrites the history, for example without earlier reasoning, a new row begins.
+        Answers are encoded separately from the text before the answer, as in generation. Each answer follows the
+        history in its prompt: if the template rewrites the history, for example without earlier reasoning, a new row
+        begins.
         """
         messages = self.turns(examples, example)
         tools = [tool["function"]["name"] for tool in example.fields.get("tools", ())]
@@ -127,7 +128,7 @@ class Encoder:
             if not after.startswith(before):
                 fix = "give its reasoning, or tune another model"
                 examples.fail(
-                    example, f"the chat template asks with {before[-20:]!r}, but does not write answers this way: {fix}"
+                    example, f"the chat template begins answers with {before[-20:]!r}, but not in a history: {fix}"
                 )
             answer = after.removeprefix(before)
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
@@ -164,12 +165,15 @@ class Encoder:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 
     def ids_of(self, text: str) -> list[int]:
-        """Tokens of a text within other texts."""
+        """The tokens of a text that is part of a longer text, without added special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _left_out(text: str, parts: Sequence[str]) -> str | None:
-    """The part that a template has left out of its text. Templates may change white space, or write parts as JSON."""
+    """The first of `parts` that a template has left out of `text`; None: all parts are in the text.
+
+    Templates may change white space, or write parts as JSON.
+    """
     left = "".join(text.split())
     # The longest first, so that no part is found within a longer one.
     for part in sorted(parts, key=lambda each: len("".join(each.split())), reverse=True):
@@ -184,13 +188,13 @@ def _left_out(text: str, parts: Sequence[str]) -> str | None:
 def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
     ids = [token for piece, _ in pieces for token in piece]
     targets = [token if learn else IGNORED for piece, learn in pieces for token in piece]
-    # The first token is not learned, because no token precedes it. A soft prompt does, but then methods would count
-    # different losses.
+    # The first token is not learned, because no token precedes it. A soft prompt would precede it, but then the losses
+    # of different methods would be over different tokens.
     return Encoded(ids, [IGNORED, *targets[1:]])
 
 
 def pad_of(tokenizer: Any) -> int:
-    """The padding token of shorter rows in a batch."""
+    """The id of the token that pads shorter rows in a batch."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
@@ -199,7 +203,7 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """A batch for the model, padded on the right: `input_ids`, `attention_mask` and `labels`, on `device`.
 
-    Labels are `[batch, seq]`, or with a head `[batch]`.
+    Labels are `[batch, seq]`; with a head, `[batch]`.
     """
     longest = max(len(row.ids) for row in rows)
     columns = {
@@ -211,29 +215,30 @@ def collate(
 
 
 _SEEDS = 2**63 - 1
-PACKED = 2**26  # most logits, or numbers of hidden states, for many prompts in one call
+PACKED = 2**26  # Maximum number of logits, and of values of hidden states, if one call takes many prompts
 
 
 @torch.no_grad()
 def estimate_gradients(
     parameters: Iterable[torch.nn.Parameter],  # parameters without gradients stay unchanged
-    loss: Callable[[], Any],  # of the model with its present parameters
+    loss: Callable[[], Any],  # returns the loss of the model with its present parameters
     *,
-    seed: int,  # of the directions; different for every step
-    directions: int = 1,  # number of directions, averaged; one forward pass more than this
+    seed: int,  # determines the directions; must differ between steps
+    directions: int = 1,  # number of directions whose estimates are averaged; takes one more forward pass than this
     eps: float = 1e-3,  # distance along a direction
     losses: Callable[[list[Any]], Iterable[Any]] | None = None,  # converts the results of `loss` to losses
 ) -> float:
     """Sets `grad` of the trained parameters to an estimate, for any torch optimizer.
 
-    For one random direction, the loss is computed at a small distance ahead and behind; the slope times the direction
-    is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models
-    with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
-    Several directions are followed only ahead, and share the loss at their origin, as in FZOO (arXiv:2506.09034): N
-    directions take N + 1 passes instead of 2 N. Directions are held in memory, each as large as the trained parameters.
+    For one random direction, the loss is computed at a small distance along the direction and against the direction;
+    the slope times the direction is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al.,
+    "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam
+    the variant of MeZO in appendix B. For several directions, losses are computed only along each direction, and all
+    directions share the loss at the origin, as in FZOO (arXiv:2506.09034): N directions take N + 1 passes instead of
+    2 N. Directions are held in memory, each as large as the trained parameters.
 
-    Returns the loss at the origin; for one direction the mean of its two losses. Raises the errors of `loss` and
-    `losses`; parameters and gradients are then unchanged.
+    Returns the loss at the origin; for one direction, the mean of the two losses. Raises the errors of `loss` and
+    `losses`; then parameters and gradients are unchanged.
     """
     if directions < 1 or eps <= 0:
         raise ValueError(f"directions must be at least 1 and eps above 0, got {directions} and {eps}")
@@ -241,7 +246,7 @@ def estimate_gradients(
     before = [parameter.clone() for parameter in trained]
     generator = torch.Generator().manual_seed(seed % _SEEDS)
     drawn = [[torch.randn(one.shape, generator=generator).to(one) for one in trained] for _ in range(directions)]
-    start = -eps if directions == 1 else 0.0  # the beginning of the slope along each direction
+    start = -eps if directions == 1 else 0.0  # the distance at which the slope along each direction begins
 
     def loss_at(direction: list[torch.Tensor], distance: float) -> Any:
         for parameter, value, along in zip(trained, before, direction, strict=True):
@@ -266,16 +271,16 @@ class TuningStep:
     """The result of one step, counted from 1."""
 
     number: int
-    loss: float  # mean over the learned tokens, or with a head over the rows, before the step
+    loss: float  # mean before the step, over the learned tokens, or with a head over the rows
     learning_rate: float
     gradient_norm: float  # before clipping
-    tokens: int  # in one pass through the model, without padding
+    tokens: int  # number of tokens in one pass through the model, without padding
 
 
 class TuningRun:
     """Trains the trainable parameters of a PEFT model on rows, which are repeated in a new order in each epoch.
 
-    `pad` is the token id of padding; with a head, rows have one label each.
+    pad: the token id of padding. head: rows have one label each.
     """
 
     def __init__(
@@ -301,15 +306,17 @@ class TuningRun:
         self._optimizer = torch.optim.AdamW(
             self.trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self._random = torch.get_rng_state()  # after the last step
+        self._random = torch.get_rng_state()  # state of torch's random numbers after the last step
 
     @property
     def trained_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.trained.values())
 
     def take_step(self) -> TuningStep:
-        """Takes the next step. Raises NotFinite if the loss or the gradient is not finite although the peers' values
-        are, and the errors of the model; the run is then unchanged.
+        """Takes the next step.
+
+        Raises NotFinite if the loss or the gradient is not finite although all values from peers are finite, and the
+        errors of the model. After an error, the run is unchanged.
         """
         number, settings = self.done, self.settings
         rows = self._rows_of(number)
@@ -324,8 +331,8 @@ class TuningRun:
         return TuningStep(number + 1, loss, settings.learning_rate_at(number), norm, tokens)
 
     def overflow(self, what: str) -> NotFinite:
-        """The error for values of the run itself that are not finite."""
-        # Before the first step, no step size has had an effect.
+        """Makes the error for values of the run itself that are not finite."""
+        # Before the first step, the learning rate has had no effect.
         advice = "start again with a lower --lr" if self.done else "serve the model with --weights float32"
         return NotFinite(f"step {self.done + 1} has overflowed: {advice} ({what})")
 
@@ -344,7 +351,7 @@ class TuningRun:
                 lambda: self.model.get_prompt(batch_size=1) if packs else self._loss(rows, backward=False),
                 seed=settings.seed * 1_000_003 + number,
                 directions=settings.directions,
-                # As far as slopes stay the same, so that the errors of codecs matter less.
+                # The largest distance at which slopes stay about the same, so that errors of codecs matter less.
                 eps=min(max(1e-3, float(sizes.square().mean().sqrt()) / 20), 1e-2),
                 losses=(lambda prompts: self._losses(rows, prompts)) if packs else None,
             )
@@ -356,7 +363,7 @@ class TuningRun:
         return loss, self._finite(norm, "norm of the gradient")
 
     def _descend(self) -> None:
-        """Takes the step with the present gradients."""
+        """Takes the step of the optimizer with the present gradients."""
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip or math.inf)
         self._optimizer.step()
         self.done += 1
@@ -377,7 +384,7 @@ class TuningRun:
         return tensors, {"step": self.done, "optimizer": {"numbers": numbers, "groups": groups}}
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        """Restores the result of `state()`. Raises DataError if it belongs to another model or method."""
+        """Restores a result of `saved_state`. Raises DataError if the result is from another model or method."""
         try:
             for name, parameter in self.trained.items():
                 saved = tensors[f"parameter.{name}"]
@@ -415,7 +422,7 @@ class TuningRun:
         return torch.randperm(len(self._rows), generator=generator).tolist()
 
     def _loss(self, rows: Sequence[Encoded], *, backward: bool) -> float:
-        """The loss of all rows, computed in parts; gradients add up to the gradient of the whole."""
+        """The loss of all rows, computed in parts. The gradients of the parts add up to the gradient of all rows."""
         weights = [1 if self._head else row.learned for row in rows]
         whole = sum(weights)
         size = math.ceil(len(rows) / self.settings.accumulate)
@@ -441,14 +448,14 @@ class TuningRun:
 
     @property
     def _packs(self) -> bool:
-        """Whether one call of the model takes many prompts, each with separate rows."""
+        """Whether one call of the model can take many soft prompts, each with separate rows."""
         kind = getattr(getattr(self.model, "active_peft_config", None), "peft_type", None)
         return not self._head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
 
     def _losses(self, rows: Sequence[Encoded], prompts: list[torch.Tensor]) -> list[float]:
-        """Losses of all rows after each of the prompts `[1, virtual tokens, hidden]`, in one call if there is room.
+        """The loss of all rows for each soft prompt `[1, virtual tokens, hidden]`, as the mean over the learned tokens.
 
-        After P-RGE (arXiv:2409.15520). Means over the learned tokens, as in `_loss`.
+        One call of the model takes as many prompts as `PACKED` allows, as in P-RGE (arXiv:2409.15520).
         """
         batch = collate(rows, self._pad, device=self.device)
         labels = batch.pop("labels")

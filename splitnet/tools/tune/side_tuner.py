@@ -16,22 +16,22 @@ from splitnet.hf.side_network import SideNetwork
 from splitnet.tools.tune.run import Encoded
 from splitnet.tools.tune.states import States, parts_of, states_of
 
-PASS_POSITIONS = 2048  # positions of texts in one pass through the blocks
-FILE_VALUES = 64 << 20  # approximate number of values of states in one file
+PASS_POSITIONS = 2048  # Maximum number of positions of texts in one pass through the blocks
+FILE_VALUES = 64 << 20  # Approximate number of values of hidden states in one file
 
 
 class SideTuner(nn.Module):
-    """The model that training calls: a new side network beside `model`, on states from the disk."""
+    """The model that training calls: a new side network for `model`, which reads hidden states from the disk."""
 
-    loss_in_parts = True  # as for the model itself
+    loss_in_parts = True  # training may compute losses in parts, as with the model itself
 
     def __init__(
         self, model: RemoteCausalLM, width: int | None, states: States, rows: Sequence[Encoded], limit: int
     ) -> None:
-        """rows: all rows of later calls, see `compute_states`.
+        """Makes the side network. rows: all rows of later calls, see `compute_states`.
 
-        Raises AdapterError if no network of this width is possible, SplitnetError if the states need more than `limit`
-        bytes.
+        Raises AdapterError if no network of this width is possible, and SplitnetError if the states need more than
+        `limit` bytes.
         """
         super().__init__()
         model.requires_grad_(False)
@@ -47,12 +47,12 @@ class SideTuner(nn.Module):
                 f"and --states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
             )
         self.rows = [row.ids for row in self._rows]  # the different texts of later calls
-        self.training_bytes = 0, 0  # sent and received on the client's own links
-        self.training_joules = 0.0  # as the model counts them
+        self.training_bytes = 0, 0  # bytes sent and received on the client's own links
+        self.training_joules = 0.0  # energy that the model counts for its passes
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
 
     def compute_states(self, pad: int, say: Callable[[str], None], stopped: Sequence[int]) -> None:
-        """Has the peers compute the states of all rows that are not on the disk, until it is stopped.
+        """Lets the peers compute the states of all rows that are not on the disk, until `stopped` is not empty.
 
         Raises DataError if the states cannot be written, and the errors of calling the model.
         """
@@ -97,6 +97,6 @@ class SideTuner(nn.Module):
             return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
-        """Saves the side network in PEFT's way."""
+        """Saves the side network; training calls this method as it calls the method of PEFT models."""
         base = self._model[0].name_or_path
         self.side.save(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, base)

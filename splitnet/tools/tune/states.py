@@ -19,9 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class States:
-    """Texts and their hidden states by the model, in files of some texts each; each file is written at once.
-
-    A damaged file and all later files are written again.
+    """Texts and the hidden states that the model computes for them. Each file has several texts, and is written at
+    once; a damaged file and all later files are written again.
     """
 
     def __init__(self, folder: TuningFolder) -> None:
@@ -52,9 +51,9 @@ class States:
         return f"{self.folder.path} holds {self.nbytes / 2**20:,.0f} MiB that are not needed any more."
 
     def add_texts(self, rows: Sequence[Encoded], states: Sequence[Tensor]) -> None:
-        """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError if there is no room."""
+        """Writes texts with their states, `[len(ids), size]` each, in 16 bits. Raises DataError if the disk is full."""
         packed = torch.cat(list(states)).cpu()
-        halves = packed.to(torch.float16)  # more exact than bfloat16, if the values fit
+        halves = packed.to(torch.float16)  # more exact than bfloat16 if the values are in the range of float16
         tensors = {
             "ids": torch.tensor([token for row in rows for token in row.ids], dtype=torch.int32),
             "learned": torch.tensor([target != IGNORED for row in rows for target in row.targets]),
@@ -66,11 +65,11 @@ class States:
         self.files.append(path)
 
     def all(self, name: str) -> Iterator[Tensor]:
-        """`ids`, `learned` or `lengths` of all files in order."""
+        """The tensor `ids`, `learned` or `lengths` of each file, in order."""
         return (read(path, name) for path in self.files)
 
     def text_places(self) -> Iterator[tuple[tuple[int, ...], Path, int]]:
-        """The ids of each text, its file, and the index of its first state in the file."""
+        """For each text: its token ids, its file, and the index of its first state in the file."""
         for path in self.files:
             first = 0
             for ids in read(path, "ids").split(read(path, "lengths").tolist()):
@@ -79,7 +78,7 @@ class States:
 
 
 def parts_of(rows: Sequence[Encoded], positions: int) -> list[list[Encoded]]:
-    """Rows in order, in parts of at most this many positions, including padding; at least one row each."""
+    """Rows in order, in parts of at most this many positions, including padding. Each part has at least one row."""
     parts: list[list[Encoded]] = []
     longest = 0
     for row in rows:

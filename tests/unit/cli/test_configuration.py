@@ -91,7 +91,7 @@ def test_the_file_of_the_command_line_has_priority(tmp_path: Path) -> None:
     [
         ("[sail]\ncrew = 3", r"\[sail\] has no key 'crew'; the nearest is 'crew-size'"),
         ("[sial]\ncrew-size = 3", r"there is no command \[sial\]; the nearest is 'sail'"),
-        ("crew-size = 3", r"'crew-size' stands in no table: write it under \[common\] or a command's"),
+        ("crew-size = 3", r"'crew-size' is in no table: move it to \[common\] or a command's"),
         ("[common]\ncrew-size = 3", r"\[common\] has no key 'crew-size'; it goes in \[sail\]"),
         ("[moor]\nloud = true", r"\[moor\] has no key 'loud'; it goes in \[common\]"),
         ("[sail]\nversion = true", r"\[sail\] has no key 'version'; the nearest is"),

@@ -70,7 +70,7 @@ EARLY = {
     "chat m --adapter {tmp}": "there is no adapter in {tmp}: give the folder",
     "tune m --data {tmp}/data.jsonl --output {tmp}": "{tmp} already holds files: give another --output",
     "tune m --data {tmp}/data.jsonl --output {tmp}/data.jsonl/new": "cannot make {tmp}/data.jsonl/new",
-    "tune m --data {tmp}/data.jsonl --output {tmp}/new --resume": "{tmp}/new holds no run to go on with",
+    "tune m --data {tmp}/data.jsonl --output {tmp}/new --resume": "{tmp}/new holds no run to continue",
 }
 
 

@@ -95,15 +95,15 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "error"),
     [
-        ("model = 'm'", "", "is no invitation: ask for the file"),
-        ("model = 'm'", "model = 7", "is no invitation: ask for the file"),
-        ("splitnet-swarm-1", "splitnet-swarm-2", "is no invitation: this is no swarm key"),
-        ("splitnet-secret-1", "splitnet", "is no invitation: this is no secret key"),
-        ("join = [", "join = [7, ", "is no invitation: ask for the file"),
-        ("authorized = [", "authorized = [7, ", "is no invitation: ask for the file"),
+        ("model = 'm'", "", "is not an invitation: ask for the file"),
+        ("model = 'm'", "model = 7", "is not an invitation: ask for the file"),
+        ("splitnet-swarm-1", "splitnet-swarm-2", "is not an invitation: this is no swarm key"),
+        ("splitnet-secret-1", "splitnet", "is not an invitation: this is no secret key"),
+        ("join = [", "join = [7, ", "is not an invitation: ask for the file"),
+        ("authorized = [", "authorized = [7, ", "is not an invitation: ask for the file"),
         ("?key=", "?", "is no address of a peer"),
-        ("# An", "An", "is no invitation: ask for the file"),
-        ("# An", "a = " + "[" * 100_000, "is no invitation: ask for the file"),
+        ("# An", "An", "is not an invitation: ask for the file"),
+        ("# An", "a = " + "[" * 100_000, "is not an invitation: ask for the file"),
     ],
 )
 def test_an_invalid_invitation_is_refused(before: str, after: str, error: str, tmp_path: Path) -> None:

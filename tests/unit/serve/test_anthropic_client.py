@@ -197,7 +197,7 @@ def test_models_have_the_shape_of_this_api(client: Anthropic, url: str) -> None:
             "'web_search_20250305' is not supported, only 'custom'",
         ),
         ({"tool_choice": {"type": "any"}}, "tool_choice asks for a tool that is not in tools"),
-        ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with a message of the user"),
+        ({"messages": [*SAID, {"role": "assistant", "content": "So"}]}, "end with a user message"),
         ({"messages": [{"role": "user", "content": "and " * 2000}]}, "model's context of 1024"),
     ],
 )

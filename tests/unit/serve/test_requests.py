@@ -119,7 +119,7 @@ def test_prompts(prompt: Any) -> None:
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "only False is supported"),
-        ({"continue_final_message": True}, None, "end messages with one"),
+        ({"continue_final_message": True}, None, "send it as the last one"),
         ({"echo": True}, None, "set continue_final_message"),
         ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, None, "leave out guided_regex"),
         ({"modalities": ["audio"]}, "modalities", "'audio' is not supported, only 'text'"),
@@ -207,8 +207,8 @@ def test_keys(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--allow-origin", "*"], "opens the server to the pages of all sites: give --api-key-file"),
-        (["--allow-origin", "chat.example"], "'chat.example' is no site: write it as browsers do"),
-        (["--allow-origin", "https://chat.example/"], "is no site"),
+        (["--allow-origin", "chat.example"], "'chat.example' is not a site: write https://HOST"),
+        (["--allow-origin", "https://chat.example/"], "is not a site"),
         (["--served-name", " "], "--served-name is empty"),
     ],
 )

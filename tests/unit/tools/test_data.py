@@ -85,7 +85,7 @@ def test_a_bad_line_is_named(file: Path, bad: str, said: str) -> None:
         ([{"role": "user", "content": None}], "message 1 must be an object"),
         ([{"role": "human", "content": "a"}], "role 'human': take one of system, user"),
         ([{"role": "user", "content": "a"}], "no message of the assistant"),
-        (CHAT["messages"][1:], "the chat begins with the assistant, which answers nothing: begin with the user"),
+        (CHAT["messages"][1:], "the chat begins with the assistant: begin with a message of the user"),
         ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0}], "no message of the assistant of weight 1"),
         ([{**CHAT["messages"][0], "weight": 1}], "message 1 has the key 'weight'"),
         ([CHAT["messages"][0], {**CHAT["messages"][1], "weight": 0.5}], "message 2 has the weight 0.5"),

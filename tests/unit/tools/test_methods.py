@@ -61,9 +61,9 @@ def test_the_help_lists_the_adapter_options_of_the_table() -> None:
         (("--epochs", "2"), "--epochs is for --draft-head"),
         (("--draft-vocabulary", "64"), "--draft-vocabulary is for --draft-head"),
         (("--draft-head", "--epochs", "2", "--draft-vocabulary", "64", "--states-limit", "1GiB"), TAKEN),
-        (("--draft-head", "--rank", "2"), "--rank does not go with --draft-head"),
-        (("--draft-head", "--plan"), "--plan does not go with --draft-head"),
-        (("--plan", "--lr", "0.1"), "--lr does not go with --plan, which is for all methods"),
+        (("--draft-head", "--rank", "2"), "--rank has no effect with --draft-head"),
+        (("--draft-head", "--plan"), "--plan has no effect with --draft-head"),
+        (("--plan", "--lr", "0.1"), "--lr has no effect with --plan, which is for all methods"),
         (("--lr", "inf"), "--lr is inf: give a finite number"),
         (("--clip", "inf"), "--clip is inf: give a finite number"),
     ],
@@ -75,9 +75,9 @@ def test_an_option_without_effect_is_refused(options: tuple[str, ...], told: str
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--accumulate", "9"), "a step is cut into 8 parts at most"),
-        (("--accumulate", "2", "--zeroth-order", "--method", "prompt"), "a step is cut into 1 parts at most"),
-        (("--template", "{text} is"), "--template is about labels, and the data has none"),
+        (("--accumulate", "9"), "a step can be cut into at most 8 parts"),
+        (("--accumulate", "2", "--zeroth-order", "--method", "prompt"), "a step can be cut into at most 1 parts"),
+        (("--template", "{text} is"), "--template needs labels, and the data has none"),
         (("--targets", " ,"), "--targets names no layer"),
     ],
 )

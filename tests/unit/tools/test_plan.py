@@ -74,7 +74,7 @@ def test_a_single_device_is_recommended_where_it_is_faster() -> None:
     assert [span.device.name for span in plan.spans] == ["fast"]
     assert plan.everyone is not None and plan.everyone < plan.tokens_per_s == plan.alone["fast"]
     text = " ".join(summary(plan))
-    assert "fast alone is faster than any chain of devices" in text
+    assert "fast alone is faster than any route through several devices" in text
     assert f"would give {plan.everyone:.1f} tokens/s" in text
     assert "you need no splitnet" in text
     elsewhere = make_plan(SIZES, replace(file, client_host="slow"), DEMAND)
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_fit_is_refused(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--context", "999"], "made for 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
+    [(["--context", "999"], "context of 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
 )
 def test_impossible_lengths_are_refused(model: Path, options: list[str], said: str) -> None:
     result = run(model, TWO, *options)

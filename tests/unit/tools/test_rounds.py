@@ -281,7 +281,7 @@ def test_no_round_begins_before_the_parameters_are_known() -> None:
         with pytest.raises(SplitnetError, match=r"trains 5 numbers"):
             rounds.offer(b"one", wrong)
     for steps in (0, MAX_ROUNDS + 1):
-        with pytest.raises(SplitnetError, match="1,048,576 steps at most: lower --steps"):
+        with pytest.raises(SplitnetError, match="at most 1,048,576 steps: lower --steps"):
             Rounds(RoundRules()).accept_settings(TrainingSettings(steps, 1.0))
 
 
@@ -398,7 +398,7 @@ def test_keys_that_only_join_do_not_displace_delivering_owners(monkeypatch: pyte
     assert len(rounds.owners) == MAX_OWNERS and rounds.present == 2
     for key in (b"a", b"b"):
         rounds.offer(key, SIZE)
-    with pytest.raises(SplitnetError, match="has memory for 2 owners of 5 numbers: come later"):
+    with pytest.raises(SplitnetError, match="has memory for 2 owners of 5 numbers: join later"):
         rounds.offer((2 * MAX_OWNERS - 1).to_bytes(32), SIZE)
     assert rounds.next_wants(1.0).keys() == {b"a", b"b"}, "they wait for none of the others"
 

@@ -171,7 +171,7 @@ class TestFolder:
         folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
         folder.claim({"steps": 3, "method": "lora"})
         folder.save_checkpoint({}, {})
-        with pytest.raises(DataError, match="--resume goes on"):
+        with pytest.raises(DataError, match="continue it with --resume"):
             folder.check_settings({"steps": 3, "method": "lora"}, resume=False)
         folder.check_settings({"steps": 3, "method": "lora"}, resume=True)
         with pytest.raises(DataError, match="has steps 3, not 4"):
@@ -181,7 +181,7 @@ class TestFolder:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(DataError, match="already holds files"):
             TuningFolder(tmp_path).check_settings({}, resume=False)
-        with pytest.raises(DataError, match="no run to go on with"):
+        with pytest.raises(DataError, match="no run to continue"):
             TuningFolder(tmp_path).check_settings({}, resume=True)
 
     def test_metrics_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
