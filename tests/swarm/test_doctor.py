@@ -191,7 +191,7 @@ class TestWrongKey:
         with announced(swarm.node, lie, impostor):
             bad = wrong(examined(sound))
         assert list(bad) == ["peer"] and bad["peer"].status is Status.failed
-        assert "as if it has another key than the record of the peer there" in bad["peer"].text
+        assert "as if it had another key than the record of the peer there" in bad["peer"].text
         assert impostor.public.text[:9] in bad["peer"].text
 
     def test_a_key_of_this_machine_that_a_peer_does_not_accept(self, sound: Setup, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_late_answers_count_from_the_next_question_on(links: ScriptedPeers) -> N
 def test_an_error_names_the_reason_of_each_silent_peer(links: ScriptedPeers) -> None:
     states = {
         LinkState.REFUSED: "does not accept this key",
-        LinkState.WRONG_KEY: "ends the handshake as if it has another key",
+        LinkState.WRONG_KEY: "ends the handshake as if it had another key",
         LinkState.UP: "does not answer",
         LinkState.DOWN: "is not reached",
         LinkState.CONNECTING: "is not reached",

@@ -101,7 +101,7 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
         ("splitnet-secret-1", "splitnet", "is no invitation: this is no secret key"),
         ("join = [", "join = [7, ", "is no invitation: ask for the file"),
         ("authorized = [", "authorized = [7, ", "is no invitation: ask for the file"),
-        ("?key=", "?", "is no address of a peer"),
+        ("?key=", "?", "is not the address of a peer"),
         ("# An", "An", "is no invitation: ask for the file"),
         ("# An", "a = " + "[" * 100_000, "is no invitation: ask for the file"),
     ],

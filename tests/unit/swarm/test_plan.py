@@ -144,11 +144,11 @@ def test_among_very_many_peers_routes_use_the_likely_ones(monkeypatch: pytest.Mo
     ("options", "said"),
     [
         ({"prefer": "speed"}, "prefers latency, throughput or energy, not 'speed'"),
-        ({"energy_slowdown": 2.0}, "goes with the preference energy, not with latency"),
-        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give 1 or more"),
+        ({"energy_slowdown": 2.0}, "needs the preference energy, not latency"),
+        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown is a number from 1, not 0.9"),
         ({"prefer": "energy", "energy_slowdown": float("nan")}, "1 or more"),
-        ({"prefer": "energy", "energy_slowdown": "2"}, "slowdown of .2. is none: give 1 or more"),
-        ({"prefer": "energy", "energy_slowdown": True}, "slowdown of True is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": "2"}, "slowdown is a number from 1, not .2."),
+        ({"prefer": "energy", "energy_slowdown": True}, "slowdown is a number from 1, not True"),
     ],
 )
 def test_invalid_preferences_are_refused(options: dict[str, Any], said: str) -> None:
