@@ -309,7 +309,7 @@ class Measurer:
     """Keeps measurements and records fresh in the background while they are in use. Thread-safe. Must be closed.
 
     links: the links of the client, which are measured repeatedly while sessions are open. likely: chooses, from all
-    peers and a subset, a number of the subset's peers that are most likely on routes; True: at least one for each block.
+    peers and a subset, a number of the subset's peers that are most likely on routes; True: at least one per block.
     """
 
     known: PeerCache
@@ -374,8 +374,8 @@ class Measurer:
     ) -> bool:
         """Measures the links to these peers in order, until the pings of this minute are used up.
 
-        For `records` also measures the bandwidth, if the last value is older than `again_s`. Returns whether any peer was
-        measured.
+        For `records` also measures the bandwidth, if the last value is older than `again_s`. Returns whether any
+        peer was measured.
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}

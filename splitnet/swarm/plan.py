@@ -102,11 +102,12 @@ class Needs:
     """The requirements of a session on its route.
 
     kv_positions: positions that must be free on every hop. encodings: codecs that a link may use. blocks: the blocks
-    `[start, end)` to cover. positions: positions of a usual step. in_flight: steps under way at the same time; 1: minimize
-    latency. energy_slowdown: minimize energy among routes that take at most this multiple of the fastest route's time;
-    None: minimize time. prompt: positions before the first token. held: required formats of weights; other blocks may have any format.
-    context: positions that the session will hold, with the prompt. stored: positions of the prompt that peers need not
-    compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of keys and values.
+    `[start, end)` to cover. positions: positions of a usual step. in_flight: steps under way at the same time; 1:
+    minimize latency. energy_slowdown: minimize energy among routes that take at most this multiple of the fastest
+    route's time; None: minimize time. prompt: positions before the first token. held: required formats of weights;
+    other blocks may have any format. context: positions that the session will hold, with the prompt. stored: positions
+    of the prompt that peers need not compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of
+    keys and values.
     """
 
     kv_positions: int

@@ -114,7 +114,7 @@ class Swarm:
         initial_peers: addresses as printed by peers of the swarm, multiaddrs or `tcp://HOST:PORT?key=...`.
         identity: the client's key; None: a new key for the life of this object.
         trusted: keys of the peers that may be used; None: any.
-        way: the arguments with which commands join the swarm; None: `initial_peers`.
+        join_args: the arguments with which commands join the swarm; None: made from `initial_peers`.
 
     Raises:
         DirectoryError: none of `initial_peers` answers.

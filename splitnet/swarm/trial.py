@@ -25,7 +25,7 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True, slots=True)
 class TriedPeer:
-    """The answer of a peer. state: of the link. rtt_ms: round trip; None: no answer. way: how the peer is
+    """The answer of a peer. state: state of the link. rtt_ms: round trip; None: no answer. path_kind: how the peer is
     reached."""
 
     state: LinkState

@@ -213,7 +213,7 @@ class TestWrongKey:
             expected = f"Others can read the secret key in {path}; run: chmod 600 {path}"
         elif fault == "damaged":
             path.write_text("no key")
-            expected = f"{path} holds no splitnet key; move it away and a new key will be made"
+            expected = f"{path} does not hold a splitnet key; move the file away, and a new key will be made"
         else:
             path = tmp_path
             expected = f"The key file {path} cannot be used (Is a directory); set SPLITNET_KEY_FILE"
