@@ -163,7 +163,7 @@ def _flat(serializer: Any, dictionary: Any) -> Any:
                         raise ProtocolError("a dictionary must hold texts, bytes and times")
                     read.store(subkey, value, expiration_time)
         except ProtocolError as error:
-            raise ValueError(f"a dictionary cannot be read: {error}") from None
+            raise ValueError(f"a dictionary is not read: {error}") from None
         return read
 
     return FlatSerializer

@@ -399,9 +399,9 @@ def test_the_address_of_a_peer_comes_back_from_its_text() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda text: text.partition("?")[0], "no address of a peer"),
-        (lambda text: text.replace(":31331", ""), "no address of a peer"),
-        (lambda text: text.replace(":31331", ":0"), "no address of a peer"),
+        (lambda text: text.partition("?")[0], "not the address of a peer"),
+        (lambda text: text.replace(":31331", ""), "not the address of a peer"),
+        (lambda text: text.replace(":31331", ":0"), "not the address of a peer"),
         (lambda text: text[:-1], "is not a splitnet key"),
         (lambda text: text[:-1] + ("a" if text[-1] != "a" else "b"), "checksum"),
     ],
