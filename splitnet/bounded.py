@@ -52,7 +52,7 @@ class BoundedProcess:
         Raises SplitnetError if the process does not start.
         """
         with self._lock:
-            if self._running is not None and self._running.poll() is not None:  # killed by the system or by a user
+            if self._running is not None and self._running.poll() is not None:  # the process was killed
                 self._stop(self._running)
             process = self._running = self._running or self._start()
             if not self._is_ready:

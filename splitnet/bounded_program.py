@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
 STACK_BYTES = 4 << 20  # Stack of the thread that does the jobs: half of the usual stack of a thread
-NICENESS = 10  # so that steps of answers run first
+NICENESS = 10  # lower priority, so that steps of answers run first
 
 BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20)}
-"""Seconds of processor time, and bytes of memory beside the setup, for a question of each job."""
+"""Seconds of processor time, and bytes of memory in addition to the setup, for a question of each job."""
 
 GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 2**15, "verbose_errors": False}
 """Limits of llguidance for an answer that differ from its defaults; a state takes up to 2 kB."""
@@ -56,7 +56,7 @@ def templates(_setup: None) -> Job:
 
 
 def _variables(template: str) -> list[str]:
-    """The variables that a template reads and no loop of it sets; jinja2 computes constants to find them."""
+    """The variables that a template reads and no loop of the template sets; jinja2 computes constants to find them."""
     from jinja2 import Environment, nodes
     from jinja2.meta import find_undeclared_variables
 

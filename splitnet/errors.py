@@ -76,7 +76,7 @@ class KeyFileError(SplitnetError):
 
 
 class DirectoryError(SplitnetError):
-    """The DHT cannot be joined or does not answer."""
+    """The directory cannot be joined or does not answer."""
 
 
 class LanError(SplitnetError):
@@ -92,7 +92,8 @@ class CoverageError(SplitnetError):
 
 
 class OtherWeights(CoverageError):
-    """All peers of some blocks hold weights otherwise than the session's peers did, which the caller does not allow."""
+    """All peers of some blocks hold weights in another format than the session's peers did, and the caller does not
+    allow it."""
 
 
 class WrongSwarm(SplitnetError):
@@ -160,8 +161,8 @@ def replace_library_errors(refusal: Callable[[str], SplitnetError]) -> Iterator[
 
 @contextmanager
 def explain_listen_errors(place: str, option: str, fix: str) -> Iterator[None]:
-    """Replaces errors of code that listens at an address. Raises AddressInUse: the address is taken, `option` chooses
-    another; SplitnetError: the address is not one of this machine; `fix` says what to do."""
+    """Replaces errors of code that listens at an address. Raises AddressInUse: the address is taken, and `option`
+    chooses another; SplitnetError: this machine does not have the address; `fix` says what to do."""
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ ABSENT: Final = {
     "is_torch_flex_attn_available": "torch._dynamo, and torch._inductor",
     "is_scipy_available": "scipy.optimize, for losses of object detection",
 }
-"""Checks of transformers that are made to say no, and the imports that this saves."""
+"""Checks of transformers that are made to return False, and the imports that this saves."""
 
 _INDICES: Final = "torch._dynamo._trace_wrapped_higher_order_op"
 
@@ -110,7 +110,8 @@ def _without_compiler(torch: Any) -> Iterator[None]:
 
 
 def _forget_dtensors(torch: Any) -> None:
-    """Makes torch look up the class `DTensor` with a stand-in: it does so once, for the first `__torch_dispatch__`."""
+    """Makes torch look up the class `DTensor` with a stand-in: torch looks it up once, for the first
+    `__torch_dispatch__`."""
     if "torch.distributed.tensor" in sys.modules:
         return
 

@@ -35,15 +35,16 @@ def keep_latest(kept: dict[K, V], key: K, value: V, most: int) -> None:
 
 
 class TokenBucket:
-    """The tokens that one key has spent; they come back evenly, at a rate that each call gives. at: time of the last
-    spending, in seconds."""
+    """The tokens that one key has spent; the tokens come back evenly, at a rate that each call gives. at: time of the
+    last spending, in seconds."""
 
     def __init__(self) -> None:
         self.at = 0.0
         self._spent = 0.0
 
     def wait_s(self, per_minute: int, now: float) -> int:
-        """Seconds until tokens are available; 0: some are. At most `per_minute` tokens are saved up."""
+        """Seconds until tokens are available; 0: some tokens are available. At most `per_minute` tokens are saved
+        up."""
         owed = self._still_spent(per_minute, now) - per_minute
         return math.floor(owed * MINUTE_S / per_minute) + 1 if owed >= 0 else 0
 
@@ -58,7 +59,7 @@ class TokenBucket:
 
 
 BURST_S = 0.25  # Seconds of a share that may pass at once after a pause
-LEAST_BURST = 1 << 20  # Least bytes that may pass at once
+LEAST_BURST = 1 << 20  # Bytes that may always pass at once
 ACTIVE_S = 1.0  # A name that has passed nothing for this long has no share
 
 
@@ -87,9 +88,9 @@ class Budget:
 
     Args:
         limit: bytes in all.
-        most: bytes that one account may hold, by level. A level that is None or missing: as many as are free (dynamic
-            thresholds, Choudhury and Hahne 1998), so that one account gets at most half of the memory, and the next
-            account always finds some. The first reservation of an account only has to fit.
+        most: bytes that one account may hold, by level. For a level that is None or missing, as many as are free
+            (dynamic thresholds, Choudhury and Hahne 1998), so that one account gets at most half of the memory, and the
+            next account always finds some. The first reservation of an account only has to fit.
 
     Attributes:
         used: held bytes.
@@ -302,8 +303,8 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
-MATCH_S = 0.5  # Most time for one match; matches of names take microseconds
-ALL_MATCHES_S = 10.0  # Most processor time for all matches of one `Patterns`, beyond `FREE_MATCH_S` for each match
+MATCH_S = 0.5  # Longest time for one match; matches of names take microseconds
+ALL_MATCHES_S = 10.0  # Longest processor time for all matches of one `Patterns`, beyond `FREE_MATCH_S` for each match
 FREE_MATCH_S = 0.001  # Time that each match may take in any case: a large model needs a million matches
 _LONGEST = 1000
 _KNOWN = re.compile(
@@ -316,8 +317,7 @@ memory. This expression is unambiguous, so matching it takes linear time."""
 
 class Patterns:
     """Matches regular expressions of an untrusted file, for at most `MATCH_S` each and `ALL_MATCHES_S` in all. For
-    messages:
-    source: the name of the file; fix: what to do if a pattern cannot be used."""
+    messages: source: the name of the file; fix: what to do if a pattern cannot be used."""
 
     def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
         self._source = source
@@ -326,14 +326,15 @@ class Patterns:
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, text: str) -> bool:
-        """As `re.match`. Raises UnsupportedModel: the pattern is not one of names, or takes too long to match."""
+        """As `re.match`. Raises UnsupportedModel: the pattern cannot be a pattern of names, or takes too long to
+        match."""
         import regex  # unlike `re`, it has timeouts
 
         begin = time.thread_time()
         try:
             if pattern not in self._compiled:
                 if len(pattern) > _LONGEST or not _KNOWN.fullmatch(pattern):
-                    raise ValueError("it is longer than such patterns are, or has more in it")
+                    raise ValueError("it is too long, or has unsupported parts")
                 self._compiled[pattern] = regex.compile(pattern)
             return self._compiled[pattern].match(text, timeout=max(FREE_MATCH_S, min(MATCH_S, self._left))) is not None
         except TimeoutError:
@@ -342,7 +343,7 @@ class Patterns:
             ) from None
         except (regex.error, ValueError, RecursionError) as error:
             raise UnsupportedModel(
-                f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): {self._fix}"
+                f"{pattern[:100]!r} in {self._source} is not a pattern of names ({error}): {self._fix}"
             ) from None
         finally:
             self._left -= max(0.0, time.thread_time() - begin - FREE_MATCH_S)
@@ -373,5 +374,5 @@ def allow_open_files() -> None:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS allows less than it says
+        with suppress(OSError, ValueError):  # macOS allows fewer files than the limit that it reports
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
-MAX_KNOWN: Final = 64  # Latest figures that a file of `KnownFigures` keeps
+MAX_KNOWN: Final = 64  # Largest number of figures that a file of `KnownFigures` keeps; the latest are kept
 _COMMENT = re.compile(r"(?:^|\s)#.*", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -36,7 +36,7 @@ def public_name(source: str) -> str:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether an untrusted name is that of a model on the hub, and not of a file of this machine."""
+    """Whether an untrusted name is the name of a model on the hub, and not of a file of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""Windows has no SIGHUP, but SIGBREAK: Ctrl-Break, or the console is closed."""
+"""Windows has SIGBREAK (Ctrl-Break, or the console is closed) instead of SIGHUP."""
 ENDING: Final = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)  # the terminal is lost
+HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)  # the signal for a lost terminal; None on Windows
 EVERY_S = 5.0
 
 

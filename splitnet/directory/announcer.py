@@ -1,5 +1,5 @@
-"""Publishes the record of this process in the directory: of a peer, or of another process such as a relay without
-blocks."""
+"""Publishes the record of this process in the directory. The process is a peer, or another process such as a relay
+without blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from splitnet.wire.endpoints import Relay, host_and_port
 log = logging.getLogger(__name__)
 
 REFRESH_S: Final = 15.0  # between two announcements
-SOON: Final = 3  # changes published at once within `refresh_s`; a further change waits until the first is that old
+SOON: Final = 3  # changes that are published at once within `refresh_s`; a further one waits for the end of this time
 WARN_AGAIN_S: Final = 3600.0  # between two warnings while the record is refused
 FIRST_TRIES: Final = 3  # attempts at the first announcement; a DHT that has just lost nodes answers late
 

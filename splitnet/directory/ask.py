@@ -53,7 +53,7 @@ OUTDATED_S: Final = 300.0
 compared."""
 
 _TICKS_PER_S, _TICKS = 16, 1 << 32  # resolution and range of the time of issue, which wraps after eight years
-_EXACT = 256  # weight of a change of an exact field, above any number of steps
+_EXACT = 256  # weight of a change of an exact field, larger than any number of steps
 
 
 def entry_of(record: PeerRecord) -> bytes:
@@ -120,8 +120,8 @@ def _digest(record: PeerRecord) -> bytes:
 
 
 _UNITS: Final = (0.1, 5.0, 0.5, 16.0)
-"""Of ms per block, ms of waiting, positions in a pass, free positions. Below its unit, a step of an amount is about a
-quarter of the unit."""
+"""Units of the measured amounts: ms per block, ms of queue wait, positions in a pass, free positions. For an amount
+below its unit, a step is about a quarter of the unit."""
 
 
 def _steps(amount: float, unit: float) -> int:
@@ -147,8 +147,8 @@ CONNECT_TIMES: Final = 3.0
 round trips, which may take seconds."""
 LOOK_S: Final = 0.05  # between two looks at the states of links
 
-PART_BYTES: Final = 60_000  # of records in one message of an answer
-MAX_ANSWER_BYTES: Final = 4 << 20  # of records in an answer of one peer
+PART_BYTES: Final = 60_000  # of records in one message of an answer, at most
+MAX_ANSWER_BYTES: Final = 4 << 20  # of records in an answer of one peer, at most
 MAX_JOINED: Final = 16  # peers that are asked in every question
 MAX_OTHERS: Final = 8  # peers from the last answer that are asked when all joined peers are silent
 OPEN_QUESTIONS: Final = 32  # questions whose late answers are accepted
@@ -177,7 +177,7 @@ class _PeerAnswer:
     payloads: list[bytes] = field(default_factory=list[bytes])
     present: bytes = b""  # see `Found`
     nbytes: int = 0
-    remaining: int | None = None  # messages of the answer that follow; None: none has arrived
+    remaining: int | None = None  # messages of the answer that will follow; None: no message has arrived
     complete: bool = False
     taken: bool = False
     refusal: str = ""
@@ -226,7 +226,7 @@ class _Question:
         return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
 
     def best(self) -> dict[Endpoint, _PeerAnswer]:
-        """The answers, with earlier answers of silent peers. These are safe to use, because records expire."""
+        """The answers, with earlier answers of silent peers. Earlier answers are safe, because records expire."""
         return self.before | self.said()
 
 
@@ -234,7 +234,7 @@ class PeerDirectory(SwarmDirectory):
     """Asks peers for records, and announces the records of this process to them.
 
     joined: the peers to ask; empty: this peer begins a swarm, and knows only peers that announce themselves to it.
-    serving: True for a peer: keeps the records that other peers announce to it, and closes `links` with itself. swarm:
+    serving: True for a peer: keeps the records that other peers announce to it, and closes `links` at its end. swarm:
     the key of a closed swarm.
     """
 
@@ -354,7 +354,7 @@ class PeerDirectory(SwarmDirectory):
         Args:
             known: the records that the process knows, the most needed first.
             since: other records are sent only if the peer has served its span since this Unix time (seconds) or later.
-            most: most bytes of records from each peer.
+            most: largest number of bytes of records from each peer.
             asked: the peers to ask.
             others: peers to ask if no peer in `asked` answers within `DIRECTORY_SOON_S`.
 
@@ -501,7 +501,7 @@ class PeerDirectory(SwarmDirectory):
             case LinkState.REFUSED:
                 return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
             case LinkState.WRONG_KEY:
-                return "ends the handshake as if it has another key: copy the address that the peer prints now"
+                return "ends the handshake as if it had another key: copy the address that the peer prints now"
             case LinkState.UP:
                 return "does not answer: it hangs"
             case _:

@@ -29,9 +29,9 @@ from splitnet.errors import AddressInUse, DirectoryError
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 20.0  # of the start of a node
-CALL_TIMEOUT_S: Final = 10.0  # of a read or a store
-RPC_TIMEOUT_S: Final = 3.0  # of one message to one node
+START_TIMEOUT_S: Final = 20.0  # longest start of a node
+CALL_TIMEOUT_S: Final = 10.0  # longest read or store
+RPC_TIMEOUT_S: Final = 3.0  # longest wait for the answer of one node to one message
 WAITING_S: Final = 0.1  # between two calls of `waiting`
 READS: Final = 2  # attempts to read keys that look empty while all initial nodes are silent, before an error is raised
 MAX_INITIAL_PEERS: Final = 16  # initial nodes after which `meet` adds no more; each read asks all initial nodes
@@ -84,7 +84,9 @@ class DhtDirectory(SwarmDirectory):
         """
         for address in initial_peers:
             if not address.startswith("/") or "/p2p/" not in address:
-                raise DirectoryError(f"{address!r} is no address to join with; it looks like {_EXAMPLE_ADDRESS}.")
+                raise DirectoryError(
+                    f"{address!r} is not an address to join with; such an address looks like {_EXAMPLE_ADDRESS}."
+                )
         for address in listen or ():
             _refuse_taken_port(address)
         try:
@@ -167,14 +169,14 @@ class DhtDirectory(SwarmDirectory):
             if reading.vouched or not reading.is_empty:
                 return reading
         raise DirectoryError(
-            "The nodes of the DHT that were joined through did not answer, and other nodes know no peers; try again, "
+            "The DHT nodes that this process joined through did not answer, and other nodes know no peers; try again, "
             "or join through another peer."
         )
 
     async def _store(
         self, node: Any, keys: Sequence[str], subkeys: Sequence[str], packed: bytes, expires_at: float
     ) -> bool:
-        """Stores the record; returns whether a node holds it under the first key, that of the peer."""
+        """Stores the record; returns whether a node holds it under the first key."""
         stored = await node.store_many(
             list(keys),
             [packed] * len(keys),
@@ -222,7 +224,7 @@ class DhtDirectory(SwarmDirectory):
             if self._requests or self._node is None:
                 return
             nodes = list[str]()
-            with suppress(Exception):  # of hivemind. The initial nodes may be gone at the restart, so others are noted
+            with suppress(Exception):  # an error of hivemind. At the restart, the initial nodes may be gone
                 nodes += [f"{at}/p2p/{node.peer_id}" for node in await self._p2p.list_peers() for at in node.addrs[:1]]
             always = self._initial_peer_ids
             await self._end_node()
@@ -373,10 +375,10 @@ def _refuse_taken_port(multiaddr: str) -> None:
     # libp2p listens with SO_REUSEPORT: it would share the port with another node and lose half of the connections.
     parts = multiaddr.split("/")
     if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or not parts[4].isdecimal():
-        raise DirectoryError(f"{multiaddr!r} is no address to listen on; it looks like /ip4/0.0.0.0/tcp/31330.")
+        raise DirectoryError(f"{multiaddr!r} is not an address to listen on; write one like /ip4/0.0.0.0/tcp/31330.")
     with socket.socket(socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6) as probe:
-        # Otherwise a port stays in use for a minute after its last connection. With it, a listener still blocks the
-        # bind.
+        # Without this option, a port stays in use for a minute after its last connection. With this option, a listener
+        # still blocks the bind.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((parts[2], int(parts[4])))

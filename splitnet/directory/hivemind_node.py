@@ -101,15 +101,15 @@ def import_hivemind() -> Any:
         DHTLocalStorage=unbounded,
         stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,  # calls a node without joining
         messages=messages,  # of the DHT's protocol
-        dht_id=routing.DHTID.generate,  # of a key
-        key_id=key_id,  # the same in 20 bytes
-        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,  # of the clocks of two nodes when one joins the other
+        dht_id=routing.DHTID.generate,  # makes the id of a key
+        key_id=key_id,  # makes the id of a key, as 20 bytes
+        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,  # largest difference of two nodes' clocks at a join
     )
 
 
 def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
     """Patches `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration. A
-    replayed earlier record of a peer could so make the DHT forget the current record too early."""
+    replayed earlier record of a peer could thereby make the DHT forget the current record too early."""
 
     def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
         held = self.data.get(key)
@@ -160,7 +160,7 @@ def _flat(serializer: Any, dictionary: Any) -> Any:
                     values.array(3)
                     subkey, value, expiration_time = values.value(), values.value(), values.value()
                     if not (type(subkey) is str and type(value) is bytes and type(expiration_time) is float):
-                        raise ProtocolError("a dictionary has texts, bytes and times")
+                        raise ProtocolError("a dictionary must hold texts, bytes and times")
                     read.store(subkey, value, expiration_time)
         except ProtocolError as error:
             raise ValueError(f"a dictionary is not read: {error}") from None
@@ -233,12 +233,12 @@ class LookUpResult:
 
 
 _heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_heard", default=None)
-"""For one reading: the nodes that have answered, and the values that they hold under each key asked for."""
+"""For one call of `read_records`: the nodes that have answered, and the values that they hold under each wanted key."""
 
 
 def overhear(protocol: Any) -> None:
-    """Patches a protocol so that `read` gets the valid records in the answer of each node. hivemind would drop a whole
-    answer for one invalid record, so a record that is invalid only by this node's clock could hide all others."""
+    """Patches a protocol so that `read_records` gets the valid records in the answer of each node. hivemind would drop
+    a whole answer for one invalid record, so a record that is invalid only by this node's clock could hide others."""
     call_find = protocol.call_find
     is_valid = protocol._validate_record
     protocol._validate_dictionary = partial(_leave_valid, is_valid, protocol.serializer.dumps)
@@ -303,8 +303,8 @@ def _together(answers: Sequence[Any]) -> list[tuple[str, PeerRecord]]:
     return records[:MOST_PER_KEY]
 
 
-CONNECT_TIMEOUT_S: Final = 4.0  # of `ask_nodes`, as `ANSWER_TIMEOUT_S`
-ANSWER_TIMEOUT_S: Final = 3.0
+CONNECT_TIMEOUT_S: Final = 4.0  # longest connection attempt of `ask_nodes`
+ANSWER_TIMEOUT_S: Final = 3.0  # longest wait of `ask_nodes` for an answer
 _REAP_TIMEOUT_S = 2.0
 _OTHER_KEY = "remote key matches "
 
@@ -339,7 +339,7 @@ def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.tim
 
 
 def allowed_skew_s() -> float:
-    """Largest difference of two nodes' clocks, in seconds, with which one can join the other."""
+    """Largest difference between two nodes' clocks, in seconds, with which one node can join the other."""
     return import_hivemind().max_skew_s
 
 

@@ -82,8 +82,8 @@ class SwarmDirectory(ABC):
 
 
 class JoinedDirectories(SwarmDirectory):
-    """Several directories of one swarm as one. Their answers are merged, and errors count only if no directory
-    answers."""
+    """Several directories of one swarm, used as one directory. Their answers are merged, and errors count only if
+    no directory answers."""
 
     def __init__(self, directories: Sequence[SwarmDirectory]) -> None:
         self.directories = directories
@@ -147,8 +147,8 @@ Place = tuple[bytes, str]  # a key of the DHT, and a subkey
 
 
 class RecordTable:
-    """The records of one node. When the table is full, a new record with a proof of work replaces one without; other
-    new records are refused. Not thread-safe."""
+    """The records of one node. When the table is full, a new record with a proof of work replaces a record without
+    a proof; other new records are refused. Not thread-safe."""
 
     def __init__(self) -> None:
         self.held: defaultdict[bytes, dict[str, PeerRecord]] = defaultdict(dict)

@@ -21,8 +21,8 @@ Kind = TypeVar("Kind", DhtDirectory, PeerDirectory)
 
 
 def part_of(directory: SwarmDirectory, kind: type[Kind]) -> Kind | None:
-    """The part of a directory that is of `kind`: the node of the DHT, or the part that asks peers; None: no such
-    part."""
+    """The part of a directory that is of `kind`: the node of the DHT, or the part that asks peers; None: there is no
+    such part."""
     parts = directory.directories if isinstance(directory, JoinedDirectories) else [directory]
     return next((part for part in parts if isinstance(part, kind)), None)
 
@@ -41,7 +41,7 @@ def join(
     without hivemind and without addresses begins a swarm without a DHT, which others join through this peer.
 
     Args:
-        links: makes the links over which peers are asked; a peer's directory closes them with itself.
+        links: makes the links over which peers are asked; a peer's directory closes these links at its end.
         listen: multiaddrs at which a peer listens as a node of the DHT; None: for a client.
         swarm: the key of a closed swarm, which has no DHT: its members only ask each other.
         waiting: called repeatedly while a DHT is begun or joined; an error that it raises ends the attempt.

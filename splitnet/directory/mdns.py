@@ -2,7 +2,7 @@
 
 A node is a service `<node id>._splitnet._tcp.local.`; its TXT record holds the model's fingerprint and the addresses to
 join the DHT with. Any machine on the network can send such records, so they are checked, bounded, and only used to
-connect to addresses that the internet does not route. The records of peers that are read there are signed
+connect to addresses that the internet does not route. The records of peers that the DHT returns are signed
 (`record.py`).
 """
 
@@ -44,7 +44,8 @@ MOST_RECORDS: Final = 4096
 would drop the records that expire first, and records of a flood expire late."""
 LOOK_S: Final = 1.0  # between two counts of the cached records
 FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
-"""Pauses without listening after a flood: first and longest. They double until no flood has come for the longest."""
+"""Pauses without listening after a flood: first and longest. Each pause is twice as long as the
+pause before, until no flood has come for `MOST_PAUSE_S`."""
 
 _END_S = 1.0  # longest wait for the end of the watching thread
 _MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/([1-9A-HJ-NP-Za-km-z]{40,60})")
@@ -102,9 +103,8 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
     multicast DNS cannot be used on this machine.
 
     model: fingerprint of the checkpoint; empty, only without `announce_node`: any model. interfaces: IPv4 addresses of
-    the
-    interfaces to use; None: all with local addresses, without loopback. foreign_protocols: other versions of the wire
-    protocol that nodes of this model use.
+    the interfaces to use; None: all with local addresses, without loopback. foreign_protocols: other versions of the
+    wire protocol that nodes of this model use.
     """
 
     def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:
@@ -136,7 +136,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         return self._take_waiting()
 
     def watch_nodes(self, found: Callable[[Sequence[LanNode]], None]) -> None:
-        """Starts a thread that calls `found` with other nodes; again with a node that announces itself again."""
+        """Starts a thread that calls `found` with other nodes, and again when a node announces itself again."""
         self._browse()
         self._watcher = threading.Thread(target=self._report_nodes, args=(found,), name="splitnet-lan", daemon=True)
         self._watcher.start()
@@ -159,8 +159,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
     def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
         """Forgets all nodes, and listens again after a pause, on the machine's current addresses. addresses: new
         addresses to announce; empty: the former ones. Raises LanError: as `announce_node`; the thread of `watch_nodes`
-        then tries
-        again."""
+        then tries again."""
         with self._closing:
             if self._closed:
                 return
@@ -305,7 +304,7 @@ def _own_addresses() -> list[str]:
     try:
         return [str(host) for _, host in own_hosts() if host.version == 4 and _is_local(host)]
     except OSError as error:
-        raise LanError(f"the system does not give its addresses ({error})") from error
+        raise LanError(f"the system does not give the addresses of this machine ({error})") from error
 
 
 def _node_id(multiaddr: str) -> str:

@@ -55,8 +55,8 @@ MAX_RECORD_BYTES: Final = 3072
 DEFAULT_TTL_S: Final = 60.0
 MAX_TTL_S: Final = 300.0
 
-MAX_SEEN_LINKS: Final = 16  # measured links in one record
-KEY_PREFIX_BYTES: Final = 8  # of a peer's key, where a record or an entry names a peer
+MAX_SEEN_LINKS: Final = 16  # largest number of measured links in one record
+KEY_PREFIX_BYTES: Final = 8  # bytes of a peer's key with which a record or an entry names the peer
 
 MAX_CLOCK_SKEW_S: Final = 300.0  # a record issued later than this in the future is refused
 MODELS_KEY: Final = "splitnet.models"
@@ -65,9 +65,9 @@ SHARDS: Final = 8  # keys of the DHT over which the records of one model are spr
 HELPERS: Final = "72656c617973"  # replaces the model in records of relays that serve no blocks
 ROUNDS: Final = "726f756e6473"  # prefix that replaces the model in records of coordinators of joint tunings
 DEMAND: Final = HELPERS + "64656d616e64"  # replaces the model in records of gateways; older versions skip the prefix
-MAX_RELAYS: Final = 3  # of one unreachable peer
-MAX_WANTED: Final = 16  # models in one gateway's record
-WANTED_NAME: Final = 80  # bytes of a model's name there, so that all names fit into a record
+MAX_RELAYS: Final = 3  # largest number of relays of one unreachable peer
+MAX_WANTED: Final = 16  # largest number of models in one gateway's record
+WANTED_NAME: Final = 80  # largest number of bytes of a model's name in such a record, so that all names fit
 MAX_WANTED_TOKENS: Final = 1000.0  # demand per model, and per key over all models, in tokens/s
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
@@ -147,13 +147,13 @@ class PeerRecord:
     max_blocks: how many blocks fit into the peer's memory; 0: the peer does not move. placed_at: Unix time in seconds
     since which the peer has its span. moving_to: the span [start, end) to which the peer will move. serves: whether the
     peer accepts sessions.
-    coordinate: in ms, with the height last; coordinate_error: relative, see `scheduler.facts`.
-    bytes_per_ms: the highest bandwidth measured on any link; 0: none measured. links: to other peers, at most 16.
+    coordinate: network coordinate in ms, with the height last; coordinate_error: relative error, see `scheduler.facts`.
+    bytes_per_ms: the highest bandwidth measured on any link; 0: none measured. links: at most 16 links to other peers.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
-    state_bytes: of a sequence in all blocks, besides the bytes of its positions. proof: proof of work, see
+    state_bytes: bytes of a sequence in all blocks, in addition to the bytes of its positions. proof: proof of work, see
     `splitnet.security.identity`. watts: power of the device while it computes; 0: not known. relay_port: port of the
-    peer's relay, on the host of its address; 0: it is no relay. relays: relays through which the peer is reached, at
-    most 3; none: it is reached at its address. demand: of a gateway, see `DEMAND`.
+    peer's relay, on the host of its address; 0: the peer is not a relay. relays: at most 3 relays through which the
+    peer is reached; empty: the peer is reached at its address. demand: of a gateway, see `DEMAND`.
     kv_capacity: positions that one session of one row may take if it is the only one; 0: not known.
     past_ms: by how many ms per block passes of 1 and of 512 positions take longer after 1,024, 8,192 and 32,768
     positions of context, as far as the peer can hold this context, see `scheduler.facts.ContextCost`.
@@ -214,7 +214,7 @@ class PeerRecord:
 
     @property
     def helper(self) -> Relay | None:
-        """The peer as a relay; None: it is no relay."""
+        """The peer as a relay; None: the peer is not a relay."""
         if not self.relay_port or self.relays:
             return None
         return Relay(f"{self.address.rpartition(':')[0]}:{self.relay_port}", self.key.raw)
@@ -299,7 +299,7 @@ _LAYOUT = MessageLayout(PeerRecord)
 
 
 class RecordValidator:
-    """hivemind's record validator: which values a node of the DHT stores, and accepts from other nodes.
+    """A record validator of hivemind: decides which values a node of the DHT stores and accepts from other nodes.
 
     A value is valid only if it is a signed record under its own key of the DHT, with its own expiration. So nobody can
     replace the record of another key, nor keep an old record valid by storing it with a later expiration.
@@ -360,7 +360,7 @@ def _unpack_array(data: bytes) -> list[Any]:
 
 
 def _unpack_scalar(data: bytes) -> object:
-    return _unpack_array(b"\x91" + data)[0]  # as the only element of an array
+    return _unpack_array(b"\x91" + data)[0]  # reads the record as the only element of an array
 
 
 def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:

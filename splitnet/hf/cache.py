@@ -30,7 +30,7 @@ RESERVE_STEP = 256  # positions per row by which a reservation grows
 class RemoteLayer(CacheLayerMixin):
     """The only layer of a `RemoteCache`: rows of a batch with their left padding, and the session with their KV caches.
 
-    open_session: opens a session with a reservation of positions. scope: see `Session.use_namespace`.
+    open_session: opens a session with a reservation of positions. scope: the name for `Session.use_namespace`.
     """
 
     is_sliding = False
@@ -43,7 +43,7 @@ class RemoteLayer(CacheLayerMixin):
         self._scope = scope
         self.columns = 0  # length of the padded batch
         self.taps: tuple[int, ...] = ()  # see `use_taps`
-        self.adapter: AdapterTensors | None = None  # of the blocks, for the cached positions
+        self.adapter: AdapterTensors | None = None  # adapter of the blocks, for the cached positions
         self.waited_ms = 0.0  # total wait for peers
         self.session: ModelSession | None = None
         self.reserve_step = RESERVE_STEP  # 1: reserve exactly the positions that are computed
@@ -53,12 +53,12 @@ class RemoteLayer(CacheLayerMixin):
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = self._reserved_rows = 0
-        self.bound: int | None = None  # most columns of a text; None: the reservation grows on demand
+        self.bound: int | None = None  # largest number of columns of a text; None: the reservation grows on demand
         self._restart = True
         self.closed = False
         self.changes = 0  # number of changes of the cached positions
-        self.rope_length = self.alike = 0  # of the first step, see `Step`; columns with this reach
-        self.side: SideCache | None = None  # of the side network, for the same positions
+        self.rope_length = self.alike = 0  # value of the first step, see `Step`; columns with it
+        self.side: SideCache | None = None  # cache of the side network, for the same positions
 
     @property
     def batch(self) -> int:
@@ -124,7 +124,7 @@ class RemoteLayer(CacheLayerMixin):
             padding = (columns - mask.sum(dim=1)).tolist()
         for before, now in zip(self._padding, padding, strict=False):
             if before != now and before < self.columns:
-                raise refuse("attention_mask", "of positions that are cached has changed: begin with a new cache")
+                raise refuse("attention_mask", "has changed at cached positions: begin with a new cache")
         if not self._rows:
             self._rows = [next(self._ids) for _ in range(batch)]
         self._padding = padding
@@ -225,7 +225,7 @@ class RemoteLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last `-tokens_to_remove` columns; the next step drops them at the peers."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, not {tokens_to_remove}")
         self.changes += 1
         self.columns = max(0, self.columns + tokens_to_remove)
 
@@ -289,7 +289,7 @@ class RemoteLayer(CacheLayerMixin):
                 self.session.use_adapter(self.adapter)
             if self.taps:
                 self.session.use_taps(self.taps)
-            if self.closed:  # by another thread, before the session existed
+            if self.closed:  # another thread has closed the cache before the session existed
                 self.session.close()
         else:
             try:

@@ -39,8 +39,8 @@ from splitnet.swarm.swarm import Swarm
 _PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
 """Arguments of the model with which `Decoding` can replace transformers' loop."""
 
-PROMPT_FEATURES = 512  # most last positions of a prompt whose hidden states are returned for a draft head
-PROMPT_FEATURE_VALUES = 2 << 20  # most values of these hidden states
+PROMPT_FEATURES = 512  # largest number of last positions of a prompt whose states a draft head gets
+PROMPT_FEATURE_VALUES = 2 << 20  # largest number of values of these hidden states
 
 _TRANSFORMERS: Any = GenerationMixin
 _POSITIONAL = [
@@ -67,15 +67,15 @@ class AutoModelForCausalLM:
         Args:
             model: hub id or checkpoint folder; only the tensors outside the blocks are read.
             initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
-            identity: the client's key, for private swarms; None: the user's own (see `splitnet key`).
-            revision: of the model on the hub.
-            swarm_key: of a closed swarm, or its file (see `splitnet key --swarm-key`).
+            identity: the client's key, for private swarms; None: the user's own key (see `splitnet key`).
+            revision: revision of the model on the hub.
+            swarm_key: the key of a closed swarm, or its file (see `splitnet key --swarm-key`).
             trusted_peers: file with the keys of the peers that may be used; None: any.
-            codec: of activations: "auto", or a name from `splitnet.wire.codecs.CODECS`.
-            dtype, device: of the local part; "auto": the best device that works, see `splitnet.blocks.chosen_device`.
+            codec: codec of activations: "auto", or a name from `splitnet.wire.codecs.CODECS`.
+            dtype, device: for the local part; "auto": the best device that works, see `splitnet.blocks.chosen_device`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly not served.
             any_weights: whether to continue with weights in another format, such as int4 after float32, when no peer
-                holds the session's format; otherwise that raises OtherWeights. None: only with the codec "auto".
+                holds the session's format; if False, this raises OtherWeights. None: only with the codec "auto".
             prefer: "latency": the lowest latency per token; "throughput": the most tokens per second, for batches;
                 "energy": the least energy per token, as reported by peers (docs/energy.md).
             kv_at_least: "float16", "int8", "int8-int4" or "int4": the coarsest format of keys and values on used peers.
@@ -84,7 +84,7 @@ class AutoModelForCausalLM:
             standby: bytes per second, or a text such as "8MiB", at which replicas copy the keys and values of sessions,
                 so that a replacement of a hop need not compute them; None: no copies.
             energy_slowdown: with "energy", the largest allowed multiple of the fastest route's time; None: 1.5.
-            gradient_codec: of gradients; "auto": exact if the activations are exact, else "bf16".
+            gradient_codec: codec of gradients; "auto": exact if the activations are exact, else "bf16".
             local_blocks: blocks that this process runs, such as "0:10" or "0:2,28:30"; "auto": the number of first
                 blocks with the lowest latency per token, in at most half of the free memory; None: none.
             local_weights: format of the weights of local blocks and of the head, such as "float16"; None: "auto", or
@@ -180,7 +180,7 @@ class RemoteCausalLM(RemoteModel):
         """
         given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
         if len(given) < len(args) + len(kwargs):
-            raise TypeError("generate() got an argument twice, by its place and by its name")
+            raise TypeError("generate() got an argument twice, by position and by name")
         for former in ("past_key_values", "cache_params"):
             if (cache := given.pop(former, None)) is not None:
                 given.setdefault("cache", cache)
@@ -199,7 +199,7 @@ class RemoteCausalLM(RemoteModel):
                 raise refused
             drafts = self.speculator.drafts_by(speculate) if refused is None else None
         head: Any = self.get_output_embeddings()
-        for module in () if head is None else head.modules():  # PEFT may have wrapped it
+        for module in () if head is None else head.modules():  # PEFT may have wrapped the head
             if isinstance(module, Head):
                 module.expect_changes()
         kept_session = self._context.now.kept_session
@@ -222,7 +222,7 @@ class RemoteCausalLM(RemoteModel):
         """
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens, most = given.get("max_new_tokens"), self._blocks.max_positions
-        # The last token is not given to the model.
+        # The model does not get the last token.
         if not torch.is_tensor(prompt) or not isinstance(new_tokens, int):
             return 0
         length = prompt.shape[1] + new_tokens
@@ -388,7 +388,7 @@ class RemoteCausalLM(RemoteModel):
         cache = kept or self.new_cache()
         try:
             if cache.remote.columns and not self._side_fits(cache):
-                raise AdapterError("the cache holds what the side network has not seen so: begin with a new cache")
+                raise AdapterError("the side network has not seen the cached positions: begin with a new cache")
             run = functools.partial(super()._run_backbone, forward, given | {"cache": cache, "use_cache": True})
             past = cache.remote.columns
             own = cache.remote.side.of_layers(past) if cache.remote.side is not None and past else side.new_cache()
@@ -436,7 +436,7 @@ class RemoteCausalLM(RemoteModel):
             sent.append(self._blocks.begin_step(cache, hidden))
             return hidden
 
-        # The layers behind the blocks run without need; the head, which is not in the backbone, does not run.
+        # The layers after the blocks also run, without need; the head, which is not in the backbone, does not run.
         with self._blocks.calling(run=begin):
             backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
@@ -455,7 +455,7 @@ class RemoteCausalLM(RemoteModel):
     def _called(
         self, input_ids: torch.Tensor, cache: RemoteCache, begin: Callable[[torch.Tensor], Exchange]
     ) -> Outputs:
-        """The outputs of a call of the model; `begin_step` sends the hidden states through the blocks."""
+        """The outputs of a call of the model; `begin` sends the hidden states through the blocks."""
         features: list[torch.Tensor] = []
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -492,7 +492,10 @@ class RemoteCausalLM(RemoteModel):
     ) -> UnsupportedParameter | None:
         """The error if `by` makes no drafts, or another argument excludes drafts."""
         if isinstance(by, RemoteModel):
-            return refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
+            return refuse(
+                "speculate",
+                "cannot be a model with remote blocks: use assistant_model=",
+            )
         excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
         excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
         excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
@@ -514,7 +517,7 @@ class RemoteCausalLM(RemoteModel):
     ) -> Any:
         """Called by transformers' `generate()` for sequences without beams.
 
-        For a single sequence whose output is only tokens, `Decoding` replaces transformers' loop behind the prompt,
+        For a single sequence whose output is only tokens, `Decoding` replaces transformers' loop after the prompt,
         because transformers' loop takes longer than all other work of a client per token.
         """
         self._resume(input_ids, model_kwargs)
@@ -583,7 +586,7 @@ class RemoteCausalLM(RemoteModel):
         prefix = self._context.now.prefix
         if not prefix or given.get("cache") is not self._context.now.prefixed:  # not a call of `generate()`
             return super()._call_model(forward, given)
-        if given.get("position_ids") is not None:  # the prefix comes before the first
+        if given.get("position_ids") is not None:  # the prefix comes before the first position
             given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
         with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
             return forward(**given)
@@ -591,7 +594,7 @@ class RemoteCausalLM(RemoteModel):
     def _call_with_loss(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         """A call with labels that keeps some logits; the family's head and loss run on some positions at a time."""
         if self.loss_function is not ForCausalLMLoss:
-            raise refuse("logits_to_keep", "goes with labels where the loss is that of causal models: leave it out")
+            raise refuse("logits_to_keep", "goes with labels only if the loss is that of causal models: leave it out")
         labels, keep = given.pop("labels"), given.pop("logits_to_keep")
         items = given.pop("num_items_in_batch", None)
         outputs: list[Any] = []

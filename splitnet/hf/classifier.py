@@ -91,8 +91,8 @@ class RemoteSequenceClassification(RemoteModel):
     ) -> Any:
         """As the transformers class, which classifies a sequence by its last token that is not padding.
 
-        PEFT needs the parameter name `past_key_values` to pass a prefix, which is taken out of the call before. Raises
-        ValueError: the last token is masked out.
+        PEFT needs the parameter name `past_key_values` to pass a prefix, which is taken out of the call before this
+        method. Raises ValueError: the last token is masked out.
         """
         if past_key_values is not None:
             kwargs["cache"] = past_key_values
@@ -116,7 +116,7 @@ class RemoteSequenceClassification(RemoteModel):
         if not attention_mask.gather(1, last).all():
             raise ValueError(
                 f"the last token of a row that is not model.config.pad_token_id ({padding}) is masked out: set "
-                "model.config.pad_token_id to that of the tokenizer"
+                "model.config.pad_token_id to tokenizer.pad_token_id"
             )
 
 
@@ -138,7 +138,8 @@ def _padding_first(
 
 
 def _set_labels(config: PreTrainedConfig, labels: _Labels) -> None:
-    """Sets the labels of a config; derives one direction from the other. Raises ValueError: they contradict."""
+    """Sets the labels of a config; derives one direction from the other. Raises ValueError: the
+    labels contradict each other."""
     num_labels, id2label, label2id = labels
     if id2label is None and label2id is None:
         if num_labels is not None:

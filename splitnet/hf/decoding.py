@@ -1,9 +1,9 @@
 """The loop that generates one text, with drafts or without, in place of transformers' loop.
 
-A drafted token is accepted if the model chooses the same token, greedily or by sampling. Every token is chosen as
-without drafts, from the same scores and with the same random numbers, so a seed gives the same text. For greedy drafts
-this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): a draft is accepted with its probability by the
-model; otherwise another token is drawn from the model's distribution without the draft.
+A drafted token is accepted if the model chooses the same token, greedily or by sampling. Every token is chosen in the
+same way as without drafts: from the same scores and with the same random numbers, so a seed gives the same text.
+For greedy drafts this is the rejection sampling of Leviathan et al. (arXiv:2211.17192): a draft is accepted with its
+probability by the model; otherwise another token is drawn from the model's distribution without the draft.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from splitnet.hf.remote_blocks import Exchange
 from splitnet.swarm.plan import Prediction
 
 PREDICTION_S = 1.0  # how long a prediction is used
-CHOICE_S = 0.05  # how long a chosen window is used: over short links a choice takes 1 % of a step
+CHOICE_S = 0.05  # how long a chosen window is used: over short links, one choice takes 1 % of a step
 LOOK_EVERY = 32  # tokens between two drafts, where drafts cost more time than they save
 MOST_TEXTS = 4
-"""Texts at once that "auto" drafts for: drafts slowed eight streams down; five to seven were not measured."""
+"""Largest number of simultaneous texts for which "auto" makes drafts: drafts slowed eight texts down; five to seven
+were not measured."""
 
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
@@ -62,7 +63,7 @@ class Outputs(NamedTuple):
 class _SentTokens:
     """Tokens under way.
 
-    exchange: None: the tokens are sent later, in one call of the model. ids: `[1, seq]`: drafts, behind the last token
+    exchange: None: the tokens are sent later, in one call of the model. ids: `[1, seq]`: drafts, after the last token
     of the text if nothing else was under way. alone: nothing else was under way.
     """
 
@@ -138,7 +139,7 @@ class Decoding:
         limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
         self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_SentTokens] = deque()
-        self._drafted: deque[Drafted] = deque()  # tokens that were sent behind the text
+        self._drafted: deque[Drafted] = deque()  # tokens that were sent after the text
         self._imagined: Guess | None = None  # a guess that was not sent, to measure the acceptance rate
         self._unseen = 0  # tokens since the latest draft, if none of its tokens was sent
         self._looked = False  # a draft was made in this turn
@@ -233,7 +234,7 @@ class Decoding:
         return Window(len(taken), 1), taken
 
     def _guesses(self) -> Iterator[Guess]:
-        """Guesses behind the text and the drafts under way; fewer near the end, because the model adds a token."""
+        """Guesses after the text and the drafts under way; fewer near the end, because the model adds a token."""
         if self._drafts is None:
             return
         bound = None if self._layer.bound is None else self._layer.bound - self._offset
@@ -245,7 +246,7 @@ class Decoding:
         yield from itertools.islice(timed, room)
 
     def _send_drafts(self, guesses: Sequence[Guess], *, whole: bool = False) -> None:
-        """Sends drafts behind the drafts under way, or behind the last token of the text."""
+        """Sends drafts after the drafts under way, or after the last token of the text."""
         alone = not self._under_way
         ids = self._text.ids(len(self._text.tokens) - alone)
         before = self._drafted[-1].kind if self._drafted else None
@@ -299,8 +300,8 @@ class FamilyLoop:
     """Finds whether `Decoding` can replace transformers' loop for a family.
 
     transformers calls methods of a family's class before each call of the model (`prepare_inputs_for_generation`) and
-    after. Most classes inherit these methods. For other classes, a trial finds the lengths of a text at which they do
-    more than pass the last token, the cache and the mask. family: the transformers class of the model.
+    after each call. Most classes inherit these methods. For other classes, a trial finds the lengths of a text at which
+    they do more than pass the last token, the cache and the mask. family: the transformers class of the model.
     """
 
     def __init__(self, model: Any, family: Any) -> None:
@@ -337,7 +338,7 @@ class FamilyLoop:
 
     @torch.no_grad()
     def _hands_over(self, length: int) -> bool:
-        """Whether the family passes only the last token, behind the cached ones."""
+        """Whether the family passes only the last token, after the cached tokens."""
         cache = self._model.new_cache()
         cache.remote.columns = length - 1
         ids = torch.zeros(1, length, dtype=torch.long, device=self._model.device)
@@ -345,7 +346,7 @@ class FamilyLoop:
         given = {"cache": cache, "attention_mask": mask, "position_ids": positions, "use_cache": True}
         try:
             found = getattr(self._family, _PREPARES)(self._model, ids, next_sequence_length=1, **given)
-        except Exception:  # the code of any family
+        except Exception:  # a family's code may raise any exception
             return False
         same = found.keys() <= _HANDED_OVER and found.get("cache") is cache and found["input_ids"].equal(ids[:, -1:])
         seen, place = found.get("attention_mask"), found.get("position_ids")

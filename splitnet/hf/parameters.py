@@ -28,10 +28,10 @@ class RefusedParameter:
 
 
 _CACHE = RefusedParameter("keys and values are on the peers, which choose how to hold them: leave it out")
-_INSIDE = RefusedParameter("is computed inside the blocks, and peers send their output only: leave it out")
+_INSIDE = RefusedParameter("is computed inside the blocks, and peers send only the output of the blocks: leave it out")
 _HUB = RefusedParameter("is a way of generating that transformers has moved out of its package: leave it out")
 _LAYERS = RefusedParameter(
-    "drafts with layers of the model that are not here: use speculate=, or prompt_lookup_num_tokens="
+    "makes drafts with layers of the model that this process lacks: use speculate=, or prompt_lookup_num_tokens="
 )
 _PACKED = RefusedParameter("packs several sequences into one row: give each a row of its own")
 _UNKNOWN = RefusedParameter("is a parameter that splitnet does not know: leave it out")
@@ -65,10 +65,10 @@ GENERATION: Mapping[str, str | RefusedParameter] = {
 
 FORWARD: Mapping[str, str | RefusedParameter] = {
     **_all("input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids", HONOURED),
-    "logits_to_keep": "as in transformers; with `labels` too, and then the loss is of all positions, part after part",
+    "logits_to_keep": "as in transformers; with `labels` too, and then the loss covers all positions, part after part",
     "attention_mask": "`[batch, positions]`, without a hole between tokens; with a cache, padding is on the left",
-    "position_ids": "those that follow from the mask; others are refused",
-    "cache": "that of `new_cache()`, or of an earlier call; others are refused",
+    "position_ids": "the positions that follow from the mask; others are refused",
+    "cache": "a cache of `new_cache()`, or of an earlier call; others are refused",
     **_all("output_attentions output_hidden_states output_router_logits", _INSIDE),
     **_all("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx", _PACKED),
     "is_causal": RefusedParameter("changes the attention inside the blocks: leave it out", unless=(True,)),
@@ -92,7 +92,7 @@ _EMBEDDED = frozenset({"token_type_ids"})  # backbones with this name in their s
 class GenerateCall:
     """The parameters of a call of `generate()`.
 
-    config: of the model, for parameters that are missing in the arguments and in a config among these.
+    config: the config of the model, for parameters that neither the arguments nor a config among them set.
     """
 
     def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
@@ -116,7 +116,7 @@ class GenerateCall:
 def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]) -> None:
     """Raises UnsupportedParameter: remote blocks cannot honour an argument of a call of a backbone.
 
-    config: of the model, with defaults of some parameters. explicit: names in the signature of the backbone.
+    config: the config of the model, with defaults of some parameters. explicit: names in the signature of the backbone.
     """
     for name, value in given.items():
         if value is None or name in _LEFT_BY_GENERATE:
@@ -130,7 +130,7 @@ def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]
 
 
 def refuse(name: str, why: str) -> UnsupportedParameter:
-    """The error of a parameter that cannot be honoured; `why` ends with what to do."""
+    """The error of a parameter that cannot be honoured. why: the reason, then what the user can do."""
     return UnsupportedParameter(f"{name} {why}")
 
 
@@ -161,7 +161,7 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
     Raises UnsupportedParameter: other positions, a hole in the mask that the positions do not skip, or no new position.
     """
     if mask.shape[1] == past:
-        raise refuse("input_ids", "have no token: give one at least")
+        raise refuse("input_ids", "have no token: give at least one")
     if positions is not None:
         if positions.shape[-1] != mask.shape[1] - past:
             raise refuse("position_ids", f"must be [batch, {mask.shape[1] - past}], not {list(positions.shape)}")

@@ -186,7 +186,9 @@ def _made(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
         return parts
     if not len(parts[LORA_A]):
         return {}
-    raise AdapterError(f"{path} has the rank {len(parts[LORA_A]):,}, and peers take {MAX_RANK:,}: give a lower r")
+    raise AdapterError(
+        f"{path} has the rank {len(parts[LORA_A]):,}, and peers take at most {MAX_RANK:,}: give a lower r"
+    )
 
 
 def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
@@ -194,7 +196,9 @@ def _parts(path: str, layer: Any, name: str) -> dict[str, torch.Tensor]:
     rates = [getattr(layer, f"{each}_dropout", {}) for each in ("lora", "vera", "rank", "module")]
     dropouts = [each[name] for each in rates if name in each]
     if layer.training and any(getattr(one, "p", one if isinstance(one, float | int) else 0.0) > 0 for one in dropouts):
-        raise AdapterError("peers know no dropout in LoRA and its kin: set lora_dropout=0.0, or that of the method")
+        raise AdapterError(
+            "peers apply no dropout in LoRA and similar methods: set lora_dropout=0.0, or the method's own dropout"
+        )
     return _made(path, layer, name)
 
 
@@ -270,7 +274,7 @@ def check_config(name: str, config: Any) -> None:
     """Raises AdapterError: a config has effects on blocks that the layers do not show."""
     import peft
 
-    if type(config) is peft.TrainableTokensConfig:  # of embeddings, which are local
+    if type(config) is peft.TrainableTokensConfig:  # trains tokens of the embeddings, which are local
         return
     known = {peft.LoraConfig: HARMLESS}
     known |= {getattr(peft, each): HARMLESS | names for each, names in _MORE_HARMLESS.items()}
@@ -351,7 +355,8 @@ def take_prefix(given: dict[str, Any], model: Any) -> Prefixes:
 
 
 def _calling_wrapper(model: Any) -> Any:
-    """The PEFT model that calls `model`, found on the stack because the arguments do not show it; None: none."""
+    """The PEFT model that calls `model`, found on the stack because the arguments do not show it; None: there is
+    none."""
     if "peft" not in sys.modules:
         return None
     from peft import PeftModel
@@ -374,7 +379,8 @@ def _check_prompt(wrapper: Any) -> None:
 
 
 def prefix_in(cache: DynamicCache) -> Prefixes:
-    """Keys and values of a cache, block by block, from its first row: PEFT gives all rows the same ones."""
+    """Keys and values of a cache, block by block, from its first row: PEFT gives all rows the same keys and
+    values."""
     layers: list[Any] = list(cache.layers)
     return tuple((layer.keys[0], layer.values[0]) for layer in layers)
 
@@ -390,7 +396,7 @@ def prompt_wrapper(model: Any) -> Any:
 
 
 def with_trained_prompt(wrapper: Any, given: dict[str, Any]) -> tuple[dict[str, Any], Prefixes]:
-    """The arguments of `generate()` with a trained prompt before the user's, or with the trained prompt as a prefix.
+    """The arguments of `generate()` with a trained prompt before the user's text, or with this prompt as a prefix.
 
     PEFT itself changes the inputs of every step, by former names of transformers' arguments.
     """
@@ -429,7 +435,7 @@ _MAX_CONFIG_BYTES = 1 << 20
 _MODEL = "base_model.model."
 _PLAIN: Final = re.compile(r"[\w.-]+")
 _PAIRS: Final = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-"""Ends of names in the file: of the matrix that is applied first -> of the second matrix."""
+"""Ends of names in the file: the end for the matrix that is applied first -> the end for the second matrix."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -453,7 +459,7 @@ def check_served(model: Any, folder: Path) -> None:
     """Raises AdapterError: servers cannot use the adapter of `load_adapter`, which changes prompts."""
     config = getattr(model, "active_peft_config", None)
     if config is not None and config.is_prompt_learning:
-        raise AdapterError(f"the adapter in {folder} puts vectors before prompts, which servers do not: use LoRA")
+        raise AdapterError(f"the adapter in {folder} puts vectors before prompts, which servers do not do: use LoRA")
 
 
 def _load(model: Any, folder: Path) -> Any:
@@ -486,12 +492,12 @@ _OTHER: Final = "take an adapter for this model"
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """Reads a config. Raises ValueError or AdapterError: the file is no config."""
+    """Reads a config. Raises ValueError or AdapterError: the file is not a config."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path.name} is longer than configs are: {_OTHER}")
+        raise AdapterError(f"{path.name} is too long for a config: {_OTHER}")
     values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     if not isinstance(values, dict):
-        raise AdapterError(f"{path.name} is no config: {_OTHER}")
+        raise AdapterError(f"{path.name} is not a config: {_OTHER}")
     return values
 
 
@@ -515,12 +521,12 @@ def _config(values: dict[str, Any]) -> Any:
         check_config("default", config)
     for name in getattr(config, "modules_to_save", None) or ():
         if not _PLAIN.fullmatch(name):
-            raise AdapterError(f"{name!r} in modules_to_save is no name: {_OTHER}")
+            raise AdapterError(f"{name!r} in modules_to_save is not a name: {_OTHER}")
     return config
 
 
 def _no_number(name: str) -> Never:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _check_saved_prompt(config: Any, shapes: Shapes) -> None:
@@ -529,9 +535,7 @@ def _check_saved_prompt(config: Any, shapes: Shapes) -> None:
     tokens = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
     numbers = config.token_dim * (2 * config.num_layers if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else 1)
     if (rows, width) != (tokens, numbers) or rows > MAX_PREFIX:
-        raise AdapterError(
-            f"its config tells of {tokens} x {numbers} numbers, and there are {rows} x {width}: {_OTHER}"
-        )
+        raise AdapterError(f"its config says {tokens} x {numbers} numbers, but the file has {rows} x {width}: {_OTHER}")
 
 
 def _check_tokens(config: Any, shapes: Shapes) -> None:
@@ -540,7 +544,7 @@ def _check_tokens(config: Any, shapes: Shapes) -> None:
     told = sum(len(each) for each in named.values()) if isinstance(named, dict) else len(named)
     there = sum(shape[0] for name, shape in shapes.items() if name.endswith("trainable_tokens_delta"))
     if told > there:
-        raise AdapterError(f"its config tells of {told} tokens, and there are {there}: {_OTHER}")
+        raise AdapterError(f"its config says {told} tokens, but the file has {there}: {_OTHER}")
 
 
 def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
@@ -560,11 +564,11 @@ def _name_layers(config: Any, shapes: Shapes, model: nn.Module) -> None:
         path = name.removeprefix(_MODEL).removesuffix(end)
         outputs, same = shapes[name.removesuffix(end) + _PAIRS[end]]
         if sizes.get(path) != (inputs, outputs) or same != rank:
-            raise AdapterError(f"{path} of this model is not as its tensors are: {_OTHER}")
+            raise AdapterError(f"its tensors do not fit {path} of this model: {_OTHER}")
         ranks[path] = _value_for(path, config.rank_pattern, config.r, patterns)
         alphas[path] = _value_for(path, config.alpha_pattern, config.lora_alpha, patterns)
         if ranks[path] != rank or rank > MAX_RANK:
-            raise AdapterError(f"its config says rank {ranks[path]} of {path}, and it has {rank}: {_OTHER}")
+            raise AdapterError(f"its config says rank {ranks[path]} for {path}, but the file has rank {rank}: {_OTHER}")
     if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
         raise AdapterError(
             f"it begins as {config.init_lora_weights!r}, which changes weights: convert it when it is saved "

@@ -1,4 +1,4 @@
-"""The module in place of all blocks of a model, which peers run, or partly this process.
+"""The module in place of all blocks of a model, which peers run; this process may run some of them.
 
 New positions of rows with cached keys and values are steps, without gradients. Whole sequences without a cache are
 passes: for training, and for logits.
@@ -33,10 +33,10 @@ Fields = TypeVar("Fields", bound=Any)
 class ModelCall:
     """Context of a call of the model, for the blocks.
 
-    keep: number of last positions that the head needs; 0: all. length: of the whole text, if the call has a piece of a
-    text. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: called in place of the backbone, with a
-    function that calls the backbone. seen: called with the features of steps, `[batch, kept, taps * hidden]`, or with
-    the outputs of whole sequences.
+    keep: number of last positions that the head needs; 0: all. length: length of the whole text, if the call has a
+    piece of a text. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: called in place of the backbone,
+    with a function that calls the backbone. seen: called with the features of steps, `[batch, kept, taps * hidden]`,
+    or with the outputs of whole sequences.
     """
 
     keep: int = 0
@@ -68,8 +68,8 @@ class Exchange:
     """New positions under way through the blocks, and the place of their outputs.
 
     under_way: the session's requests; None: no position was sent. hidden: inputs, `[batch, seq, hidden]`. new_mask:
-    `[batch, seq]`; False is padding. past: columns of the cache before. tapped: after `finish`, if the cache has taps:
-    the hidden states at the taps, `[batch, seq, taps * hidden]`, zero where the outputs are zero.
+    `[batch, seq]`; False is padding. past: columns of the cache before these positions. tapped: after `finish`, if the
+    cache has taps: the hidden states at the taps, `[batch, seq, taps * hidden]`, zero where the outputs are zero.
     """
 
     layer: RemoteLayer
@@ -127,7 +127,7 @@ class Exchange:
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Resets the cache to its columns before, from which transformers counts positions."""
+        """Resets the cache for a time to its columns before this exchange, from which transformers counts positions."""
         columns, self.layer.columns = self.layer.columns, self.past
         try:
             yield
@@ -172,7 +172,7 @@ class RemoteBlocks(nn.Module):
 
     def __deepcopy__(self, memo: object) -> Never:
         raise AdapterError(
-            "blocks that peers run cannot be copied, as copies of the model and LoRA's layer_replication do: load the "
+            "remote blocks cannot be copied, as a copy of the model or LoRA's layer_replication would need: load the "
             "model a second time"
         )
 
@@ -194,13 +194,13 @@ class RemoteBlocks(nn.Module):
         adapter: AdapterTensors | None = None,
         rope_length: int = 0,
     ) -> Exchange:
-        """Sends new positions `[batch, seq, hidden]` behind the cached ones.
+        """Sends new positions `[batch, seq, hidden]` after the cached positions.
 
         Without a mask there is no padding, and the outputs equal single steps: if rotary frequencies depend on
         the length, each position has the frequencies of its length.
 
         mask: `[batch, columns]` bool for past and new columns; False is padding. keep: number of last positions whose
-        outputs are needed; 0: all. adapter, reach: of the positions, if there is a mask.
+        outputs are needed; 0: all. adapter, rope_length: those of the positions, if there is a mask.
 
         Raises:
             ValueError: the cache has taps where the model has no boundary.
@@ -226,7 +226,7 @@ class RemoteBlocks(nn.Module):
             if rope_length and all(
                 part.length == 1 and layer.prefix_length + part.start + 1 >= rope_length for part in parts
             ):
-                rope_length = 0  # that is their own, so a replay may send many of them together
+                rope_length = 0  # each position has its own length, so a replay may send many positions together
             under_way = session.begin(packed.detach(), parts, forks, rope_length=rope_length) if parts else None
         except BaseException as error:
             layer.columns = past

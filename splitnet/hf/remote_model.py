@@ -43,7 +43,7 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-MEMORY_SHARE = 0.5  # of the free memory for weights of local blocks; caches and other processes need memory, too
+MEMORY_SHARE = 0.5  # of the free memory, at most, for weights of local blocks: caches need memory, too
 TIMED_STEPS = 5
 
 
@@ -191,7 +191,7 @@ class RemoteModel(PreTrainedModel):
         )
 
     def get_submodule(self, target: str) -> nn.Module:
-        # PEFT looks for embeddings by this name, then for a parameter of their size, which quantized ones lack.
+        # PEFT looks for embeddings by this name, then for a parameter of their size, which quantized embeddings lack.
         return self.get_input_embeddings() if target == "embeddings.word_embeddings" else super().get_submodule(target)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -204,7 +204,7 @@ class RemoteModel(PreTrainedModel):
         return instead(lambda: self._run_backbone(forward, given)) if instead else self._run_backbone(forward, given)
 
     def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        if "past_key_values" in given:  # its former name
+        if "past_key_values" in given:  # the former name of the argument
             given.setdefault("cache", given.pop("past_key_values"))
         check_forward(given, self.config, self._backbone_parameters)
         cache = self._cache_for(given.get("cache"), bool(given.get("use_cache")))

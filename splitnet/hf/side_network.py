@@ -26,7 +26,7 @@ from splitnet.wire.messages import MAX_TAPS
 
 KIND = "SIDE"  # the `peft_type` of side networks
 HEAD_SIZE = 32
-LARGEST = 4096  # largest width
+LARGEST = 4096  # largest width of a side network
 MOST_LAYERS = 32
 ROPE_THETA = 10000.0
 Arrangement = tuple[tuple[int, ...], tuple[int, ...]]  # see `RemoteLayer.arrangement`
@@ -64,7 +64,7 @@ class SideNetwork(nn.Module):
     def beside(cls, hidden_size: int, blocks: int, width: int | None = None, layers: int = 2) -> SideNetwork:
         """A new side network, which reads after a quarter, a half and three quarters of the blocks.
 
-        width: None: a quarter of the model's. Raises AdapterError: the width is impossible.
+        width: None: a quarter of the hidden size. Raises AdapterError: the width is impossible.
         """
         step = 2 * HEAD_SIZE
         chosen = width or max(step, hidden_size // 4 // step * step)
@@ -106,14 +106,14 @@ class SideNetwork(nn.Module):
             if type(value) is not int or not least <= value <= most:
                 raise AdapterError(f"its {name} is {value!r}, where {least} to {most} fits this model")
         if values["width"] % HEAD_SIZE:
-            raise AdapterError(f"its width is {values['width']}, no multiple of {HEAD_SIZE}")
+            raise AdapterError(f"its width is {values['width']}, which is not a multiple of {HEAD_SIZE}")
         size = hidden_size, taps, values["width"], values["layers"]
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in cls(*size).state_dict().items()}
         with safe_open(weights, framework="pt") as file:
             there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if there != wanted:
-            raise AdapterError("its tensors are not those of its config")
+            raise AdapterError("its tensors do not fit its config")
         network = cls(*size)
         network.load_state_dict(load_file(weights))
         return network.eval().requires_grad_(False)
@@ -121,7 +121,8 @@ class SideNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class SideCache:
-    """Keys and values of a side network for the positions of a `RemoteCache`. arrangement: of the cache's layer."""
+    """Keys and values of a side network for the positions of a `RemoteCache`. arrangement: see
+    `RemoteLayer.arrangement`."""
 
     network: SideNetwork
     layers: DynamicCache

@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
 
-LEASE_S = 3600  # renewed after half of it; the port of a peer that dies stays open at most for this time
-LEAST_LEASE_S = 60  # a shorter lease is renewed as one of this time
+LEASE_S = 3600  # requested lease, renewed after half of it; the port of a dead peer stays open at most this long
+LEAST_LEASE_S = 60  # a shorter lease is renewed as late as a lease of this length
 NAT_PMP, UPNP = "NAT-PMP", "UPnP"
 NAT_PMP_PORT = 5351
-_WAITS_S = (0.25, 0.5, 1.0)  # for an answer by NAT-PMP, per attempt
+_WAITS_S = (0.25, 0.5, 1.0)  # waits for an answer by NAT-PMP, one for each attempt
 _UPNP_S = 15.0  # longest run of `upnp.py`
 _ANSWER_BYTES = {0: 12, 2: 16}  # length of an answer by NAT-PMP, by operation
-_RESULTS = {1: "it speaks another version", 2: "it is set to refuse", 3: "it has no network", 4: "it has none left"}
+_RESULTS = {1: "it speaks another version", 2: "it is set to refuse", 3: "it has no network", 4: "it has no port left"}
 
 
 class MappingError(SplitnetError):
@@ -64,7 +64,7 @@ class PortMapping:
         self._renew_at = 0.0
 
     def request_port(self) -> str:
-        """Maps a port, the mapped one again if there is one. Returns `tcp://IP:port`. Raises MappingError."""
+        """Maps a port; renews the mapping if there is one already. Returns `tcp://IP:port`. Raises MappingError."""
         wanted = host_and_port(self.mapped.address)[1] if self.mapped else self._port
         self.mapped, seconds = _ask(self._port, wanted)
         self._renew_at = time.monotonic() + max(seconds, LEAST_LEASE_S) / 2
@@ -98,7 +98,7 @@ def look_for_router() -> str:
 
 
 def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
-    """Maps a port of the router, preferably `wanted`. Returns it and its lease in seconds."""
+    """Maps a port of the router, preferably `wanted`. Returns the mapped port and its lease in seconds."""
 
     def by_nat_pmp() -> tuple[Mapped, float]:
         gateway = default_gateway()
@@ -106,7 +106,7 @@ def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
         answer = _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))
         inside, outside, seconds = struct.unpack("!HHI", answer[8:])
         if inside != port or not outside or not seconds:
-            raise MappingError("the router gives another port than requested")
+            raise MappingError("the router maps a port of this machine that was not requested")
         return Mapped(f"tcp://{host}:{outside}", NAT_PMP, gateway), min(seconds, LEASE_S)
 
     def by_upnp() -> tuple[Mapped, float]:

@@ -26,12 +26,12 @@ from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
 from splitnet.wire.endpoints import address_of, host_and_port
 
 PUNCH_S = 3.0  # how long both sides try
-GUESS_S = 0.5  # after which guessed ports are tried, too; most routers need no guess
+GUESS_S = 0.5  # time after which guessed ports are tried, too; most routers need no guess
 AT_ONCE, AT_ONCE_OF_HOST = 16, 8
-"""Attempts of this process at the same time, and those to one host. Relays name the addresses, and a malicious relay
-must not direct a flood at a third party."""
-_TRY_S, _PAUSE_S = 1.0, 0.1  # of one connection attempt; between two of them
-_ACCEPTED_AT_ONCE = 4  # handshakes of accepted connections at the same time
+"""Largest number of attempts of this process at the same time: to all hosts, and to one host. Relays name the
+addresses, and a malicious relay must not direct a flood at a third party."""
+_TRY_S, _PAUSE_S = 1.0, 0.1  # longest connection attempt; pause between two attempts
+_ACCEPTED_AT_ONCE = 4  # largest number of handshakes of accepted connections at the same time
 _places, _lock = Places(AT_ONCE, host=AT_ONCE_OF_HOST), threading.Lock()  # shared by all event loops of the process
 
 
@@ -51,7 +51,8 @@ Check = Callable[[socket.socket, Claim], Awaitable[None]]
 
 
 class ConnectAttempt(NamedTuple):
-    """A pair of ends between which connections are attempted until one succeeds, `after_s` seconds after the start."""
+    """Two ends between which connections are attempted until one succeeds. The first attempt is `after_s` seconds after
+    the start."""
 
     source: tuple[str, int]
     address: str
@@ -59,8 +60,9 @@ class ConnectAttempt(NamedTuple):
 
 
 def attempts_of(own: str, joined: Joined) -> list[ConnectAttempt]:
-    """Lines to the other side: to its address as the relay sees it, and if both sides are behind the same router to its
-    address as it sees itself. own: this side's end of the stream to the relay, as this side sees it."""
+    """The attempts to connect to the other side: to its address as the relay sees it, and if both sides are behind the
+    same router, also to its address as the other side sees it. own: this side's end of the stream to the relay, as
+    this side sees it."""
     host, port = host_and_port(own)
     found = [joined.seen]
     if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
@@ -76,13 +78,14 @@ def attempts_of(own: str, joined: Joined) -> list[ConnectAttempt]:
     if keeps:
         tried.append(ConnectAttempt((host, port + 1), joined.seen, GUESS_S))
     if keeps and other_keeps:
-        # From a separate port on each side, because a router only keeps the port of a socket's first connection.
+        # This attempt uses a separate port on each side, because a router keeps only the port of a socket's first
+        # connection.
         tried.append(ConnectAttempt((host, port + 2), address_of((other, seen + 2)), GUESS_S))
     return tried
 
 
 def _keeps(address: str, port: int) -> bool:
-    """Whether a router has not changed a port, and two higher ports exist."""
+    """Whether a router has left a port unchanged, and two higher ports exist."""
     return bool(address) and host_and_port(address)[1] == port <= 65533
 
 
@@ -93,7 +96,7 @@ def _is_local(address: str) -> bool:
 async def punch(
     own: tuple[str, int], tried: Sequence[ConnectAttempt], check: Check, seconds: float | None = None
 ) -> tuple[socket.socket, PathKind] | None:
-    """Returns the first stream that passes the check, or None if there is none in time. Raises no error of the network.
+    """Returns the first stream that passes the check, or None if no stream passes in time. Raises no network errors.
     own: host and port of this side's end of the stream to the relay. seconds: how long to try; None: `PUNCH_S`."""
     found: asyncio.Future[tuple[socket.socket, PathKind]] = asyncio.get_running_loop().create_future()
     taken = False

@@ -1,6 +1,6 @@
-"""A relay: unreachable peers keep a stream to it, over which it passes on calls.
+"""A relay: unreachable peers keep a stream to the relay, which passes on calls over this stream.
 
-The relay joins the streams of the caller and of the peer, and copies their bytes, which it cannot read. All resources
+The relay joins the streams of the caller and of the peer, and copies their bytes, which are encrypted. All resources
 that other machines use are bounded: places by key, by host and in all, one buffer for each direction of a stream, and
 bytes per second.
 """
@@ -69,14 +69,14 @@ class RelayBounds:
     handshakes_of_host: int = 16
     handshake_s: float = 5.0
     join_s: float = 4.0  # how long an unreachable peer may take to join
-    tries: int = 16  # connections at the same time that answer `Try`
+    tries: int = 16  # connections to answer `Try`, at the same time
     tries_of_host: int = 4
     try_s: float = 2.0
-    silent_s: float = 3 * BEAT_S  # after which the reservation of a silent peer ends
-    idle_s: float = 60.0  # after which a stream without bytes ends; ZeroMQ sends heartbeats every few seconds
-    half_open_s: float = 10.0  # the same when one direction has ended
+    silent_s: float = 3 * BEAT_S  # time after which the reservation of a silent peer ends
+    idle_s: float = 60.0  # time after which a stream without bytes ends; ZeroMQ sends heartbeats every few seconds
+    half_open_s: float = 10.0  # time after which such a stream ends if one direction has ended
     bytes_per_s: float = 32 << 20  # over all streams; unreachable peers share them evenly
-    beats: int = 5  # `Beat` messages of a peer beyond one per second
+    beats: int = 5  # `Beat` messages that a peer may send in addition to one per second
 
     def scaled_to(self, descriptors: int) -> RelayBounds:
         """These bounds, or proportionally lower ones with which the relay opens at most `descriptors` descriptors."""

@@ -1,4 +1,4 @@
-"""Messages at the begin of TCP streams to relays and unreachable peers, before the streams carry ZeroMQ's bytes.
+"""Messages at the beginning of TCP streams to relays and unreachable peers, before the streams carry ZeroMQ's bytes.
 
 A message is its length (two bytes) and a msgpack array of its tag and fields. Fields that later versions append are
 ignored, see `splitnet.wire.fields`.
@@ -140,10 +140,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Begins a better way: its bytes follow the last byte of the way before."""
+    """Begins a better way: the bytes on this way follow the last byte on the former way."""
 
     TAG: ClassVar[int] = 12
-    sent: int = wire_field(uint((1 << 63) - 1))  # bytes that the sender sent by the way before
+    sent: int = wire_field(uint((1 << 63) - 1))  # bytes that the sender sent over the former way
 
 
 @dataclass(frozen=True, slots=True)

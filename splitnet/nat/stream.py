@@ -89,7 +89,7 @@ T = TypeVar("T")
 
 BACKLOG = 128  # connections that wait to be accepted
 LEAST_BUFFER, MOST_BUFFER = 16 << 10, 128 << 10
-"""Bytes of the buffer of one direction of a copy: first, and at most. The buffer grows while reads fill it."""
+"""Smallest and largest size in bytes of the buffer for one direction of a copy. It grows while reads fill it."""
 
 STREAM_ERRORS = (OSError, EOFError, TimeoutError, SplitnetError)
 """Errors of a stream that the network or the other side causes."""

@@ -85,7 +85,7 @@ async def join(inner: socket.socket, outer: socket.socket, better: Better, moved
 
 
 def give_up(better: Better | None) -> None:
-    """Ends the search for a better way, and closes the stream of a found one."""
+    """Ends the search for a better way, and closes the stream of a better way that was found."""
     if better is None:
         return
     if not better.done():
@@ -100,7 +100,7 @@ DIAL_S = 3.0  # longest wait for a connection to a relay
 STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
 """How long the peer's own address is tried before relays are asked; how long it is not tried after a failure."""
 CALL_S = 6.0  # longest wait until a relay has joined caller and peer
-KNOWN_RELAYS = 8  # of one peer; the latest ones are kept
+KNOWN_RELAYS = 8  # largest number of known relays of one peer; the latest are kept
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 5.0  # between two rounds of calls if no connection lasted for `WORKED_S`
 WORKED_S = 1.0
 END_S = 1.0  # how long the last connection of a closed tunnel may run on
@@ -108,7 +108,7 @@ END_S = 1.0  # how long the last connection of a closed tunnel may run on
 
 class Tunnels:
     """All tunnels of a process. Thread-safe, and no call waits for the network. Tunnels run in `loop`, and end with it.
-    behind: for the host and port of a connection that a tunnel has made to this machine, a name of its far end."""
+    behind: maps the host and port of a connection that a tunnel has made to this machine to a name of its far end."""
 
     def __init__(self, identity: Identity) -> None:
         self.loop = StreamLoop()
@@ -189,7 +189,7 @@ class _Tunnel:
                 inner, _ = accepting.result()
                 with suppress(OSError):  # the connection has ended already
                     inner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if carrying is not None:  # ZeroMQ uses one connection at a time, so it has given up the former one
+                if carrying is not None:  # ZeroMQ uses one connection at a time, so the former one is given up
                     over_at = time.monotonic()
                     carrying.cancel()
                     (worked,) = await asyncio.gather(carrying, return_exceptions=True)

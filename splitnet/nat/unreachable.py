@@ -52,7 +52,7 @@ from splitnet.wire.endpoints import Relay, address_of, host_and_port
 
 log = logging.getLogger(__name__)
 
-WANTED = 3  # relays at the same time
+WANTED = 3  # number of relays that a peer keeps reservations at
 DIAL_S = 3.0  # longest wait for a connection to a relay
 JOIN_S = 6.0  # longest wait for the answers of a relay, and for the handshake with a caller
 FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 120.0  # before a relay that failed is tried again
@@ -61,15 +61,15 @@ RETRY_S = 1.0  # between two rounds without any relay
 SEEN_S = 0.5  # how long a relay's test connection stays open, so that the listener notices it
 
 STREAMS, STREAMS_OF_KEY, STREAMS_OF_HOST = 512, 16, 64
-"""Bounds on callers' streams: in all, of one key, and of one address as the relay reports it. Each relay has an equal
-part of all."""
-DESCRIPTORS = 3  # of a stream: to the relay, to ZeroMQ, and of a better way; ZeroMQ's accepted connection not counted
+"""Bounds on callers' streams: in all, of one key, and of one address as the relay reports it. The total is divided
+equally among the relays."""
+DESCRIPTORS = 3  # for one stream: to the relay, to ZeroMQ, and a better way; without the connection that ZeroMQ accepts
 MESSAGES_PER_S, MESSAGES_AT_ONCE = 50.0, 100.0
 """Rate and burst at which messages of one relay are read, so that a flood only delays its sender."""
 
 TEST_S = 60.0  # between two test calls through a relay
-HELD_S = 120.0  # a relay that fails after a longer time has its pause reset to the first
-MOST_WORKED = 32  # relays that have passed on calls which are remembered
+HELD_S = 120.0  # if a relay worked for longer before it fails, its pause is `FIRST_PAUSE_S` again
+MOST_WORKED = 32  # largest number of remembered relays that have passed on calls
 UNUSED_S = 900.0  # a relay without calls of other peers for this time may be replaced by another relay
 
 
@@ -79,7 +79,7 @@ class UnreachablePeer:
 
     Args:
         inside: `tcp://IP:port` at which this process reaches its own ZeroMQ port.
-        behind: for the host and port of each connection to `inside`, filled with a name of the caller.
+        behind: gets a name of the caller for the host and port of each connection to `inside`.
         find: looks relays up; it may take seconds.
         changed: called in the loop's thread when `relays` has changed, and must return at once.
         vouched: whether the user or a friend has named a relay; these relays are preferred.

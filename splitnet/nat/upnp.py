@@ -3,8 +3,8 @@
     python upnp.py GATEWAY look | open INSIDE OUTSIDE SECONDS | close OUTSIDE
 
 The program asks only the gateway, by its IPv4 address, and only if the URL of its description has this address:
-otherwise any machine on the local network could make this machine send requests to any address, its own included. It
-prints one line of JSON: the router's public address and the port. It must run without splitnet's modules.
+otherwise any machine on the local network could make this machine send requests to any address, also to its own. The
+program prints one line of JSON: the router's public address and the port. It must run without splitnet's modules.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KINDS = tuple(
     for kind in ("device:InternetGatewayDevice:1", "device:InternetGatewayDevice:2", "service:WANIPConnection:1")
 )
 TRIES = 4  # ports to ask for, if the first ones are in use
-MOST_BYTES = 512 << 20  # of address space, because a router may send without end
+MOST_BYTES = 512 << 20  # of address space for this program, because a router may send data without end
 
 
 def main(gateway: str, what: str, *numbers: str) -> None:
@@ -61,7 +61,7 @@ def find_description(gateway: str) -> str:
                 answer, sender = asking.recvfrom(2048)
             except TimeoutError:
                 break
-            except ConnectionError:  # the gateway's own port is closed; it may still answer the group
+            except ConnectionError:  # the gateway's own port is closed; it may still answer the multicast group
                 continue
             if sender[0] == gateway and (found := location_of(answer, gateway)):
                 return found

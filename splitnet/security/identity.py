@@ -34,7 +34,7 @@ from splitnet.paths import lines_of
 logger = logging.getLogger(__name__)
 
 KEY_FILE_VARIABLE: Final = "SPLITNET_KEY_FILE"
-MAX_KEY_FILE_BYTES: Final = 1 << 20  # of a key file, or of a list of authorized keys
+MAX_KEY_FILE_BYTES: Final = 1 << 20  # longest key file, or list of authorized keys
 RELOAD_INTERVAL_S: Final = 1.0  # between two checks whether a list of keys has changed
 ANYONE: Final[bytes | None] = None  # replaces the key in the entry for all keys that are not listed
 
@@ -46,8 +46,8 @@ _SECRET_PREFIX = "splitnet-secret-1 "
 
 @dataclass(frozen=True)
 class PublicKey:
-    """An Ed25519 public key. raw: 32 bytes. Raises KeyFileError: they are not a point of the curve that is safe to
-    use."""
+    """An Ed25519 public key. raw: 32 bytes. Raises KeyFileError: the bytes are not a point of the curve that is
+    safe to use."""
 
     raw: bytes
 
@@ -149,7 +149,7 @@ class Identity:
         try:
             return cls(_signing_key(text))
         except ValueError:  # the cause would show the secret
-            raise KeyFileError("this is no secret key of splitnet: copy the whole line") from None
+            raise KeyFileError("this is not a secret key of splitnet: copy the whole line") from None
 
     @property
     def secret_text(self) -> str:
@@ -188,7 +188,7 @@ class KeyOptions:
     share: str | None = None
 
 
-STRANGER_WEIGHT: Final = 0.01  # of keys that are not in the list, unless the line `anyone` has another weight
+STRANGER_WEIGHT: Final = 0.01  # weight of keys that are not in the list, unless the line `anyone` has another weight
 
 
 def _weight(text: str) -> float:
@@ -246,7 +246,7 @@ def parse_options(text: str, defaults: KeyOptions | None = None) -> KeyOptions:
     for option in text.split(","):
         name, _, value = option.partition("=")
         if name not in _PARSERS:
-            raise KeyFileError(f"{name!r} is no option of a key: there are {', '.join(_PARSERS)}")
+            raise KeyFileError(f"{name!r} is not an option of a key: there are {', '.join(_PARSERS)}")
         field = name.replace("-", "_")
         if field in given:
             raise KeyFileError(f"{name} is given twice")
@@ -267,7 +267,7 @@ class AuthorizedKeys:
     the next check.
 
     path: None: every key is allowed. Raises KeyFileError: the file cannot be read, or a line is wrong; the error has
-    its number.
+    the number of the line.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -351,7 +351,7 @@ def _create_key_file(path: Path) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return
-        except OSError:  # the system has no hard links, as Android and FAT
+        except OSError:  # there are no hard links, as on Android and FAT
             if not path.exists():
                 os.replace(temporary, path)
     finally:
@@ -366,8 +366,10 @@ def _read_key_file(path: Path) -> SigningKey:
         content = file.read(MAX_KEY_FILE_BYTES)
     try:
         return _signing_key(content.decode("ascii"))
-    except ValueError:  # PyNaCl also raises it for a seed of another length; the cause would show the secret
-        raise KeyFileError(f"{path} holds no splitnet key; move it away and a new key will be made.") from None
+    except ValueError:  # such as a seed of wrong length; the cause would show the secret
+        raise KeyFileError(
+            f"{path} does not hold a splitnet key; move the file away, and a new key will be made."
+        ) from None
 
 
 def _signing_key(text: str) -> SigningKey:
@@ -412,7 +414,7 @@ def _listed_key(words: list[str]) -> tuple[bytes | None, KeyOptions]:
     if "=" in words[0]:
         texts.append(words.pop(0))
     if not words:
-        raise KeyFileError("there are options, and no key.")
+        raise KeyFileError("there are options, but no key.")
     if words[1:] and "=" in words[1]:
         texts.append(words[1])
     strangers = words[0] == "anyone"
@@ -432,7 +434,7 @@ def _file_stamp(path: Path) -> tuple[int, int, int] | None:
 WORK_BITS: Final = 13  # leading zero bits of a digest that proves work: 2**13 attempts on average
 MAX_PROOF: Final = (1 << 32) - 1
 
-_MOST_DIGITS = 10  # of `MAX_PROOF` in decimal
+_MOST_DIGITS = 10  # decimal digits of `MAX_PROOF`
 _PREFIX = b"splitnet proof of work\0"
 
 

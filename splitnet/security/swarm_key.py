@@ -1,7 +1,7 @@
 """The swarm key of a closed swarm: a secret of its members, with which they ask for, read and write records.
 
 Without the key a process cannot name a model in a question to a member, read an answer, or announce a record. A peer's
-authorized keys decide before that which connections the peer accepts.
+authorized keys decide earlier which connections the peer accepts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OpenSwarm:
         return data
 
     def unseal(self, data: bytes | memoryview) -> bytes:
-        """Decrypts the output of `seal`. Raises NotAuthorized: it was not made with the key of this swarm."""
+        """Decrypts the output of `seal`. Raises NotAuthorized: `data` was not sealed with the key of this swarm."""
         return bytes(data)
 
 
@@ -54,7 +54,7 @@ class SwarmKey(OpenSwarm):
         if len(raw) != KEY_BYTES:
             raise KeyFileError(f"a swarm key has {KEY_BYTES} bytes, not {len(raw)}")
         self._raw = raw
-        # Separate keys for names and for records, so that one reveals nothing about the other.
+        # Separate keys for names and for records, so that one key reveals nothing about the other.
         self._places, self._records = (hmac.digest(raw, use, "sha256") for use in (b"places", b"records"))
 
     @classmethod
@@ -70,7 +70,7 @@ class SwarmKey(OpenSwarm):
                 raise ValueError("prefix")
             return cls(bytes.fromhex(digits))
         except ValueError:  # the cause would show the secret
-            raise KeyFileError("this is no swarm key: copy the whole line of `splitnet key --swarm-key`") from None
+            raise KeyFileError("this is not a swarm key: copy the whole line of `splitnet key --swarm-key`") from None
 
     @classmethod
     def load(cls, path: Path) -> SwarmKey:
@@ -125,11 +125,11 @@ def read_secret_file(path: Path) -> str:
     except OSError as error:
         raise KeyFileError(f"{path} cannot be read ({error.strerror or error}): give another file") from None
     if len(content) > _MAX_FILE_BYTES:
-        raise KeyFileError(f"{path} has more than {_MAX_FILE_BYTES} bytes: it is no file of splitnet's secrets")
+        raise KeyFileError(f"{path} has more than {_MAX_FILE_BYTES} bytes: it is not a secret file of splitnet")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise KeyFileError(f"{path} does not hold text: it is no file of splitnet's secrets") from None
+        raise KeyFileError(f"{path} does not hold text: it is not a secret file of splitnet") from None
 
 
 def write_secret_file(path: Path, text: str) -> None:
@@ -140,6 +140,6 @@ def write_secret_file(path: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise KeyFileError(f"{path} is there already: give another file, or move it away") from None
+        raise KeyFileError(f"{path} exists already: give another file, or move it away") from None
     except OSError as error:
         raise KeyFileError(f"{path} cannot be written ({error.strerror or error}): give another file") from None

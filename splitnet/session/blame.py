@@ -40,7 +40,7 @@ _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
 
 
 class Replace(NamedTuple):
-    """Hops must be replaced. lost: the error of each. cleared: names of peers whose bans were not deserved."""
+    """Hops must be replaced. lost: the error of each. cleared: names of banned peers that were not at fault."""
 
     lost: dict[Endpoint, SplitnetError]
     cleared: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ Requests = Collection[Request[Any]]
 
 @dataclass(slots=True)
 class Faults:
-    """Faults since the last answer, or since nothing was under way.
+    """Faults since the last answer, or since a time when nothing was under way.
 
     Attributes:
         hops: the route.
@@ -85,7 +85,7 @@ class Faults:
     refusing: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def request_failed(self, hop: RouteHop, code: int, error: SplitnetError, request: Request[Any] | None) -> Decision:
-        """A hop has answered a request with a failure. request: None: a replay, or a request that is not known."""
+        """A hop has answered a request with a failure. request: None for a replay, or for an unknown request."""
         feeder = self._feeder(hop, request)
         if feeder is not None and code in _MAY_BE_FEEDERS:
             refusing = self.refusing.setdefault(feeder.name, [])
@@ -93,7 +93,7 @@ class Faults:
                 refusing.append(hop.name)
             if len(refusing) == 2:  # if the next feeder is refused as well, the refusing hop is at fault
                 self.complaints.setdefault(code, []).append(hop.name)
-                text = f"what the peer at {feeder.endpoint.address} sends on is refused twice: {error}"
+                text = f"two peers refuse the output of the peer at {feeder.endpoint.address}: {error}"
                 return Replace({feeder.endpoint: PeerFailed(text)}, tuple(refusing))
         if code == FailureCode.BUSY:
             return Replace({hop.endpoint: error})
@@ -102,7 +102,8 @@ class Faults:
         return self.blame(hop, code, error)
 
     def _state_lacks(self, hop: RouteHop, code: int, error: SplitnetError) -> Decision:
-        """A hop, or its next one, lacks what a request needs. First all are opened again; then one is replaced."""
+        """A hop, or its next one, lacks what a request needs. At first all hops are opened again; if that does
+        not help, one is replaced."""
         strikes = self.strikes[hop.name] = self.strikes.get(hop.name, 0) + 1
         if strikes == 1:
             # With any other code the hop holds a wrong state.
@@ -135,10 +136,10 @@ class Faults:
         return self.blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
 
     def believe(self, code: int, error: SplitnetError) -> RequestsFault:
-        """The request is at fault. code: of the failures that say so."""
+        """The request is at fault. code: the code of the failures that show it."""
         names = self.complaints.pop(code, [])
         if code == FailureCode.NOT_FINITE and len(set(names)) > 1:
-            error = NotFinite(f"{error}; another peer says the same")
+            error = NotFinite(f"{error}; another peer reports the same")
         return RequestsFault(error)
 
     def judge(self, verdict: Verdict[Endpoint], filling: Sequence[RouteHop], under_way: Requests) -> Decision:
@@ -154,14 +155,15 @@ class Faults:
             self.suspects = self.suspects or endpoints
             return self._replace_likeliest([*verdict.hops, *first], "has worked for too long without any progress")
         if not self.suspects:
-            # All hops live, and none holds the requests. Opened again, hops find out whether they reach each other.
+            # All hops live, and no hop holds the requests. When the hops are opened again, they find out whether they
+            # reach each other.
             self.suspects = endpoints
-            return OpenAgain(Cause.STALLED, "what was under way was lost between two hops that live")
+            return OpenAgain(Cause.STALLED, "requests were lost between two hops that answer pings")
         # One of the suspects loses messages, or keeps them.
         steps = [each for each in under_way if isinstance(each, StepRequest) and each.result]
         missing = [tap for step in steps for tap in step.taps if tap not in step.tapped]
         owing = [next(hop.endpoint for hop in self.hops if hop.blocks[0] < tap <= hop.blocks[1]) for tap in missing]
-        return self._replace_likeliest([*first, *owing, *verdict.hops], "loses what is sent to it")
+        return self._replace_likeliest([*first, *owing, *verdict.hops], "loses the messages that are sent to it")
 
     def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> Replace:
         where = next((each for each in likeliest if each in self.suspects), likeliest[0])

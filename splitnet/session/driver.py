@@ -40,7 +40,7 @@ from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
-USUAL_POSITIONS = 64  # of a step when several are under way: a micro-batch, or a chunk of a prefill
+USUAL_POSITIONS = 64  # assumed positions of a step when several are under way: a micro-batch, or a chunk of a prefill
 ROUND_S = 0.1  # time within which all hops of a round are pinged
 EMBEDDINGS = codec_by_name("fp16")
 
@@ -50,11 +50,11 @@ class LinkCodecs:
 
     Args:
         name: of the codec of every link, or "auto" to choose a codec for each link by cost.
-        exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need that,
-            because blocks amplify the errors of integer codecs.
+        exact_embeddings: the link to the first hop has at least the precision of `EMBEDDINGS`. Gradients need this
+            precision, because blocks amplify the errors of integer codecs.
 
     Attributes:
-        vary: another route may have other codecs, and so give other tokens.
+        vary: whether another route may have other codecs, and therefore give other tokens.
 
     Raises:
         CodecError: there is no such codec.
@@ -83,7 +83,7 @@ class LinkCodecs:
         return codec_by_name(DEFAULT_INT8 if self.vary else self._name)
 
     def along(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
-        """The codecs of a route's links: from the client to the first hop, then behind each hop."""
+        """The codecs of a route's links: from the client to the first hop, then after each hop."""
         records, hidden = [hop.record for hop in route], self._swarm.facts.hidden_size
         first = self._choose(self._swarm.link(None, records[0]), records[0].codecs)
         if self._exact_embeddings and first.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden):
@@ -105,7 +105,7 @@ class LinkCodecs:
 class Routes:
     """Plans routes for one session. Calls block, because they read the directory and measure links.
 
-    any_weights: whether blocks may be held in another format, where no peer holds them in the session's.
+    any_weights: whether blocks may be held in another format, where no peer holds them in the session's format.
     """
 
     def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
@@ -161,7 +161,8 @@ class Routes:
         swarm, watch = self._swarm, self.watch
         if self._route != list(hops):
             self._route = list(hops)
-            # The prediction of the time of planning: facts that arrive before the first step may show a slow route.
+            # Compares with the prediction at planning, because facts that arrive before the first step may show that
+            # the route is slow.
             route, predicted_ms = self._planned
             known = route == self._route
             watch.begin_route(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
@@ -232,9 +233,9 @@ class SessionDriver:
     thread that uses the session. Only the latter plans routes, because planning blocks.
 
     Args:
-        options: of the client. `any_weights` None: weights may vary where codecs vary.
+        options: options of the client. If `any_weights` is None, weights may vary where codecs vary.
         reservation, progress_timeout_s: see `SessionState`.
-        blocks: that the peers run, `[start, end)`; None: all blocks.
+        blocks: the blocks `[start, end)` that the peers run; None: all blocks.
         in_flight, energy_slowdown: see `splitnet.swarm.plan.Needs`.
     """
 
@@ -299,7 +300,8 @@ class SessionDriver:
         return self.state.hops
 
     def needs(self, prompt: int = 0) -> Needs:
-        """Requirements of the route of a decoding session. prompt: positions of the first step; 0: it has no weight."""
+        """Requirements of the route of a decoding session. prompt: positions of the first step; 0: its time does not
+        count."""
         state, encodings = self.state, self._codecs.encodings
         positions, prompt = (1, prompt) if self._in_flight == 1 else (USUAL_POSITIONS, 0)
         steps = positions, self._in_flight, self._energy_slowdown, prompt
@@ -334,7 +336,8 @@ class SessionDriver:
         prompt: positions of the first step, to weigh the time to the first token in the choice of the route.
 
         Raises:
-            CoverageError: no peer serves some blocks; if they were served before, also not within `recovery_timeout_s`.
+            CoverageError: no peer serves some blocks; if they were served before, no peer
+                served them again within `recovery_timeout_s`.
             PeerBusy: no peer of some blocks has memory for the reservation.
             NotAuthorized: peers do not accept this client's key, or are not trusted.
             PeerLost: peers do not answer, and are not replaced in time.
@@ -343,7 +346,7 @@ class SessionDriver:
         trusted = self._swarm.trusted
         for hop in self.state.hops if trusted is not None else ():
             if trusted is not None and not trusted.allows(hop.endpoint.key.curve_raw):
-                error = NotAuthorized(f"the peer at {hop.endpoint.address} is not one that you trust any more")
+                error = NotAuthorized(f"the peer at {hop.endpoint.address} is not one of your trusted peers any more")
                 self.link_failed(hop.endpoint, error)
         if self.state.is_open:
             return
@@ -457,8 +460,8 @@ class SessionDriver:
     def _late(self) -> list[Endpoint]:
         """Hops without an answer whose pings wait behind other traffic, on their own link or on another one.
 
-        The uplink of a home is one queue, in which a ping may wait behind a prompt to another peer. This excuse is
-        bounded in time, and holds only if no peer answers quickly.
+        The uplink of a home is one queue, in which a ping may wait behind a prompt to another peer. The wait is
+        excused only for a bounded time, and only if no peer answers quickly.
         """
         links, now = self._swarm.links, time.perf_counter()
         late: list[Endpoint] = []
@@ -468,7 +471,7 @@ class SessionDriver:
             passed = links.traffic(endpoint)
             if passed is None:
                 continue
-            # A tunnel confirms data before it has delivered them, so sent bytes prove nothing for hidden peers.
+            # A tunnel confirms data before it has delivered the data, so sent bytes prove nothing for hidden peers.
             carries = passed.has_received(asked.passed) or (not endpoint.hidden and passed.has_sent(asked.passed))
             if carries or self._stands_behind_others(endpoint, asked, passed):
                 late.append(endpoint)
@@ -481,7 +484,7 @@ class SessionDriver:
 
     def _stands_behind_others(self, endpoint: Endpoint, asked: _HopQuery, passed: flow.LinkTraffic) -> bool:
         links, now = self._swarm.links, time.perf_counter()
-        # After the first ping no check: it may have arrived a moment ago, or a full queue has dropped it.
+        # The first ping is not checked: it may have arrived a moment ago, or a full queue may have dropped it.
         if asked.at > asked.first_at:
             quick = links.prober.quick_at >= asked.at - ROUND_S
             if quick or not passed.unsent or now - asked.first_at >= UPLINK_QUEUE_S:

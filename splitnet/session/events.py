@@ -66,7 +66,7 @@ class LookUpPrefix:
     caller need not submit.
 
     part: the positions whose outputs the caller does not need. encoded: the payload of these positions, by the codec
-    of the first link. reach: see `Step`. logs: logs of these positions that exist, by the code of their codec.
+    of the first link. rope_length: see `Step`. logs: existing logs of these positions, by the code of their codec.
     """
 
     part: Chunk
@@ -85,7 +85,7 @@ class LookUpPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """The caller sends requests, in this order. There must have been an open route; a broken route is repaired."""
+    """The caller sends requests, in this order. A route must have been open before; a broken route is repaired."""
 
     requests: tuple[Request[Any], ...]
 
@@ -160,7 +160,7 @@ class LinkFailed:
 
 @dataclass(frozen=True, slots=True)
 class RoutePlanned:
-    """A route for the `AskRoute` with this number. codecs: of every link, one more than hops."""
+    """A route for the `AskRoute` with this number. codecs: one for every link, so one more than hops."""
 
     number: int
     route: tuple[PlannedHop, ...]
@@ -211,7 +211,7 @@ class AskRoute:
     one.
 
     kept: hops that stay if possible, in order. excluded: names of peers that must not be used. fresh: read the
-    directory again, even if the last read is recent. unban: lift the bans of peers that answer.
+    directory again, even if the last read is recent. unban: unban peers that answer.
     """
 
     number: int
@@ -223,7 +223,7 @@ class AskRoute:
 
 @dataclass(frozen=True, slots=True)
 class BanPeer:
-    """Plan without a peer for a while. leaves: the peer has announced its end."""
+    """Plan without a peer for a while. leaves: the peer has announced that it leaves."""
 
     name: str
     leaves: bool
@@ -231,14 +231,14 @@ class BanPeer:
 
 @dataclass(frozen=True, slots=True)
 class Unban:
-    """Lift the ban of a peer that was not at fault."""
+    """Unban a peer that was not at fault."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Report what has happened, for people."""
+    """Report an event in a text for people."""
 
     kind: Kind
     text: str
@@ -268,8 +268,8 @@ class Cause(StrEnum):
 class Recovered:
     """One repair of a route.
 
-    lost: why hops were replaced. opened_ms: until the replacements had opened the session. total_ms: until they had the
-    cache, and requests were sent again. cause: of the first replacement.
+    lost: why hops were replaced. opened_ms: time until the replacements had opened the session. total_ms: time until
+    they had the cache, and requests were sent again. cause: cause of the first replacement.
     """
 
     lost: tuple[str, ...]

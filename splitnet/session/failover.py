@@ -38,14 +38,14 @@ class RouteHop:
     """A peer with its blocks of the session; the same object as long as the peer runs these blocks.
 
     Attributes:
-        codec: of the hop's output and of its log; never changes.
-        relayed: the client relays the hop's output, because the hop does not reach the next one.
+        codec: the codec of the hop's output and of its log; never changes.
+        relayed: the client relays the hop's output, because the hop cannot connect to the next hop.
         relay_log: log of the relayed outputs; None: the log would be incomplete.
-        cached_positions: positions of the session that the hop held when it was opened last.
-        prefix_hit: the cached positions are of pages that the hop had stored before.
+        cached_positions: positions of the session that the hop held when it last opened the session.
+        prefix_hit: the cached positions come from pages that the hop had stored before.
         stores: the hop stores pages of the session.
         asked_prefix: the last `Open` asked the hop for stored pages.
-        context: of the last `Open`.
+        context: the context of the last `Open`.
         filled: the hop holds the KV cache of the session.
         weights: format of the blocks' weights, as last reported by the hop or its record.
         adapter_version: of the adapter that the hop has loaded; 0: no adapter.
@@ -85,13 +85,13 @@ class RouteHop:
         if not wanted or (self.prefix_hit and self.cached_positions >= wanted):
             self.filled = True
         if not self.relayed:
-            self.relay_log = None  # the log would lack what the hop sends directly
+            self.relay_log = None  # the log would lack the outputs that the hop sends directly
 
     def changed_weights(self, held: Sequence[HeldBlocks]) -> list[str]:
-        """Which blocks the hop holds in another format than the session had before, for people."""
+        """Texts for people: which blocks the hop holds in another format than the session had before."""
         start, end = self.blocks
         return [
-            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {self.weights} that were {one.weights}"
+            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {self.weights} instead of {one.weights}"
             for one in held
             if one.start < end and one.end > start and one.weights != self.weights
         ]
@@ -127,7 +127,7 @@ class RouteSetup:
     """The setup of a route.
 
     Attributes:
-        began: time of the clock of `SessionState.handle`.
+        began: start of the setup, in seconds of the clock of `SessionState.handle`.
         repairs: there was an open route before.
         reasons: reasons of the repair, for people.
         refused: errors of peers that do not take the session, by name, the latest last.
@@ -166,7 +166,7 @@ class RouteSetup:
     def may_wait(self, answer: RouteFailed, *, grows: bool) -> bool:
         """Whether a route may exist soon: other peers take over the blocks of dead ones, or a network is repaired.
 
-        grows: the session has a route, which lacks memory only.
+        grows: the session has a route, which only lacks memory.
         """
         if not isinstance(answer.error, CoverageError | PeerBusy):
             return False
@@ -201,7 +201,7 @@ def next_refill(
 ) -> tuple[list[RouteHop], list[ReplayRequest]]:
     """The first consecutive hops that are not filled, and the replays that fill them; both empty if all are filled.
 
-    sent: log of what the client has sent.
+    sent: log of the activations that the client has sent.
     """
     first = next((index for index, hop in enumerate(hops) if not hop.filled), None)
     if first is None:
@@ -218,7 +218,7 @@ def next_refill(
     if before is not None and before.relay_log is not None:
         log, to = before.relay_log, group[0].endpoint
     else:
-        # The client begins. Filled hops on the path compute their positions once more.
+        # The client begins the replay. Filled hops on its way compute their positions once more.
         log, to = sent, hops[0].endpoint
     until = group[-1].blocks[1]
     since = min(hop.cached_positions if hop.prefix_hit else 0 for hop in group)

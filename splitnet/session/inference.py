@@ -47,7 +47,7 @@ from splitnet.wire.messages import (
 ASK_S = 2.0  # between two questions to hops about the times of decode steps
 THROUGHPUT_STEPS = 8  # steps under way in a session that prefers throughput
 _POSITION = 1000
-_TIMING = Timing(500, 10_000, 500)  # usual values, which the size of a message depends on
+_TIMING = Timing(500, 10_000, 500)  # usual values, to compute the usual size of a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class LinkUse:
 class UnderWay:
     """New positions under way on the route.
 
-    began: seconds of `time.perf_counter`. repairs: number of repairs of the route before. alone: nothing else was under
-    way.
+    began: seconds of `time.perf_counter`. repairs: number of earlier repairs of the route. alone: nothing else was
+    under way.
     """
 
     requests: tuple[StepRequest, ...]
@@ -173,8 +173,8 @@ class Session(SessionDriver):
         Further positions may be sent before the outputs arrive. Hops forget all positions from a part's start on.
 
         Args:
-            step_positions: largest size of a step; None: chosen.
-            reach: see `splitnet.wire.messages.Step`.
+            step_positions: largest number of positions of a step; None: chosen from predicted times.
+            rope_length: see `splitnet.wire.messages.Step`.
         """
         state = self.state
         begins_text = state.log is None or (forks is not None and not forks)
@@ -247,7 +247,7 @@ class Session(SessionDriver):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _note_stored(self, step: Step) -> None:
-        """Indexes the pages that hops have stored after a step, and starts the standby."""
+        """Adds the pages that hops have stored in a step to the index, and starts the standby."""
         state = self.state
         row = state.log.only_row if state.log is not None else None
         if state.log is None or row is None:
@@ -300,7 +300,7 @@ class Session(SessionDriver):
         start, end = self.state.blocks
         inner = sorted({tap for tap in taps if start < tap < end})
         if len(inner) > MAX_TAPS:
-            raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: {MAX_TAPS} are the most")
+            raise SplitnetError(f"the hidden states of {len(inner)} depths are wanted: ask for {MAX_TAPS} at most")
         self.state.taps, self.state.tap_codec = tuple(inner), self._codecs.of_taps
 
     def use_namespace(self, name: str) -> None:

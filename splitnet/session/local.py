@@ -37,7 +37,7 @@ def parse_local_blocks(text: str, num_blocks: int) -> list[Blocks]:
         match = re.fullmatch(r"\s*(\d+):(\d+)\s*", piece)
         if match is None or not int(match[1]) < int(match[2]) <= num_blocks:
             raise SplitnetError(
-                f"local blocks {text!r} are no blocks of a model that has {num_blocks}: write START:END, as 0:10 for "
+                f"local blocks {text!r} do not fit a model of {num_blocks} blocks: write START:END, as 0:10 for "
                 f"blocks 0 to 9, or several such ranges, as 0:2,{max(num_blocks - 2, 2)}:{num_blocks}"
             )
         ranges.append((int(match[1]), int(match[2])))
@@ -58,8 +58,8 @@ def load_stages(
     """The stages of a model, in order: local spans, whose weights are loaded, and ranges that peers run.
 
     Args:
-        blocks: the local blocks, such as `0:10` or `0:2,28:30`; None: none.
-        weights: format of their weights, see `splitnet.quant.choose`; None: as stored.
+        blocks: the local blocks, such as `0:10` or `0:2,28:30`; None: no local blocks.
+        weights: format of the weights of local blocks, see `splitnet.quant.choose`; None: as stored.
 
     Raises:
         SplitnetError: the model has no such blocks.
@@ -260,7 +260,7 @@ class MixedSession:
     def begin(
         self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, rope_length: int = 0
     ) -> list[StagedPositions]:
-        """As `Session.begin`; cuts a long prefill into pieces, so that peers and local blocks run in parallel."""
+        """As `Session.begin`; cuts a long prefill into chunks, so that peers and local blocks run in parallel."""
         sent: list[StagedPositions] = []
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))

@@ -12,7 +12,7 @@ only, the route is opened again in a new epoch (messages of older epochs are dro
 used. Waits are bounded by the time without progress, not by the total time.
 
 `splitnet.session.prefix_lookup` looks up stored pages, and `splitnet.session.blame` decides who caused a failure.
-The models are the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
+The design follows the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ class SessionState:
     Attributes:
         held: formats of the weights of all blocks on the last open route; empty before the first one.
         first_codec: codec of the link from the client to the first hop.
-        log: what the client has sent; None before the first step.
-        error: why there is no route, until the next `Use`.
+        log: the activations that the client has sent; None before the first step.
+        error: why there is no route; kept until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
         taps: boundaries at which hops send the client hidden states, in rising order; set before the first use.
         tap_codec: codec of these hidden states.
-        timings: of the last step, hop by hop, as reported by the tail.
+        timings: times of the last step, hop by hop, as reported by the tail.
         chunk_ms: predicted time of a chunk of a replay, which the driver sets during a replay; 0: unknown.
-        usual_ms: usual time of a decode step, set by the driver; 0: unknown.
+        usual_ms: usual time of a decode step, which the driver sets; 0: unknown.
         prefixes: the lookup of stored pages.
     """
 
@@ -175,8 +175,8 @@ class SessionState:
         # Names of hops that were given up because they did not answer in time.
         self._silenced: dict[Endpoint, str] = {}
         self._for_passes = False
-        self._opened_reservation = 0  # that the hops were asked for when the route was opened
-        self._former_reservation = 0  # before a resize that no open route has yet; 0: there is no such resize
+        self._opened_reservation = 0  # reservation that the hops were asked for when the route was opened
+        self._former_reservation = 0  # reservation before a resize that is not done yet; 0: there is no such resize
 
     def __str__(self) -> str:
         """The phase and its cause, for people."""
@@ -361,7 +361,8 @@ class SessionState:
         self._in_flight[request.number] = request
 
     def _distrust(self, event: events.Distrust) -> None:
-        """Replaces the sender of an unusable answer, then all hops involved; a third one is the request's fault."""
+        """Replaces the sender of an unusable answer, then all hops involved; a third unusable answer is the
+        request's fault."""
         request, where = event.request, event.source
         request.result = None
         self.prefixes.namespace = NO_PAGES  # hops may have stored pages of wrong outputs
@@ -382,7 +383,7 @@ class SessionState:
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
     def _resize(self, reservation: int) -> None:
-        """Opens the route again: so a hop that has lost the session is found before it computes."""
+        """Opens the route again, so that a hop that has lost the session is found before it computes."""
         self.refusal = None
         if reservation > self.reservation:
             self._former_reservation = self._former_reservation or self.reservation
@@ -426,7 +427,8 @@ class SessionState:
             self._stop_waiting()
             self._enter(Phase.BROKEN)
             return
-        # A refusal while the route is opened is no failed attempt: the hop is left out, and its time is bounded.
+        # A refusal while the route is opened is not a failed attempt: the hop is left out, and the setup is bounded
+        # in time.
         self._faults.attempts += self.phase is not Phase.OPENING
         if self._faults.attempts > MAX_ATTEMPTS:
             self._fail(next(iter(lost.values()), PeerLost("the route fails again and again: try again later")))
@@ -605,7 +607,8 @@ class SessionState:
     # Loading the adapter, and replaying.
 
     def _load_adapter(self) -> None:
-        """Sends each hop that lacks the adapter its tensors; none, where only passes need a version of the adapter."""
+        """Sends each hop that lacks the adapter its tensors, or an empty adapter if only passes need a version of the
+        adapter."""
         self._enter(Phase.LOADING)
         self._liveness.message_received(self._now)
         for hop in self.hops:
@@ -654,7 +657,7 @@ class SessionState:
         if setup is not None and setup.reasons:
             self.recoveries.append(recovered := setup.recovered(self._now))
             moved = setup.cause is Cause.BETTER_ROUTE
-            what = "a session has moved to a better route" if moved else "a route is whole again"
+            what = "a session has moved to a better route" if moved else "a route is complete again"
             route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
             text = f"{what} after {recovered.total_ms:.0f} ms: {route}"
             self._note_load("rerouted" if moved else "repaired", text)
@@ -684,7 +687,7 @@ class SessionState:
         if setup.repairs:
             setup.reasons.append(str(error))
             kind = "leaving" if isinstance(error, PeerLeaving) else "lost"
-            self._note_load(kind, f"{error}: another peer takes its place", hop.name)
+            self._note_load(kind, f"{error}: another peer replaces it", hop.name)
         else:
             self._note_load("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
 
@@ -744,7 +747,7 @@ class SessionState:
                 self._if_all_answered()
             return
         if hop is None or getattr(message, "epoch", None) != self.epoch:
-            return  # of a former hop, or of an earlier epoch
+            return  # the message is from a former hop, or of an earlier epoch
         match message:
             case Failure():
                 self._failure(hop, message)
@@ -887,7 +890,8 @@ class SessionState:
 
     @property
     def _opening(self) -> list[Endpoint]:
-        """Hops that have not answered their `Open`. Hidden hops are left out: the client may still look for a path."""
+        """Hops that have not answered their `Open`. Unreachable peers are left out: the client may still be
+        looking for a way to them."""
         return [each for each in self._asked if not each.hidden] if self.phase is Phase.OPENING else []
 
     @property

@@ -32,7 +32,7 @@ RUNNING = (
     *("gradient_codec", "local_blocks", "local_weights"),
 )
 """Keywords of every `from_pretrained` and `attach` for running the model."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # the same for a causal LM
+GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # keywords of a causal LM
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,11 +45,11 @@ class ConnectionOptions:
         initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
         lan: without `initial_peers`, look for the swarm on the local network.
         identity: the key of this client.
-        key_file: the file of the client's key, where `identity` is None; None: the user's own.
-        swarm_key: of a closed swarm, or its file.
+        key_file: the file of the client's key, used if `identity` is None; None: the user's own key file.
+        swarm_key: the key of a closed swarm, or its file.
         trusted_peers: file with the keys of the peers that may be used; None: any.
         invite: file of an invitation with addresses, swarm key and key.
-        model_id: required fingerprint of the model; None: that of the invitation, or any.
+        model_id: required fingerprint of the model; None: the fingerprint in the invitation, or any.
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
@@ -101,12 +101,10 @@ class ConnectionOptions:
         if slowdown is None:
             return
         if self.prefer != "energy":
-            raise SplitnetError(
-                f"an energy slowdown goes with the preference energy, not with {self.prefer}: ask for both"
-            )
+            raise SplitnetError(f"an energy slowdown needs the preference energy, not {self.prefer}: ask for both")
         is_number = isinstance(slowdown, int | float) and not isinstance(slowdown, bool)
         if not is_number or not 1 <= slowdown < math.inf:
-            raise SplitnetError(f"an energy slowdown of {slowdown!r} is none: give 1 or more")
+            raise SplitnetError(f"an energy slowdown is a number from 1, not {slowdown!r}")
 
     @property
     def standby_rate(self) -> float:
@@ -115,7 +113,8 @@ class ConnectionOptions:
 
     @property
     def held_as(self) -> str | None:
-        """Weight format of local blocks and the head: the given one, else AUTO; with an exact codec None: as stored."""
+        """Weight format of local blocks and the head: the given format, else AUTO, or None (as stored) with an
+        exact codec."""
         from splitnet.wire.codecs import EXACT  # imports numpy and torch, which the help of commands does not need
 
         return self.local_weights or (None if self.codec == EXACT else AUTO)
@@ -139,7 +138,7 @@ class ConnectionOptions:
 
         Args:
             known: keywords of the caller that are options.
-            others: keywords of the caller that are no options.
+            others: keywords of the caller that are not options.
 
         Raises:
             TypeError: there is no such option; the message names the closest one.

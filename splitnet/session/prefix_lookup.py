@@ -23,7 +23,8 @@ from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_LABELS, Chunk, CopyPages, Opened
 from splitnet.wire.sent_log import PAGE, SentLog, digest
 
-WORTH_COPYING = 16 * PAGE  # least advantage of another peer, in positions: a hop computes fewer sooner than it copies
+WORTH_COPYING = 16 * PAGE
+"""A copy is made if another peer has this many more positions than a hop: fewer are computed sooner than copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class PrefixSource:
 
 
 class Stage(StrEnum):
-    """How far the lookup on one route is.
+    """The progress of the lookup on one route.
 
     ASKING: hops report their stored pages. COPYING: hops copy pages from other peers. ASKED: hops report their pages
     after copying, or there is nothing to copy.
@@ -91,7 +92,8 @@ class CopyFrom(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The lookup is over. log: the session's log, cut to the stored positions of a new text; None: none are stored."""
+    """The lookup is over. log: the session's log, cut to the stored positions of a new text; None: no positions
+    are stored."""
 
     log: SentLog | None
 
@@ -110,7 +112,7 @@ class PrefixLookup:
         hit: first positions of the text that at least one hop had stored; the client does not send them.
         reused: first positions of the text that every hop had stored.
         sources: peers that may have stored pages of the text, set by the driver.
-        stage: of the route that is being opened.
+        stage: stage of the lookup on the route that is being opened.
     """
 
     session: bytes
@@ -124,10 +126,10 @@ class PrefixLookup:
     reused: int = 0
     sources: tuple[PrefixSource, ...] = ()
     stage: Stage = Stage.ASKING
-    _hops: Sequence[RouteHop] = ()  # of the route that is being opened
-    _codec: Codec = field(init=False)  # of its first link
+    _hops: Sequence[RouteHop] = ()  # hops of the route that is being opened
+    _codec: Codec = field(init=False)  # codec of the first link of this route
     _adapter: AdapterTensors | None = None
-    _adapter_digest: bytes = b""  # of the adapter; computed when it is needed first
+    _adapter_digest: bytes = b""  # digest of the adapter; computed when it is first needed
     _renamed: bool = False  # contexts have changed once on this route
 
     def use_adapter(self, adapter: AdapterTensors) -> None:
@@ -186,7 +188,8 @@ class PrefixLookup:
         """All hops have answered `Open`, or the requests of `CopyFrom`. excluded: names of unusable peers."""
         named = [hop.context for hop in self._hops]
         if any(named) and named != self._contexts():
-            # A hop holds its weights otherwise than its record says. A second change on one route is not believed.
+            # A hop holds its weights in another format than its record says. A second change on one route does not
+            # count.
             if not self._renamed:
                 self._renamed = True
                 return AskAgain()

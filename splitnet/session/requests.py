@@ -60,8 +60,8 @@ class Request(ABC, Generic[Sent]):
     """A request of the caller, or a replay.
 
     Attributes:
-        message: of the request.
-        error: why the request has failed; None: it has not.
+        message: the message that makes the request.
+        error: why the request has failed; None: it has not failed.
         predicted_ms: predicted time; 0: unknown.
     """
 
@@ -144,16 +144,20 @@ def check_beside(step: Step, in_flight: Collection[StepRequest]) -> None:
     """Raises SplitnetError for a step that must not be sent while these requests are under way."""
     if step.forks and in_flight:
         # A hop does not fork rows twice, so a step that was lost before the fork could not be repeated.
-        raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
+        raise SplitnetError("rows cannot be forked while steps are under way: wait for the steps first")
     starts = {part.row: part.start for part in step.parts}
     for request in in_flight:
         parts = request.message.parts
         if any(part.start < starts.get(part.row, 0) < part.start + part.length for part in parts):
             # If the older step were lost, its first positions, which the new step needs, would not be sent again.
-            raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
+            raise SplitnetError(
+                "a step cannot begin inside a step under way: wait for that step, or begin where it begins"
+            )
         if len({starts.get(part.row, MAX_POSITIONS) < part.start + part.length for part in parts}) > 1:
             # The older step would be dropped, and with it positions of other rows that later steps need.
-            raise SplitnetError("a step was to undo some rows of one under way: wait for that, or undo all its rows")
+            raise SplitnetError(
+                "a step cannot undo only some rows of a step under way: wait for that step, or undo all its rows"
+            )
 
 
 def undone_by(step: Step, in_flight: Iterable[StepRequest]) -> list[StepRequest]:
@@ -191,17 +195,17 @@ class ReplayRequest(Request[Step | Replay]):
             self.ended = True
         elif isinstance(message, Result) and source == self.to:
             if not getattr(self.message, "since", 0):
-                raise ProtocolError("it has nothing to replay")
+                raise ProtocolError("the hop has nothing to replay")
             self.ended = True  # the next hops hold all positions of the log
         return self.ended
 
 
 KV_WIDTH = 8  # largest width of a position's keys, and of its values, in hidden sizes
-PART_BYTES = 1024  # counted for each message besides its payload; most bytes of a tensor besides its numbers
+PART_BYTES = 1024  # bytes counted for each message in addition to its payload, and for each tensor to its numbers
 
 
 def most_bytes(sizes: Iterable[int]) -> int:
-    """Most bytes of messages with tensors of these sizes in bytes."""
+    """Largest number of bytes of messages with tensors of these sizes in bytes."""
     return sum(size + 2 * PART_BYTES for size in sizes)
 
 
@@ -331,8 +335,8 @@ class Batch:
         return True
 
     def go_back(self, adapter: int, route: OpenRoute) -> None:
-        """Sends the gradients by the output back. After a change of route or adapter, the passes run forward again
-        before.
+        """Sends the gradients by the output back. After a change of route or adapter, the passes first run
+        forward again.
         """
         if all(each.message.epoch == route.epoch and each.message.adapter == adapter for each in self.passes):
             self.send_ready(route)

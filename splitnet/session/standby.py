@@ -21,9 +21,9 @@ from splitnet.wire.messages import MAX_LABELS, CopiedPages
 log = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0  # interval at which hops are compared with their replicas
-ASK_AGAIN_S: Final = 15.0  # after which a replica without an answer is asked again
+ASK_AGAIN_S: Final = 15.0  # time after which a replica without an answer is asked again
 PLAN_S: Final = 30.0  # interval at which the replica of a hop is planned again
-PAGES_AT_ONCE: Final = 128  # most pages of one request, which bounds the loss if the replica dies
+PAGES_AT_ONCE: Final = 128  # largest number of pages of one request: bounds the loss if the replica dies
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _ReplicaState:
     pages: int = 0
     last: bytes = b""  # label of the last page
     stuck: bool = False  # the last request has copied no page
-    number: int = 0  # of the open request; 0: there is none
+    number: int = 0  # number of the open request; 0: there is none
     asked_at: float = 0.0
     asked: tuple[bytes, ...] = ()  # labels of the request
 
@@ -123,7 +123,7 @@ class Standby:
                 with self._lock:
                     self._copies[hop.name] = copy
             replica = copy.replica
-            if copy.last not in labels[copy.pages - 1 : copy.pages]:  # another text
+            if copy.last not in labels[copy.pages - 1 : copy.pages]:  # the replica holds pages of another text
                 copy.pages, copy.last = 0, b""
             if replica is not None and hop.context and copy.pages < len(labels):
                 behind.append((hop, copy, replica))

@@ -19,9 +19,9 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, are_finite, codec_by_code, codec_by_name, encode_finite
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
 
-MICRO_BATCHES_PER_HOP = 2  # of a batch, so that all hops compute most of the time
+MICRO_BATCHES_PER_HOP = 2  # micro-batches of a batch per hop, so that all hops compute most of the time
 MIN_POSITIONS = 64
-MAX_POSITIONS = 512  # of a micro-batch: smaller ones use devices badly, larger ones make hops wait for each other
+MAX_POSITIONS = 512  # of a micro-batch: fewer use devices badly, more make hops wait for each other
 LOSSY_GRADIENT_CODEC = "bf16"
 
 
@@ -73,7 +73,7 @@ class PassSession(SessionDriver):
             hidden: `[positions, hidden]`: the sequences one after the other.
             lengths: positions of each sequence.
             keep: `backward` or `forget_batch` will follow.
-            reach: see `splitnet.wire.messages.Forward`.
+            rope_length: see `splitnet.wire.messages.Forward`.
 
         Returns:
             `[positions, hidden]` float32, and the argument of `backward`.
@@ -105,14 +105,14 @@ class PassSession(SessionDriver):
         return torch.cat([self._decode_result(request.result, request) for request in batch.passes]), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Gradients of a loss by the inputs of `forward`, once per batch. Raises as `forward`.
+        """Gradients of a loss with respect to the inputs of `forward`, once per batch. Raises as `forward`.
 
         Args:
-            batch: of `forward` with `keep`.
-            gradient: `[positions, hidden]`, of the loss by the output.
+            batch: the result of `forward` with `keep`.
+            gradient: the gradient of the loss with respect to the output, `[positions, hidden]`.
 
         Returns:
-            The gradient by `hidden`, `[positions, hidden]` float32, and the gradients by the adapter's tensors.
+            The gradients with respect to `hidden`, `[positions, hidden]` float32, and to the adapter's tensors.
         """
         self.forget_batch(batch)
         self._open_with_adapter(batch.adapter)
@@ -139,7 +139,7 @@ class PassSession(SessionDriver):
         """Opens a route whose blocks run with an adapter; sends the adapter only if it has changed."""
         if adapter is not None and adapter is not self.state.adapter:
             if not are_finite(adapter.tensors.values()):
-                raise NotFinite("the adapter holds inf or NaN: go back to an earlier state of it")
+                raise NotFinite("the adapter holds inf or NaN: go back to an earlier state of the adapter")
             self.feed(UseAdapter(adapter, for_passes=True))
         self.open()
 

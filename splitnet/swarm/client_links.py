@@ -35,8 +35,8 @@ from splitnet.wire.messages import (
 
 log = logging.getLogger(__name__)
 
-MAX_LINKS = 160  # at the same time; each takes four file descriptors, of which a process often has 1,024
-KEEP_UNREACHED_S = 15.0  # time after its last use for which a lost or unconnected link is tried again
+MAX_LINKS = 160  # largest number of links; each takes four file descriptors, and a process often has 1,024
+KEEP_UNREACHED_S = 15.0  # how long after its last use a lost or unconnected link is tried again
 QUEUES_S = 0.05  # validity of the queues of links, because many sessions ask at the same time
 BUSY_BYTES = 2 * PROBE_BYTES  # unsent bytes of a busy link: more than a measurement of the link sends
 
@@ -59,8 +59,8 @@ class Links:
     A session uses a link from its `Open` until its `Close`, or until the session is unregistered; other links are
     closed a minute after their last message.
 
-    most: links at the same time. keep_unused_s: time after its last message for which a link without a session is kept,
-    see `LinkPool`. on_answer: handles answers that belong to no session, see `splitnet.directory.ask`.
+    most: largest number of links. keep_unused_s: how long a link without a session is kept after its last message, see
+    `LinkPool`. on_answer: handles answers that belong to no session, see `splitnet.directory.ask`.
     """
 
     def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:
@@ -156,7 +156,7 @@ class Links:
         return self._queues[1]
 
     def is_busy(self, endpoint: Endpoint) -> bool:
-        """Whether a ping to a peer may wait behind other bytes of its link, or of other links on the same uplink."""
+        """Whether a ping to a peer may wait after other bytes on its link, or on other links of the same uplink."""
         passed = self.traffic(endpoint)
         if passed is None or not passed.unsent:
             return False
@@ -194,7 +194,7 @@ class Links:
         try:
             message = decode(frames)
         except ProtocolError as error:
-            self._complaints.say("%s sent what is not a message: %s", source.address, error)
+            self._complaints.say("%s sent an invalid message: %s", source.address, error)
             if isinstance(error, ProtocolVersionError):
                 self._tell_all(source, error)
             return
@@ -223,7 +223,7 @@ class Links:
     def _dropped(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
         if isinstance(destination, Endpoint):
             session = getattr(decode(frames), "session", b"")
-            self._tell_session(session, destination, PeerLost(f"nothing goes to {destination.address}: {reason}"))
+            self._tell_session(session, destination, PeerLost(f"a message to {destination.address} is lost: {reason}"))
 
     def _tell_all(self, endpoint: Endpoint, error: SplitnetError) -> None:
         for session in list(self._sessions.values()):
@@ -239,9 +239,9 @@ def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
     """The error of a link with a wrong or refused key."""
     if state is LinkState.WRONG_KEY:
         return WrongKey(
-            f"what answers at {endpoint.address} ends the handshake as if it has another key than the record of the "
+            f"the process at {endpoint.address} ends the handshake as if it had another key than the record of the "
             "peer there: if the peer was started anew, wait a minute until its record has expired; otherwise find out "
-            "what listens there"
+            "which process listens there"
         )
     return NotAuthorized(
         f"the peer at {endpoint.address} does not accept this client's key: ask its owner to add the output of "

@@ -41,9 +41,9 @@ from splitnet.wire.messages import LoadReport
 log = logging.getLogger(__name__)
 
 TRUST_S = 60.0  # age up to which measured times of a hop are preferred to its record
-STEPS = 3  # steps of the median, because one step may wait for a busy processor
+STEPS = 3  # decode steps whose median counts, because one step may wait for a busy processor
 REMEASURE_S = 30.0  # age from which the round trip of a link is measured again
-KEPT_NETWORKS = 8  # sets of peers whose links are kept: candidates of a plan, hops, the neighbours of each hop
+KEPT_NETWORKS = 8  # sets of peers whose links are kept, such as candidates of a plan, hops, neighbours of a hop
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9
 """Peers that are measured again while sessions are open: any peers, and peers that are most likely on routes.
@@ -51,15 +51,15 @@ LIKELY_PER_MINUTE = 9
 Before a slow route is planned again, at least one likely peer of each block is measured.
 """
 PINGS_PER_MINUTE = 256
-ENDS_PINGS = 32  # reserved for the ends of a route: two pings, and up to eight for the bandwidth, to each
+ENDS_PINGS = 32  # pings reserved for both ends of a route: two each, and up to eight each for the bandwidth
 _PROBE_PINGS = 8
 PROBE_AGAIN_S = 180.0  # age from which the bandwidth of a link is measured again, which takes 128 KiB or more
-SUSPECTED_AGAIN_S = 25.0  # the same while steps stay slow
+SUSPECTED_AGAIN_S = 25.0  # this age while steps stay slow
 IN_USE_S = 300.0  # time after a plan for which records are kept fresh for the next session
 MAX_AGE_S = 90.0  # age from which a measured link counts as not measured
 KEPT_LINKS = 256
-SETTLE_S = 300.0  # age of the oldest links from which the place is computed, because a device may move
-SETTLE_LINKS = 32  # least number of these links, of any age
+SETTLE_S = 300.0  # older links do not count for the client's place, because a device may move
+SETTLE_LINKS = 32  # number of the latest links that count at any age
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -182,7 +182,7 @@ class Measurements:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
     def add_prediction(self, route: Hashable, ratio: float) -> None:
-        """Notes the ratio of a route's time and its prediction."""
+        """Notes the ratio of a route's measured time to its predicted time."""
         with self._lock:
             self._predictions.add_ratio(route, ratio)
 
@@ -236,7 +236,8 @@ class Measurements:
         return [record for record in records if record.key.text not in known]
 
     def silent_peers(self, *, lately: bool = False) -> set[str]:
-        """Names of peers that did not answer the last measurement; lately: only of recent measurements."""
+        """Names of peers that did not answer the last measurement; lately: only recent measurements
+        count."""
         return self.answers.silent_peers(self._clock(), lately=lately)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
@@ -307,8 +308,8 @@ def _usual(seen: Sequence[float], told: float) -> float:
 class Measurer:
     """Keeps measurements and records fresh in the background while they are in use. Thread-safe. Must be closed.
 
-    links: of the client; measured repeatedly while sessions are open. likely: chooses, from all peers and a subset, a
-    number of the subset's peers that are most likely on routes; True: at least one for each block.
+    links: the links of the client, which are measured repeatedly while sessions are open. likely: chooses, from all
+    peers and a subset, a number of the subset's peers that are most likely on routes; True: at least one per block.
     """
 
     known: PeerCache
@@ -320,7 +321,7 @@ class Measurer:
     def __post_init__(self) -> None:
         self.news = 0  # number of refreshes of the facts
         self._used_at = -math.inf
-        self._pinged_at: deque[float] = deque()  # per ping; silent peers do not count: nothing is sent
+        self._pinged_at: deque[float] = deque()  # times of pings, except to silent peers, which get none
         self._counting = threading.Lock()
         self._closing = threading.Event()
         self._look = threading.Event()
@@ -342,7 +343,8 @@ class Measurer:
     def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
         """Refreshes the facts soon, in the background, and measures the links to `suspects`.
 
-        probe: also measure the bandwidth, unless it was measured a moment ago: steps stay slow for an unknown reason.
+        probe: also measure the bandwidth, unless it was measured a moment ago; for steps that stay slow without a
+        known reason.
         """
         self._suspects, self._suspects_probed_s = suspects, SUSPECTED_AGAIN_S if probe else PROBE_AGAIN_S
         self._look.set()
@@ -372,7 +374,8 @@ class Measurer:
     ) -> bool:
         """Measures the links to these peers in order, until the pings of this minute are used up.
 
-        For `records` also the bandwidth, if it is older than `again_s`. Returns whether any peer was measured.
+        For `records` also measures the bandwidth, if the last value is older than `again_s`. Returns whether any
+        peer was measured.
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
@@ -437,7 +440,7 @@ class Measurer:
                     self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
                     self.look_at(self._some_likely(records, self.measurements.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
-                else:  # so that the next session does not wait for measurements
+                else:  # measures now, so that the next session does not wait
                     self.look_at(self._some_likely(records, self.measurements.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

@@ -1,7 +1,8 @@
 """The peers that serve the client's model, from the last answer of the directory, also while the directory is silent.
 
-The whole directory is read at first and then seldom, because with many peers that takes megabytes. In between, peers
-are asked for changes, another peer each time: no peer can forge a record, and the next peer reports what one omits.
+The whole directory is read at first and then seldom, because a read with many peers takes megabytes. In between, peers
+are asked for changes, another peer each time: no peer can forge a record, and the next peer reports records that one
+peer omits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from splitnet.wire.messages import ENTRY_BYTES, PROTOCOL_VERSION
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 10.0  # interval of questions while the client is in use, or no peer answers
+LOOK_S = 10.0  # interval of questions while the client is in use, or while no peer answers
 SLOWER = 2  # largest factor by which many records make the interval longer
 FEW_RECORDS = 32  # the interval grows with the number of records beyond this number
 RECORDS_MAX_AGE_S = 20.0  # a caller that needs newer records waits for an answer, some round trips
@@ -36,8 +37,8 @@ REST_S: Final = 30.0  # time without a read after which the directory rests unti
 BYTES_PER_MINUTE: Final = 30_000  # of questions about changes and their answers, without repeats after a silent peer
 MESSAGE_BYTES: Final = 400  # of a question and its answer, without records
 LEAST_BYTES: Final = 3000  # smallest limit of an answer: room for some records
-LISTED: Final = 256  # most records that a question names
-LISTED_LIKELY: Final = 192  # most of these that are chosen as likely on routes; the others were confirmed longest ago
+LISTED: Final = 256  # largest number of records that a question names
+LISTED_LIKELY: Final = 192  # largest number of these that are likely on routes; the others were confirmed longest ago
 CLOCKS_S: Final = 60.0  # largest difference between the clocks of peers
 UNHEARD_S: Final = 1800.0  # time after which an expired record without confirmation is dropped
 NEVER: Final = 1e11
@@ -60,7 +61,7 @@ class PeerCache:
     Args:
         trusted: keys of the peers that may be used; None: any.
         peers: asks peers for changes; None: each look reads the whole directory.
-        likely: chooses, from all peers and a subset, this number of the subset's peers that are most likely on routes.
+        likely: chooses, from all peers and a subset, a number of the subset's peers that are most likely on routes.
     """
 
     directory: SwarmDirectory
@@ -196,7 +197,8 @@ class PeerCache:
             return False
         suspects = self._take_in(listed, heard)
         if suspects:
-            # A second peer must confirm, because a peer may omit others. If none is left, the omitted ones are asked.
+            # A second peer must confirm, because a peer may omit others. If no second peer is left, the omitted peers
+            # are asked.
             teller, named = self._asked_last, {record.endpoint for record in suspects}
             others = self._others_to_ask({teller, *named})
             second = self._hear_from(others or self._others_to_ask({teller}), suspects, NEVER)
@@ -218,7 +220,7 @@ class PeerCache:
         if len(self._records) <= LISTED:
             return self._records
         likely = self.likely(self._records, self._records, LISTED_LIKELY)
-        # New placements would be reported again otherwise.
+        # Records of new placements are named, because they would otherwise be reported again.
         new = [record for record in self._records if record.placed_at >= self._told_since]
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
@@ -297,7 +299,7 @@ class PeerCache:
         if others and not waits and self.fingerprint not in models:
             raise WrongSwarm(
                 f"this swarm serves other weights than your {self.model_name}: it has {others}. "
-                "Use that model, or the address of a swarm of yours"
+                "Use that model, or the address of a swarm that serves your model"
             )
         return bool(others) and waits
 
@@ -319,7 +321,7 @@ class Bans:
         self._bans: dict[str, _PeerBan] = {}
 
     def ban_peer(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
-        """Bans a failed peer. left: record of a peer that has announced to leave."""
+        """Bans a failed peer. left: the record of a peer that has announced that it leaves."""
         ban = _PeerBan(self._clock() + seconds, left.placed_at if left else None)
         with self._lock:
             self._bans[key] = ban

@@ -19,8 +19,8 @@ from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
 from splitnet.swarm.measure import Latest, Measurements
 from splitnet.wire.kv_forms import KV_BITS
 
-EXACT_PEERS = LIMIT  # with more peers, the search uses the likeliest ones only
-KEPT_CROWDS = 2  # of the latest records, and of the previous ones, with which another thread may still plan
+EXACT_PEERS = LIMIT  # largest number of peers for an exact search; with more, it uses only the likeliest
+KEPT_CROWDS = 2  # of the latest and of the previous records, with which another thread may still plan
 StartPeer = Callable[[int, int], str]  # returns the command that starts a peer for the blocks `[start, end)`
 
 # Advice if no peer holds blocks in the session's format.
@@ -51,7 +51,7 @@ def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -
     return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
 
 
-# the peers before and after a part of a route; None: the client
+# The peers before and after a part of a route; None: the client.
 PartNeighbours = tuple[PeerRecord | None, PeerRecord | None]
 CLIENT_ENDS: PartNeighbours = (None, None)
 
@@ -64,8 +64,8 @@ def repaired_route(
 ) -> list[PlannedHop]:
     """A route with the kept hops of a former one: other peers are planned only for the blocks between them.
 
-    plan: as `Swarm.plan_route`. Raises CoverageError, PeerBusy: as `plan`; there is no route without the kept hops
-    either.
+    plan: as `Swarm.plan_route`. Raises CoverageError, PeerBusy: as `plan`, if there is also no route without the
+    kept hops.
     """
     try:
         used = set(excluded) | {hop.name for hop in kept}
@@ -101,12 +101,13 @@ class HeldBlocks(NamedTuple):
 class Needs:
     """The requirements of a session on its route.
 
-    kv_positions: must be free on every hop. encodings: codecs that a link may use. blocks: to cover, `[start, end)`.
-    positions: of a usual step. in_flight: steps under way at the same time; 1: minimize latency. energy_slowdown:
-    minimize energy among routes that take at most this multiple of the fastest route's time; None: minimize time.
-    prompt: positions before the first token. held: required formats of weights; other blocks may have any format.
-    context: positions that the session will hold, with the prompt. stored: positions of the prompt that peers need not
-    compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of keys and values.
+    kv_positions: positions that must be free on every hop. encodings: codecs that a link may use. blocks: the blocks
+    `[start, end)` to cover. positions: positions of a usual step. in_flight: steps under way at the same time; 1:
+    minimize latency. energy_slowdown: minimize energy among routes that take at most this multiple of the fastest
+    route's time; None: minimize time. prompt: positions before the first token. held: required formats of weights;
+    other blocks may have any format. context: positions that the session will hold, with the prompt. stored: positions
+    of the prompt that peers need not compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of
+    keys and values.
     """
 
     kv_positions: int
@@ -124,8 +125,8 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Predicted times of a step. latency_ms: until its outputs arrive. slowest_hop_ms: that the slowest hop or link is
-    busy."""
+    """Predicted times of a step. latency_ms: time until the outputs arrive. slowest_hop_ms: time for which the
+    slowest hop or link is busy."""
 
     latency_ms: float
     slowest_hop_ms: float
@@ -342,7 +343,7 @@ def _too_long(
     most = min(most_positions(peers, each, attrgetter("kv_capacity")) for each in short)
     return TooLongForPeers(
         f"a session of {positions} positions (prompt and answer) fits into no peer of blocks {_ranges(short)} of "
-        f"{model_name}, which hold {most} at most: ask for fewer tokens, or start a peer for them with more memory "
+        f"{model_name}, which hold {most} positions at most: ask for fewer tokens, or start a peer with more memory "
         "(--kv-memory) or fewer bits for keys and values (--kv)"
     )
 
@@ -356,7 +357,7 @@ def _held_coarser(
             least = min(held, key=lambda kv: KV_BITS.get(kv, (0, 0)))
             return CoverageError(
                 f"blocks {blocks_text(start, end)} of {model_name} are served with KV caches held as "
-                f"{' or '.join(sorted(held))} alone: start a peer with --kv {wanted}, or ask for --kv-at-least {least}"
+                f"{' or '.join(sorted(held))} only: start a peer with --kv {wanted}, or ask for --kv-at-least {least}"
             )
     return None
 
@@ -371,7 +372,8 @@ def _names(neighbours: PartNeighbours) -> tuple[str, str]:
 
 
 def peer_command(model: str, join_args: Sequence[str], start: int, end: int) -> str:
-    """The command that starts a peer for the blocks `[start, end)`; way: the arguments that join the swarm."""
+    """The command that starts a peer for the blocks `[start, end)`; join_args: the arguments that join the
+    swarm."""
     return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *join_args])
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from splitnet.wire.sent_log import PAGE
 
-MOST_LABELS: Final = 1 << 18  # entries of the index; the least recently used are dropped first
+MOST_LABELS: Final = 1 << 18  # largest number of entries of the index; the least recently used are dropped first
 
 
 class PrefixIndex:

@@ -43,7 +43,7 @@ from splitnet.transport.prober import PingReply
 from splitnet.wire.codecs import codec_by_name
 from splitnet.wire.endpoints import Endpoint, LinkState
 
-SHOWN_ADDRESSES = 2  # most addresses in a command that people copy to join a swarm
+SHOWN_ADDRESSES = 2  # largest number of addresses in a command that people copy to join a swarm
 SHORT_KEY = 9  # characters of a key that suffice for people to distinguish peers
 KEPT_EVENTS = 256
 
@@ -114,7 +114,7 @@ class Swarm:
         initial_peers: addresses as printed by peers of the swarm, multiaddrs or `tcp://HOST:PORT?key=...`.
         identity: the client's key; None: a new key for the life of this object.
         trusted: keys of the peers that may be used; None: any.
-        way: the arguments with which commands join the swarm; None: `initial_peers`.
+        join_args: the arguments with which commands join the swarm; None: made from `initial_peers`.
 
     Raises:
         DirectoryError: none of `initial_peers` answers.
@@ -192,7 +192,7 @@ class Swarm:
 
         Args:
             blocks: `[start, end)` to plan; None: all blocks that the session needs.
-            ends, exclude, holders: see `Planner.plan_route`.
+            neighbours, exclude, holders: see `Planner.plan_route`.
             fresh: ask for the peers again, even if the last answer is recent.
             whole: read the whole directory before planning; otherwise only if there is no route.
 
@@ -221,11 +221,12 @@ class Swarm:
             )
 
     def ban(self, key: str, *, leaves: bool = False, seconds: float = BAN_S) -> None:
-        """Plans without a peer for a while. leaves: the peer has announced to leave, so its answers prove nothing."""
+        """Plans without a peer for a while. leaves: the peer has announced that it leaves, so its
+        answers prove nothing."""
         self.bans.ban_peer(key, self._known.find_record(PublicKey.parse(key)) if leaves else None, seconds=seconds)
 
     def unban_living(self) -> None:
-        """Lifts the bans of peers that answer: they were slow or unreachable, or have moved and serve other blocks.
+        """Unbans peers that answer: these peers were slow or unreachable, or have moved and serve other blocks.
 
         Also tries peers again whose links have failed.
         """
@@ -307,7 +308,7 @@ class _SwarmSearcher:
                 return None
             raise
         own = [hop.record for hop, end in zip((route[0], route[-1]), neighbours, strict=True) if end is None]
-        # Unreachable peers may need time until a path to them is found.
+        # Unreachable peers may need time until a way to them is found.
         newcomers = [hop.name for hop in route if hop.name not in holders and not hop.record.endpoint.hidden]
         return PlannedRoute(route, _names(self.swarm.measurements.unprobed(own)), newcomers)
 
@@ -379,7 +380,7 @@ def short_key(key: str) -> str:
 
 
 def reached(record: PeerRecord) -> str:
-    """The path to a peer, for people: direct, or the number of helpers."""
+    """The way to a peer, for people: direct, or the number of relays."""
     count = len(record.relays)
     return "direct" if not count else f"{count} helper{'s' * (count > 1)}"
 

@@ -14,7 +14,7 @@ from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.record import PeerRecord, facts_of
 from splitnet.swarm.plan import peer_command
 
-MAX_MODELS: Final = 64  # most models in the list, because anyone can announce models
+MAX_MODELS: Final = 64  # largest number of models in the list, because anyone can announce models
 _AT_ONCE = 8  # models whose peers are looked up at the same time
 
 
@@ -42,7 +42,8 @@ class SwarmModel:
         return missing_blocks(map(facts_of, filter(lambda one: one.serves, self.records)), self.num_blocks)
 
     def commands(self, join_args: Sequence[str]) -> list[str]:
-        """The commands that start a peer for each missing range; way: the arguments that join the swarm."""
+        """The commands that start a peer for each missing range; join_args: the arguments that join the
+        swarm."""
         return [peer_command(self.name, join_args, *hole) for hole in self.missing]
 
     def as_json(self, join_args: Sequence[str]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ Thing = TypeVar("Thing")
 
 @dataclass(frozen=True, slots=True)
 class TriedPeer:
-    """The answer of a peer. state: of the link. rtt_ms: None: no answer. way: the path to the peer."""
+    """The answer of a peer. state: state of the link. rtt_ms: round trip; None: no answer. path_kind: how the peer is
+    reached."""
 
     state: LinkState
     rtt_ms: float | None
@@ -69,7 +70,7 @@ class PeerLinks:
             longest_s = max(self.prober.answer_limit_s(each, least_s, FIRST_TRIPS) for each in late)
             self._wait_until_all(late, is_settled, longest_s - TRIAL_ANSWER_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
-        self.prober.answering(answering)  # the first ping also paid for the handshake
+        self.prober.answering(answering)  # the time of the first ping includes the handshake
         answers: dict[Endpoint, TriedPeer] = {}
         for each in endpoints:
             rtt_ms = self.prober.rtt_ms(each) if each in answering else None

@@ -23,7 +23,7 @@ from splitnet.wire.endpoints import Endpoint, is_address
 RESOLVE_S = 5.0  # longest wait for the name server
 _SCHEME, _KEY = "tcp://", "?key="
 _INTERFACES = Path("/sys/class/net")
-_INSIDE = "docker|br-|virbr|veth|cni|podman|lxcbr|lxdbr"  # first letters of interfaces that container programs make
+_INSIDE = "docker|br-|virbr|veth|cni|podman|lxcbr|lxdbr"  # prefixes of names that container programs give interfaces
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Reach(StrEnum):
     """How other machines reach a peer."""
 
-    auto = "auto"  # at its address; through relays if other peers report that they cannot connect to the address
+    auto = "auto"  # at the address of the peer; through relays if other peers cannot connect to this address
     direct = "direct"
     helpers = "helpers"
 
@@ -39,11 +39,11 @@ class Reach(StrEnum):
 def with_literal_host(text: str) -> str:
     """Replaces the host in `HOST` or `HOST:PORT` by its IP address, as records and messages need it.
 
-    Raises SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
+    Raises SplitnetError: the name has no address, or no address was found within `RESOLVE_S`.
     """
     match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(:\d+)?", text)
     if match is None:
-        raise SplitnetError(f"{text!r} is no host: write HOST or HOST:PORT, an IPv6 address in brackets")
+        raise SplitnetError(f"{text!r} is not a host: write HOST or HOST:PORT, with an IPv6 address in brackets")
     host = match[1].strip("[]")
     try:
         address = ipaddress.ip_address(host)
@@ -121,14 +121,14 @@ def _on_default_route(family: socket.AddressFamily) -> str:
 
 
 def own_hosts() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
-    """Addresses of this machine, as pairs of interface name and address. Raises OSError: the system does not give them
-    to programs (Android)."""
+    """Addresses of this machine, as pairs of interface name and address. Raises OSError: the system does not give
+    these addresses to programs (Android)."""
     ips = [(str(adapter.name), ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips]
     return [(name, ipaddress.ip_address(ip if isinstance(ip, str) else ip[0])) for name, ip in ips]
 
 
 def _on_any_network(family: socket.AddressFamily) -> str:
-    """An address of this machine; preferably of an interface with a carrier, then a global one. "" if there is none."""
+    """An address of this machine, preferably a global address of an interface with a carrier; "" if there is none."""
     with suppress(OSError):
         found = [each for each in own_hosts() if (each[1].version == 4) == (family == socket.AF_INET)]
         usable = [one for one in found if not (one[1].is_loopback or one[1].is_link_local or _leads_inside(one[0]))]
@@ -163,7 +163,7 @@ def is_reachable(listen: str) -> bool:
 
 
 def loopback_address_of(listen: str, port: int) -> str:
-    """`tcp://IP:port` by which this machine itself reaches its listener at `listen` with this port."""
+    """`tcp://IP:port` at which this machine itself can connect to its listener at `listen` with this port."""
     host = _host_of(listen)
     host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
     return f"tcp://{host}:{port}"
@@ -179,12 +179,12 @@ def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def check_listen_address(listen: str) -> None:
     """Checks that this process can listen at an address such as `tcp://0.0.0.0:31331`, before it loads blocks.
 
-    Raises AddressInUse: another listener has the port; SplitnetError: it is not an address of this machine.
+    Raises AddressInUse: another listener has the port; SplitnetError: `listen` is not an address of this machine.
     """
     match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(
-            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
+            f"{listen!r} is not an address to listen on: write tcp://HOST:PORT, with port 0 for any free port"
         )
     host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
     with explain_listen_errors(listen, "port with --listen", "give an address of this machine, or tcp://0.0.0.0:0"):
@@ -196,8 +196,8 @@ def check_listen_address(listen: str) -> None:
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """Opens a listening socket for HTTP. Raises AddressInUse: another listener has the port; SplitnetError: it is not
-    an address of this machine."""
+    """Opens a listening socket for HTTP. Raises AddressInUse: another listener has the port; SplitnetError: `host`
+    is not an address of this machine."""
     with explain_listen_errors(f"{host}:{port}", "--port", "give an address of this machine as --host"):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
@@ -219,23 +219,24 @@ def split_addresses(addresses: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_peer_address(address: str) -> PublicKey:
-    """The key in the address of a peer, without a look-up of the host. Raises DirectoryError: it is not the address of
-    a peer."""
+    """Returns the key in the address of a peer, without a look-up of the host. Raises DirectoryError: `address` is not
+    the address of a peer."""
     place, separator, key = address.removeprefix(_SCHEME).partition(_KEY)
     host, _, port = place.rpartition(":")
     if not separator or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise DirectoryError(
-            f"{address!r} is no address of a peer: copy a whole one that `splitnet peer` prints, tcp://HOST:PORT?key=..."
+            f"{address!r} is not the address of a peer: copy the whole address that `splitnet peer` prints, "
+            "tcp://HOST:PORT?key=..."
         )
     try:
         return PublicKey.parse(key)
     except KeyFileError as error:
-        raise DirectoryError(f"the key in {address!r} is none: {error}") from None
+        raise DirectoryError(f"the key in {address!r} is not valid: {error}") from None
 
 
 def endpoint_of(address: str) -> Endpoint:
-    """The endpoint of a peer's address; a host name is looked up. Raises DirectoryError: it is not the address of a
-    peer; SplitnetError: the name has no address."""
+    """The endpoint of a peer's address; a host name is looked up. Raises DirectoryError: `address` is not the
+    address of a peer; SplitnetError: the name has no address."""
     key = check_peer_address(address)
     endpoint = Endpoint(_SCHEME + with_literal_host(address.removeprefix(_SCHEME).partition(_KEY)[0]), key)
     if not is_address(endpoint.address):

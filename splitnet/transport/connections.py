@@ -27,21 +27,21 @@ from splitnet.wire.messages import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 log = logging.getLogger(__name__)
 
-MAX_RECEIVED_BYTES = 1 << 30  # of incomplete and unread messages, over all connections
+MAX_RECEIVED_BYTES = 1 << 30  # bytes of incomplete and unread messages, over all connections
 
 MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 4096
 
-MOST_OF_KEY = 64  # incoming connections of one key
+MOST_OF_KEY = 64  # largest number of incoming connections of one key
 
-_LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02  # between two measurements; the second while a connection holds many bytes
-_WORTH_A_CLOSE_LOOK = 4 << 20  # bytes held by a connection
+_LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02  # between two measurements; `_CLOSE_LOOK_S` while a connection holds many bytes
+_WORTH_A_CLOSE_LOOK = 4 << 20  # a connection that holds more bytes is measured more often
 _KEYS_S = 1.0  # between two checks of the authorized keys
 _MOVED_S = 1.0  # between two checks of this machine's own addresses
-_HANDSHAKE_BYTES = 2048  # more than a handshake takes; its bytes are read and never handed over
-_ARRIVALS = 256  # hosts of incoming connections that are remembered after they close
+_HANDSHAKE_BYTES = 2048  # more than a handshake takes; ZeroMQ reads these bytes and never hands them over
+_ARRIVALS = 256  # largest number of hosts that are remembered after their incoming connections close
 _SPARED = 16
-"""Connections in a handshake that are skipped in the search for a silent one, so that the search takes bounded time."""
-_HEARTBEAT_BYTES_PER_S = 64.0  # more than the heartbeats of both sides take; they are read and never handed over
+"""Largest number of connections in a handshake that one search for a silent connection skips: this bounds its time."""
+_HEARTBEAT_BYTES_PER_S = 64.0  # more than the heartbeats of both sides take; ZeroMQ never hands them over
 
 
 Name = TypeVar("Name", str, bytes)
@@ -57,7 +57,7 @@ class TcpConnection:
     opened_at: float
     owner: Connection | Endpoint | None  # None: the key is not known before the first message
     delivered: int = 0  # bytes on the wire of messages that were handed over; only the transport's thread writes it
-    ended: str = ""  # the reason why this side has ended the connection; empty: it has not
+    ended: str = ""  # why this side has ended the connection; empty: this side has not ended it
     inside: int = 0  # bytes that ZeroMQ holds, as last measured
     active_at: float = 0.0  # when a message was last handed over
     delivered_before: int = 0  # `delivered` at the last measurement
@@ -65,7 +65,7 @@ class TcpConnection:
     acked_at: float = 0.0  # when the other side last confirmed bytes, or nothing waited for confirmation
     too_long_since: int | None = None  # count of `drained` when the connection first held more than a whole message
     own_host: str = ""
-    # it was once skipped as the oldest connection without a key, because its handshake had begun
+    # this connection was once skipped as the oldest connection without a key, because its handshake had begun
     was_spared: bool = False
 
     @property
@@ -82,10 +82,11 @@ class Connections:
     Args:
         received: accounts for bytes that were received and not handed over, by key (by host until the key is known)
             and by connection.
-        drained: counts how often all sockets have been read until they were empty.
+        drained: returns how often all sockets have been read until they were empty.
         drain: asks the transport to read all sockets soon.
         authorized: keys whose connections may stay; None: all keys.
-        behind: for the host and port of a connection that a tunnel has made, the name that counts as its host.
+        tunnel_hosts: maps the host and port of a connection that a tunnel has made to the name that counts as the host
+            of the connection.
 
     Attributes:
         ended: how many connections this side has ended, by reason.
@@ -101,7 +102,7 @@ class Connections:
     def __post_init__(self) -> None:
         self.ended: Counter[str] = Counter()
         self._keys_at = self._moved_at = 0.0
-        self._missed: set[str] = set()  # own addresses of connections that this machine did not have at the last check
+        self._missed: set[str] = set()  # local addresses of connections that this machine lacked at the last check
         self._looked_at = time.monotonic()
         self._by_descriptor: dict[int, TcpConnection] = {}
         self._nameless: dict[str, dict[TcpConnection, None]] = {}
@@ -114,13 +115,14 @@ class Connections:
         self.thread = threading.Thread(target=self._check_repeatedly, name="splitnet-connections", daemon=True)
 
     def close(self) -> None:
-        """Stops the thread; it ends no connection."""
+        """Stops the thread. The connections stay open."""
         self._closing.set()
         if self.thread.ident is not None:
             self.thread.join()
 
     def connection_made(self, descriptor: int, owner: Endpoint | None = None) -> TcpConnection | None:
-        """Adds a new connection to `owner`, or an incoming one (None). Returns None if it has ended already."""
+        """Adds a new connection to `owner`, or a new incoming connection if `owner` is None. Returns None if the
+        connection has ended already."""
         try:
             cookie, (own, other) = flow.cookie(descriptor), flow.addresses_of(descriptor)
         except OSError:
@@ -145,15 +147,15 @@ class Connections:
         return made
 
     def hosts(self, since: float) -> set[str]:
-        """Hosts of incoming connections that are open, or that were opened since `since` (`time.monotonic()`). Of
-        closed connections only the last `_ARRIVALS` are known."""
+        """Hosts of incoming connections that are open, or that were opened since `since` (`time.monotonic()`). Only
+        the hosts of the last `_ARRIVALS` connections are known after they close."""
         with self._lock:
             present = [known for known in self._by_descriptor.values() if not isinstance(known.owner, Endpoint)]
             return {known.host for known in present} | {host for at, host in self._arrived if at >= since}
 
     def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
-        """Removes and returns a connection that has ended. expected: the connection, because its descriptor may already
-        belong to another one; None: any."""
+        """Removes and returns a connection that has ended. expected: the connection to remove, because its
+        descriptor may already belong to another connection; None: any connection."""
         with self._lock:
             if expected is not None and self._by_descriptor.get(descriptor) is not expected:
                 return None
@@ -261,7 +263,7 @@ class Connections:
 
     def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
         """Ends connections from addresses that this machine has lost, when two checks in a row have missed the address.
-        Without this they would only end after half a minute."""
+        Without these checks, the connections would end only after half a minute."""
         if now < self._moved_at:
             return
         self._moved_at = now + _MOVED_S
@@ -308,11 +310,11 @@ class Connections:
             try:
                 pause_s = _CLOSE_LOOK_S if self.check_connections(time.monotonic()) else _LOOK_S
             except Exception:
-                log.exception("error while looking at connections")
+                log.exception("an error occurred in the check of connections")
 
 
 def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
-    """The connection of a host to end first: the oldest that has sent nothing or was spared before."""
+    """The connection of a host to end first: the oldest connection that has sent nothing or was spared before."""
     for _ in range(min(_SPARED, len(nameless))):
         oldest = next(iter(nameless))
         if oldest.was_spared or not _has_spoken(oldest):
@@ -331,7 +333,7 @@ def _has_spoken(connection: TcpConnection) -> bool:
     return passed is not None and passed.received > 0
 
 
-_AT_ONCE = 64  # requests answered in one call
+_AT_ONCE = 64  # largest number of requests that are answered in one call
 
 
 class Gatekeeper:

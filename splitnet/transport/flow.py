@@ -21,9 +21,9 @@ from splitnet.wire.endpoints import Connection, Destination, Endpoint
 
 LARGE_BYTES = 64 * 1024  # messages above this size are always tracked, and are sent without a copy
 TRACKED_BYTES = 256 * 1024
-"""After this many untracked bytes for a receiver the next message is tracked. Tracking every message takes time."""
+"""After this many untracked bytes for a receiver, the next message is tracked. To track every message would be slow."""
 
-MAX_BACKLOG_BYTES = 1 << 30  # that wait to be sent, over all receivers
+MAX_BACKLOG_BYTES = 1 << 30  # bytes that wait to be sent, over all receivers
 
 
 class Tracker(Protocol):
@@ -34,12 +34,11 @@ class Tracker(Protocol):
 
 
 class Backlog:
-    """Messages that ZeroMQ still holds. It sends the messages of a receiver in order, so when a tracked message is
-    done, the untracked ones before it are done, too.
+    """Messages that ZeroMQ still holds. ZeroMQ sends the messages of a receiver in order, so when a tracked message is
+    done, the untracked messages before this message are done, too.
 
     One thread sends; any thread may call `held_bytes`. `budget` accounts for messages by the key of an incoming
-    connection,
-    or by endpoint.
+    connection, or by endpoint.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -59,7 +58,8 @@ class Backlog:
         return True
 
     def reserve_room(self, receiver: Destination, size: int) -> int:
-        """Reserves room for a tracked message and the untracked ones before it. Returns their bytes; 0: no room."""
+        """Reserves room for a tracked message and the untracked messages before it. Returns the reserved bytes; 0: no
+        room."""
         size += self._small.get(_name(receiver), 0)
         account = _account(receiver)
         if not self._budget.has_room(size, account):
@@ -155,7 +155,7 @@ takes time."""
 _SO_COOKIE = 57  # a socket option of Linux, which `socket` does not name
 _UNREAD, _UNSENT = 0x541B, 0x5411  # the ioctls SIOCINQ and SIOCOUTQ of Linux
 _TCP_INFO_BYTES = 256
-MOVED_BYTES = 1024  # more than the heartbeats of a link take within seconds
+MOVED_BYTES = 1024  # more than the heartbeats of a link take within a few seconds
 
 _ACKED_AND_RECEIVED = struct.Struct("QQ")
 _ACKED_AT = 120  # offset of `tcpi_bytes_acked` and `tcpi_bytes_received` in `struct tcp_info` (Linux 4.2 and later)
@@ -178,14 +178,14 @@ class LinkTraffic(NamedTuple):
         return waited and self.acked - before.acked >= MOVED_BYTES
 
     def has_received(self, before: LinkTraffic) -> bool:
-        """Whether more bytes than heartbeats have arrived."""
+        """Whether more bytes have arrived than heartbeats take."""
         return self.received - before.received >= MOVED_BYTES
 
 
 def cookie(descriptor: int) -> bytes:
     """Identifies a connected socket among all open sockets. Where the kernel has no socket cookies (before Linux 4.12,
-    as in many phones, and on other systems), the result is made of its two addresses. Raises OSError: the descriptor is
-    not a connected socket."""
+    as in many phones, and on other systems), the result is made of the two addresses of the socket. Raises OSError:
+    the descriptor is not a connected socket."""
     if _LINUX:
         with _Borrowed(*_ANY_TCP, descriptor) as handle:
             try:
@@ -197,14 +197,14 @@ def cookie(descriptor: int) -> bytes:
 
 
 def addresses_of(descriptor: int) -> tuple[Any, Any]:
-    """Addresses of this side and of the other side, in the form of `socket`. Raises OSError: the connection has
-    ended."""
+    """Addresses of this side and of the other side, in the format of the module `socket`. Raises OSError: the
+    connection has ended."""
     with _Borrowed(fileno=descriptor) as handle:
         return handle.getsockname(), handle.getpeername()
 
 
 def is_own_address(host: str) -> bool:
-    """Whether this machine has an address, which may be an IPv4-mapped IPv6 address."""
+    """Whether `host` is an address of this machine; `host` may be an IPv4-mapped IPv6 address."""
     host = host.removeprefix("::ffff:")  # not every system binds an IPv4-mapped address
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -228,7 +228,7 @@ def traffic(descriptor: int) -> LinkTraffic | None:
 
 
 def shut_down(descriptor: int, expected: bytes) -> None:
-    """Ends the connection with this cookie, if it is open. To ZeroMQ it looks closed by the other side."""
+    """Ends the connection with this cookie, if it is open. To ZeroMQ, the other side seems to have closed it."""
     with (
         contextlib.suppress(OSError),  # ZeroMQ has closed it
         _Borrowed(*_ANY_TCP, descriptor) as handle,

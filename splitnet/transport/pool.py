@@ -18,10 +18,10 @@ from splitnet.limits import keep_latest
 from splitnet.wire.endpoints import Endpoint, LinkState
 
 KEEP_S = 60.0  # how long an unused link stays open
-REMEMBERED_STATES = 4096  # closed links whose failure is remembered
+REMEMBERED_STATES = 4096  # largest number of closed links whose failures are remembered
 BRIEF_S = 5.0
-"""How long a link stays open after a question, if there is room: an answer may take this long, and heartbeats begin
-later."""
+"""How long a link that is only used for questions stays open after the last question: an answer may take this long,
+and heartbeats begin later."""
 
 
 class Linking(Protocol):
@@ -39,12 +39,13 @@ class LinkPool:
     """Counts the users of each link. Thread-safe.
 
     Args:
-        most: bound on open links; a link to an unreachable peer counts as two. To make room for a new link, a failed
-            link without users is closed first, then the one without users that was used longest ago.
+        most: largest number of open links; a link to an unreachable peer counts as two. To make room for a new link, a
+            failed link without users is closed first, then the link without users that was used longest ago.
         keep_s: how long a link stays open after its last use.
-        keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
-        keep_unused_s: the same for a link that is up and has had no users. Links to unreachable peers have `keep_s`,
-            because opening them needs relays.
+        keep_unreached_s: how long a link that is not up stays open after its last use; 0: the link is closed as soon
+            as it has no users.
+        keep_unused_s: how long a link that is up and never had users stays open after its last use. Links to
+            unreachable peers stay open for `keep_s`, because opening them needs relays.
     """
 
     linking: Linking
@@ -57,10 +58,10 @@ class LinkPool:
     def __post_init__(self) -> None:
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
-        """Open links without users: the time since when, infinite until the next tick. In the order of last use."""
+        """Open links without users, in the order of last use: the time of the first tick after it, infinite before."""
         self._had_users: set[Endpoint] = set()  # open links that have or had users
         self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
-        """Closed links that had failed: their states, and the time since when, infinite until the next tick."""
+        """Closed links that had failed: their states, and the time of the first tick afterwards, infinite before."""
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -95,8 +96,8 @@ class LinkPool:
                     self._close_link(endpoint)
 
     def touch(self, endpoint: Endpoint) -> bool:
-        """Counts a message over a link, which the message opens if it is closed. False: too many other links are in
-        use, so the message must not be sent."""
+        """Notes that a link is used by a message, which opens the link if it is closed. False: too many other links are
+        in use, so the message must not be sent."""
         with self._lock:
             if endpoint not in self._users:
                 if not self._make_room(endpoint):
@@ -106,7 +107,7 @@ class LinkPool:
             return True
 
     def restart_idle_time(self, endpoint: Endpoint) -> None:
-        """Restarts the time without use of a link that has come up, because its messages have waited for the
+        """Restarts the idle time of a link that has come up, because messages for the link have waited for the
         handshake."""
         with self._lock:
             if endpoint in self._unused:

@@ -23,12 +23,12 @@ PROBE_BYTES = 64 * 1024  # padding of a ping that measures bandwidth
 FASTEST_PROBE_MS = 0.05  # lower bound of a measured transfer time, which timing noise may reduce to zero
 
 QUICK_PROBE_MS = 20.0  # a probe with a shorter transfer time is repeated, because waits for a processor distort it
-PROBES_OF_QUICK_LINKS = 3  # most repetitions of such a probe
-SURE_MS = 4.0  # a transfer time that is not above this is not measured again
+PROBES_OF_QUICK_LINKS = 3  # largest number of repetitions of such a probe
+SURE_MS = 4.0  # a transfer time of at most this is not measured again
 
-FORGET_S = 60.0  # after which an unanswered ping is forgotten
+FORGET_S = 60.0  # time after which an unanswered ping is forgotten
 KEPT_ENDPOINTS = 1024  # peers whose measurements are kept
-KEPT_ROUND_TRIPS = 3  # the shortest of these counts, because it met the least traffic and computation
+KEPT_ROUND_TRIPS = 3  # round trips of a peer; the shortest counts, as it met the least traffic and computation
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class PingReply:
     queue_ms: float  # how long a new step would wait for the peer's device
     kv_free_positions: int  # positions that new sessions may take
     holds: bool = False  # the peer holds the session asked about
-    waiting: int = 0  # of that session, like the next two: see `Pong`
+    waiting: int = 0  # about this session, like the next two fields: see `Pong`
     done: int = 0
     last: int = 0
     timing: Timing | None = None
@@ -57,8 +57,8 @@ class _SentPing:
 class Prober:
     """Sends pings and records the answers. Thread-safe.
 
-    is_taken: whether the other side has accepted the TCP connection to an endpoint. quick_at: when the latest ping was
-    sent that any peer has answered within `QUICK_MS`, in seconds of `time.perf_counter`. loads: the last load reports
+    is_taken: whether the other side has accepted the TCP connection to an endpoint. quick_at: when the latest ping
+    that a peer has answered within `QUICK_MS` was sent, in seconds of `time.perf_counter`. loads: the last load reports
     of peers.
     """
 
@@ -82,8 +82,8 @@ class Prober:
     ) -> Future[PingReply]:
         """Sends a ping; the future stays undone if there is no answer.
 
-        padding: bytes to send with it. session: id of a session to ask about, 16 bytes. load: asks for a load report,
-        see `loads`.
+        padding: bytes to send with the ping. session: id of a session to ask about, 16 bytes. load: asks for a load
+        report, see `loads`.
         """
         return self._ping(endpoint, padding, session, load)[1]
 
@@ -141,8 +141,8 @@ class Prober:
         return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MAX_ANSWER_S))
 
     def last_answered(self, endpoint: Endpoint) -> int:
-        """Number of the latest ping that a peer has answered. All messages that were sent to it before this ping have
-        arrived."""
+        """Number of the latest ping that a peer has answered. All messages that were sent to the peer before this ping
+        have arrived."""
         return self._answered.get(endpoint, 0)
 
     def round_trips(
@@ -199,8 +199,8 @@ class Prober:
         taken_s: float = 0.0,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, PingReply]:
-        """Pings all endpoints and waits for answers. taken_s: least wait for a peer that accepts the connection during
-        the wait."""
+        """Pings all endpoints and waits for answers. taken_s: smallest wait for a peer that accepts the connection
+        during the wait."""
         endpoints = list(endpoints)
         new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
         pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
@@ -217,7 +217,7 @@ class Prober:
                     limit_s = self.answer_limit_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
                 elif taken or self._latest:
                     limit_s = self.answer_limit_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
-                else:  # no round trip and no accepted connection tell how far peers are
+                else:  # there is neither a round trip nor an accepted connection to judge the distance by
                     limit_s = taken_s
                 left_s = max(left_s, limit_s - waited_s)
             if left_s <= 0:

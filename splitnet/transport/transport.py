@@ -48,7 +48,7 @@ _HANDSHAKE_MS = 10_000  # ZeroMQ ends a longer handshake
 _REFUSES_S = _HANDSHAKE_MS / 2000
 """A peer with another key ends a handshake within this time. A frozen process never ends it."""
 _CURVE_BYTES = 64  # more than encryption adds to a frame (RFC 26: 33 bytes)
-_HELD_BYTES = 128  # allocated by ZeroMQ for a waiting frame besides its content
+_HELD_BYTES = 128  # bytes that ZeroMQ allocates for a waiting frame in addition to its content
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
 """Longest short frame, and the bytes that encryption and framing add to a short and to a longer frame."""
 _TOO_SLOW = "its receiver is too slow"
@@ -90,7 +90,7 @@ class _SendQueue:
     items: deque[_Item] = field(default_factory=deque[_Item])
     lock: threading.Lock = field(default_factory=threading.Lock)
     awake: bool = False  # the transport's thread was woken, or is sending a batch
-    held: int = 0  # threads that are inside `Transport.together`
+    held: int = 0  # number of threads that are inside `Transport.together`
 
 
 @dataclass(eq=False)
@@ -198,8 +198,8 @@ class Transport:
 
     @contextmanager
     def together(self) -> Generator[None]:
-        """Delays messages that are sent in this context until its end, so that a receiver of several wakes only
-        once."""
+        """Delays messages that are sent in this context until its end, so that a receiver of several
+        messages wakes only once."""
         outbox = self._outbox
         with outbox.lock:
             outbox.held += 1
@@ -213,7 +213,7 @@ class Transport:
                     self._wake.set()
 
     def connect(self, endpoint: Endpoint) -> None:
-        """Opens a link if it is not open. `on_link` gets changes of its state."""
+        """Opens a link if it is not open. `on_link` is called when the state of the link changes."""
         self.send(endpoint, ())
 
     def disconnect(self, endpoint: Endpoint) -> None:
@@ -221,8 +221,8 @@ class Transport:
         self.send(endpoint, None)
 
     def tick_soon(self) -> None:
-        """Makes the transport's thread call `on_tick` at once. Never waits for a lock: if it is taken, the call comes
-        at the next wake-up."""
+        """Makes the transport's thread call `on_tick` at once. Never waits for a lock: if the lock is taken,
+        `on_tick` is called at the next wake-up."""
         self._tick_now = True
         self._wake_thread()
 
@@ -265,7 +265,7 @@ class Transport:
         }
 
     def unsent(self, endpoint: Endpoint) -> int:
-        """Bytes of tracked messages that wait for a link; 0 if it is not up, or if `max_backlog` is None."""
+        """Bytes of tracked messages that wait for a link; 0 if the link is not up, or if `max_backlog` is None."""
         return self._backlog.held_bytes(endpoint) if self.link_state(endpoint) is LinkState.UP else 0
 
     @property
@@ -300,7 +300,9 @@ class Transport:
             self._router.bind(address)
         except zmq.ZMQError as error:
             if error.errno == zmq.EADDRINUSE:
-                raise AddressInUse(f"{address} is taken: choose another with --listen, or port 0 for any") from None
+                raise AddressInUse(
+                    f"{address} is taken: choose another address with --listen, or any port: 0"
+                ) from None
             raise SplitnetError(f"cannot listen on {address}: {error}. Use --listen tcp://HOST:PORT") from None
         bound = cast(bytes, self._router.getsockopt(zmq.LAST_ENDPOINT))
         self.port = int(bound.rpartition(b":")[2].rstrip(b"\0"))

@@ -1,8 +1,8 @@
 """Codecs, which encode boundary activations for a link: tensor <-> bytes.
 
-Every codec writes each position as a self-contained record of exactly `bytes_per_position(hidden)` bytes. So a sender
-can slice, crop and join encoded payloads without decoding them. A position gives the same bytes on every machine,
-whether it is encoded alone or with other positions.
+Every codec writes each position as a self-contained record of exactly `bytes_per_position(hidden)` bytes. Therefore a
+sender can slice, crop and join encoded payloads without decoding them. A position gives the same bytes on every
+machine, whether it is encoded alone or with other positions.
 
 The integer codecs quantise blocks of 64 values, each block with its own scale. A few channels of boundary activations
 are hundreds of times larger than the rest ("massive activations", arXiv:2402.17762) and would take the whole range of
@@ -167,7 +167,7 @@ def _peak(values: Floats) -> Floats:
 EXACT = "none"
 DEFAULT_INT8 = "int8"
 _LARGEST_HIDDEN = 2**20  # values per position, far above any model's hidden size
-_BLOCKS_PER_CHUNK = 1024  # encoded at once: temporary arrays of 256 KiB stay in the cache of a core
+_BLOCKS_PER_CHUNK = 1024  # blocks that are encoded at once: temporary arrays of 256 KiB stay in the cache of a core
 
 
 class Codec(ABC):
@@ -377,7 +377,8 @@ _CODECS_BY_CODE = {codec.code: codec for codec in CODECS.values()}
 
 
 def codec_by_name(name: str) -> Codec:
-    """Return the codec called `name`. Raises CodecError: there is none; the error names all codecs."""
+    """Return the codec called `name`. Raises CodecError: there is no such codec; the error names all
+    codecs."""
     try:
         return CODECS[name]
     except KeyError:
@@ -385,7 +386,7 @@ def codec_by_name(name: str) -> Codec:
 
 
 def codec_by_code(code: int) -> Codec:
-    """Return the codec with this number on the wire. Raises CodecError: there is none."""
+    """Return the codec with this number on the wire. Raises CodecError: there is no such codec."""
     try:
         return _CODECS_BY_CODE[code]
     except KeyError:
@@ -396,7 +397,7 @@ def check_size(code: int, payload: bytes | memoryview, positions: int, hidden_si
     """Raises CodecError: the codec is unknown, or the payload does not have the size of `positions` positions."""
     expected = positions * codec_by_code(code).bytes_per_position(hidden_size)
     if len(payload) != expected:
-        raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
+        raise CodecError(f"{positions} positions take {expected} bytes, not {len(payload)}")
 
 
 def check_values(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:

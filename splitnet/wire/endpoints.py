@@ -66,8 +66,8 @@ class Endpoint:
     address: str  # `tcp://IP:port`
     key: PublicKey
     relays: tuple[Relay, ...] = field(default=(), compare=False)
-    """Relays through which the peer is reached; empty: it is reached directly. Not compared, because the relays of a
-    peer change."""
+    """Relays through which the peer is reached; empty: the peer is reached directly. Not compared, because the relays
+    of a peer change."""
     hidden: bool = field(init=False)  # the peer is reached through relays
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class LinkState(Enum):
     UP = "up"
     DOWN = "down"  # the link is lost, no process listens there, or the handshake timed out; ZeroMQ keeps trying
     REFUSED = "refused"  # the other side does not accept the key of this process
-    WRONG_KEY = "wrong key"  # the other side ends the handshake: it has another key, or is no peer
+    WRONG_KEY = "wrong key"  # the other side ends the handshake: it has another key, or is not a peer
 
     @property
     def is_final(self) -> bool:

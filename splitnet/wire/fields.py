@@ -1,4 +1,5 @@
-"""Fields of messages and records: checks of their values, and their order in a msgpack array, that of the dataclass.
+"""Fields of messages and records: checks of their values, and their order in a msgpack array, which is the order of the
+dataclass.
 
 A check takes a value from the wire, and returns the value to use or raises `ProtocolError`.
 
@@ -63,8 +64,8 @@ class ValueReader:
         return count
 
     def value(self) -> Any:
-        """The next value: a scalar, text, bytes or an empty array. Raises ProtocolError: there is none, or it breaks a
-        bound."""
+        """The next value: a scalar, text, bytes or an empty array. Raises ProtocolError: there is no value left, or
+        the value breaks a bound."""
         return self._unpack("unpack")
 
     def check_end(self) -> None:
@@ -180,7 +181,7 @@ def text(limit: int) -> Check:
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > limit:
             raise ProtocolError(f"expected text of at most {limit} characters")
-        return printable(value)[:limit]  # escapes may lengthen it, and the next receiver checks the limit, too
+        return printable(value)[:limit]  # escapes may lengthen the text, and the next receiver checks the limit, too
 
     return check
 

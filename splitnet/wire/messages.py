@@ -46,17 +46,17 @@ MAGIC = b"SN"
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
-MAX_ROWS = 1024  # of a batch, in one message
-MAX_POSITIONS = 1 << 24  # of one row, or of a session's reservation
-MAX_BLOCKS = 4096  # of a model
+MAX_ROWS = 1024  # rows of a batch in one message
+MAX_POSITIONS = 1 << 24  # positions of one row, or of a session's reservation
+MAX_BLOCKS = 4096  # blocks of a model
 MAX_TAPS = 8  # boundaries of one hop whose hidden states a client may ask for
-MAX_TEXT = 2048  # characters
+MAX_TEXT = 2048  # characters of a text
 
 MAX_DEPTH = 2  # peers over which a question or a record may be passed on
 MAX_FOUND = 256  # messages in one answer to a `LookUp`
-ENTRY_BYTES = 19  # of one known record in a `LookUp`
+ENTRY_BYTES = 19  # bytes of the entry of one known record in a `LookUp`
 MAX_KNOWN = 512  # entries of known records in a `LookUp`
-MAX_CHANGES_BYTES = 60_000  # of records in an answer that holds only changes
+MAX_CHANGES_BYTES = 60_000  # bytes of records in an answer that holds only changes
 
 FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a checkpoint
 
@@ -66,10 +66,10 @@ DIGEST_BYTES = 32
 LABEL_BYTES = 16
 MAX_LABELS = 3072  # labels of pages in one message
 
-MAX_PART_BYTES = 1 << 20  # of a manifest or piece, in one message
-MAX_WEIGHTS_BYTES = 256 << 20  # of a whole manifest or piece
+MAX_PART_BYTES = 1 << 20  # bytes of a manifest or piece in one message
+MAX_WEIGHTS_BYTES = 256 << 20  # bytes of a whole manifest or piece
 
-MAX_ROUNDS = 1 << 20  # of a joint tuning
+MAX_ROUNDS = 1 << 20  # rounds of a joint tuning
 MAX_OWNERS = 256  # owners of examples that take part in a joint tuning
 MAX_ATTEMPT = (1 << 32) - 1  # number of an attempt at a round of joint tuning
 
@@ -96,7 +96,7 @@ class Chunk(NamedTuple):
     """New positions of one row in a step."""
 
     row: int
-    start: int  # absolute position of the first new one; the hop first drops its cached positions from `start` on
+    start: int  # absolute position of the first new position; the hop first drops its cached positions from `start` on
     length: int
     keep: int  # how many of the last positions the tail returns to the client (0: none)
 
@@ -196,19 +196,19 @@ class Open(_OfSession):
     next_key: bytes = wire_field(blob(0, KEY_BYTES))  # public key of the next hop; empty: results go to the client
     next_address: str = wire_field(text(256))
     next_relays: tuple[Relay, ...] = appended_field(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
-    """Relays through which the next hop is reached; none: it is reached at its address."""
+    """Relays through which the next hop is reached; empty: the next hop is reached at its address."""
     asks_weights: bool = appended_field(flag, default=False)  # `Opened` must state `weights`
     taps: tuple[int, ...] = appended_field(several(uint(MAX_BLOCKS), most=MAX_TAPS), ())
     """Boundaries after blocks of this hop, in rising order, whose hidden states the client wants, see `Tapped`."""
     tap_codec: int = appended_field(uint(255), 0)
     context: bytes = appended_field(blob(0, LABEL_BYTES), b"")
     """The client's digest of everything besides the text on which keys and values depend: the hops before, their
-    weights and codecs, the adapter. The hop stores pages of the session under it, see `Step.labels`; empty: stores no
-    pages."""
+    weights and codecs, the adapter. The hop stores pages of the session under this digest, see `Step.labels`; empty:
+    the hop stores no pages."""
     row: int = appended_field(uint(_ROW_ID), 0)  # the row to fill from stored pages
     labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the first pages of `row`, in order."""
-    # other keys of a group that the peer's owner names may use the pages
+    # other keys of a group that the peer's owner has named may use the pages
     shared: bool = appended_field(flag, default=False)
 
 
@@ -238,8 +238,8 @@ class Close:
 class Step(_Numbered):
     """New positions of one or more rows, with their encoded boundary activations `[positions, hidden]` as payload.
 
-    A step is idempotent: positions are absolute, a hop first crops its cached positions from `start` on, and it does
-    not repeat forks that it has already made.
+    A step is idempotent: positions are absolute, a hop first crops its cached positions from `start` on, and does
+    not repeat forks that the hop has already made.
     """
 
     TAG: ClassVar[int] = 6
@@ -247,8 +247,8 @@ class Step(_Numbered):
     forks: tuple[Fork, ...] | None = wire_field(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that no fork names are dropped. None: all rows stay."""
     replay_until: int = wire_field(uint(MAX_BLOCKS))
-    """0 for new positions. In a replay, hops whose span ends at this block or later log their output and do not send it
-    on."""
+    """0 for new positions. In a replay, hops whose span ends at this block or later log their output and do not send
+    the output on."""
     codec: int = wire_field(uint(255))
     payload: Payload = b""
     boundary: int = wire_field(uint(MAX_BLOCKS), default=0)
@@ -274,7 +274,7 @@ class Result(_Numbered):
     TAG: ClassVar[int] = 7
     end: int = wire_field(uint(MAX_BLOCKS))  # the boundary of the payload
     codec: int = wire_field(uint(255))
-    # at all hops so far, in order
+    # times of the step at all hops so far, in order
     timings: tuple[Timing, ...] = wire_field(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
     payload: Payload = b""
 
@@ -305,7 +305,8 @@ class Replay(_Numbered):
 class Forward(_Numbered):
     """Whole sequences, with their encoded boundary activations `[positions, hidden]`. Hops keep no KV cache of them.
 
-    Hops push it on like a step, and the tail answers with a `Result` of all positions. It is idempotent.
+    Hops push the message on like a step, and the tail answers with a `Result` of all positions. The message is
+    idempotent.
     """
 
     TAG: ClassVar[int] = 10
@@ -329,12 +330,12 @@ class Forward(_Numbered):
 
 @dataclass(frozen=True, slots=True)
 class Gradient(_Numbered):
-    """The gradient of the loss by the activations at a boundary. It passes the hops of the `Forward` with the same
-    number in reverse order."""
+    """The gradient of the loss with respect to the activations at a boundary. It passes the hops of the `Forward` with
+    the same number in reverse order."""
 
     TAG: ClassVar[int] = 11
     boundary: int = wire_field(uint(MAX_BLOCKS))
-    since: int = wire_field(_NUMBER)  # number of the first pass whose gradient by the adapter hops add to their sum
+    since: int = wire_field(_NUMBER)  # number of the first pass whose adapter gradient hops add to their sum
     held: bool = wire_field(flag)  # more passes follow; after the last one hops send the sum to the client
     codec: int = wire_field(uint(255))
     payload: Payload = b""
@@ -366,8 +367,8 @@ class AdapterLoaded(_OfSession):
 
 @dataclass(frozen=True, slots=True)
 class AdapterGradient(_Numbered):
-    """A hop's gradient by the adapter of its blocks, with the names and shapes of the adapter, sent directly to the
-    client. It is the sum over several passes, and has the number of the last `Forward` among them."""
+    """A hop's gradient with respect to the adapter of its blocks, with the names and shapes of the adapter, sent
+    directly to the client. It is the sum over several passes, and has the number of the last `Forward` among them."""
 
     TAG: ClassVar[int] = 14
     remaining: int = wire_field(_NUMBER)  # how many messages of this gradient follow
@@ -397,7 +398,7 @@ class LookUp:
     """Asks a peer for the records of a model's peers, or for one record of each model."""
 
     TAG: ClassVar[int] = 17
-    number: int = wire_field(_NUMBER)  # of the question; the answer has the same number
+    number: int = wire_field(_NUMBER)  # number of the question; the answer has the same number
     model: str = wire_field(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
     """Fingerprint of the checkpoint; empty: all models."""
     depth: int = wire_field(uint(MAX_DEPTH))
@@ -456,12 +457,13 @@ class AskWeights:
     """Asks a peer for a part of its weights, of their manifest or of a page, see `WeightsKind`."""
 
     TAG: ClassVar[int] = 21
-    number: int = wire_field(_NUMBER)  # of the question; the answer has the same number
+    number: int = wire_field(_NUMBER)  # number of the question; the answer has the same number
     kind: int = wire_field(uint(255))  # a `WeightsKind`
     name: bytes = wire_field(blob(DIGEST_BYTES))
-    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm, an HMAC of it under the swarm key."""
+    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm, an HMAC of this value under the swarm
+    key."""
     offset: int = wire_field(uint(MAX_WEIGHTS_BYTES))  # first byte of the part
-    length: int = wire_field(uint(MAX_PART_BYTES))  # most bytes of the part
+    length: int = wire_field(uint(MAX_PART_BYTES))  # largest number of bytes of the part
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,7 +498,7 @@ class RoundWish(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class AskRound:
-    """From an owner of examples to the coordinator of a joint tuning, see `splitnet.tools.tune.rounds`."""
+    """A request from an owner of examples to the coordinator of a joint tuning, see `splitnet.tools.tune.rounds`."""
 
     TAG: ClassVar[int] = 24
     name: str = wire_field(text(64))
@@ -524,7 +526,7 @@ class RoundState:
 
 @dataclass(frozen=True, slots=True)
 class WantGradient:
-    """Asks an owner, from the coordinator, for its gradient multiplied by `share`, its weight in the mean."""
+    """The coordinator asks an owner for the owner's gradient, multiplied by `share`, its weight in the mean."""
 
     TAG: ClassVar[int] = 26
     number: int = wire_field(uint(MAX_ROUNDS))
@@ -534,13 +536,13 @@ class WantGradient:
     # standard deviation of the noise that the owner adds per number, at a share of 1
     noise: float = wire_field(milliseconds)
     members: tuple[bytes, ...] = wire_field(several(blob(KEY_BYTES), most=MAX_OWNERS))
-    """CURVE keys of all owners whose gradients are masked with shared secrets; none: no masks."""
+    """CURVE keys of all owners whose gradients are masked with shared secrets; empty: no masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundNumbers:
-    """An owner's gradient; or, with attempt 0, the parameters after `number` rounds, initial ones included. Four bytes
-    per number."""
+    """An owner's gradient; or, with attempt 0, the parameters after `number` rounds (0: the initial parameters). Four
+    bytes per number."""
 
     TAG: ClassVar[int] = 27
     number: int = wire_field(uint(MAX_ROUNDS))
@@ -555,7 +557,7 @@ class CopyPages:
     TAG: ClassVar[int] = 28
     session: bytes = wire_field(blob(SESSION_BYTES))
     rate: float = wire_field(number(1, 1e12))  # upper bound in bytes/s
-    if_faster: bool = wire_field(flag)  # the session waits: copy only while this is faster than to compute the pages
+    if_faster: bool = wire_field(flag)  # the session waits: copy only while copying is faster than computing the pages
     number: int = wire_field(_NUMBER)
     start: int = wire_field(uint(MAX_BLOCKS))
     end: int = wire_field(uint(MAX_BLOCKS))
@@ -617,7 +619,7 @@ def decode(frames: Sequence[Payload]) -> Message:
         raise ProtocolError("not a splitnet message")
     if header[2] != PROTOCOL_VERSION:
         raise ProtocolVersionError(
-            f"the other side speaks protocol {header[2]}, this one {PROTOCOL_VERSION}: upgrade the older of the two"
+            f"the other side speaks protocol {header[2]}, this side speaks {PROTOCOL_VERSION}: upgrade the older side"
         )
     kind = _BY_TAG.get(header[3])
     if kind is None:

@@ -5,7 +5,7 @@ next hop the same KV cache, so a replacement continues the text with the same to
 
 Rows are cut into pages of `PAGE` positions. The client labels each page with a digest of all encoded positions up to
 the end of the page, and of a salt that peers do not know. If another session later sends the same labels, a hop may
-use the keys and values that it has stored under them.
+use the keys and values that it has stored under these labels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from splitnet.wire.messages import LABEL_BYTES, MAX_PAYLOAD_BYTES, Chunk, Fork, 
 
 Row = TypeVar("Row")
 
-PAGE = 32  # positions
+PAGE = 32  # positions of a page
 
 
 def digest(*parts: bytes | memoryview) -> bytes:
@@ -40,8 +40,8 @@ def page_ends(part: Chunk) -> int:
 
 
 def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Row], Row]) -> dict[int, Row]:
-    """The rows after `forks`. Rows that no fork names are dropped; the last fork of a dropped row takes it over without
-    a copy.
+    """The rows after `forks`. Rows that no fork names are dropped; the last fork of a dropped row takes the row over
+    without a copy.
 
     A client never uses a row id twice, so a row that exists already was forked by an earlier copy of the same step, and
     forks can be applied again without a change. Raises ProtocolError: a source does not exist.
@@ -60,7 +60,7 @@ def fork_rows(rows: Mapping[int, Row], forks: Sequence[Fork], copy: Callable[[Ro
     return forked
 
 
-REPLAY_POSITIONS = PASS_POSITIONS  # per step of a replay
+REPLAY_POSITIONS = PASS_POSITIONS  # positions of one step of a replay
 
 
 class ReplayStep(NamedTuple):
@@ -122,13 +122,12 @@ class SentLog:
 
     def page(self, row: int, index: int) -> tuple[bytes, int]:
         """Encoded positions of a page of `row`, and their `rope_length`. Raises ValueError: the page is not complete,
-        or its
-        positions have different values of `rope_length`."""
+        or its positions have different values of `rope_length`."""
         held, size = self._rows[row], PAGE * self.bytes_per_position
         data = bytes(held.data[index * size : (index + 1) * size])
         rope_length = held.rope_length_at(index * PAGE)
         if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.rope_lengths):
-            raise ValueError(f"row {row} has no page {index} of one reach")
+            raise ValueError(f"row {row} has no complete page {index} with one rope_length")
         return data, rope_length
 
     def crop(self, row: int, length: int) -> None:
@@ -170,8 +169,8 @@ class SentLog:
         rope_length: int = 0,
         labels: Sequence[bytes] = (),
     ) -> tuple[bytes, ...]:
-        """Logs the payload of a step. Returns the labels of the pages that end within the step: `labels`, or with a
-        salt the ones made here. Raises ProtocolError: as `prepare_step`."""
+        """Logs the payload of a step. Returns the labels of the pages that end within the step: `labels`, or, with a
+        salt, the labels made here. Raises ProtocolError: as `prepare_step`."""
         self.prepare_step(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)

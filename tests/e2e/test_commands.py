@@ -138,9 +138,9 @@ FAILURES: dict[str, tuple[str, str]] = {
     ),
     "client: a slowdown alone": (
         "bench {small} --join {nobody} --energy-slowdown 2",
-        "an energy slowdown goes with the preference energy, not with latency: ask for both",
+        "an energy slowdown needs the preference energy, not latency: ask for both",
     ),
-    "no address to listen on": ("peer {small} --listen 31331", "'31331' is no address to listen on: write tcp://"),
+    "no address to listen on": ("peer {small} --listen 31331", "'31331' is not an address to listen on: write tcp://"),
     "no such device": ("peer {small} --device warp", "there is no device 'warp': use --device auto, cpu, cuda, cuda:1"),
     "a device that is not here": (
         "peer {small} --device cuda:99",
@@ -164,7 +164,7 @@ FAILURES: dict[str, tuple[str, str]] = {
     ),
     "client: an address without a key": (
         "generate {small} hi --join tcp://127.0.0.1:80",
-        "'tcp://127.0.0.1:80' is no address of a peer: copy a whole one",
+        "'tcp://127.0.0.1:80' is not the address of a peer: copy the whole address",
     ),
     "dht: no node to join through": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --key-file {home}/dht --join {no_peer}",
@@ -180,7 +180,7 @@ FAILURES: dict[str, tuple[str, str]] = {
         "dht --listen {taken_dht} --key-file {home}/dht",
         "{taken_dht} is taken; choose another port",
     ),
-    "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away, then a new key"),
+    "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away and a new one will be"),
     "dht: no host": ("dht --public-host a/b", "'a/b' is not a host: write HOST or HOST:PORT"),
     "dht: no public port": (
         "dht --listen /ip4/127.0.0.1/tcp/0 --public-host a",

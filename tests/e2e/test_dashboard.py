@@ -254,7 +254,7 @@ def test_killed_peers_and_their_missing_blocks_are_shown_at_once(visit: Visit, p
     first, second = sorted(peers[1:], key=lambda daemon: f":{port} " not in f"{daemon.log} ".replace("\n", " "))
     first.stop(signal.SIGKILL)
     expect(page.locator("#peers tr.gone")).to_have_count(1, timeout=5000)
-    expect(page.locator("#events .good").first).to_contain_text("a route is whole again")
+    expect(page.locator("#events .good").first).to_contain_text("a route is complete again")
     expect(page.locator("#verdict")).to_have_text("Every block is served")
     expect(page.locator(".answer .route-of")).not_to_contain_text(used)
     second.stop(signal.SIGKILL)

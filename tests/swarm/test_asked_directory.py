@@ -218,7 +218,7 @@ def test_without_any_answer_there_is_an_error(swarm: LocalSwarm) -> None:
     facts = ModelFacts.of(Checkpoint.open(swarm.folder))
     other = Identity.generate().public
     wrong = peer_address(Endpoint(swarm.peers[0].endpoint.address, other))
-    with pytest.raises(DirectoryError, match="ends the handshake as if it has another key"):
+    with pytest.raises(DirectoryError, match="ends the handshake as if it had another key"):
         Swarm(facts, [wrong])
     with pytest.raises(DirectoryError, match="is not reached"):
         Swarm(facts, [peer_address(Endpoint("tcp://127.0.0.1:9", other))])

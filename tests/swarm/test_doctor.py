@@ -191,7 +191,7 @@ class TestWrongKey:
         with announced(swarm.node, lie, impostor):
             bad = wrong(examined(sound))
         assert list(bad) == ["peer"] and bad["peer"].status is Status.failed
-        assert "as if it has another key than the record of the peer there" in bad["peer"].text
+        assert "as if it had another key than the record of the peer there" in bad["peer"].text
         assert impostor.public.text[:9] in bad["peer"].text
 
     def test_a_key_of_this_machine_that_a_peer_does_not_accept(self, sound: Setup, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ class TestWrongKey:
             expected = f"Others can read the secret key in {path}; run: chmod 600 {path}"
         elif fault == "damaged":
             path.write_text("no key")
-            expected = f"{path} holds no splitnet key; move it away and a new key will be made"
+            expected = f"{path} does not hold a splitnet key; move the file away, and a new key will be made"
         else:
             path = tmp_path
             expected = f"The key file {path} cannot be used (Is a directory); set SPLITNET_KEY_FILE"

@@ -232,7 +232,7 @@ def test_a_peer_with_another_weight_format_replaces_a_hop_only_if_allowed(
             assert not [event for event in strict.swarm.events.since(0) if event.kind == "weights"]
             lenient.generate(**prompt(), **GREEDY)
             told = [event.text for event in strict.swarm.events.since(0) if event.kind == "weights"]
-            assert len(told) == 1 and "blocks 2..3 as int4/float32 that were float32" in told[0]
+            assert len(told) == 1 and "blocks 2..3 as int4/float32 instead of float32" in told[0]
             swarm.add(2, 4)
             generated = caught.value.generated
             got = strict.generate(

@@ -286,7 +286,7 @@ def test_a_remote_model_may_be_the_assistant(local: Any, remote: RemoteCausalLM)
     assert torch.equal(local.generate(prompt(), assistant_model=remote, **options), expected)
     with remote.session():
         assert torch.equal(remote.generate(prompt(), assistant_model=remote, **options), expected)
-    with pytest.raises(UnsupportedParameter, match="speculate is a model with remote blocks"):
+    with pytest.raises(UnsupportedParameter, match="speculate cannot be a model with remote blocks"):
         remote.generate(prompt(), speculate=remote, **options)
 
 

@@ -505,7 +505,7 @@ def test_an_overflow_at_every_peer_is_blamed_on_the_adapter(twins: LocalSwarm) -
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.fill_(1e30)
-    with pytest.raises(NotFinite, match="another peer says the same"):
+    with pytest.raises(NotFinite, match="another peer reports the same"):
         model(**batch())
 
 

@@ -155,7 +155,7 @@ def test_an_error_names_a_system_that_hides_its_addresses(monkeypatch: pytest.Mo
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("ifaddr.get_adapters", refuse)
-    with pytest.raises(LanError, match="does not give its addresses"):
+    with pytest.raises(LanError, match="does not give the addresses of this machine"):
         mdns.LocalNetwork("ab" * 32)
 
 

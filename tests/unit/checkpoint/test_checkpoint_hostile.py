@@ -536,9 +536,9 @@ PROMPT = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_t
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"rank_pattern": {ENDLESS: 2}}, "is no pattern of names"),
-        ({"alpha_pattern": {ENDLESS: 2}}, "is no pattern of names"),
-        ({"modules_to_save": [ENDLESS]}, "is no name"),
+        ({"rank_pattern": {ENDLESS: 2}}, "is not a pattern of names"),
+        ({"alpha_pattern": {ENDLESS: 2}}, "is not a pattern of names"),
+        ({"modules_to_save": [ENDLESS]}, "is not a name"),
         ({"target_modules": ENDLESS, "exclude_modules": ENDLESS, "use_dora": True}, "use_dora"),
         ({"r": 10**9}, "rank 1000000000"),
         ({"rank_pattern": {"q_proj": 10**9}}, "rank 1000000000"),

@@ -208,7 +208,7 @@ def test_late_answers_count_from_the_next_question_on(links: ScriptedPeers) -> N
 def test_an_error_names_the_reason_of_each_silent_peer(links: ScriptedPeers) -> None:
     states = {
         LinkState.REFUSED: "does not accept this key",
-        LinkState.WRONG_KEY: "ends the handshake as if it has another key",
+        LinkState.WRONG_KEY: "ends the handshake as if it had another key",
         LinkState.UP: "does not answer",
         LinkState.DOWN: "is not reached",
         LinkState.CONNECTING: "is not reached",
@@ -399,9 +399,9 @@ def test_the_address_of_a_peer_comes_back_from_its_text() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda text: text.partition("?")[0], "no address of a peer"),
-        (lambda text: text.replace(":31331", ""), "no address of a peer"),
-        (lambda text: text.replace(":31331", ":0"), "no address of a peer"),
+        (lambda text: text.partition("?")[0], "not the address of a peer"),
+        (lambda text: text.replace(":31331", ""), "not the address of a peer"),
+        (lambda text: text.replace(":31331", ":0"), "not the address of a peer"),
         (lambda text: text[:-1], "is not a splitnet key"),
         (lambda text: text[:-1] + ("a" if text[-1] != "a" else "b"), "checksum"),
     ],

@@ -304,7 +304,7 @@ def test_columns_of_padding_alone_send_nothing_and_begin_nothing() -> None:
     assert [(part.start, part.length) for part in parts] == [(0, 1), (0, 2)]
     assert forks == []
     cast(FakeSession, session).step(parts, forks, [[1], [2, 3]])
-    with pytest.raises(ValueError, match="attention_mask of positions"):
+    with pytest.raises(ValueError, match="attention_mask has changed at cached positions"):
         layer.begin_step(mask(5, 3, columns=6), 1)
 
 

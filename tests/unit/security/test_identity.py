@@ -138,7 +138,7 @@ def test_damaged_key_file_is_refused_without_showing_it(tmp_path: Path, content:
     path = tmp_path / "key"
     path.touch(mode=0o600)
     path.write_text(content)
-    with pytest.raises(KeyFileError, match="holds no splitnet key") as caught:
+    with pytest.raises(KeyFileError, match="does not hold a splitnet key") as caught:
         Identity.load_or_create(path)
     assert caught.value.__cause__ is None
     assert path.read_text() == content
@@ -208,7 +208,7 @@ def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ("wait=4", "'wait' is no option of a key: there are weight, kv, train, tokens-per-minute"),
+        ("wait=4", "'wait' is not an option of a key: there are weight, kv, train, tokens-per-minute"),
         ("weight=4,weight=5", "weight is given twice"),
         ("weight=-1", "weight=-1: a weight is a number from 0.001 to 1000"),
         ("weight=nan", "weight=nan: a weight"),
@@ -216,7 +216,7 @@ def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
         ("kv=8", "kv=8: 8 is an amount of 8 bytes: did you mean 8GiB"),
         ("train=maybe", "train=maybe: write train=yes or train=no"),
         ("tokens-per-minute=0", "tokens-per-minute=0: write a whole number"),
-        ("weight=4,", "'' is no option of a key"),
+        ("weight=4,", "'' is not an option of a key"),
     ],
 )
 @pytest.mark.parametrize("before", [True, False])
@@ -232,7 +232,7 @@ def test_a_line_without_a_key_and_a_key_that_is_listed_twice_are_refused(tmp_pat
     key = Identity.generate().public.text
     path = tmp_path / "authorized_keys"
     for text, reason in (
-        ("weight=4\n", "line 1: there are options, and no key"),
+        ("weight=4\n", "line 1: there are options, but no key"),
         (f"{key}\n{key} weight=2\n", "line 2"),
     ):
         path.write_text(text)

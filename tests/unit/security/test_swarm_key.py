@@ -57,7 +57,7 @@ def test_a_key_file_is_created_once_and_only_its_owner_can_read_it(tmp_path: Pat
     key = SwarmKey.create(file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert SwarmKey.load(file).place("") == key.place("")
-    with pytest.raises(KeyFileError, match="is there already"):
+    with pytest.raises(KeyFileError, match="exists already"):
         SwarmKey.create(file)
     file.chmod(0o644)
     with pytest.raises(KeyFileError, match="chmod 600"):
@@ -97,11 +97,11 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
     [
         ("model = 'm'", "", "is not an invitation: ask for the file"),
         ("model = 'm'", "model = 7", "is not an invitation: ask for the file"),
-        ("splitnet-swarm-1", "splitnet-swarm-2", "is not an invitation: this is no swarm key"),
-        ("splitnet-secret-1", "splitnet", "is not an invitation: this is no secret key"),
+        ("splitnet-swarm-1", "splitnet-swarm-2", "is not an invitation: this is not a swarm key"),
+        ("splitnet-secret-1", "splitnet", "is not an invitation: this is not a secret key"),
         ("join = [", "join = [7, ", "is not an invitation: ask for the file"),
         ("authorized = [", "authorized = [7, ", "is not an invitation: ask for the file"),
-        ("?key=", "?", "is no address of a peer"),
+        ("?key=", "?", "is not the address of a peer"),
         ("# An", "An", "is not an invitation: ask for the file"),
         ("# An", "a = " + "[" * 100_000, "is not an invitation: ask for the file"),
     ],

@@ -686,12 +686,12 @@ def test_a_hop_that_restarts_with_other_weights_is_replaced(any_weights: bool, h
     request, told = world.asked[-1].request, [note.text for note in world.told if note.kind == "weights"]
     if any_weights:
         assert request.is_done and world.state.endpoints() == [first.endpoint, second.endpoint]
-        assert len(told) == 1 and "blocks 2..3 as int4 that were float32" in told[0]
+        assert len(told) == 1 and "blocks 2..3 as int4 instead of float32" in told[0]
     elif has_twin:
         assert request.is_done and world.state.endpoints() == [first.endpoint, twin.endpoint] and not told
     else:
         assert isinstance(request.error, OtherWeights)
-        assert "blocks 2..3 as int4 that were float32" in str(request.error)
+        assert "blocks 2..3 as int4 instead of float32" in str(request.error)
     assert second.name not in world.banned, "it did nothing wrong"
 
 

@@ -333,7 +333,7 @@ def test_random_bodies_are_refused_or_valid(tag: int, body: bytes) -> None:
 
 @given(st.integers(0, 255).filter(lambda version: version != PROTOCOL_VERSION), st.binary(max_size=40))
 def test_another_version_is_named_for_any_later_bytes(version: int, rest: bytes) -> None:
-    with pytest.raises(ProtocolVersionError, match=rf"protocol {version}, this one {PROTOCOL_VERSION}"):
+    with pytest.raises(ProtocolVersionError, match=rf"protocol {version}, this side speaks {PROTOCOL_VERSION}"):
         decode([MAGIC + bytes((version,)) + b"\1" + rest])
 
 
