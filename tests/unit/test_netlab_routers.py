@@ -413,9 +413,9 @@ def test_a_router_can_be_cut_off_and_stopped(lab: Lab) -> None:
         assert not select.select([first], [], [], SILENCE_S)[0]
         lab.heal()
         seen(a, first)
-    with pytest.raises(LabError, match="say it of home and first"):
+    with pytest.raises(LabError, match="name home and first instead"):
         lab.delay("a", "first", 1.0)
-    with pytest.raises(LabError, match="say it of inner and home"):
+    with pytest.raises(LabError, match="name inner and home instead"):
         lab.cut("deep", "home")
 
 
@@ -432,7 +432,7 @@ def test_addresses_are_those_seen_from_each_host(lab: Lab) -> None:
 
 
 def test_invalid_routers_are_refused(lab: Lab) -> None:
-    with pytest.raises(LabError, match="no router of the lab"):
+    with pytest.raises(LabError, match="not a router of the lab"):
         Lab(["a"], behind={"a": "home"})
     with pytest.raises(LabError, match="same name"):
         Lab(["a"], routers={"a": Router()})
