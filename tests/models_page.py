@@ -19,7 +19,7 @@ from tests.swarm.test_families import FAMILIES
 
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 SIDE = 4096
-"""Outputs and inputs of the weight whose bits per weight are shown."""
+"""The number of outputs and of inputs of the weight whose bits per weight the page shows."""
 
 IN_SAFETENSORS = {
     "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": CodeLayout(

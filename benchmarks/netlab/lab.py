@@ -138,12 +138,12 @@ class Lab:
             self._namespaces.clear()
 
     def address(self, host: str) -> str:
-        """The IPv4 address of a host in its network, such as `10.77.0.1`; a router's address in the network behind it."""
+        """The IPv4 address of a host in its network, such as `10.77.0.1`; a router's in the network behind it."""
         self._number(host)
         return gateway.ADDRESS if host in self.routers else self._addresses[host]
 
     def public_address(self, host: str) -> str:
-        """The source address of a host's packets at public hosts: the address of the host, or of its outermost router."""
+        """The source address of a host's packets at public hosts: that of the host, or of its outermost router."""
         self._number(host)
         return self._addresses[self._outwards(host)[-1]]
 

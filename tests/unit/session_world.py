@@ -801,7 +801,7 @@ class World:
         forks: tuple[Fork, ...] | None = None,
         tokens: Values = (),
     ) -> None:
-        """Sends chunks of new positions, each as (row or None for a new row, start, length, keep). tokens: the tokens of
+        """Sends chunks of new positions: (row or None for a new row, start, length, keep). tokens: the tokens of
         the first chunk."""
         given = tokens
         parts: list[Chunk] = []
