@@ -237,9 +237,7 @@ async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace
     left = await sessions_left([one for one in peers if one.process.poll() is None])
     wrong = [stream for stream in done if stream.text != alone[stream.topic]]
     print_table(done, killed_at, elapsed)
-    print(
-        f"\n{len(done)} answers, {len(wrong)} of them other than alone; {left:.0f} sessions left on the peers."
-    )
+    print(f"\n{len(done)} answers, {len(wrong)} of them other than alone; {left:.0f} sessions left on the peers.")
     for stream in wrong[:3]:
         print(f"\n{stream.topic}: {stream.text!r}\nalone: {alone[stream.topic]!r}")
     return int(bool(wrong) or left > 0)

@@ -388,9 +388,7 @@ def soak(
     print(f"{minutes:.1f} minutes, {PEERS} daemons, {CLIENTS} clients: {tally.answers} answers of {NEW_TOKENS} tokens")
     print(f"trouble: {dict(trouble.happened)}; repairs: {len(tally.repairs_ms)}, by cause {dict(tally.causes)}")
     if tally.repairs_ms:
-        print(
-            f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (max)"
-        )
+        print(f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (max)")
     print(f"blocks that no daemon served were served again after {restored_s:.0f} s")
     print(f"gradients of a LoRA that were compared: {tally.gradients}")
     print("| nobody got a token from, s | for, s | what sessions did (share of samples) |\n|---|---|---|")

@@ -83,7 +83,7 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # otherwise the fork server would not inherit this search path
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # else the fork server would not inherit it
         return self
 
     def __exit__(self, *_: object) -> None:

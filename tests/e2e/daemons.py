@@ -114,8 +114,8 @@ def daemons(
     *arguments: str,
     each: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[list[Daemon]]:
-    """Daemons that serve `spans` of a model in one swarm, which the first daemon starts. each: further arguments of each
-    daemon."""
+    """Daemons that serve `spans` of a model in one swarm, which the first daemon starts. each: further arguments of
+    each daemon."""
     with ExitStack() as stack:
         running: list[Daemon] = []
         for (start, end), own in zip(spans, each or [()] * len(spans), strict=True):
@@ -235,6 +235,7 @@ def expect_nothing_left(run: str) -> None:
 
 
 def _environment(folder: Path, run: str) -> dict[str, str]:
-    """This process's environment, but with a separate key, without a hub, and with the same output on every terminal."""
+    """This process's environment, but with a separate key, without a hub, and with the same output on every
+    terminal."""
     own = {"SPLITNET_KEY_FILE": str(folder / "key"), RUN_VARIABLE: run}
     return {**os.environ, **own, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100"}
