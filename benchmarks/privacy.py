@@ -11,7 +11,7 @@ like every peer. Four attacks:
 - search: position by position, the attacker computes the first blocks for candidates after the recovered text, and
   takes the candidate with the nearest activation. The attacker tries candidates in the order in which the model and
   the probe rank them, and stops at a candidate that is nearer than `NEAR`. The attacker knows the first token: every
-  chat begins with the same token. Without this knowledge the first token could not be recovered: it is an attention
+  chat begins with the same token. Without this knowledge the first token would be hard to recover: it is an attention
   sink, and a few channels in which tokens hardly differ dominate its activation;
 - logit lens: the attacker applies the final norm and the head to the activation, to predict the next token.
 

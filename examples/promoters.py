@@ -73,7 +73,7 @@ def main(name: str, address: str, steps: str = "50") -> None:
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=LAYERS)
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    print(f"before: {accuracy(model, tokenizer, held_out):.0%} of the held-out pieces are classified right", flush=True)
+    print(f"before: {accuracy(model, tokenizer, held_out):.0%} of the held-out pieces are right", flush=True)
     order: list[tuple[str, str]] = []
     for step in range(int(steps)):
         if len(order) < BATCH:

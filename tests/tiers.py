@@ -4,8 +4,8 @@ Marks of a test decide its tier:
 
 - `@pytest.mark.full`: the default tier leaves the test out.
 - `@pytest.mark.default_cases(family=("llama", "gpt2"))`: the default tier takes only cases with these values of the
-  parameters. If a test has several such marks, all of them apply. A mark of a file does not affect tests without these
-  parameters.
+  parameters. If a test has several such marks, a case must match one of them. A mark of a file does not affect tests
+  without these parameters.
 - The profile of the tier sets the number of examples of a property test, unless the test sets
   `settings(max_examples=examples(400))`.
 """
@@ -69,7 +69,9 @@ def in_default(item: pytest.Item) -> bool:
     for node, mark in item.iter_markers_with_node("default_cases"):
         unknown = mark.kwargs.keys() - parameters.keys()
         if node is item and unknown:
-            raise pytest.UsageError(f"{item.nodeid}: default_cases names {', '.join(unknown)}, which it lacks")
+            raise pytest.UsageError(
+                f"{item.nodeid}: default_cases names {', '.join(unknown)}, which are not parameters of the test"
+            )
         marks.setdefault(node, []).append(mark)  # pyright: ignore[reportArgumentType]
     return all(any(_takes(mark, parameters) for mark in some) for some in marks.values())
 

@@ -21,7 +21,7 @@ class Router:
 
     Args:
         mapping: whether a socket has one public port for all remotes, one for each address, or one for each address
-        and port (such a router is called symmetric).
+            and port (such a router is called symmetric).
         filtering: whether all remotes may send to a public port, or only the addresses to which the host has sent from
             this port, or only the addresses and ports to which the host has sent.
         random_ports: whether public ports are random; otherwise the public port equals the private port if it is free.
