@@ -3,9 +3,9 @@
     python -m benchmarks.agreement CHECKPOINT [--tokens 64] [--peers 3] [--codec NAME ...]
 
 Each prompt is continued greedily by plain transformers and by the peers (processes on this machine, every link with the
-codec under test). Two numbers per prompt: how many tokens are the same before the first difference, and how many of the
-reference's tokens the peers would choose themselves, each time after the reference's text so far. The second number
-says more about the codec, because both texts diverge after one different token, and both can be good.
+codec under test). Two numbers per prompt: how many tokens are equal before the first difference, and how many tokens of
+the reference (plain transformers) the peers would choose, too, each time after the reference's text so far. The second
+number says more about the codec, because both texts diverge after one different token, and both can be good.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Agreement:
 
 
 def continue_greedily(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:
-    """`[1, prompt]` -> `[1, prompt + tokens]`, past any end token."""
+    """Continues `[1, prompt]` to `[1, prompt + tokens]`, even after an end token."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="hub id or folder of a checkpoint")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--peers", type=int, default=3)
-    parser.add_argument("--codec", action="append", choices=list(CODECS), help="only this one; may be repeated")
+    parser.add_argument("--codec", action="append", choices=list(CODECS), help="only this codec; may be repeated")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
@@ -85,7 +85,7 @@ def main() -> None:
     for name, prompt in PROMPTS.items():
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         references[name] = Reference(continue_greedily(local, ids, arguments.tokens), ids.shape[1])
-    print(f"Of {arguments.tokens} tokens: the same before the first other one / chosen after the reference's text.")
+    print(f"Of {arguments.tokens} tokens: equal before the first difference / chosen after the reference's text.")
     print()
     print(f"| codec | {' | '.join(references)} | all |")
     print(f"|---|{'---|' * (len(references) + 1)}")

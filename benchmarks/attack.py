@@ -1,9 +1,10 @@
-"""Honest clients during every known attack, against a swarm and a gateway of real daemons on this machine.
+"""Runs every known attack against a swarm and a gateway of real daemons on this machine, while honest clients use them.
 
-Two daemons serve each half of the model, and a gateway serves it over HTTP. Honest clients compare every answer with
-that of plain transformers: first alone, then during one attack after another, then alone again. Each attack of
-tests/attacks has one key and a separate process of low priority. Prints the duration of the slowest twentieth of the
-honest tokens, as a multiple of the undisturbed one, and the most memory of a process of the swarm.
+Two daemons serve each half of the model, and a gateway serves the model over HTTP. Honest clients compare every answer
+with the answer of plain transformers: first without an attack, then during one attack after another, then again without
+an attack. Each attack of tests/attacks has one key and runs in a separate process of low priority. For each attack, the
+benchmark prints the 95th percentile of the honest clients' time per token, as a multiple of the undisturbed one, and
+the largest memory of a process of the swarm.
 
     make attack [MINUTES=10] [MODEL=...]
 """
@@ -48,7 +49,7 @@ from splitnet.wire.endpoints import Endpoint
 from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights
 
 CLIENTS = 1
-"""Besides the gateway's: together with the attacker they keep two cores busy."""
+"""Honest clients besides the client of the gateway: together with the attacker they keep two cores busy."""
 HALVES = 2
 REPLICAS = 2
 KV_MEMORY = "128MiB"
@@ -58,16 +59,17 @@ LOOK_S = 0.2
 CALM_S = 45.0
 START_TIMEOUT_S = 120.0
 MOST_SLOWER = 1.5
-"""Limit of the slowest twentieth of an honest client's tokens, as a multiple of the undisturbed one."""
+"""Limit of the 95th percentile of honest clients' time per token, as a multiple of the undisturbed one."""
 MOST_GROWTH_MIB = 512
-"""Limit of additional memory of a process. Of a daemon: KV and training memory, and 128 MiB of waiting steps."""
+"""Limit of the additional memory of a process. A daemon needs it for KV and training memory, and 128 MiB of waiting
+steps."""
 LONG_PASSES = "passes as long as the context"
 LONG_PASS = 2048
-"""Positions. No account includes the memory of their backward pass, see `pass_mib`."""
+"""Positions of a long pass. No memory account includes the memory of its backward pass, see `pass_mib`."""
 REQUESTS = 16
 """Concurrent requests to the gateway, which keeps a thread for each."""
 MOST_DESCRIPTORS, MOST_THREADS = 16, 4
-"""Limits of additional descriptors and threads at the end; besides `REQUESTS`."""
+"""Limits of additional descriptors and threads at the end, on top of `REQUESTS`."""
 
 
 @dataclass
@@ -82,7 +84,8 @@ class Phase:
     gateway_s: list[float] = field(default_factory=list)
     most_mib: dict[str, float] = field(default_factory=dict)
     least: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Fewest descriptors and threads of each process, because links under measurement open and close."""
+    """The fewest descriptors and threads of each process in the phase; the number varies, as links are opened for
+    measurements and closed."""
     attacker_cores: float = 0.0
     """Processor seconds of the attacker per second."""
 
@@ -114,7 +117,7 @@ class TokenTimes:
 
 
 class Honest:
-    """Clients with a key each, in threads, that ask and compare until they are stopped."""
+    """Honest clients in threads, each with its own key, that request and compare answers until they are stopped."""
 
     def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
         self.phase = Phase("none")
@@ -149,7 +152,7 @@ class Honest:
                     max_new_tokens=question.answer.shape[1] - question.prompt.shape[1],
                     do_sample=False,
                     speculate=None,
-                    streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one phase and end in the next
+                    streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one phase and end in the next one
                 )
             except SplitnetError as error:
                 phase.errors.append(str(error))
@@ -232,10 +235,10 @@ class Target:
     """The knowledge of an attacker.
 
     Attributes:
-        addresses: of nodes of the DHT.
-        peer: a daemon's, which serves `blocks` and has memory for `free_positions`.
-        facts: of the model.
-        url: of the gateway.
+        addresses: addresses of DHT nodes.
+        peer: the endpoint of a daemon that serves `blocks` and has memory for `free_positions`.
+        facts: the facts of the model.
+        url: the URL of the gateway.
         key: the attacker's own API key.
     """
 
@@ -249,7 +252,7 @@ class Target:
 
 
 def compute(seconds: float) -> int:
-    """Keeps one core busy without connections, as a baseline: others lose this much to the shared machine."""
+    """A baseline: keeps one core busy without connections, which shows the slowdown by sharing the machine alone."""
     until, rounds = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         rounds += sum(range(10_000)) > 0
@@ -355,7 +358,7 @@ def is_up(url: str) -> bool:
 
 
 def pass_phase(phase: Phase, seen: Sequence[Any], seconds: float) -> Phase:
-    """Records observations of this phase for some seconds."""
+    """Records observations in `phase` for some seconds."""
     for one in seen:
         one.phase = phase
     time.sleep(seconds)
@@ -404,11 +407,11 @@ def report_left(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, 
 
 
 def pass_mib(checkpoint: Checkpoint, blocks: int) -> float:
-    """MiB that the backward pass of one long sequence takes in a daemon outside its accounts; one pass is computed at a
-    time.
+    """The memory, in MiB, that the backward pass of one long sequence takes in a daemon outside its memory accounts. A
+    daemon computes one pass at a time.
 
-    That is the kept tensors of all blocks within the limit, the saved tensors of one more block, and the scores of
-    attention.
+    The pass needs the kept tensors of all blocks within the limit, the saved tensors of one more block, and the
+    attention scores.
     """
     passes = SpanPasses(Span.load(checkpoint, 0, 1, weights="float32"))
     hidden = torch.zeros(LONG_PASS, checkpoint.hidden_size)
@@ -418,7 +421,7 @@ def pass_mib(checkpoint: Checkpoint, blocks: int) -> float:
 
 
 def failures_of(phases: Sequence[Phase], calm: Phase, pass_mib: float) -> list[str]:
-    """The failed checks; `pass_mib`: what long passes may take in a daemon, which keeps it for a while."""
+    """The failed checks. pass_mib: memory that long passes may take in a daemon, which keeps the memory for a while."""
     failures: list[str] = []
     most_growth = dict.fromkeys(calm.most_mib, float(MOST_GROWTH_MIB))
     for phase in phases:
@@ -427,7 +430,7 @@ def failures_of(phases: Sequence[Phase], calm: Phase, pass_mib: float) -> list[s
         if phase.wrong:
             failures.append(f"{phase.name}: {phase.wrong} answers were wrong")
         if phase.errors:
-            failures.append(f"{phase.name}: {len(phase.errors)} answers were lost, the first by: {phase.errors[0]}")
+            failures.append(f"{phase.name}: {len(phase.errors)} answers were lost, the first with: {phase.errors[0]}")
         if not phase.slow_ms <= MOST_SLOWER * calm.slow_ms:
             failures.append(f"{phase.name}: tokens took {phase.slow_ms / calm.slow_ms:.2f} x as long")
         for name, mib in phase.most_mib.items():
@@ -443,7 +446,7 @@ def failures_of(phases: Sequence[Phase], calm: Phase, pass_mib: float) -> list[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id; the demo's if not given")
+    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id (default: the demo's model)")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--only", nargs="+", choices=ATTACKS, help="these attacks alone")
     parser.add_argument("--attack", choices=ATTACKS, help=argparse.SUPPRESS)  # in a separate process
@@ -454,7 +457,7 @@ def main() -> int:
     folder = arguments.checkpoint or str(demo_checkpoint())
     checkpoint = Checkpoint.open(folder)
     if arguments.attack:
-        os.nice(10)  # its work should not slow the swarm, which in reality runs on other machines
+        os.nice(10)  # the attacker's work should not slow the swarm, which in reality runs on other machines
         given = json.loads(arguments.target)
         peer = Endpoint(given["peer"], PublicKey.parse(given["peer_key"]))
         target = Target(

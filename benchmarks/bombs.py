@@ -1,9 +1,9 @@
-"""Small requests that unfold, sent to `splitnet serve` next to honest streams; prints Markdown.
+"""Sends small requests that expand to large ones to `splitnet serve`, next to honest streams; prints Markdown.
 
     python -m benchmarks.bombs CHECKPOINT [--bombs 64] [--at-once 16] [--streams 8]
 
-Two daemons with half of the blocks each and a gateway with two API keys. One key keeps `--streams` streams open at all
-times; the other sends `--bombs` requests of all kinds in `tests/attacks/gateway.py:bombs_of` through all APIs,
+Runs two daemons with half of the blocks each, and a gateway with two API keys. One key keeps `--streams` streams open
+at all times; the other sends `--bombs` requests of all kinds in `tests/attacks/gateway.py:bombs_of` through all APIs,
 `--at-once` at a time. Gaps are the ms between two events of a stream, first without the bombs, then with them.
 """
 
@@ -31,7 +31,7 @@ QUIET_S = 10.0
 
 
 class Stream(threading.Thread):
-    """Consecutive honest streams. gaps: seconds between two events, in the order of their ends."""
+    """Requests honest streams, one after the other. gaps: seconds between two events, in the order of their ends."""
 
     def __init__(self, url: str, model: str, over: threading.Event) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
-"""Bytes of a client on the wire outside its sessions: pings, probes, and the directory.
+"""Counts the bytes that a client sends and receives outside its sessions: pings, probes, and the directory.
 
-Counts the traffic of the loopback device, with the headers of TCP and IP: run it where no other program uses the
-loopback device, as in a separate network namespace (Linux):
+The count is that of the loopback device, including the headers of TCP and IP. Run the benchmark where no other program
+uses the loopback device, such as in a separate network namespace (Linux):
 
     unshare -rn sh -c 'ip link set lo up; exec python -m benchmarks.client_bytes [--nodes 8] [--peers 100]'
 
-With `--minutes` it counts the traffic of a whole client in each of this many minutes instead. The client joins through
-one of the `--peers`, which only answer, plans a route, and keeps its links as a session does, without any computation.
-`--busy`: every record reports another load every 15 s; otherwise loads never change.
+With `--minutes`, the benchmark instead counts the traffic of a whole client in each of this many minutes. There are
+`--peers` peers, which only answer; nothing is computed. The client joins through one of them, plans a route, and keeps
+its links open as a session does. `--busy`: every record reports another load every 15 s; otherwise loads never change.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STARTED_AT = time.time()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=8, help="of the DHT")
-    parser.add_argument("--peers", type=int, default=100, help="that it has records of")
+    parser.add_argument("--peers", type=int, default=100, help="peers that the client has records of")
     parser.add_argument("--minutes", type=int, default=0)
     parser.add_argument("--busy", action="store_true")
     arguments = parser.parse_args()
@@ -132,7 +132,7 @@ def directory(nodes: int, peers: int) -> None:
         times = 5
         read = passed(lambda: [look() for _ in range(times)]) - idle * (time.monotonic() - began)
     print(
-        f"a look at the DHT of {nodes} nodes: {found} of {peers} records, {read / times / 1e3:.0f} KB, "
+        f"a look-up in the DHT of {nodes} nodes: {found} of {peers} records, {read / times / 1e3:.0f} KB, "
         f"{read / times / max(found, 1):.0f} bytes a record; idle {idle:.0f} bytes/s, {without:.0f} without this client"
     )
 
@@ -165,7 +165,7 @@ def minutes(count: int, number: int, *, busy: bool) -> None:
 
 
 class IdleSession:
-    """A session with a route and without work."""
+    """A session that has a route but does no work."""
 
     id = bytes(range(16))
 
@@ -206,7 +206,7 @@ class AnsweringPeers:
             thread.start()
 
     def records(self, model: str, depth: int) -> list[PeerRecord]:
-        """The records that every peer knows."""
+        """The records of all peers, which every peer knows."""
         return list(self._records.values()) if model else []
 
     def send(self, destination: Connection, message: Message) -> None:
@@ -305,7 +305,7 @@ def record_of(key: Identity, **facts: object) -> PeerRecord:
 
 
 def passed(work: Callable[[], object]) -> float:
-    """Bytes through the loopback device during `work`."""
+    """The number of bytes that pass through the loopback device during `work`."""
     before = counted()
     work()
     time.sleep(0.2)  # late acknowledgements count, too

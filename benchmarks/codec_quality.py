@@ -2,8 +2,8 @@
 
     python -m benchmarks.codec_quality CHECKPOINT [--text FILE] [--cuts 10 20] [--cuts 5 25] [--tokens 1024]
 
-The model runs whole; at each cut the codec under test encodes and decodes the output of the block before it, as between
-two peers. Each result is compared with the same model without codecs.
+The model runs whole; at each cut the codec under test encodes and decodes the activations, as between two
+peers. Each result is compared with the same model without codecs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Quality:
     divergence: float
     """Mean Kullback-Leibler divergence of the next-token distribution from the exact one, in nats."""
     top1: float
-    """Share of positions whose most likely next token is the exact model's."""
+    """Share of positions at which the most likely next token is that of the exact model."""
     perplexity: float
 
 

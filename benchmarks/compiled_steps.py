@@ -1,11 +1,11 @@
-"""The cost of a decode step in a family's own code and compiled, for families with compiled steps; prints Markdown.
+"""Compares decode steps in a family's own code with compiled steps, for families that have these; prints Markdown.
 
     python -m benchmarks.compiled_steps [--families cohere gemma2] [--weights int8] [--hidden 512] [--blocks 6]
                                         [--context 64]
 
 Models are random. Both versions run in turns through the same blocks, with one thread, after --context positions. The
-table has the fastest of all steps, and the median. Latent attention has the sizes of heads and latents of DeepSeek-V3.
-Difference: the largest between the outputs, as a share of the largest output.
+table has the times of the fastest and the median step. For latent attention, the sizes of heads and latents are those
+of DeepSeek-V3. Difference: the largest difference between the outputs, as a share of the largest output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LATENTS = {
 
 
 def load(family: str, folder: Path, arguments: argparse.Namespace) -> Span | None:
-    """All blocks of a random model; None: the family has no compiled steps with these weights."""
+    """A span of all blocks of a random model; None: the family has no compiled steps with these weights."""
     sizes = SIZES.get(family, {})
     if "kv_lora_rank" in sizes:
         sizes = _LATENTS if arguments.weights in INTEGERS else {**_LATENTS, "first_k_dense_replace": arguments.blocks}
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--families", nargs="+", default=[name for name, family in FAMILIES.items() if family.native_step]
     )
-    parser.add_argument("--weights", default="float32", help="what they are held as")
+    parser.add_argument("--weights", default="float32", help="weight format")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--context", type=int, default=64, help="positions that a step attends to")

@@ -1,9 +1,9 @@
-"""A batch of embeddings against the prefill of one prompt of equal length, through the same peers; prints Markdown.
+"""Compares a batch of embeddings with the prefill of one prompt, in tokens/s through the same peers; prints Markdown.
 
     python -m benchmarks.embeddings CHECKPOINT [--texts 64] [--tokens 128] [--prompt 2048] [--weights auto] [--rounds 5]
 
-Two daemons of one thread each have half of the blocks each, on this machine. The gateway is asked for embeddings of
-`--texts` texts of `--tokens` random tokens, and in turns for one token after a prompt of `--prompt` random tokens.
+Two daemons of one thread each have half of the blocks each, on this machine. The gateway is asked in turns for
+embeddings of `--texts` texts of `--tokens` random tokens, and for one token after a prompt of `--prompt` random tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="of each text")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("--weights", default="auto", help="of the peers, and of the head")
+    parser.add_argument("--weights", default="auto", help="weight format of the peers and of the head")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     arguments.streams = 2

@@ -3,13 +3,13 @@
     python -m benchmarks.experts --shape qwen3-30b-fp8 [--blocks 9] [--peers 3] [--threads 2] [--rounds 3]
                                  [--context 100 8000] [--clients 1 8] [--prefill 512] [--tokens 48]
 
-The checkpoint has the sizes of the named model, but fewer blocks and a small vocabulary, and is generated (`--keep
-FOLDER` keeps it). Prints the bytes of the blocks in the files, and the memory of the daemons above libraries; then, for
-every case, tokens per second and ms per token. "Of bandwidth" is the share of the ms per token that the machine needs
-to read the bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon,
-before or after the rounds, whichever was faster. `--in-process` also runs all blocks as one span in this process,
-without hops; `--sequences N` prints the memory of N more sequences of each context in the daemons, and `--drafts`
-compares answers with and without drafts.
+The benchmark generates a checkpoint with the sizes of the named model, but fewer blocks and a small vocabulary (`--keep
+FOLDER` keeps it). Prints the bytes of the blocks in the files, and the memory of the daemons without that of the
+libraries; then, for every case, tokens per second and ms per token. "Of bandwidth": the time that the machine needs to
+read the bytes that a token really reads (attention, router, chosen experts, head), as a share of the time per token.
+This reading is timed with as many threads as a daemon has, before and after the rounds; the faster time counts.
+`--in-process` also runs all blocks as one span in this process, without hops; `--sequences N` prints the memory of N
+more sequences of each context in the daemons, and `--drafts` compares answers with and without drafts.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Shape:
         config: values of its config.
         store: returns the tensors of a linear layer, by the end of their names.
         quantization: the config's `quantization_config`.
-        chosen: number of experts that a token reads.
-        experts: number of experts.
-        stacked: returns the tensors of all experts at once, for checkpoints that store them so.
+        chosen: number of experts that are chosen for a token.
+        experts: number of all experts.
+        stacked: returns the tensors of all experts at once, for checkpoints that store them together.
     """
 
     family: str
@@ -200,7 +200,7 @@ def block(shape: Shape, config: Any, kind: str, norm: Callable[..., torch.Tensor
     """The tensors of one block, by the last part of their names."""
     hidden, size = config.hidden_size, config.head_dim
     next_ = shape.family == "qwen3_next"
-    one = 0.0 if next_ else 1.0  # norms of this family add one
+    one = 0.0 if next_ else 1.0  # norms of this family add one to their weight
     tensors = {f"{name}_layernorm.weight": norm(hidden, one) for name in ("input", "post_attention")}
 
     def add(path: str, found: Tensors) -> None:
@@ -288,14 +288,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--peers", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of each daemon, of which one works at a time")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each daemon; one daemon works at a time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--context", type=int, nargs="+", default=[100])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
-    parser.add_argument("--keep", type=Path, help="folder to write the checkpoint to, or where it is")
-    parser.add_argument("--sequences", type=int, default=0, help="whose memory is measured")
+    parser.add_argument("--keep", type=Path, help="folder for the checkpoint, or with an existing one")
+    parser.add_argument("--sequences", type=int, default=0, help="number of sequences whose memory is measured")
     parser.add_argument("--drafts", action="store_true", help="answer a prompt that repeats itself with drafts, too")
     parser.add_argument("--in-process", action="store_true", help="time a span of all blocks, too")
     arguments = parser.parse_args()
@@ -322,7 +322,7 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
         f"{arguments.shape}, {checkpoint.num_blocks} blocks, {arguments.peers} daemons of {arguments.threads} threads."
     )
     print(f"Ready after {ready:.0f} s.")
-    print(f"Blocks: {in_files / MIB:.0f} MiB in files; daemons above libraries: {held / MIB:.0f} MiB", end="")
+    print(f"Blocks: {in_files / MIB:.0f} MiB in files; daemons without libraries: {held / MIB:.0f} MiB", end="")
     print(f" ({held / in_files:.2f} x). A token reads {read / MIB:.0f} MiB.")
     swarm = stack.enter_context(Swarm(ModelFacts.of(checkpoint), [address]))
     torch.set_num_threads(arguments.threads)
@@ -340,26 +340,27 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     if arguments.drafts:
         report_drafts(model, arguments.tokens, arguments.rounds)
     if arguments.in_process:
-        daemons.__exit__(None, None, None)  # the memory may not suffice for both
+        daemons.__exit__(None, None, None)  # the memory may not suffice for daemons and this span
         blocks_ms = decode_ms(checkpoint, arguments.tokens)
         of_blocks = read - checkpoint.store.tensor_facts(["lm_head.weight"])["lm_head.weight"].nbytes
         print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
 
 
 def report_memory(model: RemoteCausalLM, daemons: LocalSwarm, sizes: ModelSizes, context: int, many: int) -> None:
-    """Prints the daemons' growth with concurrent sequences, and the memory by their records."""
+    """Prints the memory that concurrent sequences add to the daemons, and the memory computed from the model's
+    sizes."""
     prompt = torch.randint(VOCABULARY, (1, context))
     with ExitStack() as open_sessions:
         used: list[int] = []
         for index in range(many + 1):
             open_sessions.enter_context(model.session())
             model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)
-            if index in (0, many):  # the first also allocates memory for passes, which stays
+            if index in (0, many):  # the first sequence also allocates memory for passes, which stays
                 used.append(sum(psutil.Process(process.pid).memory_full_info().uss for process in daemons.processes))
     states = sizes.num_blocks * sizes.state_bytes / MIB
     told = sizes.num_blocks * sizes.kv_bytes * (context + 2) / MIB + states
     grown = (used[1] - used[0]) / many / MIB
-    print(f"A sequence of {context} takes {grown:.1f} MiB; told: {told:.1f} MiB, of which {states:.1f} are states.")
+    print(f"A sequence of {context} takes {grown:.1f} MiB; computed: {told:.1f} MiB, of which {states:.1f} are states.")
 
 
 def report_drafts(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
@@ -378,7 +379,7 @@ def report_drafts(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
                 speculate=speculate,
             )
             texts.add(tuple(text[0].tolist()))
-            if index:  # the first warms up
+            if index:  # the first round warms up
                 found.append(1000 * (clock.times[-1] - clock.times[0]) / (tokens - 1))
     off, drafts = (statistics.median(found) for found in speeds.values())
     same = "the same text" if len(texts) == 1 else "ANOTHER TEXT"

@@ -1,14 +1,14 @@
 """How long a text pauses when a hop is lost, and whether it continues with the same tokens.
 
-Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; root on Linux). One
-answer is generated undisturbed, then again with trouble at the first, middle or last hop after some tokens:
+Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; needs root on
+Linux). An answer is generated undisturbed, then again with trouble at the first, middle or last hop after some tokens:
 
-    kill    its program dies (kill -9)
-    hang    its program stops (SIGSTOP)
-    cut     its host loses the network, without notice to others
-    link    it loses only the link to the hop that sends to it
-    slow    its program gets one hundredth of the time
-    leave   its program is told to end (SIGTERM)
+    kill    the hop's program dies (kill -9)
+    hang    the hop's program stops (SIGSTOP)
+    cut     the hop's host loses the network, without notice to others
+    link    only the link from the previous hop is lost
+    slow    the hop's program runs only one hundredth of the time
+    leave   the hop's program gets SIGTERM
 
     sudo .venv/bin/python -m benchmarks.failover CHECKPOINT [--context 100 1000] [--trouble kill hang ...] [--delay MS]
 """
@@ -42,26 +42,26 @@ TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 HOPS = ("first", "middle", "last")
 NEW_TOKENS = 40
 AFTER = 16
-"""Tokens before the trouble, so that the client knows the usual time of a step."""
+"""The number of tokens before the trouble: enough for the client to know the usual time of a step."""
 SLOW_CYCLE_S = 0.1
 SLOW_SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer with trouble in it."""
+    """Measurements of one answer with trouble."""
 
     to_next_ms: float
-    """From the trouble to the next token."""
+    """Ms from the trouble until the next token."""
     usual_ms: float
     lost_ms: float
-    """Additional time of all tokens after the trouble."""
+    """Additional ms of all tokens after the trouble, compared with the undisturbed answer."""
     repairs: list[Recovered]
     same: bool
 
     @property
     def found_ms(self) -> float:
-        """Until the repair began; only if one step contains the whole repair."""
+        """Ms from the trouble until the repair began; valid only if one step contains the whole repair."""
         return self.to_next_ms - sum(repair.total_ms for repair in self.repairs) - self.usual_ms
 
 
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--delay", type=float, default=0.0, help="ms one way between any two hosts")
-    parser.add_argument("--weights", default="float32", help="of the peers; stored: as the checkpoint has them")
+    parser.add_argument("--weights", default="float32", help="weight format of the peers; stored: as in the checkpoint")
     parser.add_argument("--random", action="store_true", help="random prompts, for models without a tokenizer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def main() -> int:
     spans = {f"{name}{twin}": (edges[index], edges[index + 1]) for twin in "ab" for index, name in enumerate(HOPS)}
     try:
         with Lab(["client", *spans], delay_ms=arguments.delay) as lab, lab.inside("client"):
-            # The DHT has a separate node here, because any of the daemons may die.
+            # The DHT gets a node on the client's host, because any of the daemons may die.
             directory = DhtDirectory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             with LabPeers(lab, arguments.checkpoint, spans, options, join=directory.addresses[0]) as peers:
                 print_header()
@@ -150,7 +150,7 @@ def disturbed(
 
 @contextmanager
 def ending() -> Iterator[list[Callable[[], None]]]:
-    """Collects actions for the end."""
+    """Yields a list for actions, and runs them at the end."""
     actions: list[Callable[[], None]] = []
     try:
         yield actions

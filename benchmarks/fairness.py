@@ -1,8 +1,8 @@
 """The effect of one client's load on another client's tokens: one daemon of one thread, clients in separate processes.
 
-The measured client has one session, which decodes one token after the other. In turns it runs alone, next to an equal
-client, a client with 64 sessions, a client with long prompts, and a client that trains. The last column is a multiple
-of the time next to an equal client.
+The measured client has one session, which decodes one token after the other. It runs in turns alone, next to an equal
+client, next to a client with 64 sessions, next to one with long prompts, and next to one that trains. The last column
+is the time per token as a multiple of the time next to an equal client.
 
     python -m benchmarks.fairness CHECKPOINT [--seconds 10] [--think 0 10] [--rounds 2]
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--think", type=float, nargs="*", default=[0.0, 10.0], help="ms between an answer and a step")
+    parser.add_argument("--think", type=float, nargs="*", default=[0.0, 10.0], help="ms before the next step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--loads", nargs="*", default=list(LOADS), choices=list(LOADS))
     arguments = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
             [record] = swarm.peers(fresh=True)
         endpoint = Endpoint(record.address, record.key)
         print(f"{facts.name}; ms of a pass per block: {[round(value, 2) for value in record.block_ms]}")
-        print("| think, ms | beside | ms per token: mean | median | 95 % | most | the other's per s | times equal |")
+        print("| think, ms | beside | ms per token: mean | median | 95 % | most | other's work per s | times equal |")
         print("|---|---|---|---|---|---|---|---|")
         for think_ms in arguments.think:
             seen: dict[str, list[float]] = {load: [] for load in arguments.loads}

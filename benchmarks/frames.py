@@ -1,8 +1,8 @@
-"""Mutated frames against a peer, a client and a node of the DHT: whether they survive, and their memory.
+"""Sends mutated frames to a peer, a client and a node of the DHT: whether these survive, and how much memory they use.
 
-Each target is a separate process on this machine, with a small random model. Frames are honest ones, changed, cut,
-joined and sent again (`tests/attacks/frames.py`, `hop.py`, `requests.py`). The node's functions are also called without
-a network, which is faster.
+Each target is a separate process on this machine, with a small random model. Frames are those of honest messages,
+changed, cut, joined and sent again (`tests/attacks/frames.py`, `hop.py`, `requests.py`). The node's functions are also
+called without a network, which is faster.
 
     python -m benchmarks.frames [--seconds 60] [--at peer client node functions port]
 """
@@ -37,7 +37,7 @@ from tests.unit.random_models import random_checkpoint
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LOOK_S = 0.2
 BEGINS_S = 5.0
-"""Seconds after which a process's memory counts as the baseline: imports and first answers are done."""
+"""Seconds after which the memory of a process counts as the baseline: by then, imports and first answers are done."""
 
 
 class Watched:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu MODEL [--device auto] [--blocks 0:8] [--kinds bfloat16 int8 int4]
 
-A decode step is one position of one session. "bandwidth" is the rate of a copy within the device's memory; a step has
-to read all weights once at this rate. "graph" is the number of sessions that a step replayed from CUDA graphs may have.
-Times come from events on the device, or from the clock after it has finished; the median counts. The benchmark needs a
-GPU.
+A decode step computes one position of one session. "share of bandwidth" compares the rate at which a step reads the
+weights, each once, with the rate of a copy within the device's memory. "graph"
+is the largest number of sessions for which a step is replayed from a CUDA graph. Times come from events on the device,
+or from the clock after the device has finished; each figure is a median. The benchmark needs a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HEADER = "| kind | ms/token | bytes | share of bandwidth | prefill tokens/s | gr
 
 
 def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Ms of `work` on the device."""
+    """The time that `work` takes on the device, in ms."""
     seconds_after_work(device)
     watch = Stopwatch(device)
     work()
@@ -39,7 +39,7 @@ def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def bytes_per_ms(device: torch.device) -> float:
-    """Bytes that a copy reads and writes per ms."""
+    """The number of bytes that a copy within the device's memory reads and writes per ms."""
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [milliseconds(device, lambda: target.copy_(source)) for _ in range(COPIES)]
@@ -47,7 +47,7 @@ def bytes_per_ms(device: torch.device) -> float:
 
 
 def measured(span: Span, positions: int, steps: int, bandwidth: float) -> str:
-    """The cells of a row after its kind."""
+    """The cells of a table row that follow the weight format."""
     prompt, token = torch.randn(positions, span.hidden_size), torch.randn(1, span.hidden_size)
     prefills = []
     for _ in range(PREFILLS):
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder, hub id or GGUF file")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--blocks", default=None, metavar="START:END", help="all, if not given")
+    parser.add_argument("--blocks", default=None, metavar="START:END", help="default: all blocks")
     parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int8", "int4"])
     parser.add_argument("--positions", type=int, default=512, help="of a prompt")
     parser.add_argument("--steps", type=int, default=64)

@@ -1,11 +1,11 @@
-"""The speed of products of a few rows with weights in the codes of checkpoints; prints Markdown.
+"""The speed of products of a few rows with weights that are held as codes of checkpoints; prints Markdown.
 
     python -m benchmarks.grouped [--threads 1 2] [--rows 1 8] [--rounds 20] [--shape 4096 4096] [--layouts Q4_K MXFP4]
     python -m benchmarks.grouped --paths avx512 avx2 --shape 5632 2048
 
-Each layout has enough different matrices to exceed every cache. "GB/s" counts the held bytes; "of bandwidth" is
-relative to sums over parts of a long vector in the same rounds. Paths run in turns. Each round counts its fastest
-product and its fastest sum; the result is the median of the rounds. Codes are random.
+Each layout has enough different matrices to exceed every cache. "GB/s" counts the bytes of the held weights; "of
+bandwidth" is relative to sums over parts of a long vector in the same rounds. Code paths run in turns. In each round
+the fastest product and the fastest sum count; the result is the median of the rounds. Codes are random.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Case:
 
 
 def hold(layout: CodeLayout, arguments: argparse.Namespace) -> list[BlockQuantWeight]:
-    """Matrices for the path in use."""
+    """Matrices in the form for the code path in use."""
     outputs, inputs = arguments.shape
     count = max(2, -(-arguments.mib * 2**20 // held_bytes(layout, outputs, inputs)))
     first = hold_stored([random_matrix(layout, outputs, inputs)], torch.device("cpu"))
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="outputs and inputs of each matrix")
-    parser.add_argument("--mib", type=int, default=128, help="of all matrices of a layout together, at least")
+    parser.add_argument("--mib", type=int, default=128, help="minimum size of all matrices of a layout together")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--paths", nargs="+", default=[native.path_in_use()])
     arguments = parser.parse_args()

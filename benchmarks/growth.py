@@ -1,4 +1,4 @@
-"""Speed by the number of hops, the length of the context, and the number of clients.
+"""How the speed depends on the number of hops, the length of the context, and the number of clients.
 
 Daemons of one thread each share the blocks of a checkpoint evenly, on this machine; clients generate as in `splitnet
 bench`. Codecs run in turns, round by round. Prints a table and draws a picture for each part.
@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 class Point(NamedTuple):
-    """The position of a case on the axis."""
+    """A case at its position on the axis."""
 
     at: int
     measured: Measured
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--context", type=int, nargs="+", default=[128, 512, 2048, 8000])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--peers", type=int, default=3, help="daemons where their number is not what changes")
+    parser.add_argument("--peers", type=int, default=3, help="daemons in the parts context and clients")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--codecs", nargs="+", default=["none", "int8"])
@@ -110,7 +110,7 @@ def arms(checkpoint: Checkpoint, peers: int, codecs: Sequence[str]) -> Iterator[
 
 
 def print_table(axis: str, points: Sequence[Point]) -> None:
-    """In markdown; medians over the rounds, and the range of the first column."""
+    """Prints a table in Markdown: medians over the rounds, and the range of the first column."""
     print(f"\n| {axis} | codec | {' | '.join(COLUMNS)} |")
     print("|---" * (2 + len(COLUMNS)) + "|")
     for point in points:

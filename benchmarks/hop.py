@@ -1,16 +1,17 @@
 """The cost of a decode token beyond reading weights, by part: its blocks, the hops, the client and its head.
 
 Two routes through the same blocks run in turns, on loopback with CURVE on: one peer with all blocks, and several peers
-with a part each. Each peer is a separate process. For every token the client knows its total time and the time of the
-devices (steps and results carry it); the rest is added by the hops and the client: codecs, messages, sockets,
-encryption, threads and dispatch. The difference between the routes, per additional peer, is the cost of one hop. Then
-whole tokens are generated through the longer route; time outside of their steps is the client's.
+with a part each. Each peer is a separate process. For every token the client knows the total time and the time on the
+devices, which steps and results carry. The rest is the time that the hops and the client add: codecs, messages,
+sockets, encryption, threads and dispatch. The difference between the routes, per additional peer, is the cost of one
+hop. Then whole answers are generated through the longer route; the time outside of their steps is the client's.
 
     python -m benchmarks.hop CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
     python -m benchmarks.hop --random 0.5b [--weights int8] ...
 
-Every token gives the blocks the same activations. "Reading" is the time in which one thread reads as many bytes as the
-weights of the blocks and the head have (a sum over a long vector; the fastest of several before and after).
+Every token sends the same activations through the blocks. "Reading" is the time in which one thread reads as many bytes
+as the weights of the blocks and the head have (a sum over a long vector, the fastest of several before and after the
+rounds).
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def main() -> None:
     parser.add_argument("--hops", type=int, default=3, help="peers of the longer route")
     parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--weights", default="float32", help="of peers and of the head; stored: as they are")
-    parser.add_argument("--threads", type=int, default=1, help="of each daemon; the client has one")
-    parser.add_argument("--codec", default="auto", help="of every link; auto chooses by cost, as clients do")
+    parser.add_argument("--weights", default="float32", help="weight format of peers and head; stored: as in the file")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each daemon; the client has one")
+    parser.add_argument("--codec", default="auto", help="codec of every link; auto: by cost, as clients choose")
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.random is None):
         parser.error("give a checkpoint or --random")
@@ -132,7 +133,7 @@ def report(rounds: dict[int, list[Token]]) -> None:
         (long.rest_ms - short.rest_ms) / (longer - shorter)
         for short, long in zip(rounds[shorter], rounds[longer], strict=True)
     ]
-    print("| route | ms per token | of it on the devices | rest |")
+    print("| route | ms per token | on the devices | rest |")
     print("|---|---|---|---|")
     for hops, tokens in rounds.items():
         medians = [statistics.median(getattr(token, name) for token in tokens) for name in Token.__dataclass_fields__]
@@ -149,7 +150,7 @@ def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
     prompt = torch.randint(model.config.vocab_size, (1, 8))
     totals: list[float] = []
     for index in range(rounds + 1):
-        if index == 1:  # the first warms up
+        if index == 1:  # the first answer warms up
             totals.clear()
             for part in timed:
                 part.ms.clear()

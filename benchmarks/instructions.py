@@ -1,10 +1,10 @@
-"""Instructions of the kernels for ARM per weight, counted under emulation; prints Markdown.
+"""Counts the instructions per weight of the kernels for ARM, under emulation; prints Markdown.
 
     python -m benchmarks.instructions [--inputs 512]
 
 Requires aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user). The
-additional instructions of a product with three tiles over one with two are divided by the weights of a tile, so that
-the rest of the program does not count. The counts do not show how long an instruction takes.
+additional instructions of a product with three tiles, compared with a product with two, are divided by the weights of a
+tile, so that the rest of the program does not count. The counts do not show how long an instruction takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def instructions(program: Path, path: str, layout: tuple[int, ...], inputs: int, tiles: int) -> int:
-    """Instructions that the whole program executes."""
+    """The number of instructions that the whole program executes."""
     numbers = [str(number) for number in (*layout, inputs, tiles)]
     command = ["qemu-aarch64", "-cpu", "max", "-one-insn-per-tb", "-d", "exec,nochain", str(program), path, *numbers]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as running:

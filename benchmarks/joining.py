@@ -4,7 +4,7 @@
 
 One daemon serves the whole model; commands that join with either of its addresses run in turns, each as a separate
 process that generates one token. Prints Markdown: seconds from the start of the process until the first byte of text
-and until its end, and seconds of processor time, including its children.
+and until the end of the process, and seconds of processor time of the process and its children.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
             for turn in range(arguments.rounds + 1):
                 for way, address in ways.items():
                     times = first_word(arguments.checkpoint, address, folder)
-                    if turn:  # the first fills the cache of files
+                    if turn:  # the first turn fills the cache of files
                         took[way].append(times)
         finally:
             peer.send_signal(signal.SIGTERM)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def first_word(checkpoint: str, address: str, folder: Path) -> tuple[float, float, float]:
-    """Seconds until the first byte of text, until the end, and of processor time, of one command."""
+    """Runs one command. Returns the seconds until the first byte of text, until the end, and of processor time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
     command = [*SPLITNET, "generate", checkpoint, "Hello", "--max-new-tokens", "1", "--join", address]

@@ -1,9 +1,9 @@
 """Ten owners with different labels tune one adapter together; two owners drop out, and one lies.
 
-Three daemons, a coordinator and the owners are hosts of an emulated network (see docs/netlab.md). The examples of a
-file with labels are sorted by label, cut into three pieces per owner, and dealt out, so that an owner has only some
-labels. After a quarter of the rounds two owners are killed. The liar sends its gradients times -20. For comparison, one
-owner with all data, and some of the owners alone, take the same number of steps.
+Three daemons, a coordinator and the owners are hosts of an emulated network (see docs/netlab.md). The labelled
+examples of a file are sorted by label and cut into three pieces per owner; each owner gets three random pieces, and so
+only some labels. After a quarter of the rounds two owners are killed. The liar sends its gradients times -20. For
+comparison, one owner with all data, and some of the owners alone, take the same number of steps.
 
     sudo .venv/bin/python -m benchmarks.joint_tuning CHECKPOINT TRAIN.jsonl TEST.jsonl [--steps 100] [--delay 20]
         [--alone 3] [--output DIR] [--tune "--method side --lr 6e-4"] [--round "--liars 1"]
@@ -31,7 +31,7 @@ PEERS = ("first", "middle", "last")
 OWNERS = 10
 DROPPED = (8, 9)
 LIAR = 5
-PIECES = 3  # of examples, per owner
+PIECES = 3  # pieces of the sorted examples per owner
 LIE = (
     "import splitnet.tools.tune.owner as o; honest = o.sendable; "
     "o.sendable = lambda update, *rest: honest(-20 * update, *rest)"
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8, help="of an owner")
-    parser.add_argument("--all-batch-size", type=int, default=32, help="of one owner with all data")
+    parser.add_argument("--all-batch-size", type=int, default=32, help="batch size of one owner with all data")
     parser.add_argument("--delay", type=float, default=20.0, help="ms one way between any two hosts")
     parser.add_argument("--alone", type=int, default=3, help="how many owners also train alone")
     parser.add_argument("--seed", type=int, default=0)
@@ -63,7 +63,7 @@ def main() -> None:
         Lab((*PEERS, "coordinator", *names), delay_ms=arguments.delay) as lab,
         LabPeers(lab, arguments.checkpoint, spans) as peers,
     ):
-        # Ten more nodes of the DHT would share two cores with the measured processes.
+        # Owners join through a peer: ten more DHT nodes would use the cores of the measured processes.
         address = re.findall(r'--join "(tcp://[^\s"]+)', peers.log(PEERS[0]))[0]
         trial = Trial(arguments, lab, output, ["--join", address, "--no-lan"])
         trial.joint(names, parts, "")
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def dealt(train: Path, output: Path, seed: int) -> list[Path]:
-    """A file per owner."""
+    """Writes a file with the examples of each owner, and returns the files."""
     rows = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
     chance = random.Random(seed)
     chance.shuffle(rows)
@@ -92,7 +92,7 @@ def dealt(train: Path, output: Path, seed: int) -> list[Path]:
 
 
 class Trial:
-    """Commands in the hosts of a lab. join: their arguments to join the swarm."""
+    """Runs commands in the hosts of a lab. join: the arguments with which they join the swarm."""
 
     def __init__(self, arguments: argparse.Namespace, lab: Lab, output: Path, join: Sequence[str]) -> None:
         self._arguments, self._lab, self._output, self._join = arguments, lab, output, join
@@ -138,8 +138,8 @@ class Trial:
         )
 
     def joint(self, names: Sequence[str], parts: Sequence[Path], alone: str) -> None:
-        """All owners together, or one alone in a round of this name, because it may lack labels of the held-out
-        examples.
+        """Trains with all owners together, or with one owner alone in a round named `alone`: its own examples may lack
+        labels of the held-out examples.
         """
         given, began, name = self._arguments, time.monotonic(), alone or "joint"
         start = ["round", "start", name, given.checkpoint, "--output", str(self._output / f"round-{name}")]
@@ -154,7 +154,7 @@ class Trial:
             more += ["--eval", str(given.test), *starts] if not number else []
             lie = number == LIAR and not alone
             owners.append(self._train(host, part, alone or host, given.batch_size, *more, lie=lie))
-            # One after the other, because all share this machine.
+            # The owners start one after the other, because all share this machine.
             self._await(alone or host, "trained parameters", owners[-1])
         self._await(f"round-{name}", f"round {max(1, given.steps // 4)} of", coordinator)
         dropped = () if alone else DROPPED

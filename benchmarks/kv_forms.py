@@ -4,14 +4,15 @@
                                              [--save FILE]
     python -m benchmarks.kv_forms --families gpt_neox falcon bloom qwen3 gemma2 gpt_oss [--behind 512 8192]
 
-Quality: a text runs as a prompt in passes of 512 positions, and its last 256 positions as decode steps of 16. Their
-next-token distributions are compared with the distributions of the same steps with float32 KV caches. Speed: decode
-steps through all blocks, formats in turns, after this many positions of noise; the median of their times. --save writes
-the text of the longest comparison, for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
+Quality: a text runs as a prompt in passes of 512 positions, except for its last 256 positions, which run in decode
+steps of 16. The next-token distributions of these steps are compared with the distributions of the same steps with
+float32 KV caches. --behind: lengths of the prompt. Speed: the median time of decode steps through all blocks, with the
+formats in turns, after as many positions of noise as --speed gives. --save writes the text of the longest comparison,
+for other programs: `llama-perplexity -f` with `-ctk`, `-ctv`.
 
-With --families, only the quality of small models of these families (3 blocks, 4 heads of 64 numbers, a token is a
-byte), which are first trained on the rest of the text, some minutes each. "Bits per byte" measures their prediction of
-the compared positions; an untrained model has 8.
+With --families, the benchmark measures only the quality, on small models of these families (3 blocks, 4 heads of 64
+numbers, a token is a byte). It first trains the models on the rest of the text, some minutes each. "Bits per byte"
+measures how well a model predicts the compared positions; an untrained model has 8.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ HEAD = 64
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},  # each head has separate keys and values
     "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},  # one head of keys and values
-    "bloom": {},  # slopes
+    "bloom": {},  # ALiBi slopes
     "qwen3": {},  # groups of heads, keys are normed
     "gemma2": {"query_pre_attn_scalar": HEAD, "sliding_window": 512},  # alternating windows, capped scores
     # Alternating windows, sinks, experts.
@@ -55,7 +56,7 @@ TRAINED = ((600, 4, 256), (10, 1, 2048))  # steps, texts, positions
 
 
 def with_form(span: Span, kv: str) -> Span:
-    """The same blocks, with the same weights in memory, and rows in another format."""
+    """A span with the same blocks and the same weights in memory, whose KV caches have another format."""
     backbone = share_blocks(span._backbone, span._container, span.start, span.end)
     own = {"weights": span.weights, "windows": span._windows, "packs": span._packs, "whole": span}
     return Span(backbone, span._container, span.start, span.end, **own, kv=kv)
@@ -195,9 +196,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if bool(arguments.checkpoint) == bool(arguments.families):
-        parser.error("name a checkpoint, or families with --families")
+        parser.error("give a checkpoint, or families with --families")
     if arguments.families and (arguments.save or not arguments.behind):
-        parser.error("--families compares quality alone: name positions with --behind, and no file with --save")
+        parser.error("--families compares only quality: give positions with --behind, and omit --save")
     text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
     if arguments.families:
         compare_families(arguments.families, text.encode(), arguments.behind)
@@ -206,7 +207,7 @@ def main() -> None:
     exact = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights="auto")
     spans = {kv: with_form(exact, kv) for kv in KINDS}
     plain = spans[KINDS[0]].kv_bytes_per_position
-    print("| form | bytes per position | of float32 | KiB of a row besides |\n|---|---|---|---|")
+    print("| form | bytes per position | of float32 | further KiB of a row |\n|---|---|---|---|")
     for kv, span in spans.items():
         size = span.kv_bytes_per_position
         print(f"| {kv} | {size} | 1 / {plain / size:.2f} | {span.row_bytes / 1024:.0f} |", flush=True)

@@ -1,19 +1,20 @@
-"""A long prompt over long links, compared with a lower bound for these hops.
+"""The time of a long prompt over links with long delays, compared with a lower bound for these hops.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md).
 The prompt is cut into steps that flow through the hops one after the other. The bound is the time of the first step
-through all links and hops, plus the remaining steps at the slowest hop; a step's time at a hop is what the daemon
-measured in the same prefill.
+through all links and hops, plus the time of the remaining steps at the slowest hop. The time of a step at a hop is the
+one that the daemon measured in the same prefill.
 
     sudo .venv/bin/python -m benchmarks.long_prefill CHECKPOINT [--tokens 4096] [--delay 20] [--rate 100]
                                                      [--weights float32] [--codec auto] [--sizes 0 128 256 512]
     .venv/bin/python -m benchmarks.long_prefill FILE.gguf --here 3 [--tokens 8192] [--decode 16] [--llama FOLDER]
 
-With `--here` this many daemons of one thread run on this machine, without a lab. With `--llama` the same prompt runs
-through llama.cpp, whose programs `llama-bench` and `ggml-rpc-server` are in FOLDER: one thread for one peer, or this
-many RPC servers of one thread, with flash attention and float16 keys and values. A GGUF file with a shorter limit of
-positions is copied with a longer one in its header: its text would be bad, but its times are the same. CPU seconds are
-those of all daemons or of llama.cpp; other programs on the machine change them less than the time.
+With `--here PEERS`, as many daemons of one thread run on this machine, without a lab. With `--llama`, the same prompt
+also runs through llama.cpp, whose programs `llama-bench` and `ggml-rpc-server` are in FOLDER: in one thread if PEERS is
+1, otherwise through PEERS RPC servers of one thread; with flash attention and float16 keys and values. If a GGUF file
+allows too few positions, a copy with a higher limit in its header is used: the text of this copy would be bad, but its
+times are the same. CPU seconds are those of all daemons or of llama.cpp; other programs on the machine change CPU
+seconds less than the elapsed time.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=100.0, help="Mbit/s of every host's link, 0: no limit")
     parser.add_argument("--weights", default="float32")
     parser.add_argument("--codec", default="auto")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[0], help="of steps; 0: as the client chooses")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[0], help="positions of a step; 0: the client chooses")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--here", type=int, metavar="PEERS", help="daemons on this machine instead of a lab")
     parser.add_argument("--decode", type=int, default=0, metavar="STEPS", help="after each prompt, one position each")
-    parser.add_argument("--llama", metavar="FOLDER", help="of llama.cpp's programs; with --here and a GGUF file")
+    parser.add_argument("--llama", metavar="FOLDER", help="folder of llama.cpp; with --here and a GGUF file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = ("--threads", "1", "--weights", arguments.weights)
@@ -129,7 +130,7 @@ def measure_llama(path: str, arguments: argparse.Namespace) -> None:
             stack.callback(process.terminate)
             addresses.append(f"127.0.0.1:{port}")
         if addresses:
-            time.sleep(1)  # RPC servers do not report when they listen
+            time.sleep(1)  # RPC servers do not report that they listen
             command += ["--rpc", ",".join(addresses), "-ngl", "99"]
         runs = (
             ["-p", str(arguments.tokens), "-n", "0"],
@@ -147,7 +148,7 @@ def measure_llama(path: str, arguments: argparse.Namespace) -> None:
 def measure(swarm: Swarm, arguments: argparse.Namespace) -> None:
     """Sends the prompt with each size of steps in turns."""
     seen: dict[int, list[tuple[int, str, float, float, float, float]]] = {size: [] for size in arguments.sizes}
-    prefill(swarm, 1024, 0, arguments)  # warms up
+    prefill(swarm, 1024, 0, arguments)  # a prompt to warm up
     for _ in range(arguments.rounds):
         for size in arguments.sizes:
             seen[size].append(prefill(swarm, arguments.tokens, size, arguments))
@@ -156,7 +157,7 @@ def measure(swarm: Swarm, arguments: argparse.Namespace) -> None:
         "codecs",
         "s to the output",
         "least, s",
-        "times the least (range)",
+        "times the lower bound (range)",
         "tokens/s",
         "ms a step",
         "CPU s of the peers",
@@ -177,8 +178,8 @@ def measure(swarm: Swarm, arguments: argparse.Namespace) -> None:
 def prefill(
     swarm: Swarm, positions: int, size: int, arguments: argparse.Namespace
 ) -> tuple[int, str, float, float, float, float]:
-    """Size of the steps, codecs of the links, seconds until the output arrives, the lower bound, and the median seconds
-    of decode steps; last the CPU seconds of the daemons for the prompt.
+    """Size of the steps, codecs of the links, seconds until the output arrives, the lower bound, the median seconds of
+    decode steps, and the CPU seconds of the daemons for the prompt.
     """
     hidden = torch.randn(positions, swarm.facts.hidden_size)  # new values each time, so that no stored prefix matches
     session = Session(swarm, ConnectionOptions(codec=arguments.codec), reservation=len(hidden) + arguments.decode)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.memory CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16] [--weights int8]
 
-One daemon runs at a time, as `splitnet peer` starts it; it is measured when it serves and has computed (it times its
-blocks first). The columns, in MiB: bytes of the weights; resident memory (RSS); its difference to a process that has
-only imported the libraries; the unshared part (USS, which depends on other processes with the same libraries); the peak
-of the process's own allocations (anonymous memory, sampled every 5 ms); and the peak of resident memory, which includes
-mapped pages of checkpoint files. Linux only.
+One daemon runs at a time, started by `splitnet peer`, and is measured when it serves; by then it has computed, because
+it times its blocks at the start. The columns, in MiB: bytes of the weights; resident memory (RSS); the resident memory
+above that of a process that has only imported the libraries; the unshared part (USS, which depends on other processes
+with the same libraries); the peak of the process's own allocations (anonymous memory, sampled every 5 ms); and the peak
+of resident memory, which includes mapped pages of checkpoint files. Linux only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Memory:
 
 
 class Watch:
-    """Samples a process's memory until the result is requested."""
+    """Samples the memory of a process until the result is requested."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -99,7 +99,7 @@ class Watch:
             try:
                 self._peak = max(self._peak, self._status("RssAnon:"))
             except (OSError, StopIteration):
-                return  # the process has ended; its owner will notice
+                return  # the process has ended, which the caller will notice
 
     def _status(self, field: str) -> int:
         lines = Path(f"/proc/{self._pid}/status").read_text().splitlines()
@@ -108,7 +108,7 @@ class Watch:
 
 @contextmanager
 def daemon(checkpoint: str, blocks: int, dtype: str, weights: str) -> Iterator[tuple[Watch, str]]:
-    """A serving daemon of the first blocks, and the address to join it with."""
+    """A daemon that serves the first blocks, and the address to join its swarm."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [sys.executable, "-m", "splitnet", "peer", checkpoint, "--blocks", f"0:{blocks}", "--threads", "1"]
@@ -120,7 +120,7 @@ def daemon(checkpoint: str, blocks: int, dtype: str, weights: str) -> Iterator[t
             try:
                 while not file.exists():
                     if process.poll() is not None:
-                        raise SystemExit(f"the daemon with {blocks} blocks ended: start it by hand to see why")
+                        raise SystemExit(f"the daemon with {blocks} blocks ended: start the daemon by hand to see why")
                     time.sleep(0.05)
                 yield watch, file.read_text().strip()
             finally:
@@ -134,7 +134,7 @@ def memory_of(script: str, *arguments: str) -> Memory:
         assert process.stdin is not None and process.stdout is not None
         watch = Watch(process.pid)
         if process.stdout.readline() != b"ready\n":
-            raise SystemExit("a process that was to be measured failed")
+            raise SystemExit("a process to be measured failed")
         found = watch.memory()
         process.stdin.close()
     return found
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder or hub id of a checkpoint")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 5, 10, 20, 30])
     parser.add_argument("--dtype", default="", help="type of the weights; default: the checkpoint's own")
-    parser.add_argument("--weights", help="what the daemons hold weights as; default: as they compute")
+    parser.add_argument("--weights", help="weight format of the daemons; default: the type of computation")
     arguments = parser.parse_args()
     checkpoint = Checkpoint.open(arguments.checkpoint)
     dtype = as_dtype(arguments.dtype or None) or checkpoint.dtype

@@ -3,9 +3,10 @@
     .venv/bin/python -m benchmarks.mutations [--only TEXT] [--all [ARGUMENTS]] [--limit-s 600] [--check]
 
 Each fault is plausible and silent: a limit that is off by one, a missing check, a reversed comparison, a missing
-release, a wrong unit. It is planted in a copy of the checkout, where the related tests run up to the first failure;
-with --all, the tests of `make test`, or of pytest with other arguments. Prints a table: the fault, whether it was
-found, by which test, after how many seconds. Exits with 1 if one was not found.
+release, a wrong unit. The benchmark plants each fault in a copy of the checkout, and runs the related tests there until
+one fails. With --all, it runs all tests of `make test` instead, or pytest with the given arguments. Prints a table: the
+fault, whether the tests found it, the test that failed, and the seconds until then. Exits with 1 if a fault was not
+found.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PACKAGES = ("scheduler", "splitnet", "peers")
 
 
 class Fault(NamedTuple):
-    """A fault: `old` becomes `new` in a file; tests: the files of related tests."""
+    """A fault: `new` replaces `old` in a file; tests: the files of related tests."""
 
     what: str
     file: str
@@ -54,14 +55,14 @@ SESSION = [
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "a relay log is kept while hops reach each other",
+        "a relay log is kept although hops reach each other",
         "splitnet/session/failover.py",
         "            self.relay_log = None  # the log would lack what the hop sends directly",
         "            pass",
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "what is under way is not sent again",
+        "requests in flight are not sent again",
         "splitnet/session/machine.py",
         "self._in_flight[number].send(self)",
         "pass",
@@ -75,7 +76,7 @@ SESSION = [
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "a step that a later one undid is sent again",
+        "a step that a later step undid is sent again",
         "splitnet/session/machine.py",
         "for request in undone_by(step, under_way):",
         "for request in ():",
@@ -103,7 +104,7 @@ SESSION = [
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "silence is not noticed",
+        "a silent hop is not noticed",
         "splitnet/session/machine.py",
         "times.append(self._liveness.wake_at(self._silence_s))",
         "pass",
@@ -138,42 +139,42 @@ SESSION = [
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "requests are kept after the end",
+        "requests are kept after the end of the session",
         "splitnet/session/machine.py",
         "self._in_flight, self._setup = {}, None",
         "self._setup = None",
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "a hop that was replaced is still listened to",
+        "messages of a replaced hop are accepted",
         "splitnet/session/machine.py",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "one complaint is believed",
+        "a single complaint is believed",
         "splitnet/session/blame.py",
         "if len(complaints) > 1:",
         "if complaints:",
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "what a hop pushes is never doubted",
+        "values that a hop pushes are never checked",
         "splitnet/session/blame.py",
         "if len(refusing) == 2:",
         "if False:",
         ("tests/unit/session/test_machine.py",),
     ),
     Fault(
-        "an answer to a pass may hold anything",
+        "the values in the answer to a pass are not checked",
         "splitnet/wire/codecs.py",
         "if not codec_by_code(code).is_finite(payload, hidden_size):",
         "if False:",
         ("tests/unit/session/test_requests.py",),
     ),
     Fault(
-        "what is saved may be not finite",
+        "saved values may be not finite",
         "splitnet/tools/tune/folder.py",
         "if not bool(tensor.isfinite().all()):",
         "if False:",
@@ -187,7 +188,7 @@ SESSION = [
         ("tests/unit/transport/test_transport.py",),
     ),
     Fault(
-        "only the tail is doubted",
+        "only the tail is distrusted",
         "splitnet/session/machine.py",
         "if not request.makers:",
         "if True:",
@@ -206,7 +207,7 @@ SCHEDULER = [
         ),
     ),
     Fault(
-        "the first step waits for the slowest stage, too",
+        "the first step waits for the slowest hop, too",
         "scheduler/cost.py",
         "return total + (in_flight - 1) * slowest",
         "return total + in_flight * slowest",
@@ -254,7 +255,7 @@ SCHEDULER = [
         ),
     ),
     Fault(
-        "a key without work stays present",
+        "a key without work keeps its share",
         "scheduler/fairness.py",
         "            self._present.discard(key)\n",
         "",
@@ -264,7 +265,7 @@ SCHEDULER = [
         ),
     ),
     Fault(
-        "what a move takes counts once",
+        "the cost of a move counts once",
         "scheduler/replan.py",
         "* steps_left > MOVE_COUNTS * move_ms",
         "* steps_left > move_ms",
@@ -294,14 +295,14 @@ SCHEDULER = [
         ),
     ),
     Fault(
-        "a chain search forgets queues",
+        "the route search ignores queue waits",
         "scheduler/route.py",
         "switched += costs.queue[receivers] + run[receivers]",
         "switched += run[receivers]",
         ("tests/unit/scheduler/test_route.py",),
     ),
     Fault(
-        "a chain visits a peer twice",
+        "a route uses a peer twice",
         "scheduler/route.py",
         "            if peer in left_at:\n                return peer, left_at[peer]\n",
         "",
@@ -325,7 +326,7 @@ SCHEDULER = [
         ),
     ),
     Fault(
-        "the thriftiest chain may be too slow",
+        "the route with the least energy may be too slow",
         "scheduler/route.py",
         "        if path_ms <= most_ms:",
         "        if path_ms >= most_ms:",
@@ -354,7 +355,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "a record is stored in the place of another key",
+        "a record is stored under another peer's key",
         "splitnet/directory/record.py",
         "return subkey == peer.key.text and record.key ==",
         "return record.key ==",
@@ -374,14 +375,14 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "an identity has a place too many",
+        "an identity may store one record too many",
         "splitnet/directory/interface.py",
         "identity=RECORDS_PER_IDENTITY)",
         "identity=RECORDS_PER_IDENTITY + 1)",
         ("tests/unit/directory/test_record_places.py",),
     ),
     Fault(
-        "the places of an identity are not given back",
+        "the places of an identity are not released",
         "splitnet/directory/interface.py",
         "self.places.leave_place(key=key, identity=record.key)",
         "self.places.leave_place(key=key)",
@@ -395,7 +396,7 @@ DIRECTORY = [
         ("tests/unit/directory/test_record_places.py",),
     ),
     Fault(
-        "a void record is kept",
+        "an invalid record is kept",
         "splitnet/directory/interface.py",
         "return record.is_valid_at(now) and",
         "return record.expires_at >= 0 and",
@@ -405,7 +406,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "of two records the earlier counts",
+        "the earlier of two records is kept",
         "splitnet/directory/interface.py",
         "record.issued_at > kept[name].issued_at",
         "record.issued_at < kept[name].issued_at",
@@ -415,7 +416,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "a void record is told",
+        "an invalid record is passed on",
         "splitnet/directory/interface.py",
         "if not record.is_valid_at(now) or (",
         "if (",
@@ -445,7 +446,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "a change of just as many steps as matter is not told",
+        "a change of exactly the smallest reported size is not reported",
         "splitnet/directory/ask.py",
         "return most if most >= MATERIAL_STEPS else",
         "return most if most > MATERIAL_STEPS else",
@@ -465,7 +466,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "a peer that is asked tells more than it may",
+        "an answer of the directory exceeds its size limit",
         "splitnet/directory/ask.py",
         "if record.key in keys or size <= most]",
         "]",
@@ -475,7 +476,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "who asks for others waits as long as they do",
+        "a peer that asks on behalf of others waits as long as they do",
         "splitnet/directory/ask.py",
         "limit_s = DIRECTORY_ANSWER_S * depth / OWN_DEPTH",
         "limit_s = DIRECTORY_ANSWER_S",
@@ -485,7 +486,7 @@ DIRECTORY = [
         ),
     ),
     Fault(
-        "of what nodes of the DHT hold the earliest counts",
+        "the earliest of the values from DHT nodes is taken",
         "splitnet/directory/hivemind_node.py",
         "record.issued_at > latest[subkey].issued_at",
         "record.issued_at < latest[subkey].issued_at",
@@ -501,7 +502,7 @@ WEIGHTS = [
         ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
-        "a tensor that fills its pieces has another",
+        "a tensor that fills its last piece has one piece more",
         "splitnet/checkpoint/transfer/manifest.py",
         "return -(-nbytes // PIECE_BYTES)",
         "return nbytes // PIECE_BYTES + 1",
@@ -515,21 +516,21 @@ WEIGHTS = [
         ("tests/unit/checkpoint/test_manifest.py",),
     ),
     Fault(
-        "a source is silent once too often",
+        "a source may be silent once more than allowed",
         "splitnet/checkpoint/transfer/fetching.py",
         "if state.strikes >= MAX_STRIKES:",
         "if state.strikes > MAX_STRIKES:",
         ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
-        "strikes are not forgiven",
+        "strikes are not reset after an answer",
         "splitnet/checkpoint/transfer/fetching.py",
         "state.last_answer_at, state.strikes = now, 0",
         "state.last_answer_at = now",
         ("tests/unit/checkpoint/test_fetching.py",),
     ),
     Fault(
-        "what has come counts as under way",
+        "pieces that have arrived count as in flight",
         "splitnet/checkpoint/transfer/fetching.py",
         "state.asked_bytes -= state.asked.pop(name)[1]",
         "state.asked.pop(name)",
@@ -586,21 +587,21 @@ WEIGHTS = [
         ("tests/unit/wire/test_asking.py",),
     ),
     Fault(
-        "weights that are not shared are given",
+        "weights are sent although sharing is off",
         "peers/weights.py",
         "data = self._piece(message.name) if self.shares() else None",
         "data = self._piece(message.name)",
         ("tests/unit/peers/test_weights.py",),
     ),
     Fault(
-        "weights are given faster while sessions are served",
+        "weights are sent faster while sessions are served",
         "peers/weights.py",
         "SERVING_SHARE if self.serving() and not is_page else 1.0",
         "1.0 if self.serving() and not is_page else SERVING_SHARE",
         ("tests/unit/peers/test_weights.py",),
     ),
     Fault(
-        "a key asks without bound",
+        "the requests of a key are not limited",
         "peers/weights.py",
         "if len(own) >= WAITING_PER_KEY or sum",
         "if sum",
@@ -626,7 +627,7 @@ SERVE = [
         ),
     ),
     Fault(
-        "who holds just what it may lets go",
+        "a client that holds exactly its share must release some",
         "splitnet/limits.py",
         "if totals[grown] > self._each:",
         "if totals[grown] >= self._each:",
@@ -636,7 +637,7 @@ SERVE = [
         ),
     ),
     Fault(
-        "a request that ends while it is let in keeps its place",
+        "a request that ends while it is admitted keeps its place",
         "splitnet/serve/admission.py",
         "turn.exception() is None:\n                self._leave_place(client)\n",
         "turn.exception() is None:\n                self._places[client] -= 1\n",
@@ -691,14 +692,14 @@ SERVE = [
         ),
     ),
     Fault(
-        "the first character of a stop string is told",
+        "the first character of a stop string is sent",
         "splitnet/serve/answers/text.py",
         "range(min(len(text), longest), 0, -1)",
         "range(min(len(text), longest), 1, -1)",
         ("tests/unit/serve/test_text.py",),
     ),
     Fault(
-        "half a character is told",
+        "an incomplete character is sent",
         "splitnet/serve/answers/text.py",
         "if not text or text.endswith(INCOMPLETE):",
         "if not text:",
@@ -764,17 +765,17 @@ def place_of(fault: Fault) -> Path | None:
 
 
 def check(faults: Sequence[Fault]) -> dict[Fault, Path]:
-    """The file of each fault. Ends the process if the table is out of date."""
+    """The file of each fault. Ends the process if the table does not match the sources."""
     places = {fault: place_of(fault) for fault in faults}
-    wrong = [f"{fault.what}: what it replaces does not stand once in one file" for fault in faults if not places[fault]]
+    wrong = [f"{fault.what}: no single file has the old text exactly once" for fault in faults if not places[fault]]
     wrong += [f"{fault.what}: no {test}" for fault in faults for test in fault.tests if not (ROOT / test).is_file()]
     if wrong:
-        raise SystemExit("mend the table of faults:\n" + "\n".join(wrong))
+        raise SystemExit("correct the table of faults:\n" + "\n".join(wrong))
     return {fault: place for fault, place in places.items() if place is not None}
 
 
 def copy_checkout(target: Path) -> None:
-    """All files that git does not ignore, and the kernels."""
+    """Copies all files that git does not ignore, and the compiled kernels."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -787,7 +788,7 @@ def copy_checkout(target: Path) -> None:
 
 @contextmanager
 def planted(fault: Fault, file: Path) -> Iterator[None]:
-    """The file of the copy has the fault during the `with`."""
+    """Plants the fault in a file of the copy for the duration of the `with`."""
     sound = file.read_text()
     file.write_text(sound.replace(fault.old, fault.new))
     try:
@@ -797,7 +798,7 @@ def planted(fault: Fault, file: Path) -> Iterator[None]:
 
 
 def run_tests(folder: Path, arguments: Sequence[str], limit_s: float) -> tuple[str, str]:
-    """Whether tests fail in a copy: "yes", "no", or a note about the timeout; and the end of their output."""
+    """Whether tests fail in a copy: "yes", "no", or a note about the time limit; and the end of their output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *arguments]
     environment = os.environ | {"PYTHONPATH": str(folder), "TESTS_WITHOUT_SHRINKING": "1"}
     process = subprocess.Popen(
@@ -822,11 +823,11 @@ def run_tests(folder: Path, arguments: Sequence[str], limit_s: float) -> tuple[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Plants faults and looks whether tests find them.")
-    parser.add_argument("--only", default="", help="faults whose description or file holds this")
-    parser.add_argument("--all", nargs="?", const="", metavar="ARGUMENTS", help="all of `make test`, or pytest so")
-    parser.add_argument("--limit-s", type=float, default=600.0, help="for the tests of one fault")
-    parser.add_argument("--check", action="store_true", help="only whether the table fits the sources")
+    parser = argparse.ArgumentParser(description="Plants faults and checks whether tests find them.")
+    parser.add_argument("--only", default="", help="only faults whose description or file contains TEXT")
+    parser.add_argument("--all", nargs="?", const="", metavar="ARGUMENTS", help="run `make test`, or pytest with these")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="time limit for the tests of one fault")
+    parser.add_argument("--check", action="store_true", help="only check that the table matches the sources")
     arguments = parser.parse_args()
     faults = [fault for fault in FAULTS if arguments.only in fault.what or arguments.only in fault.file]
     places = check(faults)
@@ -844,7 +845,7 @@ def main() -> int:
             with planted(fault, folder / places[fault].relative_to(ROOT)) if fault is not None else nullcontext():
                 found, by = run_tests(folder, given, arguments.limit_s * (1 if fault is not None else len(faults)))
             if fault is None and found != "no":
-                raise SystemExit(f"tests fail, or do not end, without a fault: {by}")
+                raise SystemExit(f"tests fail, or do not end, although no fault is planted: {by}")
             missed += fault is not None and found != "yes"
             what = fault.what if fault is not None else "none"
             print(f"| {what} | {found} | {by} | {time.monotonic() - began:.0f} |", flush=True)

@@ -1,13 +1,14 @@
-"""Which hosts behind routers reach each other, by which method.
+"""Which hosts behind routers can connect to each other, and with which methods.
 
-Two hosts of every pair of kinds of routers, and a public helper, are on an emulated network (docs/netlab.md; root on
-Linux). Each host is connected to the helper, which sees its public address and port and reports it to the other. Then
-they try:
+Emulates a network (docs/netlab.md; needs root on Linux) with a public helper and, for every pair of router kinds, two
+hosts behind such routers. Each host connects to the helper from a local port. The helper sees the host's public address
+and port, and reports them to the other host. Then the two hosts try these methods:
 
-1. the first calls the second, which listens at the port from which it is connected to the helper;
-2. the second calls the first;
-3. both call each other at once from those ports (TCP simultaneous open);
-4. the same, while both listen at those ports: a call comes from another port if a router chose a new one.
+1. the first host calls the second, which listens at its local port;
+2. the second host calls the first, which listens at its local port;
+3. both hosts call each other at the same time from their local ports (TCP simultaneous open);
+4. both hosts call as in 3 and also listen at their local ports: if a router maps a call to a new public port, the other
+   host can still accept the call.
 
     sudo .venv/bin/python -m benchmarks.nat_matrix [--delay 10] [--at-once 8]
 
@@ -90,7 +91,7 @@ def reusable(address: Endpoint) -> socket.socket:
 
 
 def first_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
-    """The second host listens at the address that the helper sees."""
+    """The first host calls; the second listens at the local port whose public address the helper sees."""
     with introduced(lab, first, second, helper) as (caller, listener):
         with lab.inside(second):
             listening = reusable(listener.local)
@@ -128,7 +129,7 @@ def both_call_and_listen(lab: Lab, first: str, second: str, helper: str) -> bool
 
 
 def _call(lab: Lab, side: Side, listen: bool) -> bool:
-    """Calls until it is connected with the other host, which does the same. Returns whether that happened in time."""
+    """Calls the other host until the two are connected. Returns whether they exchanged greetings in time."""
     side.helper.recv(len(b"begin"))
     deadline = time.monotonic() + WAIT_S
     with lab.inside(side.host), reusable(side.local) as listening:
@@ -144,7 +145,7 @@ def _call(lab: Lab, side: Side, listen: bool) -> bool:
                     connection, _ = listening.accept()
                 elif decided and not calling.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     connection = calling
-                else:  # refused: the other has not begun, or its router refuses
+                else:  # refused: the other host has not begun, or its router refuses the call
                     time.sleep(_AGAIN_S)
                     continue
                 with connection:
@@ -195,7 +196,7 @@ def matrix_lab(delay_ms: float) -> Iterator[tuple[Lab, list[tuple[str, str]]]]:
 def measure(
     lab: Lab, pairs: list[tuple[str, str]], ways: Mapping[str, Way], at_once: int
 ) -> Iterator[tuple[str, str, list[bool]]]:
-    """Both hosts of each pair, and whether they succeed, by way."""
+    """Yields both hosts of each pair, and for each method whether the hosts connected."""
     with ThreadPoolExecutor(at_once) as pool:
         tries = [[pool.submit(way, lab, *pair, HELPER) for way in ways.values()] for pair in pairs]
         for (first, second), futures in zip(pairs, tries, strict=True):
@@ -204,7 +205,7 @@ def measure(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one way, between public addresses")
+    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one-way, between public addresses")
     parser.add_argument("--at-once", type=int, default=8, metavar="N", help="pairs that try at the same time")
     arguments = parser.parse_args()
     try:

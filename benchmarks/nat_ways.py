@@ -1,11 +1,12 @@
-"""By which method splitnet reaches a peer behind each kind of router from each kind, how soon, and at what speed.
+"""How splitnet reaches peers behind routers: by which method, how soon, and at what speed, for all pairs of router
+kinds.
 
     sudo .venv/bin/python -m benchmarks.nat_ways [--delay 10] [--rate 100]
 
-A caller, a peer that is hidden unless it is public, and a public helper are on an emulated network (docs/netlab.md;
-root on Linux). Pairs are measured one after the other: the first message there and back, which begins through the
-helper; when the best method took over; then 700 bytes there and back (median of 9), and 8 MiB there. In the last rows,
-better methods are disabled. Takes a minute and a half.
+A caller, a peer and a public helper are on an emulated network (docs/netlab.md; needs root on Linux); a peer behind a
+router is unreachable without the helper. Pairs are measured one after the other: the round trip of the first message,
+which begins through the helper; the time until the best method is in use; then the round trip of 700 bytes (median of
+9), and the speed of 8 MiB in one direction. In the last rows, better methods are disabled. Takes a minute and a half.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Reached:
     """How a peer was reached.
 
     Attributes:
-        first_ms: until the first message has returned.
-        best_ms: until the best method was established, from the same beginning.
+        first_ms: time until the first message has returned.
+        best_ms: time until the best method was in use, from the same start.
     """
 
     way: PathKind
@@ -58,10 +59,11 @@ class Reached:
 
 
 def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True) -> Reached:
-    """What the first of two hosts, the caller, measures when it reaches the second with the help of a third.
+    """Measures how the caller, the first of two hosts, reaches the second with the help of a third.
 
     Args:
-        hidden: the second is reached through the helper at first; else it listens at its public address.
+        hidden: whether the second host is reached through the helper at first; otherwise it listens at its public
+            address.
     """
     with ExitStack() as stack:
         peer = _peer(stack, lab, second)
@@ -109,7 +111,7 @@ class _Peer:
 
 
 def _peer(stack: ExitStack, lab: Lab, host: str) -> _Peer:
-    """Answers each message with one byte."""
+    """A peer that answers each message with one byte."""
 
     def answer(source: Destination, frames: Sequence[Payload]) -> None:
         transport.send(source, [ANSWER])
@@ -170,8 +172,8 @@ def measure(delay_ms: float, rate_mbit: float) -> Iterator[tuple[str, str, Reach
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one way, between public addresses")
-    parser.add_argument("--rate", type=float, default=100.0, metavar="MBIT", help="of each access link, in Mbit/s")
+    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one-way, between public addresses")
+    parser.add_argument("--rate", type=float, default=100.0, metavar="MBIT", help="rate of each access link, in Mbit/s")
     arguments = parser.parse_args()
     print("| caller | peer | in the end | first message, ms | best way after, ms | there and back, ms | Mbit/s |")
     print("|---|---|---|---|---|---|---|")

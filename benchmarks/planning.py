@@ -1,14 +1,15 @@
 """How long a client takes to plan the best route through a large swarm.
 
-Peers with random speeds, queues and spans are at random places and have measured 16 links each; the client has measured
-32. "Warm": the facts are unchanged, as when a session is opened or repaired. "Cold": the facts are new, so that the
-table of all links is filled first. "Candidates": the 300 likeliest peers are chosen first, as clients do in larger
-swarms; "all": the route is searched over all peers, up to 2,000. Times are processor time of this process, so that
-other programs on the machine matter little.
+Peers have random speeds, queues, spans and network coordinates, and have measured 16 links each; the client has
+measured 32 links. "Warm": the facts are unchanged, as when a session is opened or repaired. "Cold": the facts are new,
+so that the table of all links is filled first. "Candidates": the 300 likeliest peers are chosen first, as clients do in
+larger swarms; "all": the route is searched over all peers, up to 2,000. Times are processor times of this process, so
+that other programs on the machine change them little.
 
-With --client, the planning of a client: its `Planner` plans with signed records, 300 prompt tokens and 128 measured
-links. "Cold": the first time with these records; "one changed": one record was renewed since; "in a session": its own
-steps gave new facts about two hops and the link between them; "without some": two peers must not be used.
+With --client, the benchmark measures the planning of a client: its `Planner` plans with signed records, 300 prompt
+tokens and 128 measured links. "Cold": the first plan with these records; "one changed": one record was renewed since
+the last plan; "in a session": steps of the client gave new facts about two hops and the link between them; "without
+some": two peers must not be used.
 
     python -m benchmarks.planning [--client] [--peers 1000] [--blocks 80] [--rounds 30]
 """
@@ -51,7 +52,7 @@ def main() -> None:
     if arguments.client:
         time_a_client(arguments.peers, arguments.blocks, arguments.rounds)
         return
-    print(f"{arguments.peers} peers, {arguments.blocks} blocks; medians of {arguments.rounds} swarms (most), ms")
+    print(f"{arguments.peers} peers, {arguments.blocks} blocks; medians of {arguments.rounds} swarms (maximum), ms")
     print()
     print("| blocks of a peer | candidates | route, warm | over all: warm | cold | for throughput, warm |")
     print("|---|---|---|---|---|---|")
@@ -84,7 +85,7 @@ def main() -> None:
 def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
     choices = random.Random(1)
     keys = [Identity.generate() for _ in range(count)]
-    print(f"{count} peers, {num_blocks} blocks; medians of {COLD} x {rounds} plans (most), ms")
+    print(f"{count} peers, {num_blocks} blocks; medians of {COLD} x {rounds} plans (maximum), ms")
     print()
     print("| blocks of a peer | cold | warm | in a session | without some | one changed |")
     print("|---|---|---|---|---|---|")
@@ -122,7 +123,7 @@ def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
 
 
 class Client:
-    """A client that has measured some links. hops: of its last route."""
+    """A client that has measured some links. hops: the hops of its last route."""
 
     def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
         self.records = [PeerRecord.unpack(data) for data in packed]

@@ -2,18 +2,19 @@
 
     python -m benchmarks.prefixes CHECKPOINT [--requests 200] [--tool-tokens 7000] [--in-flight 3] [--weights float32]
 
-Three daemons with a third of the blocks each, one thread each, and `splitnet serve`, which keeps no sessions. Each of
-`--agents` sends one of `--tool-sets` texts as its system prompt, and a history that grows by its questions, the tools'
-answers, and the model's answers; after `--turns` it begins anew. Half-way all daemons end (SIGTERM) and start again on
-the same ports. Then daemons with `--prefix-store off` answer the same: every request, or each `--off-every`th, and the
-greedy texts must be equal. Links have no codec. Last, one at a time and in turns, questions after a known prefix and
-alone.
+Runs three daemons of one thread, with a third of the blocks each, and `splitnet serve`, which keeps no sessions. Each
+of `--agents` agents sends one of `--tool-sets` texts as its system prompt, and a history that grows by the agent's
+questions, the tools' answers, and the model's answers; after `--turns` turns the history begins anew. Half-way all
+daemons end (SIGTERM) and start again on the same ports. Then daemons with `--prefix-store off` answer the same requests
+(all, or every `--off-every`th), and the greedy texts must be equal. Links have no codec. Last, the benchmark times
+questions after a known prefix and questions alone, in turns and one at a time.
 
     python -m benchmarks.prefixes CHECKPOINT --kill 1000 8000 [--rounds 3] [--standby 16MiB]
 
-Instead, kill -9 of the middle hop of three, which has a replica, at these positions: how long the text pauses with the
-keys and values of the prompt at the replica (warm), without them (cold), and, with `--standby SIZE`, with ongoing
-copies. Another text is generated meanwhile. Tokens must equal those of the undisturbed text.
+With --kill, the benchmark instead kills (kill -9) the middle hop of three, which has a replica, after prompts of these
+lengths, and measures how long the text pauses: if the replica holds the keys and values of the prompt (warm), if it
+holds none (cold), and, with `--standby SIZE`, if it copies them all the time. Another text is generated meanwhile. The
+tokens must equal those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ from splitnet.tools.bench.backends import Clock, gaps_s
 VERBS = ("read", "list", "find", "move", "copy", "open", "close", "send", "count", "merge", "check", "print")
 NOUNS = ("file", "table", "invoice", "letter", "ticket", "order", "branch", "photo", "sensor", "route", "account")
 KINDS = ("string", "number", "boolean", "array")
-AFTER = 120  # tokens before a hop is killed, while its keys and values are copied
-MORE = 16  # tokens after the kill
+AFTER = 120  # tokens before a hop is killed, while the replica copies keys and values
+MORE = 16  # tokens after the hop is killed
 Messages = list[Any]
 
 
@@ -75,7 +76,7 @@ class Request:
 
 @dataclass
 class Agent:
-    """Sends a text with tools, and a history that restarts after some turns."""
+    """A simulated agent: sends a text with tools and a history, which restarts after some turns."""
 
     system: str
     turns: int
@@ -98,17 +99,17 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--agents", type=int, default=10)
     parser.add_argument("--tool-sets", type=int, default=3)
-    parser.add_argument("--tool-tokens", type=int, default=7000, help="of each tool set; histories need some, too")
+    parser.add_argument("--tool-tokens", type=int, default=7000, help="of each tool set; histories need more")
     parser.add_argument("--turns", type=int, default=8, help="of a history")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=16, help="maximum tokens of an answer")
     parser.add_argument("--in-flight", type=int, default=3)
     parser.add_argument("--off-every", type=int, default=1)
-    parser.add_argument("--questions", type=int, default=5, help="of each kind, one at a time")
-    parser.add_argument("--weights", default="float32", help="of the peers, and of the head")
+    parser.add_argument("--questions", type=int, default=5, help="number of questions of each kind, one at a time")
+    parser.add_argument("--weights", default="float32", help="weight format of the peers and of the head")
     parser.add_argument("--kv-memory", default="1GiB", help="of each peer")
     parser.add_argument("--question-words", type=int, nargs="+", default=[10, 200])
-    parser.add_argument("--disk", default="2GiB", help="of the store of each peer, see `splitnet peer --prefix-store`")
-    parser.add_argument("--kill", type=int, nargs="+", help="positions at which a hop dies")
+    parser.add_argument("--disk", default="2GiB", help="of each peer's store, see `splitnet peer --prefix-store`")
+    parser.add_argument("--kill", type=int, nargs="+", help="lengths of the prompts after which a hop is killed")
     parser.add_argument("--rounds", type=int, default=3, help="with --kill")
     parser.add_argument("--kinds", nargs="*", default=["cold", "warm"], help="with --kill")
     parser.add_argument("--standby", help="with --kill: bytes per second that the second peer copies")
@@ -137,7 +138,7 @@ def daemons(
         (folder / name).mkdir(parents=True, exist_ok=True)
         folders[name] = Path(tempfile.mkdtemp(dir=folder / name))
     first = folders[names[0]] / "address0"
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:  # they start at the same time
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:  # all daemons start at the same time
 
         def start(name: str) -> Peer:
             own = options if name == names[0] else (*options, "--join-file", str(first))
@@ -159,7 +160,7 @@ def daemon(own: Path, arguments: argparse.Namespace, span: tuple[int, int], opti
 
 
 def trace(folder: Path, arguments: argparse.Namespace) -> int:
-    """Runs all arms, and prints the results."""
+    """Runs all variants, and prints the results."""
     tokenizer = Checkpoint.open(arguments.checkpoint).tokenizer()
     tools = [tool_set(number, arguments.tool_tokens, tokenizer) for number in range(arguments.tool_sets)]
     agents = [
@@ -187,7 +188,7 @@ def trace(folder: Path, arguments: argparse.Namespace) -> int:
         for one, other in zip(seen[:: arguments.off_every], again, strict=True)
         if one.stream.text != other.stream.text
     ]
-    print(f"\n{len(wrong)} of {len(again)} answers were not the same without the store. {wrong[:3] or ''}")
+    print(f"\n{len(wrong)} of {len(again)} answers differed without the store. {wrong[:3] or ''}")
     return int(bool(wrong))
 
 
@@ -233,7 +234,7 @@ async def play(url: str, agents: Sequence[Agent], each: int, arguments: argparse
 
 
 async def repeat(url: str, requests: Sequence[Request], arguments: argparse.Namespace) -> list[Request]:
-    """The same requests, some at the same time."""
+    """Sends the same requests again, some at the same time."""
     places = asyncio.Semaphore(arguments.in_flight)
 
     async def once_more(client: AsyncOpenAI, model: str, request: Request) -> Request:
@@ -257,10 +258,10 @@ async def compare(url: str, tools: str, arguments: argparse.Namespace) -> None:
                     words = " ".join(draw.choice((*VERBS, *NOUNS)) for _ in range(length))
                     chat = [{"role": "system", "content": system}, {"role": "user", "content": f"{number} {words}"}]
                     request = await ask(client, model, chat, 2)
-                    took += [request.ttft_ms] if number else []  # the first warms up
+                    took += [request.ttft_ms] if number else []  # the first request warms up
         known, alone = (statistics.median(took) for took in times.values())
         print(
-            f"\nA question of {length} words, first token, median of {arguments.questions}: {known:.0f} ms behind the "
+            f"\nA question of {length} words, first token, median of {arguments.questions}: {known:.0f} ms after the "
             f"tools, {alone:.0f} ms without: {known / alone:.2f} times.",
             flush=True,
         )
@@ -298,7 +299,7 @@ def work_of(peers: Sequence[Peer]) -> float:
 
 
 def show(name: str, requests: Sequence[Request], peers: Sequence[Peer], began: float) -> None:
-    """A row of the table: memory and disk are totals of all daemons."""
+    """Prints a row of the table; memory and disk are totals of all daemons."""
     times = [request.ttft_ms for request in requests]
     prompts, cached = (sum(getattr(each, name) for each in requests) for name in ("prompt", "cached"))
     resident = sum(psutil.Process(one.process.pid).memory_info().rss for one in peers)
@@ -315,7 +316,7 @@ def show(name: str, requests: Sequence[Request], peers: Sequence[Peer], began: f
 
 @dataclass(frozen=True)
 class Death:
-    """The loss of a hop in an answer. Times in ms; usual: per token before the loss."""
+    """The loss of a hop in an answer. Times are in ms; usual: the time per token before the loss."""
 
     pause: float
     usual: float
@@ -368,7 +369,7 @@ def report(positions: int, kind: str, deaths: Sequence[Death]) -> None:
 def death(
     peers: dict[str, Peer], arguments: argparse.Namespace, client: Identity, prompt: torch.Tensor, kind: str
 ) -> Death:
-    """Generates undisturbed (for a warm start through the replica), and once more with a death."""
+    """Generates a text undisturbed (for a warm start through the replica), and again while the hop is killed."""
     checkpoint = Checkpoint.open(arguments.checkpoint)
     facts, join = ModelFacts.of(checkpoint), [peers["0"].address_file.read_text().strip()]
     with GuidedSwarm(facts, join, identity=client) as swarm, GuidedSwarm(facts, join) as others:

@@ -6,15 +6,17 @@ The attacker sees the activations before a block (the cut), like the peer that s
 like every peer. Four attacks:
 
 - nearest embedding: the token whose input embedding is nearest to the activation, by angle and by distance;
-- linear probe: ridge regression from activations to embeddings, fitted on other texts, then the nearest by angle;
+- linear probe: a ridge regression from activations to embeddings, fitted on other texts; then the token whose embedding
+  is nearest to the regression's output, by angle;
 - search: position by position, the attacker computes the first blocks for candidates after the recovered text, and
-  takes the candidate with the nearest activation. Candidates are ordered by the expectations of the model and the
-  probe, and the search stops at one that is nearer than `NEAR`. The attacker knows the first token: every chat begins
-  with the same one, and its activation is dominated by the few channels of an attention sink, in which tokens hardly
-  differ;
-- logit lens: the final norm and the head on the activation, which give the token that the model will choose next.
+  takes the candidate with the nearest activation. The attacker tries candidates in the order in which the model and
+  the probe rank them, and stops at a candidate that is nearer than `NEAR`. The attacker knows the first token: every
+  chat begins with the same token. Without this knowledge the first token would be hard to recover: it is an attention
+  sink, and a few channels in which tokens hardly differ dominate its activation;
+- logit lens: the attacker applies the final norm and the head to the activation, to predict the next token.
 
-With a codec, the text passes it before the first block and at the cut; the attacker ignores that.
+With a codec, the activations are encoded and decoded before the first block and at the cut; the attacker does not
+account for the codec.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ CUTS = [0, 1, 2, 3, 5, 10, 20, 28, 29, 30]
 NEAR = 0.05
 """Distance, relative to the activation, below which the search takes a candidate without trying the others."""
 CHUNKS = (32, 96, 384, 1536)
-"""Numbers of candidates that are tried together; the last size repeats."""
+"""The number of candidates in each batch that is tried; the last size repeats."""
 PROBE_SEQUENCES, PROBE_LENGTH = 24, 512
 """Training data of the probe: this many sequences of other text, and half as many of random tokens."""
 
@@ -48,7 +50,7 @@ class FirstBlocks:
     """The embeddings and the blocks before a cut."""
 
     def __init__(self, checkpoint: str, cut: int) -> None:
-        # Transformers rejects a model without blocks: cut 0 has one block and does not use it.
+        # Transformers rejects a model without blocks: for cut 0 the model has one block, which is not used.
         self._decoder: Any = AutoModel.from_pretrained(checkpoint, num_hidden_layers=max(cut, 1), dtype=torch.float32)
         self._decoder.eval().norm = torch.nn.Identity()
         self._cut = cut
@@ -58,7 +60,7 @@ class FirstBlocks:
         if not self._cut:
             return self._decoder.get_input_embeddings()(tokens)
         count = len(tokens)
-        # All in one row: each token attends to earlier positions and itself, and not to the other candidates.
+        # All candidates are in one row: each attends to the earlier positions and itself, but not to other candidates.
         sees = torch.cat([torch.ones(count, position, dtype=torch.bool), torch.eye(count, dtype=torch.bool)], dim=1)
         output = self._decoder(
             input_ids=tokens[None],
@@ -89,10 +91,10 @@ class Fitted:
     scale: torch.Tensor
     """Mean and standard deviation of each channel, `[hidden]`."""
     weights: torch.Tensor
-    """Of the linear probe, `[hidden + 1, hidden]`."""
+    """The weights of the linear probe, with the bias in the last row, `[hidden + 1, hidden]`."""
 
     def embedding_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[seq, hidden]` activations -> embeddings by the probe."""
+        """The embeddings that the probe computes from activations, both `[seq, hidden]`."""
         return _with_one((rows - self.mean) / self.scale) @ self.weights
 
 
@@ -112,7 +114,7 @@ class Attacker:
         self._checkpoint = checkpoint
         self.model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.embeddings: torch.Tensor = self.model.get_input_embeddings().weight.detach()
-        # Certainly enough text: a token has far fewer characters.
+        # 16 characters per token are enough: tokens are far shorter.
         text = "\n".join(pydoc_data.topics.topics.values())[: 16 * PROBE_SEQUENCES * PROBE_LENGTH]
         ids = tokenizer(text, return_tensors="pt").input_ids[0]
         self._texts = list(ids[: PROBE_SEQUENCES * PROBE_LENGTH].split(PROBE_LENGTH))
@@ -151,7 +153,7 @@ class Attacker:
         """Recovers a text from its activations `seen`, `[seq, hidden]`, by trying tokens.
 
         Args:
-            truth: gives the first token; the others only serve to count right tokens.
+            truth: the tokens of the text. The search takes only the first one; the others serve to count right tokens.
         """
         first = FirstBlocks(self._checkpoint, cut)
         own, language = DynamicCache(), DynamicCache()
@@ -196,7 +198,7 @@ def _similarity(rows: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _interleaved(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """All tokens, ordered by their better rank in the two orders."""
+    """All tokens, ordered by the better of their ranks in two orders."""
     rank = torch.empty_like(one)
     rank[one] = torch.arange(len(one))
     rank_of_other = torch.empty_like(other)
@@ -241,10 +243,10 @@ def print_row(ids: torch.Tensor, searched: int, cut: int, codec: Codec, attacker
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or Hugging Face id of a model with the structure of Llama")
-    parser.add_argument("--text", type=Path, default=TEXT, help="the text to read")
-    parser.add_argument("--tokens", type=int, default=512, help="how many of its tokens")
-    parser.add_argument("--searched", type=int, default=64, help="how many of these by search, which is slow")
-    parser.add_argument("--cuts", type=int, nargs="+", default=CUTS, help="blocks before which activations are seen")
+    parser.add_argument("--text", type=Path, default=TEXT, help="the file with the text")
+    parser.add_argument("--tokens", type=int, default=512, help="use this many tokens of the text")
+    parser.add_argument("--searched", type=int, default=64, help="search for this many of them; a search is slow")
+    parser.add_argument("--cuts", type=int, nargs="+", default=CUTS, help="activations are seen before these blocks")
     parser.add_argument("--codec", action="append", choices=list(CODECS), help="may be repeated (default: none, int8)")
     arguments = parser.parse_args()
 
@@ -260,7 +262,7 @@ def main() -> None:
     print(f"{blocks} blocks; {len(ids)} tokens of {arguments.text.name}, of which {searched} were searched.\n")
     print(
         "| seen before block | codec | nearest embedding, angle | distance | linear probe | search "
-        "| tokens tried per position, median (most) | next token by logit lens |"
+        "| tokens tried per position, median (maximum) | next token by logit lens |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for cut, fitted in attacker.fit(arguments.cuts).items():

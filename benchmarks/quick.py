@@ -3,10 +3,11 @@
     python -m benchmarks.quick [--threads 1] [--rounds 24]
 
 All variants run in turns in one process, so that neither the machine nor its load matters: blocks of a random model
-with weights in each format, the same blocks in transformers' own code and float32, and sums over as many bytes as a
-format holds. The median of each counts. Limits: no format is slower than transformers, nor than a format with more
-bytes. Where whole steps are compiled (AVX512), weights that exceed the caches are read at 65 % of the bandwidth of the
-sums or more. Weights in a cache are limited by arithmetic, at a different speed on each processor.
+with weights in each format, the same blocks in transformers' own code and float32, and sums over as many bytes as the
+weights of a format have. The median of each variant counts. Limits: no format may be slower than transformers, or
+slower than a format with more bytes. Where whole steps are compiled (AVX512), a step must read weights that exceed the
+caches at 65 % of the bandwidth of the sums or more. Weights in a cache are limited by arithmetic, at a different speed
+on each processor.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ SIZES: dict[str, int] = {
 }
 CONTEXT = 32
 SLOWEST = 1.0
-"""Least speed, as a multiple of transformers'."""
+"""Minimum speed of a format, as a multiple of the speed of transformers."""
 
 SAME = 1.05
-"""Most time of a format, as a multiple of a larger one's."""
+"""Maximum time of a format, as a multiple of the time of a format with more bytes; the rest is noise."""
 
 LEAST_BANDWIDTH = 0.65
 TRIES = 3
-"""A value fails only if it is below its limit in each try, because the machine may be busy."""
+"""The number of tries: the benchmark fails only if a variant misses its limit in every try, because the machine may be
+busy."""
 
 READ_PARTS = 16
 
@@ -59,7 +61,7 @@ def held_bytes(span: Span) -> int:
 
 
 def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
-    """Decodes one position after a context."""
+    """Returns a function that decodes one position after a context."""
     row = span.new_row(len(hidden))
     span.forward(hidden[:CONTEXT], [RowChunk(row, 0, CONTEXT)])
 
@@ -71,7 +73,7 @@ def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
 
 
 def transformers_step(folder: Path, hidden: torch.Tensor) -> Callable[[], object]:
-    """The same in transformers' own code."""
+    """Returns a function that decodes one position after a context in transformers' own code."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
     cache = DynamicCache()
     model(inputs_embeds=hidden[None, :CONTEXT], cache=cache, use_cache=True)
@@ -115,13 +117,13 @@ def main() -> None:
 
 
 def cache_bytes() -> int:
-    """Bytes of the largest cache, as Linux reports it; else 64 MiB."""
+    """Bytes of the largest cache, as Linux reports them, or 64 MiB if Linux does not."""
     told = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size[:-1]) << 10 for size in told if size.endswith("K")), default=64 << 20)
 
 
 def compare(ways: dict[str, Callable[[], object]], sizes: dict[str, int], rounds: int) -> set[str]:
-    """Prints the table. Returns the variants below their limits."""
+    """Prints the table. Returns messages about the variants that miss their limits."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, step in ways.items():

@@ -1,4 +1,4 @@
-"""Checkpoints in the shape of published models, with random weights: equally fast, without a download."""
+"""Checkpoints with random weights in the shape of published models: as fast as these, without a download."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPES = {
 
 @contextmanager
 def random_model(shape: Shape, blocks: int | None = None) -> Iterator[Path]:
-    """A checkpoint in bfloat16, with fewer blocks on request; all of its blocks have the same random weights."""
+    """A checkpoint in bfloat16, with `blocks` blocks if given; all of its blocks have the same random weights."""
     hidden, middle = shape.hidden, shape.middle
     config = LlamaConfig(
         hidden_size=hidden,

@@ -1,18 +1,19 @@
-"""Whether a simulated swarm behaves like the same swarm of real daemons and clients.
+"""Compares a simulated swarm with the same swarm of real daemons and clients.
 
-Daemons of `splitnet peer` and clients are hosts of an emulated network (see docs/netlab.md; for root on Linux) with
-unequal delays and rates. All join through one more daemon, which is too slow for any route, because nodes of a DHT
-would keep the cores busy. Each daemon has a few blocks of a tiny random model, and is slowed to the speed of its
-simulated device (`netlab/slowed.py`). Prompts, lengths of answers and times are drawn by the simulator. By a seeded
-schedule daemons are killed, lost together with their hosts, or leave, and return. Then the simulator gets the same
-devices, links, blocks, requests and losses, and both are compared: times to the first token and per token, and the load
-of each peer.
+Daemons of `splitnet peer` and clients run in hosts of an emulated network (see docs/netlab.md; needs root on Linux)
+with unequal delays and rates. All of them join through one additional daemon, which is too slow for any route, instead
+of through DHT nodes, which would keep the cores busy. Each daemon has a few blocks of a tiny random model, and is
+slowed to the speed of its simulated device (`netlab/slowed.py`). The simulator draws the prompts, the lengths of the
+answers and the times of the requests. By a seeded schedule, daemons are killed, are lost together with their hosts, or
+leave, and later return. Then the simulator runs with the same devices, links, blocks, requests and losses. The report
+compares the times to the first token and per token, and the load of each peer.
 
     sudo .venv/bin/python -m benchmarks.reality [--minutes 10] [--peers 24] [--clients 10] [--output reality.json]
 
-The comparison is refused if the cores of this machine were busy for more than 60% of the time, because daemons were
-late then. Time of niced programs does not count, because they yield: daemons and clients get a raised priority. Linux
-counts programs that run only under SCHED_IDLE as busy, so run such programs as `chrt --idle 0 nice -n 19 PROGRAM`.
+The comparison is refused if the cores of this machine were busy for more than 60% of the time, because passes of
+the daemons were late then. The time of niced programs does not count as busy, because these programs yield to daemons
+and clients, which run at a raised priority. Linux counts the time of programs under SCHED_IDLE as busy unless they are
+also niced, so run such programs as `chrt --idle 0 nice -n 19 PROGRAM`.
 """
 
 from __future__ import annotations
@@ -63,19 +64,20 @@ from simulator.world import (
 SHAPE = Shape(hidden=128, middle=256, blocks=24, heads=4, kv_heads=2, vocabulary=512)
 SPAN_BLOCKS = (5, 12)
 DECODE_MS = (3.0, 18.0)
-"""Ms of a block; a position of a prefill takes the share `PREFILL_SHARE` of that."""
+"""The range of the time that a device takes for one position through one block in a decode step, in ms; a position of
+a prefill takes the share `PREFILL_SHARE` of this time."""
 PREFILL_SHARE = 1 / 15
 EXTENT_MS = 40.0
-"""Hosts are in a square whose side a message crosses in this time."""
+"""The side of the square in which hosts lie, as the time that a message takes to cross it, in ms."""
 ACCESS_MS = (0.5, 6.0)
 RATE_MBIT = (20.0, 200.0)
 SHARE_OF_PROMPT, SHARE_OF_OUTPUT = 0.5, 0.4
 MOST_PROMPT, MOST_OUTPUT = 1200, 300
-"""The simulator's prompts and answers, scaled down to the model."""
+"""Maximum tokens of a prompt and of an answer: those of the simulator, scaled down to the context of the model."""
 REQUEST_EVERY_S = 4.0
 LONG_REQUEST_EVERY_S = 18.0
 FIRST = "first"
-"""The host of a daemon through which all others join; it is too slow for any route."""
+"""The host of the daemon through which all others join; this daemon is too slow for any route."""
 FIRST_SPAN, FIRST_SPEED = (0, 1), Speed.of(1000.0, 100.0)
 CHANGE_EVERY_S, CHANGED_S = 60.0, 40.0
 LINK_FACTOR, DEVICE_FACTOR = 10.0, 6.0
@@ -86,17 +88,17 @@ PATIENCE_S = 30.0
 SETTLE_S = 50.0
 """Seconds until all peers have measured each other and published the results."""
 LAST_S = 60.0
-"""Seconds for answers that are running at the end."""
+"""Seconds that answers which are running at the end may still take."""
 OPTIONS = ("minutes", "peers", "clients", "seed", "no_losses", "changes", "no_replans")
 PRIORITY = -10
 MOST_BUSY = 0.6
 SEEDS = 5
-"""Seeds of the simulator for the part of both that is chance: the choice among near-equal routes."""
+"""Number of runs of the simulator, each with another seed: the choice among nearly equal routes is random."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The end of a daemon. how: "kill" (its program dies), "lost" (with its host), "leave"."""
+    """The end of a daemon's service. how: "kill" (its program dies), "lost" (its host is lost), "leave" (it leaves)."""
 
     host: str
     at_s: float
@@ -106,7 +108,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Swarm:
-    """The swarm that both run. one_way_ms, mbit: by index in `hosts`, which are peers and then clients."""
+    """The swarm to emulate and to simulate. one_way_ms, mbit: by index in `hosts`, which are peers and then clients."""
 
     peers: list[str]
     clients: list[str]
@@ -138,7 +140,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Seen:
-    """Observations of a session. Times in ms; 0: there were no such tokens."""
+    """Observations of a session. Times are in ms; 0: the session had no such tokens."""
 
     ttft_ms: float
     token_ms: float
@@ -161,7 +163,7 @@ def main() -> int:
     parser.add_argument("--no-replans", action="store_true", help="sessions do not look for better routes")
     parser.add_argument("--busy", action="store_true", help="compare even if the cores were busy")
     parser.add_argument("--output", type=Path, default=Path("reality.json"))
-    parser.add_argument("--again", type=Path, help="simulate what was measured before, as in this file")
+    parser.add_argument("--again", type=Path, help="simulate the swarm of an earlier measurement in this file")
     arguments = parser.parse_args()
     try:
         if arguments.again:
@@ -181,7 +183,7 @@ def main() -> int:
         "the passes took more than 10% longer than they should"
     )
     if busy > MOST_BUSY and not arguments.busy:
-        print(f"error: the cores were busy for more than {MOST_BUSY:.0%}, so this tells nothing", file=sys.stderr)
+        print(f"error: the cores were busy for more than {MOST_BUSY:.0%}, so this is not valid", file=sys.stderr)
         return 1
     if swarm.changes:
         report_changes(measured)
@@ -253,7 +255,7 @@ def settings_of(seconds: float, count: int, peers: int, seed: int) -> Simulation
 def draw_questions(
     rng: np.random.Generator, seconds: float, clients: Sequence[str], *, long: bool
 ) -> dict[str, list[Question]]:
-    """long: all answers have the largest length."""
+    """The questions of each client. long: all answers have the maximum length."""
     count = round(seconds / (LONG_REQUEST_EVERY_S if long else REQUEST_EVERY_S))
     questions: dict[str, list[Question]] = {client: [] for client in clients}
     for number, request in enumerate(draw_requests(rng, settings_of(seconds, count, 1, 0), 0)):
@@ -266,7 +268,7 @@ def draw_questions(
 
 
 def draw_losses(rng: np.random.Generator, seconds: float, spans: Mapping[str, tuple[int, int]]) -> list[Loss]:
-    """Losses of peers whose blocks still have two other peers each."""
+    """Draws losses of peers, only while each of their blocks still has two other peers."""
     losses: list[Loss] = []
     for at_s in np.arange(LOSS_EVERY_S / 2, seconds, LOSS_EVERY_S):
         away = {loss.host for loss in losses if loss.at_s - 5 <= at_s < loss.back_s + 20}
@@ -282,7 +284,7 @@ def draw_losses(rng: np.random.Generator, seconds: float, spans: Mapping[str, tu
     return losses
 
 
-# Reality.
+# The real swarm.
 
 
 def measure(swarm: Swarm, options: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -344,7 +346,7 @@ def run(swarm: Swarm, lab: Lab, nursery: Nursery, peers: SlowedPeers, folder: st
     churn.end()
     changes.end()
     now = psutil.cpu_times()
-    # Niced programs, and those under SCHED_IDLE, yield to all others at once.
+    # Niced programs, and programs under SCHED_IDLE, yield to all others at once.
     idle = sum(getattr(now, kind) - getattr(machine, kind) for kind in ("idle", "iowait", "nice"))
     cores = psutil.cpu_count() or 1
     lives = [life for host in swarm.peers for life in churn.lives(host, before[host].busy_s, ended_s)]
@@ -387,7 +389,7 @@ class Churn:
             thread.join()
 
     def lives(self, host: str, before_s: float, ended_s: float) -> list[Life]:
-        """Lives of a host's daemons; the first daemon was busy for `before_s` seconds earlier."""
+        """Lives of a host's daemons. before_s: seconds that the first daemon was busy before the measurement began."""
         busy = [meter.measured.busy_s for meter in self._peers.meters(host)]
         busy[0] -= before_s
         spans = self._spans[host]
@@ -437,8 +439,8 @@ class Changes:
     """Slows the link, or the device, that most sessions use, for a while, in a thread.
 
     Attributes:
-        routes: hosts by session, at present.
-        happened: the change, its begin, its end.
+        routes: the hosts of the present route of each session.
+        happened: each change: the slow link or device, the begin and the end.
     """
 
     def __init__(self, lab: Lab, peers: SlowedPeers, swarm: Swarm, began: float) -> None:
@@ -522,7 +524,7 @@ def own_cpu_s() -> float:
 
 
 class GivenPlacing:
-    """Each device has given blocks, by its id, and keeps them."""
+    """Gives each device, by its id, fixed blocks."""
 
     check_s = 1e9
     announces_joining = False
@@ -544,8 +546,8 @@ class GivenGeography(Geography):
     """Given latencies and bandwidths.
 
     Args:
-        one_way_ms: between all devices, `[devices, devices]`, symmetric.
-        bytes_per_ms: of each device's link, up and down.
+        one_way_ms: latency between all devices, `[devices, devices]`, symmetric.
+        bytes_per_ms: bandwidth of each device's link, in each direction.
     """
 
     def __init__(self, one_way_ms: Floats, bytes_per_ms: Floats) -> None:
@@ -616,7 +618,7 @@ def simulate(swarm: Swarm, lives: Sequence[Life], seed: int) -> tuple[list[Seen]
     return seen, busy
 
 
-# Both.
+# The comparison.
 
 
 def figures_of(seen: Sequence[Seen]) -> dict[str, float]:
@@ -720,12 +722,12 @@ def report_changes(measured: Mapping[str, Any]) -> None:
 
 
 def gaps(answer: Mapping[str, Any], since_s: float, until_s: float) -> list[float]:
-    """Ms between tokens that arrived in this interval."""
+    """The times between the tokens that arrived in an interval, in ms."""
     return [(b - a) * 1000 for a, b in itertools.pairwise(answer["times_s"]) if since_s < b <= until_s]
 
 
 def uses(hops: Sequence[Sequence[Any]], slow: Sequence[str], hosts: Mapping[str, str]) -> bool:
-    """Whether a route uses a link between two hosts, or a host."""
+    """Whether a route uses what is slow: the link between two hosts, or one host."""
     names = [hosts_of(hop, hosts) for hop in hops]
     return (slow[0], slow[-1]) in list(itertools.pairwise(names)) if len(slow) == 2 else slow[0] in names
 

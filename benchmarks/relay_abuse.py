@@ -1,10 +1,10 @@
-"""Members that use a helper while strangers abuse it (tests/attacks/relay.py), over loopback.
+"""Measures members that use a helper while strangers abuse the helper (tests/attacks/relay.py), over loopback.
 
     python -m benchmarks.relay_abuse [--seconds 8]
 
-The helper, a hidden peer, a member that calls it, and the strangers are separate processes. For each attack: the round
-trip of a message of 700 bytes through the helper (median and 99th percentile), the most memory and the most descriptors
-of the helper, and the time of a new call of another member until its first message returns.
+The helper, a hidden peer, a member that calls it, and the strangers are separate processes. For each attack, the
+benchmark prints the round trip of a message of 700 bytes through the helper (median and 99th percentile), the maximum
+memory and descriptors of the helper, and the time from a new call of another member until its first message returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.attacks.transport import in_background
 
 LOOK_S = 0.05
 PAUSE_S = 0.02
-"""Seconds between two messages of the member, as between two tokens."""
+"""Seconds between two messages of the member: a typical time between two tokens."""
 
 
 def help_others() -> None:
@@ -92,7 +92,7 @@ def measure(seconds: float) -> None:
                 figures = times(member, endpoint, seconds)
             else:
                 with in_background(attack, relay, seconds=seconds + 5):
-                    time.sleep(2.0)  # the attacker imports modules, and begins
+                    time.sleep(2.0)  # time for the attacker to import modules and to begin
                     figures = times(member, endpoint, seconds)
         median, slow, first = figures
         figures = f"{median:.2f} | {slow:.1f} | {first:.0f} | {watch.most_mib:.0f} | {watch.most_fds}"
@@ -109,7 +109,7 @@ def measure(seconds: float) -> None:
 
 
 def times(member: Caller, endpoint: Endpoint, seconds: float) -> tuple[float, float, float]:
-    """Round trips in ms: the median, the slowest hundredth, and the first one of another member."""
+    """Round trips in ms: the median, the 99th percentile, and the first one of another member."""
     until, found = time.monotonic() + seconds, list[float]()
     while time.monotonic() < until:
         found.append(member.round_trip_ms(SMALL))

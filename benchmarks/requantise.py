@@ -2,8 +2,8 @@
 
     python -m benchmarks.requantise model-F16.gguf model-Q4_K.gguf Q4_K
 
-The `gguf` package quantises only to types with blocks of 32. The k-quants are made here by rounding to the range of
-each group, without llama.cpp's search for the best scale, so quality measured on them is a lower bound.
+The `gguf` package quantises only to types with blocks of 32. This script makes the k-quants by rounding to the range
+of each group, without llama.cpp's search for the best scale, so the quality measured on them is a lower bound.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 BLOCK = 256
 INSTEAD = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
-"""The types that llama.cpp uses for rows whose length is no multiple of 256."""
+"""The types that llama.cpp uses instead for rows whose length is not a multiple of 256."""
 
 
 def fitting(kind: Type, inputs: int) -> Type:
@@ -33,7 +33,7 @@ def fitting(kind: Type, inputs: int) -> Type:
 
 
 def quantised(weight: Floats, kind: Type) -> npt.NDArray[Any]:
-    """The bytes of rows `[..., inputs]`, in a type that `fitting` returned."""
+    """The bytes of rows `[..., inputs]` in `kind`, which must be a type that `fitting` returned."""
     if kind not in _K_QUANTS:
         return gguf.quantize(weight, kind)
     blocks = _K_QUANTS[kind](weight.reshape(-1, BLOCK).astype(np.float32))
@@ -69,7 +69,7 @@ def _q6_k(blocks: Floats) -> Bytes:
 
 
 def _with_zeros(blocks: Floats, bits: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The headers of blocks (units and steps) and their codes, of Q4_K and Q5_K."""
+    """The headers of blocks (units and steps) and the codes of blocks, for Q4_K and Q5_K."""
     groups = blocks.reshape(len(blocks), 8, 32)
     lowest = np.minimum(groups.min(axis=2), 0)
     scales = (groups.max(axis=2) - lowest) / (2**bits - 1)

@@ -2,16 +2,17 @@
 
     python -m benchmarks.serve_load CHECKPOINT [--streams 16] [--seconds 60] [--tokens 48] [--weights float32]
 
-Four daemons share the model, the middle blocks twice; each of `--streams` clients of OpenAI's own package requests one
-greedy chat after the other, each with a different prompt. Half-way, one of the two peers with the same blocks that has
-sessions gets SIGKILL. Every answer must equal, token for token, the answer to the same prompt alone before; at the end
-no peer may hold a session. With weights other than float32 answers may differ after the kill, because the rounding of
-passes differs.
+Four daemons serve the model, two of them the same middle blocks. Each of `--streams` clients of OpenAI's own package
+requests one greedy chat after the other, each with a different prompt. Half-way, one of the two daemons with the same
+blocks that has sessions gets SIGKILL. Every answer must equal, token for token, the answer that the same prompt got
+before without other streams; at the end no peer may hold a session. With weights other than float32 answers may differ
+after the kill, because the rounding of passes differs.
 
     sudo .venv/bin/python -m benchmarks.serve_load CHECKPOINT --speculate off auto --streams 8 --delay 20 --seconds 20
 
-Instead, gateways with these drafts in turns, `--rounds` times, over three daemons with a third of the blocks each on an
-emulated network of 100 Mbit/s (docs/netlab.md), without a kill. Prints tokens/s of all streams together.
+With --speculate, the benchmark instead runs gateways with these kinds of drafts in turns, `--rounds` times, over three
+daemons with a third of the blocks each, on an emulated network of 100 Mbit/s (docs/netlab.md), and kills no peer. It
+prints the tokens/s of all streams together.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Peer:
-    """A daemon, and its metrics."""
+    """A running daemon, with access to its metrics."""
 
     process: subprocess.Popen[bytes]
     address_file: Path
@@ -68,7 +69,7 @@ class Peer:
 
     @property
     def port(self) -> str:
-        """The port for activations."""
+        """The port at which the daemon receives activations."""
         return self._said(r" at tcp://[^:]+:(\d+)")
 
     def metric(self, name: str) -> float:
@@ -90,9 +91,9 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
-    parser.add_argument("--weights", default="float32", help="of the peers, and of the head")
-    parser.add_argument("--speculate", nargs="+", help="compares these; the first is the baseline")
+    parser.add_argument("--tokens", type=int, default=48, help="maximum tokens of an answer")
+    parser.add_argument("--weights", default="float32", help="weight format of the peers and of the head")
+    parser.add_argument("--speculate", nargs="+", help="drafts to compare; the first is the baseline")
     parser.add_argument("--delay", type=float, default=20.0, help="with --speculate: ms one way")
     parser.add_argument("--rounds", type=int, default=3, help="with --speculate")
     arguments = parser.parse_args()
@@ -183,7 +184,7 @@ def compare(arguments: argparse.Namespace) -> int:
                 speeds[arm].append(asyncio.run(speed(urls[arm], arguments)))
     print("| drafts | tokens/s of all streams, median (range) | times the first, median |\n|---|---|---|")
     for arm, every in speeds.items():
-        seen = every[1:]  # the first warms up
+        seen = every[1:]  # the first round warms up
         ratio = statistics.median(
             one / base for one, base in zip(seen, speeds[arguments.speculate[0]][1:], strict=True)
         )
@@ -192,7 +193,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 async def speed(url: str, arguments: argparse.Namespace) -> float:
-    """Tokens/s of streams that ask continuously, until the last of them has its answer."""
+    """Tokens/s of streams that ask continuously, counted until the last answer ends."""
     client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     done: list[Stream] = []
@@ -208,7 +209,7 @@ async def speed(url: str, arguments: argparse.Namespace) -> float:
 
 
 async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace) -> int:
-    """Asks alone, then together; prints the results."""
+    """Asks all prompts alone, then in concurrent streams; prints the results."""
     client = client_of(url)
     (model,) = [model.id async for model in client.models.list()]
     topics = [TOPICS[index % len(TOPICS)] + "!" * (index // len(TOPICS)) for index in range(arguments.streams)]
@@ -236,9 +237,7 @@ async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace
     left = await sessions_left([one for one in peers if one.process.poll() is None])
     wrong = [stream for stream in done if stream.text != alone[stream.topic]]
     print_table(done, killed_at, elapsed)
-    print(
-        f"\n{len(done)} answers, {len(wrong)} of them not as when asked alone; {left:.0f} sessions left on the peers."
-    )
+    print(f"\n{len(done)} answers, {len(wrong)} of them other than alone; {left:.0f} sessions left on the peers.")
     for stream in wrong[:3]:
         print(f"\n{stream.topic}: {stream.text!r}\nalone: {alone[stream.topic]!r}")
     return int(bool(wrong) or left > 0)
@@ -272,7 +271,7 @@ async def ask(client: AsyncOpenAI, model: str, topic: str, tokens: int) -> Strea
 
 
 async def sessions_left(peers: Sequence[Peer]) -> float:
-    """Sessions on peers, when there are none or after a while."""
+    """The number of sessions left on peers, after they have had some time to end."""
     deadline = time.monotonic() + FREED_S
     while True:
         left = sum(one.metric("splitnet_peer_sessions") for one in peers)
@@ -289,7 +288,7 @@ def print_table(done: Sequence[Stream], killed_at: float, elapsed: float) -> Non
     print(f"\n{events / elapsed:.1f} tokens/s (events that have text) in {elapsed:.1f} s\n")
     print("| answers | number | first token ms, median | 95 % | ms per token, median | 95 % | longest gap ms |")
     print("|---|---|---|---|---|---|---|")
-    for name, streams in (("undisturbed", others), ("under way when a peer was killed", hit)):
+    for name, streams in (("undisturbed", others), ("running when a peer was killed", hit)):
         if not streams:
             continue
         first = [(stream.came_at[0] - stream.asked_at) * 1000 for stream in streams]
@@ -303,7 +302,7 @@ def print_table(done: Sequence[Stream], killed_at: float, elapsed: float) -> Non
 
 
 def at(percent: int, values: Sequence[float]) -> float:
-    """A percentile, the nearest rank."""
+    """A percentile of the values, by the nearest rank."""
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 

@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.size [ROOT] [--trace] [--list]
 
-ROOT: another checkout to measure, e.g. of `git worktree add /tmp/before COMMIT`. Its packages are those in its
-pyproject.toml, and the simulator, which has a separate row. No figure makes it fail.
+ROOT: another checkout to measure, e.g. from `git worktree add /tmp/before COMMIT`. The measured packages are those in
+its pyproject.toml, and the simulator, which has a separate row. The benchmark does not fail for any value.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Module:
                 self.code.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
 
     def imports(self) -> Iterable[tuple[str, str]]:
-        """For `from a import b`: a.b, which may be a module, and a, which is the module otherwise; no import is
-        relative.
+        """The imported names that may be modules. For `from a import b` these are a.b and a: b may be a module, or a
+        name in the module a. The product has no relative imports.
         """
         for node in self.nodes:
             if isinstance(node, ast.Import):
@@ -155,7 +155,7 @@ def print_table(root: Path, with_list: bool) -> None:
 def print_trace(root: Path) -> None:
     """The product's code that one token of `generate()` runs on the client and three peers, all in this process.
 
-    Uses the token with the fewest files out of thirty, because occasional code does not count.
+    Of thirty tokens, the one that runs code of the fewest files counts, so that occasional code is left out.
     """
     os.environ |= {"SPLITNET_CONFIG": os.devnull, "SPLITNET_LAN": "false", "SPLITNET_DEVICE": "cpu"}
     os.environ |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -197,8 +197,8 @@ def print_trace(root: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Counts the house.")
     parser.add_argument("root", type=Path, nargs="?", default=Path(__file__).parents[1], help="of another checkout")
-    parser.add_argument("--trace", action="store_true", help="also what one decode token passes")
-    parser.add_argument("--list", action="store_true", help="also which modules have forwarders or one importer")
+    parser.add_argument("--trace", action="store_true", help="also show the code that one decode token runs")
+    parser.add_argument("--list", action="store_true", help="also list modules with forwarders or one importer")
     arguments = parser.parse_args()
     print_table(arguments.root.resolve(), arguments.list)
     if arguments.trace:

@@ -1,11 +1,12 @@
-"""A swarm under trouble for minutes: whether tokens are wrong or lost, memory leaks, and lost blocks are replaced.
+"""Disturbs a swarm for minutes, and checks for wrong or lost tokens, for leaks, and that lost blocks are replaced.
 
-Eight daemons with memory for twelve blocks each and four clients are hosts of an emulated network (see docs/netlab.md;
-for root on Linux). Every few seconds a daemon has trouble: kill -9 and a restart, SIGTERM and a restart, SIGSTOP for a
-while, or its host is cut off for a while. Once, all daemons of some block are killed and stay away, so that others must
-move. The clients compare each answer with that of plain transformers; every second answer uses drafts. One more client
-trains: it compares the gradients of a LoRA with PEFT's on plain transformers. Only prompts whose likeliest tokens stand
-out are used, so that rounding in batches of different sizes cannot change a token.
+Eight daemons with memory for twelve blocks each and four clients run in hosts of an emulated network (see
+docs/netlab.md; needs root on Linux). Every few seconds one daemon is disturbed: kill -9 and a restart, SIGTERM and a
+restart, SIGSTOP for a while, or its host is cut off for a while. Once, all daemons of some block are killed and stay
+away, so that other daemons must move. The clients compare each answer with that of plain transformers; every second
+answer uses drafts. One more client trains, and compares the gradients of a LoRA with the gradients that PEFT computes
+on plain transformers. All prompts are such that each likeliest token stands out, so that rounding in batches of
+different sizes cannot change a token.
 
     sudo make soak [MINUTES=10] [MODEL=...]
 """
@@ -50,24 +51,25 @@ PEERS = 8
 CLIENTS = 4
 BLOCKS_PER_PEER = 12
 LASTING = 2
-"""Daemons that are never killed, so that their leaks become visible."""
+"""The number of daemons that are never killed, so that their leaks become visible."""
 NEW_TOKENS = 32
 PROMPTS = 12
 MIN_MARGIN = 0.01
-"""Least difference of logits: far more than rounding changes."""
+"""Minimum difference between the two largest logits of each token: far more than rounding changes."""
 PAUSE_S = (2.0, 6.0)
 TROUBLE_S = (3.0, 12.0)
 AWAY_S = 150.0
-"""How long all daemons of some block stay away: longer than their records live."""
+"""Seconds that all daemons of some block stay away: longer than their records are valid."""
 WAIT_S = 240.0
-"""How long clients wait for coverage."""
+"""Seconds that clients wait until peers serve all blocks."""
 MAX_GROWTH_MIB = 64
 MAX_GRADIENT_ERROR = 1e-3
-"""Relative to the largest value of a tensor: codec none, sums in another order."""
+"""Maximum error of a gradient, as a share of the tensor's largest value: there is no codec, but sums have another
+order."""
 
 LOOK_S = 0.25
 GAP_S = 1.0
-"""A pause of this length without any token is reported."""
+"""A pause of this many seconds without any token is reported."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Question:
     prompt: torch.Tensor
     answer: torch.Tensor
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Gradients of a LoRA by the loss of the answer, by name."""
+    """Gradients of the answer's loss with respect to the parameters of a LoRA, by name."""
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Tally:
     repairs_ms: list[float] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
     gradients: int = 0
-    """Forward and backward passes with right gradients."""
+    """The number of forward and backward passes with right gradients."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Gap:
     """A time without any token."""
 
     began_s: float
-    """Since the begin of the soak."""
+    """Seconds from the begin of the soak."""
     length_s: float = 0.0
     doing: Counter[str] = field(default_factory=Counter)
     """Activities of sessions during the gap, one sample per quarter of a second."""
@@ -243,7 +245,7 @@ class Trouble:
         self._ends = threading.Event()
 
     def one(self) -> None:
-        """Begins some trouble, unless two daemons have trouble."""
+        """Disturbs a daemon, unless two daemons are disturbed already."""
         self._busy = {host: thread for host, thread in self._busy.items() if thread.is_alive()}
         if len(self._busy) >= 2:
             return
@@ -293,7 +295,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Sample:
-    """The resources of a process, or their maximum over a while."""
+    """The resources of a process, at one time or at their maximum over some time."""
 
     rss_mib: float
     threads: int
@@ -314,7 +316,7 @@ class Sample:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id; the demo's if not given")
+    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id (default: the demo's model)")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -386,24 +388,22 @@ def soak(
     print(f"{minutes:.1f} minutes, {PEERS} daemons, {CLIENTS} clients: {tally.answers} answers of {NEW_TOKENS} tokens")
     print(f"trouble: {dict(trouble.happened)}; repairs: {len(tally.repairs_ms)}, by cause {dict(tally.causes)}")
     if tally.repairs_ms:
-        print(
-            f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (most)"
-        )
-    print(f"blocks that nobody served any more were served again after {restored_s:.0f} s")
+        print(f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (max)")
+    print(f"blocks that no daemon served were served again after {restored_s:.0f} s")
     print(f"gradients of a LoRA that were compared: {tally.gradients}")
-    print("| nobody got a token from, s | for, s | what sessions did (of all looks) |\n|---|---|---|")
+    print("| nobody got a token from, s | for, s | what sessions did (share of samples) |\n|---|---|---|")
     for gap in sorted(clients.clock.gaps, key=lambda gap: -gap.length_s)[:5]:
         looks = max(1, gap.doing.total())
         doing = ", ".join(f"{what} {100 * count // looks} %" for what, count in gap.doing.most_common(3))
         print(f"| {gap.began_s:.0f} | {gap.length_s:.1f} | {doing} |")
     print(f"wrong answers: {len(tally.wrong)}; answers lost by an error: {len(tally.errors)}")
-    print(f"sessions left on daemons after the clients had gone: {kv_left}")
+    print(f"sessions left on daemons after the clients had left: {kv_left}")
     some = seen[:: max(1, len(seen) // 12)]
     print("| MiB held after so many s |", *(f"{at - began:.0f} |" for at, _ in some))
     print("|---" * (len(some) + 1) + "|")
     for name in before:
         print(f"| {name} |", *(f"{held[name].rss_mib:.0f} |" for _, held in some))
-    print("before: the most in the third quarter; after: at the end")
+    print("before: the maximum in the third quarter; after: at the end")
     print("| process | MiB before | after | threads before | after | descriptors before | after |")
     print("|---|---|---|---|---|---|---|")
     for name, sample in before.items():
@@ -430,7 +430,7 @@ def lose_blocks(
     trouble: Trouble,
     choices: random.Random,
 ) -> float:
-    """Kills all daemons of some block. Returns the seconds until others have moved there."""
+    """Kills all daemons of some block. Returns the seconds until other daemons serve the block."""
     records = [record for record in directory.peers(checkpoint.fingerprint) if record.serves]
     hosts = {record.key.text: peers.host_of(record) for record in records}
     lasting = lab.hosts[1 : 1 + LASTING]
@@ -442,10 +442,10 @@ def lose_blocks(
     # Few enough that the others have memory for all blocks.
     losable.sort(key=lambda block: len(servers[block]))
     if not losable:
-        say("every block is served by a daemon that lasts: nothing is lost")
+        say("every block is served by a daemon that is never killed: no block can be lost")
         return 0.0
     doomed = servers[losable[0]]
-    say(f"killing {', '.join(sorted(doomed))}, who all serve block {losable[0]}")
+    say(f"killing {', '.join(sorted(doomed))}, which all serve block {losable[0]}")
     began = time.monotonic()
     trouble.take_away(sorted(doomed))
     gone = {key for key, host in hosts.items() if host in doomed}
@@ -461,7 +461,7 @@ def lose_blocks(
 
 
 def wait_for_free_kv(checkpoint: Checkpoint, directory: DhtDirectory) -> int:
-    """Sessions that are still on daemons after all should have ended."""
+    """The number of sessions that are still on daemons after all sessions should have ended."""
     deadline = time.monotonic() + 2 * DEFAULT_TTL_S
     while True:
         left = sum(record.sessions for record in directory.peers(checkpoint.fingerprint))
@@ -473,10 +473,10 @@ def wait_for_free_kv(checkpoint: Checkpoint, directory: DhtDirectory) -> int:
 def compared(
     seen: Sequence[tuple[float, dict[str, Sample]]], began: float, now: float, at_end: dict[str, Sample]
 ) -> tuple[dict[str, Sample], dict[str, Sample]]:
-    """The most that processes held in the third quarter of the time, and their holdings at the end.
+    """The maximum resources of each process in the third quarter of the time, and its resources at the end.
 
-    By then the daemons have settled on their blocks and have met every size of message. Earlier growth says nothing
-    about leaks, and takes longer on slower machines.
+    In the third quarter the daemons have settled on their blocks and have met every size of message. Earlier growth
+    says nothing about leaks, and takes longer on slower machines.
     """
     half, last = (began + share * (now - began) for share in (0.5, 0.75))
     before = dict(at_end)
@@ -521,7 +521,7 @@ def ask_locally(checkpoint: Checkpoint) -> list[Question]:
 
 
 def with_lora(model: Any) -> Any:
-    """A model with the same LoRA every time."""
+    """A model with a LoRA whose initial values are always the same."""
     torch.manual_seed(7)
     options = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     return get_peft_model(model, options)
@@ -540,7 +540,7 @@ def worst_error(tuned: Any, wanted: dict[str, torch.Tensor]) -> float:
 
 
 def kind_of(cause: str) -> str:
-    """A cause without its address."""
+    """The cause of a repair, without the address in it."""
     return " ".join(word for word in cause.split() if not word.startswith("tcp://"))
 
 

@@ -1,22 +1,22 @@
-"""The gain of drafts over long links: answers with several drafters in turns; the first one is the baseline.
+"""The gain of drafts over long links: several drafters answer in turns; the first drafter is the baseline.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md).
-With --local-blocks the client runs some blocks itself; a peer whose blocks are all local is idle then. All answers are
+With --local-blocks the client runs some blocks itself, and a peer whose blocks are all local is idle. All answers are
 greedy.
 
     sudo .venv/bin/python -m benchmarks.speculation CHECKPOINT [--arms off auto eagle=FOLDER known=0.8]
         [--texts repeating ordinary] [--delay 20 60] [--weights float32 int4] [--json FILE]
 
 An arm is a value of --speculate, or `known=P`, or `known=P/MS`: a drafter that knows the answer of the baseline, makes
-every guess right with the probability P, and takes MS for it. Its speed is compared with the prediction of
-`scheduler.speculation` for the measured acceptance and pace. Use answers of 256 tokens for that, because windows are
-cut at the end of a text.
+every guess right with the probability P, and takes MS ms for a guess. The speed of such an arm is compared with the
+prediction of `scheduler.speculation` for the measured acceptance and pace. Use answers of 256 tokens for this
+comparison, because windows are cut at the end of a text.
 
-Columns: "times as fast" as the baseline: median of the rounds (range). "per trip": new tokens per round trip. "right":
-share of right guesses at the first places of a window, of the compared guesses. "bytes": per new token, over all links:
-sent and received by the client, and messages of one position between peers. "links": tokens/s of the four links alone
-with as many tokens per trip, one trip after the other. "links + compute": the same plus the compute time of the
-baseline's median step; for a plain chain it is that step.
+Columns: "times as fast": speed relative to the baseline, median of the rounds (range). "per trip": new tokens per round
+trip. "right": share of right guesses among the compared guesses, at each of the first places of a window. "bytes":
+bytes per new token over all links: those that the client sends and receives, and messages of one position between
+peers. "links": the tokens/s that the delays of the four links alone would allow with as many tokens per trip, one trip
+after the other. "links + compute": the same with the compute time of the baseline's median step added to each trip.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ LINKS = len(PEERS) + 1
 DATA = Path(__file__).parent / "data"
 TEXTS = {"repeating": DATA / "repeating_prompts.json", "ordinary": DATA / "ordinary_prompts.json"}
 EXACT = ("float32", "float16")
-"""Weights whose products depend on the number of positions in a pass only through the order of sums."""
+"""Weight formats in which the number of positions in a pass changes only the order of sums in products."""
 KNOWN = "known="
 WAYS = ("bytes_sent", "bytes_received")
-PLACES = 6  # places of a window that are shown
+PLACES = 6  # the number of places of a window that the table shows
 HEADER = (
     "| text | arm | tokens/s | times as fast | per trip | right | drafted | bytes | links | links + compute | same |"
 )
@@ -76,7 +76,7 @@ class Known:
         self._share, self._cost_s = float(share), float(cost_ms or 0) / 1000
         self._answer = answer
         self._seed = seed
-        self._length = 0  # of the answer so far
+        self._length = 0  # tokens of the answer so far
 
     def begin_text(self, tokens: Sequence[int], features: torch.Tensor | None = None) -> None:
         self._length = 0
@@ -94,7 +94,7 @@ class Known:
 
 
 class Watched(Speculator):
-    """Also accepts drafters of known acceptance. latest: the statistics of the last text's drafter."""
+    """A speculator that also accepts `Known` drafters. latest: the statistics of the last text's drafter."""
 
     latest: DraftStats | None = None
 
@@ -118,11 +118,11 @@ class Answer:
     seconds: float  # from the first token to the last
     step_ms: float  # median between tokens
     moved_bytes: int  # over all links, after the first token
-    same: bool  # as the baseline's answer
+    same: bool  # whether the answer equals the baseline's
     round_trips: int
     drafted: int = 0
     by_place: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
-    # The pace at the end, see `Pace`; from one position on.
+    # The pace at the end of the answer, see `Pace`; the first entry is for one position.
     latency_ms: list[float] = field(default_factory=list[float])
     slowest_hop_ms: list[float] = field(default_factory=list[float])
     drafting_ms: tuple[float, float] = 0.0, 0.0
@@ -136,16 +136,16 @@ class Answer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="hub id, folder or GGUF file")
-    parser.add_argument("--arms", nargs="+", default=[OFF, "auto"], help="the first is the baseline")
-    parser.add_argument("--texts", nargs="+", default=[*TEXTS], help="or JSON files of prompts by name")
-    parser.add_argument("--only", nargs="+", default=[""], help="texts whose name has one of these in it")
-    parser.add_argument("--limit", type=int, help="so many texts, of all kinds")
+    parser.add_argument("--arms", nargs="+", default=[OFF, "auto"], help="drafters; the first is the baseline")
+    parser.add_argument("--texts", nargs="+", default=[*TEXTS], help="names of texts, or JSON files of prompts by name")
+    parser.add_argument("--only", nargs="+", default=[""], help="only texts whose name contains one of these")
+    parser.add_argument("--limit", type=int, help="maximum number of texts")
     parser.add_argument("--delay", type=float, nargs="+", default=[20.0], help="ms one way between any two hosts")
     parser.add_argument("--rate", type=float, default=100.0, help="Mbit/s of every host's link, 0: no limit")
-    parser.add_argument("--weights", nargs="+", default=["float32"], help="of the daemons and the client's own blocks")
+    parser.add_argument("--weights", nargs="+", default=["float32"], help="formats of the daemons and of local blocks")
     parser.add_argument("--codec", default="auto")
-    parser.add_argument("--local-blocks", default=None, help="blocks that the client runs, as 0:10")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
+    parser.add_argument("--local-blocks", default=None, help="blocks that the client runs, such as 0:10")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum tokens of an answer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="file to write all answers to")
     arguments = parser.parse_args()
@@ -176,12 +176,12 @@ def main() -> int:
         if arguments.json:
             arguments.json.write_text(json.dumps(written))
     if not same:
-        print("error: with weights that give the same text, one is another", file=sys.stderr)
+        print("error: a text differs from the baseline's, with weights that must give equal texts", file=sys.stderr)
     return int(not same)
 
 
 def prompts(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Prompts `[1, seq]` by the name of the text; texts that repeat their prompts are no chats."""
+    """Prompts `[1, seq]` by the name of the text; prompts of repeating texts do not use the chat template."""
     tokenizer, found = checkpoint.tokenizer(), dict[str, torch.Tensor]()
     for texts in arguments.texts:
         for name, prompt in json.loads(TEXTS.get(texts, Path(texts)).read_text()).items():
@@ -269,7 +269,7 @@ def show(answers: Sequence[Answer], arms: Sequence[str], delay_ms: float) -> boo
         print(_row("all: median, worst", of["all", arm], of["all", arms[0]], times, delay_ms))
     known = [arm for arm in arms if arm.startswith(KNOWN)]
     if known:
-        print("\n| arm | acceptance | foretold tokens/s | measured | measured / foretold | foretold windows |")
+        print("\n| arm | acceptance | predicted tokens/s | measured | measured / predicted | predicted windows |")
         print("|---|---|---|---|---|---|")
     for arm in known:
         own = of["all", arm]
@@ -306,7 +306,7 @@ def _row(text: str, own: Sequence[Answer], base: Sequence[Answer], times: str, d
 
 
 def _compared(own: Sequence[Answer]) -> list[tuple[int, int]]:
-    """By place in the window: the number of right guesses, and of compared ones."""
+    """The number of right guesses and the number of compared guesses, by place in the window."""
     places = sorted({place for answer in own for place in answer.by_place})
     counts = [[answer.by_place.get(place, (0, 0)) for answer in own] for place in places]
     return [(sum(right for _, right in each), sum(tried for tried, _ in each)) for each in counts]

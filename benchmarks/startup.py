@@ -3,15 +3,16 @@
     python -m benchmarks.startup [CHECKPOINT] [--blocks 0:10] [--rounds 3]
     python -m benchmarks.startup [CHECKPOINT] --lean PYTHON [--rounds 5]
 
-The least value of several rounds is reported, because other users of the machine only add to it. All times count from
-the start of the Python process. The first table is of one process that does the same as `splitnet peer`: the end of
-each stage in seconds, and the resident memory at that time, in MiB. Overlapping stages are listed by their ends. The
-second table is of the commands themselves: `peer` until it serves, `generate` through three peers until its first word,
-and `demo` (three peers and a client, started together) until its first word. The page cache is warm from the second
-round on. Linux only.
+Reports the smallest value of several rounds, because other users of the machine can only increase the values. All times
+count from the start of the Python process. The first table shows one process that does the same as `splitnet peer`: the
+end of each stage in seconds, and the resident memory at that time, in MiB. Overlapping stages are listed by their ends.
+The second table shows the commands themselves: `peer` until it serves, `generate` through three peers until its first
+word, and `demo` (three peers and a client, started together) until its first word. The page cache is warm from the
+second round on. Linux only.
 
-With `--lean` there is only another table: `generate` until its first word, through three peers, by the kind of address
-to join with, and with the Python of an environment without hivemind. Medians, in turns, after a warm-up round.
+With `--lean` the benchmark prints only another table: the time of `generate`, through three peers, until its first
+word, for each kind of address to join with, and for the Python of an environment without hivemind. The values are
+medians of rounds in turns, after a warm-up round.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--blocks", default="0:10")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--lean", metavar="PYTHON", help="of an environment without hivemind")
+    parser.add_argument("--lean", metavar="PYTHON", help="the Python of an environment without hivemind")
     options = parser.parse_args()
     checkpoint = resolve_model(options.checkpoint)
     if options.lean:
@@ -128,7 +129,7 @@ def stages_of_peer(checkpoint: str, blocks: str) -> list[tuple[str, float, float
 
 
 def peer_command(checkpoint: str, blocks: str) -> tuple[float, dict[str, float]]:
-    """Seconds until a peer serves, and its memory in bytes then."""
+    """Seconds until a peer serves, and its memory at that time, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [*SPLITNET, "peer", checkpoint, "--blocks", blocks, "--listen", "tcp://127.0.0.1:0", *ONE_THREAD]
@@ -171,7 +172,7 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
     """Seconds until the first word, by the method of joining."""
     has = subprocess.run([lean, "-c", "import hivemind"], stderr=subprocess.DEVNULL).returncode == 0
     if has:
-        raise SystemExit(f"{lean} has hivemind: name the Python of an environment that has not")
+        raise SystemExit(f"{lean} has hivemind: name the Python of an environment without hivemind")
     times: dict[str, list[float]] = {}
     with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
         swarm.wait()
@@ -179,7 +180,7 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
         for number in range(rounds + 1):
             for name, python, address in (
                 ("hivemind, `/ip4/...`", sys.executable, node),
-                ("hivemind is there, `tcp://...`", sys.executable, peer),
+                ("with hivemind, `tcp://...`", sys.executable, peer),
                 ("no hivemind, `tcp://...`", lean, peer),
             ):
                 words = ["generate", checkpoint, "What do bees eat?", "--join", address, "--device", "cpu"]
@@ -195,7 +196,7 @@ def first_word_of_demo(checkpoint: str) -> float:
 
 
 def first_output(arguments: list[str], after: str, python: str = sys.executable) -> float:
-    """Seconds until a command prints a letter after a match of `after`."""
+    """Seconds until a command prints a letter after text that matches `after`."""
     began = time.monotonic()
     with subprocess.Popen(
         [python, *SPLITNET[1:], *arguments, "--max-new-tokens", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -3,10 +3,11 @@
     python -m benchmarks.stored_types MODEL.gguf [--types Q8_0 Q6_K Q5_K Q4_K Q4_0] [--threads 1 2] [--rounds 5]
                                       [--steps 16] [--tokens 1024]
 
-The file is rewritten in each type (`benchmarks/requantise.py`); its own types come first. All are in memory together
-and timed in turns, with the columns of `benchmarks/weights.py`. "KL as held" compares the next-token distributions over
-a text with distributions by the exact numbers of the same file, which is the loss of holding; "KL to the source" with
-distributions by the given file's numbers, which is the loss of the type.
+The file is rewritten in each type (`benchmarks/requantise.py`); the file as given comes first. All versions are in
+memory together and are timed in turns, with the columns of `benchmarks/weights.py`. Two columns compare the next-token
+distributions over a text: "KL as held" with the distributions of the exact numbers of the same version, which shows the
+loss by the form in memory; "KL to the source" with the distributions of the given file, which shows the loss by the
+type.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="decode steps per type and round")
-    parser.add_argument("--tokens", type=int, default=1024, help="how many tokens of the text to judge by")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the text for the quality")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         files = {"as it is": arguments.model}

@@ -1,8 +1,8 @@
 """How long a token waits at the peers for another client's training.
 
-A client decodes through three daemons of one thread each, in turns alone and while another client trains LoRA on them.
-For every token each hop reports its wait for the device. docs/tuning.md promises a limit of one block over one
-micro-batch, forward or backward; that time is measured here, too.
+A client decodes through three daemons of one thread each, in turns: alone, and while another client trains LoRA through
+them. For every token each hop reports its wait for the device. docs/tuning.md promises that this wait is at most the
+time of one block over one micro-batch, forward or backward; the benchmark measures this time, too.
 
     python -m benchmarks.training_delay CHECKPOINT [--tokens 200] [--rounds 3]
 """
@@ -37,7 +37,7 @@ MICRO_BATCH = tuning.ROWS * tuning.COLUMNS // (2 * tuning.PEERS) // tuning.COLUM
 
 @dataclass
 class Seen:
-    """Ms of all tokens."""
+    """Times of all tokens, in ms."""
 
     waits: list[float] = field(default_factory=list)
     """At each hop."""
@@ -67,14 +67,14 @@ def main() -> None:
                 with training(arguments.checkpoint, address):
                     decode(session, facts.hidden_size, arguments.tokens, beside)
             session.close()
-    print("| | wait at a hop, ms: median | 95 % | most | time per token, ms: median | 95 % | most |")
+    print("| | wait at a hop, ms: median | 95 % | maximum | time per token, ms: median | 95 % | maximum |")
     print("|---|---|---|---|---|---|---|")
     for name, seen in (("alone", alone), ("while another client trains", beside)):
         cells = (*spread(seen.waits), *spread(seen.totals))
         print(f"| {name} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
     forward, backward = block_ms(arguments.checkpoint)
     print(
-        f"\nOne block over {MICRO_BATCH} positions on a core of its own: {forward:.1f} ms forward, {backward:.1f} back."
+        f"\nOne block over {MICRO_BATCH} positions on its own core: {forward:.1f} ms forward, {backward:.1f} backward."
     )
 
 
@@ -89,13 +89,13 @@ def decode(session: Session, hidden: int, tokens: int, seen: Seen) -> None:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 95th percentile and largest."""
+    """The median, the 95th percentile and the maximum."""
     return statistics.median(values), statistics.quantiles(values, n=20)[-1], max(values)
 
 
 @contextmanager
 def training(checkpoint: str, address: str) -> Iterator[None]:
-    """Another process trains; yields after its first step."""
+    """Trains in another process; yields after the first step."""
     command = [sys.executable, "-m", "benchmarks.training_delay", checkpoint, "--train", address]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -107,7 +107,7 @@ def training(checkpoint: str, address: str) -> Iterator[None]:
 
 
 def train(folder: str, address: str) -> None:
-    """Trains LoRA for ever; prints a line per step."""
+    """Trains LoRA until the process is stopped; prints a line per step."""
     checkpoint = Checkpoint.open(folder)
     model = attach(checkpoint, Swarm(ModelFacts.of(checkpoint), [address]))
     adapted = tuning.adapted(model, "LoRA")
@@ -131,7 +131,7 @@ def block_ms(folder: str) -> tuple[float, float]:
         passes.backward(hidden, lengths, hidden, None, 0, 1)
         forward.append((ended - began) * 1000)
         backward.append((time.perf_counter() - ended) * 1000)
-    # The backward pass computes the block again first, and lets other work in before the gradient.
+    # The backward pass first computes the block again, and other work may run between this and the gradient.
     return statistics.median(forward), statistics.median(backward) - statistics.median(forward)
 
 

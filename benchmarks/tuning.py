@@ -1,6 +1,7 @@
-"""Fine-tuning through peers against PEFT in one process: gradients, loss curves, speed, and bytes on the links.
+"""Compares fine-tuning through peers with PEFT in one process: gradients, loss curves, speed, and bytes on the links.
 
-Three daemons serve a third of the model each. The same adapters, data and seeds are trained there and in this process.
+Three daemons serve a third of the model each. Training through them and training in this process use the same adapters,
+data and seeds.
 
     python -m benchmarks.tuning CHECKPOINT [--steps 20] [--rounds 3] [--parts gradients curves speed]
 """
@@ -95,20 +96,20 @@ def batches_of(folder: str) -> list[dict[str, torch.Tensor]]:
 
 
 def adapted(model: Any, method: str) -> Any:
-    """The model with a new adapter, always the same, initialized as in `splitnet tune`."""
+    """The model with a new adapter, initialized as in `splitnet tune`, with the same values each time."""
     torch.manual_seed(0)
     wrapped: Any = get_peft_model(model, METHODS[method](model.name_or_path))
     if method == PREFIX:
         begin_prefix(wrapped, text_as_prefix(model.name_or_path))
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:  # zeros would make the gradient of A zero
+        if "lora_B" in name:  # with zeros in B, the gradient of A would be zero
             torch.nn.init.normal_(parameter, std=0.02)
     return wrapped
 
 
 @cache
 def text_as_prefix(folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of a text, block by block."""
+    """The keys and values of a text, for each block."""
     ids = AutoTokenizer.from_pretrained(folder)(BEGINNING, return_tensors="pt").input_ids
     with torch.no_grad():
         kept = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=True).past_key_values
@@ -170,7 +171,7 @@ def compare_curves(
     methods: Sequence[str],
     learning_rate: float,
 ) -> None:
-    print(f"| method | loss at first | after {steps} steps | largest difference to PEFT in one process |")
+    print(f"| method | loss at the start | after {steps} steps | largest difference to PEFT in one process |")
     print("|---|---|---|---|")
     for method in methods:
         expected = curve(adapted(local(), method), batches, steps, learning_rate)
@@ -212,7 +213,7 @@ def compare_speed(
             cells.append(f"{statistics.median(speeds[codec]):.0f}")
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
-    print("\n| method | codec | bytes that the client sends per token | that it receives |")
+    print("\n| method | codec | bytes that the client sends per token | bytes that it receives |")
     print("|---|---|---|---|")
     print("\n".join(traffic))
 
@@ -225,7 +226,7 @@ def tokens_per_s(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
 
 
 def free(wrapped: Any, method: str) -> None:
-    """Removes an adapter from a model that is reused."""
+    """Removes an adapter from a model, for the next use of the model."""
     if method == "LoRA":
         wrapped.unload()
 

@@ -1,6 +1,7 @@
 """Memory of fine-tuning: in the client, in each peer, and in one process that trains the whole model with PEFT.
 
-Each is a separate process that takes two steps; the result is its largest memory, above its memory before.
+Each of these is a separate process. The training takes two steps; the result is the largest memory of the process,
+minus its memory before the training.
 
     python -m benchmarks.tuning_memory CHECKPOINT [--rows 8] [--columns 256] [--vocabulary 152000]
 """
@@ -30,8 +31,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--columns", type=int, default=256)
     parser.add_argument("--methods", nargs="+", choices=tuning.METHODS, default=list(tuning.METHODS))
-    parser.add_argument("--vocabulary", type=int, help="measure a model that knows so many tokens, with new weights")
-    parser.add_argument("--only", nargs=2, metavar=("METHOD", "ADDR"), help="train here alone; - is no swarm")
+    parser.add_argument("--vocabulary", type=int, help="measure a model with a new vocabulary of this size")
+    parser.add_argument("--only", nargs=2, metavar=("METHOD", "ADDR"), help="only train here; ADDR -: no swarm")
     arguments = parser.parse_args()
     torch.set_num_threads(tuning.PEERS)
     if arguments.only:
@@ -62,7 +63,7 @@ def measure(checkpoint: str, arguments: argparse.Namespace) -> None:
 
 
 def enlarge(checkpoint: str, folder: str, vocabulary: int) -> None:
-    """Saves a checkpoint with more tokens, and its tokenizer."""
+    """Saves a checkpoint with a larger vocabulary, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     model.save_pretrained(folder)
@@ -70,7 +71,7 @@ def enlarge(checkpoint: str, folder: str, vocabulary: int) -> None:
 
 
 def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, float]:
-    """MiB before training, and the increase, in a new process."""
+    """The MiB of a new process before it trains, and the increase while it trains."""
     command = [sys.executable, "-m", "benchmarks.tuning_memory", *arguments, "--only", method, address]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, added = map(float, printed.split())
@@ -78,7 +79,7 @@ def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, flo
 
 
 def train(folder: str, method: str, address: str, rows: int, columns: int) -> None:
-    """Two steps; prints MiB before them, and the increase."""
+    """Trains for two steps; prints the MiB before them, and the increase."""
     if address == "-":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
@@ -93,13 +94,13 @@ def train(folder: str, method: str, address: str, rows: int, columns: int) -> No
 
 
 def reset(pid: int | str = "self") -> float:
-    """MiB that a process holds at present; resets its peak (Linux)."""
+    """Returns the MiB that a process holds at present, and resets its peak (Linux)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return peak(pid)
 
 
 def peak(pid: int | str = "self") -> float:
-    """The most MiB that a process has held."""
+    """The peak memory of a process, in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 

@@ -1,9 +1,9 @@
 """Methods of fine-tuning on three tasks: accuracy, seconds, bytes and memory, and LoRA with PEFT in one process.
 
 Three daemons of one thread each serve a third of the model each. Parts: `runs` trains with `splitnet tune`; `alone`
-trains with PEFT in one process; `seconds` takes steps of all methods in turns, on an otherwise idle machine; `table`
-prints the results in the folder. Existing results are not computed again. The task `glosses` is made of WordNet 3.0
-(the package wordnet-base of Debian and Ubuntu).
+trains with PEFT in one process; `seconds` times steps of all methods in turns, and needs an otherwise idle machine;
+`table` prints the results in the folder. Existing results are not computed again. The task `glosses` is made from
+WordNet 3.0 (the package wordnet-base of Debian and Ubuntu).
 
     python -m benchmarks.tuning_tasks MODEL --output DIR [--tasks intents promoters glosses] [--methods lora side ...]
         [--seeds 0 1] [--parts runs alone seconds table] [--wordnet /usr/share/wordnet]
@@ -56,8 +56,8 @@ BATCHES = {ZEROTH: 8}
 OPTIONS = {ZEROTH: ["--method", "prompt", "--tokens", "2", "--zeroth-order", "--directions", "1", "--lr", "5e-3"]}
 PARTS = ["runs", "alone", "seconds", "table"]
 CLASSES = {4: "act", 5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 18: "person", 20: "plant"}
-"""Lexicographer files of WordNet's nouns, by their numbers: lexnames(5WN)."""
-PER_CLASS = 300  # glosses; the last 50 are held out
+"""Names of WordNet's lexicographer files of nouns, by the numbers in lexnames(5WN)."""
+PER_CLASS = 300  # glosses of each class; the last 50 are held out
 HELD_OUT = 50
 LENGTHS = range(20, 121)  # characters of a gloss
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"), help="folder with data.noun")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each method in `seconds`, behind a first one")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each method in `seconds`, after a first one")
     parser.add_argument("--only", help="train this task with PEFT, in this process")
     arguments = parser.parse_args()
     if arguments.only:
@@ -143,7 +143,8 @@ def rows_of(checkpoint: Checkpoint, task: str, output: Path) -> tuple[list[Encod
 
 
 def run_method(model: str, task: str, method: str, seeds: Sequence[int], output: Path) -> None:
-    """Trains with new daemons, and saves the memory of all processes: MiB before, and the largest increase."""
+    """Trains with new daemons, and saves the memory of all processes: MiB before the training, and the largest
+    increase."""
     left = [seed for seed in seeds if not (output / f"{task}-{method}-{seed}" / "memory.json").exists()]
     if not left:
         return
@@ -165,7 +166,7 @@ def run_method(model: str, task: str, method: str, seeds: Sequence[int], output:
 
 
 def watched(command: Sequence[str], begun: Path) -> tuple[float, float]:
-    """Runs a command. Returns its MiB when a file appeared, and the largest increase."""
+    """Runs a command. Returns its memory in MiB when the file `begun` appears, and the largest increase after that."""
     held = most = 0.0
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -226,7 +227,7 @@ def train_alone(model: str, task: str, seed: int, output: Path) -> None:
 
 
 def measure_seconds(model: str, task: str, methods: Sequence[str], output: Path, rounds: int) -> None:
-    """Saves seconds per step, medians of steps in turns, and the seconds for the hidden states of all training rows."""
+    """Saves the median seconds of steps in turns, and the seconds for the hidden states of all training rows."""
     torch.set_num_threads(2)
     checkpoint = Checkpoint.open(model)
     rows, _, _, pad = rows_of(checkpoint, task, output)
@@ -269,7 +270,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(folder: Path) -> float:
-    """Accuracy at the end."""
+    """The accuracy at the end of a training."""
     return next(line["eval_accuracy"] for line in reversed(lines_of(folder)) if "eval_accuracy" in line)
 
 
@@ -277,7 +278,7 @@ HEADS = "task|method|steps|accuracy|seconds|an epoch, s|MB sent|received|client,
 
 
 def print_table(tasks: Sequence[str], methods: Sequence[str], output: Path) -> None:
-    """Prints a row for each task and method that were run; `?`: not run. Evaluations are not counted."""
+    """Prints a row for each task and method with results; `?`: this part was not run. Evaluations are not counted."""
     print(f"|{HEADS}|")
     print("|---" * len(HEADS.split("|")) + "|")
     for task in tasks:
@@ -302,7 +303,8 @@ def print_table(tasks: Sequence[str], methods: Sequence[str], output: Path) -> N
 
 
 def moved(folder: Path, share: float) -> list[str]:
-    """MB sent and received in all steps, and for the hidden states of training rows: that share of all rows."""
+    """MB sent and received in all steps and for the hidden states of the training rows, which are `share` of all
+    rows."""
     lines = [line for line in lines_of(folder) if "sent_bytes" in line]
     totals = (
         sum(line[key] * (share if line["step"] == -1 else 1) for line in lines)

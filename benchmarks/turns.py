@@ -3,10 +3,11 @@
     git worktree add /tmp/before COMMIT && (cd /tmp/before && python setup.py build_ext --inplace)
     python -m benchmarks.turns CHECKPOINT /tmp/before [--weights float32 int8 int4] [--rounds 5]
 
-Three daemons of each checkout serve a third of the model each, one thread each, and one client of each measures: a
-decode step, the prefill of a prompt, eight concurrent answers, a step of LoRA. Then a peer is started until it serves,
-and `splitnet generate` until its first word. Medians; a ratio above 1: this checkout takes longer. Uses only features
-of both checkouts: the commands and the public API.
+Three daemons of each checkout serve a third of the model each, one thread each, and one client of each
+checkout measures: a decode step, the prefill of a prompt, eight concurrent answers, a step of LoRA. Then the benchmark
+times the start of a peer until it serves, and `splitnet generate` until its first word. It prints medians; a ratio
+above 1 means that this checkout takes longer. It uses only features that both checkouts have: the commands and the
+public API.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def command(*words: str) -> list[str]:
 
 
 class Daemon:
-    """`splitnet peer`; `start_s`: until it served."""
+    """A process of `splitnet peer`. start_s: seconds until it served."""
 
     def __init__(self, root: Path, work: str, checkpoint: str, blocks: str, weights: str, join: str | None) -> None:
         words = ["peer", checkpoint, "--blocks", blocks, "--weights", weights, "--listen", "tcp://127.0.0.1:0"]
@@ -80,7 +81,7 @@ class Client:
         )
 
     def measure(self, what: str) -> float:
-        """Ms of the measurement."""
+        """Requests a measurement; returns its result in ms."""
         assert self._process.stdin and self._process.stdout
         print(what, file=self._process.stdin, flush=True)
         return float(json.loads(self._process.stdout.readline()))
@@ -91,7 +92,7 @@ class Client:
 
 
 def serve_measurements(checkpoint: str, address: str) -> None:
-    """The client's side: one request per line of standard input."""
+    """Runs in the client's process: serves one request per line of standard input."""
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -182,7 +183,7 @@ def main() -> None:
                 for turn in range(arguments.rounds + 1):
                     for index in (0, 1) if turn % 2 else (1, 0):
                         times[index].append(clients[index].measure(what))
-                print_row(f"{weights}, {what}", times[0][1:], times[1][1:])  # without warm-ups
+                print_row(f"{weights}, {what}", times[0][1:], times[1][1:])  # without the warm-up rounds
             if weights == arguments.weights[0]:
                 starts: list[list[float]] = [[], []]
                 words: list[list[float]] = [[], []]

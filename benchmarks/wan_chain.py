@@ -1,10 +1,11 @@
-"""The cost of distance: a chain of distant peers, compared with a star that passes the client at every hop.
+"""The cost of distance: a chain of distant peers, compared with a star, in which the client relays between all hops.
 
 Three daemons with a third of the blocks each and a client are four hosts of an emulated network (see docs/netlab.md),
 with the same delay between any two. In the chain a token crosses one link more than there are peers. If two peers
-cannot reach each other, the client relays, so cutting the links between peers makes a star, which crosses two links per
-peer. Both are compared with the lower bound: the delay of these links and the compute time of the devices. Opening a
-star takes up to 3 s longer, in which peers try to reach each other; the time to the first token includes this.
+cannot reach each other, the client relays; so after the links between peers are cut, the peers form a star, in which a
+token crosses two links per peer. Both shapes are compared with the lower bound: the delay of these links and the
+compute time of the devices. Opening a session in a star takes up to 3 s longer, in which peers try to reach each other;
+the time to the first token includes these seconds.
 
     sudo .venv/bin/python -m benchmarks.wan_chain CHECKPOINT [--delay 20] [--rate 100] [--codecs none int8]
 """
@@ -38,18 +39,19 @@ CONTEXT = 128
 ROOM = 1024
 GENERATED = 20
 SETTLE_S = 60.0
-"""An open link counts as lost after missed heartbeats, 15 s at most; a cut one has to be made again."""
+"""Seconds to wait until peers know which links work: an open link counts as lost after missed heartbeats (at most 15
+s), and a healed link has to be opened again."""
 
 
 @dataclass
 class Seen:
-    """Measurements of one way to connect the hosts, in ms."""
+    """Measurements of one shape, chain or star, in ms."""
 
     rounds: list[StepTimes] = field(default_factory=list[StepTimes])
     open_ms: list[float] = field(default_factory=list[float])
     first_token_ms: list[float] = field(default_factory=list[float])
     generated_ms: list[float] = field(default_factory=list[float])
-    """Between tokens of `generate()`, including the client's embedding, head and choice."""
+    """Times between tokens of `generate()`, including the client's embedding, head and choice of the token."""
 
 
 def main() -> int:
@@ -73,7 +75,7 @@ def main() -> int:
         ):
             records = sorted(swarm.peers(), key=lambda record: record.start)
             assert [peers.host_of(record) for record in records] == list(PEERS)
-            # While links are cut the DHT is not whole, so the route is given instead of planned.
+            # While links are cut, the DHT is incomplete, so the route is given instead of planned.
             swarm.route = [PlannedHop(record, record.start, record.end) for record in records]
             print_header()
             measure("chain", swarm, checkpoint, arguments)

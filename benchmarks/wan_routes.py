@@ -1,16 +1,18 @@
-"""Whether clients choose the route that measurements show to be the fastest, and follow when that changes.
+"""Whether clients choose the route that measurements show to be the fastest, and change it when another route becomes
+the fastest.
 
 Five daemons and a client are hosts of an emulated network (see docs/netlab.md) at 5, 20 and 60 ms from each other. Each
-block has two replicas: a and b have a half of the model each; c, d and e a third. Every order of peers that can run all
-blocks is measured, in turns: decode steps through sessions with a given route. If two peers of an order share some
-blocks, they divide these blocks evenly, or as a client has chosen: the devices are equally fast. The choices of new
-clients are measured as well. All of this three times:
+block has two replicas: peers a and b have a half of the model each; c, d and e a third each. For every order of peers
+that can run all blocks, the benchmark measures decode steps through sessions with this route, in turns. If two peers of
+an order share some blocks, they divide these blocks evenly, or as a client has chosen: the devices are equally fast.
+The benchmark also records which routes new clients choose. It does all of this three times:
 
 1. unchanged;
 2. after the link between the first two peers of the fastest route has become slow;
 3. with the fast link again, but other sessions generate through the last peer of the fastest route.
 
-Each change happens while a session generates that has begun on the fastest route, and shows when and where it moves.
+Each change happens while a session generates that has begun on the fastest route; the benchmark shows when this session
+moves, and to which route.
 
     sudo .venv/bin/python -m benchmarks.wan_routes CHECKPOINT [--rounds 3] [--tokens 12] [--clients 5]
 
@@ -69,13 +71,14 @@ DELAYS_MS = {
 }
 SLOW_MS = 120.0
 CROWD_MS = 5.0
-"""From the crowd's host to all others."""
+"""One-way delay from the crowd's host to all others, in ms."""
 CODEC = "none"
 """Lossless, so that the tokens of a moved session can be compared."""
 CONTEXT = 16
 ROOM = 512
 FACTS_S = 20.0
-"""Peers measure and publish every 15 s; until then new clients plan with earlier facts."""
+"""Seconds to wait after a change of the network: peers measure and publish every 15 s, and until then new clients plan
+with earlier facts."""
 BEFORE, AFTER, MOST = 20, 30, 250
 """Tokens of the running session: before the network changes, after its move, and in total."""
 
@@ -86,7 +89,8 @@ class Figures:
 
     name: str
     measured: Mapping[Route, list[float]]
-    """Decode ms per token of each route in each round: means, since under load only some steps wait."""
+    """Mean decode time per token of each route in each round, in ms: not medians, since under load only some steps
+    wait."""
     delays_ms: Mapping[Route, float]
     predicted: Mapping[Route, float]
     chosen: Counter[Route]
@@ -108,12 +112,12 @@ class Followed:
     after: Route
     before_ms: float
     changed_ms: float
-    """Per token from the change until the move, or to the end."""
+    """Ms per token from the change until the move, or until the end if the session did not move."""
     moved_s: float | None
-    """After the change; None: it did not move."""
+    """Seconds from the change until the move; None: the session did not move."""
     after_ms: float
     pause_ms: float
-    """The token during the move."""
+    """Ms of the token during the move."""
     same: bool
 
 
@@ -121,10 +125,10 @@ class Bench:
     """The complete lab, from the client's view.
 
     Args:
-        lab: with the peers running.
-        swarm: for given routes.
+        lab: the lab in which the peers run.
+        swarm: the client's connection, which can use given routes.
         checkpoint: the model.
-        arguments: of the command line.
+        arguments: the arguments of the command line.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class Bench:
         self._delays[(a, b) if (a, b) in DELAYS_MS else (b, a)] = ms
 
     def measure(self, name: str) -> Figures:
-        """The choices of new clients, and the time of all routes, in turns."""
+        """Measures which routes new clients choose, and the times of all routes, in turns."""
         chosen, predicted = self._choices()
         orders = {order_of(route) for route in chosen}
         evenly = [route for route in all_routes(self._checkpoint.num_blocks) if order_of(route) not in orders]
@@ -175,7 +179,7 @@ class Bench:
         return Figures(name, measured, {route: self._distance(route) for route in routes}, predicted, chosen)
 
     def expect(self) -> None:
-        """Generates undisturbed the expected text of the running sessions."""
+        """Generates the expected text of the running sessions, without a disturbance."""
         self._swarm.route = None
         self._expected = generate(attach(self._checkpoint, self._swarm, codec=CODEC), self._prompt, MOST, Clock())
 
@@ -221,14 +225,14 @@ class Bench:
                 )
 
     def crowd(self, host: str) -> Crowd:
-        """Sessions that generate later through the peer of a host."""
+        """Sessions that can generate through the peer of a host."""
         join = list(self._peers.addresses.values())
         address = self._records[host].address
         return Crowd(self.lab, "crowd", self._arguments.checkpoint, join, address, self._arguments.crowd)
 
     def _choices(self) -> tuple[Counter[Route], dict[Route, float]]:
-        """The choices of new clients, and the predicted time of a step on each route by the facts of the first
-        client.
+        """The routes that new clients choose, and the predicted time of a step on each route, from the facts of the
+        first client.
         """
         chosen: Counter[Route] = Counter()
         costs: dict[Route, float] = {}
@@ -312,7 +316,7 @@ def run(bench: Bench) -> None:
 
 
 def spans_of(num_blocks: int) -> dict[str, tuple[int, int]]:
-    """Two halves and three thirds."""
+    """The spans of the peers: two halves and three thirds of the model."""
     half, third, two_thirds = (round(num_blocks * share) for share in (1 / 2, 1 / 3, 2 / 3))
     return {
         "a": (0, half),
@@ -375,7 +379,7 @@ def report_routes(figures: Figures) -> None:
 
 def report_choices(states: Sequence[Figures]) -> None:
     print("\nWhat new clients choose:\n")
-    print("| network | chosen | by clients | place among all | ms per token | the best takes | behind it |")
+    print("| network | chosen | by clients | place among all | ms per token | ms of the fastest | slower by |")
     print("|---|---|---|---|---|---|---|")
     for figures in states:
         ranking = figures.ranking
@@ -391,7 +395,7 @@ def report_choices(states: Sequence[Figures]) -> None:
 
 
 def report_followed(sessions: Sequence[Followed]) -> None:
-    print(f"\nWhat a session does that generates meanwhile (others: {PROMPT_POSITIONS} positions of prompt and")
+    print(f"\nHow a session that generates meanwhile reacts (others: {PROMPT_POSITIONS} positions of prompt and")
     print(f"{ANSWER_TOKENS} tokens, one answer after the other):\n")
     columns = ["change", "route before", "ms per token", "after the change", "moved after, s", "pause, ms"]
     columns += ["route then", "ms per token then", "same tokens"]

@@ -1,8 +1,8 @@
-"""The cost of each path to a hidden peer: round trips of messages over loopback, direct, through a helper, and without.
+"""The cost of each way to an unreachable peer: round trips of messages over loopback, directly and through a helper.
 
     python -m benchmarks.ways [--rounds 5]
 
-The caller, the hidden peer and the helper are three processes. All paths run in turns, and medians count.
+The caller, the unreachable peer and the helper are three processes. All ways run in turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def measure(rounds: int) -> None:
     until = time.monotonic() + 10
     while callers[PathKind.PUNCHED].tunnels.path_kind(callers[PathKind.PUNCHED].endpoint) is PathKind.RELAYED:
         callers[PathKind.PUNCHED].round_trip_ms(SMALL)
-        assert time.monotonic() < until, "no straight way was found"
+        assert time.monotonic() < until, "no direct way was found"
     small: dict[PathKind, list[float]] = {way: [] for way in callers}
     large: dict[PathKind, list[float]] = {way: [] for way in callers}
     for _ in range(rounds):

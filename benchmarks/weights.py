@@ -6,17 +6,18 @@
     python -m benchmarks.weights --random-half-b [--blocks 4] [--kinds bfloat16 int4/bfloat16 Q4_K/bfloat16]
 
 All formats are in memory together and are timed in turns, so that a disturbance of the machine affects all of them. The
-table has the median and the fastest of all tokens. "Of bandwidth" is the time that the machine needs to read the same
-number of bytes (a sum over a long vector, the fastest of the same rounds) as a share of the fastest token: decoding can
-reach 100% at best, unless the weights stay in a cache. On a shared machine, --cpu-time counts the computation of one
-thread without its waits for a processor; caches and memory are still shared. "Of bfloat16" is the speed of a prefill as
-a share of that with bfloat16 weights in the same round, the median of all rounds.
+table has the median and the fastest time of all tokens. "Of bandwidth" is the time that the machine needs to read the
+same number of bytes (a sum over a long vector, the fastest of the same rounds) as a share of the fastest token's time:
+decoding can reach at most 100%, unless the weights stay in a cache. On a shared machine, --cpu-time counts the
+computation of one thread without its waits for a processor; caches and memory are still shared. "Of bfloat16" is the
+speed of a prefill relative to the speed with bfloat16 weights in the same round, the median of all rounds.
 
 Besides the values of --weights, a format may be a layout of checkpoints (from benchmarks/grouped.py, such as Q4_K
 or MXFP4), with random codes.
 
-Quality compares the next-token distributions over a text with the distributions of float32 weights. A model with random
-weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: of Qwen2 0.5B) has no quality.
+Quality compares the next-token distributions over a text with the distributions of float32 weights. For a model
+with random weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: the shape of Qwen2 0.5B) there is no
+quality to measure.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ READ_BYTES = 2**29
 
 @dataclass
 class Times:
-    """Times of one format with one number of threads: of every token, and of every pass of `PREFILL` positions."""
+    """Times of one format with one number of threads: one per token, and one per pass of `PREFILL` positions."""
 
     decode_ms: list[float] = field(default_factory=list)
     prefill_ms: list[float] = field(default_factory=list)
@@ -84,14 +85,15 @@ class Blocks(nn.Module):
 
 
 def load(checkpoint: Checkpoint, kind: str) -> Span:
-    """All blocks. They compute in float32, except for bfloat16 weights, or in the type after a slash."""
+    """A span of all blocks. Blocks compute in the type after a slash in `kind`; without a slash, in bfloat16 for
+    bfloat16 weights and in float32 for others."""
     weights, _, dtype = kind.partition("/")
     dtype = dtype or ("bfloat16" if weights == "bfloat16" else "float32")
     if weights in KINDS:
         return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=weights)
     span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype)
     hold_random_codes(span, LAYOUTS[weights])
-    held = span.view(0, checkpoint.num_blocks)  # counts the bytes and describes the steps anew
+    held = span.view(0, checkpoint.num_blocks)  # counts the bytes and describes the steps of the new weights
     span._lean = None
     return held
 
@@ -106,14 +108,14 @@ def hold_random_codes(span: Span, layout: CodeLayout) -> None:
 
 
 Measured = dict[str, dict[int, Times]]
-"""By format, and by number of threads."""
+"""Times by format, then by number of threads."""
 
 
 class Stopwatch:
     """Measures times of spans.
 
     Args:
-        clock: returns seconds.
+        clock: a function that returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -122,7 +124,7 @@ class Stopwatch:
     def measure(
         self, spans: dict[str, Span], threads: Sequence[int], rounds: int, steps: int
     ) -> tuple[Measured, dict[int, list[float]]]:
-        """Times of all formats in turns, and the ms to read a MiB, by number of threads."""
+        """Measures all formats in turns. Returns their times, and the ms to read a MiB by number of threads."""
         times: Measured = {kind: {count: Times() for count in threads} for kind in spans}
         reads: dict[int, list[float]] = {count: [] for count in threads}
         hidden = torch.randn(PREFILL, next(iter(spans.values())).hidden_size)
@@ -208,23 +210,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="folder or hub id of a checkpoint")
     parser.add_argument("--random-1b", action="store_true", help="a random model with 1.1 billion weights instead")
-    parser.add_argument("--random-half-b", action="store_true", help="likewise, with half a billion")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="int4/bfloat16: that computes in bfloat16")
-    parser.add_argument("--blocks", type=int, help="of a random model, in the place of all")
+    parser.add_argument("--random-half-b", action="store_true", help="a random model with 0.5 billion weights")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="int4/bfloat16: int4, computes in bfloat16")
+    parser.add_argument("--blocks", type=int, help="number of blocks of a random model")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time; with --threads 1")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16, help="decode steps per kind and round")
-    parser.add_argument("--tokens", type=int, default=1024, help="how many tokens of the text to judge by; 0: none")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the text for the quality; 0: no quality")
     arguments = parser.parse_args()
     if [arguments.checkpoint is not None, arguments.random_1b, arguments.random_half_b].count(True) != 1:
         parser.error("give a checkpoint, --random-1b or --random-half-b")
     if arguments.cpu_time and arguments.threads != [1]:
-        parser.error("--cpu-time is that of one thread: add --threads 1")
+        parser.error("--cpu-time counts one thread only: add --threads 1")
     if arguments.blocks is not None and arguments.checkpoint is not None:
         parser.error("--blocks is for random models: a checkpoint has its own")
-    # Not in the main thread, where the C library returns the memory of each pass to the system. All in one thread,
-    # because OpenMP has threads for each computing thread, and more threads than cores are slow to start.
+    # The measurements do not run in the main thread, where the C library returns the memory of each pass to the system.
+    # All run in one thread, because OpenMP has a team of threads for each computing thread, and teams with more threads
+    # than cores are slow to start.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(run, arguments).result()
 

@@ -2,10 +2,10 @@
 
     sudo .venv/bin/python -m benchmarks.weights_from_peers CHECKPOINT [--up 40] [--down 100] [--delay 10]
 
-Three daemons on hosts of an emulated network (docs/netlab.md) serve a third of the model each and share all of it. A
-fourth host, whose cache is empty, starts a peer for all blocks. The time is that of the fetch: from asking the peers
-for their pieces to the last piece, verified and on the disk. The limit is the lesser of its downlink and the sum of
-their uplinks; headers of TCP and IP take 3.5 % of it.
+Three daemons on hosts of an emulated network (docs/netlab.md) serve a third of the model each and share the
+files of the whole model. A fourth host, whose cache is empty, starts a peer for all blocks. The time of the fetch
+begins with the first question to the peers, and ends when the last piece is verified and on the disk. The limit is the
+smaller of the new peer's downlink and the sum of the others' uplinks; headers of TCP and IP take 3.5 % of this rate.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GIVERS = ("a", "b", "c")
 
 
 def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, float]:
-    """Bytes, seconds and bytes from each giver, by name."""
+    """Measures a fetch. Returns the bytes, the seconds, and the bytes from each of the three peers, by name."""
     from splitnet.checkpoint.checkpoint import Checkpoint
 
     model = Checkpoint.open(checkpoint)
@@ -56,7 +56,7 @@ def measure(checkpoint: str, up: float, down: float, delay: float) -> dict[str, 
 
 
 def fetch(model: str, address: str, listen: str, blocks: int) -> None:
-    """Runs in the host of the new peer."""
+    """Runs in the host of the new peer: starts the peer and prints the figures of the fetch."""
     from peers.peer_options import PeerOptions, SpanWish
     from peers.running_peer import RunningPeer
 
@@ -69,7 +69,7 @@ def fetch(model: str, address: str, listen: str, blocks: int) -> None:
     options = PeerOptions(
         initial_peers=[address], wish=SpanWish((0, blocks)), listen=listen, weights="auto", device="cpu"
     )
-    # The local name of a folder or file does not matter: it is looked up among the models of the swarm.
+    # A folder or file of this name need not exist here: the peer looks the name up among the models of the swarm.
     peer = RunningPeer.start(model, options, progress=report)
     try:
         assert peer._fetcher is not None
@@ -84,7 +84,7 @@ def fetch(model: str, address: str, listen: str, blocks: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--up", type=float, default=40, help="Mbit/s of each that gives")
+    parser.add_argument("--up", type=float, default=40, help="Mbit/s of each of the three")
     parser.add_argument("--down", type=float, nargs="*", default=[100, 200], help="Mbit/s of the new peer")
     parser.add_argument("--delay", type=float, default=10, help="ms one way")
     parser.add_argument("--fetch", help=argparse.SUPPRESS)

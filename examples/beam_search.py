@@ -1,6 +1,6 @@
-"""A batch of prompts of different length, by beam search: what transformers can do works with remote blocks.
+"""Beam search for a batch of prompts of different length: features of transformers work with remote blocks.
 
-The padding on the left never travels, and all rows share one pass at each peer.
+The padding on the left is never sent, and all rows share one pass at each peer.
 
     python examples/beam_search.py MODEL ADDR
 """

@@ -1,4 +1,4 @@
-"""A conversation in one session: the peers keep its KV caches, so each turn sends only what is new.
+"""A conversation in one session: the peers keep the KV caches of the session, so each turn sends only new positions.
 
 python examples/chat.py MODEL ADDR "My name is Ada." "What is my name?"
 """

@@ -1,4 +1,4 @@
-"""Text from a model whose blocks run on the peers of a swarm, printed as it comes.
+"""Generates text with a model whose blocks run on the peers of a swarm, and prints each token when it arrives.
 
 splitnet peer MODEL                    # prints ADDR
 python examples/generate.py MODEL ADDR "The three primary colours are"

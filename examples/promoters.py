@@ -1,7 +1,7 @@
-"""Not about English: which pieces of DNA are promoters, told by a language model whose blocks run on peers.
+"""Classifies DNA instead of text: a language model whose blocks run on peers tells which sequences are promoters.
 
-The model learns, by LoRA, to write DNA after a sign for its kind; a piece is of the kind after which it is likelier.
-The tokenizer is one of single characters.
+The model learns, with LoRA, to write DNA after a sign for the kind of the DNA. A sequence is classified as the kind
+after whose sign the sequence is likelier. Each token is a single character.
 
 splitnet peer MODEL                    # prints ADDR
 python examples/promoters.py MODEL ADDR [STEPS]
@@ -30,7 +30,8 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def character_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Each character is the token of the model's vocabulary that is written like it, since its embeddings stay."""
+    """Maps each character to the token of the model's vocabulary with the same text, because the embeddings do not
+    change."""
     whole = splitnet.AutoTokenizer.from_pretrained(name)
     characters = [*BASES, *SIGNS.values()]
     vocabulary = {character: whole.convert_tokens_to_ids(character) for character in characters}
@@ -46,14 +47,14 @@ def read(name: str) -> list[tuple[str, str]]:
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, str]]) -> torch.Tensor:
-    """Token ids `[pieces, 1 + bases]`: the sign of each, and its bases."""
+    """Token ids `[pieces, 1 + bases]`: the sign of each piece, followed by its bases."""
     texts = [SIGNS[label] + text for text, label in pieces]
     return torch.as_tensor(tokenizer(texts, return_tensors="pt")["input_ids"])
 
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, str]]) -> float:
-    """Share of pieces that are likelier after their own sign than after the other."""
+    """The share of pieces that are likelier after the sign of their own kind than after the other sign."""
     bases = torch.as_tensor(tokenizer(BASES)["input_ids"])
     likelihoods: dict[str, torch.Tensor] = {}
     for label in SIGNS:
@@ -72,7 +73,7 @@ def main(name: str, address: str, steps: str = "50") -> None:
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=LAYERS)
     model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    print(f"before: {accuracy(model, tokenizer, held_out):.0%} of the held-out pieces are told right", flush=True)
+    print(f"before: {accuracy(model, tokenizer, held_out):.0%} of the held-out pieces are right", flush=True)
     order: list[tuple[str, str]] = []
     for step in range(int(steps)):
         if len(order) < BATCH:

@@ -1,4 +1,4 @@
-"""LoRA for a model whose blocks run on the peers of a swarm: trained with PEFT, kept by this client alone.
+"""Trains LoRA with PEFT for a model whose blocks run on the peers of a swarm; only this client keeps the adapter.
 
 splitnet peer MODEL                    # prints ADDR
 python examples/tune.py MODEL ADDR FOLDER

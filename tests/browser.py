@@ -48,7 +48,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def pages(browser: Browser, server: str, *expected: str) -> Iterator[NewPage]:
-    """Makes pages for a server; texts of the browser's errors that are expected may be named."""
+    """Yields a function that opens pages of a server. expected: texts of the browser's errors that are no failure."""
     wrong: list[str] = []
     with ExitStack() as contexts:
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Set before torch is imported, and inherited by peer daemons. Tests share few cores, and one thread keeps sums
-# reproducible.
+# The variable is set before torch is imported, and peer daemons inherit it. Tests share few cores, and with one thread
+# sums are reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests start many processes: later ones read the bytecode that the first one has compiled.
@@ -35,25 +35,26 @@ def pytest_configure(config: pytest.Config) -> None:
     load_profile(config.option.tier)
     if not hasattr(config, "workerinput"):
         os.environ[RUN_MARK] = uuid.uuid4().hex
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # A signal that ends the run ends all its processes.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # So SIGTERM ends all processes of the run.
     for name in [name for name in os.environ if name.startswith("SPLITNET_") and name != "SPLITNET_CACHE"]:
         del os.environ[name]
     os.environ["SPLITNET_CONFIG"] = os.devnull
     os.environ["SPLITNET_LAN"] = "false"
     os.environ["SPLITNET_DEVICE"] = "cpu"
     look = chosen_device.find_present
-    # Tests compare figures with those measured on CPUs; GPU tests name their device.
+    # Hides GPUs: tests compare values with those of CPUs, and GPU tests name their device.
     chosen_device.find_present = lambda *, tried=True: chosen_device.TorchDevices() if tried else look(tried=False)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Runs after an interruption, too."""
+    """Ends the processes of the run; pytest calls this after an interruption, too."""
     if not hasattr(config, "workerinput"):
         end_run(os.environ.pop(RUN_MARK))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three workers for all tests, which wait half of their time. None for a part: a worker takes seconds to start."""
+    """Three workers for the whole suite, because tests wait half of their time. No workers for a part of the tests,
+    because a worker takes seconds to start."""
     return 3 if config.args == config.getini("testpaths") and not config.option.keyword else 0
 
 
@@ -78,7 +79,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     try:
         demo.demo_checkpoint()
     except SplitnetError:
-        return  # The fixture raises it again, in the tests that need the checkpoint.
+        return  # The fixture raises the error again in the tests that need the checkpoint.
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +90,8 @@ def demo_checkpoint() -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Fails a test that leaves a thread or a child process behind; fixtures of a wider scope may keep theirs."""
+    """Fails a test that leaves a thread or a child process behind; threads and processes of fixtures with a wider scope
+    may stay."""
     before = Running()
     yield
     left = end_leftovers(before)

@@ -1,6 +1,7 @@
-"""Threads and child processes that a test leaves running, except for fixtures of a wider scope.
+"""Finds threads and child processes that a test leaves running, except for those of fixtures with a wider scope.
 
-Also ends all processes of an interrupted test run, which are recognised by an inherited environment variable.
+This module also ends all processes of an interrupted test run, which are recognised by an inherited environment
+variable.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Running:
 
 @contextmanager
 def outliving_tests() -> Iterator[None]:
-    """Threads and processes started inside belong to a fixture of a wider scope, which ends them."""
+    """Threads and processes that start inside the `with` belong to a fixture of a wider scope, which ends them
+    later."""
     before = Running()
     yield
     now = Running()
@@ -49,10 +51,11 @@ def outliving_tests() -> Iterator[None]:
 
 
 def end_leftovers(before: Running) -> list[str]:
-    """Threads and processes started since and still running after the grace period; processes are killed."""
+    """The threads and processes that started after `before` and still run after the grace period. Kills the
+    processes."""
     deadline = time.monotonic() + GRACE_SECONDS
     expected = before.threads | _owned_threads
-    # Threads are not joined, because a thread that has not started yet may be in the list.
+    # This waits without `join`, because the list may have a thread that has not started yet.
     while (threads := _unexpected(expected)) and time.monotonic() < deadline:
         time.sleep(0.01)
     owned = before.children | _owned_children
@@ -66,8 +69,8 @@ def end_leftovers(before: Running) -> list[str]:
 
 
 def end_run(mark: str) -> list[int]:
-    """Ends all processes with this mark except this one, because workers of an interrupted run are killed before their
-    fixtures end; returns the ids of the ended processes."""
+    """Ends all processes with this mark except this process: the workers of an interrupted run are killed before their
+    fixtures can end. Returns the ids of the ended processes."""
     left: list[psutil.Process] = []
     for process in psutil.process_iter():
         try:
@@ -90,7 +93,7 @@ def _is_shared(thread: threading.Thread) -> bool:
 
 
 def _children() -> list[psutil.Process]:
-    if hasattr(os, "waitid"):  # Most tests have no children, and a search through all processes takes milliseconds.
+    if hasattr(os, "waitid"):  # Most tests have no children, and a search takes milliseconds.
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:

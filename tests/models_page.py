@@ -19,7 +19,7 @@ from tests.swarm.test_families import FAMILIES
 
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 SIDE = 4096
-"""Outputs and inputs of the weight whose bits per weight are shown."""
+"""The number of outputs and of inputs of the weight whose bits per weight the page shows."""
 
 IN_SAFETENSORS = {
     "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": CodeLayout(
@@ -51,46 +51,46 @@ def sections() -> Iterator[str]:
     """All tables, with their headings."""
     yield "## Models that people split over devices"
     yield (
-        "The models of exo's cards (commit b5375f8) and what comes of a small random checkpoint with the same family, "
-        "names and layout of tensors, over three unequal spans, in `tests/swarm/test_catalogue.py`. Equal: the tokens "
-        "of plain transformers with the numbers that the codes stand for."
+        "The models of exo's cards (commit b5375f8). *Result*: `tests/swarm/test_catalogue.py` runs a small random "
+        "checkpoint with the same family, names and layout of tensors over three unequal spans. *Equal*: the tokens "
+        "equal those of plain transformers with the numbers that the codes stand for."
     )
     yield table(("models", "family", "published as", "result", "test"), _catalogue())
     yield "## Families"
     yield (
-        "Each of these generates alone, in a padded batch, with beams and with drafts as plain transformers does "
-        "(`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep more than keys "
-        "and values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or, "
-        "where that was not compiled for the CPU, a few operations of torch. Other decoder-only families are tried, "
-        "and refused if their blocks do not run on their own."
+        "Each of these families generates the same tokens as plain transformers: alone, in a padded batch, with beams "
+        "and with drafts (`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep "
+        "more than keys and values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of "
+        "compiled code, or a few operations of torch where the code was not compiled for the CPU. splitnet tries other "
+        "decoder-only families, and refuses them if their blocks cannot run separately."
     )
     yield table(("family", "together", "states", "short steps"), _families())
     yield (
         "Compiled steps are compared with the family's own code when blocks are loaded, and in "
-        "`tests/unit/blocks/test_describe.py` for each of these families; experts must be held in codes. They "
-        "are for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
+        "`tests/unit/blocks/test_describe.py` for each of these families; experts must be held in codes. Compiled "
+        "steps are for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
     )
     yield ", ".join(f"`{name}`" for name in sorted(FACTS) if FACTS[name].native_step) + "."
     yield (
-        "Of multimodal checkpoints the text model runs, where it is one of a family above. Some have text models that "
-        "transformers has nowhere else, and that do what others do: "
+        "splitnet runs the text model of a multimodal checkpoint if the text model belongs to a family above. Some "
+        "text models exist in transformers only as a part of a multimodal model, and run as another family: "
         f"{', '.join(f'`{text}` as `{_family_of(text)}`' for text, family in FACTS.items() if family.text_as)}."
     )
-    yield "Refused, as their blocks cannot be cut apart:"
+    yield "These families are refused, as their blocks cannot be separated:"
     yield table(
         ("family", "why"),
         [(f"`{name}`", why) for name, why in sorted((name, one.refused) for name, one in FACTS.items()) if why],
     )
     yield "## Formats"
-    yield f"Bits per weight in the files and as held, of a weight of {SIDE} x {SIDE}."
+    yield f"Bits per weight in the files and in memory, for a matrix of {SIDE} x {SIDE} weights."
     yield table(("in safetensors", "in the file", "held"), _layouts())
     yield (
-        "MLX is read with 2 to 8 bits and in its modes `mxfp4`, `mxfp8` and `nvfp4`, single layers in other ones too, "
-        "of families in which mlx-lm changes no more than the names of experts: "
+        "Checkpoints of MLX may have 2 to 8 bits or one of the modes `mxfp4`, `mxfp8` and `nvfp4`, also mixed between "
+        "layers. Their family must be one in which mlx-lm changes at most the names of experts: "
         f"{', '.join(f'`{name}`' for name in sorted(FACTS) if FACTS[name].mlx)}. "
-        "Of AWQ the packing `gemm` is read (and `exllama`, "
-        "which is the same in files), of AutoRound `auto_round:auto_gptq` and `auto_round:auto_awq`. What is not read "
-        "is refused by name: Quark, HQQ, AQLM and others."
+        "Checkpoints of AWQ must have the packing `gemm` "
+        "(or `exllama`, which is the same in files), those of AutoRound `auto_round:auto_gptq` or "
+        "`auto_round:auto_awq`. The error for other formats, such as Quark, HQQ and AQLM, names the format."
     )
     yield table(("in GGUF", "in the file", "held"), _gguf_types())
 

@@ -27,7 +27,7 @@ def lan_host() -> str:
     own = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
     found = [address for address in own if mdns._is_local(ipaddress.IPv4Address(address))]
     if not found:
-        pytest.skip("this machine is on no local network")
+        pytest.skip("this machine is not on a local network")
     return found[0]
 
 

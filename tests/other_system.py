@@ -123,7 +123,7 @@ def modules() -> list[str]:
 
 
 def _only_named_libraries() -> None:
-    """On Windows, the process itself cannot be opened as a library without a name."""
+    """Makes `CDLL(None)` fail, as on Windows, where the process itself cannot be opened as a library."""
     load = ctypes.CDLL.__init__
 
     def named(self: ctypes.CDLL, name: Any, *args: Any, **options: Any) -> None:
@@ -135,7 +135,7 @@ def _only_named_libraries() -> None:
 
 
 def _loopback_pair() -> tuple[socket.socket, socket.socket]:
-    """A socket pair, as Python makes it on Windows."""
+    """A socket pair made of a TCP connection, as Python makes it on Windows."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname())
         return one, listener.accept()[0]

@@ -18,7 +18,7 @@ from tests.browser import NewPage, browsing
 from tests.e2e.daemons import Daemon, background, daemons
 
 PARTS = 3
-ANSWERED = 40  # The minimal number of characters of an answer in a picture.
+ANSWERED = 40  # The minimum number of characters of an answer in a picture.
 
 
 def main(checkpoint: Path, images: Path) -> None:

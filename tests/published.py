@@ -55,7 +55,7 @@ LATENT: Mapping[str, Any] = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
 }
-"""Multi-head latent attention with experts, as DeepSeek-V3 has them."""
+"""A config with multi-head latent attention and experts, as in DeepSeek-V3."""
 DELTA: Mapping[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -63,7 +63,7 @@ DELTA: Mapping[str, Any] = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
 }
-"""Gated delta nets beside attention, as Qwen3-Next has them."""
+"""A config with gated delta nets besides attention, as in Qwen3-Next."""
 QWEN_VISION: Mapping[str, Any] = {
     "depth": 1,
     "hidden_size": 32,
@@ -86,9 +86,9 @@ class Published:
         vision: values of the config of the vision tower, if the text model is part of a multimodal one.
         store: converts the tensors to the published format.
         quantization: the config's `quantization_config`.
-        stored_as: the `model_type` in the file, if transformers has another name.
+        stored_as: the `model_type` in the file, if transformers uses another name.
         text_only: the text model is published alone, though transformers has it only in a multimodal model.
-        rename: pattern -> replacement, for names that transformers writes in another form than published.
+        rename: pattern -> replacement, for names of tensors that transformers writes in another form than published.
     """
 
     family: str
@@ -151,13 +151,13 @@ class Published:
 
 
 def bfloat16(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """All tensors in bfloat16, except for router biases, which stay in float32."""
+    """Stores all tensors in bfloat16, except for router biases, which stay in float32."""
     stored = {name: tensor if "bias" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     return stored, {name: tensor.float() for name, tensor in stored.items()}
 
 
 def fp8_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Linear layers of blocks in float8 with a scale for each 128 x 128 weights, as DeepSeek-V3 stores them."""
+    """Stores linear layers of blocks in float8 with a scale for each 128 x 128 weights, as DeepSeek-V3 does."""
 
     def store(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         outputs, inputs = weight.shape
@@ -174,7 +174,8 @@ def fp8_blocks(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def int4_groups(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Experts in four bits with a bfloat16 scale for each 32 inputs, as compressed-tensors packs them (Kimi-K2)."""
+    """Stores experts in four bits with a bfloat16 scale for each 32 inputs, packed as by compressed-tensors
+    (Kimi-K2)."""
 
     def store(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         outputs, inputs = weight.shape
@@ -192,7 +193,8 @@ def int4_groups(tensors: Tensors) -> tuple[Tensors, Tensors]:
 
 
 def mxfp4_experts(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """Stacked experts in four bits of float with a power of two for each 32 inputs, as gpt-oss stores them."""
+    """Stores stacked experts as four-bit floats with a power of two as the scale for each 32 inputs, as gpt-oss
+    does."""
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     stored: Tensors = {}
     numbers: Tensors = {}

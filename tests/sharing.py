@@ -1,4 +1,5 @@
-"""How workers share the tests: each takes one file after the other; files with daemons go to one worker, and first."""
+"""How workers share the tests: each takes one file after the other. One worker runs all files with daemons, and they
+run first."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class FilesTogether(LoadScopeScheduling):
 def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
     """Files with daemons come first, so that no worker waits for another at the end; then files with many tests.
 
-    Tests of whole peers come last: some bound seconds, and the daemons have ended by then.
+    Tests of whole peers come last: some of them limit times, and the daemons have ended by then.
     """
     counts = Counter(_file(item) for item in items)
     kinds = {_file(item): _kind(item) for item in sorted(items, key=_kind, reverse=True)}

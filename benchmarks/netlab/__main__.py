@@ -25,9 +25,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    opening = commands.add_parser("open", help="bring up hosts, then ask what to do, until Ctrl-D")
+    opening = commands.add_parser("open", help="start hosts, then read commands until Ctrl-D")
     opening.add_argument("hosts", nargs="+", metavar="HOST", help="any names")
-    opening.add_argument("--delay", type=float, default=0.0, metavar="MS", help="one way, between any two hosts")
+    opening.add_argument("--delay", type=float, default=0.0, metavar="MS", help="one-way, between any two hosts")
     opening.add_argument("--rate", type=float, default=0.0, metavar="MBIT", help="of every host's link; 0: no limit")
     opening.add_argument("--loss", type=float, default=0.0, metavar="PERCENT", help="between any two hosts")
     opening.add_argument(
@@ -35,9 +35,9 @@ def main() -> int:
         action="append",
         default=[],
         metavar="NAME=KIND:HOST,...",
-        help=f"which has these hosts, or routers, behind it; may be said again. Kinds: {', '.join(NAMED)}",
+        help=f"a router with the hosts or routers behind it; may be repeated. Kinds: {', '.join(NAMED)}",
     )
-    commands.add_parser("check", help="measure delay, rate and loss beside what was asked for; some minutes")
+    commands.add_parser("check", help="compare delay, rate and loss with the settings; some minutes")
     arguments = parser.parse_args()
     try:
         if arguments.command == "check":

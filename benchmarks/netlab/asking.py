@@ -1,4 +1,4 @@
-"""A client in a host of a lab that asks at given times, and records the time of each token."""
+"""A client in a host of a lab that asks questions at given times, and records the time of each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Hop = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """number: unique. at_s: after the beginning. prompt, output: tokens."""
+    """A request. number: unique. at_s: seconds after the start. prompt, output: numbers of tokens."""
 
     number: int
     at_s: float
@@ -25,10 +25,10 @@ class Question:
 
 @dataclass(slots=True)
 class Answer:
-    """The result of a question. Times in seconds after the beginning.
+    """The result of a question. Times in seconds count from the start.
 
-    routes: each with the time of its first use, hops with the address of the peer. causes: of changes of the route.
-    open_ms: until there was a route. predicted_ms: of a token on the first route.
+    routes: each route with the time of its first use; hops have the address of the peer. causes: the causes of changes
+    of the route. predicted_ms: the predicted time per token on the first route.
     """
 
     number: int
@@ -41,9 +41,9 @@ class Answer:
     facts: dict[str, tuple[float, float, float]] = field(default_factory=dict[str, tuple[float, float, float]])
     """The client's facts about each peer at the first token: queue_ms, batch, ms per block of one position."""
     links: list[tuple[str, str, float]] = field(default_factory=list[tuple[str, str, float]])
-    """Its facts about all links: from, to, ms one way; the client is ""."""
+    """The client's facts about all links: from, to, one-way delay in ms; "" is the client."""
     lookups_ms: list[float] = field(default_factory=list[float])
-    """Directory look-ups before the first token, in any thread."""
+    """Times of the directory look-ups before the first token, in any thread."""
     error: str = ""
 
 
@@ -59,7 +59,7 @@ def ask(
     """Joins, sends ("ready", None), waits for the start time in `begins`, and sends ("answer", Answer) for each
     question.
 
-    Meanwhile it sends ("route", (number, hops)) whenever a session has another route.
+    While a question runs, the client sends ("route", (number, hops)) whenever the session has another route.
 
     Args:
         patience_s: how long sessions wait for a route.
@@ -89,7 +89,7 @@ def ask(
             lookups.append((looked, time.perf_counter()))
 
     directory.peers = timed_look
-    # After this, all code has run once, and links are measured.
+    # A first answer, so that all code has run once and links are measured.
     _answer(model, Question(-1, 0.0, 16, 4), time.perf_counter(), lambda hops: None)
     told.put(("ready", None))
     began = begins.get()

@@ -24,13 +24,13 @@ _LOSS_SAMPLES = 20_000
 _RATE_SECONDS = 3.0
 _PACKET_BYTES = 1500
 _PAYLOAD_BYTES = 1448
-"""Of a full TCP packet."""
+"""Payload of a full TCP packet, in bytes."""
 _SO_TIMESTAMPNS = 35
 
 
 @dataclass(frozen=True)
 class Delays:
-    """One-way delays in ms: measured by the receiving host's kernel, and by a program there."""
+    """One-way delays in ms: measured by the receiving host's kernel, and by a program in the receiving host."""
 
     kernel: list[float]
     program: list[float]
@@ -42,8 +42,8 @@ def check() -> None:
     with Lab(["a", "b"]) as lab:
         print(f"{cores} cores; the hub {'has' if lab.is_realtime else 'could not get'} real-time priority.")
         print()
-        print("One-way delay of a UDP packet in ms, median (99th percentile). A busy machine has a process that")
-        print("only computes on every core; that a program is told late there is not the network's doing.")
+        print("One-way delay of a UDP packet in ms, median (99th percentile). On a busy machine every core has a")
+        print("process that only computes: a program then sees packets late, which the network does not cause.")
         print()
         print("| asked | idle, at the kernel | at a program | busy, at the kernel | at a program |")
         print("|---|---|---|---|---|")
@@ -99,7 +99,7 @@ def measure_delays(lab: Lab) -> Delays:
             sender.send(bytes(100))
             _, (stamp, *_), _, _ = receiver.recvmsg(200, 100)
             received = time.time_ns()
-            if number >= 10:  # the first packets also warm caches
+            if number >= 10:  # the first packets only warm up caches
                 seconds, nanoseconds = struct.unpack("qq", stamp[2])
                 kernel.append((seconds * 1_000_000_000 + nanoseconds - sent) / 1e6)
                 program.append((received - sent) / 1e6)
@@ -166,7 +166,7 @@ def _compute(ready: object) -> None:
 
 @contextmanager
 def _packets(lab: Lab) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """UDP sockets: of the first host, connected to the second's, and of the second."""
+    """UDP sockets: one of the first host, connected to the second host's socket, and that socket."""
     first, second = lab.hosts[:2]
     with lab.inside(second):
         receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

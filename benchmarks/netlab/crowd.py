@@ -1,7 +1,7 @@
 """Other sessions that keep one peer busy.
 
-Only their requests to that peer are run: the rest of their routes would use the cores of this machine, and slow down
-peers that are meant to be idle.
+The sessions only send requests to this peer: the other hops of whole routes would use the cores of this machine, and
+slow down peers that must be idle.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _FIND_TIMEOUT_S = 60.0
 class Crowd:
     """Sessions in a host that generate through the peer of another host, one answer after the other. Use with `with`.
 
-    On entering, the program is loaded; it sends nothing before `begin`.
+    On entry, the program of the sessions starts; it sends nothing before `begin`.
 
     Args:
         lab: the hosts.
-        host: of the sessions.
+        host: the host of the sessions.
         checkpoint: hub id or folder.
-        join: multiaddrs of the swarm.
+        join: multiaddrs to join the swarm with.
         peer: address of the peer, `tcp://host:port`.
         sessions: number of sessions.
     """
@@ -77,14 +77,14 @@ class Crowd:
         self._process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]
 
     def begin(self) -> None:
-        """Has the sessions generate until the end of the `with` block."""
+        """Lets the sessions generate until the end of the `with` block."""
         self._process.stdin.write("begin\n")  # pyright: ignore[reportOptionalMemberAccess]
         self._process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
 
     def _hear(self, word: str) -> None:
         said = self._process.stdout.readline().strip()  # pyright: ignore[reportOptionalMemberAccess]
         if said != word:
-            raise LabError(f"the crowd in {self._host} could not start: see what it said above")
+            raise LabError(f"the crowd in {self._host} could not start: see its messages above")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -123,7 +123,7 @@ def _generate(swarm: GuidedSwarm, ended: threading.Event) -> None:
     while not ended.is_set():
         session = Session(swarm, ConnectionOptions(codec="none"), reservation=PROMPT_POSITIONS + ANSWER_TOKENS)
         try:
-            # A peer with inner blocks returns all outputs, so all are requested.
+            # A peer with inner blocks returns the outputs of all positions, so all are requested.
             session.step(hidden, [Chunk(1, 0, PROMPT_POSITIONS, PROMPT_POSITIONS)])
             for position in range(PROMPT_POSITIONS, PROMPT_POSITIONS + ANSWER_TOKENS):
                 if ended.is_set():

@@ -2,4 +2,4 @@
 
 
 class LabError(Exception):
-    """The lab cannot do a request; the message has the reason and the fix."""
+    """The lab cannot do what was requested; the message has the reason and the remedy."""

@@ -1,4 +1,5 @@
-"""Port forwarding by a lab's router on request of hosts: NAT-PMP (RFC 6886), and UPnP's InternetGatewayDevice:1."""
+"""Lets hosts of a lab request forwarded ports of their router: by NAT-PMP (RFC 6886) and UPnP
+(InternetGatewayDevice:1)."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Lease:
-    """A forwarded port: its host, and its end on `time.monotonic()`; 0: no end."""
+    """A forwarded port: its host, and the time of its end on `time.monotonic()`; 0: no end."""
 
     client: str
     port: int
@@ -56,13 +57,13 @@ class Lease:
 class Gateway:
     """Forwards ports on request of hosts. Create and close it while the lab is open.
 
-    Its sockets are opened by the calling thread, which has to be inside the router.
+    The calling thread opens the sockets and must be inside the router.
 
     Args:
         public: the router's public address.
-        hosts: names by address of the hosts behind it; a host may ask only for itself.
-        forward, unforward: as those of the lab, without the router's name.
-        protocols: some of `nat-pmp` and `upnp`.
+        hosts: the names of the hosts behind the router, by address; a host may request ports only for itself.
+        forward, unforward: the methods of the lab, without the argument for the router's name.
+        protocols: `nat-pmp`, `upnp`, or both.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Gateway:
                 raise Refused(718, "ConflictInMappingEntry")
             try:
                 self._forward(protocol, public_port, self._hosts[client], port)
-            except LabError:  # the lab's user has forwarded the port, or there are too many
+            except LabError:  # the lab's user has forwarded this port, or too many ports are forwarded
                 raise Refused(718, "ConflictInMappingEntry") from None
             until = time.monotonic() + lifetime_s if lifetime_s else 0.0
             self._leases[protocol, public_port] = Lease(client, port, until)
@@ -219,7 +220,7 @@ class Gateway:
 
     def _end(self, protocol: str, public_port: int) -> None:
         del self._leases[protocol, public_port]
-        with suppress(LabError):  # the lab's user has ended it already
+        with suppress(LabError):  # the lab's user has ended the forwarding already
             self._unforward(protocol, public_port)
 
     def _answer_nat_pmp(self, message: bytes, client: str) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Answers with an exact number of tokens, or until an event."""
+"""Generates answers with an exact number of tokens, or until an event."""
 
 from __future__ import annotations
 

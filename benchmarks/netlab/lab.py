@@ -30,22 +30,22 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Lab:
-    """Hosts with delayed, rate-limited and lossy links to each other, which can be cut. Use with `with`.
+    """Hosts with delayed, rate-limited and lossy links that can be cut. Use with `with`.
 
-    Every host is a network namespace with a separate address. The settings of a link belong to a pair of hosts, to a
-    host's own (access) link, or to all; a pair's value replaces the values of the two access links. At the end, also
-    after an exception, Ctrl-C or a kill, all processes in the hosts are stopped and the hosts are removed.
+    Every host is a network namespace with a separate address. Delay, rate and loss can be set for all hosts, for the
+    access link of one host, or for a pair of hosts; a pair's value replaces the values of the two access links. When
+    the lab ends, also after an exception, Ctrl-C or a kill, it stops all processes in the hosts and removes the hosts.
 
-    Hosts behind a router have a separate network, without delay or limits, and reach the others through the router and
-    its link. A router is a host, too: only hosts behind it reach its programs, at `address(router)`.
+    Hosts behind a router share a separate network, without delay or limits, and reach other hosts through the router
+    and its access link. A router is a host, too: only hosts behind the router reach its programs, at `address(router)`.
 
     Args:
-        hosts: their names; with the routers at most 64.
-        delay_ms: one way, between any two hosts (but not within a network behind a router).
-        rate_mbit: of every host's and router's access link, in each direction, in Mbit/s; 0 is no limit.
-        loss_percent: of packets, between any two hosts, likewise.
-        routers: address translation of each, by name.
-        behind: hosts, or routers, that are behind a router; the others are public.
+        hosts: names of the hosts; at most 64 hosts and routers together.
+        delay_ms: one-way delay between any two hosts, except within a network behind a router.
+        rate_mbit: rate of each access link of a host or router, in each direction, in Mbit/s; 0: no limit.
+        loss_percent: share of packets lost between any two hosts, except within a network behind a router.
+        routers: the address translation of each router, by the router's name.
+        behind: the router of each host or router that is behind one; all others are public.
         public: the first three numbers of public addresses. Programs may treat such private addresses differently.
 
     Raises:
@@ -72,7 +72,7 @@ class Lab:
         for name, router in self._behind.items():
             self._number(name)
             if router not in self.routers:
-                raise LabError(f"{name} is behind {router}, which is no router of the lab")
+                raise LabError(f"{name} is behind {router}, which is not a router of the lab")
             self._outwards(name)
         self._public = public
         self._addresses = {name: self._numbered(name) for name in self._names}
@@ -138,17 +138,17 @@ class Lab:
             self._namespaces.clear()
 
     def address(self, host: str) -> str:
-        """The IPv4 address of a host in its network, such as `10.77.0.1`; of a router, in the network behind it."""
+        """The IPv4 address of a host in its network, such as `10.77.0.1`; a router's in the network behind it."""
         self._number(host)
         return gateway.ADDRESS if host in self.routers else self._addresses[host]
 
     def public_address(self, host: str) -> str:
-        """The source address of a host's packets at public hosts: its own, or that of its outermost router."""
+        """The source address of a host's packets at public hosts: that of the host, or of its outermost router."""
         self._number(host)
         return self._addresses[self._outwards(host)[-1]]
 
     def address_from(self, viewer: str, host: str) -> str:
-        """The address at which a host reaches another: in their common network, or else the public one."""
+        """The address at which `viewer` reaches `host`: in their common network, or else the public one."""
         self._number(host)
         self._number(viewer)
         network = viewer if viewer in self.routers else self._behind.get(viewer)
@@ -157,7 +157,8 @@ class Lab:
         return self._addresses[host] if self._behind.get(host) == network else self.public_address(host)
 
     def configure(self, router: str, what: Router) -> None:
-        """Changes a router's address translation; it forgets all mappings, as after a restart, but no forwarding.
+        """Changes a router's address translation. The router forgets all mappings, as after a restart, but keeps
+        forwarded ports.
 
         The protocols for forwarded ports stay the same.
         """
@@ -168,8 +169,8 @@ class Lab:
         """Forwards a `tcp` or `udp` port of a router to a port of a host behind it.
 
         Raises:
-            LabError: the host is not behind the router, the port leads elsewhere already, or there is no such protocol
-                or port.
+            LabError: the host is not behind the router, the port is already forwarded, or the protocol or port does not
+                exist.
         """
         number, host_number = self._router(router), self._number(host)
         self._tell(f"forward {number} {_protocol(protocol)} {port} {host_number} {host_port}")
@@ -179,31 +180,31 @@ class Lab:
         self._tell(f"unforward {self._router(router)} {_protocol(protocol)} {port}")
 
     def access(self, host: str, *, delay_ms: float = 0.0, rate_mbit: float = 0.0, loss_percent: float = 0.0) -> None:
-        """Sets a host's own link, which its traffic with all hosts shares.
+        """Sets the access link of a host, which the traffic with all other hosts shares.
 
         Args:
-            delay_ms: one way; the delay between two hosts is the sum of theirs.
-            rate_mbit: Mbit/s in each direction; 0 is no limit.
-            loss_percent: of packets, in each direction.
+            delay_ms: one-way delay of the link; the delay between two hosts is the sum over their access links.
+            rate_mbit: Mbit/s in each direction; 0: no limit.
+            loss_percent: share of lost packets in each direction.
         """
         self._tell(f"access {self._number(host)} {delay_ms} {rate_mbit} {_share(loss_percent) * 100}")
 
     def delay(self, a: str, b: str, ms: float | None) -> None:
-        """Sets the one-way delay between two hosts, in both directions; None: by their access links."""
+        """Sets the one-way delay between two hosts, in both directions; None: use their access links."""
         self._tell_pair("delay", a, b, ms)
 
     def rate(self, a: str, b: str, mbit: float | None) -> None:
-        """Sets a rate for the link between two hosts, in Mbit/s in each direction; 0: no limit; None: by access
-        links.
+        """Sets a rate for the link between two hosts, in Mbit/s in each direction; 0: no limit; None: use
+        their access links.
         """
         self._tell_pair("rate", a, b, mbit)
 
     def loss(self, a: str, b: str, percent: float | None) -> None:
-        """Sets the share of lost packets between two hosts, in each direction; None: by their access links."""
+        """Sets the share of lost packets between two hosts, in each direction; None: use their access links."""
         self._tell_pair("loss", a, b, None if percent is None else _share(percent) * 100)
 
     def cut(self, a: str, b: str) -> None:
-        """Drops all packets between two hosts without notice, as a broken cable does."""
+        """Drops all packets between two hosts without notice, like a broken cable."""
         first, second = self._pair(a, b)
         self._tell(f"cut {first} {second}", f"cut {second} {first}")
 
@@ -221,9 +222,9 @@ class Lab:
 
     @contextmanager
     def inside(self, host: str) -> Iterator[None]:
-        """Puts the calling thread into a host.
+        """Puts the calling thread into a host for the duration of the `with`.
 
-        Sockets, threads and processes that the thread starts belong to the host, also afterwards.
+        Sockets, threads and processes that the thread creates inside stay in the host, also after the `with`.
         """
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
@@ -236,10 +237,10 @@ class Lab:
             os.close(before)
 
     def run(self, host: str, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Starts a process in a host; the lab stops it at the end at the latest.
+        """Starts a process in a host; the lab stops the process when the lab ends, at the latest.
 
         Args:
-            options: of `subprocess.Popen`.
+            options: further arguments of `subprocess.Popen`.
         """
         with self.inside(host):
             process = subprocess.Popen(command, **options)
@@ -247,7 +248,7 @@ class Lab:
         return process
 
     def entrance(self, host: str) -> str:
-        """The prefix of a shell command that runs another program, in another terminal, in a host."""
+        """The prefix of a shell command that runs a program in a host, for use in another terminal."""
         return f"nsenter --net={self.door(host)}"
 
     def door(self, host: str) -> str:
@@ -283,19 +284,19 @@ class Lab:
             yield f"{'r' if name in self.routers else ''}{self._addresses[name]}{behind}"
 
     def _numbered(self, name: str) -> str:
-        """The address of a host or router for others that are not behind it. Networks behind routers are alike."""
+        """The address of a host or router as seen from outside. All networks behind routers use the same addresses."""
         if name in self._behind:
             together = [other for other in self._names if self._behind.get(other) == self._behind[name]]
             return f"{_PRIVATE}.{together.index(name) + 2}"
         return f"{self._public}.{self._number(name) + 1}"
 
     def _outwards(self, name: str) -> list[str]:
-        """A host or router, and its enclosing routers, the outermost one last."""
+        """A host or router, followed by the routers that it is behind, the outermost router last."""
         passed = [name]
         while passed[-1] in self._behind:
             passed.append(self._behind[passed[-1]])
             if len(passed) > len(self._names):
-                raise LabError(f"the routers before {name} are behind each other in a circle")
+                raise LabError(f"the routers of {name} are behind each other in a circle")
         return passed
 
     def _adjacent(self, a: str, b: str) -> bool:
@@ -319,7 +320,7 @@ class Lab:
         ways = [(x, y) for x in self._outwards(a) for y in self._outwards(b) if x != y and self._adjacent(x, y)]
         if a != b and (a, b) not in ways:
             x, y = ways[0]
-            raise LabError(f"{a} and {b} have no link of their own, routers connect them: say it of {x} and {y}")
+            raise LabError(f"{a} and {b} have no direct link, routers connect them: name {x} and {y} instead")
         return first, second
 
     def _router(self, name: str) -> int:
@@ -339,7 +340,7 @@ class Lab:
         self._tell(f"{what} {first} {second} {text}", f"{what} {second} {first} {text}")
 
     def _tell(self, *commands: str) -> None:
-        """Sends commands to the hub, and waits until they are in force."""
+        """Sends commands to the hub, and waits until the hub has applied them."""
         if self._hub is None or self._hub.stdin is None:
             raise LabError("the lab is not open: use it as `with Lab(...) as lab`")
         with self._lock:
@@ -364,7 +365,7 @@ class Lab:
 
 def _check_machine() -> None:
     if sys.platform != "linux":
-        raise LabError("a lab needs network namespaces, which only Linux has: use a Linux machine, virtual or not")
+        raise LabError("a lab needs network namespaces, which only Linux has: use Linux, also in a virtual machine")
     if os.geteuid() != 0:
         raise LabError(
             "a lab needs root to make network namespaces: put sudo before the command, "
@@ -378,7 +379,7 @@ def _check_machine() -> None:
 
 def _protocol(name: str) -> int:
     if name not in TRANSPORTS:
-        raise LabError(f"a forwarded port is of {' or '.join(TRANSPORTS)}, not {name}")
+        raise LabError(f"a forwarded port has the protocol {' or '.join(TRANSPORTS)}, not {name}")
     return TRANSPORTS[name]
 
 

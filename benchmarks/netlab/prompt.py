@@ -13,16 +13,16 @@ _HELP = """\
 delay A B MS         one-way delay between two hosts
 rate A B MBIT        Mbit/s between two hosts, 0: no limit
 loss A B PERCENT     packets lost between two hosts
-                     ("-" as value of these: back to what the hosts' own links say)
-access A MS MBIT PERCENT   the own link of a host
+                     (the value "-" restores the values of the hosts' access links)
+access A MS MBIT PERCENT   the access link of a host
 cut A B              drop everything between two hosts
-down A, up A         drop everything from and to a host, or no longer
+down A, up A         drop everything from and to a host; end this
 heal                 end all cuts, bring all hosts up
-router R KIND        what a router does from now on; it forgets its mappings
-forward R PROTOCOL PORT A PORT   lead a tcp or udp port of a router to one of a host behind it
-unforward R PROTOCOL PORT        no longer
-run A COMMAND ...    run a command in a host; names of hosts after it become their addresses
-start A COMMAND ...  the same without waiting for its end
+router R KIND        change the kind of a router, which forgets its mappings
+forward R PROTOCOL PORT A PORT   forward a tcp or udp port of a router to a port of a host behind it
+unforward R PROTOCOL PORT        end the forwarding of this port
+run A COMMAND ...    run a command in a host; host names in its arguments become addresses
+start A COMMAND ...  as run, without waiting for the end of the command
 quit                 stop everything"""
 
 

@@ -15,20 +15,20 @@ PROTOCOLS = ("nat-pmp", "upnp")
 
 @dataclass(frozen=True)
 class Router:
-    """A router with address translation of TCP and UDP; it drops all other packets, and fragments.
+    """A router with address translation of TCP and UDP. It drops fragments and packets of other protocols.
 
-    A TCP mapping is made by an outgoing SYN. Packets in both directions keep mappings alive.
+    An outgoing SYN makes a TCP mapping. Packets in both directions keep mappings alive.
 
     Args:
         mapping: whether a socket has one public port for all remotes, one for each address, or one for each address
-        and port (such a router is called symmetric).
-        filtering: whether all remotes may send to a public port, only the addresses to which the host has sent from it,
-            or only those addresses and ports.
-        random_ports: otherwise the public port is the private one, if that is free.
-        hairpin: whether hosts behind it reach each other at its public address.
-        reset: whether a filtered SYN is answered with RST, instead of dropped.
-        udp_idle_s, tcp_idle_s: seconds without packets until a mapping ends.
-        protocols: with which hosts may request forwarded ports, of `nat-pmp` and `upnp`.
+            and port (such a router is called symmetric).
+        filtering: whether all remotes may send to a public port, or only the addresses to which the host has sent from
+            this port, or only the addresses and ports to which the host has sent.
+        random_ports: whether public ports are random; otherwise the public port equals the private port if it is free.
+        hairpin: whether hosts behind the router reach each other at the router's public address.
+        reset: whether the router answers a filtered SYN with RST, instead of dropping the SYN.
+        udp_idle_s, tcp_idle_s: seconds without packets after which a mapping ends.
+        protocols: the protocols with which hosts may request forwarded ports: `nat-pmp`, `upnp`, or both.
 
     Raises:
         LabError: a value is invalid.
@@ -66,14 +66,14 @@ NAMED = {
     "address-mapped": Router(mapping="address"),
     "symmetric": Router(mapping="address-and-port"),
 }
-"""Named kinds of routers."""
+"""The kinds of routers, by name."""
 
 
 def named(kind: str) -> Router:
     """The kind of router with this name.
 
     Raises:
-        LabError: there is no such name.
+        LabError: there is no kind with this name.
     """
     if kind not in NAMED:
         raise LabError(f"no kind of router is called {kind}: there are {', '.join(NAMED)}")

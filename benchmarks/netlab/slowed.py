@@ -1,8 +1,8 @@
 """Daemons of `splitnet peer` in hosts of a lab, slowed to given speeds by waiting.
 
-Many devices share the cores of one machine. Each device computes a model so small that it takes almost no time; a pass
-is then held until it has lasted as long as on the simulated device. All daemons are forked from one process that has
-imported all modules, so that a start takes a fraction of a second, and most memory is shared.
+Many simulated devices share the cores of one machine. Each computes a model so small that a pass takes almost no time;
+then the pass waits until it has lasted as long as on the simulated device. All daemons are forked from one process that
+has imported all modules, so that a start takes a fraction of a second, and most memory is shared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FORMAT = "dqqd"
 _LOOKS, _LOOKS_EACH = 6, 4
 
 LATE = 1.1
-"""A pass that lasts this many times as long as intended is late, because other programs used the cores."""
+"""A pass counts as late if it lasts this many times as long as intended, because other programs used the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Measured:
 
 
 class Meter:
-    """The counts of a daemon, and its slowdown factor; in a file, so that they outlive the daemon."""
+    """The counts of a daemon, and its slowdown factor, in a file, so that the values outlive the daemon."""
 
     def __init__(self, file: Path) -> None:
         if not file.exists():
@@ -73,7 +73,7 @@ class Meter:
 
 
 class Nursery:
-    """Starts processes in hosts that have imported all modules already. Use with `with`."""
+    """Starts processes in hosts; all modules are already imported in these processes. Use with `with`."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
@@ -83,7 +83,7 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the fork server does not inherit it otherwise
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # else the fork server would not inherit it
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,21 +102,21 @@ class Nursery:
         return process
 
     def queue(self) -> Any:
-        """For messages of these processes."""
+        """A queue for messages of these processes."""
         return self._context.Queue()
 
 
 class SlowedPeers:
-    """A daemon in each of some hosts, slowed to a speed. Use with `with`.
+    """Daemons in hosts of a lab, one per host, each slowed to a given speed. Use with `with`.
 
     The daemon of the first host begins the swarm; the others ask it for records, so that they need no node of the DHT.
 
     Args:
-        lab, nursery: hosts, and starter of processes.
-        checkpoint: folder.
+        lab, nursery: the hosts, and the starter of processes.
+        checkpoint: the folder of the checkpoint.
         spans: blocks `[start, end)` by host.
-        speeds: of the simulated devices.
-        options: additional options for each, as on the command line.
+        speeds: the speed of each simulated device, by host.
+        options: additional options of the daemons, as on the command line.
 
     Attributes:
         join: address of the first daemon, tcp://...
@@ -166,7 +166,7 @@ class SlowedPeers:
         self._folder.cleanup()
 
     def begin(self, host: str, *, again: bool = False) -> None:
-        """Starts the daemon of a host, with a new key and a new port. again: the last one did not serve."""
+        """Starts the daemon of a host, with a new key and a new port. again: the last daemon did not serve."""
         self._file(host, "address").unlink(missing_ok=True)
         self._lives[host] = self._lives.get(host, -1) + (not again)
         start, end = self._spans[host]
@@ -179,7 +179,7 @@ class SlowedPeers:
         )
 
     def await_start(self, host: str) -> None:
-        """Waits until the daemon of a host serves. Raises LabError if it ends."""
+        """Waits until the daemon of a host serves. Raises LabError if the daemon ends."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._file(host, "address").exists():
             if not self._processes[host].is_alive():
@@ -199,7 +199,7 @@ class SlowedPeers:
         self._processes[host].join(_STOP_TIMEOUT_S)
 
     def meters(self, host: str) -> list[Meter]:
-        """Meters of the daemons of a host, in order."""
+        """Meters of all daemons that a host has had, in the order of their starts."""
         return [Meter(self._meter_file(host, life)) for life in range(self._lives[host] + 1)]
 
     def log(self, host: str) -> str:
@@ -264,7 +264,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
 
         self.step_passes.observe = count
 
-    # A held device counts as having its processor.
+    # A device that waits counts as if it had a processor all the time.
     def ran_all_the_time(self: BatchingDelay, sources: Any, took_s: float, computed_s: float, now: float) -> None:
         ran(self, sources, took_s, took_s, now)
 

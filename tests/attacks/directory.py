@@ -1,7 +1,7 @@
 """Attacks on the directory of a live swarm: strangers fill it, hide records, or make peers move.
 
 Each function takes addresses to join the DHT with and the fingerprint of a model, attacks for some seconds, and returns
-a count of its attempts or successes. It leaves no process behind, only the records that it has stored.
+the number of its attempts or successes. It leaves no process running, only the records that it has stored.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def flood_records(
     pause_s: float = 0.0,
     **claims: Any,
 ) -> int:
-    """Announces long records of new keys under all keys of the DHT that readers ask for. Returns how many nodes have
-    stored."""
+    """Announces long records of new keys under all keys of the DHT that readers ask for. Returns how often a node has
+    stored a record."""
     taken = 0
     with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
@@ -101,7 +101,7 @@ def flood_records(
 
 
 def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
-    """Announces new models with one key. Returns how many records nodes have stored."""
+    """Announces new models with one key. Returns the number of records that nodes have stored."""
     taken, mallory = 0, Identity.generate()
     with DhtDirectory.start(initial_peers=addresses) as node:
         ends = time.monotonic() + seconds
@@ -139,7 +139,7 @@ def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0,
 
 
 def withhold(addresses: Sequence[str], model: str, *, seconds: float = 600.0) -> int:
-    """Runs nodes with ids next to the keys of the model, which claim to store all records, and return none."""
+    """Runs nodes with ids next to the keys of the model. The nodes claim to store all records, and return none."""
     with ExitStack() as stack:
         fakes = [stack.enter_context(withholding_node(addresses, shard_keys(model)[0])) for _ in range(5)]
         time.sleep(seconds)
@@ -172,7 +172,7 @@ def withholding_node(addresses: Sequence[str], key: str) -> Iterator[DhtDirector
 def announce_fakes(
     addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 2, **claims: Any
 ) -> int:
-    """Keeps fake records of peers in the directory. claims: fields of the records. Returns the number of
+    """Keeps fake records of peers in the directory. claims: values of fields of the records. Returns the number of
     announcements."""
     done, fakes = 0, [Identity.generate() for _ in range(count)]
     with DhtDirectory.start(initial_peers=addresses) as node:

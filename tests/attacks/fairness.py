@@ -1,6 +1,6 @@
-"""Attempts of one client's key to take a peer's resources from all other keys. Each function attacks a live peer.
+"""Attacks in which one client's key tries to take a running peer's resources from all other keys.
 
-The protocol allows all messages that are sent; meanwhile a peer must give other keys their share.
+The protocol allows every message that these functions send; meanwhile the peer must give other keys their share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ANSWER_S = 60.0
 
 
 class Client:
-    """A client of one peer that sends messages itself, with many sessions under one key. A context manager.
+    """A client that sends protocol messages to one peer, with many sessions under one key. A context manager.
 
     Args:
         endpoint: the peer.
@@ -81,7 +81,7 @@ class Client:
             self._transport.send(self.endpoint, encode(message))
 
     def hear(self, timeout_s: float = ANSWER_S) -> Message | None:
-        """The next message of the peer; None: there is none within `timeout_s`."""
+        """The next message of the peer; None: no message came within `timeout_s`."""
         try:
             return self._heard.get(timeout=max(0.0, timeout_s))
         except queue.Empty:
@@ -99,7 +99,7 @@ class Client:
         return Open(session, epoch, self.facts.fingerprint, self.start, self.end, reservation, PLAIN, b"", b"", "")
 
     def ping_ms(self) -> float:
-        """How long the peer takes to answer a ping, in ms. Drops other messages of the peer."""
+        """The time that the peer takes to answer a ping, in ms. Drops other messages of the peer."""
         nonce, began = next(self._nonces), time.perf_counter()
         self.say(Ping(nonce))
         while (answer := self.hear()) is not None:
@@ -108,23 +108,23 @@ class Client:
         raise TimeoutError(f"no answer to a ping in {ANSWER_S:.0f} s")
 
     def step(self, session: bytes, positions: int = 1) -> None:
-        """Sends the next positions of a session; the peer returns the last one."""
+        """Sends the next positions of a session, and asks the peer for the output of the last one."""
         start = self.positions[session]
         self.positions[session] = start + positions
         part = Chunk(1, start, positions, 1)
         self.say(Step(session, 1, start + positions, (part,), None, 0, PLAIN, self.hidden(positions)))
 
     def forward(self, session: bytes, number: int, lengths: Sequence[int], *, kept: bool = False) -> None:
-        """Sends whole sequences."""
+        """Sends a forward pass over whole sequences."""
         payload = self.hidden(sum(lengths))
         self.say(Forward(session, 1, number, 0, tuple(lengths), kept, 0, PLAIN, PLAIN, payload, self.start))
 
     def gradient(self, session: bytes, number: int, positions: int) -> None:
-        """Sends the gradient by the output of a pass."""
+        """Sends the gradient with respect to the output of a forward pass."""
         self.say(Gradient(session, 1, number, self.end, number, False, PLAIN, self.hidden(positions)))
 
     def decode(self, session: bytes, *, seconds: float = float("inf"), steps: int = 1 << 30) -> list[float]:
-        """Decodes with one session, one step after the other; returns the ms that each took."""
+        """Decodes in one session, one step after the other; returns the duration of each step, in ms."""
         took: list[float] = []
         until = time.monotonic() + seconds
         while len(took) < steps and time.monotonic() < until:
@@ -159,7 +159,7 @@ def decodes(
         began: called when all sessions are open.
 
     Returns:
-        How many tokens the sessions got.
+        The number of tokens that all sessions got.
     """
     with Client(endpoint, facts, blocks) as client:
         ids = [client.open(reservation)[0] for _ in range(sessions)]
@@ -186,8 +186,8 @@ def prefills(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Sends long prompts in sessions of one key, the next when one is answered. Returns how many positions were
-    computed."""
+    """Sends long prompts in sessions of one key; each session sends its next prompt when the last one is answered.
+    Returns how many positions were computed."""
     piece = min(512, length)
     with Client(endpoint, facts, blocks) as client:
 
@@ -249,8 +249,8 @@ def recalls(
     count: int = 60_000,
     blocks: tuple[int, int] | None = None,
 ) -> float:
-    """Queues requests for keys and values of two sessions behind passes; a newer epoch cancels them, the last ones
-    first.
+    """Queues requests for keys and values of two sessions after forward passes. Then a newer epoch of each session
+    cancels its requests, first those of the session whose requests were queued last.
 
     Returns the longest round trip of another client's pings during the attack, in ms.
     """
@@ -269,7 +269,7 @@ def recalls(
             for session in sessions:
                 client.say(*(FetchKV(session, epoch, 10**6, 1, 1) for _ in range(count // 2)))
             worst = max(worst, victim.ping_ms())
-            client.ping_ms()  # after this all messages have arrived
+            client.ping_ms()  # when the ping is answered, all messages have arrived
             epoch += 1
             client.say(*(client.opening(session, 64, epoch=epoch) for session in reversed(sessions)))
             worst = max(worst, victim.ping_ms())
@@ -286,7 +286,7 @@ def squats(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Reserves `reservation` positions of KV memory in one session, and opens it repeatedly. Returns how often."""
+    """Reserves `reservation` positions of KV memory in a session that it opens repeatedly. Returns how often."""
     opened = 0
     with Client(endpoint, facts, blocks) as client:
         session, until, epoch = os.urandom(16), time.monotonic() + seconds, 0
@@ -309,7 +309,7 @@ def crowds(
     blocks: tuple[int, int] | None = None,
     began: Callable[[], None] = lambda: None,
 ) -> int:
-    """Opens as many of the smallest sessions as a peer accepts, and holds them. Returns how many."""
+    """Opens sessions of the smallest size until the peer refuses, and keeps them open. Returns their number."""
     opened = 0
     with Client(endpoint, facts, blocks) as client:
         until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Mutated frames: messages of honest clients to a peer, with bytes changed, cut, joined and repeated."""
+"""Sends mutated frames: messages of honest clients to a peer, with bytes changed, cut, joined and repeated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.attacks.transport import Client
 
 PLAIN = CODECS["none"].code
 LOOK = 2000
-"""Messages between two pings; the peer must answer each ping."""
+"""The number of messages between two pings; the peer must answer each ping."""
 SESSIONS = [bytes([number]) * 16 for number in range(8)]
 
 
@@ -72,7 +72,7 @@ def frames_of(messages: Sequence[Message]) -> list[list[bytes]]:
 
 
 def mutated(recorded: Sequence[Sequence[bytes]], seed: int) -> Iterator[list[bytes]]:
-    """Endless mutated frames, most of them invalid."""
+    """Yields endless mutated frames, most of them invalid."""
     choices = random.Random(seed)
     while True:
         frames = list(choices.choice(recorded))
@@ -113,7 +113,7 @@ def flood(
     """Sends mutated frames as fast as the peer answers. Returns how many.
 
     Raises:
-        TimeoutError: a ping between them was not answered.
+        TimeoutError: the peer did not answer a ping.
     """
     ends, sent = time.monotonic() + seconds, 0
     messages = [message for session in SESSIONS for message in said(facts, blocks, session)]
@@ -133,7 +133,7 @@ def main() -> None:
     """Attacks the peers of a running swarm."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help="folder or file of the checkpoint")
-    parser.add_argument("address", help="of the swarm, as for --join")
+    parser.add_argument("address", help="address of the swarm, as for --join")
     parser.add_argument("--count", type=int, default=1_000_000, help="frames for each peer")
     arguments = parser.parse_args()
     from splitnet.checkpoint.checkpoint import Checkpoint
@@ -144,7 +144,9 @@ def main() -> None:
             began = time.monotonic()
             peer = Endpoint(record.address, record.key)
             sent = flood(peer, facts, count=arguments.count, blocks=(record.start, record.end))
-            print(f"{sent} frames to {record.address} in {time.monotonic() - began:.0f} s; it answers.", flush=True)
+            print(
+                f"{sent} frames to {record.address} in {time.monotonic() - began:.0f} s; the peer answers.", flush=True
+            )
 
 
 if __name__ == "__main__":

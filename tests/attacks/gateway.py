@@ -1,7 +1,7 @@
 """Attacks on `splitnet serve`.
 
-Each function takes the URL of a server of the tests, attacks it for some seconds, and returns counts of outcomes: the
-status of an answer, or the fate of a connection.
+Each function takes the URL of a server of the tests, attacks the server for some seconds, and returns how often each
+outcome occurred: the status of an answer, or what happened to a connection.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def long_texts(url: str, *, seconds: float, key: str | None = None, length: int 
 
 
 def deep_schemas(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
-    """Asks for answers by schemas that are nested deeper than parsers recurse."""
+    """Asks for answers with schemas that are nested deeper than parsers can recurse."""
     model = model_of(url, key)
     bodies: list[tuple[str, str]] = []
     for depth in (60, 64, 130, 400, 50_000):
@@ -106,7 +106,7 @@ def bombs_of(model: str) -> list[tuple[str, str, str]]:
 def unfinished_bodies(
     url: str, *, seconds: float, key: str | None = None, count: int = 40, sent: int = 15 * 2**20
 ) -> Outcomes:
-    """Sends most bytes of many large bodies, and never the rest."""
+    """Sends most bytes of many large bodies, but never the rest."""
     head = _head("POST", CHAT, url, key, f"Content-Type: application/json\r\nContent-Length: {sent + 2**20}\r\n")
     return _held(url, head + b'{"model":"' + b"x" * sent, count, seconds)
 
@@ -114,7 +114,7 @@ def unfinished_bodies(
 def trickled_bodies(
     url: str, *, seconds: float, key: str | None = None, count: int = 300, over: Event | None = None
 ) -> Outcomes:
-    """Sends the first bytes of a small body on many connections, and never the rest."""
+    """Sends the first bytes of a small body on many connections, but never the rest."""
     head = _head("POST", CHAT, url, key, "Content-Type: application/json\r\nContent-Length: 1000\r\n")
     return _held(url, head + b"{", count, seconds, over=over)
 
@@ -127,7 +127,7 @@ def half_requests(url: str, *, seconds: float, key: str | None = None, count: in
 def stalled_readers(
     url: str, *, seconds: float, key: str | None = None, count: int = 16, prompts: int = 64, over: Event | None = None
 ) -> Outcomes:
-    """Asks for streams with megabytes of details on each token of long prompts, and reads nothing."""
+    """Asks for streams with megabytes of details on each token of long prompts, but does not read them."""
     body: dict[str, Any] = {"model": model_of(url, key), "prompt": ["one two three " * 60] * prompts}
     body |= {"max_tokens": 1, "stream": True, "echo": True, "logprobs": 20}
     text = json.dumps(body).encode()
@@ -136,7 +136,7 @@ def stalled_readers(
 
 
 def many_dashboards(url: str, *, seconds: float, key: str | None = None, count: int = 200) -> Outcomes:
-    """Opens the stream of the dashboard many times, and reads nothing."""
+    """Opens the stream of the dashboard many times, but does not read."""
     return _held(url, _head("GET", "/dashboard/events", url, key), count, seconds)
 
 
@@ -162,7 +162,7 @@ def rebound_names(url: str, *, seconds: float, key: str | None = None) -> Outcom
 
 
 def guessed_prompts(url: str, guesses: Sequence[Sequence[Any]], *, key: str | None = None) -> list[int]:
-    """For each guess (messages of a chat), how many of its tokens the server reports as computed before."""
+    """For each guessed chat, a list of messages, how many of its tokens the server reports as computed before."""
     cached: list[int] = []
     for messages in guesses:
         body = {"model": model_of(url, key), "messages": messages, "max_tokens": 1, "temperature": 0}
@@ -211,7 +211,7 @@ def _repeated(
 
 
 def _until(end: float, things: Sequence[Any]) -> Iterator[Any]:
-    """Each thing once, then the things repeatedly until the time `end`."""
+    """Yields all things once, and then repeatedly until the time `end`."""
     yield from things
     while time.monotonic() < end:
         yield from things
@@ -220,7 +220,7 @@ def _until(end: float, things: Sequence[Any]) -> Iterator[Any]:
 def _ask(
     url: str, path: str, body: str | None, key: str | None, headers: dict[str, str] | None = None
 ) -> tuple[str, str]:
-    """The status and the body of a reply, or the fate of the connection."""
+    """The status and the body of a reply, or what happened to the connection."""
     server = urlsplit(url)
     given = {"Content-Type": "application/json", **(headers or {})}
     if key is not None:
@@ -254,7 +254,7 @@ def _held(
     receive_buffer: int | None = None,
     over: Event | None = None,
 ) -> Outcomes:
-    """Opens connections, sends the same bytes on each, and reads nothing until the time is over and `over` is set."""
+    """Opens connections, sends the same bytes on each, and does not read until the time is over and `over` is set."""
     server, until = urlsplit(url), time.monotonic() + seconds
     outcomes: Outcomes = Counter()
     connections: list[socket.socket] = []

@@ -1,4 +1,4 @@
-"""A hop that answers its clients like a peer, and sends mutated answers in between."""
+"""A hop that answers its clients like a peer, and sends mutated answers between the correct ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class HostileHop:
 
     Args:
         facts: the model.
-        is_wild: whether it sends mutated answers in between.
+        is_wild: whether the hop also sends mutated answers.
 
     Attributes:
         sent: mutated frames that were sent to clients.
@@ -135,7 +135,7 @@ class HostileHop:
 
 
 def answers_to(asked: Message, facts: ModelFacts) -> list[Message]:
-    """The answers of a peer with all blocks."""
+    """The answers that a peer with all blocks would send to a message."""
     hidden = b"\x00\x00\x80\x3f" * facts.hidden_size
     match asked:
         case Ping():

@@ -1,7 +1,7 @@
-"""Attempts of one client's key to make a peer allocate, send or log more than its bounds.
+"""Attacks in which one client's key tries to make a peer allocate, send or log more than its limits.
 
-Each function attacks a live peer for some seconds, and has ended its sessions when it returns. The protocol allows all
-messages that are sent, or the peer must refuse them.
+Each function attacks a running peer for some seconds, and ends its sessions before it returns. The protocol allows the
+messages that it sends, or the peer must refuse them.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ ANSWER_S = 60.0
 ROUNDS = 100
 """Rounds of requests for replays, in each epoch."""
 REPLAYS = 20
-"""Replays requested at a time, and as many requests for keys and values."""
+"""The number of replays that are requested at a time; as many requests for keys and values are sent."""
 
 AT_ONCE = 500
-"""Messages to send before the next wait for the peer."""
+"""The number of messages to send before the next wait for the peer."""
 
 
 class Stranger:
@@ -64,7 +64,7 @@ class Stranger:
         self.hidden_size = facts.hidden_size
         self.blocks = blocks or (0, facts.num_blocks)
         self.answers: list[Message] = []
-        """Answers that were received and not asked for yet."""
+        """Answers that have arrived and that `wait_for` has not returned yet."""
         self._model = facts.fingerprint
         self._endpoint = endpoint
         self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -94,7 +94,7 @@ class Stranger:
             self.answers.append(answer)
 
     def wait_for(self, session: bytes, *kinds: type[Message]) -> Message:
-        """Waits for the next answer about a session that is of one of `kinds` or a `Failure`."""
+        """Waits for the next answer about a session that is a `Failure` or of one of `kinds`."""
         while True:
             answer = self.answers.pop(0) if self.answers else self._next()
             if isinstance(answer, (*kinds, Failure)) and getattr(answer, "session", b"") == session:
@@ -109,7 +109,7 @@ class Stranger:
         codec: int = PLAIN,
         onward: Open | None = None,
     ) -> bytes:
-        """Opens a session, which may be refused. onward: an `Open` whose next hop is used."""
+        """Opens a session, which the peer may refuse. onward: an `Open` from which the next hop is taken."""
         session = session or os.urandom(16)
         key, address = (onward.next_key, onward.next_address) if onward is not None else (b"", "")
         self.say(Open(session, epoch, self._model, *self.blocks, reservation, PLAIN, b"", key, address))
@@ -145,7 +145,7 @@ def _nothing() -> None: ...
 
 
 def _rounds(seconds: float) -> Iterator[int]:
-    """Numbers from 0 on until the time is over, at least one number."""
+    """Yields 0, 1, 2, ... until the time is over; at least 0."""
     until = time.monotonic() + seconds
     yield 0
     for number in itertools.count(1):
@@ -170,11 +170,11 @@ def prefix_rows(
     them.
 
     Args:
-        heads, head_size: of keys and values.
-        reservation: positions of a session; half of it takes several passes.
+        heads, head_size: number of heads of keys and values, and their size.
+        reservation: positions of a session; half of the reservation takes several passes.
 
     Returns:
-        How often.
+        The number of rounds.
     """
     rounds = 0
     with Stranger(endpoint, facts, blocks) as stranger:
@@ -206,10 +206,10 @@ def tiny_rows(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Begins new rows of one position without end, because a row takes more memory than its position.
+    """Begins new rows of one position all the time, because a row takes more memory than its position.
 
     Returns:
-        How many rows.
+        The number of rows.
     """
     rows = 0
     with Stranger(endpoint, facts, blocks) as stranger:
@@ -236,13 +236,14 @@ def lost_logs(
     blocks: tuple[int, int],
     began: Began = _nothing,
 ) -> int:
-    """Drops full rows by steps whose payload cannot be decoded: logs must drop the rows like the caches.
+    """Sends steps that drop full rows and whose payload cannot be decoded: the peer must drop the rows from its logs as
+    from its caches.
 
     Args:
-        blocks: without the last block, because the tail keeps no log.
+        blocks: blocks without the last one, because the tail keeps no log.
 
     Returns:
-        How many positions were sent.
+        The number of positions that were sent.
     """
     sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
@@ -270,7 +271,7 @@ def waiting_steps(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Sends steps of one position faster than any device computes them. Returns how many."""
+    """Sends steps of one position faster than any device computes them. Returns their number."""
     sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session = stranger.open(reservation)
@@ -321,8 +322,8 @@ def tiny_passes(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Sends passes of one position that are kept for gradients that never come, and asks for keys and values. Returns
-    how many passes."""
+    """Sends passes of one position, which the peer keeps for gradients that never come, and asks for keys and values.
+    Returns the number of passes."""
     sent = 0
     with Stranger(endpoint, facts, blocks) as stranger:
         session = stranger.open(64)
@@ -353,14 +354,14 @@ def replays(
     least: int = 1,
     began: Began = _nothing,
 ) -> tuple[int, int, int]:
-    """Asks for replays of its log, and for keys and values, repeatedly, in one epoch and in new ones.
+    """Asks repeatedly for replays of the peer's log, and for keys and values, in one epoch and in new epochs.
 
     Args:
-        blocks: without the last block.
-        least: number of requests for the log after which the attack may end, even if they take longer than `seconds`.
+        blocks: blocks without the last one.
+        least: minimum number of requests for the log, even if these take longer than `seconds`.
 
     Returns:
-        How many replays were requested, bytes uploaded before, and bytes that the peer sent.
+        The number of requested replays, the bytes uploaded before them, and the bytes that the peer sent.
     """
     came = 0
 
@@ -417,15 +418,15 @@ def adapters(
     blocks: tuple[int, int] | None = None,
     began: Began = _nothing,
 ) -> int:
-    """Sends adapters of mixed types, directly one after the other, in empty parts and incomplete, with steps in
-    between.
+    """Sends adapters of mixed types: one directly after the other, with empty parts, and incomplete, with steps between
+    the adapters.
 
     Args:
         layer: a layer of every block, such as `self_attn.q_proj`.
-        width: number of the layer's inputs, and of its outputs.
+        width: number of the layer's inputs, which is also that of its outputs.
 
     Returns:
-        How many parts.
+        The number of parts.
     """
     sent, version = 0, 0
     with Stranger(endpoint, facts, blocks) as stranger:

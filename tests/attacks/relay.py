@@ -1,6 +1,6 @@
 """Attacks of strangers on a relay of the tests, each for `seconds`, and attacks of relays on unreachable peers.
 
-Strangers connect from 127.0.0.2, so that members on this machine do not share the bounds of the strangers' host.
+Strangers connect from 127.0.0.2, so that members on this machine do not share the limits of the strangers' host.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"
 CROWD = 300
-"""Connections of an attack at the same time."""
+"""The number of concurrent connections of an attack."""
 STREAMS = 40
-"""More streams than a relay joins for one key, or one host."""
+"""A number of streams that is larger than what a relay joins for one key or one host."""
 CHUNK = bytes(1 << 16)
 WAIT_S = 2.0
 ANSWER_S = 60.0
-"""Longest wait for an answer while the unreachable peer finds the only honest relay."""
+"""Seconds to wait for an answer while the unreachable peer looks for the only honest relay."""
 _ANY_PORT = "tcp://127.0.0.1:0"
 
 
 class Stream:
-    """A blocking stream to a relay that sends any messages."""
+    """A blocking stream to a relay that can send any messages."""
 
     def __init__(self, relay: Relay, identity: Identity | None = None) -> None:
         self.identity = identity or Identity.generate()
@@ -69,7 +69,8 @@ class Stream:
         self.sock.close()
 
     def ask(self, purpose: StreamPurpose, message: Message) -> Message:
-        """Proves the key, asks, and returns the answer. Raises OSError, EOFError."""
+        """Proves the key, sends a message, and returns the answer. Raises OSError or EOFError if the connection
+        ends."""
         dialing = Dialing(self.identity, PublicKey(self.relay.key), purpose)
         self.sock.sendall(pack(dialing.hello))
         welcome = self.hear()
@@ -146,7 +147,8 @@ def flood(relay: Relay, seconds: float) -> None:
 
 
 def unread(relay: Relay, seconds: float) -> None:
-    """Opens the same streams without reading from them, and ends one direction of every second stream."""
+    """Opens all streams that one key may have, without reading from them, and ends one direction of every second
+    one."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         with _joined(relay, until) as ends:
@@ -166,7 +168,7 @@ def unread(relay: Relay, seconds: float) -> None:
 
 @contextmanager
 def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
-    """Both ends of as many streams as the relay joins."""
+    """Yields both ends of as many streams as the relay joins."""
     hidden = Identity.generate()
     with ExitStack() as stack:
         ends: list[socket.socket] = []
@@ -226,7 +228,7 @@ HOSTILE = {kind.__name__: kind for kind in (TakesNoCalls, Floods, Drops)}
 HELPERS = 8
 MOST_MIB, MOST_DESCRIPTORS = 64, STREAMS_OF_HOST + 64
 """Growth allowed for an unreachable peer, its caller and an honest relay, in one process. Calls that relays invent name
-no host, so the peer answers as many at once as of one host, each by one connection."""
+no host, so the peer answers as many of them at once as calls of one host, with one connection each."""
 
 
 def hostile_helpers(kind: str, seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""Mutated requests between nodes of the DHT, with bytes changed, cut and joined, as fast as a node answers."""
+"""Sends mutated requests to nodes of the DHT: bytes are changed, cut and joined, as fast as a node answers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ANSWER_S = 20.0
 
 
 def asked(node: DhtDirectory, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Endless pairs of a node's function and a mutated request to it: bytes of the whole request or of a field
-    change."""
+    """Yields endless pairs of a node's function and a mutated request to this function: bytes of the whole request or
+    of one field are changed."""
     hivemind = import_hivemind()
     messages, info = hivemind.messages, node._node.protocol.node_info
     dumps = node._node.protocol.serializer.dumps
@@ -66,7 +66,7 @@ def asked(node: DhtDirectory, seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int = 0) -> int:
-    """Sends mutated requests to the node at a multiaddr. Returns how many.
+    """Sends mutated requests to the node at a multiaddr. Returns the number of requests.
 
     Raises:
         TimeoutError: the node does not answer.
@@ -119,7 +119,8 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
 
 
 def speak(address: str, *, seconds: float, seed: int = 0) -> int:
-    """Sends bytes to the port of a node that are not libp2p, or only begin like it. Returns how many messages."""
+    """Sends bytes that are not libp2p, or only begin like libp2p, to the port of a node. Returns the number of
+    messages."""
     _, _, host, _, port, *_ = address.split("/")
     hello = b"\x13/multistream/1.0.0\n"
     recorded = [[hello, b"\x07/noise\n", bytes(34)], [hello, b"\x0b/tls/1.0.0\n", b"\x16\x03\x01\x00\x05" + bytes(5)]]

@@ -1,7 +1,7 @@
 """Attacks of a stranger with a socket on a peer of the tests, each for `seconds`.
 
-Each function takes the endpoint of the peer, and runs in a separate process (`in_background`), so that its own cost is
-not counted as the peer's.
+Each function takes the endpoint of the peer, and runs in a separate process (`in_background`), so that the cost of the
+attack is not counted as the peer's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from splitnet.wire.messages import Chunk, Message, Open, Opened, Ping, Pong, Ste
 FRAME_BYTES = 1 << 20
 ANSWER_S = 20.0
 _HANDSHAKE_S = 9.0
-"""A little less than a peer waits for a handshake."""
+"""A little less than the time that a peer waits for a handshake, in seconds."""
 
 
 class Client:
-    """A client with an authorized key that sends any frames."""
+    """A client with an authorized key that can send any frames."""
 
     def __init__(self, peer: Endpoint, identity: Identity | None = None, *, queue: int = 1000) -> None:
         self.identity = identity or Identity.generate()
@@ -47,16 +47,16 @@ class Client:
         self._context.destroy(linger=0)
 
     def say(self, *messages: Message) -> None:
-        """Raises TimeoutError: the peer has refused the key."""
+        """Sends messages. Raises TimeoutError if the peer has refused the key."""
         for message in messages:
             try:
-                # A blocking call would wait forever if the connection is gone, and for no other reason.
+                # This call blocks only if the connection is gone, and would then wait forever.
                 self.socket.send_multipart([bytes(frame) for frame in encode(message)], zmq.NOBLOCK)
             except zmq.Again:
                 raise TimeoutError("the peer accepts no connection of this key") from None
 
     def hear(self, kind: type[Message] | None = None, timeout_s: float = ANSWER_S) -> Any:
-        """The next message, of `kind` if it is given. Raises TimeoutError."""
+        """The next message (of `kind`, if given). Raises TimeoutError if there is none in time."""
         deadline = time.monotonic() + timeout_s
         while self.socket.poll(max(0, round(1000 * (deadline - time.monotonic())))):
             message = decode(self.socket.recv_multipart())
@@ -65,7 +65,7 @@ class Client:
         raise TimeoutError("the peer does not answer")
 
     def ping(self, timeout_s: float = ANSWER_S) -> float:
-        """Seconds until a ping is answered. Raises TimeoutError."""
+        """Seconds until a ping is answered. Raises TimeoutError if there is no answer in time."""
         self._nonce += 1
         began = time.monotonic()
         self.say(Ping(self._nonce))
@@ -75,7 +75,7 @@ class Client:
 
 
 def endless_message(peer: Endpoint, *, seconds: float, frames: int = 1500) -> None:
-    """Sends messages of many frames, each within the bound of a frame."""
+    """Sends messages of many frames, each frame within the size limit of a frame."""
     frame = bytes(FRAME_BYTES)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -91,7 +91,8 @@ def endless_message(peer: Endpoint, *, seconds: float, frames: int = 1500) -> No
 
 
 def silent_connections(peer: Endpoint, *, seconds: float, connections: int = 600) -> None:
-    """Opens TCP connections that send nothing, as many as the peer allows, and replaces those that it ends."""
+    """Opens TCP connections that send nothing, as many as the peer allows, and replaces the connections that the peer
+    ends."""
     host, _, port = peer.address.removeprefix("tcp://").rpartition(":")
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -131,7 +132,7 @@ def connections_of_one_key(peer: Endpoint, *, seconds: float, connections: int =
 def unread_answers(
     peer: Endpoint, *, seconds: float, model: str, blocks: int, hidden: int, connections: int = 4
 ) -> None:
-    """Sends steps whose outputs all come back, by clients that do not read."""
+    """Sends steps that request the outputs of all positions, from clients that do not read the outputs."""
     positions = (60 << 10) // (4 * hidden)
     payload = bytes(4 * hidden * positions)
     deadline = time.monotonic() + seconds
@@ -165,8 +166,8 @@ def hosts_by_name(peer: Endpoint, *, seconds: float, model: str, blocks: int) ->
 
 
 def scan(peer: Endpoint, targets: Sequence[str], *, model: str, blocks: int) -> Sequence[tuple[bool, float]]:
-    """Makes a peer connect to addresses. Returns for each whether the peer reports it as reachable, and after how many
-    seconds."""
+    """Makes a peer connect to addresses. Returns for each address whether the peer reports it as reachable, and after
+    how many seconds."""
     found: list[tuple[bool, float]] = []
     key = Identity.generate().public.raw
     with Client(peer) as client:

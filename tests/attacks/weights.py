@@ -1,7 +1,7 @@
 """Peers that send false weights to a starting peer of the tests.
 
 Each function attacks for some seconds, and returns the number of false answers. It raises AssertionError if the memory
-or the files of the starting peer grow with the time of the attack.
+or the files of the starting peer grow as long as the attack runs.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MOST_MIB = 128
 """Allowed growth of the starting peer's process. Sockets and allocators take most of it; none of it grows with time."""
 LIE_BYTES = 1 << 20
 UNDER_WAY = 16
-"""Bound on false answers that are sent and not received, so that the attacker's own memory does not count."""
+"""Maximum number of false answers that are sent and not yet received, so that the attacker's own memory stays small."""
 
 Answer = Callable[["Liar", Destination, AskWeights], None]
 
 
 class Liar:
-    """Listens on this machine, and answers questions about weights by a function. A context manager."""
+    """Listens on this machine, and answers questions about weights with a given function. A context manager."""
 
     def __init__(self, answer: Answer) -> None:
         self.identity = Identity.generate()
@@ -174,7 +174,7 @@ def pieces_everywhere(*, seconds: float) -> int:
 
 
 def growth() -> Callable[[], float]:
-    """Returns a function that gives by how many MiB this process has grown since."""
+    """Returns a function that returns by how many MiB this process has grown since this call."""
     process = psutil.Process()
     before = process.memory_info().rss
     return lambda: (process.memory_info().rss - before) / 2**20

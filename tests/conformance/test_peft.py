@@ -1,11 +1,11 @@
 """PEFT's own tests of decoders, run on models whose blocks are on peers.
 
-PEFT's wheel lacks them: `PEFT_CHECKOUT=FOLDER` names its unpacked sdist, or a checkout of its repository, of the
-installed version. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses families; `CONFORMANCE_METHODS=all` takes every
+PEFT's wheel lacks these tests: `PEFT_CHECKOUT=FOLDER` names PEFT's unpacked sdist, or a checkout of its repository, of
+the installed version. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses families; `CONFORMANCE_METHODS=all` takes every
 method of PEFT, also methods that peers do not apply. `pytest -rs` prints why tests are skipped.
 
-Small random models replace the hub's models. Inputs have no hole in their mask, which peers refuse, and LoRA has no
-dropout. A test that also fails on the whole model in plain transformers does not apply.
+Small random models replace the hub's models. Attention masks of inputs have no holes, because peers refuse such masks,
+and LoRA has no dropout. A test that also fails on the whole model in plain transformers is skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAMILIES = os.environ.get("CONFORMANCE_FAMILIES", "llama").split()
 ALL_METHODS = os.environ.get("CONFORMANCE_METHODS") == "all"
 APPLIED = ("LoraConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig", "CPTConfig")
 PARTS = {"llama": "Llama", "gpt2": "GPT2LM", "gptj": "GPTJ", "opt": "OPT", "qwen2": "qwen2", "gemma3_text": "Gemma3"}
-"""Parts of the names of the hub's models, by family."""
+"""For each family, a part of the name of its model on the hub."""
 
 PACKAGE = "peft_tests"
 
@@ -50,7 +50,7 @@ def peft_tests() -> Any:
     """The module with the tests."""
     if loaded := sys.modules.get(f"{PACKAGE}.test_decoder_models"):
         return loaded
-    importlib.import_module("transformers.trainer")  # Imported before the replacements below are visible to it.
+    importlib.import_module("transformers.trainer")  # The trainer must not see the replacements below.
     package: Any = ModuleType(PACKAGE)
     package.__path__ = [str(Path(CHECKOUT) / "tests")]
     absent: Any = {"diffusers": ["StableDiffusionPipeline"], "datasets": ["load_dataset", "Dataset"]}
@@ -64,7 +64,7 @@ def peft_tests() -> Any:
         try:
             return importlib.import_module(f"{PACKAGE}.test_decoder_models")
         except ImportError as error:
-            pytest.skip(f"PEFT's tests in {CHECKOUT} do not go with what is installed: {error}")
+            pytest.skip(f"PEFT's tests in {CHECKOUT} do not work with the installed packages: {error}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def is_usual(self) -> bool:
-        """Whether peers apply the method under test; aLoRA repeats all tests of LoRA."""
+        """Whether peers apply the method under test. aLoRA is left out, because it repeats all tests of LoRA."""
         method = getattr(self.values.get("config_cls"), "__name__", APPLIED[0])
         return method in APPLIED and "alora_invocation_tokens" not in self.values.get("config_kwargs", ())
 
@@ -94,7 +94,7 @@ def cases() -> Iterator[Any]:
             continue
         marks = [mark for mark in getattr(function, "pytestmark", ()) if mark.name == "parametrize"]
         if not marks and family != FAMILIES[0]:
-            continue  # The test names its model itself.
+            continue  # The test chooses its model itself.
         for values in itertools.product(*(_choices(mark, family) for mark in marks)):
             case = Case(name, {key: value for each in values for key, value in each.items()})
             if ALL_METHODS or case.is_usual:
@@ -130,7 +130,7 @@ def stand_in(swarms: dict[str, LocalSwarm], *, remote: bool) -> Any:
         def from_pretrained(model_id: str, **options: Any) -> Any:
             family = next((one for one in swarms if PARTS[one].lower() in str(model_id).lower()), None)
             if family is None:
-                pytest.skip(f"needs {model_id} of the hub")
+                pytest.skip(f"needs the hub's model {model_id}")
             swarm = swarms[family]
             dtype = options.get("dtype") or torch.float32
             if remote:
@@ -141,7 +141,7 @@ def stand_in(swarms: dict[str, LocalSwarm], *, remote: bool) -> Any:
 
 
 def needs_hub(*args: Any, **options: Any) -> Any:
-    pytest.skip("needs a tokenizer of the hub")
+    pytest.skip("needs a tokenizer from the hub")
 
 
 def inputs(self: Any) -> dict[str, torch.Tensor]:
@@ -149,7 +149,7 @@ def inputs(self: Any) -> dict[str, torch.Tensor]:
 
 
 def attempt(case: Case, model_class: Any, request: pytest.FixtureRequest) -> BaseException | None:
-    """The exception that a test raises."""
+    """Runs a test, and returns the exception that it raises."""
     module = peft_tests()
     test = module.TestDecoderModels()
     function = getattr(test, case.name)
@@ -175,7 +175,7 @@ def attempt(case: Case, model_class: Any, request: pytest.FixtureRequest) -> Bas
 
 
 PEFTS_OWN = "not a plain torch.nn.Linear"
-"""GLoRA's message about the layers that replace remote ones."""
+"""A part of GLoRA's error message about the layers that stand in for remote layers."""
 
 
 def is_refusal(error: BaseException | None) -> bool:
@@ -188,7 +188,7 @@ def is_refusal(error: BaseException | None) -> bool:
 
 
 SENSELESS = {
-    "test_training_decoders_layer_indexing": "counts the blocks of the model, after all that it compares was equal",
+    "test_training_decoders_layer_indexing": "counts the blocks of the model, after all its comparisons have passed",
     "test_lora_layer_replication": "counts the blocks of the model",
 }
 """Tests of properties that a remote model does not have."""

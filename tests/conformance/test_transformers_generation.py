@@ -1,8 +1,8 @@
 """transformers' own tests of `generate()`, run on models whose blocks are on peers.
 
-transformers' wheel lacks them: `TRANSFORMERS_CHECKOUT=FOLDER` names a checkout of its repository, close to the
+transformers' wheel lacks these tests: `TRANSFORMERS_CHECKOUT=FOLDER` names a checkout of its repository, close to the
 installed version; the tests also need the package `parameterized`. `CONFORMANCE_FAMILIES="llama gpt2 ..."` chooses
-families; each takes a minute or two. pytest prints the counts at the end.
+families; each family takes a minute or two. pytest prints the counts at the end.
 
 Hidden states and attentions, which peers do not send, are not requested; caches are compared by their length.
 """
@@ -33,7 +33,7 @@ from tests.unit.random_models import random_config
 CHECKOUT = os.environ.get("TRANSFORMERS_CHECKOUT", "")
 FAMILIES = os.environ.get("CONFORMANCE_FAMILIES", "llama").split()
 HERE = "tests"
-"""The package name that transformers' tests use for themselves, and splitnet's tests, too."""
+"""The package name of both transformers' tests and splitnet's tests."""
 
 pytestmark = [
     pytest.mark.swarm,
@@ -50,7 +50,7 @@ def transformers_tests() -> Any:
             patch.setattr(pytest.mark, "_config", None)  # The tests have marks that are not declared here.
             return importlib.import_module(f"{HERE}.generation.test_utils")
     except ImportError as error:
-        pytest.skip(f"transformers' tests in {CHECKOUT} do not go with what is installed: {error}")
+        pytest.skip(f"transformers' tests in {CHECKOUT} do not work with the installed packages: {error}")
     finally:
         sys.path.remove(CHECKOUT)
         for name in [name for name in sys.modules if f"{name}.".startswith(f"{HERE}.")]:
@@ -59,7 +59,7 @@ def transformers_tests() -> Any:
 
 
 def names() -> list[str]:
-    """The names of the tests, if available; collection happens before it is known whether they can be imported."""
+    """The names of the tests, or none if the tests cannot be imported: collection must not fail then."""
     if not CHECKOUT:
         return ["none"]
     try:
@@ -137,7 +137,7 @@ class Adapted:
 
 
 class Observed(unittest.TestResult):
-    """Keeps the exceptions themselves."""
+    """A test result that keeps the exceptions themselves instead of their texts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Observed(unittest.TestResult):
 
 
 REFUSED = re.compile("^cache_implementation |would lack them")
-"""Features that remote blocks do not have: other kinds of caches, and saving."""
+"""Matches error messages about features that remote blocks do not have: other kinds of caches, and saving."""
 
 
 def is_refusal(error: BaseException) -> bool:

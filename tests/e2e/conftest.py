@@ -51,7 +51,8 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def duo(small: Path) -> Iterator[str]:
-    """The address of two peers that serve the small model; they run in this process, which has loaded the libraries."""
+    """The address of two peers that serve the small model. The peers run in this process, which has loaded the
+    libraries."""
     with local_swarm(small, DUO_SPANS) as swarm:
         yield swarm.addresses[0]
 
@@ -64,7 +65,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
-    """Runs a command in this process, which has loaded the libraries already; that saves seconds."""
+    """Returns a function that runs a command in this process, which has loaded the libraries already: a new process
+    would take seconds to load them."""
     monkeypatch.setenv("SPLITNET_KEY_FILE", str(home / "key"))
     monkeypatch.setenv("COLUMNS", "100")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -98,6 +100,6 @@ def local(demo_checkpoint: Path) -> PreTrainedModel:
     """The demo model in plain transformers, which converts the codes of the file to numbers."""
     folder, file = demo_checkpoint.parent, demo_checkpoint.name
     with pytest.MonkeyPatch.context() as patch:
-        for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls these again with the same arguments.
+        for slow in ("GGUFReader", "get_tensor_name_map"):  # transformers calls these repeatedly with equal arguments.
             patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
         return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Peer daemons and client commands, started like a user starts them: processes of `python -m splitnet`."""
+"""Peer daemons and client commands, started as a user starts them: processes of `python -m splitnet`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 SPLITNET = (sys.executable, "-m", "splitnet")
 LOOPBACK = ("--listen", "tcp://127.0.0.1:0", "--threads", "1", "--weights", "float32")
 RUN_VARIABLE = "SPLITNET_TEST_RUN"
-"""Marks a started process, and its children by inheritance."""
+"""An environment variable that marks a started process, and its children, which inherit it."""
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
 COMMAND_TIMEOUT_S = 90.0
@@ -45,7 +45,7 @@ class Daemon:
     def address(self) -> str:
         """Waits until the daemon serves, and returns the address to join with."""
         self.wait_for(lambda: self.serves)
-        # The file appears together with its whole text.
+        # The file appears only when its text is complete.
         text = self.address_file.read_text()
         assert re.fullmatch(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+|tcp://127\.0\.0\.1:\d+\?key=\w+)\n", text), text
         return text.strip()
@@ -78,7 +78,7 @@ def starting(folder: Path, model: str | Path, *arguments: str) -> AbstractContex
 
     Args:
         folder: an existing folder for the log and the address file.
-        arguments: further arguments beside --listen.
+        arguments: further arguments besides --listen.
     """
     return daemon(folder, "peer", str(model), *LOOPBACK, *arguments)
 
@@ -114,8 +114,8 @@ def daemons(
     *arguments: str,
     each: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[list[Daemon]]:
-    """Daemons that serve `spans` of a model in one swarm, which the first one starts. each: more arguments of each
-    daemon."""
+    """Daemons that serve `spans` of a model in one swarm, which the first daemon starts. each: further arguments of
+    each daemon."""
     with ExitStack() as stack:
         running: list[Daemon] = []
         for (start, end), own in zip(spans, each or [()] * len(spans), strict=True):
@@ -147,11 +147,11 @@ class Finished:
 
 
 def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
-    """Runs `splitnet ...` to its end, and checks that no process of it is left.
+    """Runs `splitnet ...` to its end, and checks that none of its processes is left.
 
     Args:
-        folder: has the user's key.
-        given: text for its stdin.
+        folder: the folder with the user's key.
+        given: text for the command's stdin.
     """
     began = time.monotonic()
     run = uuid.uuid4().hex
@@ -196,7 +196,7 @@ class Background:
         return self.finish(left=number == signal.SIGKILL)
 
     def finish(self, *, left: bool = False) -> Finished:
-        """Waits for the end. left: allows a child that ends when it notices the end of its parent."""
+        """Waits for the end. left: allows a child that ends only when it notices the end of its parent."""
         output, errors = (text.decode() for text in self.process.communicate(timeout=COMMAND_TIMEOUT_S))
         if not left:
             expect_nothing_left(self.run)
@@ -235,6 +235,7 @@ def expect_nothing_left(run: str) -> None:
 
 
 def _environment(folder: Path, run: str) -> dict[str, str]:
-    """This process's environment, with its own key, without a hub, and with the same output on every terminal."""
+    """This process's environment, but with a separate key, without a hub, and with the same output on every
+    terminal."""
     own = {"SPLITNET_KEY_FILE": str(folder / "key"), RUN_VARIABLE: run}
     return {**os.environ, **own, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100"}

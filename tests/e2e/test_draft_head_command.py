@@ -1,4 +1,4 @@
-"""`splitnet tune --draft-head`, run like a user runs it, on a small model."""
+"""`splitnet tune --draft-head`, run as a user runs it, on a small model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The devices of the GPU tests: each GPU that torch finds, or the stand-in, in a separate process.
+"""The devices of the GPU tests: each GPU that torch finds, or a stand-in for a GPU.
 
-The stand-in changes torch for the whole process, so that it must be requested: `GPU_TESTS_ON=stand-in pytest -n0
-tests/gpu`; `tests/unit/blocks/test_span_devices.py` does so.
+The stand-in changes torch for the whole process. It is therefore used only on request, in a separate process:
+`GPU_TESTS_ON=stand-in pytest -n0 tests/gpu`. `tests/unit/blocks/test_span_devices.py` runs this command.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = ("stand-in",) if STAND_IN else ("cuda", "mps", "xpu")
 
 @pytest.fixture(scope="session", params=KINDS)
 def device(request: pytest.FixtureRequest) -> Any:
-    """A device other than the CPU, as torch names it."""
+    """The name, in torch, of a device other than the CPU."""
     if request.param != "stand-in":
         if not device_choice.find_present(tried=False).names[request.param]:
             pytest.skip(f"torch {torch.__version__} finds no device {request.param!r} here")
@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def gpu(device: str) -> str:
-    """The same, without the stand-in, which has neither kernels nor its own memory."""
+    """The name of a real GPU; tests with the stand-in, which has neither kernels nor separate memory, are skipped."""
     if STAND_IN:
         pytest.skip("the stand-in computes on the CPU")
     return device

@@ -1,7 +1,7 @@
-"""A second device on every machine: like a GPU, it refuses operations that mix its tensors with CPU tensors.
+"""A stand-in for a GPU on every machine: a device that refuses operations that mix its tensors with CPU tensors.
 
-It computes on the CPU, so that results are equal. It detects tensors that were made, or left, on the wrong device.
-torch has room for one device written in Python, `privateuseone`.
+The device computes on the CPU, so that results are equal. With it, tests find tensors that were made, or left, on the
+wrong device. torch allows one device written in Python, `privateuseone`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _BETWEEN = {_aten.copy_, _aten._to_copy, _aten._copy_from, _aten._copy_from_and_
 """Operations that accept tensors of both devices."""
 
 _INDEXED = {_aten.index, _aten.index_put_, _aten.index_put, _aten._index_put_impl_, _aten._unsafe_index}
-"""A GPU accepts indices on the CPU."""
+"""Operations that accept indices on the CPU, also on a GPU."""
 
 
 class _Other(torch.Tensor):
-    """A tensor of the other device, backed by one of the CPU."""
+    """A tensor of the other device, whose values are in a CPU tensor."""
 
     on_cpu: torch.Tensor
 
@@ -75,7 +75,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                     raise RuntimeError(f"{func}: expected all tensors to be on the same device, found a {one.device}")
     there = torch.device(kwargs.get("device") or OTHER).type == OTHER.type
     given = {name: torch.device("cpu") if name == "device" and there else value for name, value in kwargs.items()}
-    if packet is _aten.histc and not args[0].is_floating_point():  # GPUs count integers, too.
+    if packet is _aten.histc and not args[0].is_floating_point():  # GPUs accept integers here, too.
         return _run(func, (args[0].double(), *args[1:]), kwargs).to(args[0].dtype)
     found = func(*_each(_inside, args), **{name: _each(_inside, value) for name, value in given.items()})
     if packet is _aten.copy_ and not isinstance(args[0], _Other):
@@ -95,7 +95,8 @@ def _outside(value: Any) -> Any:
 
 
 def _each(change: Callable[[Any], Any], values: Any) -> Any:
-    """Replaces torch's `tree_map` for arguments and results, which took a third of the time of all these tests."""
+    """Applies `change` to arguments or results, in place of torch's `tree_map`, which took a third of the time of all
+    these tests."""
     return type(values)(_each(change, value) for value in values) if type(values) in (list, tuple) else change(values)
 
 

@@ -32,7 +32,7 @@ KINDS = {
     ("int4", "float32"): 0.01,
     ("int4", "bfloat16"): 0.03,
 }
-"""Largest relative difference to the outputs of the CPU, by weight format and by type of the computation."""
+"""Maximum relative difference from the outputs of the CPU, by weight format and type of the computation."""
 
 HIDDEN = 64
 
@@ -44,7 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def session(span: Span) -> list[torch.Tensor]:
-    """Outputs, on the CPU, of two rows in passes with prompts, single positions and both, with one row rewound and one
+    """Outputs, on the CPU, of two rows in passes with prompts, single positions and both, with one row cropped and one
     forked."""
     noise = torch.Generator().manual_seed(0)
     first, second = span.new_row(), span.new_row()
@@ -76,7 +76,7 @@ def test_steps_equal_those_of_the_cpu(
     assert there.device == torch.device(device) and there.weights.kind == kind
     assert (there.kv_bytes_per_position, there.state_bytes) == (here.kv_bytes_per_position, here.state_bytes)
     for got, expected in zip(session(there), session(here), strict=True):
-        # The difference of the median position: where blocks choose experts, positions near the border may get other
+        # The difference of the median position counts: in mixtures of experts, rounding may give a position other
         # experts.
         away = ((got - expected).norm(dim=1) / expected.norm(dim=1)).median()
         assert away <= KINDS[kind, dtype]
@@ -97,7 +97,7 @@ def test_steps_equal_those_of_the_cpu(
 def test_steps_from_graphs_equal_those_of_the_cpu(
     family: str, kind: str, dtype: str, device: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows join and leave, and their memory moves; also with a view."""
+    """Rows join and leave, and their memory moves. A view of the span is tested, too."""
     caplog.set_level(logging.INFO, "splitnet")
     checkpoint = Checkpoint.open(checkpoints[family])
     here, there = (Span.load(checkpoint, 0, 4, weights=kind, dtype=dtype, device=where) for where in ("cpu", device))
@@ -120,9 +120,9 @@ def test_steps_from_graphs_equal_those_of_the_cpu(
 
 
 def test_steps_from_graphs_are_verified_on_cuda(gpu: str, checkpoints: dict[str, Path]) -> None:
-    """Graphs recorded by this machine's driver are correct; with such small blocks they need not pay."""
+    """Graphs recorded by this machine's driver are correct; with such small blocks they need not be faster."""
     if torch.device(gpu).type != "cuda":
-        pytest.skip("graphs are those of CUDA")
+        pytest.skip("only CUDA has these graphs")
     span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, dtype="bfloat16", device=gpu)
     step = span._lean.lean if isinstance(span._lean, GraphStep) else span._lean
     assert isinstance(step, TorchStep)
@@ -209,7 +209,7 @@ def test_kernels_of_the_device_are_verified_or_reported(name: str, gpu: str, cap
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_memory_is_as_predicted(kind: str, gpu: str, checkpoints: dict[str, Path]) -> None:
-    # Memory that libraries and graphs allocate once does not belong to the span.
+    # Loads once before: memory that libraries and graphs allocate only once does not belong to the span.
     Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, weights=kind, dtype="bfloat16", device=gpu)
     give_back_memory()
     allocated = torch.accelerator.memory_allocated(gpu)

@@ -92,7 +92,7 @@ def test_logits_equal_those_of_the_cpu(local: Any, remote: Any) -> None:
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_gradients_equal_those_of_the_cpu(local: Any, remote: Any, folder: Path, method: str) -> None:
     if remote.device.type != "cpu":
-        pytest.skip("torch has one thread for gradients on a device, and the peer that it waits for is in this process")
+        pytest.skip("torch has one thread for gradients on a device, which would wait for a peer in this process")
     task = TaskType.CAUSAL_LM
     config = {
         "lora": LoraConfig(task_type=task, r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),

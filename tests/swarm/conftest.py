@@ -1,5 +1,5 @@
-"""Fixtures of most swarm tests: a small random llama, the same model in transformers for comparison, and peers that may
-fail."""
+"""Fixtures of most swarm tests: a small random llama, the same model in transformers for comparison, and peers that a
+test may end."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def local(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[DhtDirectory]:
-    """A DHT node for all swarms of a module. Swarms of the same model would find each other's peers."""
+    """A DHT node for all swarms of a module; swarms of the same model at this node find each other's peers."""
     with dht_node() as directory:
         yield directory
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """Weights that no other test has, so that their peers do not find others at the same DHT node."""
+    """A checkpoint with weights that no other test has, so that its peers do not find other tests' peers at the DHT
+    node."""
     return random_checkpoint("llama", tmp_path / "own", seed=zlib.crc32(request.node.nodeid.encode()))
 
 

@@ -21,7 +21,7 @@ def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
 
 
 def force_window(monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
-    """Sends drafts in the given windows, whether they pay or not."""
+    """Makes clients send drafts in the given windows, even if drafts are slower."""
     monkeypatch.setattr(DraftStats, "knows_steps", True)
     monkeypatch.setattr(DraftStats, "window", lambda *_: window)
     monkeypatch.setattr(
@@ -46,7 +46,7 @@ class After(BaseStreamer):
     """Runs an action after a number of tokens."""
 
     def __init__(self, tokens: int, action: Callable[[], None]) -> None:
-        self._left = tokens + 1  # The first call of `put` has the prompt.
+        self._left = tokens + 1  # The first call of `put` brings the prompt.
         self._action = action
 
     def put(self, value: torch.Tensor) -> None:

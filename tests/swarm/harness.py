@@ -34,9 +34,9 @@ SPANS = [(0, 2), (2, 4), (4, 6)]
 
 @dataclass
 class LocalSwarm:
-    """Running peers of one checkpoint, and their clients; all end with the swarm.
+    """Running peers of one checkpoint, and their clients; peers and clients end with the swarm.
 
-    node: the DHT node of all peers and clients; None: each has its own.
+    node: the DHT node of all peers and clients; None: each peer and client has a separate node.
     """
 
     folder: Path
@@ -61,10 +61,10 @@ class LocalSwarm:
         return self._client
 
     def add(self, start: int, end: int, **options: Any) -> RunningPeer:
-        """Starts a peer for blocks `[start, end)`, or for the span of `wish`; it computes in the precision of
+        """Starts a peer for blocks `[start, end)`, or for the span of `wish`. The peer computes in the precision of
         transformers.
 
-        join: replaces the address of the first peer.
+        join: an address to join with, instead of the address of the first peer.
         """
         chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
         chosen |= options
@@ -82,7 +82,8 @@ class LocalSwarm:
 
     @contextmanager
     def mended(self) -> Iterator[LocalSwarm]:
-        """The same peers for a test that may end some, with its own client; later, new peers replace the ended ones."""
+        """The same peers, with a new client, for a test that may end some of the peers; after the test, new peers
+        replace the ended ones."""
         with self.newcomer() as visitor:
             yield visitor
         ended = [peer for peer in self.peers if _has_ended(peer)]
@@ -151,7 +152,7 @@ class _LentDirectory:
 
 
 def dht_node() -> DhtDirectory:
-    """A DHT node for swarms whose peers and clients need no own nodes: a node is a process that starts slowly."""
+    """A DHT node for swarms whose peers and clients can share one: a node is a process that starts slowly."""
     return DhtDirectory.start(listen=["/ip4/127.0.0.1/tcp/0"])
 
 
@@ -169,14 +170,14 @@ def local_swarm(
 
 @contextmanager
 def shared_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any) -> Iterator[LocalSwarm]:
-    """The same, with a client that exists from the beginning, for all tests of a module."""
+    """As `local_swarm`, with a client that exists from the beginning, for all tests of a module."""
     with local_swarm(folder, spans, **options) as swarm:
         swarm.join()
         yield swarm
 
 
 def repairs(session: Session | MixedSession) -> list[Recovered]:
-    """Recoveries from losses. On a machine with other work, a session may also move to a better route; moves are left
+    """The recoveries of a session from lost hops. Moves to a better route, which may happen on a busy machine, are left
     out."""
     return [each for each in session.recoveries if each.cause is not Cause.BETTER_ROUTE]
 

@@ -1,4 +1,5 @@
-"""Proxies that emulate a network: they pass on the TCP connections to a peer late, hold them back, or cut them."""
+"""Proxies that emulate a network: they delay the bytes of TCP connections to a peer, hold them back, or cut the
+connections."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ class Proxy:
 
     Attributes:
         port: the port at which the proxy listens.
-        target: may be set later than `port` is known.
-        delay_s: added in each direction.
-        bytes_per_s: bound for each connection and direction.
-        late_bytes: bytes that have passed since the last release.
+        target: the port of the peer, which may be set later.
+        delay_s: the delay in each direction, in seconds.
+        bytes_per_s: the maximum rate of each connection and direction.
+        late_bytes: number of bytes that have passed since the last release.
     """
 
     def __init__(self) -> None:

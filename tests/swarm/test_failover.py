@@ -39,8 +39,7 @@ def test_lost_hops_are_replaced(twins: LocalSwarm, local: Any, indexes: tuple[in
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, kill_hops(twins, cache, *indexes)))
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
-    # A complete session may still leave its route for a better one, for example when a busy machine slows a hop for
-    # long.
+    # A session may also move to a better route, for example if a busy machine slows down a hop for a long time.
     told = [event.kind for event in model.swarm.events.since(0) if event.kind != "rerouted"]
     assert told.count("lost") >= len(indexes) and told[-1] == "repaired" and "failed" not in told
 
@@ -207,7 +206,7 @@ def test_generation_can_continue_from_the_tokens_before_an_error(
             mask = torch.ones_like(generated)
             got = model.generate(generated, attention_mask=mask, speculate="off", **options)
             assert cache.session is not None
-            # Only the token that failed and later tokens were sent, not the prompt.
+            # Only the token whose step failed and later tokens were sent, not the prompt.
             assert cache.session.traffic.positions - before == options["max_new_tokens"]
         assert torch.equal(got, own_local.generate(**prompt(), **GREEDY))
 

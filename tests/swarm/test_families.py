@@ -1,4 +1,5 @@
-"""Every supported family, with random weights: three unequal spans generate the same tokens as plain transformers."""
+"""Every supported family, with random weights: a swarm of three unequal spans generates the tokens of plain
+transformers."""
 
 from __future__ import annotations
 
@@ -90,7 +91,7 @@ def test_families_generate_the_same_tokens_as_transformers(
 
 
 def kill_hop(swarm: LocalSwarm, cache: Any) -> Callable[[], None]:
-    """Ends the second hop of the session of a cache."""
+    """Returns a function that ends the second hop of a cache's session."""
 
     def kill() -> None:
         doomed = cache.session.hops[1].endpoint
@@ -100,7 +101,7 @@ def kill_hop(swarm: LocalSwarm, cache: Any) -> Callable[[], None]:
 
 
 def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The gradient of a loss by the input embeddings."""
+    """The gradient of the language-modelling loss with respect to the input embeddings."""
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
     assert embedded.grad is not None
@@ -112,7 +113,7 @@ def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_a_conversation_may_be_rewound_far(
     family: str, node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # The positions to run again take several passes.
+    monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # The positions that run again need several passes.
     folder = random_checkpoint(family, tmp_path, **HYBRIDS[family])
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(3, 300, (1, 30), generator=torch.Generator().manual_seed(1))
@@ -149,7 +150,7 @@ GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 def test_texts_beyond_the_length_at_which_rotary_embeddings_change(
     family: str, config: dict[str, Any], node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts below and above this length, in chunks and in batches, with drafts, and with a lost hop."""
+    """Texts of up to and beyond this length: in chunks, in batches, with drafts, and with a lost hop."""
     force_window(monkeypatch, Window(2, 3))
     monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
     folder = random_checkpoint(family, tmp_path, **config)
@@ -158,7 +159,7 @@ def test_texts_beyond_the_length_at_which_rotary_embeddings_change(
     mask = torch.ones_like(ids)
     mask[0, :19], mask[2, :1] = 0, 0
 
-    def local() -> Any:  # The local model remembers the longest text so far.
+    def local() -> Any:  # A new model each time, because a model remembers the longest text that it has seen.
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def plain(ids: torch.Tensor, mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:

@@ -65,7 +65,7 @@ def generate(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def computed(peer: RunningPeer) -> int:
-    """Positions of steps that a peer has computed so far."""
+    """The number of positions that a peer has computed in steps so far."""
     kinds = WorkKind.DECODE, WorkKind.PREFILL, WorkKind.REPLAY
     return sum(peer.counters.work[kind].positions for kind in kinds)
 
@@ -191,7 +191,7 @@ def test_pages_are_copied_from_a_replica_if_that_is_faster(
 
 class Source:
     """A socket that a client names as the source of pages. It answers each question with `part` bytes of a page, or
-    never. asked: the questions."""
+    does not answer. asked: the received questions."""
 
     def __init__(self, part: int | None) -> None:
         self.identity, self.asked, self._part = Identity.generate(), list[AskWeights](), part
@@ -291,7 +291,7 @@ def test_pages_from_a_session_with_a_lying_hop_are_not_used(node: DhtDirectory, 
             expected = generate(model, ids)
             assert isinstance(cache.session, Session)
             tail = cache.session.hops[2].name
-            cache.reset()  # The route stays.
+            cache.reset()  # The session keeps its route.
             with lying(next(each for each in swarm.peers if _name(each) == tail), LIES["nan"]):
                 assert torch.equal(generate(model, ids), expected)
             assert cache.session.recoveries

@@ -1,6 +1,6 @@
-"""Writes small checkpoints as GGUF files, with the changes of llama.cpp's converters, for tests that read them.
+"""Writes small checkpoints as GGUF files for tests that read them. Tensors change as in llama.cpp's converters.
 
-Names come from the `gguf` package; the changes were compared with the output of llama.cpp's own converters.
+Names of tensors come from the `gguf` package; changes were compared with the output of llama.cpp's own converters.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ ARCHITECTURES = {
     "llama4_text": "llama4",
     "minimax_m2": "minimax-m2",
 }
-"""transformers' family -> llama.cpp's architecture."""
+"""llama.cpp's architecture by transformers' family."""
 
 
 def write_gguf(folder: Path, path: Path, stored: Type = Type.F32, *, split: int = 0, **metadata: Any) -> Path:
     """Writes a checkpoint in a folder as a GGUF file.
 
     Args:
-        stored: type of the matrices whose rows fit the type.
+        stored: type of the matrices whose row length fits the blocks of the type.
         split: tensors per file, with `path` as the prefix of the files; 0: one file.
-        metadata: more keys of the architecture, with `__` for a full stop.
+        metadata: more keys of the architecture, with `__` in place of a full stop.
 
     Returns:
         The path of the file, or of the first file.
@@ -224,10 +224,10 @@ def _converted(config: Any, architecture: str, tensors: Tensors) -> Iterator[tup
             module, _, kind = changed.rpartition(".")
             found = names.get_name(module)
             if match := re.search(r"layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)$", module):
-                # The package knows this tensor in fewer architectures than current converters.
+                # The package knows this tensor for fewer architectures than current converters do.
                 found = f"blk.{match[1]}.nextn.{match[2].replace('.', '_')}"
             assert found is not None, changed
-            # transformers' own name of a parameter without the suffix `weight`: A, D
+            # transformers' names of some parameters have no suffix `weight`: A, D
             yield found + ("" if kind == "plain" else f".{kind}"), value
 
 
@@ -312,7 +312,8 @@ def _transposed_experts(family: str, name: str, tensor: torch.Tensor) -> Iterato
 
 
 def _values_in_turns(config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Value heads grouped by key head -> the first of each key head, the second of each, and so on."""
+    """Reorders value heads: from grouped by key head, to the first of each key head, then the second of each, and so
+    on."""
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
     width = 1 if re.search(r"in_proj_[ab]|A_log|dt_bias", name) else config.linear_value_head_dim
 

@@ -1,4 +1,4 @@
-"""Small random checkpoints with a layer for multi-token prediction, named as published ones."""
+"""Small random checkpoints with a layer for multi-token prediction, with the names of published ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA,
 }
-"""More values of each family's config, for its blocks and the MTP layer."""
+"""Further values of each family's config, for the blocks and the MTP layer."""
 
 _BEHIND = ("model.layers.{n}.{}", "model.layers.{n}.{}", ("enorm", "hnorm", "eh_proj", "shared_head.norm"))
 _BESIDE = ("mtp.{}", "mtp.layers.0.{}", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"))
@@ -79,8 +79,9 @@ and the last norm."""
 
 
 def mtp_checkpoint(family: str, folder: Path, *, seed: int = 0, behind: bool = False, **more: Any) -> tuple[Path, Path]:
-    """Two folders: a checkpoint whose last block, or last two, are an MTP layer, and the same with ordinary blocks
-    instead. behind: numbers the MTP layer after the other blocks, in any family; more: values of the config."""
+    """Two folders: a checkpoint whose last block, or last two blocks, form an MTP layer, and the same checkpoint with
+    ordinary blocks in its place. behind: the MTP layer is numbered after the other blocks, in any family; more: values
+    of the config."""
     overrides = OVERRIDES[family] | more
     longer = random_checkpoint(
         family, folder / "longer", blocks=4 if family != "nemotron_h" else 5, seed=seed, **overrides

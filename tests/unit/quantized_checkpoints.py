@@ -1,7 +1,7 @@
-"""Small checkpoints in published quantized formats, each with a plain checkpoint of the same numbers.
+"""Small checkpoints in published quantized formats, each with a float32 checkpoint of the same numbers.
 
-The numbers of a weight come from the library that defines the format if it runs on this machine, otherwise from the
-integers that the writer packed.
+The numbers of a weight come from the library that defines the format if this library runs on this machine, otherwise
+from the integers that the writer packed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Writer = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
-"""Name and value of a weight -> its tensors in the files, and the float32 numbers that they represent."""
+"""Converts the name and value of a weight to its tensors in the files, and the float32 numbers that these represent."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Scheme:
     """A format with its options.
 
     Attributes:
-        settings: `quantization_config`.
-        only: a text in the names of all quantized weights.
+        settings: the `quantization_config`.
+        only: a text that occurs in the names of all quantized weights.
     """
 
     settings: Mapping[str, Any]
@@ -81,7 +81,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _fp8(high: int, wide: int, *, scales: torch.dtype = torch.float32, suffix: str = "_scale_inv") -> Writer:
-    """Scales by blocks; a height or width of 0 is that of the whole matrix."""
+    """Float8 with a scale per block of `high` x `wide` weights; 0: the height or width of the whole matrix."""
 
     def write(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         outputs, inputs = weight.shape[-2:]
@@ -160,7 +160,8 @@ def _compressed(format: str, scales: torch.dtype = torch.float32, **options: Any
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`[rows, columns]` -> `[rows, words]`: the codes of a row as one long number, lowest first, in words of int32."""
+    """Packs codes `[rows, columns]` into int32 words `[rows, words]`: a row is one long number, its first code in the
+    lowest bits."""
     rows: list[list[int]] = []
     for row in codes.tolist():
         number = sum(code << (bits * at) for at, code in enumerate(row))

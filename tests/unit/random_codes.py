@@ -55,7 +55,7 @@ def codes_of(layout: CodeLayout, outputs: int, inputs: int, seed: int) -> Codes:
 
     codes = integers(0, 1 << layout.bits, outputs, inputs)
     if layout.table == "e4m3":
-        codes[codes & 127 == 127] = 3  # These codes are not numbers.
+        codes[codes & 127 == 127] = 3  # These codes are NaN.
     if layout.table == "e5m2":
         codes[codes & 124 == 124] = 3
     scales = numbers(layout.scale)

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from splitnet.checkpoint.families import make_known
 
 MAX_SHARD_SIZE = "200KB"
-"""So small that the blocks of even these models are in several shards."""
+"""So small that even the blocks of these models are spread over several shards."""
 
 
 def random_checkpoint(
@@ -23,8 +23,8 @@ def random_checkpoint(
 
     Args:
         family: transformers' `model_type`.
-        folder: is created.
-        overrides: values of the config, such as `num_attention_heads`.
+        folder: the folder to create.
+        overrides: values of the config to change, such as `num_attention_heads`.
 
     Returns:
         `folder`.
@@ -98,7 +98,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
     "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
 }
-"""Families whose blocks keep states, with further values of a small config for six blocks."""
+"""Families whose blocks keep states; for each, further values of a small config with six blocks."""
 
 
 _LATENT_ATTENTION = {
@@ -140,7 +140,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 
 
 def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overrides: Any) -> Any:
-    """A config of the family with small sizes; names that the family does not have are left out."""
+    """A config of the family with small sizes; names that the family's config does not have are left out."""
     config_class = CONFIG_MAPPING[family]
     make_known(config_class())
     default = config_class()
@@ -179,8 +179,8 @@ def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overri
 
 @torch.no_grad()
 def _randomize(model: PreTrainedModel) -> None:
-    """Gives every weight a scale at which each block visibly changes the hidden state; norms and biases get one,
-    too."""
+    """Gives every weight random values of a scale at which each block clearly changes the hidden state; also norms and
+    biases."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parameter in model.parameters():
         if id(parameter) in embeddings:

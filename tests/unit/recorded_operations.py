@@ -1,4 +1,4 @@
-"""Recorded graphs without a GPU: torch's operations are logged, and repeated in the same memory."""
+"""Recorded graphs without a GPU: torch's operations are logged, and run again in the same memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class OperationRecorder:
     Attributes:
         recordings: number of recordings.
         replays: number of replays of all recordings.
-        fails: number of replays before all others fail; None: no replay fails.
-        spoils: error added to the last result of a replay.
+        fails: number of replays that succeed before all later ones fail; None: no replay fails.
+        spoils: an error that is added to the last result of each replay.
     """
 
     def __init__(self, *, fails: int | None = None, spoils: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class _Log(TorchDispatchMode):
 
     def replay(self, spoils: float) -> None:
         made = [tensor for _, _, _, results in self._done for tensor in results]
-        for tensor in made:  # No result of the last run may be of use.
+        for tensor in made:  # Results of the last run must not be used by a replay.
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
         for func, args, kwargs, results in self._done:
             again = func(*args, **kwargs)

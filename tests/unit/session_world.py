@@ -1,7 +1,7 @@
-"""A world around a session's state machine: models of peers, links that lose and repeat messages, a planner, a clock.
+"""A simulated world around a session's state machine: peers, links that lose and repeat messages, a planner, a clock.
 
-A block is a hash of all earlier input, so that a wrong cache changes all later values. In a `Kind.ROUGH` world any
-fault may happen, so that a request may fail. In other worlds it may not.
+Each simulated block is a hash of all earlier input, so that a wrong cache changes all later values. In a `Kind.ROUGH`
+world any fault may happen, and a request may fail. In worlds of other kinds no request may fail.
 """
 
 from __future__ import annotations
@@ -78,21 +78,21 @@ SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4), (0, 1), (1, 2)]
 PLAIN = codec_by_name("none")
 SIZE = PLAIN.bytes_per_position(1)
 NOT_FINITE = b"\xff" * SIZE
-"""A value that every client recognises as wrong."""
+"""A value that is not finite, which every client recognises as wrong."""
 CLIENT = "client"
 PAGE = 3
-"""Positions of a page in these worlds."""
+"""Positions of a page of the prefix store in these worlds."""
 
 _KEYS = [Identity.generate().public for _ in SPANS]
 
 Values = tuple[bytes, ...]
 Tags = tuple[int, ...]
-"""The adapter that each block of the model runs with; 0: none."""
+"""For each block of the model, the tag of the adapter that it runs with; 0: no adapter."""
 
 
 @lru_cache(1 << 16)
 def run_block(block: int, tag: int, values: Values) -> bytes:
-    """The output of a block for the last of the values at its input."""
+    """The output of a block for the last position of its input values."""
     if NOT_FINITE in values:
         return NOT_FINITE
     return _digest(bytes((block, tag)), *values)
@@ -110,7 +110,7 @@ def cut(payload: Any) -> list[bytes]:
 
 
 def sequences_of(message: Forward) -> list[Values]:
-    """The sequences of a pass."""
+    """The sequences of a forward pass."""
     values = cut(message.payload)
     sequences: list[Values] = []
     for length in message.lengths:
@@ -122,8 +122,8 @@ def sequences_of(message: Forward) -> list[Values]:
 def go_back(
     start: int, end: int, tags: Tags, sequences: Sequence[Values], gradient: bytes, sums: dict[int, bytes]
 ) -> bytes:
-    """The gradient for the input, which depends on all blocks on the way; `sums` collects the parts of blocks with an
-    adapter."""
+    """The gradient with respect to the input, which depends on all blocks; `sums` collects the simulated gradients of
+    blocks with an adapter."""
     for block in reversed(range(start, end)):
         at_input = b"".join(b"".join(run_blocks(start, block, tags, values)) for values in sequences)
         if tags[block]:
@@ -133,12 +133,12 @@ def go_back(
 
 
 def _digest(*parts: bytes) -> bytes:
-    """A value that is finite."""
+    """A hash of the parts, as a finite value."""
     return hashlib.blake2b(b"".join(parts), digest_size=SIZE - 1).digest() + b"\0"
 
 
 def adapter(tag: int) -> AdapterTensors:
-    """Parameters in blocks 1 and 2 whose effect is their tag."""
+    """Adapter parameters for blocks 1 and 2; their only effect is the tag."""
     tensors = {}
     for block in (1, 2):
         for side in "AB":
@@ -197,9 +197,9 @@ class Held:
     done: int = 0
     last: int = 0
     kept: dict[int, tuple[Forward, str]] = field(default_factory=dict)
-    """Passes that may be sent back, with the sender of their input."""
+    """Forward passes for which a gradient may come, with the sender of the input of each."""
     sums: dict[int, dict[int, bytes]] = field(default_factory=dict)
-    """By number of the first pass and by block: the simulated sum of gradients."""
+    """The simulated sum of gradients, by the number of the first pass and by block."""
 
 
 class Faulty:
@@ -237,7 +237,7 @@ class _Ping:
 
 
 class PeerModel:
-    """A peer as specified in docs/protocol.md; `fault`: its behaviour at every step instead."""
+    """A peer as specified in docs/protocol.md; `fault`: what the peer does at every step instead."""
 
     def __init__(self, world: World, index: int) -> None:
         self.world = world
@@ -257,8 +257,8 @@ class PeerModel:
         self.full = False
         self.fault: str | None = None
         self.dams = False
-        """Takes no step or replay, and answers no ping of the previous hop, which therefore believes that they are in
-        transit."""
+        """The peer takes no step or replay, and answers no ping of the previous hop, which therefore believes that its
+        messages are in transit."""
 
     @property
     def held(self) -> Held | None:
@@ -495,7 +495,7 @@ class PeerModel:
             "out of order": FailureCode.OUT_OF_ORDER,
         }
         if self.fault == "for the tail" and held.end == BLOCKS:
-            return False  # Made-up values of the last hop cannot be told from real ones.
+            return False  # Nobody can distinguish made-up values of the last hop from real ones.
         if self.fault in codes:
             self.fail(step.epoch, step.number, codes[self.fault])
         elif self.fault == "short":
@@ -503,7 +503,7 @@ class PeerModel:
         elif self.fault == "codec":
             result(codec=99, end=held.end)
         elif self.fault == "other end":
-            # With the correct end, only the values would be wrong.
+            # The end must be wrong, too: with the correct end, only the values would be wrong.
             result(end=held.end - 1 if held.end > 1 else held.end + 1)
         elif self.fault == "for the tail":
             kept = step.positions if isinstance(step, Forward) else sum(part.keep for part in step.parts)
@@ -577,7 +577,7 @@ class Asked:
     wanted: bytes
     tapped: dict[int, bytes]
     useless: int = 0
-    """Number of answers that the caller could not use."""
+    """The number of answers that the caller could not use."""
 
 
 @dataclass
@@ -597,7 +597,7 @@ class AskedBatch:
 
     @property
     def is_forward(self) -> bool:
-        """All passes are done forward, and the batch has not been sent back."""
+        """Whether all forward passes are done and no gradient has been sent."""
         return not self.goes_back and all(each.is_done and each.error is None for each in self.batch.passes)
 
     @property
@@ -636,7 +636,7 @@ class World:
         self.apart: set[tuple[str, str]] = set()
         """Pairs that cannot reach each other."""
         self.gone: set[str] = set()
-        """Names of peers that have failed or left at some time."""
+        """Names of the peers that have failed or left at any time."""
         self.banned: dict[str, float] = {}
         self.questions: deque[AskRoute] = deque()
         self.asked: list[Asked] = []
@@ -658,12 +658,12 @@ class World:
         self.state.seen = self.seen
         self.state.prefixes.namespace = LookUpNamespace(b"salt" if stores else None)
         self.text: tuple[int, Values] | None = None
-        """The caller's text for which the hops were asked for stored pages: its row, its positions."""
+        """The text for which the caller asked the hops for stored pages: its row and its values."""
         self.recalled = 0
-        """Number of texts that continued stored pages."""
+        """The number of texts that continued from stored pages."""
         self.state.taps = taps
 
-    # Around the state machine.
+    # The environment of the state machine.
 
     def feed(self, event: Event) -> None:
         self._events.append(event)
@@ -675,7 +675,7 @@ class World:
         self.check()
 
     def _distrusts(self) -> list[Event]:
-        """The caller decodes the arrived results, and distrusts hops with values that are not finite."""
+        """The caller decodes the arrived results, and distrusts hops whose values are not finite."""
         distrusts: list[Event] = []
         for each in self.asked:
             if each.request.result is None or not each.request.is_done:
@@ -698,7 +698,7 @@ class World:
                 self.questions.append(effect)
             case BanPeer(name, _):
                 self.banned[name] = self.now + BAN_S
-                assert self.kind is not Kind.CALM or name in self.gone, "a peer without fault was banned"
+                assert self.kind is not Kind.CALM or name in self.gone, "a peer that never failed was banned"
             case Unban(name):
                 self.banned.pop(name, None)
             case Note():
@@ -717,7 +717,7 @@ class World:
         return [link for link, messages in self.links.items() if messages]
 
     def deliver(self, link: tuple[str, str], *, keep: bool = False) -> None:
-        """Delivers the first message of a link; `keep`: it will be delivered again."""
+        """Delivers the first message of a link; `keep`: the message stays on the link and will be delivered again."""
         messages = self.links[link]
         message = messages[0] if keep else messages.popleft()
         source, target = link
@@ -735,7 +735,7 @@ class World:
                 peer.receive(source, message)
 
     def lose(self, link: tuple[str, str], *, newest: bool = False) -> None:
-        """Removes the first or the last message of a link; it never arrives."""
+        """Loses the first message of a link, or the last one if `newest`."""
         messages = self.links[link]
         if isinstance(messages.pop() if newest else messages.popleft(), CloseMessage):
             self.untold.add(link[1])
@@ -801,8 +801,8 @@ class World:
         forks: tuple[Fork, ...] | None = None,
         tokens: Values = (),
     ) -> None:
-        """Sends new positions: (row or None for a new row, start, length, keep) of each. tokens: the tokens of the
-        first one."""
+        """Sends chunks of new positions: (row or None for a new row, start, length, keep). tokens: the tokens of
+        the first chunk."""
         given = tokens
         parts: list[Chunk] = []
         payload: list[bytes] = []
@@ -854,7 +854,7 @@ class World:
         return self._token.to_bytes(SIZE, "big")
 
     def submit_batch(self, batch: Sequence[Sequence[int]], which: AdapterTensors | None) -> None:
-        """Sends a batch forward; `batch` has the lengths of the sequences of each pass."""
+        """Sends the forward passes of a batch; `batch` has the lengths of the sequences of each pass."""
         version = self.state.adapter_version if which is not None else 0
         passes: list[PassRequest] = []
         outputs: list[bytes] = []
@@ -909,7 +909,7 @@ class World:
         self.feed(LinkFailed(peer.endpoint, PeerLost("gone")))
 
     def tick(self) -> bool:
-        """Advances time until the machine wants to wake; False: it waits for no time."""
+        """Advances the clock to the time at which the machine wants to wake; False: it has no such time."""
         at = self.state.wake_at
         if at == float("inf"):
             return False
@@ -926,7 +926,7 @@ class World:
                 assert bytes(result.payload) == each.wanted, "a wrong value was delivered"
                 for tap, message in each.request.tapped.items():
                     assert bytes(message.payload) == each.tapped[tap], "a wrong hidden state was delivered"
-            assert each.useless <= 2 or self.kind is not Kind.LIAR, "what is no use came once more"
+            assert each.useless <= 2 or self.kind is not Kind.LIAR, "the caller got too many unusable answers"
         for asked in self.batches:
             self._check_batch(asked)
         if self.kind is not Kind.ROUGH:
@@ -953,12 +953,12 @@ class World:
 
     @property
     def is_at_rest(self) -> bool:
-        """No message is in transit, and no answer is awaited."""
+        """Whether no message is in transit and no answer is awaited."""
         waits = self.state.in_flight_count or not self.state.is_settled
         return not waits and not self.busy_links() and not self.questions
 
     def settle(self, most: int = 4000) -> None:
-        """Runs until the machine waits for nothing and no request is in flight."""
+        """Runs the world until the machine waits for nothing and no request is in flight."""
         for _ in range(most):
             links = self.busy_links()
             if links:
@@ -972,7 +972,7 @@ class World:
         raise AssertionError(f"the machine does not come to rest in {self.state.phase}")
 
     def reaches(self, phase: Phase) -> bool:
-        """Runs in order until the machine is in that phase; False: it comes to rest first."""
+        """Delivers messages in order until the machine is in `phase`; False: the machine comes to rest before that."""
         while self.state.phase is not phase:
             if links := self.busy_links():
                 self.deliver(links[0])

@@ -8,7 +8,7 @@ from splitnet.blocks.span import RowChunk, Span
 
 
 def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:
-    """Outputs of some steps of sequences that share passes, after prompts of the given lengths."""
+    """Outputs of decode steps of sequences that share passes, after prompts of the given lengths."""
     torch.manual_seed(7)
     rows = [span.new_row() for _ in lengths]
     prompts = torch.randn(sum(lengths), span.hidden_size)

@@ -52,7 +52,7 @@ def targets(node: ast.Import | ast.ImportFrom, importer: str) -> Iterator[str]:
 
 @cache
 def imports(module: str) -> set[str]:
-    """The modules that a module imports, also within functions and for annotations alone."""
+    """The modules that a module imports, including imports within functions and imports only for annotations."""
     return {
         name
         for node in ast.walk(parse(MODULES[module]))
@@ -62,7 +62,7 @@ def imports(module: str) -> set[str]:
 
 
 def importers_of(packages: set[str], within: str) -> set[str]:
-    """Modules of the package `within` that import one of `packages`, also within functions."""
+    """Modules of the package `within` that import one of `packages`, including imports within functions."""
     return {
         module
         for module in MODULES
@@ -91,7 +91,7 @@ def test_one_file_of_splitnet_imports_the_peers() -> None:
 
 
 def test_no_product_module_imports_the_simulator() -> None:
-    """`splitnet/cli/main.py` names the module of its command, and works without it."""
+    """`splitnet/cli/main.py` only names the module of the simulate command, and works without the simulator."""
     for package in ("scheduler", "splitnet", "peers"):
         assert importers_of({"simulator"}, within=package) == set()
     assert importers_of({"peers"}, within="simulator") == set()
@@ -100,7 +100,8 @@ def test_no_product_module_imports_the_simulator() -> None:
 
 
 def test_only_the_serve_command_imports_the_server() -> None:
-    """Except for the forms of tool calls, which chat templates of training data use, too, and which need no extra."""
+    """The module with the formats of tool calls is an exception: chat templates of training data use it, too, and it
+    needs no extra."""
     forms = "splitnet.serve.answers.call_forms"
     importers = {
         module
@@ -123,7 +124,7 @@ def test_one_file_of_the_server_calls_the_model() -> None:
 
 
 def package(module: str) -> str:
-    """The folder of splitnet/ that holds a module, or the name of a module in none."""
+    """The subfolder of splitnet/ that holds a module, or the module's name if it is directly in splitnet/."""
     return ".".join(module.split(".")[:2])
 
 
@@ -163,8 +164,8 @@ PART_OWNERS = {
 
 
 def test_each_part_of_a_session_is_for_its_owner_and_each_field_has_one_writer() -> None:
-    """Reads of a part are its owner's, too; the other fields of `peers/sessions.py:HopSession` are read by all
-    modules."""
+    """Only the owner of a part reads the part, too; all modules read the other fields of
+    `peers/sessions.py:HopSession`."""
     touched: dict[str, set[str]] = {part: set() for part in PART_OWNERS}
     writers: dict[str, set[str]] = {}
     for module in MODULES.keys() - {"peers.sessions"}:
@@ -222,11 +223,11 @@ def test_architecture_names_existing_code() -> None:
 
 OTHER_SENSES = {"Adopted", "budget", "carried", "consumption", "ends", "form", "helper", "kind", "lift"}
 OTHER_SENSES |= {"path", "piece", "place", "quota", "recovery", "repair", "stage"}
-"""Words that the glossary forbids for one thing, and that names use in another sense, or in public."""
+"""Words that the glossary forbids in one sense, and that names use in another sense or in public interfaces."""
 
 
 def glossary() -> Iterator[tuple[str, set[str]]]:
-    """Each entry with the single words that must not be used instead."""
+    """Yields each entry, with the single words that must not be used in its place."""
     for line in (ROOT / "docs" / "concepts.md").read_text().partition("## Glossary")[2].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 3 and cells[0] not in ("word", "---") and " for " not in cells[2]:

@@ -33,12 +33,12 @@ def parsed(command: list[str]) -> dict[str, Any]:
 
 
 def assignments(text: str, *, pattern: str) -> dict[str, str]:
-    """Variables that a text sets: `NAME=value`, at places that the pattern allows."""
+    """The variables that a text sets as `NAME=value`, at the places that match `pattern`."""
     return {match[1]: match[2] for match in re.finditer(pattern + r"([A-Z_]+)=(\S*)", text, re.MULTILINE)}
 
 
 def variables_of_options() -> dict[str, Any]:
-    """The option, or options, that each environment variable sets."""
+    """For each environment variable, the option or options that it sets."""
     found: dict[str, Any] = {}
     for command in COMMANDS.values():
         for parameter in command.params:
@@ -62,7 +62,7 @@ def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stderr
-    # systemd only warns of an unknown setting.
+    # systemd only warns about unknown settings.
     assert name not in told.stderr, told.stderr
 
 
@@ -112,7 +112,7 @@ def test_the_document_names_existing_variables() -> None:
 
 
 def services(compose: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Each service with its command, with variables filled in as Compose does."""
+    """Yields each service with its command; variables are replaced by their values, as Compose does."""
     for name, service in compose["services"].items():
         command = [re.sub(r"\$\{(\w+)(?::-([^}]*)|:\?[^}]*)\}", r"\2", word) for word in service["command"]]
         yield name, service, [word if word != "/models/" else "/models/model" for word in command]
@@ -155,7 +155,7 @@ def test_services_refer_to_known_keys_services_and_volumes(compose: dict[str, An
             source = volume.rsplit(":/", 1)[0]
             assert source.startswith("${MODELS:?") or source in compose["volumes"]
         for port in service.get("ports", ()):
-            assert port.startswith("127.0.0.1:"), "nothing is open to others without being asked to"
+            assert port.startswith("127.0.0.1:"), "by default, ports are open to this machine only"
     build = compose["services"]["dht"]["build"]
     root = (DEPLOY / build["context"]).resolve()
     assert (root / build["dockerfile"]) == DEPLOY / "Dockerfile"

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//")
-"""A tag that makes a browser load a file from another server; `<a>` links are left to the reader."""
+"""A tag that makes a browser load a file from another server; `<a>` links load nothing until the reader follows
+them."""
 QUOTED = re.compile(r"`([^`]+)`")
 
 

@@ -1,4 +1,5 @@
-"""Modules of another project with the name of splitnet's are noticed, and the advice names their file."""
+"""An error reports modules of another project that have the name of one of splitnet's packages, and names their
+file."""
 
 from __future__ import annotations
 

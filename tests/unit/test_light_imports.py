@@ -1,4 +1,4 @@
-"""A command's process imports no unused libraries; a test of each workaround for this fails when it can go."""
+"""A command's process imports no unused libraries. For each workaround a test fails once the workaround is needless."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 UNUSED = {"hivemind.averaging", "scipy", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
-"""Libraries that other libraries import: 3 s and 130 MiB in total."""
+"""Libraries that other libraries import although splitnet does not use them; they cost 3 s and 130 MiB in total."""
 
 
 def imported(program: str, *arguments: str) -> set[str]:
@@ -81,7 +81,7 @@ assert torch.distributed.tensor.DTensor and not hasattr(torch.distributed, "tens
     assert imported(program) >= {"torch._dynamo", "torch.distributed.tensor"}
 
 
-@pytest.mark.parametrize("family", ["llama", "jamba"])  # llama has a rotary embedding, jamba a weight made of a range.
+@pytest.mark.parametrize("family", ["llama", "jamba"])  # llama: a rotary embedding; jamba: a weight made from a range.
 def test_a_model_without_weights_is_entirely_on_the_meta_device(tmp_path: Path, family: str) -> None:
     config = Checkpoint.open(random_checkpoint(family, tmp_path / "model")).config
     model = on_meta(causal_class(config), config)
@@ -104,7 +104,7 @@ def test_a_model_that_mixes_real_and_meta_tensors_is_built() -> None:
     ],
 )
 def test_a_workaround_is_still_needed(module: str, brings: str, workaround: str) -> None:
-    assert brings in imported(f"import {module}"), f"{workaround} in splitnet/import_shims.py can go"
+    assert brings in imported(f"import {module}"), f"{workaround} in splitnet/import_shims.py is needless now"
 
 
 @pytest.mark.full
@@ -123,4 +123,4 @@ def test_a_workaround_is_still_needed(module: str, brings: str, workaround: str)
     ],
 )
 def test_a_workaround_for_torch_is_still_needed(program: str, brings: str, workaround: str) -> None:
-    assert brings in imported(f"import torch\n{program}"), f"{workaround} can go"
+    assert brings in imported(f"import torch\n{program}"), f"{workaround} is needless now"

@@ -17,7 +17,7 @@ def test_one_account_gets_half_and_the_others_the_rest() -> None:
     assert budget.used == 880
     assert budget.refused == 600 - 88
     assert not budget.reserve(121, "a fourth")
-    assert budget.reserve(120, "a fourth"), "what an account takes first only has to fit"
+    assert budget.reserve(120, "a fourth"), "the first reservation of an account only has to fit in the rest"
 
 
 def test_each_level_has_its_limit() -> None:
@@ -27,7 +27,7 @@ def test_each_level_has_its_limit() -> None:
     assert budget.reserve(50, "key", 1)
     assert budget.reserve(150, "key", 2)
     assert budget.reserve(100, "key", 3)
-    assert not budget.reserve(1, "key", 4), "the key has its all"
+    assert not budget.reserve(1, "key", 4), "the key is at its limit"
     assert budget.reserve(150, "another", 1)
     assert (budget.held_bytes("key"), budget.held_bytes("key", 2), budget.held_bytes("another")) == (400, 150, 150)
     budget.release(150, "key", 2)

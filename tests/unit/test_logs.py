@@ -1,4 +1,4 @@
-"""The log as JSON: one line per event, for any logged text, including all other output to stderr."""
+"""The log as JSON: one line per event, for any logged text and for all other output to stderr."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_exception_is_a_field() -> None:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]]]:
-    """Sets the log format to JSON, and reads the lines."""
+    """Sets the log format to JSON; yields a function that reads the lines."""
     root = logging.getLogger()
     level = root.level
     stderr = StringIO()
@@ -115,7 +115,7 @@ def test_events_of_the_hub_client_are_written_once() -> None:
 @pytest.mark.default_cases(bars=("0",))
 @pytest.mark.parametrize("bars", [None, "0", "1"])
 def test_hiding_transformers_progress_bars_causes_no_warning(bars: str | None) -> None:
-    """The hub client warns about a conflict with the environment; on terminals, that warning appeared above every
+    """The hub client warns if the call conflicts with the environment; on terminals, this warning appeared above every
     answer."""
     program = (
         "from splitnet.cli.arguments import quiet_libraries; quiet_libraries()\n"

@@ -71,8 +71,8 @@ def seen(sender: socket.socket, receiver: socket.socket) -> Endpoint:
 def passes(
     lab: Lab, sender: socket.socket, endpoint: Endpoint, receiver: socket.socket, permitted: socket.socket
 ) -> bool:
-    """Whether a packet of a public host passes a router: it arrives before a packet of `permitted`, which passes, or
-    never.
+    """Whether a packet of a public host passes a router: a packet that passes arrives before a later packet of
+    `permitted`, which the router lets through.
 
     Packets of a host stay in order: when a second packet arrives at a neighbour, the router has decided on the first.
     """
@@ -172,7 +172,7 @@ def test_idle_mappings_expire_by_protocol(lab: Lab) -> None:
 
 @contextmanager
 def tcp(lab: Lab, caller: str, listener: str) -> Iterator[tuple[socket.socket, socket.socket, Endpoint]]:
-    """A connection: both ends, and its source endpoint as the listener sees it. The caller may reuse its port."""
+    """A connection: both ends, and the caller's endpoint as the listener sees it. The caller may reuse its port."""
     listening = inside(lab, listener, lambda: socket.create_server((lab.address(listener), 0)))
     with listening, inside(lab, caller, lambda: nat_matrix.reusable((lab.address(caller), 0))) as calling:
         calling.settimeout(WAIT_S)
@@ -328,7 +328,7 @@ def test_nat_pmp_forwards_a_port(lab: Lab) -> None:
         assert connects(lab, "second", (lab.public_address("a"), outer))
         assert struct.unpack("!HIHHI", ask_nat_pmp(lab, struct.pack("!BBHHHI", 0, 2, 0, port, 0, 0))[2:])[0] == 0
         assert not connects(lab, "second", (lab.public_address("a"), outer))
-    assert ask_nat_pmp(lab, bytes([2, 0]))[3] == 1, "PCP is another version"
+    assert ask_nat_pmp(lab, bytes([2, 0]))[3] == 1, "version 2 is PCP, which the router does not speak"
     assert ask_nat_pmp(lab, bytes([0, 9]))[3] == 5
 
 
@@ -413,9 +413,9 @@ def test_a_router_can_be_cut_off_and_stopped(lab: Lab) -> None:
         assert not select.select([first], [], [], SILENCE_S)[0]
         lab.heal()
         seen(a, first)
-    with pytest.raises(LabError, match="say it of home and first"):
+    with pytest.raises(LabError, match="name home and first instead"):
         lab.delay("a", "first", 1.0)
-    with pytest.raises(LabError, match="say it of inner and home"):
+    with pytest.raises(LabError, match="name inner and home instead"):
         lab.cut("deep", "home")
 
 
@@ -428,11 +428,11 @@ def test_addresses_are_those_seen_from_each_host(lab: Lab) -> None:
     assert lab.address_from("a", "inner") == "192.168.1.4"
     assert lab.address_from("a", "b") == lab.public_address("b")
     assert lab.address_from("first", "a") == lab.public_address("a")
-    assert lab.address_from("deep", "a") == lab.public_address("a"), "their own network has the same numbers"
+    assert lab.address_from("deep", "a") == lab.public_address("a"), "networks behind routers share addresses"
 
 
 def test_invalid_routers_are_refused(lab: Lab) -> None:
-    with pytest.raises(LabError, match="no router of the lab"):
+    with pytest.raises(LabError, match="not a router of the lab"):
         Lab(["a"], behind={"a": "home"})
     with pytest.raises(LabError, match="same name"):
         Lab(["a"], routers={"a": Router()})

@@ -50,7 +50,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist."""
+    """The wheel, built from the sdist."""
     return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
 
 
@@ -111,7 +111,8 @@ print(found.text)
 
 
 def test_the_kernels_link_no_openmp() -> None:
-    """With `-fopenmp`, Apple's compiler fails, and others may load a second OpenMP beside torch's."""
+    """With `-fopenmp`, Apple's compiler fails, and with other compilers a second OpenMP besides torch's may be
+    loaded."""
     assert not [flag for flag in EXTENSION["extra-compile-args"] if "openmp" in flag]
     assert not EXTENSION.get("extra-link-args")
     for path in (ROOT / NATIVE).iterdir():
@@ -121,7 +122,7 @@ def test_the_kernels_link_no_openmp() -> None:
 @pytest.mark.full
 @pytest.mark.skipif(CLANG is None, reason="there is no clang here")
 def test_clang_compiles_the_kernels(tmp_path: Path) -> None:
-    """As on a Mac. The optimisation is off, which saves two thirds of the time."""
+    """Macs use clang. Optimisation is off, which saves two thirds of the time."""
     assert CLANG
     flags = [*EXTENSION["extra-compile-args"], "-Wall", "-Werror", f"-I{sysconfig.get_path('include')}", "-O0"]
     to_object = ["-c", str(ROOT / NATIVE / "module.c"), "-o", str(tmp_path / "module.o")]

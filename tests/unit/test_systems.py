@@ -1,4 +1,5 @@
-"""Single features that other systems lack or have in another form; `tests/swarm/test_systems.py` tests all together."""
+"""Single features that other systems lack or have in another form; `tests/swarm/test_systems.py` tests them
+together."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from tests.other_system import ROOT
 
 @pytest.fixture
 def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
-    """Two connections: this end and the other end of each."""
+    """Two connections, each given by its two ends."""
     made: list[tuple[socket.socket, socket.socket]] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for _ in range(2):
@@ -122,7 +123,7 @@ def blamed(cause: BaseException, text: str = "the model cannot be read: check th
 def test_errors_of_the_operating_system_are_one_sentence(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Even if the error itself blames something else."""
+    """The sentence names the cause in the operating system, even if the outer error blames something else."""
 
     def fail() -> None:
         raise error

@@ -1,4 +1,4 @@
-"""MTP layers compute what their authors published, and their tensors are read only on request."""
+"""MTP layers compute the published formulas, and their tensors are read only on request."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def head_of(folder: Path, weights: str | None = None) -> MtpHead:
 
 
 def published(folder: Path) -> tuple[Any, MtpModel]:
-    """A whole model in transformers, and its MTP layer."""
+    """A whole model of transformers, and its MTP layer."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     config = model.config
     if not hasattr(config, "num_mtp_layers"):
         config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
     config.mtp_mlp_layer_types = ["sparse"]
-    # transformers ignores only the layer numbers of published checkpoints.
+    # By default, transformers ignores MTP layers only at the layer numbers of published checkpoints.
     model._keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"model\.layers\.3\."]
     return model, MtpModel.from_pretrained(model).eval()
 
@@ -81,7 +81,7 @@ def test_mtp_layers_compute_the_same_as_in_transformers(family: str, tmp_path: P
         positions = torch.arange(1, 24)[None]
         expected = mtp.forward_layer(0, behind[None], positions, expected_cache, input_ids=TOKENS[None, 1:])[0]
         expected_logits = mtp._project_to_logits(expected)
-    # The positions run in pieces, and one piece is cropped and run again.
+    # The positions run in chunks; one chunk is cropped and run again.
     got = [head.run(TOKENS[1:10], before[:9], cache), head.run(TOKENS[10:14], before[9:13], cache)]
     cache.crop(9)
     got[1:] = [head.run(TOKENS[10:11], before[9:10], cache), head.run(TOKENS[11:], before[10:], cache)]
@@ -160,7 +160,7 @@ def test_mtp_layers_compute_the_same_as_vllms_description(family: str, tmp_path:
 
 
 def outputs_of(head: MtpHead, states: Tensor) -> Tensor:
-    """Outputs for some tokens, then for one draft."""
+    """The outputs of the layer for some tokens, followed by the output for one draft."""
     cache = SequenceCache()
     outputs = head.run(TOKENS[1 : len(states) + 1], states, cache)
     return torch.cat([outputs, head.run(TOKENS[:1], outputs[-1:], cache, own=True)])
@@ -184,7 +184,7 @@ def test_mtp_layers_are_read_from_gguf_files(family: str, tmp_path: Path) -> Non
         got = outputs_of(head_of(path), STATES)
         assert float((got - expected).norm() / expected.norm()) < close
         load_whole(checkpoint, torch.float32)
-    # Unknown tensors do no harm while no one asks for the MTP layer.
+    # Unknown tensors are not an error while nobody requests the MTP layer.
     path = write_gguf(to_convert, tmp_path / "odd.gguf", nextn_predict_layers=1)
     data = path.read_bytes()
     assert data.count(b"blk.3.nextn.hnorm.weight") == 1
@@ -298,7 +298,7 @@ def test_mtp_layers_of_an_unknown_family_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_next"])
 def test_a_drafter_makes_the_same_drafts_as_the_layer(family: str, tmp_path: Path) -> None:
-    """Earlier dropped drafts make no difference."""
+    """Drafts that were dropped earlier do not change later drafts."""
     head = head_of(mtp_checkpoint(family, tmp_path)[0])
     text, states = TOKENS.tolist(), torch.randn(23, 64, generator=torch.Generator().manual_seed(3))
     drafter = HeadDrafter(head)

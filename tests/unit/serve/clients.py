@@ -1,4 +1,4 @@
-"""A gateway that listens for the official clients of other protocols."""
+"""A gateway that listens at a port, for the official clients of other protocols."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAID: list[Any] = [{"role": "user", "content": "Bees fly"}]
 
 @contextmanager
 def gateway(tokenizer: Any, grammars: Grammars, keys: Sequence[str] = (), template: str = TEMPLATE) -> Iterator[str]:
-    """The URL of a gateway."""
+    """Runs a gateway; yields its URL."""
     tokenizer.chat_template = template
     model = FakeModel(POSITIONS)
     server = Server(model, tokenizer, grammars=grammars, positions=POSITIONS, names=[ALIAS], keys=keys)

@@ -22,7 +22,7 @@ VOCABULARY, BLOCKS, HIDDEN = 49152, 6, 64
 
 
 class FakeSession:
-    """The tokens that a session holds, and what metrics read of a session."""
+    """The tokens that a session holds, and the attributes of a session that metrics read."""
 
     timings = recoveries = hops = ()
     prefix_hit = reused = 0
@@ -38,9 +38,9 @@ class FakeSession:
 
 
 class FakeModel:
-    """Scores of the next token and hidden states are functions of all tokens before.
+    """A model whose scores of the next token and hidden states are functions of all tokens before it.
 
-    sessions: the sessions that are open. may_step: while it is cleared, no step ends.
+    sessions: the open sessions. may_step: while this event is cleared, no step ends.
     """
 
     headless = False
@@ -150,7 +150,7 @@ class FakeModel:
 
 
 def _sums(tokens: Sequence[int]) -> list[int]:
-    """A checksum of each beginning of a text."""
+    """A checksum of each prefix of a text."""
     sums = [0]
     for token in tokens:
         sums.append(zlib.crc32(token.to_bytes(4, "little"), sums[-1]))

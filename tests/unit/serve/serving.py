@@ -1,4 +1,4 @@
-"""A gateway in this process: the app with a client that needs no socket, or listening at a port."""
+"""Gateways in this process: an app with a client that needs no socket, or an app that listens at a port."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ TEMPLATE = "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.content }
 
 
 class Server:
-    """The app of a gateway to a model, with a client that needs no socket.
+    """The app of a gateway for a model, with a client that needs no socket.
 
     Attributes:
         generations: runs requests on the model.
         admission: counts running and waiting requests.
-        http: the client; only within `running`.
+        http: the client; it exists only within `running`.
     """
 
     http: httpx.AsyncClient
@@ -110,7 +110,7 @@ class Server:
         return reply.json()
 
     async def chat(self, *said: str, **body: Any) -> Any:
-        """The reply to a chat of user and assistant in turns."""
+        """The reply to a chat in which user and assistant speak in turns."""
         messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
         reply = await self.http.post("/v1/chat/completions", json=GREEDY | {"messages": messages} | body)
         assert reply.status_code == 200, reply.text
@@ -143,7 +143,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
-    """The URL of an app."""
+    """Runs an app that listens at a port; yields its URL."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -157,7 +157,7 @@ def listening(app: Any) -> Iterator[str]:
 
 
 class Told:
-    """The present metrics of the server for Prometheus."""
+    """The server's present metrics for Prometheus."""
 
     def __init__(self, text: str) -> None:
         families = list(text_string_to_metric_families(text))

@@ -1,4 +1,5 @@
-"""A stand-in for `splitnet/serve/generation.py`, which calls the model: it answers with the texts of a function."""
+"""A stand-in for `splitnet/serve/generation.py`, which calls the model: the stand-in answers with texts of a
+function."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Writes = Callable[[str], Sequence[str]]
-"""Gives the answers that a model may write to a prompt, the likeliest first; a grammar may exclude some."""
+"""Returns the answers that a model may write to a prompt, the likeliest first; a grammar may exclude some of them."""
 
 
 class Writer(Generations):
@@ -64,7 +65,7 @@ class Writer(Generations):
         """Yields the answers that the grammar of a request allows, as tokens with an end token."""
         for text in self._writes(self._prompts.decode_all(ask.prompt)):
             tokens = [*self._tokenizer(text, add_special_tokens=False).input_ids, min(self.end_tokens)]
-            with suppress(RuntimeError):  # a token that the grammar excludes
+            with suppress(RuntimeError):  # the answer has a token that the grammar excludes
                 allowed = AllowedTokens(ask.grammar) if ask.grammar is not None else None
                 for length, token in enumerate(tokens if allowed else ()):
                     scores = torch.zeros(len(self._tokenizer), dtype=torch.float32)

@@ -67,7 +67,7 @@ def test_unsupported_schemas_are_refused(grammars: Grammars, schema: dict[str, A
 
 
 def unfolding(kind: str, depth: int) -> dict[str, Any]:
-    """A schema with two references at each level, with `2 ** depth` parts in all."""
+    """A schema with two references at each level, which unfolds to `2 ** depth` parts."""
     parts = {f"d{n}": {kind: [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(depth)}
     return {"$ref": "#/$defs/d0", "$defs": parts | {f"d{depth}": {"type": "string", "pattern": "a+"}}}
 
@@ -96,7 +96,7 @@ def test_expensive_grammars_are_refused_without_cost_for_this_process(
     assert refused.value.status == 400
     assert psutil.Process().memory_info().rss - before < 32 << 20
     assert grammars.of_answer(AnswerConstraints(schema={"const": 7}))
-    assert grammars._process._running is process, "what one question takes ends no other"
+    assert grammars._process._running is process, "a refused grammar must not end the grammar process"
 
 
 def test_an_answer_that_exceeds_the_grammars_bounds_is_an_error(grammars: Grammars, tokenizer: Any) -> None:
@@ -152,7 +152,8 @@ def call(name: str, arguments: Any) -> str:
 
 @pytest.fixture(scope="module", params=[None, False, True], ids=["spelled", "token", "special"])
 def tags(request: pytest.FixtureRequest, demo_checkpoint: Path) -> tuple[Grammars, Any]:
-    """A tokenizer without tokens for the tags of calls, or with ordinary or special ones, as of Qwen and Hermes."""
+    """Grammars and their tokenizer, by parameter: one that spells the tags of calls in several tokens, one with an
+    ordinary token for each tag, or one with a special token for each, as Qwen and Hermes have."""
     tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
     if request.param is not None:
         added = [AddedToken(tag, special=request.param, normalized=False) for tag in (HERMES.opening, HERMES.closing)]

@@ -43,7 +43,7 @@ def test_a_stream_equals_the_whole_answer(client: Client, url: str) -> None:
     assert "".join(part.message.content or "" for part in parts) == whole.message.content and len(parts) > 2
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
     assert (parts[-1].done_reason, parts[-1].eval_count) == ("length", 12)
-    # Without `stream`, answers are streams of lines.
+    # If a request does not set `stream`, the answer is streamed as JSON lines.
     headers, body = {"Authorization": f"Bearer {KEY}"}, {"model": MODEL, "messages": SAID}
     reply = httpx.post(f"{url}/api/chat", json=body | {"options": {"num_predict": 3}}, headers=headers)
     assert reply.headers["content-type"] == "application/x-ndjson"
@@ -63,10 +63,10 @@ def test_a_text_is_answered_or_continued(client: Client, url: str) -> None:
 
 def test_tools_are_functions_and_results_find_their_calls(client: Client, url: str) -> None:
     def weather(city: str) -> str:
-        """Tells it.
+        """Tells the weather in a city.
 
         Args:
-            city: where
+            city: the name of the city
         """
         return city
 
