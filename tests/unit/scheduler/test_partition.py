@@ -246,5 +246,5 @@ def test_a_device_is_bound_by_its_memory_or_by_its_arithmetic() -> None:
     speed = roofline(work, bytes_per_ms=100.0, flops_per_ms=50.0)
     assert speed.block_ms_at(1) == pytest.approx(30.1)
     assert speed.block_ms_at(PASS_SIZES[-1]) == pytest.approx(512.0)
-    with pytest.raises(ValueError, match="more than nothing"):
+    with pytest.raises(ValueError, match="must be greater than 0"):
         roofline(work, bytes_per_ms=0.0, flops_per_ms=1.0)
