@@ -325,7 +325,7 @@ def best_route(
     if len(by_id) != len(peers):
         raise ValueError("two peers have the same id")
     if energy_slowdown is not None and in_flight > 1:
-        raise ValueError("energy_slowdown needs in_flight=1")
+        raise ValueError("with energy_slowdown, a route is planned for one step in flight")
     first, end = blocks
     present = [peer for peer in peers if peer.id not in exclude]
     usable = [peer for peer in present if peer.kv_free >= kv_needed]
