@@ -19,8 +19,8 @@ from splitnet.wire.messages import Forward, Opened, Payload, Replay, Result, Ste
 if TYPE_CHECKING:
     import torch
 
-REMEMBERED_HOPS = 4096  # endpoints whose keys were proven, kept at most
-FAR_TIMES = 3.0  # bound of a long time limit, in usual ones: the client waits for the answer to `Open`
+REMEMBERED_HOPS = 4096  # maximum number of remembered endpoints whose keys were proven
+FAR_TIMES = 3.0  # a time limit may grow to this many times the usual limit: the client waits for the answer to `Open`
 
 
 class _PendingOpen(NamedTuple):
@@ -35,7 +35,7 @@ class HopConnector:
     """Connects sessions to their next hops, and answers each `Open` when the outcome is known. A part of the service:
     callers hold its lock.
 
-    reach_s: seconds for a next hop to accept the link; then the client relays. held: see `Rows.held_positions`.
+    reach_s: seconds in which a next hop must accept the link; else the client relays. held: see `Rows.held_positions`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HopConnector:
             self._send_opened(session, next_reachable=False)
             return
         state = LinkState.UP if following is None else self._outbox.link_state(following)
-        # A route is opened again after a fault, and TCP notices a cut link late.
+        # A route is opened again after a fault, and TCP detects a cut link late.
         wants_pong = again and not new_link and following is not None and state is LinkState.UP
         if wants_pong and following is not None:
             self._outbox.probe(following)
@@ -118,7 +118,7 @@ class HopConnector:
     def _answer_open(self, session: HopSession, *, reachable: bool) -> None:
         pending = self._pending.pop(session)
         if not reachable and pending.new_link:
-            # The client relays; the transport must not try to connect to this address forever.
+            # The client relays, so the transport must stop trying to connect to this address.
             self._set_next(session, None)
         self._send_opened(session, next_reachable=reachable)
 
@@ -132,7 +132,8 @@ class HopConnector:
 
 
 def _is_known(state: LinkState, proven: bool) -> bool:
-    """Whether the state of a link proves something of the next hop itself, not of a machine in its place."""
+    """Whether the state of a link says something about the next hop itself, not about another machine at its
+    address."""
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)
 
 
@@ -144,7 +145,7 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
 
 @dataclass(eq=False)
 class HopOutputs:
-    """The seam after the last block of a session at this hop: selects, sends and logs the output of each pass.
+    """What follows the last block of a session at this hop: selects, sends and logs the output of each pass.
 
     The engine and `Training` give it every output. At the tail it sends the client the positions that the client wants;
     elsewhere it sends all positions to the next hop, or to the client that relays them.
@@ -171,7 +172,9 @@ class HopOutputs:
             session, step = work.session, work.step
             if session.closed:
                 return
-            # Sent first, because the next hop waits. Logged in an older epoch too, because the rows have the positions.
+            # The output is sent first, because the next hop waits. In an older epoch it is only logged: the rows have
+            # these
+            # positions.
             if step.epoch == session.epoch:
                 route = session.route_state
                 route.last = max(route.last, 0 if step.replay_until else step.number)
@@ -218,16 +221,16 @@ class HopOutputs:
         route.sent_on = True
         for index, (parts, payload, rope_length, labels) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
-            # Empty forks drop the rows that the next hop may have of another text.
+            # An empty list of forks drops rows of another text that the next hop may have.
             forks = None if index or message.since else ()
             again = session.id, session.epoch, number, parts, forks, message.until, codec, payload
             labels = labels if route.labelled else ()
             self.outbox.send(session.next, Step(*again, session.end, (), rope_length, labels))
 
     def are_under_way(self, session: HopSession) -> bool:
-        """Whether messages to the next hop may still be on the link: no later ping has come back.
+        """Whether messages to the next hop may still be on the link: no later ping was answered.
 
-        A busy uplink delays prompts for minutes. They are not lost, and a repetition would delay them more.
+        A busy uplink delays prompts for minutes. These messages are not lost, and a repetition would delay them more.
         """
         following, route = session.next, session.route_state
         if following is None or self.outbox.link_state(following) is not LinkState.UP:
