@@ -39,10 +39,10 @@ def _idle(_: str) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class SimulatedClient:
-    """number: in the geography. links: measured links between the client and peers, in both directions.
+    """A client. number: its number in the geography. links: measured links between the client and peers, both directions.
 
-    answers: which peers answered the measurements. told: their load, as reported then. load_of: ms that a step waits at
-    a peer at present, and positions of others in its pass.
+    answers: which peers answered the measurements. told: the load that these peers reported then. load_of: returns the
+    ms that a step waits at a peer at present, and the positions of others in its pass.
     """
 
     number: int

@@ -197,7 +197,7 @@ def test_the_error_has_the_number_of_blocks_that_do_not_fit() -> None:
         with pytest.raises(DoesNotFit) as error:
             plan(devices, 10, one_network(Link(1.0, 1.0)), encodings=ENCODINGS)
         assert error.value.missing == 7
-        with pytest.raises(ValueError, match="ids"):
+        with pytest.raises(ValueError, match="same id"):
             plan([devices[0]] * 4, 10, one_network(Link(1.0, 1.0)), encodings=ENCODINGS)
 
 
