@@ -121,7 +121,7 @@ class WorkQueue:
                 if waiting >= most:
                     wait_s = self.pass_s(self.pass_positions)
                     raise PeerBusy(
-                        f"{waiting} passes of this {what} wait already, the most that may: send more when those are "
+                        f"{waiting} passes of this {what} wait already, the maximum: send more when those are "
                         f"answered, the last in about {wait_s:.0f} s"
                     )
             of_key[work] = None

@@ -39,7 +39,7 @@ def _idle(_: str) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class SimulatedClient:
-    """A client. number: its number in the geography. links: measured links between the client and peers, both directions.
+    """A client. number: its number in the geography. links: measured links to and from peers.
 
     answers: which peers answered the measurements. told: the load that these peers reported then. load_of: returns the
     ms that a step waits at a peer at present, and the positions of others in its pass.
