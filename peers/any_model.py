@@ -1,7 +1,8 @@
 """The choice of a model by demand, for a peer that may serve any model; the rules are in `scheduler.model_choice`.
 
-A peer that will change to another model first announces itself there as arriving, and decides again a moment later: so
-no more peers arrive at the same time than the model needs. Then it moves as to other blocks of its model.
+A peer that will change to another model first announces itself to the other model's peers as arriving, and decides
+again a moment later, so that no more peers arrive at the same time than the model needs. Then the peer moves in the
+same way as to other blocks of its own model.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 10.0  # interval between two decisions about other models
 HOLD_S: Final = 3.0  # time from the announcement of a change until the decision that makes it
-ASKED_S: Final = 180.0  # a model is unused this long after its last demand
+ASKED_S: Final = 180.0  # a model counts as unused if there was no demand for it for this time
 RETRY_S: Final = 300.0  # time until a model that could not be opened is tried again
-MAX_CONSIDERED: Final = 8  # models of one decision, those with most demand
-MAX_REMEMBERED: Final = 256  # models whose last demand or failure is remembered
+MAX_CONSIDERED: Final = 8  # maximum number of models that are compared in one decision: those with the highest demand
+MAX_REMEMBERED: Final = 256  # maximum number of models whose last demand or failure is remembered
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ChosenModel:
         return self.offered.own.start, self.offered.own.end
 
     def arriving(self, own: PeerRecord) -> PeerRecord:
-        """The record of the arriving peer at the model; own: its present record."""
+        """The record with which the peer announces its arrival at the model. own: the peer's present record."""
         (start, end), now = self.span, time.time()
         there = {"model": self.checkpoint.fingerprint, "model_name": self.checkpoint.name, "start": start, "end": end}
         there |= {"num_blocks": self.checkpoint.num_blocks, "max_blocks": self.max_blocks, "moving_to": (start, end)}
@@ -68,8 +69,8 @@ class ChosenModel:
 class ModelChoice:
     """Chooses a model for one peer, among the models that its options allow. Not thread-safe.
 
-    go_on: called repeatedly during slow work; an error that it raises ends the work. authorized: the keys whose demand
-    counts if strangers may not connect.
+    go_on: called repeatedly during slow work; an error that `go_on` raises ends the work. authorized: the keys whose
+    demand counts if strangers may not connect.
     """
 
     def __init__(
@@ -82,23 +83,23 @@ class ModelChoice:
         self.go_on = go_on
         self._opened: dict[str, Found] = {}  # by fingerprint
         self._retry_at: dict[str, float] = {}  # by fingerprint, of models that could not be opened
-        # By fingerprint: time of the last demand, or of the last session of the peer's model.
+        # By fingerprint: time of the last demand; for the peer's own model also of the last session.
         self._asked_at: dict[str, float] = {}
-        self._leaving_for: PeerRecord | None = None  # the announced record at the model to change to
+        self._leaving_for: PeerRecord | None = None  # the record that announces the arrival at another model
         self._look_at = -math.inf
 
     def choose_first(self, directory: SwarmDirectory) -> Found:
-        """The model with most demand; if the swarm has no allowed model, the first allowed model that exists. Raises
-        SplitnetError as `join_swarm`, and ModelNotFound: there is no model."""
+        """The model with the highest demand; if the swarm has no allowed model, the first allowed model that exists.
+        Raises the errors of `join_swarm`, and ModelNotFound: there is no model."""
         demand, listed = self._demand(directory), directory.models()
-        names = {model: one.name for model, one in demand.items()} | listed  # names in records replace others
+        names = {model: one.name for model, one in demand.items()} | listed  # the names in records have priority
         found = {one.offered.id: one for one in self._destinations(directory, names, demand)}
         while found:
             chosen = found.pop(first_model([one.offered for one in found.values()]))
             try:
                 chosen.checkpoint.get_blocks(*chosen.span)
                 return self._opened[chosen.offered.id]
-            except ModelNotFound as error:  # no peer offers its weights
+            except ModelNotFound as error:  # no peer offers the weights of the model
                 log.warning("%s is not served here: %s", chosen.checkpoint.name, error)
         for model in self._allowed:
             try:
@@ -108,15 +109,15 @@ class ModelChoice:
         raise ModelNotFound("this swarm serves no model that this peer may and can serve: give MODEL, or --allow FILE")
 
     def serves(self, found: Found) -> None:
-        """Records the model that the peer serves, which it may return to."""
+        """Records the model that the peer serves; the peer may return to this model later."""
         self._leaving_for = None
         keep_latest(self._opened, found[0].fingerprint, found, MAX_CONSIDERED + 1)
 
     def better_model_now(
         self, directory: SwarmDirectory, own: PeerRecord, others: Sequence[PeerRecord], *, size: float, in_use: bool
     ) -> ChosenModel | None:
-        """The model to change to at once; call `serves` or `give_up` then. None: the peer stays, or has announced a
-        change (`is_leaving`). size: bytes of a position on links. in_use: whether sessions of the peer are in use."""
+        """The model to change to at once; call `serves` or `give_up` afterwards. None: the peer stays, or has announced
+        a change (`is_leaving`). size: bytes of a position on links. in_use: whether sessions of the peer are in use."""
         now = time.monotonic()
         if in_use:
             self._asked_at[own.model] = now
@@ -159,7 +160,7 @@ class ModelChoice:
         return self._leaving_for is not None
 
     def renew(self, directory: SwarmDirectory) -> None:
-        """Renews the announcement of a change, because to get blocks takes long. Any thread may call it."""
+        """Renews the announcement of a change, because the download of blocks takes long. Any thread may call it."""
         if (record := self._leaving_for) is not None:
             directory.announce(replace(record, issued_at=time.time()), self._identity)
 
@@ -207,7 +208,8 @@ class ModelChoice:
         if model in self._opened:
             return self._opened[model]
         options = replace(self._options, model_id=model)
-        # Without the owner's list, strangers choose the names, so a model of the hub is only opened from the cache.
+        # Without the owner's list, strangers choose the names. So models of the hub are opened only from the local
+        # cache.
         cached = is_on_hub(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
         is_named = bool(self._allowed) or cached
         for source in self._sources(name):
@@ -216,7 +218,7 @@ class ModelChoice:
                 found = find_model(options, source, checkpoint, directory, self._identity, self.go_on)
                 keep_latest(self._opened, model, found, MAX_CONSIDERED + 1)
                 return found
-        raise ModelNotFound("what is here under this name is another model")
+        raise ModelNotFound("the local files of this name are those of another model")
 
     def _destination(
         self, directory: SwarmDirectory, checkpoint: Checkpoint, fetcher: Fetcher | None, tokens: float
@@ -236,8 +238,8 @@ class ModelChoice:
         return ChosenModel(checkpoint, fetcher, fitting, offered)
 
     def _counts(self, record: PeerRecord) -> bool:
-        """Whether this peer relies on another peer. An arriving peer ignores other peers that have just announced their
-        arrival, unless their keys are lower: so only some of the arriving peers turn back."""
+        """Whether the peer of a record counts in decisions. An arriving peer ignores other peers that have just
+        announced their arrival, unless their keys are lower; so only some of the arriving peers give up."""
         mine = self._leaving_for
         if mine is None or record.serves or record.placed_at < mine.placed_at - HOLD_S:
             return True

@@ -1,4 +1,4 @@
-"""The counters of a peer for `peers/peer_metrics.py`, cheap enough for every decode step.
+"""The counters of a peer for `peers/peer_metrics.py`. They are fast enough to be updated in every decode step.
 
 Each counter has one writer at a time: the engine, or the thread that holds the lock of the service.
 """
@@ -22,16 +22,16 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 POSITIONS = tuple(2.0**power for power in range(13))
 ROWS = tuple(2.0**power for power in range(9))
 
-OTHER_CODEC = -1  # the codec of messages without activations and gradients
+OTHER_CODEC = -1  # in place of a codec, for messages without activations and gradients
 _ENCODED = frozenset((Step, Result, Tapped, Forward, Gradient))
 
 
 class WorkKind(StrEnum):
-    """The kinds of work for a client."""
+    """The kinds of work that a peer does for clients."""
 
     DECODE = "decode"  # a step of at most `DECODE_POSITIONS` positions
     PREFILL = "prefill"
-    REPLAY = "replay"  # of positions that another peer has computed before: after a failover or a re-plan
+    REPLAY = "replay"  # a step of positions that another peer has computed before, after a failover or a re-plan
     FORWARD = "forward"
     BACKWARD = "backward"
 
@@ -45,11 +45,11 @@ class PassKind(StrEnum):
 
 
 class SessionEnd(StrEnum):
-    CLOSED = "closed"  # by its client
+    CLOSED = "closed"  # the client has closed the session
     EXPIRED = "expired"
     REVOKED = "revoked"  # the owner of the peer has removed the client's key from the list
-    HANDED_OVER = "handed_over"  # by its client, which has replaced the leaving peer
-    DROPPED = "dropped"  # by the peer, which ended or moved before the client replaced it
+    HANDED_OVER = "handed_over"  # the client has closed the session, after it replaced the leaving peer
+    DROPPED = "dropped"  # the peer has ended or moved before the client replaced it
 
 
 class Histogram:
@@ -69,7 +69,8 @@ class Histogram:
 
 @dataclass(slots=True)
 class WorkCounts:
-    """Of one kind of work: steps or passes, their positions, and their seconds from arrival to first pass."""
+    """Counts for one kind of work: steps or passes, their positions, and their seconds from arrival to the first
+    pass."""
 
     steps: int = 0
     positions: int = 0
@@ -78,7 +79,7 @@ class WorkCounts:
 
 @dataclass
 class PassHistograms:
-    """Of one kind of pass: seconds, positions and rows of each pass."""
+    """Histograms for one kind of pass: seconds, positions and rows of each pass."""
 
     seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     positions: Histogram = field(default_factory=lambda: Histogram(POSITIONS))
@@ -91,7 +92,7 @@ class PassHistograms:
 
 
 class TrafficCounter:
-    """Bytes of messages with their headers, by codec and by whether this peer has opened the link. Thread-safe."""
+    """Bytes of messages with their headers, by codec and by whether this peer opened the link. Thread-safe."""
 
     def __init__(self) -> None:
         self._sent: Counter[tuple[bool, int]] = Counter()
@@ -118,12 +119,13 @@ class Counters:
         self.energy = energy or EnergyMeter()
         self.work = {kind: WorkCounts() for kind in WorkKind}
         self.passes = {kind: PassHistograms() for kind in PassKind}
-        self.refused = dict.fromkeys(FailureCode, 0)  # requests that were answered with a failure
-        self.opened = 0  # sessions
+        # Number of requests that were answered with a failure, by its code.
+        self.refused = dict.fromkeys(FailureCode, 0)
+        self.opened = 0  # number of sessions that were admitted
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
         self.traffic = TrafficCounter()
-        # A look-up by enum takes longer than the count.
+        # Kept as attributes, because a look-up by enum takes longer than the counting.
         self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
         self._replay = self.work[WorkKind.REPLAY]
         self.step_passes = self.passes[PassKind.STEPS]

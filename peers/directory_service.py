@@ -1,4 +1,4 @@
-"""Answers of a peer to questions about the directory, for peers and clients that do not use the DHT.
+"""The answers of a peer to questions about the directory, for peers and clients that do not use the DHT.
 
 Every key that may connect may ask. An answer is reused for a moment, so that a flood of questions does not reach the
 DHT, and the answers to a key are bounded in bytes per minute.
@@ -30,20 +30,26 @@ from splitnet.wire.messages import ENTRY_BYTES, Announce, Announced, Failure, Fa
 
 log = logging.getLogger(__name__)
 
-FRESH_S: Final = 1.0  # age up to which an answer is reused
-FRESH_PER_RECORD_S: Final = 0.1  # the same for each record of an answer with changes: many records are slow to read
-FRESH_CHANGES_S: Final = 10.0  # bound of that age, because a client that asks for changes asks again soon
-BYTES_PER_MINUTE: Final = 16 << 20  # of answers to one key: a few full directories, or some thousand small swarms
-BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE  # to all keys, about the peer's own model; half for other kinds
-LOOK_UP_BYTES: Final = 4096  # that a question counts besides its answer
-READ_BYTES: Final = 1 << 18  # that a question about another model counts besides, because it reads the directory
-ANNOUNCEMENTS_PER_MINUTE: Final = 256  # of one key; a peer announces itself four times
-PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4  # of all keys, below this peer's own announcements
-RECORDS_PER_ANNOUNCER: Final = 64  # keys for which one key may announce: a peer without a DHT announces for others
-WAITING_PER_KEY: Final = 4  # questions and announcements of one key that may wait
-MAX_WAITING: Final = 1024  # of all keys: half for the peer's own model and announcements, a quarter for each other kind
-MAX_MODELS: Final = 16  # answers that are kept or being read
-MAX_KEYS: Final = 4096  # keys whose use is remembered
+FRESH_S: Final = 1.0  # maximum age in seconds of an answer that is reused
+FRESH_PER_RECORD_S: Final = 0.1  # for an answer with changes, this age per record: many records are slow to read
+FRESH_CHANGES_S: Final = 10.0  # upper limit of the age of such an answer: a client that wants changes asks again soon
+# Maximum size of all answers to one key: a few full directories, or some thousand small swarms.
+BYTES_PER_MINUTE: Final = 16 << 20
+# The same for all keys and questions about the peer's own model; half as much for each other kind of question.
+BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
+LOOK_UP_BYTES: Final = 4096  # bytes that a question counts in addition to its answer
+# Additional bytes that a question about another model counts, because the peer reads the directory for it.
+READ_BYTES: Final = 1 << 18
+ANNOUNCEMENTS_PER_MINUTE: Final = 256  # maximum for one key; a peer announces itself four times a minute
+# Maximum for all keys; less than other peers accept from this peer, which also announces itself.
+PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4
+# Number of keys whose records one key may announce: a peer without a DHT passes on records of others.
+RECORDS_PER_ANNOUNCER: Final = 64
+WAITING_PER_KEY: Final = 4  # maximum number of questions and announcements of one key that wait
+# The same for all keys: half for the peer's own model and announcements, a quarter for each other kind.
+MAX_WAITING: Final = 1024
+MAX_MODELS: Final = 16  # maximum number of answers that are kept or being read
+MAX_KEYS: Final = 4096  # maximum number of keys whose use is remembered
 
 
 class _About(StrEnum):
@@ -55,8 +61,8 @@ class _About(StrEnum):
 
 
 _Payer = tuple[_About, bytes]
-"""The account of a question. Questions of a key about other models leave its account for this peer's own model free,
-because the key may be a peer that asks on behalf of strangers."""
+"""The account that a question is charged to. Each key has a separate account for questions about other models: a peer
+may ask them on behalf of strangers, and can then still ask about this peer's own model."""
 
 
 @dataclass
@@ -85,19 +91,22 @@ class DirectoryService:
         self._swarm = swarm
         self._home: dict[str, str] = {}  # models, by their names in questions
         self._outbox = outbox
-        # by model and depth, the latest last
+        # By model and depth; the answer that was used latest is last.
         self._readings: OrderedDict[tuple[str, int], _CachedAnswer] = OrderedDict()
         self._known: dict[int, tuple[float, dict[str, str]]] = {}
-        """Of a closed swarm, by depth: the time of the last read, and the models by their names in questions."""
+        """For a closed swarm, by depth: the time of the last read, and the models by their names in questions."""
         self._waiting: Counter[_Payer] = Counter()  # questions and announcements without an answer
         self._waiting_in: Counter[_About] = Counter()
         self._bytes: dict[_Payer, TokenBucket] = {}
         self._announcements: dict[bytes, TokenBucket] = {}
         self._of_all = {about: TokenBucket() for about in _About}
         self._passed_on = TokenBucket()
-        self._announced: dict[bytes, dict[bytes, float]] = {}  # announcer: key of record: expires at
+        # By key of the announcer, then key of the record: time at which the record expires.
+        self._announced: dict[bytes, dict[bytes, float]] = {}
         self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
-        """By kind and depth, each with a thread: peers may wait for each other, but each question has a lower depth."""
+        """By kind and depth, each with a separate thread. A peer may wait for another peer, but passes a question on
+        with a lower
+    depth, so that peers never wait for each other in a circle."""
         self._threads: set[threading.Thread] = set()
         self._closed = False
         self._lock = threading.Lock()
@@ -135,7 +144,9 @@ class DirectoryService:
         used, of_all = _bucket_of(self._bytes, payer), self._of_all[payer[0]]
         wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), of_all.wait_s(_bytes_of_all(payer[0]), now))
         if wait_s:
-            self._refuse_question(source, message.number, f"this peer has told you much: ask again in {wait_s} s")
+            self._refuse_question(
+                source, message.number, f"your key has received too much from this directory: ask again in {wait_s} s"
+            )
             return
         name = (message.model, message.depth)
         reading = self._readings.get(name)
@@ -249,7 +260,11 @@ class DirectoryService:
     def _announce(self, source: Connection, message: Announce, now: float) -> None:
         used = _bucket_of(self._announcements, source.curve)
         if wait_s := used.wait_s(ANNOUNCEMENTS_PER_MINUTE, now):
-            self._refuse_question(source, message.number, f"your key has announced much here: come back in {wait_s} s")
+            self._refuse_question(
+                source,
+                message.number,
+                f"your key has made too many announcements to this peer: try again in {wait_s} s",
+            )
             return
         used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
         packed: bytes | None = None
@@ -280,7 +295,8 @@ class DirectoryService:
             failure = "an error at this peer"
         with self._lock:
             self._done((_About.OWN, source.curve))
-            if record is not None and taken:  # the announcer may ask for the record at once
+            # Drop cached answers, because the announcer may ask for the record at once.
+            if record is not None and taken:
                 for name, reading in list(self._readings.items()):
                     if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
                         del self._readings[name]
@@ -290,7 +306,7 @@ class DirectoryService:
                 self._outbox.send(source, Announced(number, taken))
 
     def _depth_left(self, depth: int) -> int:
-        """The depth to pass a record on with; 0: this peer has passed on enough, and only stores the record."""
+        """The depth with which to pass a record on; 0: this peer has passed on too many, and only stores the record."""
         with self._lock:
             now = time.monotonic()
             if not depth or self._passed_on.wait_s(PASSED_ON_PER_MINUTE, now):

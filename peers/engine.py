@@ -43,10 +43,10 @@ from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
 
 log = logging.getLogger(__name__)
 
-SHORT_S = 0.02  # bound of a step that the receiving thread runs itself, because that thread receives nothing meanwhile
+SHORT_S = 0.02  # longest step that the receiving thread runs itself, because this thread receives no messages meanwhile
 LOG_S = 60.0  # interval between two logs of the same error, which a client may cause a thousand times a second
 
-Ready = list[tuple[Work, int]]  # steps of a pass, with the number of positions of each
+Ready = list[tuple[Work, int]]  # the steps of a pass, each with the number of its positions in the pass
 Tapped = tuple[Work, dict[int, torch.Tensor]]  # a step, and its hidden states by boundary
 
 _logged_until: dict[tuple[type[Exception], int], float] = {}  # by type of error and line of code
@@ -55,7 +55,7 @@ _logged_until: dict[tuple[type[Exception], int], float] = {}  # by type of error
 def failure_of(error: Exception, what: str) -> tuple[FailureCode, str]:
     """Code and text for an error while `what` was computed; an error that the client has not caused is logged.
 
-    AdapterError: some layers notice only when they run that an adapter does not fit.
+    AdapterError counts as caused by the client: some layers notice only when they run that an adapter does not fit.
     """
     if isinstance(error, PeerBusy):
         return FailureCode.BUSY, str(error)
@@ -83,7 +83,7 @@ _CODES = {  # subclasses first
 
 
 def _refusal(error: Exception, what: str) -> tuple[FailureCode, str]:
-    """Code and text for an error of `what`: of the message, or as in `failure_of`."""
+    """Code and text for an error of `what`: a refusal of the message, or as in `failure_of`."""
     for kind, code in _CODES.items():
         if isinstance(error, kind):
             return code, str(error)
@@ -119,8 +119,8 @@ class Engine:
         self._thread = threading.Thread(target=self._run_thread, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
-        """Begins to compute. Call it from the thread that has loaded the blocks, and call `run_here` after each message
-        that was received."""
+        """Begins to compute. Call it from the thread that has loaded the blocks. Call `run_here` after each received
+        message."""
         end_threads()
         self._queue.defers = True
         self._thread.start()
@@ -137,8 +137,8 @@ class Engine:
             pass
 
     def run_here(self) -> None:
-        """Runs a short decode step that waits alone, in the thread that has received it; wakes the engine's thread for
-        other work.
+        """Runs a short decode step that is the only waiting work, in the thread that has received this step; wakes the
+        engine's thread for other work.
 
         To hand a step to another thread takes some tenths of a millisecond. Where several threads share a pass, the
         engine's thread runs all passes: OpenMP has helper threads for each thread that computes, and more threads than
@@ -179,7 +179,7 @@ class Engine:
         try:
             if self._rows.load_ahead(session, self._view):
                 return
-        except Exception as error:  # the step of the row will try again
+        except Exception as error:  # the step of the row will load the page again
             failure_of(error, "stored page")
         self._queue.release_prefix_hit(session)
 
@@ -192,7 +192,7 @@ class Engine:
         try:
             with self._counters.energy.computing():
                 measured = measure_speed(self._span, interrupted)
-                # One block is timed, so the row may have as many positions as all blocks together have memory for.
+                # Only one block is timed, so its row may use the memory of all blocks.
                 most = self._service.sessions.free_positions * (self._span.end - self._span.start)
                 if measured is not None and contexts and contexts[-1] <= most:
                     measured.past = measure_past(self._span, contexts[-1], interrupted)
@@ -282,7 +282,7 @@ class Engine:
         wanted = self._wanted(ready, output[:, -span.hidden_size :] if taps else output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
-        # Sent before all else, because the next hops wait. Their steps arrive together, so they share passes again.
+        # Outputs are sent first, because the next hops wait. They are sent together, so that they share passes again.
         with self._service.outbox.together() if len(ready) > 1 else nullcontext():
             computed = self._finish(ready, wanted, elapsed_ms)
         for work, states in tapped:
@@ -333,7 +333,7 @@ class Engine:
         return computed
 
     def _wanted(self, ready: Ready, output: torch.Tensor) -> list[torch.Tensor]:
-        """The positions to send of the output of a pass, by step, in one copy to the CPU."""
+        """The positions of a pass's output to send, by step, in one copy to the CPU."""
         own = output.split([count for _, count in ready])
         wanted = [self._outputs.wanted(*item, each) for item, each in zip(ready, own, strict=True)]
         if output.device.type == "cpu":
@@ -422,7 +422,7 @@ class Engine:
             )
         payload = encode_finite(codec_by_code(forward.gradient_codec), to_host(gradient))
         if not are_finite(by_adapter.values()):
-            raise NotFinite("the gradients by the adapter hold inf or NaN")
+            raise NotFinite("the gradients with respect to the adapter contain inf or NaN")
         by_adapter = self._training.added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
@@ -437,7 +437,9 @@ class Engine:
             tensors.update(read_tensors(part.payload))
         adapter = AdapterTensors({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
         if adapter.outside(session.start, session.end):
-            raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
+            raise AdapterError(
+                f"the session has blocks {session.start}..{session.end - 1}, and the adapter has other blocks"
+            )
         self._span.fit_adapter(adapter)
         self._training.adapter_loaded(work, adapter)
 

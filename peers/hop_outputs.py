@@ -27,7 +27,7 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
 
 @dataclass(eq=False)
 class HopOutputs:
-    """The seam after the last block of a session at this hop: selects, sends and logs the output of each pass.
+    """What follows the last block of a session at this hop: selects, sends and logs the output of each pass.
 
     The engine and `Training` give it every output. At the tail it sends the client the positions that the client wants;
     elsewhere it sends all positions to the next hop, or to the client that relays them.
@@ -54,7 +54,9 @@ class HopOutputs:
             session, step = work.session, work.step
             if session.closed:
                 return
-            # Sent first, because the next hop waits. Logged in an older epoch too, because the rows have the positions.
+            # The output is sent first, because the next hop waits. In an older epoch it is only logged: the rows have
+            # these
+            # positions.
             if step.epoch == session.epoch:
                 route = session.route_state
                 route.last = max(route.last, 0 if step.replay_until else step.number)
@@ -101,16 +103,16 @@ class HopOutputs:
         route.sent_on = True
         for index, (parts, payload, rope_length, labels) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
-            # Empty forks drop the rows that the next hop may have of another text.
+            # An empty list of forks drops rows of another text that the next hop may have.
             forks = None if index or message.since else ()
             again = session.id, session.epoch, number, parts, forks, message.until, codec, payload
             labels = labels if route.labelled else ()
             self.outbox.send(session.next, Step(*again, session.end, (), rope_length, labels))
 
     def are_under_way(self, session: HopSession) -> bool:
-        """Whether messages to the next hop may still be on the link: no later ping has come back.
+        """Whether messages to the next hop may still be on the link: no later ping was answered.
 
-        A busy uplink delays prompts for minutes. They are not lost, and a repetition would delay them more.
+        A busy uplink delays prompts for minutes. These messages are not lost, and a repetition would delay them more.
         """
         following, route = session.next, session.route_state
         if following is None or self.outbox.link_state(following) is not LinkState.UP:

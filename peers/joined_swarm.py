@@ -37,7 +37,7 @@ from splitnet.wire.endpoints import Endpoint
 
 log = logging.getLogger(__name__)
 
-FILE_TIMEOUT_S = 180.0  # bound of the wait for the file with the address of the first peer
+FILE_TIMEOUT_S = 180.0  # longest wait for the file with the address of the first peer
 
 
 class LanPresence:
@@ -80,7 +80,7 @@ class LanPresence:
         """Announces changed addresses of the node; may take seconds."""
         addresses = self._directory.addresses
         now = frozenset(filter(is_lan_address, addresses))
-        if not now or now == self._announced:  # while the network is lost, the last addresses remain
+        if not now or now == self._announced:  # while the network is down, the last addresses remain
             return
         self._announced = now
         try:
@@ -98,7 +98,7 @@ class LanPresence:
             if nodes:
                 report(f"{what_was_found(nodes)}: joining", 0, 0)
                 if not self._directory.meet([address for node in nodes for address in node.addresses]):
-                    log.warning("none of the peers that were found on this network answers: starting a swarm")
+                    log.warning("no peer that was found on this network answers: starting a swarm")
             else:
                 report(f"no swarm for {model} on this network: starting one", 0, 0)
         self._network.watch_nodes(self._meet_nodes)
@@ -136,10 +136,11 @@ def join_swarm(
 ) -> JoinedSwarm:
     """Joins a swarm with `options`, and identifies a model that may lack files here.
 
-    model: the user's name of it; None: `choose` finds a model. checkpoint: the local or hub files; None: no file.
+    model: the user's name of the model; None: `choose` finds a model. checkpoint: the local or hub files; None: no
+    file.
 
-    Raises SplitnetError as `join`: also `options.join_file` does not appear, or options of the DHT are given without a
-    DHT; ModelNotFound: the model is missing here, and no peer of the swarm offers it.
+    Raises the errors of `join`; SplitnetError: `options.join_file` does not appear, or options of the DHT are given
+    without a DHT; ModelNotFound: the model is missing here, and no peer of the swarm offers it.
     """
     if checkpoint is not None and checkpoint.is_whole:
         checkpoint.manifest(partial(report, "check the weights"))
@@ -175,7 +176,7 @@ def find_model(
     identity: Identity,
     report: Report,
 ) -> Found:
-    """Identifies a model, also if files of it are missing here. Arguments and errors as in `join_swarm`."""
+    """Identifies a model, even if files of the model are missing here. Arguments and errors as in `join_swarm`."""
     if checkpoint is None or not checkpoint.is_whole:
         return _find_missing(options, model, checkpoint, directory, identity, report)
     if options.invited and options.model_id is None:
@@ -190,7 +191,7 @@ def find_model(
         if told is None:
             raise ModelNotFound(
                 f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, "
-                "beside --invite, if you mean to serve it there"
+                "in addition to --invite, if you want to serve it there"
             )
     return checkpoint, None
 
@@ -213,8 +214,10 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
         if node is None and (options.dht_listen is not None or options.lan):
             reason = "it joins through peers" if initial_peers else "hivemind is not installed"
             if options.dht_listen is not None:
-                raise DirectoryError(f"this peer joins no DHT, as {reason}: leave --dht-listen out")
-            raise LanError(f"a peer that joins no DHT, as {reason}, is not found on a network: leave --lan out")
+                raise DirectoryError(f"this peer does not join a DHT, because {reason}: leave --dht-listen out")
+            raise LanError(
+                f"this peer does not join a DHT, because {reason}, and is not found on a network: leave --lan out"
+            )
         return directory
     except BaseException:
         directory.close()
@@ -286,7 +289,7 @@ def _find_missing(
             except ModelNotFound as error:
                 if checkpoint is None or options.invited:
                     raise
-                log.warning("%s: all of it is read through at the hub", error)
+                log.warning("%s: reading all weights from the hub", error)
             if found is not None:
                 manifest, name = found
             elif checkpoint is not None and not options.invited:  # no peer has the model: this peer makes the manifest
@@ -295,8 +298,8 @@ def _find_missing(
                 _check_expected(checkpoint, options)
             else:
                 raise ModelNotFound(
-                    f"{model} is neither here nor at the hub, and no peer of this swarm serves a model of that name: "
-                    "check the name and --join, or give --model-id"
+                    f"{model} is neither on this machine nor at the hub, and no peer of this swarm "
+                    "serves a model of this name: check the name and --join, or give --model-id"
                 )
     if checkpoint is not None:
         checkpoint.adopt(manifest)
@@ -314,7 +317,7 @@ def _find_missing(
         try:
             hub = HubPieces(manifest, store, store.commit.rpartition("@")[2])
         except ModelNotFound as error:  # the hub is unreachable, and the manifest is already known
-            log.warning("weights come from peers alone: %s", error)
+            log.warning("weights come only from peers: %s", error)
     fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
     folder.fetch = fetcher.fetch
     filled = Checkpoint.of(files)  # the configs of some files depend on tensors
@@ -328,7 +331,9 @@ def _check_layout(manifest: Manifest, path: Path) -> None:
     ModelNotFound: they differ."""
     store = open_store(path)
     if reason := headers_differ(manifest, store):
-        raise ModelNotFound(f"what a peer says of the files of this model does not fit it ({reason}): join another one")
+        raise ModelNotFound(
+            f"a peer's list of the files of this model does not fit the model ({reason}): join another peer"
+        )
     if not manifest.heads and is_of_gguf(manifest.config):
         raise ModelNotFound("a peer leaves out what stands before the tensors in the files of this model")
     HeldPieces(manifest, store)  # raises an error if pieces overlap or leave gaps

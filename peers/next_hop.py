@@ -14,8 +14,8 @@ from splitnet.wire.messages import Opened
 if TYPE_CHECKING:
     pass
 
-REMEMBERED_HOPS = 4096  # endpoints whose keys were proven, kept at most
-FAR_TIMES = 3.0  # bound of a long time limit, in usual ones: the client waits for the answer to `Open`
+REMEMBERED_HOPS = 4096  # maximum number of remembered endpoints whose keys were proven
+FAR_TIMES = 3.0  # a time limit may grow to this many times the usual limit: the client waits for the answer to `Open`
 
 
 class _PendingOpen(NamedTuple):
@@ -30,7 +30,7 @@ class HopConnector:
     """Connects sessions to their next hops, and answers each `Open` when the outcome is known. A part of the service:
     callers hold its lock.
 
-    reach_s: seconds for a next hop to accept the link; then the client relays. held: see `Rows.held_positions`.
+    reach_s: seconds in which a next hop must accept the link; else the client relays. held: see `Rows.held_positions`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class HopConnector:
             self._send_opened(session, next_reachable=False)
             return
         state = LinkState.UP if following is None else self._outbox.link_state(following)
-        # A route is opened again after a fault, and TCP notices a cut link late.
+        # A route is opened again after a fault, and TCP detects a cut link late.
         wants_pong = again and not new_link and following is not None and state is LinkState.UP
         if wants_pong and following is not None:
             self._outbox.probe(following)
@@ -113,7 +113,7 @@ class HopConnector:
     def _answer_open(self, session: HopSession, *, reachable: bool) -> None:
         pending = self._pending.pop(session)
         if not reachable and pending.new_link:
-            # The client relays; the transport must not try to connect to this address forever.
+            # The client relays, so the transport must stop trying to connect to this address.
             self._set_next(session, None)
         self._send_opened(session, next_reachable=reachable)
 
@@ -127,5 +127,6 @@ class HopConnector:
 
 
 def _is_known(state: LinkState, proven: bool) -> bool:
-    """Whether the state of a link proves something of the next hop itself, not of a machine in its place."""
+    """Whether the state of a link says something about the next hop itself, not about another machine at its
+    address."""
     return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)

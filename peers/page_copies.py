@@ -27,13 +27,13 @@ from splitnet.wire.messages import MAX_PART_BYTES, CopiedPages, CopyPages, Weigh
 
 log = logging.getLogger(__name__)
 
-PER_KEY: Final = 8  # requests of one key that may wait or run
-WAITING: Final = 64  # requests of all keys that may wait or run
-AT_ONCE: Final = 4  # pages that are copied at the same time for sessions that wait; as many for all other requests
-AT_ONCE_OF_KEY: Final = 2  # of these, pages of one key, so that its slow sources leave places for other keys
-ANSWER_S: Final = 1.0  # the copy ends when the source does not answer for this long
+PER_KEY: Final = 8  # maximum number of requests of one key that wait or run
+WAITING: Final = 64  # maximum number of requests of all keys that wait or run
+AT_ONCE: Final = 4  # pages copied at the same time for sessions that wait; the same number for all other requests
+AT_ONCE_OF_KEY: Final = 2  # the same for one key, so that slow sources of one key leave room for other keys
+ANSWER_S: Final = 1.0  # the copy ends if the source does not answer for this time
 TICK_S: Final = 0.02  # poll interval while all sources are silent
-TRIED: Final = 4  # pages that are copied before their time is compared with that of computing them
+TRIED: Final = 4  # number of pages that are copied before the time of copying is compared with the time of computing
 JOB_S: Final = 60.0  # a request ends after this time, with the pages that were copied
 
 
@@ -88,10 +88,10 @@ class PageCopies:
         self._thread: threading.Thread | None = None
 
     def receive_request(self, source: Connection, message: CopyPages) -> None:
-        """Takes a request; a request that cannot be served, or is one too many, is answered at once."""
+        """Accepts a request; a request that cannot be served, or exceeds the limits, is answered at once."""
         try:
             job = self._job(source, message)
-        except Exception as error:  # a key that is no point of the curve, a malformed address
+        except Exception as error:  # a key that is not a point of the curve, a malformed address
             log.debug("pages cannot be copied: %s", error)
             job = None
         with self._changed:
@@ -172,7 +172,7 @@ class PageCopies:
                 page = unpack(name, data)
                 job.service.served.check_page(page, message.start, message.end, message.codec, first=not names)
                 if not are_finite(page.tensors.values()):
-                    raise ProtocolError("a page has values that are no numbers")
+                    raise ProtocolError("a page has values that are not finite")
                 if not job.store.put_copied(job.namespace, page, names) and not job.store.has_page(
                     job.namespace, label
                 ):
@@ -188,8 +188,8 @@ class PageCopies:
             names.append(name)
 
     def _bytes_of(self, asking: PeerQuestions, job: _CopyJob, name: bytes) -> Generator[None, None, bytearray | None]:
-        """The bytes of a page; None: the hop lacks the page, or does not answer. A short part is an error: in parts of
-        single bytes a page would take days."""
+        """The bytes of a page; None: the hop lacks the page, or does not answer. A short part is an error: a page
+        in parts of single bytes would take days."""
         data, total = bytearray(), 1
         while len(data) < total:
             number = asking.ask_peer(job.hop, WeightsKind.PAGE, name + bytes(len(name)), len(data))
@@ -206,7 +206,7 @@ class PageCopies:
             total = part.total
             left = total - len(data)
             if not 0 < total <= job.service.rows.most_page_bytes or len(part.payload) != min(left, MAX_PART_BYTES):
-                raise ProtocolError("what came is no page")
+                raise ProtocolError("the received bytes are not a page")
             data += part.payload
             job.nbytes += len(part.payload)
         return data

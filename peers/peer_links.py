@@ -28,14 +28,15 @@ from splitnet.wire.messages import Message, encode
 
 log = logging.getLogger(__name__)
 
-MAX_NEXT_HOPS = 64  # links that a peer opens to others
+MAX_NEXT_HOPS = 64  # maximum number of links that a peer opens to others
 PROBE_S = 2.0  # interval between pings on links that sessions use
-MEASURED_AT_ONCE = 8  # links of one round: half of them the least known, for network coordinates, half for routes
-USEFUL_S = 600.0  # age up to which a measurement of a link is used
+# Number of links measured in one round: half of them the least known, for network coordinates, half for routes.
+MEASURED_AT_ONCE = 8
+USEFUL_S = 600.0  # maximum age of a link's measurement that is used
 RENEW_S = 60.0  # age after which a published measurement is renewed
-ASKED_AT_ONCE = 32  # peers that are pinged in one call
-HEARD_S = 600.0  # time after which a peer that has answered is pinged again
-KEPT_HEARD = 4096  # peers whose last answers are remembered
+ASKED_AT_ONCE = 32  # maximum number of peers that are pinged in one call
+HEARD_S = 600.0  # time after a peer's answer until the peer is pinged again
+KEPT_HEARD = 4096  # maximum number of peers whose last answers are remembered
 
 
 class ReplyTarget(Protocol):
@@ -62,7 +63,7 @@ class Outbox:
         self._transport.send(destination, frames)
 
     def answer_limit_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        """Seconds to wait for a pong, longer for long round trips; connects: the link must come up first."""
+        """Seconds to wait for a pong, longer for long round trips. connects: whether the link must come up first."""
         return self.prober.answer_limit_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
 
 
@@ -75,7 +76,7 @@ class NextHops(LinkPool):
         self._probe_at = 0.0
 
     def tick(self, now: float) -> None:
-        """Closes links without use, and pings the peers of the others."""
+        """Closes unused links, and pings the peers of all other links."""
         super().tick(now)
         if now >= self._probe_at:
             self._probe_at = now + PROBE_S
@@ -171,7 +172,7 @@ class Neighbours:
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
     def _link(self, name: str, seen: tuple[float, Link]) -> Link:
-        """The latest measurement of a link, on its own or by sessions. seen: time and result of the former."""
+        """The latest measurement of a link, by a separate measurement (`seen`: its time and result) or by sessions."""
         at, link = seen
         used_at, rtt_ms = self._used.get(name, (at, 0.0))
         return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link

@@ -42,8 +42,8 @@ from splitnet.wire.codecs import CODECS
 log = logging.getLogger(__name__)
 
 PATH = "/metrics"
-REQUEST_S = 5.0  # bound of the duration of a connection
-MOST_CONNECTIONS = 16  # at the same time; one more ends the oldest connection
+REQUEST_S = 5.0  # longest duration of a connection
+MOST_CONNECTIONS = 16  # maximum number of open connections; a further connection ends the oldest one
 Label = TypeVar("Label", bound=str)
 Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 
@@ -76,23 +76,23 @@ class PeerMetrics(Collector):
         service, counters = peer.service, peer.counters
         help = "1: takes new sessions; 0: is leaving or moving to other blocks."
         yield _gauge("serving", help, span is not None and not service.leaving)
-        yield _gauge("blocks", "Blocks that it serves.", span.end - span.start if span is not None else 0)
+        yield _gauge("blocks", "Blocks that the peer serves.", span.end - span.start if span is not None else 0)
         yield from self._sessions()
         yield _counter("moves", "Moves to other blocks.", counters.moves)
         yield from self._work_metrics()
         yield from self._memory()
         yield from self._traffic()
-        yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
+        yield _if_known("watts", "Power of the device while it computes, in watts.", counters.energy.watts)
         help = "Energy of a decoded token in all blocks of the peer."
         yield _if_known("token_joules", help, _token_joules(peer, server))
-        help = "Energy of steps and of timing the device, as far as it is known."
+        help = "Energy of steps and of measurements of the device's speed, as far as it is known."
         yield _counter("joules", help, counters.energy.joules)
 
     def _sessions(self) -> Iterator[Metric]:
         counters, transport = self._peer.counters, self._peer.transport
         yield _gauge("sessions", "Open sessions.", len(self._peer.service.sessions))
         yield _counter("sessions_opened", "Sessions that were admitted.", counters.opened)
-        yield _counter("sessions_ended", "Sessions that have ended, by how.", counters.ended, "cause")
+        yield _counter("sessions_ended", "Sessions that have ended, by cause.", counters.ended, "cause")
         refused = {code.name.lower(): count for code, count in counters.refused.items()}
         refused |= {"not_authorized": transport.refused_connections, "not_sent": transport.sending.refused}
         refused |= {f"connection_{cause}": count for cause, count in dict(transport.connections.ended).items()}
@@ -107,7 +107,7 @@ class PeerMetrics(Collector):
         yield _counter("tokens", help, {kind: of.positions for kind, of in work.items()}, "kind")
         help = "Positions that wait for the device or are on it: of steps, and of training passes."
         yield _gauge("queue_tokens", help, {"steps": queue.queued_positions, "training": queue.pass_positions}, "work")
-        help = "From the arrival of a step or pass until it began."
+        help = "Time from the arrival of a step or pass until it began."
         yield _histograms("queue_wait_seconds", help, "kind", {kind: of.waits for kind, of in work.items()})
         help = "Time of a pass on the device."
         yield _histograms("pass_seconds", help, "work", {kind: of.seconds for kind, of in passes.items()})
@@ -121,24 +121,24 @@ class PeerMetrics(Collector):
         training, kv = service.training_memory, service.sessions.memory
         help = "Memory for KV caches: reserved by sessions, and free for others."
         yield _gauge("kv_bytes", help, {"reserved": kv.used, "free": kv.free}, "state")
-        help = "Keys and values that sessions hold of what they reserved."
+        help = "Part of the reserved memory that holds keys and values."
         yield _gauge("kv_cached_bytes", help, round(service.rows.cached_bytes))
         store = service.sessions.prefixes
         help = "Keys and values of texts that are stored for later ones that begin alike."
         held = (store.nbytes, store.disk_bytes) if store is not None else (0, 0)
         yield _gauge("prefix_bytes", help, dict(zip(("memory", "disk"), held, strict=True)), "where")
-        help = "Pages of such keys and values, of 32 positions, by what became of them; broken: of no use."
+        help = "Pages of 32 positions with stored keys and values, by event; broken: a page could not be used."
         yield _counter("prefix_pages", help, asdict(store.counts) if store is not None else dict[str, int](), "event")
         help = "Memory for clients that train."
         yield _gauge("training_bytes", help, {"used": training.used, "free": training.free}, "state")
         accounts = kv, service.queue.memory, training
         held = {purpose: sum(account.used_for(purpose) for account in accounts) for purpose in MemoryPurpose}
-        yield _gauge("session_bytes", "Memory that sessions occupy, by what for.", held, "purpose")
+        yield _gauge("session_bytes", "Memory that sessions occupy, by purpose.", held, "purpose")
 
     def _traffic(self) -> Iterator[Metric]:
         sending, receiving = self._peer.transport.sending, self._peer.transport.receiving
         limits = {"received_limit": receiving.limit, "sent_limit": sending.limit}
-        help = "Messages in sockets: received and not read yet or not complete, not sent yet, and how much that may be."
+        help = "Messages in sockets: received but not read or incomplete, not sent yet, and the limit of both."
         yield _gauge("buffer_bytes", help, {"received": receiving.used, "sent": sending.used} | limits, "state")
         hidden, helper = self._peer.paths.hidden, self._peer.paths.helper
         help = "Helpers through which the peer is reached; 0: it is reached directly."
@@ -152,7 +152,7 @@ class PeerMetrics(Collector):
         yield _counter("helped_bytes", "Bytes of others that were passed on.", nbytes)
         sent, received = self._peer.counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)
-        yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)
+        yield _bytes("received_bytes", "Bytes of messages that were received, by link and codec.", received)
 
 
 def registry_of(peer: RunningPeer) -> CollectorRegistry:

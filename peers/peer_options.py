@@ -11,7 +11,8 @@ from splitnet.security.identity import AuthorizedKeys, Identity
 from splitnet.security.swarm_key import SwarmKey
 from splitnet.transport.addresses import Reach
 
-Report = Callable[[str, int, int], None]  # stage of a start, bytes done, bytes in all; repeated during a wait
+# Called with the stage of the start, bytes done and total bytes; repeatedly during a wait.
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

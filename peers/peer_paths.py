@@ -1,4 +1,4 @@
-"""How others reach a peer: at its address, at a port of its router, or through relays; and its relay for others."""
+"""How others reach a peer: at its address, at a port of its router, or through relays; also, the relay that it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from splitnet.wire.endpoints import Endpoint, LinkState, Relay, is_global
 
 log = logging.getLogger(__name__)
 
-ASKED = 2  # peers that are asked to connect back in one check, and as many relays
+ASKED = 2  # number of peers, and number of relays, that are asked to connect back in one check
 MOVED_S = 2.0  # interval between two checks of the machine's address
 REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # interval until the next check, by the result of the last
 
@@ -34,9 +34,9 @@ REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0  # interval until the nex
 class PeerPaths:
     """The ways to a running peer; close it after the transport.
 
-    address: `tcp://IP:port` of this machine. authorized: keys to relay for; None: any key. others: looks up the other
-    peers of the model. directory: lists relays. vouched: whether the user or a friend has named a relay. changed:
-    called when the record of the peer has changed; must return at once.
+    address: `tcp://IP:port` of this machine. authorized: keys that may use the relay of this peer; None: any key.
+    others: looks up the other peers of the model. directory: lists relays. vouched: whether the user or a friend has
+    named a relay. changed: called when the record of the peer has changed; must return at once.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PeerPaths:
         self._has_moved = False
         if self._may_move and not is_reachable(address):
             log.warning(
-                "this machine has no address at which others could connect to %s: where there is IPv6 alone, give "
+                "others cannot connect to %s: this machine has no address for it; where there is only IPv6, give "
                 "--listen tcp://[::]:PORT",
                 listen,
             )
@@ -73,9 +73,9 @@ class PeerPaths:
         self._directory = directory
         self._ask_at = -math.inf
         self._mapping = PortMapping(transport.port) if options.port_mapping and self._asks else None
-        self._mapped: str | None = None  # address of the router's port, if others reach it
+        self._mapped: str | None = None  # address of the mapped port of the router, if others reach that port
         inside = loopback_address_of(listen, transport.port)
-        # Connections to relays; `relays` is empty if others reach the peer directly.
+        # The connections to relays; `hidden.relays` is empty if others reach the peer directly.
         self.hidden = UnreachablePeer(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
         self.helper: RelayServer | None = None  # the relay for others
         if options.relay_port is not None:
@@ -89,12 +89,13 @@ class PeerPaths:
 
     @property
     def address(self) -> str:
-        """`tcp://IP:port` to announce: of this machine, or of a port of the router."""
+        """The address to announce, `tcp://IP:port`: that of this machine, or that of a port of the router."""
         return self._mapped or self.endpoint.address
 
     @property
     def relay_port(self) -> int:
-        """Port of the relay for others; 0: no relay, also while others reach the peer at a port of the router."""
+        """Port of the relay for others; 0: there is no relay, or others reach this peer only at a port of the
+        router."""
         return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     def start(self) -> None:
@@ -111,16 +112,17 @@ class PeerPaths:
             self.helper.close()
 
     def moves(self, now: float) -> bool:
-        """Whether the machine has a new address since the last call; the peer must announce it."""
+        """Whether the machine has got a new address since the last call; the peer must then announce the new
+        address."""
         if not self._may_move or now < self._moved_at:
             return False
         self._moved_at = now + MOVED_S
         host = reachable_host(self._listen)
         address = f"tcp://{host}:{self._transport.port}"
-        # While the network is lost, the last address remains.
+        # While the network is down, the peer keeps its last address.
         if address == self.endpoint.address or not is_reachable(address):
             return False
-        log.warning("this machine has another address: %s, before %s", address, self.endpoint.address)
+        log.warning("the address of this machine has changed to %s, from %s", address, self.endpoint.address)
         self.endpoint = Endpoint(address, self._identity.public)
         self._has_moved = True
         return True
@@ -128,10 +130,10 @@ class PeerPaths:
     def check_reachability(self) -> None:
         """Asks others at intervals whether they reach this peer, and maps a port or connects to relays; may take
         seconds."""
-        if self._has_moved:  # results and streams of the former network are void
+        if self._has_moved:  # results of checks and connections to relays belong to the former network
             self._has_moved = False
             if self._mapped is not None:
-                self._unmap("it is in another network")
+                self._unmap("this machine is in another network now")
             self._ask_at = -math.inf
             if self.hidden.stop_relaying() or self._reach is Reach.helpers:
                 self.hidden.start()
@@ -140,18 +142,18 @@ class PeerPaths:
         if self._mapped is not None and self._mapping is not None:
             try:
                 if self._mapping.renew() != self._mapped:
-                    self._unmap("it leads elsewhere now")
+                    self._unmap("the router has assigned another address or port")
             except MappingError as error:
                 self._unmap(str(error))
         if time.monotonic() < self._ask_at:
             return
         reached = self._is_reached(self.address)
         if reached is False and self._mapped is not None:
-            self._unmap("they find nothing there")
+            self._unmap("no test connection has arrived")
         if reached is False:
             if not self.hidden.relays:
-                log.warning("others cannot connect to %s: looking for helpers", self.endpoint.address)
-            self.hidden.start()  # before the router, which may answer slowly
+                log.warning("others cannot connect to %s: looking for helpers (relays)", self.endpoint.address)
+            self.hidden.start()  # before the router is asked, because it may answer slowly
             reached = self._mapping is not None and self._map(self._mapping)
         self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
         if reached and (self._mapped is None or self._reaches_itself()):
@@ -166,13 +168,18 @@ class PeerPaths:
         except MappingError as error:
             log.info("no port is mapped: %s", error)
             return False
-        # Twice: a peer that knows the address may wait before its next attempt, while a new link is tried at once.
+        # Two checks: a peer that has tried this address before may wait until it tries again, and then the first check
+        # fails.
         if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
-            log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
+            log.info(
+                "nobody reaches %s, although the router says that it forwards this port to this peer (%s)",
+                address,
+                mapping.by,
+            )
             mapping.close()
             return False
         self._mapped = address
-        text = "others reach this peer at %s, a port that the router leads here (%s)"
+        text = "others reach this peer at %s, a port that the router forwards to it (%s)"
         log.warning(text, address, mapping.by, extra={"address": address})
         return True
 
@@ -185,20 +192,21 @@ class PeerPaths:
     def _is_reached(self, address: str) -> bool | None:
         """Whether others on the internet reach this peer; None: no peer has tried.
 
-        Connections count, not answers: a liar could leave the peer without relays, or offer it the liar's relay.
+        Only connections from others count, not what they answer: with false answers an attacker could keep this peer
+        from using relays, or make it use the attacker's relay.
         """
         began = time.monotonic()
         try:
             said = self._asked_peers(address) + self._asked_helpers(address)
         except SplitnetError as error:
-            log.info("nobody could be asked whether this peer is reached: %s", error)
+            log.info("could not ask others whether they reach this peer: %s", error)
             said = []
         if any(_is_outside(host, address) for host in self._transport.connections.hosts(began)):
             return True
         return False if said else None
 
     def _asked_peers(self, address: str) -> list[bool]:
-        # Peers of this network may reach addresses that other networks do not.
+        # Not peers in this local network, which may reach addresses that other networks cannot reach.
         able = [record for record in self._others() if not record.relays and is_global(record.address)]
         asked = random.sample(able, min(ASKED, len(able)))
         if not asked:

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 HALF_LIFE_S = 20.0  # seconds of computation after which a measurement has half its weight
 SENSOR_S = 0.5  # interval between two readings of a sensor, because a reading over I2C takes a millisecond
-MOST_WATTS = 2000.0  # bound of one counter's power: after a larger difference the counter was reset, and did not wrap
+# Highest plausible power of one counter: a larger difference means that the counter was reset, and did not wrap.
+MOST_WATTS = 2000.0
 SYSFS = Path("/sys")
 
 _MICRO = 1e-6
@@ -57,8 +58,7 @@ class EnergyMeter:
     """Adds up the energy of computations; failed readings add nothing.
 
     One thread at a time computes; another thread may call `find_sources`. find: finds the readable sources. watts:
-    power of the
-    device while it computes, from the user; with it no source is read.
+    power of the device while it computes, as the user states; if given, no source is read.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EnergyMeter:
         watts: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.joules = 0.0  # of all computations whose energy is known
+        self.joules = 0.0  # energy of all computations whose energy is known
         self._find = find
         self._given = watts
         self._clock = clock
@@ -156,12 +156,12 @@ class EnergyMeter:
         return self._sensed_watts if sensors else 0.0
 
     def _readings(self, sources: PowerSources, parts: list[PowerSource]) -> list[float] | None:
-        """A reading of each part; None: one failed."""
+        """A reading of each part; None: a reading failed."""
         try:
             return [part.read() for part in parts]
         except (OSError, ValueError) as error:
             if sources is self._sources:
-                log.info("what the device draws cannot be read any more: %s", error)
+                log.info("the power of the device cannot be read any more: %s", error)
                 self._use_sources(PowerSources())
             return None
 

@@ -2,13 +2,13 @@
 
 The name of a page is a digest of everything that the page depends on: the client's label, which covers the text up to
 the end of the page (see `splitnet.wire.sent_log`), the client's digest of the hops before (`Open.context`), the blocks
-and their weight format, and the key of the client. So a page that is found is right, and no client finds pages of
+and their weight format, and the key of the client. So a page that is found always fits, and no client finds pages of
 another key.
 
 Pages use the KV memory that no session has reserved. The least valuable page is evicted first, by its uses and the cost
-to compute it again (GreedyDual-Size-Frequency; Cherkasova, HPL-98-69R1, 1998), from the key with most bytes for its
-weight. A thread writes to `PageFiles` the pages that were used again, and all pages when the peer ends. A store that
-fails loses pages only.
+to compute it again (GreedyDual-Size-Frequency; Cherkasova, HPL-98-69R1, 1998), from the key with the most bytes for its
+weight. A thread writes to `PageFiles` the pages that were used again, and all pages when the peer ends. If the store
+fails, only pages are lost.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from splitnet.wire.sent_log import digest
 log = logging.getLogger(__name__)
 
 STATES = "states."  # prefix of the names of states: tensors after the last position of a page, not keys or values
-READ_S = 2.0  # bound of a session's wait for pages from the disk
-CLOSE_S = 5.0  # bound of a closing peer's wait for pages that are written
-PACKED = 32  # packed pages that are kept, because other peers ask for a page in several parts
-MOST_QUEUED = 256  # pages that may wait to be written
-SHRINK = 1 / 16  # share of the limit that is freed beyond the need, so that searches for pages to evict are rare
+READ_S = 2.0  # longest time that a session waits for pages from the disk
+CLOSE_S = 5.0  # longest time that a closing peer waits for pages to be written
+PACKED = 32  # number of packed pages that are kept, because other peers ask for a page in several parts
+MOST_QUEUED = 256  # maximum number of pages that wait to be written
+SHRINK = 1 / 16  # share of the limit that is freed in addition, so that searches for pages to evict are rare
 FREE_DISK = 1 << 30  # bytes of the disk that pages always leave free
 MOST_DISK = 8 << 30  # bytes of pages on disk by default
 _DIGEST_BYTES = 32
@@ -77,7 +77,7 @@ class _HeldPage:
     owner: bytes
     cost_ms: float
     depth: int  # number of pages before this page in its text
-    value: float  # at most the value of each page before
+    value: float  # not higher than the value of any page before it in the text
     secret: bool  # see `PageNamespace`
     uses: int = 1
 
@@ -194,8 +194,8 @@ class PrefixStore:
         self.counts.stored += self._take_in(made, space, cost_ms, before, uses=1)
 
     def put_copied(self, space: PageNamespace, page: Page, before: Sequence[bytes]) -> bool:
-        """Stores a page from another peer, if there is room; before: as in `put`. The page is not written to disk until
-        a session has used it, because other peers could fill the disk."""
+        """Stores a page from another peer, if there is room; before: as in `put_page`. The page is not written to disk
+        until a session has used it, because other peers could fill the disk."""
         return self._take_in(page, space, self._most_cost_ms(), before, uses=0)
 
     def _most_cost_ms(self) -> float:
@@ -216,7 +216,7 @@ class PrefixStore:
             then(pages)
 
     def used(self, pages: Sequence[Page]) -> None:
-        """Has pages written that a row has loaded: later than the load, which would be slower."""
+        """Has pages that a row has loaded written to disk: only now, because writing would slow down the load."""
         with self._lock:
             for page in pages:
                 if (held := self._held.get(page.name)) is not None:
@@ -390,7 +390,7 @@ def unpack(name: bytes, data: bytes | bytearray) -> Page:
     """The page in `data`. Raises ValueError: the page is damaged; also raises errors of safetensors."""
     body = bytes(data[_DIGEST_BYTES:])
     if _checked(name, body) != data[:_DIGEST_BYTES]:
-        raise ValueError("its digest is another")
+        raise ValueError("its digest is wrong")
     tensors = load(body)
     output, reach = tensors.pop("output"), tensors.pop("reach")
     return Page(name, tensors, output.numpy().tobytes(), int(reach))

@@ -20,8 +20,9 @@ from splitnet.errors import PeerBusy
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Adapter, FetchKV, Forward, Gradient, Step
 
-MAX_SESSION_PASSES = 64  # of one session that may wait: passes over whole sequences, adapters, requests for KV caches
-MAX_KEY_PASSES = 256  # the same of all sessions of one key
+# Maximum number of waiting passes over whole sequences, adapters and requests for KV caches of one session.
+MAX_SESSION_PASSES = 64
+MAX_KEY_PASSES = 256  # the same for all sessions of one key
 LOOK_S = 0.02  # poll interval while all ready prompts wait for congested links
 
 
@@ -33,8 +34,9 @@ class WorkQueue:
     """
 
     pass_s: Callable[[int], float] = lambda positions: 0.0  # seconds of a pass, by its positions
-    weight: Callable[[bytes], float] = lambda key: 1.0  # of a client's key in the shares of the device
-    step_bytes: int = 1 << 29  # bound of the memory of waiting steps
+    # Returns the weight of a client's key in the shares of the device.
+    weight: Callable[[bytes], float] = lambda key: 1.0
+    step_bytes: int = 1 << 29  # limit of the memory of waiting steps
     unsent: Callable[[Endpoint], int] = lambda endpoint: 0  # bytes that wait for the link to a next hop
 
     def __post_init__(self) -> None:
@@ -50,7 +52,7 @@ class WorkQueue:
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()  # by key
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
-        self._prefix_hits: dict[HopSession, None] = {}  # whose rows can load pages before their steps come
+        self._prefix_hits: dict[HopSession, None] = {}  # sessions whose rows can load pages before their steps arrive
         self.defers = False  # after `put_step`, the caller wakes the engine through `Engine.run_here`
         self._turns_without_pass = 0
         self.queued_positions = 0
@@ -119,7 +121,7 @@ class WorkQueue:
                 if waiting >= most:
                     wait_s = self.pass_s(self.pass_positions)
                     raise PeerBusy(
-                        f"{waiting} passes of this {what} wait already, the most that may: send more when those are "
+                        f"{waiting} passes of this {what} wait already, the maximum: send more when those are "
                         f"answered, the last in about {wait_s:.0f} s"
                     )
             of_key[work] = None
@@ -238,7 +240,7 @@ class WorkQueue:
                 ready = self._not_held()
                 if not self._shares.contended(time.monotonic()):
                     return self._begin_steps(self._next_pass(ready, max_positions)) if first and ready else []
-                # Between two pieces, the key of the pass has one pass of steps.
+                # Between two pieces, the key of the pass may run one pass of steps.
                 ready = [session for session in ready if first or session.owner != owner]
                 keys = [*(session.owner for session in ready), owner]
                 chosen = self._take_shared(ready, max_positions, keys, running_key=owner, own_steps=first)
@@ -302,7 +304,7 @@ class WorkQueue:
             self._changed.notify_all()
 
     def _not_held(self) -> list[HopSession]:
-        """Sessions that are ready, without prompts whose link to the next hop is congested."""
+        """The ready sessions, except for those with a prompt whose link to the next hop is congested."""
         now, links = time.monotonic(), dict[Endpoint, tuple[int, float]]()
         ready: list[HopSession] = []
         for session in self._ready:
@@ -330,8 +332,9 @@ class WorkQueue:
     ) -> list[tuple[Work, int]] | None:
         """The next pass when several keys are active; empty: a pass over whole sequences begins or continues.
 
-        None: it has waited for a key with less device time; call it again. keys: all keys with work. running_key: the
-        key of the pass over whole sequences that runs; own_steps: whether steps of that key may come first.
+        None: this call has waited for a key with less device time; call it again. keys: all keys with work.
+        running_key: the key of the pass over whole sequences that runs; own_steps: whether steps of that key may come
+        first.
         """
         now = time.monotonic()
         ranked = self._shares.ranked(dict.fromkeys(keys))

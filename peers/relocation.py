@@ -34,18 +34,19 @@ log = logging.getLogger(__name__)
 LINK_CODEC = "int8"  # codec of activations that is assumed for slow links
 
 TRIED_AT_ONCE = 32  # peers that are pinged in one round
-WITNESSES = 5  # nearest answering peers whose coordinates estimate the distances of all other peers
+WITNESSES = 5  # number of nearest answering peers from whose coordinates the distances of all other peers are estimated
 PROBED = 4  # answering peers that receive 64 KiB, which measures the uplink of this machine
-READ_BYTES = 32 * 2**20  # bytes of memory that are read to estimate the speed of the device
+READ_BYTES = 32 * 2**20  # size of the memory, in bytes, that is read to estimate the speed of the device
 READS = 3  # timed reads of memory; the fastest counts
-FEW = 3  # servers of a block that may all be lost at once
-MAX_WATCHED = 16  # peers that one peer pings all the time
+FEW = 3  # if at most this many peers serve a block, other peers watch them: all may be lost at the same time
+MAX_WATCHED = 16  # maximum number of peers that one peer pings regularly
 
 LOOK_S = 15.0  # longest interval between two looks at the records of all other peers
 QUICK_LOOK_S = 2.0  # shortest interval
-LOOK_PER_PEER_S = 0.3  # interval for each peer: small swarms cost little to look up, and replace lost blocks sooner
+# Interval per peer of the swarm: small swarms are cheap to look up, and then replace lost blocks sooner.
+LOOK_PER_PEER_S = 0.3
 URGENT_LOOK_S = 1.0  # shortest interval while some blocks have no server
-URGENT_LOOK_PER_PEER_S = 0.05  # interval for each peer meanwhile: the peer that moves waits for new records of others
+URGENT_LOOK_PER_PEER_S = 0.05  # interval per peer meanwhile: the peer that moves waits for new records of others
 CHECK_S = 0.5  # interval between two checks of the watched peers
 Blocks = tuple[int, int]
 
@@ -98,7 +99,8 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> PresentPeers
 
     The first round pings keys with a proof of work, the second one peers that are near by network coordinates.
     """
-    records = [record for record in records if record.key != identity.public]  # without an earlier run of this peer
+    # Without the record of an earlier run of this peer.
+    records = [record for record in records if record.key != identity.public]
     if not records:
         return NOBODY
     others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
@@ -133,7 +135,7 @@ def choose_blocks(
 ) -> tuple[int, int]:
     """The blocks `[start, end)` to serve next to the `present` peers: the blocks of `wish`, or at most `fitting`.
 
-    own_ms: of a token in a block of the new peer; None: unknown.
+    own_ms: time of a token in one block of the new peer; None: unknown.
 
     Raises SplitnetError: the model does not have the blocks of `wish`.
     """
@@ -174,11 +176,11 @@ def _positive(ms: float) -> float:
 class Mover:
     """Decides the moves of one peer. `scheduler.peer_moves` has the rules, which keep peers from leaving together.
 
-    position_bytes: of a position on links; 0: the bandwidth of peers does not count.
+    position_bytes: bytes of a position on links; 0: the bandwidth of peers does not count.
     """
 
     def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
-        self.lacking = False  # at the last decision, blocks had no server and no peer was moving to them
+        self.lacking = False  # whether, at the last decision, some blocks had no server and no peer was moving to them
         self._num_blocks = num_blocks
         self._position_bytes = position_bytes
         self._announced: PeerMove | None = None  # waits for newer records of all peers that may leave the same blocks
@@ -218,7 +220,7 @@ class Mover:
         return list(guarded.values())
 
     def _few_holders(self, own: PeerRecord, others: Sequence[PeerRecord]) -> list[list[PeerRecord]]:
-        """The servers of each block that one to `FEW` other peers serve; each group once."""
+        """The servers of each block that one to `FEW` other peers serve; each group of servers once."""
         groups: dict[frozenset[PublicKey], list[PeerRecord]] = {}
         serving = [record for record in others if record.serves]
         edges = sorted({edge for record in serving for edge in (record.start, record.end)} | {own.start, own.end})
@@ -256,7 +258,7 @@ class HolderWatch:
         self._lock = threading.Lock()
 
     def watch_holders(self, records: Iterable[PeerRecord]) -> None:
-        """Watches the first `MAX_WATCHED` of these peers, and no others."""
+        """Watches the first `MAX_WATCHED` of these peers, and no other peers."""
         wanted = list(dict.fromkeys(record.endpoint for record in records))[:MAX_WATCHED]
         with self._lock:
             for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
@@ -294,7 +296,7 @@ class Relocation:
     publish: Callable[[], None]  # announces this peer's record at once
     move: Callable[[Blocks, bool], None]  # makes the peer serve other blocks; True: at once, as blocks have no server
     leave: Callable[[PeerRecord, Sequence[PeerRecord]], bool | None] = lambda own, others: False
-    """Changes to another model if that has more demand; True: the peer has changed, None: it is about to."""
+    """Changes to another model with more demand; returns True: the peer has changed, None: it will change soon."""
 
     def __post_init__(self) -> None:
         self._gone: frozenset[PublicKey] = frozenset()
@@ -326,7 +328,7 @@ class Relocation:
             if leaves:
                 return True
             lost = [record for record in others if record.key in self._gone]
-            # In a small swarm every peer watches all: the peer that would move may be lost as well.
+            # In a small swarm every peer watches all others: the peer that would move may be lost as well.
             rest = others if len(others) <= MAX_WATCHED else ()
             self.watch.watch_holders([*lost, *self.mover.guarded(own, present, now), *rest])
             announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
@@ -357,5 +359,5 @@ class Relocation:
                 self.reconsider()
             except SplitnetError as error:
                 log.warning("could not look for better blocks to serve: %s", error)
-            # At a random time: the later of two looks sees the announcement of the other peer.
+            # Peers look at random times, so that the later of two peers sees the announcement of the other.
             look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

@@ -1,4 +1,5 @@
-"""The rows of sessions at a peer: their KV caches, and the stored pages with which rows begin and which they leave.
+"""The rows of sessions at a peer: their KV caches, the stored pages that rows begin with, and the pages that rows
+leave.
 
 Rows are allocated ahead of their positions, so that a step seldom moves them, and all rows of a session together stay
 within its reservation.
@@ -32,8 +33,9 @@ from splitnet.wire.sent_log import PAGE, fork_rows, page_ends
 
 log = logging.getLogger(__name__)
 
-AHEAD = 1 / 8  # share of the reservation that rows may allocate beyond it; with less, full sessions move rows often
-PAGE_BYTES = 1 << 20  # bound of a packed page's bytes besides its numbers
+# Share of the reservation that rows may allocate in addition; with a smaller share, full sessions often move rows.
+AHEAD = 1 / 8
+PAGE_BYTES = 1 << 20  # upper limit of the bytes of a packed page in addition to its numbers
 LOADED_AT_ONCE = 1 << 27  # bytes of pages that are loaded into a row before other steps run
 LOADED_BESIDE = 1 << 25  # the same while several keys are active
 
@@ -55,7 +57,7 @@ class Rows:
 
     @property
     def most_page_bytes(self) -> int:
-        """Bound of the bytes of a packed page."""
+        """Upper limit of the bytes of a packed page."""
         sessions = self.sessions
         return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
 
@@ -63,7 +65,7 @@ class Rows:
     def cached_bytes(self) -> float:
         """Bytes that rows hold; a session may have fewer blocks than the span. Any thread may read it."""
         block_bytes = self.sessions.position_bytes / (self.served.end - self.served.start)
-        # Lists, because other threads add sessions and rows.
+        # Lists are copied first, because other threads add sessions and rows.
         return sum(
             (session.end - session.start) * cache.length * block_bytes + cache.near_bytes + cache.state_bytes
             for session in list(self.sessions)
@@ -114,7 +116,7 @@ class Rows:
         """The first keys and values of a row. Raises ProtocolError: the row has fewer."""
         cache = session.row_state.caches.get(message.row)
         if cache is None or not 0 < message.length <= cache.length:
-            raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
+            raise ProtocolError(f"there are fewer than {message.length} positions in row {message.row}")
         return span.keys_and_values(cache, message.length)
 
     def is_quick(self, work: Work) -> bool:
@@ -147,7 +149,7 @@ class Rows:
             if hit is None:
                 own.load = None
                 return False
-            # A row depends on an adapter only by the adapter's prefix.
+            # A row depends on an adapter only through the adapter's prefix.
             prefixed = session.prefix_length or (load is not None and load.cache.prefix_length)
             if load is None or not load.is_start_of(hit) or prefixed:
                 load = own.load = self._new_load(session, hit, part.start + part.length, span)
@@ -163,7 +165,8 @@ class Rows:
         at the same time. True: pages remain."""
         own = session.row_state
         hit, load = own.hit, own.load
-        # Beside other rows the pages could exceed the reservation; a load of another text would be started over again.
+        # If there are other rows, the pages could exceed the reservation; a load of another text would restart from the
+        # start.
         if session.closed or own.caches or session.prefix_length or hit is None or (load and not load.is_start_of(hit)):
             return False
         span = view_of(session.start, session.end)
@@ -172,7 +175,7 @@ class Rows:
         return load.is_unfinished
 
     def prepare_step(self, work: Work) -> None:
-        """Brings the rows and the log of a session to where a step begins.
+        """Changes the rows and the log of a session to the state in which a step begins.
 
         Raises as `prepare_rows`, and PeerBusy: there is no memory for the states of all rows.
         """
@@ -243,7 +246,7 @@ class Rows:
             for index, label in enumerate(ending, first):
                 if cache.length < (index + 1) * PAGE:
                     break
-                # A row has the states after its last position only.
+                # A row has states only after its last position.
                 ends = cache.length == cache.computed == (index + 1) * PAGE
                 make = partial(self._page, session, part.row, cache, index, ends)
                 with suppress(ValueError):
@@ -291,8 +294,8 @@ class Rows:
         self.queue.charge(session, seconds_after_work(device) - began)
 
     def _begin_row(self, work: Work, load: PrefixLoad, device: torch.device) -> None:
-        """Has the loaded row take the place of all rows. If the pages did not fit, the step is refused like a step of
-        a row that does not exist."""
+        """Replaces all rows with the loaded row. If the pages did not fit, the step is refused like a step of a row
+        that does not exist."""
         pages, row, own = load.hit.pages, load.hit.row, work.session.row_state
         with_states = max((count for count, page in enumerate(pages, 1) if page.states), default=0)
         with self._may_break(load):
@@ -320,7 +323,7 @@ class Rows:
         stored."""
         tensors = cache.page(index * PAGE, (index + 1) * PAGE)
         if not are_finite(tensors.values()):
-            raise ValueError("the page has values that are no numbers")
+            raise ValueError("the page has values that are not finite")
         if ends:
             tensors |= {STATES + state: tensor for state, tensor in cache.states().items()}
         tensors = renumbered(tensors, self.served.start)
@@ -341,7 +344,7 @@ def _copy_of(cache: SequenceCache | _RowCopy) -> _RowCopy:
 
 
 def room_for(reservation: int) -> int:
-    """Positions for which all rows of a session with this reservation are allocated at most."""
+    """Maximum number of positions that all rows of a session with this reservation may be allocated for."""
     return reservation + int(reservation * AHEAD)
 
 
@@ -405,7 +408,7 @@ def prepare_rows(session: HopSession, step: Step) -> None:
 
 
 def shared_room(ends: Mapping[int, int], present: Mapping[int, int], total: int) -> dict[int, int]:
-    """Positions to allocate for each row; within `total`, if the sum of `ends` is.
+    """Positions to allocate for each row; their sum is within `total` if the sum of `ends` is within it.
 
     ends: positions of each row after the step. present: allocated positions of the rows that exist.
     """

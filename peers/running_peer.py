@@ -74,19 +74,20 @@ from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyP
 
 log = logging.getLogger(__name__)
 
-MOVE_DRAIN_S = 15.0  # bound of a moving peer's wait until its sessions are replaced
-FIRST_REMEASURE_S = 20.0  # idle time before the device is timed again; it doubles each time
-TRIM_S = 20.0  # time after the last pass over whole sequences until free memory of the C library is returned
+MOVE_DRAIN_S = 15.0  # longest time that a moving peer waits until other peers have its sessions
+FIRST_REMEASURE_S = 20.0  # idle time before the speed of the device is measured again; doubles with each measurement
+TRIM_S = 20.0  # time after the last pass over whole sequences until the C library returns free memory to the system
 
-LEAST_STEP_MEMORY = 128 * 2**20  # bytes for waiting steps, if half of the KV memory is less; one key gets half of them
+# Bytes. Waiting steps may occupy half as much as the KV memory, and at least this; one key may use half of these bytes.
+LEAST_STEP_MEMORY = 128 * 2**20
 
 
 class IsLeaving(Exception):
-    """The peer ends while it gets or loads blocks."""
+    """The peer is closed while it downloads or loads blocks."""
 
 
 def _row_positions(checkpoint: Checkpoint, span: Span, options: PeerOptions) -> int:
-    """Approximate bound of the positions of one row."""
+    """Approximate maximum number of positions in one row."""
     memory = options.kv_memory if options.kv_memory is not None else free_memory(span.device) // 4
     held = int(memory / (1 + AHEAD)) // max(1, span.kv_bytes_per_position)
     return min(held, checkpoint.max_positions or held)
@@ -118,10 +119,14 @@ class SpanServer:
     ) -> None:
         kv_memory, training_memory = options.kv_memory, options.training_memory
         if kv_memory is not None and kv_memory <= span.row_bytes != 0:
-            what = "states" if span.row_bytes == span.state_bytes else "states and the positions in full"
+            what = (
+                "states"
+                if span.row_bytes == span.state_bytes
+                else "states and the positions that are held in full precision"
+            )
             raise OutOfMemory(
                 f"the {what} of a sequence in blocks {span.start}:{span.end} take {span.row_bytes / 2**20:.1f} MiB, "
-                f"{kv_memory / 2**20:.1f} MiB are given for KV caches: use --kv-memory with more, or fewer blocks"
+                f"but KV caches may use {kv_memory / 2**20:.1f} MiB: increase --kv-memory, or serve fewer blocks"
             )
         self.span = span
         self.speed = speed
@@ -173,7 +178,8 @@ class SpanServer:
         self._measure_after_s = FIRST_REMEASURE_S
 
     def remeasure_if_idle(self) -> None:
-        """Has an idle device timed again, at growing intervals, because other processes may have slowed it down."""
+        """Has the speed of an idle device measured again, at growing intervals: other processes may slow the device
+        down."""
         now = time.monotonic()
         last = max(self._measured_at, self.service.load.last_at)
         if now - last > self._measure_after_s and not self.service.queue.has_work:
@@ -204,7 +210,7 @@ class SpanServer:
 class RunningPeer:
     """A running peer of one model. Use `RunningPeer.start`, then `close`.
 
-    Raises SplitnetError, with a remedy: for the model, the swarm, the address, or memory.
+    Raises SplitnetError, whose text says what helps: a problem of the model, the swarm, the address, or memory.
     """
 
     def __init__(
@@ -253,7 +259,7 @@ class RunningPeer:
         except BaseException:
             self.transport.close()
             raise
-        self.service = self._server.service  # while the peer moves, the service of its former blocks
+        self.service = self._server.service  # while the peer moves: the service of its former blocks
         self._placed_at = time.time()
         self._watch = HolderWatch(self._next_hops, self.transport.link_state)
         self._joined_at = hosts_of(options.initial_peers)
@@ -300,10 +306,10 @@ class RunningPeer:
     @classmethod
     def start(cls, model: str | Path | None, options: PeerOptions, *, progress: Report | None = None) -> RunningPeer:
         """Joins or starts a swarm, loads blocks and serves them. model: hub id or checkpoint folder; None: the model
-        with most demand that `options` allow.
+        with the highest demand among those that `options` allow.
 
-        progress: called with a stage, bytes done and bytes in all, repeatedly while the start waits. An error that it
-        raises ends the start.
+        progress: called with a stage, bytes done and total bytes, repeatedly while the start waits. An error that
+        `progress` raises ends the start.
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
@@ -334,21 +340,23 @@ class RunningPeer:
         )
         choice: ModelChoice | None = None
         if options.any_model is not None:
-            if options.wish.memory is None:  # free memory changes with the model
+            if options.wish.memory is None:  # fixed now, because free memory changes when models are loaded
                 memory = int(free_memory(torch.device(options.device)) * BLOCKS_SHARE)
                 options = replace(options, wish=SpanWish(memory=memory))
             choice = ModelChoice(options, identity, report, authorized)
         try:
             joined = join_swarm(options, model, checkpoint, identity, report, choice.choose_first if choice else None)
         except ModelNotFound as error:
-            raise error if absent is None else ModelNotFound(f"{absent}. From peers: {error}") from error
+            raise (
+                error if absent is None else ModelNotFound(f"{absent}. The peers do not have the model either: {error}")
+            ) from error
         checkpoint = joined.checkpoint
         try:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
             fitting = fitting_blocks(checkpoint, options.wish, options.device, options.dtype, options.weights)
             present, own_ms = NOBODY, None
             if fitting:
-                report("ask who answers", 0, 0)
+                report("ping the other peers", 0, 0)
                 present = answering(joined.directory.peers(checkpoint.fingerprint), identity)
             if present.records:
                 own_ms = expected_block_ms(checkpoint, options.device, options.dtype, options.weights)
@@ -445,7 +453,7 @@ class RunningPeer:
         """Leaves the directory and drains sessions, see `SpanServer.drain`."""
         self._leaving.set()
         with self.relocation.lock:
-            self.service.leave()  # before the directory, which may be slow
+            self.service.leave()  # before the peer leaves the directory, which may take long
             self._announcer.close()
             if self._choice is not None:
                 self._choice.stay(self.directory)
@@ -487,11 +495,11 @@ class RunningPeer:
         self.service.tick(time.monotonic())
         if self.paths.moves(time.monotonic()):
             self._announcer.publish_soon(moved=True)
-        self._watchdog.alive()  # this thread runs, so no other thread blocks its locks
+        self._watchdog.alive()  # reached only if no thread keeps a lock that this thread needs
 
     def _look_around(self) -> None:
         self.counters.energy.find_sources()
-        if self._server is not None:  # not in a variable, which would keep the span from being freed by a move
+        if self._server is not None:  # no local variable: its reference would keep a move from freeing the span
             self._server.remeasure_if_idle()
         self.paths.check_reachability()
         if self._lan is not None:
@@ -503,7 +511,7 @@ class RunningPeer:
         self._prove_work()
 
     def _prove_work(self) -> None:
-        """Makes a proof of work for a key in a file, once; takes seconds."""
+        """Makes the proof of work of a key that is kept in a file, if it has no proof yet; takes seconds."""
         if self._options.key_file is None or self._proof:
             return
         file = self._options.key_file.with_name(f"{self._options.key_file.name}.proof")
@@ -536,7 +544,7 @@ class RunningPeer:
         except IsLeaving:
             return False
         except SplitnetError as error:
-            log.warning("this peer cannot serve a model that is wanted more: %s", error)
+            log.warning("this peer cannot serve a model with higher demand: %s", error)
             if chosen is None:
                 return False
             self._choice.give_up(self.directory, chosen)
@@ -549,14 +557,14 @@ class RunningPeer:
         another model that has the blocks.
         """
         try:
-            (chosen or self).checkpoint.get_blocks(*span)  # while the present blocks are served
+            (chosen or self).checkpoint.get_blocks(*span)  # the present blocks are still served
         except IsLeaving:
             return
         self._last_record = replace(self.record(), moving_to=None if chosen else span, serves=False)
         try:
             self._announcer.publish()
         except SplitnetError as error:  # nodes of the DHT may be lost together with the blocks
-            log.warning("the swarm is not told of the move: %s", error)
+            log.warning("could not announce the move to the swarm: %s", error)
         if self._change_to(*span, 0.0 if urgent else MOVE_DRAIN_S, chosen):
             self._last_record = None
             self._announcer.publish()
@@ -617,7 +625,7 @@ class RunningPeer:
                 self.directory.withdraw(former, self.identity)
             self._announcer.publish()
         except SplitnetError as error:
-            log.warning("the swarm is not told of the move: %s", error)
+            log.warning("could not announce the move to the swarm: %s", error)
 
     def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed | None) -> None:
         """speed: of other blocks of the model; None: the new blocks are timed."""

@@ -49,11 +49,13 @@ class ServedBlocks:
             codec_by_code(message.codec)
             codec_by_code(message.tap_codec)
             if any(not low < high <= message.end for low, high in pairwise((message.start, *message.taps))):
-                raise ProtocolError("the hidden states that are wanted do not stand behind blocks, in their order")
+                raise ProtocolError(
+                    "the boundaries of the wanted hidden states are not in this session's span, or not in rising order"
+                )
             next_hop_of(message)
             if message.previous:
                 PublicKey(message.previous)
-        except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
+        except Exception as error:  # an unknown codec, a key that is not a point of the curve, a malformed address
             return FailureCode.BAD_MESSAGE, str(error)
         return None
 
@@ -63,7 +65,7 @@ class ServedBlocks:
         total = longest = 0
         for row, start, length, keep in message.parts:
             if not length or keep > length:
-                raise ProtocolError("a part of the step is empty, or keeps more than it has")
+                raise ProtocolError("a part of the step is empty, or keeps more positions than it has")
             rows.add(row)
             total += length
             longest = max(longest, start + length)
@@ -77,8 +79,8 @@ class ServedBlocks:
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())
-        # Twice the reservation may wait: a step that is answered may still be in its pass, and a step of an older epoch
-        # is finished.
+        # Twice the reservation may wait: an answered step may still be in its pass, and a step of an older epoch still
+        # finishes.
         if size > session.reservation or session.waiting_size + size > 2 * session.reservation:
             raise SessionTooLong(f"the session has reserved {session.reservation} positions")
         return total
@@ -87,7 +89,7 @@ class ServedBlocks:
         """Checks that a page has exactly the tensors and outputs of blocks `[start, end)`.
 
         A missing tensor would expose another session's data, because memory is not cleared. first: the page begins its
-        text. Raises ProtocolError: the page is another one.
+        text. Raises ProtocolError: the page differs.
         """
         tensors = page.tensors
         wanted = {name for name in self.page if (block := _block_of(name)) is None or start <= block < end}
@@ -96,7 +98,7 @@ class ServedBlocks:
         due = wanted - states - sinks | (sinks if first else set[str]())
         given = {name for name in tensors if not name.startswith(STATES)}
         if given != due or tensors.keys() - given not in (set[str](), states):
-            raise ProtocolError("a page is not of these blocks")
+            raise ProtocolError("a page belongs to other blocks")
         for name, tensor in tensors.items():
             dtype, shape = self.page[name]
             if name not in states and shape[2] == 1:  # one position
@@ -119,7 +121,7 @@ def endpoint_of(key: bytes, address: str, relays: tuple[Relay, ...], what: str) 
     """A peer that a client names; `what` is its name in errors. Raises ProtocolError or KeyFileError: it is
     malformed."""
     if not all(map(is_address, (address, *(relay.address for relay in relays)))):
-        raise ProtocolError(f"{what}'s address is not tcp://IP:PORT: names of others are not looked up")
+        raise ProtocolError(f"{what}'s address is not tcp://IP:PORT: peers do not look up host names")
     for relay in relays:
         PublicKey(relay.key)
     return Endpoint(address, PublicKey(key), relays)

@@ -1,4 +1,4 @@
-"""The protocol of sessions at a peer: the effect of each message. It has no sockets, no device and no clock.
+"""The protocol of sessions at a peer: what each message does. The service has no sockets, no device and no clock.
 
 The transport brings messages, the engine reports computed steps, and answers are sent through `Outbox`. Every answer
 that a misbehaving sender can cause is a `Failure` or silence.
@@ -62,8 +62,9 @@ from splitnet.wire.sent_log import PAGE, SentLog
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 15.0  # a client silent for this long gets a `Pong` that it ignores, which shows whether it is connected
-IN_USE_S = 3.0  # a session without a message for this long waits for its user to type
+# A client that is silent for this time gets a `Pong`, which it ignores, to show whether it is still connected.
+PROBE_S = 15.0
+IN_USE_S = 3.0  # a session without a message for this time probably waits for its user to type
 _CODES = {PeerBusy: FailureCode.BUSY, SessionTooLong: FailureCode.TOO_LONG, MissingPass: FailureCode.OUT_OF_ORDER}
 
 
@@ -74,7 +75,7 @@ def _code_of(error: ProtocolError | PeerBusy) -> FailureCode:
 class SessionService:
     """The sessions of a peer. Thread-safe.
 
-    training_memory: bytes for clients that train. reach_s: see `HopConnector`.
+    training_memory: bytes of memory for clients that train. reach_s: see `HopConnector`.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class SessionService:
         self.served = served
         self.sessions = sessions
         self.queue = queue
-        self.ms_per_position = 0.0  # of the device, set by the engine
-        self.leaving = False  # it takes no new sessions
+        self.ms_per_position = 0.0  # speed of the device, set by the engine
+        self.leaving = False  # whether the peer takes no new sessions because it leaves
         refusal = "no training memory for", "train with fewer positions at a time"
         self.training_memory = MemoryAccount(training_memory, *refusal)
         self.counters = counters or Counters()
@@ -111,7 +112,7 @@ class SessionService:
 
     @property
     def busy_ms(self) -> float:
-        """Expected time of all steps and passes on the device; 0: there are none."""
+        """Expected time of all waiting and running steps and passes on the device; 0: no work waits or runs."""
         return (self.queue.queued_positions + self.queue.pass_positions) * self.ms_per_position
 
     def receive_message(self, source: Destination, message: Message, now: float) -> None:
@@ -133,10 +134,12 @@ class SessionService:
                 case Replay():
                     self._replay(source, message, now)
                 case _:
-                    self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, f"a peer takes no {type(message).__name__}")
+                    self._fail(
+                        source, b"", 0, 0, FailureCode.BAD_MESSAGE, f"a peer does not accept {type(message).__name__}"
+                    )
 
     def leave(self) -> None:
-        """Takes no new sessions, and has the clients of open sessions replace this peer."""
+        """Refuses new sessions from now on, and has the clients of open sessions replace this peer."""
         with self._lock:
             told, self.leaving = self.leaving, True
             for session in () if told else self.sessions:
@@ -158,7 +161,7 @@ class SessionService:
         """Handles frames that are not a message."""
         log.debug("bad frames: %s", error)
         with self._lock:
-            # The prefix of the answer shows a sender of another version the version of this peer.
+            # The prefix of the answer contains this peer's version, so that a sender with another version learns it.
             if isinstance(source, Connection) and isinstance(error, ProtocolVersionError):
                 self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, str(error))
             else:
@@ -174,13 +177,13 @@ class SessionService:
 
     def dropped(self, message: Message, reason: str) -> None:
         """Tells the client that a message of its session could not be sent; `reason`: a clause."""
-        # A dropped failure causes no failure, which would be dropped as well.
+        # For a dropped failure no further failure is sent, which would be dropped as well.
         if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | FetchedKV):
             return
         with self._lock:
             session = self.sessions.get(message.session)
             if session is not None and session.epoch == message.epoch:
-                text = f"what this peer sends on was dropped: {reason}"
+                text = f"an output of this peer was dropped: {reason}"
                 self._refuse_message(session.reply_to, message, FailureCode.BUSY, text)
 
     def connection_lost(self, connection: Connection, now: float) -> None:
@@ -200,7 +203,7 @@ class SessionService:
                     self._hops.looked_up(session)
             for session in self.sessions.expire(now):
                 self._ended(session, SessionEnd.EXPIRED)
-            # The connection of a revoked key ends, but the hop before would still send its steps.
+            # The connection of a revoked key ends, but the previous hop would still send steps of the key's sessions.
             for session in [session for session in self.sessions if not self._policy.keys.allows(session.owner)]:
                 self._ended(session, SessionEnd.REVOKED, REVOKED)
             if now >= self._probe_at:
@@ -273,7 +276,7 @@ class SessionService:
         self._hops.connect_next(session, next_hop_of(message), now, again=again)
 
     def page_ms(self, blocks: int) -> float:
-        """Ms of the device for a page of a session with `blocks` blocks."""
+        """Ms that the device needs to compute a page of a session with `blocks` blocks."""
         return PAGE * self.ms_per_position * blocks / (self.served.end - self.served.start)
 
     def _look_up(self, session: HopSession, message: Open, now: float) -> None:
@@ -322,7 +325,7 @@ class SessionService:
         self.counters.ended[how] += 1
 
     def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
-        """Takes a message of a next hop: a failure for the client, or a gradient for this hop."""
+        """Handles a message of a next hop: a failure for the client, or a gradient for this hop."""
         if not isinstance(message, Failure | Gradient):
             return
         session = self.sessions.get(message.session)
@@ -336,15 +339,17 @@ class SessionService:
     def _step(self, source: Connection, message: Step, now: float) -> None:
         session = self.sessions.get(message.session)
         if session is None or source.curve not in (session.owner, session.route_state.previous):
-            # One answer for both, so that no sender learns which sessions exist.
+            # Both cases get the same answer, so that no sender learns which sessions exist.
             self._refuse_message(source, message, FailureCode.UNKNOWN_SESSION, "no session")
             return
         if message.epoch != session.epoch:
-            return  # of a former route, or ahead of its `Open`: the sender will repeat it
+            return  # the message is of a former route, or came before its `Open`: the sender will repeat the message
         session.used_at = now
         try:
             if source.curve != session.owner and message.boundary != session.start:
-                raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
+                raise ProtocolError(
+                    f"the step begins at block {message.boundary}, the session at block {session.start}"
+                )
             total = self.served.check_step(session, message)
             self._policy.spend_positions(session.owner, total, now)
             work = Work(session, message, total, now, namespace=session.namespace)
@@ -360,7 +365,9 @@ class SessionService:
         if kept := sum(part.keep for part in work.step.parts):
             nbytes = kept * taps.codec.bytes_per_position(self.served.hidden_size)
             if nbytes > MAX_PAYLOAD_BYTES:
-                raise ProtocolError(f"the hidden states of {kept} positions are too much for a message: send fewer")
+                raise ProtocolError(
+                    f"the hidden states of {kept} positions are too many for one message: send fewer positions"
+                )
             work.taps, work.taps_nbytes = taps, nbytes * len(taps.boundaries)
 
     def _receive_training(self, source: Connection, message: Request, now: float) -> None:
@@ -375,9 +382,11 @@ class SessionService:
         session.used_at = now
         try:
             if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:
-                raise ProtocolError(f"the pass stands before block {message.boundary}, the session at {session.start}")
+                raise ProtocolError(
+                    f"the pass begins at block {message.boundary}, the session at block {session.start}"
+                )
             if isinstance(message, Gradient) and message.boundary != session.end:
-                text = f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
+                text = f"the gradient is for boundary {message.boundary}, the session ends at boundary {session.end}"
                 raise ProtocolError(text)
             if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
                 self._policy.check_training(session.owner)

@@ -1,4 +1,4 @@
-"""Sessions at a hop: what a session is made of, its steps and passes, and which sessions and keys a peer admits.
+"""Sessions at a hop: the state of a session, its steps and passes, and which sessions and keys a peer admits.
 
 All memory that clients make a peer allocate is counted in a `MemoryAccount`: KV memory by the `SessionTable`, waiting
 steps by the `WorkQueue`, training by `Training`. No key can take all memory of an account.
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from splitnet.blocks.passes import SavedGraph
 
 
-MESSAGE_BYTES = 2048  # of a message that waits, besides its payload: Python objects and the buffer of its frames
-TENSOR_BYTES = 1024  # of a tensor besides its numbers
-TIMING_BYTES = 192  # of a hop's timing in a message
-FORK_BYTES = 128  # of a chunk or a fork in a step
-MOST_RESENT = 10  # replays and answers to `FetchKV` at once of a session: more than the routes that a client tries
-RESEND_S = 10.0  # seconds until a session may have one more of these
-ADAPTER_COPIES = 2  # an adapter and the sum of its gradients
+MESSAGE_BYTES = 2048  # memory of a waiting message in addition to its payload: Python objects and a buffer for frames
+TENSOR_BYTES = 1024  # memory of a tensor in addition to its numbers
+TIMING_BYTES = 192  # memory of a hop's timing in a message
+FORK_BYTES = 128  # memory of a chunk or a fork in a step
+MOST_RESENT = 10  # maximum burst of replays and answers to `FetchKV` of a session: more than the routes a client tries
+RESEND_S = 10.0  # seconds after which a session may have one more replay or answer
+ADAPTER_COPIES = 2  # number of copies in memory: an adapter, and the sum of its gradients
 
 MAX_SESSIONS = 1024
 MIN_RESERVATION = 64  # positions that a session reserves at least, so that many tiny sessions are not free
 LEASE_S = 10.0  # a session of a key beyond its share ends this long after its last step if another key wants memory
 LONGEST_LEASE_S = 60.0  # the same session ends this long after it was opened, even if it makes steps
-WANTED_S = 15.0  # for this long a refused key wants memory: keys beyond their share get no more
+WANTED_S = 15.0  # for this time a refused key counts as wanting memory, and keys beyond their share get no more memory
 LOOK_AGAIN_S = 0.25  # a key that was refused this recently is refused again without a search through the sessions
-SHORTAGE_S = 60.0  # for this long the peer offers less memory after an allocation failed
+SHORTAGE_S = 60.0  # for this time after a failed allocation the peer offers less memory
 REVOKED = "the owner of this peer does not accept your key any more: use other peers"
 
 
@@ -55,7 +55,7 @@ class SessionTooLong(ProtocolError):
 
 
 class GradientSum(NamedTuple):
-    """Gradients by an adapter, added up over some passes of an epoch."""
+    """Gradients with respect to an adapter, added up over some passes of an epoch."""
 
     epoch: int
     since: int
@@ -87,7 +87,7 @@ class PrefixLoad:
 
     cache: SequenceCache
     hit: PrefixHit
-    done: int = 0  # pages that are loaded
+    done: int = 0  # number of loaded pages
     work: Work | None = None  # the step that waits for the row; None: it has not come yet
     broken: bool = False  # a page did not fit
 
@@ -114,7 +114,7 @@ class RouteState:
     """The hops before and after this one. Owner: `peers.service`, with `peers.next_hop` and `peers.hop_outputs`."""
 
     previous: bytes | None = None  # CURVE key of the previous hop, which sends steps as the client does
-    weights: str = ""  # the weight format for `Opened`; empty: the client did not ask
+    weights: str = ""  # the weight format for `Opened`; empty: the client did not ask for it
     taps: Taps | None = None
     labelled: bool = False  # the client's steps have labels of pages
     next_reachable: bool | None = None  # None: not known yet
@@ -174,18 +174,18 @@ class HopSession:
     reservation: int  # positions reserved, over all rows
     codec: Codec
     next: Endpoint | None
-    log: SentLog  # of what the rows' positions gave at the boundary `end`; empty at the tail
-    used_at: float  # when the last message came, in seconds of the peer's clock
+    log: SentLog  # the outputs of the rows' positions at the boundary `end`; empty at the tail
+    used_at: float  # time of the last message, in seconds of the peer's clock
     _: KW_ONLY
     opened_at: float = 0.0
-    stepped_at: float = 0.0  # when the last step or pass came
+    stepped_at: float = 0.0  # time of the last step or pass
     reserved_rows: int = 0  # rows that have memory for their states
-    waiting_size: int = 0  # of all waiting steps, see `Work.size`
-    done: int = 0  # positions computed so far, of steps and passes
+    waiting_size: int = 0  # size of all waiting steps, see `Work.size`
+    done: int = 0  # number of positions computed so far, of steps and passes
     adapter: AdapterTensors | None = None  # the client's parameters for these blocks
-    namespace: PageNamespace = NOWHERE  # of the pages that new rows leave
+    namespace: PageNamespace = NOWHERE  # namespace of the pages that new rows leave
     closed: bool = False
-    resent: float = 0.0  # replays and answers to `FetchKV`, less one for every `RESEND_S`
+    resent: float = 0.0  # number of replays and answers to `FetchKV`, less one for every `RESEND_S` that passed
     resent_at: float = 0.0
     route_state: RouteState = field(default_factory=RouteState)
     row_state: RowState = field(default_factory=RowState)
@@ -194,7 +194,7 @@ class HopSession:
 
     def count_resent(self, now: float, what: str) -> None:
         """Counts a large answer to a small message. Raises PeerBusy, with a text that begins with `what`: there were
-        too many of them."""
+        too many such answers."""
         resent = max(0.0, self.resent - (now - self.resent_at) / RESEND_S)
         if resent + 1 > MOST_RESENT:
             raise PeerBusy(f"{what} {MOST_RESENT} times at once: ask again in {RESEND_S:.0f} s")
@@ -214,11 +214,13 @@ class Work:
     step: Step
     total: int  # positions
     arrived_at: float  # seconds of the peer's clock
-    done: int = 0  # positions that are computed
-    follows: bool = False  # it arrived while another step of its session waited, so its wait is not the device's alone
+    done: int = 0  # number of computed positions
+    # It arrived while another step of its session waited, so the device alone does not explain its wait.
+    follows: bool = False
     wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
-    adapter: AdapterTensors | None = None  # of all its passes: its rows have room for this adapter's prefix
+    # Adapter of all passes of the step: its rows have room for this adapter's prefix.
+    adapter: AdapterTensors | None = None
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
     outputs: list[bytes] = field(default_factory=list)  # encoded, one for each pass, for the next hop or the client
     taps: Taps | None = None  # of the session when the step arrived; None: the client wants no hidden states
@@ -245,7 +247,7 @@ class Work:
 
     @property
     def size(self) -> int:
-        """What the step occupies while it waits, in positions; a fork counts as one."""
+        """The number of positions by which a waiting step is counted; a fork counts as one."""
         return self.total + len(self.step.forks or ())
 
     @property
@@ -280,7 +282,7 @@ class PassWork:
     message: Forward | Gradient | AdapterMessage | FetchKV
     source: Connection  # receives the gradient
     arrived_at: float
-    forward: PassWork | None = None  # of a backward pass: its forward pass
+    forward: PassWork | None = None  # for a backward pass: its forward pass
     parts: list[AdapterMessage] = field(default_factory=list)  # of an adapter
     wait_ms: float = 0.0
     compute_ms: float = 0.0
@@ -314,7 +316,8 @@ class MemoryPurpose(StrEnum):
 
 
 class MemoryAccount(Budget):
-    """Bytes of one kind of memory, by key, session and purpose, within the limits of `Budget`. Callers hold a lock.
+    """Counts bytes of one kind of memory, by key, session and purpose, within the limits of `Budget`. Callers hold a
+    lock.
 
     refusal: the beginning of the refusal, before the bytes. advice: what a refused client can do, as a clause. most: as
     in `Budget`, for the levels key, session and purpose.
@@ -359,23 +362,23 @@ class SessionTable:
     kv_bytes: int  # for keys and values, states, and logs
     _: KW_ONLY
     idle_s: float = 600.0  # a session ends after this long without a message
-    position_bytes: float = 1.0  # of the keys and values of a position
-    row_bytes: int = 0  # of a row besides its positions
-    usual_log_bytes: int = 0  # of a position in the log, with the codec that most sessions have
+    position_bytes: float = 1.0  # bytes of the keys and values of a position
+    row_bytes: int = 0  # bytes of a row in addition to its positions
+    usual_log_bytes: int = 0  # bytes of a position in the log, with the codec that most sessions have
     ahead: float = 0.0  # share of the reservation that rows and logs may allocate beyond it
-    num_blocks: int = 0  # of the model; a session that ends there has no log
+    num_blocks: int = 0  # number of blocks of the model; a session whose span ends there has no log
     keys: AuthorizedKeys = field(default_factory=lambda: AuthorizedKeys(None))
     prefixes: PrefixStore | None = None  # uses the memory that no session has reserved
 
     def __post_init__(self) -> None:
-        # This class bounds what a key may have, not `Budget`.
+        # This class, not `Budget`, limits what a key may have.
         limits = (self.kv_bytes,) * 3
         self.memory = MemoryAccount(self.kv_bytes, "no KV memory for", "try with fewer positions", limits)
         self._usual_bytes = (self.position_bytes + self.usual_log_bytes) * (1 + self.ahead)
         self._sessions: dict[bytes, HopSession] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
-        self._wanted: dict[bytes, float] = {}  # by key: when the key was refused
+        self._wanted: dict[bytes, float] = {}  # time of the refusal, by refused key
         self._ended = threading.Condition()
         self._short_until = 0.0
 
@@ -553,7 +556,7 @@ class SessionTable:
         if others and held + nbytes > self._share(key, self._weights(key, now))[0]:
             raise PeerBusy(
                 f"others wait for KV memory of this peer, and your key has {held} bytes already: close sessions, or "
-                f"come back in {max(others):.0f} s"
+                f"try again in {max(others):.0f} s"
             )
 
     def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
@@ -562,12 +565,13 @@ class SessionTable:
         within = self.memory.held_bytes(key) + nbytes <= share and self._count.get(key, 0) < places
         if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
             self._wanted[key] = now
-        when = f"come back in {LEASE_S:.0f} s, when sessions without steps make room" if within else "close sessions"
+        when = f"try again in {LEASE_S:.0f} s, when idle sessions have ended" if within else "close sessions"
         return f"{when}, or use other peers"
 
 
 class KeyPolicy:
-    """What the owner of the peer grants to CURVE keys. keys: None: all keys are accepted and equal."""
+    """What the owner of the peer allows each CURVE key. keys: the accepted keys; None: all keys are accepted and
+    equal."""
 
     def __init__(self, keys: AuthorizedKeys | None = None) -> None:
         self.keys = keys or AuthorizedKeys(None)
@@ -593,7 +597,7 @@ class KeyPolicy:
         if wait_s := bucket.wait_s(per_minute, now):
             raise PeerBusy(
                 f"your key has used the {per_minute} tokens per minute that the owner of this peer grants it: "
-                f"come back in {wait_s} s"
+                f"try again in {wait_s} s"
             )
         if positions:
             bucket.spend(positions, per_minute, now)

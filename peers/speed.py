@@ -1,5 +1,5 @@
-"""How fast the device runs blocks: timed once before they are served, again while the peer is idle, and corrected by
-every pass."""
+"""How fast the device runs blocks: measured once before the blocks are served, again while the peer is idle, and
+corrected by every pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARE = 0.1  # weight of the latest pass in the moving average
 PAST_POSITIONS = 64  # chunk size from which the prefill cost of longer contexts is extrapolated
 PAST_STEPS = 4  # timed passes of one position at each context; the first one is a warm-up
 PAST_CHUNKS = 2  # timed passes of `PAST_POSITIONS` at each context
-PAST_S = 0.1  # seconds; a slower pass is extrapolated from a shorter context
+PAST_S = 0.1  # longest timed pass in seconds; the time of a slower pass is extrapolated from a shorter context
 NOISE_POSITIONS = 256  # random positions with which a row is filled repeatedly
 DISTURBED = 2.0  # a pass this many times slower than a smaller pass predicts is timed again: the device may be shared
 
@@ -62,14 +62,15 @@ class ObservedSpeed:
 
 
 def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
-    """Times passes of all sizes through the span, after a warm-up. None: it was interrupted between two passes.
+    """Times passes of all sizes through the span, after a warm-up. None: the measurement was interrupted between two
+    passes.
 
-    A position of a larger pass takes at most about as long as one of a smaller pass, because more positions share the
-    weights. So a long pass runs once, and at most twice more if it takes far longer than predicted.
+    A position of a larger pass takes at most about as long as a position of a smaller pass, because more positions
+    share the weights. So a long pass runs once, and at most twice more if it takes far longer than predicted.
 
     Call it from the thread that uses the span.
     """
-    # Not the global generator, which other code in this process may seed.
+    # The global generator is not used, because other code in this process may seed it.
     hidden = torch.randn(PASS_SIZES[-1], span.hidden_size, generator=torch.Generator().manual_seed(0))
     blocks = span.end - span.start
 
@@ -99,8 +100,8 @@ def measure_past(span: Span, most: int, interrupted: Callable[[], bool] = lambda
     One block is timed for all blocks with the same kind of cache. A prefill is extrapolated from `PAST_POSITIONS`,
     because the time of attention is proportional to both numbers of positions.
 
-    most: positions that a row may have; longer contexts are left out. An interruption leaves out all contexts. Call it
-    from the thread that uses the span.
+    most: maximum number of positions of a row; longer contexts are left out. An interruption leaves out all contexts.
+    Call it from the thread that uses the span.
     """
     contexts = [context for context in CONTEXTS if context <= most]
     if not contexts:
@@ -188,10 +189,11 @@ class KnownSpeeds:
 
 
 def speed_of(span: Span, model: str, file: Path | None, energy: EnergyMeter, most: int = 0) -> ObservedSpeed:
-    """The speed of the span from an earlier start, or measured. Call it from the thread that uses the span.
+    """The speed of the span, as known from an earlier start or as measured now. Call it from the thread that uses the
+    span.
 
     model: fingerprint. file: where speeds are kept; None: nowhere. energy: counts the joules of the measurement. most:
-    positions that a row may have, see `measure_past`.
+    maximum number of positions of a row, see `measure_past`.
     """
     known = KnownSpeeds(file) if file is not None else None
     speed = known.find_speed(span, model, most) if known is not None else None

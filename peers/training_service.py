@@ -1,4 +1,4 @@
-"""What a peer keeps and does for clients that train: forward and backward passes over whole sequences, and adapters."""
+"""The work of a peer for clients that train: forward and backward passes over whole sequences, and adapters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Request = Forward | Gradient | Adapter | FetchKV
 
-MAX_PASS_POSITIONS = 4096  # of one pass; a single sequence may be longer
+MAX_PASS_POSITIONS = 4096  # maximum number of positions in one pass; a single sequence may be longer
 
 
 @dataclass(eq=False)
@@ -64,8 +64,8 @@ class Training:
         self._saved: dict[PassWork, None] = {}
 
     def receive_request(self, session: HopSession, source: Connection, message: Request, now: float) -> None:
-        """Queues the work of a message; the service has checked its sender. Raises ProtocolError or PeerBusy: it is
-        refused."""
+        """Queues the work of a message; the service has checked its sender. Raises ProtocolError or PeerBusy: the
+        message is refused."""
         kept = session.training_state.kept
         if isinstance(message, Forward):
             self._check_lengths(message)
@@ -75,7 +75,7 @@ class Training:
         elif isinstance(message, Gradient):
             forward = kept.get(message.number)
             if forward is None:
-                raise MissingPass(f"there is no pass {message.number} to go back from")
+                raise MissingPass(f"this peer has no forward pass {message.number} for this gradient")
             check_size(message.codec, message.payload, forward.positions, self.hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
             self._put(work)
@@ -104,7 +104,7 @@ class Training:
         with self.lock:
             session = work.session
             account = session.owner, session, MemoryPurpose.GRAPHS
-            # As much memory again stays free for inputs and adapters, which cannot be recomputed.
+            # The same amount of memory stays free for inputs and adapters, which cannot be recomputed.
             if session.closed or not self.memory.has_room(2 * nbytes, *account):
                 return False
             self.memory.take_memory(session, MemoryPurpose.GRAPHS, nbytes)
@@ -128,12 +128,13 @@ class Training:
     def adapter_of(session: HopSession, message: Forward) -> adapters.AdapterTensors | None:
         """The adapter of a forward pass. Raises ProtocolError: this peer has another version."""
         if message.adapter and message.adapter != session.training_state.adapter_version:
-            raise ProtocolError(f"version {message.adapter} of the adapter is not here")
+            raise ProtocolError(f"this peer does not have version {message.adapter} of the adapter")
         return session.adapter if message.adapter else None
 
     @staticmethod
     def added_up(session: HopSession, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradient by the adapter for the client: the sum over a batch; empty until the last pass of the batch."""
+        """The gradient with respect to the adapter, for the client: the sum over a batch; empty until the batch's last
+        pass."""
         state = session.training_state
         before, state.gradient_sum = state.gradient_sum, None
         # The sum of an abandoned batch has another epoch, or begins at another number.
@@ -160,7 +161,8 @@ class Training:
                 self._release_pass(work)
 
     def backward_done(self, work: PassWork, payload: Payload, parts: list[bytes]) -> None:
-        """Sends the gradient by the input to the hop before, and the gradient by the adapter to the client."""
+        """Sends the gradient with respect to the input to the previous hop, and that with respect to the adapter to the
+        client."""
         with self.lock:
             session, message, forward = work.session, work.message, work.forward
             assert isinstance(message, Gradient) and forward is not None and isinstance(forward.message, Forward)
@@ -216,9 +218,9 @@ class Training:
         check_size(message.codec, message.payload, message.positions, self.hidden_size)
 
     def _put(self, work: PassWork) -> None:
-        """Queues a pass, and reserves its memory; a refused pass has none."""
+        """Queues a pass, and reserves its memory; a refused pass keeps no memory."""
         purpose, nbytes = _purpose_of(work), work.nbytes - (work.forward.nbytes if work.forward is not None else 0)
-        if purpose is MemoryPurpose.PASSES:  # for an adapter memory was reserved with each part
+        if purpose is MemoryPurpose.PASSES:  # for an adapter, memory was reserved with each part
             self._take_memory(work.session, purpose, nbytes)
         try:
             self.queue.put_pass(work)
@@ -245,7 +247,8 @@ class Training:
             self._put(work)
 
     def _take_memory(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
-        """Reserves memory, after dropping saved graphs if necessary. Raises PeerBusy: there is too little."""
+        """Reserves memory, after dropping saved graphs if necessary. Raises PeerBusy: there is too little
+        memory."""
         while self._saved and not self.memory.has_room(nbytes, session.owner, session, purpose):
             own = (work for work in self._saved if work.session.owner == session.owner)
             self._drop_graph(next(own, None) or next(iter(self._saved)))

@@ -1,4 +1,5 @@
-"""Sends weights to other peers and clients, from a thread: bounded by key, and slower while sessions are served."""
+"""Sends weights to other peers and clients from a separate thread, with limits per key, and slower while sessions are
+served."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ log = logging.getLogger(__name__)
 DEFAULT_RATE: Final = 64 << 20  # bytes per second, to all receivers together
 SERVING_SHARE: Final = 0.25  # share of the rate while sessions are served
 QUESTION_BYTES: Final = 1024  # bytes that a question counts besides its answer
-BITS_S: Final = 1.0  # age up to which the list of present pieces is sent again: to make it costs as much as many pieces
-WAITING_PER_KEY: Final = 64  # questions of one key that may wait
-MAX_WAITING: Final = 1024  # questions of all keys that may wait
+# Maximum age of the list of present pieces that is sent again, because a new list costs as much as many pieces.
+BITS_S: Final = 1.0
+WAITING_PER_KEY: Final = 64  # maximum number of waiting questions of one key
+MAX_WAITING: Final = 1024  # maximum number of waiting questions of all keys
 
 
 @dataclass(eq=False)
@@ -34,15 +36,15 @@ class WeightService:
 
     held: HeldPieces
     outbox: ReplyTarget
-    shares: Callable[[], bool]  # whether pieces are sent; the manifest always is, because clients need it
+    shares: Callable[[], bool]  # whether pieces are sent; the manifest is always sent, because clients need it
     rate: float = DEFAULT_RATE  # bytes per second
     swarm: OpenSwarm = OPEN  # key of a closed swarm
     serving: Callable[[], bool] = lambda: False  # whether sessions are being served
-    # A stored page, by its name, and whether this call has packed it; see `PrefixStore.packed`.
+    # Returns the stored page of this name, and whether this call has packed the page; see `PrefixStore.packed`.
     page: Callable[[bytes], tuple[bytes, bool] | None] = lambda _: None
 
     def __post_init__(self) -> None:
-        self.sent = 0  # bytes of pieces
+        self.sent = 0  # bytes of pieces that were sent
         self._spent = TokenBucket()
         self._model = bytes.fromhex(self.swarm.place(self.held.manifest.fingerprint))
         self._pieces: dict[bytes, bytes] | None = None  # digests, by their names in a closed swarm
@@ -80,11 +82,11 @@ class WeightService:
                 key, questions = self._waiting.popitem(last=False)
                 source, message = questions.popleft()
                 if questions:
-                    self._waiting[key] = questions  # after all other keys
+                    self._waiting[key] = questions  # this key comes after all other keys
             try:
                 nbytes = self._answer_request(source, message)
             except Exception:
-                log.exception("weights could not be given")
+                log.exception("could not send weights")
                 nbytes = 0
                 self._refuse_request(source, message, FailureCode.INTERNAL, "an error at this peer")
             # Pages have the full rate, because served sessions need them.
@@ -112,7 +114,7 @@ class WeightService:
             data, whole = self.page(message.name[:LABEL_BYTES]) or (None, False)
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
-            self._refuse_request(source, message, code, "this peer gives no such weights")
+            self._refuse_request(source, message, code, "this peer does not send these weights")
             return 0
         part = memoryview(data)[message.offset : message.offset + message.length]
         self.outbox.send(source, WeightsPart(message.number, len(data), part))

@@ -8,12 +8,13 @@ from typing import Final, Protocol, TypeVar
 
 # A step with at most this many positions is a decode step: a token per row, or a window of drafts.
 DECODE_POSITIONS: Final = 16
-PASS_POSITIONS: Final = 512  # most positions of a pass, and of a step of a replay
-MAX_PASSED_OVER: Final = 4  # passes that may leave out a ready step; the next pass then includes it
+PASS_POSITIONS: Final = 512  # maximum number of positions in a pass, and in a step of a replay
+MAX_PASSED_OVER: Final = 4  # consecutive passes that may leave out a ready step; the next pass then includes the step
 
 
 class Waiting(Protocol):
-    """remaining: positions of a step that have not run, at least 1. blocks: of the step, [start, end)."""
+    """A step. remaining: positions that have not run, at least 1. blocks: the blocks [start, end) that the step
+    needs."""
 
     @property
     def remaining(self) -> int: ...
@@ -23,8 +24,8 @@ class Waiting(Protocol):
 
 
 UNSENT_BYTES: Final = 1 << 20
-"""While more bytes wait for the link to the next hop, no further prompt for that hop is computed: the peer can still
-choose the next prompt to send, and tokens wait behind fewer prompts."""
+"""Bytes that may wait for the link to the next hop. While more wait, the peer computes no further prompt for that hop:
+then the peer can still choose which prompt to send next, and tokens wait for fewer prompts."""
 
 W = TypeVar("W", bound=Waiting)
 
@@ -78,15 +79,16 @@ class MovingAverage:
         return self.value
 
 
-OWN_WAIT = 0.1  # wait for the next source, as a part of the duration of the work
-# Additional wait, as a multiple of the time without a processor, because others use the processor meanwhile.
+OWN_WAIT = 0.1  # wait for the next source of work, as a fraction of the duration of a pass
+# Additional wait, as a multiple of the time for which the thread of a pass had no processor: other processes use it.
 SHARED_WAIT = 3.0
 LATELY_S = 1.0  # a source that has brought work within this time may bring more
 _LEARNING = 0.1
 
 
 class BatchingDelay:
-    """How long to wait for more work. For one thread at a time, except that any thread may call `left`."""
+    """How long to wait for more work before a pass. One thread at a time may use it; any thread may call
+    `forget_source`."""
 
     def __init__(self) -> None:
         self._took_s = MovingAverage(_LEARNING)
@@ -106,12 +108,13 @@ class BatchingDelay:
         self._seen.pop(source, None)
 
     def delay_s(self, ready: int) -> float:
-        """Seconds to wait if `ready` sources are ready, at most the duration of the work; 0: no more are expected."""
+        """Seconds to wait if `ready` sources are ready, at most the duration of a pass; 0: no more sources are
+        expected."""
         if ready >= len(self._seen):
             return 0.0
         took_s = self._took_s.value
-        # Only until half of the expected sources are ready: otherwise all processors of a machine would wait for each
-        # other.
+        # Wait longer only until half of the expected sources are ready: otherwise all peers of a machine would wait for
+        # each other.
         shared = SHARED_WAIT * self._delayed_s.value if 2 * ready < len(self._seen) else 0.0
         return min(OWN_WAIT * took_s + shared, took_s)
 
@@ -124,7 +127,8 @@ SHARE = 0.2  # weight of the latest pass in the average
 class Load:
     """How busy a device has been: averages over recent passes, which fade while the device is idle.
 
-    Clients plan with these values for half a minute, so the queue at the moment of publishing says too little.
+    Clients plan with these values for half a minute, so the length of the queue at one moment would tell them too
+    little.
     """
 
     def __init__(self) -> None:
@@ -136,8 +140,8 @@ class Load:
     def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int], took_ms: float = 0.0) -> None:
         """Records a pass that lasted `took_ms`.
 
-        waits_ms: of the decode steps that began in the pass; prefill yields to decode, so its waits say nothing.
-        others: for each decode step, the positions of other sessions in the pass.
+        waits_ms: waits of the decode steps that began in the pass; waits of prefill, which yields to decode, are left
+        out. others: for each decode step, the positions of other sessions in the pass.
         """
         fade = self._fade(now)
         self._wait_ms.value *= fade
@@ -150,7 +154,7 @@ class Load:
             self._batch.add(batch)
 
     def estimate_at(self, now: float) -> tuple[float, float]:
-        """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step.
+        """Ms that a decode step waits for its pass, and positions of other sessions that share this pass.
 
         If few steps were observed, a step that arrives at any time finds a running pass with a mean remainder of (sum
         of squares of passes) / (twice the time).

@@ -14,11 +14,12 @@ from scheduler.batching import PASS_POSITIONS
 from scheduler.cost import PROMPT_SHARE, Encoding, past_ms
 from scheduler.facts import DIMENSIONS, PASS_SIZES, Coordinate, Flags, Floats, Integers, Network, NetworkPlace, Peer
 
-# Peers. A search over them takes some 5 ms on one CPU core; docs/simulation.md measures the gain of more peers.
+# Maximum number of candidates. A search over as many peers takes about 5 ms on one CPU core; docs/simulation.md shows
+# what more candidates would gain.
 LIMIT: Final = 300
 ANCHORS: Final = 8  # points around which a chain might run
 KEPT_PARTS: Final = 8  # ranges of blocks for which an index caches who serves each block
-FULL_MS: Final = 1e9  # cost of a peer without memory for the session: ranked after all other peers, but still listed
+FULL_MS: Final = 1e9  # cost of a peer without memory for the session, which puts the peer after all others
 
 
 def measurement_rounds(peers: int) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def measurement_rounds(peers: int) -> tuple[int, ...]:
 
 
 class CandidateIndex:
-    """The peers of a swarm, prepared once for many plans. Only the places of `network` are used."""
+    """The peers of a swarm, prepared once for many plans. Of `network`, only the places of devices are used."""
 
     def __init__(self, peers: Sequence[Peer], network: Network) -> None:
         self._peers = list(peers)
@@ -62,7 +63,7 @@ class CandidateIndex:
         for peer in peers:
             index = self._index[peer.id]
             if (peer.start, peer.end) != (self._peers[index].start, self._peers[index].end):
-                raise ValueError(f"{peer.id} serves other blocks than the crowd was made with")
+                raise ValueError(f"{peer.id} serves other blocks than when the index was made")
             crowd._peers[index] = peer
             indices.append(index)
         if indices:
@@ -87,13 +88,13 @@ class CandidateIndex:
     ) -> list[Peer]:
         """At most `limit` peers for a chain over the blocks [start, end), in the order of the index.
 
-        Each block keeps a peer that could run it; a block that only full peers serve keeps a full one, so that
-        `best_route` reports the same missing blocks. With `everywhere`, `limit` is raised to one peer per block for
-        this. Peers in `exclude` are left out.
+        Each block keeps a peer that could run it; a block that only full peers serve keeps a full peer, so that
+        `best_route` reports the same missing blocks. With `everywhere`, `limit` is raised to at least one peer per
+        block, so that every block can keep one. Peers in `exclude` are left out.
 
         A peer is rated by the cheapest chain through it, predicted roughly and in time linear in the number of peers:
-        the chain runs around one of a few anchors (its two ends, and places far from each other), and a hop costs its
-        queue, its passes and the way from the anchor to the peer and back.
+        the chain runs around one of a few anchors (its two ends, and places far from each other), and the cost
+        of a hop is its queue wait, its passes and the round trip between the anchor and the peer.
 
         outside: known places where the chain begins and ends. Other arguments: see `best_route`.
         """
@@ -113,10 +114,10 @@ class CandidateIndex:
         return [self._peers[index] for index in map(int, np.flatnonzero(present))]
 
     def beside_silent(self, silent: Collection[str], answered: Collection[str]) -> set[str]:
-        """Peers that are probably silent, too: two silent peers are nearer to them than every peer that answered.
+        """Peers that are probably silent, too: each has two silent peers nearer to it than any peer that answered.
 
-        A single peer is often lost alone, but a site may lose its power, and a region its link. Peers without a known
-        place are never returned, and no peers at all if none answered.
+        One silent peer says little about others, but a whole site may lose power, and a region its network link. Peers
+        without a known place are never returned. If no peer answered, the result is empty.
         """
         lost, alive = (
             self._vectors[
@@ -157,7 +158,7 @@ class CandidateIndex:
             outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
             through = np.minimum(through, outer + before[-1] - (before[ends] - before[starts]) + hop)
 
-        # The best peers of each block come first, so that every block keeps some.
+        # The best peers of each block come first, so that every block keeps some peers.
         others = np.ones(len(through), dtype=bool)
         few = max(1, limit // (2 * (end - first)))
         serving, begins = self._by_block(starts, ends, blocks)
@@ -187,7 +188,8 @@ class CandidateIndex:
 class _LeastOfBlocks:
     """Finds the least value among the spans `[start, end)` that contain each of `count` blocks.
 
-    Two ranges of the greatest power of two that fits cover each span, so that each value is read only twice.
+    Each span is covered by two ranges whose length is the largest power of two that fits, so that each value is read
+    only twice.
     """
 
     def __init__(self, starts: Integers, ends: Integers, count: int) -> None:
@@ -198,7 +200,7 @@ class _LeastOfBlocks:
         self._first, self._last = level * count + starts, level * count + ends - (1 << level)
 
     def least_of(self, values: Floats) -> Floats:
-        """`[count]`; infinite where there is no span."""
+        """The least values, `[count]`; infinite for a block that no span contains."""
         table = np.full(self._shape, np.inf)
         for places in (self._first, self._last):
             np.minimum.at(table.reshape(-1), places, values[self._spans])
@@ -210,7 +212,7 @@ class _LeastOfBlocks:
 
 
 def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floats:
-    """`scheduler.cost.block_ms` for all peers."""
+    """`scheduler.cost.block_ms` for all peers at once."""
     token_ms = _speed_at(speed, positions + batch)
     if not prompt:
         return token_ms
@@ -270,9 +272,9 @@ def ms_per_block(
 ) -> Floats:
     """Ms per block that a chain gains when it continues to each of the other peers `[peers]`; inf: no gain.
 
-    span: of the peer that the chain has reached, [start, end). For the peer of the last blocks, the chain arrives from
-    the others instead. start, end: of the others. block_ms: of one block and token. latency_ms: of the links to the
-    others.
+    span: the blocks [start, end) of the peer that the chain has reached. If these are the last blocks, the chain comes
+    from the other peers instead. start, end: spans of the other peers. block_ms: time of one block for a token, by
+    other peer. latency_ms: latencies of the links to the other peers.
     """
     if span[1] < num_blocks:
         gained = np.where(start <= span[1], end - span[1], 0)
@@ -283,7 +285,7 @@ def ms_per_block(
 
 
 def by_use(own: Peer, others: Sequence[Peer], num_blocks: int, network: Network) -> list[Peer]:
-    """The peers to which a chain may continue, the most useful first, by the links known at this time."""
+    """The peers to which a chain may continue, the most useful first, according to the links that are known now."""
     costs = ms_per_block(
         (own.start, own.end),
         num_blocks,

@@ -14,12 +14,12 @@ from scheduler.facts import CLIENT, PASS_SIZES, Hop, Link, Network, Peer, Speed
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """A codec as the planner sees it."""
+    """The size and the speed of a codec."""
 
     name: str
-    bytes_per_position: float  # encoded
-    step_ms: float = 0.0  # to encode and decode any step
-    position_ms: float = 0.0  # added per position
+    bytes_per_position: float  # size of an encoded position
+    step_ms: float = 0.0  # constant part of the time to encode and decode a step
+    position_ms: float = 0.0  # additional time per position
 
     def ms(self, positions: float, bytes_per_ms: float) -> float:
         """Ms to send a step of this many positions over a link, without its latency."""
@@ -30,25 +30,27 @@ class Encoding:
 CODING_MS: Final[Mapping[str, tuple[float, float]]] = {"none": (0.0, 0.0001), "int8": (0.24, 0.0029)}
 """(step_ms, position_ms) of the codecs whose loss does not show in the text. Only these are chosen automatically.
 
-Measured on one CPU core with 576 values: between two passes, with cold caches, int8 adds 0.24 ms to a hop
-(docs/benchmarks.md); the rest is the time for 512 positions at once (docs/codecs.md).
+Both were measured on one CPU core, with a hidden size of 576. step_ms: the time that int8 adds to a hop between two
+passes, with cold caches (docs/benchmarks.md). position_ms: the time for 512 positions at once, per position
+(docs/codecs.md).
 """
 
 
 def encodings_of(bytes_per_position: Mapping[str, float]) -> tuple[Encoding, ...]:
-    """The encodings that may be chosen automatically, with these sizes. Raises ValueError: there are none."""
+    """The encodings with these sizes that may be chosen automatically. Raises ValueError: no codec may be chosen."""
     known = [Encoding(name, size, *CODING_MS[name]) for name, size in bytes_per_position.items() if name in CODING_MS]
     if not known:
-        raise ValueError(f"no codec to choose from: {', '.join(bytes_per_position) or 'none'}")
+        raise ValueError(
+            f"no codec may be chosen automatically; known codecs: {', '.join(bytes_per_position) or 'none'}"
+        )
     return tuple(known)
 
 
 def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -> str:
-    """The codec for a link that carries as many positions in one prefill as in single decode steps.
+    """The fastest codec for a link on which half of the positions belong to a prefill, and half to single decode steps.
 
     bytes_per_position: the size of an encoded position, for the codecs that both ends know. bytes_per_ms: bandwidth of
-    the link; a link that was not measured counts as slow. Raises ValueError if none of the codecs may be chosen
-    automatically.
+    the link; a link that was not measured counts as slow. Raises ValueError if no codec may be chosen automatically.
     """
     return fastest_encoding(encodings_of(bytes_per_position), bytes_per_ms).name
 
@@ -76,34 +78,36 @@ class BlockWork:
 
 
 def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Speed:
-    """The speed of a device that only reads and multiplies, both at the same time.
+    """The speed of a device that only reads memory and multiplies, both at the same time.
 
     This is the roofline model (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for
-    multicore architectures", 2009): a pass takes as long as the slower of the two. The model is a bound, so pass the
-    rates that the device achieves.
+    multicore architectures", 2009): a pass takes as long as the slower of reading and
+    multiplying. The model is a lower bound of the time, so pass the rates that the device achieves.
 
-    bytes_per_ms: reading memory. flops_per_ms: in the type of the weights. Raises ValueError if one is not positive.
+    bytes_per_ms: rate at which the device reads memory. flops_per_ms: floating-point operations in the type of the
+    weights. Raises ValueError if a rate is not positive.
     """
     if bytes_per_ms <= 0 or flops_per_ms <= 0:
-        raise ValueError("a device reads and multiplies at more than nothing")
+        raise ValueError("bytes_per_ms and flops_per_ms must be greater than 0")
     return Speed(
         tuple(max(work.bytes_read(size) / bytes_per_ms, size * work.flops / flops_per_ms) for size in PASS_SIZES)
     )
 
 
 PROMPT_SHARE: Final = 0.03
-"""Weight of a ms of the prompt against a ms of each token. For answers of 100 tokens 0.01 would suffice; with 0.03 the
-first token comes a seventh sooner, and each token 2% later (docs/simulation.md)."""
+"""Weight of a millisecond of prefill, where a millisecond per generated token has the weight 1. With 0.01 the time of a
+whole answer of 100 tokens would be minimal; with 0.03 the time to the first token is a seventh shorter, and the time
+per token 2% longer (docs/simulation.md)."""
 
-# Of a peer that does not state its power: more than most devices draw, so that an unknown power is not free.
+# The power assumed for a peer that does not state it: more than most devices draw, so that no peer gains by silence.
 UNKNOWN_WATTS: Final = 300.0
 
 
 def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
     """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share.
 
-    prompt: positions of an earlier prefill in separate passes, which count with `PROMPT_SHARE`. context: positions that
-    the session holds then, including the prompt.
+    prompt: positions of an earlier prefill in separate passes, whose time counts with `PROMPT_SHARE`. context:
+    positions that the session holds after the prefill, including the prompt.
     """
     token_ms = peer.speed.block_ms_at(positions + peer.batch)
     prompt = max(0, prompt - peer.stored_prefix)
@@ -114,7 +118,7 @@ def block_ms(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> f
 
 
 def past_ms(peer: Peer, positions: int, prompt: int, context: int) -> float:
-    """The part of `block_ms` for reading the session's cache; a prompt's passes read half of the prompt on average."""
+    """The part of `block_ms` for reading the session's KV cache; the passes of a prompt read half of it on average."""
     token_ms = peer.context_cost.ms_at(positions, context)
     if not prompt:
         return token_ms
@@ -128,7 +132,7 @@ def hop_ms(peer: Peer, blocks: int, positions: int, prompt: int = 0, context: in
 
 
 def block_joules(peer: Peer, positions: int, prompt: int = 0, context: int = 0) -> float:
-    """Joules for `positions` new positions through one block of `peer`: their part of a shared pass."""
+    """Joules for `positions` new positions through one block of `peer`: the positions' part of a shared pass."""
     watts = peer.watts or UNKNOWN_WATTS
     alone_ms = block_ms(peer, positions)
     share = positions / (positions + peer.batch)
@@ -141,7 +145,7 @@ def hop_joules(peer: Peer, blocks: int, positions: int = 1) -> float | None:
 
 
 def transfer_ms(link: Link, positions: int, encodings: Sequence[Encoding], prompt: int = 0) -> float:
-    """Ms from the first encoded byte to the last decoded one, with the fastest codec."""
+    """Ms from the start of encoding to the end of decoding, with the fastest codec."""
     return link.latency_ms + occupied_ms(link, positions, encodings, prompt)
 
 
@@ -167,8 +171,8 @@ def route_ms(
     """Ms until `in_flight` steps of `positions` positions, sent at the same time, are back at the client.
 
     The first step takes the sum of all hops and links. The slowest stage, a hop or a link, delays each further step. A
-    `prompt` of this many positions counts with `PROMPT_SHARE`; a `context` adds the time for reading it, see
-    `block_ms`.
+    `prompt` of this many positions counts with `PROMPT_SHARE`; a `context` adds the time for reading these positions,
+    see `block_ms`.
 
     encodings: the codecs that a link may use. source, target: peers that replace the client, for a part of a route.
     """
@@ -189,7 +193,7 @@ def move_ms(
     encodings: Sequence[Encoding],
     source: str = CLIENT,
 ) -> float:
-    """Ms until consecutive new hops hold the KV cache of `cached` positions, and the client knows.
+    """Ms until consecutive new hops hold the KV cache of `cached` positions, and the client is notified.
 
     The cache is replayed in chunks that fill a pass, so that the hops work at the same time. source: the sender to the
     first hop.

@@ -1,4 +1,4 @@
-"""Facts about a swarm: which peers serve which blocks, at what speed and load, and how far they are apart. Frozen."""
+"""Facts about a swarm: the blocks, speeds and loads of peers, and the links between them. All objects are immutable."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from scheduler.batching import PASS_POSITIONS
 
 PASS_SIZES: Final = (1, 4, 16, 64, 256)  # positions of a pass through the blocks at which a peer states its speed
-MAX_WATTS: Final = 1e5  # highest power that a peer may state
+MAX_WATTS: Final = 1e5  # highest power in watts that a peer may state
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Ms per block of one pass, by the number of its positions: the decode tokens of a batch, or a chunk of a prefill.
+    """Ms per block of one pass, by its number of positions: the decode tokens of a batch, or a chunk of a prefill.
 
-    block_ms: at each of `PASS_SIZES` (else ValueError). Between two sizes the ms are interpolated linearly; beyond the
-    last size they grow in proportion.
+    block_ms: one value for each of `PASS_SIZES`; another number of values raises ValueError. Between two sizes the ms
+    are interpolated linearly; beyond the last size they grow in proportion.
     """
 
     block_ms: tuple[float, ...]
@@ -50,7 +50,7 @@ class Speed:
         return self.block_ms[above - 1] * (1 - share) + self.block_ms[above] * share
 
 
-CONTEXTS: Final = (1024, 8192, 32768)  # positions in a row at which a peer states what reading them takes
+CONTEXTS: Final = (1024, 8192, 32768)  # positions in a row for which a peer states the time to read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class ContextCost:
     """Additional ms of a pass through one block for reading the keys and values of earlier positions.
 
     ms: for a pass of one position and a pass of `PASS_POSITIONS`, at each of the `CONTEXTS` that were measured. Between
-    two contexts the ms are interpolated linearly; beyond the last one they grow in proportion. Empty: unknown, counted
-    as 0.
+    two contexts the ms are interpolated linearly; beyond the last one they grow in proportion. Empty: the
+    cost is unknown, and counts as 0.
     """
 
     ms: tuple[tuple[float, float], ...] = ()
@@ -86,15 +86,15 @@ class Peer:
     id: str
     start: int
     end: int
-    speed: Speed  # observed
+    speed: Speed  # as observed
     queue_ms: float = 0.0  # wait of a step until its pass starts
     batch: float = 0.0  # positions of other sessions that share the pass of a decode step
     kv_free: int = 0  # positions that new sessions may still reserve
-    watts: float = 0.0  # drawn while it computes; 0: not known
-    sending_ms: float = 0.0  # for which the output of a position occupies the peer's uplink; 0: not known
+    watts: float = 0.0  # power of the device while it computes; 0: unknown
+    sending_ms: float = 0.0  # time for which the output of one position occupies the peer's uplink; 0: unknown
     context_cost: ContextCost = UNKNOWN_PAST
-    kv_capacity: int = 0  # positions that one session may reserve on an idle peer; 0: not known
-    stored_prefix: int = 0  # positions of the session's prompt that the peer need not compute
+    kv_capacity: int = 0  # positions that one session may reserve on an idle peer; 0: unknown
+    stored_prefix: int = 0  # positions of the session's prompt that the peer has stored, and does not compute again
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Hops that cover all blocks in order and visit each peer once. cost_ms: by the objective of the plan."""
+    """Hops that cover all blocks in order and visit each peer once. cost_ms: cost under the objective of the plan."""
 
     hops: tuple[Hop, ...]
     cost_ms: float
@@ -150,32 +150,34 @@ def most_positions(peers: Sequence[Peer], blocks: tuple[int, int], held: Callabl
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-CLIENT: Final = ""  # the client's id, where a peer's id is expected
+CLIENT: Final = ""  # the client's id where the id of a peer is expected
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A directed connection. latency_ms: one way. bytes_per_ms: bandwidth."""
+    """A directed link. latency_ms: one-way latency. bytes_per_ms: bandwidth."""
 
     latency_ms: float
     bytes_per_ms: float
 
 
-# A link that was not measured: across the world, 10 Mbit/s, so that routes prefer measured links.
+# Assumed for a link that was not measured: a link across the world with 10 Mbit/s, so that routes prefer measured
+# links.
 UNMEASURED: Final = Link(100.0, 1250.0)
 
 
 DIMENSIONS: Final = 3
 TUNING: Final = 0.25  # the paper's constants c_e and c_c: how far one measurement moves the error and the coordinate
-PASSES: Final = 5  # rounds over the measured round trips for a new device; a single round stops short of its position
+# Rounds over the measured round trips of a new device; after one round its coordinate is still far off.
+PASSES: Final = 5
 MIN_HEIGHT_MS: Final = 0.01
 MAX_ERROR: Final = 1.5
 
 MOST_OFF_MS: Final = 1000.0  # largest prediction error that counts: no two devices on Earth are farther apart
 CONTRADICTION: Final = 2.0
 CONTRADICTION_MS: Final = 50.0
-"""Two devices contradict each other if their distance exceeds `CONTRADICTION` times the path over a device that has
-measured both, plus `CONTRADICTION_MS`: one of the two states a wrong position."""
+"""Two devices contradict each other if the distance between their coordinates exceeds `CONTRADICTION` times the path
+through a device that has measured both, plus `CONTRADICTION_MS`: then one of the two states a wrong position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +189,9 @@ class Coordinate:
     """
 
     vector: tuple[float, ...] = (0.0,) * DIMENSIONS  # in ms
-    height_ms: float = MIN_HEIGHT_MS  # of the access link, which every path to the device includes
-    error: float = 1.0  # expected relative error of round trips predicted from here; 1 and more: nothing is known
+    height_ms: float = MIN_HEIGHT_MS  # delay of the access link, which every path to the device includes
+    # Expected relative error of round trips predicted from this coordinate; 1 or more: the coordinate says nothing.
+    error: float = 1.0
 
     def rtt_ms(self, other: Coordinate) -> float:
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
@@ -196,7 +199,7 @@ class Coordinate:
     def moved_by(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
         """The coordinate after a round trip of `rtt_ms` to `other`.
 
-        direction: where to move if both are at the same point; `DIMENSIONS` numbers, preferably random.
+        direction: the direction of the move if both are at the same point; `DIMENSIONS` numbers, preferably random.
         """
         rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
         predicted = self.rtt_ms(other)
@@ -208,12 +211,12 @@ class Coordinate:
         apart = math.hypot(*away)
         force = share * max(-MOST_OFF_MS, min(MOST_OFF_MS, rtt_ms - predicted))
         if apart < 1e-6:
-            # From the same point the coordinate can only be pushed away, in any direction.
+            # At the same point, the coordinate can only be pushed away, in any direction.
             away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
         else:
             push = max(force, -apart)  # stop at the other coordinate: beyond it, further movement would lead away
         vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
-        # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
+        # The distance contains the difference of the vectors and the sum of the heights (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
         return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)
 
@@ -221,10 +224,10 @@ class Coordinate:
 def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[float, ...]) -> Coordinate:
     """The coordinate of a device, from the coordinates of other devices and its round trips to them in ms.
 
-    The search begins at the nearest device, because from the middle of the space it may not reach a far corner, and
-    passes over all devices several times. The error is the median over the devices, and larger if the devices are few.
-    Devices with unknown coordinates are ignored, unless all devices are such; devices whose coordinates contradict most
-    of the others are ignored, too.
+    The search begins at the nearest device, because from the origin it may not reach a far corner. It runs over
+    all devices several times. The error of the result is the median over the devices, and is raised if there are
+    few devices. Devices with unknown coordinates are ignored, unless all coordinates are unknown; devices whose
+    coordinates contradict most of the others are ignored, too.
 
     direction: see `Coordinate.moved_by`.
     """
@@ -241,7 +244,8 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
 
 
 def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[Coordinate, float]]:
-    """Devices whose stated coordinates agree with the round trips to most other devices; all, if none does."""
+    """Devices whose stated coordinates agree with the round trips of most other devices; all devices, if no device
+    does."""
     vectors = np.array([other.vector for other, _ in measured])
     heights = np.array([other.height_ms for other, _ in measured])
     rtt_ms = np.array([rtt_ms for _, rtt_ms in measured])
@@ -253,7 +257,8 @@ def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[
 
 @dataclass(frozen=True, slots=True)
 class NetworkPlace:
-    """A device's statement about all its links. bytes_per_ms: its highest measured bandwidth; 0: none measured."""
+    """What a device states about all its links. bytes_per_ms: its highest measured bandwidth; 0: no link was
+    measured."""
 
     coordinate: Coordinate
     bytes_per_ms: float
@@ -263,8 +268,8 @@ class Network:
     """Links by (sender, receiver). Immutable.
 
     A measured link is used unchanged. Between two devices with known places, the latency is predicted from their
-    coordinates and raised by their errors, and the bandwidth is the smaller of the two. Any other link counts as
-    `unmeasured`.
+    coordinates and raised by their errors, and the bandwidth is the smaller one of the two devices. Any other link
+    counts as `unmeasured`.
     """
 
     def __init__(
@@ -332,7 +337,7 @@ class Network:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkTable:
-    """Links between devices in their order, `[senders, receivers]`. Read-only."""
+    """The links between devices, as arrays `[senders, receivers]` in the order of the ids. Read-only."""
 
     latency_ms: Floats
     ms_per_byte: Floats

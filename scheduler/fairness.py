@@ -1,13 +1,13 @@
 """The order in which a device serves the work of several clients: deficit round robin over device time.
 
 M. Shreedhar and G. Varghese, "Efficient Fair Queuing using Deficit Round Robin", SIGCOMM 1995. The cost of work is
-known only afterwards: a key may begin while its balance is positive, and the time of its work is charged afterwards,
-also below zero. A round adds the same amount, per weight, to the balances of all keys; a round begins when no key with
-work may begin.
+known only afterwards: a key may begin while its balance is positive; then the time of its work is subtracted from the
+balance, which may become negative. A round adds an amount proportional to its weight to the balance of each key; a
+round begins when no key with work has a positive balance.
 
-A device runs one piece of work at a time, and a key with one session has no work between two of its tokens. Therefore
-the pieces of a key that has used more device time than another active key are short, and do not begin just before that
-other key is expected back.
+A device runs one piece of work at a time, and a key with one session has no work between two of its tokens. Therefore,
+if a key has used more device time than another active key, its pieces of work are short, and do not begin just before
+the next work of the other key is expected.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from scheduler.batching import DECODE_POSITIONS, MovingAverage, Waiting
 
 CREDIT_S: Final = 0.05  # seconds of device time, per weight, that a key may keep from earlier rounds
 BULK_COST: Final = 4.0
-"""Price of a second of prefill or training when other keys are active: decode steps of several keys share a pass at
-about the price of one, so work that does not share leaves them four fifths of the time."""
+"""Price of a second of prefill or training while other keys are active. Decode steps of several keys share a pass,
+which costs about as much as a pass of one step; with this price, other work leaves four fifths of the time to decode
+steps."""
 
-CHUNK_S: Final = 0.05  # seconds of a pass of prefill or a piece of training while another key is active
-SLACK: Final = 1.2  # a decode pass may take this many times as long, for further steps, as with one step of each key
+CHUNK_S: Final = 0.05  # longest pass of prefill or piece of training, in seconds, while another key is active
+SLACK: Final = 1.2  # with further steps, a decode pass may take this many times as long as with one step of each key
 AHEAD_S: Final = 2.0
-"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may borrow from the turns of other keys. Each
-key lends the same amount of its turns, and half of them afterwards."""
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may borrow from the turns of other keys. A
+key lends this much of its turns in full; after that it lends half of its turns."""
 
-LATELY_S: Final = (1.0, 5.0)  # s; a key without work is active for twice its usual absence, within these bounds
+# Bounds in seconds; a key without work stays active for twice its usual absence, within them.
+LATELY_S: Final = (1.0, 5.0)
 FORGET_S: Final = 60.0  # a key without work for this time loses its account
 _ROUND_S: Final = 0.001
 _LEARNING: Final = 0.2
@@ -42,9 +44,12 @@ K = TypeVar("K", bound=Hashable)
 
 
 class _Account:
-    """balance: seconds of device time, per weight, without the rounds since. present: pieces of work that wait or run.
-    away: seconds from the end of the key's last work to its next. ahead: borrowed from turns of others until
-    `ahead_at`, less the allowance since. let: lent from its own turns, less what the key used itself since.
+    """The account of a key.
+
+    balance: seconds of device time, per weight, less the sum of all rounds at the time. present: number of pieces of
+    work that wait or run. away: seconds from the end of the key's last work to its next work. borrowed_s: seconds
+    borrowed from turns of other keys, as of `ahead_at`; the allowance reduces them with time. lent_s: seconds lent from
+    the key's own turns, less the seconds of its own prefill in such turns.
     """
 
     __slots__ = ("ahead_at", "away", "balance", "borrowed_s", "left_at", "lent_s", "present", "seen_at")
@@ -65,7 +70,8 @@ class _Account:
 
 
 class FairShares(Generic[K]):
-    """The balances of keys. No clock: `now` is in seconds. Each call takes time in proportion to the active keys.
+    """The balances of keys. It has no clock: callers pass `now` in seconds. A call takes time in proportion to the
+    number of active keys.
 
     weight: returns the weight of a key; keys share the device in proportion to their weights.
     """
@@ -80,7 +86,7 @@ class FairShares(Generic[K]):
         return len(self._accounts)
 
     def work_arrived(self, key: K, now: float) -> None:
-        """Adds a waiting piece of work of `key`."""
+        """Counts a new piece of work of `key`."""
         account = self._accounts.get(key)
         if account is None:
             account = self._accounts[key] = _Account(CREDIT_S - self._rounds_s, now)
@@ -91,7 +97,7 @@ class FairShares(Generic[K]):
         self._touch(key, account, now)
 
     def work_done(self, key: K, now: float) -> None:
-        """Removes a piece of work that is done or was given up."""
+        """Counts off a piece of work that is done or was given up."""
         account = self._accounts[key]
         account.present -= 1
         if not account.present:
@@ -106,8 +112,8 @@ class FairShares(Generic[K]):
     def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
         """Charges `key` for the device time of its work; `bulk`: prefill or training.
 
-        While no other key is active, the work is free, but the key then keeps no credit against a key that becomes
-        active.
+        While no other key is active, the work is free, but then the key keeps no credit for the time when another key
+        becomes active.
         """
         account = self._accounts.get(key)
         if account is not None:
@@ -119,11 +125,11 @@ class FairShares(Generic[K]):
             account.balance = balance - self._rounds_s
 
     def may_go_ahead(self, key: K, now: float) -> bool:
-        """Whether `key` has borrowed little enough lately to borrow a turn of another key."""
+        """Whether `key` may borrow a turn of another key: it has not borrowed much lately."""
         return self._ahead(self._accounts[key], now) < AHEAD_S
 
     def lets_others(self, key: K) -> bool:
-        """Whether `key` still lends turns: it has lent few, or has since used the same time itself."""
+        """Whether `key` still lends turns: it has lent few turns, or has used as many of them itself since."""
         return self._accounts[key].lent_s < AHEAD_S
 
     def record_borrowed_turn(self, key: K, of: K, seconds: float, now: float) -> None:
@@ -144,19 +150,22 @@ class FairShares(Generic[K]):
         return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
 
     def may_join(self, key: K) -> bool:
-        """Whether a decode step of `key` may join the next pass: its use hardly exceeds that of keys that may begin."""
+        """Whether a decode step of `key` may join the next pass: it has hardly used more time than a key that may
+        begin."""
         return self._balance(self._accounts[key]) > -CREDIT_S
 
     def begin_rounds(self, first: K) -> None:
-        """Adds rounds until the first of the keys with work may begin."""
+        """Adds rounds until `first` may begin."""
         short_s = -self._balance(self._accounts[first])
         if short_s >= 0:
             self._rounds_s += short_s + _ROUND_S
 
     def awaited(self, first: K, takes_s: float, now: float) -> tuple[K, float] | None:
-        """The key that `first` waits for, and the longest wait in seconds: it has used less and is expected soon.
+        """The key that `first` waits for, as that key has used less and is expected soon, and the longest wait in
+        seconds.
 
-        None: `first`, which has used least of all keys with work, begins at once. Its work would take `takes_s`.
+        None: `first` begins at once. first: the key that has used least of all keys with work. takes_s: duration of its
+        next work.
         """
         own = self._balance(self._accounts[first])
         for key, account in self._absent(now):
@@ -168,7 +177,7 @@ class FairShares(Generic[K]):
         return None
 
     def quiet_s(self, now: float) -> float:
-        """Seconds during which no active key without work is expected; 0: one may come at any time."""
+        """Seconds during which no work of an active key without work is expected; 0: work may arrive at any time."""
         return min((max(0.0, _EARLY * it.away.value - (now - it.left_at)) for _, it in self._absent(now)), default=0.0)
 
     def _balance(self, account: _Account) -> float:
@@ -193,7 +202,7 @@ class FairShares(Generic[K]):
 class Owned(Waiting, Protocol):
     """A step of a client.
 
-    total: positions that the step began with. owner: the client's key. left: positions of the session's reservation
+    total: number of positions of the whole step. owner: the client's key. left: positions of the session's reservation
     that are still to come.
     """
 
@@ -211,23 +220,23 @@ W = TypeVar("W", bound=Owned)
 
 
 class FairPasses(Generic[W]):
-    """The passes of several keys. No clock: `now` is in seconds.
+    """Chooses the passes for several keys. It has no clock: callers pass `now` in seconds.
 
-    pass_s: seconds of a pass, by its number of positions. weight: see `FairShares`.
+    pass_s: returns the seconds of a pass, by its number of positions. weight: see `FairShares`.
     """
 
     def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
         self.shares = FairShares[Any](weight)  # the device time that each key has used
         self._pass_s = pass_s
-        # The key in whose turn a key's prefill runs, if that is another key.
+        # For a key whose prefill runs in the turn of another key: that other key.
         self._turn_of: dict[Hashable, Hashable] = {}
 
     def chunk_s(self, now: float) -> float:
-        """Seconds that a piece of prefill or of a pass over whole sequences may take."""
+        """Maximum seconds of a piece of prefill, or of a pass over whole sequences."""
         return max(CHUNK_S, 2 * self._pass_s(1), self.shares.quiet_s(now))
 
     def positions_within(self, seconds: float) -> int:
-        """The most positions that a pass computes in this time, at least one."""
+        """The maximum number of positions that a pass computes in this time, at least one."""
         low, high = 1, 1 << 16
         while low < high:
             middle = (low + high + 1) // 2
@@ -237,9 +246,10 @@ class FairPasses(Generic[W]):
     def prefill_turn(self, waiting: Sequence[W], first: Hashable, now: float) -> list[W]:
         """Steps whose prefill runs in a turn of `first`: its own, or a step of another key with a shorter prompt.
 
-        If prompts share a device in turns, all prompts are done late. With the shortest first (Schrage 1968), half of
-        them are done in a fraction of the time, and hardly one later. Decoding gains as much: `first` pays, no key
-        borrows for long, and no key lends all its turns. `waiting`: at most one step of each session.
+        If prompts share a device in turns, all prompts finish late. If the shortest prompt is first (Schrage 1968),
+        half of the prompts finish in a fraction of the time, and hardly any prompt finishes later. Other keys decode as
+        much as before: `first` is charged, no key borrows for long, and no key lends all its turns. waiting: at most
+        one step of each session.
         """
         own = [step for step in waiting if step.owner == first]
         self._turn_of = {}
@@ -261,8 +271,8 @@ class FairPasses(Generic[W]):
     ) -> dict[W, int]:
         """A decode step of each key that may join, then further decode steps in turns and prefill, if they cost little.
 
-        waiting: at most one step of each session; the first key of `ranked` decodes. ranked: the keys of the steps, the
-        key that has used least first.
+        waiting: at most one step of each session; the first key of `ranked` has a decode step. ranked: the keys of the
+        steps; the key that has used least is first.
         """
         self._turn_of = {}
         steps: dict[Hashable, list[W]] = {key: [] for key in ranked}
@@ -292,7 +302,8 @@ class FairPasses(Generic[W]):
         return counts
 
     def charge_pass(self, chosen: Sequence[tuple[W, int]], seconds: float, now: float) -> None:
-        """Charges a pass to the keys of its positions. Prefill that joined decode costs as much as without decode."""
+        """Charges a pass to the keys of its positions. Prefill in a pass with decode steps costs as much as prefill
+        alone."""
         decode = [(step, count) for step, count in chosen if step.total <= DECODE_POSITIONS]
         bulk = [(step, count) for step, count in chosen if step.total > DECODE_POSITIONS]
         bulk_s = seconds if bulk else 0.0

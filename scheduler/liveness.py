@@ -1,4 +1,4 @@
-"""Whether a peer lives: all thresholds of clients, peers and their directory, and what pings show about a route's hops.
+"""Whether a peer is alive: the time limits of clients, peers and the directory, and what pings tell of a route's hops.
 
 Times are in seconds.
 """
@@ -11,35 +11,37 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
-# A ping over any link.
+# Pings over any link.
 
 ANSWER_S: Final = 1.0  # a peer that does not answer a ping in this time is silent; see `ANSWER_TRIPS` for long links
 FIRST_ANSWER_S: Final = 3.0
-"""For the first ping of a new connection: five to six round trips, one of them TCP's. Until any peer has answered,
-opening a connection may take this time, too."""
+"""Time limit for the first ping of a new connection: five to six round trips, one of them for TCP. Until any peer has
+answered, opening a connection may take this time, too."""
 
-# On a link with long round trips, a ping is answered within this many of the latest round trips,
-ANSWER_TRIPS: Final = 3
-TAKEN_TRIPS: Final = 2  # a connection is accepted within this many,
-FIRST_TRIPS: Final = 7  # and the first ping is answered within this many.
+# Time limits on a link with long round trips, in multiples of the latest round trip.
+ANSWER_TRIPS: Final = 3  # until a ping is answered
+TAKEN_TRIPS: Final = 2  # until a connection is accepted
+FIRST_TRIPS: Final = 7  # until the first ping of a connection is answered
 MAX_ANSWER_S: Final = 12.0  # longest wait for any answer, because a peer controls how late it answers
-TRIAL_ANSWER_S: Final = 5.0  # for a peer on trial: longer than a handshake, and than its own wait for its next hop
+# Time limit for a peer on trial: longer than a handshake, and longer than the peer waits for its next hop.
+TRIAL_ANSWER_S: Final = 5.0
 
 # The hops of a session.
 
-MIN_SILENCE_S: Final = 0.25  # hops are pinged after at least this time without an answer to a request,
-MAX_SILENCE_S: Final = 2.0  # and after at most this time, unless the step is predicted to take long.
+MIN_SILENCE_S: Final = 0.25  # shortest time without an answer to a request after which hops are pinged
+MAX_SILENCE_S: Final = 2.0  # longest such time, unless the step is predicted to take long
 SILENT_STEPS: Final = 5.0  # between these bounds hops are pinged after this many times the usual duration of a step
 PREDICTED_TIMES: Final = 2.0  # before a long step, hops are pinged only after this many times its predicted duration
-LOST_S: Final = MAX_SILENCE_S + ANSWER_S  # a peer that gave no sign of life for this time may be lost, or hangs
-OPEN_TIMEOUT_S: Final = 10.0  # a live hop answers `Open` in this time, which may include reaching its next hop
+LOST_S: Final = MAX_SILENCE_S + ANSWER_S  # a peer that has sent nothing for this time may be lost, or may hang
+OPEN_TIMEOUT_S: Final = 10.0  # a live hop answers `Open` in this time, which includes connecting to its next hop
 UPLINK_QUEUE_S: Final = 10.0  # longest silence of a hop that the client's own traffic to other peers may explain
 MAX_QUEUE_S: Final = 120.0  # longest wait for a peer that reports a long queue, or whose link is busy
 DECODE_PROGRESS_S: Final = 30.0  # a hop that works on a decode step for this time without progress counts as lost
 PROGRESS_TIMEOUT_S: Final = 120.0  # the same for a prefill
 PASS_PROGRESS_S: Final = 600.0  # the same for passes over whole sequences
-IDLE_CHECKS: Final = 2  # rounds of pings in which no hop has work of the session, until its messages count as lost
-RECOVERY_TIMEOUT_S: Final = 30.0  # how long a session waits for other peers when some blocks have no peer
+# After this many rounds of pings in which no hop has work of the session, the session's messages count as lost.
+IDLE_CHECKS: Final = 2
+RECOVERY_TIMEOUT_S: Final = 30.0  # how long a session waits for new peers when some blocks have no peer
 
 # Which peers routes avoid.
 
@@ -52,18 +54,20 @@ and is avoided until it answers."""
 # Peers that are asked for records.
 
 DIRECTORY_ANSWER_S: Final = 4.0  # a peer answers a question about records in this time
-DIRECTORY_SOON_S: Final = 1.0  # other peers are asked, too, if a peer has not reported changes in this time
+DIRECTORY_SOON_S: Final = 1.0  # if a peer has not reported changes in this time, other peers are asked, too
 # How long to wait for other peers after the first answer; later answers count at the next refresh.
 DIRECTORY_OTHERS_S: Final = 1.0
-DIRECTORY_DOWN_S: Final = 0.5  # a peer whose link is not up in this time is not waited for, if others answer
+DIRECTORY_DOWN_S: Final = 0.5  # if other peers answer, nobody waits longer than this for a peer whose link is not up
 
 # How peers judge each other, and clients.
 
 # A watched peer that has not answered for this time, and whose link is lost, counts as gone.
 HOLDER_LOST_S: Final = 2.5
-HOLDER_SILENT_S: Final = 6.0  # the same, for any state of its link
+# A watched peer that has not answered for this time counts as gone, even if its link is up.
+HOLDER_SILENT_S: Final = 6.0
 CLIENT_LOST_S: Final = 30.0  # the sessions of a client whose connection has ended are kept for this time
-STUCK_S: Final = 60.0  # passes do not wait for a link that accepted no bytes for this time; clients wait `MAX_QUEUE_S`
+# Passes do not wait for a link that has accepted no bytes for this time; clients wait up to `MAX_QUEUE_S`.
+STUCK_S: Final = 60.0
 STALLED_S: Final = 30.0  # a connection ends if bytes wait on it and the other side has accepted none for this time
 SOURCE_SILENT_S: Final = 15.0  # a source of weights that sends nothing for this time is given up
 
@@ -72,15 +76,16 @@ Hop = TypeVar("Hop", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class PingAnswer(Generic[Hop]):
-    """A hop has answered a ping, or is about to."""
+    """The answer of a hop to a ping; with `late` the answer is still expected."""
 
     endpoint: Hop
-    queue_ms: float  # how long its device has work, for any session
-    holds: bool = True  # it knows the session
-    waiting: int = 0  # steps and passes of the session that wait or run there; 1 for all in transit to the next hop
-    done: int = 0  # positions of the session computed there so far; only grows
+    queue_ms: float  # expected time until the device has done its waiting work, of all sessions
+    holds: bool = True  # whether the hop has the session
+    # Steps and passes of the session that wait or run at the hop; all those in transit to the next hop count as 1.
+    waiting: int = 0
+    done: int = 0  # positions of the session that the hop has computed so far; never decreases
     last: int = 0  # highest number of a finished step or pass of the session's epoch
-    late: bool = False  # it has not answered, but its link carries data that delays the ping or the pong
+    late: bool = False  # the hop has not answered, but data on its link delays the ping or the pong
 
 
 class PingVerdict(Enum):
@@ -95,12 +100,12 @@ class PingVerdict(Enum):
 @dataclass(frozen=True, slots=True)
 class Verdict(Generic[Hop]):
     finding: PingVerdict
-    hops: tuple[Hop, ...] = ()  # the hops concerned, the likeliest first
+    hops: tuple[Hop, ...] = ()  # the hops that may have caused the verdict, the likeliest first
 
 
 def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
-    """Seconds to wait for an answer before pinging, by the usual duration and the predicted duration of the step; 0:
-    not known.
+    """Seconds to wait for an answer before pinging, from the usual duration and the predicted duration of the step; 0:
+    the duration is not known.
     """
     usual_s = SILENT_STEPS * usual_ms / 1000
     silent_s = min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
@@ -127,7 +132,7 @@ class Liveness(Generic[Hop]):
         return bool(self._answers)
 
     def message_received(self, now: float) -> None:
-        """Records that an awaited message has arrived."""
+        """Records the arrival of a message that the client waited for."""
         self._heard_at = self._progress_at = now
         self._idle_checks = self._moves = self._rounds = 0
         self._marks, self._stragglers = {}, {}
@@ -168,8 +173,9 @@ class Liveness(Generic[Hop]):
     def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict[Hop] | None:
         """Ends a round and returns its result; None: the session keeps waiting.
 
-        number: of the earliest awaited step or pass; 0: none. parts: most parts in which each hop may compute it;
-        progress beyond these is false. progress_s: longest time that hops may work without any progress.
+        number: number of the earliest step or pass without an answer; 0: none. parts: maximum number of parts in which
+        a hop may compute this step or pass; a hop that reports more progress lies. progress_s: longest time for which
+        hops may work without progress.
         """
         answers, until = self._answers, self._until
         self.cancel_round()

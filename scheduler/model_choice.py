@@ -2,16 +2,20 @@
 
 Each peer decides for itself, by the demand for models and the cost model that places blocks within one:
 
-- A model is worth its demand in tokens per second, if all of its blocks have peers. A model that lacks blocks is worth
-  half of that, times the share of blocks that have peers: so each peer that fills it gains.
-- Where the worth stays the same, the waiting time of tokens counts: each waits for the weakest block of its model
-  (`scheduler.placement.rates`). A move to a busy model must remove a share of the waiting, and repay its own cost.
-- A peer leaves a block of a model in use only if other peers serve it, one of them with a lower id. As within a model,
-  every block then keeps the lowest of the peers that leave it at once, however stale the views
-  (`scheduler.peer_moves`).
+- The worth of a model is its demand in tokens per second, if all of its blocks have peers. The worth of a model that
+  lacks blocks is half of its demand, times the share of blocks that have peers: so each peer that adds blocks raises
+  it.
+- If a move does not change the total worth, the waiting time of tokens counts: each token waits for the weakest block
+of
+  its model (`scheduler.placement.rates`). A move to a busy model must remove a share of the waiting time, and repay its
+  own cost.
+- A peer leaves a block of a model in use only if other peers serve this block, and one of them has a lower id. As
+within
+  a model, every block then keeps the lowest of the peers that would leave it at the same time, however stale the views
+  are (`scheduler.peer_moves`).
 
-Each move raises the worth of the models, or at the same worth removes a share of the waiting. So peers that move one
-after the other do not go back and forth while the demand stays the same.
+Each move raises the total worth of the models, or keeps it and removes a share of the waiting time. So peers that move
+one after the other do not go back and forth while the demand stays the same.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from scheduler.peer_moves import HORIZON_S, LOAD_S, MIN_GAIN, REPLAY_S, SETTLE_S
 from scheduler.placement import Spans, sum_per_block
 
 SMOOTHED_S: Final = 60.0
-LEAST_DEMAND: Final = 0.01  # tokens per second that count as demand
+LEAST_DEMAND: Final = 0.01  # lowest rate in tokens per second that counts as demand
 BUSY: Final = 0.3  # a model is busy if its weakest block computes for this share of the time
 
 
@@ -50,10 +54,10 @@ class DecayingRate:
 
 @dataclass(frozen=True)
 class ModelOffer:
-    """A model, as seen by a peer that may serve it.
+    """A model that a peer may serve, and the facts about it.
 
-    others: peers that serve it, or move to it. own: the peer itself, with its actual or possible blocks and speed.
-    demand: tokens per second. in_use: a client has asked for the model in the last minutes.
+    others: other peers that serve the model, or move to it. own: the peer itself, with its actual or possible blocks
+    and speed. demand: tokens per second. in_use: whether a client has asked for the model in the last minutes.
     """
 
     id: str
@@ -75,7 +79,7 @@ class ModelOffer:
 
     @property
     def can_spare_own(self) -> bool:
-        """Whether other peers serve all blocks, and each of the peer's own blocks has one with a lower id."""
+        """Whether other peers serve all blocks, and each of the peer's own blocks also has a peer with a lower id."""
         own = slice(self.own.start, self.own.end)
         lower = self._rates([peer for peer in self.others if peer.id < self.own.id])
         return bool(self._rates(self.others).all() and lower[own].all())
@@ -91,7 +95,7 @@ class ModelOffer:
 def first_model(offered: Sequence[ModelOffer]) -> str:
     """The model that a new peer should serve; without demand, a model that lacks blocks or is slow.
 
-    Raises ValueError if there is none.
+    Raises ValueError if `offered` is empty.
     """
 
     def gain(model: ModelOffer) -> tuple[float, float, str]:
@@ -109,7 +113,8 @@ def better_model(
 ) -> str | None:
     """The model that a peer should serve instead of its present one; None: it stays. See this module's docstring.
 
-    settled_s: since the peer last moved or joined. sessions: open ones, which would be replayed elsewhere.
+    settled_s: time since the peer last moved or joined. sessions: number of open sessions, which would be replayed at
+    other peers.
     """
     can_spare = here.can_spare_own
     if here.in_use and not can_spare:

@@ -18,7 +18,8 @@ from scheduler.cost import Encoding, block_ms, occupied_ms, route_ms, transfer_m
 from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, Network, Peer, Route, Speed
 from scheduler.prefill_chunks import CHUNK_SIZES
 
-# Most devices for which the optimum is computed: a tenth of a second, tripled by each further device.
+# Maximum number of devices for which the optimum is computed. This takes a tenth of a second; each further device would
+# triple the time.
 EXACT_DEVICES: Final = 15
 STARTS: Final = 8
 MAX_CHAINS: Final = 60_000
@@ -32,7 +33,7 @@ _SMALL: Final = 1e-9
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Problem:
-    """The model to cut, and its costs in ms, `[devices]`.
+    """The model to cut, and the costs in ms, `[devices]`.
 
     links: `[devices + 1, devices + 1]` from sender to receiver; the last row and column belong to the client; infinite
     where a link must not be used.
@@ -40,7 +41,7 @@ class Problem:
 
     num_blocks: int
     capacity: Integers  # blocks for which a device has memory
-    block: Floats  # of one block
+    block: Floats  # cost of one block
     hop: Floats  # cost of a hop in addition to blocks and links
     links: Floats
 
@@ -85,7 +86,8 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
 def _assign_blocks(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
     """The blocks of each device `[cases, devices]` and the remaining blocks `[cases]`, for sets of devices.
 
-    Remaining blocks have no room. Their number is negative if a set has more devices than there are blocks.
+    Remaining blocks are those that do not fit. Their number is negative if a set has more devices than there are
+    blocks.
     """
     by_speed = np.argsort(problem.block, kind="stable")
     room = np.where(members, problem.capacity - 1, 0)[:, by_speed]
@@ -228,7 +230,8 @@ def _other_devices(order: list[int], count: int) -> list[Integers]:
     return [np.array(group, dtype=np.int64) for group in (less, exchanged, more)]
 
 
-HOP_MS: Final = 0.9  # ms of a hop beside blocks, codecs and links: messages, threads, dispatch (docs/benchmarks.md)
+# Ms of a hop in addition to blocks, codecs and links: messages, threads, dispatch (docs/benchmarks.md).
+HOP_MS: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +239,10 @@ class Device:
     """A device that could be a peer."""
 
     id: str
-    max_blocks: int  # blocks for which it has memory
+    max_blocks: int  # number of blocks that fit into its memory
     speed: Speed
     hop_ms: float = HOP_MS
-    watts: float = 0.0  # drawn while it computes; 0: not known
+    watts: float = 0.0  # power while it computes; 0: unknown
 
     def peer(self, start: int, end: int) -> Peer:
         return Peer(self.id, start, end, self.speed, queue_ms=self.hop_ms, watts=self.watts)
@@ -262,9 +265,10 @@ def fastest_partition(
     everyone: bool = False,
     exact_devices: int = EXACT_DEVICES,
 ) -> Route:
-    """The chain through which a single token goes fastest, from the client and back to it. Its cost is that time in ms.
+    """The chain with the shortest time of a single token, from the client through all blocks and back. Its cost is this
+    time in ms.
 
-    The optimum, if at most `exact_devices` devices have memory for a block; else the result of a local search.
+    The chain is optimal if at most `exact_devices` devices have memory for a block; else a local search finds it.
 
     everyone: all devices with memory for a block take part, even where fewer would be faster.
 
@@ -289,12 +293,12 @@ def widest_partition(
 ) -> Route:
     """The chain with the fastest slowest stage, a device or a link, which sets the pace of many concurrent steps.
 
-    Among chains with equal slowest stages, the one through which a step goes fastest. The optimum, as in
-    `fastest_partition`.
+    Among chains with equally fast slowest stages, the one on which a step takes the shortest time. When the chain is
+    optimal: see `fastest_partition`.
 
-    positions: of a step, the tokens of sessions that share a pass.
+    positions: positions of a step, which are the tokens of the sessions that share a pass.
 
-    Raises DoesNotFit if the model is too big for all devices together, and ValueError if two have the same id.
+    Raises DoesNotFit if the model is too big for all devices together, and ValueError if two devices have the same id.
     """
     problem = _problem(devices, num_blocks, network, encodings, positions)
     names = [*(device.id for device in devices), CLIENT]
@@ -319,7 +323,7 @@ def widest_partition(
             low = middle + 1
         else:
             best, high = chain, middle
-    assert best is not None, "what fits has a chain"
+    assert best is not None, "a model that fits has a chain"
     return _route(best, devices, network, encodings, positions)
 
 
@@ -335,8 +339,8 @@ def tokens_per_s(
     """Tokens per second of all sessions together, if each session decodes one token after the other without pause.
 
     Sessions are divided into groups that share each pass, with the best number of groups. A round takes the trip time
-    of a group, or the time of all groups at the slowest stage, if that is longer. client_ms: between a token's arrival
-    and the next step.
+    of a group, or the time of all groups at the slowest stage, if that is longer. client_ms: time
+    between a token's arrival and the next step.
     """
     best = 0.0
     for groups in range(1, sessions + 1):
@@ -373,7 +377,7 @@ def _problem(
 ) -> Problem:
     """Raises DoesNotFit and ValueError as `fastest_partition` does."""
     if len({device.id for device in devices}) != len(devices):
-        raise ValueError("the ids of the devices differ")
+        raise ValueError("two devices have the same id")
     if (missing := num_blocks - sum(device.max_blocks for device in devices)) > 0:
         raise DoesNotFit(missing)
     names = [*(device.id for device in devices), CLIENT]

@@ -1,18 +1,19 @@
-"""Which peer should move to other blocks, and where to.
+"""Which peer should move to other blocks, and to which blocks.
 
 All peers evaluate the same public facts, and only the peer that the result names moves: peers move one after the other
 without a lock. Their views may be stale, though. Two rules keep peers from leaving a block at the same time:
 
-- Among the peers of a block, the one with the lowest id never leaves. This needs no promise: however stale the views
-  are, every block keeps the lowest of the peers that move at once. (A peer leaves only blocks at which it has seen a
-  lower id. The lowest id that ever served a block never saw one.) The rule does not help against peers that die.
+- Among the peers of a block, the one with the lowest id never leaves. This works without messages: however stale the
+  views are, every block keeps the lowest of the peers that would leave it at the same time. (A peer leaves only blocks
+  at which it has seen a lower id. The lowest id that ever served a block never sees a lower one.) The rule does not
+  help against peers that crash.
 - Where a model lacks blocks and no other peer can help, a lowest peer may move too: a move with `confirm`. The peer
-  must announce it first (`moving`), hold it until the records of all peers that could leave one of the same blocks are
-  younger than the announcement, and move only if it is still named then. Among peers that leave a block, the last one
-  to announce sees all the others.
+  must first announce the move (`moving`), wait until the records of all peers that could leave one of the same blocks
+  are younger than the announcement, and move only if the result still names it. Among the peers that want to leave a
+  block, the last peer to announce sees the announcements of all others.
 
-Which peer fills a hole depends only on the spans of peers, not on speeds. Speeds change with every record, so that each
-peer could name another one, or none could watch the peers whose blocks it should take over.
+Which peer fills a hole depends only on the spans of peers, not on speeds. Speeds change with every record; with them,
+peers with different records could name different peers, and no peer would know whose blocks it should take over.
 
 The moves come to an end: each leaves fewer blocks without a peer, or brings spare replicas nearer to such blocks, or
 lifts some of the weakest blocks above all blocks that it weakens.
@@ -29,11 +30,12 @@ import numpy as np
 from scheduler.facts import Floats, Integers, Peer
 from scheduler.placement import Spans, best_span, fewest_hops, rates, sum_per_block
 
-MIN_GAIN: Final = 0.2  # a move must lift blocks beyond 1 + this share of the weakest block's throughput
+# A move must raise the throughput of weak blocks above (1 + this share) times that of the weakest block.
+MIN_GAIN: Final = 0.2
 SETTLE_S: Final = 300.0  # how long a peer stays after a move, unless some blocks have no peer
 HORIZON_S: Final = 600.0  # seconds for which the gain of a move counts; within this time it must repay its cost
-LOAD_S: Final = 30.0  # how long a moving peer serves nothing, unless it states another time
-# How long a session waits for its replay when a peer leaves (1,000 positions, docs/benchmarks.md).
+LOAD_S: Final = 30.0  # time for which a moving peer serves no blocks, unless it states another time
+# Time for which a session waits for its replay when a peer leaves (1,000 positions, docs/benchmarks.md).
 REPLAY_S: Final = 1.0
 
 
@@ -49,7 +51,7 @@ class PeerMove:
 
 @dataclass(frozen=True, slots=True)
 class Willingness:
-    """What moving would cost each peer, by id; a peer that is missing has the default."""
+    """What a move would cost each peer, by id; a peer that is missing has the default cost."""
 
     # Open sessions, which must be replayed elsewhere.
     sessions: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -66,7 +68,7 @@ def best_move(
     moving: Mapping[str, tuple[int, int]] | None = None,
     min_gain: float = MIN_GAIN,
 ) -> PeerMove | None:
-    """The one move that improves the swarm most; None if no move pays. The order of the facts does not matter.
+    """The move that improves the swarm most; None if no move pays. The order of the peers does not matter.
 
     While some blocks have no peer, the model cannot be used: a move fills as many of them as possible, at any cost.
     Otherwise the throughput of the weakest block counts (as in `choose_span`). A move must raise weak blocks, which
@@ -83,7 +85,7 @@ def best_move(
     Raises ValueError if two peers have the same id, or num_blocks is less than 1.
     """
     if num_blocks < 1 or len({peer.id for peer in peers}) != len(peers):
-        raise ValueError("the ids of the peers differ, and a model has at least one block")
+        raise ValueError("two peers have the same id, or num_blocks is less than 1")
     moving = moving or {}
     by_id = sorted(peers, key=lambda peer: peer.id)
     serving = Spans.of((peer for peer in by_id if peer.id not in moving), num_blocks)
@@ -97,9 +99,10 @@ def best_move(
 
 
 class _MoveFacts:
-    """The facts as arrays: by serving peer, in the order of ids, and by block.
+    """The facts as arrays: by serving peer in the order of ids, or by block.
 
-    length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
+    length: number of blocks that a peer would serve after a move; 0: it cannot move. lowest: whether the peer has the
+    lowest id at some block.
     planned, replicas: tokens per 1000 s and peers of each block after all current moves.
     """
 
@@ -126,7 +129,8 @@ class _MoveFacts:
 
 
 def _fill(view: _MoveFacts) -> PeerMove | None:
-    """Moves a peer that is nowhere the lowest to where it fills most blocks; of equals, the one with most replicas."""
+    """Moves a peer that has the lowest id at no block to where it fills most blocks without a peer; among equally good
+    peers, the peer whose blocks have most replicas."""
     free = np.flatnonzero(~view.lowest & (view.length > 0))
     if not len(free):
         return None
@@ -139,11 +143,11 @@ def _fill(view: _MoveFacts) -> PeerMove | None:
 
 
 def _shift(view: _MoveFacts) -> PeerMove | None:
-    """Moves a peer although it is the lowest at some block, because the model cannot be used otherwise.
+    """Moves a peer although it has the lowest id at some block, because the model cannot be used otherwise.
 
     Every block that the peer leaves has another replica. Blocks of both the old and the new span have no peer during
-    the move. If no move fills a hole, the move that brings spare replicas nearer to a hole: consecutive moves shift
-    spare memory to the hole.
+    the move. If no move fills a hole, the result is the move that brings spare replicas nearer to a hole: consecutive
+    moves shift spare memory to the hole.
     """
     served = sum_per_block(view.serving.start, view.serving.end, np.ones(len(view.rate)), view.num_blocks)
     planned = view.replicas
@@ -151,7 +155,7 @@ def _shift(view: _MoveFacts) -> PeerMove | None:
     nothing = view.num_blocks + 1
     best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False
     found: PeerMove | None = None
-    # `_fill` found no peer that is nowhere the lowest, so there are at most as many of these peers as blocks.
+    # `_fill` found no move, so every peer here has the lowest id at some block: there are at most as many as blocks.
     for peer in map(int, np.flatnonzero(view.length > 0)):
         length = int(view.length[peer])
         starts = np.arange(view.num_blocks - length + 1)
@@ -170,7 +174,7 @@ def _shift(view: _MoveFacts) -> PeerMove | None:
 
 
 def _distance_to_holes(replicas: Floats) -> Integers:
-    """Distance from a hole to the nearest block with a spare replica, `[cases, blocks]` -> `[cases]`."""
+    """The distance from the holes to the nearest block with a spare replica, `[cases, blocks]` -> `[cases]`."""
     cases, num_blocks = replicas.shape
     nearest = np.full(cases, num_blocks)
     last_hole, last_spare = np.full(cases, -num_blocks), np.full(cases, -num_blocks)
@@ -183,7 +187,8 @@ def _distance_to_holes(replicas: Floats) -> Integers:
 
 
 def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> PeerMove | None:
-    """Among peers that are nowhere the lowest, the move with the largest gain for the weakest blocks, less its cost."""
+    """The move with the largest gain for the weakest blocks, less its cost, of a peer with the lowest id at no
+    block."""
     ids, now = view.serving.ids, view.planned
     settled = np.array([willingness.settled_s.get(peer, np.inf) >= SETTLE_S for peer in ids], dtype=bool)
     movers = np.flatnonzero(~view.lowest & (view.length > 0) & settled)
@@ -207,7 +212,7 @@ def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> P
 
     score = np.full((len(movers), view.num_blocks), -np.inf)
     for start in range(view.num_blocks):
-        # Reversed ranges are empty: their minimum is infinite, and no block in them is lifted.
+        # Ranges whose end is before their start are empty: their minimum is infinite, and they contain no raised block.
         end = np.minimum(start + length, view.num_blocks)
         left = np.minimum(least[old_start, np.minimum(old_end, start)], least[np.maximum(old_start, end), old_end])
         kept = least[np.maximum(old_start, start), np.minimum(old_end, end)]
@@ -237,7 +242,7 @@ def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> P
 
 
 def _range_minima(values: Floats) -> Floats:
-    """The least of values[i:j] for each [i, j]; infinite for an empty range."""
+    """The least value in values[i:j] for each [i, j]; infinite for an empty range."""
     count = len(values)
     minima = np.full((count + 1, count + 1), np.inf)
     for start in range(count):

@@ -12,10 +12,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from scheduler.facts import PASS_SIZES, Floats, Integers, Peer, Speed
 
-BLOCKS_SHARE: Final = 0.6  # of a device's memory, by default; the rest is for KV caches and the system
+# Share of a device's memory that blocks may use by default; the rest is for KV caches and the system.
+BLOCKS_SHARE: Final = 0.6
 # Throughputs that differ by less than this share count as equal, so that the length of chains decides.
 NEAR_EQUAL: Final = 0.1
-# A peer that is n times as slow as the new one, including its link, counts 1 / n to this power.
+# A peer that is n times as slow as the new peer, including its link, counts with the weight (1 / n) ** SLOWER_POWER.
 SLOWER_POWER: Final = 2
 _FASTEST_BLOCK_MS = 1e-5
 
@@ -31,17 +32,18 @@ def choose_span(
 
     1. Coverage: the span with the most blocks that no other peer serves.
     2. Throughput: a swarm is as fast as its weakest block. The weakest block of the span has the lowest throughput;
-       between (nearly) equal ones the next weakest decides, and so on. (The rule of Petals, Borzunov et al., 2023.)
-    3. Latency: a span that matches the spans of other peers, so that chains through it have the fewest hops. Then the
-       lower start.
+       between spans with (nearly) equal weakest blocks the next weakest block decides, and so on. (The rule of Petals,
+       Borzunov et al., 2023.)
+    3. Latency: a span that matches the spans of other peers, so that chains through it have the fewest hops. Among
+       equal spans, the one with the lower start.
 
-    The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new one, or far from
-    it, count less, because no chain uses them where a faster or nearer peer exists. So fast peers spread over the whole
-    model among themselves, slow ones go to blocks with little throughput, and the peers of each region serve all of the
-    model if they can.
+    The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new peer, or far
+    from it, count less, because no chain uses them where a faster or nearer peer exists. So fast peers spread over the
+    whole model, slow peers go to blocks with little throughput, and the peers of each region serve the whole model if
+    they can.
 
-    own_ms: `block_ms` of the new peer; None: not known, so that all others count in full. away_ms: one way from the new
-    peer to others, by their ids; a peer that is missing counts as near.
+    own_ms: `block_ms` of the new peer; None: unknown, and all other peers count in full. away_ms: one-way latencies
+    from the new peer to others, by their ids; a peer that is missing counts as near.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
     """
@@ -100,7 +102,7 @@ class Spans:
 
 
 def work_ms(speed: Speed) -> float:
-    """Ms of one block for a token, in a pass with one other token, and for a position of the prompt."""
+    """Ms of one block for a token (in a pass with one other token) and for a position of a prompt, added up."""
     return speed.block_ms_at(2) / 2 + speed.block_ms_at(PASS_SIZES[-1]) / PASS_SIZES[-1]
 
 
@@ -110,12 +112,12 @@ def block_ms(work_ms: Floats | float, blocks: Integers | int, sending_ms: Floats
 
 
 def rates(work_ms: Floats, blocks: Integers, sending_ms: Floats) -> Floats:
-    """Tokens per 1000 s of peers, each with the position of a prompt.
+    """Throughput of peers: tokens per 1000 s, where each token comes with one position of a prompt.
 
-    A token passes the whole span of a peer, so the peer's time is divided among its blocks. That is exact if all chains
-    use whole spans. Otherwise it is too low, because chains may leave the busy part of a span to other peers.
+    A token passes the whole span of a peer, so the peer's time is divided among its blocks. The result is exact if
+    all chains use whole spans. Otherwise it is too low, because chains may use other peers for the busy part of a span.
 
-    Whole numbers, at least 1, so that sums are exact and do not depend on the order of the peers.
+    The results are whole numbers, at least 1, so that sums are exact and do not depend on the order of the peers.
     """
     return np.maximum(1.0, np.rint(1e6 / (block_ms(work_ms, blocks, sending_ms) * blocks)))
 
@@ -165,7 +167,7 @@ class _Flow:
     def hops(self, length: int) -> tuple[Floats, Floats]:
         """Mean hops of chains over the blocks before each boundary, and over the blocks after it.
 
-        Blocks without a peer count as served by future peers with `length` blocks each.
+        Blocks without a peer count as if future peers with `length` blocks each served them.
         """
         before, after = np.zeros(self.num_blocks + 1), np.zeros(self.num_blocks + 1)
         covered = self.throughput > 0

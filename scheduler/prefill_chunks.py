@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-# Positions of a step: smaller steps use a device badly, larger steps make the other hops wait.
+# Positions per step that are tried: smaller steps use devices badly, larger steps make hops wait.
 CHUNK_SIZES: Final = (64, 128, 256, 512)
 
 
 def best_chunk(positions: int, latency_ms: Callable[[int], float], slowest_hop_ms: Callable[[int], float]) -> int:
-    """The size of steps with which `positions` positions are done soonest; among equals the largest.
+    """The step size with which `positions` positions finish soonest; among equally fast sizes the largest.
 
-    latency_ms: of a step through the route, by its positions. slowest_hop_ms: for which a step occupies the slowest hop
-    or link, and so delays the next step.
+    latency_ms: returns the time of a step through the route, by its number of positions. slowest_hop_ms: returns the
+    time for which a step occupies the slowest hop or link, and so delays the next step.
     """
 
     def prefill_ms(size: int) -> float:

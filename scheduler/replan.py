@@ -13,26 +13,28 @@ from typing import Final, TypeVar
 from scheduler.batching import MovingAverage
 
 DISAPPOINTING: Final = 1.5
-"""A route has become slow if a step takes this many times as long as expected, see `RouteWatch.expected_ms`.
+"""A route counts as slow if a step takes this many times as long as expected, see `RouteWatch.expected_ms`.
 
-Sessions do not leave other routes: records of better routes are old, other sessions read them and move there too, and a
-move makes peers that serve others compute a context again (docs/scheduling.md).
+Sessions stay on routes that are not slow: records that show a better route may be old, other sessions read the same
+records and move there too, and a move makes peers compute a context again while they serve others (docs/scheduling.md).
 """
 
 WORTHWHILE: Final = 0.75  # a new route must cost at most this share of the present one
-MOVE_COUNTS: Final = 4.0  # weight of the duration of a move: the session waits, and so do the sessions at its new hops
+# Weight of the duration of a move, because the session waits, and so do other sessions at its new hops.
+MOVE_COUNTS: Final = 4.0
 
 
 def has_become_slow(current_ms: float, expected_ms: float) -> bool:
-    """Whether a session may leave its route. current_ms: cost of a step at present. expected_ms: 0: not known."""
+    """Whether a session may leave its route. current_ms: present duration of a step. expected_ms: expected duration;
+    0: unknown."""
     return current_ms >= DISAPPOINTING * expected_ms
 
 
 def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, expected_ms: float) -> bool:
     """Whether a route has become slow, and the remaining steps save far more than the move takes.
 
-    current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
-    expected_ms: of a step on the present route, see `RouteWatch`; 0: not known.
+    current_ms, new_ms: duration of a step on the two routes. move_ms: time until the new hops hold the session's cache.
+    expected_ms: expected duration of a step on the present route, see `RouteWatch`; 0: unknown.
     """
     if not has_become_slow(current_ms, expected_ms) or new_ms > WORTHWHILE * current_ms:
         return False
@@ -40,30 +42,34 @@ def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int,
 
 
 PAUSE_S: Final = 1.0  # shortest time between two looks for a better route
-SUSPECTED_AGAIN_S: Final = 10.0  # how often the links of an unexplainedly slow route are measured again
+# Seconds between two measurements of the links of a route that is slow without a known reason.
+SUSPECTED_AGAIN_S: Final = 10.0
 RECENT_S: Final = 60.0  # seconds for which the times of steps count
 SURPRISE: Final = 2.0
-SURPRISE_MS: Final = 20.0  # a step that exceeds the usual time by both is a reason to look for another route at once
+# A step that exceeds the usual time by the factor and by these ms is a reason to look for another route at once.
+SURPRISE_MS: Final = 20.0
 SHARE: Final = 0.2  # weight of the latest step in the usual time
 TRIAL_STEPS: Final = 8  # steps on a route until its speed is compared with the prediction
-# Steps whose median is the present cost of a route; on shared devices a few steps are soon slow.
+# Number of latest steps whose median is the present cost of a route; on shared devices, a few steps are often slow.
 RECENT_STEPS: Final = 8
-PREDICTIONS: Final = 4  # routes in a client's error of prediction, which is the second largest of their factors
+# Number of latest routes from which a client estimates its prediction error: the second largest of their factors.
+PREDICTIONS: Final = 4
 MAX_ERROR: Final = 20.0
 
 
 class PredictionErrors:
-    """How many times as slow as predicted a client's latest routes are; not thread-safe.
+    """By which factors a client's latest routes are slower than predicted; not thread-safe.
 
-    Where devices share something that records do not show (a machine, a radio), every idle peer looks faster than it is
-    in use; without this correction sessions would move for ever. A single slow route says nothing about others.
+    Where devices share something that records do not show (a machine, a radio), every idle peer looks faster than it
+    will be in use; without this correction, sessions would never stop to move. A single slow route says nothing about
+    others.
     """
 
     def __init__(self) -> None:
         self._ratios: dict[Hashable, float] = {}
 
     def add_ratio(self, route: Hashable, ratio: float) -> None:
-        """Records how many times as slow as predicted a route was; for a known route, the latest value counts."""
+        """Records by which factor a route was slower than predicted; for a known route, the latest value counts."""
         self._ratios.pop(route, None)
         self._ratios[route] = ratio
         if len(self._ratios) > PREDICTIONS:
@@ -71,30 +77,30 @@ class PredictionErrors:
 
     @property
     def error(self) -> float:
-        """At least 1; unknown routes count as correctly predicted."""
+        """The factor to expect for other routes, at least 1; unknown routes count as correctly predicted."""
         ratios = [*self._ratios.values(), *(1.0 for _ in range(PREDICTIONS - len(self._ratios)))]
         return min(max(1.0, sorted(ratios)[-2]), MAX_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
 class RouteAdvice:
-    plans: bool  # look for another route
-    suspects: bool  # ask the hops at its ends
-    measures: bool  # measure the bandwidth to them
+    plans: bool  # whether to look for another route
+    suspects: bool  # whether to ping the first and the last hop
+    measures: bool  # whether to measure the bandwidth to these two hops
 
 
 class RouteWatch:
     """The times of decode steps on the present route, compared with the prediction, and whether to leave the route.
 
-    former_ms: ms of a step before a hop was lost, expected or at best, if that was less than on the present route; 0:
-    else. surprised: a step took far longer than usual, or the route has become slow, since the caller set this to
-    False.
+    former_ms: ms of a step on the route before a hop was lost, if that route was faster than the present route; 0: it
+    was not. surprised: whether a step took far longer than usual, or the route has become slow, since the caller set
+    this attribute to False.
     """
 
     def __init__(self) -> None:
         self.surprised = False
         self.former_ms = 0.0
-        self.usual = MovingAverage(SHARE)  # ms of a step, over all routes; 0 before the first
+        self.usual = MovingAverage(SHARE)  # ms of a step, over all routes; 0 before the first step
         self._predicted_ms = 0.0
         # Ms of a step, as predicted or as first measured on this route, whichever is less; 0: unknown.
         self.expected_ms = 0.0
@@ -107,7 +113,7 @@ class RouteWatch:
         self._is_unexplained = False
 
     def begin_route(self, predicted_ms: float, *, lost: bool = False) -> None:
-        """Steps use another route from here on. lost: because hops of the former route are gone."""
+        """From now on, steps use another route. lost: whether this is because hops of the former route were lost."""
         best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
         former_ms = self.former_ms or max(self.expected_ms, best_ms)
         self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
@@ -117,17 +123,19 @@ class RouteWatch:
         self._recent_ms.clear()
 
     def present_ms(self, cost_ms: float) -> float:
-        """Ms of a step on the present route: measured recently, or else by the facts (`cost_ms`); 0: too new.
+        """Ms of a step on the present route: as measured recently, or else by the facts (`cost_ms`); 0: the route is
+        too new.
 
-        Facts alone do not move a session from a route that it has just taken: the moves of other sessions make devices
-        busy, too.
+        A session does not leave a new route because of facts alone: moves of other sessions also make devices busy for
+        a moment.
         """
         if len(self._recent_ms) == RECENT_STEPS:
             return median(self._recent_ms)
         return cost_ms if self._is_tried else 0.0
 
     def is_slow(self, step_ms: float) -> bool:
-        """Whether a session may leave a route with such steps: it is slow, or replaced a faster one after a loss."""
+        """Whether a session may leave a route with such steps: the route is slow, or replaces a faster route after a
+        loss."""
         return has_become_slow(step_ms, self.expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
 
     def may_look(self, now_s: float, *, news: bool) -> bool:
@@ -139,7 +147,7 @@ class RouteWatch:
 
         The client's own links are measured first; records of the hops show the other links some seconds later.
 
-        known_ms: of a step, by the facts. ends_silent: a hop next to the client does not answer.
+        known_ms: ms of a step, by the facts. ends_silent: whether the first or the last hop does not answer.
         """
         surprised, self.surprised = self.surprised, False
         self._forget_old(now_s)
@@ -162,12 +170,12 @@ class RouteWatch:
         *,
         shares_links: bool = False,
     ) -> float | None:
-        """Ms of a step on another route, if leaving the present route pays; else None.
+        """Ms of a step on another route, if it pays to leave the present route for it; else None.
 
-        Facts about the present route were observed; facts about the other were reported, and may be too good. After a
-        loss, a session leaves its new route for a route as good as the lost one.
+        Facts about the present route were observed; facts about the other route were reported by peers, and may be too
+        optimistic. After a loss, a session leaves its new route for a route as good as the lost route.
 
-        known_ms: of a step on the present route, by the facts; predicted_ms: on the other. error: see
+        known_ms: ms of a step on the present route, by the facts; predicted_ms: on the other route. error: see
         `PredictionErrors`. move_ms, steps_left: see `move_pays`. shares_links: whether the routes have a common link,
         which may be the unknown cause of slowness.
         """
@@ -183,13 +191,14 @@ class RouteWatch:
             self._recent_ms.clear()
 
     def observe_step(self, elapsed_ms: float, positions: int = 1, now_s: float = 0.0) -> float | None:
-        """Records a step. Returns the route's slowdown against the prediction, when first known or when it decreases.
+        """Records a step. Returns the route's slowdown against the prediction, when it is first known and when it
+        decreases.
 
-        A route may be slow at first, while its hops compute the contexts of other moved sessions: its best value
-        counts.
+        A route may be slow at first, while its hops compute the contexts of other sessions that moved there, so the
+        best value counts.
 
-        positions: in the step; only steps of one position show the present cost of the route. now_s: when the step was
-        done.
+        positions: number of positions in the step; only steps of one position show the present cost of the route.
+        now_s: time of the result of the step.
         """
         self._forget_old(now_s)
         self._stepped_s = now_s
@@ -215,7 +224,7 @@ H = TypeVar("H")
 
 
 def changed_hops(present: Sequence[H], route: Sequence[H]) -> tuple[H | None, list[H]]:
-    """The hop before the first that differs (None: the client), and the hops of `route` that must be filled."""
+    """The hop before the first new hop (None: the client), and the hops of `route` whose KV caches must be filled."""
     stay = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(present, route, strict=False))))
     rest = route[stay:]
     pairs = zip(reversed(present[stay:]), reversed(rest), strict=False)

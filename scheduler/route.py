@@ -17,22 +17,23 @@ from scheduler.facts import CLIENT, Flags, Floats, Hop, Integers, LinkTable, Net
 
 MAX_PROGRAMMES: Final = 256
 MAX_TRANSITIONS: Final = 2_000_000_000
-"""Runs of the dynamic programme, and (block, peer, peer) triples that it examines in all those runs: a few seconds at
-most. At these limits the search ends with the best route found, which may not be the optimum."""
+"""Maximum number of runs of the dynamic program, and maximum number of (block, peer, peer) triples that all runs
+together examine; this takes a few seconds. At a limit the search ends with the best route found so far, which may not
+be optimal."""
 
 MAX_STAGES: Final = 64
 EXACT_STAGES_PEERS: Final = 64
 COARSE: Final = 0.05
-"""`MAX_STAGES` limits the slowest stages that are tried when several steps are under way. In swarms of more than
-`EXACT_STAGES_PEERS` peers each next stage is faster by the share `COARSE`, so that the chain found may cost that share
-more than the best one."""
+"""`MAX_STAGES` limits how many bounds of the slowest stage are tried when several steps are in flight. With more than
+`EXACT_STAGES_PEERS` peers, each bound is lower than the one before by the share `COARSE`, so that the chain found may
+cost this share more than the best chain."""
 
 Path = list[int]  # for each block the index of the peer that runs it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LinkCosts:
-    """Costs of a step on the links of a route, read from a table of all links `[devices, devices]`."""
+    """Costs of a step on the links that a route may use, from a table of all links `[devices, devices]`."""
 
     table: Floats
     source: int  # the first sender
@@ -41,12 +42,12 @@ class LinkCosts:
 
     @property
     def from_source(self) -> Floats:
-        """Costs from the source `[peers]`."""
+        """Costs from the source to each peer, `[peers]`."""
         return self.table[self.source, self.members]
 
     @property
     def leave(self) -> Floats:
-        """Costs to the target `[peers]`."""
+        """Costs from each peer to the target, `[peers]`."""
         return self.table[self.members, self.target]
 
     def between(self, senders: Integers, receivers: Integers) -> Floats:
@@ -65,14 +66,14 @@ class Costs:
 
     start: Integers
     end: Integers
-    block: Floats  # of one block
-    queue: Floats  # before the first block
-    links: LinkCosts  # from sending to arrival
-    busy: LinkCosts  # how long a step occupies the links
+    block: Floats  # time of one block
+    queue: Floats  # wait before the first block
+    links: LinkCosts  # time from sending a step to its arrival
+    busy: LinkCosts  # time for which a step occupies a link
 
 
 def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
-    """The path on which `in_flight` steps, sent at the same time, are done soonest. Every block needs a peer.
+    """The path on which `in_flight` steps, sent at the same time, finish soonest. Every block must have a peer.
 
     The first step takes the sum of a path's costs; each further step takes the path's slowest stage.
     """
@@ -92,7 +93,8 @@ def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
 
 
 def _best_path(costs: Costs, num_blocks: int, slowest: float) -> Path:
-    """The path with the least sum on which no stage takes longer than `slowest`; empty if none is found."""
+    """Of the paths on which no stage takes longer than `slowest`, the one with the least sum; empty if none is
+    found."""
     blocks = np.arange(num_blocks)
     serves = (costs.start[:, None] <= blocks) & (blocks < costs.end[:, None])
     transitions = MAX_TRANSITIONS if slowest == np.inf else MAX_TRANSITIONS // 16
@@ -138,7 +140,7 @@ def _slowest_of(costs: Costs, path: Path) -> float:
 
 
 def _least_sum(costs: Costs, serves: Flags) -> tuple[float, Path]:
-    """The path with the least sum and that sum, where a path may visit a peer again; infinite if there is none."""
+    """The least sum and its path, which may visit a peer again; the sum is infinite if there is no path."""
     num_peers, num_blocks = serves.shape
     runners = [np.flatnonzero(serves[:, block]) for block in range(num_blocks)]
     if any(len(peers) == 0 for peers in runners):
@@ -209,7 +211,8 @@ def _least_capped_sum(costs: Costs, serves: Flags, slowest: float) -> tuple[floa
 
 
 def _second_visit(path: Sequence[int]) -> tuple[int, int] | None:
-    """A peer that the path visits twice, and the first block between that another peer runs, or None."""
+    """A peer that the path visits twice, and the first block between the visits that another peer runs; None: no such
+    peer."""
     left_at: dict[int, int] = {}
     for block, (previous, peer) in enumerate(pairwise(path), start=1):
         if previous != peer:
@@ -220,7 +223,7 @@ def _second_visit(path: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _without_second_visits(path: Sequence[int]) -> Path:
-    """The path with all blocks between two visits of a peer given to that peer, whose span contains them."""
+    """The path in which each peer also runs all blocks between its two visits, which its span contains."""
     repaired = list(path)
     while (visit := _second_visit(repaired)) is not None:
         peer, block = visit
@@ -230,18 +233,18 @@ def _without_second_visits(path: Sequence[int]) -> Path:
 
 
 ENERGY_SLOWDOWN: Final = 1.5  # how many times as long as on the fastest route a step may take, by default
-MAX_WEIGHTS: Final = 8  # how many weights are tried; random swarms needed at most four
+MAX_WEIGHTS: Final = 8  # maximum number of weights that are tried; random swarms needed at most four
 _ENERGY_ALONE: Final = 1e6  # weight of energy in the first chain: among chains with equal energy the fastest one wins
 _SMALL: Final = 1e-9
 
 
 def thriftiest_chain(costs: Costs, joules: Floats, num_blocks: int, slowdown: float) -> Path:
-    """The path with the least joules on which a step takes at most `slowdown` times as long as on the fastest.
+    """The path with the least energy on which a step takes at most `slowdown` times as long as on the fastest path.
 
-    A chain that is the cheapest for no weight is not found, though it may need a little less energy. The chain found
-    meets the bound, and needs no more energy than the fastest chain.
+    The search minimizes weighted sums of time and energy, so it may miss a chain with a little less energy. The result
+    meets the time bound, and needs no more energy than the fastest chain.
 
-    joules: of one block `[peers]`.
+    joules: energy of one block at each peer, `[peers]`.
     """
 
     def with_weight(weight: float) -> tuple[Path, float, float]:
@@ -261,7 +264,7 @@ def thriftiest_chain(costs: Costs, joules: Floats, num_blocks: int, slowdown: fl
         weight = (beyond_ms - within_ms) / saved
         path, path_ms, path_joules = with_weight(weight)
         if path_ms + weight * path_joules >= (within_ms + weight * within_joules) * (1 - _SMALL):
-            break  # nothing lies between the two
+            break  # no chain lies between the two
         if path_ms <= most_ms:
             within, within_ms, within_joules = path, path_ms, path_joules
         else:
@@ -302,9 +305,10 @@ def best_route(
     energy_slowdown: float | None = None,
     rng: random.Random | None = None,
 ) -> Route:
-    """The route over the blocks [start, end) on which `in_flight` steps of `positions` positions are done soonest.
+    """The route over the blocks [start, end) on which `in_flight` steps of `positions` positions finish soonest.
 
-    One step in flight minimizes latency, for chat; several maximize throughput, for batches and training.
+    With one step in flight the route has the least latency, as for chat; with several the highest throughput, as for
+    batches and training.
     `energy_slowdown` selects the route with the least energy per step instead, see `thriftiest_chain`.
 
     Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
@@ -314,13 +318,14 @@ def best_route(
     prompt: positions before the first token, which count with `PROMPT_SHARE`. context: positions that the session then
     holds, see `scheduler.cost.block_ms`.
 
-    Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.
+    Raises NoRoute, and ValueError if two peers have the same id, or if `energy_slowdown` is given with several steps in
+    flight.
     """
     by_id = {peer.id: peer for peer in peers}
     if len(by_id) != len(peers):
-        raise ValueError("the ids of the peers differ")
+        raise ValueError("two peers have the same id")
     if energy_slowdown is not None and in_flight > 1:
-        raise ValueError("a route with little energy is planned for one step in flight")
+        raise ValueError("with energy_slowdown, a route is planned for one step in flight")
     first, end = blocks
     present = [peer for peer in peers if peer.id not in exclude]
     usable = [peer for peer in present if peer.kv_free >= kv_needed]

@@ -14,24 +14,24 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from scheduler.liveness import LOST_S, SILENT_S
 
-# Plans per search; a plan is repeated while links to its ends are unmeasured or hops are silent.
+# Maximum number of plans per search; planning is repeated while links to the ends are unmeasured or hops are silent.
 MAX_PROBED_ROUTES: Final = 4
-# From this many silent peers on, hops without a sign of life for `LOST_S` are pinged before use.
+# If at least this many peers are silent, hops without a sign of life for `LOST_S` are pinged before use.
 MANY_SILENT: Final = 2
 
-# Peers near silent ones are left out; this many are pinged, because a block may have no other peer.
+# Peers near silent peers are not planned with; this many of them are pinged, because a block may have no other peer.
 ASKED_BESIDE: Final = 4
-# Unknown peers that are pinged if those of a planned route do not answer: many records may be of peers that do not
-# exist.
+# Maximum number of unknown peers that are pinged if hops of a planned route do not answer: many records may name peers
+# that do not exist.
 PINGED_AT_ONCE: Final = 96
-# Peers whose last ping is remembered, so that records of ever new peers do not fill the memory.
+# Maximum number of peers whose last ping is remembered, so that records of ever new peers do not fill the memory.
 KEPT_ASKED: Final = 4096
 
 
 class PingHistory:
     """Which peers a client has pinged, when, and which of them answered. Thread-safe.
 
-    silent_s: how long a peer that has answered before counts as silent.
+    silent_s: how long a peer that had answered before counts as silent after a ping without an answer.
     """
 
     def __init__(self, silent_s: float = SILENT_S) -> None:
@@ -64,7 +64,7 @@ class PingHistory:
             self._stepped_s[name] = now_s
 
     def asked_s(self) -> dict[str, float]:
-        """When each peer was last pinged, the oldest first."""
+        """When each peer was last pinged; the peer with the oldest ping is first."""
         with self._lock:
             return dict(self._asked_s)
 
@@ -79,14 +79,15 @@ class PingHistory:
             return never | {name for name in self._silent if self._asked_s[name] >= oldest_s}
 
     def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Peers that did not answer pings since `since_s`, and other peers that answered or sent a step since then."""
+        """Peers that did not answer pings since `since_s`, and the other peers that answered or sent a step since
+        then."""
         with self._lock:
             asked = {name for name, at_s in self._asked_s.items() if at_s >= since_s}
             stepped = {name for name, at_s in self._stepped_s.items() if at_s >= since_s}
             return asked & self._silent, (stepped | asked) - self._silent
 
     def unheard(self, names: Iterable[str], since_s: float) -> list[str]:
-        """The peers that since then were not pinged and sent no step."""
+        """The peers that were not pinged and sent no step since `since_s`."""
         _, heard = self.met_since(since_s)
         with self._lock:
             return [name for name in names if name not in heard and self._asked_s.get(name, -math.inf) < since_s]
@@ -100,12 +101,13 @@ class PlannedRoute(Generic[Route]):
     """A route that was planned."""
 
     route: Route
-    unmeasured: Sequence[str]  # ends whose link to the client must be measured before use, unless they are silent
-    newcomers: Sequence[str]  # hops of the route that can be pinged and do not hold the session
+    # First and last hop, if their links to the client must be measured before use; no silent ones.
+    unmeasured: Sequence[str]
+    newcomers: Sequence[str]  # hops of the route that do not hold the session yet, and can be pinged
 
 
 class Searcher(Protocol[Route]):
-    """A client that searches a route."""
+    """A client that searches for a route."""
 
     @property
     def now_s(self) -> float: ...
@@ -116,13 +118,15 @@ class Searcher(Protocol[Route]):
         ...
 
     def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[Route] | None:
-        """The best route without these peers, or None. Raises the reason if there is no route through any peers."""
+        """The best route without these peers, or None. Raises an error if there is no route even through all
+        peers."""
         ...
 
     def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
-        """Pings as many peers as the client still may; `ends` and `others` may overlap. None: no pings are left.
+        """Pings as many peers as the client still may; `ends` and `others` may overlap. None: the client may
+        not ping any more.
 
-        Returns the ends whose links are measured then.
+        Returns those of `ends` whose links are measured afterwards.
         """
         ...
 
@@ -144,30 +148,31 @@ def searched_route(
     alive: Collection[str],
     since_s: float,
 ) -> Route:
-    """The best route whose hops live, as far as pings can show before it is used.
+    """The best route whose hops are alive, as far as pings before its use can show.
 
     Links that the client would use are measured before use; where other peers are silent, all hops are pinged. If hops
-    are silent, too, the next plan leaves out peers near them, and other peers are pinged together with it: one by one,
-    the few live peers among many that do not exist are rarely found.
+    are silent, too, the next plan leaves out peers near the silent hops, and many other peers are pinged at the same
+    time: one after the other, the few live peers among many that do not exist would rarely be found.
 
     excluded: peers that no route may use. given_up: lost peers that are not used for a while. alive: peers that are
-    known to live. since_s: answers since then show which region is silent at this time.
+    known to be alive. since_s: only answers after this time show which region is silent now.
 
-    Raises what `Searcher.plan_route` raises.
+    Raises the errors of `Searcher.plan_route`.
     """
 
     def plan(beside: set[str]) -> PlannedRoute[Route]:
-        """Plans through peers that have answered, if these suffice. beside: peers near silent ones."""
+        """Plans through peers that have answered, if these serve all blocks. beside: peers near silent peers."""
         silent = frozenset(answers.silent_peers(searcher.now_s)).difference(excluded)
         for left_out in dict.fromkeys((silent | beside, silent, frozenset[str]())):
             if (found := searcher.plan_route(left_out)) is not None:
                 return found
-        raise AssertionError("a plan without a route says why")
+        raise AssertionError("plan_route raises an error if there is no route")
 
     def elsewhere() -> tuple[set[str], list[str]]:
         """Peers that are probably silent, because they are near silent ones, and the peers to ping with the next route.
 
-        The latter are a few of the former, and likely peers of routes; any peers until one has answered.
+        The peers to ping are a few of the probably silent peers, and peers that routes probably use; until a peer has
+        answered, any peers.
         """
         silent, heard = answers.met_since(since_s)
         heard = heard.difference(excluded)  # a lost hop sent steps until it was lost
@@ -194,6 +199,6 @@ def searched_route(
         if beside or any(name in silent for name in (*ends, *suspects)):
             beside, others = elsewhere()
         elif not measured:
-            break  # all live, or no link could be measured
+            break  # all hops are alive, or no link could be measured
         found = plan(beside)
     return found.route

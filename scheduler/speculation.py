@@ -1,7 +1,7 @@
-"""How far to speculate: the length of a window of drafted tokens, and how many windows are under way.
+"""How much to speculate: the length of a window of drafted tokens, and how many windows are in flight.
 
 Verification of drafts: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192,
-section 3. Several windows under way keep all hops of a chain busy: each is drafted as if all earlier windows were
+section 3. Several windows in flight keep all hops of a chain busy: each is drafted as if all earlier windows were
 accepted, and a rejected window discards all later ones.
 """
 
@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-# Drafted tokens; with the token before them at most 16 positions, a decode step.
+# Numbers of drafted tokens; with the token before them at most 16 positions, which is a decode step.
 LENGTHS: Final = (1, 2, 3, 4, 6, 8, 11, 15)
 IN_FLIGHT: Final = (1, 2, 3, 4, 6, 8)
 
-MOST_ACCEPTED: Final = 0.98  # no text continues as drafted for ever
+MOST_ACCEPTED: Final = 0.98  # highest acceptance to assume: at some time, a text differs from the drafts
 WORTHWHILE: Final = 1.05  # speculation must promise this speedup, because its cost is certain
 
 
 @dataclass(frozen=True, slots=True)
 class DraftGuess:
-    """A drafted token: the probability that it is right if all earlier ones are, and the same of the next token."""
+    """A drafted token: the probability that it is right if all earlier drafts are, and this probability of the next
+    token."""
 
     acceptance: float
     following: float
@@ -30,8 +31,8 @@ class DraftGuess:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    length: int  # of drafted tokens, 0 for none
-    in_flight: int  # windows under way at the same time
+    length: int  # number of drafted tokens; 0: no drafts
+    in_flight: int  # number of windows in flight at the same time
 
 
 NO_DRAFTS: Final = Window(0, 1)
@@ -41,10 +42,11 @@ NO_DRAFTS: Final = Window(0, 1)
 class Pace:
     """Costs of a step in ms, by the number of its positions."""
 
-    latency_ms: Callable[[int], float]  # from sending it until its outputs arrive
-    slowest_hop_ms: Callable[[int], float]  # for which the slowest hop, link or end is busy and delays the next step
-    first_draft_ms: float = 0.0  # to draft a token after the text
-    draft_ms: float = 0.0  # to draft a token after another drafted one
+    latency_ms: Callable[[int], float]  # time from sending the step until its outputs arrive
+    # Time for which the slowest hop, link or end is busy and delays the next step.
+    slowest_hop_ms: Callable[[int], float]
+    first_draft_ms: float = 0.0  # time to draft a token after the text
+    draft_ms: float = 0.0  # time to draft a token after another drafted token
 
     def drafting_ms(self, length: int) -> float:
         """Ms to draft this many tokens, at least one."""
@@ -52,10 +54,11 @@ class Pace:
 
 
 def best_window(first: DraftGuess, pace: Pace) -> Window:
-    """The window that promises most tokens per second. first: its first token; `following` holds for all later ones.
+    """The window with the most expected tokens per second. first: its first token; `following` holds for all later
+    tokens.
 
-    More windows under way must promise `WORTHWHILE` times as much as fewer: the windows after a wrong guess are wasted,
-    at the expense of other sessions.
+    More windows in flight must promise `WORTHWHILE` times as many tokens as fewer windows: windows after a wrong guess
+    are wasted, at the expense of other sessions.
     """
     best, most = NO_DRAFTS, 1 / pace.latency_ms(1)
     for in_flight in IN_FLIGHT:
@@ -67,14 +70,15 @@ def best_window(first: DraftGuess, pace: Pace) -> Window:
 
 
 def best_length(guesses: Iterator[DraftGuess], pace: Pace) -> int:
-    """How many of these guesses to send as one window: as many as promise most tokens per second, possibly none.
+    """How many of these guesses to send as one window, possibly none: the number with the most expected tokens per
+    second.
 
-    The first guess exists already, so a step without drafts takes its time, too. Further guesses are drawn while one
-    more promises to pay, because drafting costs time. EAGLE-2 (Li et al., arXiv:2406.16858, section 4) also chooses by
-    confidence.
+    The first guess exists already, so even a step without drafts includes the time to draft it. Drafting costs time, so
+    a further guess is drawn only while it promises to pay. EAGLE-2 (Li et al., arXiv:2406.16858, section 4) also
+    chooses by confidence.
     """
     best, most = 0, WORTHWHILE / (pace.latency_ms(1) + pace.first_draft_ms)
-    # Expected tokens of a window of all drawn guesses, and the probability that all are right.
+    # Expected tokens of a window with all drawn guesses, and the probability that all guesses are right.
     tokens, right = 1.0, 1.0
     for length, guess in enumerate(itertools.islice(guesses, LENGTHS[-1]), 1):
         right *= min(guess.acceptance, MOST_ACCEPTED)
@@ -94,15 +98,15 @@ def tokens_per_ms(window: Window, first: DraftGuess, pace: Pace) -> float:
     right, following = (min(share, MOST_ACCEPTED) for share in (first.acceptance, first.following))
     drafting_ms = pace.drafting_ms(length)
     first_ms = pace.latency_ms(length + 1) + drafting_ms
-    whole = following**length  # probability that a window after accepted ones is accepted
+    whole = following**length  # probability that a window after accepted windows is accepted
     if in_flight == 1:
         return (1 + right * (1 - whole) / (1 - following)) / first_ms
-    # Drafts are accepted until the first wrong one, whose place takes the token that the model chose. The first window
-    # takes `first_ms`. Each later window that is awaited arrives `apart_ms` later; after every `in_flight` windows the
-    # client waits for the rest of a round trip, because it sends a window when one arrives.
+    # Drafts are accepted until the first wrong draft, which the token that the model chose replaces. The first window
+    # takes `first_ms`. Each later window arrives `apart_ms` after the window before it; after every `in_flight` windows
+    # the client waits for the rest of a round trip, because it sends a window when one arrives.
     apart_ms = max(pace.slowest_hop_ms(length), drafting_ms)
     rest_ms = pace.latency_ms(length) + drafting_ms - in_flight * apart_ms
     further_ms = apart_ms * whole / (1 - whole) + max(0.0, rest_ms) * whole**in_flight / (1 - whole**in_flight)
-    # In a full chain the window after a rejection waits for a pass of discarded windows.
+    # If the chain is full, the window after a rejection waits for a pass of discarded windows.
     in_the_way_ms = pace.slowest_hop_ms(length) if rest_ms <= 0 else 0.0
     return (1 + right / (1 - following)) / (first_ms + right * further_ms + in_the_way_ms)

@@ -23,7 +23,7 @@ CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
 
 ENDS_PINGS: Final = 20
-"""Pings per minute that are reserved for the two ends of a route."""
+"""Number of pings per minute that are reserved for the two ends of a route."""
 
 PING_TRIPS: Final = CONNECT_TRIPS + 2
 """Round trips of a measurement that includes opening the link."""
@@ -39,10 +39,10 @@ def _idle(_: str) -> tuple[float, float]:
 
 @dataclass(slots=True)
 class SimulatedClient:
-    """number: in the geography. links: measured links between the client and peers, in both directions.
+    """A client. number: its number in the geography. links: measured links to and from peers.
 
-    answers: which peers answered the measurements. told: their load, as reported then. load_of: ms that a step waits at
-    a peer at present, and positions of others in its pass.
+    answers: which peers answered the measurements. told: the load that these peers reported then. load_of: returns the
+    ms that a step waits at a peer at present, and the positions of others in its pass.
     """
 
     number: int
@@ -54,7 +54,8 @@ class SimulatedClient:
     load_of: Callable[[str], tuple[float, float]] = _idle
 
     def measure_links(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
-        """Measures links, each up to 10% too long. Returns the ms for it, with connecting. luck: random, 0 to 1."""
+        """Measures links, each up to 10% too long. Returns the ms that this takes, including connecting. luck: random,
+        0 to 1."""
         took_ms = 0.0
         for name in names:
             number = world.number_of[name]
@@ -76,14 +77,14 @@ class SimulatedClient:
         return took_ms
 
     def measured_peer(self, record: Record) -> Peer | None:
-        """The facts of a peer when it was measured, if that is later than its record; else None."""
+        """The facts of a peer when it was measured, if it was measured after its record was published; else None."""
         told = self.reported_load.get(record.peer.id)
         if told is None or told.at <= record.published_s:
             return None
         return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
     def likely_peers(self, world: World, view: DirectoryView, limit: int, exclude: Collection[str]) -> list[str]:
-        """The `limit` peers that its routes use most likely."""
+        """The `limit` peers that the client's routes use most likely."""
         near = view.idle_crowd.near(
             [self.place],
             (0, world.settings.num_blocks),

@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The connection of a device. delay_ms: one way, of its access link. Rates in bytes per ms."""
+    """The connection of a device. delay_ms: one-way delay of the access link. Rates in bytes per ms."""
 
     delay_ms: float
     up_bytes_per_ms: float

@@ -114,7 +114,7 @@ class OwnPlacing:
 
 
 MEASURED_LINKS: Final = 16
-"""Most links in a record."""
+"""Maximum number of links in a record."""
 
 USEFUL_PROBES: Final = 8
 """A peer measures its links to this many unmeasured peers, the most useful ones to which a chain may continue, before
@@ -122,13 +122,13 @@ each publication, and to half as many random ones. These measurements also impro
 """
 
 FIRST_PROBES: Final = 32
-"""The same when it begins to serve blocks."""
+"""The number of unmeasured peers to which a peer measures its links when it begins to serve blocks."""
 
 FOUNDING_PROBES: Final = 256
-"""The same for peers that exist from the start, which have served for hours."""
+"""This number for peers that exist from the start, which have served for hours."""
 
 JOIN_PROBES: Final = 32
-"""Round trips that a device measures before it joins."""
+"""Number of round trips that a device measures before it joins."""
 
 
 class Membership:
@@ -288,7 +288,7 @@ class Membership:
         return np.isin(self.view.numbers[indices], list(node.latency_ms))
 
     def _useful_links(self, node: Node) -> dict[str, Link]:
-        """The most useful of its measured links, as many as fit a record."""
+        """The most useful measured links of the node, as many as fit into a record."""
         view = self.view
         beside = self._beside(node)
         serving = beside[self._measured(node, beside)]
@@ -298,7 +298,8 @@ class Membership:
         return {device_id(number): self._world.geography.link(node.number, number) for number in numbers}
 
     def _beside(self, node: Node) -> Integers:
-        """Peers that serve the block after its last one, or, for the last blocks, the block before its first one."""
+        """Peers that serve the block after the node's last block, or, if that is the model's last, the block before its
+        first."""
         if node.end < self._num_blocks:
             return self.view.serving[node.end]
         return self.view.serving[node.start - 1] if node.start else np.zeros(0, dtype=np.int64)

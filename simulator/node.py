@@ -54,7 +54,7 @@ class NodeRoute:
 
 
 MIN_WAIT_MS: Final = 0.1
-"""Time must advance, or an awaited event would never be late."""
+"""The least interval: time must advance, or an awaited event would never be late."""
 
 
 @dataclass(slots=True, eq=False)
@@ -133,10 +133,10 @@ class Node:
     """A device that serves the blocks [start, end) at a time.
 
     Attributes:
-        generation: how often it has changed or lost its blocks; earlier passes are void.
-        latency_ms: of its measured links to other peers, by number. links: its published ones.
+        generation: how often the device has changed or lost its blocks; passes of earlier generations are ignored.
+        latency_ms: latencies of its measured links to other peers, by number. links: its published links.
         published: records since it began to serve its blocks.
-        slower: factor to the time of a pass, while its owner works with the device.
+        slower: factor of the time of a pass while the owner works with the device.
         sending_ms: see `Peer`.
         awaited: set while it has work and waits for more.
     """
@@ -314,7 +314,8 @@ class Node:
         return taken, took_ms
 
     def _gathers_ms(self, now_ms: float) -> float:
-        """Ms of further waiting for work before the next pass. As real peers, it waits longer when more arrives."""
+        """Ms of further waiting for work before the next pass. Like a real peer, the node waits longer when more work
+        arrives."""
         ready = len({parcel.owner for parcel in self.ready})
         if not self._gathered and ready > self._gathers_from:
             delay_ms = self._delay.delay_s(ready) * 1000
@@ -342,7 +343,7 @@ class Node:
         return self._load.estimate_at(now_ms / 1000)
 
     def record(self, now_ms: float) -> Record:
-        """Its record, as real peers publish it: see `peers/running_peer.py`."""
+        """The record of the node, with the facts that real peers publish: see `peers/running_peer.py`."""
         wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,

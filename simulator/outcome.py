@@ -26,10 +26,10 @@ from splitnet.errors import SplitnetError
 from splitnet.swarm.plan import no_route_error
 
 SETTLED_MS: Final = 60_000.0
-"""Peers that served for less time say nothing about the balance of load."""
+"""Peers that served for a shorter time (in ms) do not count in the balance of load."""
 
 T_QUANTILES: Final = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
-"""97.5% points of Student's distribution by the degrees of freedom, from 1 on."""
+"""97.5% quantiles of Student's t-distribution, by the degrees of freedom from 1 on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def simulate(world: World, policy: str, progress: Callable[[float], None] | None
 
 
 def pooled(outcomes: Sequence[Outcome]) -> Outcome:
-    """The results of one policy in several worlds, pooled as if of one world."""
+    """The results of one policy in several worlds, pooled as if they were of one world."""
     totals: dict[str, Any] = {}
     for field in fields(Outcome):
         first, *others = (getattr(outcome, field.name) for outcome in outcomes)
@@ -171,7 +171,7 @@ def differences(outcomes: Sequence[Outcome], others: Sequence[Outcome], figure: 
 PAIRS: Final = 20_000
 
 EXACT_PEERS: Final = 2000
-"""Above this, a table of all links takes gigabytes, and routes over all peers are left out."""
+"""With more peers than this, a table of all links takes gigabytes, and routes over all peers are left out."""
 
 NARROW: Final = BestOptions(spread=False)
 """As real clients plan."""
@@ -198,7 +198,8 @@ class CoordinateError:
 
 @dataclass(frozen=True, slots=True)
 class PlanQuality:
-    """Quality of one planning method. excess: by which share a token is slower than with the first method, per client.
+    """Quality of one planning method. excess: share by which a token takes longer than with the first method, per
+    client.
 
     plan_ms: median duration of a plan.
     """

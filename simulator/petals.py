@@ -37,7 +37,7 @@ Integers = NDArray[np.int64]
 
 
 class PetalsRouting:
-    """The shortest path over servers, each used to the end of its blocks.
+    """The shortest path over servers, where a route uses each server up to the end of its blocks.
 
     push: servers send to each other, and a link costs the latency that the sending server has measured, or
     `UNKNOWN_MS`. Without it all activations pass through the client, which knows the round trip to each server exactly,
@@ -97,7 +97,7 @@ class PetalsRouting:
         first: int,
         end: int,
     ) -> tuple[dict[int, int], float]:
-        """As above; the entry at the number of boundaries + i is the server after server i."""
+        """As `_through_client`; the entry at the number of boundaries + i is the server after server i."""
         following: dict[int, int] = {}
         left = np.where(view.end >= end, one_way, np.inf)  # from the end of a server's last block on
         base = num_boundaries(view)
@@ -205,7 +205,7 @@ class PetalsPlacing:
         return start, start + device.max_blocks
 
     def move(self, node: Node, view: DirectoryView) -> tuple[int, int] | None:
-        """Petals simulates all moves in each server; this does so once for each view."""
+        """In Petals every server simulates all moves; here they are simulated once for each view."""
         throughput, each = self._of_view(view)
         initial = float(throughput.min())
         own = self._throughput(node.device)
@@ -244,7 +244,7 @@ class PetalsPlacing:
 
 
 def _weakest(throughput: Floats, length: int) -> int:
-    """The start of the span whose sorted throughputs come first in order."""
+    """The start of the span whose sorted throughputs are the lowest in lexicographic order."""
     windows = np.sort(sliding_window_view(throughput, length), axis=1)
     candidates = np.flatnonzero(windows[:, 0] == windows[:, 0].min())
     if len(candidates) > 1:

@@ -30,7 +30,8 @@ NO_LIMIT: Final = 1_000_000
 """As a limit of candidates: no limit."""
 
 PROMPT_MULTIPLE: Final = 64
-"""Prompts are rounded up to multiples of this many positions, so that candidates are prepared rarely."""
+"""Lengths of prompts are rounded up to multiples of this many positions, so that candidates are seldom prepared
+anew."""
 
 
 class Routing(Protocol):
@@ -213,7 +214,7 @@ class Stepwise:
     def choose_next(
         self, view: DirectoryView, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random
     ) -> int:
-        """The next peer, one of `serving` (indices in the view). sender: number of the device before it."""
+        """The next peer, one of `serving` (indices in the view). sender: number of the device before this peer."""
         raise NotImplementedError
 
     def route(self, plan: RouteTask, view: DirectoryView, rng: random.Random) -> SimulatedPlan:

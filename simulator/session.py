@@ -34,7 +34,7 @@ FINISHED: Final = "finished"
 FAILED: Final = "failed"
 
 POSITION: Final = bytes(4)
-"""An activation of one value: `Wire` counts the time of the real ones, and this saves memory."""
+"""Activations with a single value save memory; `Wire` counts the time of real activations."""
 
 PLAIN = codec_by_name("none")
 

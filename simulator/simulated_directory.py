@@ -189,7 +189,7 @@ class Identities:
         return Endpoint(_address(device), self._key(device))
 
     def device(self, name: str) -> str:
-        """The device of a key that was issued before."""
+        """The id of the device with this key, which was issued before."""
         return self._ids[name]
 
     def hop(self, hop: Hop, record: Record) -> PlannedHop:

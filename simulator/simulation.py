@@ -42,7 +42,7 @@ from splitnet.wire.messages import Close as CloseMessage
 from splitnet.wire.sent_log import REPLAY_POSITIONS
 
 DRAIN_S: Final = 600.0
-"""How long sessions may run after the last arrival; sessions that run longer have failed."""
+"""How long sessions may run after the last arrival; sessions that run longer count as failed."""
 
 EVENTS_PER_REPORT: Final = 20_000
 
@@ -70,7 +70,7 @@ class Simulation:
         self.events = Events()
         self.membership = Membership(world, placing, self.events, self._leaving)
         self.nodes = self.membership.nodes
-        # Separate streams, so that a policy's choices do not change the network's effect on its peers
+        # Separate random streams, so that a policy's choices do not change the network's effect on its peers.
         self._rng = np.random.default_rng([world.settings.seed, 3])
         choices = random.Random(world.settings.seed + 1)
         self._identities = Identities(world.settings.num_blocks)

@@ -60,7 +60,7 @@ Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
 
 
 class ParcelCarrier:
-    """Carries parcels from hop to hop. Times in ms.
+    """Transfers parcels from hop to hop. Times in ms.
 
     sessions: by the number of the client. through_client: whether all activations between two hops pass through the
     client.
@@ -239,7 +239,7 @@ class ParcelCarrier:
             self._events.schedule(wire.in_order(-1, arrival), self._answer_client, parcel)
 
     def _answer_client(self, parcel: Parcel) -> None:
-        """Tells the client that a request, or a replay, is done."""
+        """Notifies the client that a request, or a replay, is done."""
         if self._is_present(parcel.route):
             session = self._sessions[parcel.owner]
             session.feed(session.result(parcel))
@@ -256,7 +256,7 @@ Call = Open | Close | Replay | AskAlive
 
 
 class Calls:
-    """Carries calls and their answers. Times in ms.
+    """Transfers calls and their answers. Times in ms.
 
     Attributes:
         under_way: calls and answers that have not arrived.

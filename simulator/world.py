@@ -101,7 +101,7 @@ RULES: Final = frozenset(
         "wait_limit_s",
     ]
 )
-"""The settings on which devices and requests do not depend."""
+"""The settings that do not change the devices and requests of a world."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ ACCESSES: Final[Sequence[tuple[float, tuple[float, float], tuple[float, float], 
 """Fibre; cable; telephone line or radio."""
 DATA_CENTRE: Final = (1.0, (0.5, 0.7), (1000.0, 1000.0), (1000.0, 1000.0))
 BYTES_PER_MS: Final = 125.0
-"""In one Mbit/s."""
+"""Bytes per ms in one Mbit/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +206,7 @@ class World:
             for number, (kind, joins, leaves) in enumerate(lifetimes)
         ]
         self.requests = draw_requests(rng, settings, len(self.devices))
-        # A separate generator, so that everything else is the same without it.
+        # A separate generator, so that all other values are the same without `own_use`.
         use = np.random.default_rng([settings.seed, 6])
         self.devices = [
             replace(device, used_s=_draw_use(use, device, settings.duration_s)) if settings.own_use else device
@@ -379,7 +379,7 @@ Subject = TypeVar("Subject")
 
 
 class Events:
-    """Planned events and the clock. Of two events at the same time, the one that was planned first comes first.
+    """Planned events and the clock. Of two events at the same time, the event that was planned first comes first.
 
     Attributes:
         now: in ms.

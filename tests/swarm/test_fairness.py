@@ -115,7 +115,7 @@ def test_an_idle_key_that_holds_all_memory_makes_room(
         assert began.wait(20)
         _, refused = client.open(100)
         assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY
-        assert "come back in" in refused.text
+        assert "try again in" in refused.text
         session, answer = client.open(100)
         while not load.done() and not isinstance(answer, Opened):
             session, answer = client.open(100)

@@ -192,7 +192,7 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     monkeypatch.setattr("peers.peer_paths.MOVED_S", 0.0)
     swarm.add(0, 3, relay_port=0)
     peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
-    assert "no address at which others could connect to tcp://0.0.0.0:0" in caplog.text
+    assert "others cannot connect to tcp://0.0.0.0:0: this machine has no address for it" in caplog.text
     hosts.append("127.0.0.2")
     wait_until(lambda: peer.paths.hidden.relays)
 

@@ -328,7 +328,7 @@ class TestPolicy:
         for message in (step(Chunk(1, 90, 1, 1), number=2), to_client(session=bytes(16))):
             [(_, refused)] = peer.says(message)
             assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY
-            assert "come back in 31 s" in refused.text
+            assert "try again in 31 s" in refused.text
         peer.now += 31
         assert peer.says(step(Chunk(1, 90, 1, 1), number=2)) == []
 

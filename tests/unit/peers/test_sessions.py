@@ -184,7 +184,7 @@ def opens(table: SessionTable, name: int, reservation: int, now: float, owner: b
 def test_one_key_has_everything_until_another_comes_and_what_makes_no_steps_makes_room() -> None:
     table = SessionTable(1000)
     first = opens(table, 1, 1000, 0.0, b"greedy")
-    with pytest.raises(PeerBusy, match=r"no KV memory for 400 bytes: 0 of 1000 are free; .* come back in 10 s"):
+    with pytest.raises(PeerBusy, match=r"no KV memory for 400 bytes: 0 of 1000 are free; .* try again in 10 s"):
         opens(table, 2, 400, 1.0, b"other")
     first.used_at = 9.0  # opened again and again, which is no step
     second = opens(table, 2, 400, 11.0, b"other")
@@ -213,7 +213,7 @@ def test_who_has_its_share_gets_no_more_while_others_want_some() -> None:
     opens(table, 1, 800, 0.0, b"greedy")
     with pytest.raises(PeerBusy):
         opens(table, 2, 400, 1.0, b"other")
-    with pytest.raises(PeerBusy, match=r"others wait for KV memory of this peer, .* or come back in 14 s"):
+    with pytest.raises(PeerBusy, match=r"others wait for KV memory of this peer, .* or try again in 14 s"):
         opens(table, 3, 100, 2.0, b"greedy")
     opens(table, 3, 100, 1.0 + WANTED_S + 1, b"greedy")
 

@@ -197,7 +197,7 @@ def test_the_error_has_the_number_of_blocks_that_do_not_fit() -> None:
         with pytest.raises(DoesNotFit) as error:
             plan(devices, 10, one_network(Link(1.0, 1.0)), encodings=ENCODINGS)
         assert error.value.missing == 7
-        with pytest.raises(ValueError, match="ids"):
+        with pytest.raises(ValueError, match="same id"):
             plan([devices[0]] * 4, 10, one_network(Link(1.0, 1.0)), encodings=ENCODINGS)
 
 
@@ -246,5 +246,5 @@ def test_a_device_is_bound_by_its_memory_or_by_its_arithmetic() -> None:
     speed = roofline(work, bytes_per_ms=100.0, flops_per_ms=50.0)
     assert speed.block_ms_at(1) == pytest.approx(30.1)
     assert speed.block_ms_at(PASS_SIZES[-1]) == pytest.approx(512.0)
-    with pytest.raises(ValueError, match="more than nothing"):
+    with pytest.raises(ValueError, match="must be greater than 0"):
         roofline(work, bytes_per_ms=0.0, flops_per_ms=1.0)

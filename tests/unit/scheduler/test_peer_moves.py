@@ -263,5 +263,5 @@ def test_the_peer_with_the_lowest_id_stays() -> None:
 
 
 def test_equal_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match="ids"):
+    with pytest.raises(ValueError, match="same id"):
         best_move([peer("a", 0, 4), peer("a", 0, 4)], 4, max_blocks={})

@@ -230,7 +230,7 @@ def test_clients_spread_over_nearly_equal_peers_only() -> None:
 
 
 def test_two_peers_of_one_id_are_refused() -> None:
-    with pytest.raises(ValueError, match="ids"):
+    with pytest.raises(ValueError, match="same id"):
         plan([peer("a", 0, 4), peer("a", 0, 4)], 4)
 
 
