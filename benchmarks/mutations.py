@@ -129,7 +129,7 @@ SESSION = [
         "splitnet/session/requests.py",
         "for each in self.passes) and self.sums.is_complete",
         "for each in self.passes)",
-        ("tests/unit/session/test_machine.py",),
+        ("tests/unit/session/test_requests.py",),
     ),
     Fault(
         "a replay goes on past a relay",
@@ -192,7 +192,7 @@ SESSION = [
         "splitnet/session/machine.py",
         "if not request.makers:",
         "if True:",
-        ("tests/unit/session/test_machine.py",),
+        ("tests/swarm/test_lying_hops.py",),
     ),
 ]
 SCHEDULER = [

@@ -79,6 +79,7 @@ def answer(made: list[PassRequest], route: FakeRoute) -> None:
             HEAD, Gradient(SID, route.epoch, each.message.number, 0, 10, each is not made[-1], 0, PAYLOAD), route
         )
     for hop in (HEAD, TAIL):
+        assert not made[-1].is_done, "the sum of a hop is missing"
         payload = write_tensors(route.adapted_hops()[hop])
         made[-1].take_answer(hop, AdapterGradient(SID, route.epoch, made[-1].message.number, 0, payload), route)
 
