@@ -127,7 +127,7 @@ class SentLog:
         data = bytes(held.data[index * size : (index + 1) * size])
         rope_length = held.rope_length_at(index * PAGE)
         if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.rope_lengths):
-            raise ValueError(f"row {row} has no complete page {index} with one rope_length")
+            raise ValueError(f"row {row} has no complete page {index} with one rope length")
         return data, rope_length
 
     def crop(self, row: int, length: int) -> None:

@@ -251,5 +251,5 @@ def test_a_text_of_one_token_without_an_end_token_is_refused(tmp_path: Path, tok
     assert encode(tmp_path, tokenizer, {"text": "The"})[0].learned == 1  # The end token.
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    with pytest.raises(DataError, match="line 1: nothing to learn"):
+    with pytest.raises(DataError, match="line 1: there is nothing to learn"):
         encode(tmp_path, endless, {"text": "The"})

@@ -221,7 +221,7 @@ def test_a_row_continues_from_pages(kind: str) -> None:
         assert away(found, exact).max() < ERRORS[kind]
         torch.testing.assert_close(found[:, :, 256:], exact[:, :, 256:], rtol=1e-3, atol=1e-2)
     assert torch.equal(second.page(0, 128)["3.keys"], pages[0]["3.keys"])
-    with pytest.raises(ValueError, match="another way"):
+    with pytest.raises(ValueError, match="another format"):
         SequenceCache(form=FORMS["int8"]).fill([{**pages[0], "3.keys": keys, "3.values": values}], keys.device)
     fewer_heads = {name: each[:, :1] for name, each in pages[1].items()}
     with pytest.raises((ValueError, RuntimeError), match=r"is not of a row|must match"):

@@ -276,7 +276,7 @@ def test_an_invalid_index(index: str, folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     (copy / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ModelNotFound, match=r"index\.json of copy does not say .*download it again"):
+    with pytest.raises(ModelNotFound, match=r"index\.json of copy does not name, .*download it again"):
         Checkpoint.open(copy)
 
 

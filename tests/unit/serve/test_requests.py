@@ -231,7 +231,7 @@ def test_options_of_keys(tmp_path: Path) -> None:
     [
         ("one weight=0", "a number from 0.001 to 1000"),
         ("one weight=4,weight=4", "weight is given twice"),
-        ("one weight=4,nice=1", "'nice' is no option"),
+        ("one weight=4,nice=1", "'nice' is not an option"),
         ("one tokens-per-minute=many", "write a whole number"),
         ("one kv=8GiB", "leave them out"),
         ("one train=no", "leave them out"),
