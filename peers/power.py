@@ -44,7 +44,8 @@ class PowerSource:
 
 @dataclass(frozen=True)
 class PowerSources:
-    """The sources whose sum is the power of the device; empty: unknown. problem: the reason, and what helps."""
+    """The sources whose sum is the power of the device. No sources: the power is unknown. problem: why it is unknown,
+    and what the user can do about it."""
 
     parts: tuple[PowerSource, ...] = ()
     problem: str = ""
@@ -105,7 +106,8 @@ class EnergyMeter:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts the energy of the block within. For one thread; nested blocks count once."""
+        """Counts the energy used during the `with` statement. Only one thread may use it at a time; nested statements
+        count once."""
         sources = self._sources
         if self._within or (self._given is None and not sources.parts):
             yield

@@ -1,7 +1,8 @@
 """Sessions at a hop: the state of a session, its steps and passes, and which sessions and keys a peer admits.
 
 All memory that clients make a peer allocate is counted in a `MemoryAccount`: KV memory by the `SessionTable`, waiting
-steps by the `WorkQueue`, training by `Training`. No key can take all memory of an account.
+steps by the `WorkQueue`, training by `Training`. A `Budget` keeps one key from taking all memory of an account. The KV
+memory of a `SessionTable` is an exception: one key may reserve all of it until another key wants some.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ MESSAGE_BYTES = 2048  # memory of a waiting message in addition to its payload: 
 TENSOR_BYTES = 1024  # memory of a tensor in addition to its numbers
 TIMING_BYTES = 192  # memory of a hop's timing in a message
 FORK_BYTES = 128  # memory of a chunk or a fork in a step
-MOST_RESENT = 10  # maximum burst of replays and answers to `FetchKV` of a session: more than the routes a client tries
+# maximum burst of replays and answers to `FetchKV` in a session; larger than the number of routes that a client tries
+MOST_RESENT = 10
 RESEND_S = 10.0  # seconds after which a session may have one more replay or answer
-ADAPTER_COPIES = 2  # number of copies in memory: an adapter, and the sum of its gradients
+ADAPTER_COPIES = 2  # an adapter takes its size this many times: once for itself, once for the sum of its gradients
 
 MAX_SESSIONS = 1024
-MIN_RESERVATION = 64  # positions that a session reserves at least, so that many tiny sessions are not free
+MIN_RESERVATION = 64  # minimum number of positions that a session reserves, so that many tiny sessions also cost memory
 LEASE_S = 10.0  # a session of a key beyond its share ends this long after its last step if another key wants memory
 LONGEST_LEASE_S = 60.0  # the same session ends this long after it was opened, even if it makes steps
 WANTED_S = 15.0  # for this time a refused key counts as wanting memory, and keys beyond their share get no more memory
@@ -118,10 +120,13 @@ class RouteState:
     taps: Taps | None = None
     labelled: bool = False  # the client's steps have labels of pages
     next_reachable: bool | None = None  # None: not known yet
-    lookup_until: float | None = None  # `Opened` waits for the look-up of stored pages until then
+    # latest time until which `Opened` waits for the look-up of stored pages; None: no look-up is awaited
+    lookup_until: float | None = None
     last: int = 0  # highest number of a finished step or pass of this epoch
     sent_on: bool = False  # a message was sent to the next hop after the ping `sent_before`
-    sent_before: int = 0  # number of the ping to the next hop that followed the messages of this epoch
+    # number of this session's latest ping to the next hop; when this ping is answered, all messages sent before it have
+    # arrived
+    sent_before: int = 0
     timing: Timing | None = None  # of the last decode step at this hop
 
 
@@ -133,12 +138,13 @@ class RowState:
     pages: dict[int, RowPages] = field(default_factory=dict[int, RowPages])  # by row
     new_room: dict[int, int] = field(default_factory=dict)  # positions to allocate for new rows of the next step
     hit: PrefixHit | None = None  # found when the session was opened; taken by the first step
-    load: PrefixLoad | None = None  # becomes the only row
+    # a cache that is being filled with the pages of `hit`; it then becomes the only row of the session
+    load: PrefixLoad | None = None
 
 
 @dataclass(slots=True)
 class QueueState:
-    """The work of a session that waits. Owner: `peers.queue`."""
+    """The waiting work of a session. Owner: `peers.queue`."""
 
     steps: deque[Work] = field(default_factory=deque)  # in the order of arrival; the engine takes the first
     passes: dict[PassWork, None] = field(default_factory=dict)  # passes over whole sequences in the queue
@@ -215,7 +221,8 @@ class Work:
     total: int  # positions
     arrived_at: float  # seconds of the peer's clock
     done: int = 0  # number of computed positions
-    # It arrived while another step of its session waited, so the device alone does not explain its wait.
+    # Whether this step arrived while another step of its session waited; then the device alone does not explain the
+    # wait.
     follows: bool = False
     wait_ms: float = 0.0  # from its arrival until its first pass
     compute_ms: float = 0.0
@@ -247,7 +254,7 @@ class Work:
 
     @property
     def size(self) -> int:
-        """The number of positions by which a waiting step is counted; a fork counts as one."""
+        """The number of positions that a waiting step counts as; each fork counts as one position."""
         return self.total + len(self.step.forks or ())
 
     @property
@@ -280,7 +287,7 @@ class PassWork:
 
     session: HopSession
     message: Forward | Gradient | AdapterMessage | FetchKV
-    source: Connection  # receives the gradient
+    source: Connection  # the sender of the forward pass or message; the gradient is sent back to it
     arrived_at: float
     forward: PassWork | None = None  # for a backward pass: its forward pass
     parts: list[AdapterMessage] = field(default_factory=list)  # of an adapter
@@ -308,7 +315,7 @@ class MemoryPurpose(StrEnum):
     """The uses of memory."""
 
     POSITIONS = "positions"  # keys, values and logs of all positions that a session has reserved
-    ROWS = "rows"  # of a row besides its positions: tensors, states and copies of states
+    ROWS = "rows"  # what a row needs in addition to its positions: tensors, states and copies of states
     STEPS = "steps"  # steps that wait for the device
     PASSES = "passes"  # passes that wait, and inputs of forward passes that a gradient may follow
     GRAPHS = "graphs"  # of forward passes that a gradient may follow; dropped when another use needs the memory
@@ -319,8 +326,8 @@ class MemoryAccount(Budget):
     """Counts bytes of one kind of memory, by key, session and purpose, within the limits of `Budget`. Callers hold a
     lock.
 
-    refusal: the beginning of the refusal, before the bytes. advice: what a refused client can do, as a clause. most: as
-    in `Budget`, for the levels key, session and purpose.
+    refusal: the beginning of the error message, up to the number of requested bytes. advice: what a refused client can
+    do, as a clause. most: as in `Budget`, for the levels key, session and purpose.
     """
 
     def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
@@ -331,8 +338,8 @@ class MemoryAccount(Budget):
         return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
 
     def take_memory(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
-        """Counts bytes before they are allocated. Raises PeerBusy, and counts nothing: too little would be left for
-        other keys."""
+        """Counts bytes before they are allocated. Raises PeerBusy and counts nothing if the bytes do not fit, or if too
+        little would be left for other keys."""
         if not self.reserve(nbytes, session.owner, session, purpose):
             held = self.held_bytes(session.owner)
             shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
@@ -341,7 +348,8 @@ class MemoryAccount(Budget):
             )
 
     def give_back(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
-        """Counts off bytes after they are freed; nothing of a session that has ended is counted."""
+        """Subtracts bytes after they are freed. For a session that has ended this changes nothing, because its bytes
+        are no longer counted."""
         account = session.owner, session, purpose
         self.release(min(nbytes, self.held_bytes(*account)), *account)
 
@@ -390,7 +398,7 @@ class SessionTable:
 
     @property
     def capacity(self) -> int:
-        """Positions that the only session could reserve, with one row and the usual codec."""
+        """Positions that a session with one row and the usual codec could reserve if it were the only session."""
         return max(0, int((self.memory.limit - self.row_bytes) / self._usual_bytes))
 
     @property
@@ -457,8 +465,8 @@ class SessionTable:
         self._wanted.pop(session.owner, None)
 
     def hold_rows(self, session: HopSession, rows: int) -> None:
-        """Reserves the memory of `rows` rows besides their positions. Raises PeerBusy, and changes nothing: there is
-        too little."""
+        """Reserves the memory of `rows` rows besides their positions. Raises PeerBusy and changes nothing if there is
+        too little memory."""
         more = max(1, rows) - session.reserved_rows
         if not more or session.closed:
             return
@@ -487,8 +495,8 @@ class SessionTable:
                 self._ended.notify_all()
 
     def offer_less(self, session: HopSession, now: float) -> None:
-        """Offers half of the memory that other sessions do not have, for `SHORTAGE_S`: the system lacked memory that
-        this session had reserved."""
+        """The system lacked memory that this session had reserved, so for `SHORTAGE_S` the peer offers only half of the
+        memory that no other session holds."""
         others = self.memory.used - self.memory.held_bytes(session.owner, session)
         self.memory.limit = others + (self.memory.limit - others) // 2
         self._short_until = now + SHORTAGE_S

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-# Numbers of drafted tokens; with the token before them at most 16 positions, which is a decode step.
+# Possible numbers of drafted tokens in a window. Together with the token before the drafts, a window has at most 16
+# positions, so it still is a decode step.
 LENGTHS: Final = (1, 2, 3, 4, 6, 8, 11, 15)
 IN_FLIGHT: Final = (1, 2, 3, 4, 6, 8)
 
@@ -22,8 +23,8 @@ WORTHWHILE: Final = 1.05  # speculation must promise this speedup, because its c
 
 @dataclass(frozen=True, slots=True)
 class DraftGuess:
-    """A drafted token: the probability that it is right if all earlier drafts are, and this probability of the next
-    token."""
+    """The estimates for a drafted token. acceptance: the probability that the token is right if all earlier drafts are
+    right. following: the same probability for the next drafted token."""
 
     acceptance: float
     following: float
@@ -54,8 +55,8 @@ class Pace:
 
 
 def best_window(first: DraftGuess, pace: Pace) -> Window:
-    """The window with the most expected tokens per second. first: its first token; `following` holds for all later
-    tokens.
+    """The window with the most expected tokens per second. first: the estimates for the first token of the window; its
+    `following` is used for all later tokens.
 
     More windows in flight must promise `WORTHWHILE` times as many tokens as fewer windows: windows after a wrong guess
     are wasted, at the expense of other sessions.
@@ -101,9 +102,9 @@ def tokens_per_ms(window: Window, first: DraftGuess, pace: Pace) -> float:
     whole = following**length  # probability that a window after accepted windows is accepted
     if in_flight == 1:
         return (1 + right * (1 - whole) / (1 - following)) / first_ms
-    # Drafts are accepted until the first wrong draft, which the token that the model chose replaces. The first window
-    # takes `first_ms`. Each later window arrives `apart_ms` after the window before it; after every `in_flight` windows
-    # the client waits for the rest of a round trip, because it sends a window when one arrives.
+    # Drafts are accepted up to the first wrong draft; the token that the model chose replaces this draft. The first
+    # window takes `first_ms`. Each later window arrives `apart_ms` after the window before it; after every `in_flight`
+    # windows the client waits for the rest of a round trip, because it sends a window when one arrives.
     apart_ms = max(pace.slowest_hop_ms(length), drafting_ms)
     rest_ms = pace.latency_ms(length) + drafting_ms - in_flight * apart_ms
     further_ms = apart_ms * whole / (1 - whole) + max(0.0, rest_ms) * whole**in_flight / (1 - whole**in_flight)

@@ -1,6 +1,7 @@
 """Takes the pictures of docs/dashboard.md: `python -m tests.pictures CHECKPOINT docs/images`.
 
-The pictures show daemons of a real chat model, a server connected to them, and Chromium.
+The pictures are screenshots of the dashboard in Chromium, of a server that is connected to daemons of a real chat
+model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`splitnet peer`: serve blocks of a model. Only this file outside of `splitnet.peers` may import `splitnet.peers`."""
+"""`splitnet peer`: serve blocks of a model. Within the package `splitnet`, only this file may import `peers`."""
 
 from __future__ import annotations
 

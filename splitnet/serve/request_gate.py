@@ -159,8 +159,8 @@ UNREAD_S = 30.0
 READ_BYTES = 2**14
 
 IDLE_CONNECTIONS = 256
-"""Maximum number of connections without a whole request. For a further connection, the oldest of these connections is
-closed, of the client that has the most."""
+"""Maximum number of connections without a whole request. If one more arrives, the client that has the most such
+connections loses its oldest one."""
 
 
 class BoundedHttp(H11Protocol):

@@ -88,7 +88,8 @@ class Inputs:
 
 @contextmanager
 def remote_class(family: str, node: DhtDirectory, folder: Path) -> Iterator[type[PreTrainedModel]]:
-    """A class of transformers whose instances have their blocks on two peers, until the end."""
+    """A class of transformers whose instances have their blocks on two peers; the peers run until the `with` statement
+    ends."""
     config = random_config(family, blocks=2, hidden=64, vocab=99)
     original: Any = type(AutoModelForCausalLM.from_config(config))
     made: list[Path] = []
@@ -120,7 +121,8 @@ NOT_ASKED = {"output_attentions": None, "output_hidden_states": None}
 
 
 class Adapted:
-    """Checks of outputs that are changed or omitted."""
+    """Overrides checks of transformers' tests: attentions and hidden states are not checked, and caches are compared
+    only by their size."""
 
     has_attentions = True
 

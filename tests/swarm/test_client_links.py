@@ -1,4 +1,4 @@
-"""A client that runs for long: a silent directory, peers that join and leave, garbage in reference cycles."""
+"""A client that runs for a long time: a silent directory, peers that join and leave, garbage in reference cycles."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_texts_with_a_common_beginning_give_the_tokens_of_transformers(
         forget(swarm.peers[0], every=2)
         forget(swarm.peers[2], every=3)
         assert recalled(model, asks[3], expected[3], speculate=None) == 3 * PAGE
-        # A rejected draft makes the hops rewind behind the stored positions.
+        # A rejected draft makes the hops rewind, to a position after the stored ones.
         assert recalled(model, asks[4], expected[4], speculate="prompt-lookup") == 3 * PAGE
 
 
@@ -145,7 +145,7 @@ def of_session(swarm: LocalSwarm, session: Session, index: int) -> RunningPeer:
 def test_a_hop_lost_after_a_use_of_stored_pages_is_replaced(
     index: int, own_folder: Path, own_local: Any, node: DhtDirectory
 ) -> None:
-    """The hop before it also replays the positions that it had taken from its store."""
+    """The hop before the lost hop also replays the positions that came from its own store."""
     one, two = texts(2, first=200 + 10 * index)
     expected = generate(own_local, two, max_new_tokens=12)
     with local_swarm(own_folder, [*SPANS, SPANS[index]], node=node) as swarm:
@@ -160,7 +160,7 @@ def test_a_hop_lost_after_a_use_of_stored_pages_is_replaced(
 
 
 def test_a_new_text_in_an_open_session_uses_stored_pages(swarm: LocalSwarm, local: Any) -> None:
-    """Also if a hop lacks the text and holds another one."""
+    """This also works if the store of one hop lacks the text and the session's row at that hop holds another text."""
     model, asks, other = model_of(swarm), texts(3, first=300), text(5 * PAGE, seed=301)
     recalled(model, asks[0], generate(local, asks[0]), speculate=None)
     with model.session() as cache:

@@ -100,8 +100,8 @@ def test_no_product_module_imports_the_simulator() -> None:
 
 
 def test_only_the_serve_command_imports_the_server() -> None:
-    """The module with the formats of tool calls is an exception: chat templates of training data use it, too, and it
-    needs no extra."""
+    """The module with the formats of tool calls is an exception: chat templates of training data use this module, too,
+    and it needs no optional dependency."""
     forms = "splitnet.serve.answers.call_forms"
     importers = {
         module
@@ -117,7 +117,8 @@ def test_one_file_of_the_server_calls_the_model() -> None:
         file.name
         for file in source_files("splitnet/serve")
         for node in ast.walk(parse(file))
-        if not isinstance(node, ast.keyword)  # This may be an argument of a library.
+        # Names of keyword arguments are skipped, because the function may belong to a library.
+        if not isinstance(node, ast.keyword)
         if isinstance(node, ast.Call) and re.search(r"(^|\.)(generate|model|new_cache)$", ast.unparse(node.func))
     }
     assert calls == {"generation.py"}
@@ -164,7 +165,7 @@ PART_OWNERS = {
 
 
 def test_each_part_of_a_session_is_for_its_owner_and_each_field_has_one_writer() -> None:
-    """Only the owner of a part reads the part, too; all modules read the other fields of
+    """Only its owner may read or write a part; all modules may read the other fields of
     `peers/sessions.py:HopSession`."""
     touched: dict[str, set[str]] = {part: set() for part in PART_OWNERS}
     writers: dict[str, set[str]] = {}
@@ -242,7 +243,8 @@ def test_names_keep_to_the_glossary() -> None:
         f"{name} ({word})"
         for file in MODULES.values()
         for node in ast.walk(parse(file))
-        if not isinstance(node, ast.keyword)  # This may be an argument of a library.
+        # Names of keyword arguments are skipped, because the function may belong to a library.
+        if not isinstance(node, ast.keyword)
         for name in (getattr(node, field, None) for field in ("name", "attr", "arg", "id"))
         if isinstance(name, str)
         for word in map(str.lower, re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+", name))

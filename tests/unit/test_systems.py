@@ -1,5 +1,5 @@
-"""Single features that other systems lack or have in another form; `tests/swarm/test_systems.py` tests them
-together."""
+"""Tests features one by one that other operating systems than Linux lack or have in another form;
+`tests/swarm/test_systems.py` tests these features together."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ SCALE_KINDS = {
     torch.bfloat16: ScaleFormat.BFLOAT16,
     torch.uint8: ScaleFormat.E8M0,
 }
-"""The `ScaleFormat` of scales, by their stored type. Powers of two are stored as bytes here, whatever type the file
-names."""
+"""The `ScaleFormat` of scales, by their stored type. Scales that are powers of two (E8M0) have the type uint8 here,
+even if the file names another type."""
 
 _MXFP4_GROUP = 32
 _ACTIVATIONS = (
@@ -74,7 +74,8 @@ class FineGrainedFP8(QuantizedFormat):
         packed = self._fp4 and weight.dtype in (torch.int8, torch.uint8)
         if not packed and weight.dtype not in FP8_TABLES:
             raise misfit(weight, "has scales, and is not stored in FP8")
-        block = None if packed else self._block  # each output of FP4 has groups
+        # FP4 has a scale for each group of inputs of each output, not for each block
+        block = None if packed else self._block
         return scaled_weight(weight, parts["scale"], dtype, block=block, packed_fp4=packed)
 
 
@@ -196,7 +197,7 @@ def scaled_weight(
         zero: for int8 weights, the int8 codes of zero, in the shape of the scales.
         packed_fp4: bytes hold two numbers each, the first in the lower bits.
 
-    Raises UnsupportedModel if their types or shapes do not fit.
+    Raises UnsupportedModel if the types or shapes of `weight`, `scale` and `zero` do not fit together.
     """
     kind = SCALE_KINDS.get(scale.dtype)
     if kind is None or weight.dtype not in (*FP8_TABLES, torch.int8, torch.uint8):
@@ -263,7 +264,8 @@ def _block(weight: Part, scale: Part, shape: Sequence[int], block: Sequence[int]
 
 
 def _per_expert(scale: Part, weight: Part) -> bool:
-    """Whether each expert of a stack has separate scales. Scales that could belong to outputs do not count."""
+    """Whether each expert of a stack has separate scales. One-dimensional scales are taken as scales of outputs if the
+    numbers of experts and outputs are equal."""
     if len(weight.shape) != 3 or scale.shape[:1] != weight.shape[:1]:
         return False
     return len(scale.shape) > 1 or weight.shape[0] != weight.shape[1]

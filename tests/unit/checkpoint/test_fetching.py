@@ -1,4 +1,4 @@
-"""The source of each piece, for all behaviours of sources."""
+"""Tests from which source each piece is fetched, for all ways in which sources can behave."""
 
 from __future__ import annotations
 

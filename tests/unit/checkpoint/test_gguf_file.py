@@ -16,7 +16,7 @@ from splitnet.checkpoint.gguf.file import BLOCK_TYPES, GgufFile, layout_of, read
 from splitnet.errors import UnsupportedModel
 
 FLOAT16_AT = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}
-"""Offsets of float16 numbers in a block, where they differ from 0 (and 2)."""
+"""Byte offsets of the float16 numbers in a block, for the types whose offsets are not the usual ones: 0, or 0 and 2."""
 
 
 def random_rows(stored: GGMLQuantizationType, outputs: int, inputs: int) -> np.ndarray:

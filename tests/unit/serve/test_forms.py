@@ -1,4 +1,5 @@
-"""Calls and reasoning in the form of every family: found by its chat template, read in any pieces, and bound."""
+"""Calls and reasoning in the form of every family: the form is found from the family's chat template, answers are
+parsed correctly however they are cut into pieces, and grammars force answers to keep to the form."""
 
 # ruff: noqa: RUF001 (marks have such characters)
 

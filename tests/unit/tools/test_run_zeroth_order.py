@@ -18,7 +18,7 @@ def grad(weights: torch.nn.Parameter) -> torch.Tensor:
 
 
 def test_an_estimate_is_the_directional_derivative() -> None:
-    """Exact on a linear loss: the direction times its product with the gradient."""
+    """For a linear loss, the estimate is exactly the direction times the scalar product of direction and gradient."""
     gradient = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
     weights = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     loss = estimate_gradients([weights], lambda: (weights * gradient).sum() + 7, seed=5, eps=0.01)
@@ -123,7 +123,8 @@ def test_no_graph_is_recorded() -> None:
 
 
 class Prompted(torch.nn.Module):
-    """Like PEFT's prompt tuning on a remote model. The logits of a row depend only on its prompt and each token."""
+    """Like PEFT's prompt tuning on a remote model. The logits at a position depend only on the prompt and on the token
+    at this position."""
 
     active_peft_config = SimpleNamespace(peft_type="PROMPT_TUNING")
     loss_in_parts = True
