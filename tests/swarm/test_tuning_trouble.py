@@ -377,7 +377,7 @@ def tuned(
             torch.manual_seed(0)
             adapted: Any = SideTuner(model, 32, States(TuningFolder(path / WORK)), ROWS, 1 << 20)
             look(0)
-            adapted.fill(0, lambda _: None, [])
+            adapted.compute_states(0, lambda _: None, [])
         else:
             adapted = wrapped(model, METHODS["lora" if method == "joint" else method]("llama", CAUSAL))
         joint: dict[str, Any] = {}

@@ -599,7 +599,7 @@ def test_close_leaves_no_thread_and_no_child(bootstrap: DhtDirectory) -> None:
 def test_a_killed_process_leaves_no_child() -> None:
     code = (
         "import psutil, sys; from splitnet.directory.dht_directory import DhtDirectory; "
-        f"Directory.start(listen={LOOPBACK!r}); "
+        f"DhtDirectory.start(listen={LOOPBACK!r}); "
         "print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
