@@ -82,7 +82,7 @@ second.close()
 first.close()
 
 stop = StopSignals()
-stop.check()
+stop.raise_if_stopped()
 signal.raise_signal(signal.SIGTERM)
 stop.wait()
 print("done")
