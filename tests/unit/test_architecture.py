@@ -216,8 +216,9 @@ def test_mentions_of_missing_code_are_found() -> None:
     assert wrong_mentions(text) == (5, [f"{here}:nothing", "scheduler/absent.py"])
 
 
-def test_architecture_names_existing_code() -> None:
-    mentioned, wrong = wrong_mentions((ROOT / "ARCHITECTURE.md").read_text())
+@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/scheduling.md"])
+def test_a_document_names_existing_code(document: str) -> None:
+    mentioned, wrong = wrong_mentions((ROOT / document).read_text())
     assert mentioned > 0
     assert not wrong
 
