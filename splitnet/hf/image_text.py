@@ -87,6 +87,9 @@ class RemoteImageTextToText(RemoteCausalLM):
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        # Some families would make a cache of their own before they call the backbone.
+        given["use_cache"] = bool(given.get("use_cache") or given.get("cache"))
+        given["cache"] = self._cache_for(given.get("cache"), given["use_cache"])
         with self._blocks.calling(has_images=self._has_images(given)):
             return super()._call_model(forward, given)
 
@@ -108,13 +111,14 @@ class RemoteImageTextToText(RemoteCausalLM):
     def _call_arguments(self, hidden: torch.Tensor, given: dict[str, Any], past: int) -> CallArguments:
         handed, mask, positions = self._handed, given.get("attention_mask"), given.get("position_ids")
         batch, new = hidden.shape[:2]
-        if handed.mask is not None:
-            mask = handed.mask >= 0
+        handed_mask = None if handed.mask is None else handed.mask.as_subclass(torch.Tensor)
+        if handed_mask is not None:
+            mask = handed_mask >= 0
         checked = mask_of(mask, batch, past + new)
         rotary = None
         if positions is not None and positions.ndim == 3:
             positions, rotary = None, _rotary_positions(positions, checked, past)
-        groups = None if handed.mask is None else handed.mask[:, past:].clamp(min=0)
+        groups = None if handed_mask is None else handed_mask[:, past:].clamp(min=0)
         if groups is None or not bool(groups.any()):
             groups = None
         if rotary is None and groups is None and not handed.added:
