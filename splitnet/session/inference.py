@@ -181,6 +181,7 @@ class Session(SessionDriver):
         """
         state = self.state
         begins_text = state.log is None or (forks is not None and not forks)
+        inputs = [each.of_blocks(*state.blocks) for each in inputs]
         hit = self._look_up_prefix(hidden, parts, rope_length, inputs) if begins_text else 0
         self.open(len(hidden) - hit)
         if hit:

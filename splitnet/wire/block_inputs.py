@@ -166,13 +166,14 @@ class RowInputs:
     def cut(self, begin: int, end: int, row: int = 0) -> tuple[tuple[BlockInput, ...], bytes]:
         """The block inputs of positions `[begin, end)` with the number `row`, and their values."""
         found: list[tuple[BlockInput, bytes]] = []
-        for kind, runs in sorted(self._runs.items()):
+        for kind, runs in self._runs.items():
             for run in runs:
                 first, last = max(begin, run.start), min(end, run.start + len(run.data) // kind.size)
                 if first < last:
                     within = slice((first - run.start) * kind.size, (last - run.start) * kind.size)
                     given = BlockInput(kind.name, kind.block, row, first, last - first, kind.size, kind.codec)
                     found.append((given, bytes(run.data[within])))
+        found.sort()
         return tuple(given for given, _ in found), b"".join(data for _, data in found)
 
     def group_at(self, position: int) -> bytes:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from splitnet.directory.dht_directory import DhtDirectory
+from splitnet.session.inference import Session
+from splitnet.wire.sent_log import PAGE
 from tests.image_models import IMAGE_MODELS, Inputs
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs, shared_swarm
@@ -74,3 +76,71 @@ def test_batches_with_padding_give_the_same(both: tuple[Any, LocalSwarm]) -> Non
     assert torch.equal(remote.generate(**batch, **OPTIONS), local.generate(**batch, **OPTIONS))
     beams = {**OPTIONS, "num_beams": 3}
     assert torch.equal(remote.generate(**batch, **beams), local.generate(**batch, **beams))
+
+
+def hit_of(remote: Any, inputs: Inputs, expected: torch.Tensor) -> int:
+    """How many first positions of a prompt hops had stored, for an answer that must be the expected one."""
+    with remote.session() as cache:
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), expected)
+        return cache.session.prefix_hit
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "qwen3_5"])
+def test_stored_prefixes_know_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    local: Any = IMAGE_MODELS[family].write(tmp_path / "published")
+    local.family = family
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm:
+        check_prefixes(local, swarm)
+
+
+def check_prefixes(local: Any, swarm: LocalSwarm) -> None:
+    inputs = inputs_of(local, 9, seed=5)
+    length = inputs["input_ids"].shape[1]
+    remote = swarm.image_model(dtype="float32")
+    expected = local.generate(**inputs, **OPTIONS)
+    assert hit_of(remote, inputs, expected) == 0
+    known = hit_of(remote, inputs, expected)
+    assert known == (0 if local.family == "qwen3_5" else (length - 1) // PAGE * PAGE)
+    # Only the last values of one image differ, behind tokens that are the same.
+    for image, most in ((-1, known), (0, 0)):
+        other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+        other["pixel_values"][image] += 1.0
+        found = hit_of(remote, other, local.generate(**other, **OPTIONS))
+        assert found <= most
+
+
+def test_a_chat_with_images_continues(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote = swarm.image_model(dtype="float32")
+    first, second = inputs_of(local, 1), inputs_of(local, 3)
+    # The second prompt begins with the first one and its answer: texts around images are drawn from the same seed.
+    with remote.session():
+        for inputs in (first, second, inputs_of(local, 0, seed=3), second):
+            assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("local_blocks", ["0:1", "2:5", "0:6"])
+def test_local_blocks_read_images(local_blocks: str, both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote = swarm.image_model(dtype="float32", local_blocks=local_blocks)
+    inputs = inputs_of(local, 3)
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+def test_long_prompts_are_cut_between_images(both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch) -> None:
+    local, swarm = both
+    monkeypatch.setattr(Session, "step_positions", lambda self, positions, prediction=None: 5)
+    remote = swarm.image_model(dtype="float32", prefixes="off")
+    inputs = inputs_of(local, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("codec", "most"), [("bf16", 1e-4), ("int8", 1e-2)])
+def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(codec, dtype="float32"), inputs_of(local, 3)
+    with torch.no_grad():
+        found, expected = (model(**inputs).logits.log_softmax(-1) for model in (remote, local))
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    assert divergence < most
