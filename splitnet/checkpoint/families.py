@@ -104,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
     **_alike("ernie4_5_moe gpt_oss", Family(packs=True, torch_step=True, native_step=True)),
     **_alike("phi3 starcoder2", Family(packs=True, native_step=True, one_window=True, mlx=True)),
     "ministral3": Family(packs=True, mlx=True),
-    "gemma4_text": Family(packs=True),
+    **_alike("gemma4_text gemma4_unified_text", Family(packs=True)),
     **_alike("bloom deepseek_v2 falcon glm4_moe_lite mpt youtu", Family(native_step=True)),
     **_alike(
         "bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe mamba2 nemotron_h olmo_hybrid qwen3_5_moe_text "
@@ -120,8 +120,12 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3n_text": Family(refused="its blocks share states with each other besides the hidden state"),
     "glm4v_moe_text": Family(text_as="glm4_moe", text_values={"use_qk_norm": False}),
     "glm4v_text": Family(text_as="glm4", text_values={"attention_bias": True}, heads_share_hidden=True),
+    "glm_ocr_text": Family(text_as="glm4", text_values={"attention_bias": False}),
+    "granite4_vision_text": Family(text_as="granite"),
+    "hunyuan_vl_text": Family(text_as="hunyuan_v1_dense"),
     "kimi_k2": Family(same_as="deepseek_v3"),
     "mimo": Family(same_as="qwen2"),
+    "paddleocr_vl_text": Family(text_as="llama"),
     **_alike("qwen2_5_vl_text qwen2_vl_text", Family(text_as="qwen2", heads_share_hidden=True)),
     "qwen3_vl_moe_text": Family(text_as="qwen3_vl_moe_alone", text_values={"norm_topk_prob": True}),
     "qwen3_vl_text": Family(text_as="qwen3"),
@@ -214,7 +218,15 @@ def _make_text_models_known() -> None:
     their checkpoints and their conversions."""
     # Imported here because these modules import slowly and are rarely needed.
     from torch import nn
-    from transformers import GenerationMixin, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
+    from transformers import (
+        GenerationMixin,
+        Mistral4Config,
+        Mistral4ForCausalLM,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        Qwen3MoeModel,
+    )
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -252,6 +264,7 @@ def _make_text_models_known() -> None:
         __module__ = Qwen3MoeModel.__module__
         config_class = Qwen3VLMoeAloneConfig
 
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
     AutoModel.register(Step3p7TextConfig, Step3p7TextModel, exist_ok=True)
     AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
     within_towers = get_checkpoint_conversion_mapping("step3p7") or []
