@@ -123,6 +123,7 @@ def _mask_for(
     additive: torch.dtype | None,
     twice: range,
     groups: Tensor | None = None,
+    windowed: bool = False,
 ) -> Tensor:
     """As `_mask`, for the positions `own` and some columns. groups: by position, see `PositionInputs`."""
     in_codes = column < twice.stop
@@ -130,7 +131,8 @@ def _mask_for(
     ahead = position - own[:, None]
     mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
     if groups is not None:
-        mask |= (groups[own, None] == groups[position]) & (groups[position] != 0)
+        same = (groups[own, None] == groups[position]) & (groups[position] != 0)
+        mask |= same & (ahead > -window) if windowed and window is not None else same
     if twice:
         mask &= (position < twice.start) | (position >= twice.stop) | (in_codes == (ahead <= -WINDOW))
     if additive is not None:
@@ -195,13 +197,14 @@ def _packed_attention(
         begin, end = end, end + part.count
         keys, values, twice = part.row.append_with_codes(block, key[:, :, begin:end], value[:, :, begin:end])
         key_count = keys.shape[2] - len(twice)
-        if part.inputs is not None and (groups := part.inputs.groups) is not None:
+        groups = None if part.inputs is None else part.inputs.groups
+        if part.inputs is not None and groups is not None and (window is not None or not part.inputs.windowed):
             groups = torch.cat((groups.new_zeros(key_count - part.count), groups)).to(keys.device)
             column = torch.arange(keys.shape[2], device=keys.device)
             most = positions_at_once(query.shape[1], key_count)
             rows = column[key_count - part.count : key_count].split(most)
             for own, given in zip(rows, query[:, :, begin:end].split(most, 2), strict=True):
-                mask = _mask_for(own, column, window, additive, twice, groups)
+                mask = _mask_for(own, column, window, additive, twice, groups, part.inputs.windowed)
                 outputs.append(attend(module, given, keys, values, mask, **kwargs)[0])
             continue
         most, in_blocks = part.count, False

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from splitnet.errors import ProtocolError
-from splitnet.wire.block_inputs import ADDED, GROUPS, INTEGER_BYTES, POSITIONS, end_of_group, values_of
+from splitnet.wire.block_inputs import (
+    ADDED,
+    GROUPS,
+    INTEGER_BYTES,
+    POSITIONS,
+    WINDOW_GROUPS,
+    end_of_group,
+    values_of,
+)
 from splitnet.wire.codecs import Codec, check_values, codec_by_code
 from splitnet.wire.messages import EVERY_BLOCK, BlockInput, Chunk, Payload
 
@@ -23,11 +31,13 @@ class PositionInputs:
 
     positions: rotary positions, `[count, axes]`, int64, or with one column if all axes are equal; None: the numbers of
     the positions. groups: `[count]`, int64, see `GROUPS`; None: no groups. added: by block, `[count, hidden]`.
+    windowed: the groups are `WINDOW_GROUPS`.
     """
 
     positions: Tensor | None = None
     groups: Tensor | None = None
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    windowed: bool = False
 
     def __bool__(self) -> bool:
         return self.positions is not None or self.groups is not None or bool(self.added)
@@ -37,7 +47,8 @@ class PositionInputs:
         if not self:
             return self
         positions, groups = (None if each is None else each[begin:end] for each in (self.positions, self.groups))
-        return PositionInputs(positions, groups, {block: values[begin:end] for block, values in self.added.items()})
+        added = {block: values[begin:end] for block, values in self.added.items()}
+        return PositionInputs(positions, groups, added, self.windowed)
 
     def of_blocks(self, start: int, end: int) -> PositionInputs:
         """The inputs that blocks `[start, end)` read."""
@@ -55,7 +66,8 @@ class PositionInputs:
         if self.positions is not None and self.positions.tolist() != [[n] * self.positions.shape[1] for n in numbers]:
             found.append(_integers(POSITIONS, chunk, 0, _narrow(self.positions)))
         if self.groups is not None:
-            found += [_integers(GROUPS, chunk, each.start, self.groups[each, None]) for each in _runs(self.groups)]
+            name = WINDOW_GROUPS if self.windowed else GROUPS
+            found += [_integers(name, chunk, each.start, self.groups[each, None]) for each in _runs(self.groups)]
         for block, values in self.added.items():
             for each in _runs(values.any(dim=1)):
                 data = codec.encode(values[each])
@@ -132,6 +144,9 @@ def decode_inputs(
                 own["positions"] = before.expand(-1, axes).clone()
                 own["positions"][within] = integers
             else:
+                windowed = each.name == WINDOW_GROUPS
+                if own.setdefault("windowed", windowed) != windowed:
+                    raise ProtocolError("a step has two kinds of groups for a row")
                 own.setdefault("groups", torch.zeros(chunk.length, dtype=torch.int64))[within] = integers[:, 0]
         found.append(replace(PositionInputs(added=added), **own))
     return found

@@ -239,7 +239,7 @@ class Span:
                 )
             chosen = chosen.as_loaded(getattr(module, "held", None) for module in backbone.modules())
             parent: Any = parent_of(backbone, container)[0]
-            if (rope := rope_with_axes(checkpoint.store.config, getattr(parent, "rotary_emb", None))) is not None:
+            if (rope := rope_with_axes(checkpoint.store.config, parent)) is not None:
                 parent.rotary_emb = rope
             nn.Module.to(backbone, device).requires_grad_(False)
             for block in backbone.get_submodule(container).children():

@@ -59,25 +59,36 @@ class BlockList(nn.ModuleList):
 
 class GroupMask(Tensor):
     """`[batch, columns]`, int64, in place of a mask: -1 for padding, and otherwise the number of the group of positions
-    that see each other, 0 for none."""
+    that see each other, 0 for none. within_window: some positions do not see the first positions of their group."""
+
+    within_window = False
+
+    @property
+    def longest(self) -> int:
+        """The number of positions of the longest group."""
+        return max((int((self == number).sum(1).max()) for number in self.unique().tolist() if number > 0), default=0)
 
 
 class HandedStates(threading.local):
     """The values that a multimodal model hands to its blocks in the call of this thread.
 
     first: the input of the first block, `[batch, seq, hidden]`. added: by block, states that the model adds before it.
-    mask: None: the model makes no mask.
+    masks: by kind of block; empty: the model makes no mask.
     """
 
     first: Tensor
-    mask: GroupMask | None = None
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, window: int | None = None) -> None:
         self.num_blocks = num_blocks
+        self._window = window
         self.added: dict[int, Tensor] = {}
+        self.masks: dict[str, GroupMask] = {}
 
-    def receive(self, index: int, hidden: Tensor, args: Sequence[object], named: Mapping[str, object]) -> None:
-        """Takes in the arguments of a block. Raises UnsupportedModel: there is a tensor that peers do not know."""
+    def receive(
+        self, index: int, kind: str, hidden: Tensor, args: Sequence[object], named: Mapping[str, object]
+    ) -> None:
+        """Takes in the arguments of a block of some kind. Raises UnsupportedModel: there is a tensor that peers do not
+        know."""
         others = {f"argument {place}": value for place, value in enumerate(args, 2)} | dict(named)
         for name, value in others.items():
             if isinstance(value, Tensor) and not _DERIVED.search(name):
@@ -85,16 +96,32 @@ class HandedStates(threading.local):
                     f"the model hands {name!r} to its blocks, which peers do not read: use its text alone"
                 )
         if not index:
-            self.first, self.added, self.mask = hidden, {}, None
+            self.first, self.added, self.masks = hidden, {}, {}
         elif bool(hidden.any()):
             self.added[index] = hidden
         mask = named.get("attention_mask")
-        if not isinstance(mask, GroupMask) or mask is self.mask:
-            return
-        if self.mask is None:
-            self.mask = mask
-        elif not torch.equal(mask, self.mask):
-            raise UnsupportedModel("the blocks of the model have groups of positions that differ: use its text alone")
+        if isinstance(mask, GroupMask) and not torch.equal(mask, self.masks.setdefault(kind, mask)):
+            raise _groups_differ()
+
+    def mask(self) -> tuple[GroupMask | None, bool]:
+        """The mask of the blocks, if there is one, and whether its groups count only in blocks with a sliding window,
+        and within it. Raises UnsupportedModel: peers have no such masks."""
+        if not self.masks:
+            return None, False
+        most = max(self.masks.values(), key=lambda mask: int(mask.max()))
+        if all(torch.equal(mask, most) and not mask.within_window for mask in self.masks.values()):
+            return most, False
+        fits = all(
+            torch.equal(mask, most if kind == "sliding_attention" else most.clamp(max=0))
+            for kind, mask in self.masks.items()
+        )
+        if not fits or self._window is None or most.within_window != (most.longest > self._window):
+            raise _groups_differ()
+        return most, True
+
+
+def _groups_differ() -> UnsupportedModel:
+    return UnsupportedModel("the blocks of the model have groups of positions that differ: use its text alone")
 
 
 class BlockStandIn(AllBlocks):
@@ -111,7 +138,7 @@ class BlockStandIn(AllBlocks):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
-        self._handed.receive(self._index, hidden_states, args, kwargs)
+        self._handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
         if self._is_last:
             return super().forward(self._handed.first)
         zeros = torch.zeros_like(hidden_states)
@@ -158,15 +185,20 @@ def _mask_handed(
     begins = torch.cat((torch.ones_like(after[:, :1]), ~after), dim=1)
     alone = begins & torch.cat((begins[:, 1:], torch.ones_like(begins[:, :1])), dim=1)
     groups = begins.cumsum(1).masked_fill(alone, 0)
+    within_window = False
     for own, some in zip(pieces, groups.split(_CHECKED_ROWS, dim=1), strict=True):
         same = (some[:, :, None] == groups[:, None]) & (some[:, :, None] > 0)
-        if bool(((sees(own, new) != same) & (own[:, None] < new)).any()):
+        seen = sees(own, new)
+        within_window |= bool((same & ~seen).any())
+        if bool(((seen != same) & (own[:, None] < new)).any()):
             raise UnsupportedModel(
                 "positions of the model see later positions that are not their neighbours: use its text"
             )
     own_columns = found[:, kv_length - q_length :]
     found[:, kv_length - q_length :] = torch.where(own_columns < 0, own_columns, groups)
-    return found.as_subclass(GroupMask)
+    made = found.as_subclass(GroupMask)
+    made.within_window = within_window
+    return made
 
 
 AttentionMaskInterface.register(HANDED, _mask_handed)

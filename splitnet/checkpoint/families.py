@@ -173,10 +173,10 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     return found
 
 
-def rope_with_axes(whole: PreTrainedConfig, own: nn.Module) -> nn.Module | None:
-    """The rotary embedding of a multimodal model whose text model `text_config_of` replaces: it takes positions with
-    several axes, and gives the same as `own`, that of the replacement, where the axes are equal. None: the text model
-    is not replaced. Raises UnsupportedModel: it gives something else than `own`."""
+def rope_with_axes(whole: PreTrainedConfig, backbone: Any) -> nn.Module | None:
+    """The rotary embedding of a multimodal model whose text model `text_config_of` replaces with `backbone`: it takes
+    positions with several axes, and gives the same as that of `backbone` where the axes are equal. None: the text model
+    is not replaced. Raises UnsupportedModel: it gives something else."""
     text = whole.get_text_config()
     if not family_of(text).text_as:
         return None
@@ -188,12 +188,12 @@ def rope_with_axes(whole: PreTrainedConfig, own: nn.Module) -> nn.Module | None:
         ropes = (module for module in model.modules() if hasattr(module, "rope_type") and hasattr(module, "inv_freq"))
         found = type(next(ropes))
     states, positions = torch.zeros(1, 3, text.hidden_size), torch.arange(5, 8)[None]
-    expected = own(states, positions)
+    expected = backbone.rotary_emb(states, positions)
     for kind in (found, type(found.__name__, (_InHalves, found), {})):
         rope = kind(config=text)
         if all(map(torch.allclose, rope(states, positions), expected)):
             return rope
-    raise UnsupportedModel(f"the rotary embedding of the family {text.model_type!r} is not that of {own}")
+    raise UnsupportedModel(f"the rotary embedding of the family {text.model_type!r} is not that of its blocks")
 
 
 class _InHalves(nn.Module):

@@ -20,6 +20,7 @@ from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.client_part import load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
 from splitnet.hf.parameters import FORWARD, mask_of
@@ -54,13 +55,18 @@ def attached_with_images(
     checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO
 ) -> RemoteImageTextToText:
     """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model."""
-    blocks, handed = remote_blocks(checkpoint, swarm, options), HandedStates(checkpoint.num_blocks)
+    blocks, handed = remote_blocks(checkpoint, swarm, options), _handed_states(checkpoint)
     how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
     client_part = load_image_text_part(checkpoint, blocks, handed, **how)
     _keep_deltas_per_thread(client_part)
     model = connected(client_part, RemoteImageTextToText, blocks, checkpoint, swarm, options, speculate)
     model.use_handed(handed)
     return model
+
+
+def _handed_states(checkpoint: Checkpoint) -> HandedStates:
+    windows = {window for window in sliding_windows(checkpoint.config) if window is not None}
+    return HandedStates(checkpoint.num_blocks, min(windows, default=None))
 
 
 class RemoteImageTextToText(RemoteCausalLM):
@@ -113,7 +119,8 @@ class RemoteImageTextToText(RemoteCausalLM):
     def _call_arguments(self, hidden: torch.Tensor, given: dict[str, Any], past: int) -> CallArguments:
         handed, mask, positions = self._handed, given.get("attention_mask"), given.get("position_ids")
         batch, new = hidden.shape[:2]
-        handed_mask = None if handed.mask is None else handed.mask.as_subclass(torch.Tensor)
+        group_mask, windowed = handed.mask()
+        handed_mask = None if group_mask is None else group_mask.as_subclass(torch.Tensor)
         if handed_mask is not None:
             mask = handed_mask >= 0
         checked = mask_of(mask, batch, past + new)
@@ -130,6 +137,7 @@ class RemoteImageTextToText(RemoteCausalLM):
                 None if rotary is None else rotary[row].cpu(),
                 None if groups is None else _numbered(groups[row], hidden[row]),
                 {block: states[row] for block, states in handed.added.items()},
+                windowed,
             )
             for row in range(batch)
         ]

@@ -32,9 +32,13 @@ GROUPS = "attention_groups"
 """Numbers of groups, `[positions, 1]`. Neighbours with the same number other than 0 attend to each other in both
 directions. The number is a digest of the group, so that page labels depend on the whole group."""
 
+WINDOW_GROUPS = "window_attention_groups"
+"""As `GROUPS`, but only in blocks with a sliding window, and only within the window."""
+
 ADDED = "added_states"
 """`[positions, hidden]`, added to the hidden states before a block."""
 
+_OF_GROUPS = (GROUPS, WINDOW_GROUPS)
 INTEGER_BYTES = 8
 MAX_AXES = 8  # axes of a rotary position; families have three
 
@@ -70,8 +74,8 @@ def check_inputs(inputs: Iterable[BlockInput], parts: Sequence[Chunk]) -> None:
 def check_block_inputs(inputs: Iterable[BlockInput], hidden_size: int, blocks: range) -> None:
     """Raises ProtocolError, CodecError: these blocks do not read a block input, or its values have another size."""
     for each in inputs:
-        integers = {POSITIONS: range(1, MAX_AXES + 1), GROUPS: range(1, 2)}.get(each.name)
-        if integers is not None:
+        if each.name == POSITIONS or each.name in _OF_GROUPS:
+            integers = range(1, MAX_AXES + 1) if each.name == POSITIONS else range(1, 2)
             if each.block != EVERY_BLOCK or each.size not in (width * INTEGER_BYTES for width in integers):
                 raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
         elif each.name != ADDED:
@@ -101,7 +105,7 @@ def groups_of(step: Step) -> list[bytes]:
     """The group of each position of a step, in the order of its parts; empty: none. No list: there are no groups."""
     found: dict[tuple[int, int], bytes] = {}
     for each, data in values_of(step.inputs, step.input_bytes):
-        if each.name == GROUPS:
+        if each.name in _OF_GROUPS:
             for index in range(each.length):
                 found[each.row, each.start + index] = bytes(data[index * each.size : (index + 1) * each.size])
     if not found:
@@ -179,7 +183,7 @@ class RowInputs:
     def group_at(self, position: int) -> bytes:
         """The group of a position; empty: none."""
         for kind, runs in self._runs.items():
-            for run in runs if kind.name == GROUPS else ():
+            for run in runs if kind.name in _OF_GROUPS else ():
                 at = (position - run.start) * kind.size
                 if 0 <= at < len(run.data):
                     return bytes(run.data[at : at + kind.size])
