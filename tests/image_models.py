@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,32 +50,51 @@ def _text(images: list[list[int]], seed: torch.Generator) -> tuple[torch.Tensor,
     return tokens, (tokens == IMAGE).long()
 
 
-def _grids(config: Any, images: int, seed: torch.Generator) -> Inputs:
-    """Patches of all images in one list, with the grid of each image; images have two sizes."""
-    vision, sizes = config.vision_config, [(4, 6) if index % 2 == 0 else (6, 4) for index in range(images)]
-    ids, types = _text([[START, *[IMAGE] * (height * width // 4)] for height, width in sizes], seed)
-    if not images:
-        return {"input_ids": ids, "mm_token_type_ids": types}
-    values = 3 * vision.patch_size**2 * vision.temporal_patch_size
-    pixels = torch.randn(sum(height * width for height, width in sizes), values, generator=seed)
-    grid = torch.tensor([[1, *size] for size in sizes])
-    return {"input_ids": ids, "mm_token_type_ids": types, "pixel_values": pixels, "image_grid_thw": grid}
+def _grids(
+    types: str = "mm_token_type_ids", *, as_images: bool = False, merges: bool = False, columns: int = 0, ends: int = 0
+) -> MakeInputs:
+    """Patches of all images in one list, with the grid of each image; images have two sizes.
+
+    types: name of the argument that marks the tokens of images. as_images: a patch has its channels, rows and columns
+    as axes. merges: each image has the number of patches that are merged into one.
+    """
+
+    def make(config: Any, images: int, seed: torch.Generator) -> Inputs:
+        vision, sizes = config.vision_config, [(4, 6) if index % 2 == 0 else (6, 4) for index in range(images)]
+        ids, marks = _text(
+            [[START, *[IMAGE] * (height // 2 * (width // 2 + columns) + ends)] for height, width in sizes], seed
+        )
+        found = {"input_ids": ids, **({types: marks} if types else {})}
+        if images:
+            shape = [getattr(vision, "temporal_patch_size", 1), 3, vision.patch_size, vision.patch_size]
+            pixels = torch.randn(sum(height * width for height, width in sizes), *shape, generator=seed)
+            found["pixel_values"] = pixels.flatten(1, 2) if as_images else pixels.flatten(1)
+            found["image_grid_thw"] = torch.tensor([[1, *size] for size in sizes])
+            found |= {"image_merge_sizes": torch.tensor([2] * images)} if merges else {}
+        return found
+
+    return make
 
 
 def _pixels(
-    tokens: int = 4, types: str = "", more: Mapping[str, list[int]] | None = None, *, nested: bool = False
+    tokens: int = 4,
+    types: str = "",
+    more: Mapping[str, list[Any]] | None = None,
+    *,
+    shape: Sequence[int] = (3, 16, 16),
+    nested: bool = False,
 ) -> MakeInputs:
     """Images of 16 x 16 pixels, each of `tokens` tokens.
 
-    types: name of the argument that marks the tokens of images. more: further arguments, per image. nested: the images
-    are those of each text.
+    types: name of the argument that marks the tokens of images. more: further arguments, per image. shape: of the
+    values of an image. nested: the images are those of each text.
     """
 
     def make(config: Any, images: int, seed: torch.Generator) -> Inputs:
         ids, marks = _text([[IMAGE] * tokens] * images, seed)
         found = {"input_ids": ids, **({types: marks} if types else {})}
         if images:
-            pixels = torch.randn(images, 3, 16, 16, generator=seed)
+            pixels = torch.randn(images, *shape, generator=seed)
             found["pixel_values"] = pixels[None] if nested else pixels
             found |= {name: torch.tensor([value] * images) for name, value in (more or {}).items()}
         return found
@@ -149,7 +168,7 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
     ),
     "qwen2_5_vl": _model(
         "qwen2_5_vl",
-        _grids,
+        _grids(),
         _ROPE,
         {
             "depth": 2,
@@ -166,7 +185,7 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
     ),
     "qwen2_vl": _model(
         "qwen2_vl",
-        _grids,
+        _grids(),
         _ROPE,
         {
             "depth": 2,
@@ -181,15 +200,15 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
     ),
     "qwen3_5": _model(
         "qwen3_5",
-        _grids,
+        _grids(),
         {**DELTA, **_INTERLEAVED},
         {name: value for name, value in _QWEN.items() if name != "deepstack_visual_indexes"},
         _TOKENS,
     ),
     "qwen3_vl": _model(
-        "qwen3_vl", _grids, _INTERLEAVED, {**_QWEN, "depth": 2, "deepstack_visual_indexes": [0, 1]}, _TOKENS
+        "qwen3_vl", _grids(), _INTERLEAVED, {**_QWEN, "depth": 2, "deepstack_visual_indexes": [0, 1]}, _TOKENS
     ),
-    "qwen3_vl_moe": _model("qwen3_vl_moe", _grids, {**_INTERLEAVED, **MOE, "num_experts": 4}, _QWEN, _TOKENS),
+    "qwen3_vl_moe": _model("qwen3_vl_moe", _grids(), {**_INTERLEAVED, **MOE, "num_experts": 4}, _QWEN, _TOKENS),
     "smolvlm": _model(
         "smolvlm",
         _pixels(nested=True),
