@@ -108,14 +108,15 @@ class BlockStandIn(AllBlocks):
         super().__init__(blocks, returns_tuple)
         self.attention_type = self.layer_type = self.block_type = kind
         self._handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
+        self.output: Tensor | None = None  # in place of zeros
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
         self._handed.receive(self._index, hidden_states, args, kwargs)
         if self._is_last:
             return super().forward(self._handed.first)
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self._returns_tuple else zeros
+        output = torch.zeros_like(hidden_states) if self.output is None else self.output
+        return (output, None) if self._returns_tuple else output
 
 
 def _mask_handed(

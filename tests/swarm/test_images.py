@@ -59,7 +59,7 @@ def test_an_answer_about_images_survives_the_death_of_a_hop(victim: int, both: t
         remote = visit.image_model(dtype="float32", prefixes="off")
         with remote.session() as cache:
             got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(visit, cache, victim)))
-            assert repairs(cache.session)
+            assert cache.session is not None and repairs(cache.session)
     assert torch.equal(got, local.generate(**inputs, **OPTIONS))
 
 
