@@ -179,7 +179,8 @@ def load_image_text_part(
     kinds = getattr(whole.get_text_config(), "layer_types", None) or ["full_attention"] * checkpoint.num_blocks
     stand_ins = [BlockStandIn(blocks, returns_tuple, handed, index, kind) for index, kind in enumerate(kinds)]
     setattr(parent, name, BlockList(stand_ins, outlines))
-    for config in (parent.config, model.config.get_text_config()):
+    configs: list[Any] = [parent.config, model.config.get_text_config()]
+    for config in configs:
         config._attn_implementation_internal = HANDED
     hold_head(model, choose_weights(weights, dtype, checkpoint.dtype, torch.device(device)))
     use_device_kernels(model, computes)

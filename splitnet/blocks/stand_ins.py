@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa
 
 from splitnet.errors import UnsupportedModel
 
@@ -125,7 +125,8 @@ def _mask_handed(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    *,
+    mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,

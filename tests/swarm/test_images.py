@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from splitnet.blocks.block_inputs import encode_step
 from splitnet.directory.dht_directory import DhtDirectory
+from splitnet.errors import SplitnetError
 from splitnet.session.inference import Session
+from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
 from tests.image_models import IMAGE_MODELS, Inputs
 from tests.swarm.generation import After
@@ -144,3 +147,45 @@ def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwar
         found, expected = (model(**inputs).logits.log_softmax(-1) for model in (remote, local))
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert divergence < most
+
+
+def test_features_of_images_are_kept_between_turns(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, calls = swarm.image_model(dtype="float32"), []
+    tower = next(module for name, module in remote.named_modules() if name.endswith(("visual", "vision_tower")))
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    first, second = inputs_of(local, 2), inputs_of(local, 2, seed=2)
+    for inputs, count in ((first, 1), (first, 1), (second, 2), (first, 2)):
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+        assert len(calls) == count
+
+
+def _unknown(given: BlockInput) -> BlockInput:
+    return given._replace(name="unknown")
+
+
+def _outside(given: BlockInput) -> BlockInput:
+    return given._replace(start=given.start + 1000)
+
+
+def _too_wide(given: BlockInput) -> BlockInput:
+    return given._replace(size=given.size + 8, length=1)
+
+
+@pytest.mark.parametrize("change", [_unknown, _outside, _too_wide])
+def test_peers_refuse_wrong_block_inputs_and_go_on(
+    change: Callable[[BlockInput], BlockInput], both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, swarm = both
+    inputs = inputs_of(local, 2)
+
+    def encode(*args: Any) -> tuple[bytes, tuple[BlockInput, ...]]:
+        payload, described = encode_step(*args)
+        return payload, tuple(map(change, described))
+
+    with monkeypatch.context() as patch, swarm.newcomer() as visit:
+        patch.setattr("splitnet.session.inference.encode_step", encode)
+        with pytest.raises(SplitnetError):
+            visit.image_model(dtype="float32", prefixes="off").generate(**inputs, **OPTIONS)
+    remote = swarm.image_model(dtype="float32")
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
