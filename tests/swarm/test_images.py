@@ -12,6 +12,7 @@ import torch
 from splitnet.blocks.block_inputs import encode_step
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import SplitnetError
+from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
@@ -189,3 +190,34 @@ def test_peers_refuse_wrong_block_inputs_and_go_on(
             visit.image_model(dtype="float32", prefixes="off").generate(**inputs, **OPTIONS)
     remote = swarm.image_model(dtype="float32")
     assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_links_through_the_client_carry_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model, client = IMAGE_MODELS[family], Identity.generate()
+    local = model.write(tmp_path / "published")
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(client.public.text + "\n")
+    with local_swarm(tmp_path / "published", [(0, 1)], node=node, dtype="float32") as swarm:
+        # These peers accept the client and no other peer, so that the client relays to them, and replays its own log.
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        remote = swarm.image_model(dtype="float32", prefixes="off", identity=client)
+        inputs = model.inputs(local, 2)
+        with remote.session() as cache:
+            got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(swarm, cache, 1)))
+            assert cache.session is not None and cache.session.hops[0].relayed and repairs(cache.session)
+        assert torch.equal(got, local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_keys_and_values_in_codes_serve_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model = IMAGE_MODELS[family]
+    local = model.write(tmp_path / "published")
+    inputs = model.inputs(local, 9)
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32", kv="int8") as swarm:
+        remote = swarm.image_model(dtype="float32")
+        with torch.no_grad():
+            found, expected = (each(**inputs).logits.log_softmax(-1) for each in (remote, local))
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
