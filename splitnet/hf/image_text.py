@@ -25,7 +25,7 @@ from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.speculator import AUTO
 from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
-from splitnet.hf.parameters import FORWARD, mask_of
+from splitnet.hf.parameters import FORWARD, mask_of, refuse
 from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
@@ -91,9 +91,15 @@ class RemoteImageTextToText(RemoteCausalLM):
         for module in self.modules():
             if isinstance(module, _DeltasPerThread):
                 module.rope_deltas = None
-        cache = given.get("cache")
-        if cache is not None and self._has_images(given):
-            cache.remote.reset()  # equal tokens do not mean equal images; hops find the stored pages of equal images
+        cache, ids = given.get("cache"), given.get("input_ids", given.get("inputs"))
+        if self._has_images(given):
+            if cache is not None:
+                cache.remote.reset()  # equal tokens do not mean equal images; hops find stored pages of equal images
+            return super()._generate(given)
+        begins = cache is None or not cache.remote.columns or self._context.now.resumed is not None
+        token = getattr(self.config, "image_token_id", None)
+        if begins and torch.is_tensor(ids) and token is not None and bool((ids == token).any()):
+            raise refuse("input_ids", "have tokens of an image without the image: give all that the processor gave")
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -133,10 +139,11 @@ class RemoteImageTextToText(RemoteCausalLM):
             groups = None
         if rotary is None and groups is None and not handed.added:
             return CallArguments(mask, positions)
+        states = [hidden, *handed.added.values()]
         inputs = [
             PositionInputs(
                 None if rotary is None else rotary[row].cpu(),
-                None if groups is None else _numbered(groups[row], hidden[row]),
+                None if groups is None else _numbered(groups[row], torch.cat([each[row] for each in states], dim=1)),
                 {block: states[row] for block, states in handed.added.items()},
             )
             for row in range(batch)
@@ -155,13 +162,13 @@ def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int) ->
     return given.permute(1, 2, 0)
 
 
-def _numbered(groups: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`[new]`: each group's number as a digest of its positions and their hidden states, `[new, hidden]`."""
+def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`[new]`: each group's number as a digest of its positions and their states, `[new, values]`."""
     found = torch.zeros_like(groups)
     for group in groups.unique().tolist():
         own = groups == group
         if group:
-            content = hidden[own].float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
+            content = states[own].detach().float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
             found[own] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
     return found.cpu()
 

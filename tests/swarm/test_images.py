@@ -11,7 +11,7 @@ import torch
 
 from splitnet.blocks.block_inputs import encode_step
 from splitnet.directory.dht_directory import DhtDirectory
-from splitnet.errors import SplitnetError
+from splitnet.errors import SplitnetError, UnsupportedParameter
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
@@ -221,3 +221,18 @@ def test_keys_and_values_in_codes_serve_images(family: str, node: DhtDirectory, 
         with torch.no_grad():
             found, expected = (each(**inputs).logits.log_softmax(-1) for each in (remote, local))
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+
+
+def test_an_image_that_is_missing_is_refused(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(dtype="float32"), inputs_of(local, 1)
+    del inputs["pixel_values"]
+    inputs.pop("image_grid_thw", None)
+    with pytest.raises(UnsupportedParameter, match="without the image"), remote.session():
+        remote.generate(**inputs, **OPTIONS)
+
+
+def test_training_on_images_is_refused(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    with pytest.raises(UnsupportedParameter, match="trained"):
+        swarm.image_model(dtype="float32")(**inputs_of(local, 1))
