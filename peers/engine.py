@@ -26,6 +26,7 @@ from peers.speed import ObservedSpeed, measure_past, measure_speed
 from scheduler.batching import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.facts import CONTEXTS, PASS_SIZES
 from splitnet.blocks.adapters import AdapterTensors, read_tensors, write_groups
+from splitnet.blocks.block_inputs import decode_inputs
 from splitnet.blocks.passes import GRAPH_BYTES, SpanPasses
 from splitnet.blocks.span import RowChunk, Span
 from splitnet.errors import AdapterError, CodecError, NotFinite, PeerBusy, ProtocolError
@@ -204,6 +205,7 @@ class Engine:
             self._publish_speed()
 
     def _run_steps(self, chosen: Ready) -> None:
+        chosen = [(work, work.whole_groups(count)) for work, count in chosen]
         ready = [(work, count) for work, count in chosen if self._begin_step(work, count)]
         if ready:
             self._compute(ready)
@@ -229,6 +231,9 @@ class Engine:
             size = codec.bytes_per_position(self._span.hidden_size)
             payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
             work.hidden = codec.decode(payload, count, self._span.hidden_size)
+            if (step := work.step).inputs:
+                read = work.parts(count), self._span.hidden_size, range(*work.blocks)
+                work.inputs = decode_inputs(step.inputs, step.input_bytes, *read)
             if not work.done and (computed := self._rows.catch_up(work, self._view, PASS_POSITIONS)):
                 work.session.done += computed
                 return False
@@ -311,7 +316,7 @@ class Engine:
         """Gives the outputs of a pass to `Outputs`, and finishes steps; returns the steps that have not failed."""
         computed = Ready()
         for (work, count), values in zip(ready, wanted, strict=True):
-            work.hidden, failure = None, None
+            work.hidden, work.inputs, failure = None, (), None
             try:
                 self._outputs.add_output(work, values)
             except CodecError as error:

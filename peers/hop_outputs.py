@@ -11,6 +11,7 @@ from peers.peer_links import Outbox
 from peers.sessions import HopSession, PassWork, Taps, Work
 from scheduler.batching import DECODE_POSITIONS
 from splitnet.quant.device import to_host
+from splitnet.wire.block_inputs import passed_on
 from splitnet.wire.codecs import select_kept_positions
 from splitnet.wire.endpoints import Connection, LinkState
 from splitnet.wire.messages import Forward, Payload, Replay, Result, Step, Tapped, Timing
@@ -62,7 +63,8 @@ class HopOutputs:
                 route.last = max(route.last, 0 if step.replay_until else step.number)
                 self._send_output(work, payload)
             if session.end != self.num_blocks:
-                session.log.record_step(step.parts, step.forks, payload, step.rope_length, step.labels)
+                body, inputs = passed_on(step, payload, session.end)
+                session.log.record_step(step.parts, step.forks, body, step.rope_length, step.labels, inputs)
 
     def add_taps(self, work: Work, taps: Taps, states: Mapping[int, torch.Tensor]) -> None:
         """Takes in the hidden states of one pass of a step, by boundary. Sends the client all hidden states of a
@@ -101,13 +103,13 @@ class HopOutputs:
             result = Result(session.id, session.epoch, message.number, message.until, session.codec.code, ())
             self.outbox.send(source, result)
         route.sent_on = True
-        for index, (parts, payload, rope_length, labels) in enumerate(steps):
+        for index, (parts, payload, rope_length, labels, inputs) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             # An empty list of forks drops rows of another text that the next hop may have.
             forks = None if index or message.since else ()
             again = session.id, session.epoch, number, parts, forks, message.until, codec, payload
             labels = labels if route.labelled else ()
-            self.outbox.send(session.next, Step(*again, session.end, (), rope_length, labels))
+            self.outbox.send(session.next, Step(*again, session.end, (), rope_length, labels, inputs))
 
     def are_under_way(self, session: HopSession) -> bool:
         """Whether messages to the next hop may still be on the link: no later ping was answered.
@@ -133,7 +135,8 @@ class HopOutputs:
             route.sent_on = True
             kept = step.epoch, step.number, step.parts, step.forks, step.replay_until
             labels = step.labels if route.labelled else ()
-            onward = Step(session.id, *kept, code, payload, session.end, timings, step.rope_length, labels)
+            body, inputs = passed_on(step, payload, session.end)
+            onward = Step(session.id, *kept, code, body, session.end, timings, step.rope_length, labels, inputs)
             self.outbox.send(session.next, onward)
         elif not replayed or step.number:  # only the last step of a replay is answered
             body = b"" if replayed else payload

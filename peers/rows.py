@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -222,11 +223,11 @@ class Rows:
         """The next `count` positions of a step as chunks of its rows, which are made if they are new."""
         own = work.session.row_state
         chunks: list[RowChunk] = []
-        for part in work.parts(count):
+        for part, inputs in zip_longest(work.parts(count), work.inputs):
             cache = own.caches.get(part.row)
             if cache is None:
                 cache = own.caches[part.row] = span.new_row(own.new_room[part.row], work.adapter)
-            chunks.append(RowChunk(cache, part.start, part.length, work.adapter, work.step.rope_length))
+            chunks.append(RowChunk(cache, part.start, part.length, work.adapter, work.step.rope_length, inputs))
         return chunks
 
     def keep_pages(self, work: Work) -> None:
@@ -321,6 +322,8 @@ class Rows:
     def _page(self, session: HopSession, row: int, cache: SequenceCache, index: int, ends: bool, name: bytes) -> Page:
         """A page of a row. ends: it ends with the row, so it has states. Raises ValueError: the page is not to be
         stored."""
+        if cache.has_states and cache.rotary is not None:
+            raise ValueError("positions that run again would need their rotary positions")
         tensors = cache.page(index * PAGE, (index + 1) * PAGE)
         if not are_finite(tensors.values()):
             raise ValueError("the page has values that are not finite")

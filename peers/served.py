@@ -13,6 +13,7 @@ from peers.prefixes import STATES, Page
 from peers.sessions import HopSession, SessionTooLong
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import PublicKey
+from splitnet.wire.block_inputs import check_block_inputs, check_inputs, unpack_inputs
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
 from splitnet.wire.messages import MAX_POSITIONS, FailureCode, Open, Step
@@ -75,7 +76,10 @@ class ServedBlocks:
             raise ProtocolError("a step names a row twice")
         if message.labels and len(message.labels) != sum(map(page_ends, message.parts)):
             raise ProtocolError("a step does not label each of its pages")
-        check_size(message.codec, message.payload, total, self.hidden_size)
+        check_size(message.codec, message.activations, total, self.hidden_size)
+        if message.inputs:
+            check_inputs(message.inputs, message.parts)
+            check_block_inputs(message.inputs, self.hidden_size, range(session.start, session.end))
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())
@@ -106,7 +110,11 @@ class ServedBlocks:
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 raise ProtocolError("a page has other types or shapes than these blocks leave")
         size = 0 if end == self.num_blocks else PAGE * codec_by_code(codec).bytes_per_position(self.hidden_size)
-        if len(page.output) != size or not 0 <= page.rope_length <= MAX_POSITIONS:
+        if size and len(page.output) > size:
+            unpack_inputs(page.output[size:], PAGE)
+        elif len(page.output) != size:
+            raise ProtocolError("a page has other outputs than these blocks give")
+        if not 0 <= page.rope_length <= MAX_POSITIONS:
             raise ProtocolError("a page has other outputs than these blocks give")
 
 

@@ -19,6 +19,7 @@ from peers.prefixes import NOWHERE, Page, PageNamespace, PrefixStore
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.limits import MINUTE_S, Budget, TokenBucket
 from splitnet.security.identity import AuthorizedKeys, KeyOptions
+from splitnet.wire.block_inputs import end_of_group, groups_of
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Adapter as AdapterMessage
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from splitnet.blocks.adapters import AdapterTensors
+    from splitnet.blocks.block_inputs import PositionInputs
     from splitnet.blocks.kv_cache import SequenceCache
     from splitnet.blocks.passes import SavedGraph
 
@@ -229,6 +231,7 @@ class Work:
     # Adapter of all passes of the step: its rows have room for this adapter's prefix.
     adapter: AdapterTensors | None = None
     hidden: torch.Tensor | None = None  # decoded input of the present pass, `[positions, hidden]`
+    inputs: Sequence[PositionInputs] = ()  # decoded block inputs of the present pass, for each of its chunks
     outputs: list[bytes] = field(default_factory=list)  # encoded, one for each pass, for the next hop or the client
     taps: Taps | None = None  # of the session when the step arrived; None: the client wants no hidden states
     taps_nbytes: int = 0  # of all hidden states that the client wants of the step
@@ -262,6 +265,11 @@ class Work:
         references = len(self.step.parts) + len(self.step.forks or ())
         objects = FORK_BYTES * references + TIMING_BYTES * len(self.step.timings)
         return len(self.step.payload) + MESSAGE_BYTES + objects + self.taps_nbytes
+
+    def whole_groups(self, count: int) -> int:
+        """The number of the next positions, at least `count`, that cut no group of positions."""
+        groups = groups_of(self.step) if self.step.inputs else []
+        return end_of_group(groups.__getitem__, self.done + count, self.total) - self.done if groups else count
 
     def parts(self, count: int) -> list[Chunk]:
         """The next `count` positions as chunks of rows, each with the number of its last positions to return."""

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from splitnet.version import __version__
 
-__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "__version__"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from splitnet.hf.causal_lm import AutoModelForCausalLM, AutoTokenizer
@@ -52,6 +58,10 @@ def __getattr__(name: str) -> Any:
         from splitnet.hf import causal_lm
 
         return getattr(causal_lm, name)
+    if name == "AutoModelForImageTextToText":
+        from splitnet.hf.image_text import AutoModelForImageTextToText
+
+        return AutoModelForImageTextToText
     if name == "AutoModelForSequenceClassification":
         from splitnet.hf.classifier import AutoModelForSequenceClassification
 

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from splitnet.blocks.adapters import AdapterTensors
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.kv_cache import SequenceCache, TracedSequence
 from splitnet.blocks.kv_form import WINDOW
 
@@ -55,6 +56,7 @@ class RowChunk:
     # The minimum length, in positions, for which the sequence's rotary frequencies are computed; see
     # `splitnet.wire.messages.Step.rope_length`.
     rope_length: int = 0
+    inputs: PositionInputs | None = None
 
     @property
     def positions(self) -> range:
@@ -66,6 +68,16 @@ class RowChunk:
 def positions_of(parts: Sequence[RowChunk]) -> list[int]:
     """The positions of all parts, in order."""
     return [position for part in parts for position in part.positions]
+
+
+def rotary_positions_of(parts: Sequence[RowChunk]) -> Tensor:
+    """The positions by which heads are rotated: `[1, positions]`, or `[axes, 1, positions]` if the axes differ."""
+    if all(part.row.rotary is None for part in parts):
+        return torch.tensor([positions_of(parts)])
+    found = [part.row.rotary_positions(part.start, part.count) for part in parts]
+    axes = max(each.shape[1] for each in found)
+    positions = torch.cat([each.expand(-1, axes) for each in found])
+    return positions.T[:, None] if bool((positions != positions[:, :1]).any()) else positions[None, :, 0]
 
 
 @dataclass(frozen=True)
@@ -100,18 +112,31 @@ def _mask(
     if key not in masks:
         columns = range(without.start), range(without.stop, key_count + len(twice)), range(key_count - count, key_count)
         before, after, own = (torch.arange(each.start, each.stop, device=device) for each in columns)
-        column = torch.cat((before, after))
-        in_codes = column < twice.stop
-        position = torch.where(in_codes, column, column - len(twice))
-        ahead = position - own[:, None]
-        mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
-        if twice:
-            mask &= (position < twice.start) | (position >= twice.stop) | (in_codes == (ahead <= -WINDOW))
-        if additive is not None:
-            hidden = torch.finfo(additive).min
-            mask = torch.zeros(mask.shape, dtype=additive, device=device).masked_fill_(~mask, hidden)
-        masks[key] = mask[None, None]
+        masks[key] = _mask_for(own, torch.cat((before, after)), window, additive, twice)
     return masks[key]
+
+
+def _mask_for(
+    own: Tensor,
+    column: Tensor,
+    window: int | None,
+    additive: torch.dtype | None,
+    twice: range,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """As `_mask`, for the positions `own` and some columns. groups: by position, see `PositionInputs`."""
+    in_codes = column < twice.stop
+    position = torch.where(in_codes, column, column - len(twice))
+    ahead = position - own[:, None]
+    mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
+    if groups is not None:
+        mask |= (groups[own, None] == groups[position]) & (groups[position] != 0)
+    if twice:
+        mask &= (position < twice.start) | (position >= twice.stop) | (in_codes == (ahead <= -WINDOW))
+    if additive is not None:
+        hidden = torch.finfo(additive).min
+        mask = torch.zeros(mask.shape, dtype=additive, device=own.device).masked_fill_(~mask, hidden)
+    return mask[None, None]
 
 
 class _Running(threading.local):
@@ -170,6 +195,15 @@ def _packed_attention(
         begin, end = end, end + part.count
         keys, values, twice = part.row.append_with_codes(block, key[:, :, begin:end], value[:, :, begin:end])
         key_count = keys.shape[2] - len(twice)
+        if part.inputs is not None and (groups := part.inputs.groups) is not None:
+            groups = torch.cat((groups.new_zeros(key_count - part.count), groups)).to(keys.device)
+            column = torch.arange(keys.shape[2], device=keys.device)
+            most = positions_at_once(query.shape[1], key_count)
+            rows = column[key_count - part.count : key_count].split(most)
+            for own, given in zip(rows, query[:, :, begin:end].split(most, 2), strict=True):
+                mask = _mask_for(own, column, window, additive, twice, groups)
+                outputs.append(attend(module, given, keys, values, mask, **kwargs)[0])
+            continue
         most, in_blocks = part.count, False
         if twice or heads > 1 or _needs_mask(part.count, key_count, window, eager):
             seen = key_count if window is None else min(key_count, window + part.count - 1)

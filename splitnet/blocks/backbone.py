@@ -194,13 +194,16 @@ def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig)
 
     Raises UnsupportedModel if the model has no such list, or cannot be built.
     """
-    model = on_meta(model_class, config)
+    return list_of_blocks(on_meta(model_class, config), config.num_hidden_layers, config.model_type)
+
+
+def list_of_blocks(model: nn.Module, count: int, family: str) -> str:
+    """The name of the first list of `count` modules within a model. Raises UnsupportedModel: there is none."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return name
     raise UnsupportedModel(
-        f"models of the family {config.model_type!r} cannot be cut into spans: they have no list of "
-        f"{config.num_hidden_layers} blocks"
+        f"models of the family {family!r} cannot be cut into spans: they have no list of {count} blocks"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Never
 
 import torch
@@ -12,10 +12,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.blocks.attention import PACKED
-from splitnet.blocks.backbone import find_container, keep_configs, load_cut, loaded_as, on_meta, parent_of, slice_config
+from splitnet.blocks.backbone import (
+    find_container,
+    keep_configs,
+    list_of_blocks,
+    load_cut,
+    loaded_as,
+    on_meta,
+    parent_of,
+    slice_config,
+)
 from splitnet.blocks.head import hold_head
+from splitnet.blocks.stand_ins import HANDED, AllBlocks, BlockList, BlockStandIn, HandedStates
 from splitnet.checkpoint.checkpoint import OTHER_TOWERS, Checkpoint, check_no_unexpected, ignored
-from splitnet.checkpoint.families import causal_class, classifier_class, packs_sequences
+from splitnet.checkpoint.families import causal_class, classifier_class, image_text_class, packs_sequences
 from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.gpu import use_device_kernels
@@ -123,10 +133,57 @@ def _load(
         model = load_cut(model_class, config, cut, tensors, wanted, attention, **kept)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
-    setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
+    setattr(parent, name, BlockList([AllBlocks(blocks, blocks_return_tuple(model, container))], outlines))
     model.config = copy.deepcopy(whole_config)
     if model.can_generate():
         model.generation_config = checkpoint.generation_config()
+    return model
+
+
+@torch.inference_mode(False)
+def load_image_text_part(
+    checkpoint: Checkpoint,
+    blocks: nn.Module,
+    handed: HandedStates,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    weights: str | None = None,
+) -> PreTrainedModel:
+    """As `load_client_part`, for the whole multimodal model: its towers and projectors run here.
+
+    handed: receives the values that the model hands to its blocks besides hidden states.
+    """
+    computes = as_dtype(dtype) or checkpoint.dtype
+    whole = copy.deepcopy(checkpoint.store.config)
+    whole.tie_word_embeddings = whole.get_text_config().tie_word_embeddings = checkpoint.config.tie_word_embeddings
+    model_class = image_text_class(whole)
+    skeleton: Any = on_meta(model_class, whole)
+    decoder = skeleton.get_decoder()
+    path = next(name for name, module in skeleton.named_modules() if module is decoder)
+    container = f"{path}.{list_of_blocks(decoder, checkpoint.num_blocks, checkpoint.model_type)}"
+    outlines: list[nn.Module] = []
+
+    def cut(model: PreTrainedModel) -> None:
+        parent, name = parent_of(model, container)
+        outlines[:] = [outline_of(block, computes) for block in getattr(parent, name)]
+        setattr(parent, name, nn.ModuleList())
+
+    left_out = ignored(checkpoint.client_part_names_of, model_class)
+    names = {name: name for name in checkpoint.client_part_names_of if name not in left_out}
+    with checkpoint.store.load_tensors(names, computes) as tensors:
+        model = load_cut(model_class, whole, cut, tensors, computes, None, names=names, codes_on=torch.device(device))
+    nn.Module.to(model, device)
+    parent, name = parent_of(model, container)
+    returns_tuple = blocks_return_tuple(model, container)
+    kinds = getattr(whole.get_text_config(), "layer_types", None) or ["full_attention"] * checkpoint.num_blocks
+    stand_ins = [BlockStandIn(blocks, returns_tuple, handed, index, kind) for index, kind in enumerate(kinds)]
+    setattr(parent, name, BlockList(stand_ins, outlines))
+    for config in (parent.config, model.config.get_text_config()):
+        config._attn_implementation_internal = HANDED
+    hold_head(model, choose_weights(weights, dtype, checkpoint.dtype, torch.device(device)))
+    use_device_kernels(model, computes)
+    model.generation_config = checkpoint.generation_config()
     return model
 
 
@@ -243,7 +300,7 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
     if client_part.norm is None or client_part.head is None:
         return client_part
     ids = torch.arange(1, 4, device=model.device)[None]
-    stand_in = outline_in(model)[0]
+    stand_in = outline_in(model)[-1]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()
     try:
         expected = model(input_ids=ids, use_cache=False).logits
@@ -251,43 +308,6 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
         stand_in.blocks = blocks
     client_part.compute_everything = torch.equal(client_part.logits(client_part.embed(ids)), expected)
     return client_part
-
-
-class AllBlocks(nn.Module):
-    """The only entry of the list of blocks. This module calls `blocks`, and returns a value of the type that the
-    family's own blocks return. The backbone's mask, positions and cache are ignored, because the code that provides
-    `blocks` takes them earlier (see `backbone_of`)."""
-
-    attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by this attribute
-
-    def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.blocks, self._returns_tuple = blocks, returns_tuple
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
-        """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
-        output = self.blocks(hidden_states)
-        return (output, None) if self._returns_tuple else output  # some backbones unpack two values
-
-
-class BlockList(nn.ModuleList):
-    """Replaces the list of blocks: the model's own code sees one module, and code that looks for layers sees an outline
-    of each block."""
-
-    def __init__(self, all_blocks: nn.Module, outlines: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.__dict__["_called"] = [all_blocks]
-        for index, outline in enumerate(outlines):
-            self.add_module(str(index), outline)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.__dict__["_called"])
-
-    def __len__(self) -> int:
-        return len(self.__dict__["_called"])
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.__dict__["_called"][index]
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:

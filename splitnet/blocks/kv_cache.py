@@ -207,6 +207,7 @@ class SequenceCache:
         self.length = 0  # stored positions, without the prefix
         self.computed = 0  # positions that keys, values and states include
         self.form = form
+        self.rotary: Tensor | None = None  # rotary positions, `[length, axes]`; None: the numbers of the positions
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
@@ -295,7 +296,7 @@ class SequenceCache:
         states = self._states.fork() if self._states is not None else None
         copy = SequenceCache(self._room if room is None else room, None, states, self.form)
         copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
-        copy.length, copy.computed = self.length, self.computed
+        copy.length, copy.computed, copy.rotary = self.length, self.computed, self.rotary
         copy.crop(self.length if length is None else length)
         for index, block in self._blocks.items():
             before = self._before(index)
@@ -305,6 +306,21 @@ class SequenceCache:
             near = tuple(tensor.clone() for tensor in block.near)
             copy._blocks[index] = _Block(keys, values, near, block.near_from)
         return copy
+
+    def set_rotary(self, start: int, count: int, positions: Tensor | None) -> None:
+        """Sets the rotary positions of the positions from `start` on, `[count, axes]`; None: their numbers."""
+        if positions is None and self.rotary is None:
+            return
+        numbers = torch.arange(start + count)[:, None]
+        own = numbers[start:] if positions is None else positions
+        before = numbers[:start] if self.rotary is None else self.rotary[:start]
+        axes = max(before.shape[1], own.shape[1])
+        self.rotary = torch.cat((before.expand(-1, axes), own.expand(-1, axes)))
+
+    def rotary_positions(self, start: int, count: int) -> Tensor:
+        """`[count, axes]`, with the positions of the prefix before them."""
+        own = torch.arange(start, start + count)[:, None] if self.rotary is None else self.rotary[start : start + count]
+        return own + self.prefix_length
 
     def keys_and_values(self, length: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Keys and values of the first `length` positions after the prefix, `[1, kv heads, length, head size]`, block

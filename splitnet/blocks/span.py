@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES, AdapterTensors, SpanAdapters, applying
-from splitnet.blocks.attention import GROUPED, PACKED, PackedPass, RowChunk, positions_at_once, positions_of, running
+from splitnet.blocks.attention import (
+    GROUPED,
+    PACKED,
+    PackedPass,
+    RowChunk,
+    positions_at_once,
+    rotary_positions_of,
+    running,
+)
 from splitnet.blocks.backbone import (
     cut_to_blocks,
     find_container,
@@ -51,6 +59,7 @@ from splitnet.checkpoint.families import (
     family_of,
     keeps_states,
     packs_sequences,
+    rope_with_axes,
     score_heads,
     sliding_windows,
     states_per_block,
@@ -234,6 +243,8 @@ class Span:
                 move_to_large_pages(block)
             use_device_kernels(backbone, wanted)
             prove_grouped_product(backbone)
+            if (rope := rope_with_axes(checkpoint.store.config)) is not None:
+                parent_of(backbone, container)[0].rotary_emb = rope.to(device)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)
@@ -316,10 +327,15 @@ class Span:
             raise
 
     def _step(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int]) -> Tensor:
-        if self._lean is not None and self._lean.takes(parts):
+        special = False
+        for part in parts:
+            part.row.set_rotary(part.start, part.count, part.inputs.positions if part.inputs else None)
+            special |= bool(part.inputs and (part.inputs.added or part.inputs.groups is not None))
+        if not special and self._lean is not None and self._lean.takes(parts):
             output = self._lean.forward(hidden, parts, [tap - self.start for tap in taps] if taps else ())
         else:
-            with self._tapping(taps) if taps else nullcontext():
+            adding = self._adding(parts) if special else nullcontext()
+            with self._tapping(taps) if taps else nullcontext(), adding:
                 output = self._run_family_code(hidden, parts)
         for part in parts:
             part.row.advance(part.count)
@@ -467,7 +483,7 @@ class Span:
         """`[positions, hidden]` -> `[positions, (taps + 1) * hidden]`, see `forward`."""
         output = self._backbone(
             inputs_embeds=hidden[None],
-            position_ids=torch.tensor([positions_of(parts)], device=self.device),
+            position_ids=rotary_positions_of(parts).to(self.device),
             cache=cache,
             use_cache=cache is not None,
         )[0][0]
@@ -485,6 +501,33 @@ class Span:
             yield
         finally:
             self._tapped = {}
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _adding(self, parts: Sequence[RowChunk]) -> Iterator[None]:
+        """Within the context, blocks add `PositionInputs.added` to their hidden states. Raises UnsupportedModel: the
+        sequences of the family do not share passes."""
+        if not self._packs:
+            raise UnsupportedModel(f"blocks of the family {self._backbone.config.model_type!r} read only hidden states")
+
+        def add(block: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            hidden: Tensor = given[0] if given else named["hidden_states"]
+            begin, hidden = 0, hidden.clone()
+            for part in parts:
+                if part.inputs is not None and block in part.inputs.added:
+                    hidden[:, begin : begin + part.count] += part.inputs.added[block].to(hidden)
+                begin += part.count
+            return ((hidden, *given[1:]), named) if given else (given, named | {"hidden_states": hidden})
+
+        wanted = {block for part in parts if part.inputs for block in part.inputs.added}
+        hooks = [
+            self._blocks[block - self.start].register_forward_pre_hook(partial(add, block), with_kwargs=True)
+            for block in wanted
+        ]
+        try:
+            yield
+        finally:
             for hook in hooks:
                 hook.remove()
 

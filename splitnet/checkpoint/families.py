@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
+import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -162,6 +165,18 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     return CONFIG_MAPPING[family.text_as](**values)
 
 
+def rope_with_axes(whole: PreTrainedConfig) -> nn.Module | None:
+    """The rotary embedding of a multimodal model whose text model `text_config_of` replaces: it takes positions with
+    several axes, and gives the same where the axes are equal. None: the text model is not replaced."""
+    text = whole.get_text_config()
+    if not family_of(text).text_as:
+        return None
+    with torch.device("meta"):
+        ropes = AutoModel.from_config(text).modules()
+        found = next(type(module) for module in ropes if hasattr(module, "rope_type") and hasattr(module, "inv_freq"))
+    return found(config=text)
+
+
 def make_known(config: PreTrainedConfig) -> None:
     """Registers text models that transformers hides in multimodal ones. Call it before transformers' auto classes are
     used."""
@@ -240,6 +255,15 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the model with its head. Raises as `backbone_class`."""
     backbone_class(config)
     return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
+
+
+def image_text_class(whole: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a multimodal model that reads images and texts. Raises UnsupportedModel: transformers has none."""
+    if type(whole) not in AutoModelForImageTextToText._model_mapping:
+        raise UnsupportedModel(
+            f"models of the family {whole.model_type!r} read no images: use AutoModelForCausalLM for their text"
+        )
+    return cast(type[PreTrainedModel], AutoModelForImageTextToText._model_mapping[type(whole)])
 
 
 def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, StoppingCriteria
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
@@ -27,7 +27,7 @@ from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import Decoding, FamilyLoop, GrowingText, Outputs
 from splitnet.hf.parameters import GenerateCall, refuse, too_long
 from splitnet.hf.peft_adapters import Prefixes, prompt_wrapper, with_trained_prompt
-from splitnet.hf.remote_blocks import Exchange, PerThread
+from splitnet.hf.remote_blocks import Exchange, PerThread, RemoteBlocks
 from splitnet.hf.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.hf.side_network import SideCache, SideNetwork
 from splitnet.quant.device import end_threads
@@ -111,11 +111,32 @@ def attached(
 ) -> RemoteCausalLM:
     """As `attach`, with options whose device was resolved.
 
-    speculate: the source of drafts, see `RemoteCausalLM.generate`. A named source is loaded at once, "auto" later.
-    headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. Raises SplitnetError: the source of drafts
-    cannot be loaded, or does not fit the model.
+    headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. speculate, errors: see `connected`.
     """
-    blocks, whole = remote_blocks(checkpoint, swarm, options), (0, checkpoint.num_blocks)
+    blocks = remote_blocks(checkpoint, swarm, options)
+    how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
+    client_part = load_client_part(checkpoint, blocks, headless=headless, **how)
+    return connected(client_part, RemoteCausalLM, blocks, checkpoint, swarm, options, speculate)
+
+
+Model = TypeVar("Model", bound="RemoteCausalLM")
+
+
+def connected(
+    client_part: PreTrainedModel,
+    remote_class: type[Model],
+    blocks: RemoteBlocks,
+    checkpoint: Checkpoint,
+    swarm: Swarm,
+    options: ConnectionOptions,
+    speculate: Any,
+) -> Model:
+    """The client part of a checkpoint as a model that generates through `blocks`.
+
+    speculate: the source of drafts, see `RemoteCausalLM.generate`. A named source is loaded at once, "auto" later.
+    Raises SplitnetError: the source of drafts cannot be loaded, or does not fit the model.
+    """
+    whole = (0, checkpoint.num_blocks)
 
     def open_part(reservation: int, part: Blocks) -> Session:
         return Session(swarm, options, reservation=reservation, blocks=part)
@@ -125,10 +146,7 @@ def attached(
             return open_part(reservation, whole)
         return MixedSession(blocks.stages, open_part, reservation)
 
-    client_part = load_client_part(
-        checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as, headless=headless
-    )
-    model = made_remote(client_part, RemoteCausalLM, checkpoint.source)
+    model = made_remote(client_part, remote_class, checkpoint.source)
     model.open_sessions_with(open_session)
     model.ends = client_part_of(model)
     model.speculator = Speculator(model, checkpoint)
@@ -145,13 +163,17 @@ class RemoteCausalLM(RemoteModel):
     # `logits_to_keep` is allowed with `labels`: the loss is of all positions, the logits of the kept ones.
     loss_in_parts = True
 
+    sees_images = False  # whether calls take images
+    prompt_arguments: frozenset[str] = frozenset()  # arguments that only the call of a prompt reads
+
     ends: ClientPart  # the layers before and after the blocks
     speculator: Speculator
     side: SideNetwork | None = None  # see `use_side`
 
     def __init_subclass__(cls) -> None:
-        family: Any = cls.transformers_class
-        cls.prepare_inputs_for_generation = _keeping_the_cache(family.prepare_inputs_for_generation)
+        family: Any = getattr(cls, "transformers_class", None)
+        if family is not None:
+            cls.prepare_inputs_for_generation = _keeping_the_cache(family.prepare_inputs_for_generation)
 
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets the function that opens the session of a cache, with a reservation of positions."""
@@ -378,7 +400,7 @@ class RemoteCausalLM(RemoteModel):
             with self._blocks.calling(run=lambda hidden: hidden):  # gives an output of the family's class
                 output = super()._run_backbone(forward, given)
             hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
-            return _with_hidden(output, hidden.to(output[0].dtype))
+            return with_hidden(output, hidden.to(output[0].dtype))
         if (side := self.side) is None or self._context.now.without_side:
             return super()._run_backbone(forward, given)
         for former in ("past_key_values", "cache_params"):
@@ -397,7 +419,7 @@ class RemoteCausalLM(RemoteModel):
             mask = cache.remote.mask(0).to(states.device)
             hidden = output[0] + side(states, None if bool(mask.all()) else mask.long(), own)
             cache.remote.side = SideCache(side, own, cache.remote.arrangement)
-            return _with_hidden(output, hidden, without=cache if kept is None else None)
+            return with_hidden(output, hidden, without=cache if kept is None else None)
         finally:
             if kept is None:
                 cache.close()
@@ -522,7 +544,7 @@ class RemoteCausalLM(RemoteModel):
         """
         self._resume(input_ids, model_kwargs)
         cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._context.now.drafts
-        others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
+        others = sorted(model_kwargs.keys() - _PLAIN - self.prompt_arguments - {"tokenizer"})
         others += [] if len(input_ids) == 1 else ["a batch"]
         others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
         others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
@@ -602,10 +624,10 @@ class RemoteCausalLM(RemoteModel):
         def keep_some(run: Callable[[], Any]) -> Any:
             outputs.append(run())
             hidden = outputs[0][0]
-            return _with_hidden(outputs[0], hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
+            return with_hidden(outputs[0], hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
 
         def score(hidden: torch.Tensor) -> torch.Tensor:
-            with self._blocks.calling(backbone=lambda run: _with_hidden(outputs[0], hidden[None])):
+            with self._blocks.calling(backbone=lambda run: with_hidden(outputs[0], hidden[None])):
                 return forward(**given)[0][0]
 
         with self._blocks.calling(backbone=keep_some):
@@ -642,7 +664,7 @@ def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., 
     return prepared
 
 
-def _with_hidden(output: Any, hidden: torch.Tensor, without: RemoteCache | None = None) -> Any:
+def with_hidden(output: Any, hidden: torch.Tensor, without: RemoteCache | None = None) -> Any:
     """The output of a backbone with other hidden states. without: a cache to leave out of the output."""
     if isinstance(output, tuple):
         return (hidden, *(value for value in output[1:] if without is None or value is not without))

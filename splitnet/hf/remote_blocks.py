@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Never, TypeVar
+from typing import Any, Generic, NamedTuple, Never, TypeVar
 
 import torch
 from torch import nn
 
 from splitnet.blocks.adapters import AdapterTensors, block_of
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.checkpoint.families import RopeLengths
 from splitnet.errors import AdapterError, PeerBusy, SplitnetError
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
@@ -36,7 +37,7 @@ class ModelCall:
     keep: number of last positions that the head needs; 0: all. length: length of the whole text, if the call has a
     piece of a text. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: called in place of the backbone,
     with a function that calls the backbone. seen: called with the features of steps, `[batch, kept, taps * hidden]`,
-    or with the outputs of whole sequences.
+    or with the outputs of whole sequences. has_images: the model reads images in the call.
     """
 
     keep: int = 0
@@ -45,6 +46,15 @@ class ModelCall:
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     backbone: Callable[[Callable[[], Any]], Any] | None = None
     seen: Callable[[torch.Tensor], None] | None = None
+    has_images: bool = False
+
+
+class CallArguments(NamedTuple):
+    """Arguments of a call of the backbone, for `RemoteBlocks.step`."""
+
+    mask: Any
+    positions: Any
+    inputs: Sequence[PositionInputs] = ()
 
 
 class PerThread(threading.local, Generic[Fields]):
@@ -193,6 +203,7 @@ class RemoteBlocks(nn.Module):
         keep: int = 0,
         adapter: AdapterTensors | None = None,
         rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> Exchange:
         """Sends new positions `[batch, seq, hidden]` after the cached positions.
 
@@ -200,7 +211,8 @@ class RemoteBlocks(nn.Module):
         the length, each position has the frequencies of its length.
 
         mask: `[batch, columns]` bool for past and new columns; False is padding. keep: number of last positions whose
-        outputs are needed; 0: all. adapter, rope_length: those of the positions, if there is a mask.
+        outputs are needed; 0: all. adapter, rope_length, inputs: those of the positions, if there is a mask; `inputs`
+        has one entry for each row, or none.
 
         Raises:
             ValueError: the cache has taps where the model has no boundary.
@@ -213,6 +225,8 @@ class RemoteBlocks(nn.Module):
             raise ValueError(f"hidden states after {layer.taps} blocks of {self.num_blocks} are wanted")
         if mask is None:
             adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
+            if layer.rotary_offset:
+                inputs = [PositionInputs(torch.arange(past, mask.shape[1])[:, None] + layer.rotary_offset)]
         self._check_context(mask.shape[1])
         try:
             session, parts, forks = layer.begin_step(mask, keep, adapter)
@@ -222,12 +236,15 @@ class RemoteBlocks(nn.Module):
                 packed = hidden.reshape(-1, hidden.shape[-1])
             else:
                 packed = hidden[new_mask.to(hidden.device)]
+                each = zip(inputs, parts, strict=False)
+                inputs = [own.cut(hidden.shape[1] - part.length, hidden.shape[1]) for own, part in each if part.length]
                 parts = [part for part in parts if part.length]
             if rope_length and all(
                 part.length == 1 and layer.prefix_length + part.start + 1 >= rope_length for part in parts
             ):
                 rope_length = 0  # each position has its own length, so a replay may send many positions together
-            under_way = session.begin(packed.detach(), parts, forks, rope_length=rope_length) if parts else None
+            how: dict[str, Any] = {"rope_length": rope_length, "inputs": inputs}
+            under_way = session.begin(packed.detach(), parts, forks, **how) if parts else None
         except BaseException as error:
             layer.columns = past
             if isinstance(error, PeerBusy):
@@ -236,11 +253,17 @@ class RemoteBlocks(nn.Module):
         return Exchange(layer, session, under_way, parts, hidden, new_mask, past)
 
     def step(
-        self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, call: ModelCall
+        self,
+        cache: RemoteCache,
+        hidden: torch.Tensor,
+        mask: Any,
+        positions: Any,
+        call: ModelCall,
+        inputs: Sequence[PositionInputs] = (),
     ) -> torch.Tensor:
         """The outputs of new positions, `[batch, seq, hidden]`, without gradients.
 
-        mask, positions: the caller's `attention_mask` and `position_ids`.
+        mask, positions: the caller's `attention_mask` and `position_ids`. inputs: as in `begin_step`.
 
         Raises:
             UnsupportedParameter: the mask or the positions cannot be honoured.
@@ -257,7 +280,9 @@ class RemoteBlocks(nn.Module):
         parameters = {} if past else self.adapters.parameters_for(prefix)
         adapter = self.adapters.recent(layer.adapter, prefix) if past else self.adapters.adapter_of(parameters)
         with torch.no_grad():
-            exchange = self.begin_step(cache, hidden, checked, call.keep, adapter, rope_length)
+            exchange = self.begin_step(cache, hidden, checked, call.keep, adapter, rope_length, inputs)
+            if inputs and (rotary := inputs[0].positions) is not None and batch == 1:
+                layer.rotary_offset = int(rotary.max()) + 1 - layer.columns
             try:
                 output = exchange.finish()
             except BaseException:

@@ -25,9 +25,9 @@ from splitnet.checkpoint.transfer.manifest_search import differs, find_manifest
 from splitnet.directory.joining import join
 from splitnet.errors import CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.parameters import check_forward
+from splitnet.hf.parameters import check_forward, refuse
 from splitnet.hf.peft_adapters import take_prefix
-from splitnet.hf.remote_blocks import RemoteBlocks
+from splitnet.hf.remote_blocks import CallArguments, RemoteBlocks
 from splitnet.paths import public_name
 from splitnet.quant.device import free_memory, seconds_after_work
 from splitnet.security.identity import AuthorizedKeys, Identity, PublicKey
@@ -206,7 +206,7 @@ class RemoteModel(PreTrainedModel):
     def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         if "past_key_values" in given:  # the former name of the argument
             given.setdefault("cache", given.pop("past_key_values"))
-        check_forward(given, self.config, self._backbone_parameters)
+        check_forward(self._arguments_to_check(given), self.config, self._backbone_parameters)
         cache = self._cache_for(given.get("cache"), bool(given.get("use_cache")))
         if cache is not None:
             given["cache"] = cache
@@ -214,22 +214,35 @@ class RemoteModel(PreTrainedModel):
             # Otherwise transformers makes a local cache for remote blocks.
             given["use_cache"] = False
         call = self._blocks.call
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
         # Families without attention omit the mask after the prompt in their generation.
-        no_masks_later = not has_attention(self.config)
+        no_masks_later = not has_attention(self.config.get_text_config())
 
         def run(hidden: Any) -> Any:
+            mask, positions, inputs = self._call_arguments(hidden, given, 0 if cache is None else cache.remote.columns)
             if cache is None:
+                if inputs:
+                    raise refuse(
+                        "pixel_values", "cannot be read without a cache yet: use torch.no_grad(), or texts alone"
+                    )
                 output = self._blocks.run_whole(hidden, mask, positions, call.prefix)
                 if call.seen is not None:
                     call.seen(output)
                 return output
             layer = cache.remote
             seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
-            return self._blocks.step(cache, hidden, seen, positions, call)
+            return self._blocks.step(cache, hidden, seen, positions, call, inputs)
 
         with self._blocks.calling(run=call.run or run):
             return forward(**given)
+
+    def _arguments_to_check(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the backbone that `check_forward` checks."""
+        return given
+
+    def _call_arguments(self, hidden: torch.Tensor, given: dict[str, Any], past: int) -> CallArguments:
+        """What the blocks read besides `hidden`, `[batch, new, hidden]`, in a call of the backbone after `past` cached
+        columns."""
+        return CallArguments(given.get("attention_mask"), given.get("position_ids"))
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
         """Number of last positions that the head needs in a call; 0: all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from splitnet.swarm.plan import PlannedHop
 from splitnet.swarm.swarm import Kind
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Chunk, Message
+from splitnet.wire.messages import BlockInput, Chunk, Message
 from splitnet.wire.sent_log import SentLog
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class Use:
     """The caller needs an open route. Has no effect if the route is open, or being made."""
 
 
+EncodedPositions = tuple[bytes, Sequence[BlockInput]]
+"""The payload of a step with these block inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class LookUpPrefix:
     """The caller begins a text, drops all other rows, and asks which first positions of the text hops have stored.
@@ -65,12 +69,13 @@ class LookUpPrefix:
     Ignored while requests are under way. Once the route is open, `PrefixLookup.hit` is the number of positions that the
     caller need not submit.
 
-    part: the positions whose outputs the caller does not need. encoded: the payload of these positions, by the codec
-    of the first link. rope_length: see `Step`. logs: existing logs of these positions, by the code of their codec.
+    part: the positions whose outputs the caller does not need. encoded: the payload and the block inputs of these
+    positions, by the codec of the first link. rope_length: see `Step`. logs: existing logs of these positions, by the
+    code of their codec.
     """
 
     part: Chunk
-    encoded: Callable[[Codec], bytes]
+    encoded: Callable[[Codec], EncodedPositions]
     rope_length: int = 0
     logs: dict[int, SentLog] = field(default_factory=dict[int, SentLog])
 
@@ -79,7 +84,8 @@ class LookUpPrefix:
         log = self.logs.pop(codec.code, None)
         if log is None:
             log = SentLog(codec.code, codec.bytes_per_position(hidden_size), salt)
-            log.record_step((self.part,), None, self.encoded(codec), self.rope_length)
+            payload, inputs = self.encoded(codec)
+            log.record_step((self.part,), None, payload, self.rope_length, (), inputs)
         return log
 
 

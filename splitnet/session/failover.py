@@ -27,6 +27,7 @@ from splitnet.errors import (
 from splitnet.session.events import Cause, Recovered, RouteFailed
 from splitnet.session.requests import ReplayRequest
 from splitnet.swarm.plan import HeldBlocks, PlannedHop, blocks_text
+from splitnet.wire.block_inputs import passed_on
 from splitnet.wire.codecs import Codec, check_values
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import Forward, Replay, Result, Step
@@ -102,18 +103,21 @@ class RouteHop:
         if result.codec != self.codec.code:
             raise ProtocolError(f"codec {result.codec} was not agreed upon")
         check_values(result.codec, result.payload, message.positions, hidden_size)
-        if isinstance(message, Step):
-            self._log_relayed(message, result)
         relayed = replace(message, codec=result.codec, payload=result.payload, boundary=result.end)
+        if isinstance(message, Step) and isinstance(relayed, Step):
+            payload, inputs = passed_on(message, result.payload, result.end)
+            relayed = replace(relayed, payload=payload, inputs=inputs)
+            self._log_relayed(relayed, len(result.payload) // message.positions)
         return replace(relayed, timings=result.timings)
 
-    def _log_relayed(self, step: Step, result: Result) -> None:
+    def _log_relayed(self, step: Step, bytes_per_position: int) -> None:
         begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
         if self.relay_log is None and begins and not any(part.start for part in step.parts):
-            self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
+            self.relay_log = SentLog(step.codec, bytes_per_position)
         if self.relay_log is not None:
             try:
-                self.relay_log.record_step(step.parts, step.forks, result.payload, step.rope_length, step.labels)
+                logged = step.parts, step.forks, step.payload, step.rope_length, step.labels, step.inputs
+                self.relay_log.record_step(*logged)
             except ProtocolError:  # a replay that the client did not relay has filled the rows
                 self.relay_log = None
 
@@ -235,8 +239,9 @@ def next_refill(
             payload,
             rope_length=rope_length,
             labels=labels,
+            inputs=inputs,
         )
-        for forks, (parts, payload, rope_length, labels) in zip(
+        for forks, (parts, payload, rope_length, labels, inputs) in zip(
             chain([None if since else ()], repeat(None)), log.replay(since=since), strict=False
         )
     )

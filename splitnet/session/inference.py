@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ from scheduler.liveness import PROGRESS_TIMEOUT_S
 from scheduler.prefill_chunks import CHUNK_SIZES, best_chunk
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import AdapterTensors, read_tensors
+from splitnet.blocks.block_inputs import PositionInputs, encode_step
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
-from splitnet.session.events import Abandon, Distrust, LookUpPrefix, Resize, Submit, UseAdapter
+from splitnet.session.events import Abandon, Distrust, EncodedPositions, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.prefix_lookup import LookUpNamespace, positions_to_look_up
@@ -167,6 +168,7 @@ class Session(SessionDriver):
         *,
         step_positions: int | None = None,
         rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> UnderWay:
         """Sends new positions, with the arguments and errors of `step`; `finish` or `abandon` must follow.
 
@@ -175,13 +177,14 @@ class Session(SessionDriver):
         Args:
             step_positions: largest number of positions of a step; None: chosen from predicted times.
             rope_length: see `splitnet.wire.messages.Step`.
+            inputs: block inputs of each part; empty: none.
         """
         state = self.state
         begins_text = state.log is None or (forks is not None and not forks)
-        hit = self._look_up_prefix(hidden, parts, rope_length) if begins_text else 0
+        hit = self._look_up_prefix(hidden, parts, rope_length, inputs) if begins_text else 0
         self.open(len(hidden) - hit)
         if hit:
-            hidden, forks = hidden[hit:], None
+            hidden, forks, inputs = hidden[hit:], None, [each.cut(hit, len(hidden)) for each in inputs]
             parts = [Chunk(parts[0].row, hit, len(hidden), parts[0].keep)]
         if not state.in_flight_count and state.log is not None:
             self._improve_route()
@@ -193,12 +196,13 @@ class Session(SessionDriver):
         requests: list[StepRequest] = []
         offset = 0
         forked = tuple(forks) if forks is not None else None
-        for chunk in cut_into_steps(parts, size):
+        for chunk, own in cut_into_steps(parts, size, inputs):
             positions = sum(part.length for part in chunk)
-            payload = codec.encode(hidden[offset : offset + positions])
+            payload, described = encode_step(hidden[offset : offset + positions], chunk, own, codec)
             offset += positions
             ids = self.id, state.epoch, state.next_number()
-            step, forked = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, rope_length=rope_length), None
+            step = Step(*ids, tuple(chunk), forked, 0, codec.code, payload, rope_length=rope_length, inputs=described)
+            forked = None
             kept = sum(part.keep for part in chunk)
             requests.append(StepRequest(step, kept, state.taps if kept else (), predicted_ms=predicted_ms))
             self.feed(Submit((requests[-1],)))
@@ -206,15 +210,18 @@ class Session(SessionDriver):
         self.traffic.positions += offset
         return UnderWay(tuple(requests), began, repairs, alone)
 
-    def _look_up_prefix(self, hidden: torch.Tensor, parts: Sequence[Chunk], rope_length: int) -> int:
+    def _look_up_prefix(
+        self, hidden: torch.Tensor, parts: Sequence[Chunk], rope_length: int, inputs: Sequence[PositionInputs]
+    ) -> int:
         """Opens the route for a new text, and returns how many of its first positions the hops had stored."""
         state, part, prefixes = self.state, parts[0], self.state.prefixes
         salt, most = prefixes.namespace.salt, positions_to_look_up(parts)
         if salt is None or state.in_flight_count or not most:
             prefixes.hit = prefixes.reused = 0
             return 0
-        encoded: Callable[[Codec], bytes] = cache(lambda codec: codec.encode(hidden[:most]))
-        text, index = LookUpPrefix(Chunk(part.row, 0, most, 0), encoded, rope_length), self._swarm.prefix_index
+        looked_up, own = Chunk(part.row, 0, most, 0), [each.cut(0, most) for each in inputs]
+        encoded: Callable[[Codec], EncodedPositions] = cache(partial(encode_step, hidden[:most], [looked_up], own))
+        text, index = LookUpPrefix(looked_up, encoded, rope_length), self._swarm.prefix_index
         self._stored = {}
         for name in tuple(index.codecs) if not self.hops else ():
             with suppress(SplitnetError):
@@ -430,19 +437,25 @@ class Session(SessionDriver):
             measurements.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
 
 
-def cut_into_steps(parts: Sequence[Chunk], limit: int) -> list[list[Chunk]]:
-    """Cuts parts into steps of at most `limit` positions, which together keep the last `keep` of each part."""
-    steps: list[list[Chunk]] = [[]]
+def cut_into_steps(
+    parts: Sequence[Chunk], limit: int, inputs: Sequence[PositionInputs] = ()
+) -> list[tuple[list[Chunk], list[PositionInputs]]]:
+    """Cuts parts and their block inputs into steps, which together keep the last `keep` outputs of each part.
+
+    A step has at most `limit` positions, or more where it would cut a group of positions.
+    """
+    steps: list[tuple[list[Chunk], list[PositionInputs]]] = [([], [])]
     room = limit
-    for row, start, length, keep in parts:
+    for (row, start, length, keep), own in zip_longest(parts, inputs, fillvalue=PositionInputs()):
         begun = 0
         while begun < length:
-            if not room:
-                steps.append([])
+            if room <= 0:
+                steps.append(([], []))
                 room = limit
-            taken = min(room, length - begun)
+            taken = own.end_of_group(min(begun + room, length)) - begun
             kept = max(0, min(taken, begun + taken - (length - keep)))
-            steps[-1].append(Chunk(row, start + begun, taken, kept))
+            steps[-1][0].append(Chunk(row, start + begun, taken, kept))
+            steps[-1][1].append(own.cut(begun, begun + taken))
             begun += taken
             room -= taken
     return steps

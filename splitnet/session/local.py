@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 
 from splitnet.blocks.adapters import AdapterTensors
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -126,7 +128,12 @@ class LocalSequences:
         self._adapter = self._span.fit_adapter(adapter)
 
     def step(
-        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None, rope_length: int = 0
+        self,
+        hidden: torch.Tensor,
+        parts: Sequence[Chunk],
+        forks: Sequence[Fork] | None,
+        rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> torch.Tensor:
         """Runs new positions, `[positions, hidden]` -> `[positions, (taps + 1) * hidden]` float32, ignoring `keep`.
 
@@ -135,12 +142,12 @@ class LocalSequences:
         if forks is not None:
             self._rows = fork_rows(self._rows, forks, lambda row: row.fork())
         span_parts: list[RowChunk] = []
-        for part in parts:
+        for part, own in zip_longest(parts, inputs):
             row = self._rows.get(part.row)
             if row is None:
                 row = self._rows[part.row] = self._span.span.new_row(adapter=self._adapter)
             row.crop(part.start)
-            span_parts.append(RowChunk(row, part.start, part.length, self._adapter, rope_length))
+            span_parts.append(RowChunk(row, part.start, part.length, self._adapter, rope_length, own))
         return self._span.run(hidden, span_parts, self._taps)
 
     def close(self) -> None:
@@ -162,6 +169,7 @@ class StagedPositions:
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
     rope_length: int
+    inputs: Sequence[PositionInputs]
     stage: int = 0  # index of the next stage
     tapped: list[torch.Tensor] = field(default_factory=list[torch.Tensor])  # `[positions, states * hidden]`, in order
     sent: tuple[Session, UnderWay] | None = None  # what is under way on the route of this stage
@@ -258,15 +266,21 @@ class MixedSession:
             stage.use_taps(taps)
 
     def begin(
-        self, hidden: torch.Tensor, parts: Sequence[Chunk], forks: Sequence[Fork] | None = None, *, rope_length: int = 0
+        self,
+        hidden: torch.Tensor,
+        parts: Sequence[Chunk],
+        forks: Sequence[Fork] | None = None,
+        *,
+        rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> list[StagedPositions]:
         """As `Session.begin`; cuts a long prefill into chunks, so that peers and local blocks run in parallel."""
         sent: list[StagedPositions] = []
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
-        for step in cut_into_steps(parts, size):
+        for step, own in cut_into_steps(parts, size, inputs):
             positions = sum(part.length for part in step)
-            sent.append(StagedPositions(step, forks, hidden[offset : offset + positions], rope_length))
+            sent.append(StagedPositions(step, forks, hidden[offset : offset + positions], rope_length, own))
             offset += positions
             forks = None
             self._positions += positions
@@ -324,10 +338,10 @@ class MixedSession:
                 # Stages before the last one return all positions, because later blocks need them.
                 parts = piece.parts if last else [part._replace(keep=part.length) for part in piece.parts]
                 size = len(piece.hidden)
-                sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, rope_length=piece.rope_length)
-                piece.sent = stage, sent
+                how = {"step_positions": size, "rope_length": piece.rope_length, "inputs": piece.inputs}
+                piece.sent = stage, stage.begin(piece.hidden, parts, piece.forks, **how)
                 return
-            self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.rope_length))
+            self._pass(piece, stage.step(piece.hidden, piece.parts, piece.forks, piece.rope_length, piece.inputs))
 
     def _pass(self, piece: StagedPositions, output: torch.Tensor) -> None:
         """Takes in the output of a stage. In each row the hidden states at taps stand before the output."""

@@ -344,7 +344,7 @@ class SessionState:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
         under_way = [each for each in self._in_flight.values() if isinstance(each, StepRequest)]
         check_beside(step, under_way)
-        labels = self.log.record_step(step.parts, step.forks, step.payload, step.rope_length)
+        labels = self.log.record_step(step.parts, step.forks, step.payload, step.rope_length, (), step.inputs)
         for request in undone_by(step, under_way):
             request.error = SplitnetError("a later step of the session began before the end of this one")
             self._in_flight.pop(request.number)

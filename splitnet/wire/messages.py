@@ -124,6 +124,23 @@ class Fork(NamedTuple):
     source: int
 
 
+class BlockInput(NamedTuple):
+    """Values that blocks read besides the hidden states of a step, for consecutive positions of one row; see
+    `splitnet.wire.block_inputs`."""
+
+    name: str
+    block: int  # the only block that reads the values; `EVERY_BLOCK`: all blocks
+    row: int
+    start: int
+    length: int
+    size: int  # bytes of one position
+    codec: int  # of the values
+
+
+EVERY_BLOCK = MAX_BLOCKS  # no block has this number
+MAX_INPUTS = 512  # block inputs of one step
+MAX_INPUT_BYTES = 1 << 20  # bytes of one position in one block input
+
 _ROW_ID = (1 << 48) - 1
 _NUMBER = uint((1 << 48) - 1)
 _UNIX_S = number(0, 1e11)
@@ -261,10 +278,41 @@ class Step(_Numbered):
     labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the pages that end within the parts, in order, see `splitnet.wire.sent_log`; empty: no page is
     stored."""
+    inputs: tuple[BlockInput, ...] = appended_field(
+        several(
+            row(
+                BlockInput,
+                text(32),
+                uint(EVERY_BLOCK),
+                uint(_ROW_ID),
+                *(uint(MAX_POSITIONS),) * 2,
+                uint(MAX_INPUT_BYTES),
+                uint(255),
+            ),
+            most=MAX_INPUTS,
+        ),
+        (),
+    )
+    """Descriptions of the values that follow the activations in the payload, in order."""
 
     @property
     def positions(self) -> int:
         return sum(part.length for part in self.parts)
+
+    @property
+    def activations(self) -> Payload:
+        """The payload without block inputs."""
+        return self.payload if not self.inputs else memoryview(self.payload)[: self._activation_bytes]
+
+    @property
+    def input_bytes(self) -> Payload:
+        """The values of the block inputs, concatenated."""
+        return memoryview(self.payload)[self._activation_bytes :] if self.inputs else b""
+
+    @property
+    def _activation_bytes(self) -> int:
+        """Zero if the payload is shorter than its block inputs."""
+        return max(0, len(self.payload) - sum(each.length * each.size for each in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)

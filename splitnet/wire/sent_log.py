@@ -18,7 +18,8 @@ from typing import NamedTuple, TypeVar
 
 from scheduler.batching import PASS_POSITIONS
 from splitnet.errors import ProtocolError
-from splitnet.wire.messages import LABEL_BYTES, MAX_PAYLOAD_BYTES, Chunk, Fork, Payload
+from splitnet.wire.block_inputs import RowInputs, end_of_group, pack_inputs, unpack_inputs, values_of
+from splitnet.wire.messages import LABEL_BYTES, MAX_PAYLOAD_BYTES, BlockInput, Chunk, Fork, Payload
 
 Row = TypeVar("Row")
 
@@ -70,6 +71,7 @@ class ReplayStep(NamedTuple):
     payload: bytes
     rope_length: int
     labels: tuple[bytes, ...]
+    inputs: tuple[BlockInput, ...]
 
 
 @dataclass(slots=True)
@@ -78,9 +80,10 @@ class _Row:
     rope_lengths: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Pairs of a position and the `rope_length` of steps from this position on; 0 before the first pair."""
     labels: list[bytes] = field(default_factory=list[bytes])  # of the row's first pages; later labels are unknown
+    inputs: RowInputs = field(default_factory=RowInputs)
 
     def copy(self) -> _Row:
-        return _Row(bytearray(self.data), list(self.rope_lengths), list(self.labels))
+        return _Row(bytearray(self.data), list(self.rope_lengths), list(self.labels), self.inputs.copy())
 
     def rope_length_at(self, position: int) -> int:
         return next((rope_length for start, rope_length in reversed(self.rope_lengths) if start <= position), 0)
@@ -100,12 +103,12 @@ class SentLog:
 
     @property
     def nbytes(self) -> int:
-        return sum(len(row.data) for row in self._rows.values())
+        return sum(len(row.data) + row.inputs.nbytes for row in self._rows.values())
 
     @property
     def positions(self) -> int:
         """Logged positions over all rows."""
-        return self.nbytes // self.bytes_per_position
+        return sum(len(row.data) for row in self._rows.values()) // self.bytes_per_position
 
     @property
     def only_row(self) -> int | None:
@@ -121,30 +124,34 @@ class SentLog:
         return tuple(self._rows[row].labels) if row in self._rows else ()
 
     def page(self, row: int, index: int) -> tuple[bytes, int]:
-        """Encoded positions of a page of `row`, and their `rope_length`. Raises ValueError: the page is not complete,
-        or its positions have different values of `rope_length`."""
+        """Encoded positions of a page of `row` with their block inputs, and their `rope_length`. Raises ValueError: the
+        page is not complete, or its positions have different values of `rope_length`."""
         held, size = self._rows[row], PAGE * self.bytes_per_position
         data = bytes(held.data[index * size : (index + 1) * size])
         rope_length = held.rope_length_at(index * PAGE)
         if len(data) < size or any(index * PAGE < start < (index + 1) * PAGE for start, _ in held.rope_lengths):
             raise ValueError(f"row {row} has no complete page {index} with one rope length")
-        return data, rope_length
+        return data + pack_inputs(*held.inputs.cut(index * PAGE, (index + 1) * PAGE), index * PAGE), rope_length
 
     def crop(self, row: int, length: int) -> None:
         """Forgets the positions of `row` from `length` on."""
         held = self._rows[row]
         del held.data[length * self.bytes_per_position :]
         del held.labels[length // PAGE :]
+        held.inputs.crop(length)
         while held.rope_lengths and held.rope_lengths[-1][0] >= length:
             held.rope_lengths.pop()
 
     def restore_row(self, row: int, pages: Sequence[tuple[bytes, int, bytes]]) -> None:
-        """Replaces all rows by `row`, made of pages: the encoded positions, `rope_length` and label of each page."""
-        held = _Row()
+        """Replaces all rows by `row`, made of pages: the bytes and `rope_length` that `page` gives, and the label.
+        Raises ProtocolError: the block inputs of a page are malformed."""
+        held, size = _Row(), PAGE * self.bytes_per_position
         for index, (data, rope_length, label) in enumerate(pages):
             if rope_length != (held.rope_lengths[-1][1] if held.rope_lengths else 0):
                 held.rope_lengths.append((index * PAGE, rope_length))
-            held.data += data
+            held.data += data[:size]
+            for each, values in unpack_inputs(data[size:], PAGE):
+                held.inputs.add(each._replace(start=index * PAGE + each.start), values)
             held.labels.append(label)
         self._rows = {row: held}
 
@@ -168,16 +175,24 @@ class SentLog:
         payload: Payload,
         rope_length: int = 0,
         labels: Sequence[bytes] = (),
+        inputs: Sequence[BlockInput] = (),
     ) -> tuple[bytes, ...]:
-        """Logs the payload of a step. Returns the labels of the pages that end within the step: `labels`, or, with a
-        salt, the labels made here. Raises ProtocolError: as `prepare_step`."""
+        """Logs the payload of a step, with its block inputs after the activations.
+
+        Returns the labels of the pages that end within the step: `labels`, or, with a salt, the labels made here.
+        Raises ProtocolError: as `prepare_step`.
+        """
         self.prepare_step(parts, forks)
         size = self.bytes_per_position
         view = memoryview(payload)
         offset, came = 0, iter(labels)
         made: list[bytes] = []
         for part in parts:
-            row = self._rows.setdefault(part.row, _Row())
+            self._rows.setdefault(part.row, _Row())
+        for each, values in values_of(inputs, view[size * sum(part.length for part in parts) :]):
+            self._rows[each.row].inputs.add(each, values)
+        for part in parts:
+            row = self._rows[part.row]
             row.data += view[offset : offset + part.length * size]
             if rope_length != (row.rope_lengths[-1][1] if row.rope_lengths else 0):
                 row.rope_lengths.append((part.start, rope_length))
@@ -193,18 +208,23 @@ class SentLog:
         return tuple(made) if self._salt is not None else tuple(labels)
 
     def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[ReplayStep]:
-        """Steps that rebuild every row from position `since` on, each of at most `positions_per_step` positions."""
+        """Steps that rebuild every row from position `since` on, each of at most `positions_per_step` positions, or of
+        one whole group of positions that attend to each other."""
         size = self.bytes_per_position
-        step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
         for number, row in self._rows.items():
+            step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // (size + row.inputs.position_bytes)))
             changes = [(0, 0), *row.rope_lengths, (len(row.data) // size, 0)]
             for (begin, rope_length), (end, _) in pairwise(changes):
-                for start in range(max(begin, since), end, step):
-                    chunk = bytes(row.data[start * size : min(start + step, end) * size])
-                    part = Chunk(number, start, len(chunk) // size, 0)
+                start = max(begin, since)
+                while start < end:
+                    last = end_of_group(row.inputs.group_at, min(start + step, end), end)
+                    inputs, values = row.inputs.cut(start, last, number)
+                    part = Chunk(number, start, last - start, 0)
                     first, count = start // PAGE, page_ends(part)
                     labels = tuple(row.labels[first : first + count])
-                    yield ReplayStep((part,), chunk, rope_length, labels if len(labels) == count else ())
+                    payload = bytes(row.data[start * size : last * size]) + values
+                    yield ReplayStep((part,), payload, rope_length, labels if len(labels) == count else (), inputs)
+                    start = last
 
     def _label(self, row: _Row, pages: int) -> None:
         """Labels the first `pages` pages of a row, as far as they have no label."""
@@ -215,5 +235,7 @@ class SentLog:
                 before = row.labels[-1] if row.labels else self._salt
                 marks = [start for start, _ in row.rope_lengths if index * PAGE < start < (index + 1) * PAGE]
                 rope_length = repr((row.rope_length_at(index * PAGE), marks)).encode()
+                inputs, values = row.inputs.cut(index * PAGE, (index + 1) * PAGE)
+                others = (repr(inputs).encode(), values) if inputs else ()
                 with data[index * size : (index + 1) * size] as page:
-                    row.labels.append(digest(before, rope_length, page))
+                    row.labels.append(digest(before, rope_length, page, *others))

@@ -18,6 +18,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.hf.causal_lm import RemoteCausalLM, attach
 from splitnet.hf.classifier import RemoteSequenceClassification, attached_classifier
+from splitnet.hf.image_text import RemoteImageTextToText, attached_with_images
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause, Recovered
 from splitnet.session.inference import Session
@@ -118,6 +119,11 @@ class LocalSwarm:
         """A causal language model whose blocks are on these peers."""
         client = self.client if identity is None else self.connect(identity)
         return attach(Checkpoint.open(self.folder), client, codec=codec, **options)
+
+    def image_model(self, codec: str = "none", **options: Any) -> RemoteImageTextToText:
+        """A model that reads images, whose blocks are on these peers."""
+        chosen = ConnectionOptions.of({"codec": codec, **options})
+        return attached_with_images(Checkpoint.open(self.folder), self.client, chosen)
 
     def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:
         """A model for sequence classification whose blocks are on these peers."""

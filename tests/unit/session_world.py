@@ -561,7 +561,7 @@ class PeerModel:
             return
         if not steps:
             self.to_client(Result(self.id, held.epoch, message.number, message.until, held.codec, ()))
-        for index, (parts, payload, reach, labels) in enumerate(steps):
+        for index, (parts, payload, reach, labels, _) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             forks = () if not index and not message.since else None
             again = self.id, held.epoch, number, parts, forks, message.until, held.log.codec, payload
@@ -833,7 +833,7 @@ class World:
         self.text, self.rows = (self.new_row_id(), tokens), {}
         most = (len(tokens) - 1) // PAGE * PAGE
         if most and self.state.prefixes.namespace.salt is not None:
-            self.feed(LookUpPrefix(Chunk(self.text[0], 0, most, 0), lambda codec: b"".join(tokens[:most])))
+            self.feed(LookUpPrefix(Chunk(self.text[0], 0, most, 0), lambda codec: (b"".join(tokens[:most]), ())))
         self.feed(Use())
 
     def send_text(self, keep: int = 1) -> int:

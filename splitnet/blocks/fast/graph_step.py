@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from splitnet.blocks.attention import RowChunk, positions_of
+from splitnet.blocks.attention import RowChunk, rotary_positions_of
 from splitnet.blocks.fast.torch_step import LeanBlock, TorchStep
 from splitnet.blocks.kv_cache import SequenceCache
 from splitnet.errors import first_line
@@ -145,7 +145,7 @@ class Recorded:
 
         self._hidden = hidden
         self._positions = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        self._turns = record(lambda: step.turns(hidden, self._positions))
+        self._turns = record(lambda: step.turns(hidden, self._positions[None]))
         self._pieces: dict[int, _GraphPiece] = {}
         for block in step.blocks:
             before = record(partial(block.before, hidden, self._turns.result))
@@ -164,7 +164,7 @@ class Recorded:
         """
         count = len(parts)
         self._hidden[:count].copy_(hidden)
-        copy_to_device(torch.tensor(positions_of(parts)), self._positions[:count])
+        copy_to_device(rotary_positions_of(parts)[0], self._positions[:count])
         self._turns.replay()
         tapped: list[Tensor] = []
         for passed, block in enumerate(blocks, 1):
@@ -195,7 +195,7 @@ class GraphStep:
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """As `TorchStep.forward`."""
         size = size_for(len(parts), self.recorded)
-        if size is not None and _in_order(hidden.device):
+        if size is not None and _in_order(hidden.device) and rotary_positions_of(parts).ndim == 2:
             try:
                 return self.recorded[size].run(self.lean.blocks, hidden, parts, taps)
             except torch.OutOfMemoryError:  # rows or attention have too little memory, as without recordings

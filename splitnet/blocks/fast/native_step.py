@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitnet.blocks.attention import RowChunk, positions_of
+from splitnet.blocks.attention import RowChunk, positions_of, rotary_positions_of
 from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, TransposedLinear, UnknownPart
 from splitnet.blocks.kv_form import KVForm
 from splitnet.blocks.rotary import PairLayout, RopeLayout
@@ -103,7 +103,7 @@ class NativeStep:
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """As `TorchStep.forward`, in the type of `hidden`; `taps`: in rising order."""
         positions = torch.tensor(positions_of(parts))
-        cosines, sines = self._turns(hidden, positions)
+        cosines, sines = self._turns(hidden, rotary_positions_of(parts))
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         kept = self._kept, self._dtype
         reserved = [(part.row.reserve(self._indices, part.count, *kept), part.count) for part in parts]
@@ -120,10 +120,11 @@ class NativeStep:
         return (torch.cat((*tapped, result), dim=1) if tapped else result).to(hidden.dtype)
 
     def _turns(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, `[ropes, positions, half of the rotated numbers]`."""
+        """Cosines and sines, `[ropes, positions, half of the rotated numbers]`; `positions`: see
+        `rotary_positions_of`."""
         if self._turning is None:
             return torch.empty(1, 0), torch.empty(1, 0)
-        found = [self._rope(hidden[None], positions[None], *kind) for kind in self._ropes]
+        found = [self._rope(hidden[None], positions, *kind) for kind in self._ropes]
         halves = [[turn[0].float() for turn in self._turning.halves(turns)] for turns in found]
         if len(halves) == 1:
             return halves[0][0].contiguous(), halves[0][1].contiguous()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from splitnet.blocks.attention import RowChunk, attend_by_group, positions_of
+from splitnet.blocks.attention import RowChunk, attend_by_group, rotary_positions_of
 from splitnet.blocks.rotary import RopeLayout
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -61,7 +61,7 @@ class TorchStep:
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """Runs the blocks: `[positions, hidden]` -> `[positions, (taps + 1) * hidden]`. The result joins the hidden
         states after each number of blocks in `taps`, and the output last. The other fast steps have the same method."""
-        turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
+        turns = self.turns(hidden, rotary_positions_of(parts).to(hidden.device))
         tapped: list[Tensor] = []
         for count, block in enumerate(self.blocks, 1):
             query, key, value = block.before(hidden, turns)
@@ -72,8 +72,8 @@ class TorchStep:
 
     def turns(self, like: Tensor, positions: Tensor) -> Turns:
         """Cosines and sines for the rotation of heads, `[positions, 1, head size]` each, on the device and in the type
-        of `like`; `positions`: `[positions]`, int64."""
-        cos, sin = self._rope(like[None], positions[None])
+        of `like`; `positions`: see `rotary_positions_of`."""
+        cos, sin = self._rope(like[None], positions)
         half = cos.shape[-1] // 2
         # `_turned` swaps the two halves of a head, so the sines of the first half are negative.
         return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]

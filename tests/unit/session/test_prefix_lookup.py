@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import CodecError
 from splitnet.security.identity import Identity
-from splitnet.session.events import LookUpPrefix
+from splitnet.session.events import EncodedPositions, LookUpPrefix
 from splitnet.session.failover import RouteHop
 from splitnet.session.prefix_lookup import (
     WORTH_COPYING,
@@ -58,7 +58,7 @@ def opened(positions: int, *, stored: bool, stores: bool = True) -> Opened:
 def begin(prefixes: PrefixLookup) -> SentLog:
     """A text begins, and a route is being made for it."""
     payload = bytes(PLAIN.bytes_per_position(1) * MOST * PAGE)
-    prefixes.begin_text(LookUpPrefix(Chunk(ROW, 0, MOST * PAGE, 0), lambda codec: payload))
+    prefixes.begin_text(LookUpPrefix(Chunk(ROW, 0, MOST * PAGE, 0), lambda codec: (payload, ())))
     prefixes.begin_route()
     log = prefixes.expected_log(PLAIN)
     assert log is not None
@@ -154,7 +154,7 @@ def test_without_a_namespace_hops_are_asked_for_nothing() -> None:
 def test_a_text_that_cannot_be_encoded_is_not_looked_up() -> None:
     prefixes = lookup()
 
-    def fails(codec: Codec) -> bytes:
+    def fails(codec: Codec) -> EncodedPositions:
         raise CodecError("not finite")
 
     prefixes.begin_text(LookUpPrefix(Chunk(ROW, 0, PAGE, 0), fails))

@@ -76,7 +76,7 @@ class Model:
 def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[bytes]]:
     """The rows that an empty hop would hold after a replay."""
     receiver: dict[int, list[bytes]] = {}
-    for parts, payload, reach, _ in log.replay(positions_per_step):
+    for parts, payload, reach, *_ in log.replay(positions_per_step):
         assert 1 <= sum(part.length for part in parts) <= positions_per_step
         offset = 0
         for part in parts:
@@ -251,7 +251,7 @@ def test_a_hop_knows_the_labels_of_its_pages(data: st.DataObject, page: int) -> 
             assert len(labels) == sum(map(page_ends, sent.parts))
             assert hop.record_step(sent.parts, sent.forks, sent.payload, sent.reach, labels) == labels
         again, following = SentLog(0, SIZE, salt=b"salt"), SentLog(0, SIZE)
-        for parts, payload, reach, labels in hop.replay(data.draw(st.integers(1, 7), "positions per step")):
+        for parts, payload, reach, labels, _ in hop.replay(data.draw(st.integers(1, 7), "positions per step")):
             assert again.record_step(parts, None, payload, reach) == labels
             following.record_step(parts, None, payload, reach, labels)
         for row, positions in model.rows.items():
@@ -292,7 +292,7 @@ def test_pages_and_a_replay_of_the_rest_make_the_whole_row(
         hop.record_step([Chunk(9, 0, 1, 0)], None, bytes(SIZE))
         hop.restore_row(1, pages)
         since = len(pages) * page
-        for parts, payload, reach, labels in log.replay(step, since):
+        for parts, payload, reach, labels, _ in log.replay(step, since):
             assert parts[0].start >= since and parts[0].length <= step
             hop.record_step(parts, None, payload, reach, labels)
         assert contents(hop) == contents(log)

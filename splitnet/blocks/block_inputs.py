@@ -1,0 +1,133 @@
+"""Block inputs as tensors: how a client encodes them for a step, and how a peer reads them; see
+`splitnet.wire.block_inputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitnet.errors import ProtocolError
+from splitnet.wire.block_inputs import ADDED, GROUPS, INTEGER_BYTES, POSITIONS, end_of_group, values_of
+from splitnet.wire.codecs import Codec, check_values, codec_by_code
+from splitnet.wire.messages import EVERY_BLOCK, BlockInput, Chunk, Payload
+
+
+@dataclass(frozen=True)
+class PositionInputs:
+    """Block inputs of `count` consecutive positions of one row.
+
+    positions: rotary positions, `[count, axes]`, int64, or with one column if all axes are equal; None: the numbers of
+    the positions. groups: `[count]`, int64, see `GROUPS`; None: no groups. added: by block, `[count, hidden]`.
+    """
+
+    positions: Tensor | None = None
+    groups: Tensor | None = None
+    added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+
+    def __bool__(self) -> bool:
+        return self.positions is not None or self.groups is not None or bool(self.added)
+
+    def cut(self, begin: int, end: int) -> PositionInputs:
+        """The inputs of some of these positions."""
+        if not self:
+            return self
+        positions, groups = (None if each is None else each[begin:end] for each in (self.positions, self.groups))
+        return PositionInputs(positions, groups, {block: values[begin:end] for block, values in self.added.items()})
+
+    def end_of_group(self, end: int) -> int:
+        """The first position from `end` on at which these positions can be cut without cutting a group."""
+        groups = self.groups
+        return end if groups is None else end_of_group(lambda position: int(groups[position]), end, len(groups))
+
+    def encode(self, chunk: Chunk, codec: Codec) -> list[tuple[BlockInput, bytes]]:
+        """The wire form of these inputs, for the positions of `chunk`. Raises CodecError: values cannot be encoded."""
+        found: list[tuple[BlockInput, bytes]] = []
+        numbers = range(chunk.start, chunk.start + chunk.length)
+        if self.positions is not None and self.positions.tolist() != [[n] * self.positions.shape[1] for n in numbers]:
+            found.append(_integers(POSITIONS, chunk, 0, _narrow(self.positions)))
+        if self.groups is not None:
+            found += [_integers(GROUPS, chunk, each.start, self.groups[each, None]) for each in _runs(self.groups)]
+        for block, values in self.added.items():
+            for each in _runs(values.any(dim=1)):
+                data = codec.encode(values[each])
+                start, length = chunk.start + each.start, each.stop - each.start
+                given = BlockInput(ADDED, block, chunk.row, start, length, len(data) // length, codec.code)
+                found.append((given, data))
+        return found
+
+
+def _narrow(positions: Tensor) -> Tensor:
+    """`[count, 1]` if all axes are equal."""
+    return positions[:, :1] if bool((positions == positions[:, :1]).all()) else positions
+
+
+def _integers(name: str, chunk: Chunk, offset: int, values: Tensor) -> tuple[BlockInput, bytes]:
+    data = values.to("cpu", torch.int64).contiguous().numpy().tobytes()
+    length, width = values.shape
+    given = BlockInput(name, EVERY_BLOCK, chunk.row, chunk.start + offset, length, width * INTEGER_BYTES, 0)
+    return given, data
+
+
+def _runs(wanted: Tensor) -> list[slice]:
+    """The ranges of consecutive true values."""
+    found: list[slice] = []
+    begin = 0
+    for value, group in groupby(wanted.bool().tolist()):
+        end = begin + sum(1 for _ in group)
+        if value:
+            found.append(slice(begin, end))
+        begin = end
+    return found
+
+
+def encode_step(
+    hidden: Tensor, chunks: Sequence[Chunk], inputs: Sequence[PositionInputs], codec: Codec
+) -> tuple[bytes, tuple[BlockInput, ...]]:
+    """The payload of a step and its block inputs. hidden: `[positions, hidden]` of all chunks. inputs: of each chunk;
+    empty: none. Raises CodecError: values cannot be encoded."""
+    payload = codec.encode(hidden)
+    encoded = [pair for chunk, own in zip(chunks, inputs, strict=False) for pair in own.encode(chunk, codec)]
+    if not encoded:
+        return payload, ()
+    return b"".join((payload, *(data for _, data in encoded))), tuple(given for given, _ in encoded)
+
+
+def decode_inputs(
+    inputs: Sequence[BlockInput], data: Payload, chunks: Iterable[Chunk], hidden_size: int, blocks: range
+) -> list[PositionInputs]:
+    """The block inputs that `blocks` read, for each chunk. Raises ProtocolError, CodecError: values are not usable."""
+    found: list[PositionInputs] = []
+    values = list(values_of(inputs, data))
+    for chunk in chunks:
+        own: dict[str, Any] = {}
+        added: dict[int, Tensor] = {}
+        for each, encoded in values:
+            first, last = max(chunk.start, each.start), min(chunk.start + chunk.length, each.start + each.length)
+            if each.row != chunk.row or first >= last or (each.name == ADDED and each.block not in blocks):
+                continue
+            cut = encoded[(first - each.start) * each.size : (last - each.start) * each.size]
+            within = slice(first - chunk.start, last - chunk.start)
+            if each.name == ADDED:
+                check_values(each.codec, cut, last - first, hidden_size)
+                states = codec_by_code(each.codec).decode(cut, last - first, hidden_size)
+                whole = added.setdefault(each.block, torch.zeros(chunk.length, hidden_size, dtype=states.dtype))
+                whole[within] = states
+                continue
+            integers = torch.frombuffer(bytearray(cut), dtype=torch.int64).view(last - first, -1)
+            if each.name == POSITIONS:
+                if int(integers.min()) < 0 or int(integers.max()) >= 1 << 31:
+                    raise ProtocolError("rotary positions are negative or too large")
+                numbers = torch.arange(chunk.start, chunk.start + chunk.length)[:, None]
+                before = own.get("positions", numbers)
+                axes = max(before.shape[1], integers.shape[1])
+                own["positions"] = before.expand(-1, axes).clone()
+                own["positions"][within] = integers
+            else:
+                own.setdefault("groups", torch.zeros(chunk.length, dtype=torch.int64))[within] = integers[:, 0]
+        found.append(replace(PositionInputs(added=added), **own))
+    return found

@@ -1,0 +1,175 @@
+"""A transformers model that reads images and texts, whose text blocks are remote.
+
+The family's own code runs here around the blocks: towers, projectors, and the merge of their features into the
+embeddings of the prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from splitnet.blocks.block_inputs import PositionInputs
+from splitnet.blocks.client_part import load_image_text_part
+from splitnet.blocks.stand_ins import HandedStates
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.drafts.speculator import AUTO
+from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
+from splitnet.hf.parameters import FORWARD, mask_of
+from splitnet.hf.remote_blocks import CallArguments
+from splitnet.hf.remote_model import joined, remote_blocks
+from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
+from splitnet.swarm.swarm import Swarm
+
+
+class AutoModelForImageTextToText:
+    """Loads a model with local towers, embeddings, final norm and head, and remote blocks; use `from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise OSError("use splitnet.AutoModelForImageTextToText.from_pretrained(MODEL, initial_peers=[ADDR])")
+
+    @classmethod
+    @takes(*JOINING, *GENERATING)
+    def from_pretrained(
+        cls, model: str | Path, *, initial_peers: Sequence[str], **options: Any
+    ) -> RemoteImageTextToText:
+        """A model of transformers that reads images and texts, as returned by `transformers.AutoProcessor`.
+
+        Arguments and errors are those of `AutoModelForCausalLM.from_pretrained`. Also raises UnsupportedModel: the
+        model reads no images.
+        """
+        chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *GENERATING))
+        with joined(model, chosen) as (checkpoint, swarm):
+            return attached_with_images(checkpoint, swarm, chosen)
+
+
+def attached_with_images(
+    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO
+) -> RemoteImageTextToText:
+    """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model."""
+    blocks, handed = remote_blocks(checkpoint, swarm, options), HandedStates(checkpoint.num_blocks)
+    how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
+    client_part = load_image_text_part(checkpoint, blocks, handed, **how)
+    _keep_deltas_per_thread(client_part)
+    model = connected(client_part, RemoteImageTextToText, blocks, checkpoint, swarm, options, speculate)
+    model.use_handed(handed)
+    return model
+
+
+class RemoteImageTextToText(RemoteCausalLM):
+    """Methods of a model that reads images, beyond those of a causal LM."""
+
+    sees_images = True
+
+    def use_handed(self, handed: HandedStates) -> None:
+        """Sets the object that receives the values which the model hands to its blocks."""
+        self._handed = handed
+        given = inspect.signature(self.transformers_class.forward).parameters
+        self.prompt_arguments = frozenset(given) - FORWARD.keys() - {"self", "kwargs"} | {"token_type_ids"}
+
+    def _has_images(self, given: Mapping[str, Any]) -> bool:
+        return any(torch.is_tensor(given.get(name)) for name in self.prompt_arguments)
+
+    def _generate(self, given: dict[str, Any]) -> Any:
+        for module in self.modules():
+            if isinstance(module, _DeltasPerThread):
+                module.rope_deltas = None
+        cache = given.get("cache")
+        if cache is not None and self._has_images(given):
+            cache.remote.reset()  # equal tokens do not mean equal images; hops find the stored pages of equal images
+        return super()._generate(given)
+
+    def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        with self._blocks.calling(has_images=self._has_images(given)):
+            return super()._call_model(forward, given)
+
+    def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        whole = given.get("cache") is None and not given.get("use_cache") and not torch.is_grad_enabled()
+        if not whole or not self._blocks.call.has_images:
+            return super()._run_backbone(forward, given)
+        cache = self.new_cache()
+        try:
+            output = super()._run_backbone(forward, given | {"cache": cache, "use_cache": True})
+            return with_hidden(output, output[0], without=cache)
+        finally:
+            cache.close()
+
+    def _arguments_to_check(self, given: dict[str, Any]) -> dict[str, Any]:
+        # `HandedStates` sees the effect of all other arguments.
+        return {name: value for name, value in given.items() if name in FORWARD and name != "token_type_ids"}
+
+    def _call_arguments(self, hidden: torch.Tensor, given: dict[str, Any], past: int) -> CallArguments:
+        handed, mask, positions = self._handed, given.get("attention_mask"), given.get("position_ids")
+        batch, new = hidden.shape[:2]
+        if handed.mask is not None:
+            mask = handed.mask >= 0
+        checked = mask_of(mask, batch, past + new)
+        rotary = None
+        if positions is not None and positions.ndim == 3:
+            positions, rotary = None, _rotary_positions(positions, checked, past)
+        groups = None if handed.mask is None else handed.mask[:, past:].clamp(min=0)
+        if groups is None or not bool(groups.any()):
+            groups = None
+        if rotary is None and groups is None and not handed.added:
+            return CallArguments(mask, positions)
+        inputs = [
+            PositionInputs(
+                None if rotary is None else rotary[row].cpu(),
+                None if groups is None else _numbered(groups[row], hidden[row]),
+                {block: states[row] for block, states in handed.added.items()},
+            )
+            for row in range(batch)
+        ]
+        return CallArguments(checked, positions, inputs)
+
+
+def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int) -> torch.Tensor | None:
+    """`[batch, new, axes]` of positions `[axes, batch or 1, new]`; None: they are the numbers of the positions."""
+    if positions.shape[0] == 4:  # the first axis numbers the positions without images
+        positions = positions[1:]
+    counted = (mask.long().cumsum(dim=1) - 1)[:, past:].to(positions.device)
+    given = positions.expand(-1, len(mask), -1)
+    if bool(((given == counted) | ~mask[:, past:].to(positions.device)).all()):
+        return None
+    return given.permute(1, 2, 0)
+
+
+def _numbered(groups: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`[new]`: each group's number as a digest of its positions and their hidden states, `[new, hidden]`."""
+    found = torch.zeros_like(groups)
+    for group in groups.unique().tolist():
+        own = groups == group
+        if group:
+            content = hidden[own].float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
+            found[own] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
+    return found.cpu()
+
+
+class _DeltasPerThread:
+    """A module that keeps `rope_deltas` of the last prompt: threads generate at the same time."""
+
+    @property
+    def rope_deltas(self) -> Any:
+        return getattr(self._of_thread, "value", None)
+
+    @rope_deltas.setter
+    def rope_deltas(self, value: Any) -> None:
+        self._of_thread.value = value
+
+    _of_thread: threading.local
+
+
+def _keep_deltas_per_thread(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if "rope_deltas" in vars(module):
+            del module.__dict__["rope_deltas"]
+            own = type(module)
+            members = {"_of_thread": threading.local(), "__module__": own.__module__}
+            module.__class__ = type(own.__name__, (_DeltasPerThread, own), members)
