@@ -23,7 +23,7 @@ LENGTH_BYTES = 8
 STACK_BYTES = 4 << 20  # Stack of the thread that does the jobs: half of the usual stack of a thread
 NICENESS = 10  # lower priority, so that steps of answers run first
 
-BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20), "image": (5, 1 << 30)}
+BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20), "image": (10, 1 << 30)}
 """Seconds of processor time, and bytes of memory in addition to the setup, for a question of each job."""
 
 GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 2**15, "verbose_errors": False}

@@ -39,9 +39,9 @@ def read_images(images: Sequence[str]) -> list[Any]:
         raise ImageError(f"{len(images)} images are too many: send at most {MOST_IMAGES}")
     read: list[Any] = []
     for number, data in enumerate(images, start=1):
-        if len(data) * 3 // 4 > MOST_BYTES:
-            answer, error = None, f"it has more than {MOST_BYTES} bytes"
-        else:
+        answer: Any = None
+        error: str | None = f"it has more than {MOST_BYTES} bytes"
+        if len(data) * 3 // 4 <= MOST_BYTES:
             answer, error = _process.ask({"data": data, "most": KEPT_PIXELS // len(images)})
         if error is not None:
             raise ImageError(f"image {number} cannot be used: {error}: send another one")
@@ -54,7 +54,7 @@ def process_prompt(processor: Any, text: str, mark: str, images: Sequence[str]) 
     """The prompt that a processor of transformers makes of a rendered chat and its images.
 
     mark: separates the pieces of the text that are tokenized one by one, so that names of special tokens in messages
-    stay text, and stand for no image. Raises ImageError.
+    stay text, and stand for no image; empty: the text is one piece. Raises ImageError.
     """
     read = read_images(images)
     piecewise = copy.copy(processor)
@@ -80,12 +80,31 @@ class _PiecewiseTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def __call__(self, texts: Sequence[str], **_options: Any) -> dict[str, Any]:
-        ids = [
-            [id for piece in text.split(self._mark) for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
-            for text in texts
-        ]
-        return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    def __call__(self, texts: Sequence[str], **_options: Any) -> _Encoded:
+        return _Encoded([self._encode(text) for text in texts])
+
+    def _encode(self, text: str) -> list[tuple[str, Any]]:
+        pieces = text.split(self._mark) if self._mark else [text]
+        return [(piece, self._tokenizer(piece, add_special_tokens=False)) for piece in pieces]
+
+
+class _Encoded(dict[str, Any]):
+    """What a tokenizer returns, made of the pieces of each text with their encodings."""
+
+    def __init__(self, texts: list[list[tuple[str, Any]]]) -> None:
+        ids = [[id for _, encoded in pieces for id in encoded.input_ids] for pieces in texts]
+        super().__init__(input_ids=ids, attention_mask=[[1] * len(row) for row in ids])
+        self._texts = texts
+
+    def char_to_token(self, text: int, at: int) -> int | None:
+        """The token with a character, which is counted with marks; Idefics3 looks for its images so."""
+        tokens = 0
+        for piece, encoded in self._texts[text]:
+            if at < len(piece):
+                found = encoded.char_to_token(at)
+                return None if found is None else tokens + found
+            at, tokens = at - len(piece) - 1, tokens + len(encoded.input_ids)
+        return None
 
 
 _process = BoundedProcess("image")
