@@ -24,12 +24,13 @@ from tests.unit.serve.serving import MODEL, Server, listening
 RED, BLUE = of_one_colour("red"), of_one_colour("blue", (60, 30))
 COLOURS = {1.9: "red", -1.7: "blue"}  # by the normalized value of the red channel
 OF_TEXT = (
-    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}\n{% endfor %}assistant:"
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{{ '\n' }}"
+    "{% endfor %}assistant:"
 )
 OF_PARTS = (
     "{% for m in messages %}{{ m.role }}: {% for part in m.content if part.type == 'image' %}<image>{% endfor %}"
-    "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}\n{% endfor %}assistant:"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '\n' }}{% endfor %}assistant:"
 )
 
 
@@ -147,7 +148,7 @@ def test_anthropic_messages(seen_at: str, seeing: Seeing) -> None:
         {"role": "user", "content": [text("a"), blue, text("b")]},
         {"role": "user", "content": [text("c"), red]},
     ]
-    reply = client.messages.create(model=MODEL, max_tokens=4, temperature=0, messages=said)
+    reply = client.messages.create(model=MODEL, max_tokens=4, messages=said)
     assert seeing.last == ("user: a<image>b\nc<image>\nassistant:", ["blue", "red"])
     assert reply.usage.input_tokens == len(seeing.model.asked[-1][0])
     assert client.messages.count_tokens(model=MODEL, messages=said).input_tokens == reply.usage.input_tokens

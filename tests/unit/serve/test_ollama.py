@@ -95,7 +95,7 @@ def test_images_stand_before_the_text_of_their_message() -> None:
         {"role": "system", "content": "S"},
         {"role": "user", "content": [first, {"type": "text", "text": ""}]},
     ]
-    with pytest.raises(ApiError, match="messages.0.images: Input should be a valid list"):
+    with pytest.raises(ApiError, match=r"messages\.0\.images: Input should be a valid list"):
         validated(OllamaChatRequest, {"model": "m", "messages": [{"role": "user", "images": "aaaa"}]})
 
 
