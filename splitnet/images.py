@@ -6,9 +6,10 @@ An image is kept as base64, as requests contain it, until its prompt is made.
 from __future__ import annotations
 
 import copy
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from splitnet.bounded import BoundedProcess
@@ -29,6 +30,18 @@ class Prompt:
 
     tokens: list[int]
     pixels: Mapping[str, Any] = field(default_factory=dict)
+
+
+def image_file(file: Path) -> str:
+    """The image of a file. Raises ImageError: the file cannot be read, or is too large."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"the image {file} cannot be read ({error.strerror}): give the file of an image") from None
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"the image {file} has more than {MOST_BYTES} bytes: give a smaller one")
+    return b64encode(data).decode()
 
 
 def read_images(images: Sequence[str]) -> list[Any]:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from splitnet.images import ImageError, Prompt
+from splitnet.images import KEPT_PIXELS, ImageError, Prompt
 from splitnet.serve.answers.call_forms import PLAIN, Forms
 from splitnet.serve.answers.grammars import AnswerConstraints, Function
 from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
@@ -127,7 +127,8 @@ async def _prompt_with_images(served: ServedModel, request: Request, chat: Chat,
     options = {"answer": chat.begins_answer, "goes_on": chat.continues_last_message}
     make = partial(served.prompts.of_chat_with_images, messages, images, described, chat.variables, **options)
     try:
-        prompt = await served.prepare(request, make)
+        # A small file may hold many pixels, so every image counts as a large input.
+        prompt = await served.prepare(request, make, 3 * KEPT_PIXELS)
     except ImageError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_image") from None
     held = sum(each.nbytes for each in prompt.pixels.values() if isinstance(each, Tensor))

@@ -152,8 +152,8 @@ def test_anthropic_messages(seen_at: str, seeing: Seeing) -> None:
     assert seeing.last == ("user: a<image>b\nc<image>\nassistant:", ["blue", "red"])
     assert reply.usage.input_tokens == len(seeing.model.asked[-1][0])
     assert client.messages.count_tokens(model=MODEL, messages=said).input_tokens == reply.usage.input_tokens
-    call = {"type": "tool_use", "id": "t", "name": "look", "input": {}}
-    result = {"type": "tool_result", "tool_use_id": "t", "content": [text("Seen:"), red], "is_error": True}
+    call: Any = {"type": "tool_use", "id": "t", "name": "look", "input": {}}
+    result: Any = {"type": "tool_result", "tool_use_id": "t", "content": [text("Seen:"), red], "is_error": True}
     seeing.server.generations.kept.clear()
     more: list[Any] = [{"role": "user", "content": "Look"}, {"role": "assistant", "content": [call]}]
     with pytest.raises(anthropic.BadRequestError, match="chat template shows no calls"):
@@ -217,7 +217,8 @@ def test_what_cannot_be_seen_is_refused_by_name(seen_at: str) -> None:
         assert status == 400 and told.startswith("images are data URLs: send")
     assert "a message of the system has an image: send it" in refusal(part(RED), role="system")[1]
     assert "17 images are too many" in refusal(*[part(RED)] * 17)[1]
-    for more in ({"n": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 5}):
+    others: list[dict[str, Any]] = [{"n": 2}, {"prompt_logprobs": 1}, {"truncate_prompt_tokens": 5}]
+    for more in others:
         assert refusal(part(RED), **more) == (400, f"{next(iter(more))} is not supported with images: leave it out")
     assert "more than the model's context of 1024" in refusal(part(RED), max_tokens=1020)[1]
     for name, (data, says) in hostile_images().items():
