@@ -69,7 +69,8 @@ class TextGenerator:
         """Loads the client part and joins the swarm. sees_images: also loads what the model reads images with.
 
         Raises UnsupportedModel if the model reads no images, ModelNotFound if its processor is missing, AdapterError if
-        the adapter does not fit, and the errors of `drafts_of` and `attached` if drafts from `speculate` are impossible.
+        the adapter does not fit, and the errors of `drafts_of` and `attached` if drafts from `speculate` are
+        impossible.
         """
         checkpoint = connection.checkpoint()
         if sees_images:
