@@ -89,6 +89,7 @@ class Published:
         stored_as: the `model_type` in the file, if transformers uses another name.
         text_only: the text model is published alone, though transformers has it only in a multimodal model.
         rename: pattern -> replacement, for names of tensors that transformers writes in another form than published.
+        top: values of the config of the multimodal model.
     """
 
     family: str
@@ -99,6 +100,7 @@ class Published:
     stored_as: str | None = None
     text_only: bool = False
     rename: Mapping[str, str] = field(default_factory=dict)
+    top: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, published: Path, plain: Path, *, seed: int = 0) -> PreTrainedModel:
         """Writes both checkpoints, and returns the model of the second, in float32."""
@@ -136,7 +138,7 @@ class Published:
         else:
             parts = {"text_config": text} | ({"vision_config": dict(self.vision)} if self.vision else {})
             family: Any = CONFIG_MAPPING[self.family]
-            config = family(**parts, tie_word_embeddings=bool(text.get("tie_word_embeddings")))
+            config = family(**parts, tie_word_embeddings=bool(text.get("tie_word_embeddings")), **self.top)
             kind = AutoModelForImageTextToText
         torch.manual_seed(seed)
         model: Any = kind.from_config(config, dtype=torch.float32).eval()

@@ -39,6 +39,10 @@ class PositionInputs:
         positions, groups = (None if each is None else each[begin:end] for each in (self.positions, self.groups))
         return PositionInputs(positions, groups, {block: values[begin:end] for block, values in self.added.items()})
 
+    def of_blocks(self, start: int, end: int) -> PositionInputs:
+        """The inputs that blocks `[start, end)` read."""
+        return replace(self, added={block: values for block, values in self.added.items() if start <= block < end})
+
     def end_of_group(self, end: int) -> int:
         """The first position from `end` on at which these positions can be cut without cutting a group."""
         groups = self.groups

@@ -520,7 +520,8 @@ class Span:
                 begin += part.count
             return ((hidden, *given[1:]), named) if given else (given, named | {"hidden_states": hidden})
 
-        wanted = {block for part in parts if part.inputs for block in part.inputs.added}
+        given = {block for part in parts if part.inputs for block in part.inputs.added}
+        wanted = given & {*range(self.start, self.end)}
         hooks = [
             self._blocks[block - self.start].register_forward_pre_hook(partial(add, block), with_kwargs=True)
             for block in wanted

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa
 
 from splitnet.errors import UnsupportedModel
 
@@ -57,15 +57,20 @@ class BlockList(nn.ModuleList):
         return self.__dict__["_called"][index]
 
 
+class GroupMask(Tensor):
+    """`[batch, columns]`, int64, in place of a mask: -1 for padding, and otherwise the number of the group of positions
+    that see each other, 0 for none."""
+
+
 class HandedStates(threading.local):
     """The values that a multimodal model hands to its blocks in the call of this thread.
 
     first: the input of the first block, `[batch, seq, hidden]`. added: by block, states that the model adds before it.
-    mask: the result of `_mask_handed`; None: the model makes no mask.
+    mask: None: the model makes no mask.
     """
 
     first: Tensor
-    mask: Tensor | None = None
+    mask: GroupMask | None = None
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -79,12 +84,16 @@ class HandedStates(threading.local):
                 raise UnsupportedModel(
                     f"the model hands {name!r} to its blocks, which peers do not read: use its text alone"
                 )
-        mask: Any = named.get("attention_mask")
         if not index:
-            self.first, self.added, self.mask = hidden, {}, mask
+            self.first, self.added, self.mask = hidden, {}, None
         elif bool(hidden.any()):
             self.added[index] = hidden
-        if mask is not self.mask and (mask is None or self.mask is None or not torch.equal(mask, self.mask)):
+        mask = named.get("attention_mask")
+        if not isinstance(mask, GroupMask) or mask is self.mask:
+            return
+        if self.mask is None:
+            self.mask = mask
+        elif not torch.equal(mask, self.mask):
             raise UnsupportedModel("the blocks of the model have groups of positions that differ: use its text alone")
 
 
@@ -99,14 +108,15 @@ class BlockStandIn(AllBlocks):
         super().__init__(blocks, returns_tuple)
         self.attention_type = self.layer_type = self.block_type = kind
         self._handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
+        self.output: Tensor | None = None  # in place of zeros
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
         self._handed.receive(self._index, hidden_states, args, kwargs)
         if self._is_last:
             return super().forward(self._handed.first)
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self._returns_tuple else zeros
+        output = torch.zeros_like(hidden_states) if self.output is None else self.output
+        return (output, None) if self._returns_tuple else output
 
 
 def _mask_handed(
@@ -115,14 +125,14 @@ def _mask_handed(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    *,
+    mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **_: Any,
 ) -> Tensor:
-    """`[batch, columns]`, int64, in place of a mask: -1 for padding, and otherwise the number of the group of positions
-    that see each other, 0 for none. Arguments as in `transformers.masking_utils.sdpa_mask`.
+    """A `GroupMask`. Arguments as in `transformers.masking_utils.sdpa_mask`.
 
     Raises UnsupportedModel: positions see later positions that are not in a group of neighbours.
     """
@@ -130,7 +140,7 @@ def _mask_handed(
     if attention_mask is not None:
         found[~attention_mask[:, kv_offset : kv_offset + kv_length].bool()] = -1
     if q_length == 1:
-        return found
+        return found.as_subclass(GroupMask)
     rows, new = torch.arange(batch_size, device=device), torch.arange(q_length, device=device) + q_offset
     head = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -146,7 +156,7 @@ def _mask_handed(
     seen = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]
     after = torch.cat(seen, dim=1)[:, :-1]
     if not bool(after.any()) and not bool(sees(new[:-1], new[-1:]).any()):
-        return found
+        return found.as_subclass(GroupMask)
     begins = torch.cat((torch.ones_like(after[:, :1]), ~after), dim=1)
     alone = begins & torch.cat((begins[:, 1:], torch.ones_like(begins[:, :1])), dim=1)
     groups = begins.cumsum(1).masked_fill(alone, 0)
@@ -158,7 +168,7 @@ def _mask_handed(
             )
     own_columns = found[:, kv_length - q_length :]
     found[:, kv_length - q_length :] = torch.where(own_columns < 0, own_columns, groups)
-    return found
+    return found.as_subclass(GroupMask)
 
 
 AttentionMaskInterface.register(HANDED, _mask_handed)

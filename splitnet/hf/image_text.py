@@ -6,8 +6,11 @@ embeddings of the prompt.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from splitnet.blocks.block_inputs import PositionInputs
-from splitnet.blocks.client_part import load_image_text_part
+from splitnet.blocks.client_part import backbone_of, load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.drafts.speculator import AUTO
@@ -27,6 +30,8 @@ from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
+
+KEPT_FEATURES = 4  # calls of the tower whose features are kept
 
 
 class AutoModelForImageTextToText:
@@ -71,11 +76,16 @@ class RemoteImageTextToText(RemoteCausalLM):
     def use_handed(self, handed: HandedStates) -> None:
         """Sets the object that receives the values which the model hands to its blocks."""
         self._handed = handed
+        decoder = backbone_of(self)
+        for module in self.modules():
+            if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
+                compute: Any = module.get_image_features
+                vars(module)["get_image_features"] = _KeptFeatures(compute)
         given = inspect.signature(self.transformers_class.forward).parameters
         self.prompt_arguments = frozenset(given) - FORWARD.keys() - {"self", "kwargs"} | {"token_type_ids"}
 
     def _has_images(self, given: Mapping[str, Any]) -> bool:
-        return any(torch.is_tensor(given.get(name)) for name in self.prompt_arguments)
+        return any(given.get(name) is not None for name in self.prompt_arguments if "token_type_ids" not in name)
 
     def _generate(self, given: dict[str, Any]) -> Any:
         for module in self.modules():
@@ -87,6 +97,9 @@ class RemoteImageTextToText(RemoteCausalLM):
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        # Some families would make a cache of their own before they call the backbone.
+        given["use_cache"] = bool(given.get("use_cache") or given.get("cache"))
+        given["cache"] = self._cache_for(given.get("cache"), given["use_cache"])
         with self._blocks.calling(has_images=self._has_images(given)):
             return super()._call_model(forward, given)
 
@@ -108,13 +121,14 @@ class RemoteImageTextToText(RemoteCausalLM):
     def _call_arguments(self, hidden: torch.Tensor, given: dict[str, Any], past: int) -> CallArguments:
         handed, mask, positions = self._handed, given.get("attention_mask"), given.get("position_ids")
         batch, new = hidden.shape[:2]
-        if handed.mask is not None:
-            mask = handed.mask >= 0
+        handed_mask = None if handed.mask is None else handed.mask.as_subclass(torch.Tensor)
+        if handed_mask is not None:
+            mask = handed_mask >= 0
         checked = mask_of(mask, batch, past + new)
         rotary = None
         if positions is not None and positions.ndim == 3:
             positions, rotary = None, _rotary_positions(positions, checked, past)
-        groups = None if handed.mask is None else handed.mask[:, past:].clamp(min=0)
+        groups = None if handed_mask is None else handed_mask[:, past:].clamp(min=0)
         if groups is None or not bool(groups.any()):
             groups = None
         if rotary is None and groups is None and not handed.added:
@@ -150,6 +164,40 @@ def _numbered(groups: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
             content = hidden[own].float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
             found[own] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
     return found.cpu()
+
+
+class _KeptFeatures:
+    """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
+
+    compute: the family's method. Thread-safe.
+    """
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, compute)  # transformers reads the signature
+        self._compute = compute
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return self._compute(*args, **kwargs)
+        state = blake2b(digest_size=32)
+        for value in (*args, *sorted(kwargs.items())):
+            each = value[1] if isinstance(value, tuple) else value
+            if torch.is_tensor(each):
+                state.update(repr((each.dtype, each.shape)).encode())
+                state.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                state.update(repr(value).encode())
+        key = state.digest()
+        with self._lock:
+            found = self._kept.pop(key, None)
+        found = self._compute(*args, **kwargs) if found is None else found
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > KEPT_FEATURES:
+                self._kept.popitem(last=False)
+        return copy.copy(found)
 
 
 class _DeltasPerThread:

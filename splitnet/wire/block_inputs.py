@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from splitnet.errors import ProtocolError
@@ -36,6 +37,7 @@ ADDED = "added_states"
 """`[positions, hidden]`, added to the hidden states before a block."""
 
 INTEGER_BYTES = 8
+MAX_GROUP = 2048  # positions of a group, which must run in one pass
 MAX_AXES = 8  # axes of a rotary position; families have three
 
 _PAGE_FIELDS = several(
@@ -51,6 +53,13 @@ def values_of(inputs: Sequence[BlockInput], data: Payload) -> Iterator[tuple[Blo
         end = offset + each.length * each.size
         yield each, view[offset:end]
         offset = end
+
+
+def check_groups(step: Step) -> None:
+    """Raises ProtocolError: a group of a step is too long for one pass."""
+    groups = groups_of(step)
+    if any(len(list(same)) > MAX_GROUP for group, same in groupby(groups) if group):
+        raise ProtocolError(f"a group of positions that attend to each other has more than {MAX_GROUP} positions")
 
 
 def check_inputs(inputs: Iterable[BlockInput], parts: Sequence[Chunk]) -> None:
@@ -166,13 +175,14 @@ class RowInputs:
     def cut(self, begin: int, end: int, row: int = 0) -> tuple[tuple[BlockInput, ...], bytes]:
         """The block inputs of positions `[begin, end)` with the number `row`, and their values."""
         found: list[tuple[BlockInput, bytes]] = []
-        for kind, runs in sorted(self._runs.items()):
+        for kind, runs in self._runs.items():
             for run in runs:
                 first, last = max(begin, run.start), min(end, run.start + len(run.data) // kind.size)
                 if first < last:
                     within = slice((first - run.start) * kind.size, (last - run.start) * kind.size)
                     given = BlockInput(kind.name, kind.block, row, first, last - first, kind.size, kind.codec)
                     found.append((given, bytes(run.data[within])))
+        found.sort()
         return tuple(given for given, _ in found), b"".join(data for _, data in found)
 
     def group_at(self, position: int) -> bytes:

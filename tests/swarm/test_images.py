@@ -1,0 +1,223 @@
+"""Models that read images give the same with their text blocks on peers as transformers' whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitnet.blocks.block_inputs import encode_step
+from splitnet.directory.dht_directory import DhtDirectory
+from splitnet.errors import SplitnetError
+from splitnet.security.identity import Identity
+from splitnet.session.inference import Session
+from splitnet.wire.messages import BlockInput
+from splitnet.wire.sent_log import PAGE
+from tests.image_models import IMAGE_MODELS, Inputs
+from tests.swarm.generation import After
+from tests.swarm.harness import LocalSwarm, local_swarm, repairs, shared_swarm
+from tests.swarm.test_failover import kill_hops
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+UNEVEN = [(0, 1), (1, 4), (4, 6)]
+
+
+@pytest.mark.default_cases(family=("gemma3", "qwen3_5", "qwen3_vl"))
+@pytest.mark.parametrize("family", IMAGE_MODELS)
+def test_families_that_read_images_give_the_same_as_transformers(
+    family: str, node: DhtDirectory, tmp_path: Path
+) -> None:
+    model = IMAGE_MODELS[family]
+    local = model.write(tmp_path / "published")
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm:
+        remote = swarm.image_model(dtype="float32")
+        for images in (0, 1, 3):
+            inputs = model.inputs(local, images)
+            with torch.no_grad():
+                torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
+            assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.fixture(scope="module", params=["gemma3", "qwen3_vl"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, LocalSwarm]]:
+    """A whole model in transformers, and a swarm with two peers for every span."""
+    folder = tmp_path_factory.mktemp(request.param) / "published"
+    local = IMAGE_MODELS[request.param].write(folder)
+    local.family = request.param
+    with shared_swarm(folder, UNEVEN * 2, dtype="float32") as swarm:
+        yield local, swarm
+
+
+def inputs_of(local: Any, images: int, seed: int = 1) -> Inputs:
+    return IMAGE_MODELS[local.family].inputs(local, images, seed)
+
+
+@pytest.mark.parametrize("victim", range(len(UNEVEN)))
+def test_an_answer_about_images_survives_the_death_of_a_hop(victim: int, both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    inputs = inputs_of(local, 2)
+    with swarm.mended() as visit:
+        remote = visit.image_model(dtype="float32", prefixes="off")
+        with remote.session() as cache:
+            got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(visit, cache, victim)))
+            assert cache.session is not None and repairs(cache.session)
+    assert torch.equal(got, local.generate(**inputs, **OPTIONS))
+
+
+def test_batches_with_padding_give_the_same(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    one, two = inputs_of(local, 1, seed=1), inputs_of(local, 2, seed=2)
+    pad = two["input_ids"].shape[1] - one["input_ids"].shape[1]
+    batch: Inputs = {}
+    for name, value in one.items():
+        if value.shape[0] == 1 and value.ndim == 2 and name != "image_grid_thw":
+            value = torch.nn.functional.pad(value, (pad, 0))
+        batch[name] = torch.cat((value, two[name]))
+    remote = swarm.image_model(dtype="float32")
+    assert torch.equal(remote.generate(**batch, **OPTIONS), local.generate(**batch, **OPTIONS))
+    beams = {**OPTIONS, "num_beams": 3}
+    assert torch.equal(remote.generate(**batch, **beams), local.generate(**batch, **beams))
+
+
+def hit_of(remote: Any, inputs: Inputs, expected: torch.Tensor) -> int:
+    """How many first positions of a prompt hops had stored, for an answer that must be the expected one."""
+    with remote.session() as cache:
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), expected)
+        return cache.session.prefix_hit
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "qwen3_5"])
+def test_stored_prefixes_know_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    local: Any = IMAGE_MODELS[family].write(tmp_path / "published")
+    local.family = family
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm:
+        check_prefixes(local, swarm)
+
+
+def check_prefixes(local: Any, swarm: LocalSwarm) -> None:
+    inputs = inputs_of(local, 9, seed=5)
+    length = inputs["input_ids"].shape[1]
+    remote = swarm.image_model(dtype="float32")
+    expected = local.generate(**inputs, **OPTIONS)
+    assert hit_of(remote, inputs, expected) == 0
+    known = hit_of(remote, inputs, expected)
+    assert known == (0 if local.family == "qwen3_5" else (length - 1) // PAGE * PAGE)
+    # Only the last values of one image differ, behind tokens that are the same.
+    for image, most in ((-1, known), (0, 0)):
+        other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
+        other["pixel_values"][image] += 1.0
+        found = hit_of(remote, other, local.generate(**other, **OPTIONS))
+        assert found <= most
+
+
+def test_a_chat_with_images_continues(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote = swarm.image_model(dtype="float32")
+    first, second = inputs_of(local, 1), inputs_of(local, 3)
+    # The second prompt begins with the first one and its answer: texts around images are drawn from the same seed.
+    with remote.session():
+        for inputs in (first, second, inputs_of(local, 0, seed=3), second):
+            assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("local_blocks", ["0:1", "2:5", "0:6"])
+def test_local_blocks_read_images(local_blocks: str, both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote = swarm.image_model(dtype="float32", local_blocks=local_blocks)
+    inputs = inputs_of(local, 3)
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+def test_long_prompts_are_cut_between_images(both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch) -> None:
+    local, swarm = both
+    monkeypatch.setattr(Session, "step_positions", lambda self, positions, prediction=None: 5)
+    remote = swarm.image_model(dtype="float32", prefixes="off")
+    inputs = inputs_of(local, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("codec", "most"), [("bf16", 1e-4), ("int8", 1e-2)])
+def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(codec, dtype="float32"), inputs_of(local, 3)
+    with torch.no_grad():
+        found, expected = (model(**inputs).logits.log_softmax(-1) for model in (remote, local))
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    assert divergence < most
+
+
+def test_features_of_images_are_kept_between_turns(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, calls = swarm.image_model(dtype="float32"), []
+    tower = next(module for name, module in remote.named_modules() if name.endswith(("visual", "vision_tower")))
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    first, second = inputs_of(local, 2), inputs_of(local, 2, seed=2)
+    for inputs, count in ((first, 1), (first, 1), (second, 2), (first, 2)):
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+        assert len(calls) == count
+
+
+def _unknown(given: BlockInput) -> BlockInput:
+    return given._replace(name="unknown")
+
+
+def _outside(given: BlockInput) -> BlockInput:
+    return given._replace(start=given.start + 1000)
+
+
+def _too_wide(given: BlockInput) -> BlockInput:
+    return given._replace(size=given.size + 8, length=1)
+
+
+@pytest.mark.parametrize("change", [_unknown, _outside, _too_wide])
+def test_peers_refuse_wrong_block_inputs_and_go_on(
+    change: Callable[[BlockInput], BlockInput], both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, swarm = both
+    inputs = inputs_of(local, 2)
+
+    def encode(*args: Any) -> tuple[bytes, tuple[BlockInput, ...]]:
+        payload, described = encode_step(*args)
+        return payload, tuple(map(change, described))
+
+    with monkeypatch.context() as patch, swarm.newcomer() as visit:
+        patch.setattr("splitnet.session.inference.encode_step", encode)
+        with pytest.raises(SplitnetError):
+            visit.image_model(dtype="float32", prefixes="off").generate(**inputs, **OPTIONS)
+    remote = swarm.image_model(dtype="float32")
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_links_through_the_client_carry_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model, client = IMAGE_MODELS[family], Identity.generate()
+    local = model.write(tmp_path / "published")
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(client.public.text + "\n")
+    with local_swarm(tmp_path / "published", [(0, 1)], node=node, dtype="float32") as swarm:
+        # These peers accept the client and no other peer, so that the client relays to them, and replays its own log.
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        remote = swarm.image_model(dtype="float32", prefixes="off", identity=client)
+        inputs = model.inputs(local, 2)
+        with remote.session() as cache:
+            got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(swarm, cache, 1)))
+            assert cache.session is not None and cache.session.hops[0].relayed and repairs(cache.session)
+        assert torch.equal(got, local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_keys_and_values_in_codes_serve_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model = IMAGE_MODELS[family]
+    local = model.write(tmp_path / "published")
+    inputs = model.inputs(local, 9)
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32", kv="int8") as swarm:
+        remote = swarm.image_model(dtype="float32")
+        with torch.no_grad():
+            found, expected = (each(**inputs).logits.log_softmax(-1) for each in (remote, local))
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
