@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.connection import ModelConnection
 from splitnet.cli.text_generator import SamplingOptions, TextGenerator
 from splitnet.directory.dht_directory import DhtDirectory
-from splitnet.errors import ModelNotFound
-from splitnet.hf.image_text import RemoteImageTextToText
+from splitnet.errors import ModelNotFound, SplitnetError, UnsupportedModel
 from splitnet.images import read_images
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.request_gate import ApiKeys
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import ModelSpec, ServeOptions, _ModelLoader, make_app
 from splitnet.serve.session_cache import KeepLimits
-from splitnet.session.options import ConnectionOptions
+from splitnet.session.options import GENERATING, JOINING, ConnectionOptions
 from tests.image_models import IMAGE, IMAGE_MODELS
 from tests.images import of_one_colour
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -72,11 +71,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def swarm(whole: Any, node: DhtDirectory) -> Iterator[LocalSwarm]:
     with local_swarm(whole.folder, [(0, 2), (2, 6)], node=node, dtype="float32") as swarm:
         yield swarm
-
-
-@pytest.fixture(scope="module")
-def remote(swarm: LocalSwarm) -> RemoteImageTextToText:
-    return swarm.image_model(dtype="float32")
 
 
 @contextmanager
@@ -142,19 +136,24 @@ def test_a_checkpoint_without_a_processor_serves_its_text(swarm: LocalSwarm, mon
 
 
 def test_the_command_line_answers_about_images(
-    whole: Any, remote: RemoteImageTextToText, capsys: pytest.CaptureFixture[str]
+    whole: Any, swarm: LocalSwarm, demo_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    processor: Any = AutoProcessor.from_pretrained(whole.folder)
-    client = TextGenerator(remote, processor.tokenizer, remote, "off", processor)
-    client.tokenizer.chat_template = TEMPLATE
-    asked = [{"role": "system", "content": "Brief."}, {"role": "user", "content": "A bee?"}]
-    with remote.session():
-        prompt = client.encode_chat(asked, [BLUE])
-        answer = client.print_answer(prompt, SamplingOptions(8, 0.0, 1.0, None))
+    options = ConnectionOptions.of(
+        {"initial_peers": swarm.addresses, "codec": "none", "dtype": "float32"}, (*JOINING, *GENERATING)
+    )
+    with pytest.raises(UnsupportedModel, match="models of the family 'llama' read no images"):
+        TextGenerator.connect(ModelConnection(str(demo_checkpoint), options), sees_images=True)
+    client = TextGenerator.connect(ModelConnection(str(whole.folder), options), sees_images=True)
+    greedy = SamplingOptions(8, 0.0, 1.0, None)
+    with closing(client.model), client.model.session():
+        prompt = client.encode_prompt("A bee?", chat=None, system="Brief.", images=[BLUE])
+        answer = client.print_answer(prompt, greedy)
         _, expected = answer_of(whole, "system: Brief.|user: <image>A bee?|assistant:", [BLUE], 8)
         assert answer.text == expected and expected.strip() in capsys.readouterr().out
-        more = [*asked, {"role": "assistant", "content": answer.text}, {"role": "user", "content": "Why?"}]
-        again = client.print_answer(client.encode_chat(more, [BLUE]), SamplingOptions(8, 0.0, 1.0, None))
+        said = [("system", "Brief."), ("user", "A bee?"), ("assistant", answer.text), ("user", "Why?")]
+        messages = [{"role": role, "content": text} for role, text in said]
+        again = client.print_answer(client.encode_chat(messages, [BLUE]), greedy)
+        with pytest.raises(SplitnetError, match="images need the chat template of the model: leave out --raw"):
+            client.encode_prompt("A bee?", chat=False, images=[BLUE])
     text = f"system: Brief.|user: <image>A bee?|assistant: {answer.text}|user: Why?|assistant:"
     assert again.text == answer_of(whole, text, [BLUE], 8)[1]
-    assert isinstance(prompt.pixels["pixel_values"], torch.Tensor)

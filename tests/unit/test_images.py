@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, process_prompt, read_images
+from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, image_file, process_prompt, read_images
 from tests.images import as_base64, hostile_images, huge_png, of_one_colour
 from tests.leftovers import outliving_tests
 
@@ -49,6 +49,16 @@ def test_large_files_and_many_images_are_refused_unread() -> None:
         read_images(["A" * (MOST_BYTES * 4 // 3 + 8)])
     with pytest.raises(ImageError, match="17 images are too many: send at most 16"):
         read_images(["A"] * 17)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"the image .*none\.png cannot be read \(No such file or directory\)"):
+        image_file(tmp_path / "none.png")
+    (tmp_path / "large.png").write_bytes(bytes(MOST_BYTES + 1))
+    with pytest.raises(ImageError, match=r"large\.png has more than 20000000 bytes: give a smaller one"):
+        image_file(tmp_path / "large.png")
+    (tmp_path / "red.png").write_bytes(base64.b64decode(of_one_colour()))
+    assert image_file(tmp_path / "red.png") == of_one_colour()
 
 
 def test_images_are_read_as_browsers_show_them() -> None:
