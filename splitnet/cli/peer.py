@@ -161,7 +161,7 @@ def peer(
         bool | None,
         in_sharing(
             "--share-weights/--no-share-weights",
-            help="Send weights to permitted keys. Default: on in closed swarms, or if --authorized-keys lacks `anyone`.",
+            help="Send weights to permitted keys. Default: on in closed swarms or if --authorized-keys lacks `anyone`.",
             show_default=False,
         ),
     ] = None,
