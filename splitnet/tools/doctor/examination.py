@@ -18,7 +18,7 @@ from scheduler.route import best_route
 from splitnet.blocks.chosen_device import AUTO
 from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, allowed_skew_s, ask_nodes
+from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, ask_nodes, import_hivemind
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join as join_swarm
 from splitnet.directory.mdns import LocalNetwork, what_was_found
@@ -432,7 +432,7 @@ def _way_to(
     yield from found
     allowed_s = MAX_CLOCK_SKEW_S
     if present:
-        allowed_s = allowed_skew_s()
+        allowed_s = import_hivemind().max_skew_s
         agreement = clocks(present, allowed_s)
         yield agreement
         # If this machine's clock is wrong, records of peers seem to be expired, or to be from the future.
