@@ -70,7 +70,7 @@ def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Seq
             model.compute_states(pad, lambda told: None, [])
             states_joules = model.training_joules
             different = {tuple(row.ids) for row in (*rows, *held_out)}
-            share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
+            share = sum(map(len, different)) / sum(len(row.ids) for row in model.rows)
             disk_bytes = int(model.disk_bytes * share)
         states_s, filled, joules = time.perf_counter() - began, model.training_bytes, model.training_joules
         times: list[float] = []
