@@ -299,7 +299,7 @@ class TuningRun:
         self.stopped: Sequence[int] = ()  # received signals to stop
         self.sound: Callable[[], None] = lambda: None  # called in a step when the loss and the gradient are finite
         self._rows = rows
-        self._pad = pad
+        self.pad = pad
         self._head = head
         self.device = device
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -430,7 +430,7 @@ class TuningRun:
         spared = {"logits_to_keep": 1} if not self._head and getattr(self.model, "loss_in_parts", False) else {}
         total = 0.0
         for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], self._pad, head=self._head, device=self.device)
+            batch = collate(rows[start : start + size], self.pad, head=self._head, device=self.device)
             share = sum(weights[start : start + size]) / whole
             with torch.set_grad_enabled(backward):
                 loss = self.model(**batch, **spared).loss * share
@@ -457,7 +457,7 @@ class TuningRun:
 
         One call of the model takes as many prompts as `PACKED` allows, as in P-RGE (arXiv:2409.15520).
         """
-        batch = collate(rows, self._pad, device=self.device)
+        batch = collate(rows, self.pad, device=self.device)
         labels = batch.pop("labels")
         places = (labels != IGNORED).any(0).nonzero().flatten()
         targets, config = labels[:, places], self.model.config.get_text_config()
