@@ -317,9 +317,8 @@ def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.tim
     seconds."""
     if not have_hivemind():
         return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
-    with asyncio.Runner(loop_factory=NodeLoop) as runner:
-        loop = runner.get_loop()
-        assert isinstance(loop, NodeLoop)
+    loop = NodeLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
         try:
             return runner.run(_ask_all(addresses, clock))
         finally:

@@ -152,10 +152,9 @@ async def punch(
     tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(line)) for line in tried)]
     result: tuple[socket.socket, PathKind] | None = None
     try:
-        async with asyncio.timeout(PUNCH_S):
-            result = await asyncio.shield(found)
-    except TimeoutError:
-        pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PUNCH_S):
+                result = await asyncio.shield(found)
     finally:
         with _lock:
             _places.leave_place(host=host)

@@ -137,17 +137,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Any,
-    rows: Sequence[Encoded],
-    *,
-    batch_size: int,
-    pad: int,
-    words: Sequence[int] | None = None,  # the first token of each label; the likeliest of these is the model's choice
-    head: bool = False,  # whether the model's logits are logits of labels
-    advance: Callable[[int], None] | None = None,  # called with the number of rows after each batch
-    device: torch.device | str = "cpu",
+    run: TuningRun, rows: Sequence[Encoded], words: Sequence[int] | None, advance: Callable[[int], None]
 ) -> Evaluation:
-    """Evaluates a model on rows, by forward passes."""
+    """Evaluates the model of a run on rows, by forward passes.
+
+    words: the first token of each label; the likeliest of these is the model's choice. None: the run has a head, or no
+    labels. advance: called with the number of rows after each batch.
+    """
+    model, head, batch_size = run.model, run.head, run.settings.batch_size
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
     in_parts = not head and getattr(model, "loss_in_parts", False)
@@ -158,9 +155,9 @@ def evaluate(
         kept: dict[str, Any] = {}
         if in_parts:
             asked = sorted(set(places))
-            kept = {"logits_to_keep": torch.tensor(asked, device=device)}
+            kept = {"logits_to_keep": torch.tensor(asked, device=run.device)}
             places = [asked.index(place) for place in places]
-        output = model(**collate(part, pad, head=head, device=device), **kept)
+        output = model(**collate(part, run.pad, head=head, device=run.device), **kept)
         weight = len(part) if head else sum(row.learned for row in part)
         loss_sum += float(output.loss) * weight
         weight_sum += weight
@@ -169,8 +166,7 @@ def evaluate(
         elif words is not None:
             scores = [logits[place, list(words)] for logits, place in zip(output.logits, places, strict=True)]
             right += sum(int(one.argmax()) == row.choice for one, row in zip(scores, part, strict=True))
-        if advance:
-            advance(len(part))
+        advance(len(part))
     classified = head or words is not None
     return Evaluation(loss_sum / weight_sum, right / len(rows) if classified else None)
 
@@ -376,10 +372,8 @@ class Tuning:
                 return
             if any(line["step"] == done and "eval_loss" in line for line in folder.metrics()):
                 return
-            size, device = self.settings.batch_size, run.device
             with progress.evaluating(len(held_out)) as advance:
-                how: dict[str, Any] = {"words": words, "head": self.head, "advance": advance, "device": device}
-                result = evaluate(run.model, held_out, batch_size=size, pad=run.pad, **how)
+                result = evaluate(run, held_out, words, advance)
             if not math.isfinite(result.loss):
                 raise run.overflow(f"the loss on held-out examples is {result.loss}")
             folder.add_metrics({"step": done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
