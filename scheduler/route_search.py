@@ -115,10 +115,12 @@ class Searcher(Protocol[Route]):
     @property
     def peer_names(self) -> AbstractSet[str]:
         """The names of all peers that have records."""
+        ...
 
     def plan_route(self, left_out: frozenset[str]) -> PlannedRoute[Route] | None:
         """The best route without these peers, or None. Raises an error if there is no route even through all
         peers."""
+        ...
 
     def measure_peers(self, ends: Sequence[str], others: Sequence[str]) -> set[str] | None:
         """Pings as many peers as the client still may; `ends` and `others` may overlap. None: the client may
@@ -126,12 +128,15 @@ class Searcher(Protocol[Route]):
 
         Returns those of `ends` whose links are measured afterwards.
         """
+        ...
 
     def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
         """See `scheduler/candidates.py:CandidateIndex.beside_silent`."""
+        ...
 
     def choose_peers(self, among: AbstractSet[str], count: int, *, likely: bool) -> list[str]:
         """This many of the peers in `among`: the likeliest on routes (`likely`), or any."""
+        ...
 
 
 def searched_route(
