@@ -128,13 +128,11 @@ class DhtDirectory(SwarmDirectory):
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         found = self._read_keys(shard_keys(model) if model else [MODELS_KEY]).records.values()
-        return latest(
-            model,
-            [
-                [record for subkey, record in records if subkey == (record.key.text if model else record.model)]
-                for records in found
-            ],
-        )
+        rightly_named = [
+            [record for subkey, record in records if subkey == (record.key.text if model else record.model)]
+            for records in found
+        ]
+        return latest(model, rightly_named)
 
     def meet(self, addresses: Sequence[str]) -> int:
         """Joins the DHT of this node with the DHTs of the nodes at `addresses` (multiaddrs). Returns how many
