@@ -238,13 +238,14 @@ class Span:
                     codes_on=chosen.device if chosen.keeps_codes else None,
                 )
             chosen = chosen.as_loaded(getattr(module, "held", None) for module in backbone.modules())
+            parent: Any = parent_of(backbone, container)[0]
+            if (rope := rope_with_axes(checkpoint.store.config, getattr(parent, "rotary_emb", None))) is not None:
+                parent.rotary_emb = rope
             nn.Module.to(backbone, device).requires_grad_(False)
             for block in backbone.get_submodule(container).children():
                 move_to_large_pages(block)
             use_device_kernels(backbone, wanted)
             prove_grouped_product(backbone)
-            if (rope := rope_with_axes(checkpoint.store.config)) is not None:
-                parent_of(backbone, container)[0].rotary_emb = rope.to(device)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs, kv=kv)

@@ -8,6 +8,7 @@ span checks this, so a family with further requirements is refused, not run wron
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
     **_alike("ernie4_5_moe gpt_oss", Family(packs=True, torch_step=True, native_step=True)),
     **_alike("phi3 starcoder2", Family(packs=True, native_step=True, one_window=True, mlx=True)),
     "ministral3": Family(packs=True, mlx=True),
-    "gemma4_text": Family(packs=True),
+    **_alike("gemma4_text gemma4_unified_text", Family(packs=True)),
     **_alike("bloom deepseek_v2 falcon glm4_moe_lite mpt youtu", Family(native_step=True)),
     **_alike(
         "bamba falcon_h1 granitemoehybrid kimi_linear lfm2 lfm2_moe mamba2 nemotron_h olmo_hybrid qwen3_5_moe_text "
@@ -119,8 +120,12 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3n_text": Family(refused="its blocks share states with each other besides the hidden state"),
     "glm4v_moe_text": Family(text_as="glm4_moe", text_values={"use_qk_norm": False}),
     "glm4v_text": Family(text_as="glm4", text_values={"attention_bias": True}, heads_share_hidden=True),
+    "glm_ocr_text": Family(text_as="glm4", text_values={"attention_bias": False}),
+    "granite4_vision_text": Family(text_as="granite"),
+    "hunyuan_vl_text": Family(text_as="hunyuan_v1_dense"),
     "kimi_k2": Family(same_as="deepseek_v3"),
     "mimo": Family(same_as="qwen2"),
+    "paddleocr_vl_text": Family(text_as="llama"),
     **_alike("qwen2_5_vl_text qwen2_vl_text", Family(text_as="qwen2", heads_share_hidden=True)),
     "qwen3_vl_moe_text": Family(text_as="qwen3_vl_moe_alone", text_values={"norm_topk_prob": True}),
     "qwen3_vl_text": Family(text_as="qwen3"),
@@ -158,29 +163,52 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
     # Without images, the three positions of every token are equal, so the family's rotary embedding gives the same.
     rope = {key: value for key, value in (text.rope_parameters or {}).items() if key[:5] not in ("mrope", "type")}
-    values |= {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope}
+    rope = {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope
+    values["rope_parameters"] = dict(rope)
     values |= family.text_values
     if family.heads_share_hidden:
         values["head_dim"] = text.hidden_size // text.num_attention_heads
-    return CONFIG_MAPPING[family.text_as](**values)
+    found = CONFIG_MAPPING[family.text_as](**values)
+    found.rope_parameters |= rope  # some classes replace `partial_rotary_factor` by a default of their own
+    return found
 
 
-def rope_with_axes(whole: PreTrainedConfig) -> nn.Module | None:
+def rope_with_axes(whole: PreTrainedConfig, own: nn.Module) -> nn.Module | None:
     """The rotary embedding of a multimodal model whose text model `text_config_of` replaces: it takes positions with
-    several axes, and gives the same where the axes are equal. None: the text model is not replaced."""
+    several axes, and gives the same as `own`, that of the replacement, where the axes are equal. None: the text model
+    is not replaced. Raises UnsupportedModel: it gives something else than `own`."""
     text = whole.get_text_config()
     if not family_of(text).text_as:
         return None
     with torch.device("meta"):
-        ropes = AutoModel.from_config(text).modules()
-        found = next(type(module) for module in ropes if hasattr(module, "rope_type") and hasattr(module, "inv_freq"))
-    return found(config=text)
+        if type(text) in AutoModel._model_mapping:
+            model = AutoModel.from_config(text)
+        else:
+            model = image_text_class(whole)(copy.deepcopy(whole)).get_decoder()
+        ropes = (module for module in model.modules() if hasattr(module, "rope_type") and hasattr(module, "inv_freq"))
+        found = type(next(ropes))
+    states, positions = torch.zeros(1, 3, text.hidden_size), torch.arange(5, 8)[None]
+    expected = own(states, positions)
+    for kind in (found, type(found.__name__, (_InHalves, found), {})):
+        rope = kind(config=text)
+        if all(map(torch.allclose, rope(states, positions), expected)):
+            return rope
+    raise UnsupportedModel(f"the rotary embedding of the family {text.model_type!r} is not that of {own}")
+
+
+class _InHalves(nn.Module):
+    """A rotary embedding that gives its values in two equal halves, for blocks that repeat the first half in their own
+    order. Without this class, it gives each value twice in a row."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = super().forward(x, position_ids)  # pyright: ignore
+        return tuple(torch.cat((each[..., ::2], each[..., ::2]), dim=-1) for each in found)
 
 
 def make_known(config: PreTrainedConfig) -> None:
     """Registers text models that transformers hides in multimodal ones. Call it before transformers' auto classes are
     used."""
-    if config.model_type in ("step3p5", "qwen3_vl_moe_text"):
+    if config.model_type in ("mistral4", "step3p5", "qwen3_vl_moe_text"):
         _make_text_models_known()
 
 
@@ -190,7 +218,15 @@ def _make_text_models_known() -> None:
     their checkpoints and their conversions."""
     # Imported here because these modules import slowly and are rarely needed.
     from torch import nn
-    from transformers import GenerationMixin, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
+    from transformers import (
+        GenerationMixin,
+        Mistral4Config,
+        Mistral4ForCausalLM,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        Qwen3MoeModel,
+    )
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -228,6 +264,7 @@ def _make_text_models_known() -> None:
         __module__ = Qwen3MoeModel.__module__
         config_class = Qwen3VLMoeAloneConfig
 
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
     AutoModel.register(Step3p7TextConfig, Step3p7TextModel, exist_ok=True)
     AutoModelForCausalLM.register(Step3p7TextConfig, Step3p5ForCausalLM, exist_ok=True)
     within_towers = get_checkpoint_conversion_mapping("step3p7") or []

@@ -81,6 +81,8 @@ class RemoteImageTextToText(RemoteCausalLM):
             if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
                 compute: Any = module.get_image_features
                 vars(module)["get_image_features"] = _KeptFeatures(compute)
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        self._axes = len(rope.get("mrope_section") or range(3))
         given = inspect.signature(self.transformers_class.forward).parameters
         self.prompt_arguments = frozenset(given) - FORWARD.keys() - {"self", "kwargs"} | {"token_type_ids"}
 
@@ -133,7 +135,7 @@ class RemoteImageTextToText(RemoteCausalLM):
         checked = mask_of(mask, batch, past + new)
         rotary = None
         if positions is not None and positions.ndim == 3:
-            positions, rotary = None, _rotary_positions(positions, checked, past)
+            positions, rotary = None, _rotary_positions(positions, checked, past, self._axes)
         groups = None if handed_mask is None else handed_mask[:, past:].clamp(min=0)
         if groups is None or not bool(groups.any()):
             groups = None
@@ -151,9 +153,9 @@ class RemoteImageTextToText(RemoteCausalLM):
         return CallArguments(checked, positions, inputs)
 
 
-def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int) -> torch.Tensor | None:
+def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int, axes: int) -> torch.Tensor | None:
     """`[batch, new, axes]` of positions `[axes, batch or 1, new]`; None: they are the numbers of the positions."""
-    if positions.shape[0] == 4:  # the first axis numbers the positions without images
+    if positions.shape[0] > axes:  # the first axis numbers the positions without images
         positions = positions[1:]
     counted = (mask.long().cumsum(dim=1) - 1)[:, past:].to(positions.device)
     given = positions.expand(-1, len(mask), -1)
