@@ -153,8 +153,8 @@ def _mask_handed(
 
     pieces = new.split(_CHECKED_ROWS)
     neighbours = (new + 1).clamp(max=int(new[-1])).split(_CHECKED_ROWS)
-    seen = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]
-    after = torch.cat(seen, dim=1)[:, :-1]
+    each = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]
+    after = torch.cat(each, dim=1)[:, :-1]
     if not bool(after.any()) and not bool(sees(new[:-1], new[-1:]).any()):
         return found.as_subclass(GroupMask)
     begins = torch.cat((torch.ones_like(after[:, :1]), ~after), dim=1)
@@ -162,9 +162,10 @@ def _mask_handed(
     groups = begins.cumsum(1).masked_fill(alone, 0)
     for own, some in zip(pieces, groups.split(_CHECKED_ROWS, dim=1), strict=True):
         same = (some[:, :, None] == groups[:, None]) & (some[:, :, None] > 0)
-        if bool(((sees(own, new) != same) & (own[:, None] < new)).any()):
+        seen = sees(own, new)
+        if bool((((seen != same) & (own[:, None] < new)) | (same & ~seen)).any()):
             raise UnsupportedModel(
-                "positions of the model see later positions that are not their neighbours: use its text"
+                "positions of the model see later positions without a group, or not all of their group: use its text"
             )
     own_columns = found[:, kv_length - q_length :]
     found[:, kv_length - q_length :] = torch.where(own_columns < 0, own_columns, groups)

@@ -64,3 +64,16 @@ def test_tensors_that_peers_do_not_read_are_refused() -> None:
         blocks[0](torch.zeros(1, 2, 4), per_layer_input=torch.zeros(1, 2, 4))
     with pytest.raises(UnsupportedModel, match="argument 2"):
         blocks[0](torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+
+
+def test_groups_of_which_positions_see_only_a_part_are_refused() -> None:
+    config = LlamaConfig()
+    config._attn_implementation_internal = HANDED
+
+    def within_two(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return (query - column).abs() < 2
+
+    with pytest.raises(UnsupportedModel, match="not all of their group"):
+        create_causal_mask(
+            config, torch.zeros(1, 4, 4), None, None, or_mask_function=within_two, and_mask_function=within_two
+        )
