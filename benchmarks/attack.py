@@ -300,6 +300,7 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "texts of megabytes": lambda at, seconds: gateway.long_texts(at.url, seconds=seconds, key=at.key),
     "schemas nested deep": lambda at, seconds: gateway.deep_schemas(at.url, seconds=seconds, key=at.key),
     "requests that unfold": lambda at, seconds: gateway.bombs(at.url, seconds=seconds, key=at.key),
+    "images that unfold": lambda at, seconds: gateway.hostile_images(at.url, seconds=seconds, key=at.key),
     "bodies without an end": lambda at, seconds: gateway.unfinished_bodies(at.url, seconds=seconds, key=at.key),
     "bodies that trickle": lambda at, seconds: gateway.trickled_bodies(at.url, seconds=seconds, key=at.key),
     "half requests": lambda at, seconds: gateway.half_requests(at.url, seconds=seconds, key=at.key),

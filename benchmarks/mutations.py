@@ -57,9 +57,37 @@ SESSION = [
     Fault(
         "a relay log is kept although hops reach each other",
         "splitnet/session/failover.py",
-        "            self.relay_log = None  # the log would lack what the hop sends directly",
+        "            self.relay_log = None  # the log would lack the outputs that the hop sends directly",
         "            pass",
         ("tests/unit/session/test_machine.py",),
+    ),
+    Fault(
+        "page labels do not depend on block inputs",
+        "splitnet/wire/sent_log.py",
+        "others = (repr(inputs).encode(), values) if inputs else ()",
+        "others = ()",
+        ("tests/unit/wire/test_block_inputs.py",),
+    ),
+    Fault(
+        "hops drop block inputs",
+        "splitnet/wire/block_inputs.py",
+        "if each.block >= block]",
+        "if each.block < 0]",
+        ("tests/unit/wire/test_block_inputs.py",),
+    ),
+    Fault(
+        "replays cut groups",
+        "splitnet/wire/sent_log.py",
+        "last = end_of_group(row.inputs.group_at, min(start + step, end), end)",
+        "last = min(start + step, end)",
+        ("tests/unit/wire/test_block_inputs.py",),
+    ),
+    Fault(
+        "a prompt with images continues the cached positions",
+        "splitnet/hf/image_text.py",
+        "                cache.remote.reset()",
+        "                pass",
+        ("tests/swarm/test_images.py",),
     ),
     Fault(
         "requests in flight are not sent again",

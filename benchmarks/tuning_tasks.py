@@ -219,7 +219,7 @@ def train_alone(model: str, task: str, seed: int, output: Path) -> None:
     for _ in range(settings.steps):
         run.take_step()
     grown = peak() - before
-    found = evaluate(run.model, held_out, batch_size=BATCH, pad=pad, words=words)
+    found = evaluate(run, held_out, words, lambda _: None)
     line = {"step": settings.steps, "eval_loss": found.loss, "eval_accuracy": found.accuracy}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (folder / "memory.json").write_text(json.dumps({"client": [before, grown], "peer": None}))

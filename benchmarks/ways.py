@@ -2,7 +2,8 @@
 
     python -m benchmarks.ways [--rounds 5]
 
-The caller, the unreachable peer and the helper are three processes. All ways run in turns; figures are medians.
+The caller, the unreachable peer and the helper are three processes. Each round measures all ways, one after another.
+Figures are medians.
 """
 
 from __future__ import annotations

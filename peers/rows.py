@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 # Share of the reservation that rows may allocate in addition; with a smaller share, full sessions often move rows.
 AHEAD = 1 / 8
 PAGE_BYTES = 1 << 20  # upper limit of the bytes of a packed page in addition to its numbers
+OUTPUT_BYTES = 16  # upper limit, per position and hidden value, of a page's encoded output and block inputs
 LOADED_AT_ONCE = 1 << 27  # bytes of pages that are loaded into a row before other steps run
 LOADED_BESIDE = 1 << 25  # the same while several keys are active
 
@@ -60,7 +61,8 @@ class Rows:
     def most_page_bytes(self) -> int:
         """Upper limit of the bytes of a packed page."""
         sessions = self.sessions
-        return int(PAGE * (sessions.position_bytes + 4 * self.served.hidden_size)) + sessions.row_bytes + PAGE_BYTES
+        outputs = OUTPUT_BYTES * self.served.hidden_size
+        return int(PAGE * (sessions.position_bytes + outputs)) + sessions.row_bytes + PAGE_BYTES
 
     @property
     def cached_bytes(self) -> float:

@@ -13,7 +13,7 @@ from peers.prefixes import STATES, Page
 from peers.sessions import HopSession, SessionTooLong
 from splitnet.errors import ProtocolError
 from splitnet.security.identity import PublicKey
-from splitnet.wire.block_inputs import check_block_inputs, check_inputs, unpack_inputs
+from splitnet.wire.block_inputs import check_block_inputs, check_groups, check_inputs, unpack_inputs
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
 from splitnet.wire.messages import MAX_POSITIONS, FailureCode, Open, Step
@@ -80,6 +80,7 @@ class ServedBlocks:
         if message.inputs:
             check_inputs(message.inputs, message.parts)
             check_block_inputs(message.inputs, self.hidden_size, range(session.start, session.end))
+            check_groups(message)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())

@@ -139,9 +139,9 @@ def block_joules(peer: Peer, positions: int, prompt: int = 0, context: int = 0) 
     return watts * (alone_ms * share + block_ms(peer, positions, prompt, context) - alone_ms) / 1000
 
 
-def hop_joules(peer: Peer, blocks: int, positions: int = 1) -> float | None:
-    """Joules of a step at a hop; None if the peer's power is not known."""
-    return blocks * block_joules(peer, positions) if peer.watts else None
+def hop_joules(peer: Peer, blocks: int) -> float | None:
+    """Joules of a step of one position at a hop; None if the peer's power is not known."""
+    return blocks * block_joules(peer, 1) if peer.watts else None
 
 
 def transfer_ms(link: Link, positions: int, encodings: Sequence[Encoding], prompt: int = 0) -> float:

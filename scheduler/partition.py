@@ -48,17 +48,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Devices in the order of the chain, the number of blocks of each, and the cost of a step in ms."""
+    """Devices in the order of the chain, and the number of blocks of each."""
 
     devices: tuple[int, ...]
     blocks: tuple[int, ...]
-    cost: float
 
 
-def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: int = EXACT_DEVICES) -> Chain | None:
+def cheapest_order(problem: Problem, *, everyone: bool = False) -> Chain | None:
     """The cheapest chain; None if no chain holds all blocks. Among equally cheap chains, one with the fewest devices.
 
-    everyone, exact_devices: see `fastest_partition`.
+    everyone: see `fastest_partition`.
     """
     usable = np.flatnonzero(problem.capacity > 0)
     if not len(usable) or problem.capacity.sum() < problem.num_blocks:
@@ -73,14 +72,13 @@ def cheapest_order(problem: Problem, *, everyone: bool = False, exact_devices: i
         problem.hop[usable],
         problem.links[np.ix_(corners, corners)],
     )
-    order = _exact(part, everyone) if len(usable) <= exact_devices else _searched(part, everyone)
+    order = _exact(part, everyone) if len(usable) <= EXACT_DEVICES else _searched(part, everyone)
     if order is None:
         return None
     members = np.zeros((1, len(usable)), dtype=bool)
     members[0, order] = True
     blocks, _ = _assign_blocks(part, members)
-    cost = float(_cost(part, part.links, np.array([order]))[0])
-    return Chain(tuple(usable[order].tolist()), tuple(blocks[0, order].tolist()), cost)
+    return Chain(tuple(usable[order].tolist()), tuple(blocks[0, order].tolist()))
 
 
 def _assign_blocks(problem: Problem, members: Flags) -> tuple[Integers, Integers]:
@@ -263,12 +261,11 @@ def fastest_partition(
     *,
     encodings: Sequence[Encoding],
     everyone: bool = False,
-    exact_devices: int = EXACT_DEVICES,
 ) -> Route:
     """The chain with the shortest time of a single token, from the client through all blocks and back. Its cost is this
     time in ms.
 
-    The chain is optimal if at most `exact_devices` devices have memory for a block; else a local search finds it.
+    The chain is optimal if at most `EXACT_DEVICES` devices have memory for a block; else a local search finds it.
 
     everyone: all devices with memory for a block take part, even where fewer would be faster.
 
@@ -276,7 +273,7 @@ def fastest_partition(
     or `everyone` is set and there are more devices than blocks.
     """
     problem = _problem(devices, num_blocks, network, encodings, 1)
-    chain = cheapest_order(problem, everyone=everyone, exact_devices=exact_devices)
+    chain = cheapest_order(problem, everyone=everyone)
     if chain is None:
         raise ValueError("there are more devices than blocks, so that not all can take part")
     return _route(chain, devices, network, encodings, 1)
@@ -289,7 +286,6 @@ def widest_partition(
     *,
     encodings: Sequence[Encoding],
     positions: int = 1,
-    exact_devices: int = EXACT_DEVICES,
 ) -> Route:
     """The chain with the fastest slowest stage, a device or a link, which sets the pace of many concurrent steps.
 
@@ -312,7 +308,7 @@ def widest_partition(
         at_pace = np.floor((pace - problem.hop + _SMALL) / np.maximum(problem.block, _SMALL)).clip(0, num_blocks)
         capacity = np.minimum(problem.capacity, at_pace.astype(np.int64))
         links = np.where(busy <= pace + _SMALL, problem.links, np.inf)
-        return cheapest_order(replace(problem, capacity=capacity, links=links), exact_devices=exact_devices)
+        return cheapest_order(replace(problem, capacity=capacity, links=links))
 
     low, high = 0, len(paces) - 1  # the slowest of all stages allows every chain
     best = within(float(paces[high]))

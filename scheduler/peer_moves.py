@@ -66,13 +66,12 @@ def best_move(
     max_blocks: Mapping[str, int],
     willingness: Willingness | None = None,
     moving: Mapping[str, tuple[int, int]] | None = None,
-    min_gain: float = MIN_GAIN,
 ) -> PeerMove | None:
     """The move that improves the swarm most; None if no move pays. The order of the peers does not matter.
 
     While some blocks have no peer, the model cannot be used: a move fills as many of them as possible, at any cost.
     Otherwise the throughput of the weakest block counts (as in `choose_span`). A move must raise weak blocks, which
-    have less than 1 + `min_gain` times the throughput of the weakest, beyond that mark, and leave all other blocks
+    have less than 1 + `MIN_GAIN` times the throughput of the weakest, beyond that mark, and leave all other blocks
     above it. Lifting only some of the weak blocks earns that share of the gain, because other peers must follow. The
     gain within `HORIZON_S` must exceed the tokens lost while the peer loads and its sessions are replayed (at worst,
     the swarm waits for each).
@@ -95,7 +94,7 @@ def best_move(
         return _fill(view) or _shift(view)
     if moving:
         return None
-    return _reinforce(view, willingness or Willingness(), min_gain)
+    return _reinforce(view, willingness or Willingness())
 
 
 class _MoveFacts:
@@ -186,7 +185,7 @@ def _distance_to_holes(replicas: Floats) -> Integers:
     return nearest
 
 
-def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> PeerMove | None:
+def _reinforce(view: _MoveFacts, willingness: Willingness) -> PeerMove | None:
     """The move with the largest gain for the weakest blocks, less its cost, of a peer with the lowest id at no
     block."""
     ids, now = view.serving.ids, view.planned
@@ -195,7 +194,7 @@ def _reinforce(view: _MoveFacts, willingness: Willingness, min_gain: float) -> P
     if not len(movers):
         return None
     weakest = float(now.min())
-    mark = weakest * (1 + min_gain)
+    mark = weakest * (1 + MIN_GAIN)
     old_start, old_end, length = view.serving.start[movers], view.serving.end[movers], view.length[movers]
     old_rate = view.rate[movers]
     new_rate = rates(view.serving.work_ms[movers], length, view.serving.sending_ms[movers])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count, groupby, pairwise
@@ -301,7 +301,6 @@ def best_route(
     in_flight: int = 1,
     source: str = CLIENT,
     target: str = CLIENT,
-    exclude: Collection[str] = frozenset(),
     energy_slowdown: float | None = None,
     rng: random.Random | None = None,
 ) -> Route:
@@ -311,8 +310,8 @@ def best_route(
     batches and training.
     `energy_slowdown` selects the route with the least energy per step instead, see `thriftiest_chain`.
 
-    Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
-    near-equal routes is random, so that clients with the same facts spread; without it the best route is returned.
+    Peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among near-equal routes is
+    random, so that clients with the same facts spread; without it the best route is returned.
 
     encodings: the codecs that a link may use. source, target: the sender to the first hop, and the last receiver.
     prompt: positions before the first token, which count with `PROMPT_SHARE`. context: positions that the session then
@@ -327,10 +326,9 @@ def best_route(
     if energy_slowdown is not None and in_flight > 1:
         raise ValueError("with energy_slowdown, a route is planned for one step in flight")
     first, end = blocks
-    present = [peer for peer in peers if peer.id not in exclude]
-    usable = [peer for peer in present if peer.kv_free >= kv_needed]
+    usable = [peer for peer in peers if peer.kv_free >= kv_needed]
     if unserved := missing_blocks(usable, end, first):
-        missing = missing_blocks(present, end, first)
+        missing = missing_blocks(peers, end, first)
         raise NoRoute(missing, [] if missing else unserved)
     usable = [peer for peer in usable if peer.start < end and peer.end > first]
     names = tuple(sorted({CLIENT, source, target, *by_id}))  # all peers, so that the table is filled once

@@ -1,4 +1,4 @@
-"""Bounds of time and memory for libraries that read what strangers wrote: chat templates, grammars, schemas.
+"""Bounds of time and memory for libraries that read what strangers wrote: chat templates, grammars, schemas, images.
 
 The library runs in a separate process (`bounded_program.py`) that is killed when a question exceeds its bounds.
 """

@@ -1,4 +1,4 @@
-"""Jobs of libraries on text of strangers, with bounds of time and memory; `bounded.py` starts this program.
+"""Jobs of libraries on texts and images of strangers, with bounds of time and memory; `bounded.py` starts this program.
 
     python -P bounded_program.py JOB
 
@@ -23,11 +23,14 @@ LENGTH_BYTES = 8
 STACK_BYTES = 4 << 20  # Stack of the thread that does the jobs: half of the usual stack of a thread
 NICENESS = 10  # lower priority, so that steps of answers run first
 
-BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20)}
+BOUNDS = {"template": (10, 512 << 20), "grammar": (1, 128 << 20), "image": (10, 1 << 30)}
 """Seconds of processor time, and bytes of memory in addition to the setup, for a question of each job."""
 
 GRAMMAR_LIMITS: dict[str, Any] = {"max_lexer_states": 2**15, "verbose_errors": False}
 """Limits of llguidance for an answer that differ from its defaults; a state takes up to 2 kB."""
+
+MOST_PIXELS = 50_000_000  # Pixels of the largest image that is read
+MOST_TIMES = 100  # Longest side of an image, in shortest sides: some models scale the shortest side to a fixed length
 
 FIRST_TOKENS = 8  # Tokens of an answer with which a grammar is tried
 
@@ -88,7 +91,57 @@ def grammars(setup: dict[str, Any]) -> Job:
     return answer
 
 
-JOBS: dict[str, Callable[[Any], Job]] = {"template": templates, "grammar": grammars}
+def images(_setup: None) -> Job:
+    """Reads images as browsers show them. The answer: width, height, and the RGB values in base64."""
+    from base64 import b64decode, b64encode
+    from io import BytesIO
+
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.MAX_IMAGE_PIXELS = None  # refused below, with the number
+
+    def answer(question: dict[str, Any]) -> tuple[int, int, str]:
+        try:
+            data = b64decode("".join(question["data"].split()), validate=True)
+        except ValueError:
+            raise ValueError("it is not valid base64") from None
+        try:
+            image: Any = Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF"))
+        except UnidentifiedImageError:
+            raise ValueError("it is not a PNG, JPEG, WebP or GIF image, or its beginning is damaged") from None
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"it has {width} x {height} pixels, and at most {MOST_PIXELS} are read")
+        if max(width, height) > MOST_TIMES * min(width, height):
+            raise ValueError(f"it has {width} x {height} pixels: one side is more than {MOST_TIMES} times the other")
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # phones write photos with previews as MPO
+            raise ValueError("it is animated, and only still images are read")
+        shrink = min(1.0, (question["most"] / (width * height)) ** 0.5)
+        if shrink < 1:
+            image.draft(None, (int(width * shrink), int(height * shrink)))  # a JPEG is read at a part of its size
+        try:
+            image.load()
+        except (OSError, SyntaxError, EOFError) as error:
+            raise ValueError(f"it is damaged ({error})") from None
+        with suppress(Exception):  # as in browsers, invalid EXIF data does not turn an image
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image, seen = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            seen.paste(image, mask=image.getchannel("A"))
+            image = seen
+        image = image.convert("RGB")
+        shrink = min(1.0, (question["most"] / (image.width * image.height)) ** 0.5)
+        if shrink < 1:
+            image = image.resize([max(1, int(side * shrink)) for side in image.size])
+        return *image.size, b64encode(image.tobytes()).decode()
+
+    return answer
+
+
+JOBS: dict[str, Callable[[Any], Job]] = {"template": templates, "grammar": grammars, "image": images}
 
 
 def main(name: str) -> None:

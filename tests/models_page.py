@@ -14,6 +14,7 @@ from splitnet.checkpoint.families import Family
 from splitnet.checkpoint.gguf.file import BLOCK_TYPES
 from splitnet.quant.grouped import held_bytes
 from splitnet.quant.packed_tensor import CodeLayout, ScaleFormat
+from tests.image_models import IMAGE_MODELS
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
 from tests.swarm.test_families import FAMILIES
 
@@ -80,6 +81,13 @@ def sections() -> Iterator[str]:
     yield table(
         ("family", "why"),
         [(f"`{name}`", why) for name, why in sorted((name, one.refused) for name, one in FACTS.items()) if why],
+    )
+    yield "## Models that read images"
+    yield (
+        "These families give the same logits and tokens as whole models in transformers, with none, one and several "
+        "images (`tests/swarm/test_images.py`; [how to use them](images.md)): "
+        f"{', '.join(f'`{name}`' for name in sorted(IMAGE_MODELS))}. Others are tried, and refused if they hand their "
+        "blocks anything that peers do not read."
     )
     yield "## Formats"
     yield f"Bits per weight in the files and in memory, for a matrix of {SIDE} x {SIDE} weights."

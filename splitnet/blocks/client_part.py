@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Never
 
 import torch
@@ -179,12 +179,33 @@ def load_image_text_part(
     kinds = getattr(whole.get_text_config(), "layer_types", None) or ["full_attention"] * checkpoint.num_blocks
     stand_ins = [BlockStandIn(blocks, returns_tuple, handed, index, kind) for index, kind in enumerate(kinds)]
     setattr(parent, name, BlockList(stand_ins, outlines))
-    for config in (parent.config, model.config.get_text_config()):
+    configs: list[Any] = [parent.config, model.config.get_text_config()]
+    for config in configs:
         config._attn_implementation_internal = HANDED
     hold_head(model, choose_weights(weights, dtype, checkpoint.dtype, torch.device(device)))
     use_device_kernels(model, computes)
     model.generation_config = checkpoint.generation_config()
+    _check_between(model, stand_ins, handed)
     return model
+
+
+@torch.no_grad()
+def _check_between(model: Any, stand_ins: Sequence[BlockStandIn], handed: HandedStates) -> None:
+    """Raises UnsupportedModel: the model changes hidden states between its blocks, also in a text without images."""
+    ids = torch.arange(1, 4, device=model.device)[None]
+    noise = torch.randn(1, 3, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(model.device, model.dtype)
+    blocks, stand_ins[-1].blocks = stand_ins[-1].blocks, nn.Identity()
+    for each in stand_ins:
+        each.output = noise
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        stand_ins[-1].blocks = blocks
+        for each in stand_ins:
+            each.output = None
+    if not all(torch.equal(handed.added[index], noise) for index in range(1, len(stand_ins))):
+        raise UnsupportedModel(f"the family {model.config.model_type!r} changes hidden states between its blocks")
 
 
 def check_all_is_taken(checkpoint: Checkpoint) -> None:

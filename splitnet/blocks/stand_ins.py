@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa, causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa
 
 from splitnet.errors import UnsupportedModel
 
@@ -135,14 +135,15 @@ class BlockStandIn(AllBlocks):
         super().__init__(blocks, returns_tuple)
         self.attention_type = self.layer_type = self.block_type = kind
         self._handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
+        self.output: Tensor | None = None  # in place of zeros
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
         self._handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
         if self._is_last:
             return super().forward(self._handed.first)
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self._returns_tuple else zeros
+        output = torch.zeros_like(hidden_states) if self.output is None else self.output
+        return (output, None) if self._returns_tuple else output
 
 
 def _mask_handed(
@@ -151,7 +152,8 @@ def _mask_handed(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    *,
+    mask_function: Callable[..., Tensor],
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
@@ -178,8 +180,8 @@ def _mask_handed(
 
     pieces = new.split(_CHECKED_ROWS)
     neighbours = (new + 1).clamp(max=int(new[-1])).split(_CHECKED_ROWS)
-    seen = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]
-    after = torch.cat(seen, dim=1)[:, :-1]
+    each = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]
+    after = torch.cat(each, dim=1)[:, :-1]
     if not bool(after.any()) and not bool(sees(new[:-1], new[-1:]).any()):
         return found.as_subclass(GroupMask)
     begins = torch.cat((torch.ones_like(after[:, :1]), ~after), dim=1)
@@ -191,9 +193,7 @@ def _mask_handed(
         seen = sees(own, new)
         within_window |= bool((same & ~seen).any())
         if bool(((seen != same) & (own[:, None] < new)).any()):
-            raise UnsupportedModel(
-                "positions of the model see later positions that are not their neighbours: use its text"
-            )
+            raise UnsupportedModel("positions of the model see later positions without a group: use its text")
     own_columns = found[:, kv_length - q_length :]
     found[:, kv_length - q_length :] = torch.where(own_columns < 0, own_columns, groups)
     made = found.as_subclass(GroupMask)

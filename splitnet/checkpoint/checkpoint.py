@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_positions, text_config_of
+from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_positions, reads_images, text_config_of
 from splitnet.checkpoint.safetensors import SafetensorsStore
 from splitnet.checkpoint.store import Progress, TensorStore
 from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
@@ -230,6 +230,11 @@ class Checkpoint:
         if self.tokenizer_source == self.store.source:
             return self.store.tokenizer()
         return open_store(self.tokenizer_source).tokenizer()
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the checkpoint is that of a model with towers for images."""
+        return reads_images(self.store.config)
 
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; without these, the defaults of its config."""

@@ -294,9 +294,14 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 
+def reads_images(whole: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for images and texts of this family."""
+    return type(whole) in AutoModelForImageTextToText._model_mapping
+
+
 def image_text_class(whole: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of a multimodal model that reads images and texts. Raises UnsupportedModel: transformers has none."""
-    if type(whole) not in AutoModelForImageTextToText._model_mapping:
+    if not reads_images(whole):
         raise UnsupportedModel(
             f"models of the family {whole.model_type!r} read no images: use AutoModelForCausalLM for their text"
         )

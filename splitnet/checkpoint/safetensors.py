@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import FAMILIES, check_values
 from splitnet.checkpoint.quant.compressed_tensors import CompressedTensors
@@ -327,6 +327,15 @@ class SafetensorsStore:
             lambda why: ModelNotFound(f"{self.name} has no usable tokenizer: add its tokenizer files ({why})")
         ):
             return AutoTokenizer.from_pretrained(self.source, trust_remote_code=False, **self._options)
+
+    def processor(self) -> Any:
+        with replace_library_errors(
+            lambda why: ModelNotFound(
+                f"{self.name} has no usable processor of images: add its processor files, and install torchvision "
+                f"where transformers asks for it ({why})"
+            )
+        ):
+            return AutoProcessor.from_pretrained(self.source, trust_remote_code=False, **self._options)
 
     def generation_config(self) -> GenerationConfig | None:
         with replace_library_errors(

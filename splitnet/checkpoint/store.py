@@ -116,6 +116,10 @@ class TensorStore(TensorFiles, Protocol):
         """The tokenizer of the checkpoint. Raises ModelNotFound: it has none."""
         ...
 
+    def processor(self) -> Any:
+        """transformers' processor of texts and images. Raises ModelNotFound: the checkpoint has none."""
+        ...
+
     def generation_config(self) -> GenerationConfig | None:
         """The checkpoint's defaults for generation; None: it has none."""
         ...

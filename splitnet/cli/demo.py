@@ -164,9 +164,9 @@ def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, c
     client = TextGenerator.connect(ModelConnection(checkpoint, options))
     with closing(client.model):
         typer.secho(f"\n> {prompt}\n", bold=True)
-        ids = client.encode_prompt(prompt, chat=None)
+        asked = client.encode_prompt(prompt, chat=None)
         with client.model.session() as cache:
-            answer = client.print_answer(ids, SamplingOptions(max_new_tokens, 0.0, 1.0, None))
+            answer = client.print_answer(asked, SamplingOptions(max_new_tokens, 0.0, 1.0, None))
             typer.echo()
             if cache.session is not None:
                 print_summary(answer, cache.session)

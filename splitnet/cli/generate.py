@@ -63,6 +63,24 @@ Speculate = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="Print route, speed, bytes and tokens per round trip, to stderr.")]
 
 
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="PNG, JPEG, WebP or GIF image, shown to the model before the first text. Can be given several times.",
+    ),
+]
+
+
+def _read_files(files: list[Path] | None) -> list[str]:
+    if files:
+        require("serve", "--image")
+    from splitnet.images import image_file
+
+    return [*map(image_file, files or ())]
+
+
 def connection_to(model: str | None, connecting: ConnectionOptions) -> ModelConnection:
     """The connection to the given model, or to the model of the invitation. Imports the libraries for models."""
     checkpoint = resolve_model(model_name(model, connecting.invite))
@@ -89,6 +107,7 @@ def generate(
         bool | None, typer.Option("--chat/--raw", help="Apply the model's chat template, or use the bare text.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    image: Images = None,
     stats: Stats = False,
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
@@ -99,15 +118,16 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise SplitnetError("the prompt is empty: give some text")
+    images = _read_files(image)
     connection = connection_to(model, connecting)
     from splitnet.cli.text_generator import SamplingOptions, TextGenerator, print_summary
 
-    client = TextGenerator.connect(connection, adapter, speculate)
+    client = TextGenerator.connect(connection, adapter, speculate, sees_images=bool(images))
     with closing(client.model):
-        ids = client.encode_prompt(text, chat=chat, system=system)
+        asked = client.encode_prompt(text, chat=chat, system=system, images=images)
         with client.model.session() as cache:
-            new_tokens = client.new_tokens(ids, max_new_tokens, GENERATED)
-            answer = client.print_answer(ids, SamplingOptions(new_tokens, temperature, top_p, seed))
+            new_tokens = client.new_tokens(asked, max_new_tokens, GENERATED)
+            answer = client.print_answer(asked, SamplingOptions(new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:
                 print_summary(answer, cache.session)
 
@@ -124,13 +144,15 @@ def chat(
     seed: Seed = None,
     adapter: AdapterFolder = None,
     speculate: Speculate = "auto",
+    image: Images = None,
     stats: Stats = False,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
+    images = _read_files(image)
     connection = connection_to(model, connecting)
     from splitnet.cli.text_generator import SamplingOptions, TextGenerator, print_summary
 
-    client = TextGenerator.connect(connection, adapter, speculate)
+    client = TextGenerator.connect(connection, adapter, speculate, sees_images=bool(images))
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     if sys.stdin.isatty():
@@ -142,9 +164,9 @@ def chat(
                 continue
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                ids = client.encode_chat(asked)
-                new_tokens = client.new_tokens(ids, max_new_tokens, ANSWERED)
-                answer = client.print_answer(ids, SamplingOptions(new_tokens, temperature, top_p, seed))
+                prompt = client.encode_chat(asked, images)
+                new_tokens = client.new_tokens(prompt, max_new_tokens, ANSWERED)
+                answer = client.print_answer(prompt, SamplingOptions(new_tokens, temperature, top_p, seed))
             except KeyboardInterrupt:
                 typer.echo("\n(stopped)", err=True)
             except SplitnetError as error:

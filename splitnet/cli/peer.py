@@ -65,53 +65,53 @@ WeightKind = StrEnum("WeightKind", ["auto", "float32", "bfloat16", "float16", "i
 def peer(
     model: ModelOrInvite = None,
     blocks: Annotated[
-        str | None, in_memory(metavar="START:END", help="Blocks to serve; by default chosen by the needs of the swarm.")
+        str | None, in_memory(metavar="START:END", help="Blocks to serve. By default the peer chooses blocks.")
     ] = None,
-    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; serves as many as fit.")] = None,
+    memory: Annotated[str | None, in_memory(metavar="4GiB", help="Memory for blocks; limits their number.")] = None,
     kv_memory: Annotated[str | None, in_memory(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     kv: Annotated[
         KVKind,
         in_memory(
-            help="Format of KV caches; auto: the type that blocks compute in; int8-int4: keys in 8 bits, values in "
-            "4. Fewer bits hold longer texts; states, latents and keys of indexers stay as computed."
+            help="Format of KV caches. auto: the type that blocks compute in. int8-int4: keys in 8 bits, values in "
+            "4 bits. With fewer bits, longer texts fit. States, latents and indexer keys keep the computed type."
         ),
     ] = AS_COMPUTED,
     prefix_store: Annotated[
         str | None,
         in_memory(
             metavar="off|memory|SIZE",
-            help="Store keys and values of prompts, for later prompts with the same beginning: off, in free KV "
-            "memory, or also on disk, up to this size; by default a tenth of the free disk, 8 GiB at most.",
+            help="Store of prompts' KV caches, for later prompts with the same beginning. off: no store. memory: in "
+            "free KV memory. SIZE: also on disk, up to SIZE. Default: a tenth of the free disk, at most 8 GiB.",
         ),
     ] = None,
     any_model: Annotated[
         bool,
         in_memory(
             "--any-model",
-            help="Serve the model with the highest demand, beginning with MODEL if given; leave models without demand.",
+            help="Serve the model with the highest demand, first MODEL if given. Leave a model without demand.",
         ),
     ] = False,
     allow: Annotated[
         Path | None,
         in_memory(
             metavar="FILE",
-            help="With --any-model: file of allowed models, one per line; by default all models of the swarm.",
+            help="With --any-model: file of allowed models, one per line. By default all models of the swarm.",
         ),
     ] = None,
     training_memory: Annotated[
-        str | None, in_memory(metavar="1GiB", help="Memory reserved for clients that train; one key gets at most half.")
+        str | None, in_memory(metavar="1GiB", help="Memory reserved for training clients. One key gets at most half.")
     ] = None,
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
         in_swarm.shared(
             "--lan/--no-lan",
-            help="Find peers on this network and be found; on without --join, unless --listen is on loopback.",
+            help="Find peers on this network and be found. Default: on, except with --join or a loopback --listen.",
             show_default=False,
         ),
     ] = None,
     listen: Annotated[
-        str, in_network(metavar="tcp://HOST:PORT", help="Address to receive activations at; port 0: any free port.")
+        str, in_network(metavar="tcp://HOST:PORT", help="Address that receives activations. Port 0: any free port.")
     ] = "tcp://0.0.0.0:0",
     dht_listen: Annotated[
         str | None, in_network(metavar="/ip4/HOST/tcp/PORT", help="Address of this peer's node of the DHT.")
@@ -120,14 +120,14 @@ def peer(
         str | None,
         in_network(
             metavar="HOST[:PORT]",
-            help="Name and port at which others reach this machine, if they differ (NAT, containers).",
+            help="Name and port by which others reach this machine, if they differ from --listen (NAT, containers).",
         ),
     ] = None,
     reach: Annotated[
         Reach,
         in_network(
-            help="How others reach this peer: at its address, through helpers, or auto: as other peers test, or at "
-            "its address with --public-host."
+            help="How others connect to this peer. direct: to its address. helpers: through helpers. auto: directly "
+            "with --public-host; otherwise other peers test the address, and helpers are used if the test fails."
         ),
     ] = Reach.auto,
     port_mapping: Annotated[
@@ -137,22 +137,22 @@ def peer(
     relay_rate: RelayRate = None,
     device: Device = "auto",
     dtype: Annotated[
-        Dtype | None, in_computing(help="Type that blocks compute in; by default the checkpoint's.")
+        Dtype | None, in_computing(help="Type that blocks compute in. By default the checkpoint's type.")
     ] = None,
     weights: Annotated[
         WeightKind,
-        in_computing(help="Format of the weights; auto: as stored, or float16 for float32 weights on x86 CPUs."),
+        in_computing(help="Format of the weights. auto: as stored, but float16 for float32 weights on x86 CPUs."),
     ] = WeightKind.auto,
     threads: Annotated[int | None, in_computing(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
         Path | None,
         in_keys(
-            help="File with the keys that may connect (see `splitnet key`), and their options; by default anyone may."
+            help="File of the keys that may connect (see `splitnet key`), with their options. By default all keys may."
         ),
     ] = None,
     key_file: Annotated[
         Path | None,
-        in_keys(callback=one_identity, help="File with the key of this peer; by default a new key at each start."),
+        in_keys(callback=one_identity, help="File with the key of this peer. By default a new key at each start."),
     ] = None,
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,
@@ -161,46 +161,46 @@ def peer(
         bool | None,
         in_sharing(
             "--share-weights/--no-share-weights",
-            help="Send weights to permitted keys; on with --authorized-keys without `anyone`, or in a closed swarm.",
+            help="Send weights to permitted keys. Default: on in closed swarms or if --authorized-keys lacks `anyone`.",
             show_default=False,
         ),
     ] = None,
     share_rate: Annotated[
         str | None,
-        in_sharing(metavar="64MiB", help="Bytes of weights per second, in total; a quarter while sessions are served."),
+        in_sharing(metavar="64MiB", help="Total bytes of weights per second; a quarter while sessions run."),
     ] = None,
     metrics_port: Annotated[
         str | None,
         in_network(
-            metavar="[HOST:]PORT", help="Port of the metrics for Prometheus, at /metrics; by default on 127.0.0.1."
+            metavar="[HOST:]PORT", help="Port of the Prometheus metrics (path /metrics). By default on 127.0.0.1."
         ),
     ] = None,
     watts: Annotated[
         float | None,
         in_computing(
             metavar="WATTS",
-            help="Power of the device while it computes; by default read from its counters (docs/energy.md).",
+            help="Power of the device while it computes. By default the device's counters give it (docs/energy.md).",
         ),
     ] = None,
     drain_s: Annotated[
-        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over at the end.")
+        float, typer.Option("--drain", min=0, metavar="SECONDS", help="Longest time to hand over sessions at the end.")
     ] = 15.0,
     address_file: Annotated[
-        Path | None, in_swarm(help="File for the address to join with, written once this peer serves.")
+        Path | None, in_swarm(help="The peer writes the address for --join to this file once it serves.")
     ] = None,
     join_file: Annotated[
-        Path | None, in_swarm(help="Join through the peer that writes this --address-file; wait for the file.")
+        Path | None, in_swarm(help="Join through the peer with this --address-file; wait until the file exists.")
     ] = None,
 ) -> None:
-    """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
+    """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM). Then running sessions move to other peers."""
     for sentence in foreign_modules():
         raise SplitnetError(sentence)
     if blocks and memory:
         raise typer.BadParameter("give --blocks or --memory, not both")
     if any_model and (blocks or model_id):
-        raise typer.BadParameter("--any-model chooses model and blocks: leave --blocks and --model-id out")
+        raise typer.BadParameter("--any-model chooses the model and its blocks: leave out --blocks and --model-id")
     if allow is not None and not any_model:
-        raise typer.BadParameter("--allow is for --any-model, which is not given")
+        raise typer.BadParameter("--allow is for --any-model only: add --any-model, or leave out --allow")
     wanted_blocks = parse_blocks(blocks) if blocks else None
     sizes = [parse_bytes(text) if text else None for text in (memory, kv_memory, training_memory, share_rate)]
     wanted_memory, wanted_kv_memory, wanted_training_memory, wanted_share = sizes
@@ -210,9 +210,9 @@ def peer(
         raise SplitnetError(f"--watts {watts:g} is not a valid power: give more than 0 and at most {MAX_WATTS:g}")
     wanted_rate = parse_relay_rate(relay_rate, relay_port)
     if wanted_share == 0:
-        raise typer.BadParameter("--share-rate 0 sends nothing: give more, or --no-share-weights")
+        raise typer.BadParameter("--share-rate 0 sends no weights: give a higher rate, or --no-share-weights")
     if wanted_share is not None and share_weights is False:
-        raise typer.BadParameter("--share-rate is for --share-weights, which is off")
+        raise typer.BadParameter("--share-rate has no effect with --no-share-weights: leave out one of the two")
     check_listen_address(listen)
     if relay_port:
         check_listen_address(f"{listen.rpartition(':')[0]}:{relay_port}")
@@ -241,18 +241,20 @@ def peer(
         authorized_keys = Invite.load(invite).list_of_keys(invite)
         if authorized_keys:
             typer.echo(
-                f"{authorized_keys} lists clients with priority; only they may connect, unless it has a line `anyone`"
+                f"{authorized_keys} lists clients with priority. Only these clients may connect, unless the file has a "
+                "line `anyone`"
             )
     if closed is not None and authorized_keys is None:
         write_user_message(
-            logging.WARNING, "anyone who knows this peer's address may use it: restrict this with --authorized-keys"
+            logging.WARNING,
+            "anyone who knows this peer's address may use the peer: give --authorized-keys to restrict access",
         )
     if lan is None:
         lan = is_reachable(listen) and not (given.initial_peers or join_file) and closed is None
         if lan and not have_hivemind():
             lan = False
             write_user_message(
-                logging.WARNING, "hivemind is not installed, so others cannot find this peer: they need its address"
+                logging.WARNING, "hivemind is not installed, so others cannot find this peer: give its address to them"
             )
     if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
         raise typer.BadParameter("--share-rate needs --share-weights if --authorized-keys is not given")
@@ -311,11 +313,11 @@ def peer(
         if weights is WeightKind.auto and (other_weights := _other_weights(serving)):
             typer.echo(other_weights)
         if kv is not AS_COMPUTED and serving.span.kv != kv:
-            typer.echo(f"KV caches keep the type that blocks compute in: {_why_not_held_so(serving)}")
+            typer.echo(f"--kv has no effect: {_why_kv_has_no_effect(serving)}")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
         if serving.paths.relay_port:
-            typer.echo(f"peers behind routers are reached through port {serving.paths.relay_port} of this one")
+            typer.echo(f"this peer relays for peers behind routers, on port {serving.paths.relay_port}")
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
@@ -323,7 +325,7 @@ def peer(
             if elsewhere := join_advice(serving.endpoint.address, given.initial_peers, reach):
                 typer.echo(elsewhere)
             stop.wait()
-            typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
+            typer.echo("leaving the swarm: running sessions move to other peers; interrupt again to leave at once")
             with suppress(KeyboardInterrupt):
                 serving.drain(drain_s)
     finally:
@@ -352,9 +354,9 @@ def join_advice(address: str, joined: Sequence[str], reach: Reach) -> str | None
     if not is_reachable(address) or (is_global(address) and reach is not Reach.helpers):
         return None
     if reached := [one for one in joined if any(is_global(f"tcp://{host}:1") for host in hosts_of([one]))]:
-        return "\n  --join ".join(("from other networks with", *reached))
-    fix = "--join a peer that they reach, or forward a port and give --public-host"
-    return f"other networks cannot join with these addresses: {fix}"
+        return "\n  --join ".join(("machines in other networks join with", *reached))
+    fix = "--join a peer that they can reach, or forward a port and give --public-host"
+    return f"machines in other networks cannot reach these addresses: {fix}"
 
 
 def _what_it_serves(peer: RunningPeer) -> str:
@@ -370,11 +372,13 @@ def _what_it_serves(peer: RunningPeer) -> str:
     )
 
 
-def _why_not_held_so(peer: RunningPeer) -> str:
+def _why_kv_has_no_effect(peer: RunningPeer) -> str:
     config, computes = peer.checkpoint.config, peer.span.dtype.itemsize
     if getattr(config, "kv_lora_rank", None):
-        return f"blocks of the family {config.model_type!r} keep latents, which stay as they are computed"
-    return "--kv saves no memory" if computes == 2 else f"blocks of the family {config.model_type!r} keep only states"
+        return f"the family {config.model_type!r} caches latents, and latents keep the type that blocks compute in"
+    if computes == 2:
+        return "this format saves no memory"
+    return f"the family {config.model_type!r} caches only states, and states keep the type that blocks compute in"
 
 
 def _other_weights(peer: RunningPeer) -> str | None:
@@ -386,5 +390,5 @@ def _other_weights(peer: RunningPeer) -> str | None:
     held = span.weights
     if span.device.type != "cpu" or not has_integer_kernels() or held.kind.startswith(STORED):
         return None
-    exact = "exact and slower with --weights float32, " if "/" in held.description else ""
-    return f"other formats of the weights: {exact}faster and less exact with --weights int8 (docs/weights.md)"
+    exact = "; --weights float32 is slower, but exact" if "/" in held.description else ""
+    return f"--weights int8 is faster, but less exact{exact} (docs/weights.md)"

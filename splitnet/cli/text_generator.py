@@ -16,6 +16,7 @@ from transformers import TextStreamer
 
 from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import image_text_class
 from splitnet.cli.connection import ModelConnection
 from splitnet.cli.tables import table
 from splitnet.drafts.draft_stats import Counts
@@ -23,7 +24,9 @@ from splitnet.drafts.speculator import EAGLE, NAMES, OFF
 from splitnet.errors import SplitnetError
 from splitnet.hf.cache import ModelSession
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
+from splitnet.hf.image_text import attached_with_images
 from splitnet.hf.peft_adapters import load_adapter
+from splitnet.images import Prompt, process_prompt
 from splitnet.logs import printable
 
 
@@ -52,59 +55,90 @@ class TextGenerator:
     tokenizer: Any
     generator: Any  # the model itself, or its PEFT wrapper
     speculate: Any  # source of drafts, see `RemoteCausalLM.generate`
+    processor: Any = None  # transformers' processor of texts and images; None: the model reads text alone here
 
     @classmethod
-    def connect(cls, connection: ModelConnection, adapter: Path | None = None, speculate: str = OFF) -> TextGenerator:
-        """Loads the client part and joins the swarm.
+    def connect(
+        cls,
+        connection: ModelConnection,
+        adapter: Path | None = None,
+        speculate: str = OFF,
+        *,
+        sees_images: bool = False,
+    ) -> TextGenerator:
+        """Loads the client part and joins the swarm. sees_images: also loads what the model reads images with.
 
-        Raises AdapterError if the adapter does not fit, and the errors of `drafts_of` and `attached` if drafts from
-        `speculate` are impossible.
+        Raises UnsupportedModel if the model reads no images, ModelNotFound if its processor is missing, AdapterError if
+        the adapter does not fit, and the errors of `drafts_of` and `attached` if drafts from `speculate` are
+        impossible.
         """
         checkpoint = connection.checkpoint()
+        if sees_images:
+            image_text_class(checkpoint.store.config)
+        processor = checkpoint.store.processor() if sees_images else None
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
         try:
-            remote = attached(checkpoint, swarm, connection.options, drafts)
+            attach = attached_with_images if sees_images else attached
+            remote = attach(checkpoint, swarm, connection.options, drafts)
             generator = load_adapter(remote, adapter) if adapter else remote
-            return cls(remote, checkpoint.tokenizer(), generator, drafts)
+            tokenizer = checkpoint.tokenizer()
+            if processor is not None:
+                tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+            return cls(remote, tokenizer, generator, drafts, processor)
         except BaseException:
             swarm.close()
             raise
 
-    def encode_prompt(self, prompt: str, *, chat: bool | None, system: str | None = None) -> torch.Tensor:
-        """Token ids `[1, seq]` of a prompt. chat: None encodes a chat if the model has a chat template."""
+    def encode_prompt(
+        self, prompt: str, *, chat: bool | None, system: str | None = None, images: Sequence[str] = ()
+    ) -> Prompt:
+        """The prompt of a text. chat: None encodes a chat if the model has a chat template.
+
+        images: see `encode_chat`.
+        """
         if chat is None:
             chat = bool(self.tokenizer.chat_template)
         if not chat:
-            return self.tokenizer(prompt, return_tensors="pt").input_ids
+            if images:
+                raise SplitnetError("images need the chat template of the model: leave out --raw")
+            return Prompt(self.tokenizer(prompt).input_ids)
         system_messages = [{"role": "system", "content": system}] if system else []
-        return self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
+        return self.encode_chat([*system_messages, {"role": "user", "content": prompt}], images)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> torch.Tensor:
-        """Token ids `[1, seq]` of a conversation, ready for the next answer."""
+    def encode_chat(self, messages: Sequence[dict[str, str]], images: Sequence[str] = ()) -> Prompt:
+        """The prompt of a conversation, ready for the next answer. images: shown before the user's first text."""
         if not self.tokenizer.chat_template:
             raise SplitnetError("this model has no chat template: use `splitnet generate --raw`")
         from jinja2 import TemplateError
 
+        said: list[dict[str, Any]] = [*messages]
+        if images:
+            said = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+            first = next(one for one in said if one["role"] == "user")
+            first["content"] = [*({"type": "image"} for _ in images), *first["content"]]
         try:
-            text = render(self.tokenizer, messages, answer=True)
+            text = render(self.tokenizer, said, answer=True)
         except TemplateError as error:
             raise SplitnetError(
                 f"the model's chat template refuses this ({error}): use `splitnet generate --raw`"
             ) from None
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if images:
+            return process_prompt(self.processor, text, "", images)
+        return Prompt(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def new_tokens(self, ids: torch.Tensor, wanted: int | None, usual: int) -> int:
-        """The maximum number of tokens of an answer after `ids`: `wanted`, or as many of `usual` as fit the context."""
+    def new_tokens(self, prompt: Prompt, wanted: int | None, usual: int) -> int:
+        """The maximum number of tokens of an answer: `wanted`, or as many of `usual` as fit the context."""
         most = self.model.swarm.facts.max_positions
-        return wanted or (usual if most is None else max(1, min(usual, most - ids.shape[1])))
+        return wanted or (usual if most is None else max(1, min(usual, most - len(prompt.tokens))))
 
-    def print_answer(self, ids: torch.Tensor, sampling: SamplingOptions) -> GeneratedText:
-        """Generates an answer after `ids`, and prints text as it arrives."""
+    def print_answer(self, prompt: Prompt, sampling: SamplingOptions) -> GeneratedText:
+        """Generates an answer after a prompt, and prints text as it arrives."""
         streamer = _TimedStreamer(self.tokenizer)
         began, counts = time.perf_counter(), self.model.speculator.counts
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        options = {**sampling.options(), "pad_token_id": end if pad is None else pad}
+        ids = torch.tensor([prompt.tokens])
+        options = {**sampling.options(), **prompt.pixels, "pad_token_id": end if pad is None else pad}
         drafts = self.model.can_draft(ids.shape[1], sampling.max_new_tokens)
         options["speculate"] = self.speculate if drafts else OFF
         try:

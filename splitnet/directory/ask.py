@@ -400,7 +400,8 @@ class PeerDirectory(SwarmDirectory):
         self._alone = not any(endpoint in question.said() for endpoint in self._joined)
         if question.said():
             return question
-        raise DirectoryError(self._explanation())
+        reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
+        raise DirectoryError(f"No peer answers with records: {'; '.join(reasons)}.")
 
     def _ask_these(
         self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
@@ -483,10 +484,6 @@ class PeerDirectory(SwarmDirectory):
         tried = random.sample(list(endpoints), min(len(endpoints), 64))
         tried.sort(key=lambda endpoint: self._links.link_state(endpoint) is not LinkState.UP)
         return tried[:MAX_OTHERS]
-
-    def _explanation(self) -> str:
-        reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
-        return f"No peer answers with records: {'; '.join(reasons)}."
 
     def _reason(self, endpoint: Endpoint) -> str:
         with self._heard:

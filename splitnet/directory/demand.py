@@ -22,19 +22,13 @@ _NOWHERE = "tcp://127.0.0.1:1"  # a placeholder, because no process connects to 
 class DemandPublisher:
     """Publishes a gateway's demand for each model, smoothed over a minute. Thread-safe; close it before the directory.
 
-    identity: signs the record; of two gateways with one key only the later record counts. proof: proof of work of that
-    key; 0: none; all keys without a proof count as one. clock: returns seconds.
+    identity: signs the record; of two gateways with one key only the later record counts. clock: returns seconds.
     """
 
     def __init__(
-        self,
-        directory: SwarmDirectory,
-        identity: Identity,
-        *,
-        proof: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        self, directory: SwarmDirectory, identity: Identity, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._clock, self._proof, self._identity = clock, proof, identity
+        self._clock, self._identity = clock, identity
         self._rates: dict[str, tuple[Any, DecayingRate]] = {}
         self._lock = threading.Lock()
         self._announcer = Announcer(directory, identity, self._demand_record)
@@ -64,7 +58,7 @@ class DemandPublisher:
                 )
                 for model, rate in most
             )
-        about = {"model": DEMAND, "model_name": "demand", "address": _NOWHERE, "proof": self._proof, "demand": wanted}
+        about = {"model": DEMAND, "model_name": "demand", "address": _NOWHERE, "demand": wanted}
         return record_of(self._identity, about) if wanted else None
 
 

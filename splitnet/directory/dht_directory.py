@@ -38,7 +38,7 @@ MAX_INITIAL_PEERS: Final = 16  # initial nodes after which `meet` adds no more; 
 SEARCHES_AT_ONCE: Final = 16  # nodes that a search asks at the same time, so that silent nodes delay it little
 
 _NOBODY_ANSWERS = "failed to connect to bootstrap peers"  # the error text of p2pd
-_REAP_TIMEOUT_S = 2.0
+_SHUT_DOWN_S = 2.0  # longest wait for the end of the node, and of libp2p
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
 
 T = TypeVar("T")
@@ -128,13 +128,11 @@ class DhtDirectory(SwarmDirectory):
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         found = self._read_keys(shard_keys(model) if model else [MODELS_KEY]).records.values()
-        return latest(
-            model,
-            [
-                [record for subkey, record in records if subkey == (record.key.text if model else record.model)]
-                for records in found
-            ],
-        )
+        rightly_named = [
+            [record for subkey, record in records if subkey == (record.key.text if model else record.model)]
+            for records in found
+        ]
+        return latest(model, rightly_named)
 
     def meet(self, addresses: Sequence[str]) -> int:
         """Joins the DHT of this node with the DHTs of the nodes at `addresses` (multiaddrs). Returns how many
@@ -166,7 +164,7 @@ class DhtDirectory(SwarmDirectory):
     def _read_keys(self, keys: Sequence[str]) -> LookUpResult:
         for _ in range(READS):
             reading = self._request(lambda node: read_records(node, keys, self._initial_peer_ids))
-            if reading.vouched or not reading.is_empty:
+            if reading.vouched or any(reading.records.values()):
                 return reading
         raise DirectoryError(
             "The DHT nodes that this process joined through did not answer, and other nodes know no peers; try again, "
@@ -320,7 +318,7 @@ class DhtDirectory(SwarmDirectory):
             cache_on_store=False,
             cache_refresh_before_expiry=0,
             num_workers=SEARCHES_AT_ONCE,
-            record_validator=RecordValidator(hivemind.key_id),
+            record_validator=RecordValidator(lambda key: hivemind.dht_id(key).to_bytes()),
         )
         # Any node may store in the cache of another node, and a cached value with a later expiration would hide all
         # records in its storage.
@@ -359,8 +357,8 @@ class DhtDirectory(SwarmDirectory):
         for part in parts:
             if part is not None:
                 with suppress(Exception):
-                    await asyncio.wait_for(part.shutdown(), _REAP_TIMEOUT_S)
-        await self._loop.reap_children(_REAP_TIMEOUT_S)
+                    await asyncio.wait_for(part.shutdown(), _SHUT_DOWN_S)
+        await self._loop.reap_children()
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -22,8 +22,10 @@ from splitnet.directory.interface import RECORDS_PER_KEY, RecordTable
 from splitnet.directory.record import PeerRecord, stored_record
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.import_shims import late_package
+from splitnet.nat.stream import end_all
 from splitnet.wire.fields import ValueReader
 
+_REAP_TIMEOUT_S = 2.0  # longest wait for the end of killed child processes
 _OUTDATED = 64  # outdated entries of a heap that are allowed in addition to the number of valid ones
 KEYS_PER_FIND: Final = 16  # keys in one question; no version of splitnet asks for more
 
@@ -42,9 +44,9 @@ class NodeLoop(asyncio.SelectorEventLoop):
         process.running.add(transport)
         return transport, protocol
 
-    async def reap_children(self, timeout_s: float) -> None:
-        """Kills the children that have not ended, and waits at most `timeout_s` until they have."""
-        deadline = self.time() + timeout_s
+    async def reap_children(self) -> None:
+        """Kills the children that have not ended, and waits at most `_REAP_TIMEOUT_S` until they have."""
+        deadline = self.time() + _REAP_TIMEOUT_S
         for child in self._children:
             with suppress(ProcessLookupError):
                 child.kill()
@@ -56,10 +58,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
 
     async def cancel_all_tasks(self) -> None:
         """Ends the background tasks that hivemind has left running."""
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_all([task for task in asyncio.all_tasks() if task is not asyncio.current_task()])
         await self.shutdown_asyncgens()
         await self.shutdown_default_executor()
 
@@ -84,26 +83,20 @@ def import_hivemind() -> Any:
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
     mended: Any = protocol
-    unbounded, mended.DHTLocalStorage = mended.DHTLocalStorage, _bounded(mended.DHTLocalStorage)
+    mended.DHTLocalStorage = _bounded(mended.DHTLocalStorage)
     mended.DHTProtocol.rpc_find = _few_keys(mended.DHTProtocol.rpc_find)
     mended.DHTProtocol.serializer = _flat(mended.DHTProtocol.serializer, values.DictionaryDHTValue)
     routing.RoutingTable.add_or_update_node = _few_spares(routing.RoutingTable.add_or_update_node)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
-
-    def key_id(key: str) -> bytes:
-        return routing.DHTID.generate(key).to_bytes()
-
     return SimpleNamespace(
         P2P=p2p.P2P,
         PeerID=p2p.PeerID,
         Multiaddr=multiaddr.Multiaddr,
         DHTNode=node.DHTNode,
-        DHTLocalStorage=unbounded,
         stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,  # calls a node without joining
         messages=messages,  # of the DHT's protocol
         dht_id=routing.DHTID.generate,  # makes the id of a key
-        key_id=key_id,  # makes the id of a key, as 20 bytes
-        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,  # largest difference of two nodes' clocks at a join
+        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,  # between the clocks of two nodes at a join, in seconds
     )
 
 
@@ -227,10 +220,6 @@ class LookUpResult:
     records: Mapping[str, Sequence[tuple[str, PeerRecord]]]
     vouched: bool
 
-    @property
-    def is_empty(self) -> bool:
-        return not any(self.records.values())
-
 
 _heard: ContextVar[list[tuple[Any, Mapping[Any, Any]]] | None] = ContextVar("_heard", default=None)
 """For one call of `read_records`: the nodes that have answered, and the values that they hold under each wanted key."""
@@ -305,7 +294,6 @@ def _together(answers: Sequence[Any]) -> list[tuple[str, PeerRecord]]:
 
 CONNECT_TIMEOUT_S: Final = 4.0  # longest connection attempt of `ask_nodes`
 ANSWER_TIMEOUT_S: Final = 3.0  # longest wait of `ask_nodes` for an answer
-_REAP_TIMEOUT_S = 2.0
 _OTHER_KEY = "remote key matches "
 
 NO_HIVEMIND: Final = "hivemind is not installed"  # `NodeAnswer.fault` when this machine is the cause
@@ -329,18 +317,12 @@ def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.tim
     seconds."""
     if not have_hivemind():
         return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
-    with asyncio.Runner(loop_factory=NodeLoop) as runner:
-        loop = runner.get_loop()
-        assert isinstance(loop, NodeLoop)
+    loop = NodeLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
         try:
             return runner.run(_ask_all(addresses, clock))
         finally:
-            loop.run_until_complete(loop.reap_children(_REAP_TIMEOUT_S))
-
-
-def allowed_skew_s() -> float:
-    """Largest difference between two nodes' clocks, in seconds, with which one node can join the other."""
-    return import_hivemind().max_skew_s
+            loop.run_until_complete(loop.reap_children())
 
 
 async def _ask_all(addresses: Sequence[str], clock: Callable[[], float]) -> list[NodeAnswer]:

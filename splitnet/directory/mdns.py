@@ -102,13 +102,11 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
     """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done. Raises LanError:
     multicast DNS cannot be used on this machine.
 
-    model: fingerprint of the checkpoint; empty, only without `announce_node`: any model. interfaces: IPv4 addresses of
-    the interfaces to use; None: all with local addresses, without loopback. foreign_protocols: other versions of the
-    wire protocol that nodes of this model use.
+    model: fingerprint of the checkpoint; empty, only without `announce_node`: any model. foreign_protocols: other
+    versions of the wire protocol that nodes of this model use.
     """
 
-    def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:
-        self._interfaces = interfaces
+    def __init__(self, model: str) -> None:
         self._mdns = self._opened()
         self.foreign_protocols: set[int] = set()
         self._model = model
@@ -192,7 +190,7 @@ class LocalNetwork(AbstractContextManager["LocalNetwork"]):
         )
 
     def _opened(self) -> Zeroconf:
-        used = list(_own_addresses() if self._interfaces is None else self._interfaces)
+        used = _own_addresses()
         if not used:
             raise LanError("this machine has no address on a local network")
         try:

@@ -6,8 +6,11 @@ embeddings of the prompt.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -17,17 +20,19 @@ import torch
 from transformers import PreTrainedModel
 
 from splitnet.blocks.block_inputs import PositionInputs
-from splitnet.blocks.client_part import load_image_text_part
+from splitnet.blocks.client_part import backbone_of, load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
-from splitnet.hf.parameters import FORWARD, mask_of
+from splitnet.hf.parameters import FORWARD, mask_of, refuse
 from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
+
+KEPT_FEATURES = 4  # calls of the tower whose features are kept
 
 
 class AutoModelForImageTextToText:
@@ -77,21 +82,32 @@ class RemoteImageTextToText(RemoteCausalLM):
     def use_handed(self, handed: HandedStates) -> None:
         """Sets the object that receives the values which the model hands to its blocks."""
         self._handed = handed
+        decoder = backbone_of(self)
+        for module in self.modules():
+            if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
+                compute: Any = module.get_image_features
+                vars(module)["get_image_features"] = _KeptFeatures(compute)
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         self._axes = len(rope.get("mrope_section") or range(3))
         given = inspect.signature(self.transformers_class.forward).parameters
         self.prompt_arguments = frozenset(given) - FORWARD.keys() - {"self", "kwargs"} | {"token_type_ids"}
 
     def _has_images(self, given: Mapping[str, Any]) -> bool:
-        return any(torch.is_tensor(given.get(name)) for name in self.prompt_arguments)
+        return any(given.get(name) is not None for name in self.prompt_arguments if "token_type_ids" not in name)
 
     def _generate(self, given: dict[str, Any]) -> Any:
         for module in self.modules():
             if isinstance(module, _DeltasPerThread):
                 module.rope_deltas = None
-        cache = given.get("cache")
-        if cache is not None and self._has_images(given):
-            cache.remote.reset()  # equal tokens do not mean equal images; hops find the stored pages of equal images
+        cache, ids = given.get("cache"), given.get("input_ids", given.get("inputs"))
+        if self._has_images(given):
+            if cache is not None:
+                cache.remote.reset()  # equal tokens do not mean equal images; hops find stored pages of equal images
+            return super()._generate(given)
+        begins = cache is None or not cache.remote.columns or self._context.now.resumed is not None
+        token = getattr(self.config, "image_token_id", None)
+        if begins and torch.is_tensor(ids) and token is not None and bool((ids == token).any()):
+            raise refuse("input_ids", "have tokens of an image without the image: give all that the processor gave")
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -132,10 +148,11 @@ class RemoteImageTextToText(RemoteCausalLM):
             groups = None
         if rotary is None and groups is None and not handed.added:
             return CallArguments(mask, positions)
+        states = [hidden, *handed.added.values()]
         inputs = [
             PositionInputs(
                 None if rotary is None else rotary[row].cpu(),
-                None if groups is None else _numbered(groups[row], hidden[row]),
+                None if groups is None else _numbered(groups[row], torch.cat([each[row] for each in states], dim=1)),
                 {block: states[row] for block, states in handed.added.items()},
                 windowed,
             )
@@ -155,15 +172,49 @@ def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int, ax
     return given.permute(1, 2, 0)
 
 
-def _numbered(groups: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`[new]`: each group's number as a digest of its positions and their hidden states, `[new, hidden]`."""
+def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`[new]`: each group's number as a digest of its positions and their states, `[new, values]`."""
     found = torch.zeros_like(groups)
     for group in groups.unique().tolist():
         own = groups == group
         if group:
-            content = hidden[own].float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
+            content = states[own].detach().float().cpu().numpy().tobytes() + str(int(own.int().argmax())).encode()
             found[own] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little", signed=True) or 1
     return found.cpu()
+
+
+class _KeptFeatures:
+    """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
+
+    compute: the family's method. Thread-safe.
+    """
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, compute)  # transformers reads the signature
+        self._compute = compute
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return self._compute(*args, **kwargs)
+        state = blake2b(digest_size=32)
+        for value in (*args, *sorted(kwargs.items())):
+            each = value[1] if isinstance(value, tuple) else value
+            if torch.is_tensor(each):
+                state.update(repr((each.dtype, each.shape)).encode())
+                state.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                state.update(repr(value).encode())
+        key = state.digest()
+        with self._lock:
+            found = self._kept.pop(key, None)
+        found = self._compute(*args, **kwargs) if found is None else found
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > KEPT_FEATURES:
+                self._kept.popitem(last=False)
+        return copy.copy(found)
 
 
 class _DeltasPerThread:

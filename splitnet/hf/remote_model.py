@@ -221,9 +221,7 @@ class RemoteModel(PreTrainedModel):
             mask, positions, inputs = self._call_arguments(hidden, given, 0 if cache is None else cache.remote.columns)
             if cache is None:
                 if inputs:
-                    raise refuse(
-                        "pixel_values", "cannot be read without a cache yet: use torch.no_grad(), or texts alone"
-                    )
+                    raise refuse("pixel_values", "cannot be trained on yet: use torch.no_grad(), or texts alone")
                 output = self._blocks.run_whole(hidden, mask, positions, call.prefix)
                 if call.seen is not None:
                     call.seen(output)

@@ -94,10 +94,10 @@ def _is_local(address: str) -> bool:
 
 
 async def punch(
-    own: tuple[str, int], tried: Sequence[ConnectAttempt], check: Check, seconds: float | None = None
+    own: tuple[str, int], tried: Sequence[ConnectAttempt], check: Check
 ) -> tuple[socket.socket, PathKind] | None:
     """Returns the first stream that passes the check, or None if no stream passes in time. Raises no network errors.
-    own: host and port of this side's end of the stream to the relay. seconds: how long to try; None: `PUNCH_S`."""
+    own: host and port of this side's end of the stream to the relay."""
     found: asyncio.Future[tuple[socket.socket, PathKind]] = asyncio.get_running_loop().create_future()
     taken = False
 
@@ -143,8 +143,7 @@ async def punch(
         finally:
             await end_all(running)
 
-    limit_s = PUNCH_S if seconds is None else seconds
-    if limit_s <= 0 or not tried:
+    if PUNCH_S <= 0 or not tried:
         return None
     host = host_and_port(tried[0].address)[0]
     with _lock:
@@ -153,10 +152,9 @@ async def punch(
     tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(line)) for line in tried)]
     result: tuple[socket.socket, PathKind] | None = None
     try:
-        async with asyncio.timeout(limit_s):
-            result = await asyncio.shield(found)
-    except TimeoutError:
-        pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PUNCH_S):
+                result = await asyncio.shield(found)
     finally:
         with _lock:
             _places.leave_place(host=host)

@@ -225,7 +225,9 @@ class RelayServer:
                     except NotAuthorized:
                         await send(sock, Refused("this relay does not accept your key"))
                         raise
-                    request = await _request(sock, answering.purpose)
+                    if answering.purpose not in _REQUESTS:
+                        raise ProtocolError("a relay only accepts streams to reserve, call, join or try")
+                    request = await receive(sock, _REQUESTS[answering.purpose])
             finally:
                 self._has_greeted(host, asyncio.current_task())
             if isinstance(request, Reserve):
@@ -397,17 +399,9 @@ class RelayServer:
                 await send(sock, Refused(text))
 
 
-_Request = Reserve | Call | Join | Try
-_REQUESTS: dict[StreamPurpose, type[_Request]] = dict(
-    zip(
-        (StreamPurpose.RESERVE, StreamPurpose.CALL, StreamPurpose.JOIN, StreamPurpose.TRY),
-        (Reserve, Call, Join, Try),
-        strict=True,
-    )
-)
-
-
-async def _request(sock: socket.socket, purpose: StreamPurpose) -> _Request:
-    if purpose not in _REQUESTS:
-        raise ProtocolError("a relay only accepts streams to reserve, call, join or try")
-    return await receive(sock, _REQUESTS[purpose])
+_REQUESTS: dict[StreamPurpose, type[Reserve | Call | Join | Try]] = {
+    StreamPurpose.RESERVE: Reserve,
+    StreamPurpose.CALL: Call,
+    StreamPurpose.JOIN: Join,
+    StreamPurpose.TRY: Try,
+}

@@ -177,6 +177,13 @@ async def begin_handshake(
     return dialing.prove(await receive(sock, Welcome))
 
 
+async def begin_stream(
+    sock: socket.socket, identity: Identity, key: PublicKey, purpose: StreamPurpose, *after: Message, token: bytes = b""
+) -> None:
+    """The whole handshake of the side that connects to `key`, then the messages `after`. Raises STREAM_ERRORS."""
+    await send(sock, await begin_handshake(sock, identity, key, purpose, token), *after)
+
+
 async def answer_handshake(
     sock: socket.socket, identity: Identity, token: bytes = b"", only: bytes | None = None
 ) -> AcceptedStream:

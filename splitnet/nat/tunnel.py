@@ -21,6 +21,7 @@ from splitnet.nat.stream import (
     RefusedError,
     StreamLoop,
     begin_handshake,
+    begin_stream,
     copy,
     dial,
     end,
@@ -245,16 +246,14 @@ class _Tunnel:
         sock = await dial(relay.address, DIAL_S)
         try:
             async with asyncio.timeout(CALL_S):
-                proof = await begin_handshake(sock, self._identity, PublicKey(relay.key), StreamPurpose.CALL)
                 own = sock.getsockname()[:2]
-                await send(sock, proof, Call(self._key.raw, address_of(own)))
+                call = Call(self._key.raw, address_of(own))
+                await begin_stream(sock, self._identity, PublicKey(relay.key), StreamPurpose.CALL, call)
                 joined = await receive(sock, Joined)
                 better = asyncio.ensure_future(
                     punch(own, attempts_of(address_of(own), joined), partial(self._check_stream, joined.token))
                 )
-                await send(
-                    sock, await begin_handshake(sock, self._identity, self._key, StreamPurpose.TUNNEL, joined.token)
-                )
+                await begin_stream(sock, self._identity, self._key, StreamPurpose.TUNNEL, token=joined.token)
             return sock, better
         except BaseException:
             give_up(better)

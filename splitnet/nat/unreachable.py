@@ -27,7 +27,6 @@ from splitnet.nat.relay_messages import (
     Called,
     Join,
     Joined,
-    Message,
     Reserve,
     Reserved,
     StreamPurpose,
@@ -40,7 +39,7 @@ from splitnet.nat.stream import (
     RefusedError,
     StreamLoop,
     answer_handshake,
-    begin_handshake,
+    begin_stream,
     bind_socket,
     dial,
     end_all,
@@ -198,7 +197,7 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self.identity, relay, StreamPurpose.RESERVE, Reserve())
+                    await begin_stream(sock, self.identity, PublicKey(relay.key), StreamPurpose.RESERVE, Reserve())
                     await receive(sock, Reserved)
                 self._used_at[relay] = time.monotonic()
                 await _until_one_ends(_beat(sock), self._hear(relay, sock), self._test(relay))
@@ -262,12 +261,10 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, caller, relay, StreamPurpose.CALL, Call(self.identity.public.raw, ""))
+                    call = Call(self.identity.public.raw, "")
+                    await begin_stream(sock, caller, PublicKey(relay.key), StreamPurpose.CALL, call)
                     joined = await receive(sock, Joined)
-                    await send(
-                        sock,
-                        await begin_handshake(sock, caller, self.identity.public, StreamPurpose.TUNNEL, joined.token),
-                    )
+                    await begin_stream(sock, caller, self.identity.public, StreamPurpose.TUNNEL, token=joined.token)
                     await arrived
         finally:
             del self._tested[relay, caller.public.raw]
@@ -277,7 +274,7 @@ class UnreachablePeer:
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
-                    await _request(sock, self.identity, relay, StreamPurpose.TRY, Try(address))
+                    await begin_stream(sock, self.identity, PublicKey(relay.key), StreamPurpose.TRY, Try(address))
                     said = (await receive(sock, Tried)).is_reachable
                 await asyncio.sleep(SEEN_S * said)
                 return said
@@ -299,7 +296,7 @@ class UnreachablePeer:
                     async with asyncio.timeout(JOIN_S):
                         own = outer.getsockname()[:2]
                         join = Join(called.token, address_of(own))
-                        await _request(outer, self.identity, relay, StreamPurpose.JOIN, join)
+                        await begin_stream(outer, self.identity, PublicKey(relay.key), StreamPurpose.JOIN, join)
                         joined = await receive(outer, Joined)
                         await answer_handshake(outer, self.identity, called.token, only=called.caller)
                     if (arrived := self._tested.get((relay, called.caller))) is not None:
@@ -335,13 +332,6 @@ def network_of(relay: Relay) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """The network of a relay's address. The owner of one address usually owns others in the same network."""
     host = ipaddress.ip_address(host_and_port(relay.address)[0])
     return ipaddress.ip_network(f"{host}/{24 if host.version == 4 else 48}", strict=False)
-
-
-async def _request(
-    sock: socket.socket, identity: Identity, relay: Relay, purpose: StreamPurpose, message: Message
-) -> None:
-    """Proves a key to a relay, and sends it a request."""
-    await send(sock, await begin_handshake(sock, identity, PublicKey(relay.key), purpose), message)
 
 
 async def _until_one_ends(*coroutines: Coroutine[Any, Any, None]) -> None:

@@ -30,6 +30,7 @@ from zmq.utils import z85
 from splitnet.errors import KeyFileError, SplitnetError
 from splitnet.limits import parse_bytes
 from splitnet.paths import lines_of
+from splitnet.security.swarm_key import secret_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Identity:
     def parse(cls, text: str) -> Identity:
         """The key pair with the `secret_text` `text`. Raises KeyFileError: `text` is not a secret key."""
         try:
-            return cls(_signing_key(text))
+            return cls(SigningKey(secret_bytes(text, _SECRET_PREFIX)))
         except ValueError:  # the cause would show the secret
             raise KeyFileError("this is not a secret key of splitnet: copy the whole line") from None
 
@@ -365,18 +366,11 @@ def _read_key_file(path: Path) -> SigningKey:
             raise KeyFileError(f"Others can read the secret key in {path}; run: chmod 600 {path}")
         content = file.read(MAX_KEY_FILE_BYTES)
     try:
-        return _signing_key(content.decode("ascii"))
+        return SigningKey(secret_bytes(content.decode("ascii"), _SECRET_PREFIX))
     except ValueError:  # such as a seed of wrong length; the cause would show the secret
         raise KeyFileError(
             f"{path} does not hold a splitnet key; move the file away, and a new key will be made."
         ) from None
-
-
-def _signing_key(text: str) -> SigningKey:
-    prefix, _, seed = text.strip().rpartition(" ")
-    if prefix != _SECRET_PREFIX.strip():
-        raise ValueError("prefix")
-    return SigningKey(bytes.fromhex(seed))
 
 
 def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:

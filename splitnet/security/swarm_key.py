@@ -64,11 +64,8 @@ class SwarmKey(OpenSwarm):
     @classmethod
     def parse(cls, text: str) -> SwarmKey:
         """The key with the `secret_text` `text`. Raises KeyFileError: `text` is not a swarm key."""
-        prefix, _, digits = text.strip().rpartition(" ")
         try:
-            if prefix != _PREFIX.strip():
-                raise ValueError("prefix")
-            return cls(bytes.fromhex(digits))
+            return cls(secret_bytes(text, _PREFIX))
         except ValueError:  # the cause would show the secret
             raise KeyFileError("this is not a swarm key: copy the whole line of `splitnet key --swarm-key`") from None
 
@@ -113,6 +110,14 @@ class SwarmKey(OpenSwarm):
 
 
 OPEN: Final = OpenSwarm()
+
+
+def secret_bytes(text: str, prefix: str) -> bytes:
+    """The bytes of a secret, which stand in hexadecimal digits after `prefix`. Raises ValueError: there are none."""
+    before, _, digits = text.strip().rpartition(" ")
+    if before != prefix.strip():
+        raise ValueError("prefix")
+    return bytes.fromhex(digits)
 
 
 def read_secret_file(path: Path) -> str:

@@ -6,17 +6,22 @@ import secrets
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
+from torch import Tensor
 
+from splitnet.images import KEPT_PIXELS, ImageError, Prompt
 from splitnet.serve.answers.call_forms import PLAIN, Forms
 from splitnet.serve.answers.grammars import AnswerConstraints, Function
 from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
 from splitnet.serve.answers.sampling import Sampling, ScoredToken
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended, Finish, GenerationRequest, Numbered, ScoredPrompt, TextDelta
+from splitnet.serve.message_parts import images_of, without_images
+from splitnet.serve.request_gate import REQUEST_CALLBACKS
 from splitnet.serve.responses import AnswerWriter, ServedModel
 
 MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of the likeliest alternatives
@@ -26,7 +31,8 @@ MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of
 class Chat:
     """A request for a chat or for the continuation of a text, independent of any protocol.
 
-    Messages have the form that chat templates expect: `role`; `content`, one string; for assistants `reasoning_content`
+    Messages have the form that chat templates expect: `role`; `content`, one string, or parts if there are images (see
+    `splitnet.serve.message_parts`); for assistants `reasoning_content`
     and `tool_calls` (`id`, `function` with `name` and `arguments`, an object); for tools `tool_call_id`.
     """
 
@@ -98,8 +104,42 @@ def check_scores(prompts: Sequence[Sequence[int]], top: int | None) -> None:
         raise ApiError(400, f"{many}: ask for fewer logprobs or fewer prompts at once", param="logprobs")
 
 
-async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
-    """The tokens of a chat, ready for the next answer. Raises ApiError if the request cannot be honoured."""
+async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> Prompt:
+    """The prompt of a chat, ready for the next answer. Raises ApiError if the request cannot be honoured."""
+    if images := images_of(chat.messages):
+        return await _prompt_with_images(served, request, chat, images)
+    return Prompt(await _tokens_of(served, request, chat))
+
+
+async def _prompt_with_images(served: ServedModel, request: Request, chat: Chat, images: Sequence[str]) -> Prompt:
+    if not served.sees_images:
+        blind = f"the model {served.name!r} does not see images: send text alone, or ask a model that does"
+        raise ApiError(400, blind, param="messages")
+    for param, is_given in (
+        ("n", chat.choices > 1),
+        ("prompt_logprobs", chat.scores_prompt),
+        ("truncate_prompt_tokens", chat.last_tokens is not None),
+        ("suffix" if chat.suffix is not None else "raw", chat.is_text),
+    ):
+        if is_given:
+            raise ApiError(400, f"{param} is not supported with images: leave it out", param=param)
+    messages, described = without_images(chat.messages), [_described(function) for function in chat.functions]
+    options = {"answer": chat.begins_answer, "goes_on": chat.continues_last_message}
+    make = partial(served.prompts.of_chat_with_images, messages, images, described, chat.variables, **options)
+    try:
+        # A small file may hold many pixels, so every image counts as a large input.
+        prompt = await served.prepare(request, make, 3 * KEPT_PIXELS)
+    except ImageError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_image") from None
+    held = sum(each.nbytes for each in prompt.pixels.values() if isinstance(each, Tensor))
+    client = request.state.client.name
+    if not served.pixels.reserve(held, client):
+        raise ApiError(429, "the server has no memory left for these images: try again in a moment", code="overloaded")
+    REQUEST_CALLBACKS.get().callback(served.pixels.release, held, client)
+    return prompt
+
+
+async def _tokens_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:
     prompts, last = served.prompts, served.prompts.last(chat.last_tokens, chat.max_tokens)
     if chat.suffix is not None:
         text, behind, most = chat.messages[-1]["content"], chat.suffix, chat.max_tokens
@@ -141,19 +181,20 @@ async def answer_chat(
     answer: AnswerWriter[Delta | Ended],
     *,
     stream: bool,
-    prompt: list[int] | None = None,
+    prompt: Prompt | None = None,
 ) -> Response:
     """Runs a chat; `answer` writes the `Delta`s of the messages and the final `Ended`.
 
-    prompt: token ids; None: the prompt is made from the messages. Raises ApiError if the request cannot be honoured.
+    prompt: None: it is made from the messages. Raises ApiError if the request cannot be honoured.
     """
     prompts = served.prompts
     prompts.check_known(chat.stop_tokens, "stop_token_ids")
     if prompt is None:
         prompt = await prompt_of(served, request, chat)
+    tokens = prompt.tokens
     if chat.scores_prompt:
-        check_scores([prompt], chat.top_logprobs)
-    forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(prompt))
+        check_scores([tokens], chat.top_logprobs)
+    forms, begun = (PLAIN, "") if chat.is_text else (prompts.forms, prompts.begun(tokens))
     bounds, grammar, calls = _bounds_of(chat), None, forms.calls if chat.functions else None
     if bounds is not None:
         if chat.ignores_ends or chat.sampling.get("min_tokens"):
@@ -161,12 +202,13 @@ async def answer_chat(
         reasoning = forms.reasoning
         thinks = reasoning is not None and begun == reasoning.opening
         # The model may reason before the part that the grammar restricts, unless the prompt has closed the reasoning.
-        thinks_no_more = reasoning is not None and prompts.ends_with(prompt, reasoning.closing)
+        thinks_no_more = reasoning is not None and prompts.ends_with(tokens, reasoning.closing)
         bound = replace(forms, reasoning=None) if thinks_no_more else forms
         grammar = await served.prepare(request, lambda: served.grammars.of_answer(bounds, bound, thinks=thinks))
     ask = GenerationRequest(
-        prompt=prompt,
-        max_tokens=prompts.room_for(prompt, chat.max_tokens, fits=chat.fits),
+        prompt=tokens,
+        pixels=prompt.pixels,
+        max_tokens=prompts.room_for(tokens, chat.max_tokens, fits=chat.fits),
         sampling=sampling_of(served, chat.sampling),
         choices=chat.choices,
         # Stop strings end only text: an answer that must be a call has no stop strings, and a grammar protects calls.

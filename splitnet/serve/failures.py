@@ -101,8 +101,8 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     place, context = ".".join(str(part) for part in first["loc"][1:]), first.get("ctx", {})
     if first["type"] == "extra_forbidden":
         message = f"{place} is not supported: leave it out"
-    elif "images" in first["loc"] or (name := named(first)) in IMAGES:
-        message = f"{place}: images are not supported: send text alone"
+    elif (name := named(first)) in IMAGES:
+        message = f"{place}: images are not supported here: send them in messages of the user"
     elif first["type"] in ("literal_error", "union_tag_invalid"):
         known = context.get("expected_tags") or context["expected"]
         message = f"{place}: {f'{name!r} is not supported, only {known}' if name else f'only {known} is supported'}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -131,6 +131,8 @@ class GenerationRequest:
     # ends when memory runs out.
     reserve_max_tokens: bool = True
     reading: ReadTask | None = None  # with `max_tokens` 0: the prompt is read, not scored
+    # Arguments of the model for the images of the prompt; then, there is one answer, and the prompt is not scored.
+    pixels: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ class Generation:
             if self._ask.reading is not None:
                 self._listener(self._read_texts(self._ask.reading))
                 return
-            needs_all = self._ask.score_prompt or not self._ask.max_tokens
+            # Equal tokens do not mean equal images, so a prompt with images gets a new session, which is not kept.
+            needs_all = self._ask.score_prompt or not self._ask.max_tokens or bool(self._ask.pixels)
             taken = None if needs_all else kept.take_session(self._ask.owner, self._ask.prompt)
             rooms = [self._ask.max_tokens]
             if not self._ask.reserve_max_tokens:
@@ -288,7 +291,7 @@ class Generation:
             if ask.max_tokens:
                 answer_tokens, tokens = self._generate_answer(prompt, cache, look)
                 cached = cached or (cache.session.reused if cache.session is not None else 0)
-                if ask.choices == 1:
+                if ask.choices == 1 and not ask.pixels:
                     held = tokens[: cache.remote.columns]
             else:
                 self._begun = True
@@ -411,6 +414,7 @@ class Generation:
             # `TokenCollector` ends answers.
             eos_token_id=None,
             pad_token_id=0,
+            **ask.pixels,
         )
         return sum(choice.tokens for choice in choices), output[0].tolist()
 

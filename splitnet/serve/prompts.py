@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
+from splitnet.images import Prompt, process_prompt
 from splitnet.serve import infill
 from splitnet.serve.answers.call_forms import PROBE_TOOL, Forms, forms_of, history_for_template
 from splitnet.serve.answers.text import INCOMPLETE
@@ -31,14 +32,22 @@ CUT_TIMES = 16  # Maximum length, in contexts of the model, of texts that are cu
 CUT_TOKENS = 128  # Tokens that each cut between slices may add to the length of a text
 LAST_TOKENS = 8  # Number of last tokens of a prompt that are searched for marks that begin the answer
 GAP_TOKENS = 256  # Tokens that are left free for the text of a gap if the request sets no maximum
+PROBE_TEXT = "splitnet-probe"  # A text that a chat template must show
 DEFAULT_MAX_TOKENS = 4096  # Maximum tokens of an answer if neither the request nor the model sets a maximum
 
 
 class Prompts:
-    """Makes prompts with a model's tokenizer and chat template. max_positions: the model's context; None: no bound."""
+    """Makes prompts with a model's tokenizer and chat template.
 
-    def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
+    max_positions: the model's context; None: no bound. processor: transformers' processor of a model that sees images;
+    None: the model reads text alone.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None, processor: Any = None) -> None:
         self._tokenizer = tokenizer
+        self.processor = processor
+        if processor is not None and processor.chat_template:
+            tokenizer.chat_template = processor.chat_template
         if tokenizer.chat_template:
             begin()
         self._vocabulary = vocabulary
@@ -59,6 +68,17 @@ class Prompts:
     def template(self) -> str:
         """The chat template; empty: the model has no chat template."""
         return self._tokenizer.get_chat_template(tools=[PROBE_TOOL]) if self._tokenizer.chat_template else ""
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the chat template shows the text of messages only if their contents are lists of parts."""
+        if self.processor is None:
+            return False
+        try:
+            shown = render(self._tokenizer, [{"role": "user", "content": PROBE_TEXT}], answer=False)
+        except TemplateError:
+            return True
+        return PROBE_TEXT not in shown
 
     @cached_property
     def takes_tools(self) -> bool:
@@ -106,7 +126,40 @@ class Prompts:
         Messages and tools have the form that chat templates expect: text in one piece, arguments of calls as objects.
         parameters: more variables for the template, by the parameter of the request that gives them; a later value
         replaces an earlier value. answer: the prompt ends with the marks that begin an answer. goes_on: the answer
-        continues the last message. last: how many last tokens are kept.
+        continues the last message. last: how many last tokens are kept. Raises ApiError as `_rendered`.
+        """
+        text, mark = self._rendered(messages, tools, parameters, answer, goes_on, last)
+        return [id for piece in (text.split(mark) if mark else [text]) for id in self.ids(piece)][
+            -last if last else None :
+        ]
+
+    def of_chat_with_images(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[str],
+        tools: Sequence[dict[str, Any]],
+        parameters: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        *,
+        answer: bool = True,
+        goes_on: bool = False,
+    ) -> Prompt:
+        """As `tokens_of_chat`, of messages whose contents may be lists of parts; images: base64, in their order.
+
+        Raises ApiError as `_rendered`, and ImageError if an image cannot be read or the processor refuses it.
+        """
+        text, mark = self._rendered(messages, tools, parameters, answer, goes_on, None)
+        return process_prompt(self.processor, text, mark, images)
+
+    def _rendered(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        parameters: Mapping[str, Mapping[str, Any]],
+        answer: bool,
+        goes_on: bool,
+        last: int | None,
+    ) -> tuple[str, str]:
+        """The text of a chat, and the mark that separates its pieces, which are tokenized one by one; empty: none.
 
         Special tokens come from the template alone: names of special tokens in messages and tools stay text. So the
         text of a message cannot end the message and begin a message of another role.
@@ -127,20 +180,22 @@ class Prompts:
         if not self.forms.shows_calls and any(message.get("tool_calls") for message in messages):
             raise ApiError(400, "this model's chat template shows no calls of earlier messages", param="messages")
         said = history_for_template(messages, self.forms)
+        if self._wants_parts:
+            said = [{**one, "content": _as_parts(one["content"])} for one in said]
         text = json.dumps([said, described, variables], ensure_ascii=False)
         times = 1 if last is None else CUT_TIMES
-        self._check_length([message["content"] for message in said], times)
+        contents = [text for message in said for text in _texts_of(message["content"])]
+        self._check_length(contents, times)
         self._check_length([text], 2 * times)  # a template may leave out parts, or write them shorter
         templated = partial(self._templated, answer=answer and not goes_on, goes_on=goes_on)
-        first = -last if last else None
         if self._special.search(text) is None:
             rendered = templated(said, described, variables)
             self._check_length([rendered], times)
-            return self.ids(rendered)[first:]
+            return rendered, ""
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         marked = templated(*(self._as_text(each, mark) for each in (said, described, variables)))
         self._check_length([marked], 2 * times)  # the marks count, too
-        return [id for piece in marked.split(mark) for id in self.ids(piece)][first:]
+        return marked, mark
 
     def checked_ids(self, text: str) -> list[int]:
         """The tokens of a text. Raises ApiError if the text is longer than the context."""
@@ -346,3 +401,11 @@ class Prompts:
     def _too_long(self, what: str, fix: str) -> ApiError:
         message = f"{what} the model's context of {self.max_positions}: {fix}"
         return ApiError(400, message, code="context_length_exceeded")
+
+
+def _as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _texts_of(content: str | list[dict[str, Any]]) -> list[str]:
+    return [part["text"] for part in _as_parts(content) if part["type"] == "text"]

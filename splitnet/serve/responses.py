@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from splitnet.limits import FairAccount
+from splitnet.limits import Budget, FairAccount
 from splitnet.serve.admission import ANYONE, Admission, ApiClient
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
@@ -27,6 +27,7 @@ from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
+MAX_PIXEL_BYTES = 2 * 2**30  # Maximum number of bytes of the processed images of all unanswered requests
 MAX_UNREAD_BYTES = 64 * 2**20  # Maximum number of bytes of all streams together that clients have not read yet
 EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # clients ignore `KEEP_ALIVE`, which is a comment
 FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
@@ -73,6 +74,7 @@ class ServedModel:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: PreparationQueue = field(default_factory=PreparationQueue)
     unread: FairAccount = field(default_factory=lambda: FairAccount(MAX_UNREAD_BYTES))
+    pixels: Budget = field(default_factory=lambda: Budget(MAX_PIXEL_BYTES))  # by client
     # Called with the number of tokens of each prompt and its answers, which is demand for the model.
     note_demand: Callable[[int], None] = lambda tokens: None
     leave: Callable[[], None] = lambda: None  # leaves the model's swarm
@@ -86,6 +88,10 @@ class ServedModel:
     @property
     def model_names(self) -> list[str]:
         return list(dict.fromkeys([self.name, *self.other_names]))
+
+    @property
+    def sees_images(self) -> bool:
+        return self.prompts.processor is not None
 
     def running(self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str) -> AsyncGenerator[Numbered]:
         """Runs the prompts of a request once the request has a place; closing the generator ends the prompts.

@@ -26,8 +26,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.demand import DemandPublisher
 from splitnet.directory.interface import SwarmDirectory
-from splitnet.errors import CoverageError, SplitnetError
-from splitnet.hf.causal_lm import attached
+from splitnet.errors import CoverageError, ModelNotFound, SplitnetError, UnsupportedModel
+from splitnet.hf.causal_lm import RemoteCausalLM, attached
+from splitnet.hf.image_text import attached_with_images
 from splitnet.hf.peft_adapters import check_served, load_adapter
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
@@ -189,7 +190,7 @@ def serve(
         host, port = listener.getsockname()[:2]
         if not keys and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
-        loading = _ModelLoader(options, len(keys))
+        loading = _ModelLoader(options, len(keys), warn)
         served = loading.load_model(first)
         gateway = Gateway(
             served,
@@ -220,8 +221,9 @@ def serve(
 class _ModelLoader:
     """Loads models, which share the metrics and accounts of the server."""
 
-    def __init__(self, options: ServeOptions, keys: int) -> None:
+    def __init__(self, options: ServeOptions, keys: int, warn: Callable[[str], None]) -> None:
         self._options = options
+        self._warn = warn
         # If there are several keys, no client can take all places, so that another client soon gets a place.
         self._spare = options.max_requests // 4 if keys > 1 else 0
         self._shared: dict[str, Any] = {}
@@ -242,7 +244,7 @@ class _ModelLoader:
                 # Raises if all peers serve other weights. Not called for further models, which may get peers only after
                 # requests have asked for these models.
                 swarm.peers()
-            remote = attached(checkpoint, swarm, spec.options, spec.speculate, headless=True)
+            remote, processor = self._attach(spec, swarm)
             if spec.adapter is not None:
                 check_served(load_adapter(remote, spec.adapter), spec.adapter)
         except BaseException:
@@ -250,7 +252,7 @@ class _ModelLoader:
             raise
         defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
         vocabulary = remote.config.get_text_config().vocab_size
-        prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
+        prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions, processor)
         generations = Generations(remote, prompts.decode, options.max_requests, options.keep, spec.speculate)
         grammars = Grammars(tokenizer, vocabulary, generations.end_tokens)
         if self._demand is None:
@@ -270,8 +272,18 @@ class _ModelLoader:
             leave=swarm.close,
             **self._shared,
         )
-        self._shared = {name: getattr(served, name) for name in ("metrics", "preparing", "unread")}
+        self._shared = {name: getattr(served, name) for name in ("metrics", "preparing", "unread", "pixels")}
         return served
+
+    def _attach(self, spec: ModelSpec, swarm: Swarm) -> tuple[RemoteCausalLM, Any]:
+        """The model, and its processor; None: it reads text alone, or its images cannot be read here."""
+        if spec.checkpoint.reads_images:
+            try:
+                processor = spec.checkpoint.store.processor()
+                return attached_with_images(spec.checkpoint, swarm, spec.options, spec.speculate), processor
+            except (ModelNotFound, UnsupportedModel) as error:
+                self._warn(f"{spec.names[0]} is served without images: {error}")
+        return attached(spec.checkpoint, swarm, spec.options, spec.speculate, headless=True), None
 
     def close(self) -> None:
         """Stops the publishing of demand."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -447,7 +447,8 @@ def cut_into_steps(
     """
     steps: list[tuple[list[Chunk], list[PositionInputs]]] = [([], [])]
     room = limit
-    for (row, start, length, keep), own in zip_longest(parts, inputs, fillvalue=PositionInputs()):
+    given = inputs or [PositionInputs()] * len(parts)
+    for (row, start, length, keep), own in zip(parts, given, strict=True):
         begun = 0
         while begun < length:
             if room <= 0:

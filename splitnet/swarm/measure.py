@@ -240,9 +240,9 @@ class Measurements:
         count."""
         return self.answers.silent_peers(self._clock(), lately=lately)
 
-    def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
-        """The peers whose last measurement, answered or not, is older than `age_s`; the oldest first."""
-        oldest = self._clock() - age_s
+    def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """The peers whose last measurement, answered or not, is older than `REMEASURE_S`; the oldest first."""
+        oldest = self._clock() - REMEASURE_S
         asked_s = self.answers.asked_s()
         tried = [(asked_s.get(record.key.text, -math.inf), record) for record in records]
         return [record for at, record in sorted(tried, key=lambda each: each[0]) if at < oldest]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, KeysView, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -107,7 +108,7 @@ class ModelFacts:
         return cls(**{each.name: getattr(checkpoint, each.name) for each in fields(cls)})
 
 
-class Swarm:
+class Swarm(AbstractContextManager["Swarm"]):
     """All peers of one model, for a client. Thread-safe. Must be closed.
 
     Args:
@@ -166,9 +167,6 @@ class Swarm:
         self.directory.close()
         self._peers.close()
         self.measurer.close()
-
-    def __enter__(self) -> Swarm:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

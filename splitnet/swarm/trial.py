@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ class TriedPeer:
     path_kind: PathKind = PathKind.DIRECT
 
 
-class PeerLinks:
+class PeerLinks(AbstractContextManager["PeerLinks"]):
     """Links to peers for a short test; a context manager. identity: the key of the client. prober: pings peers."""
 
     def __init__(self, identity: Identity) -> None:
@@ -48,9 +49,6 @@ class PeerLinks:
         )
         self.prober = Prober(self._send_open)
         self._transport.start()
-
-    def __enter__(self) -> PeerLinks:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._transport.close()

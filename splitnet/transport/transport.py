@@ -19,7 +19,7 @@ from typing import Any, cast
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.errors import explain_listen_errors
 from splitnet.limits import Budget
 from splitnet.logs import RateLimitedWarnings
 from splitnet.nat.tunnel import Tunnels
@@ -296,14 +296,11 @@ class Transport:
         self._router.zap_domain = Gatekeeper.DOMAIN
         self._router.router_mandatory = True
         self._arrivals = self._router.get_monitor_socket(_ARRIVALS)
-        try:
-            self._router.bind(address)
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EADDRINUSE:
-                raise AddressInUse(
-                    f"{address} is taken: choose another address with --listen, or any port: 0"
-                ) from None
-            raise SplitnetError(f"cannot listen on {address}: {error}. Use --listen tcp://HOST:PORT") from None
+        with explain_listen_errors(address, "port with --listen", "use --listen tcp://HOST:PORT"):
+            try:
+                self._router.bind(address)
+            except zmq.ZMQError as error:
+                raise OSError(error.errno, error.strerror) from None
         bound = cast(bytes, self._router.getsockopt(zmq.LAST_ENDPOINT))
         self.port = int(bound.rpartition(b":")[2].rstrip(b"\0"))
         self._poller.register(self._router, zmq.POLLIN)

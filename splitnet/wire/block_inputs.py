@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from splitnet.errors import ProtocolError
@@ -40,6 +41,7 @@ ADDED = "added_states"
 
 _OF_GROUPS = (GROUPS, WINDOW_GROUPS)
 INTEGER_BYTES = 8
+MAX_GROUP = 2048  # positions of a group, which must run in one pass
 MAX_AXES = 8  # axes of a rotary position; families have three
 
 _PAGE_FIELDS = several(
@@ -55,6 +57,13 @@ def values_of(inputs: Sequence[BlockInput], data: Payload) -> Iterator[tuple[Blo
         end = offset + each.length * each.size
         yield each, view[offset:end]
         offset = end
+
+
+def check_groups(step: Step) -> None:
+    """Raises ProtocolError: a group of a step is too long for one pass."""
+    groups = groups_of(step)
+    if any(len(list(same)) > MAX_GROUP for group, same in groupby(groups) if group):
+        raise ProtocolError(f"a group of positions that attend to each other has more than {MAX_GROUP} positions")
 
 
 def check_inputs(inputs: Iterable[BlockInput], parts: Sequence[Chunk]) -> None:

@@ -17,6 +17,8 @@ from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests import images
+
 Outcomes = Counter[str]
 
 CHAT = "/v1/chat/completions"
@@ -101,6 +103,16 @@ def bombs_of(model: str) -> list[tuple[str, str, str]]:
         "tokens": ("/detokenize", {"model": model, "tokens": [5] * 700_000}),
     }
     return [(name, path, json.dumps(body)) for name, (path, body) in kinds.items()]
+
+
+def hostile_images(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
+    """Sends images that are damaged, or much larger than their files; a model without eyes refuses them unread."""
+    model = model_of(url, key)
+    bodies: list[tuple[str, str]] = []
+    for data, _ in images.hostile_images().values():
+        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
+        bodies.append((CHAT, json.dumps({"model": model, "messages": [{"role": "user", "content": content}]})))
+    return _repeated(url, bodies, seconds, key)
 
 
 def unfinished_bodies(

@@ -36,7 +36,7 @@ EXECUTED = {"chat", "generate", "key", "plan", "status"}
 NEEDS_SWARM = {"chat", "generate", "status"}
 """Without --join, these commands search the local network, where tests must not find a swarm."""
 SERVED_NAMES = {name for command in COMMANDS for option, name in pairwise(command.words) if option == "--served-name"}
-NEEDS_MORE = {"--adapter", "--swarm-key", "round", "simulate", "tune"}
+NEEDS_MORE = {"--adapter", "--image", "--swarm-key", "round", "simulate", "tune"}
 """Commands that need files of an earlier command, or minutes."""
 PLACEHOLDERS = {
     "ADDR": NOBODY,

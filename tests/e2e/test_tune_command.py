@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from splitnet.tools.tune.data import TEMPLATE, read_examples
 from splitnet.tools.tune.job import evaluate
-from splitnet.tools.tune.run import Encoder
+from splitnet.tools.tune.methods import TrainingSettings
+from splitnet.tools.tune.run import Encoder, TuningRun
 from tests.e2e.conftest import Here
 from tests.e2e.daemons import Finished, background
 
@@ -57,6 +58,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+SETTINGS = TrainingSettings(steps=1, learning_rate=0.1, batch_size=3)  # for evaluations with plain PEFT
+
+
 def expect_trained(finished: Finished, folder: Path, steps: int) -> None:
     assert finished.code == 0, finished.errors
     assert f"step {steps} of {steps}: loss " in finished.errors
@@ -80,12 +84,11 @@ def test_a_trained_adapter_gives_the_same_in_plain_peft(
     assert told
 
     base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, str(output))
+    plain = PeftModel.from_pretrained(base, str(output), is_trainable=True)
     examples = read_examples(data)
     encoder = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels)
-    result = evaluate(
-        plain, encoder.encode_file(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words()
-    )
+    run = TuningRun(plain, encoder.encode_file(examples), SETTINGS, pad=tokenizer.pad_token_id)
+    result = evaluate(run, encoder.encode_file(examples), encoder.words(), lambda _: None)
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
 
@@ -265,8 +268,9 @@ def test_a_classification_head_is_trained(
 
     base = AutoModelForSequenceClassification.from_pretrained(small, num_labels=2, dtype=torch.float32)
     base.config.pad_token_id = tokenizer.pad_token_id
-    plain = PeftModel.from_pretrained(base, str(output))
+    plain = PeftModel.from_pretrained(base, str(output), is_trainable=True)
     examples = read_examples(data)
     rows = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels, head=True).encode_file(examples)
-    result = evaluate(plain, rows, batch_size=3, pad=tokenizer.pad_token_id, head=True)
+    run = TuningRun(plain, rows, SETTINGS, pad=tokenizer.pad_token_id, head=True)
+    result = evaluate(run, rows, None, lambda _: None)
     assert result.loss == pytest.approx(metrics(output)[-1]["eval_loss"], rel=1e-4)

@@ -120,10 +120,13 @@ class LocalSwarm:
         client = self.client if identity is None else self.connect(identity)
         return attach(Checkpoint.open(self.folder), client, codec=codec, **options)
 
-    def image_model(self, codec: str = "none", **options: Any) -> RemoteImageTextToText:
+    def image_model(
+        self, codec: str = "none", identity: Identity | None = None, **options: Any
+    ) -> RemoteImageTextToText:
         """A model that reads images, whose blocks are on these peers."""
+        client = self.client if identity is None else self.connect(identity)
         chosen = ConnectionOptions.of({"codec": codec, **options})
-        return attached_with_images(Checkpoint.open(self.folder), self.client, chosen)
+        return attached_with_images(Checkpoint.open(self.folder), client, chosen)
 
     def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:
         """A model for sequence classification whose blocks are on these peers."""

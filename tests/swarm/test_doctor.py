@@ -56,10 +56,10 @@ def joining(setup: Setup, addresses: Sequence[str], **others: Any) -> Setup:
     return dataclasses.replace(setup, options=dataclasses.replace(setup.options, initial_peers=addresses), **others)
 
 
-def examined(setup: Setup, **options: Any) -> dict[str, list[CheckResult]]:
+def examined(setup: Setup) -> dict[str, list[CheckResult]]:
     """The findings of each check."""
     found: dict[str, list[CheckResult]] = {}
-    for finding in examine(setup, **options):
+    for finding in examine(setup):
         found.setdefault(finding.check, []).append(finding)
     return found
 
@@ -277,6 +277,6 @@ class TestModel:
 @pytest.mark.default_cases(seconds=(600,))
 @pytest.mark.parametrize(("seconds", "direction"), [(600, "ahead of"), (-600, "behind")])
 def test_a_wrong_clock(sound: Setup, seconds: int, direction: str) -> None:
-    bad = wrong(examined(sound, clock=lambda: time.time() + seconds))
+    bad = wrong(examined(dataclasses.replace(sound, clock=lambda: time.time() + seconds)))
     assert list(bad) == ["clock"] and bad["clock"].status is Status.failed
     assert f"this machine is 600 s {direction} the swarm's, and 3 s are allowed: set it" in bad["clock"].text

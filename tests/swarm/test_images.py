@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from splitnet.blocks.block_inputs import encode_step
 from splitnet.directory.dht_directory import DhtDirectory
+from splitnet.errors import SplitnetError, UnsupportedParameter
+from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
+from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
 from tests.image_models import IMAGE_MODELS, Inputs
 from tests.swarm.generation import After
@@ -59,7 +63,7 @@ def test_an_answer_about_images_survives_the_death_of_a_hop(victim: int, both: t
         remote = visit.image_model(dtype="float32", prefixes="off")
         with remote.session() as cache:
             got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(visit, cache, victim)))
-            assert repairs(cache.session)
+            assert cache.session is not None and repairs(cache.session)
     assert torch.equal(got, local.generate(**inputs, **OPTIONS))
 
 
@@ -144,3 +148,91 @@ def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwar
         found, expected = (model(**inputs).logits.log_softmax(-1) for model in (remote, local))
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert divergence < most
+
+
+def test_features_of_images_are_kept_between_turns(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, calls = swarm.image_model(dtype="float32"), []
+    tower = next(module for name, module in remote.named_modules() if name.endswith(("visual", "vision_tower")))
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    first, second = inputs_of(local, 2), inputs_of(local, 2, seed=2)
+    for inputs, count in ((first, 1), (first, 1), (second, 2), (first, 2)):
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+        assert len(calls) == count
+
+
+def _unknown(given: BlockInput) -> BlockInput:
+    return given._replace(name="unknown")
+
+
+def _outside(given: BlockInput) -> BlockInput:
+    return given._replace(start=given.start + 1000)
+
+
+def _too_wide(given: BlockInput) -> BlockInput:
+    return given._replace(size=given.size + 8, length=1)
+
+
+@pytest.mark.parametrize("change", [_unknown, _outside, _too_wide])
+def test_peers_refuse_wrong_block_inputs_and_go_on(
+    change: Callable[[BlockInput], BlockInput], both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, swarm = both
+    inputs = inputs_of(local, 2)
+
+    def encode(*args: Any) -> tuple[bytes, tuple[BlockInput, ...]]:
+        payload, described = encode_step(*args)
+        return payload, tuple(map(change, described))
+
+    with monkeypatch.context() as patch, swarm.newcomer() as visit:
+        patch.setattr("splitnet.session.inference.encode_step", encode)
+        with pytest.raises(SplitnetError):
+            visit.image_model(dtype="float32", prefixes="off").generate(**inputs, **OPTIONS)
+    remote = swarm.image_model(dtype="float32")
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_links_through_the_client_carry_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model, client = IMAGE_MODELS[family], Identity.generate()
+    local = model.write(tmp_path / "published")
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(client.public.text + "\n")
+    with local_swarm(tmp_path / "published", [(0, 1)], node=node, dtype="float32") as swarm:
+        # These peers accept the client and no other peer, so that the client relays to them, and replays its own log.
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        swarm.add(1, 6, authorized_keys=keys, dtype="float32")
+        remote = swarm.image_model(dtype="float32", prefixes="off", identity=client)
+        inputs = model.inputs(local, 2)
+        with remote.session() as cache:
+            got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(swarm, cache, 1)))
+            assert cache.session is not None and cache.session.hops[0].relayed and repairs(cache.session)
+        assert torch.equal(got, local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_keys_and_values_in_codes_serve_images(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    model = IMAGE_MODELS[family]
+    local = model.write(tmp_path / "published")
+    inputs = model.inputs(local, 9)
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32", kv="int8") as swarm:
+        remote = swarm.image_model(dtype="float32")
+        with torch.no_grad():
+            found, expected = (each(**inputs).logits.log_softmax(-1) for each in (remote, local))
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+
+
+def test_an_image_that_is_missing_is_refused(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(dtype="float32"), inputs_of(local, 1)
+    del inputs["pixel_values"]
+    inputs.pop("image_grid_thw", None)
+    with pytest.raises(UnsupportedParameter, match="without the image"), remote.session():
+        remote.generate(**inputs, **OPTIONS)
+
+
+def test_training_on_images_is_refused(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    with pytest.raises(UnsupportedParameter, match="trained"):
+        swarm.image_model(dtype="float32")(**inputs_of(local, 1))

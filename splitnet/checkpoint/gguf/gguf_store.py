@@ -154,6 +154,9 @@ class GgufStore:
         except OSError as error:
             raise ModelNotFound(f"{file} of {self.name} cannot be read: download it again") from error
 
+    def processor(self) -> Any:
+        raise ModelNotFound(f"{self.name} is a GGUF file, which has no processor of images: give the original model")
+
     def tokenizer(self, **options: Any) -> Any:
         says = self._file.metadata.get
         with replace_library_errors(

@@ -16,12 +16,14 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
+from splitnet.images import Prompt
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
 from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.message_parts import Part, content_of, image, image_at
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import EVENTS, ServedModel, framed
 
@@ -53,6 +55,23 @@ class TextBlock(Strict):
     cache_control: CacheControl | None = None
 
 
+class ImageData(Strict):
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: str
+
+
+class ImageAtUrl(Strict):
+    type: Literal["url"]
+    url: str
+
+
+class ImageBlock(Strict):
+    type: Literal["image"]
+    source: Annotated[ImageData | ImageAtUrl, Field(discriminator="type")]
+    cache_control: CacheControl | None = None
+
+
 class ThinkingBlock(Strict):
     type: Literal["thinking"]
     thinking: str
@@ -71,7 +90,7 @@ class ToolUse(Strict):
 class ToolResult(Strict):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Content[TextBlock] | None = None
+    content: Content[Annotated[TextBlock | ImageBlock, Field(discriminator="type")]] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -80,7 +99,7 @@ class AnthropicUserMessage(Strict):
     """A message of the user, or an instruction for the answer."""
 
     role: Literal["user", "system"]
-    content: Content[Annotated[TextBlock | ToolResult, Field(discriminator="type")]]
+    content: Content[Annotated[TextBlock | ImageBlock | ToolResult, Field(discriminator="type")]]
 
 
 class AnthropicAssistantMessage(Strict):
@@ -110,15 +129,31 @@ def _for_template(
                 call = {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
                 said[-1].setdefault("tool_calls", []).append(call)
             elif isinstance(block, ToolResult):
-                text = ("Error: " if block.is_error else "") + _joined(block.content or [])
-                said.append({"role": "tool", "content": text, "tool_call_id": block.tool_use_id})
+                parts = [*map(_read, block.content or [])]
+                if block.is_error:
+                    parts = (
+                        [f"Error: {parts[0]}", *parts[1:]]
+                        if parts and isinstance(parts[0], str)
+                        else ["Error: ", *parts]
+                    )
+                content = content_of(parts, "tool", "\n")
+                said.append({"role": "tool", "content": content, "tool_call_id": block.tool_use_id})
             elif message.role != "assistant":
                 role = message.role if not said or said[-1]["role"] == "system" else "user"
                 if said and said[-1]["role"] == role:
-                    said[-1]["content"] += f"\n{block.text}"
+                    before = said[-1]["content"]
+                    parts = [before] if isinstance(before, str) else [part.get("text", part) for part in before]
+                    said[-1]["content"] = content_of([*parts, _read(block)], role, "\n")
                 else:
-                    said.append({"role": role, "content": block.text})
+                    said.append({"role": role, "content": content_of([_read(block)], role)})
     return said
+
+
+def _read(block: TextBlock | ImageBlock) -> Part:
+    if isinstance(block, TextBlock):
+        return block.text
+    source = block.source
+    return image(source.data) if isinstance(source, ImageData) else image_at(source.url, "messages")
 
 
 def _joined(blocks: Sequence[Any]) -> str:
@@ -221,8 +256,8 @@ class MessagesRequest(Strict):
         )
 
 
-async def _prompted(served: ServedModel, request: Request, body: MessagesRequest) -> tuple[Chat, list[int]]:
-    """The chat of a request, and the tokens of its prompt."""
+async def _prompted(served: ServedModel, request: Request, body: MessagesRequest) -> tuple[Chat, Prompt]:
+    """The chat of a request, and its prompt."""
     on = None if body.thinking is None else body.thinking.type != "disabled"
     effort = body.output_config.effort if body.output_config else None
     chat = await served.prepare(request, lambda: body.chat)
@@ -282,7 +317,7 @@ def router(gateway: Gateway) -> APIRouter:
         served = await gateway.find_model(body.model)
         chat, prompt = await _prompted(served, request, body)
         shows = body.thinking is None or body.thinking.display != "omitted"
-        answer = AnthropicWriter(served.name, len(prompt), body.max_tokens, shows)
+        answer = AnthropicWriter(served.name, len(prompt.tokens), body.max_tokens, shows)
         return await answer_chat(served, request, chat, answer, stream=bool(body.stream), prompt=prompt)
 
     @paths.post("/v1/messages/count_tokens")
@@ -290,7 +325,7 @@ def router(gateway: Gateway) -> APIRouter:
         """Counts the tokens of a prompt."""
         served = await gateway.find_model(body.model)
         _, prompt = await _prompted(served, request, body)
-        return {"input_tokens": len(prompt)}
+        return {"input_tokens": len(prompt.tokens)}
 
     paths.include_router(models)
     return paths

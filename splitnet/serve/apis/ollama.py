@@ -38,6 +38,7 @@ from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.message_parts import content_of, image
 from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import ServedModel
@@ -46,6 +47,7 @@ VERSION = "0.12.6"  # The version of Ollama that this API corresponds to: progra
 LINES = "application/x-ndjson"
 LATEST = ":latest"  # The suffix of a model's name that clients may add or leave out
 Nothing = Annotated[list[Any], Field(max_length=0)]
+Images = Annotated[list[str], Field(fail_fast=True)]
 
 _NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
 _NEUTRAL |= dict.fromkeys(("logits_all", "vocab_only", "embedding_only"), False)
@@ -126,7 +128,7 @@ class OllamaMessage(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: Nothing | None = None
+    images: Images | None = None
     tool_calls: Annotated[list[OllamaToolCall], Field(fail_fast=True)] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -138,7 +140,8 @@ def _for_template(messages: Sequence[OllamaMessage]) -> list[dict[str, Any]]:
     said: list[dict[str, Any]] = []
     waiting: list[tuple[str, str]] = []  # the names and ids of calls without a result
     for message in messages:
-        one: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+        content = content_of([*map(image, message.images or ()), message.content or ""], message.role)
+        one: dict[str, Any] = {"role": message.role, "content": content}
         if message.thinking:
             one["reasoning_content"] = message.thinking
         for number, call in enumerate(message.tool_calls or []):
@@ -176,7 +179,7 @@ class GenerateRequest(Generating):
     suffix: str | None = None
     template: Literal[""] | None = None
     context: Nothing | None = None
-    images: Nothing | None = None
+    images: Images | None = None
 
     @model_validator(mode="after")
     def _raw_is_all(self) -> GenerateRequest:
@@ -186,8 +189,9 @@ class GenerateRequest(Generating):
 
     @property
     def chat(self) -> Chat:
-        said = [("system", self.system or None), ("user", self.prompt or "")] if self.prompt or self.suffix else []
-        messages = [{"role": role, "content": text} for role, text in said if text is not None]
+        asked = content_of([*map(image, self.images or ()), self.prompt or ""], "user")
+        said = [("system", self.system or None), ("user", asked)] if asked or self.suffix else []
+        messages = [{"role": role, "content": content} for role, content in said if content is not None]
         wanted = replace(super().chat, messages=messages, is_text=bool(self.raw or self.suffix))
         return replace(wanted, suffix=self.suffix or None)
 
@@ -353,6 +357,7 @@ def _capabilities(served: ServedModel) -> list[str]:
     prompts = served.prompts
     has = {"completion": not served.generations.model.headless, "embedding": served.pooling.told}
     has |= {"insert": prompts.marks is not None, "tools": prompts.takes_tools}
+    has["vision"] = served.sees_images
     has["thinking"] = prompts.forms.reasoning is not None
     return [name for name, has_it in has.items() if has_it]
 

@@ -69,7 +69,9 @@ def router(gateway: Gateway) -> APIRouter:
     paths = APIRouter(route_class=ParsingRoute)
 
     def entry(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": gateway.created, "owned_by": "splitnet"}
+        told = {"id": name, "object": "model", "created": gateway.created, "owned_by": "splitnet"}
+        sees = any(served.sees_images for served in gateway.loaded if name in served.model_names)
+        return told | ({"input_modalities": ["text", "image"]} if sees else {})
 
     @paths.get("/v1/models")
     def models() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from splitnet.serve.apis.strict import (
 )
 from splitnet.serve.chat import Chat
 from splitnet.serve.failures import ApiError
+from splitnet.serve.message_parts import content_of, image_at
 
 TOP_LOGPROBS = 20
 CHOICES = 16
@@ -239,6 +240,16 @@ class TextPart(Strict):
     text: str
 
 
+class ImageUrl(Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None  # without effect: the model's processor scales images
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class CalledFunction(Strict):
     """A function that an assistant called; `arguments` is JSON text."""
 
@@ -253,13 +264,14 @@ class MadeCall(Strict):
 
 
 Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
+SeenContent = str | Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
 class UserMessage(Strict):
     """A message of the user, or an instruction for the answer."""
 
     role: Literal["system", "developer", "user"]
-    content: Content
+    content: SeenContent
     name: str | None = None
 
 
@@ -279,7 +291,7 @@ class AssistantMessage(Strict):
 
 class ToolMessage(Strict):
     role: Literal["tool"]
-    content: Content
+    content: SeenContent
     name: str | None = None
     tool_call_id: str
 
@@ -290,9 +302,11 @@ Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discrimi
 def _for_template(message: Message) -> dict[str, Any]:
     """A message in the form that chat templates expect: text in one piece, arguments of calls as objects."""
     role = "system" if message.role == "developer" else message.role
-    content = message.content
-    text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-    said: dict[str, Any] = {"role": role, "content": text}
+    parts = (
+        message.content if isinstance(message.content, list) else [TextPart(type="text", text=message.content or "")]
+    )
+    read = [part.text if isinstance(part, TextPart) else image_at(part.image_url.url, "messages") for part in parts]
+    said: dict[str, Any] = {"role": role, "content": content_of(read, role)}
     if message.name is not None:
         said["name"] = message.name
     if isinstance(message, ToolMessage):

@@ -27,6 +27,7 @@ from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinki
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
+from splitnet.serve.message_parts import content_of, image_at
 from splitnet.serve.request_gate import ParsingRoute
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
 
@@ -49,12 +50,22 @@ class ResponsesTextPart(SentObject):
     logprobs: list[Any] | None = None
 
 
+class InputImage(SentObject):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None  # without effect: the processor scales images
+
+
 def _parts(text: Any) -> Any:
     return [{"type": "input_text", "text": text}] if isinstance(text, str) else text
 
 
 Parts = Annotated[list[ResponsesTextPart], Field(fail_fast=True)]
 Texts = Annotated[Parts, BeforeValidator(_parts, json_schema_input_type=str | Parts)]
+SeenParts = Annotated[
+    list[Annotated[ResponsesTextPart | InputImage, Field(discriminator="type")]], Field(fail_fast=True)
+]
+Seen = Annotated[SeenParts, BeforeValidator(_parts, json_schema_input_type=str | SeenParts)]
 
 
 class _Item(SentObject):
@@ -65,7 +76,7 @@ class _Item(SentObject):
 class ResponsesMessage(_Item):
     type: Literal["message"]
     role: Literal["user", "assistant", "system", "developer"]
-    content: Texts
+    content: Seen
     phase: str | None = None
 
 
@@ -85,7 +96,7 @@ class ResponsesToolCall(_Item):
 class CallOutput(_Item):
     type: Literal["function_call_output"]
     call_id: str
-    output: Texts
+    output: Seen
 
 
 def _typed(item: Any) -> Any:
@@ -196,19 +207,25 @@ def _joined(parts: Sequence[ResponsesTextPart] | None) -> str:
     return "".join(part.text for part in parts or ())
 
 
+def _read(parts: Sequence[ResponsesTextPart | InputImage], role: str, before: str = "") -> Any:
+    """The content of a message whose first text is `before`."""
+    read = [part.text if isinstance(part, ResponsesTextPart) else image_at(part.image_url, "input") for part in parts]
+    return content_of([before, *read], role, param="input")
+
+
 def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Makes messages for chat templates; consecutive reasoning, texts and calls of the assistant become one message."""
     said: list[dict[str, Any]] = []
     for item in items:
         if isinstance(item, CallOutput):
-            said.append({"role": "tool", "content": _joined(item.output), "tool_call_id": item.call_id})
+            said.append({"role": "tool", "content": _read(item.output, "tool"), "tool_call_id": item.call_id})
             continue
         role = item.role.replace("developer", "system") if isinstance(item, ResponsesMessage) else "assistant"
         if role != "assistant" or not said or said[-1]["role"] != role:
             said.append({"role": role, "content": ""})
         message = said[-1]
         if isinstance(item, ResponsesMessage):
-            message["content"] += _joined(item.content)
+            message["content"] = _read(item.content, role, message["content"])
         elif isinstance(item, Thought):
             thought = _joined(item.content) or _joined(item.summary)
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
@@ -300,7 +317,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def count(body: ResponseRequest, request: Request) -> dict[str, Any]:
         """Counts the tokens of a conversation's prompt."""
         served, _, chat = await wanted(body, request)
-        return {"object": "response.input_tokens", "input_tokens": len(await prompt_of(served, request, chat))}
+        return {"object": "response.input_tokens", "input_tokens": len((await prompt_of(served, request, chat)).tokens)}
 
     @paths.get("/v1/responses/{id}")
     async def stored(id: str, request: Request) -> dict[str, Any]:

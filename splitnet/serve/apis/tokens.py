@@ -63,7 +63,7 @@ def router(gateway: Gateway) -> APIRouter:
             asked = {name: getattr(body, name) for name in names}
             document = {"model": served.name, "messages": body.messages} | asked
             chat = await served.prepare(request, lambda: validated(ChatRequest, document).chat)
-            tokens = await prompt_of(served, request, chat)
+            tokens = (await prompt_of(served, request, chat)).tokens
         else:
             text = body.prompt if body.content is None else body.content
             adds = body.add_special_tokens is not False if body.content is None else bool(body.add_special)
@@ -82,14 +82,14 @@ def router(gateway: Gateway) -> APIRouter:
         """Gives the text of a chat's prompt."""
         served = await gateway.find_model(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
-        return {"prompt": await served.prepare(request, lambda: served.prompts.decode_all(prompt))}
+        return {"prompt": await served.prepare(request, lambda: served.prompts.decode_all(prompt.tokens))}
 
     @paths.post("/v1/chat/completions/input_tokens")
     async def count(body: ChatRequest, request: Request) -> dict[str, Any]:
         """Counts the tokens of a chat's prompt."""
         served = await gateway.find_model(body.model)
         prompt = await prompt_of(served, request, await served.prepare(request, lambda: body.chat))
-        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+        return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
 
     @paths.post("/infill", response_model=None)
     async def infill(body: InfillRequest, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import { AnswerView, grow, newAnswer, timingText } from "./answer.js";
 import { button, byId, element } from "./dom.js";
+import { contentOf, takeImages, thumbnail } from "./images.js";
 import { askForKey } from "./key.js";
 import { chosenModel, showModels } from "./models.js";
 import { routeLine } from "./routes.js";
@@ -13,7 +14,7 @@ const messages = byId("messages");
 const question = byId("question");
 const chat = document.querySelector(".chat");
 const nothing = messages.firstElementChild;
-const turns = []; // {asked, answer, view, node, id, counted}; id: the server's, until it has told of the answer's end
+const turns = []; // {asked, images, answer, view, node, id, counted}; id: the server's, until it has told of the answer's end
 let running = null;
 
 /** Updates the answers of this page, found by id, with the server's data on answers. */
@@ -30,15 +31,15 @@ export function showInChat(snapshot) {
 }
 
 /** Adds a turn to the page. */
-function add(asked, answer) {
+function add(asked, images, answer) {
   const view = new AnswerView(answer, () => {
     goBack(turn);
-    ask(asked);
+    ask(asked, images);
   });
   const edit = button("Edit", "your message", () => editTurn(turn));
-  const node = element("article", "message asked", element("p", "text", asked), edit);
+  const node = element("article", "message asked", ...images.map(thumbnail), element("p", "text", asked), edit);
   node.setAttribute("aria-label", "Your message");
-  const turn = { asked, answer, view, node };
+  const turn = { asked, images, answer, view, node };
   nothing.remove();
   messages.append(node, view.node);
   turns.push(turn);
@@ -52,14 +53,14 @@ function goBack(turn) {
   if (!turns.length) messages.append(nothing);
 }
 
-async function ask(text) {
+async function ask(text, images) {
   // A turn without an answer is not sent to the model: chat templates require alternating roles.
-  const said = turns.filter(({ answer }) => answer.text.trim()).flatMap(({ asked, answer }) => [
-    { role: "user", content: asked },
+  const said = turns.filter(({ answer }) => answer.text.trim()).flatMap(({ asked, images, answer }) => [
+    { role: "user", content: contentOf(asked, images) },
     { role: "assistant", content: answer.text },
   ]);
   const model = chosenModel();
-  const turn = add(text, newAnswer(model));
+  const turn = add(text, images, newAnswer(model));
   const [{ answer, view }, own, began] = [turn, new AbortController(), performance.now()];
   const { before, parameters } = settings();
   let [first, last, tokens, frame] = [null, null, null, 0];
@@ -81,7 +82,7 @@ async function ask(text) {
   view.timing.textContent = "waiting for the first token";
   scrollToEnd();
   try {
-    const sent = [...before, ...said, { role: "user", content: text }];
+    const sent = [...before, ...said, { role: "user", content: contentOf(text, images) }];
     const request = { model, messages: sent, ...parameters, stream: true, stream_options: { include_usage: true } };
     const headers = { "Content-Type": "application/json" };
     const options = { method: "POST", headers, body: JSON.stringify(request), signal: own.signal };
@@ -123,7 +124,7 @@ function editTurn(turn) {
   const send = () => {
     if (!field.value.trim()) return;
     goBack(turn);
-    ask(field.value.trim());
+    ask(field.value.trim(), turn.images);
     question.focus();
   };
   const actions = element("div", "actions", button("Cancel", "the change", leave), button("Send again", "", send));
@@ -158,9 +159,11 @@ function setRunning(controller) {
 byId("chat-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (!text || running || !chosenModel()) return;
+  if (running || !chosenModel()) return;
+  const images = takeImages();
+  if (!text && !images.length) return;
   question.value = "";
-  ask(text);
+  ask(text, images);
 });
 question.addEventListener("keydown", (event) => {
   if (!isSending(event)) return;
@@ -191,11 +194,12 @@ function expand(wide) {
   scrollToEnd();
 }
 
-// Kept in the tab like the API key, also across reloads.
-const store = () => sessionStorage.setItem(STORED, JSON.stringify(turns.map(({ asked, answer }) => ({ asked, answer }))));
+// Kept in the tab like the API key, also across reloads. Images would exceed what a tab may keep, so a text names them.
+const kept = ({ asked, images, answer }) => ({ asked: images.length ? `${asked} (images were here)`.trim() : asked, answer });
+const store = () => sessionStorage.setItem(STORED, JSON.stringify(turns.map(kept)));
 for (const name of ["pagehide", "visibilitychange"]) addEventListener(name, store);
 for (const { asked, answer } of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) {
-  add(asked, { ...newAnswer(), ...answer });
+  add(asked, [], { ...newAnswer(), ...answer });
 }
 setRunning(null);
 scrollToEnd();

@@ -18,7 +18,7 @@ from scheduler.route import best_route
 from splitnet.blocks.chosen_device import AUTO
 from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, allowed_skew_s, ask_nodes
+from splitnet.directory.hivemind_node import NO_HIVEMIND, NodeAnswer, ask_nodes, import_hivemind
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join as join_swarm
 from splitnet.directory.mdns import LocalNetwork, what_was_found
@@ -368,12 +368,13 @@ class Setup:
     listen: str | None = None
     public_host: str | None = None
     context: int | None = None  # number of positions of a session that should fit; None: no session is checked
+    clock: Callable[[], float] = time.time  # returns Unix time in seconds
 
 
-def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[CheckResult]:
+def examine(setup: Setup) -> Iterator[CheckResult]:
     """Yields the results of all checks that the setup allows; a failed check does not end the examination.
 
-    `clock` returns Unix time in seconds. Raises KeyFileError if the file with the swarm's key cannot be used.
+    Raises KeyFileError if the file with the swarm's key cannot be used.
     """
     swarm = setup.options.load_swarm_key() or OPEN
     yield from machine_checks.software()
@@ -398,7 +399,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, join = local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, reach, clock, swarm, setup.context)
+        yield from _way_to(setup, join, checkpoint, reach, swarm)
     else:
         if setup.context is not None:
             yield warned("context", "no swarm was found to check the session with: give --join")
@@ -417,22 +418,17 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[CheckResult]:
 
 
 def _way_to(
-    join: Sequence[str],
-    checkpoint: Checkpoint | None,
-    reach: AddressChecks,
-    clock: Callable[[], float],
-    swarm: OpenSwarm,
-    positions: int | None,
+    setup: Setup, join: Sequence[str], checkpoint: Checkpoint | None, reach: AddressChecks, swarm: OpenSwarm
 ) -> Iterator[CheckResult]:
     multiaddrs, addresses = split_addresses(join)
-    answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
+    answers = ask_nodes(multiaddrs, clock=setup.clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
     found, joined = _peers_to_ask(addresses, reach.identity, others_answer=bool(present))
     yield from join_addresses(answers, others_answer=bool(joined))
     yield from found
     allowed_s = MAX_CLOCK_SKEW_S
     if present:
-        allowed_s = allowed_skew_s()
+        allowed_s = import_hivemind().max_skew_s
         agreement = clocks(present, allowed_s)
         yield agreement
         # If this machine's clock is wrong, records of peers seem to be expired, or to be from the future.
@@ -445,7 +441,7 @@ def _way_to(
     with closing(Links(reach.identity)) as links:
         try:
             with join_swarm(joined, lambda: links, swarm=swarm) as directory:
-                yield from _swarm(directory, checkpoint, reach, clock, allowed_s, positions)
+                yield from _swarm(setup, directory, checkpoint, reach, allowed_s)
         except SplitnetError as error:
             yield failed("swarm", str(error))
 
@@ -471,12 +467,7 @@ def _peers_to_ask(
 
 
 def _swarm(
-    directory: SwarmDirectory,
-    checkpoint: Checkpoint | None,
-    reach: AddressChecks,
-    clock: Callable[[], float],
-    allowed_s: float,
-    positions: int | None,
+    setup: Setup, directory: SwarmDirectory, checkpoint: Checkpoint | None, reach: AddressChecks, allowed_s: float
 ) -> Iterator[CheckResult]:
     models = directory.models()
     yield served_model(models, checkpoint)
@@ -488,7 +479,7 @@ def _swarm(
         answering, silent = list[PeerRecord](), list[PeerRecord]()
         for record in tried:
             answer = answers[record.endpoint]
-            yield peer(record, answer, record.issued_at - clock(), allowed_s)
+            yield peer(record, answer, record.issued_at - setup.clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
             yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, but assumed to answer")
@@ -499,9 +490,9 @@ def _swarm(
                 gone, there = ([one for one in some if one.model == model] for some in (silent, counted))
                 covered = coverage(models[model], count, gone, there)
                 yield covered
-                if positions is not None and checkpoint is not None and covered.status is Status.passed:
+                if setup.context is not None and checkpoint is not None and covered.status is Status.passed:
                     rtts = ((record.key.text, answers[record.endpoint].rtt_ms) for record in there if record in tried)
-                    yield context(checkpoint, positions, there, {name: ms for name, ms in rtts if ms is not None})
+                    yield context(checkpoint, setup.context, there, {name: ms for name, ms in rtts if ms is not None})
         own = next((record for record in records if record.key == reach.identity.public), None)
         found = reach.port(own)
         yield found

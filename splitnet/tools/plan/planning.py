@@ -215,11 +215,7 @@ class _PartitionSearch:
 
     def _head_ms(self) -> float | None:
         host = self._known.get(self._file.client_host or "")
-        if host is None:
-            return None
-        if isinstance(host.speed, Speed):
-            return host.speed.block_ms_at(1) * self._sizes.head_bytes / self._sizes.block_bytes
-        return self._sizes.head_bytes / host.speed.bytes_per_ms
+        return None if host is None else self._sizes.head_bytes / self._machine(host).bytes_per_ms
 
     def _fastest(self, everyone: bool = False) -> Sequence[Hop]:
         blocks, network = self._sizes.num_blocks, self._file.network
@@ -239,14 +235,8 @@ class _PartitionSearch:
         return self._tokens_per_s(hops, self._demand.sessions if self._demand.throughput else 1)
 
     def _tokens_per_s(self, hops: Sequence[Hop], sessions: int) -> float:
-        return tokens_per_s(
-            hops,
-            self._peers,
-            self._file.network,
-            encodings=self._encodings,
-            sessions=sessions,
-            client_ms=self._client_ms or 0.0,
-        )
+        speed = partial(tokens_per_s, hops, self._peers, self._file.network, encodings=self._encodings)
+        return speed(sessions=sessions, client_ms=self._client_ms or 0.0)
 
     def _first_token_ms(self, hops: Sequence[Hop], prompt: int) -> float:
         first_ms = partial(first_token_ms, hops, self._reading, self._file.network, encodings=self._encodings)

@@ -60,17 +60,17 @@ def first_rows(rows: Sequence[Encoded], settings: TrainingSettings) -> list[Enco
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Sequence[Encoded], pad: int) -> Cost:
+def measured(method: str, run: TuningRun, rows: Sequence[Encoded], held_out: Sequence[Encoded]) -> Cost:
     """Measures steps of a run over some of all `rows`. held_out: rows for evaluation. Raises the errors of a step."""
     model = run.model
     disk_bytes, share, states_joules = 0, 1.0, 0.0
     with _peak() as peak:
         began, before = time.perf_counter(), model.training_bytes
         if isinstance(model, SideTuner):
-            model.compute_states(pad, lambda told: None, [])
+            model.compute_states(run.pad, lambda told: None, [])
             states_joules = model.training_joules
             different = {tuple(row.ids) for row in (*rows, *held_out)}
-            share = sum(map(len, different)) / sum(len(ids) for ids in model.rows)
+            share = sum(map(len, different)) / sum(len(row.ids) for row in model.rows)
             disk_bytes = int(model.disk_bytes * share)
         states_s, filled, joules = time.perf_counter() - began, model.training_bytes, model.training_joules
         times: list[float] = []

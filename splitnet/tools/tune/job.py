@@ -137,17 +137,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Any,
-    rows: Sequence[Encoded],
-    *,
-    batch_size: int,
-    pad: int,
-    words: Sequence[int] | None = None,  # the first token of each label; the likeliest of these is the model's choice
-    head: bool = False,  # whether the model's logits are logits of labels
-    advance: Callable[[int], None] | None = None,  # called with the number of rows after each batch
-    device: torch.device | str = "cpu",
+    run: TuningRun, rows: Sequence[Encoded], words: Sequence[int] | None, advance: Callable[[int], None]
 ) -> Evaluation:
-    """Evaluates a model on rows, by forward passes."""
+    """Evaluates the model of a run on rows, by forward passes.
+
+    words: the first token of each label; the likeliest of these is the model's choice. None: the run has a head, or no
+    labels. advance: called with the number of rows after each batch.
+    """
+    model, head, batch_size = run.model, run.head, run.settings.batch_size
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
     in_parts = not head and getattr(model, "loss_in_parts", False)
@@ -158,9 +155,9 @@ def evaluate(
         kept: dict[str, Any] = {}
         if in_parts:
             asked = sorted(set(places))
-            kept = {"logits_to_keep": torch.tensor(asked, device=device)}
+            kept = {"logits_to_keep": torch.tensor(asked, device=run.device)}
             places = [asked.index(place) for place in places]
-        output = model(**collate(part, pad, head=head, device=device), **kept)
+        output = model(**collate(part, run.pad, head=head, device=run.device), **kept)
         weight = len(part) if head else sum(row.learned for row in part)
         loss_sum += float(output.loss) * weight
         weight_sum += weight
@@ -169,8 +166,7 @@ def evaluate(
         elif words is not None:
             scores = [logits[place, list(words)] for logits, place in zip(output.logits, places, strict=True)]
             right += sum(int(one.argmax()) == row.choice for one, row in zip(scores, part, strict=True))
-        if advance:
-            advance(len(part))
+        advance(len(part))
     classified = head or words is not None
     return Evaluation(loss_sum / weight_sum, right / len(rows) if classified else None)
 
@@ -182,6 +178,20 @@ def _before_answers(rows: Sequence[Encoded]) -> list[int]:
 
 
 LONGEST_ROW = 1024  # Default maximum of tokens per row
+
+
+@dataclass(frozen=True)
+class ModelUse:
+    """A model, its swarm, and the options with which this client uses the model."""
+
+    checkpoint: Checkpoint
+    swarm: Swarm
+    options: ConnectionOptions
+    tokenizer: Any
+
+    @property
+    def pad(self) -> int:
+        return pad_of(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -214,15 +224,16 @@ class Tuning:
             TuningFolder(self.output).check_settings(self._description(facts.fingerprint), resume=self.resume)
         with ExitStack() as stack:
             swarm = stack.enter_context(connection.swarm_of(facts))
+            model = ModelUse(checkpoint, swarm, connection.options, checkpoint.tokenizer())
             if self.join_round is None:
-                self._run(checkpoint, swarm, connection.options, *rows)
+                self._run(model, *rows)
                 return
             link = stack.enter_context(RoundLink(swarm, self.join_round, len(rows[0])))
             typer.echo(f"joining the round {link.name} ...", err=True)
             settings = json.dumps(self._shared()).encode()
             joined = link.ask_round(RoundWish.JOIN, payload=settings, say=lambda text: typer.echo(text, err=True))
             agreed = self._agreed(joined[0])
-            agreed._run(checkpoint, swarm, connection.options, *agreed._rows(checkpoint), link=link, joined=joined)
+            agreed._run(model, *agreed._rows(checkpoint), link=link, joined=joined)
 
     def _rows(self, checkpoint: Checkpoint) -> tuple[list[Encoded], list[Encoded], Sequence[int] | None]:
         """Rows for training, rows for evaluation, and the first token of each label, if words predict labels."""
@@ -232,28 +243,20 @@ class Tuning:
         return rows, held_out, encoder.words() if classified else None
 
     def _run(
-        self,
-        checkpoint: Checkpoint,
-        swarm: Swarm,
-        running: ConnectionOptions,
-        rows: Sequence[Encoded],
-        held_out: Sequence[Encoded],
-        words: Sequence[int] | None,
-        **joint: Any,
+        self, model: ModelUse, rows: list[Encoded], held_out: list[Encoded], words: Sequence[int] | None, **joint: Any
     ) -> None:
         """joint: the joined round, as arguments of `JointRun`."""
-        tokenizer, folder = checkpoint.tokenizer(), TuningFolder(self.output)
-        pad, description = pad_of(tokenizer), self._description(swarm.facts.fingerprint)
+        folder, description = TuningFolder(self.output), self._description(model.swarm.facts.fingerprint)
         folder.check_settings(description, resume=self.resume)
         torch.manual_seed(self.settings.seed)
-        adapted = self._adapted(checkpoint, swarm, running, tokenizer, pad, [*rows, *held_out])
+        adapted = self._adapted(model, [*rows, *held_out])
         folder.claim(description)
         if isinstance(adapted, SideTuner):
-            self._fill(adapted, folder, pad)
+            self._fill(adapted, folder, model.pad)
         progress = TuningProgress(self.settings.steps)
         kind, joint = (JointRun, joint | {"say": progress.say}) if joint else (TuningRun, {})
-        run = kind(adapted, rows, self.settings, pad=pad, head=self.head, device=running.device, **joint)
-        self._train(run, folder, held_out, words, pad, progress)
+        run = kind(adapted, rows, self.settings, pad=model.pad, head=self.head, device=model.options.device, **joint)
+        self._train(run, held_out, words, progress)
         if isinstance(adapted, SideTuner):
             typer.echo(adapted.states.told_size)
         if isinstance(run, JointRun):
@@ -310,10 +313,11 @@ class Tuning:
         checkpoint = connection.checkpoint()
         costs: list[Cost] = []
         with connection.swarm(checkpoint) as swarm:
+            model = ModelUse(checkpoint, swarm, connection.options, checkpoint.tokenizer())
             for method in Method:
                 typer.echo(f"{method}: {1 + MEASURED} steps ...", err=True)
                 try:
-                    costs.append(self._cost(method, checkpoint, swarm, connection.options))
+                    costs.append(self._cost(method, model))
                 except SplitnetError as error:
                     typer.echo(f"{method} is not possible: {error}", err=True)
                 # Models with remote blocks have reference cycles, so without a collection their memory would be counted
@@ -323,20 +327,18 @@ class Tuning:
             raise SplitnetError("no method is possible for this model and these options: see above")
         print_costs(costs, self.settings)
 
-    def _cost(self, method: Method, checkpoint: Checkpoint, swarm: Swarm, running: ConnectionOptions) -> Cost:
+    def _cost(self, method: Method, model: ModelUse) -> Cost:
         if self.head and method is Method.SIDE:
             raise SplitnetError("side networks predict labels with the model's words: leave out --head")
-        tokenizer = checkpoint.tokenizer()
-        pad = pad_of(tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             settings = replace(self.settings, learning_rate=method.learning_rate)
             one = replace(self, method=method, settings=settings, output=Path(folder))
-            encoder = one._encoder(checkpoint, tokenizer)
+            encoder = one._encoder(model.checkpoint, model.tokenizer)
             rows, held_out = (encoder.encode_file(each) if each else [] for each in (self.train, self.held_out))
             some = first_rows(rows, settings)
-            adapted = one._adapted(checkpoint, swarm, running, tokenizer, pad, some)
-            run = TuningRun(adapted, some, settings, pad=pad, head=self.head, device=running.device)
-            return measured(method, run, rows, held_out, pad)
+            adapted = one._adapted(model, some)
+            run = TuningRun(adapted, some, settings, pad=model.pad, head=self.head, device=model.options.device)
+            return measured(method, run, rows, held_out)
 
     def _fill(self, tuner: SideTuner, folder: TuningFolder, pad: int) -> None:
         """Lets the peers compute the states, and records the cost."""
@@ -351,15 +353,9 @@ class Tuning:
         end_if(stopped, "Stopped")
 
     def _train(
-        self,
-        run: TuningRun,
-        folder: TuningFolder,
-        held_out: Sequence[Encoded],
-        words: Sequence[int] | None,
-        pad: int,
-        progress: TuningProgress,
+        self, run: TuningRun, held_out: list[Encoded], words: Sequence[int] | None, progress: TuningProgress
     ) -> None:
-        steps = self.settings.steps
+        folder, steps = TuningFolder(self.output), self.settings.steps
 
         def save() -> None:
             folder.save_checkpoint(*run.saved_state())
@@ -376,10 +372,8 @@ class Tuning:
                 return
             if any(line["step"] == done and "eval_loss" in line for line in folder.metrics()):
                 return
-            size, device = self.settings.batch_size, run.device
             with progress.evaluating(len(held_out)) as advance:
-                how: dict[str, Any] = {"words": words, "head": self.head, "advance": advance, "device": device}
-                result = evaluate(run.model, held_out, batch_size=size, pad=pad, **how)
+                result = evaluate(run, held_out, words, advance)
             if not math.isfinite(result.loss):
                 raise run.overflow(f"the loss on held-out examples is {result.loss}")
             folder.add_metrics({"step": done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
@@ -424,35 +418,28 @@ class Tuning:
         both = {*self.train.labels, *(self.held_out.labels if self.held_out and self.join_round else ())}
         return sorted(both)
 
-    def _adapted(
-        self,
-        checkpoint: Checkpoint,
-        swarm: Swarm,
-        running: ConnectionOptions,
-        tokenizer: Any,
-        pad: int,
-        rows: Sequence[Encoded],
-    ) -> Any:
+    def _adapted(self, use: ModelUse, rows: Sequence[Encoded]) -> Any:
         """The model with a new adapter. The adapter begins with a text or, like the head, with torch's random numbers.
 
         rows: all rows of later calls.
         """
+        attaching = use.checkpoint, use.swarm, use.options
         if self.method is Method.SIDE:
             states = States(TuningFolder(self.output / WORK))
-            return SideTuner(attached(checkpoint, swarm, running), self.options.width, states, rows, self.states_limit)
+            return SideTuner(attached(*attaching), self.options.width, states, rows, self.states_limit)
         if self.head:
             labels = (None, dict(enumerate(self.train.labels)), None)
-            model = attached_classifier(checkpoint, swarm, labels, running)
-            model.config.pad_token_id = pad  # the classifier uses this id to find the last token of a row
+            model = attached_classifier(use.checkpoint, use.swarm, labels, use.options)
+            model.config.pad_token_id = use.pad  # the classifier uses this id to find the last token of a row
         else:
-            model = attached(checkpoint, swarm, running)
+            model = attached(*attaching)
         beginning = self._beginning()
-        options, source = replace(self.options, init_text=beginning), checkpoint.tokenizer_source
-        adapted = with_new_adapter(model, self.method, options, tokenizer, tokenizer_source=source, head=self.head)
+        options, source = replace(self.options, init_text=beginning), use.checkpoint.tokenizer_source
+        adapted = with_new_adapter(model, self.method, options, use.tokenizer, tokenizer_source=source, head=self.head)
         if self.method is Method.PREFIX and options.projection is None:
             # A classifier uses no caches, but the keys and values of a causal model come from the same blocks.
-            causal = model if isinstance(model, RemoteCausalLM) else attached(checkpoint, swarm, running)
-            ids = tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
+            causal = model if isinstance(model, RemoteCausalLM) else attached(*attaching)
+            ids = use.tokenizer(beginning, return_tensors="pt").input_ids[:, : options.tokens]
             begin_prefix(adapted, causal.keys_and_values(ids))
         return adapted
 

@@ -156,8 +156,6 @@ class RoundLink(AbstractContextManager["RoundLink"]):
                     payload = sendable(gradient, message, self.name, public, secret)
                     self.moved = self.moved[0] + len(payload), self.moved[1]
                     self._transport.send(self._endpoint, encode(RoundNumbers(number, message.attempt, payload)))
-                case _:
-                    pass
             if state is not None and (parameters is not None or not state.following):
                 if wish in (RoundWish.JOIN, RoundWish.READY) and state.number >= state.rounds:
                     has_last = replace(asked, wish=RoundWish.READY, number=state.number)

@@ -270,7 +270,7 @@ class Rounds:
                 owner.ready = owner.delivered = False
                 owner.missed, owner.failed = owner.missed + 1, owner.failed + 1
                 owner.back_at = self.number + 1 + 2**owner.failed
-            self._say(f"{len(self.members) - len(sent)} owners did not send their gradients")
+            self.told.append(f"{len(self.members) - len(sent)} owners did not send their gradients")
             enough = len(sent) >= self.rules.quorum
             # Without the missing owners, masks do not cancel out, and noise is missing.
             if not enough or self.rules.masked or self.rules.noise:
@@ -286,9 +286,9 @@ class Rounds:
         shares = np.array([owner.share for owner in owners])
         if rules.masked:  # shares add up to 1, so the sum is like one gradient
             gradients, shares = [unmasked([owner.gradient or b"" for owner in owners], rules.norm)], np.ones(1)
-        self._descend(averaged(gradients, shares, rules, np.random.default_rng(), self._say))
+        self._descend(averaged(gradients, shares, rules, np.random.default_rng(), self.told.append))
         self.number += 1
-        self._say(f"round {self.number} of {self.rounds}: {len(keys)} owners")
+        self.told.append(f"round {self.number} of {self.rounds}: {len(keys)} owners")
         for key, owner in self.owners.items():
             if key in keys:
                 owner.delivered, owner.failed, owner.missed = True, 0, 0
@@ -310,9 +310,6 @@ class Rounds:
         along = first / (1 - 0.9**count) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
         self.moments = np.stack([first, second]).astype(np.float32)
         self.parameters = (before * (1 - rate * settings.weight_decay) - rate * along).astype(np.float32)
-
-    def _say(self, text: str) -> None:
-        self.told.append(text)
 
 
 def averaged(

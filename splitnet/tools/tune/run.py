@@ -299,8 +299,8 @@ class TuningRun:
         self.stopped: Sequence[int] = ()  # received signals to stop
         self.sound: Callable[[], None] = lambda: None  # called in a step when the loss and the gradient are finite
         self._rows = rows
-        self._pad = pad
-        self._head = head
+        self.pad = pad
+        self.head = head
         self.device = device
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = torch.optim.AdamW(
@@ -423,14 +423,14 @@ class TuningRun:
 
     def _loss(self, rows: Sequence[Encoded], *, backward: bool) -> float:
         """The loss of all rows, computed in parts. The gradients of the parts add up to the gradient of all rows."""
-        weights = [1 if self._head else row.learned for row in rows]
+        weights = [1 if self.head else row.learned for row in rows]
         whole = sum(weights)
         size = math.ceil(len(rows) / self.settings.accumulate)
         # The logits are not used, and would be by far the largest tensors.
-        spared = {"logits_to_keep": 1} if not self._head and getattr(self.model, "loss_in_parts", False) else {}
+        spared = {"logits_to_keep": 1} if not self.head and getattr(self.model, "loss_in_parts", False) else {}
         total = 0.0
         for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], self._pad, head=self._head, device=self.device)
+            batch = collate(rows[start : start + size], self.pad, head=self.head, device=self.device)
             share = sum(weights[start : start + size]) / whole
             with torch.set_grad_enabled(backward):
                 loss = self.model(**batch, **spared).loss * share
@@ -450,14 +450,14 @@ class TuningRun:
     def _packs(self) -> bool:
         """Whether one call of the model can take many soft prompts, each with separate rows."""
         kind = getattr(getattr(self.model, "active_peft_config", None), "peft_type", None)
-        return not self._head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
+        return not self.head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
 
     def _losses(self, rows: Sequence[Encoded], prompts: list[torch.Tensor]) -> list[float]:
         """The loss of all rows for each soft prompt `[1, virtual tokens, hidden]`, as the mean over the learned tokens.
 
         One call of the model takes as many prompts as `PACKED` allows, as in P-RGE (arXiv:2409.15520).
         """
-        batch = collate(rows, self._pad, device=self.device)
+        batch = collate(rows, self.pad, device=self.device)
         labels = batch.pop("labels")
         places = (labels != IGNORED).any(0).nonzero().flatten()
         targets, config = labels[:, places], self.model.config.get_text_config()

@@ -38,15 +38,15 @@ class SideTuner(nn.Module):
         self.side = SideNetwork.beside(model.ends.hidden_size, model.ends.num_blocks, width).to(model.device)
         self._model = (model,)  # a tuple hides its parameters, which are not trained
         self.states = states
-        self._rows = [*{tuple(row.ids): row for row in rows}.values()]
-        positions = sum(len(row.ids) for row in self._rows)
+        # The different texts of later calls
+        self.rows = [*{tuple(row.ids): row for row in rows}.values()]
+        positions = sum(len(row.ids) for row in self.rows)
         self.disk_bytes = positions * (len(self.side.taps) + 1) * self.side.hidden_size * 2
         if self.disk_bytes > limit:
             raise SplitnetError(
-                f"the hidden states of {len(self._rows):,} examples need {self.disk_bytes / 2**20:,.0f} MiB of disk, "
+                f"the hidden states of {len(self.rows):,} examples need {self.disk_bytes / 2**20:,.0f} MiB of disk, "
                 f"and --states-limit is {limit / 2**20:,.0f} MiB: raise it, or give fewer or shorter examples"
             )
-        self.rows = [row.ids for row in self._rows]  # the different texts of later calls
         self.training_bytes = 0, 0  # bytes sent and received on the client's own links
         self.training_joules = 0.0  # energy that the model counts for its passes
         self._places: dict[tuple[int, ...], tuple[Path, int]] = {}
@@ -56,11 +56,11 @@ class SideTuner(nn.Module):
 
         Raises DataError if the states cannot be written, and the errors of calling the model.
         """
-        (model,), states, count = self._model, self.states, len(self._rows)
+        (model,), states, count = self._model, self.states, len(self.rows)
         positions = max(PASS_POSITIONS, FILE_VALUES // ((len(self.side.taps) + 1) * self.side.hidden_size))
         states.folder.claim({})
         there = {ids for ids, _, _ in states.text_places()}
-        left = [row for row in self._rows if tuple(row.ids) not in there]
+        left = [row for row in self.rows if tuple(row.ids) not in there]
         if left:
             say(f"peers compute the hidden states of {count:,} examples, {self.disk_bytes / 2**20:,.0f} MiB ...")
         for some in parts_of(sorted(left, key=lambda row: len(row.ids)), positions):

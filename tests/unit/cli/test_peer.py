@@ -62,8 +62,8 @@ def test_the_models_that_a_peer_may_serve_are_read(tmp_path: Path) -> None:
     chosen = options_of("m", "--any-model", "--allow", str(file), "--listen", "tcp://127.0.0.1:0")[0]
     assert chosen.any_model == ["./llama", "Qwen/Qwen3-8B"]
     for wrong, fault in {
-        ("m", "--allow", str(file)): "--allow is for --any-model",
-        ("--any-model", "--blocks", "0:2"): "leave --blocks and --model-id out",
+        ("m", "--allow", str(file)): "--allow is for --any-model only",
+        ("--any-model", "--blocks", "0:2"): "leave out --blocks and --model-id",
         ("--any-model", "--allow", str(tmp_path / "none")): "cannot be read",
         ("--any-model", "--allow", "/dev/null"): "names no model",
     }.items():
@@ -102,7 +102,7 @@ def test_an_invited_peer_authorizes_the_keys_of_its_invitation(tmp_path: Path) -
 def test_a_warning_names_an_invitation_without_keys(tmp_path: Path) -> None:
     options, said = options_of("--invite", str(invitation(tmp_path)))
     assert options.authorized_keys is None
-    assert "anyone who knows this peer's address may use it" in said
+    assert "anyone who knows this peer's address may use the peer" in said
 
 
 def test_a_peer_without_hivemind_warns_that_others_cannot_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +128,10 @@ def test_a_peer_in_a_private_network_prints_addresses_for_others() -> None:
         return command.join_advice(address, joined, reach)
 
     assert told("tcp://8.8.8.8:31331") is None and told("tcp://127.0.0.1:31331") is None
-    assert told(private, *known) == f"from other networks with\n  --join {known[2]}\n  --join {known[3]}"
+    assert told(private, *known) == f"machines in other networks join with\n  --join {known[2]}\n  --join {known[3]}"
     for joined in ((), known[:1], [node]):
         said = told(private, *joined)
-        assert said is not None and "other networks cannot join with these addresses: --join a peer that they" in said
+        assert said is not None and "other networks cannot reach these addresses: --join a peer that they" in said
     assert "--join" in (told("tcp://8.8.8.8:31331", reach=Reach.helpers) or ""), "nobody connects to its own address"
 
 
@@ -149,14 +149,14 @@ def test_a_share_rate_without_shared_files_is_refused(tmp_path: Path) -> None:
         (
             WeightChoice("float16", torch.float32),
             "(float32 with weights as float16 on cpu)",
-            "exact and slower with --weights",
+            "--weights float32 is slower, but exact",
         ),
         (
             WeightChoice("bfloat16", torch.float32, exact=True),
             "(float32 with weights exactly as bfloat16 on",
-            "weights: faster",
+            "--weights int8 is faster",
         ),
-        (WeightChoice("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "faster and less exact with --weights int8"),
+        (WeightChoice("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "--weights int8 is faster, but less exact"),
         (WeightChoice("stored", torch.float32), "(float32 with weights as stored on cpu)", None),
     ],
 )

@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +100,7 @@ def attacker(bootstrap: DhtDirectory) -> Iterator[DhtDirectory]:
     """A full node that stores and returns values without checks."""
     with DhtDirectory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         directory._node.protocol.record_validator = None
-        directory._node.protocol.storage = import_hivemind().DHTLocalStorage()
+        directory._node.protocol.storage = import_module("hivemind.dht.storage").DHTLocalStorage()
         yield directory
 
 

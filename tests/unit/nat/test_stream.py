@@ -427,13 +427,15 @@ def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest
     assert world.helper().bounds == RelayBounds()
 
 
-def test_few_attempts_to_punch_run_at_once() -> None:
+def test_few_attempts_to_punch_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(punch, "PUNCH_S", 0.2)
+
     async def check(sock: socket.socket, claim: Callable[[], bool]) -> None:
         raise AssertionError("nobody listens there")
 
     async def many(*hosts: int) -> list[Any]:
         tried = [
-            punch.punch((HOST, 0), [punch.ConnectAttempt((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2)
+            punch.punch((HOST, 0), [punch.ConnectAttempt((HOST, 0), f"tcp://127.0.0.{host}:9")], check)
             for host in hosts
         ]
         tasks = [asyncio.ensure_future(each) for each in tried]

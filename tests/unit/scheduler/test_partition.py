@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler import partition
 from scheduler.cost import BlockWork, Encoding, hop_ms, occupied_ms, roofline, route_ms
 from scheduler.facts import CLIENT, PASS_SIZES, Hop, Link, Network, Peer, Route, Speed
 from scheduler.partition import (
@@ -139,19 +140,21 @@ def test_all_devices_take_part_on_request(home: Home) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_local_search_comes_near_the_optimum(seed: int) -> None:
+def test_the_local_search_comes_near_the_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     home = random_home(rng, rng.choice([9, 10]), 32, scarce=bool(seed % 2))
     best = fastest_partition(home.devices, 32, home.network, encodings=ENCODINGS)
-    found = fastest_partition(home.devices, 32, home.network, encodings=ENCODINGS, exact_devices=0)
+    monkeypatch.setattr(partition, "EXACT_DEVICES", 0)
+    found = fastest_partition(home.devices, 32, home.network, encodings=ENCODINGS)
     check_feasible(home, found)
     assert best.cost_ms <= found.cost_ms + 1e-6 <= 1.03 * best.cost_ms
 
 
-def test_the_local_search_comes_near_the_fastest_bottleneck() -> None:
+def test_the_local_search_comes_near_the_fastest_bottleneck(monkeypatch: pytest.MonkeyPatch) -> None:
     home = random_home(random.Random(4), 9, 16)
     best = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS)
-    found = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS, exact_devices=0)
+    monkeypatch.setattr(partition, "EXACT_DEVICES", 0)
+    found = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS)
     check_feasible(home, found)
     assert home.slowest(found.hops, 1) <= 1.03 * home.slowest(best.hops, 1)
 

@@ -97,7 +97,6 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
 @given(
     swarm=swarms(),
     positions=st.sampled_from([1, 7, 64]),
-    exclude=st.sets(st.sampled_from("abcd"), max_size=2),
     in_flight=st.sampled_from([1, 2, 10]),
     encodings=st.sampled_from([PLAIN, CODECS]),
     prompt=st.sampled_from([0, 40, 700]),
@@ -105,13 +104,12 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
 def test_best_route_equals_brute_force(
     swarm: tuple[list[Peer], int, Network],
     positions: int,
-    exclude: set[str],
     in_flight: int,
     encodings: tuple[Encoding, ...],
     prompt: int,
 ) -> None:
     peers, num_blocks, network = swarm
-    usable = [item for item in peers if item.id not in exclude and item.kv_free >= 100]
+    usable = [item for item in peers if item.kv_free >= 100]
     by_id = {item.id: item for item in peers}
 
     options = {"positions": positions, "encodings": encodings, "in_flight": in_flight, "prompt": prompt}
@@ -122,15 +120,15 @@ def test_best_route_equals_brute_force(
     lowest = min(map(cost, all_routes(usable, num_blocks)), default=None)
     if lowest is None:
         with pytest.raises(NoRoute) as caught:
-            plan(peers, num_blocks, network, exclude=exclude, **options)
+            plan(peers, num_blocks, network, **options)
         assert bool(caught.value.missing) != bool(caught.value.full)
         return
-    best = plan(peers, num_blocks, network, exclude=exclude, **options)
+    best = plan(peers, num_blocks, network, **options)
     assert best.cost_ms == pytest.approx(lowest)
     assert best.cost_ms == pytest.approx(cost(best.hops))
     check_route(best, usable, num_blocks)
 
-    near = plan(peers, num_blocks, network, rng=random.Random(num_blocks), exclude=exclude, **options)
+    near = plan(peers, num_blocks, network, rng=random.Random(num_blocks), **options)
     assert near.cost_ms <= lowest * (1 + NEAR_EQUAL) + 1e-9
     check_route(near, usable, num_blocks)
 
@@ -200,12 +198,12 @@ def test_long_steps_prefer_fast_arithmetic_and_short_steps_fast_memory() -> None
     assert plan(peers, 4, positions=100).hops[0].peer == "prefiller"
 
 
-def test_full_and_excluded_peers_are_left_out() -> None:
+def test_full_peers_are_left_out() -> None:
     peers = [peer("full", 0, 4, 0.1, kv_free=99), peer("busy", 0, 4, queue_ms=50.0), peer("free", 0, 4)]
     assert plan(peers, 4).hops[0].peer == "free"
-    assert plan(peers, 4, exclude={"free"}).hops[0].peer == "busy"
+    assert plan(peers[:2], 4).hops[0].peer == "busy"
     with pytest.raises(NoRoute) as caught:
-        plan(peers, 4, exclude={"free", "busy"})
+        plan(peers[:1], 4)
     assert (caught.value.missing, caught.value.full) == ([], [(0, 4)])
 
 

@@ -62,8 +62,9 @@ class Server:
         names: Sequence[str] = (),
         origins: Sequence[str] = (),
         pooling: Pooling | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
-        prompts = Prompts(tokenizer, VOCABULARY, positions)
+        prompts = prompts or Prompts(tokenizer, VOCABULARY, positions)
         self.prompt = partial(prompts.tokens_of_chat, tools=[])
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         self.admission = Admission(at_a_time, waiting)

@@ -113,13 +113,14 @@ def test_unsupported_requests_are_refused(more: dict[str, Any], wrong: str) -> N
 
 def test_refusals_name_the_parameter() -> None:
     hosted = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
-    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": "AA=="}}
     result = {"type": "tool_result", "tool_use_id": "a", "content": [image]}
     given = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}]}
     for more, says in (
         ({"tools": [hosted]}, "'web_search_20250305' is not supported, only 'custom'"),
-        ({"messages": [{"role": "user", "content": [image]}]}, "images are not supported"),
-        ({"messages": [{"role": "user", "content": [result]}]}, "images are not supported"),
+        ({"messages": [{"role": "user", "content": [image]}]}, "'image/tiff' is not supported, only 'image/jpeg'"),
+        ({"messages": [{"role": "user", "content": [result]}]}, "'image/tiff' is not supported, only 'image/jpeg'"),
+        ({"messages": [{"role": "assistant", "content": [image]}]}, "send them in messages of the user"),
     ):
         with pytest.raises(ApiError, match=says):
             validated(MessagesRequest, given | more)

@@ -6,13 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
+from splitnet.serve.prompts import Prompts
 from tests.browser import NEEDED, NewPage, chromium, pages, photograph
-from tests.unit.serve.fake_model import FakeModel
+from tests.images import of_one_colour
+from tests.unit.serve.fake_model import VOCABULARY, FakeModel
 from tests.unit.serve.serving import MODEL, Server, listening
 
 pytestmark = NEEDED
@@ -116,6 +119,64 @@ def listed(page: Page) -> list[Any]:
 
 def said(request: Any) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in request["messages"]]
+
+
+def drop(page: Page, kind: str, data: str, event: str = "drop") -> None:
+    """Drops or pastes a file onto the form of the question."""
+    of_file = """([kind, data, event]) => {
+        const files = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+        files.items.add(new File([bytes], "file", { type: kind }));
+        const options = { bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files };
+        const made = event === "drop" ? new DragEvent("drop", options) : new ClipboardEvent("paste", options);
+        document.getElementById("chat-form").dispatchEvent(made);
+    }"""
+    page.evaluate(of_file, [kind, data, event])
+
+
+def test_dropped_and_pasted_images_are_sent(browser: Browser, tokenizer: Any) -> None:
+    sees: Any = SimpleNamespace(chat_template="")
+    server = Server(FakeModel(), tokenizer, prompts=Prompts(tokenizer, VOCABULARY, 256, sees))
+    with opened(browser, server) as visit:
+        page = visit()
+        expect(page.locator("#question")).to_have_attribute("placeholder", "Ask the swarm; paste or drop images")
+        sent = say(page, {"content": "A bee"})
+        waiting = page.locator("#images img")
+        red, blue = of_one_colour("red"), of_one_colour("blue")
+        drop(page, "image/png", red)
+        expect(waiting).to_have_count(1)
+        drop(page, "text/html", red)
+        drop(page, "image/png", blue, "paste")
+        drop(page, "image/png", red, "paste")
+        expect(waiting).to_have_count(3)
+        page.locator("#images").get_by_role("button", name="Remove image").first.click()
+        photograph(page, "chat-images")
+        ended(ask(page, "What is this?"))
+        expect(waiting).to_have_count(0)
+        expect(page.locator(".asked img")).to_have_count(2)
+        images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}} for data in (blue, red)]
+        asked = {"role": "user", "content": [*images, {"type": "text", "text": "What is this?"}]}
+        assert sent[-1]["messages"] == [asked]
+        ended(ask(page, "Why?"))
+        assert sent[-1]["messages"][0] == asked and sent[-1]["messages"][2]["content"] == "Why?"
+        drop(page, "image/png", blue)
+        expect(waiting).to_have_count(1)
+        page.click("#send")
+        ended(page.locator(".answer").nth(2))
+        assert sent[-1]["messages"][-1]["content"] == images[:1], "without a text"
+        page.reload()
+        expect(page.locator(".asked .text").first).to_have_text("What is this? (images were here)")
+    server.generations.close()
+
+
+def test_a_model_without_eyes_is_offered_no_images(visit: NewPage) -> None:
+    page = visit()
+    expect(page.locator("#question")).to_have_attribute("placeholder", "Ask the swarm")
+    drop(page, "image/png", of_one_colour("red"))
+    sent = say(page, {"content": "A bee"})
+    ended(ask(page, "What is this?"))
+    assert said(sent[-1]) == [("user", "What is this?")]
+    expect(page.locator("img.thumbnail")).to_have_count(0)
 
 
 def test_a_question_is_changed_and_an_answer_made_anew(visit: NewPage) -> None:

@@ -81,11 +81,22 @@ def test_options_become_sampling_and_limits() -> None:
     assert free.sampling["seed"] is free.max_tokens is free.answer_schema is None and free.stop_strings == ["a", "b"]
 
 
-def test_images_are_refused_by_their_name() -> None:
-    for images in ("aaaa", ["aaaa"]):
-        document = {"model": "m", "messages": [{"role": "user", "content": "a", "images": images}]}
-        with pytest.raises(ApiError, match="images are not supported: send text alone"):
-            validated(OllamaChatRequest, document)
+def test_images_stand_before_the_text_of_their_message() -> None:
+    said = [
+        {"role": "user", "content": "a", "images": ["aaaa", "bbbb"]},
+        {"role": "system", "content": "", "images": []},
+    ]
+    chat = validated(OllamaChatRequest, {"model": "m", "messages": said}).chat
+    first, second = ({"type": "image", "data": data} for data in ("aaaa", "bbbb"))
+    assert chat.messages[0]["content"] == [first, second, {"type": "text", "text": "a"}]
+    assert chat.messages[1]["content"] == ""
+    asked = validated(GenerateRequest, {"model": "m", "system": "S", "images": ["aaaa"]}).chat
+    assert asked.messages == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": [first, {"type": "text", "text": ""}]},
+    ]
+    with pytest.raises(ApiError, match=r"messages\.0\.images: Input should be a valid list"):
+        validated(OllamaChatRequest, {"model": "m", "messages": [{"role": "user", "images": "aaaa"}]})
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_items_as_templates_expect_them() -> None:
     [
         {"input": []},
         {"input": [{"type": "item_reference", "id": "x"}]},
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": 1}]}]},
         {"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]},
         {"tools": [{"type": "web_search"}]},
         {"tool_choice": "required"},
@@ -175,11 +175,11 @@ def test_unsupported_requests_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_refusals_name_the_parameter() -> None:
-    image = {"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,AA=="}]}
+    image = {"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}
     for more, says in (
         ({"tools": [{"type": "web_search"}]}, "'web_search' is not supported, only 'function'"),
         ({"tools": [TOOL, {"type": "image_generation"}]}, "'image_generation' is not supported"),
-        ({"input": [image]}, "images are not supported: send text alone"),
+        ({"input": [image]}, "input_image.image_url: Field required"),
     ):
         with pytest.raises(ApiError, match=says):
             validated(ResponseRequest, {"model": "m", "input": "Hi"} | more)

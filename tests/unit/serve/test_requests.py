@@ -146,7 +146,7 @@ def test_prompts(prompt: Any) -> None:
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
         ({"messages": [{"role": "user"}]}, "messages", "Field required"),
         ({"messages": [{"role": "pope"}]}, "messages", "'user'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "images are not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url: Field required"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "messages", "'file' is not supported"),
         (
             {"tools": [{"type": "custom", "custom": {"name": "f"}}]},

@@ -157,9 +157,10 @@ def test_accuracy_compares_the_logits_of_the_label_words(kind: type[Bigram]) -> 
     told = [int(model.table[last, [4, 9]].argmax()) for last in range(VOCABULARY)]
     examples = [Encoded([1, last, 4], [IGNORED, IGNORED, 4], choice=told[last]) for last in range(VOCABULARY)]
     examples += [Encoded([last, 4], [IGNORED, 4], choice=1 - told[last]) for last in range(VOCABULARY)]
-    result = evaluate(model, examples, batch_size=4, pad=0, words=[4, 9])
+    tuning = TuningRun(model, examples, TrainingSettings(steps=1, learning_rate=0.1, batch_size=4), pad=0)
+    result = evaluate(tuning, examples, [4, 9], lambda _: None)
     assert result.accuracy == 0.5
-    alone = [evaluate(model, [row], batch_size=1, pad=0).loss for row in examples]
+    alone = [evaluate(tuning, [row], None, lambda _: None).loss for row in examples]
     assert result.loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
 
 

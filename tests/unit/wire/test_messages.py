@@ -15,6 +15,7 @@ from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.logs import printable
 from splitnet.wire.messages import (
     ENTRY_BYTES,
+    EVERY_BLOCK,
     KEY_BYTES,
     LABEL_BYTES,
     MAGIC,
@@ -24,6 +25,8 @@ from splitnet.wire.messages import (
     MAX_DEPTH,
     MAX_FOUND,
     MAX_HEADER_BYTES,
+    MAX_INPUT_BYTES,
+    MAX_INPUTS,
     MAX_KNOWN,
     MAX_LABELS,
     MAX_OWNERS,
@@ -453,6 +456,9 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "rope_length", MAX_POSITIONS, MAX_POSITIONS + 1),
     (STEP, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
     (STEP, "labels", b"", bytes(LABEL_BYTES - 1)),
+    (STEP, "inputs", [["a" * 32, EVERY_BLOCK, 1, 0, 1, 8, 0]], [["a" * 33, EVERY_BLOCK, 1, 0, 1, 8, 0]]),
+    (STEP, "inputs", [["a", 0, 1, 0, 1, 8, 0]] * MAX_INPUTS, [["a", 0, 1, 0, 1, 8, 0]] * (MAX_INPUTS + 1)),
+    (STEP, "inputs", [["a", 0, 1, 0, 1, MAX_INPUT_BYTES, 0]], [["a", 0, 1, 0, 1, MAX_INPUT_BYTES + 1, 0]]),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
     (Opened(SESSION, 1, True, 0), "looked_up", True, 1),
     (Opened(SESSION, 1, True, 0), "stores", True, 1),

@@ -1,0 +1,73 @@
+"""Contents of messages: one text, or parts in the form that chat templates expect, if there are images.
+
+The part of an image is `{"type": "image", "data": BASE64}`; chat templates get it without `data`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from splitnet.serve.failures import ApiError
+
+Part = str | dict[str, Any]
+_DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
+
+
+def image(data: str) -> dict[str, Any]:
+    """The part of an image, given as base64."""
+    return {"type": "image", "data": data}
+
+
+def image_at(url: str, param: str) -> dict[str, Any]:
+    """The part of an image in a data URL. Raises ApiError for other URLs: the server fetches nothing for clients."""
+    if begin := _DATA_URL.match(url):
+        return image(url[begin.end() :])
+    fix = "send a data URL such as data:image/png;base64,... with a PNG, JPEG, WebP or GIF image"
+    is_remote = url[:8].lower().startswith(("http://", "https://"))
+    raise ApiError(400, f"images are {'not fetched from URLs' if is_remote else 'data URLs'}: {fix}", param=param)
+
+
+def content_of(parts: Sequence[Part], role: str, between: str = "", param: str = "messages") -> Any:
+    """The content of a message of texts and images; texts without an image between them are joined by `between`.
+
+    Raises ApiError for images of a role that shows none to models.
+    """
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, dict):
+            joined.append(part)
+        elif joined and joined[-1]["type"] == "text":
+            joined[-1]["text"] += f"{between}{part}"
+        else:
+            joined.append({"type": "text", "text": part})
+    if all(part["type"] == "text" for part in joined):
+        return "".join(part["text"] for part in joined)
+    if role not in ("user", "tool"):
+        raise ApiError(400, f"a message of the {role} has an image: send it in a message of the user", param=param)
+    return joined
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> list[str]:
+    """The images of messages in base64, in the order of the messages."""
+    return [
+        part["data"]
+        for one in messages
+        if isinstance(one["content"], list)
+        for part in one["content"]
+        if "data" in part
+    ]
+
+
+def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for chat templates, in which parts stand for images."""
+    return [{**one, "content": _bare(one["content"])} for one in messages]
+
+
+def _bare(content: Any) -> Any:
+    return (
+        [part if part["type"] == "text" else {"type": part["type"]} for part in content]
+        if isinstance(content, list)
+        else content
+    )
