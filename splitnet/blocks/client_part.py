@@ -275,7 +275,8 @@ class ClientPart:
     """Embeddings, final norm and head of a client part. Each use looks the module up, because adapters may replace it.
 
     norm: the name of the final norm in the backbone, "" if unknown.
-    are_all: besides its blocks, the model computes only these three modules.
+    compute_everything: besides its blocks, the model computes only these three modules.
+    special: tokens for which the model computes more.
     """
 
     def __init__(self, model: Any, backbone: Any, norm: str) -> None:
@@ -283,6 +284,7 @@ class ClientPart:
         self._backbone = backbone
         self._norm = norm
         self.compute_everything = False
+        self.special: frozenset[int] = frozenset()
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.num_blocks: int = config.num_hidden_layers
@@ -320,14 +322,23 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
     )
     if client_part.norm is None or client_part.head is None:
         return client_part
-    ids = torch.arange(1, 4, device=model.device)[None]
+    named = {value for name, value in vars(model.config).items() if name.endswith(("token_id", "token_index"))}
+    tokens = [
+        1,
+        2,
+        3,
+        *sorted(value for value in named if isinstance(value, int) and 3 < value < client_part.vocabulary),
+    ]
+    ids = torch.tensor([tokens], device=model.device)
     stand_in = outline_in(model)[-1]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()
     try:
         expected = model(input_ids=ids, use_cache=False).logits
     finally:
         stand_in.blocks = blocks
-    client_part.compute_everything = torch.equal(client_part.logits(client_part.embed(ids)), expected)
+    same = (client_part.logits(client_part.embed(ids)) == expected)[0].all(-1).tolist()
+    client_part.compute_everything = all(same[:3])
+    client_part.special = frozenset(token for token, as_others in zip(tokens, same, strict=True) if not as_others)
     return client_part
 
 

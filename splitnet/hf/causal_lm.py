@@ -443,14 +443,14 @@ class RemoteCausalLM(RemoteModel):
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of new tokens `[1, seq]`."""
-        if (ends := self._only_ends) is not None:
+        if (ends := self._only_ends(input_ids)) is not None:
             return self._outputs_of(ends, self._blocks.begin_step(cache, ends.embed(input_ids)))
         return self._called(input_ids, cache, lambda hidden: self._blocks.begin_step(cache, hidden))
 
     def send_tokens(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends new tokens `[1, seq]` to the blocks; `receive_outputs` waits for the outputs. Raises as a call of the
         model."""
-        if (ends := self._only_ends) is not None:
+        if (ends := self._only_ends(input_ids)) is not None:
             return self._blocks.begin_step(cache, ends.embed(input_ids))
         sent: list[Exchange] = []
 
@@ -460,12 +460,13 @@ class RemoteCausalLM(RemoteModel):
 
         # The layers after the blocks also run, without need; the head, which is not in the backbone, does not run.
         with self._blocks.calling(run=begin):
-            backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
+            around: Any = self.base_model if self.sees_images else backbone_of(self)
+            around(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
 
     def receive_outputs(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> Outputs:
         """The outputs of sent tokens, in the order of sending. Raises as `send_tokens`."""
-        if (ends := self._only_ends) is not None:
+        if (ends := self._only_ends(input_ids)) is not None:
             return self._outputs_of(ends, exchange)
         with exchange.rewound():
             return self._called(input_ids, cache, lambda hidden: exchange)
@@ -490,11 +491,11 @@ class RemoteCausalLM(RemoteModel):
             logits = self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
         return Outputs(logits, features[0][0])
 
-    @property
-    def _only_ends(self) -> ClientPart | None:
-        """The ends, if the model has no other layers and no hook on its calls; else None."""
+    def _only_ends(self, input_ids: torch.Tensor) -> ClientPart | None:
+        """The ends, if the model computes nothing else for these tokens and has no hook on its calls; else None."""
         watched = self._forward_hooks or self._forward_pre_hooks or self.side is not None
-        return None if watched or not self.ends.compute_everything else self.ends
+        special = self.ends.special and not self.ends.special.isdisjoint(input_ids.flatten().tolist())
+        return None if watched or special or not self.ends.compute_everything else self.ends
 
     def _generate(self, given: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)
