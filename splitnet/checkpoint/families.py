@@ -9,6 +9,7 @@ span checks this, so a family with further requirements is refused, not run wron
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -296,7 +297,10 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def reads_images(whole: PreTrainedConfig) -> bool:
     """Whether transformers has a class for images and texts of this family."""
-    return type(whole) in AutoModelForImageTextToText._model_mapping
+    if type(whole) not in AutoModelForImageTextToText._model_mapping:
+        return False
+    found: Any = AutoModelForImageTextToText._model_mapping[type(whole)]  # some of these classes take only text
+    return "pixel_values" in inspect.signature(found.forward).parameters
 
 
 def image_text_class(whole: PreTrainedConfig) -> type[PreTrainedModel]:

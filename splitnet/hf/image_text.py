@@ -23,8 +23,9 @@ from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.client_part import backbone_of, load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import sliding_windows
+from splitnet.checkpoint.families import packs_sequences, sliding_windows
 from splitnet.drafts.speculator import AUTO
+from splitnet.errors import UnsupportedModel
 from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
 from splitnet.hf.parameters import FORWARD, mask_of, refuse
 from splitnet.hf.remote_blocks import CallArguments
@@ -65,7 +66,7 @@ def attached_with_images(
     client_part = load_image_text_part(checkpoint, blocks, handed, **how)
     _keep_deltas_per_thread(client_part)
     model = connected(client_part, RemoteImageTextToText, blocks, checkpoint, swarm, options, speculate)
-    model.use_handed(handed)
+    model.use_handed(handed, packs_sequences(checkpoint.config))
     return model
 
 
@@ -79,9 +80,9 @@ class RemoteImageTextToText(RemoteCausalLM):
 
     sees_images = True
 
-    def use_handed(self, handed: HandedStates) -> None:
-        """Sets the object that receives the values which the model hands to its blocks."""
-        self._handed = handed
+    def use_handed(self, handed: HandedStates, packs: bool) -> None:
+        """Sets the object that receives the values which the model hands to its blocks. packs: see `Family`."""
+        self._handed, self._packs = handed, packs
         decoder = backbone_of(self)
         for module in self.modules():
             if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
@@ -148,6 +149,11 @@ class RemoteImageTextToText(RemoteCausalLM):
             groups = None
         if rotary is None and groups is None and not handed.added:
             return CallArguments(mask, positions)
+        if not self._packs and (groups is not None or handed.added):
+            family = self.config.get_text_config().model_type
+            raise UnsupportedModel(
+                f"blocks of the family {family!r} read no groups of positions and no added states: use its text alone"
+            )
         states = [hidden, *handed.added.values()]
         inputs = [
             PositionInputs(
