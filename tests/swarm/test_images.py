@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from splitnet.blocks.block_inputs import encode_step
+from splitnet.checkpoint.families import causal_class, check_can_be_cut, image_text_class, text_config_of
 from splitnet.directory.dht_directory import DhtDirectory
-from splitnet.errors import SplitnetError, UnsupportedParameter
+from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.security.identity import Identity
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
@@ -39,6 +41,31 @@ def test_families_that_read_images_give_the_same_as_transformers(
             with torch.no_grad():
                 torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
             assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+NOT_CAUSAL, SHARED = "are not causal language models", "its blocks share states with each other"
+REFUSED = {
+    "dots3_note": "blocks of the kind 'indexed_attention'",
+    "ernie4_5_vl_moe": NOT_CAUSAL,  # it chooses experts by the type of a token
+    "florence2": "it is an encoder-decoder model",
+    "gemma3n": SHARED,
+    "gemma4": "its blocks have a second input for every token",  # E2B and E4B
+    "mistral4": "read no images",  # the text model of Mistral 3
+    "mllama": NOT_CAUSAL,  # its blocks attend to images
+    "molmo2": NOT_CAUSAL,
+    "paligemma": "its positions attend to later positions",
+}
+"""Families with the default config of transformers, and the reason."""
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_cannot_read_images_here_are_refused(family: str) -> None:
+    whole = CONFIG_MAPPING[family]()
+    with pytest.raises(UnsupportedModel, match=f"of the family .*{REFUSED[family]}"):
+        text = text_config_of(whole)
+        check_can_be_cut(text)
+        causal_class(text)
+        image_text_class(whole)
 
 
 @pytest.fixture(scope="module", params=["gemma3", "qwen3_vl"])

@@ -92,7 +92,7 @@ def test_groups_of_which_positions_see_only_a_part_are_those_of_windows() -> Non
             mask_of(**masks)
 
 
-def mask_of(**masks: torch.Tensor) -> tuple[list[list[int]], bool]:
+def mask_of(**masks: Any) -> tuple[list[list[int]], bool]:
     """The mask of blocks of some kinds, and whether its groups count only within windows of two positions."""
     handed = HandedStates(len(masks), window=2)
     for index, (kind, handed_mask) in enumerate(masks.items()):
