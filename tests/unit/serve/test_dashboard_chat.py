@@ -81,6 +81,7 @@ def opened(browser: Browser, server: Server, models: int = 1) -> Iterator[NewPag
 
 def ask(page: Page, text: str) -> Locator:
     """Sends a message; the last answer."""
+    expect(page.locator("#model-choice option")).not_to_have_count(0)  # until then the page sends no question
     page.fill("#question", text)
     page.keyboard.press("Enter")
     return page.locator(".answer").last
