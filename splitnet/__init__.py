@@ -21,6 +21,7 @@ __all__ = [
 if TYPE_CHECKING:
     from splitnet.hf.causal_lm import AutoModelForCausalLM, AutoTokenizer
     from splitnet.hf.classifier import AutoModelForSequenceClassification
+    from splitnet.hf.image_text import AutoModelForImageTextToText
 
 
 def foreign_modules() -> list[str]:

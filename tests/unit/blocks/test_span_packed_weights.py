@@ -109,6 +109,9 @@ class CodedStore:
     def tokenizer(self) -> Any:
         raise NotImplementedError
 
+    def processor(self) -> Any:
+        raise NotImplementedError
+
     def generation_config(self) -> GenerationConfig | None:
         return None
 
