@@ -38,6 +38,8 @@ class ServedBlocks:
     weights: str = ""  # weight format, see `WeightChoice.description`
     # Types and shapes of the tensors of a page, by their names; see `Span.page_layout`.
     page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
+    axes: int = 1  # see `Span.rotary_axes`
+    joins: bool = False  # see `Span.joins_positions`
 
     def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
         """Why this peer cannot serve an `Open` at all."""
@@ -79,7 +81,8 @@ class ServedBlocks:
         check_size(message.codec, message.activations, total, self.hidden_size)
         if message.inputs:
             check_inputs(message.inputs, message.parts)
-            check_block_inputs(message.inputs, self.hidden_size, range(session.start, session.end))
+            blocks = range(session.start, session.end)
+            check_block_inputs(message.inputs, self.hidden_size, blocks, axes=self.axes, joins=self.joins)
             check_groups(message)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")

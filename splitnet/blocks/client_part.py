@@ -323,12 +323,8 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
     if client_part.norm is None or client_part.head is None:
         return client_part
     named = {value for name, value in vars(model.config).items() if name.endswith(("token_id", "token_index"))}
-    tokens = [
-        1,
-        2,
-        3,
-        *sorted(value for value in named if isinstance(value, int) and 3 < value < client_part.vocabulary),
-    ]
+    known_tokens = sorted(one for one in named if isinstance(one, int) and 3 < one < client_part.vocabulary)
+    tokens = [1, 2, 3, *known_tokens]
     ids = torch.tensor([tokens], device=model.device)
     stand_in = outline_in(model)[-1]
     blocks, stand_in.blocks = stand_in.blocks, nn.Identity()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from splitnet.checkpoint.rope_lengths import RopeLengths
 
+MAX_AXES = 8  # axes of a rotary position that are tried; families have three or four
+
 
 class CosineLayout(Enum):
     """How a family gives the cosines and sines of pairs of numbers."""
@@ -113,6 +115,19 @@ def _rotated_by(own: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tens
     with suppress(TypeError, RuntimeError):  # GPT-J takes one tensor, with its positions first
         return own(heads.transpose(1, 2), sines, cosines).transpose(1, 2)
     return None
+
+
+def axes_of(rope: Any, hidden_size: int) -> int:
+    """Most axes of the positions that a rotary embedding takes, found by a trial; 1 without one. An embedding for one
+    axis raises an error for more axes, or gives turns of another shape."""
+    for axes in range(MAX_AXES, 1, -1):
+        with suppress(Exception):  # a family's code raises errors of many types
+            device = rope.inv_freq.device
+            states, positions = torch.zeros(1, 2, hidden_size, device=device), torch.tensor([[3, 4]], device=device)
+            turns, expected = rope(states, positions.expand(axes, 1, -1)), rope(states, positions)
+            if all(map(torch.equal, turns, expected)):
+                return axes
+    return 1
 
 
 class LengthDependentRopes:

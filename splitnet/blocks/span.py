@@ -51,7 +51,7 @@ from splitnet.blocks.kv_cache import (
 )
 from splitnet.blocks.kv_form import AUTO as AS_COMPUTED
 from splitnet.blocks.kv_form import RING, SINKS, WINDOW, KVForm
-from splitnet.blocks.rotary import LengthDependentRopes
+from splitnet.blocks.rotary import LengthDependentRopes, axes_of
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
     NEUTRAL_CONFIG,
@@ -105,6 +105,8 @@ class Span:
         kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
         state_bytes: bytes of one row that do not depend on its length, for states and copies of them.
         row_bytes: `state_bytes`, and the bytes of positions that are held in full besides their codes.
+        rotary_axes: most axes of a rotary position.
+        joins_positions: whether positions can attend to later ones of their group, and states be added.
     """
 
     _lean: FastStep | None = None
@@ -154,7 +156,10 @@ class Span:
         self.row_bytes = self.state_bytes
         if form is not None and not latents:
             self._hold_as(form)
-        self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
+        rope: Any = getattr(parent, "rotary_emb", None)
+        self.rotary_axes: int = whole.rotary_axes if whole else axes_of(rope, self.hidden_size)
+        self.joins_positions = packs
+        self._lean = self._fast_step(list(blocks), rope)
 
     @classmethod
     @torch.inference_mode(False)  # the span is also used outside inference mode

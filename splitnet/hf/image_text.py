@@ -83,6 +83,7 @@ class RemoteImageTextToText(RemoteCausalLM):
     def use_handed(self, handed: HandedStates, packs: bool) -> None:
         """Sets the object that receives the values which the model hands to its blocks. packs: see `Family`."""
         self._handed, self._packs = handed, packs
+        self._with_deltas = [module for module in self.modules() if isinstance(module, _DeltasPerThread)]
         decoder = backbone_of(self)
         for module in self.modules():
             if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
@@ -97,9 +98,8 @@ class RemoteImageTextToText(RemoteCausalLM):
         return any(given.get(name) is not None for name in self.prompt_arguments if "token_type_ids" not in name)
 
     def _generate(self, given: dict[str, Any]) -> Any:
-        for module in self.modules():
-            if isinstance(module, _DeltasPerThread):
-                module.rope_deltas = None
+        for module in self._with_deltas:
+            module.rope_deltas = None
         cache, ids = given.get("cache"), given.get("input_ids", given.get("inputs"))
         if self._has_images(given):
             if cache is not None:

@@ -42,7 +42,6 @@ ADDED = "added_states"
 _OF_GROUPS = (GROUPS, WINDOW_GROUPS)
 INTEGER_BYTES = 8
 MAX_GROUP = 2048  # positions of a group, which must run in one pass
-MAX_AXES = 8  # axes of a rotary position; families have three
 
 _PAGE_FIELDS = several(
     row(BlockInput, text(32), *map(uint, (EVERY_BLOCK, 0, MAX_POSITIONS, MAX_POSITIONS, MAX_INPUT_BYTES, 255))),
@@ -80,11 +79,19 @@ def check_inputs(inputs: Iterable[BlockInput], parts: Sequence[Chunk]) -> None:
         ends[key] = end
 
 
-def check_block_inputs(inputs: Iterable[BlockInput], hidden_size: int, blocks: range) -> None:
-    """Raises ProtocolError, CodecError: these blocks do not read a block input, or its values have another size."""
+def check_block_inputs(
+    inputs: Iterable[BlockInput], hidden_size: int, blocks: range, *, axes: int, joins: bool
+) -> None:
+    """Raises ProtocolError, CodecError: these blocks do not read a block input, or its values have another size.
+
+    axes: most axes of a rotary position. joins: whether positions can attend to later ones, and states be added. Blocks
+    must read all inputs of a step, because steps of other sessions share its pass.
+    """
     for each in inputs:
+        if each.name != POSITIONS and not joins:
+            raise ProtocolError(f"blocks of this family do not read {each.name!r}: use a text without images")
         if each.name == POSITIONS or each.name in _OF_GROUPS:
-            integers = range(1, MAX_AXES + 1) if each.name == POSITIONS else range(1, 2)
+            integers = (1, axes) if each.name == POSITIONS else (1,)
             if each.block != EVERY_BLOCK or each.size not in (width * INTEGER_BYTES for width in integers):
                 raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
         elif each.name != ADDED:

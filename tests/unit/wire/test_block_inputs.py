@@ -16,6 +16,7 @@ from splitnet.wire.block_inputs import (
     INTEGER_BYTES,
     MAX_GROUP,
     POSITIONS,
+    WINDOW_GROUPS,
     check_block_inputs,
     check_groups,
     check_inputs,
@@ -133,15 +134,26 @@ def test_inputs_outside_their_step_are_refused(wrong: BlockInput) -> None:
         POSITION._replace(block=1),
         POSITION._replace(size=9),
         POSITION._replace(size=80),
+        POSITION._replace(size=2 * INTEGER_BYTES),
         POSITION._replace(name=ADDED, block=1, size=16),
         POSITION._replace(name=ADDED, block=3, size=12),
         POSITION._replace(name=ADDED, block=3, size=16, codec=250),
     ],
 )
 def test_inputs_that_blocks_do_not_read_are_refused(wrong: BlockInput) -> None:
-    check_block_inputs([POSITION, POSITION._replace(name=ADDED, block=3, size=16)], 4, range(2, 6))
+    right = [POSITION, POSITION._replace(size=3 * INTEGER_BYTES), POSITION._replace(name=ADDED, block=3, size=16)]
+    check_block_inputs(right, 4, range(2, 6), axes=3, joins=True)
     with pytest.raises((ProtocolError, CodecError)):
-        check_block_inputs([wrong], 4, range(2, 6))
+        check_block_inputs([wrong], 4, range(2, 6), axes=3, joins=True)
+
+
+@pytest.mark.parametrize("name", [ADDED, GROUPS, WINDOW_GROUPS])
+def test_blocks_that_join_no_positions_read_positions_alone(name: str) -> None:
+    check_block_inputs([POSITION], 4, range(2, 6), axes=1, joins=False)
+    with pytest.raises(ProtocolError, match="of this family"):
+        check_block_inputs([POSITION._replace(name=name)], 4, range(2, 6), axes=1, joins=False)
+    with pytest.raises(ProtocolError):
+        check_block_inputs([POSITION._replace(size=3 * INTEGER_BYTES)], 4, range(2, 6), axes=1, joins=False)
 
 
 def test_a_payload_shorter_than_its_inputs_has_no_activations() -> None:
