@@ -26,11 +26,23 @@ _HANDSHAKE_S = 9.0
 
 
 class Client:
-    """A client with an authorized key that can send any frames."""
+    """A client with an authorized key that can send any frames.
 
-    def __init__(self, peer: Endpoint, identity: Identity | None = None, *, queue: int = 1000) -> None:
+    context: stays open; None: a context of this client alone. libzmq aborts the process if a new context cannot open
+    its files.
+    """
+
+    def __init__(
+        self,
+        peer: Endpoint,
+        identity: Identity | None = None,
+        *,
+        queue: int = 1000,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
         self.identity = identity or Identity.generate()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = context or zmq.Context()
+        self._owns_context = context is None
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.curve_publickey = self.identity.curve_public
         self.socket.curve_secretkey = self.identity.curve_secret
@@ -44,7 +56,9 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=0)
+        self.socket.close(linger=0)
+        if self._owns_context:
+            self._context.destroy(linger=0)
 
     def say(self, *messages: Message) -> None:
         """Sends messages. Raises TimeoutError if the peer has refused the key."""

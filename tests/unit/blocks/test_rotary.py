@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 
 from splitnet.blocks.rotary import axes_of
 
+qwen2_rope: Any = Qwen2VLRotaryEmbedding  # annotated with the config of the whole model
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
 
 
@@ -24,7 +25,7 @@ def rope(sections: list[int]) -> dict[str, object]:
     ("embedding", "axes"),
     [
         (LlamaRotaryEmbedding(LlamaConfig(**SIZES)), 1),
-        (Qwen2VLRotaryEmbedding(Qwen2VLTextConfig(**SIZES, rope_parameters=rope([4, 2, 2]))), 3),
+        (qwen2_rope(Qwen2VLTextConfig(**SIZES, rope_parameters=rope([4, 2, 2]))), 3),
         (HunYuanVLRotaryEmbedding(HunYuanVLTextConfig(**SIZES, rope_parameters=rope([2, 2, 2, 2]))), 4),
         (None, 1),
     ],
