@@ -353,7 +353,7 @@ def command_arguments(options: ConnectionOptions) -> list[str]:
     return arguments
 
 
-EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "llguidance", "PIL", "uvicorn"), "tune": ("peft",)}
+EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "h11", "llguidance", "PIL", "uvicorn"), "tune": ("peft",)}
 """The packages of each extra in pyproject.toml, which `pip install splitnet` does not install."""
 
 

@@ -47,6 +47,13 @@ def _checked_origins(origins: list[str] | None) -> list[str] | None:
     return origins
 
 
+def _checked_hosts(hosts: str | None) -> str | None:
+    for host in hosts.split(",") if hosts is not None else ():
+        if not re.fullmatch(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", host):
+            raise SplitnetError(f"--image-hosts {host!r} is not a host: write NAME or NAME:PORT in small letters")
+    return hosts
+
+
 def _checked_names(names: list[str] | None) -> list[str] | None:
     if any(not name.strip() for name in names or ()):
         raise SplitnetError("--served-name is empty: give a name, or leave it out")
@@ -90,6 +97,14 @@ def serve(
             callback=_checked_origins,
             help="Site whose pages may use the server, such as https://chat.example.org, in addition to sites on this "
             "machine; * allows all sites, with API keys only. Can be given several times.",
+        ),
+    ] = None,
+    image_hosts: Annotated[
+        str | None,
+        in_http(
+            metavar="HOST,...",
+            callback=_checked_hosts,
+            help="Hosts (NAME or NAME:PORT) from which images in requests are fetched; by default none.",
         ),
     ] = None,
     served_name: Annotated[
@@ -171,6 +186,7 @@ def serve(
         tuned=show_tuning,
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
         keep_models=keep_models,
+        image_hosts=image_hosts.split(",") if image_hosts else (),
     )
 
     def through(spec: ModelConnection, names: list[str] | None = None) -> ModelSpec:

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from splitnet.images import KEPT_PIXELS, ImageError, Prompt
+from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, Prompt
+from splitnet.serve.admission import ApiClient
 from splitnet.serve.answers.call_forms import PLAIN, Forms
 from splitnet.serve.answers.grammars import AnswerConstraints, Function
 from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
@@ -21,7 +22,7 @@ from splitnet.serve.answers.sampling import Sampling, ScoredToken
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended, Finish, GenerationRequest, Numbered, ScoredPrompt, TextDelta
 from splitnet.serve.message_parts import images_of, without_images
-from splitnet.serve.request_gate import REQUEST_CALLBACKS
+from splitnet.serve.request_gate import REQUEST_CALLBACKS, cancel_on_disconnect
 from splitnet.serve.responses import AnswerWriter, ServedModel
 
 MAX_SCORES = 2**19  # Scores of one request's prompt tokens, including scores of the likeliest alternatives
@@ -111,7 +112,7 @@ async def prompt_of(served: ServedModel, request: Request, chat: Chat) -> Prompt
     return Prompt(await _tokens_of(served, request, chat))
 
 
-async def _prompt_with_images(served: ServedModel, request: Request, chat: Chat, images: Sequence[str]) -> Prompt:
+async def _prompt_with_images(served: ServedModel, request: Request, chat: Chat, images: Sequence[Any]) -> Prompt:
     if not served.sees_images:
         blind = f"the model {served.name!r} does not see images: send text alone, or ask a model that does"
         raise ApiError(400, blind, param="messages")
@@ -125,18 +126,28 @@ async def _prompt_with_images(served: ServedModel, request: Request, chat: Chat,
             raise ApiError(400, f"{param} is not supported with images: leave it out", param=param)
     messages, described = without_images(chat.messages), [_described(function) for function in chat.functions]
     options = {"answer": chat.begins_answer, "goes_on": chat.continues_last_message}
-    make = partial(served.prompts.of_chat_with_images, messages, images, described, chat.variables, **options)
+    client: ApiClient = request.state.client
     try:
+        if urls := [part["url"] for part in images if "url" in part]:
+            _reserve(served, client, MOST_BYTES * 4 // 3)  # in base64
+            fetched = iter(await cancel_on_disconnect(request, served.image_hosts.fetch_all(urls, client)))
+            # More images than a prompt may have are not fetched; they are counted and refused when images are read.
+            images = [{"data": next(fetched, "")} if "url" in part else part for part in images]
+        read = [part["data"] for part in images]
+        make = partial(served.prompts.of_chat_with_images, messages, read, described, chat.variables, **options)
         # A small file may hold many pixels, so every image counts as a large input.
         prompt = await served.prepare(request, make, 3 * KEPT_PIXELS)
     except ImageError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_image") from None
-    held = sum(each.nbytes for each in prompt.pixels.values() if isinstance(each, Tensor))
-    client = request.state.client.name
-    if not served.pixels.reserve(held, client):
-        raise ApiError(429, "the server has no memory left for these images: try again in a moment", code="overloaded")
-    REQUEST_CALLBACKS.get().callback(served.pixels.release, held, client)
+    _reserve(served, client, sum(each.nbytes for each in prompt.pixels.values() if isinstance(each, Tensor)))
     return prompt
+
+
+def _reserve(served: ServedModel, client: ApiClient, size: int) -> None:
+    """Reserves bytes for images until the request is answered. Raises ApiError if there are too few."""
+    if not served.pixels.reserve(size, client.name):
+        raise ApiError(429, "the server has no memory left for these images: try again in a moment", code="overloaded")
+    REQUEST_CALLBACKS.get().callback(served.pixels.release, size, client.name)
 
 
 async def _tokens_of(served: ServedModel, request: Request, chat: Chat) -> list[int]:

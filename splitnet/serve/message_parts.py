@@ -1,6 +1,7 @@
 """Contents of messages: one text, or parts in the form that chat templates expect, if there are images.
 
-The part of an image is `{"type": "image", "data": BASE64}`; chat templates get it without `data`.
+The part of an image is `{"type": "image", "data": BASE64}`, or has the key `url` if the image must be fetched; chat
+templates get `{"type": "image"}`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ def image(data: str) -> dict[str, Any]:
 
 
 def image_at(url: str, param: str) -> dict[str, Any]:
-    """The part of an image in a data URL. Raises ApiError for other URLs: the server fetches nothing for clients."""
+    """The part of an image at a data URL, or at a URL of http or https. Raises ApiError for other URLs."""
     if begin := _DATA_URL.match(url):
         return image(url[begin.end() :])
+    if url[:8].lower().startswith(("http://", "https://")):
+        return {"type": "image", "url": url}
     fix = "send a data URL such as data:image/png;base64,... with a PNG, JPEG, WebP or GIF image"
-    is_remote = url[:8].lower().startswith(("http://", "https://"))
-    raise ApiError(400, f"images are {'not fetched from URLs' if is_remote else 'data URLs'}: {fix}", param=param)
+    raise ApiError(400, f"images are data URLs: {fix}", param=param)
 
 
 def content_of(parts: Sequence[Part], role: str, between: str = "", param: str = "messages") -> Any:
@@ -49,15 +51,10 @@ def content_of(parts: Sequence[Part], role: str, between: str = "", param: str =
     return joined
 
 
-def images_of(messages: Sequence[dict[str, Any]]) -> list[str]:
-    """The images of messages in base64, in the order of the messages."""
-    return [
-        part["data"]
-        for one in messages
-        if isinstance(one["content"], list)
-        for part in one["content"]
-        if "data" in part
-    ]
+def images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of images, in the order of the messages."""
+    contents = (one["content"] for one in messages if isinstance(one["content"], list))
+    return [part for content in contents for part in content if part["type"] == "image"]
 
 
 def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,8 +63,6 @@ def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _bare(content: Any) -> Any:
-    return (
-        [part if part["type"] == "text" else {"type": part["type"]} for part in content]
-        if isinstance(content, list)
-        else content
-    )
+    if isinstance(content, str):
+        return content
+    return [part if part["type"] == "text" else {"type": part["type"]} for part in content]

@@ -21,13 +21,14 @@ from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.failures import ApiError, api_error_of
 from splitnet.serve.generation import Ended, Event, GenerationRequest, Generations, Numbered, ScoredPrompt, TextDelta
+from splitnet.serve.image_hosts import ImageHosts
 from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
-MAX_PIXEL_BYTES = 2 * 2**30  # Maximum number of bytes of the processed images of all unanswered requests
+MAX_PIXEL_BYTES = 2 * 2**30  # Maximum number of bytes of the fetched and processed images of unanswered requests
 MAX_UNREAD_BYTES = 64 * 2**20  # Maximum number of bytes of all streams together that clients have not read yet
 EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # clients ignore `KEEP_ALIVE`, which is a comment
 FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
@@ -75,6 +76,7 @@ class ServedModel:
     preparing: PreparationQueue = field(default_factory=PreparationQueue)
     unread: FairAccount = field(default_factory=lambda: FairAccount(MAX_UNREAD_BYTES))
     pixels: Budget = field(default_factory=lambda: Budget(MAX_PIXEL_BYTES))  # by client
+    image_hosts: ImageHosts = field(default_factory=ImageHosts)
     # Called with the number of tokens of each prompt and its answers, which is demand for the model.
     note_demand: Callable[[int], None] = lambda tokens: None
     leave: Callable[[], None] = lambda: None  # leaves the model's swarm

@@ -40,6 +40,7 @@ from splitnet.serve.dashboard import HEADERS, Dashboard, dashboard_router
 from splitnet.serve.failures import ApiError, api_error_of
 from splitnet.serve.gateway import KEPT_MODELS, Gateway, LoadableModel
 from splitnet.serve.generation import Generations
+from splitnet.serve.image_hosts import ImageHosts
 from splitnet.serve.metrics import instrument
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
@@ -161,6 +162,7 @@ class ServeOptions:
     origins: Sequence[str] = ()
     tuned: Path | None = None
     keep_models: int = KEPT_MODELS
+    image_hosts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class _ModelLoader:
         self._warn = warn
         # If there are several keys, no client can take all places, so that another client soon gets a place.
         self._spare = options.max_requests // 4 if keys > 1 else 0
-        self._shared: dict[str, Any] = {}
+        self._shared: dict[str, Any] = {"image_hosts": ImageHosts(options.image_hosts)}
         self._demand: DemandPublisher | None = None
         self.said: list[str] = []  # sentences about options of the first checkpoint, for the user
 
@@ -272,7 +274,7 @@ class _ModelLoader:
             leave=swarm.close,
             **self._shared,
         )
-        self._shared = {name: getattr(served, name) for name in ("metrics", "preparing", "unread", "pixels")}
+        self._shared |= {name: getattr(served, name) for name in ("metrics", "preparing", "unread", "pixels")}
         return served
 
     def _attach(self, spec: ModelSpec, swarm: Swarm) -> tuple[RemoteCausalLM, Any]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -89,8 +94,12 @@ def data_url(data: str) -> str:
     return f"data:image/png;base64,{data}"
 
 
+def image_url(url: str) -> Any:
+    return {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+
+
 def part(data: str) -> Any:
-    return {"type": "image_url", "image_url": {"url": data_url(data), "detail": "auto"}}
+    return image_url(data_url(data))
 
 
 def text(said: str) -> Any:
@@ -209,8 +218,8 @@ def test_what_cannot_be_seen_is_refused_by_name(seen_at: str) -> None:
     fetched = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     assert refusal(fetched) == (
         400,
-        "images are not fetched from URLs: send a data URL such as data:image/png;base64,... with a PNG, JPEG, WebP or "
-        "GIF image",
+        "images are not fetched from 'example.org': send a data URL such as data:image/png;base64,..., or start the "
+        "server with --image-hosts",
     )
     for url in ("data:image/svg+xml;base64,AAAA", "file:///etc/passwd", "", "data:image/png,AAAA"):
         status, told = refusal({"type": "image_url", "image_url": {"url": url}})
@@ -224,6 +233,47 @@ def test_what_cannot_be_seen_is_refused_by_name(seen_at: str) -> None:
     for name, (data, says) in hostile_images().items():
         status, told = refusal(text("a"), part(RED), part(data))
         assert status == 400 and told.startswith(f"image 2 cannot be used: {says}"), (name, told)
+
+
+def test_images_of_listed_hosts_go_to_the_model(seeing: Seeing, tmp_path: Path) -> None:
+    (tmp_path / "blue.png").write_bytes(base64.b64decode(BLUE))
+    (tmp_path / "page.html").write_text("<!doctype html>")
+    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    host = f"127.0.0.1:{files.server_port}"
+    url = f"http://{host}/blue.png"
+    block = {"type": "image", "source": {"type": "url", "url": url}}
+    bodies: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": [{"role": "user", "content": [part(RED), image_url(url), part(RED)]}]},
+        "messages": {"model": MODEL, "messages": [{"role": "user", "content": [block]}], "max_tokens": 1},
+        "responses": {
+            "model": MODEL,
+            "input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}],
+        },
+    }
+
+    async def asks(server: Server) -> None:
+        (served,) = server.app.state.gateway.loaded
+        served.image_hosts._hosts = [host]
+        for path, body in bodies.items():
+            reply = await server.http.post(f"/v1/{path}", json=body)
+            assert reply.status_code == 200, reply.text
+            assert seeing.last[1] == (["red", "blue", "red"] if path == "chat/completions" else ["blue"])
+            assert served.pixels.used == 0, "an answered request holds nothing"
+        wrong = {"messages": [{"role": "user", "content": [image_url(f"http://{host}/page.html")]}]}
+        reply = await server.http.post("/v1/chat/completions", json=wrong)
+        assert reply.status_code == 400 and "image 1 cannot be used: it is not a PNG, JPEG" in reply.text
+        many = {"messages": [{"role": "user", "content": [image_url(url)] * 17}]}
+        reply = await server.http.post("/v1/chat/completions", json=many)
+        assert reply.status_code == 400 and "17 images are too many" in reply.text
+
+    serving = threading.Thread(target=files.serve_forever)
+    serving.start()
+    try:
+        seeing.server.run(asks)
+    finally:
+        files.shutdown()
+        files.server_close()
+        serving.join()
 
 
 def test_images_that_need_too_much_memory_wait(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
