@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +14,24 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from peers.counters import SessionEnd
+from peers.running_peer import RunningPeer
 from splitnet.blocks.block_inputs import encode_step
 from splitnet.checkpoint.families import causal_class, check_can_be_cut, image_text_class, text_config_of
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.security.identity import Identity
+from splitnet.session.events import Cause
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
 from tests.image_models import IMAGE_MODELS, Inputs
+from tests.published import Tensors, bfloat16
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs, shared_swarm
 from tests.swarm.test_failover import kill_hops
+from tests.swarm.test_leaving import peer_at
+from tests.unit.quantized_checkpoints import SCHEMES
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 UNEVEN = [(0, 1), (1, 4), (4, 6)]
@@ -91,6 +101,29 @@ def test_an_answer_about_images_survives_the_death_of_a_hop(victim: int, both: t
         with remote.session() as cache:
             got = remote.generate(**inputs, **OPTIONS, streamer=After(4, kill_hops(visit, cache, victim)))
             assert cache.session is not None and repairs(cache.session)
+    assert torch.equal(got, local.generate(**inputs, **OPTIONS))
+
+
+def test_a_peer_that_leaves_hands_over_a_session_with_images(
+    both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitnet.session.driver.Routes.better_route", lambda *_: None)
+    local, swarm = both
+    inputs, leavers, draining = inputs_of(local, 2), list[RunningPeer](), list[Future[None]]()
+    with swarm.mended() as visit, ThreadPoolExecutor(1) as threads:
+
+        def leave() -> None:
+            leavers.append(peer_at(visit, cache, 1))
+            draining.append(threads.submit(leavers[0].drain, 30.0))
+            while not leavers[0].service.leaving:
+                time.sleep(0.01)
+
+        remote = visit.image_model(dtype="float32", prefixes="off")
+        with remote.session() as cache:
+            got = remote.generate(**inputs, **OPTIONS, streamer=After(4, leave))
+            draining[0].result()
+            assert Cause.LEAVING in [recovery.cause for recovery in cache.session.recoveries]
+        assert leavers[0].counters.ended[SessionEnd.HANDED_OVER] == 1
     assert torch.equal(got, local.generate(**inputs, **OPTIONS))
 
 
@@ -175,6 +208,56 @@ def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwar
         found, expected = (model(**inputs).logits.log_softmax(-1) for model in (remote, local))
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert divergence < most
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", IMAGE_MODELS)
+def test_codecs_carry_an_image_of_every_family(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    local = IMAGE_MODELS[family].write(tmp_path / "published")
+    inputs = IMAGE_MODELS[family].inputs(local, 1)
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm, torch.no_grad():
+        expected = local(**inputs).logits.log_softmax(-1)
+        for codec, most in (("bf16", 1e-4), ("int8", 1e-2)):
+            found = swarm.image_model(codec, dtype="float32")(**inputs).logits.log_softmax(-1)
+            divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+            assert divergence < most, codec
+
+
+TOWERS = {"qwen3_vl": "model.visual", "llava": "model.vision_tower"}
+
+
+@pytest.mark.default_cases(scheme=("fp8",))
+@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("scheme", ["fp8", "awq", "int4-group", "float-quantized"])
+def test_quantized_text_blocks_beside_a_tower_in_floats(
+    family: str, scheme: str, node: DhtDirectory, tmp_path: Path
+) -> None:
+    def store(tensors: Tensors) -> tuple[Tensors, Tensors]:
+        stored, plain = bfloat16(tensors)
+        for name, value in tensors.items():
+            if re.search(r"language_model\..*layers\.\d+\..*_proj\.weight$", name):
+                del stored[name]
+                parts, numbers = SCHEMES[scheme].write(name, value)
+                plain[name] = numbers.contiguous()
+                stored |= {part: tensor.contiguous() for part, tensor in parts.items()}
+        return stored, plain
+
+    kept = [TOWERS[family], "lm_head", "model.multi_modal_projector"]
+    if scheme in ("fp8", "awq"):
+        more = {"modules_to_not_convert": kept}
+    else:
+        more = {"ignore": [f"re:.*{TOWERS[family].split('.')[1]}.*", *kept[1:]]}
+    quantization = {**SCHEMES[scheme].settings, **more}
+    model = IMAGE_MODELS[family]
+    model = replace(model, published=replace(model.published, store=store, quantization=quantization))
+    local = model.write(tmp_path / "published")
+    inputs = model.inputs(local, 2)
+    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm:
+        assert {peer.record().dtype for peer in swarm.peers} == {"stored/float32"}
+        remote = swarm.image_model(dtype="float32")
+        with torch.no_grad():
+            torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-3, rtol=1e-3)
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
 
 
 def test_features_of_images_are_kept_between_turns(both: tuple[Any, LocalSwarm]) -> None:
