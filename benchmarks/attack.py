@@ -47,6 +47,8 @@ from splitnet.security.identity import PublicKey
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from splitnet.wire.endpoints import Endpoint
 from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights
+from tests.image_models import IMAGE_MODELS
+from tests.swarm.test_serve_images import write_processor
 
 CLIENTS = 1
 """Honest clients besides the client of the gateway: together with the attacker they keep two cores busy."""
@@ -330,12 +332,12 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
 
 
 @contextmanager
-def serving(model: str, address: str, keys: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def serving(models: Sequence[str], address: str, keys: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A running gateway, and its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "splitnet", "serve", model, "--join", address, "--port", str(port)]
+    command = [sys.executable, "-m", "splitnet", "serve", *models, "--join", address, "--port", str(port)]
     command += ["--api-key-file", str(keys), "--codec", "none", "--max-requests", str(REQUESTS)]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -483,8 +485,14 @@ def main() -> int:
         work = stack.enter_context(tempfile.TemporaryDirectory())
         keys = Path(work) / "api-keys"
         keys.write_text("".join(f"{key}\n" for key in API_KEYS))
-        gateway, url = stack.enter_context(serving(folder, address, keys))
-        daemons = [*first.processes, *second.processes]
+        # A small model that reads images, so that hostile images reach the program that decodes them.
+        seeing = Path(work) / "seeing"
+        IMAGE_MODELS["llava"].write(seeing)
+        write_processor(seeing)
+        third = stack.enter_context(LocalSwarm(str(seeing), 1, options, address))
+        third.wait()
+        gateway, url = stack.enter_context(serving((folder, str(seeing)), address, keys))
+        daemons = [*first.processes, *second.processes, *third.processes]
         processes = {f"daemon {index + 1}": psutil.Process(one.pid) for index, one in enumerate(daemons)}
         watcher = stack.enter_context(Watcher(processes | {"gateway": psutil.Process(gateway.pid)}))
         node = stack.enter_context(DhtDirectory.start(initial_peers=[address]))

@@ -106,8 +106,11 @@ def bombs_of(model: str) -> list[tuple[str, str, str]]:
 
 
 def hostile_images(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
-    """Sends images that are damaged, or much larger than their files; a model without eyes refuses them unread."""
-    model = model_of(url, key)
+    """Sends images that are damaged, or much larger than their files, to the server's last model.
+
+    A model without eyes refuses them unread.
+    """
+    model = model_of(url, key, at=-1)
     bodies: list[tuple[str, str]] = []
     for data, _ in images.hostile_images().values():
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
@@ -184,11 +187,11 @@ def guessed_prompts(url: str, guesses: Sequence[Sequence[Any]], *, key: str | No
     return cached
 
 
-def model_of(url: str, key: str | None = None) -> str:
-    """The name of a server's model."""
+def model_of(url: str, key: str | None = None, at: int = 0) -> str:
+    """The name of a server's model at an index of its list."""
     status, reply = _ask(url, "/v1/models", None, key)
     assert status == "200", reply
-    return json.loads(reply)["data"][0]["id"]
+    return json.loads(reply)["data"][at]["id"]
 
 
 def _wrong_bodies(url: str, key: str | None, count: int) -> list[tuple[str, str]]:
