@@ -29,7 +29,7 @@ async def addresses_of(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether an IP address is one of a machine on the internet, in no private network."""
     found: Any = ip_address(address)
-    # An address of 6to4 contains any IPv4 address; those of NAT64 are reserved.
+    # An address of 6to4 contains any IPv4 address; addresses of NAT64 are reserved.
     others = (getattr(found, name, None) for name in ("is_multicast", "is_reserved", "is_site_local", "sixtofour"))
     return found.is_global and not any(others)
 
