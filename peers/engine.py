@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -396,15 +397,14 @@ class Engine:
     def _run_forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
         adapter = self._training.adapter_of(session, message)
-        hidden = self._decode_payload(message.codec, message.payload, message.positions)
-        run = hidden, message.lengths, adapter, session.start, session.end
+        run = self._run_of(session, message, adapter)
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
         if message.kept and nbytes is not None and self._training.reserve_graph(work, nbytes):
-            output, graph = self._passes.forward_saving(*run, nbytes, rope_length=message.rope_length)
+            output, graph = self._passes.forward_saving(**run, most=nbytes)
             self._training.keep_graph(work, graph)
             del graph
         else:
-            output = self._passes.forward(*run, rope_length=message.rope_length)
+            output = self._passes.forward(**run)
         payload = encode_finite(session.codec, to_host(output))
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
@@ -421,10 +421,8 @@ class Engine:
         if graph is not None:
             gradient, by_adapter = self._passes.backward_saved(graph, gradient)
         else:
-            hidden = self._decode_payload(forward.codec, forward.payload, forward.positions)
-            gradient, by_adapter = self._passes.backward(
-                hidden, forward.lengths, gradient, adapter, session.start, session.end, rope_length=forward.rope_length
-            )
+            run = self._run_of(session, forward, adapter)
+            gradient, by_adapter = self._passes.backward(**run, gradient=gradient)
         payload = encode_finite(codec_by_code(forward.gradient_codec), to_host(gradient))
         if not are_finite(by_adapter.values()):
             raise NotFinite("the gradients with respect to the adapter contain inf or NaN")
@@ -434,6 +432,19 @@ class Engine:
         work.compute_ms = self._ms_since(began)
         self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, work.compute_ms / 1000)
         self._training.backward_done(work, payload, parts)
+
+    def _run_of(self, session: HopSession, message: Forward, adapter: AdapterTensors | None) -> dict[str, Any]:
+        """The arguments of `SpanPasses.forward`."""
+        read = message.parts, self._span.hidden_size, range(session.start, session.end)
+        return {
+            "hidden": self._decode_payload(message.codec, message.activations, message.positions),
+            "lengths": message.lengths,
+            "adapter": adapter,
+            "start": session.start,
+            "end": session.end,
+            "rope_length": message.rope_length,
+            "inputs": decode_inputs(message.inputs, message.input_bytes, *read) if message.inputs else (),
+        }
 
     def _load_adapter(self, work: PassWork) -> None:
         session = work.session

@@ -88,7 +88,8 @@ class HopOutputs:
         timings = (*message.timings, timing_of(work, self.outbox))
         if session.next is not None:
             route.sent_on = True
-            onward = replace(message, codec=code, payload=payload, boundary=end, timings=timings)
+            body, inputs = passed_on(message, payload, end)
+            onward = replace(message, codec=code, payload=body, boundary=end, timings=timings, inputs=inputs)
             self.outbox.send(session.next, onward)
         else:
             result = Result(session.id, message.epoch, message.number, end, code, timings, payload)

@@ -16,7 +16,7 @@ from splitnet.security.identity import PublicKey
 from splitnet.wire.block_inputs import check_block_inputs, check_groups, check_inputs, unpack_inputs
 from splitnet.wire.codecs import check_size, codec_by_code
 from splitnet.wire.endpoints import Endpoint, Relay, is_address
-from splitnet.wire.messages import MAX_POSITIONS, FailureCode, Open, Step
+from splitnet.wire.messages import MAX_POSITIONS, FailureCode, Forward, Open, Step
 from splitnet.wire.sent_log import PAGE, page_ends
 
 if TYPE_CHECKING:
@@ -78,12 +78,7 @@ class ServedBlocks:
             raise ProtocolError("a step names a row twice")
         if message.labels and len(message.labels) != sum(map(page_ends, message.parts)):
             raise ProtocolError("a step does not label each of its pages")
-        check_size(message.codec, message.activations, total, self.hidden_size)
-        if message.inputs:
-            check_inputs(message.inputs, message.parts)
-            blocks = range(session.start, session.end)
-            check_block_inputs(message.inputs, self.hidden_size, blocks, axes=self.axes, joins=self.joins)
-            check_groups(message)
+        self.check_payload(session, message)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())
@@ -92,6 +87,15 @@ class ServedBlocks:
         if size > session.reservation or session.waiting_size + size > 2 * session.reservation:
             raise SessionTooLong(f"the session has reserved {session.reservation} positions")
         return total
+
+    def check_payload(self, session: HopSession, message: Step | Forward) -> None:
+        """Checks the size of activations, and the headers of block inputs. Raises ProtocolError, CodecError."""
+        check_size(message.codec, message.activations, message.positions, self.hidden_size)
+        if message.inputs:
+            check_inputs(message.inputs, message.parts)
+            blocks = range(session.start, session.end)
+            check_block_inputs(message.inputs, self.hidden_size, blocks, axes=self.axes, joins=self.joins)
+            check_groups(message)
 
     def check_page(self, page: Page, start: int, end: int, codec: int, *, first: bool) -> None:
         """Checks that a page has exactly the tensors and outputs of blocks `[start, end)`.

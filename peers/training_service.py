@@ -215,7 +215,6 @@ class Training:
         if message.positions > max(MAX_PASS_POSITIONS, longest):
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
-        check_size(message.codec, message.payload, message.positions, self.hidden_size)
 
     def _put(self, work: PassWork) -> None:
         """Queues a pass, and reserves its memory; a refused pass keeps no memory."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,10 +184,11 @@ def _packed_attention(
     if blockwise and eager:
         blockwise = sinks is not None and _has_sinks_alone(module, attend, query, key, value, kwargs)
 
-    def attend_to(query: Tensor, keys: Tensor, values: Tensor, twice: range, masks: Masks | None) -> Tensor:
+    def attend_to(
+        query: Tensor, keys: Tensor, values: Tensor, twice: range, masks: Masks | None, mask: Tensor | None = None
+    ) -> Tensor:
         count, key_count = query.shape[2], keys.shape[2] - len(twice)
-        mask = None
-        if twice or _needs_mask(count, key_count, window, eager):
+        if mask is None and (twice or _needs_mask(count, key_count, window, eager)):
             mask = _mask({} if masks is None else masks, count, key_count, window, additive, keys.device, twice)
         return attend(module, query, keys, values, mask, **kwargs)[0]
 
@@ -205,7 +206,8 @@ def _packed_attention(
             rows = column[key_count - part.count : key_count].split(most)
             for own, given in zip(rows, query[:, :, begin:end].split(most, 2), strict=True):
                 mask = _mask_for(own, column, window, additive, twice, groups, part.inputs.windowed)
-                outputs.append(attend(module, given, keys, values, mask, **kwargs)[0])
+                whole = given, keys, values, twice, None, mask
+                outputs.append(_recomputed(attend_to, *whole) if len(rows) > 1 else attend_to(*whole))
             continue
         most, in_blocks = part.count, False
         if twice or heads > 1 or _needs_mask(part.count, key_count, window, eager):
@@ -223,13 +225,17 @@ def _packed_attention(
                 outputs.append(mixed.transpose(1, 2))
             elif most == part.count:
                 outputs.append(attend_to(*given, both, packed.masks))
-            elif torch.is_grad_enabled():
-                # The backward pass computes each chunk again, so that only one chunk's intermediate results are in
-                # memory.
-                outputs.append(checkpoint(attend_to, *given, both, None, use_reentrant=False, preserve_rng_state=False))
             else:
-                outputs.append(attend_to(*given, both, None))
+                outputs.append(_recomputed(attend_to, *given, both, None))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def _recomputed(attend: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Attention of a chunk. The backward pass computes it again, so that only one chunk's intermediate results are in
+    memory."""
+    if torch.is_grad_enabled():
+        return checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False)
+    return attend(*given)
 
 
 def _seen(keys: Tensor, values: Tensor, twice: range, count: int, seen: range) -> tuple[Tensor, Tensor, range]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitnet.errors import ProtocolError
+from splitnet.errors import CodecError, ProtocolError
 from splitnet.wire.block_inputs import (
     ADDED,
     GROUPS,
@@ -22,7 +22,7 @@ from splitnet.wire.block_inputs import (
     values_of,
 )
 from splitnet.wire.codecs import Codec, check_values, codec_by_code
-from splitnet.wire.messages import EVERY_BLOCK, BlockInput, Chunk, Payload
+from splitnet.wire.messages import EVERY_BLOCK, MAX_INPUTS, BlockInput, Chunk, Payload
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class PositionInputs:
 
     def cut(self, begin: int, end: int) -> PositionInputs:
         """The inputs of some of these positions."""
+        return self.at(slice(begin, end))
+
+    def at(self, places: slice | Tensor) -> PositionInputs:
+        """The inputs of some of these positions; a tensor, `[count]` bool, is true for them."""
         if not self:
             return self
-        positions, groups = (None if each is None else each[begin:end] for each in (self.positions, self.groups))
-        added = {block: values[begin:end] for block, values in self.added.items()}
+        positions, groups = (None if each is None else each[places] for each in (self.positions, self.groups))
+        added = {block: values[places] for block, values in self.added.items()}
         return PositionInputs(positions, groups, added, self.windowed)
 
     def of_blocks(self, start: int, end: int) -> PositionInputs:
@@ -104,10 +108,12 @@ def _runs(wanted: Tensor) -> list[slice]:
 def encode_step(
     hidden: Tensor, chunks: Sequence[Chunk], inputs: Sequence[PositionInputs], codec: Codec
 ) -> tuple[bytes, tuple[BlockInput, ...]]:
-    """The payload of a step and its block inputs. hidden: `[positions, hidden]` of all chunks. inputs: of each chunk;
-    empty: none. Raises CodecError: values cannot be encoded."""
+    """The payload of a step or pass, and its block inputs. hidden: `[positions, hidden]` of all chunks. inputs: of each
+    chunk; empty: none. Raises CodecError: values cannot be encoded, or there are too many ranges of block inputs."""
     payload = codec.encode(hidden)
     encoded = [pair for chunk, own in zip(chunks, inputs, strict=False) for pair in own.encode(chunk, codec)]
+    if len(encoded) > MAX_INPUTS:
+        raise CodecError(f"{len(encoded)} ranges of block inputs are more than {MAX_INPUTS}: give fewer images at once")
     if not encoded:
         return payload, ()
     return b"".join((payload, *(data for _, data in encoded))), tuple(given for given, _ in encoded)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from splitnet.blocks.adapters import AdapterTensors, block_of
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.span import Span
 from splitnet.errors import PeerBusy
 
@@ -26,12 +27,17 @@ ONE_BLOCK_FACTOR = 2
 MOST_KINDS = 256  # maximum kinds of passes whose measured bytes are kept; with more, all measurements are dropped
 
 
+_Sequences = tuple[Sequence[int], Sequence[PositionInputs]]
+"""Lengths of sequences, and the block inputs of each; empty: none."""
+
+
 class _BlockPiece(NamedTuple):
-    """One run of a block: its input, its output if torch keeps the graph, and the lengths of its sequences."""
+    """One run of a block: its input, its output if torch keeps the graph, and lengths and block inputs of its
+    sequences."""
 
     given: Tensor
     output: Tensor | None
-    lengths: Sequence[int]
+    sequences: _Sequences
 
 
 @dataclass(slots=True)
@@ -100,15 +106,16 @@ class SpanPasses:
         end: int,
         *,
         rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> Tensor:
         """Runs whole sequences, concatenated in `hidden`, through blocks `[start, end)`: `[positions, hidden]` ->
         `[positions, hidden]`; with an adapter that fits the span. `rope_length`: see
-        `splitnet.wire.messages.Forward`."""
+        `splitnet.wire.messages.Forward`; `inputs`: block inputs of each sequence, or none."""
         for block in range(start, end):
             outputs: list[Tensor] = []
-            for given, group in self._pieces(hidden, lengths):
+            for given, (group, own) in self._pieces(hidden, lengths, inputs):
                 with torch.no_grad():
-                    outputs.append(self._view(block).sequences(given, group, adapter, rope_length))
+                    outputs.append(self._view(block).sequences(given, group, adapter, rope_length, own))
                 self._between()
             hidden = _joined(outputs)
         return hidden
@@ -123,6 +130,7 @@ class SpanPasses:
         end: int,
         *,
         rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a loss with respect to the input of a pass as in `forward`, and to the adapter's tensors in
         these blocks.
@@ -132,9 +140,8 @@ class SpanPasses:
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
-        _, saved_graph = self.forward_saving(
-            hidden, lengths, adapter, start, end, self._graph_bytes, rope_length=rope_length
-        )
+        run = hidden, lengths, adapter, start, end, self._graph_bytes
+        _, saved_graph = self.forward_saving(*run, rope_length=rope_length, inputs=inputs)
         return self.backward_saved(saved_graph, gradient)
 
     def bytes_to_keep(self, lengths: Sequence[int], adapter: AdapterTensors | None, blocks: int) -> int | None:
@@ -152,6 +159,7 @@ class SpanPasses:
         most: int,
         *,
         rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> tuple[Tensor, SavedGraph]:
         """As `forward`; also returns the data that `backward_saved` needs. Raises PeerBusy if torch would keep too many
         bytes of a block.
@@ -165,17 +173,17 @@ class SpanPasses:
         for block in range(start, end):
             pieces: list[_BlockPiece] = []
             outputs: list[Tensor] = []
-            for part, group in self._pieces(hidden, lengths):
+            for part, sequences in self._pieces(hidden, lengths, inputs):
                 given = part.detach().requires_grad_()
-                saved = self._saved()
+                saved, (group, own) = self._saved(), sequences
                 with saved, torch.set_grad_enabled(kept <= most):
-                    output = self._view(block).sequences(given, group, traced, rope_length)
+                    output = self._view(block).sequences(given, group, traced, rope_length, own)
                 kept += saved.nbytes
                 if output.requires_grad:
                     self._note_kept_bytes(_kind(group, adapter), saved.nbytes / len(given))
                 outputs.append(output.detach())
                 goes_back = output.requires_grad and kept <= most
-                pieces.append(_BlockPiece(given, output if goes_back else None, group))
+                pieces.append(_BlockPiece(given, output if goes_back else None, sequences))
                 self._between()
             block_pieces.append(pieces)
             hidden = _joined(outputs)
@@ -192,10 +200,10 @@ class SpanPasses:
             leaves = [traced.tensors[name] for name in names] if traced else []
             gradients: list[Tensor] = []
             for part in gradient.split([len(piece.given) for piece in pieces]):
-                given, output, group = pieces.pop(0)
+                given, output, (group, own) = pieces.pop(0)
                 if output is None:
                     with self._saved(), torch.enable_grad():
-                        output = self._view(block).sequences(given, group, traced, saved_graph.rope_length)
+                        output = self._view(block).sequences(given, group, traced, saved_graph.rope_length, own)
                 by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part.to(output))
                 gradients.append(by_input)
                 for name, tensor in zip(names, by_adapter, strict=True):
@@ -209,18 +217,20 @@ class SpanPasses:
             self._kept_per_position.clear()
         self._kept_per_position[kind] = max(per_position, self._kept_per_position.get(kind, 0.0))
 
-    def _pieces(self, hidden: Tensor, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Sequence[int]]]:
-        """The inputs of a block's runs: positions of whole sequences, and the sequences' lengths."""
+    def _pieces(
+        self, hidden: Tensor, lengths: Sequence[int], inputs: Sequence[PositionInputs]
+    ) -> Iterator[tuple[Tensor, _Sequences]]:
+        """The inputs of a block's runs: positions of whole sequences, and what is known of these sequences."""
         group: list[int] = []
         begin = 0
         for length in lengths:
             most = self._most_positions() if group else None
             if most is not None and sum(group) + length > most:
-                yield hidden[begin : begin + sum(group)], group
+                yield hidden[begin : begin + sum(group)], (group, inputs[: len(group)])
                 begin += sum(group)
-                group = []
+                group, inputs = [], inputs[len(group) :]
             group.append(length)
-        yield hidden[begin:], group
+        yield hidden[begin:], (group, inputs)
 
     def _saved(self) -> _Saved:
         return _Saved(self._span.weight_addresses(), ONE_BLOCK_FACTOR * self._graph_bytes)

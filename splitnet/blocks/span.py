@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from splitnet.blocks.backbone import (
     share_blocks,
     with_coded_experts,
 )
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.blocks.client_part import check_neutral
 from splitnet.blocks.fast.graph_step import GraphStep, with_recordings
@@ -333,10 +335,7 @@ class Span:
             raise
 
     def _step(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int]) -> Tensor:
-        special = False
-        for part in parts:
-            part.row.set_rotary(part.start, part.count, part.inputs.positions if part.inputs else None)
-            special |= bool(part.inputs and (part.inputs.added or part.inputs.groups is not None))
+        special = self._set_rotary(parts)
         if not special and self._lean is not None and self._lean.takes(parts):
             output = self._lean.forward(hidden, parts, [tap - self.start for tap in taps] if taps else ())
         else:
@@ -346,6 +345,13 @@ class Span:
         for part in parts:
             part.row.advance(part.count)
         return output
+
+    @staticmethod
+    def _set_rotary(parts: Sequence[RowChunk]) -> bool:
+        """Gives rows their rotary positions. Returns whether there are other block inputs, too."""
+        for part in parts:
+            part.row.set_rotary(part.start, part.count, part.inputs.positions if part.inputs else None)
+        return any(part.inputs and (part.inputs.added or part.inputs.groups is not None) for part in parts)
 
     def catch_up(self, row: SequenceCache, adapter: AdapterTensors | None, most: int | None = None) -> int:
         """Runs positions of a row that must run again before new ones, at most `most` (None: all), and returns their
@@ -362,19 +368,25 @@ class Span:
         return done
 
     def sequences(
-        self, hidden: Tensor, lengths: Sequence[int], adapter: AdapterTensors | None = None, rope_length: int = 0
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        adapter: AdapterTensors | None = None,
+        rope_length: int = 0,
+        inputs: Sequence[PositionInputs] = (),
     ) -> Tensor:
         """Runs whole sequences without keeping their keys and values; with a graph for gradients if torch records one.
 
         `[positions, hidden]`, the sequences concatenated -> the same shape, on the span's device and in its dtype.
-        `adapter`: one that `fit_adapter` has accepted; `rope_length`: as in `splitnet.wire.messages.Forward`. Raises
-        ValueError if the lengths do not fit `hidden`.
+        `adapter`: one that `fit_adapter` has accepted; `rope_length`: as in `splitnet.wire.messages.Forward`;
+        `inputs`: of each sequence, or none. Raises ValueError if the lengths do not fit `hidden`, and UnsupportedModel
+        if the blocks do not read the inputs.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
         parts = [
-            RowChunk(row, 0, length, adapter, max(rope_length, row.prefix_length + length))
-            for row, length in zip(rows, lengths, strict=True)
+            RowChunk(row, 0, length, adapter, max(rope_length, row.prefix_length + length), own)
+            for row, length, own in zip_longest(rows, lengths, inputs)
         ]
         self._check_chunks(hidden, parts)
         if not self._packs and self._score_heads > 1:
@@ -390,8 +402,9 @@ class Span:
                 )
         hidden = hidden.to(device=self.device, dtype=self.dtype)
         if self._packs and len(hidden) > PASS_POSITIONS and not torch.is_grad_enabled():
-            return self._in_passes(hidden, lengths, adapter)
-        return self._run_family_code(hidden, parts)
+            return self._in_passes(hidden, parts)
+        with self._adding(parts) if self._set_rotary(parts) else nullcontext():
+            return self._run_family_code(hidden, parts)
 
     def fit_adapter(self, adapter: AdapterTensors) -> None:
         """Prepares the blocks for an adapter. Raises AdapterError if the adapter names blocks or layers that the span
@@ -538,20 +551,22 @@ class Span:
             for hook in hooks:
                 hook.remove()
 
-    def _in_passes(self, hidden: Tensor, lengths: Sequence[int], adapter: AdapterTensors | None) -> Tensor:
+    def _in_passes(self, hidden: Tensor, sequences: Sequence[RowChunk]) -> Tensor:
         """As `sequences`, in passes of `PASS_POSITIONS` positions, as steps have them, to limit memory for
-        activations."""
+        activations; a pass that would end within a group of positions is longer."""
         outputs: list[Tensor] = []
         parts: list[RowChunk] = []
         begin = end = 0
-        for length in lengths:
-            row, start = self.new_row(length, adapter, exact=True), 0
-            while start < length:
-                count = min(length - start, begin + PASS_POSITIONS - end)
-                parts.append(RowChunk(row, start, count, adapter))
-                start, end = start + count, end + count
-                if end in (begin + PASS_POSITIONS, len(hidden)):
-                    outputs.append(self._run_packed(hidden[begin:end], parts))
+        for whole in sequences:
+            row, start = self.new_row(whole.count, whole.adapter, exact=True), 0
+            inputs = whole.inputs or PositionInputs()
+            while start < whole.count:
+                stop = inputs.end_of_group(min(whole.count, start + begin + PASS_POSITIONS - end))
+                parts.append(RowChunk(row, start, stop - start, whole.adapter, inputs=inputs.cut(start, stop)))
+                start, end = stop, end + stop - start
+                if end >= begin + PASS_POSITIONS or end == len(hidden):
+                    with self._adding(parts) if self._set_rotary(parts) else nullcontext():
+                        outputs.append(self._run_packed(hidden[begin:end], parts))
                     for part in parts:
                         part.row.advance(part.count)
                     begin, parts = end, []

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
 
 from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.client_part import backbone_of, load_image_text_part
@@ -26,8 +27,9 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import packs_sequences, sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.errors import UnsupportedModel
-from splitnet.hf.causal_lm import RemoteCausalLM, connected, with_hidden
+from splitnet.hf.causal_lm import RemoteCausalLM, connected
 from splitnet.hf.parameters import FORWARD, mask_of, refuse
+from splitnet.hf.peft_adapters import prompt_wrapper
 from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
@@ -87,8 +89,10 @@ class RemoteImageTextToText(RemoteCausalLM):
         decoder = backbone_of(self)
         for module in self.modules():
             if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
+                towers = nn.ModuleList(child for child in module.children() if child is not decoder)
+                towers.requires_grad_(False)
                 compute: Any = module.get_image_features
-                vars(module)["get_image_features"] = _KeptFeatures(compute)
+                vars(module)["get_image_features"] = _KeptFeatures(compute, towers)
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         self._axes = len(rope.get("mrope_section") or range(3))
         given = inspect.signature(self.transformers_class.forward).parameters
@@ -102,6 +106,7 @@ class RemoteImageTextToText(RemoteCausalLM):
             module.rope_deltas = None
         cache, ids = given.get("cache"), given.get("input_ids", given.get("inputs"))
         if self._has_images(given):
+            self._check_prompt(given, trained=prompt_wrapper(self) is not None)
             if cache is not None:
                 cache.remote.reset()  # equal tokens do not mean equal images; hops find stored pages of equal images
             return super()._generate(given)
@@ -114,20 +119,18 @@ class RemoteImageTextToText(RemoteCausalLM):
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         # Some families would make a cache of their own before they call the backbone.
         given["use_cache"] = bool(given.get("use_cache") or given.get("cache"))
+        if self._has_images(given) and given.get("position_ids") is None:
+            prefix = any(isinstance(value, DynamicCache) and value.get_seq_length() for value in given.values())
+            self._check_prompt(given, trained=prefix or given.get("input_ids") is None)
         given["cache"] = self._cache_for(given.get("cache"), given["use_cache"])
-        with self._blocks.calling(has_images=self._has_images(given)):
-            return super()._call_model(forward, given)
+        return super()._call_model(forward, given)
 
-    def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        whole = given.get("cache") is None and not given.get("use_cache") and not torch.is_grad_enabled()
-        if not whole or not self._blocks.call.has_images:
-            return super()._run_backbone(forward, given)
-        cache = self.new_cache()
-        try:
-            output = super()._run_backbone(forward, given | {"cache": cache, "use_cache": True})
-            return with_hidden(output, output[0], without=cache)
-        finally:
-            cache.close()
+    def _check_prompt(self, given: Mapping[str, Any], *, trained: bool) -> None:
+        """Raises UnsupportedParameter: positions or groups follow from tokens, which a trained prompt lacks."""
+        counted = any(name.endswith("token_type_ids") and value is not None for name, value in given.items())
+        if trained and (counted or self._with_deltas):
+            why = f"have no known positions behind embeddings or a trained prompt in the family {self.config.model_type!r}"
+            raise refuse("pixel_values", f"{why}: train LoRA, or use texts alone")
 
     def _arguments_to_check(self, given: dict[str, Any]) -> dict[str, Any]:
         # `HandedStates` sees the effect of all other arguments.
@@ -153,6 +156,12 @@ class RemoteImageTextToText(RemoteCausalLM):
             family = self.config.get_text_config().model_type
             raise UnsupportedModel(
                 f"blocks of the family {family!r} read no groups of positions and no added states: use its text alone"
+            )
+        if any(states.requires_grad for states in handed.added.values()):
+            raise refuse(
+                "pixel_values",
+                "pass through a trained tower, and peers give no gradients for added states: freeze the tower, or name "
+                "only layers of the text model in target_modules",
             )
         states = [hidden, *handed.added.values()]
         inputs = [
@@ -192,17 +201,18 @@ def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 class _KeptFeatures:
     """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
 
-    compute: the family's method. Thread-safe.
+    compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
+    Thread-safe.
     """
 
-    def __init__(self, compute: Callable[..., Any]) -> None:
+    def __init__(self, compute: Callable[..., Any], towers: nn.Module) -> None:
         functools.update_wrapper(self, compute)  # transformers reads the signature
-        self._compute = compute
+        self._compute, self._towers = compute, towers
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._towers.parameters()):
             return self._compute(*args, **kwargs)
         state = blake2b(digest_size=32)
         for value in (*args, *sorted(kwargs.items())):

@@ -37,7 +37,7 @@ class ModelCall:
     keep: number of last positions that the head needs; 0: all. length: length of the whole text, if the call has a
     piece of a text. run: runs the blocks, `[batch, seq, hidden]` in and out. backbone: called in place of the backbone,
     with a function that calls the backbone. seen: called with the features of steps, `[batch, kept, taps * hidden]`,
-    or with the outputs of whole sequences. has_images: the model reads images in the call.
+    or with the outputs of whole sequences.
     """
 
     keep: int = 0
@@ -46,7 +46,6 @@ class ModelCall:
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     backbone: Callable[[Callable[[], Any]], Any] | None = None
     seen: Callable[[torch.Tensor], None] | None = None
-    has_images: bool = False
 
 
 class CallArguments(NamedTuple):
@@ -295,7 +294,14 @@ class RemoteBlocks(nn.Module):
             assert isinstance(output, torch.Tensor)
         return output
 
-    def run_whole(self, hidden: torch.Tensor, mask: Any, positions: Any, prefix: Prefixes) -> torch.Tensor:
+    def run_whole(
+        self,
+        hidden: torch.Tensor,
+        mask: Any,
+        positions: Any,
+        prefix: Prefixes,
+        inputs: Sequence[PositionInputs] = (),
+    ) -> torch.Tensor:
         """The outputs of whole sequences, `[batch, seq, hidden]`: zero at padding, which may be anywhere.
 
         Gradients go to the input and to the adapter. Arguments and errors as in `step`.
@@ -312,13 +318,15 @@ class RemoteBlocks(nn.Module):
         parameters = self.adapters.parameters_for(prefix)
         where = checked.to(hidden.device)
         packed = hidden[where]
+        inputs = [own.at(kept) for own, kept in zip(inputs, checked, strict=False) if bool(kept.any())]
         for stage in self.stages:
             if isinstance(stage, LocalSpan):
                 adapter = stage.fit_adapter(AdapterTensors(parameters)) if parameters else None
-                packed = stage.sequences(packed, lengths, adapter, rope_length)
+                packed = stage.sequences(packed, lengths, adapter, rope_length, inputs)
             else:
                 own = {name: tensor for name, tensor in parameters.items() if block_of(name) in range(*stage)}
-                packed = _RemotePass.apply(self, stage, lengths, rope_length, tuple(own), packed, *own.values())
+                how = {"lengths": lengths, "rope_length": rope_length, "inputs": inputs}
+                packed = _RemotePass.apply(self, stage, how, tuple(own), packed, *own.values())
                 assert isinstance(packed, torch.Tensor)
         output = torch.zeros_like(hidden)
         output[where] = packed.to(hidden.dtype)
@@ -332,13 +340,13 @@ class RemoteBlocks(nn.Module):
             self.passes = {}
 
     def go(
-        self, blocks: Blocks, packed: torch.Tensor, lengths: list[int], parameters: dict[str, torch.Tensor], **how: Any
+        self, blocks: Blocks, packed: torch.Tensor, parameters: dict[str, torch.Tensor], **how: Any
     ) -> tuple[torch.Tensor, Passed]:
         """See `PassSession.forward`."""
         with self._passing:
             if blocks not in self.passes:
                 self.passes[blocks] = self._make_passes(blocks)
-            return self.passes[blocks].forward(packed, lengths, self.adapters.adapter_of(parameters), **how)
+            return self.passes[blocks].forward(packed, adapter=self.adapters.adapter_of(parameters), **how)
 
     def go_back(
         self, blocks: Blocks, batch: Passed, gradient: torch.Tensor
@@ -388,15 +396,14 @@ class _RemotePass(torch.autograd.Function):
         ctx: Any,
         blocks: RemoteBlocks,
         stage: Blocks,
-        lengths: list[int],
-        rope_length: int,
+        how: dict[str, Any],
         names: tuple[str, ...],
         packed: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
         by_name = dict(zip(names, parameters, strict=True))
-        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, rope_length=rope_length)
+        output, batch = blocks.go(stage, packed.detach(), by_name, keep=keep, **how)
         ctx.names = names
         ctx.devices = [parameter.device for parameter in parameters]  # outlines are always on the CPU
         ctx.batch = _KeptPass(blocks, stage, batch) if keep else None
@@ -411,7 +418,7 @@ class _RemotePass(torch.autograd.Function):
         by_input, by_name = kept.blocks.go_back(kept.stage, kept.passed, gradient)
         by_input = by_input.to(gradient.device, gradient.dtype)
         by_parameter = (by_name[name].to(device) for name, device in zip(ctx.names, ctx.devices, strict=True))
-        return (None, None, None, None, None, by_input, *by_parameter)
+        return (None, None, None, None, by_input, *by_parameter)
 
 
 @dataclass(slots=True, eq=False)

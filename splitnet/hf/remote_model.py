@@ -25,7 +25,7 @@ from splitnet.checkpoint.transfer.manifest_search import differs, find_manifest
 from splitnet.directory.joining import join
 from splitnet.errors import CoverageError, ModelNotFound, PeerBusy, UnsupportedModel
 from splitnet.hf.cache import RemoteCache
-from splitnet.hf.parameters import check_forward, refuse
+from splitnet.hf.parameters import check_forward
 from splitnet.hf.peft_adapters import take_prefix
 from splitnet.hf.remote_blocks import CallArguments, RemoteBlocks
 from splitnet.paths import public_name
@@ -220,9 +220,7 @@ class RemoteModel(PreTrainedModel):
         def run(hidden: Any) -> Any:
             mask, positions, inputs = self._call_arguments(hidden, given, 0 if cache is None else cache.remote.columns)
             if cache is None:
-                if inputs:
-                    raise refuse("pixel_values", "cannot be trained on yet: use torch.no_grad(), or texts alone")
-                output = self._blocks.run_whole(hidden, mask, positions, call.prefix)
+                output = self._blocks.run_whole(hidden, mask, positions, call.prefix, inputs)
                 if call.seen is not None:
                     call.seen(output)
                 return output

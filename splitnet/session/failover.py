@@ -103,10 +103,9 @@ class RouteHop:
         if result.codec != self.codec.code:
             raise ProtocolError(f"codec {result.codec} was not agreed upon")
         check_values(result.codec, result.payload, message.positions, hidden_size)
-        relayed = replace(message, codec=result.codec, payload=result.payload, boundary=result.end)
-        if isinstance(message, Step) and isinstance(relayed, Step):
-            payload, inputs = passed_on(message, result.payload, result.end)
-            relayed = replace(relayed, payload=payload, inputs=inputs)
+        payload, inputs = passed_on(message, result.payload, result.end)
+        relayed = replace(message, codec=result.codec, payload=payload, boundary=result.end, inputs=inputs)
+        if isinstance(relayed, Step):
             self._log_relayed(relayed, len(result.payload) // message.positions)
         return replace(relayed, timings=result.timings)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -102,12 +103,10 @@ class LocalSpan:
             self.span.fit_adapter(own)
         return own
 
-    def sequences(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: AdapterTensors | None, rope_length: int = 0
-    ) -> torch.Tensor:
+    def sequences(self, hidden: torch.Tensor, lengths: Sequence[int], *given: Any) -> torch.Tensor:
         """Runs whole sequences, with a graph if torch records one: see `Span.sequences`."""
         with self._lock:
-            return self.span.sequences(hidden, lengths, adapter, rope_length).to(hidden.device, hidden.dtype)
+            return self.span.sequences(hidden, lengths, *given).to(hidden.device, hidden.dtype)
 
 
 class LocalSequences:

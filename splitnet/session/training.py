@@ -10,14 +10,15 @@ import torch
 
 from scheduler.liveness import PASS_PROGRESS_S
 from splitnet.blocks.adapters import AdapterTensors
+from splitnet.blocks.block_inputs import PositionInputs, encode_step
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Backward, Submit, UseAdapter
 from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import BackwardState, Batch, PassRequest
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.codecs import Codec, are_finite, codec_by_code, codec_by_name, encode_finite
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result
+from splitnet.wire.codecs import Codec, are_finite, check_finite, codec_by_code, codec_by_name, encode_finite
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, BlockInput, Forward, Gradient, Result, chunks_of
 
 MICRO_BATCHES_PER_HOP = 2  # micro-batches of a batch per hop, so that all hops compute most of the time
 MIN_POSITIONS = 64
@@ -66,6 +67,7 @@ class PassSession(SessionDriver):
         *,
         keep: bool,
         rope_length: int,
+        inputs: Sequence[PositionInputs] = (),
     ) -> tuple[torch.Tensor, Passed]:
         """Runs sequences through all blocks.
 
@@ -74,6 +76,7 @@ class PassSession(SessionDriver):
             lengths: positions of each sequence.
             keep: `backward` or `forget_batch` will follow.
             rope_length: see `splitnet.wire.messages.Forward`.
+            inputs: block inputs of each sequence; empty: none.
 
         Returns:
             `[positions, hidden]` float32, and the argument of `backward`.
@@ -83,20 +86,27 @@ class PassSession(SessionDriver):
             AdapterError: the adapter does not fit the blocks.
             NotFinite: `hidden` or the adapter holds inf or NaN, or two peers of the same blocks compute inf or NaN from
                 finite values.
+            CodecError: block inputs cannot be encoded.
         """
         self._open_with_adapter(adapter)
         while self._forgotten:
             self._kept.difference_update(self._forgotten.popleft())
         state, codec, batch = self.state, self.state.first_codec, Passed([], adapter)
-        groups = self._micro_batches(lengths)
-        payloads = [encode_finite(codec, part) for part in hidden.split([sum(group) for group in groups])]
-        for group, payload in zip(groups, payloads, strict=True):
+        inputs = [own.of_blocks(*state.blocks) for own in inputs]
+        check_finite(codec, hidden, *(values for own in inputs for values in own.added.values()))
+        groups = self._micro_batches(lengths, 1 + max((len(own.added) for own in inputs), default=0))
+        encoded: list[tuple[bytes, tuple[BlockInput, ...]]] = []
+        for group, part in zip(groups, hidden.split([sum(group) for group in groups]), strict=True):
+            encoded.append(encode_step(part, chunks_of(group), inputs[: len(group)], codec))
+            inputs = inputs[len(group) :]
+        for group, (payload, described) in zip(groups, encoded, strict=True):
             number = state.next_number()
             if keep:
                 self._kept.add(number)
             ids, since = (self.id, state.epoch, number), min(self._kept, default=number)
             how = keep, self._version(adapter), self._codec_of_gradients().code, codec.code
-            batch.passes.append(PassRequest(Forward(*ids, since, tuple(group), *how, payload, rope_length=rope_length)))
+            message = Forward(*ids, since, tuple(group), *how, payload, rope_length=rope_length, inputs=described)
+            batch.passes.append(PassRequest(message))
         self.traffic.steps += len(batch.passes)
         self.traffic.positions += len(hidden)
         self.feed(Submit(tuple(batch.passes)))
@@ -161,10 +171,10 @@ class PassSession(SessionDriver):
         size = request.message.positions, self._swarm.facts.hidden_size
         return codec_by_code(answer.codec).decode(answer.payload, *size)
 
-    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Groups sequences into micro-batches; no sequence is cut."""
+    def _micro_batches(self, lengths: Sequence[int], states: int) -> list[list[int]]:
+        """Groups sequences into micro-batches; no sequence is cut. states: hidden states of a position."""
         wanted = -(-sum(lengths) // (MICRO_BATCHES_PER_HOP * len(self.hops)))
-        most = min(MAX_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
+        most = min(MAX_POSITIONS, MAX_PAYLOAD_BYTES // (4 * states * self._swarm.facts.hidden_size))
         limit = min(max(wanted, MIN_POSITIONS), most)
         groups: list[list[int]] = [[]]
         for length in lengths:

@@ -1,7 +1,7 @@
 """Values that blocks read besides hidden states, such as rotary positions with several axes, or features of an image.
 
-A step carries them after its activations. They travel from hop to hop unchanged, up to the last block that reads them,
-and logs keep them for replays.
+A step or pass carries them after its activations. They travel from hop to hop unchanged, up to the last block that
+reads them, and logs keep them for replays.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from splitnet.wire.messages import (
     MAX_POSITIONS,
     BlockInput,
     Chunk,
+    Forward,
     Payload,
     Step,
 )
@@ -58,8 +59,8 @@ def values_of(inputs: Sequence[BlockInput], data: Payload) -> Iterator[tuple[Blo
         offset = end
 
 
-def check_groups(step: Step) -> None:
-    """Raises ProtocolError: a group of a step is too long for one pass."""
+def check_groups(step: Step | Forward) -> None:
+    """Raises ProtocolError: a group of positions is too long for one pass."""
     groups = groups_of(step)
     if any(len(list(same)) > MAX_GROUP for group, same in groupby(groups) if group):
         raise ProtocolError(f"a group of positions that attend to each other has more than {MAX_GROUP} positions")
@@ -100,8 +101,8 @@ def check_block_inputs(
             raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
 
 
-def passed_on(step: Step, output: Payload, block: int) -> tuple[Payload, tuple[BlockInput, ...]]:
-    """The payload and the block inputs of the next step, after blocks that end at `block`: the encoded output, and the
+def passed_on(step: Step | Forward, output: Payload, block: int) -> tuple[Payload, tuple[BlockInput, ...]]:
+    """The payload and the block inputs for the next hop, after blocks that end at `block`: the encoded output, and the
     inputs of later blocks."""
     if not step.inputs:
         return output, ()
@@ -117,7 +118,7 @@ def end_of_group(group_at: Callable[[int], object], end: int, length: int) -> in
     return end
 
 
-def groups_of(step: Step) -> list[bytes]:
+def groups_of(step: Step | Forward) -> list[bytes]:
     """The group of each position of a step, in the order of its parts; empty: none. No list: there are no groups."""
     found: dict[tuple[int, int], bytes] = {}
     for each, data in values_of(step.inputs, step.input_bytes):

@@ -414,6 +414,11 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 def encode_finite(codec: Codec, hidden: torch.Tensor) -> bytes:
     """Encode `hidden` with `codec`. Raises CodecError: as `Codec.encode`; NotFinite: also with the codec `none`."""
-    if not are_finite([hidden]):
-        raise _not_finite(codec.name)
+    check_finite(codec, hidden)
     return codec.encode(hidden)
+
+
+def check_finite(codec: Codec, *tensors: torch.Tensor) -> None:
+    """Raises NotFinite: a tensor to encode holds inf or NaN."""
+    if not are_finite(tensors):
+        raise _not_finite(codec.name)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, NamedTuple, cast, get_args
+from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.wire.endpoints import Relay
@@ -251,8 +251,48 @@ class Close:
     session: bytes = wire_field(blob(SESSION_BYTES))
 
 
+_BLOCK_INPUTS = several(
+    row(
+        BlockInput,
+        text(32),
+        uint(EVERY_BLOCK),
+        uint(_ROW_ID),
+        *(uint(MAX_POSITIONS),) * 2,
+        uint(MAX_INPUT_BYTES),
+        uint(255),
+    ),
+    most=MAX_INPUTS,
+)
+
+
+def chunks_of(lengths: Sequence[int]) -> tuple[Chunk, ...]:
+    """Whole sequences as chunks of rows, which have the numbers of the sequences."""
+    return tuple(Chunk(index, 0, length, length) for index, length in enumerate(lengths))
+
+
+class _Activations:
+    """A payload of encoded activations, followed by the values of block inputs in the order of `inputs`."""
+
+    __slots__ = ()
+
+    @property
+    def activations(self: Any) -> Payload:
+        """The payload without block inputs."""
+        return self.payload if not self.inputs else memoryview(self.payload)[: self._activation_bytes]
+
+    @property
+    def input_bytes(self: Any) -> Payload:
+        """The values of the block inputs, concatenated."""
+        return memoryview(self.payload)[self._activation_bytes :] if self.inputs else b""
+
+    @property
+    def _activation_bytes(self: Any) -> int:
+        """Zero if the payload is shorter than its block inputs."""
+        return max(0, len(self.payload) - sum(each.length * each.size for each in self.inputs))
+
+
 @dataclass(frozen=True, slots=True)
-class Step(_Numbered):
+class Step(_Numbered, _Activations):
     """New positions of one or more rows, with their encoded boundary activations `[positions, hidden]` as payload.
 
     A step is idempotent: positions are absolute, a hop first crops its cached positions from `start` on, and does
@@ -278,41 +318,11 @@ class Step(_Numbered):
     labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the pages that end within the parts, in order, see `splitnet.wire.sent_log`; empty: no page is
     stored."""
-    inputs: tuple[BlockInput, ...] = appended_field(
-        several(
-            row(
-                BlockInput,
-                text(32),
-                uint(EVERY_BLOCK),
-                uint(_ROW_ID),
-                *(uint(MAX_POSITIONS),) * 2,
-                uint(MAX_INPUT_BYTES),
-                uint(255),
-            ),
-            most=MAX_INPUTS,
-        ),
-        (),
-    )
-    """Descriptions of the values that follow the activations in the payload, in order."""
+    inputs: tuple[BlockInput, ...] = appended_field(_BLOCK_INPUTS, ())
 
     @property
     def positions(self) -> int:
         return sum(part.length for part in self.parts)
-
-    @property
-    def activations(self) -> Payload:
-        """The payload without block inputs."""
-        return self.payload if not self.inputs else memoryview(self.payload)[: self._activation_bytes]
-
-    @property
-    def input_bytes(self) -> Payload:
-        """The values of the block inputs, concatenated."""
-        return memoryview(self.payload)[self._activation_bytes :] if self.inputs else b""
-
-    @property
-    def _activation_bytes(self) -> int:
-        """Zero if the payload is shorter than its block inputs."""
-        return max(0, len(self.payload) - sum(each.length * each.size for each in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +360,7 @@ class Replay(_Numbered):
 
 
 @dataclass(frozen=True, slots=True)
-class Forward(_Numbered):
+class Forward(_Numbered, _Activations):
     """Whole sequences, with their encoded boundary activations `[positions, hidden]`. Hops keep no KV cache of them.
 
     Hops push the message on like a step, and the tail answers with a `Result` of all positions. The message is
@@ -370,10 +380,16 @@ class Forward(_Numbered):
     """Times of the pass at the hops before, in order."""
     # as in `Step`, but compared with the length of the whole sequence
     rope_length: int = appended_field(uint(MAX_POSITIONS), 0)
+    inputs: tuple[BlockInput, ...] = appended_field(_BLOCK_INPUTS, ())  # a sequence's index is the number of its row
 
     @property
     def positions(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def parts(self) -> tuple[Chunk, ...]:
+        """The sequences as chunks of rows."""
+        return chunks_of(self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
