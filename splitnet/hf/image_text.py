@@ -92,7 +92,7 @@ class RemoteImageTextToText(RemoteCausalLM):
                 towers = nn.ModuleList(child for child in module.children() if child is not decoder)
                 towers.requires_grad_(False)
                 compute: Any = module.get_image_features
-                vars(module)["get_image_features"] = _KeptFeatures(compute, towers)
+                vars(module)["get_image_features"] = self.features = _KeptFeatures(compute, towers)
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         self._axes = len(rope.get("mrope_section") or range(3))
         given = inspect.signature(self.transformers_class.forward).parameters
@@ -129,8 +129,8 @@ class RemoteImageTextToText(RemoteCausalLM):
         """Raises UnsupportedParameter: positions or groups follow from tokens, which a trained prompt lacks."""
         counted = any(name.endswith("token_type_ids") and value is not None for name, value in given.items())
         if trained and (counted or self._with_deltas):
-            why = f"have no known positions behind embeddings or a trained prompt in the family {self.config.model_type!r}"
-            raise refuse("pixel_values", f"{why}: train LoRA, or use texts alone")
+            why = "have no known positions behind embeddings or a trained prompt in the family"
+            raise refuse("pixel_values", f"{why} {self.config.model_type!r}: train LoRA, or use texts alone")
 
     def _arguments_to_check(self, given: dict[str, Any]) -> dict[str, Any]:
         # `HandedStates` sees the effect of all other arguments.
@@ -201,13 +201,13 @@ def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 class _KeptFeatures:
     """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
 
-    compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
+    most: how many calls. compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
     Thread-safe.
     """
 
     def __init__(self, compute: Callable[..., Any], towers: nn.Module) -> None:
         functools.update_wrapper(self, compute)  # transformers reads the signature
-        self._compute, self._towers = compute, towers
+        self._compute, self._towers, self.most = compute, towers, KEPT_FEATURES
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -228,7 +228,7 @@ class _KeptFeatures:
         found = self._compute(*args, **kwargs) if found is None else found
         with self._lock:
             self._kept[key] = found
-            while len(self._kept) > KEPT_FEATURES:
+            while len(self._kept) > self.most:
                 self._kept.popitem(last=False)
         return copy.copy(found)
 

@@ -125,11 +125,11 @@ def test_prefixes_before_images_train_or_are_refused(both: tuple[Any, LocalSwarm
         return get_peft_model(model, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
 
     remote = with_prefix(swarm.image_model(dtype="float32"))
-    if local.family == "llava":
-        check_same(with_prefix(fresh(local)), remote, batch)
-    else:
+    if local.family == "qwen3_vl":
         with pytest.raises(UnsupportedParameter, match="train LoRA"):
             remote(**batch)
+    else:
+        check_same(with_prefix(fresh(local)), remote, batch)
 
 
 def test_a_trained_tower_gets_its_gradients_or_is_refused(both: tuple[Any, LocalSwarm]) -> None:
@@ -160,11 +160,11 @@ def test_gradients_survive_the_death_of_a_hop(direction: str, victim: int, both:
         (passes,) = blocks.passes.values()
         remote.zero_grad()
         if direction == "forward":
-            visit.peer_of(passes.hops[victim]).kill()
+            next(peer for peer in visit.peers if peer.endpoint == passes.hops[victim].endpoint).close()
             loss = remote(**batch).loss
         else:
             loss = remote(**batch).loss
-            visit.peer_of(passes.hops[victim]).kill()
+            next(peer for peer in visit.peers if peer.endpoint == passes.hops[victim].endpoint).close()
         loss.backward()
         assert passes.recoveries
     torch.testing.assert_close(loss.detach(), expected_loss)

@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from splitnet.errors import DataError
+from splitnet.errors import DataError, SplitnetError
 
 Form = Literal["chat", "completion", "classification", "text", "prompt"]
 
@@ -24,12 +24,13 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 
 _TEXTS = {"role": str, "content": str, "name": str}
 _OF_ROLES: dict[str, dict[str, Any]] = {"system": _TEXTS, "user": _TEXTS, "tool": {**_TEXTS, "tool_call_id": str}}
+_OF_ROLES["user"] = {**_TEXTS, "content": str | list}
 _OF_ROLES["assistant"] = {**_TEXTS, "reasoning_content": str, "tool_calls": list, "weight": int | float}
 """Fields that messages of each role may have, with OpenAI's names."""
 
 _TOOL = {"name": str, "description": str, "parameters": dict, "strict": bool}
 _KINDS = {str: "a text in quotes", list: "a list", dict: "an object", bool: "true or false", int: "a whole number"}
-_KINDS |= {int | float: "a number"}
+_KINDS |= {int | float: "a number", str | list: "a text in quotes, or a list of texts and images"}
 _OF_REQUESTS = "functions", "function_call", "tool_choice", "response_format", "system"
 """Keys next to `messages` that change a model's answers, but that chat templates do not use."""
 
@@ -55,6 +56,11 @@ class Examples:
     @property
     def labels(self) -> list[str]:
         return sorted({row.fields["label"] for row in self.rows if "label" in row.fields})
+
+    @property
+    def has_images(self) -> bool:
+        messages = (one for row in self.rows for one in row.fields.get("messages", ()))
+        return any(isinstance(one["content"], list) for one in messages)
 
     def fail(self, row: Example, problem: str) -> NoReturn:
         raise DataError(f"{self.path}, line {row.line}: {problem}")
@@ -83,9 +89,12 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
                 raise ValueError(f"an example is an object in braces, such as {_SAMPLES}")
             form = form or _form_of(fields)
             rows.append(Example(number, _checked(fields, form, answered)))
+            for message in rows[-1].fields.get("messages", ()):
+                if isinstance(message["content"], list):
+                    message["content"] = _content(message["content"], path.parent)
         except RecursionError:
             raise DataError(f"{path}, line {number}: nested too deep for an example") from None
-        except ValueError as error:
+        except (ValueError, SplitnetError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if form is None:
         raise DataError(f"{path} holds no example: write one JSON object per line, such as {_SAMPLES}")
@@ -167,6 +176,27 @@ def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict
             raise ValueError(f"{where} answers the call {id!r}, which is not there or has an answer: give another")
         waiting[id] = False
     return said
+
+
+def _content(parts: list[Any], folder: Path) -> Any:
+    """A content of texts and images, in the form of `splitnet.serve.message_parts`. folder: of relative paths."""
+    from splitnet.images import image_file
+    from splitnet.serve.message_parts import content_of, image, image_at
+
+    made: list[Any] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            made.append(_known("a text", part, {"type": str, "text": str}, ("text",))["text"])
+        elif kind == "image":
+            given = _known("an image", part, {"type": str, "path": str, "url": str})
+            if ("path" in given) == ("url" in given):
+                raise ValueError("an image has its file in 'path', or itself as a data URL in 'url': give one of the two")
+            own = "path" in given
+            made.append(image(image_file(folder / given["path"])) if own else image_at(given["url"], "url"))
+        else:
+            raise ValueError(f"a part of a content has the type {kind!r}: take 'text' or 'image'")
+    return content_of(made, "user")
 
 
 def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str, Any]:
