@@ -6,6 +6,7 @@ An image is kept as base64, as requests contain it, until its prompt is made.
 from __future__ import annotations
 
 import copy
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from splitnet.errors import SplitnetError
 
 MOST_IMAGES = 16  # Maximum number of images of a prompt
 MOST_BYTES = 20_000_000  # Maximum size of the file of an image
+DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
 KEPT_PIXELS = 12_000_000  # Maximum number of pixels of all images of a prompt; larger images are made smaller
 
 
@@ -63,6 +65,30 @@ def read_images(images: Sequence[str]) -> list[Any]:
     return read
 
 
+def image(data: str) -> dict[str, Any]:
+    """The part of an image, given as base64."""
+    return {"type": "image", "data": data}
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of images, in the order of the messages."""
+    contents = (one["content"] for one in messages if isinstance(one["content"], list))
+    return [part for content in contents for part in content if part["type"] == "image"]
+
+
+def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for chat templates, in which parts stand for images."""
+    return [{**one, "content": _bare(one["content"])} for one in messages]
+
+
+def _bare(content: Any) -> Any:
+    return (
+        [part if part["type"] == "text" else {"type": part["type"]} for part in content]
+        if isinstance(content, list)
+        else content
+    )
+
+
 def process_prompt(processor: Any, text: str, mark: str, images: Sequence[str]) -> Prompt:
     """The prompt that a processor of transformers makes of a rendered chat and its images.
 
@@ -73,12 +99,12 @@ def process_prompt(processor: Any, text: str, mark: str, images: Sequence[str]) 
     piecewise = copy.copy(processor)
     piecewise.tokenizer = _PiecewiseTokenizer(processor.tokenizer, mark)
     try:
-        inputs = dict(piecewise(text=[text], images=read, return_tensors="pt"))
+        inputs = dict(piecewise(text=[text], images=read or None, return_tensors="pt"))
     except (ValueError, TypeError, IndexError) as error:
         raise ImageError(f"the model's processor refuses these images ({error}): send others") from None
     tokens = inputs.pop("input_ids")[0].tolist()
     inputs.pop("attention_mask", None)
-    if not inputs:
+    if images and not inputs:
         raise ImageError("the model's processor makes nothing of these images: send text alone")
     return Prompt(tokens, inputs)
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from torch import Tensor
 
-from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, Prompt
+from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, Prompt, images_of, without_images
 from splitnet.serve.admission import ApiClient
 from splitnet.serve.answers.call_forms import PLAIN, Forms
 from splitnet.serve.answers.grammars import AnswerConstraints, Function
@@ -21,7 +21,6 @@ from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
 from splitnet.serve.answers.sampling import Sampling, ScoredToken
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ended, Finish, GenerationRequest, Numbered, ScoredPrompt, TextDelta
-from splitnet.serve.message_parts import images_of, without_images
 from splitnet.serve.request_gate import REQUEST_CALLBACKS, cancel_on_disconnect
 from splitnet.serve.responses import AnswerWriter, ServedModel
 

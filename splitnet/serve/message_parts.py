@@ -6,24 +6,18 @@ templates get `{"type": "image"}`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from splitnet.images import DATA_URL, image
 from splitnet.serve.failures import ApiError
 
 Part = str | dict[str, Any]
-_DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
-
-
-def image(data: str) -> dict[str, Any]:
-    """The part of an image, given as base64."""
-    return {"type": "image", "data": data}
 
 
 def image_at(url: str, param: str) -> dict[str, Any]:
     """The part of an image at a data URL, or at a URL of http or https. Raises ApiError for other URLs."""
-    if begin := _DATA_URL.match(url):
+    if begin := DATA_URL.match(url):
         return image(url[begin.end() :])
     if url[:8].lower().startswith(("http://", "https://")):
         return {"type": "image", "url": url}
@@ -49,20 +43,3 @@ def content_of(parts: Sequence[Part], role: str, between: str = "", param: str =
     if role not in ("user", "tool"):
         raise ApiError(400, f"a message of the {role} has an image: send it in a message of the user", param=param)
     return joined
-
-
-def images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parts of images, in the order of the messages."""
-    contents = (one["content"] for one in messages if isinstance(one["content"], list))
-    return [part for content in contents for part in content if part["type"] == "image"]
-
-
-def without_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for chat templates, in which parts stand for images."""
-    return [{**one, "content": _bare(one["content"])} for one in messages]
-
-
-def _bare(content: Any) -> Any:
-    if isinstance(content, str):
-        return content
-    return [part if part["type"] == "text" else {"type": part["type"]} for part in content]

@@ -16,14 +16,14 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import Scope
 
-from splitnet.images import Prompt
+from splitnet.images import Prompt, image
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
 from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
-from splitnet.serve.message_parts import Part, content_of, image, image_at
+from splitnet.serve.message_parts import Part, content_of, image_at
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import EVENTS, ServedModel, framed
 

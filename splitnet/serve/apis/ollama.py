@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from starlette.responses import Response
 from torch import Tensor
 
+from splitnet.images import image
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.embeddings import JSON, listed, written
 from splitnet.serve.apis.openai_requests import Batch, Tool
@@ -38,7 +39,7 @@ from splitnet.serve.chat import Chat, Delta, answer_chat, with_thinking
 from splitnet.serve.failures import ApiError
 from splitnet.serve.gateway import Gateway
 from splitnet.serve.generation import Ended
-from splitnet.serve.message_parts import content_of, image
+from splitnet.serve.message_parts import content_of
 from splitnet.serve.reading import CONTEXT, embed
 from splitnet.serve.request_gate import Api, ParsingRoute
 from splitnet.serve.responses import ServedModel

@@ -154,6 +154,8 @@ def tune(
         texts = read_examples(data, answered=not generate) if data is not None else None
         if texts is not None and generate and texts.form in ("text", "classification"):
             raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
+        if texts is not None and texts.has_images:
+            raise SplitnetError(f"draft heads learn from texts alone, and {data} has images: leave them out")
         if texts is not None and texts.form == "classification":
             raise SplitnetError('draft heads learn no labels: give {"text": "..."}, chats or prompts with completions')
         checkpoint = resolve_model(model_name(model, connecting.invite))

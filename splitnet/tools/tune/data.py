@@ -9,7 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from splitnet.errors import DataError, SplitnetError
+from splitnet.errors import DataError
+from splitnet.images import DATA_URL, ImageError, image, image_file
 
 Form = Literal["chat", "completion", "classification", "text", "prompt"]
 
@@ -94,7 +95,7 @@ def read_examples(path: Path, form: Form | None = None, *, answered: bool = True
                     message["content"] = _content(message["content"], path.parent)
         except RecursionError:
             raise DataError(f"{path}, line {number}: nested too deep for an example") from None
-        except (ValueError, SplitnetError) as error:
+        except (ValueError, ImageError) as error:
             raise DataError(f"{path}, line {number}: {error}") from None
     if form is None:
         raise DataError(f"{path} holds no example: write one JSON object per line, such as {_SAMPLES}")
@@ -178,25 +179,22 @@ def _checked_message(where: str, message: Any, waiting: dict[str, bool]) -> dict
     return said
 
 
-def _content(parts: list[Any], folder: Path) -> Any:
-    """A content of texts and images, in the form of `splitnet.serve.message_parts`. folder: of relative paths."""
-    from splitnet.images import image_file
-    from splitnet.serve.message_parts import content_of, image, image_at
-
-    made: list[Any] = []
+def _content(parts: list[Any], folder: Path) -> list[dict[str, Any]]:
+    """A content of texts and images, in the form of `splitnet.images.images_of`. folder: of relative paths."""
+    made: list[dict[str, Any]] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            made.append(_known("a text", part, {"type": str, "text": str}, ("text",))["text"])
-        elif kind == "image":
-            given = _known("an image", part, {"type": str, "path": str, "url": str})
-            if ("path" in given) == ("url" in given):
-                raise ValueError("an image has its file in 'path', or itself as a data URL in 'url': give one of the two")
-            own = "path" in given
-            made.append(image(image_file(folder / given["path"])) if own else image_at(given["url"], "url"))
-        else:
-            raise ValueError(f"a part of a content has the type {kind!r}: take 'text' or 'image'")
-    return content_of(made, "user")
+            made.append(_known("a text", part, {"type": str, "text": str}, ("text",)))
+            continue
+        if kind != "image":
+            raise ValueError(f"a part of a message has the type {kind!r}: take 'text' or 'image'")
+        given = _known("an image", part, {"type": str, "path": str, "url": str})
+        url = DATA_URL.match(given.get("url", ""))
+        if ("path" in given) == (url is not None):
+            raise ValueError("an image is a file in 'path', or 'url' with data:image/png;base64,...: give one of them")
+        made.append(image(given["url"][url.end() :] if url else image_file(folder / given["path"])))
+    return made
 
 
 def _checked_call(where: str, given: Any, waiting: dict[str, bool]) -> dict[str, Any]:

@@ -22,11 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import image_text_class
 from splitnet.cli.arguments import has
 from splitnet.cli.connection import ModelConnection
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import attached_classifier
+from splitnet.hf.image_text import RemoteImageTextToText, attached_with_images
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.costs import MEASURED, Cost, first_rows, measured, print_costs
@@ -42,7 +44,7 @@ from splitnet.tools.tune.methods import (
     with_new_adapter,
 )
 from splitnet.tools.tune.owner import JointRun, RoundLink
-from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, TuningStep, collate, pad_of
+from splitnet.tools.tune.run import IGNORED, Encoded, Encoder, TuningRun, TuningStep, collate, pad_of, rows_at_once
 from splitnet.tools.tune.side_tuner import SideTuner
 from splitnet.tools.tune.states import States
 from splitnet.wire.messages import RoundState, RoundWish
@@ -144,7 +146,7 @@ def evaluate(
     words: the first token of each label; the likeliest of these is the model's choice. None: the run has a head, or no
     labels. advance: called with the number of rows after each batch.
     """
-    model, head, batch_size = run.model, run.head, run.settings.batch_size
+    model, head, batch_size = run.model, run.head, rows_at_once(rows, run.settings.batch_size)
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
     in_parts = not head and getattr(model, "loss_in_parts", False)
@@ -410,7 +412,17 @@ class Tuning:
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
                 f"{checkpoint.max_positions:,}: lower {lower}"
             )
-        return Encoder(tokenizer, wanted, template=self.template, labels=self._labels, head=self.head)
+        processor = None
+        if self._has_images:
+            image_text_class(checkpoint.store.config)
+            processor = checkpoint.store.processor()
+            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+        how: dict[str, Any] = {"labels": self._labels, "head": self.head, "processor": processor}
+        return Encoder(tokenizer, wanted, template=self.template, **how)
+
+    @property
+    def _has_images(self) -> bool:
+        return any(each.has_images for each in (self.train, self.held_out) if each)
 
     @property
     def _labels(self) -> Sequence[str]:
@@ -425,6 +437,8 @@ class Tuning:
         """
         attaching = use.checkpoint, use.swarm, use.options
         if self.method is Method.SIDE:
+            if self._has_images:
+                raise SplitnetError("side networks read texts alone, and there are images: train with --method lora")
             states = States(TuningFolder(self.output / WORK))
             return SideTuner(attached(*attaching), self.options.width, states, rows, self.states_limit)
         if self.head:
@@ -432,7 +446,9 @@ class Tuning:
             model = attached_classifier(use.checkpoint, use.swarm, labels, use.options)
             model.config.pad_token_id = use.pad  # the classifier uses this id to find the last token of a row
         else:
-            model = attached(*attaching)
+            model = attached_with_images(*attaching) if self._has_images else attached(*attaching)
+            if isinstance(model, RemoteImageTextToText):
+                model.features.most = len(rows)  # the tower reads the images of each example once
         beginning = self._beginning()
         options, source = replace(self.options, init_text=beginning), use.checkpoint.tokenizer_source
         adapted = with_new_adapter(model, self.method, options, use.tokenizer, tokenizer_source=source, head=self.head)
@@ -471,7 +487,7 @@ class Tuning:
             typer.echo("Use it: splitnet.AutoModelForSequenceClassification and peft.PeftModel, see docs/tuning.md.")
             return
         command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.join_args]
-        command += ["--adapter", str(self.output)]
+        command += ["--adapter", str(self.output), *(["--image", "FILE"] if self._has_images else [])]
         if self.train.form != "chat":
             text = self.template if self.train.form == "classification" else "{text}"
             command += ["--raw", text.replace("{text}", "...")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,12 @@ def with_new_adapter(
             if method is Method.PROMPT and options.init_text:
                 # PEFT loads the tokenizer through transformers, which does not read tokenizers from GGUF files.
                 tokenizer.save_pretrained(folder)
-            wrapped = get_peft_model(model, _config(task, method, options, folder))
+            config = _config(task, method, options, folder)
+            if method is Method.LORA and getattr(model, "sees_images", False):
+                decoder = model.get_decoder()
+                path = next(name for name, module in model.named_modules() if module is decoder)
+                config.exclude_modules = rf"(?!{re.escape(path)}\.).*"  # towers stay as they are
+            wrapped = get_peft_model(model, config)
     except ValueError as error:
         if method is Method.LORA:
             raise AdapterError(f"LoRA does not fit this model ({error}): name its layers with --targets") from None

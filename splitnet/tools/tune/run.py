@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from splitnet.blocks.head import IGNORED
 from splitnet.checkpoint.chat_template import render
 from splitnet.errors import DataError, NotFinite
+from splitnet.images import ImageError, images_of, process_prompt, without_images
 from splitnet.serve.answers.call_forms import Forms, forms_of, history_for_template
 from splitnet.tools.tune.data import Example, Examples
 from splitnet.tools.tune.methods import TrainingSettings
@@ -27,6 +28,7 @@ class Encoded:
     ids: list[int]
     targets: list[int]  # the token to learn at each position, or IGNORED
     choice: int | None = None  # the index of the row's label, in a classification
+    pixels: Mapping[str, Any] = field(default_factory=dict[str, Any])  # see `Prompt`; a row with pixels runs alone
 
     @property
     def learned(self) -> int:
@@ -42,6 +44,7 @@ class Encoder:
     template: str = "{text}"  # the text before the label, in a classification
     labels: Sequence[str] = ()  # all labels, in a classification
     head: bool = False  # whether a trained head predicts labels, instead of the model's words
+    processor: Any = None  # transformers' processor of texts and images, if some examples have images
 
     @property
     def _end_tokens(self) -> list[int]:
@@ -114,11 +117,12 @@ class Encoder:
 
         Answers are encoded separately from the text before the answer, as in generation. Each answer follows the
         history in its prompt: if the template rewrites the history, for example without earlier reasoning, a new row
-        begins.
+        begins. In a file with images, each answer is a row.
         """
         messages = self.turns(examples, example)
         tools = [tool["function"]["name"] for tool in example.fields.get("tools", ())]
         rows: list[list[tuple[list[int], bool]]] = []
+        seen: list[Encoded] = []
         done = ""
         for end, message in enumerate(messages, start=1):
             if message["role"] != "assistant" or not message.get("weight", 1):
@@ -133,16 +137,33 @@ class Encoder:
             answer = after.removeprefix(before)
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
             said = [message["content"], message.get("reasoning_content") or "", *calls]
-            read = [one["content"] for one in messages[: end - 1] if one["role"] != "assistant"] + tools
+            others = [part for one in messages[: end - 1] if one["role"] != "assistant" for part in _parts(one)]
+            read = [part["text"] for part in others if "text" in part] + tools
             left_out = _left_out(before, read) or _left_out(answer, said)
             if left_out is not None:
                 lost = f"the model's chat template leaves out {left_out[:40]!r}"
                 examples.fail(example, f"{lost}: remove it, or tune a model whose template has it")
+            if self.processor is not None:
+                images = [part["data"] for part in images_of(messages[: end - 1])]
+                seen.append(self._with_images(examples, example, before, answer, images))
+                continue
             if not rows or not before.startswith(done):
                 rows, done = [*rows, []], ""
             rows[-1] += [(self.ids_of(before.removeprefix(done)), False), (self.ids_of(answer), True)]
             done = after
-        return [_row(pieces) for pieces in rows]
+        return seen or [_row(pieces) for pieces in rows]
+
+    def _with_images(
+        self, examples: Examples, example: Example, before: str, answer: str, images: Sequence[str]
+    ) -> Encoded:
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in before + answer)
+        try:
+            prompt = process_prompt(self.processor, before + mark + answer, mark, images)
+        except ImageError as error:
+            examples.fail(example, str(error))
+        begin = len(prompt.tokens) - len(self.ids_of(answer))
+        row = _row([(prompt.tokens[:begin], False), (prompt.tokens[begin:], True)])
+        return replace(row, pixels=prompt.pixels)
 
     def turns(self, examples: Examples, example: Example) -> list[dict[str, Any]]:
         """The messages of a chat for the model's template. Raises DataError if the model has no template."""
@@ -159,6 +180,8 @@ class Encoder:
         from jinja2 import TemplateError
 
         shown = [{name: value for name, value in one.items() if name != "weight"} for one in messages]
+        if self.processor is not None:
+            shown = without_images([{**one, "content": _parts(one)} for one in shown])
         try:
             return render(self.tokenizer, shown, answer=answer, tools=example.fields.get("tools"))
         except (TemplateError, RecursionError) as error:
@@ -167,6 +190,11 @@ class Encoder:
     def ids_of(self, text: str) -> list[int]:
         """The tokens of a text that is part of a longer text, without added special tokens."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _left_out(text: str, parts: Sequence[str]) -> str | None:
@@ -211,7 +239,14 @@ def collate(
         "attention_mask": [[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows],
         "labels": [row.choice if head else row.targets + [IGNORED] * (longest - len(row.ids)) for row in rows],
     }
-    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+    pixels = {name: value for row in rows for name, value in row.pixels.items()}
+    moved = {name: value.to(device) if torch.is_tensor(value) else value for name, value in pixels.items()}
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()} | moved
+
+
+def rows_at_once(rows: Sequence[Encoded], wanted: int) -> int:
+    """How many of these rows run in one call of the model: 1 if there are images, which processors batch by family."""
+    return 1 if any(row.pixels for row in rows) else wanted
 
 
 _SEEDS = 2**63 - 1
@@ -425,7 +460,7 @@ class TuningRun:
         """The loss of all rows, computed in parts. The gradients of the parts add up to the gradient of all rows."""
         weights = [1 if self.head else row.learned for row in rows]
         whole = sum(weights)
-        size = math.ceil(len(rows) / self.settings.accumulate)
+        size = rows_at_once(rows, math.ceil(len(rows) / self.settings.accumulate))
         # The logits are not used, and would be by far the largest tensors.
         spared = {"logits_to_keep": 1} if not self.head and getattr(self.model, "loss_in_parts", False) else {}
         total = 0.0
@@ -450,7 +485,12 @@ class TuningRun:
     def _packs(self) -> bool:
         """Whether one call of the model can take many soft prompts, each with separate rows."""
         kind = getattr(getattr(self.model, "active_peft_config", None), "peft_type", None)
-        return not self.head and kind in ("PROMPT_TUNING", "P_TUNING") and getattr(self.model, "loss_in_parts", False)
+        return (
+            not self.head
+            and rows_at_once(self._rows, 2) > 1
+            and kind in ("PROMPT_TUNING", "P_TUNING")
+            and getattr(self.model, "loss_in_parts", False)
+        )
 
     def _losses(self, rows: Sequence[Encoded], prompts: list[torch.Tensor]) -> list[float]:
         """The loss of all rows for each soft prompt `[1, virtual tokens, hidden]`, as the mean over the learned tokens.
