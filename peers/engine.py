@@ -436,15 +436,10 @@ class Engine:
     def _run_of(self, session: HopSession, message: Forward, adapter: AdapterTensors | None) -> dict[str, Any]:
         """The arguments of `SpanPasses.forward`."""
         read = message.parts, self._span.hidden_size, range(session.start, session.end)
-        return {
-            "hidden": self._decode_payload(message.codec, message.activations, message.positions),
-            "lengths": message.lengths,
-            "adapter": adapter,
-            "start": session.start,
-            "end": session.end,
-            "rope_length": message.rope_length,
-            "inputs": decode_inputs(message.inputs, message.input_bytes, *read) if message.inputs else (),
-        }
+        inputs = decode_inputs(message.inputs, message.input_bytes, *read) if message.inputs else ()
+        how = {"start": session.start, "end": session.end, "rope_length": message.rope_length, "inputs": inputs}
+        hidden = self._decode_payload(message.codec, message.activations, message.positions)
+        return {"hidden": hidden, "lengths": message.lengths, "adapter": adapter, **how}
 
     def _load_adapter(self, work: PassWork) -> None:
         session = work.session

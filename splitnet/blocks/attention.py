@@ -206,8 +206,7 @@ def _packed_attention(
             rows = column[key_count - part.count : key_count].split(most)
             for own, given in zip(rows, query[:, :, begin:end].split(most, 2), strict=True):
                 mask = _mask_for(own, column, window, additive, twice, groups, part.inputs.windowed)
-                whole = given, keys, values, twice, None, mask
-                outputs.append(_recomputed(attend_to, *whole) if len(rows) > 1 else attend_to(*whole))
+                outputs.append(_recomputed(attend_to, given, keys, values, twice, None, mask))
             continue
         most, in_blocks = part.count, False
         if twice or heads > 1 or _needs_mask(part.count, key_count, window, eager):

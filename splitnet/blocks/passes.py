@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,9 +128,7 @@ class SpanPasses:
         adapter: AdapterTensors | None,
         start: int,
         end: int,
-        *,
-        rope_length: int = 0,
-        inputs: Sequence[PositionInputs] = (),
+        **how: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of a loss with respect to the input of a pass as in `forward`, and to the adapter's tensors in
         these blocks.
@@ -141,7 +139,7 @@ class SpanPasses:
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         run = hidden, lengths, adapter, start, end, self._graph_bytes
-        _, saved_graph = self.forward_saving(*run, rope_length=rope_length, inputs=inputs)
+        _, saved_graph = self.forward_saving(*run, **how)
         return self.backward_saved(saved_graph, gradient)
 
     def bytes_to_keep(self, lengths: Sequence[int], adapter: AdapterTensors | None, blocks: int) -> int | None:

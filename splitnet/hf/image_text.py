@@ -60,15 +60,21 @@ class AutoModelForImageTextToText:
 
 
 def attached_with_images(
-    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO
+    checkpoint: Checkpoint,
+    swarm: Swarm,
+    options: ConnectionOptions,
+    speculate: Any = AUTO,
+    *,
+    kept: int = KEPT_FEATURES,
 ) -> RemoteImageTextToText:
-    """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model."""
+    """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model. kept: calls of the tower whose features are
+    kept."""
     blocks, handed = remote_blocks(checkpoint, swarm, options), _handed_states(checkpoint)
     how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
     client_part = load_image_text_part(checkpoint, blocks, handed, **how)
     _keep_deltas_per_thread(client_part)
     model = connected(client_part, RemoteImageTextToText, blocks, checkpoint, swarm, options, speculate)
-    model.use_handed(handed, packs_sequences(checkpoint.config))
+    model.use_handed(handed, packs_sequences(checkpoint.config), kept)
     return model
 
 
@@ -82,8 +88,9 @@ class RemoteImageTextToText(RemoteCausalLM):
 
     sees_images = True
 
-    def use_handed(self, handed: HandedStates, packs: bool) -> None:
-        """Sets the object that receives the values which the model hands to its blocks. packs: see `Family`."""
+    def use_handed(self, handed: HandedStates, packs: bool, kept: int) -> None:
+        """Sets the object that receives the values which the model hands to its blocks. packs: see `Family`. kept: see
+        `attached_with_images`."""
         self._handed, self._packs = handed, packs
         self._with_deltas = [module for module in self.modules() if isinstance(module, _DeltasPerThread)]
         decoder = backbone_of(self)
@@ -92,7 +99,7 @@ class RemoteImageTextToText(RemoteCausalLM):
                 towers = nn.ModuleList(child for child in module.children() if child is not decoder)
                 towers.requires_grad_(False)
                 compute: Any = module.get_image_features
-                vars(module)["get_image_features"] = self.features = _KeptFeatures(compute, towers)
+                vars(module)["get_image_features"] = _KeptFeatures(compute, towers, kept)
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         self._axes = len(rope.get("mrope_section") or range(3))
         given = inspect.signature(self.transformers_class.forward).parameters
@@ -158,11 +165,8 @@ class RemoteImageTextToText(RemoteCausalLM):
                 f"blocks of the family {family!r} read no groups of positions and no added states: use its text alone"
             )
         if any(states.requires_grad for states in handed.added.values()):
-            raise refuse(
-                "pixel_values",
-                "pass through a trained tower, and peers give no gradients for added states: freeze the tower, or name "
-                "only layers of the text model in target_modules",
-            )
+            why = "pass a trained tower, and peers give no gradients for the states that it adds between blocks"
+            raise refuse("pixel_values", f"{why}: freeze the tower, or train layers of the text model alone")
         states = [hidden, *handed.added.values()]
         inputs = [
             PositionInputs(
@@ -201,13 +205,13 @@ def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 class _KeptFeatures:
     """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
 
-    most: how many calls. compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
-    Thread-safe.
+    compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
+    most: calls whose features are kept. Thread-safe.
     """
 
-    def __init__(self, compute: Callable[..., Any], towers: nn.Module) -> None:
+    def __init__(self, compute: Callable[..., Any], towers: nn.Module, most: int) -> None:
         functools.update_wrapper(self, compute)  # transformers reads the signature
-        self._compute, self._towers, self.most = compute, towers, KEPT_FEATURES
+        self._compute, self._towers, self._most = compute, towers, most
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -228,7 +232,7 @@ class _KeptFeatures:
         found = self._compute(*args, **kwargs) if found is None else found
         with self._lock:
             self._kept[key] = found
-            while len(self._kept) > self.most:
+            while len(self._kept) > self._most:
                 self._kept.popitem(last=False)
         return copy.copy(found)
 

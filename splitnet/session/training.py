@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -18,7 +19,7 @@ from splitnet.session.options import ConnectionOptions
 from splitnet.session.requests import BackwardState, Batch, PassRequest
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, are_finite, check_finite, codec_by_code, codec_by_name, encode_finite
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, BlockInput, Forward, Gradient, Result, chunks_of
+from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Forward, Gradient, Result, chunks_of
 
 MICRO_BATCHES_PER_HOP = 2  # micro-batches of a batch per hop, so that all hops compute most of the time
 MIN_POSITIONS = 64
@@ -95,10 +96,8 @@ class PassSession(SessionDriver):
         inputs = [own.of_blocks(*state.blocks) for own in inputs]
         check_finite(codec, hidden, *(values for own in inputs for values in own.added.values()))
         groups = self._micro_batches(lengths, 1 + max((len(own.added) for own in inputs), default=0))
-        encoded: list[tuple[bytes, tuple[BlockInput, ...]]] = []
-        for group, part in zip(groups, hidden.split([sum(group) for group in groups]), strict=True):
-            encoded.append(encode_step(part, chunks_of(group), inputs[: len(group)], codec))
-            inputs = inputs[len(group) :]
+        parts, each = zip(groups, hidden.split([sum(group) for group in groups]), strict=True), iter(inputs)
+        encoded = [encode_step(part, chunks_of(group), [*islice(each, len(group))], codec) for group, part in parts]
         for group, (payload, described) in zip(groups, encoded, strict=True):
             number = state.next_number()
             if keep:

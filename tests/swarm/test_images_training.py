@@ -84,7 +84,8 @@ def fresh(local: Any) -> Any:
 def test_adapters_get_the_same_gradients(both: tuple[Any, LocalSwarm]) -> None:
     local, swarm = both
     whole, remote = with_lora(fresh(local)), with_lora(swarm.image_model(dtype="float32"))
-    whole.train(), remote.train()
+    whole.train()
+    remote.train()
     check_same(whole, remote, batch_of(local))
 
 

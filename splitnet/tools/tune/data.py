@@ -184,11 +184,11 @@ def _content(parts: list[Any], folder: Path) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image"):
+            raise ValueError(f"a part of a message has the type {kind!r}: take 'text' or 'image'")
         if kind == "text":
             made.append(_known("a text", part, {"type": str, "text": str}, ("text",)))
             continue
-        if kind != "image":
-            raise ValueError(f"a part of a message has the type {kind!r}: take 'text' or 'image'")
         given = _known("an image", part, {"type": str, "path": str, "url": str})
         url = DATA_URL.match(given.get("url", ""))
         if ("path" in given) == (url is not None):

@@ -28,7 +28,7 @@ from splitnet.cli.connection import ModelConnection
 from splitnet.errors import NotFinite, SplitnetError
 from splitnet.hf.causal_lm import RemoteCausalLM, attached
 from splitnet.hf.classifier import attached_classifier
-from splitnet.hf.image_text import RemoteImageTextToText, attached_with_images
+from splitnet.hf.image_text import attached_with_images
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
 from splitnet.tools.tune.costs import MEASURED, Cost, first_rows, measured, print_costs
@@ -412,10 +412,9 @@ class Tuning:
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
                 f"{checkpoint.max_positions:,}: lower {lower}"
             )
-        processor = None
-        if self._has_images:
-            image_text_class(checkpoint.store.config)
-            processor = checkpoint.store.processor()
+        sees = self._has_images and image_text_class(checkpoint.store.config)
+        processor = checkpoint.store.processor() if sees else None
+        if processor is not None:
             tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
         how: dict[str, Any] = {"labels": self._labels, "head": self.head, "processor": processor}
         return Encoder(tokenizer, wanted, template=self.template, **how)
@@ -446,9 +445,8 @@ class Tuning:
             model = attached_classifier(use.checkpoint, use.swarm, labels, use.options)
             model.config.pad_token_id = use.pad  # the classifier uses this id to find the last token of a row
         else:
-            model = attached_with_images(*attaching) if self._has_images else attached(*attaching)
-            if isinstance(model, RemoteImageTextToText):
-                model.features.most = len(rows)  # the tower reads the images of each example once
+            # The tower reads the images of each example once.
+            model = attached_with_images(*attaching, kept=len(rows)) if self._has_images else attached(*attaching)
         beginning = self._beginning()
         options, source = replace(self.options, init_text=beginning), use.checkpoint.tokenizer_source
         adapted = with_new_adapter(model, self.method, options, use.tokenizer, tokenizer_source=source, head=self.head)

@@ -90,8 +90,7 @@ def with_new_adapter(
                 tokenizer.save_pretrained(folder)
             config = _config(task, method, options, folder)
             if method is Method.LORA and getattr(model, "sees_images", False):
-                decoder = model.get_decoder()
-                path = next(name for name, module in model.named_modules() if module is decoder)
+                path = next(name for name, module in model.named_modules() if module is model.get_decoder())
                 config.exclude_modules = rf"(?!{re.escape(path)}\.).*"  # towers stay as they are
             wrapped = get_peft_model(model, config)
     except ValueError as error:

@@ -145,22 +145,21 @@ class Encoder:
                 examples.fail(example, f"{lost}: remove it, or tune a model whose template has it")
             if self.processor is not None:
                 images = [part["data"] for part in images_of(messages[: end - 1])]
-                seen.append(self._with_images(examples, example, before, answer, images))
-                continue
+                try:
+                    seen.append(self._with_images(before, answer, images))
+                    continue
+                except ImageError as error:
+                    examples.fail(example, str(error))
             if not rows or not before.startswith(done):
                 rows, done = [*rows, []], ""
             rows[-1] += [(self.ids_of(before.removeprefix(done)), False), (self.ids_of(answer), True)]
             done = after
         return seen or [_row(pieces) for pieces in rows]
 
-    def _with_images(
-        self, examples: Examples, example: Example, before: str, answer: str, images: Sequence[str]
-    ) -> Encoded:
+    def _with_images(self, before: str, answer: str, images: Sequence[str]) -> Encoded:
+        """The row of an answer. Raises ImageError: an image, or the processor refuses it."""
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in before + answer)
-        try:
-            prompt = process_prompt(self.processor, before + mark + answer, mark, images)
-        except ImageError as error:
-            examples.fail(example, str(error))
+        prompt = process_prompt(self.processor, before + mark + answer, mark, images)
         begin = len(prompt.tokens) - len(self.ids_of(answer))
         row = _row([(prompt.tokens[:begin], False), (prompt.tokens[begin:], True)])
         return replace(row, pixels=prompt.pixels)
