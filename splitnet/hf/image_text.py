@@ -60,12 +60,7 @@ class AutoModelForImageTextToText:
 
 
 def attached_with_images(
-    checkpoint: Checkpoint,
-    swarm: Swarm,
-    options: ConnectionOptions,
-    speculate: Any = AUTO,
-    *,
-    kept: int = KEPT_FEATURES,
+    checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions, speculate: Any = AUTO, kept: int = KEPT_FEATURES
 ) -> RemoteImageTextToText:
     """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model. kept: calls of the tower whose features are
     kept."""

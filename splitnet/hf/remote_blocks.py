@@ -294,18 +294,12 @@ class RemoteBlocks(nn.Module):
             assert isinstance(output, torch.Tensor)
         return output
 
-    def run_whole(
-        self,
-        hidden: torch.Tensor,
-        mask: Any,
-        positions: Any,
-        prefix: Prefixes,
-        inputs: Sequence[PositionInputs] = (),
-    ) -> torch.Tensor:
+    def run_whole(self, hidden: torch.Tensor, given: CallArguments, prefix: Prefixes) -> torch.Tensor:
         """The outputs of whole sequences, `[batch, seq, hidden]`: zero at padding, which may be anywhere.
 
         Gradients go to the input and to the adapter. Arguments and errors as in `step`.
         """
+        mask, positions, inputs = given
         batch, new, _ = hidden.shape
         self._check_context(new)
         checked = mask_of(mask, batch, new)

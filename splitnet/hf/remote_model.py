@@ -218,13 +218,13 @@ class RemoteModel(PreTrainedModel):
         no_masks_later = not has_attention(self.config.get_text_config())
 
         def run(hidden: Any) -> Any:
-            mask, positions, inputs = self._call_arguments(hidden, given, 0 if cache is None else cache.remote.columns)
+            arguments = self._call_arguments(hidden, given, 0 if cache is None else cache.remote.columns)
             if cache is None:
-                output = self._blocks.run_whole(hidden, mask, positions, call.prefix, inputs)
+                output = self._blocks.run_whole(hidden, arguments, call.prefix)
                 if call.seen is not None:
                     call.seen(output)
                 return output
-            layer = cache.remote
+            layer, (mask, positions, inputs) = cache.remote, arguments
             seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
             return self._blocks.step(cache, hidden, seen, positions, call, inputs)
 

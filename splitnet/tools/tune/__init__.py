@@ -127,6 +127,7 @@ def tune(
 
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all examples of a file have one form.
+    Messages of the user may have images, see docs/tuning.md.
 
     With --draft-head, a head that drafts tokens for --speculate is trained, with forward passes only. With --generate,
     examples are prompts, {"prompt": "..."} or chats that end with the user; without any, the model writes them.
@@ -154,10 +155,10 @@ def tune(
         texts = read_examples(data, answered=not generate) if data is not None else None
         if texts is not None and generate and texts.form in ("text", "classification"):
             raise SplitnetError(f"--generate answers prompts, and {data} holds texts: leave one of them out")
-        if texts is not None and texts.has_images:
-            raise SplitnetError(f"draft heads learn from texts alone, and {data} has images: leave them out")
-        if texts is not None and texts.form == "classification":
-            raise SplitnetError('draft heads learn no labels: give {"text": "..."}, chats or prompts with completions')
+        if texts is not None and (texts.form == "classification" or texts.has_images):
+            raise SplitnetError(
+                'draft heads learn no labels and no images: give {"text": "..."}, chats or prompts with completions'
+            )
         checkpoint = resolve_model(model_name(model, connecting.invite))
 
         from splitnet.cli.connection import ModelConnection

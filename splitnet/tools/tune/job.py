@@ -414,8 +414,7 @@ class Tuning:
             )
         sees = self._has_images and image_text_class(checkpoint.store.config)
         processor = checkpoint.store.processor() if sees else None
-        if processor is not None:
-            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
+        tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
         how: dict[str, Any] = {"labels": self._labels, "head": self.head, "processor": processor}
         return Encoder(tokenizer, wanted, template=self.template, **how)
 
