@@ -459,6 +459,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "inputs", [["a" * 32, EVERY_BLOCK, 1, 0, 1, 8, 0]], [["a" * 33, EVERY_BLOCK, 1, 0, 1, 8, 0]]),
     (STEP, "inputs", [["a", 0, 1, 0, 1, 8, 0]] * MAX_INPUTS, [["a", 0, 1, 0, 1, 8, 0]] * (MAX_INPUTS + 1)),
     (STEP, "inputs", [["a", 0, 1, 0, 1, MAX_INPUT_BYTES, 0]], [["a", 0, 1, 0, 1, MAX_INPUT_BYTES + 1, 0]]),
+    (FORWARD, "inputs", [["a", 0, 1, 0, 1, 8, 0]] * MAX_INPUTS, [["a", 0, 1, 0, 1, 8, 0]] * (MAX_INPUTS + 1)),
     (Replay(SESSION, 1, 7, 2), "since", MAX_POSITIONS, MAX_POSITIONS + 1),
     (Opened(SESSION, 1, True, 0), "looked_up", True, 1),
     (Opened(SESSION, 1, True, 0), "stores", True, 1),
