@@ -233,7 +233,7 @@ class Engine:
             payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
             work.hidden = codec.decode(payload, count, self._span.hidden_size)
             if (step := work.step).inputs:
-                read = work.parts(count), self._span.hidden_size, range(*work.blocks)
+                read = work.parts(count), self._span.hidden_size, range(*work.blocks), self._span.per_layer_size
                 work.inputs = decode_inputs(step.inputs, step.input_bytes, *read)
             if not work.done and (computed := self._rows.catch_up(work, self._view, PASS_POSITIONS)):
                 work.session.done += computed

@@ -61,7 +61,7 @@ class Rows:
     def most_page_bytes(self) -> int:
         """Upper limit of the bytes of a packed page."""
         sessions = self.sessions
-        outputs = OUTPUT_BYTES * self.served.hidden_size
+        outputs = OUTPUT_BYTES * (self.served.hidden_size + self.served.per_layer * self.served.num_blocks)
         return int(PAGE * (sessions.position_bytes + outputs)) + sessions.row_bytes + PAGE_BYTES
 
     @property

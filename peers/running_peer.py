@@ -160,7 +160,7 @@ class SpanServer:
         page, states = span.page_layout() if options.prefixes else ({}, {})
         page = renumbered(page | {STATES + name: each for name, each in states.items()}, span.start)
         facts = checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.max_positions
-        reads = span.rotary_axes, span.joins_positions
+        reads = span.rotary_axes, span.joins_positions, span.per_layer_size
         served = ServedBlocks(checkpoint.fingerprint, span.start, span.end, *facts, span.held_as, page, *reads)
         if training_memory is None:
             training_memory = free_memory(span.device) // 8

@@ -40,6 +40,7 @@ class ServedBlocks:
     page: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict[str, Any])
     axes: int = 1  # see `Span.rotary_axes`
     joins: bool = False  # see `Span.joins_positions`
+    per_layer: int = 0  # see `Span.per_layer_size`
 
     def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
         """Why this peer cannot serve an `Open` at all."""
@@ -91,10 +92,11 @@ class ServedBlocks:
     def check_payload(self, session: HopSession, message: Step | Forward) -> None:
         """Checks the size of activations, and the headers of block inputs. Raises ProtocolError, CodecError."""
         check_size(message.codec, message.activations, message.positions, self.hidden_size)
-        if message.inputs:
+        if message.inputs or self.per_layer:
             check_inputs(message.inputs, message.parts)
+            reads: dict[str, Any] = {"axes": self.axes, "joins": self.joins, "per_layer": self.per_layer}
             blocks = range(session.start, session.end)
-            check_block_inputs(message.inputs, self.hidden_size, blocks, axes=self.axes, joins=self.joins)
+            check_block_inputs(message.inputs, self.hidden_size, blocks, parts=message.parts, **reads)
             check_groups(message)
 
     def check_page(self, page: Page, start: int, end: int, codec: int, *, first: bool) -> None:

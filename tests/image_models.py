@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ class ImageModel:
     Attributes:
         published: the checkpoint.
         make: makes the inputs of a prompt with some images, from the model's config.
+        spans: the blocks of each peer.
     """
 
     published: Published
     make: MakeInputs
+    spans: Sequence[tuple[int, int]] = ((0, 1), (1, 4), (4, 6))
 
     def write(self, folder: Path) -> Any:
         """Writes the checkpoint to `folder`, and returns the whole model in transformers."""
@@ -135,6 +137,28 @@ _GEMMA4 = {
     "attention_k_eq_v": True,
     "use_bidirectional_attention": "vision",
 }
+_GEMMA4_PIXELS = _pixels(
+    types="mm_token_type_ids",
+    more={"image_position_ids": [[x, y] for y in range(4) for x in range(4)]},
+    shape=(16, 48),
+)
+_GEMMA4_VISION = {
+    **_SMALL,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "position_embedding_size": 8,
+    "pooling_kernel_size": 2,
+}
+_GEMMA4_SMALL = {
+    **_GEMMA4,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB,
+    "num_kv_shared_layers": 2,
+    "attention_k_eq_v": False,
+}
+"""As E2B and E4B: the last blocks read keys and values of blocks 2 and 3."""
 _GLM = {**_QWEN_PLAIN, "depth": 2, "image_size": 16}
 del _GLM["num_position_embeddings"]
 _GLM_TOKENS = {
@@ -193,21 +217,13 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
     ),
     "gemma4": _model(
         "gemma4",
-        _pixels(
-            types="mm_token_type_ids",
-            more={"image_position_ids": [[x, y] for y in range(4) for x in range(4)]},
-            shape=(16, 48),
-        ),
+        _GEMMA4_PIXELS,
         _GEMMA4,
-        {
-            **_SMALL,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "patch_size": 4,
-            "position_embedding_size": 8,
-            "pooling_kernel_size": 2,
-        },
+        _GEMMA4_VISION,
         _TOKENS,
+    ),
+    "gemma4-small": replace(
+        _model("gemma4", _GEMMA4_PIXELS, _GEMMA4_SMALL, _GEMMA4_VISION, _TOKENS), spans=[(0, 1), (1, 2), (2, 6)]
     ),
     "gemma4_unified": _model(
         "gemma4_unified",

@@ -90,6 +90,9 @@ class PackedPass:
     windows: Sequence[int | None]
     sdpa: bool  # whether the family's attention is torch's scaled dot product attention
     masks: Masks = field(default_factory=dict)  # the masks of this pass; most blocks share them
+    # By address of the keys of a block whose keys and values other blocks read: these keys, and `append_with_codes` for
+    # each part.
+    shared: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor, range]]]] = field(default_factory=dict[int, Any])
 
 
 def _mask(
@@ -194,9 +197,16 @@ def _packed_attention(
 
     outputs: list[Tensor] = []
     end = 0
-    for part in packed.parts:
+    known = packed.shared.get(id(key), (key, []))[1]
+    appended: list[tuple[Tensor, Tensor, range]] = []
+    if getattr(module, "store_full_length_kv", False):
+        packed.shared[id(key)] = key, appended
+    for index, part in enumerate(packed.parts):
         begin, end = end, end + part.count
-        keys, values, twice = part.row.append_with_codes(block, key[:, :, begin:end], value[:, :, begin:end])
+        if not known:
+            own = key[:, :, begin:end], value[:, :, begin:end]
+            appended.append(part.row.append_with_codes(block, *own))
+        keys, values, twice = (known or appended)[index]
         key_count = keys.shape[2] - len(twice)
         groups = None if part.inputs is None else part.inputs.groups
         if part.inputs is not None and groups is not None and (window is not None or not part.inputs.windowed):

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from splitnet.checkpoint.checkpoint import Checkpoint, check_no_unexpected, ignored
-from splitnet.checkpoint.families import ADDED_POSITIONS, causal_class
+from splitnet.checkpoint.families import ADDED_POSITIONS, NEUTRAL_ATTRIBUTES, causal_class
 from splitnet.checkpoint.store import LazyTensor
 from splitnet.errors import UnsupportedModel, WeightsError
 from splitnet.quant.choose import INTEGERS, WeightChoice
@@ -315,6 +315,8 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
                 next(child.parameters(), None) is not None or "norm" in type(child).__name__.lower()
             ):
                 setattr(owner, name, nn.Identity())  # some norms have no parameters
+        for name in NEUTRAL_ATTRIBUTES.keys() & vars(owner).keys():
+            setattr(owner, name, NEUTRAL_ATTRIBUTES[name])
     setattr(parent, list_name, kept)
     keep_configs(parent)
     slice_config(backbone.config, start, end)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -16,6 +17,7 @@ from splitnet.wire.block_inputs import (
     ADDED,
     GROUPS,
     INTEGER_BYTES,
+    PER_LAYER,
     POSITIONS,
     WINDOW_GROUPS,
     end_of_group,
@@ -31,16 +33,17 @@ class PositionInputs:
 
     positions: rotary positions, `[count, axes]`, int64, or with one column if all axes are equal; None: the numbers of
     the positions. groups: `[count]`, int64, see `GROUPS`; None: no groups. added: by block, `[count, hidden]`.
-    windowed: the groups are `WINDOW_GROUPS`.
+    windowed: the groups are `WINDOW_GROUPS`. per_layer: by block, `[count, size]`, see `PER_LAYER`.
     """
 
     positions: Tensor | None = None
     groups: Tensor | None = None
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     windowed: bool = False
+    per_layer: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     def __bool__(self) -> bool:
-        return self.positions is not None or self.groups is not None or bool(self.added)
+        return self.positions is not None or self.groups is not None or bool(self.added or self.per_layer)
 
     def cut(self, begin: int, end: int) -> PositionInputs:
         """The inputs of some of these positions."""
@@ -51,12 +54,18 @@ class PositionInputs:
         if not self:
             return self
         positions, groups = (None if each is None else each[places] for each in (self.positions, self.groups))
-        added = {block: values[places] for block, values in self.added.items()}
-        return PositionInputs(positions, groups, added, self.windowed)
+        added, per_layer = (
+            {block: values[places] for block, values in each.items()} for each in (self.added, self.per_layer)
+        )
+        return PositionInputs(positions, groups, added, self.windowed, per_layer)
 
     def of_blocks(self, start: int, end: int) -> PositionInputs:
         """The inputs that blocks `[start, end)` read."""
-        return replace(self, added={block: values for block, values in self.added.items() if start <= block < end})
+        added, per_layer = (
+            {block: values for block, values in each.items() if start <= block < end}
+            for each in (self.added, self.per_layer)
+        )
+        return replace(self, added=added, per_layer=per_layer)
 
     def end_of_group(self, end: int) -> int:
         """The first position from `end` on at which these positions can be cut without cutting a group."""
@@ -72,12 +81,13 @@ class PositionInputs:
         if self.groups is not None:
             name = WINDOW_GROUPS if self.windowed else GROUPS
             found += [_integers(name, chunk, each.start, self.groups[each, None]) for each in _runs(self.groups)]
-        for block, values in self.added.items():
-            for each in _runs(values.any(dim=1)):
-                data = codec.encode(values[each])
-                start, length = chunk.start + each.start, each.stop - each.start
-                given = BlockInput(ADDED, block, chunk.row, start, length, len(data) // length, codec.code)
-                found.append((given, data))
+        for name, by_block in ((ADDED, self.added), (PER_LAYER, self.per_layer)):
+            for block, values in by_block.items():
+                for each in _runs(values.any(dim=1)) if name == ADDED else [slice(0, chunk.length)]:
+                    data = codec.encode(values[each])
+                    start, length = chunk.start + each.start, each.stop - each.start
+                    given = BlockInput(name, block, chunk.row, start, length, len(data) // length, codec.code)
+                    found.append((given, data))
         return found
 
 
@@ -120,24 +130,36 @@ def encode_step(
 
 
 def decode_inputs(
-    inputs: Sequence[BlockInput], data: Payload, chunks: Iterable[Chunk], hidden_size: int, blocks: range
+    inputs: Sequence[BlockInput],
+    data: Payload,
+    chunks: Iterable[Chunk],
+    hidden_size: int,
+    blocks: range,
+    per_layer: int = 0,
 ) -> list[PositionInputs]:
-    """The block inputs that `blocks` read, for each chunk. Raises ProtocolError, CodecError: values are not usable."""
+    """The block inputs that `blocks` read, for each chunk. Raises ProtocolError, CodecError: values are not usable.
+
+    per_layer: values per position of `PER_LAYER`.
+    """
     found: list[PositionInputs] = []
-    values = list(values_of(inputs, data))
+    by_row: defaultdict[int, list[tuple[BlockInput, memoryview]]] = defaultdict(list)
+    for pair in values_of(inputs, data):
+        by_row[pair[0].row].append(pair)
+    sizes = {ADDED: hidden_size, PER_LAYER: per_layer}
     for chunk in chunks:
         own: dict[str, Any] = {}
-        added: dict[int, Tensor] = {}
-        for each, encoded in values:
+        of_blocks: dict[str, dict[int, Tensor]] = {ADDED: {}, PER_LAYER: {}}
+        for each, encoded in by_row[chunk.row]:
             first, last = max(chunk.start, each.start), min(chunk.start + chunk.length, each.start + each.length)
-            if each.row != chunk.row or first >= last or (each.name == ADDED and each.block not in blocks):
+            if first >= last or (each.name in sizes and each.block not in blocks):
                 continue
             cut = encoded[(first - each.start) * each.size : (last - each.start) * each.size]
             within = slice(first - chunk.start, last - chunk.start)
-            if each.name == ADDED:
-                check_values(each.codec, cut, last - first, hidden_size)
-                states = codec_by_code(each.codec).decode(cut, last - first, hidden_size)
-                whole = added.setdefault(each.block, torch.zeros(chunk.length, hidden_size, dtype=states.dtype))
+            if (size := sizes.get(each.name)) is not None:
+                check_values(each.codec, cut, last - first, size)
+                states = codec_by_code(each.codec).decode(cut, last - first, size)
+                new = torch.zeros(chunk.length, size, dtype=states.dtype)
+                whole = of_blocks[each.name].setdefault(each.block, new)
                 whole[within] = states
                 continue
             integers = torch.frombuffer(bytearray(cut), dtype=torch.int64).view(last - first, -1)
@@ -154,5 +176,5 @@ def decode_inputs(
                 if own.setdefault("windowed", windowed) != windowed:
                     raise ProtocolError("a step has two kinds of groups for a row")
                 own.setdefault("groups", torch.zeros(chunk.length, dtype=torch.int64))[within] = integers[:, 0]
-        found.append(replace(PositionInputs(added=added), **own))
+        found.append(PositionInputs(added=of_blocks[ADDED], per_layer=of_blocks[PER_LAYER], **own))
     return found

@@ -25,7 +25,15 @@ from splitnet.blocks.backbone import (
 from splitnet.blocks.head import hold_head
 from splitnet.blocks.stand_ins import HANDED, AllBlocks, BlockList, BlockStandIn, HandedStates
 from splitnet.checkpoint.checkpoint import OTHER_TOWERS, Checkpoint, check_no_unexpected, ignored
-from splitnet.checkpoint.families import causal_class, classifier_class, image_text_class, packs_sequences
+from splitnet.checkpoint.families import (
+    ALL_POSITIONS,
+    NEUTRAL_ATTRIBUTES,
+    causal_class,
+    classifier_class,
+    image_text_class,
+    packs_sequences,
+    per_layer_size,
+)
 from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.quant.choose import choose_weights
 from splitnet.quant.gpu import use_device_kernels
@@ -117,6 +125,8 @@ def _load(
         parent, name = parent_of(model, container)
         outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
+        if per_layer_size(config):  # each block reads an input of its own, so the model sees all blocks
+            return
         keep_configs(parent)
         owners: list[Any] = [model, parent]  # some classes give their backbone a separate config
         for own in {id(owner.config): owner.config for owner in owners}.values():
@@ -133,7 +143,12 @@ def _load(
         model = load_cut(model_class, config, cut, tensors, wanted, attention, **kept)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
-    setattr(parent, name, BlockList([AllBlocks(blocks, blocks_return_tuple(model, container))], outlines))
+    returns_tuple = blocks_return_tuple(model, container)
+    if size := per_layer_size(config):
+        handed = HandedStates(checkpoint.num_blocks, per_layer_size=size)
+        _check_between(model, _put_stand_ins(model, container, blocks, returns_tuple, handed, outlines), handed)
+    else:
+        setattr(parent, name, BlockList([AllBlocks(blocks, returns_tuple)], outlines))
     model.config = copy.deepcopy(whole_config)
     if model.can_generate():
         model.generation_config = checkpoint.generation_config()
@@ -174,11 +189,9 @@ def load_image_text_part(
     with checkpoint.store.load_tensors(names, computes) as tensors:
         model = load_cut(model_class, whole, cut, tensors, computes, None, names=names, codes_on=torch.device(device))
     nn.Module.to(model, device)
-    parent, name = parent_of(model, container)
+    parent: Any = parent_of(model, container)[0]
     returns_tuple = blocks_return_tuple(model, container)
-    kinds = getattr(whole.get_text_config(), "layer_types", None) or ["full_attention"] * checkpoint.num_blocks
-    stand_ins = [BlockStandIn(blocks, returns_tuple, handed, index, kind) for index, kind in enumerate(kinds)]
-    setattr(parent, name, BlockList(stand_ins, outlines))
+    stand_ins = _put_stand_ins(model, container, blocks, returns_tuple, handed, outlines)
     configs: list[Any] = [parent.config, model.config.get_text_config()]
     for config in configs:
         config._attn_implementation_internal = HANDED
@@ -187,6 +200,23 @@ def load_image_text_part(
     model.generation_config = checkpoint.generation_config()
     _check_between(model, stand_ins, handed)
     return model
+
+
+def _put_stand_ins(
+    model: PreTrainedModel,
+    container: str,
+    blocks: nn.Module,
+    returns_tuple: bool,
+    handed: HandedStates,
+    outlines: Sequence[nn.Module],
+) -> list[BlockStandIn]:
+    parent, name = parent_of(model, container)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"] * handed.num_blocks
+    stand_ins = [BlockStandIn(blocks, returns_tuple, handed, index, kind) for index, kind in enumerate(kinds)]
+    setattr(parent, name, BlockList(stand_ins, outlines))
+    if hasattr(parent, ALL_POSITIONS):
+        setattr(parent, ALL_POSITIONS, NEUTRAL_ATTRIBUTES[ALL_POSITIONS])
+    return stand_ins
 
 
 @torch.no_grad()
@@ -333,7 +363,7 @@ def client_part_of(model: PreTrainedModel) -> ClientPart:
     finally:
         stand_in.blocks = blocks
     same = (client_part.logits(client_part.embed(ids)) == expected)[0].all(-1).tolist()
-    client_part.compute_everything = all(same[:3])
+    client_part.compute_everything = all(same[:3]) and not per_layer_size(model.config.get_text_config())
     client_part.special = frozenset(token for token, as_others in zip(tokens, same, strict=True) if not as_others)
     return client_part
 
@@ -378,8 +408,9 @@ def _run_without_blocks(
     parent, name = parent_of(model, container)
     config: Any = parent.config
     blocks, count = getattr(parent, name), config.num_hidden_layers
-    setattr(parent, name, nn.ModuleList([AllBlocks(nn.Identity(), returns_tuple)]))
-    config.num_hidden_layers = 1
+    seen = count if per_layer_size(config) else 1
+    setattr(parent, name, nn.ModuleList([AllBlocks(nn.Identity(), returns_tuple) for _ in range(seen)]))
+    config.num_hidden_layers = seen
     try:
         with torch.inference_mode():
             output = backbone(**inputs, use_cache=False)[0]

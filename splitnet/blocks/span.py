@@ -57,10 +57,13 @@ from splitnet.blocks.rotary import LengthDependentRopes, axes_of
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import (
     NEUTRAL_CONFIG,
+    PER_LAYER_INPUT,
     backbone_class,
+    check_cut,
     family_of,
     keeps_states,
     packs_sequences,
+    per_layer_size,
     rope_with_axes,
     score_heads,
     sliding_windows,
@@ -109,6 +112,7 @@ class Span:
         row_bytes: `state_bytes`, and the bytes of positions that are held in full besides their codes.
         rotary_axes: most axes of a rotary position.
         joins_positions: whether positions can attend to later ones of their group, and states be added.
+        per_layer_size: values per position of an input that each block has of its own; 0: there is none.
     """
 
     _lean: FastStep | None = None
@@ -149,6 +153,7 @@ class Span:
         self.weights = weights
         self.dtype = weights.dtype  # not the dtype of a parameter, because some families keep norms in float32
         self.hidden_size: int = backbone.config.hidden_size
+        self.per_layer_size = per_layer_size(backbone.config)
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
         # Latents, from which keys and values are computed, are few numbers already.
         latents = not packs and getattr(backbone.config, "kv_lora_rank", None)
@@ -196,6 +201,7 @@ class Span:
         """
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
+        check_cut(checkpoint.config, start, end)
         chosen = weights_of(checkpoint, weights, dtype, device)
         config = copy.deepcopy(checkpoint.config)
         for key, value in NEUTRAL_CONFIG.items():
@@ -335,7 +341,7 @@ class Span:
             raise
 
     def _step(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int]) -> Tensor:
-        special = self._set_rotary(parts)
+        special = self._set_rotary(parts) or bool(self.per_layer_size)
         if not special and self._lean is not None and self._lean.takes(parts):
             output = self._lean.forward(hidden, parts, [tap - self.start for tap in taps] if taps else ())
         else:
@@ -525,22 +531,31 @@ class Span:
 
     @contextmanager
     def _adding(self, parts: Sequence[RowChunk]) -> Iterator[None]:
-        """Within the context, blocks add `PositionInputs.added` to their hidden states. Raises UnsupportedModel: the
-        sequences of the family do not share passes."""
+        """Within the context, blocks add `PositionInputs.added` to their hidden states, and read `per_layer`.
+
+        Raises UnsupportedModel: the sequences of the family do not share passes.
+        """
         if not self._packs:
             raise UnsupportedModel(f"blocks of the family {self._backbone.config.model_type!r} read only hidden states")
 
         def add(block: int, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
             hidden: Tensor = given[0] if given else named["hidden_states"]
             begin, hidden = 0, hidden.clone()
+            own = hidden.new_zeros(1, hidden.shape[1], self.per_layer_size)  # as it stays in trials without inputs
             for part in parts:
                 if part.inputs is not None and block in part.inputs.added:
                     hidden[:, begin : begin + part.count] += part.inputs.added[block].to(hidden)
+                if part.inputs is not None and self.per_layer_size:
+                    own[:, begin : begin + part.count] = part.inputs.per_layer[block].to(hidden)
                 begin += part.count
-            return ((hidden, *given[1:]), named) if given else (given, named | {"hidden_states": hidden})
+            if given:
+                return (hidden, *((own, *given[2:]) if self.per_layer_size else given[1:])), named
+            own_named = {PER_LAYER_INPUT: own} if self.per_layer_size else {}
+            return given, named | {"hidden_states": hidden} | own_named
 
         given = {block for part in parts if part.inputs for block in part.inputs.added}
-        wanted = given & {*range(self.start, self.end)}
+        own = range(self.start, self.end)
+        wanted = own if self.per_layer_size else given & {*own}
         hooks = [
             self._blocks[block - self.start].register_forward_pre_hook(partial(add, block), with_kwargs=True)
             for block in wanted
@@ -675,8 +690,9 @@ class Span:
         except Exception as error:
             held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
-        # In families with states, some blocks may consist of experts only.
-        all_keep = len(row.blocks) == self.end - self.start or self._keeps_states
+        # In families with states, some blocks may consist of experts only. Others read keys and values of other blocks.
+        reading = [each for each in self._blocks.modules() if getattr(each, "is_kv_shared_layer", False)]
+        all_keep = len(row.blocks) == self.end - self.start - len(reading) or self._keeps_states
         if output.shape != (1, self.hidden_size) or not all_keep:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
         if self._whole is self:

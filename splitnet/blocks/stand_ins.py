@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, _vmap_expansion_sdpa
 
+from splitnet.blocks.block_inputs import PositionInputs
+from splitnet.checkpoint.families import PER_LAYER_INPUT
 from splitnet.errors import UnsupportedModel
 
 HANDED = "splitnet_handed"  # name of an attention function that has only masks
@@ -26,6 +29,7 @@ class AllBlocks(nn.Module):
     `blocks` takes them earlier (see `backbone_of`)."""
 
     attention_type = layer_type = block_type = "full_attention"  # some backbones choose a mask by this attribute
+    handed: HandedStates | None = None  # the values that the model hands to blocks, if blocks read more than one
 
     def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
@@ -73,14 +77,16 @@ class HandedStates(threading.local):
     """The values that a multimodal model hands to its blocks in the call of this thread.
 
     first: the input of the first block, `[batch, seq, hidden]`. added: by block, states that the model adds before it.
-    masks: by kind of block; empty: the model makes no mask.
+    masks: by kind of block; empty: the model makes no mask. per_layer: by block, its own input, `[batch, seq, size]`.
     """
 
     first: Tensor
 
-    def __init__(self, num_blocks: int, window: int | None = None) -> None:
+    def __init__(self, num_blocks: int, window: int | None = None, per_layer_size: int = 0) -> None:
         self.num_blocks = num_blocks
         self._window = window
+        self._per_layer_size = per_layer_size
+        self.per_layer: dict[int, Tensor] = {}
         self.added: dict[int, Tensor] = {}
         self.masks: dict[str, GroupMask] = {}
 
@@ -90,18 +96,34 @@ class HandedStates(threading.local):
         """Takes in the arguments of a block of some kind. Raises UnsupportedModel: there is a tensor that peers do not
         know."""
         others = {f"argument {place}": value for place, value in enumerate(args, 2)} | dict(named)
+        if not index:
+            self.first, self.added, self.per_layer, self.masks = hidden, {}, {}, {}
+        if self._per_layer_size:
+            own = others.pop("argument 2" if args else PER_LAYER_INPUT, None)
+            if not isinstance(own, Tensor) or own.shape != (*hidden.shape[:2], self._per_layer_size):
+                raise UnsupportedModel(f"the model hands no {PER_LAYER_INPUT!r} of the right size to block {index}")
+            self.per_layer[index] = own
         for name, value in others.items():
             if isinstance(value, Tensor) and not _DERIVED.search(name):
                 raise UnsupportedModel(
                     f"the model hands {name!r} to its blocks, which peers do not read: use its text alone"
                 )
-        if not index:
-            self.first, self.added, self.masks = hidden, {}, {}
-        elif bool(hidden.any()):
+        if index and bool(hidden.any()):
             self.added[index] = hidden
         mask = named.get("attention_mask")
         if isinstance(mask, GroupMask) and not torch.equal(mask, self.masks.setdefault(kind, mask)):
             raise _groups_differ()
+
+    def with_per_layer(self, inputs: Sequence[PositionInputs], batch: int) -> Sequence[PositionInputs]:
+        """The inputs of each row of a call with those of blocks; `inputs` may be empty."""
+        if not self.per_layer:
+            return inputs
+        given = inputs or [PositionInputs()] * batch
+        by_block = {block: values.detach().cpu() for block, values in self.per_layer.items()}
+        return [
+            replace(own, per_layer={block: values[row] for block, values in by_block.items()})
+            for row, own in enumerate(given)
+        ]
 
     def mask(self) -> tuple[GroupMask | None, bool]:
         """The mask of the blocks, if there is one, and whether its groups count only in blocks with a sliding window,
@@ -134,14 +156,14 @@ class BlockStandIn(AllBlocks):
     def __init__(self, blocks: nn.Module, returns_tuple: bool, handed: HandedStates, index: int, kind: str) -> None:
         super().__init__(blocks, returns_tuple)
         self.attention_type = self.layer_type = self.block_type = kind
-        self._handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
+        self.handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
         self.output: Tensor | None = None  # in place of zeros
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
-        self._handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
+        self.handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
         if self._is_last:
-            return super().forward(self._handed.first)
+            return super().forward(self.handed.first)
         output = torch.zeros_like(hidden_states) if self.output is None else self.output
         return (output, None) if self._returns_tuple else output
 

@@ -150,6 +150,13 @@ UNCALLED_LAYERS = frozenset({"dt_proj"})
 """Linear layers that are never called, because the family's code multiplies by the weight itself. An adapter that adds
 to the output of such a layer would have no effect."""
 
+PER_LAYER_INPUT = "per_layer_input"
+"""The second argument of blocks that have an input of their own for every token."""
+
+ALL_POSITIONS = "first_kv_shared_layer_idx"
+NEUTRAL_ATTRIBUTES: Mapping[str, Any] = {ALL_POSITIONS: -1, "hidden_size_per_layer_input": 0}
+"""Attributes of a backbone with which it computes no inputs of blocks, and gives each block all positions."""
+
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -349,10 +356,35 @@ def keeps_states(config: PreTrainedConfig) -> bool:
     return family_of(config).states
 
 
+def per_layer_size(config: PreTrainedConfig) -> int:
+    """Values per position of the input that each block has of its own; 0: blocks read only hidden states."""
+    return getattr(config, "hidden_size_per_layer_input", None) or 0
+
+
+def last_cut(config: PreTrainedConfig) -> int:
+    """The last boundary at which the model can be cut: blocks behind it read keys and values of each other. Without
+    such blocks, this is the number of blocks."""
+    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ()
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return min((max((i for i in range(own) if kinds[i] == kind), default=0) for kind in kinds[own:]), default=count)
+
+
+def check_cut(config: PreTrainedConfig, start: int, end: int) -> None:
+    """Raises UnsupportedModel: blocks `[start, end)` read keys and values of others, or others read those of them."""
+    last, count = last_cut(config), config.num_hidden_layers
+    if start > last or last < end < count:
+        raise UnsupportedModel(
+            f"blocks {last}:{count} share keys and values, so they run together: use {last}:{count} or more, or blocks "
+            f"up to {last}, in place of {start}:{end}"
+        )
+
+
 def why_no_prefix(config: PreTrainedConfig) -> str:
     """Why an adapter can have no keys and values before the first position, as a clause; empty: it can."""
     if keeps_states(config):
         return "keep states, which cannot have a prefix"
+    if last_cut(config) < config.num_hidden_layers:
+        return "read keys and values of other blocks, which cannot have a prefix"
     if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
         return "choose positions by keys of another kind, which a prefix lacks"
     return ""
@@ -433,9 +465,9 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "its rotary embedding depends on the length of a text" if RopeLengths(config).frequencies_vary else ""
     if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
-    if getattr(config, "hidden_size_per_layer_input", 0):
+    if per_layer_size(config) and not packs_sequences(config):
         return "its blocks have a second input for every token besides the hidden state"
-    if getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "num_kv_shared_layers", 0) and not packs_sequences(config):
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):
         return "some of its blocks attend to the positions that the block before has chosen"

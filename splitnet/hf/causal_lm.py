@@ -20,6 +20,7 @@ from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.blocks.client_part import ClientPart, backbone_of, client_part_of, load_client_part
 from splitnet.blocks.head import Head, loss_in_parts
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import per_layer_size
 from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
 from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
@@ -401,6 +402,14 @@ class RemoteCausalLM(RemoteModel):
                 output = super()._run_backbone(forward, given)
             hidden = states[..., -side.hidden_size :] + side(states, given.get("attention_mask"))
             return with_hidden(output, hidden.to(output[0].dtype))
+        whole = given.get("cache") is None and not given.get("use_cache") and not torch.is_grad_enabled()
+        if whole and per_layer_size(self.config.get_text_config()):  # steps carry the inputs of each block
+            cache = self.new_cache()
+            try:
+                output = self._run_backbone(forward, given | {"cache": cache, "use_cache": True})
+                return with_hidden(output, output[0], without=cache)
+            finally:
+                cache.close()
         if (side := self.side) is None or self._context.now.without_side:
             return super()._run_backbone(forward, given)
         for former in ("past_key_values", "cache_params"):

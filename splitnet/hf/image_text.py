@@ -24,7 +24,7 @@ from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.client_part import backbone_of, load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import packs_sequences, sliding_windows
+from splitnet.checkpoint.families import packs_sequences, per_layer_size, sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.errors import UnsupportedModel
 from splitnet.hf.causal_lm import RemoteCausalLM, connected
@@ -75,7 +75,7 @@ def attached_with_images(
 
 def _handed_states(checkpoint: Checkpoint) -> HandedStates:
     windows = {window for window in sliding_windows(checkpoint.config) if window is not None}
-    return HandedStates(checkpoint.num_blocks, min(windows, default=None))
+    return HandedStates(checkpoint.num_blocks, min(windows, default=None), per_layer_size(checkpoint.config))
 
 
 class RemoteImageTextToText(RemoteCausalLM):

@@ -18,8 +18,9 @@ from torch import nn
 
 from splitnet.blocks.adapters import AdapterTensors, block_of
 from splitnet.blocks.block_inputs import PositionInputs
+from splitnet.blocks.stand_ins import HandedStates
 from splitnet.checkpoint.families import RopeLengths
-from splitnet.errors import AdapterError, PeerBusy, SplitnetError
+from splitnet.errors import AdapterError, PeerBusy, SplitnetError, UnsupportedModel
 from splitnet.hf.cache import ModelSession, RemoteCache, RemoteLayer
 from splitnet.hf.parameters import check_positions, mask_of, rope_length_of, too_long
 from splitnet.hf.peft_adapters import LocalAdapters, Prefixes
@@ -161,6 +162,7 @@ class RemoteBlocks(nn.Module):
     ) -> None:
         super().__init__()
         self.adapters = LocalAdapters()
+        self.handed: HandedStates | None = None  # what the model hands to blocks besides hidden states
         self.max_positions = max_positions
         self.ropes = ropes
         ends = (stage.end if isinstance(stage, LocalSpan) else stage[1] for stage in stages)
@@ -226,6 +228,8 @@ class RemoteBlocks(nn.Module):
             adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
             if layer.rotary_offset:
                 inputs = [PositionInputs(torch.arange(past, mask.shape[1])[:, None] + layer.rotary_offset)]
+        if self.handed is not None:
+            inputs = self.handed.with_per_layer(inputs, len(hidden))
         self._check_context(mask.shape[1])
         try:
             session, parts, forks = layer.begin_step(mask, keep, adapter)
@@ -301,6 +305,11 @@ class RemoteBlocks(nn.Module):
         """
         mask, positions, inputs = given
         batch, new, _ = hidden.shape
+        if self.handed is not None and self.handed.per_layer:
+            raise UnsupportedModel(
+                "blocks of this model have a second input for every token, which passes over whole sequences do not "
+                "carry yet: use torch.no_grad(); training needs a model without such inputs"
+            )
         self._check_context(new)
         checked = mask_of(mask, batch, new)
         before = prefix[0][0].shape[1] if prefix else 0

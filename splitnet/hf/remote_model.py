@@ -144,6 +144,7 @@ class RemoteModel(PreTrainedModel):
         self.local_spans = blocks.local_spans  # the blocks `[start, end)` of this process
         self._blocks = blocks
         blocks.adapters.outline = outline_in(self)
+        blocks.handed = outline_in(self)[-1].handed
         self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)
         _stand_around(backbone_of(self), self._call_backbone)
         _stand_around(self, self._call_model)

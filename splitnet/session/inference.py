@@ -32,6 +32,7 @@ from splitnet.swarm.swarm import Swarm
 from splitnet.wire.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import (
+    MAX_INPUTS,
     MAX_PAYLOAD_BYTES,
     MAX_TAPS,
     Chunk,
@@ -443,15 +444,20 @@ def cut_into_steps(
 ) -> list[tuple[list[Chunk], list[PositionInputs]]]:
     """Cuts parts and their block inputs into steps, which together keep the last `keep` outputs of each part.
 
-    A step has at most `limit` positions, or more where it would cut a group of positions.
+    A step has at most `limit` positions, or more where it would cut a group of positions; fewer where its block inputs
+    would be too many or too large for a message.
     """
+    most = max((len(own.per_layer) for own in inputs), default=0)
+    if most:
+        values = sum(each.shape[1] for each in inputs[0].per_layer.values())
+        limit = max(1, min(limit, MAX_PAYLOAD_BYTES // (8 * values)))
     steps: list[tuple[list[Chunk], list[PositionInputs]]] = [([], [])]
     room = limit
     given = inputs or [PositionInputs()] * len(parts)
     for (row, start, length, keep), own in zip(parts, given, strict=True):
         begun = 0
         while begun < length:
-            if room <= 0:
+            if room <= 0 or (steps[-1][0] and (len(steps[-1][0]) + 1) * most > MAX_INPUTS - len(parts)):
                 steps.append(([], []))
                 room = limit
             taken = own.end_of_group(min(begun + room, length)) - begun

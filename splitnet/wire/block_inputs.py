@@ -7,6 +7,7 @@ reads them, and logs keep them for replays.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -39,6 +40,9 @@ WINDOW_GROUPS = "window_attention_groups"
 
 ADDED = "added_states"
 """`[positions, hidden]`, added to the hidden states before a block."""
+
+PER_LAYER = "per_layer_input"
+"""`[positions, size]`, a second input of a block for every position; `size` is the same in all blocks."""
 
 _OF_GROUPS = (GROUPS, WINDOW_GROUPS)
 INTEGER_BYTES = 8
@@ -81,17 +85,31 @@ def check_inputs(inputs: Iterable[BlockInput], parts: Sequence[Chunk]) -> None:
 
 
 def check_block_inputs(
-    inputs: Iterable[BlockInput], hidden_size: int, blocks: range, *, axes: int, joins: bool
+    inputs: Iterable[BlockInput],
+    hidden_size: int,
+    blocks: range,
+    *,
+    axes: int,
+    joins: bool,
+    per_layer: int = 0,
+    parts: Sequence[Chunk] = (),
 ) -> None:
-    """Raises ProtocolError, CodecError: these blocks do not read a block input, or its values have another size.
+    """Raises ProtocolError, CodecError: these blocks do not read a block input, its values have another size, or a
+    block lacks an input.
 
-    axes: most axes of a rotary position. joins: whether positions can attend to later ones, and states be added. Blocks
-    must read all inputs of a step, because steps of other sessions share its pass.
+    axes: most axes of a rotary position. joins: whether positions can attend to later ones, and states be added.
+    per_layer: values per position of `PER_LAYER`, which each position of `parts` needs in each block; 0: blocks have no
+    such input. Blocks must read all inputs of a step, because steps of other sessions share its pass.
     """
+    given: Counter[tuple[int, int]] = Counter()
     for each in inputs:
-        if each.name != POSITIONS and not joins:
+        if each.name == PER_LAYER and per_layer:
+            if each.block < blocks.start or each.size != codec_by_code(each.codec).bytes_per_position(per_layer):
+                raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
+            given[each.row, each.block] += each.length
+        elif each.name != POSITIONS and not joins:
             raise ProtocolError(f"blocks of this family do not read {each.name!r}: use a text without images")
-        if each.name == POSITIONS or each.name in _OF_GROUPS:
+        elif each.name == POSITIONS or each.name in _OF_GROUPS:
             integers = (1, axes) if each.name == POSITIONS else (1,)
             if each.block != EVERY_BLOCK or each.size not in (width * INTEGER_BYTES for width in integers):
                 raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
@@ -99,6 +117,9 @@ def check_block_inputs(
             raise ProtocolError(f"blocks do not read {each.name!r}: upgrade this peer, or use a model without it")
         elif each.block < blocks.start or each.size != codec_by_code(each.codec).bytes_per_position(hidden_size):
             raise ProtocolError(f"the block input {each.name} has another block or size than blocks read")
+    for block in blocks if per_layer else ():
+        if any(given[part.row, block] < part.length for part in parts):
+            raise ProtocolError(f"block {block} needs {PER_LAYER!r} for each position: upgrade the sender")
 
 
 def passed_on(step: Step | Forward, output: Payload, block: int) -> tuple[Payload, tuple[BlockInput, ...]]:

@@ -37,14 +37,14 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_
 UNEVEN = [(0, 1), (1, 4), (4, 6)]
 
 
-@pytest.mark.default_cases(family=("gemma3", "qwen3_5", "qwen3_vl"))
+@pytest.mark.default_cases(family=("gemma3", "gemma4-small", "qwen3_5", "qwen3_vl"))
 @pytest.mark.parametrize("family", IMAGE_MODELS)
 def test_families_that_read_images_give_the_same_as_transformers(
     family: str, node: DhtDirectory, tmp_path: Path
 ) -> None:
     model = IMAGE_MODELS[family]
     local = model.write(tmp_path / "published")
-    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm:
+    with local_swarm(tmp_path / "published", model.spans, node=node, dtype="float32") as swarm:
         remote = swarm.image_model(dtype="float32")
         for images in (0, 1, 3):
             inputs = model.inputs(local, images)
@@ -59,7 +59,6 @@ REFUSED = {
     "ernie4_5_vl_moe": NOT_CAUSAL,  # it chooses experts by the type of a token
     "florence2": "it is an encoder-decoder model",
     "gemma3n": SHARED,
-    "gemma4": "its blocks have a second input for every token",  # E2B and E4B
     "mistral4": "read no images",  # the text model of Mistral 3
     "mllama": NOT_CAUSAL,  # its blocks attend to images
     "molmo2": NOT_CAUSAL,
@@ -78,13 +77,13 @@ def test_families_that_cannot_read_images_here_are_refused(family: str) -> None:
         image_text_class(whole)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["gemma3", "gemma4-small", "qwen3_vl"])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, LocalSwarm]]:
     """A whole model in transformers, and a swarm with two peers for every span."""
     folder = tmp_path_factory.mktemp(request.param) / "published"
     local = IMAGE_MODELS[request.param].write(folder)
     local.family = request.param
-    with shared_swarm(folder, UNEVEN * 2, dtype="float32") as swarm:
+    with shared_swarm(folder, [*IMAGE_MODELS[request.param].spans] * 2, dtype="float32") as swarm:
         yield local, swarm
 
 
