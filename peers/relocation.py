@@ -21,6 +21,7 @@ from scheduler.peer_moves import PeerMove, Willingness, best_move
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.blocks.span import block_bytes, free_memory
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import can_cut, last_cut
 from splitnet.directory.record import PeerRecord, expected_facts_of, facts_of, place_of
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.security.identity import Identity, PublicKey
@@ -146,7 +147,13 @@ def choose_blocks(
         if own_ms is not None and peers:
             own_ms = work_ms(expected_speed(own_ms, peers))
             own_ms = float(block_ms(own_ms, fitting, size / present.bytes_per_ms if present.bytes_per_ms else 0.0))
-        return choose_span(peers, count, fitting, own_ms, present.away_ms)
+        start, end = choose_span(peers, count, fitting, own_ms, present.away_ms)
+        last = last_cut(checkpoint.config)
+        if can_cut(checkpoint.config, start) and can_cut(checkpoint.config, end):
+            return start, end
+        if fitting >= count - last or not last:
+            return min(last, max(0, count - fitting)), count
+        return max(0, last - fitting), last
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
@@ -176,12 +183,16 @@ def _positive(ms: float) -> float:
 class Mover:
     """Decides the moves of one peer. `scheduler.peer_moves` has the rules, which keep peers from leaving together.
 
-    position_bytes: bytes of a position on links; 0: the bandwidth of peers does not count.
+    position_bytes: bytes of a position on links; 0: the bandwidth of peers does not count. fits: whether a span can begin
+    or end at a boundary.
     """
 
-    def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
+    def __init__(
+        self, num_blocks: int, position_bytes: float = 0.0, fits: Callable[[int], bool] = lambda boundary: True
+    ) -> None:
         self.lacking = False  # whether, at the last decision, some blocks had no server and no peer was moving to them
         self._num_blocks = num_blocks
+        self._fits = fits
         self._position_bytes = position_bytes
         self._announced: PeerMove | None = None  # waits for newer records of all peers that may leave the same blocks
         self._issued: dict[str, float] = {}  # times of these peers' older records, by key text
@@ -196,7 +207,7 @@ class Mover:
         expected = [expected_facts_of(record) for record in others if record.serves or record.moving_to]
         self.lacking = bool(missing_blocks([facts_of(own), *expected], self._num_blocks))
         move = self._named(own, others, now)
-        if move is None:
+        if move is None or not (self._fits(move.start) and self._fits(move.end)):
             self._announced = None
             return None
         if move.confirm:

@@ -48,6 +48,7 @@ from scheduler.placement import BLOCKS_SHARE
 from splitnet.blocks.chosen_device import find_device
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.families import can_cut
 from splitnet.checkpoint.transfer.fetching import Fetcher
 from splitnet.directory.announcer import Announcer
 from splitnet.directory.record import PeerRecord
@@ -232,7 +233,7 @@ class RunningPeer:
         self.directory = directory = joined.directory
         self._lan, self._fetcher = joined.lan, joined.fetcher
         self._max_blocks = max_blocks
-        self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
+        self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint), partial(can_cut, checkpoint.config))
         self._last_record: PeerRecord | None = None
         self._options = options
         self._proof = 0
@@ -611,7 +612,9 @@ class RunningPeer:
         self.checkpoint, self._fetcher, self._max_blocks = checkpoint, fetcher, max_blocks
         if fetcher is not None:
             fetcher.report = self._go_on
-        self._mover = self.relocation.mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
+        self._mover = self.relocation.mover = Mover(
+            checkpoint.num_blocks, position_bytes(checkpoint), partial(can_cut, checkpoint.config)
+        )
         self._directory_service.serve_model(checkpoint.fingerprint)
         weights, self.weights = self.weights, self._weights_of(checkpoint)
         self.weights.sent = weights.sent

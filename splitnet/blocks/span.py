@@ -388,6 +388,12 @@ class Span:
         `inputs`: of each sequence, or none. Raises ValueError if the lengths do not fit `hidden`, and UnsupportedModel
         if the blocks do not read the inputs.
         """
+        if self.per_layer_size:
+            family = self._backbone.config.model_type
+            raise UnsupportedModel(
+                f"blocks of the family {family!r} have a second input for every token, which passes over whole "
+                "sequences do not carry: use steps with a cache"
+            )
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         rows = [TracedSequence(prefix=prefix) for _ in lengths]
         parts = [

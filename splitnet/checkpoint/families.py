@@ -369,10 +369,15 @@ def last_cut(config: PreTrainedConfig) -> int:
     return min((max((i for i in range(own) if kinds[i] == kind), default=0) for kind in kinds[own:]), default=count)
 
 
+def can_cut(config: PreTrainedConfig, boundary: int) -> bool:
+    """Whether a span can begin or end at a boundary."""
+    return boundary <= last_cut(config) or boundary == config.num_hidden_layers
+
+
 def check_cut(config: PreTrainedConfig, start: int, end: int) -> None:
     """Raises UnsupportedModel: blocks `[start, end)` read keys and values of others, or others read those of them."""
     last, count = last_cut(config), config.num_hidden_layers
-    if start > last or last < end < count:
+    if not (can_cut(config, start) and can_cut(config, end)):
         raise UnsupportedModel(
             f"blocks {last}:{count} share keys and values, so they run together: use {last}:{count} or more, or blocks "
             f"up to {last}, in place of {start}:{end}"

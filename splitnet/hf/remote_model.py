@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from splitnet.blocks.client_part import backbone_of, outline_in
 from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import RopeLengths, has_attention
+from splitnet.checkpoint.families import RopeLengths, can_cut, has_attention
 from splitnet.checkpoint.transfer.fetching import PeerQuestions, Report
 from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.checkpoint.transfer.manifest_search import differs, find_manifest
@@ -104,7 +104,7 @@ def choose_local_blocks(
     edges = {edge for record in swarm.peers() for edge in (record.start, record.end) if edge <= most}
     routes: dict[int, tuple[Needs, list[PlannedHop]]] = {}
     problem: CoverageError | PeerBusy | None = None
-    for first in {0, most, *edges}:
+    for first in filter(functools.partial(can_cut, checkpoint.config), {0, most, *edges}):
         needs = Needs(1, encodings, (first, blocks))
         try:
             routes[first] = needs, swarm.plan_route(needs) if first < blocks else []
