@@ -183,8 +183,8 @@ def _positive(ms: float) -> float:
 class Mover:
     """Decides the moves of one peer. `scheduler.peer_moves` has the rules, which keep peers from leaving together.
 
-    position_bytes: bytes of a position on links; 0: the bandwidth of peers does not count. fits: whether a span can begin
-    or end at a boundary.
+    position_bytes: bytes of a position on links; 0: the bandwidth of peers does not count. fits: whether a span can
+    begin or end at a boundary.
     """
 
     def __init__(

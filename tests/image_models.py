@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.published import DELTA, LATENT, MOE, QWEN_VISION, VOCAB, Published
+from tests.published import DELTA, LATENT, MOE, QWEN_VISION, VOCAB, Published, Tensors
 
 IMAGE, START = 250, 252
 _TAIL = [9, 10, 11, 12, 13]
@@ -159,6 +159,21 @@ _GEMMA4_SMALL = {
     "attention_k_eq_v": False,
 }
 """As E2B and E4B: the last blocks read keys and values of blocks 2 and 3."""
+
+
+def _with_unused(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """As in published files: the last blocks have keys and values that no block reads."""
+    unused = {
+        name.replace(f"layers.{block - 2}.", f"layers.{block}."): tensor.clone()
+        for block in (4, 5)
+        for name, tensor in tensors.items()
+        if f"language_model.layers.{block - 2}.self_attn.k_" in name
+        or f"language_model.layers.{block - 2}.self_attn.v_" in name
+    }
+    assert unused
+    return tensors | unused, tensors
+
+
 _GLM = {**_QWEN_PLAIN, "depth": 2, "image_size": 16}
 del _GLM["num_position_embeddings"]
 _GLM_TOKENS = {
@@ -222,8 +237,10 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
         _GEMMA4_VISION,
         _TOKENS,
     ),
-    "gemma4-small": replace(
-        _model("gemma4", _GEMMA4_PIXELS, _GEMMA4_SMALL, _GEMMA4_VISION, _TOKENS), spans=[(0, 1), (1, 2), (2, 6)]
+    "gemma4-small": ImageModel(
+        Published("gemma4", _GEMMA4_SMALL, _GEMMA4_VISION, store=_with_unused, top=_TOKENS),
+        _GEMMA4_PIXELS,
+        spans=[(0, 1), (1, 2), (2, 6)],
     ),
     "gemma4_unified": _model(
         "gemma4_unified",

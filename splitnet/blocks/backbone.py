@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -318,6 +319,10 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
         for name in NEUTRAL_ATTRIBUTES.keys() & vars(owner).keys():
             setattr(owner, name, NEUTRAL_ATTRIBUTES[name])
     setattr(parent, list_name, kept)
+    left_out: Iterable[str] = backbone._keys_to_ignore_on_load_unexpected or ()  # some families name numbers of blocks
+    backbone._keys_to_ignore_on_load_unexpected = {
+        re.sub(r"(?<=layers\.)\d+", lambda number: str(int(number[0]) - start), pattern) for pattern in left_out
+    }
     keep_configs(parent)
     slice_config(backbone.config, start, end)
 

@@ -156,14 +156,15 @@ class BlockStandIn(AllBlocks):
     def __init__(self, blocks: nn.Module, returns_tuple: bool, handed: HandedStates, index: int, kind: str) -> None:
         super().__init__(blocks, returns_tuple)
         self.attention_type = self.layer_type = self.block_type = kind
-        self.handed, self._index, self._is_last = handed, index, index + 1 == handed.num_blocks
+        self.handed = self._handed = handed
+        self._index, self._is_last = index, index + 1 == handed.num_blocks
         self.output: Tensor | None = None  # in place of zeros
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
         """As `AllBlocks.forward`. Raises UnsupportedModel: the model hands over a tensor that peers do not know."""
-        self.handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
+        self._handed.receive(self._index, self.attention_type, hidden_states, args, kwargs)
         if self._is_last:
-            return super().forward(self.handed.first)
+            return super().forward(self._handed.first)
         output = torch.zeros_like(hidden_states) if self.output is None else self.output
         return (output, None) if self._returns_tuple else output
 

@@ -171,6 +171,21 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], Published]] = {
         ),
     ),
     "gemma4-bfloat16": (("gemma-4-31b",), Published("gemma4", {**_GEMMA, "attention_k_eq_v": True}, {}, bfloat16)),
+    "gemma4-small-bfloat16": (
+        ("gemma-4-E2B", "gemma-4-E4B"),
+        Published(
+            "gemma4",
+            {
+                **_GEMMA,
+                "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 2,
+                "hidden_size_per_layer_input": 16,
+                "vocab_size_per_layer_input": VOCAB,
+                "num_kv_shared_layers": 1,
+            },
+            {},
+            bfloat16,
+        ),
+    ),
     "gemma4-experts-bfloat16": (
         ("gemma-4-26b-a4b",),
         Published(
@@ -204,11 +219,6 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], Published]] = {
 """Family and format -> the models published in it, and a small checkpoint of it."""
 
 NOT_CUT = (
-    (
-        ("gemma-4-E2B", "gemma-4-E4B"),
-        "gemma4",
-        "its blocks have a second input for every token besides the hidden state",
-    ),
     (
         ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"),
         "deepseek_v4",

@@ -89,6 +89,7 @@ def test_stored_prefixes_give_the_same(both: tuple[Any, LocalSwarm]) -> None:
     for _ in range(2):
         with remote.session() as cache:
             assert torch.equal(remote.generate(ids, **OPTIONS), expected)
+            assert cache.session is not None
             hits.append(cache.session.prefix_hit)
     assert hits[0] == 0 < hits[1]
 

@@ -689,7 +689,6 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     ("case", "reason"),
     [
         (Case("zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * 3}), "the same weights"),
-        (Case("gemma4_text"), "a second input for every token"),
         (Case("gemma3_text", {"use_bidirectional_attention": True}), "to later positions"),
         (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "to later positions"),
         (Case("deepseek_v4"), "several hidden states"),
