@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
-from splitnet.bounded_program import LENGTH_BYTES, too_much
+from splitnet.bounded_program import BESIDE, LENGTH_BYTES, too_much
 from splitnet.errors import SplitnetError
 
 _PROGRAM: Final = Path(__file__).with_name("bounded_program.py")
@@ -46,8 +46,11 @@ class BoundedProcess:
             if self._running is None:
                 self._running = self._start()
 
-    def ask(self, question: Any) -> tuple[Any, str | None]:
-        """The answer to a question in JSON, or the error of the question, such as exceeded bounds.
+    def ask(self, question: Any, data: bytes = b"") -> tuple[Any, str | None]:
+        """The answer to a question in JSON, or the error of the question, such as exceeded bounds. Bytes beside the
+        JSON of an answer are the last item of the answer.
+
+        data: bytes beside the JSON of the question, because JSON of many bytes would hold up all threads.
 
         Raises SplitnetError if the process does not start.
         """
@@ -62,15 +65,16 @@ class BoundedProcess:
                     raise SplitnetError(f"the reader of {self._job}s does not start: run `{command}` to see why")
                 self._is_ready = True
             try:
-                answer = self._read_answer(process, question, ANSWER_S)
+                answer = self._read_answer(process, question, ANSWER_S, data)
             except BaseException:  # the unread answer would be read as the answer to the next question
                 self._stop(process)
                 raise
             if answer is None:
                 self._stop(process)
                 return None, too_much(self._job)
-            found, error = json.loads(answer)
-            return found, error
+            head, _, beside = answer.partition(BESIDE)
+            found, error = json.loads(head)
+            return ([*found, beside] if beside else found), error
 
     def _start(self) -> subprocess.Popen[bytes]:
         atexit.register(self.kill_process)
@@ -84,7 +88,9 @@ class BoundedProcess:
         )
 
     @staticmethod
-    def _read_answer(process: subprocess.Popen[bytes], question: Any, seconds: float) -> bytes | None:
+    def _read_answer(
+        process: subprocess.Popen[bytes], question: Any, seconds: float, data: bytes = b""
+    ) -> bytes | None:
         """The frame of the answer to a question; None: the process has ended, or took too long and was killed."""
         asked, told = process.stdin, process.stdout
         assert asked is not None and told is not None
@@ -92,8 +98,9 @@ class BoundedProcess:
         timer.daemon = True
         timer.start()
         try:
-            frame = json.dumps(question, default=str).encode()
-            asked.write(len(frame).to_bytes(LENGTH_BYTES, "big") + frame)
+            head = json.dumps(question, default=str).encode() + BESIDE
+            asked.write((len(head) + len(data)).to_bytes(LENGTH_BYTES, "big") + head)
+            asked.write(data)
             asked.flush()
             return _read(told)
         except OSError:

@@ -2,10 +2,11 @@
 
     python -P bounded_program.py JOB
 
-Reads frames (8 bytes with the length, then JSON) from stdin. The first frame is the setup of the job; its answer, an
-empty frame, says that the process is ready. Each further frame is a question; the answer on stdout is
-`[answer, error]`, with null for the answer or the error. Where the system can fork, each question runs in a child
-process, so that exceeded bounds end one question only. The program does not import splitnet.
+Reads frames from stdin: 8 bytes with the length, then JSON, and, behind a zero byte, bytes beside the JSON. The first
+frame is the setup of the job; its answer, an empty frame, says that the process is ready. Each further frame is a
+question; the answer on stdout is `[answer, error]`, with null for the answer or the error. Where the system can fork,
+each question runs in a child process, so that exceeded bounds end one question only. The program does not import
+splitnet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 LENGTH_BYTES = 8
+BESIDE = b"\0"  # separates the JSON of a frame from bytes beside it; JSON has no zero bytes
 STACK_BYTES = 4 << 20  # Stack of the thread that does the jobs: half of the usual stack of a thread
 NICENESS = 10  # lower priority, so that steps of answers run first
 
@@ -36,7 +38,7 @@ FIRST_TOKENS = 8  # Tokens of an answer with which a grammar is tried
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' tag around answers in a template
 
-Job = Callable[[Any], Any]  # gives the answer to a question, or raises an error that describes the fault
+Job = Callable[[Any], Any]  # the answer to a question, or a tuple with bytes beside it; raises errors for the fault
 
 
 def templates(_setup: None) -> Job:
@@ -92,8 +94,8 @@ def grammars(setup: dict[str, Any]) -> Job:
 
 
 def images(_setup: None) -> Job:
-    """Reads images as browsers show them. The answer: width, height, and the RGB values in base64."""
-    from base64 import b64decode, b64encode
+    """Reads images in base64 as browsers show them. The answer: width and height, and the RGB values beside it."""
+    from base64 import b64decode
     from io import BytesIO
 
     import numpy as np
@@ -101,9 +103,9 @@ def images(_setup: None) -> Job:
 
     Image.MAX_IMAGE_PIXELS = None  # refused below, with the number
 
-    def answer(question: dict[str, Any]) -> tuple[int, int, str]:
+    def answer(question: dict[str, Any]) -> tuple[tuple[int, int], bytes]:
         try:
-            data = b64decode("".join(question["data"].split()), validate=True)
+            data = b64decode(b"".join(question.get("data", b"").split()), validate=True)
         except ValueError:
             raise ValueError("it is not valid base64") from None
         try:
@@ -136,7 +138,7 @@ def images(_setup: None) -> Job:
         shrink = min(1.0, (question["most"] / (image.width * image.height)) ** 0.5)
         if shrink < 1:
             image = image.resize([max(1, int(side * shrink)) for side in image.size])
-        return *image.size, b64encode(image.tobytes()).decode()
+        return image.size, image.tobytes()
 
     return answer
 
@@ -148,19 +150,24 @@ def main(name: str) -> None:
     given, told = sys.stdin.buffer, sys.stdout.buffer
     with suppress(AttributeError, OSError):  # Windows
         os.nice(NICENESS)
-    job = JOBS[name](json.loads(_read(given)))
+    job = JOBS[name](json.loads(_read(given).partition(BESIDE)[0]))
     seconds, memory = BOUNDS[name]
     _write(told, b"")
 
     def answered(question: bytes) -> bytes:
         _bound(seconds, memory)
+        asked, _, data = question.partition(BESIDE)
+        beside = b""
         try:
-            answer = [job(json.loads(question)), None]
+            given = json.loads(asked)
+            answer = [job(given | {"data": data} if data else given), None]
+            if isinstance(answer[0], tuple):
+                answer[0], beside = answer[0]
         except MemoryError:
             answer = [None, too_much(name)]
         except Exception as error:
             answer = [None, str(error) or type(error).__name__]
-        return json.dumps(answer).encode()
+        return json.dumps(answer).encode() + BESIDE + beside
 
     while question := _read(given):
         if hasattr(os, "fork"):

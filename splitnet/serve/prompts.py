@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.checkpoint.chat_template import begin, render, variables_of
-from splitnet.images import Prompt, process_prompt
+from splitnet.images import Prompt, process_prompt, start_reader
 from splitnet.serve import infill
 from splitnet.serve.answers.call_forms import PROBE_TOOL, Forms, forms_of, history_for_template
 from splitnet.serve.answers.text import INCOMPLETE
@@ -46,8 +46,9 @@ class Prompts:
     def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None, processor: Any = None) -> None:
         self._tokenizer = tokenizer
         self.processor = processor
-        if processor is not None and processor.chat_template:
-            tokenizer.chat_template = processor.chat_template
+        if processor is not None:
+            start_reader()
+            tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
         if tokenizer.chat_template:
             begin()
         self._vocabulary = vocabulary
