@@ -274,6 +274,11 @@ class Span:
         return SequenceCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states, form)
 
     @property
+    def block_modules(self) -> nn.ModuleList:
+        """The modules of the blocks, in order."""
+        return self._blocks
+
+    @property
     def kv(self) -> str:
         """The format of keys and values: the name of a form, or `AS_COMPUTED`."""
         return AS_COMPUTED if self._kv_form is None else self._kv_form.name

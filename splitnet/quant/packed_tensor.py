@@ -495,6 +495,13 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     return (pairs.int() >> (begin % 8).int()).bitwise_and_(mask).to(torch.uint8)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack_words`: `[rows, count]`, uint8 -> `[rows, words]`, int32, padded with zeros."""
+    each_bit = (codes[:, :, None] >> torch.arange(bits, dtype=torch.uint8)).bitwise_and_(1).flatten(1)
+    padded = torch.nn.functional.pad(each_bit, (0, -each_bit.shape[1] % 32)).unflatten(1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8).view(torch.int32)
+
+
 def unpack_nibbles(stored: Tensor, *, high_first: bool = False) -> Tensor:
     """`[..., bytes]`, uint8 -> `[..., 2 * bytes]`, uint8: two codes of 4 bits per byte."""
     halves = (stored & 15, stored >> 4)

@@ -1,0 +1,1 @@
+"""Compression of a model's blocks by what passes through them: each peer rounds its own blocks."""

@@ -1,0 +1,85 @@
+"""Compressed blocks as a checkpoint in the format `pack-quantized` of compressed-tensors, which transformers and vLLM
+read.
+
+Source: the package `compressed_tensors`: `compressors/pack_quantized` for the tensors, `quantization/quant_config.py`
+for the config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.errors import ModelNotFound
+from splitnet.quant.packed_tensor import Codes, pack_words
+
+_PACKED = ".weight_packed"
+_REST = "rest.safetensors"  # the tensors outside the blocks
+
+
+def stored_tensors(checkpoint: Checkpoint, block: int, codes: Mapping[str, Codes], bits: int) -> dict[str, Tensor]:
+    """The tensors of a block under their names in the published checkpoint. codes: by the name of the weight; other
+    tensors stay as they are."""
+    found: dict[str, Tensor] = {}
+    for name, made in codes.items():
+        layer = name.removesuffix(".weight")
+        assert made.zeros is not None
+        found[layer + _PACKED] = pack_words(made.codes, bits)
+        found[f"{layer}.weight_scale"] = made.scales
+        found[f"{layer}.weight_zero_point"] = pack_words(made.zeros.T, bits).T.contiguous()
+        found[f"{layer}.weight_shape"] = torch.tensor(made.codes.shape)
+    others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in codes)
+    return found | _read(checkpoint, others)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint, files: Iterable[Path], folder: Path, bits: int, group: int
+) -> None:
+    """Writes all files of a checkpoint besides the files of its blocks, which are in `folder` already: the tensors
+    outside blocks, the index, config and tokenizer."""
+    in_blocks = {tensor.name for block in checkpoint.block_tensors for tensor in block}
+    others = (name for name in checkpoint.store.tensor_names if name not in in_blocks)
+    save_file(_read(checkpoint, others), folder / _REST, metadata={"format": "pt"})
+    index: dict[str, str] = {}
+    for file in (*files, folder / _REST):
+        with safe_open(file, framework="pt") as opened:
+            index |= dict.fromkeys(opened.keys(), file.name)
+    size = sum(file.stat().st_size for file in {folder / name for name in index.values()})
+    layers = sorted(name.removesuffix(_PACKED) for name in index if name.endswith(_PACKED))
+    config = checkpoint.store.config.to_dict() | {"quantization_config": _quantization(layers, bits, group)}
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
+    _write_json(folder / "config.json", config)
+    for save in (checkpoint.tokenizer, checkpoint.store.generation_config, checkpoint.store.processor):
+        try:
+            if (given := save()) is not None:
+                given.save_pretrained(folder)
+        except ModelNotFound:
+            pass
+
+
+def _quantization(layers: list[str], bits: int, group: int) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": layers, "weights": weights}},
+        "ignore": [],
+    }
+
+
+def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    with checkpoint.store.load_tensors({name: name for name in names}, checkpoint.dtype) as tensors:
+        return {name: tensor[...].contiguous() for name, tensor in tensors.items()}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
