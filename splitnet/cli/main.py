@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from splitnet.cli.compress import compress
 from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
 from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
@@ -109,6 +110,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         "splitnet invite MODEL --join tcp://... --swarm-key swarm.key --authorized-keys keys.txt --output anna.invite",
         "splitnet invite MODEL --join tcp://... --swarm-key swarm.key --authorized-keys keys.txt --output b.invite "
         "--name bob --options kv=8GiB",
+    ),
+    compress: (
+        "splitnet compress Qwen/Qwen3-8B --output qwen3-8b-4-bits",
+        "splitnet compress ./my-model --bits 3 --text chats.txt --output my-model-3-bits",
     ),
     demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
     simulate: ("splitnet simulate --peers 200 --clients 200", "splitnet simulate --scenario heavy --against all"),

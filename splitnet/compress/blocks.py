@@ -7,9 +7,9 @@ compression continues with the next block and ends with the same bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,30 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.published import stored_tensors
-from splitnet.compress.rounding import GROUP, SecondMoments, layout_of, round_with_feedback
-from splitnet.errors import NotFinite
+from splitnet.compress.rounding import Compression, Feedback, SecondMoments
+from splitnet.errors import NotFinite, UnsupportedModel
+from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.linear import holdable_layers
+from splitnet.quant.packed_tensor import Codes
 
 POSITIONS = 512  # positions of the text that run at once, unless a sequence is longer
 INPUTS = "inputs"  # hidden states before the first block
 _STATES = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Compression:
-    """What is done to a model: bits of a weight, and the lengths of the text's sequences."""
-
-    bits: int
-    lengths: tuple[int, ...]
-    group: int = GROUP
-
-    @property
-    def positions(self) -> int:
-        return sum(self.lengths)
-
-    def state_bytes(self, hidden_size: int) -> int:
-        """Bytes of the hidden states of the text at one boundary."""
-        return self.positions * hidden_size * _STATES.itemsize
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -89,18 +74,39 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     hidden = torch.from_file(str(given), size=how.positions * span.hidden_size, dtype=_STATES)
     text = _Text(span, hidden.view(how.positions, span.hidden_size), how.lengths)
     (module,) = span.block_modules
-    names = {tensor.rest: tensor.name for tensor in checkpoint.block_tensors[block]}
-    layers = {path: layer for path, layer, _, inputs, _ in holdable_layers(module, span.weights) if inputs % how.group == 0}
-    codes = {}
-    for group in text.layers_by_input({path: layer for path, layer in layers.items() if f"{path}.weight" in names}):
-        moments = text.moments_of(group[0])
-        for layer in group:
-            made = round_with_feedback(layer.weight, moments.clone(), how.bits, how.group)
-            layer.weight.copy_(made.to_floats(layout_of(how.bits, how.group)))
-            codes[next(path for path, one in layers.items() if one is layer)] = made
-    written = {names[f"{path}.weight"]: made for path, made in codes.items()}
-    _write(block_file(folder, block), lambda file: save_file(stored_tensors(checkpoint, block, written, how.bits), file))
-    _write(states_file(folder, block), text.write_outputs)
+    if any(weights_of_experts(module)):
+        raise UnsupportedModel(
+            f"the experts of {checkpoint.name} cannot be compressed yet: use --weights int4 at peers"
+        )
+    names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
+    layers = {
+        path: layer
+        for path, layer, _, inputs, _ in holdable_layers(module, span.weights)
+        if isinstance(layer, nn.Linear) and path in names and inputs % how.group == 0
+    }
+    if not layers:
+        raise UnsupportedModel(f"the blocks of {checkpoint.name} have no linear layers in groups of {how.group} inputs")
+    codes: dict[str, Codes] = {}
+    for paths in text.layers_by_input(layers):
+        feedback = Feedback(text.moments_of(layers[paths[0]]).sum)
+        for path in paths:
+            made = codes[names[path]] = feedback.round_weight(layers[path].weight, how)
+            layers[path].weight.copy_(made.to_floats(how.layout))
+    _write(block_file(folder, block), lambda file: save_file(stored_tensors(checkpoint, block, codes, how), file))
+    write_states(states_file(folder, block), text.outputs())
+
+
+def write_states(file: Path, states: Iterable[Tensor]) -> None:
+    """Writes hidden states, `[positions, hidden]` each, as bfloat16. Raises NotFinite."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as opened:
+            for some in states:
+                if not bool(torch.isfinite(some).all()):
+                    raise NotFinite("this text makes inf or NaN in the model: use another text, or more bits")
+                opened.write(some.to(_STATES).view(torch.uint8).numpy().data)
+
+    _write(file, write)
 
 
 class _Text:
@@ -109,47 +115,43 @@ class _Text:
     def __init__(self, span: Span, hidden: Tensor, lengths: Sequence[int]) -> None:
         self._span, self._hidden, self._lengths = span, hidden, lengths
 
-    def layers_by_input(self, layers: dict[str, nn.Module]) -> list[list[nn.Module]]:
-        """The layers that read the same tensor, in the order in which the block calls them."""
-        found: list[tuple[Tensor, list[nn.Module]]] = []
+    def layers_by_input(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+        """The paths of layers that read the same tensor, in the order in which the block calls them."""
+        found: list[tuple[Tensor, list[str]]] = []
 
-        def called(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if any(layer in others for _, others in found):
+        def called(path: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            (given, *_) = inputs
+            if any(path in others for _, others in found):
                 return
-            same = next((others for read, others in found if read is given[0]), None)
+            same = next((others for read, others in found if read is given), None)
             if same is None:
-                found.append((given[0], [layer]))
+                found.append((given, [path]))
             else:
-                same.append(layer)
+                same.append(path)
 
-        hooks = [layer.register_forward_pre_hook(called) for layer in layers.values()]
+        hooks = [layer.register_forward_pre_hook(partial(called, path)) for path, layer in layers.items()]
         with _removed(hooks):
-            next(self._outputs())
+            next(self.outputs())
         return [others for _, others in found]
 
-    def moments_of(self, layer: nn.Module) -> SecondMoments:
+    def moments_of(self, layer: nn.Linear) -> SecondMoments:
         """Second moments of the inputs of a layer."""
-        moments = SecondMoments(layer.in_features)
+        moments, wanted = SecondMoments(layer.in_features), 0
 
         def called(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             moments.add(given[0].flatten(0, -2))
-            raise _Reached
+            if moments.rows == wanted:
+                raise _Reached
 
         with _removed([layer.register_forward_pre_hook(called)]):
             for hidden, lengths in self._pieces():
+                wanted += len(hidden)
                 with suppress(_Reached):
                     self._span.sequences(hidden, lengths)
         return moments
 
-    def write_outputs(self, path: Path) -> None:
-        """Writes the outputs of the block, bfloat16. Raises NotFinite."""
-        with path.open("wb") as file:
-            for output in self._outputs():
-                if not bool(torch.isfinite(output).all()):
-                    raise NotFinite("a compressed block makes inf or NaN of this text: use more bits, or another text")
-                file.write(output.to(_STATES).view(torch.uint8).numpy().tobytes())
-
-    def _outputs(self) -> Iterator[Tensor]:
+    def outputs(self) -> Iterator[Tensor]:
+        """The outputs of the block, `[positions, hidden]` of some sequences at a time."""
         for hidden, lengths in self._pieces():
             yield self._span.sequences(hidden, lengths)
 
@@ -166,7 +168,7 @@ class _Text:
 
 
 class _Reached(Exception):
-    """The layer has its inputs; the rest of the block is not needed."""
+    """A layer has the inputs of all sequences; the rest of the block is not needed."""
 
 
 @contextmanager

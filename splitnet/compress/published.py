@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress.rounding import Compression
 from splitnet.errors import ModelNotFound
 from splitnet.quant.packed_tensor import Codes, pack_words
 
@@ -25,24 +26,22 @@ _PACKED = ".weight_packed"
 _REST = "rest.safetensors"  # the tensors outside the blocks
 
 
-def stored_tensors(checkpoint: Checkpoint, block: int, codes: Mapping[str, Codes], bits: int) -> dict[str, Tensor]:
+def stored_tensors(
+    checkpoint: Checkpoint, block: int, codes: Mapping[str, Codes], how: Compression
+) -> dict[str, Tensor]:
     """The tensors of a block under their names in the published checkpoint. codes: by the name of the weight; other
     tensors stay as they are."""
     found: dict[str, Tensor] = {}
     for name, made in codes.items():
         layer = name.removesuffix(".weight")
-        assert made.zeros is not None
-        found[layer + _PACKED] = pack_words(made.codes, bits)
+        found[layer + _PACKED] = pack_words(made.codes, how.bits)
         found[f"{layer}.weight_scale"] = made.scales
-        found[f"{layer}.weight_zero_point"] = pack_words(made.zeros.T, bits).T.contiguous()
         found[f"{layer}.weight_shape"] = torch.tensor(made.codes.shape)
     others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in codes)
     return found | _read(checkpoint, others)
 
 
-def write_checkpoint(
-    checkpoint: Checkpoint, files: Iterable[Path], folder: Path, bits: int, group: int
-) -> None:
+def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path, how: Compression) -> None:
     """Writes all files of a checkpoint besides the files of its blocks, which are in `folder` already: the tensors
     outside blocks, the index, config and tokenizer."""
     in_blocks = {tensor.name for block in checkpoint.block_tensors for tensor in block}
@@ -54,7 +53,7 @@ def write_checkpoint(
             index |= dict.fromkeys(opened.keys(), file.name)
     size = sum(file.stat().st_size for file in {folder / name for name in index.values()})
     layers = sorted(name.removesuffix(_PACKED) for name in index if name.endswith(_PACKED))
-    config = checkpoint.store.config.to_dict() | {"quantization_config": _quantization(layers, bits, group)}
+    config = checkpoint.store.config.to_dict() | {"quantization_config": _quantization(layers, how)}
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     _write_json(folder / "config.json", config)
     for save in (checkpoint.tokenizer, checkpoint.store.generation_config, checkpoint.store.processor):
@@ -65,8 +64,8 @@ def write_checkpoint(
             pass
 
 
-def _quantization(layers: list[str], bits: int, group: int) -> dict[str, Any]:
-    weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
+def _quantization(layers: list[str], how: Compression) -> dict[str, Any]:
+    weights = {"num_bits": how.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": how.group}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

@@ -7,23 +7,36 @@ its error. Scales and zeros are chosen beforehand, so that groups are of consecu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from splitnet.errors import NotFinite
 from splitnet.quant.packed_tensor import CodeLayout, Codes, ScaleFormat, layout_bits, spread
 
-GROUP = 32  # inputs that share a scale and a zero
 DAMPING = 0.01  # added to the diagonal of the second moments, as a share of its mean (GPTQ, section 3.3)
 _MOST_DAMPING = 1.0
 _SCALE = torch.bfloat16
 _COLUMNS = 128  # inputs that are rounded before all later inputs take over their errors
-_SHRINKS = tuple(1 - step / 20 for step in range(9))  # scales that are tried, in the range of a group
+_FACTORS = tuple(1.15 - step / 20 for step in range(13))  # scales that are tried, as shares of the largest value
 
 
-def layout_of(bits: int, group: int = GROUP) -> CodeLayout:
-    """Codes of 2 to 8 bits with a scale and a zero for each group of inputs."""
-    return CodeLayout(layout_bits(bits), group, ScaleFormat.BFLOAT16, ScaleFormat.CODES, offset=1 << (bits - 1))
+@dataclass(frozen=True)
+class Compression:
+    """How weights are compressed. group: inputs that share a scale. lengths: of the sequences of the text."""
+
+    bits: int
+    group: int
+    lengths: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def layout(self) -> CodeLayout:
+        return CodeLayout(layout_bits(self.bits), self.group, ScaleFormat.BFLOAT16, offset=1 << (self.bits - 1))
 
 
 class SecondMoments:
@@ -37,69 +50,78 @@ class SecondMoments:
         """rows: `[rows, inputs]`. Raises NotFinite: a value is inf or NaN."""
         rows = rows.float()
         if not bool(torch.isfinite(rows).all()):
-            raise NotFinite("the text makes inf or NaN in this model: compress it with another text, or check the files")
+            raise NotFinite(
+                "the text makes inf or NaN in this model: compress it with another text, or check the files"
+            )
         self.sum.addmm_(rows.T, rows)
         self.rows += len(rows)
 
 
-def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Codes:
-    """The nearest codes of a weight `[outputs, inputs]`; the range of each group is that of its values."""
-    scales, zeros = _grids(weight.float(), None, bits, group)
-    inputs = weight.shape[1]
-    codes = _nearest(weight.float(), spread(scales.float(), group, inputs), spread(zeros, group, inputs), bits)
-    return Codes(codes.to(torch.uint8), scales, zeros.to(torch.uint8))
+def round_to_nearest(weight: Tensor, how: Compression) -> Codes:
+    """The nearest codes of a weight `[outputs, inputs]` in `how.layout`."""
+    bits, group = how.bits, how.group
+    scales = _scales(weight.float(), None, bits, group)
+    codes = _nearest(weight.float(), spread(scales.float(), group, weight.shape[1]), bits)
+    return Codes((codes + (1 << (bits - 1))).to(torch.uint8), scales)
 
 
-def round_with_feedback(weight: Tensor, moments: Tensor, bits: int, group: int = GROUP) -> Codes:
-    """The codes of a weight `[outputs, inputs]` in `layout_of(bits, group)`.
+class Feedback:
+    """How the inputs of a layer take over each other's rounding errors.
 
-    moments: sum or mean of the outer products of the layer's inputs, `[inputs, inputs]`; it is overwritten.
+    moments: sum or mean of the outer products of the layer's inputs, `[inputs, inputs]`. Raises NotFinite: no damping
+    makes them usable.
     """
-    diagonal = moments.diagonal().clone()
-    scales, zeros = _grids(weight.float(), diagonal, bits, group)
-    # The inputs with the largest second moments come first, as long as many others can take over their errors.
-    order = diagonal.argsort(descending=True, stable=True)
-    factor = _inverse_factor(moments[order][:, order])
-    left = weight.float().T[order]  # [inputs, outputs]
-    codes = torch.empty_like(left, dtype=torch.uint8)
-    groups = order // group
-    for begin in range(0, len(left), _COLUMNS):
-        some, own = left[begin : begin + _COLUMNS], factor[begin : begin + _COLUMNS]
-        errors = torch.empty_like(some)
-        for index in range(len(some)):
-            at = begin + index
-            scale, zero = scales[:, groups[at]].float(), zeros[:, groups[at]]
-            code = _nearest(some[index], scale, zero, bits)
-            codes[at] = code.to(torch.uint8)
-            errors[index] = (some[index] - (code - zero) * scale) / own[index, at]
-            some[index + 1 :].addr_(own[index, at + 1 : begin + len(some)], errors[index], alpha=-1)
-        left[begin + len(some) :].addmm_(own[:, begin + len(some) :].T, errors, alpha=-1)
-    return Codes(codes[order.argsort()].T.contiguous(), scales, zeros.to(torch.uint8))
+
+    def __init__(self, moments: Tensor) -> None:
+        self._diagonal = moments.diagonal().clone()
+        # The inputs with the largest second moments come first, as long as many others can take over their errors.
+        self._order = self._diagonal.argsort(descending=True, stable=True)
+        self._factor = _inverse_factor(moments[self._order][:, self._order])
+
+    def round_weight(self, weight: Tensor, how: Compression) -> Codes:
+        """The codes of a weight `[outputs, inputs]` in `how.layout`."""
+        bits, group = how.bits, how.group
+        scales = _scales(weight.float(), self._diagonal, bits, group)
+        left = weight.float().T[self._order]  # [inputs, outputs]
+        codes = torch.empty_like(left, dtype=torch.uint8)
+        groups = self._order // group
+        for begin in range(0, len(left), _COLUMNS):
+            some, own = left[begin : begin + _COLUMNS], self._factor[begin : begin + _COLUMNS]
+            end = begin + len(some)
+            errors = torch.empty_like(some)
+            for index, at in enumerate(range(begin, end)):
+                scale = scales[:, groups[at]].float()
+                code = _nearest(some[index], scale, bits)
+                codes[at] = (code + (1 << (bits - 1))).to(torch.uint8)
+                errors[index] = (some[index] - code * scale) / own[index, at]
+                some[index + 1 :].addr_(own[index, at + 1 : end], errors[index], alpha=-1)
+            left[end:].addmm_(own[:, end:].T, errors, alpha=-1)
+        return Codes(codes[self._order.argsort()].T.contiguous(), scales)
 
 
-def _nearest(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    return (values / scales).add_(zeros).round_().clamp_(0, 2**bits - 1)
+def _nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:
+    most = 1 << (bits - 1)
+    return (values / scales).round_().clamp_(-most, most - 1)
 
 
-def _grids(weight: Tensor, diagonal: Tensor | None, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Scales, bfloat16, and zeros as codes in float32, `[outputs, groups]`. With `diagonal`, `[inputs]`, the range of a
-    group is the one whose rounding errors, weighted by these second moments, are smallest."""
+def _scales(weight: Tensor, diagonal: Tensor | None, bits: int, group: int) -> Tensor:
+    """Scales, `[outputs, groups]`, bfloat16. The sign of a scale is such that the value with the largest magnitude has
+    the lowest code, because there is one more code below zero than above. With `diagonal`, `[inputs]`, the magnitude of
+    a scale is the one whose rounding errors, weighted by these second moments, are smallest."""
     values = weight.unflatten(1, (-1, group))
-    low, high = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
-    best = torch.full_like(low, torch.inf)
-    scales, zeros = torch.empty_like(low, dtype=_SCALE), torch.empty_like(low)
-    for shrink in _SHRINKS if diagonal is not None else _SHRINKS[:1]:
-        scale = ((high - low) * (shrink / (2**bits - 1))).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
-        zero = (low * -shrink / scale.float()).round_().clamp_(0, 2**bits - 1)
-        codes = _nearest(values, scale.float()[..., None], zero[..., None], bits)
-        errors = codes.sub_(zero[..., None]).mul_(scale.float()[..., None]).sub_(values).square_()
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0] / -(1 << (bits - 1))
+    largest = torch.where(largest == 0, torch.finfo(_SCALE).tiny, largest)
+    best = torch.full_like(largest, torch.inf)
+    scales = torch.empty_like(largest, dtype=_SCALE)
+    for factor in _FACTORS if diagonal is not None else (1.0,):
+        scale = (largest * factor).to(_SCALE)
+        errors = _nearest(values, scale.float()[..., None], bits).mul_(scale.float()[..., None]).sub_(values).square_()
         if diagonal is not None:
             errors.mul_(diagonal.view(-1, group))
         found = errors.sum(-1)
-        better = found < best
-        best = torch.where(better, found, best)
-        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    return scales, zeros
+        scales = torch.where(found < best, scale, scales)
+        best = torch.minimum(best, found)
+    return scales
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:

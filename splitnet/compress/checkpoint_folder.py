@@ -1,0 +1,93 @@
+"""Compresses a whole checkpoint into a folder; an interrupted compression continues where it ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from splitnet.blocks.client_part import load_client_part
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress.blocks import INPUTS, block_file, compress_blocks, states_file, write_states
+from splitnet.compress.published import write_checkpoint
+from splitnet.compress.rounding import Compression
+from splitnet.errors import SplitnetError, UnsupportedModel
+
+_SETTINGS = "compression.json"
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint,
+    ids: Sequence[int],
+    folder: Path,
+    how: Compression,
+    progress: Callable[[int], None] = lambda block: None,
+) -> None:
+    """Writes a checkpoint whose blocks have few bits, in the format of compressed-tensors.
+
+    Memory holds one block in float32, and twice the second moments of one layer.
+
+    Args:
+        ids: the tokens of the text, `how.positions` of them.
+        folder: where the checkpoint is written. If it has an interrupted compression with the same arguments, this
+            compression continues.
+        progress: called with each block before it is compressed.
+
+    Raises:
+        UnsupportedModel: the checkpoint is in few bits already, or its blocks have no layers that can be compressed.
+        SplitnetError: the folder has something else.
+        NotFinite: the text makes inf or NaN in the model.
+    """
+    if checkpoint.store.quantized and any(
+        facts.layout for facts in checkpoint.store.tensor_facts(checkpoint.store.tensor_names).values()
+    ):
+        raise UnsupportedModel(f"{checkpoint.name} is in few bits already: give the model in floats")
+    settings = {
+        "model": checkpoint.store.told_config(),
+        "text": sha256(repr(list(ids)).encode()).hexdigest(),
+        **asdict(how),
+    }
+    _prepare_folder(folder, json.dumps(settings))
+    blocks = checkpoint.num_blocks
+    if not (folder / INPUTS).exists():
+        write_states(folder / INPUTS, _embedded(checkpoint, ids, how))
+    compress_blocks(checkpoint, 0, blocks, folder, how, progress)
+    files = [block_file(folder, block) for block in range(blocks)]
+    write_checkpoint(checkpoint, files, folder, how)
+    for file in (folder / INPUTS, states_file(folder, blocks - 1), folder / _SETTINGS):
+        file.unlink()
+
+
+def _prepare_folder(folder: Path, settings: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _SETTINGS
+    before = file.read_text() if file.exists() else None
+    if before != settings:
+        if any(folder.iterdir()):
+            raise SplitnetError(f"the folder {folder} has something else: give an empty one")
+        file.write_text(settings)
+
+
+class _Seen(nn.Module):
+    """In place of the blocks: keeps its input."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden
+
+
+@torch.inference_mode()
+def _embedded(checkpoint: Checkpoint, ids: Sequence[int], how: Compression) -> list[Tensor]:
+    """The hidden states before the first block, `[positions, hidden]` of each sequence."""
+    seen = _Seen()
+    model = load_client_part(checkpoint, seen, headless=True)
+    found: list[Tensor] = []
+    for sequence in torch.tensor(ids).split(how.lengths):
+        model.base_model(input_ids=sequence[None], use_cache=False)
+        found.append(seen.hidden[0].float())
+    return found

@@ -1,0 +1,111 @@
+"""Tests of `splitnet.compress.checkpoint_folder`: the written checkpoint, interruptions and refusals."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from transformers import AutoModelForCausalLM
+
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress import blocks
+from splitnet.compress.checkpoint_folder import compress_checkpoint
+from splitnet.compress.rounding import Compression
+from splitnet.errors import SplitnetError, UnsupportedModel
+from splitnet.quant.packed_tensor import pack_words, unpack_words
+from tests.unit.random_models import random_checkpoint
+
+IDS = torch.randint(0, 300, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+HOW = Compression(4, 32, (96,) * 10 + (64,))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [32, 45, 64])
+def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, count: int) -> None:
+    codes = torch.randint(0, 1 << bits, (5, count), dtype=torch.uint8)
+    words = pack_words(codes, bits)
+    assert torch.equal(words, pack_to_int32((codes.int() - (1 << (bits - 1))).to(torch.int8), bits))
+    assert torch.equal(unpack_words(words, bits, count), codes)
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "options"),
+    [
+        ("llama", 4, {}),
+        ("qwen3", 3, {}),
+        ("gemma2", 2, {"sliding_window": 8}),
+        ("phi3", 8, {"pad_token_id": 0}),
+        ("falcon_h1", 4, {}),
+    ],
+)
+def test_transformers_reads_what_the_span_computes(family: str, bits: int, options: Any, tmp_path: Path) -> None:
+    source = random_checkpoint(family, tmp_path / "floats", blocks=3, **options)
+    checkpoint = Checkpoint.open(source)
+    told: list[int] = []
+    compress_checkpoint(checkpoint, IDS, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
+    assert told == [0, 1, 2]
+
+    few = Checkpoint.open(tmp_path / "few")
+    assert all(any(few.store.tensor_facts([t.name])[t.name].layout for t in block) for block in few.block_tensors)
+    assert few.fingerprint != checkpoint.fingerprint
+    span = Span.load(few, 0, 3, dtype="float32", weights="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.float32).eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(source).eval()
+    seen: list[torch.Tensor] = []
+    layers = model.model.layers
+    layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    layers[-1].register_forward_hook(lambda *given: seen.append(given[2][0] if type(given[2]) is tuple else given[2]))
+    with torch.inference_mode():
+        exact, found = (one(torch.tensor([IDS[:50]])).logits for one in (whole, model))
+        before, after = (states.flatten(0, -2) for states in seen)
+        torch.testing.assert_close(span.sequences(before, [50]), after, rtol=1e-4, atol=1e-4)
+    difference = float((exact - found).norm() / exact.norm())
+    assert 0 < difference < {8: 0.02, 4: 0.3, 3: 0.6, 2: 1.0}[bits]
+
+
+def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path / "floats", blocks=3))
+    compress_checkpoint(checkpoint, IDS, tmp_path / "whole", HOW)
+
+    writes = blocks._write
+    for before in range(1, 7):  # a file of states or of a block cannot be written
+        left = [before]
+
+        def fails(path: Path, write: Any, left: list[int] = left) -> None:
+            left[0] -= 1
+            if not left[0]:
+                path.with_suffix(".part").write_bytes(b"a part")
+                raise OSError(28, "No space left on device")
+            writes(path, write)
+
+        folder = tmp_path / f"interrupted-{before}"
+        with monkeypatch.context() as patched:
+            patched.setattr(blocks, "_write", fails)
+            with pytest.raises(OSError, match="No space"):
+                compress_checkpoint(checkpoint, IDS, folder, HOW)
+        compress_checkpoint(checkpoint, IDS, folder, HOW)
+        assert _digests(folder) == _digests(tmp_path / "whole")
+
+
+def test_what_cannot_be_compressed_is_refused_by_name(tmp_path: Path) -> None:
+    llama = Checkpoint.open(random_checkpoint("llama", tmp_path / "llama", blocks=2))
+    compress_checkpoint(llama, IDS, tmp_path / "few", HOW)
+    with pytest.raises(UnsupportedModel, match="in few bits already"):
+        compress_checkpoint(Checkpoint.open(tmp_path / "few"), IDS, tmp_path / "fewer", HOW)
+    with pytest.raises(SplitnetError, match="has something else"):
+        compress_checkpoint(llama, IDS, tmp_path / "few", HOW)
+    experts = Checkpoint.open(random_checkpoint("mixtral", tmp_path / "mixtral", blocks=2))
+    with pytest.raises(UnsupportedModel, match=r"experts .* cannot be compressed"):
+        compress_checkpoint(experts, IDS, tmp_path / "experts", HOW)
+    narrow = Checkpoint.open(random_checkpoint("gpt2", tmp_path / "gpt2", blocks=2))
+    with pytest.raises(UnsupportedModel, match="no linear layers in groups of 32"):
+        compress_checkpoint(narrow, IDS, tmp_path / "gpt2-few", HOW)

@@ -1,0 +1,67 @@
+"""Tests of `splitnet.compress.rounding`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitnet.compress.rounding import Compression, Feedback, SecondMoments, round_to_nearest
+from splitnet.errors import NotFinite
+
+
+def _weight_and_moments(inputs: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[96, inputs]`, and second moments of correlated inputs."""
+    torch.manual_seed(0)
+    rows = torch.randn(2048, 24) @ torch.randn(24, inputs) + 0.3 * torch.randn(2048, inputs)
+    moments = SecondMoments(inputs)
+    for some in rows.split(500):
+        moments.add(some)
+    torch.testing.assert_close(moments.sum, rows.T @ rows, rtol=1e-4, atol=1e-2)
+    return torch.randn(96, inputs), moments.sum
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.5), (4, 0.5), (3, 0.5), (2, 0.6)])
+def test_feedback_halves_the_error_of_outputs(bits: int, most: float) -> None:
+    weight, moments = _weight_and_moments()
+    how = Compression(bits, 32, ())
+
+    def error(rounded: torch.Tensor) -> float:
+        off = rounded - weight
+        return float(((off @ moments) * off).sum())
+
+    nearest = round_to_nearest(weight, how).to_floats(how.layout)
+    fed_back = Feedback(moments).round_weight(weight, how).to_floats(how.layout)
+    assert error(fed_back) < most * error(nearest)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_nearest_codes_differ_by_at_most_half_a_step(bits: int) -> None:
+    weight, _ = _weight_and_moments()
+    how = Compression(bits, 32, ())
+    codes = round_to_nearest(weight, how)
+    assert int(codes.codes.max()) < 1 << bits
+    steps = codes.scales.float().abs().repeat_interleave(32, dim=1)
+    # There is one code less above zero than below: the value opposite to the largest may be cut by half a step more.
+    assert bool(((codes.to_floats(how.layout) - weight).abs() <= 1.02 * steps).all())
+    assert float((codes.to_floats(how.layout) - weight).abs().mean()) < 0.3 * float(steps.mean())
+
+
+def test_inputs_that_never_occur_leave_no_trace() -> None:
+    weight, moments = _weight_and_moments()
+    moments[5] = moments[:, 5] = 0
+    how = Compression(4, 32, ())
+    assert bool(torch.isfinite(Feedback(moments).round_weight(weight, how).to_floats(how.layout)).all())
+    unseen = Feedback(torch.zeros_like(moments)).round_weight(weight, how)
+    assert torch.isfinite(unseen.to_floats(how.layout)).all()
+
+
+def test_a_weight_of_zeros_stays_zero() -> None:
+    _, moments = _weight_and_moments()
+    how = Compression(3, 32, ())
+    assert not Feedback(moments).round_weight(torch.zeros(8, 128), how).to_floats(how.layout).any()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
+    with pytest.raises(NotFinite, match="another text"):
+        SecondMoments(4).add(torch.tensor([[1.0, value, 0, 0]]))
