@@ -391,6 +391,7 @@ class SessionService:
             if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
                 self._policy.check_training(session.owner)
             if isinstance(message, Forward):
+                self.training.check_lengths(message)
                 self.served.check_payload(session, message)
                 self._policy.spend_positions(session.owner, message.positions, now)
             if isinstance(message, FetchKV):

@@ -68,7 +68,6 @@ class Training:
         message is refused."""
         kept = session.training_state.kept
         if isinstance(message, Forward):
-            self._check_lengths(message)
             for number in [number for number in kept if number < message.oldest]:
                 self._drop_pass(session, number)
             self._put(PassWork(session, message, source, now))
@@ -206,7 +205,8 @@ class Training:
                 number: int = getattr(message, "number", 0)
                 self.outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
 
-    def _check_lengths(self, message: Forward) -> None:
+    def check_lengths(self, message: Forward) -> None:
+        """Raises ProtocolError: the sequences of a pass are none, or longer than the model or this peer allows."""
         if not message.lengths or not all(message.lengths):
             raise ProtocolError("a pass has no sequences, or an empty one")
         longest = max(message.lengths)
