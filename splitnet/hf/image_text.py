@@ -101,7 +101,12 @@ class RemoteImageTextToText(RemoteCausalLM):
         self.prompt_arguments = frozenset(given) - FORWARD.keys() - {"self", "kwargs"} | {"token_type_ids"}
 
     def _has_images(self, given: Mapping[str, Any]) -> bool:
-        return any(given.get(name) is not None for name in self.prompt_arguments if "token_type_ids" not in name)
+        """Whether there are images, and not only their sizes or positions, which are integers."""
+        for name in self.prompt_arguments & given.keys():
+            values = given[name] if isinstance(given[name], list | tuple) else [given[name]]
+            if any(torch.is_tensor(each) and (each.is_floating_point() or "pixel_values" in name) for each in values):
+                return True
+        return False
 
     def _generate(self, given: dict[str, Any]) -> Any:
         for module in self._with_deltas:
