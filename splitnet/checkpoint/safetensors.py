@@ -55,6 +55,9 @@ _NOTES = ("_name_or_path", "transformers_version", "use_cache")  # config keys t
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_DIMENSIONS = 8
 _MOST_BYTES = 1 << 60
+_KEPT_IN_FILE = re.compile(r"embed\w*_per_layer\.weight$")
+"""Tables of gigabytes of which a token reads one row: Gemma 4 E2B has 262,144 rows of 35 x 256 values."""
+
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """Allowed file names in an index: files in the folder of the index, not elsewhere on the machine."""
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # MLX uses "quantization"
@@ -267,7 +270,7 @@ class SafetensorsStore:
                 read.total += nbytes
                 tensor = self._weights.tensor(name, part)
                 if tensor is None:
-                    tensors[given] = _plain(slices[name], infos[name], dtype, read)
+                    tensors[given] = _plain(name, slices[name], infos[name], dtype, read)
                     continue
                 if isinstance(tensor, Numbers):
                     converted.append(tensor)
@@ -490,13 +493,14 @@ def _is_path(model: str) -> bool:
     return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"
 
 
-def _plain(stored: Any, place: TensorLocation, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
-    return LazyTensor(place.shape, _dtype_of(place), lambda index: _taken(stored[index], dtype, read))
+def _plain(name: str, stored: Any, place: TensorLocation, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
+    kept = bool(_KEPT_IN_FILE.search(name))
+    return LazyTensor(place.shape, _dtype_of(place), lambda index: _taken(stored[index], dtype, read, kept))
 
 
-def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:
+def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes, kept_in_file: bool) -> torch.Tensor:
     """Counts a tensor as read. A tensor that keeps its type is copied, because it would keep the file mapped."""
-    if tensor.dtype == dtype:
+    if tensor.dtype == dtype and not kept_in_file:
         tensor = tensor.clone()
     read.add(tensor.nbytes)
     return tensor

@@ -15,11 +15,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.span import RowChunk, Span, block_bytes
 from splitnet.checkpoint import safetensors
-from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint, open_store
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from tests.unit.random_models import random_checkpoint
 
@@ -319,3 +320,14 @@ def test_a_checkpoint_that_does_not_fit_its_config(folder: Path, tmp_path: Path)
     (copy / "config.json").write_text("{")
     with pytest.raises(ModelNotFound, match="cannot be read"):
         Checkpoint.open(copy)
+
+
+def test_tables_of_single_rows_stay_in_the_file(tmp_path: Path) -> None:
+    names = "model.embed_tokens_per_layer.weight", "model.embed_tokens.weight"
+    save_file({name: torch.randn(64, 16) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with open_store(tmp_path).load_tensors({name: name for name in names}, torch.float32) as tensors:
+        kept, copied = ([tensors[name][...], tensors[name][...]] for name in names)
+    assert kept[0].data_ptr() == kept[1].data_ptr()
+    assert copied[0].data_ptr() != copied[1].data_ptr()
+    assert torch.equal(kept[0], load_file(tmp_path / "model.safetensors")[names[0]])
