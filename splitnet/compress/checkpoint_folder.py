@@ -66,11 +66,11 @@ def compress_checkpoint(
 def _prepare_folder(folder: Path, settings: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / _SETTINGS
-    before = file.read_text() if file.exists() else None
+    before = file.read_text(encoding="utf-8") if file.exists() else None
     if before != settings:
         if any(folder.iterdir()):
             raise SplitnetError(f"the folder {folder} has something else: give an empty one")
-        file.write_text(settings)
+        file.write_text(settings, encoding="utf-8")
 
 
 class _Seen(nn.Module):

@@ -81,4 +81,4 @@ def _read(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -120,7 +120,9 @@ def test_a_new_peer_compares_speeds_by_decode_alone() -> None:
     own = replace(RECORD, block_ms=cpu.block_ms, bytes_per_ms=0.0)
     present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
     present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
-    checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
+    checkpoint: Any = SimpleNamespace(
+        num_blocks=2, hidden_size=64, name="model", config=SimpleNamespace(num_hidden_layers=2)
+    )
     assert choose_blocks(checkpoint, ANY_SPAN, 1, PresentPeers(present), own_ms=12.0) == (1, 2)
 
 
@@ -216,6 +218,8 @@ def test_measured_latencies_decide_the_first_span() -> None:
         for place_ms, start in ((0, 0), (90, 10), (90, 10))
     )
     away_ms = {near.key.text: 1.0, **{each.key.text: 46.0 for each in far}}
-    checkpoint: Any = SimpleNamespace(num_blocks=20, hidden_size=64, name="model")
+    checkpoint: Any = SimpleNamespace(
+        num_blocks=20, hidden_size=64, name="model", config=SimpleNamespace(num_hidden_layers=20)
+    )
     for known, span in ((away_ms, (10, 20)), ({}, (0, 10))):
         assert choose_blocks(checkpoint, ANY_SPAN, 10, PresentPeers([near, *far], known), own_ms=1.0) == span

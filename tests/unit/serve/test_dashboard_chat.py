@@ -293,7 +293,7 @@ def test_reasoning_is_folded_away_and_calls_are_shown(visit: NewPage) -> None:
     expect(answer.locator(".call pre")).to_have_text(['{\n  "city": "Paris"\n}', "{half"])
     expect(answer.locator(".note")).to_have_text("cut off: there is no room for more tokens")
     photograph(page, "chat-reasoning")
-    ask(page, "more")
+    ended(ask(page, "more"))
     expect(page.locator(".message")).to_have_count(4)
     assert said(sent[-1]) == [("user", "bees?"), ("assistant", "So."), ("user", "more")]
 
