@@ -494,13 +494,19 @@ def _is_path(model: str) -> bool:
 
 
 def _plain(name: str, stored: Any, place: TensorLocation, dtype: torch.dtype, read: ReadBytes) -> LazyTensor:
-    kept = bool(_KEPT_IN_FILE.search(name))
-    return LazyTensor(place.shape, _dtype_of(place), lambda index: _taken(stored[index], dtype, read, kept))
+    def of(index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = stored[index]
+        if tensor.dtype != dtype or not _KEPT_IN_FILE.search(name):
+            return _taken(tensor, dtype, read)
+        read.add(tensor.nbytes)
+        return tensor
+
+    return LazyTensor(place.shape, _dtype_of(place), of)
 
 
-def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes, kept_in_file: bool) -> torch.Tensor:
+def _taken(tensor: torch.Tensor, dtype: torch.dtype, read: ReadBytes) -> torch.Tensor:
     """Counts a tensor as read. A tensor that keeps its type is copied, because it would keep the file mapped."""
-    if tensor.dtype == dtype and not kept_in_file:
+    if tensor.dtype == dtype:
         tensor = tensor.clone()
     read.add(tensor.nbytes)
     return tensor
