@@ -57,7 +57,8 @@ class RemoteLayer(CacheLayerMixin):
         self._restart = True
         self.closed = False
         self.changes = 0  # number of changes of the cached positions
-        self.rotary_offset = 0  # of a single row's next rotary position from the number of the position
+        # From the number of a single row's next position to its rotary position, `[axes]`; None: they are equal.
+        self.rotary_offset: torch.Tensor | None = None
         self.rope_length = self.alike = 0  # value of the first step, see `Step`; columns with it
         self.side: SideCache | None = None  # cache of the side network, for the same positions
 
@@ -245,7 +246,7 @@ class RemoteLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Drops all rows; keeps the session and its reservation."""
         self.changes += 1
-        self.columns = self.rotary_offset = 0
+        self.columns, self.rotary_offset = 0, None
         self._rows, self._sources, self._padding, self._restart = [], None, [], True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -205,20 +205,23 @@ def _numbered(groups: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 class _KeptFeatures:
     """A method that computes the features of images, and keeps the last ones: each turn of a chat has all its images.
 
-    compute: the family's method. towers: the modules that it runs; while one of them is trained, nothing is kept.
-    most: calls whose features are kept. Thread-safe.
+    compute: the family's method. towers: the modules that it runs; while one of them is trained, or an adapter has
+    replaced some of them, nothing is kept. most: calls whose features are kept. Thread-safe.
     """
 
     def __init__(self, compute: Callable[..., Any], towers: nn.Module, most: int) -> None:
         functools.update_wrapper(self, compute)  # transformers reads the signature
         self._compute, self._towers, self._most = compute, towers, most
+        self._modules = sum(1 for _ in towers.modules())
         self._kept: OrderedDict[bytes, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._towers.parameters()):
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._towers.parameters())
+        if trained or sum(1 for _ in self._towers.modules()) != self._modules:
             return self._compute(*args, **kwargs)
-        state = blake2b(digest_size=32)
+        changes = sum(parameter._version for parameter in self._towers.parameters())
+        state = blake2b(str(changes).encode(), digest_size=32)
         for value in (*args, *sorted(kwargs.items())):
             each = value[1] if isinstance(value, tuple) else value
             if torch.is_tensor(each):

@@ -226,7 +226,7 @@ class RemoteBlocks(nn.Module):
             raise ValueError(f"hidden states after {layer.taps} blocks of {self.num_blocks} are wanted")
         if mask is None:
             adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
-            if layer.rotary_offset:
+            if layer.rotary_offset is not None:
                 inputs = [PositionInputs(torch.arange(past, mask.shape[1])[:, None] + layer.rotary_offset)]
         if self.handed is not None:
             inputs = self.handed.with_per_layer(inputs, len(hidden))
@@ -285,7 +285,8 @@ class RemoteBlocks(nn.Module):
         with torch.no_grad():
             exchange = self.begin_step(cache, hidden, checked, call.keep, adapter, rope_length, inputs)
             if inputs and (rotary := inputs[0].positions) is not None and batch == 1:
-                layer.rotary_offset = int(rotary.max()) + 1 - layer.columns
+                # As transformers counts on: from the last position of each axis, also where an image ends the prompt.
+                layer.rotary_offset = rotary[-1] + 1 - layer.columns
             try:
                 output = exchange.finish()
             except BaseException:

@@ -25,7 +25,7 @@ from splitnet.session.events import Cause
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
-from tests.image_models import IMAGE_MODELS, Inputs
+from tests.image_models import IMAGE, IMAGE_MODELS, Inputs
 from tests.published import Tensors, bfloat16
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs, shared_swarm
@@ -219,8 +219,8 @@ def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwar
 @pytest.mark.full
 @pytest.mark.parametrize("family", IMAGE_MODELS)
 def test_codecs_carry_an_image_as_they_carry_text(family: str, node: DhtDirectory, tmp_path: Path) -> None:
-    local = IMAGE_MODELS[family].write(tmp_path / "published")
-    with local_swarm(tmp_path / "published", UNEVEN, node=node, dtype="float32") as swarm, torch.no_grad():
+    local, spans = IMAGE_MODELS[family].write(tmp_path / "published"), IMAGE_MODELS[family].spans
+    with local_swarm(tmp_path / "published", spans, node=node, dtype="float32") as swarm, torch.no_grad():
 
         def divergence(codec: str, images: int) -> float:
             remote, inputs = swarm.image_model(codec, dtype="float32"), IMAGE_MODELS[family].inputs(local, images)
@@ -350,3 +350,27 @@ def test_an_image_that_is_missing_is_refused(both: tuple[Any, LocalSwarm]) -> No
     del inputs["pixel_values"]  # sizes and positions of the image are left
     with pytest.raises(UnsupportedParameter, match="without the image"), remote.session():
         remote.generate(**inputs, **OPTIONS)
+
+
+def test_a_prompt_may_end_with_an_image(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    given = inputs_of(local, 2)
+    length = given["input_ids"].shape[1]
+    end = int((given["input_ids"][0] == IMAGE).nonzero().max()) + 1
+    cut = {
+        name: values[:, :end] if name != "pixel_values" and values.shape[1:] == (length,) else values
+        for name, values in given.items()
+    }
+    remote = swarm.image_model(dtype="float32")
+    assert torch.equal(remote.generate(**cut, **OPTIONS), local.generate(**cut, **OPTIONS))
+
+
+def test_features_are_computed_again_after_weights_have_changed(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, given = swarm.image_model(dtype="float32"), inputs_of(local, 1)
+    with torch.no_grad():
+        before = remote(**given).logits
+        towers = [each for name, each in remote.named_parameters() if "vis" in name or "projector" in name]
+        for parameter in towers:
+            parameter.mul_(1.5)
+        assert not torch.allclose(before, remote(**given).logits, atol=1e-4)
