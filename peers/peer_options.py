@@ -61,6 +61,9 @@ class PeerOptions:
     relay_rate: float | None = None  # bytes per second of the relay; None: see `RelayBounds`
     share_weights: bool | None = None  # send weights to others; None: only if the keys that may connect are known
     share_rate: float | None = None  # bytes per second of weights; None: `peers.weights.DEFAULT_RATE`
+    # List of keys for which the peer compresses its blocks, in the folder `compress_folder`; None: for none.
+    compress_for: Path | None = None
+    compress_folder: Path = Path("compression")
     model_id: str | None = None  # fingerprint that the model must have; None: any
     # An invitation has named the model: the local files count only if a peer of the swarm or `model_id` names the same
     # model, and weights are sent to others only with `share_weights`.

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from peers.any_model import ChosenModel, ModelChoice
+from peers.compression import CompressionService
 from peers.counters import Counters
 from peers.directory_service import DirectoryService
 from peers.engine import Engine
@@ -71,7 +72,17 @@ from splitnet.transport.transport import Transport
 from splitnet.version import __version__
 from splitnet.wire.codecs import CODECS, DEFAULT_INT8, codec_by_name
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, Relay
-from splitnet.wire.messages import PROTOCOL_VERSION, Announce, AskWeights, CopyPages, LookUp, Payload, Pong, decode
+from splitnet.wire.messages import (
+    PROTOCOL_VERSION,
+    Announce,
+    AskCompression,
+    AskWeights,
+    CopyPages,
+    LookUp,
+    Payload,
+    Pong,
+    decode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +293,14 @@ class RunningPeer:
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self._outbox, swarm)
         self.weights = self._weights_of(checkpoint)
         self._copies = PageCopies(lambda: self.service, self._outbox, identity, swarm)
+        clients = AuthorizedKeys(options.compress_for) if options.compress_for else None
+        self._compression = CompressionService(
+            lambda: self.checkpoint,
+            lambda: (self.span.start, self.span.end),
+            self._outbox,
+            clients,
+            options.compress_folder,
+        )
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self.relocation = Relocation(
             self._mover,
@@ -472,6 +491,7 @@ class RunningPeer:
             self._directory_service.close()
             self.weights.close()
             self._copies.close()
+            self._compression.close()
             self.paths.close()
             if self._server is not None:
                 self._server.close()
@@ -673,5 +693,7 @@ class RunningPeer:
             self.weights.receive_request(source, message)
         elif isinstance(message, CopyPages) and isinstance(source, Connection):
             self._copies.receive_request(source, message)
+        elif isinstance(message, AskCompression) and isinstance(source, Connection):
+            self._compression.receive_request(source, message)
         else:
             self.service.receive_message(source, message, time.monotonic())

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import Model, resolve_model
+from splitnet.cli.arguments import Model, connects
+from splitnet.cli.generate import connection_to
 from splitnet.cli.stage_progress import StageProgress
 from splitnet.errors import SplitnetError
+from splitnet.session.options import ConnectionOptions
 
 MIN_POSITIONS = 2048
 """Fewer positions leave most second moments of a layer to the damping."""
 
 
+@connects(only=("initial_peers", "key_file", "swarm_key", "trusted_peers", "invite", "model_id", "tokenizer"))
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Write the checkpoint here.", show_default=False)],
@@ -32,30 +38,47 @@ def compress(
         int, typer.Option(min=MIN_POSITIONS, help="Tokens of the text that are used, at most.")
     ] = 65536,
     length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence of the text.")] = 512,
+    *,
+    connecting: ConnectionOptions,
 ) -> None:
     """Compress the blocks of a model, one block in memory at a time, by what passes through them.
 
-    The result is a checkpoint in the format of compressed-tensors, for splitnet, transformers and vLLM. After an
-    interruption the same command continues.
+    With --join, the peers of a swarm compress their own blocks, if their owners allow it (`splitnet peer
+    --compress-for`). The result is a checkpoint in the format of compressed-tensors, for splitnet, transformers and
+    vLLM. After an interruption the same command continues.
     """
-    from splitnet.checkpoint.checkpoint import Checkpoint
+    from splitnet.checkpoint.transfer.fetching import PeerQuestions
+    from splitnet.compress.blocks import compress_blocks
     from splitnet.compress.checkpoint_folder import compress_checkpoint
-    from splitnet.compress.rounding import Compression
+    from splitnet.compress.over_peers import compress_over_peers
+    from splitnet.compress.rounding import GROUPS, Compression, sequence_lengths
 
-    if group not in (16, 32, 64, 128):
-        raise SplitnetError(f"groups of {group} inputs are not published: use --group 16, 32, 64 or 128")
-    checkpoint = Checkpoint.open(resolve_model(model))
-    ids = _tokens(checkpoint.tokenizer(), text, positions // length * length)
-    how = Compression(bits, group, tuple(min(length, len(ids) - begin) for begin in range(0, len(ids), length)))
-    with StageProgress() as progress:
-        compress_checkpoint(
-            checkpoint,
-            ids,
-            output,
-            how,
-            lambda block: progress.update("compressing blocks", block, checkpoint.num_blocks),
-        )
-    typer.echo(f"wrote {output}: start peers with `splitnet peer {output}`")
+    if group not in GROUPS:
+        raise SplitnetError(f"groups of {group} inputs are not published: use --group {', '.join(map(str, GROUPS))}")
+    if length > positions:
+        raise SplitnetError(f"--length {length} is longer than the whole text of --positions {positions}: shorten it")
+    connection = connection_to(model, connecting)
+    checkpoint = connection.checkpoint()
+    longest = checkpoint.max_positions
+    if longest is not None and length > longest:
+        raise SplitnetError(f"--length {length} exceeds the {longest} positions of {checkpoint.name}: shorten it")
+    ids = _tokens(checkpoint.tokenizer(), text, positions)
+    how = Compression(bits, group, sequence_lengths(len(ids), length))
+    with StageProgress() as progress, ExitStack() as stack:
+
+        def report(block: int) -> None:
+            progress.update("compressing blocks", block, checkpoint.num_blocks)
+
+        if connecting.initial_peers or connecting.invite:
+            swarm = stack.enter_context(connection.swarm(checkpoint))
+            asking = stack.enter_context(PeerQuestions(swarm.identity))
+            find = partial(swarm.peers, fresh=True)
+            compress = partial(compress_over_peers, checkpoint, asking, find, how=how, progress=report)
+        else:
+            blocks = checkpoint.num_blocks
+            compress = partial(compress_blocks, checkpoint, 0, blocks, how=how, progress=report)
+        compress_checkpoint(checkpoint, ids, output, how, compress)
+    typer.echo(f"wrote {output}: start peers with `{shlex.join(['splitnet', 'peer', str(output)])}`")
 
 
 def _tokens(tokenizer: Any, text: Path | None, most: int) -> list[int]:

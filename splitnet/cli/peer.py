@@ -169,6 +169,14 @@ def peer(
         str | None,
         in_sharing(metavar="64MiB", help="Total bytes of weights per second; a quarter while sessions run."),
     ] = None,
+    compress_for: Annotated[
+        Path | None,
+        in_sharing(
+            metavar="FILE",
+            help="File of the keys for which this peer compresses its blocks (`splitnet compress --join`), in the "
+            "format of --authorized-keys. By default no key.",
+        ),
+    ] = None,
     metrics_port: Annotated[
         str | None,
         in_network(
@@ -291,6 +299,8 @@ def peer(
         relay_rate=wanted_rate,
         share_weights=share_weights,
         share_rate=wanted_share,
+        compress_for=compress_for,
+        compress_folder=cache_folder() / "compression",
         model_id=given.model_id,
         invited=model is None,
         any_model=allowed if any_model else None,

@@ -92,7 +92,8 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
         for path in paths:
             made = codes[names[path]] = feedback.round_weight(layers[path].weight, how)
             layers[path].weight.copy_(made.to_floats(how.layout))
-    _write(block_file(folder, block), lambda file: save_file(stored_tensors(checkpoint, block, codes, how), file))
+    tensors = stored_tensors(checkpoint, block, codes, how)
+    write_whole(block_file(folder, block), lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write_states(states_file(folder, block), text.outputs())
 
 
@@ -102,11 +103,23 @@ def write_states(file: Path, states: Iterable[Tensor]) -> None:
     def write(path: Path) -> None:
         with path.open("wb") as opened:
             for some in states:
-                if not bool(torch.isfinite(some).all()):
-                    raise NotFinite("this text makes inf or NaN in the model: use another text, or more bits")
+                _check_finite(some)
                 opened.write(some.to(_STATES).view(torch.uint8).numpy().data)
 
-    _write(file, write)
+    write_whole(file, write)
+
+
+def check_states(file: Path, how: Compression, hidden_size: int) -> None:
+    """Raises NotFinite: the hidden states in a file have inf or NaN."""
+    for some in torch.from_file(str(file), size=how.positions * hidden_size, dtype=_STATES).split(
+        POSITIONS * hidden_size
+    ):
+        _check_finite(some)
+
+
+def _check_finite(states: Tensor) -> None:
+    if not bool(torch.isfinite(states).all()):
+        raise NotFinite("this text makes inf or NaN in the model: use another text, or more bits")
 
 
 class _Text:
@@ -180,7 +193,7 @@ def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
             hook.remove()
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file that is complete, or absent."""
     partial = path.with_suffix(".part")
     write(partial)

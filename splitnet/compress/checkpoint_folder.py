@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from splitnet.blocks.client_part import load_client_part
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.compress.blocks import INPUTS, block_file, compress_blocks, states_file, write_states
+from splitnet.compress.blocks import INPUTS, block_file, states_file, write_states
 from splitnet.compress.published import write_checkpoint
 from splitnet.compress.rounding import Compression
 from splitnet.errors import SplitnetError, UnsupportedModel
@@ -26,17 +26,16 @@ def compress_checkpoint(
     ids: Sequence[int],
     folder: Path,
     how: Compression,
-    progress: Callable[[int], None] = lambda block: None,
+    compress: Callable[[Path], None],
 ) -> None:
     """Writes a checkpoint whose blocks have few bits, in the format of compressed-tensors.
-
-    Memory holds one block in float32, and twice the second moments of one layer.
 
     Args:
         ids: the tokens of the text, `how.positions` of them.
         folder: where the checkpoint is written. If it has an interrupted compression with the same arguments, this
             compression continues.
-        progress: called with each block before it is compressed.
+        compress: compresses all blocks in a folder that has the hidden states before the first block, as
+            `splitnet.compress.blocks.compress_blocks` does here and `splitnet.compress.over_peers` at peers.
 
     Raises:
         UnsupportedModel: the checkpoint is in few bits already, or its blocks have no layers that can be compressed.
@@ -48,7 +47,7 @@ def compress_checkpoint(
     ):
         raise UnsupportedModel(f"{checkpoint.name} is in few bits already: give the model in floats")
     settings = {
-        "model": checkpoint.store.told_config(),
+        "model": checkpoint.fingerprint,
         "text": sha256(repr(list(ids)).encode()).hexdigest(),
         **asdict(how),
     }
@@ -56,11 +55,11 @@ def compress_checkpoint(
     blocks = checkpoint.num_blocks
     if not (folder / INPUTS).exists():
         write_states(folder / INPUTS, _embedded(checkpoint, ids, how))
-    compress_blocks(checkpoint, 0, blocks, folder, how, progress)
+    compress(folder)
     files = [block_file(folder, block) for block in range(blocks)]
     write_checkpoint(checkpoint, files, folder, how)
-    for file in (folder / INPUTS, states_file(folder, blocks - 1), folder / _SETTINGS):
-        file.unlink()
+    for file in (*(states_file(folder, block) for block in range(blocks)), folder / INPUTS, folder / _SETTINGS):
+        file.unlink(missing_ok=True)
 
 
 def _prepare_folder(folder: Path, settings: str) -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.rounding import Compression
-from splitnet.errors import ModelNotFound
+from splitnet.errors import ModelNotFound, WeightsError
 from splitnet.quant.packed_tensor import Codes, pack_words
 
-_PACKED = ".weight_packed"
+_PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _REST = "rest.safetensors"  # the tensors outside the blocks
 
 
@@ -35,10 +35,41 @@ def stored_tensors(
     for name, made in codes.items():
         layer = name.removesuffix(".weight")
         found[layer + _PACKED] = pack_words(made.codes, how.bits)
-        found[f"{layer}.weight_scale"] = made.scales
-        found[f"{layer}.weight_shape"] = torch.tensor(made.codes.shape)
+        found[layer + _SCALE] = made.scales
+        found[layer + _SHAPE] = torch.tensor(made.codes.shape)
     others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in codes)
     return found | _read(checkpoint, others)
+
+
+def check_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compression) -> None:
+    """Checks the tensors that another machine has made of a block. Raises WeightsError: a name, type or shape is not
+    one of this block, a scale is not finite, or a tensor that stays as it is differs from the one on this machine."""
+    wrong = WeightsError(f"the compressed tensors of block {block} are not those of {checkpoint.name}")
+    try:
+        told = load_file(file)
+    except SafetensorError as error:
+        raise wrong from error
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    shapes: dict[str, Tensor] = {}
+    facts = checkpoint.store.tensor_facts(tensor.name for tensor in checkpoint.block_tensors[block])
+    for name, fact in facts.items():
+        layer = name.removesuffix(".weight")
+        if layer + _PACKED in told and len(fact.shape) == 2:
+            outputs, inputs = fact.shape
+            wanted[layer + _PACKED] = torch.int32, (outputs, -(-inputs * how.bits // 32))
+            wanted[layer + _SCALE] = torch.bfloat16, (outputs, inputs // how.group)
+            wanted[layer + _SHAPE] = torch.int64, (2,)
+            shapes[layer + _SHAPE] = torch.tensor(fact.shape)
+        else:
+            wanted[name] = fact.dtype, fact.shape
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in told.items()} != wanted or not shapes:
+        raise wrong
+    kept = [name for name in wanted.keys() & facts.keys() if checkpoint.store.are_here([name])]
+    exact = shapes | _read(checkpoint, kept)
+    if not all(torch.equal(told[name], tensor) for name, tensor in exact.items()):
+        raise wrong
+    if not all(bool(torch.isfinite(tensor).all()) for name, tensor in told.items() if name.endswith(_SCALE)):
+        raise wrong
 
 
 def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path, how: Compression) -> None:

@@ -22,6 +22,19 @@ _COLUMNS = 128  # inputs that are rounded before all later inputs take over thei
 _FACTORS = tuple(1.15 - step / 20 for step in range(13))  # scales that are tried, as shares of the largest value
 
 
+GROUPS = (16, 32, 64, 128)  # sizes of groups that other programs read, too
+
+
+def sequence_lengths(positions: int, length: int) -> tuple[int, ...]:
+    """The lengths of sequences of `length` positions; the last one has the rest."""
+    return tuple(min(length, positions - begin) for begin in range(0, positions, length))
+
+
+def moments_bytes(inputs: int) -> int:
+    """Bytes of memory for the second moments of a layer with this number of inputs, and their factors."""
+    return 5 * 4 * inputs**2
+
+
 @dataclass(frozen=True)
 class Compression:
     """How weights are compressed. group: inputs that share a scale. lengths: of the sequences of the text."""

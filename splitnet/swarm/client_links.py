@@ -22,6 +22,7 @@ from splitnet.wire.endpoints import Destination, Endpoint, LinkState
 from splitnet.wire.messages import (
     Announced,
     Close,
+    CompressionState,
     Failure,
     Found,
     Message,
@@ -200,7 +201,7 @@ class Links:
             return
         if isinstance(message, Pong):
             self.prober.pong(source, message)
-        elif isinstance(message, Found | Announced | WeightsPart) or (
+        elif isinstance(message, Found | Announced | WeightsPart | CompressionState) or (
             isinstance(message, Failure) and not message.session and message.number
         ):
             if self.on_answer is not None:

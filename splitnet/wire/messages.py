@@ -69,6 +69,8 @@ MAX_LABELS = 3072  # labels of pages in one message
 MAX_PART_BYTES = 1 << 20  # bytes of a manifest or piece in one message
 MAX_WEIGHTS_BYTES = 256 << 20  # bytes of a whole manifest or piece
 
+MAX_TEXT_BYTES = 16 << 30  # bytes of the hidden states of a text, or of a file of its compression
+
 MAX_ROUNDS = 1 << 20  # rounds of a joint tuning
 MAX_OWNERS = 256  # owners of examples that take part in a joint tuning
 MAX_ATTEMPT = (1 << 32) - 1  # number of an attempt at a round of joint tuning
@@ -644,12 +646,55 @@ class CopiedPages:
     nbytes: int = wire_field(_NUMBER)
 
 
+class CompressionWish(IntEnum):
+    """The purpose of an `AskCompression`."""
+
+    COMPRESS = 0  # to bring a part of the hidden states, or to learn the state; compression begins when all are there
+    BLOCK = 1  # a part of the file with the compressed tensors of `block`
+    STATES = 2  # a part of the file with the hidden states after block `end - 1`
+
+
+@dataclass(frozen=True, slots=True)
+class AskCompression:
+    """Asks a peer to compress blocks `[start, end)` by the hidden states of a text before block `start`,
+    `[positions, hidden]` in bfloat16. The payload is a part of these."""
+
+    TAG: ClassVar[int] = 30
+    number: int = wire_field(_NUMBER)
+    wish: int = wire_field(uint(255))  # a `CompressionWish`
+    model: str = wire_field(matching(FINGERPRINT))
+    start: int = wire_field(uint(MAX_BLOCKS))
+    end: int = wire_field(uint(MAX_BLOCKS))
+    bits: int = wire_field(uint(8))
+    group: int = wire_field(uint(128))
+    positions: int = wire_field(uint(MAX_POSITIONS))
+    length: int = wire_field(uint(MAX_POSITIONS))  # positions of each sequence; the last sequence may be shorter
+    states: bytes = wire_field(blob(DIGEST_BYTES))  # SHA-256 of all hidden states
+    block: int = wire_field(uint(MAX_BLOCKS))
+    offset: int = wire_field(uint(MAX_TEXT_BYTES))  # first byte of the payload, or of the part that is asked for
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionState:
+    """Answers an `AskCompression`; the payload is a part of the file that was asked for."""
+
+    TAG: ClassVar[int] = 31
+    number: int = wire_field(_NUMBER)
+    received: int = wire_field(uint(MAX_TEXT_BYTES))  # bytes of the hidden states that the peer has
+    done: int = wire_field(uint(MAX_BLOCKS))  # the end of the blocks that are compressed
+    total: int = wire_field(uint(MAX_TEXT_BYTES))  # bytes of the file that was asked for
+    error: str = wire_field(text(MAX_TEXT))  # why the compression has ended; empty: it has not ended, or all is done
+    payload: Payload = b""
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
+_Compressing = AskCompression | CompressionState
 _Rounds = AskRound | RoundState | WantGradient | RoundNumbers
 _Pages = CopyPages | CopiedPages
-Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages | _Compressing
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Generic, TypeVar
@@ -317,6 +317,21 @@ class PeerQuestions(AbstractContextManager["PeerQuestions"]):
         placed = name if kind is WeightsKind.PAGE else bytes.fromhex(self.swarm.place(name.hex()))
         self._links.send(peer, AskWeights(number, kind, placed, offset, MAX_PART_BYTES))
         return number
+
+    def answer_of(self, peer: Endpoint, question: Callable[[int], Message], within_s: float) -> Message | None:
+        """Sends a question with a number, and waits for its answer; None: the peer is gone, or silent for `within_s`
+        seconds. For one thread without other open questions."""
+        number = next(self._numbers)
+        self._open[number] = peer
+        self._links.send(peer, question(number))
+        until = time.monotonic() + within_s
+        while time.monotonic() < until and not self.is_gone(peer):
+            with suppress(queue.Empty):
+                _, answer = self.answers.get(timeout=TICK_S)
+                if getattr(answer, "number", 0) == number and not isinstance(answer, HubAnswer):
+                    return answer
+        self.forget_question(number)
+        return None
 
     def forget_question(self, number: int) -> None:
         """Closes a question: its answer will be dropped."""

@@ -1,0 +1,89 @@
+"""The compression of some blocks in a folder by a program of its own: `python -m splitnet.compress.job FOLDER`.
+
+The program has the lowest priority, so that a peer serves sessions beside it, and ends with the process that started
+it. A new program continues with the next block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress.blocks import compress_blocks
+from splitnet.compress.rounding import Compression
+from splitnet.errors import WrongSwarm
+
+_JOB = "job.json"
+_ERROR = "error"
+_NICE = 19
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """Blocks `[start, end)` of the model with this fingerprint in the files at `source`."""
+
+    source: str
+    model: str
+    start: int
+    end: int
+    bits: int
+    group: int
+    lengths: tuple[int, ...]
+
+    def start_program(self, folder: Path) -> subprocess.Popen[bytes]:
+        """Starts the program in a folder that has the file `inputs`. The program ends when its `stdin` closes."""
+        (folder / _ERROR).unlink(missing_ok=True)
+        (folder / _JOB).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        # In a separate session, so that an interrupt at the terminal reaches only the peer, which ends the program.
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def error_of(folder: Path) -> str:
+    """Why the program in a folder has failed."""
+    try:
+        return (folder / _ERROR).read_text(encoding="utf-8")
+    except OSError:
+        return "the program that compresses was killed, perhaps because memory was short"
+
+
+def _compress(folder: Path) -> None:
+    job = CompressionJob(**json.loads((folder / _JOB).read_text(encoding="utf-8")))
+    checkpoint = Checkpoint.open(job.source)
+    if checkpoint.fingerprint != job.model:
+        raise WrongSwarm(f"the files of {checkpoint.name} have changed since the peer was started: start it again")
+    compress_blocks(checkpoint, job.start, job.end, folder, Compression(job.bits, job.group, tuple(job.lengths)))
+
+
+def _end_with_starter() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if hasattr(os, "nice"):
+        os.nice(_NICE)
+    threading.Thread(target=_end_with_starter, daemon=True).start()
+    try:
+        _compress(folder)
+    except Exception as error:
+        with suppress(OSError):
+            (folder / _ERROR).write_text(f"{error or type(error).__name__}", encoding="utf-8")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Compresses the blocks of a model at peers, one peer after the other.
+
+The client brings the hidden states before a peer's first block, takes the compressed tensors of each block, and the
+hidden states after the last block, which it brings to the next peer. Its folder so has all that another peer needs in
+place of one that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.transfer.fetching import PeerQuestions
+from splitnet.compress.blocks import INPUTS, block_file, check_states, compressed_blocks, states_file, write_whole
+from splitnet.compress.published import check_block_file
+from splitnet.compress.rounding import Compression
+from splitnet.directory.record import PeerRecord
+from splitnet.errors import CoverageError, NotFinite, PeerBusy, PeerFailed, PeerLost, WeightsError
+from splitnet.wire.messages import (
+    MAX_PART_BYTES,
+    AskCompression,
+    CompressionState,
+    CompressionWish,
+    Failure,
+    FailureCode,
+    Payload,
+)
+
+log = logging.getLogger(__name__)
+
+ANSWER_S: Final = 30.0  # a peer that does not answer for this time is left
+POLL_S: Final = 0.5  # between questions for the state
+WAIT_S: Final = 60.0  # how long peers are looked for again while none has the next block
+LOOK_S: Final = 2.0
+
+
+def compress_over_peers(
+    checkpoint: Checkpoint,
+    asking: PeerQuestions,
+    find_peers: Callable[[], Sequence[PeerRecord]],
+    folder: Path,
+    how: Compression,
+    progress: Callable[[int], None] = lambda block: None,
+) -> None:
+    """As `compress_blocks` of all blocks, by peers. Raises CoverageError: no peer compresses a block; its text has what
+    the peers answered."""
+    refusals: dict[str, str] = {}  # by the key of a peer
+    stuck_since: float | None = None
+    while (block := compressed_blocks(folder, 0, checkpoint.num_blocks)) < checkpoint.num_blocks:
+        progress(block)
+        peers = [one for one in find_peers() if one.start <= block < one.end and one.serves]
+        untried = [one for one in peers if str(one.key) not in refusals]
+        if not untried:
+            stuck_since = stuck_since or time.monotonic()
+            if time.monotonic() > stuck_since + WAIT_S:
+                raise CoverageError(_explanation(block, refusals))
+            time.sleep(LOOK_S)
+            continue
+        peer = max(untried, key=lambda one: (one.end, -one.block_ms[0]))
+        try:
+            _PeerJob(checkpoint, asking, peer, block, folder, how, progress).run()
+            stuck_since = None
+        except (PeerLost, PeerBusy, PeerFailed, WeightsError, NotFinite) as error:
+            log.warning("%s does not compress blocks %d..%d: %s", peer.address, block, peer.end - 1, error)
+            refusals[str(peer.key)] = f"{peer.address}: {error}"
+
+
+def _explanation(block: int, refusals: dict[str, str]) -> str:
+    if not refusals:
+        return f"no peer serves block {block}: start one with --compress-for, and give the same command again"
+    told = "; ".join(refusals.values())
+    return f"no peer compresses block {block} ({told}): when one does, the same command continues"
+
+
+class _PeerJob:
+    """The blocks from `start` on of one peer. Raises PeerLost, PeerBusy, PeerFailed."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        asking: PeerQuestions,
+        peer: PeerRecord,
+        start: int,
+        folder: Path,
+        how: Compression,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._checkpoint, self._asking, self._peer, self._folder = checkpoint, asking, peer, folder
+        self._start, self._end, self._how, self._progress = start, peer.end, how, progress
+        self._inputs = states_file(folder, start - 1) if start else folder / INPUTS
+        with self._inputs.open("rb") as file:
+            digest = sha256()
+            while part := file.read(MAX_PART_BYTES):
+                digest.update(part)
+        self._digest = digest.digest()
+
+    def run(self) -> None:
+        state = self._ask(CompressionWish.COMPRESS)
+        with self._inputs.open("rb") as file:
+            size = file.seek(0, 2)
+            while state.received < size:
+                file.seek(state.received)
+                before = state.received
+                state = self._ask(CompressionWish.COMPRESS, offset=before, payload=file.read(MAX_PART_BYTES))
+                if state.received <= before:
+                    raise PeerFailed("the peer does not take the hidden states")
+        taken = self._start
+        while taken < self._end:
+            if taken < state.done <= self._end:
+                file = block_file(self._folder, taken)
+                self._take(CompressionWish.BLOCK, taken, file)
+                check_block_file(self._checkpoint, taken, file, self._how)
+                taken += 1
+                self._progress(taken)
+            elif state.error:
+                raise PeerFailed(state.error)
+            else:
+                time.sleep(POLL_S)
+                state = self._ask(CompressionWish.COMPRESS)
+        self._take(CompressionWish.STATES, self._end - 1, states_file(self._folder, self._end - 1))
+        if self._start:
+            self._inputs.unlink()
+
+    def _take(self, wish: CompressionWish, block: int, file: Path) -> None:
+        """Writes a file that the peer has, in parts. The hidden states are checked before the file has its name, by
+        which a later run would take them."""
+        most = self._most_bytes(wish, block)
+
+        def write(path: Path) -> None:
+            with path.open("wb") as opened:
+                total = 1
+                while (at := opened.tell()) < total:
+                    state = self._ask(wish, block=block, offset=at)
+                    total = state.total
+                    if not 0 < total <= most or len(state.payload) != min(total - at, MAX_PART_BYTES):
+                        raise PeerFailed("the peer sends a file of another size")
+                    opened.write(state.payload)
+            if wish == CompressionWish.STATES:
+                check_states(path, self._how, self._checkpoint.hidden_size)
+
+        write_whole(file, write)
+
+    def _most_bytes(self, wish: CompressionWish, block: int) -> int:
+        if wish == CompressionWish.STATES:
+            return self._how.positions * self._checkpoint.hidden_size * 2
+        names = [tensor.name for tensor in self._checkpoint.block_tensors[block]]
+        return 2 * self._checkpoint.bytes_of(names, self._checkpoint.dtype) + MAX_PART_BYTES
+
+    def _ask(self, wish: CompressionWish, block: int = 0, offset: int = 0, payload: Payload = b"") -> CompressionState:
+        how = self._how
+        answer = self._asking.answer_of(
+            self._peer.endpoint,
+            lambda number: AskCompression(
+                number,
+                wish,
+                self._checkpoint.fingerprint,
+                self._start,
+                self._end,
+                how.bits,
+                how.group,
+                how.positions,
+                max(how.lengths),
+                self._digest,
+                block,
+                offset,
+                payload,
+            ),
+            ANSWER_S,
+        )
+        if isinstance(answer, CompressionState):
+            return answer
+        if isinstance(answer, Failure):
+            raise PeerBusy(answer.text) if answer.code == FailureCode.BUSY else PeerFailed(answer.text)
+        raise PeerLost("the peer is gone, or does not answer")
