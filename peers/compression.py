@@ -26,7 +26,14 @@ from peers.peer_links import ReplyTarget
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.blocks import INPUTS, block_file, compressed_blocks, states_file
 from splitnet.compress.job import CompressionJob, error_of
-from splitnet.compress.rounding import GROUPS, Compression, moments_bytes, sequence_lengths
+from splitnet.compress.rounding import (
+    GROUPS,
+    LEAST_LENGTH,
+    MOST_POSITIONS,
+    Compression,
+    moments_bytes,
+    sequence_lengths,
+)
 from splitnet.quant.device import free_memory
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.wire.endpoints import Connection
@@ -90,8 +97,10 @@ class CompressionService:
                 self._waiting.put_nowait((source, message))
             except queue.Full:
                 self._refuse(source, message, _Refused(FailureCode.BUSY, "too many parts of texts wait here"))
-            if self._thread.ident is None:
-                self._thread.start()
+
+    def start(self) -> None:
+        if self._clients is not None:
+            self._thread.start()
 
     def close(self) -> None:
         """Ends the program. Its folder stays for the client's next request."""
@@ -167,8 +176,11 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, client: bytes, message: AskCompression, folder: Path) -> None:
         self.name, self.client, self.heard_at = _name(message), client, time.monotonic()
-        if message.group not in GROUPS or not 2 <= message.bits <= 8 or not 0 < message.length <= message.positions:
+        if message.group not in GROUPS or not 2 <= message.bits <= 8:
             raise _Refused(FailureCode.BAD_MESSAGE, f"this peer compresses to 2 to 8 bits, in groups of {GROUPS}")
+        if not LEAST_LENGTH <= message.length <= message.positions <= MOST_POSITIONS:
+            text = f"this peer compresses by at most {MOST_POSITIONS} positions, in sequences of {LEAST_LENGTH} or more"
+            raise _Refused(FailureCode.BAD_MESSAGE, text)
         self._size = message.positions * checkpoint.hidden_size * 2
         self._start, self._end, self._states = message.start, message.end, message.states
         lengths = sequence_lengths(message.positions, message.length)

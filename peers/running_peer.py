@@ -503,6 +503,7 @@ class RunningPeer:
     def _serve(self) -> None:
         self.server.engine.start()
         self.weights.start()
+        self._compression.start()
         self.transport.start()
         self.paths.start()
         self._announcer.start()

@@ -35,7 +35,7 @@ def compress(
         ),
     ] = None,
     positions: Annotated[
-        int, typer.Option(min=MIN_POSITIONS, help="Tokens of the text that are used, at most.")
+        int, typer.Option(min=MIN_POSITIONS, max=1 << 20, help="Tokens of the text that are used, at most.")
     ] = 65536,
     length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence of the text.")] = 512,
     *,

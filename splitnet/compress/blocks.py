@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.compress.published import stored_tensors
-from splitnet.compress.rounding import Compression, Feedback, SecondMoments
-from splitnet.errors import NotFinite, UnsupportedModel
+from splitnet.compress.published import read_codes, stored_tensors
+from splitnet.compress.rounding import Compression, Feedback, SecondMoments, round_to_nearest
+from splitnet.errors import NotFinite, UnsupportedModel, WeightsError
 from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.linear import holdable_layers
 from splitnet.quant.packed_tensor import Codes
@@ -29,6 +29,8 @@ from splitnet.quant.packed_tensor import Codes
 POSITIONS = 512  # positions of the text that run at once, unless a sequence is longer
 INPUTS = "inputs"  # hidden states before the first block
 _STATES = torch.bfloat16
+# The error of a block's outputs with another machine's codes, as a multiple of the error with the nearest codes.
+MOST_ERROR = 1.5
 
 
 def block_file(folder: Path, block: int) -> Path:
@@ -71,19 +73,13 @@ def compress_blocks(
 def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path, how: Compression) -> None:
     """Writes the compressed tensors of a block, and then the hidden states after the compressed block."""
     span = Span.load(checkpoint, block, block + 1, dtype="float32", weights="float32")
-    hidden = torch.from_file(str(given), size=how.positions * span.hidden_size, dtype=_STATES)
-    text = _Text(span, hidden.view(how.positions, span.hidden_size), how.lengths)
-    (module,) = span.block_modules
-    if any(weights_of_experts(module)):
+    text = _Text(span, read_states(given, how, span.hidden_size), how.lengths)
+    if any(weights_of_experts(span.block_modules[0])):
         raise UnsupportedModel(
             f"the experts of {checkpoint.name} cannot be compressed yet: use --weights int4 at peers"
         )
     names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
-    layers = {
-        path: layer
-        for path, layer, _, inputs, _ in holdable_layers(module, span.weights)
-        if isinstance(layer, nn.Linear) and path in names and inputs % how.group == 0
-    }
+    layers = _layers(span, names, how)
     if not layers:
         raise UnsupportedModel(f"the blocks of {checkpoint.name} have no linear layers in groups of {how.group} inputs")
     codes: dict[str, Codes] = {}
@@ -97,27 +93,55 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     write_states(states_file(folder, block), text.outputs())
 
 
+def _layers(span: Span, names: Mapping[str, str], how: Compression) -> dict[str, nn.Linear]:
+    """The layers of a block that are compressed, by their paths, of those with these paths."""
+    return {
+        path: layer
+        for path, layer, _, inputs, _ in holdable_layers(span.block_modules[0], span.weights)
+        if isinstance(layer, nn.Linear) and path in names and inputs % how.group == 0
+    }
+
+
+@torch.inference_mode()
+def check_block(checkpoint: Checkpoint, block: int, file: Path, hidden: Tensor, how: Compression) -> Tensor:
+    """The outputs of a block that another machine has compressed, for one sequence `[positions, hidden]`. Raises
+    WeightsError: they differ more from the outputs of the block in floats than with weights rounded to nearest."""
+    span = Span.load(checkpoint, block, block + 1, dtype="float32", weights="float32")
+    names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
+    lengths, told = [len(hidden)], read_codes(file, how)
+    outputs = [span.sequences(hidden, lengths)]
+    layers = {path: layer for path, layer in _layers(span, names, how).items() if names[path] in told}
+    nearest = {names[path]: round_to_nearest(layer.weight, how) for path, layer in layers.items()}
+    for codes in (nearest, told):
+        for path, layer in layers.items():
+            layer.weight.copy_(codes[names[path]].to_floats(how.layout))
+        outputs.append(span.sequences(hidden, lengths))
+    usual, error = (float((some - outputs[0]).norm()) for some in outputs[1:])
+    if not error <= MOST_ERROR * usual:
+        times = error / usual if usual else error
+        raise WeightsError(f"block {block} has {times:.3g} times the error of weights that are rounded to nearest")
+    return outputs[2].to(_STATES).float()
+
+
 def write_states(file: Path, states: Iterable[Tensor]) -> None:
     """Writes hidden states, `[positions, hidden]` each, as bfloat16. Raises NotFinite."""
 
     def write(path: Path) -> None:
         with path.open("wb") as opened:
             for some in states:
-                _check_finite(some)
+                check_finite(some)
                 opened.write(some.to(_STATES).view(torch.uint8).numpy().data)
 
     write_whole(file, write)
 
 
-def check_states(file: Path, how: Compression, hidden_size: int) -> None:
-    """Raises NotFinite: the hidden states in a file have inf or NaN."""
-    for some in torch.from_file(str(file), size=how.positions * hidden_size, dtype=_STATES).split(
-        POSITIONS * hidden_size
-    ):
-        _check_finite(some)
+def read_states(file: Path, how: Compression, hidden_size: int) -> Tensor:
+    """The hidden states in a file, `[positions, hidden]`, bfloat16."""
+    return torch.from_file(str(file), size=how.positions * hidden_size, dtype=_STATES).view(how.positions, hidden_size)
 
 
-def _check_finite(states: Tensor) -> None:
+def check_finite(states: Tensor) -> None:
+    """Raises NotFinite."""
     if not bool(torch.isfinite(states).all()):
         raise NotFinite("this text makes inf or NaN in the model: use another text, or more bits")
 

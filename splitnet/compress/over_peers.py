@@ -8,6 +8,7 @@ place of one that is gone.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -16,7 +17,17 @@ from typing import Final
 
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import PeerQuestions
-from splitnet.compress.blocks import INPUTS, block_file, check_states, compressed_blocks, states_file, write_whole
+from splitnet.compress.blocks import (
+    INPUTS,
+    POSITIONS,
+    block_file,
+    check_block,
+    check_finite,
+    compressed_blocks,
+    read_states,
+    states_file,
+    write_whole,
+)
 from splitnet.compress.published import check_block_file
 from splitnet.compress.rounding import Compression
 from splitnet.directory.record import PeerRecord
@@ -37,6 +48,8 @@ ANSWER_S: Final = 30.0  # a peer that does not answer for this time is left
 POLL_S: Final = 0.5  # between questions for the state
 WAIT_S: Final = 60.0  # how long peers are looked for again while none has the next block
 LOOK_S: Final = 2.0
+# Largest difference of hidden states from a peer to outputs that are computed here, relative to these.
+MOST_DIFFERENCE: Final = 0.02
 
 
 def compress_over_peers(
@@ -98,6 +111,7 @@ class _PeerJob:
             while part := file.read(MAX_PART_BYTES):
                 digest.update(part)
         self._digest = digest.digest()
+        self._sample = _Sample(checkpoint, start, peer.end, self._inputs, how)
 
     def run(self) -> None:
         state = self._ask(CompressionWish.COMPRESS)
@@ -112,9 +126,7 @@ class _PeerJob:
         taken = self._start
         while taken < self._end:
             if taken < state.done <= self._end:
-                file = block_file(self._folder, taken)
-                self._take(CompressionWish.BLOCK, taken, file)
-                check_block_file(self._checkpoint, taken, file, self._how)
+                self._take(CompressionWish.BLOCK, taken, block_file(self._folder, taken))
                 taken += 1
                 self._progress(taken)
             elif state.error:
@@ -127,27 +139,28 @@ class _PeerJob:
             self._inputs.unlink()
 
     def _take(self, wish: CompressionWish, block: int, file: Path) -> None:
-        """Writes a file that the peer has, in parts. The hidden states are checked before the file has its name, by
-        which a later run would take them."""
-        most = self._most_bytes(wish, block)
+        """Writes a file that the peer has, in parts, and checks it before it has its name, by which a later run would
+        take it."""
+        is_states = wish == CompressionWish.STATES
+        most = self._inputs.stat().st_size if is_states else self._most_bytes(block)
 
         def write(path: Path) -> None:
             with path.open("wb") as opened:
-                total = 1
+                total = most if is_states else 1
                 while (at := opened.tell()) < total:
                     state = self._ask(wish, block=block, offset=at)
-                    total = state.total
-                    if not 0 < total <= most or len(state.payload) != min(total - at, MAX_PART_BYTES):
+                    total = total if is_states else state.total
+                    if not 0 < state.total == total <= most or len(state.payload) != min(total - at, MAX_PART_BYTES):
                         raise PeerFailed("the peer sends a file of another size")
                     opened.write(state.payload)
-            if wish == CompressionWish.STATES:
-                check_states(path, self._how, self._checkpoint.hidden_size)
+            if is_states:
+                self._sample.check_states(path)
+            else:
+                self._sample.check_block(block, path)
 
         write_whole(file, write)
 
-    def _most_bytes(self, wish: CompressionWish, block: int) -> int:
-        if wish == CompressionWish.STATES:
-            return self._how.positions * self._checkpoint.hidden_size * 2
+    def _most_bytes(self, block: int) -> int:
         names = [tensor.name for tensor in self._checkpoint.block_tensors[block]]
         return 2 * self._checkpoint.bytes_of(names, self._checkpoint.dtype) + MAX_PART_BYTES
 
@@ -177,3 +190,33 @@ class _PeerJob:
         if isinstance(answer, Failure):
             raise PeerBusy(answer.text) if answer.code == FailureCode.BUSY else PeerFailed(answer.text)
         raise PeerLost("the peer is gone, or does not answer")
+
+
+class _Sample:
+    """A sequence chosen at random, by which a peer's blocks are compared with the blocks in floats that are on this
+    machine, if all are here. Raises WeightsError, NotFinite.
+
+    inputs: the hidden states before block `start`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, start: int, end: int, inputs: Path, how: Compression) -> None:
+        self._checkpoint, self._how = checkpoint, how
+        blocks = checkpoint.block_tensors[start:end]
+        self._is_here = checkpoint.store.are_here(tensor.name for block in blocks for tensor in block)
+        index = secrets.randbelow(len(how.lengths))
+        begin = sum(how.lengths[:index])
+        self._at = slice(begin, begin + how.lengths[index])
+        self._outputs = read_states(inputs, how, checkpoint.hidden_size)[self._at].float()
+
+    def check_block(self, block: int, file: Path) -> None:
+        check_block_file(self._checkpoint, block, file, self._how)
+        if self._is_here:
+            self._outputs = check_block(self._checkpoint, block, file, self._outputs, self._how)
+
+    def check_states(self, file: Path) -> None:
+        states = read_states(file, self._how, self._checkpoint.hidden_size)
+        for some in states.split(POSITIONS):
+            check_finite(some)
+        off = states[self._at].float() - self._outputs
+        if self._is_here and not float(off.norm()) <= MOST_DIFFERENCE * float(self._outputs.norm()):
+            raise WeightsError("the hidden states are not the outputs of the compressed blocks")

@@ -20,7 +20,7 @@ from torch import Tensor
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.rounding import Compression
 from splitnet.errors import ModelNotFound, WeightsError
-from splitnet.quant.packed_tensor import Codes, pack_words
+from splitnet.quant.packed_tensor import Codes, pack_words, unpack_words
 
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _REST = "rest.safetensors"  # the tensors outside the blocks
@@ -39,6 +39,17 @@ def stored_tensors(
         found[layer + _SHAPE] = torch.tensor(made.codes.shape)
     others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in codes)
     return found | _read(checkpoint, others)
+
+
+def read_codes(file: Path, how: Compression) -> dict[str, Codes]:
+    """The codes in a file that `check_block_file` accepts, by the names of their weights."""
+    tensors = load_file(file)
+    found: dict[str, Codes] = {}
+    for layer in (name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)):
+        inputs = int(tensors[layer + _SHAPE][1])
+        codes = unpack_words(tensors[layer + _PACKED], how.bits, inputs)
+        found[f"{layer}.weight"] = Codes(codes, tensors[layer + _SCALE])
+    return found
 
 
 def check_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compression) -> None:

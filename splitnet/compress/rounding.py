@@ -22,6 +22,8 @@ _COLUMNS = 128  # inputs that are rounded before all later inputs take over thei
 _FACTORS = tuple(1.15 - step / 20 for step in range(13))  # scales that are tried, as shares of the largest value
 
 
+LEAST_LENGTH = 16  # positions of a sequence of the text
+MOST_POSITIONS = 1 << 20  # positions of the text
 GROUPS = (16, 32, 64, 128)  # sizes of groups that other programs read, too
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress import blocks
+from splitnet.compress.blocks import compress_blocks
 from splitnet.compress.checkpoint_folder import compress_checkpoint
 from splitnet.compress.rounding import Compression
 from splitnet.errors import SplitnetError, UnsupportedModel
@@ -22,6 +25,13 @@ from tests.unit.random_models import random_checkpoint
 
 IDS = torch.randint(0, 300, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
 HOW = Compression(4, 32, (96,) * 10 + (64,))
+
+
+def _compress(
+    checkpoint: Checkpoint, folder: Path, how: Compression = HOW, progress: Callable[[int], None] = lambda _: None
+) -> None:
+    run = partial(compress_blocks, checkpoint, 0, checkpoint.num_blocks, how=how, progress=progress)
+    compress_checkpoint(checkpoint, IDS, folder, how, run)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -51,7 +61,7 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: int, optio
     source = random_checkpoint(family, tmp_path / "floats", blocks=3, **options)
     checkpoint = Checkpoint.open(source)
     told: list[int] = []
-    compress_checkpoint(checkpoint, IDS, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
+    _compress(checkpoint, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
     assert told == [0, 1, 2]
 
     few = Checkpoint.open(tmp_path / "few")
@@ -74,9 +84,9 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: int, optio
 
 def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path / "floats", blocks=3))
-    compress_checkpoint(checkpoint, IDS, tmp_path / "whole", HOW)
+    _compress(checkpoint, tmp_path / "whole")
 
-    writes = blocks._write
+    writes = blocks.write_whole
     for before in range(1, 7):  # a file of states or of a block cannot be written
         left = [before]
 
@@ -89,23 +99,23 @@ def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, mon
 
         folder = tmp_path / f"interrupted-{before}"
         with monkeypatch.context() as patched:
-            patched.setattr(blocks, "_write", fails)
+            patched.setattr(blocks, "write_whole", fails)
             with pytest.raises(OSError, match="No space"):
-                compress_checkpoint(checkpoint, IDS, folder, HOW)
-        compress_checkpoint(checkpoint, IDS, folder, HOW)
+                _compress(checkpoint, folder)
+        _compress(checkpoint, folder)
         assert _digests(folder) == _digests(tmp_path / "whole")
 
 
 def test_what_cannot_be_compressed_is_refused_by_name(tmp_path: Path) -> None:
     llama = Checkpoint.open(random_checkpoint("llama", tmp_path / "llama", blocks=2))
-    compress_checkpoint(llama, IDS, tmp_path / "few", HOW)
+    _compress(llama, tmp_path / "few")
     with pytest.raises(UnsupportedModel, match="in few bits already"):
-        compress_checkpoint(Checkpoint.open(tmp_path / "few"), IDS, tmp_path / "fewer", HOW)
+        _compress(Checkpoint.open(tmp_path / "few"), tmp_path / "fewer")
     with pytest.raises(SplitnetError, match="has something else"):
-        compress_checkpoint(llama, IDS, tmp_path / "few", HOW)
+        _compress(llama, tmp_path / "few")
     experts = Checkpoint.open(random_checkpoint("mixtral", tmp_path / "mixtral", blocks=2))
     with pytest.raises(UnsupportedModel, match=r"experts .* cannot be compressed"):
-        compress_checkpoint(experts, IDS, tmp_path / "experts", HOW)
+        _compress(experts, tmp_path / "experts")
     narrow = Checkpoint.open(random_checkpoint("gpt2", tmp_path / "gpt2", blocks=2))
     with pytest.raises(UnsupportedModel, match="no linear layers in groups of 32"):
-        compress_checkpoint(narrow, IDS, tmp_path / "gpt2-few", HOW)
+        _compress(narrow, tmp_path / "gpt2-few")

@@ -37,6 +37,7 @@ from splitnet.wire.messages import (
     MAX_ROWS,
     MAX_TAPS,
     MAX_TEXT,
+    MAX_TEXT_BYTES,
     MAX_WEIGHTS_BYTES,
     MESSAGES,
     PROTOCOL_VERSION,
@@ -46,10 +47,12 @@ from splitnet.wire.messages import (
     AdapterLoaded,
     Announce,
     Announced,
+    AskCompression,
     AskRound,
     AskWeights,
     Chunk,
     Close,
+    CompressionState,
     CopiedPages,
     CopyPages,
     Failure,
@@ -234,6 +237,7 @@ RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
 LABEL = bytes(LABEL_BYTES)
+COMPRESS = AskCompression(7, 0, "ab" * 32, 0, 4, 4, 32, 4096, 512, bytes(32), 2, 1024, b"states")
 COPY = CopyPages(SESSION, 1e6, False, 7, 0, 2, 0, LABEL, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
@@ -265,6 +269,8 @@ EXAMPLES: list[Message] = [
     RoundNumbers(3, 7, b"numbers"),
     COPY,
     CopiedPages(SESSION, 7, 1, 4096),
+    COMPRESS,
+    CompressionState(7, 1024, 3, 4096, "", b"file"),
 ]
 
 
@@ -443,6 +449,21 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (COPY, "source_relays", [["a" * 64, bytes(KEY_BYTES)]] * 3, [["a" * 64, bytes(KEY_BYTES)]] * 4),
     (CopiedPages(SESSION, 7, 1, 2), "pages", MAX_LABELS, MAX_LABELS + 1),
     (CopiedPages(SESSION, 7, 1, 2), "nbytes", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (COMPRESS, "wish", 255, 256),
+    (COMPRESS, "model", "ab" * 32, "AB" * 32),
+    (COMPRESS, "start", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (COMPRESS, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (COMPRESS, "block", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (COMPRESS, "bits", 8, 9),
+    (COMPRESS, "group", 128, 129),
+    (COMPRESS, "positions", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (COMPRESS, "length", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (COMPRESS, "states", bytes(32), bytes(31)),
+    (COMPRESS, "offset", MAX_TEXT_BYTES, MAX_TEXT_BYTES + 1),
+    (CompressionState(7, 0, 0, 0, ""), "received", MAX_TEXT_BYTES, MAX_TEXT_BYTES + 1),
+    (CompressionState(7, 0, 0, 0, ""), "done", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (CompressionState(7, 0, 0, 0, ""), "total", MAX_TEXT_BYTES, MAX_TEXT_BYTES + 1),
+    (CompressionState(7, 0, 0, 0, ""), "error", "a" * 2048, "a" * 2049),
     (OPEN, "context", bytes(LABEL_BYTES), bytes(LABEL_BYTES + 1)),
     (OPEN, "row", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (OPEN, "labels", LABEL * MAX_LABELS, LABEL * (MAX_LABELS + 1)),
