@@ -16,6 +16,7 @@ from splitnet.cli.stage_progress import StageProgress
 from splitnet.errors import SplitnetError
 from splitnet.session.options import ConnectionOptions
 
+LENGTH = 512
 MIN_POSITIONS = 2048
 """Fewer positions leave most second moments of a layer to the damping."""
 
@@ -37,7 +38,14 @@ def compress(
     positions: Annotated[
         int, typer.Option(min=MIN_POSITIONS, max=1 << 20, help="Tokens of the text that are used, at most.")
     ] = 65536,
-    length: Annotated[int, typer.Option(min=16, help="Tokens of one sequence of the text.")] = 512,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help=f"Tokens of one sequence of the text. By default {LENGTH}, or as many as the model was made for.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     connecting: ConnectionOptions,
 ) -> None:
@@ -55,13 +63,12 @@ def compress(
 
     if group not in GROUPS:
         raise SplitnetError(f"groups of {group} inputs are not published: use --group {', '.join(map(str, GROUPS))}")
-    if length > positions:
-        raise SplitnetError(f"--length {length} is longer than the whole text of --positions {positions}: shorten it")
     connection = connection_to(model, connecting)
     checkpoint = connection.checkpoint()
-    longest = checkpoint.max_positions
-    if longest is not None and length > longest:
-        raise SplitnetError(f"--length {length} exceeds the {longest} positions of {checkpoint.name}: shorten it")
+    longest = min(positions, checkpoint.max_positions or positions)
+    if length is not None and length > longest:
+        raise SplitnetError(f"--length {length} exceeds the text or the positions of {checkpoint.name}: give {longest}")
+    length = length or min(LENGTH, longest)
     ids = _tokens(checkpoint.tokenizer(), text, positions)
     how = Compression(bits, group, sequence_lengths(len(ids), length))
     with StageProgress() as progress, ExitStack() as stack:
