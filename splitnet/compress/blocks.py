@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress.experts import BlockExperts, has_experts
 from splitnet.compress.published import read_codes, stored_tensors
 from splitnet.compress.rounding import Compression, Feedback, SecondMoments, round_to_nearest
 from splitnet.errors import NotFinite, UnsupportedModel, WeightsError
-from splitnet.quant.experts import weights_of_experts
 from splitnet.quant.linear import holdable_layers
 from splitnet.quant.packed_tensor import Codes
 
@@ -74,10 +74,7 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     """Writes the compressed tensors of a block, and then the hidden states after the compressed block."""
     span = Span.load(checkpoint, block, block + 1, dtype="float32", weights="float32")
     text = _Text(span, read_states(given, how, span.hidden_size), how.lengths)
-    if any(weights_of_experts(span.block_modules[0])):
-        raise UnsupportedModel(
-            f"the experts of {checkpoint.name} cannot be compressed yet: use --weights int4 at peers"
-        )
+    experts = BlockExperts(checkpoint, block, span, how) if has_experts(span, how.group) else None
     names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
     layers = _layers(span, names, how)
     if not layers:
@@ -88,6 +85,8 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
         for path in paths:
             made = codes[names[path]] = feedback.round_weight(layers[path].weight, how)
             layers[path].weight.copy_(made.to_floats(how.layout))
+    if experts is not None:
+        codes |= experts.round_weights(list(text.calls_of(experts.module)), how)
     tensors = stored_tensors(checkpoint, block, codes, how)
     write_whole(block_file(folder, block), lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write_states(states_file(folder, block), text.outputs())
@@ -110,11 +109,12 @@ def check_block(checkpoint: Checkpoint, block: int, file: Path, hidden: Tensor, 
     names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
     lengths, told = [len(hidden)], read_codes(file, how)
     outputs = [span.sequences(hidden, lengths)]
-    layers = {path: layer for path, layer in _layers(span, names, how).items() if names[path] in told}
-    nearest = {names[path]: round_to_nearest(layer.weight, how) for path, layer in layers.items()}
+    weights = {names[path]: layer.weight for path, layer in _layers(span, names, how).items()}
+    weights |= BlockExperts(checkpoint, block, span, how).weights if has_experts(span, how.group) else {}
+    nearest = {name: round_to_nearest(weight, how) for name, weight in weights.items() if name in told}
     for codes in (nearest, told):
-        for path, layer in layers.items():
-            layer.weight.copy_(codes[names[path]].to_floats(how.layout))
+        for name in nearest:
+            weights[name].copy_(codes[name].to_floats(how.layout))
         outputs.append(span.sequences(hidden, lengths))
     usual, error = (float((some - outputs[0]).norm()) for some in outputs[1:])
     if not error <= MOST_ERROR * usual:
@@ -173,19 +173,25 @@ class _Text:
 
     def moments_of(self, layer: nn.Linear) -> SecondMoments:
         """Second moments of the inputs of a layer."""
-        moments, wanted = SecondMoments(layer.in_features), 0
-
-        def called(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            moments.add(given[0].flatten(0, -2))
-            if moments.rows == wanted:
-                raise _Reached
-
-        with _removed([layer.register_forward_pre_hook(called)]):
-            for hidden, lengths in self._pieces():
-                wanted += len(hidden)
-                with suppress(_Reached):
-                    self._span.sequences(hidden, lengths)
+        moments = SecondMoments(layer.in_features)
+        for rows, *_ in self.calls_of(layer):
+            moments.add(rows.flatten(0, -2))
         return moments
+
+    def calls_of(self, module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+        """The arguments of each call of a module; the first is `[..., inputs]`."""
+        for hidden, lengths in self._pieces():
+            seen: list[tuple[Tensor, ...]] = []
+            hook = module.register_forward_pre_hook(partial(self._called, seen, len(hidden)))
+            with _removed([hook]), suppress(_Reached):
+                self._span.sequences(hidden, lengths)
+            yield from seen
+
+    @staticmethod
+    def _called(seen: list[tuple[Tensor, ...]], wanted: int, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given)
+        if sum(rows.flatten(0, -2).shape[0] for rows, *_ in seen) == wanted:
+            raise _Reached
 
     def outputs(self) -> Iterator[Tensor]:
         """The outputs of the block, `[positions, hidden]` of some sequences at a time."""
@@ -205,7 +211,7 @@ class _Text:
 
 
 class _Reached(Exception):
-    """A layer has the inputs of all sequences; the rest of the block is not needed."""
+    """A module was called with all positions; the rest of the block is not needed."""
 
 
 @contextmanager

@@ -21,9 +21,11 @@ from splitnet.compress.checkpoint_folder import compress_checkpoint
 from splitnet.compress.rounding import Compression
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.quant.packed_tensor import pack_words, unpack_words
+from tests.unit.mtp_checkpoints import LATENT
 from tests.unit.random_models import random_checkpoint
 
 IDS = torch.randint(0, 300, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+MLA = LATENT | {"first_k_dense_replace": 1}
 HOW = Compression(4, 32, (96,) * 10 + (64,))
 
 
@@ -55,6 +57,11 @@ def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, count: int
         ("gemma2", 2, {"sliding_window": 8}),
         ("phi3", 8, {"pad_token_id": 0}),
         ("falcon_h1", 4, {}),
+        ("mixtral", 4, {}),
+        ("qwen2_moe", 3, {}),
+        ("qwen3_moe", 4, {}),
+        ("glm4_moe", 4, {}),
+        ("deepseek_v3", 4, MLA),
     ],
 )
 def test_transformers_reads_what_the_span_computes(family: str, bits: int, options: Any, tmp_path: Path) -> None:
@@ -70,6 +77,12 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: int, optio
     span = Span.load(few, 0, 3, dtype="float32", weights="float32")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.float32).eval()
     whole: Any = AutoModelForCausalLM.from_pretrained(source).eval()
+    for ours, theirs in zip(span.block_modules, model.model.layers, strict=True):
+        for path, parameter in ours.named_parameters():
+            if parameter.dim() == 3 and "experts" in path:  # transformers unpacks experts to bfloat16
+                unpacked = theirs.get_parameter(path)
+                assert torch.equal(parameter.bfloat16(), unpacked)
+                unpacked.data = parameter.data
     seen: list[torch.Tensor] = []
     layers = model.model.layers
     layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -79,7 +92,7 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: int, optio
         before, after = (states.flatten(0, -2) for states in seen)
         torch.testing.assert_close(span.sequences(before, [50]), after, rtol=1e-4, atol=1e-4)
     difference = float((exact - found).norm() / exact.norm())
-    assert 0 < difference < {8: 0.02, 4: 0.3, 3: 0.6, 2: 1.0}[bits]
+    assert 0 < difference < {8: 0.02, 4: 0.5, 3: 0.6, 2: 1.0}[bits]
 
 
 def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +126,10 @@ def test_what_cannot_be_compressed_is_refused_by_name(tmp_path: Path) -> None:
         _compress(Checkpoint.open(tmp_path / "few"), tmp_path / "fewer")
     with pytest.raises(SplitnetError, match="has something else"):
         _compress(llama, tmp_path / "few")
-    experts = Checkpoint.open(random_checkpoint("mixtral", tmp_path / "mixtral", blocks=2))
-    with pytest.raises(UnsupportedModel, match=r"experts .* cannot be compressed"):
-        _compress(experts, tmp_path / "experts")
+    for family in ("gpt_oss", "llama4_text"):
+        experts = Checkpoint.open(random_checkpoint(family, tmp_path / family, blocks=2))
+        with pytest.raises(UnsupportedModel, match=r"experts .* cannot be compressed"):
+            _compress(experts, tmp_path / f"{family}-few")
     narrow = Checkpoint.open(random_checkpoint("gpt2", tmp_path / "gpt2", blocks=2))
     with pytest.raises(UnsupportedModel, match="no linear layers in groups of 32"):
         _compress(narrow, tmp_path / "gpt2-few")
