@@ -67,7 +67,7 @@ def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> No
     torch.manual_seed(0)
     sizes = {"max_position_embeddings": positions, "num_key_value_heads": 2}
     own = {"head_dim": HEAD} if family in ("qwen3", "gemma2", "gpt_oss") else {}
-    config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES[family]))
+    config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES.get(family, {})))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     steps_in_all = sum(steps for steps, *_ in TRAINED)
