@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from peers.peer_links import ReplyTarget
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.blocks import INPUTS, block_file, compressed_blocks, states_file
-from splitnet.compress.job import CompressionJob, error_of
+from splitnet.compress.job import error_of, start_program
 from splitnet.compress.rounding import (
     GROUPS,
     LEAST_LENGTH,
@@ -49,7 +49,7 @@ from splitnet.wire.messages import (
 log = logging.getLogger(__name__)
 
 WAITING: Final = 16  # messages of all clients that wait; each has at most `MAX_PART_BYTES`
-SILENCE_S: Final = 60.0  # the program ends, and another client may begin, when the client is silent for this time
+SILENCE_S: Final = 300.0  # the program ends, and another client may begin, when the client is silent for this time
 DISK_SHARE: Final = 0.5  # share of the free disk that a job may use
 MEMORY_SHARE: Final = 0.5  # share of the free memory that the program may use
 
@@ -184,13 +184,11 @@ class _Job:
         self._size = message.positions * checkpoint.hidden_size * 2
         self._start, self._end, self._states = message.start, message.end, message.states
         lengths = sequence_lengths(message.positions, message.length)
-        how = Compression(message.bits, message.group, lengths)
-        self._job = CompressionJob(
-            checkpoint.source, message.model, message.start, message.end, how.bits, how.group, how.lengths
-        )
+        self._how = Compression(message.bits, message.group, lengths)
+        self._checkpoint = checkpoint
         self._folder = folder / self.name
         self._program: subprocess.Popen[bytes] | None = None
-        self._check_room(checkpoint, folder)
+        self._check_room(folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = FileLock(self._folder.with_suffix(".lock"))
         try:
@@ -254,7 +252,7 @@ class _Job:
                 raise _Refused(FailureCode.BAD_MESSAGE, "the hidden states do not have their digest")
             inputs.rename(self._folder / INPUTS)
         log.info("compressing blocks %d..%d", self._start, self._end - 1)
-        self._program = self._job.start_program(self._folder)
+        self._program = start_program(self._folder, self._checkpoint, self._start, self._end, self._how)
 
     def _end_program(self) -> None:
         if self._program is not None:
@@ -262,13 +260,14 @@ class _Job:
             self._program.communicate()
             self._program = None
 
-    def _check_room(self, checkpoint: Checkpoint, folder: Path) -> None:
+    def _check_room(self, folder: Path) -> None:
         """Removes the folders of other jobs, and refuses a job without enough disk and memory."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for other in folder.iterdir():
             if other.is_dir() and other.name != self.name:
                 with suppress(Timeout), FileLock(other.with_suffix(".lock"), blocking=False):
                     shutil.rmtree(other, ignore_errors=True)
+        checkpoint = self._checkpoint
         names = [[tensor.name for tensor in block] for block in checkpoint.block_tensors[self._start : self._end]]
         disk = 3 * self._size + sum(checkpoint.bytes_of(block, checkpoint.dtype) for block in names)
         free = int(shutil.disk_usage(folder).free * DISK_SHARE)

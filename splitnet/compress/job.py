@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -25,30 +25,22 @@ _ERROR = "error"
 _NICE = 19
 
 
-@dataclass(frozen=True)
-class CompressionJob:
-    """Blocks `[start, end)` of the model with this fingerprint in the files at `source`."""
-
-    source: str
-    model: str
-    start: int
-    end: int
-    bits: int
-    group: int
-    lengths: tuple[int, ...]
-
-    def start_program(self, folder: Path) -> subprocess.Popen[bytes]:
-        """Starts the program in a folder that has the file `inputs`. The program ends when its `stdin` closes."""
-        (folder / _ERROR).unlink(missing_ok=True)
-        (folder / _JOB).write_text(json.dumps(asdict(self)), encoding="utf-8")
-        # In a separate session, so that an interrupt at the terminal reaches only the peer, which ends the program.
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+def start_program(
+    folder: Path, checkpoint: Checkpoint, start: int, end: int, how: Compression
+) -> subprocess.Popen[bytes]:
+    """Starts the compression of blocks `[start, end)` in a folder that has the file `inputs`. The program ends when its
+    `stdin` closes."""
+    (folder / _ERROR).unlink(missing_ok=True)
+    job = {"source": checkpoint.source, "model": checkpoint.fingerprint, "blocks": [start, end], "how": asdict(how)}
+    (folder / _JOB).write_text(json.dumps(job), encoding="utf-8")
+    # In a separate session, so that an interrupt at the terminal reaches only the peer, which ends the program.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def error_of(folder: Path) -> str:
@@ -60,11 +52,12 @@ def error_of(folder: Path) -> str:
 
 
 def _compress(folder: Path) -> None:
-    job = CompressionJob(**json.loads((folder / _JOB).read_text(encoding="utf-8")))
-    checkpoint = Checkpoint.open(job.source)
-    if checkpoint.fingerprint != job.model:
+    job = json.loads((folder / _JOB).read_text(encoding="utf-8"))
+    checkpoint = Checkpoint.open(job["source"])
+    if checkpoint.fingerprint != job["model"]:
         raise WrongSwarm(f"the files of {checkpoint.name} have changed since the peer was started: start it again")
-    compress_blocks(checkpoint, job.start, job.end, folder, Compression(job.bits, job.group, tuple(job.lengths)))
+    start, end = job["blocks"]
+    compress_blocks(checkpoint, start, end, folder, Compression(**job["how"]))
 
 
 def _end_with_starter() -> None:
