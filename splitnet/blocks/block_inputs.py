@@ -17,6 +17,7 @@ from splitnet.wire.block_inputs import (
     ADDED,
     GROUPS,
     INTEGER_BYTES,
+    MAX_ROTARY,
     PER_LAYER,
     POSITIONS,
     WINDOW_GROUPS,
@@ -164,7 +165,7 @@ def decode_inputs(
                 continue
             integers = torch.frombuffer(bytearray(cut), dtype=torch.int64).view(last - first, -1)
             if each.name == POSITIONS:
-                if int(integers.min()) < 0 or int(integers.max()) >= 1 << 31:
+                if int(integers.min()) < 0 or int(integers.max()) > MAX_ROTARY:
                     raise ProtocolError("rotary positions are negative or too large")
                 numbers = torch.arange(chunk.start, chunk.start + chunk.length)[:, None]
                 before = own.get("positions", numbers)

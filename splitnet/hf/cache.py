@@ -57,8 +57,9 @@ class RemoteLayer(CacheLayerMixin):
         self._restart = True
         self.closed = False
         self.changes = 0  # number of changes of the cached positions
-        # From the number of a single row's next position to its rotary position, `[axes]`; None: they are equal.
-        self.rotary_offset: torch.Tensor | None = None
+        # From the numbers of positions to their rotary positions, `[batch, columns, axes]`; later columns have the last
+        # offsets. None: they are equal.
+        self._offsets: torch.Tensor | None = None
         self.rope_length = self.alike = 0  # value of the first step, see `Step`; columns with it
         self.side: SideCache | None = None  # cache of the side network, for the same positions
 
@@ -143,6 +144,31 @@ class RemoteLayer(CacheLayerMixin):
         self.columns = columns
         return session, parts, forks
 
+    def note_rotary(self, past: int, rotary: torch.Tensor | None) -> None:
+        """Notes the rotary positions of the columns from `past` on, `[batch, new, axes]`; None: the numbers of the
+        positions."""
+        if rotary is None and self._offsets is None:
+            return
+        new = torch.zeros(self.batch, 1, 1, dtype=torch.int64)
+        if rotary is not None:
+            numbers = torch.arange(past, self.columns) - torch.tensor(self._padding)[:, None]
+            new = (rotary - numbers[..., None]).masked_fill(numbers[..., None] < 0, 0)
+        known = new.new_zeros(self.batch, past, 1) if self._offsets is None else self._offsets[:, :past]
+        if past and bool((new == known[:, -1:]).all()):
+            self._offsets = known
+            return
+        axes = max(known.shape[2], new.shape[2])
+        gap = known[:, -1:].expand(-1, past - known.shape[1], -1)
+        self._offsets = torch.cat([part.expand(-1, -1, axes) for part in (known, gap, new)], dim=1)
+
+    @property
+    def rotary_offsets(self) -> torch.Tensor | None:
+        """`[batch, axes]`: from the numbers of the next positions to their rotary positions; None: they are equal."""
+        if self._offsets is None or not self.columns:
+            return None
+        offsets = self._offsets[:, : self.columns][:, -1]
+        return offsets if bool(offsets.any()) else None
+
     def fitting(self, length: int, ropes: RopeLengths) -> int:
         """Number of columns with the rotary frequencies of a prompt of `length` positions."""
         return min(self.columns, self.alike) if ropes.shortest(length) == self.rope_length else 0
@@ -209,7 +235,7 @@ class RemoteLayer(CacheLayerMixin):
     def rewind(self, columns: int, padding: Sequence[int]) -> None:
         """Keeps the first columns, with other padding; the positions of each row stay the same."""
         self.changes += 1
-        if columns <= 0:
+        if columns <= 0 or (self._offsets is not None and list(padding) != self._padding):
             self.reset()
             return
         self.columns = columns
@@ -246,7 +272,7 @@ class RemoteLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Drops all rows; keeps the session and its reservation."""
         self.changes += 1
-        self.columns, self.rotary_offset = 0, None
+        self.columns, self._offsets = 0, None
         self._rows, self._sources, self._padding, self._restart = [], None, [], True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -261,6 +287,7 @@ class RemoteLayer(CacheLayerMixin):
             side = self.side if self.side is not None and self.side.arrangement == self.arrangement else None
             self._sources = [self._current[index] for index in chosen]
             self._padding = [self._padding[index] for index in chosen]
+            self._offsets = None if self._offsets is None else self._offsets[list(chosen)]
             self.side = None if side is None else side.selected(chosen, self.arrangement)
 
     def _take_forks(self) -> list[Fork] | None:

@@ -27,6 +27,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import packs_sequences, per_layer_size, sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.errors import UnsupportedModel
+from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM, connected
 from splitnet.hf.parameters import FORWARD, mask_of, refuse
 from splitnet.hf.peft_adapters import prompt_wrapper
@@ -34,6 +35,7 @@ from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
+from splitnet.wire.block_inputs import MAX_ROTARY
 
 KEPT_FEATURES = 4  # calls of the tower whose features are kept
 
@@ -108,19 +110,30 @@ class RemoteImageTextToText(RemoteCausalLM):
                 return True
         return False
 
-    def _generate(self, given: dict[str, Any]) -> Any:
+    def _set_deltas(self, cache: RemoteCache | None) -> None:
+        """Gives the family's code the offsets of rotary positions behind those of the cache: a text continues behind
+        the highest axis."""
+        offsets = None if cache is None else cache.remote.rotary_offsets
         for module in self._with_deltas:
-            module.rope_deltas = None
+            module.rope_deltas = None if offsets is None else offsets.amax(1, keepdim=True).to(self.device)
+
+    def _generate(self, given: dict[str, Any]) -> Any:
         cache, ids = given.get("cache"), given.get("input_ids", given.get("inputs"))
+        resumed = self._context.now.resumed is not None
         if self._has_images(given):
             self._check_prompt(given, trained=prompt_wrapper(self) is not None)
             if cache is not None:
                 cache.remote.reset()  # equal tokens do not mean equal images; hops find stored pages of equal images
+            self._set_deltas(None)
             return super()._generate(given)
-        begins = cache is None or not cache.remote.columns or self._context.now.resumed is not None
+        self._set_deltas(None if resumed else cache)
         token = getattr(self.config, "image_token_id", None)
-        if begins and torch.is_tensor(ids) and token is not None and bool((ids == token).any()):
-            raise refuse("input_ids", "have tokens of an image without the image: give all that the processor gave")
+        if torch.is_tensor(ids) and token is not None:
+            mask = given.get("attention_mask")
+            only_new = mask is not None and mask.shape != ids.shape
+            held = 0 if cache is None or resumed or only_new else cache.remote.columns
+            if bool((ids[:, held:] == token).any()):
+                raise refuse("input_ids", "have tokens of an image without the image: give all that the processor gave")
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -130,6 +143,8 @@ class RemoteImageTextToText(RemoteCausalLM):
             prefix = any(isinstance(value, DynamicCache) and value.get_seq_length() for value in given.values())
             self._check_prompt(given, trained=prefix or given.get("input_ids") is None)
         given["cache"] = self._cache_for(given.get("cache"), given["use_cache"])
+        if given.get("position_ids") is None:
+            self._set_deltas(given["cache"])
         return super()._call_model(forward, given)
 
     def _check_prompt(self, given: Mapping[str, Any], *, trained: bool) -> None:
@@ -185,8 +200,12 @@ def _rotary_positions(positions: torch.Tensor, mask: torch.Tensor, past: int, ax
     if positions.shape[0] > axes:  # the first axis numbers the positions without images
         positions = positions[1:]
     counted = (mask.long().cumsum(dim=1) - 1)[:, past:].to(positions.device)
-    given = positions.expand(-1, len(mask), -1)
-    if bool(((given == counted) | ~mask[:, past:].to(positions.device)).all()):
+    new = mask[:, past:].to(positions.device)
+    given = positions[..., -new.shape[1] :].expand(-1, len(mask), -1)  # families count the cached positions, too
+    sent = given.masked_select(new)
+    if bool(((sent < 0) | (sent > MAX_ROTARY)).any()):
+        raise refuse("position_ids", f"are not all from 0 to {MAX_ROTARY}: leave them out")
+    if bool(((given == counted) | ~new).all()):
         return None
     return given.permute(1, 2, 0)
 

@@ -226,8 +226,8 @@ class RemoteBlocks(nn.Module):
             raise ValueError(f"hidden states after {layer.taps} blocks of {self.num_blocks} are wanted")
         if mask is None:
             adapter, mask = layer.adapter, torch.ones(len(hidden), past + hidden.shape[1], dtype=torch.bool)
-            if layer.rotary_offset is not None:
-                inputs = [PositionInputs(torch.arange(past, mask.shape[1])[:, None] + layer.rotary_offset)]
+            if (offsets := layer.rotary_offsets) is not None:
+                inputs = [PositionInputs(torch.arange(past, mask.shape[1])[:, None] + own) for own in offsets]
         if self.handed is not None:
             inputs = self.handed.with_per_layer(inputs, len(hidden))
         self._check_context(mask.shape[1])
@@ -284,9 +284,8 @@ class RemoteBlocks(nn.Module):
         adapter = self.adapters.recent(layer.adapter, prefix) if past else self.adapters.adapter_of(parameters)
         with torch.no_grad():
             exchange = self.begin_step(cache, hidden, checked, call.keep, adapter, rope_length, inputs)
-            if inputs and (rotary := inputs[0].positions) is not None and batch == 1:
-                # As transformers counts on: from the last position of each axis, also where an image ends the prompt.
-                layer.rotary_offset = rotary[-1] + 1 - layer.columns
+            rotary = [own.positions for own in inputs if own.positions is not None]
+            layer.note_rotary(past, torch.stack(rotary) if rotary else None)
             try:
                 output = exchange.finish()
             except BaseException:

@@ -46,6 +46,7 @@ PER_LAYER = "per_layer_input"
 
 _OF_GROUPS = (GROUPS, WINDOW_GROUPS)
 INTEGER_BYTES = 8
+MAX_ROTARY = (1 << 31) - 1  # largest rotary position
 MAX_GROUP = 2048  # positions of a group, which must run in one pass
 
 _PAGE_FIELDS = several(

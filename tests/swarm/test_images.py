@@ -34,6 +34,7 @@ from tests.swarm.test_leaving import peer_at
 from tests.unit.quantized_checkpoints import SCHEMES
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
 UNEVEN = [(0, 1), (1, 4), (4, 6)]
 
 
@@ -51,6 +52,15 @@ def test_families_that_read_images_give_the_same_as_transformers(
             with torch.no_grad():
                 torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
             assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+        assert torch.equal(continued(remote, inputs), continued(local, inputs))
+
+
+def continued(model: Any, inputs: Inputs) -> torch.Tensor:
+    """A text that begins with an answer about images and continues in the caller's cache, without the images."""
+    first = model.generate(**inputs, **OPTIONS, suppress_tokens=[IMAGE], return_dict_in_generate=True)
+    more = torch.cat((first.sequences, torch.tensor([[5, 6, 7]]).expand(len(first.sequences), -1)), dim=1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 13), value=1)
+    return model.generate(input_ids=more, attention_mask=mask, cache=first.cache, **OPTIONS)
 
 
 NOT_CAUSAL, SHARED = "are not causal language models", "its blocks share states with each other"
@@ -138,6 +148,7 @@ def test_batches_with_padding_give_the_same(both: tuple[Any, LocalSwarm]) -> Non
         batch[name] = torch.cat((value, two[name]))
     remote = swarm.image_model(dtype="float32")
     assert torch.equal(remote.generate(**batch, **OPTIONS), local.generate(**batch, **OPTIONS))
+    assert torch.equal(continued(remote, batch), continued(local, batch))
     beams = {**OPTIONS, "num_beams": 3}
     assert torch.equal(remote.generate(**batch, **beams), local.generate(**batch, **beams))
 
@@ -181,6 +192,43 @@ def test_a_chat_with_images_continues(both: tuple[Any, LocalSwarm]) -> None:
     with remote.session():
         for inputs in (first, second, inputs_of(local, 0, seed=3), second):
             assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+def test_a_cache_that_is_cropped_before_its_image_has_the_positions_of_text(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    inputs, remote = inputs_of(local, 1), swarm.image_model(dtype="float32")
+    cache = remote.generate(**inputs, **OPTIONS, return_dict_in_generate=True).cache
+    before = int((inputs["input_ids"][0] == IMAGE).nonzero().min()) - 1
+    cache.crop(before - cache.get_seq_length())
+    with pytest.raises(UnsupportedParameter, match="without the image"):
+        remote.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], cache=cache, **OPTIONS)
+    text = torch.cat((inputs["input_ids"][:, :before], torch.tensor([[5, 6, 7]])), dim=1)
+    given = {"input_ids": text, "attention_mask": torch.ones_like(text), **OPTIONS}
+    assert torch.equal(remote.generate(**given, cache=cache), local.generate(**given))
+
+
+@torch.no_grad()
+def test_calls_have_the_positions_of_their_caches(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(dtype="float32"), inputs_of(local, 2)
+    image, text = remote.new_cache(), remote.new_cache()
+    answer = local.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
+    tokens = [remote(**inputs, cache=image).logits[:, -1:].argmax(-1)]
+    remote(IDS, cache=text)
+    found = remote(IDS[:, :1], cache=text).logits
+    torch.testing.assert_close(found, local(torch.cat((IDS, IDS[:, :1]), dim=1)).logits[:, -1:], atol=1e-4, rtol=1e-4)
+    mask = inputs["attention_mask"]
+    for given in (False, True, False):  # families count all positions of a mask
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        more = {"attention_mask": mask} if given else {}
+        tokens.append(remote(tokens[-1], cache=image, **more).logits.argmax(-1))
+    assert torch.equal(torch.cat(tokens, dim=1), answer[:, :4])
+
+
+def test_negative_positions_are_refused_by_the_client(both: tuple[Any, LocalSwarm]) -> None:
+    remote = both[1].image_model(dtype="float32")
+    with pytest.raises(UnsupportedParameter, match="position_ids"):
+        remote(IDS, position_ids=torch.arange(-2, 3).expand(3, 1, -1), use_cache=True)
 
 
 @pytest.mark.parametrize("local_blocks", ["0:1", "2:5", "0:6"])
