@@ -93,6 +93,18 @@ class RopeLayout:
         many = cosines.shape[-1] // (2 if self.cosine_layout is CosineLayout.TWICE else 1)
         return cosines[..., :many], sines[..., :many]
 
+    def halves_suffice(self, rope: Any, width: int) -> bool:
+        """Whether both numbers of each pair have the same cosine and sine where the axes of a position differ. `width`:
+        of hidden states."""
+        if self.cosine_layout is CosineLayout.ONCE or (axes := axes_of(rope, width)) == 1:
+            return True
+        device = rope.inv_freq.device
+        positions = (torch.arange(3) + 5 * torch.arange(axes)[:, None, None]).to(device)
+        turns = rope(torch.zeros(1, 3, width, dtype=torch.float32, device=device), positions)
+        side_by_side = self.cosine_layout is CosineLayout.SIDE_BY_SIDE
+        both = [each.unflatten(-1, (-1, 2) if side_by_side else (2, -1)) for each in turns]
+        return all(torch.equal(*each.unbind(-1 if side_by_side else -2)) for each in both)
+
     def _rotate(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         many = 2 * cosines.shape[-1]
         turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)

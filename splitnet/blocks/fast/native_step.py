@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from splitnet.blocks.attention import RowChunk, positions_of, rotary_positions_of
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.fast.describe import Attention, BlockDescription, KnownExperts, Norm, TransposedLinear, UnknownPart
 from splitnet.blocks.kv_form import KVForm
 from splitnet.blocks.rotary import PairLayout, RopeLayout
@@ -61,6 +62,7 @@ class NativeStep:
     ) -> None:
         self._rope: Any = rope
         self._turning = turning
+        self._halves_suffice = turning is None or turning.halves_suffice(rope, blocks[0].width)
         self._ropes = _ropes_of(blocks, rope)
         self._dtype = dtype
         self._stored = (dtype.itemsize, *((0, 0) if form is None else (form.bits, form.value_bits)))
@@ -96,9 +98,16 @@ class NativeStep:
         return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype, form)
 
     def takes(self, parts: Sequence[RowChunk]) -> bool:
-        """Whether a pass is small enough, and without adapters."""
-        plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
+        """Whether a pass is small enough, without adapters, and without block inputs that this step does not read."""
+        plain = all(part.adapter is None and not part.row.prefix_length and self._reads(part.inputs) for part in parts)
         return plain and sum(part.count for part in parts) <= MOST_POSITIONS
+
+    def _reads(self, inputs: PositionInputs | None) -> bool:
+        if not inputs:
+            return True
+        positions = inputs.positions
+        alike = self._halves_suffice or positions is None or bool((positions == positions[:, :1]).all())
+        return alike and inputs.groups is None and not inputs.added and not inputs.per_layer
 
     def forward(self, hidden: Tensor, parts: Sequence[RowChunk], taps: Sequence[int] = ()) -> Tensor:
         """As `TorchStep.forward`, in the type of `hidden`; `taps`: in rising order."""
@@ -273,6 +282,8 @@ def steps_of(parts: Sequence[RowChunk]) -> list[list[RowChunk]]:
                 steps.append([])
                 room = MOST_POSITIONS
             count = min(room, part.count - done)
-            steps[-1].append(part if count == part.count else replace(part, start=part.start + done, count=count))
+            inputs = part.inputs and part.inputs.cut(done, done + count)
+            own = replace(part, start=part.start + done, count=count, inputs=inputs)
+            steps[-1].append(part if count == part.count else own)
             done, room = done + count, room - count
     return steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.fast.native_step import MOST_POSITIONS, NativeStep
 from splitnet.blocks.fast.torch_step import TorchStep
 from splitnet.blocks.span import TRIALS, RowChunk, Span
@@ -18,6 +20,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.quant import native
 from splitnet.quant.grouped import hold_stored
 from splitnet.quant.linear import QuantizedLinear
+from tests.image_models import IMAGE_MODELS
 from tests.published import (
     FP8_CONFIG,
     INT4_CONFIG,
@@ -395,3 +398,36 @@ def test_hooks_of_layers_are_not_passed_over(tmp_path: Path) -> None:
     layer = next(module for module in span._backbone.modules() if isinstance(module, nn.Linear))
     layer.register_forward_hook(lambda module, inputs, output: output)
     torch.testing.assert_close(decoded(span, (4,), 2), before)
+
+
+@pytest.mark.default_cases(family=("hunyuan_vl", "qwen3_vl"))
+@pytest.mark.parametrize("family", ["hunyuan_vl", "qwen2_vl", "qwen3_vl", "glm4v", "paddleocr_vl"])
+@pytest.mark.parametrize("step", ["compiled"], indirect=True)
+def test_steps_with_positions_of_several_axes_equal_the_familys_own_code(
+    family: str, tmp_path: Path, step: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    IMAGE_MODELS[family].write(tmp_path / "published")
+    span, forward, ran = Span.load(Checkpoint.open(tmp_path / "published"), 0, 2), NativeStep.forward, list[int]()
+    monkeypatch.setattr(NativeStep, "forward", lambda *given: (ran.append(len(given[1])), forward(*given))[1])
+    lean = span._lean
+    assert type(lean) is step
+    span._steps_are_faster[3] = True
+
+    def outputs(places: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of a short step, of a text behind it, and of a pass of three steps."""
+        row = span.new_row()
+        hidden, parts = forty_seven(span)
+        parts = [replace(part, inputs=PositionInputs(places[: part.count])) for part in parts]
+        first = span.forward(hidden[:9], [RowChunk(row, 0, 9, inputs=PositionInputs(places[:9]))])
+        return [first, span.forward(hidden[:1], [RowChunk(row, 9, 1)]), span.forward(hidden, parts)]
+
+    axes = torch.arange(24)[:, None].expand(-1, span.rotary_axes)
+    in_an_image, few = axes * torch.arange(1, span.rotary_axes + 1), 1 if family == "hunyuan_vl" else 5
+    for places, native_runs in ((axes, 5), (in_an_image, few)):
+        ran.clear()
+        span._lean = lean
+        found = outputs(places)
+        assert len(ran) == native_runs
+        span._lean = None
+        for one, expected in zip(found, outputs(places), strict=True):
+            torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)
