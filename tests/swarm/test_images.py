@@ -50,7 +50,9 @@ def test_families_that_read_images_give_the_same_as_transformers(
         for images in (0, 1, 3):
             inputs = model.inputs(local, images)
             with torch.no_grad():
-                torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
+                found, expected = (model(**inputs, labels=inputs["input_ids"]) for model in (remote, local))
+            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found.loss, expected.loss)
             assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
         assert torch.equal(continued(remote, inputs), continued(local, inputs))
 
