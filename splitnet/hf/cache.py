@@ -53,6 +53,7 @@ class RemoteLayer(CacheLayerMixin):
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = self._reserved_rows = 0
+        self.whole = False  # one step has all positions, so padding may be anywhere
         self.bound: int | None = None  # largest number of columns of a text; None: the reservation grows on demand
         self._restart = True
         self.closed = False
@@ -121,7 +122,7 @@ class RemoteLayer(CacheLayerMixin):
             raise AdapterError("the cache holds keys and values of another adapter: begin with a new cache")
         padding = [0] * batch
         if not bool(mask.all()):
-            if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            if not self.whole and not bool((mask[:, 1:] >= mask[:, :-1]).all()):
                 text = "has padding that is not on the left: set tokenizer.padding_side = 'left'"
                 raise refuse("attention_mask", text)
             padding = (columns - mask.sum(dim=1)).tolist()

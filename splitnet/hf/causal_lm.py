@@ -405,6 +405,7 @@ class RemoteCausalLM(RemoteModel):
         whole = given.get("cache") is None and not given.get("use_cache") and not torch.is_grad_enabled()
         if whole and per_layer_size(self.config.get_text_config()):  # steps carry the inputs of each block
             cache = self.new_cache()
+            cache.remote.whole = True
             try:
                 output = self._run_backbone(forward, given | {"cache": cache, "use_cache": True})
                 return with_hidden(output, output[0], without=cache)

@@ -239,8 +239,7 @@ class RemoteBlocks(nn.Module):
                 packed = hidden.reshape(-1, hidden.shape[-1])
             else:
                 packed = hidden[new_mask.to(hidden.device)]
-                each = zip(inputs, parts, strict=False)
-                inputs = [own.cut(hidden.shape[1] - part.length, hidden.shape[1]) for own, part in each if part.length]
+                inputs = [own.at(kept) for own, kept in zip(inputs, new_mask, strict=False) if bool(kept.any())]
                 parts = [part for part in parts if part.length]
             if rope_length and all(
                 part.length == 1 and layer.prefix_length + part.start + 1 >= rope_length for part in parts

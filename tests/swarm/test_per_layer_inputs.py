@@ -56,6 +56,19 @@ def test_batches_with_padding_and_beams_give_the_same(both: tuple[Any, LocalSwar
         assert torch.equal(remote.generate(**given), local.generate(**given))
 
 
+@torch.no_grad()
+def test_whole_sequences_may_have_padding_on_the_right(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    mask = torch.ones(3, IDS.shape[1], dtype=torch.int64)
+    mask[1, 9:] = mask[2, :2] = 0
+    labels = IDS.masked_fill(mask == 0, -100)
+    labels[2, 2] = -100  # the position before it is padding
+    given = {"input_ids": IDS.expand(3, -1), "attention_mask": mask, "labels": labels}
+    found, expected = (model(**given) for model in (swarm.model(dtype="float32"), local))
+    torch.testing.assert_close(found.logits[mask > 0], expected.logits[mask > 0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
 def test_a_batch_with_more_inputs_than_a_step_has_gives_the_same(both: tuple[Any, LocalSwarm]) -> None:
     local, swarm = both
     ids = torch.randint(3, 200, (100, 3), generator=torch.Generator().manual_seed(0))
