@@ -159,9 +159,13 @@ def decode_inputs(
             if (size := sizes.get(each.name)) is not None:
                 check_values(each.codec, cut, last - first, size)
                 states = codec_by_code(each.codec).decode(cut, last - first, size)
-                new = torch.zeros(chunk.length, size, dtype=states.dtype)
-                whole = of_blocks[each.name].setdefault(each.block, new)
-                whole[within] = states
+                by_block = of_blocks[each.name]
+                if last - first == chunk.length:
+                    by_block[each.block] = states
+                    continue
+                if each.block not in by_block:
+                    by_block[each.block] = torch.zeros(chunk.length, size, dtype=states.dtype)
+                by_block[each.block][within] = states
                 continue
             integers = torch.frombuffer(bytearray(cut), dtype=torch.int64).view(last - first, -1)
             if each.name == POSITIONS:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -81,3 +84,17 @@ def test_groups_of_a_batch_stay_with_their_rows() -> None:
     assert [each.row for each in inputs if each.name == GROUPS] == [1, 2]
     found = decode_inputs(inputs, payload[64:], chunks, HIDDEN, range(4))
     assert [each.groups.tolist() for each in found if each.groups is not None] == [[5, 5], [0, 6]]
+
+
+@pytest.mark.parametrize(("places", "zeros"), [([0, 2, 4, 6], 1), (range(7), 0)], ids=["gaps", "all"])
+def test_memory_for_the_states_of_a_block_is_allocated_once(
+    places: Sequence[int], zeros: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, states, allocated = Chunk(1, 0, 7, 0), torch.zeros(7, HIDDEN), list[Any]()
+    states[list(places)] = 1.0
+    payload, inputs = encode_step(torch.zeros(7, HIDDEN), [chunk], [PositionInputs(added={1: states})], PLAIN)
+    make = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **how: (allocated.append(size), make(*size, **how))[1])
+    (found,) = decode_inputs(inputs, payload[7 * 4 * HIDDEN :], [chunk], HIDDEN, range(4))
+    assert len(allocated) == zeros
+    assert torch.equal(found.added[1], states)
