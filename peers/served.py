@@ -92,6 +92,11 @@ class ServedBlocks:
     def check_payload(self, session: HopSession, message: Step | Forward) -> None:
         """Checks the size of activations, and the headers of block inputs. Raises ProtocolError, CodecError."""
         check_size(message.codec, message.activations, message.positions, self.hidden_size)
+        if self.per_layer and isinstance(message, Forward):
+            raise ProtocolError(
+                "blocks of this model have a second input for every token, which passes over whole sequences do not "
+                "carry: use steps with a cache, under torch.no_grad()"
+            )
         if message.inputs or self.per_layer:
             check_inputs(message.inputs, message.parts)
             reads: dict[str, Any] = {"axes": self.axes, "joins": self.joins, "per_layer": self.per_layer}

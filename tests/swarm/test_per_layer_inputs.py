@@ -119,6 +119,16 @@ def test_peers_refuse_passes_over_whole_sequences(both: tuple[Any, LocalSwarm]) 
         span.sequences(torch.zeros(3, span.hidden_size), [3])
 
 
+def test_peers_name_the_reason_why_they_refuse_passes(
+    both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with both[1].newcomer() as visit:
+        remote = visit.model(dtype="float32")
+        monkeypatch.setattr(remote._blocks, "handed", None)  # the client's own check
+        with pytest.raises(SplitnetError, match="second input for every token, which passes"):
+            remote(IDS)
+
+
 @pytest.mark.parametrize("blocks", [(1, 4), (3, 6), (4, 5)])
 def test_spans_that_part_blocks_with_shared_keys_are_refused(
     blocks: tuple[int, int], both: tuple[Any, LocalSwarm]
