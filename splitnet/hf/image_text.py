@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,10 @@ class _KeptFeatures:
 
     compute: the family's method. towers: the modules that it runs; while one of them is trained, or an adapter has
     replaced some of them, nothing is kept. most: calls whose features are kept. Thread-safe.
+
+    A call is known by its arguments, and by the versions and addresses of the towers' parameters and buffers. torch
+    counts no version for a change through `.data`, such as `parameter.data.copy_(...)`, so it is not noticed: change
+    weights under `torch.no_grad()`, or with `load_state_dict`.
     """
 
     def __init__(self, compute: Callable[..., Any], towers: nn.Module, most: int) -> None:
@@ -239,15 +244,14 @@ class _KeptFeatures:
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._towers.parameters())
         if trained or sum(1 for _ in self._towers.modules()) != self._modules:
             return self._compute(*args, **kwargs)
-        changes = sum(parameter._version for parameter in self._towers.parameters())
-        state = blake2b(str(changes).encode(), digest_size=32)
-        for value in (*args, *sorted(kwargs.items())):
-            each = value[1] if isinstance(value, tuple) else value
-            if torch.is_tensor(each):
-                state.update(repr((each.dtype, each.shape)).encode())
-                state.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        held = chain(self._towers.parameters(), self._towers.buffers())
+        state = blake2b(repr([(each._version, each.data_ptr()) for each in held]).encode(), digest_size=32)
+        for name, value in (*enumerate(args), *sorted(kwargs.items())):
+            if torch.is_tensor(value):
+                state.update(repr((name, value.dtype, value.shape)).encode())
+                state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             else:
-                state.update(repr(value).encode())
+                state.update(repr((name, value)).encode())
         key = state.digest()
         with self._lock:
             found = self._kept.pop(key, None)

@@ -20,6 +20,7 @@ from splitnet.blocks.block_inputs import encode_step
 from splitnet.checkpoint.families import causal_class, check_can_be_cut, image_text_class, text_config_of
 from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
+from splitnet.hf.image_text import _KeptFeatures
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
 from splitnet.session.inference import Session
@@ -424,3 +425,16 @@ def test_features_are_computed_again_after_weights_have_changed(both: tuple[Any,
         for parameter in towers:
             parameter.mul_(1.5)
         assert not torch.allclose(before, remote(**given).logits, atol=1e-4)
+
+
+def test_features_are_kept_by_the_names_of_arguments_and_the_buffers_of_towers() -> None:
+    tower: Any = torch.nn.Module()
+    tower.register_buffer("scale", torch.ones(1))
+    kept = _KeptFeatures(lambda **given: next(iter(given)) + str(float(tower.scale)), tower, 4)
+    given = torch.ones(1, 2)
+    assert kept(pixel_values=given) == kept(pixel_values=given) == "pixel_values1.0"
+    assert kept(pixel_values_videos=given) == "pixel_values_videos1.0"
+    tower.scale.mul_(2)
+    assert kept(pixel_values=given) == "pixel_values2.0"
+    tower.scale = torch.full((1,), 3.0)
+    assert kept(pixel_values=given) == "pixel_values3.0"
