@@ -220,11 +220,10 @@ def test_calls_have_the_positions_of_their_caches(both: tuple[Any, LocalSwarm]) 
     remote(IDS, cache=text)
     found = remote(IDS[:, :1], cache=text).logits
     torch.testing.assert_close(found, local(torch.cat((IDS, IDS[:, :1]), dim=1)).logits[:, -1:], atol=1e-4, rtol=1e-4)
-    mask = inputs["attention_mask"]
-    for given in (False, True, False):  # families count all positions of a mask
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        more = {"attention_mask": mask} if given else {}
-        tokens.append(remote(tokens[-1], cache=image, **more).logits.argmax(-1))
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 2), value=1)
+    # Families count all positions of a mask; `past_key_values` is the former name of `cache`.
+    for more in ({"past_key_values": image}, {"cache": image, "attention_mask": mask}, {"cache": image}):
+        tokens.append(remote(tokens[-1], **more).logits.argmax(-1))
     assert torch.equal(torch.cat(tokens, dim=1), answer[:, :4])
 
 
