@@ -20,8 +20,8 @@ HANDED = "splitnet_handed"  # name of an attention function that has only masks
 _DERIVED = re.compile(r"^(attention_mask|position_ids|position_embeddings|cache_position)")
 """Arguments of blocks that peers compute from rotary positions, padding and groups."""
 
-_OF_LOSS = frozenset({"labels", "shift_labels", "num_items_in_batch"})
-"""Arguments of the loss, which some families hand to their blocks, too; no block reads them."""
+_OF_HEAD = frozenset({"labels", "shift_labels", "num_items_in_batch", "logits_to_keep"})
+"""Arguments of the head and the loss, which some families hand to their blocks, too; no block reads them."""
 
 _CHECKED_ROWS = 256  # rows of a mask that are compared at once
 
@@ -107,7 +107,7 @@ class HandedStates(threading.local):
                 raise UnsupportedModel(f"the model hands no {PER_LAYER_INPUT!r} of the right size to block {index}")
             self.per_layer[index] = own
         for name, value in others.items():
-            if isinstance(value, Tensor) and name not in _OF_LOSS and not _DERIVED.search(name):
+            if isinstance(value, Tensor) and name not in _OF_HEAD and not _DERIVED.search(name):
                 raise UnsupportedModel(
                     f"the model hands {name!r} to its blocks, which peers do not read: use its text alone"
                 )

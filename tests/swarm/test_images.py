@@ -56,6 +56,9 @@ def test_families_that_read_images_give_the_same_as_transformers(
             torch.testing.assert_close(found.loss, expected.loss)
             assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
         assert torch.equal(continued(remote, inputs), continued(local, inputs))
+        kept = {**inputs, "logits_to_keep": torch.tensor([0, 2])}
+        with torch.no_grad():
+            torch.testing.assert_close(remote(**kept).logits, local(**kept).logits, atol=1e-4, rtol=1e-4)
 
 
 def continued(model: Any, inputs: Inputs) -> torch.Tensor:
