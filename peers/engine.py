@@ -41,7 +41,7 @@ from splitnet.quant.device import (
     trim_memory,
 )
 from splitnet.wire.codecs import are_finite, check_values, codec_by_code, encode_finite, select_kept_positions
-from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient
+from splitnet.wire.messages import FailureCode, FetchKV, Forward, Gradient, ImageFeatures, ReadImages
 
 log = logging.getLogger(__name__)
 
@@ -370,6 +370,8 @@ class Engine:
                 elif isinstance(work.message, FetchKV):
                     kv = self._rows.read_keys_and_values(work.session, work.message, self._span)
                     self._training.fetched_kv(work, write_groups(kv))
+                elif isinstance(work.message, ReadImages):
+                    self._training.images_read(work, self._read_images(work.message))
                 else:
                     self._load_adapter(work)
         except _Abandoned:
@@ -440,6 +442,12 @@ class Engine:
         how = {"start": session.start, "end": session.end, "rope_length": message.rope_length, "inputs": inputs}
         hidden = self._decode_payload(message.codec, message.activations, message.positions)
         return {"hidden": hidden, "lengths": message.lengths, "adapter": adapter, **how}
+
+    def _read_images(self, message: ReadImages) -> ImageFeatures:
+        tower = self._service.tower
+        assert tower is not None
+        tower.on_layer = self._end_piece
+        return tower.read(message)
 
     def _load_adapter(self, work: PassWork) -> None:
         session = work.session

@@ -42,6 +42,7 @@ class PeerOptions:
     dtype: str | None = None  # of computations; None: the type that fits `weights`, else the checkpoint's
     weights: str | None = "auto"  # of linear layers, see `splitnet.quant.choose`; "auto": fast, precise; None: dtype
     kv: str = "auto"  # form of KV caches, see `splitnet.blocks.kv_form`; "auto": the type of computations
+    vision: bool = False  # read images for clients, besides serving blocks
     kv_memory: int | None = None  # bytes for KV caches; None: a quarter of the free memory
     prefixes: bool = True  # store pages for later texts that begin alike, see `peers.prefixes`
     prefix_folder: Path | None = None  # of pages on disk; None: pages are in memory only

@@ -18,7 +18,7 @@ from scheduler.fairness import CHUNK_S, FairPasses
 from scheduler.liveness import STUCK_S
 from splitnet.errors import PeerBusy
 from splitnet.wire.endpoints import Endpoint
-from splitnet.wire.messages import Adapter, FetchKV, Forward, Gradient, Step
+from splitnet.wire.messages import Adapter, FetchKV, Forward, Gradient, ReadImages, Step
 
 # Maximum number of waiting passes over whole sequences, adapters and requests for KV caches of one session.
 MAX_SESSION_PASSES = 64
@@ -292,7 +292,7 @@ class WorkQueue:
         """Steps of a session that wait, and passes that wait or run."""
         return len(session.queue_state.steps) + session.queue_state.pass_count
 
-    def first_waiting(self, session: HopSession) -> Step | Forward | Gradient | Adapter | FetchKV | None:
+    def first_waiting(self, session: HopSession) -> Step | Forward | Gradient | Adapter | FetchKV | ReadImages | None:
         """The message of the first step or pass that waits."""
         with self._changed:
             own = session.queue_state

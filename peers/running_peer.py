@@ -48,6 +48,7 @@ from peers.weights import DEFAULT_RATE, WeightService
 from scheduler.placement import BLOCKS_SHARE
 from splitnet.blocks.chosen_device import find_device
 from splitnet.blocks.span import Span
+from splitnet.blocks.vision import VisionTower
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import can_cut
 from splitnet.checkpoint.transfer.fetching import Fetcher
@@ -128,6 +129,7 @@ class SpanServer:
         options: PeerOptions,
         counters: Counters,
         policy: KeyPolicy | None = None,
+        tower: VisionTower | None = None,
     ) -> None:
         kv_memory, training_memory = options.kv_memory, options.training_memory
         if kv_memory is not None and kv_memory <= span.row_bytes != 0:
@@ -185,6 +187,7 @@ class SpanServer:
             training_memory=training_memory,
             counters=counters,
             policy=policy,
+            tower=tower,
         )
         self.engine = Engine(span, self.service, speed)
         self._measured_at = time.monotonic()
@@ -236,8 +239,10 @@ class RunningPeer:
         counters: Counters,
         max_blocks: int,
         choice: ModelChoice | None = None,
+        tower: VisionTower | None = None,
     ) -> None:
         self._choice = choice
+        self._tower = tower
         self.checkpoint = checkpoint = joined.checkpoint
         self.identity = identity
         self.counters = counters
@@ -374,6 +379,10 @@ class RunningPeer:
         checkpoint = joined.checkpoint
         try:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
+            tower = None
+            if options.vision:  # before blocks are chosen, which then have the rest of the memory
+                report("load the vision tower", 0, 0)
+                tower = VisionTower(checkpoint, options.device, options.dtype)
             fitting = fitting_blocks(checkpoint, options.wish, options.device, options.dtype, options.weights)
             present, own_ms = NOBODY, None
             if fitting:
@@ -388,7 +397,7 @@ class RunningPeer:
             counters = Counters(EnergyMeter(find, options.watts))
             most = _row_positions(checkpoint, span, options)
             speed = speed_of(span, checkpoint.fingerprint, options.speeds_file, counters.energy, most)
-            peer = cls(joined, span, speed, options, identity, counters, fitting, choice)
+            peer = cls(joined, span, speed, options, identity, counters, fitting, choice, tower)
         except BaseException:
             joined.close()
             raise
@@ -468,6 +477,7 @@ class RunningPeer:
             kv_capacity=server.service.sessions.capacity,
             past_ms=server.speed.past.ms,
             kv=server.span.kv,
+            reads_images=self._tower is not None,
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -669,7 +679,8 @@ class RunningPeer:
 
     def _server_of(self, span: Span, speed: ObservedSpeed) -> SpanServer:
         links = self._outbox, self._next_hops
-        return SpanServer(self.checkpoint, span, speed, *links, self._options, self.counters, self._policy)
+        about = self._options, self.counters, self._policy, self._tower
+        return SpanServer(self.checkpoint, span, speed, *links, *about)
 
     def _go_on(self, *_: object) -> None:
         if self._leaving.is_set():

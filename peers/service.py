@@ -26,6 +26,7 @@ from peers.sessions import (
     HopSession,
     KeyPolicy,
     MemoryAccount,
+    PassWork,
     SessionTable,
     SessionTooLong,
     Taps,
@@ -34,7 +35,8 @@ from peers.sessions import (
 from peers.training_service import MissingPass, Request, Training
 from scheduler.batching import Load
 from scheduler.liveness import CLIENT_LOST_S
-from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
+from splitnet.blocks.vision import VisionTower
+from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
@@ -54,6 +56,7 @@ from splitnet.wire.messages import (
     Open,
     Ping,
     Pong,
+    ReadImages,
     Replay,
     Result,
     Step,
@@ -75,7 +78,8 @@ def _code_of(error: ProtocolError | PeerBusy) -> FailureCode:
 class SessionService:
     """The sessions of a peer. Thread-safe.
 
-    training_memory: bytes of memory for clients that train. reach_s: see `HopConnector`.
+    training_memory: bytes of memory for clients that train. reach_s: see `HopConnector`. tower: reads images; None:
+    the peer reads none.
     """
 
     def __init__(
@@ -90,8 +94,10 @@ class SessionService:
         reach_s: float = 3.0,
         counters: Counters | None = None,
         policy: KeyPolicy | None = None,
+        tower: VisionTower | None = None,
     ) -> None:
         self.served = served
+        self.tower = tower
         self.sessions = sessions
         self.queue = queue
         self.ms_per_position = 0.0  # speed of the device, set by the engine
@@ -127,6 +133,8 @@ class SessionService:
                     self._step(source, message, now)
                 case Forward() | Gradient() | Adapter() | FetchKV():
                     self._receive_training(source, message, now)
+                case ReadImages():
+                    self._read_images(source, message, now)
                 case Open():
                     self._open_session(source, message, now)
                 case Close():
@@ -400,6 +408,23 @@ class SessionService:
             session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
             self._refuse_message(session.reply_to, message, _code_of(error), str(error))
+
+    def _read_images(self, source: Connection, message: ReadImages, now: float) -> None:
+        """Queues images to read, in a session of its own that no other message can name."""
+        if self.tower is None:
+            text = "this peer does not read images: its owner must give --vision"
+            return self._refuse_message(source, message, FailureCode.WRONG_MODEL, text)
+        if self.leaving:
+            return self._refuse_message(source, message, FailureCode.LEAVING, "this peer is leaving")
+        try:
+            features = self.tower.check(message)
+            codec = codec_by_code(message.features_codec)
+            own = message.session, source.curve, source, message.epoch, self.served.start, self.served.end, 0
+            session = HopSession(*own, codec, None, SentLog(codec.code, 0), now)
+            self._policy.spend_positions(source.curve, features, now)
+            self.training.put(PassWork(session, message, source, now, features=features))
+        except (ProtocolError, CodecError, PeerBusy) as error:
+            self._refuse_message(source, message, _code_of(error), str(error))
 
     def _close_session(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)

@@ -23,7 +23,7 @@ from splitnet.wire.block_inputs import end_of_group, groups_of
 from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Adapter as AdapterMessage
-from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, Step, Timing
+from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, ReadImages, Step, Timing
 from splitnet.wire.sent_log import PAGE, SentLog
 
 if TYPE_CHECKING:
@@ -291,10 +291,10 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class PassWork:
-    """A forward or backward pass at this hop, an adapter to load, or a request for keys and values."""
+    """A forward or backward pass at this hop, an adapter to load, images to read, or a request for keys and values."""
 
     session: HopSession
-    message: Forward | Gradient | AdapterMessage | FetchKV
+    message: Forward | Gradient | AdapterMessage | FetchKV | ReadImages
     source: Connection  # the sender of the forward pass or message; the gradient is sent back to it
     arrived_at: float
     forward: PassWork | None = None  # for a backward pass: its forward pass
@@ -303,12 +303,13 @@ class PassWork:
     compute_ms: float = 0.0
     graph: SavedGraph | None = None  # of a forward pass, besides its input
     graph_bytes: int = 0  # accounted for the graph
+    features: int = 1  # of the images to read
 
     @property
     def positions(self) -> int:
         if self.forward is not None:
             return self.forward.positions
-        return self.message.positions if isinstance(self.message, Forward) else 1
+        return self.message.positions if isinstance(self.message, Forward) else self.features
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,5 @@
-"""The work of a peer for clients that train: forward and backward passes over whole sequences, and adapters."""
+"""The work of a peer for clients that train: forward and backward passes over whole sequences, and adapters. Images to
+read wait in the same queue, and their pixels use the same memory."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from splitnet.wire.messages import (
     FetchKV,
     Forward,
     Gradient,
+    ImageFeatures,
     Payload,
 )
 
@@ -70,17 +72,17 @@ class Training:
         if isinstance(message, Forward):
             for number in [number for number in kept if number < message.oldest]:
                 self._drop_pass(session, number)
-            self._put(PassWork(session, message, source, now))
+            self.put(PassWork(session, message, source, now))
         elif isinstance(message, Gradient):
             forward = kept.get(message.number)
             if forward is None:
                 raise MissingPass(f"this peer has no forward pass {message.number} for this gradient")
             check_size(message.codec, message.payload, forward.positions, self.hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
-            self._put(work)
+            self.put(work)
             del kept[message.number]
         elif isinstance(message, FetchKV):
-            self._put(PassWork(session, message, source, now))
+            self.put(PassWork(session, message, source, now))
         else:
             self._take_part(session, message, source, now)
 
@@ -196,6 +198,11 @@ class Training:
             for remaining, part in counted_down(parts if not session.closed else ()):
                 self.outbox.send(session.reply_to, FetchedKV(*ids, remaining, part))
 
+    def images_read(self, work: PassWork, features: ImageFeatures) -> None:
+        with self.lock:
+            self._release_pass(work)
+            self.outbox.send(work.source, features)
+
     def report_failure(self, work: PassWork, code: FailureCode, text: str) -> None:
         with self.lock:
             self.counters.refused[code] += 1
@@ -216,8 +223,8 @@ class Training:
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
 
-    def _put(self, work: PassWork) -> None:
-        """Queues a pass, and reserves its memory; a refused pass keeps no memory."""
+    def put(self, work: PassWork) -> None:
+        """Queues a pass, and reserves its memory. Raises PeerBusy, and keeps no memory: the pass is refused."""
         purpose, nbytes = _purpose_of(work), work.nbytes - (work.forward.nbytes if work.forward is not None else 0)
         if purpose is MemoryPurpose.PASSES:  # for an adapter, memory was reserved with each part
             self._take_memory(work.session, purpose, nbytes)
@@ -243,7 +250,7 @@ class Training:
         if not message.remaining:
             work = PassWork(session, message, source, now, parts=state.adapter_parts)
             state.adapter_parts = []
-            self._put(work)
+            self.put(work)
 
     def _take_memory(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         """Reserves memory, after dropping saved graphs if necessary. Raises PeerBusy: there is too little

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Never
 
 import torch
@@ -155,6 +156,80 @@ def _load(
     return model
 
 
+@dataclass(frozen=True)
+class ImageTextLayout:
+    """Where a multimodal model has its parts.
+
+    config: of the whole model. skeleton: the model without weights. decoder: name of the text backbone in it. blocks:
+    name of the list of blocks in the backbone. towers: names in the checkpoint of the tensors of towers and projectors.
+    """
+
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    skeleton: PreTrainedModel
+    decoder: str
+    blocks: str
+    names: frozenset[str]
+    towers: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ImageTextLayout:
+        """Raises UnsupportedModel: the model reads no images, or its family cannot be cut."""
+        whole = copy.deepcopy(checkpoint.store.config)
+        whole.tie_word_embeddings = whole.get_text_config().tie_word_embeddings = checkpoint.config.tie_word_embeddings
+        model_class = image_text_class(whole)
+        skeleton: Any = on_meta(model_class, whole)
+        backbone = skeleton.get_decoder()
+        decoder = next(name for name, module in skeleton.named_modules() if module is backbone)
+        blocks = list_of_blocks(backbone, checkpoint.num_blocks, checkpoint.model_type)
+        names = frozenset(checkpoint.client_part_names_of) - ignored(checkpoint.client_part_names_of, model_class)
+        beside = decoder.rpartition(".")[0] + "."
+        loaded = loaded_as(skeleton, names).items()
+        towers = frozenset(
+            name for name, place in loaded if place.startswith(beside) and not place.startswith(decoder + ".")
+        )
+        return cls(whole, model_class, skeleton, decoder, blocks, names, towers)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module, in the skeleton, that has the backbone and the towers."""
+        return parent_of(self.skeleton, self.decoder)[0]
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        cut: Callable[[PreTrainedModel], None],
+        dtype: torch.dtype,
+        device: torch.device,
+        without: frozenset[str],
+    ) -> PreTrainedModel:
+        """Loads what `cut` has left of the model. without: names of tensors that are not read."""
+        names = {name: name for name in checkpoint.client_part_names_of if name in self.names - without}
+        with checkpoint.store.load_tensors(names, dtype) as tensors:
+            return load_cut(self.model_class, self.config, cut, tensors, dtype, None, names=names, codes_on=device)
+
+
+@torch.inference_mode(False)
+def load_tower(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The module with the family's `get_image_features`, with its towers and without the text backbone. Raises
+    UnsupportedModel as `ImageTextLayout.of` does."""
+    layout = ImageTextLayout.of(checkpoint)
+    layout.config.tie_word_embeddings = layout.config.get_text_config().tie_word_embeddings = False
+
+    def cut(model: PreTrainedModel) -> None:
+        holder, name = parent_of(model, layout.decoder)
+        setattr(holder, name, nn.Module())
+        for other, _ in list(model.named_children()) if holder is not model else ():
+            if not layout.decoder.startswith(other + "."):
+                setattr(model, other, nn.Module())
+
+    others = layout.names - layout.towers
+    model = layout.load(checkpoint, cut, as_dtype(dtype) or checkpoint.dtype, torch.device(device), without=others)
+    return nn.Module.to(parent_of(model, layout.decoder)[0], device).eval()
+
+
 @torch.inference_mode(False)
 def load_image_text_part(
     checkpoint: Checkpoint,
@@ -164,30 +239,30 @@ def load_image_text_part(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     weights: str | None = None,
+    towers: bool = True,
 ) -> PreTrainedModel:
     """As `load_client_part`, for the whole multimodal model: its towers and projectors run here.
 
-    handed: receives the values that the model hands to its blocks besides hidden states.
+    handed: receives the values that the model hands to its blocks besides hidden states. towers: whether towers are
+    loaded; else empty modules replace them.
     """
     computes = as_dtype(dtype) or checkpoint.dtype
-    whole = copy.deepcopy(checkpoint.store.config)
-    whole.tie_word_embeddings = whole.get_text_config().tie_word_embeddings = checkpoint.config.tie_word_embeddings
-    model_class = image_text_class(whole)
-    skeleton: Any = on_meta(model_class, whole)
-    decoder = skeleton.get_decoder()
-    path = next(name for name, module in skeleton.named_modules() if module is decoder)
-    container = f"{path}.{list_of_blocks(decoder, checkpoint.num_blocks, checkpoint.model_type)}"
+    layout = ImageTextLayout.of(checkpoint)
+    container = f"{layout.decoder}.{layout.blocks}"
     outlines: list[nn.Module] = []
 
     def cut(model: PreTrainedModel) -> None:
         parent, name = parent_of(model, container)
         outlines[:] = [outline_of(block, computes) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
+        if not towers:
+            holder, decoder = parent_of(model, layout.decoder)
+            for each in [each for each, _ in holder.named_children() if each != decoder]:
+                setattr(holder, each, nn.Module())
 
-    left_out = ignored(checkpoint.client_part_names_of, model_class)
-    names = {name: name for name in checkpoint.client_part_names_of if name not in left_out}
-    with checkpoint.store.load_tensors(names, computes) as tensors:
-        model = load_cut(model_class, whole, cut, tensors, computes, None, names=names, codes_on=torch.device(device))
+    model = layout.load(
+        checkpoint, cut, computes, torch.device(device), without=frozenset() if towers else layout.towers
+    )
     nn.Module.to(model, device)
     parent: Any = parent_of(model, container)[0]
     returns_tuple = blocks_return_tuple(model, container)

@@ -25,7 +25,7 @@ import typer
 from splitnet.blocks.chosen_device import DEVICE_NAME
 from splitnet.errors import SplitnetError
 from splitnet.limits import parse_bytes
-from splitnet.session.options import ConnectionOptions, Preference, Prefixes
+from splitnet.session.options import ConnectionOptions, Preference, Prefixes, Vision
 from splitnet.wire.kv_forms import KVForms
 
 Command = Callable[..., None]
@@ -243,6 +243,15 @@ CONNECTING: dict[str, Any] = {
             metavar="KIND",
             help="Format of the weights of local blocks and the head: auto, float32, float16, int8 or int4; by "
             "default auto, or as stored with --codec none.",
+        ),
+    ],
+    "vision": Annotated[
+        StrEnum("VisionPlace", get_args(Vision)),
+        in_computing.shared(
+            "--vision",
+            help="Where images are read. local: here. peer: at peers with --vision, so that this machine needs no "
+            "memory for the vision tower. auto: here, unless the tower needs over half of the free memory and a peer "
+            "reads images.",
         ),
     ],
     "tokenizer": Annotated[

@@ -101,6 +101,9 @@ def peer(
     training_memory: Annotated[
         str | None, in_memory(metavar="1GiB", help="Memory reserved for training clients. One key gets at most half.")
     ] = None,
+    vision: Annotated[
+        bool, in_memory("--vision", help="Also read images for clients that do not load the model's vision tower.")
+    ] = False,
     join: JoinIfAny = None,
     lan: Annotated[
         bool | None,
@@ -207,6 +210,8 @@ def peer(
         raise typer.BadParameter("give --blocks or --memory, not both")
     if any_model and (blocks or model_id):
         raise typer.BadParameter("--any-model chooses the model and its blocks: leave out --blocks and --model-id")
+    if any_model and vision:
+        raise typer.BadParameter("--vision is for one model: leave out --any-model")
     if allow is not None and not any_model:
         raise typer.BadParameter("--allow is for --any-model only: add --any-model, or leave out --allow")
     wanted_blocks = parse_blocks(blocks) if blocks else None
@@ -283,6 +288,7 @@ def peer(
         dtype=str(dtype) if dtype else None,
         weights=str(weights),
         kv=str(kv),
+        vision=vision,
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
         prefixes=prefix_store != "off",
@@ -324,6 +330,8 @@ def peer(
             typer.echo(other_weights)
         if kv is not AS_COMPUTED and serving.span.kv != kv:
             typer.echo(f"--kv has no effect: {_why_kv_has_no_effect(serving)}")
+        if vision:
+            typer.echo("reads images for clients with `--vision peer`")
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
         if serving.paths.relay_port:

@@ -159,6 +159,7 @@ class PeerRecord:
     positions of context, as far as the peer can hold this context, see `scheduler.facts.ContextCost`.
     kv: format of keys and values, of `splitnet.wire.kv_forms.KV_BITS`; auto: the type in which blocks
     compute, which is always that of latents, states and keys of indexers.
+    reads_images: whether the peer computes features of images, see `splitnet.blocks.vision`.
     """
 
     signed: ClassVar[bytes] = b""  # the signed bytes from which this record was read; empty if this process made it
@@ -199,6 +200,7 @@ class PeerRecord:
     kv_capacity: int = appended_field(_COUNT, 0)
     past_ms: tuple[tuple[float, float], ...] = appended_field(several(row(_floats, _MS, _MS), most=len(CONTEXTS)), ())
     kv: str = appended_field(_WORD, "auto")
+    reads_images: bool = appended_field(flag, False)
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read_fields([getattr(self, name) for name in _LAYOUT.names]).items():

@@ -114,6 +114,8 @@ def attached(
 
     headless: the checkpoint may lack a head, see `RemoteCausalLM.headless`. speculate, errors: see `connected`.
     """
+    if options.vision == "peer":
+        raise SplitnetError("vision `peer` is for prompts with images, and this model reads texts here: leave it out")
     blocks = remote_blocks(checkpoint, swarm, options)
     how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
     client_part = load_client_part(checkpoint, blocks, headless=headless, **how)

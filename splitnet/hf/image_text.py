@@ -12,6 +12,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -34,7 +35,8 @@ from splitnet.hf.parameters import FORWARD, mask_of, refuse
 from splitnet.hf.peft_adapters import prompt_wrapper
 from splitnet.hf.remote_blocks import CallArguments
 from splitnet.hf.remote_model import joined, remote_blocks
-from splitnet.session.options import GENERATING, JOINING, ConnectionOptions, takes
+from splitnet.hf.remote_vision import PeerFeatures, is_read_at_peers
+from splitnet.session.options import JOINING, READING_IMAGES, ConnectionOptions, takes
 from splitnet.swarm.swarm import Swarm
 from splitnet.wire.block_inputs import MAX_ROTARY
 
@@ -48,16 +50,21 @@ class AutoModelForImageTextToText:
         raise OSError("use splitnet.AutoModelForImageTextToText.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes(*JOINING, *GENERATING)
+    @takes(*JOINING, *READING_IMAGES)
     def from_pretrained(
         cls, model: str | Path, *, initial_peers: Sequence[str], **options: Any
     ) -> RemoteImageTextToText:
         """A model of transformers that reads images and texts, as returned by `transformers.AutoProcessor`.
 
-        Arguments and errors are those of `AutoModelForCausalLM.from_pretrained`. Also raises UnsupportedModel: the
-        model reads no images.
+        Other arguments and errors are those of `AutoModelForCausalLM.from_pretrained`. Also raises UnsupportedModel:
+        the model reads no images, or peers do not read those of its family.
+
+        Args:
+            vision: where the vision tower runs. "local": in this process; "peer": at peers with `--vision`, which see
+                the images, and this process does not load it; "auto": local, unless the tower needs over half of the
+                free memory and a peer reads images.
         """
-        chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *GENERATING))
+        chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *READING_IMAGES))
         with joined(model, chosen) as (checkpoint, swarm):
             return attached_with_images(checkpoint, swarm, chosen)
 
@@ -69,10 +76,12 @@ def attached_with_images(
     kept."""
     blocks, handed = remote_blocks(checkpoint, swarm, options), _handed_states(checkpoint)
     how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
-    client_part = load_image_text_part(checkpoint, blocks, handed, **how)
+    at_peers = is_read_at_peers(checkpoint, swarm, options)
+    client_part = load_image_text_part(checkpoint, blocks, handed, towers=not at_peers, **how)
     _keep_deltas_per_thread(client_part)
     model = connected(client_part, RemoteImageTextToText, blocks, checkpoint, swarm, options, speculate)
-    model.use_handed(handed, packs_sequences(checkpoint.config), kept)
+    at_peers = partial(PeerFeatures, swarm=swarm, codec=options.codec) if at_peers else None
+    model.use_handed(handed, packs_sequences(checkpoint.config), kept, at_peers)
     return model
 
 
@@ -86,9 +95,11 @@ class RemoteImageTextToText(RemoteCausalLM):
 
     sees_images = True
 
-    def use_handed(self, handed: HandedStates, packs: bool, kept: int) -> None:
+    def use_handed(
+        self, handed: HandedStates, packs: bool, kept: int, at_peers: Callable[[nn.Module], Any] | None = None
+    ) -> None:
         """Sets the object that receives the values which the model hands to its blocks. packs: see `Family`. kept: see
-        `attached_with_images`."""
+        `attached_with_images`. at_peers: makes the method that has peers compute features, in place of the module's."""
         self._handed, self._packs = handed, packs
         self._with_deltas = [module for module in self.modules() if isinstance(module, _DeltasPerThread)]
         decoder = backbone_of(self)
@@ -96,7 +107,7 @@ class RemoteImageTextToText(RemoteCausalLM):
             if hasattr(module, "get_image_features") and any(child is decoder for child in module.children()):
                 towers = nn.ModuleList(child for child in module.children() if child is not decoder)
                 towers.requires_grad_(False)
-                compute: Any = module.get_image_features
+                compute: Any = at_peers(module) if at_peers else module.get_image_features
                 vars(module)["get_image_features"] = _KeptFeatures(compute, towers, kept)
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
         self._axes = len(rope.get("mrope_section") or range(3))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Preference = Literal["latency", "throughput", "energy"]
 Prefixes = Literal["own", "shared", "off"]
+Vision = Literal["auto", "local", "peer"]
 
 JOINING = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """Keywords of every `from_pretrained` for the swarm, the client and the model."""
@@ -33,6 +34,7 @@ RUNNING = (
 )
 """Keywords of every `from_pretrained` and `attach` for running the model."""
 GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # keywords of a causal LM
+READING_IMAGES = (*GENERATING, "vision")  # keywords of a model that reads images
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -54,6 +56,7 @@ class ConnectionOptions:
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
             energy_slowdown, kv_at_least, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+        vision: see `splitnet.AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
         SplitnetError: an impossible combination or value.
@@ -82,6 +85,7 @@ class ConnectionOptions:
     kv_at_least: KVForms = "int4"
     prefixes: Prefixes = "own"
     standby: str | float | None = None
+    vision: Vision = "auto"
 
     def __post_init__(self) -> None:
         slowdown = self.energy_slowdown
@@ -93,6 +97,8 @@ class ConnectionOptions:
             )
         if self.prefixes not in get_args(Prefixes):
             raise SplitnetError(f"prefixes are stored as own, shared or off, not {self.prefixes!r}")
+        if self.vision not in get_args(Vision):
+            raise SplitnetError(f"images are read at auto, local or peer, not {self.vision!r}")
         if self.standby is not None and (self.prefixes != "own" or not 0 < self.standby_rate < math.inf):
             raise SplitnetError(
                 "a standby copies stored prefixes that no other key shares: give bytes per second, such as 8MiB, and "

@@ -71,6 +71,9 @@ MAX_WEIGHTS_BYTES = 256 << 20  # bytes of a whole manifest or piece
 
 MAX_TEXT_BYTES = 16 << 30  # bytes of the hidden states of a text, or of a file of its compression
 
+MAX_IMAGES = 64  # images of one `ReadImages`
+MAX_LEVELS = 32  # blocks before which features of an image are added, and one more
+
 MAX_ROUNDS = 1 << 20  # rounds of a joint tuning
 MAX_OWNERS = 256  # owners of examples that take part in a joint tuning
 MAX_ATTEMPT = (1 << 32) - 1  # number of an attempt at a round of joint tuning
@@ -688,13 +691,49 @@ class CompressionState:
     payload: Payload = b""
 
 
+class ImageTensor(NamedTuple):
+    """A tensor of images, see `splitnet.blocks.vision`."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadImages(_Numbered):
+    """Asks a peer with the vision tower of a model for the features of images. `session` is a name that the client has
+    chosen for its questions. The payload holds the values of all tensors, concatenated."""
+
+    TAG: ClassVar[int] = 32
+    model: str = wire_field(matching(FINGERPRINT))
+    codec: int = wire_field(uint(255))  # of the pixels
+    features_codec: int = wire_field(uint(255))
+    tensors: tuple[ImageTensor, ...] = wire_field(
+        several(row(ImageTensor, text(32), several(uint(MAX_PAYLOAD_BYTES), least=1, most=5)), least=1, most=3)
+    )
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFeatures(_Numbered):
+    """Answers `ReadImages`. The payload holds the features of each image in turn, then those that are added before
+    blocks, level by level."""
+
+    TAG: ClassVar[int] = 33
+    codec: int = wire_field(uint(255))
+    lengths: tuple[int, ...] = wire_field(several(uint(MAX_POSITIONS), least=1, most=MAX_IMAGES))  # features by image
+    levels: int = wire_field(uint(MAX_LEVELS))  # 1, and the number of blocks before which features are added
+    stacked: bool = wire_field(flag)  # the family's code gives one tensor, `[images, length, hidden]`, and no list
+    payload: Payload = b""
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
 _Compressing = AskCompression | CompressionState
 _Rounds = AskRound | RoundState | WantGradient | RoundNumbers
 _Pages = CopyPages | CopiedPages
-Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages | _Compressing
+_Images = ReadImages | ImageFeatures
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages | _Compressing | _Images
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

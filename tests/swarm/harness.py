@@ -23,7 +23,7 @@ from splitnet.security.identity import Identity
 from splitnet.session.events import Cause, Recovered
 from splitnet.session.inference import Session
 from splitnet.session.local import MixedSession
-from splitnet.session.options import RUNNING, ConnectionOptions
+from splitnet.session.options import READING_IMAGES, RUNNING, ConnectionOptions
 from splitnet.swarm.swarm import ModelFacts, Swarm
 from tests.leftovers import outliving_tests
 
@@ -125,7 +125,7 @@ class LocalSwarm:
     ) -> RemoteImageTextToText:
         """A model that reads images, whose blocks are on these peers."""
         client = self.client if identity is None else self.connect(identity)
-        chosen = ConnectionOptions.of({"codec": codec, **options})
+        chosen = ConnectionOptions.of({"codec": codec, **options}, READING_IMAGES)
         return attached_with_images(Checkpoint.open(self.folder), client, chosen)
 
     def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:

@@ -17,7 +17,7 @@ in_tests = option_group("Tests")
 in_manner = option_group("How to measure")
 
 
-@connects(without=("recovery_timeout_s", "tokenizer"))
+@connects(without=("recovery_timeout_s", "tokenizer", "vision"))
 def bench(
     model: ModelOrInvite = None,
     *,
