@@ -87,8 +87,8 @@ def split_images(given: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def unpack_features(answer: ImageFeatures, codec: str, hidden: int, levels: int) -> list[list[Tensor]]:
-    """By level, the features of each image, `[length, hidden]`. Raises ProtocolError, CodecError: the answer has another
-    form than the model needs."""
+    """By level, the features of each image, `[length, hidden]`. Raises ProtocolError, CodecError: the model needs
+    another form."""
     rows = sum(answer.lengths) * levels
     if answer.codec != codec_by_name(codec).code or answer.levels != levels or not rows:
         raise ProtocolError("the features of an image have another form than the model needs")
@@ -120,7 +120,7 @@ class VisionTower:
         self._names = {PIXELS, *names}
         self._merge: int = getattr(vision, "spatial_merge_size", 1) if GRID in names else 1
         self._patch: int = CHANNELS * getattr(vision, "temporal_patch_size", 1) * _side(vision.patch_size) ** 2
-        self._size = 0 if GRID in names else _side(vision.image_size)
+        self._size = 0 if GRID in names else _side(getattr(vision, "image_size", 0))
         self._try_out()
 
     def _try_out(self) -> None:
@@ -132,6 +132,8 @@ class VisionTower:
             given = {PIXELS: torch.ones(*(1,) * (2 if MASK in self._names else 1), CHANNELS, size, size)}
         try:
             levels, _ = self._compute(given)
+            if GRID in given and [len(each) for each in levels[0]] != [1]:
+                raise ValueError("the family adds features to those of patches")
         except Exception as error:
             family = self._holder.config.model_type
             raise UnsupportedModel(f"peers do not read images of the family {family!r}: leave out --vision") from error
@@ -227,13 +229,11 @@ def _values(message: ReadImages) -> dict[str, Tensor]:
     """The tensors of a message whose sizes are checked."""
     found: dict[str, Tensor] = {}
     for (name, shape), data in zip(message.tensors, _parts(message).values(), strict=True):
-        if name in _TYPES:
-            found[name] = (
-                torch.frombuffer(bytearray(data), dtype=torch.uint8).clamp(max=1).bool()
-                if (_TYPES[name] is torch.bool)
-                else torch.frombuffer(bytearray(data), dtype=_TYPES[name])
-            )
+        if name == GRID:
+            values = torch.frombuffer(bytearray(data), dtype=torch.int64)
+        elif name == MASK:
+            values = torch.frombuffer(bytearray(data), dtype=torch.uint8) != 0
         else:
-            found[name] = codec_by_code(message.codec).decode(data, math.prod(shape[:-1]), shape[-1])
-        found[name] = found[name].reshape(shape)
+            values = codec_by_code(message.codec).decode(data, math.prod(shape[:-1]), shape[-1])
+        found[name] = values.reshape(shape)
     return found

@@ -95,7 +95,8 @@ class PeerFeatures:
         given = {name: value for name, value in {**bound, **others}.items() if value is not None}
         tensors = {name: given.pop(name) for name in (PIXELS, GRID, MASK) if torch.is_tensor(given.get(name))}
         for name, value in given.items():
-            if name not in ("return_dict", "use_cache") and value != getattr(self._module.config, name, None):
+            is_known = not torch.is_tensor(value) and value == getattr(self._module.config, name, None)
+            if name not in ("return_dict", "use_cache") and not is_known:
                 raise refuse(name, "is not sent to peers that read images: leave it out, or give vision `local`")
         return tensors
 
