@@ -25,10 +25,12 @@ from splitnet.wire.messages import (
     MAX_DEPTH,
     MAX_FOUND,
     MAX_HEADER_BYTES,
+    MAX_IMAGES,
     MAX_INPUT_BYTES,
     MAX_INPUTS,
     MAX_KNOWN,
     MAX_LABELS,
+    MAX_LEVELS,
     MAX_OWNERS,
     MAX_PART_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -62,12 +64,15 @@ from splitnet.wire.messages import (
     Forward,
     Found,
     Gradient,
+    ImageFeatures,
+    ImageTensor,
     LookUp,
     Message,
     Open,
     Opened,
     Ping,
     Pong,
+    ReadImages,
     Replay,
     Result,
     RoundNumbers,
@@ -237,6 +242,8 @@ RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
 LABEL = bytes(LABEL_BYTES)
+READ_IMAGES = ReadImages(SESSION, 1, 7, "ab" * 32, 0, 2, (ImageTensor("pixel_values", (24, 48)),), b"pixels")
+IMAGE_FEATURES = ImageFeatures(SESSION, 1, 7, 2, (6, 4), 3, False, b"features")
 COMPRESS = AskCompression(7, 0, "ab" * 32, 0, 4, 4, 32, 4096, 512, bytes(32), 2, 1024, b"states")
 COPY = CopyPages(SESSION, 1e6, False, 7, 0, 2, 0, LABEL, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
 EXAMPLES: list[Message] = [
@@ -271,6 +278,8 @@ EXAMPLES: list[Message] = [
     CopiedPages(SESSION, 7, 1, 4096),
     COMPRESS,
     CompressionState(7, 1024, 3, 4096, "", b"file"),
+    READ_IMAGES,
+    IMAGE_FEATURES,
 ]
 
 
@@ -448,6 +457,19 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (COPY, "source_address", "a" * 256, "a" * 257),
     (COPY, "source_relays", [["a" * 64, bytes(KEY_BYTES)]] * 3, [["a" * 64, bytes(KEY_BYTES)]] * 4),
     (CopiedPages(SESSION, 7, 1, 2), "pages", MAX_LABELS, MAX_LABELS + 1),
+    (READ_IMAGES, "model", "ab" * 32, "xy" * 32),
+    (READ_IMAGES, "codec", 255, 256),
+    (READ_IMAGES, "features_codec", 255, 256),
+    (READ_IMAGES, "tensors", [["n" * 32, [1] * 5]] * 3, [["n" * 32, [1] * 5]] * 4),
+    (READ_IMAGES, "tensors", [["n", [0]]], []),
+    (READ_IMAGES, "tensors", [["n", [MAX_PAYLOAD_BYTES]]], [["n", [MAX_PAYLOAD_BYTES + 1]]]),
+    (READ_IMAGES, "tensors", [["n", [1]]], [["n", [1] * 6]]),
+    (READ_IMAGES, "tensors", [["n", [1]]], [["n", []]]),
+    (IMAGE_FEATURES, "codec", 255, 256),
+    (IMAGE_FEATURES, "lengths", [MAX_POSITIONS] * MAX_IMAGES, [1] * (MAX_IMAGES + 1)),
+    (IMAGE_FEATURES, "lengths", [0], []),
+    (IMAGE_FEATURES, "levels", MAX_LEVELS, MAX_LEVELS + 1),
+    (IMAGE_FEATURES, "stacked", True, 1),
     (CopiedPages(SESSION, 7, 1, 2), "nbytes", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (COMPRESS, "wish", 255, 256),
     (COMPRESS, "model", "ab" * 32, "AB" * 32),
