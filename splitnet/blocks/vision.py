@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from splitnet.blocks.client_part import ImageTextLayout, load_tower
 from splitnet.checkpoint.checkpoint import Checkpoint
