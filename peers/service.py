@@ -155,9 +155,11 @@ class SessionService:
                 self.outbox.send(session.reply_to, failure)
 
     def in_use(self, now: float) -> bool:
-        """Whether a step waits or runs, or a message of a session came within `IN_USE_S`."""
+        """Whether a step or an image waits or runs, or a message of a session came within `IN_USE_S`."""
         with self._lock:
-            return any(session.waiting_size or now - session.used_at < IN_USE_S for session in self.sessions)
+            return bool(self.training.reading) or any(
+                session.waiting_size or now - session.used_at < IN_USE_S for session in self.sessions
+            )
 
     def forget_all(self) -> None:
         """Ends all sessions; their clients notice with the next step."""
@@ -235,7 +237,7 @@ class SessionService:
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
         load = (LoadReport(*self.load.estimate_at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
-        session = self.sessions.get(message.session)
+        session = self.sessions.get(message.session) or self.training.reading.get((source.curve, message.session))
         # Only the owner of a session learns that the session exists.
         if session is not None and session.owner == source.curve:
             route = session.route_state
@@ -422,7 +424,7 @@ class SessionService:
             own = message.session, source.curve, source, message.epoch, self.served.start, self.served.end, 0
             session = HopSession(*own, codec, None, SentLog(codec.code, 0), now)
             self._policy.spend_positions(source.curve, features, now)
-            self.training.put(PassWork(session, message, source, now, features=features))
+            self.training.put_images(PassWork(session, message, source, now, features=features))
         except (ProtocolError, CodecError, PeerBusy) as error:
             self._refuse_message(source, message, _code_of(error), str(error))
 

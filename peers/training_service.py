@@ -64,6 +64,8 @@ class Training:
     def __post_init__(self) -> None:
         # Forward passes with saved graphs, the oldest first, without the pass whose gradient is being computed.
         self._saved: dict[PassWork, None] = {}
+        # Sessions of images that wait or are read, by CURVE key and id.
+        self.reading: dict[tuple[bytes, bytes], HopSession] = {}
 
     def receive_request(self, session: HopSession, source: Connection, message: Request, now: float) -> None:
         """Queues the work of a message; the service has checked its sender. Raises ProtocolError or PeerBusy: the
@@ -72,17 +74,17 @@ class Training:
         if isinstance(message, Forward):
             for number in [number for number in kept if number < message.oldest]:
                 self._drop_pass(session, number)
-            self.put(PassWork(session, message, source, now))
+            self._put(PassWork(session, message, source, now))
         elif isinstance(message, Gradient):
             forward = kept.get(message.number)
             if forward is None:
                 raise MissingPass(f"this peer has no forward pass {message.number} for this gradient")
             check_size(message.codec, message.payload, forward.positions, self.hidden_size)
             work = PassWork(session, message, forward.source, now, forward)
-            self.put(work)
+            self._put(work)
             del kept[message.number]
         elif isinstance(message, FetchKV):
-            self.put(PassWork(session, message, source, now))
+            self._put(PassWork(session, message, source, now))
         else:
             self._take_part(session, message, source, now)
 
@@ -198,6 +200,11 @@ class Training:
             for remaining, part in counted_down(parts if not session.closed else ()):
                 self.outbox.send(session.reply_to, FetchedKV(*ids, remaining, part))
 
+    def put_images(self, work: PassWork) -> None:
+        """Queues images to read. Raises PeerBusy: memory is short, or too much work of the key waits."""
+        self._put(work)
+        self.reading[work.session.owner, work.session.id] = work.session
+
     def images_read(self, work: PassWork, features: ImageFeatures) -> None:
         with self.lock:
             self._release_pass(work)
@@ -223,7 +230,7 @@ class Training:
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
 
-    def put(self, work: PassWork) -> None:
+    def _put(self, work: PassWork) -> None:
         """Queues a pass, and reserves its memory. Raises PeerBusy, and keeps no memory: the pass is refused."""
         purpose, nbytes = _purpose_of(work), work.nbytes - (work.forward.nbytes if work.forward is not None else 0)
         if purpose is MemoryPurpose.PASSES:  # for an adapter, memory was reserved with each part
@@ -250,7 +257,7 @@ class Training:
         if not message.remaining:
             work = PassWork(session, message, source, now, parts=state.adapter_parts)
             state.adapter_parts = []
-            self.put(work)
+            self._put(work)
 
     def _take_memory(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         """Reserves memory, after dropping saved graphs if necessary. Raises PeerBusy: there is too little
@@ -270,6 +277,7 @@ class Training:
             if one is not None:
                 self._drop_graph(one)
         self.memory.give_back(work.session, _purpose_of(work), work.nbytes)
+        self.reading.pop((work.session.owner, work.session.id), None)
 
     def _drop_pass(self, session: HopSession, number: int) -> None:
         work = session.training_state.kept.pop(number, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -155,20 +156,23 @@ class VisionTower:
             raise ProtocolError(f"pixels are encoded as {' or '.join(PIXEL_CODECS.values())}")
         if not all(map(math.prod, shapes.values())) or sum(_nbytes(message).values()) != len(message.payload):
             raise ProtocolError("the tensors of the images are empty, or have other sizes than they say")
-        count = self._in_grids(message, pixels) if GRID in self._names else self._in_pixels(shapes, pixels)
+        count = (
+            self._in_grids(message, pixels, shapes[GRID]) if GRID in self._names else self._in_pixels(shapes, pixels)
+        )
         size = count * self._levels * codec_by_code(message.features_codec).bytes_per_position(self._hidden)
         if size > MAX_PAYLOAD_BYTES:
             raise ProtocolError(f"{count} features are too many for one answer: give a smaller image")
         return count
 
-    def _in_grids(self, message: ReadImages, pixels: tuple[int, ...]) -> int:
-        grids: Tensor = _values(message)[GRID]
+    def _in_grids(self, message: ReadImages, pixels: tuple[int, ...], grids: tuple[int, ...]) -> int:
+        if len(grids) != 2 or grids[0] > MAX_IMAGES or grids[1] != 3:
+            raise ProtocolError(f"at most {MAX_IMAGES} images have a grid of three numbers each")
         patches = 0
-        for image in grids.reshape(-1, 3).tolist() if grids.shape[1:] == (3,) else [[0]]:
+        for image in struct.iter_unpack("<3q", _parts(message)[GRID]):
             if not all(0 < side <= pixels[0] for side in image) or any(side % self._merge for side in image[1:]):
                 raise ProtocolError("the grid of an image is empty, too large, or cuts merged patches")
             patches += math.prod(image)
-        if pixels != (patches, self._patch) or len(grids) > MAX_IMAGES:
+        if pixels != (patches, self._patch):
             raise ProtocolError("the grids of the images do not fit their pixels")
         return patches // self._merge**2
 

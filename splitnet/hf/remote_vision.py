@@ -143,7 +143,7 @@ class PeerFeatures:
             links.send(endpoint, message)
             unsent, until = math.inf, time.monotonic() + ANSWER_S
             while time.monotonic() < until:
-                pong = self._swarm.ping(endpoint)
+                pong = self._swarm.ping(endpoint, message.session)
                 with suppress(TimeoutError):
                     answer = question.answer.result(LOOK_S)
                     if isinstance(answer, ImageFeatures):
@@ -152,8 +152,10 @@ class PeerFeatures:
                 before, traffic = unsent, links.traffic(endpoint)
                 unsent = traffic.unsent if traffic is not None else 0
                 if not pong.done() and unsent >= before:  # pings wait behind pixels
-                    break
-            raise PeerLost(f"the peer at {endpoint.address} does not answer")
+                    raise PeerLost(f"the peer at {endpoint.address} does not answer")
+                if pong.done() and not pong.result().holds and not question.answer.done():
+                    break  # pongs come behind answers
+            raise PeerLost(f"the peer at {endpoint.address} has given up the image")
         finally:
             links.unregister(question)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers.training_service import Training
 from splitnet.blocks.vision import VisionTower
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.dht_directory import DhtDirectory
@@ -199,3 +200,22 @@ def test_a_family_with_further_tensors_is_refused(node: DhtDirectory, tmp_path: 
         options = ConnectionOptions.of({"vision": "peer"}, READING_IMAGES)
         with pytest.raises(SplitnetError, match="reads texts here"):
             attached(Checkpoint.open(swarm.folder), swarm.client, options)
+
+
+@pytest.mark.parametrize("both", ["llava"], indirect=True)
+def test_a_peer_that_has_lost_the_answer_is_left(both: tuple[Any, LocalSwarm], monkeypatch: pytest.MonkeyPatch) -> None:
+    local, swarm = both
+    swarm.add(3, 6, dtype="float32", vision=True)
+    send, lost = Training.images_read, list[ImageFeatures]()
+
+    def lose_first(training: Training, work: Any, features: ImageFeatures) -> None:
+        if lost:
+            return send(training, work, features)
+        lost.append(features)
+        return training._release_pass(work)
+
+    monkeypatch.setattr(Training, "images_read", lose_first)
+    monkeypatch.setattr("splitnet.hf.remote_vision.LOOK_S", 0.2)
+    inputs, remote = _inputs(local), swarm.image_model(dtype="float32", vision="peer")
+    assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+    assert lost
