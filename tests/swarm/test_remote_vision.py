@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers.engine import Engine
 from peers.training_service import Training
 from splitnet.blocks.vision import VisionTower
 from splitnet.checkpoint.checkpoint import Checkpoint
@@ -21,7 +24,7 @@ from splitnet.security.identity import Identity
 from splitnet.session.options import READING_IMAGES, ConnectionOptions
 from splitnet.wire.messages import ImageFeatures, ReadImages
 from tests.image_models import IMAGE_MODELS
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FAMILIES = ["gemma3", "qwen3_vl", "llava", "qwen2_5_vl", "idefics3", "smolvlm"]
@@ -219,3 +222,33 @@ def test_a_peer_that_has_lost_the_answer_is_left(both: tuple[Any, LocalSwarm], m
     inputs, remote = _inputs(local), swarm.image_model(dtype="float32", vision="peer")
     assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
     assert lost
+
+
+def test_steps_of_others_run_between_layers_of_a_tower(
+    node: DhtDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = IMAGE_MODELS["llava"].write(tmp_path / "published")
+    text, layers, ran = torch.tensor([[5, 6, 7]]), list[int](), list[int]()
+    reading, end_piece, run_steps = threading.Event(), Engine._end_piece, Engine._run_steps
+
+    def wait_for_step(engine: Engine) -> None:
+        if not layers:
+            reading.set()
+            wait_until(lambda: engine._queue.has_work)
+        engine._piece_began -= 1.0  # as if the layer had taken this long
+        end_piece(engine)
+        layers.append(len(ran))
+
+    with local_swarm(tmp_path / "published", [(0, 6)], node=node, dtype="float32", vision=True) as swarm:
+        remote = swarm.image_model(identity=Identity.generate(), dtype="float32", vision="peer")
+        other = swarm.model(dtype="float32")
+        monkeypatch.setattr(Engine, "_end_piece", wait_for_step)
+        monkeypatch.setattr(
+            Engine, "_run_steps", lambda engine, chosen: (ran.append(len(chosen)), run_steps(engine, chosen))
+        )
+        with ThreadPoolExecutor() as pool:
+            features = pool.submit(_remote_features(remote), IMAGE_MODELS["llava"].inputs(local, 1)["pixel_values"])
+            assert reading.wait(30)
+            assert torch.equal(other.generate(text, **OPTIONS), local.generate(text, **OPTIONS))
+            assert len(features.result().pooler_output) == 1
+    assert len(layers) > 1 and layers[0] > 0  # before the second layer
