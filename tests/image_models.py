@@ -433,3 +433,42 @@ IMAGE_MODELS: Mapping[str, ImageModel] = {
         "vipllava", _pixels(16), {"model_type": "llama"}, _CLIP, {**_LLAVA, "vision_feature_layer": [-1, -2]}
     ),
 }
+
+
+GGUF_IMAGE_MODELS: Mapping[str, ImageModel] = {
+    "gemma3": _model(
+        "gemma3",
+        _pixels(types="token_type_ids"),
+        {
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        },
+        {**_SIGLIP, "intermediate_size": 64, "vision_use_head": False},
+        {"image_token_id": IMAGE, "mm_tokens_per_image": 4, "boi_token_index": START, "eoi_token_index": 253},
+    ),
+    "qwen2_5_vl": _model("qwen2_5_vl", _grids(), _ROPE, {**_QWEN_WINDOWS, "temporal_patch_size": 2}, _TOKENS),
+    "qwen3_vl": _model(
+        "qwen3_vl",
+        _grids(),
+        _INTERLEAVED,
+        {**_QWEN, "depth": 3, "deepstack_visual_indexes": [0, 2], "temporal_patch_size": 2},
+        _TOKENS,
+    ),
+    "qwen3_5": _model(
+        "qwen3_5", _grids(), {**DELTA, **_INTERLEAVED}, {**_QWEN_PLAIN, "temporal_patch_size": 2}, _TOKENS
+    ),
+}
+"""Families whose towers are read from files of llama.cpp, with the values that these files can hold."""
+
+_NAMES = {
+    "gemma3": {IMAGE: "<image_soft_token>", START: "<start_of_image>", 253: "<end_of_image>"},
+    "": {IMAGE: "<|image_pad|>", 251: "<|video_pad|>", START: "<|vision_start|>", 253: "<|vision_end|>"},
+}
+
+
+def vocabulary(family: str) -> list[str]:
+    """A vocabulary of letters with the tokens that stand for images in a family."""
+    names = {1: "<s>", 2: "</s>", 3: "a", 4: "b", 5: "ab", 6: "\u0120", 7: "\u010a"} | _NAMES.get(family, _NAMES[""])
+    return [names.get(number, f"<unused{number}>" if number < 3 else chr(0x4E00 + number)) for number in range(VOCAB)]

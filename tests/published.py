@@ -5,6 +5,7 @@ Each checkpoint is written twice: in the published format, and as float32 with t
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -132,7 +133,8 @@ class Published:
 
     @torch.no_grad()
     def _model(self, seed: int) -> PreTrainedModel:
-        text = {name: value for name, value in {**_TEXT, **self.text}.items() if value is not None}
+        # A copy, because transformers changes the values of a config in place.
+        text = copy.deepcopy({name: value for name, value in {**_TEXT, **self.text}.items() if value is not None})
         if self.vision is None:
             config, kind = AutoConfig.for_model(self.family, **text), AutoModelForCausalLM
         else:

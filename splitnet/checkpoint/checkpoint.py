@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.families import causal_class, check_can_be_cut, max_positions, reads_images, text_config_of
+from splitnet.checkpoint.families import causal_class, check_can_be_cut, image_text_class, max_positions, text_config_of
 from splitnet.checkpoint.safetensors import SafetensorsStore
-from splitnet.checkpoint.store import Progress, TensorStore
+from splitnet.checkpoint.store import Progress, TensorStore, projector_files
 from splitnet.checkpoint.transfer.hashing import keep_manifest, kept_manifest, make_manifest
 from splitnet.checkpoint.transfer.manifest import Manifest
 from splitnet.checkpoint.transfer.weight_pieces import HeldPieces, WeightFolder, read_manifest
@@ -231,10 +231,18 @@ class Checkpoint:
             return self.store.tokenizer()
         return open_store(self.tokenizer_source).tokenizer()
 
-    @property
-    def reads_images(self) -> bool:
-        """Whether the checkpoint is that of a model with towers for images."""
-        return reads_images(self.store.config)
+    @cached_property
+    def with_towers(self) -> Checkpoint:
+        """The checkpoint with the towers of a model that reads images; those of a GGUF file are in a file beside it.
+        Raises UnsupportedModel: the model reads no images, or that file is of another model; ModelNotFound: there is no
+        such file."""
+        store = self.store.with_towers()
+        image_text_class(store.config)
+        if store is self.store:
+            return self
+        found = Checkpoint.of(store, self.tokenizer_source)
+        found._manifest = self._manifest
+        return found
 
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; without these, the defaults of its config."""
@@ -243,11 +251,11 @@ class Checkpoint:
 
 def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
     """The files of a checkpoint: a GGUF file, a local folder or, if no such file or folder exists, a hub id. A folder
-    without a config and a tokenizer stands for its only GGUF file. Raises ModelNotFound: there is no such file or
-    folder, or the folder has several GGUF files."""
+    without a config and a tokenizer stands for its only GGUF file, besides files of projectors. Raises ModelNotFound:
+    there is no such file or folder, or the folder has several GGUF files."""
     folder, own = Path(model).expanduser(), ("config.json", "tokenizer.json", "tokenizer_config.json")
     alone = folder.is_dir() and not any((folder / name).exists() for name in own)
-    if alone and (files := sorted(folder.glob("*.gguf"))):
+    if alone and (files := sorted({*folder.glob("*.gguf")} - {*projector_files(folder)})):
         if len(files) > 1:
             raise ModelNotFound(f"{model} holds {len(files)} GGUF files: give one of them, such as {files[0]}")
         model = files[0]

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from splitnet.checkpoint.families import FAMILIES, check_values
+from splitnet.checkpoint.families import FAMILIES, check_values, reads_images
 from splitnet.checkpoint.quant.compressed_tensors import CompressedTensors
 from splitnet.checkpoint.quant.format import (
     DESCRIPTION_BYTES,
@@ -339,6 +339,13 @@ class SafetensorsStore:
             )
         ):
             return AutoProcessor.from_pretrained(self.source, trust_remote_code=False, **self._options)
+
+    @property
+    def reads_images(self) -> bool:
+        return reads_images(self.config)
+
+    def with_towers(self) -> SafetensorsStore:
+        return self
 
     def generation_config(self) -> GenerationConfig | None:
         with replace_library_errors(

@@ -120,9 +120,25 @@ class TensorStore(TensorFiles, Protocol):
         """transformers' processor of texts and images. Raises ModelNotFound: the checkpoint has none."""
         ...
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model has towers for images, here or in a file beside it."""
+        ...
+
+    def with_towers(self) -> TensorStore:
+        """The files with the towers for images; `config` is then that of the model that reads images. See
+        `Checkpoint.with_towers`."""
+        ...
+
     def generation_config(self) -> GenerationConfig | None:
         """The checkpoint's defaults for generation; None: it has none."""
         ...
+
+
+def projector_files(folder: Path) -> list[Path]:
+    """llama.cpp's files of vision towers with their projectors in a folder, by the names that they are published
+    with."""
+    return sorted(file for file in folder.glob("*.gguf") if "mmproj" in file.name.lower())
 
 
 class ReadBytes:

@@ -16,7 +16,6 @@ from transformers import TextStreamer
 
 from splitnet.checkpoint.chat_template import render
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import image_text_class
 from splitnet.cli.connection import ModelConnection
 from splitnet.cli.tables import table
 from splitnet.drafts.draft_stats import Counts
@@ -74,7 +73,7 @@ class TextGenerator:
         """
         checkpoint = connection.checkpoint()
         if sees_images:
-            image_text_class(checkpoint.store.config)
+            checkpoint = checkpoint.with_towers
         processor = checkpoint.store.processor() if sees_images else None
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)

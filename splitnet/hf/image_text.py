@@ -74,6 +74,7 @@ def attached_with_images(
 ) -> RemoteImageTextToText:
     """As `splitnet.hf.causal_lm.attached`, for the whole multimodal model. kept: calls of the tower whose features are
     kept."""
+    checkpoint = checkpoint.with_towers
     blocks, handed = remote_blocks(checkpoint, swarm, options), _handed_states(checkpoint)
     how: dict[str, Any] = {"dtype": options.dtype, "device": options.device, "weights": options.held_as}
     at_peers = is_read_at_peers(checkpoint, swarm, options)

@@ -279,9 +279,9 @@ class _ModelLoader:
 
     def _attach(self, spec: ModelSpec, swarm: Swarm) -> tuple[RemoteCausalLM, Any]:
         """The model, and its processor; None: it reads text alone, or its images cannot be read here."""
-        if spec.checkpoint.reads_images:
+        if spec.checkpoint.store.reads_images:
             try:
-                processor = spec.checkpoint.store.processor()
+                processor = spec.checkpoint.with_towers.store.processor()
                 return attached_with_images(spec.checkpoint, swarm, spec.options, spec.speculate), processor
             except (ModelNotFound, UnsupportedModel) as error:
                 self._warn(f"{spec.names[0]} is served without images: {error}")

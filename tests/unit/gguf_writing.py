@@ -6,7 +6,7 @@ Names of tensors come from the `gguf` package; changes were compared with the ou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "glm4_moe": "glm4moe",
     "qwen3_next": "qwen3next",
+    "qwen2_5_vl_text": "qwen2vl",
+    "qwen3_vl_text": "qwen3vl",
+    "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
     "nemotron_h": "nemotron_h_moe",
     "granitemoehybrid": "granitehybrid",
@@ -43,26 +46,49 @@ ARCHITECTURES = {
 """llama.cpp's architecture by transformers' family."""
 
 
-def write_gguf(folder: Path, path: Path, stored: Type = Type.F32, *, split: int = 0, **metadata: Any) -> Path:
-    """Writes a checkpoint in a folder as a GGUF file.
+def write_gguf(
+    folder: Path,
+    path: Path,
+    stored: Type = Type.F32,
+    *,
+    split: int = 0,
+    tokens: Sequence[str] = (),
+    template: str = "",
+    **metadata: Any,
+) -> Path:
+    """Writes a checkpoint in a folder as a GGUF file; of a model that reads images, the text model.
 
     Args:
         stored: type of the matrices whose row length fits the blocks of the type.
+        tokens: a vocabulary; names such as <name> are special tokens. template: the chat template.
         split: tensors per file, with `path` as the prefix of the files; 0: one file.
         metadata: more keys of the architecture, with `__` in place of a full stop.
 
     Returns:
         The path of the file, or of the first file.
     """
-    config = AutoConfig.from_pretrained(folder)
+    whole = AutoConfig.from_pretrained(folder)
+    config = whole.get_text_config()
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     _write_metadata(writer, architecture, config)
     for key, value in metadata.items():
         writer.add_key_value(f"{architecture}.{key.replace('__', '.')}", value, gguf.GGUFValueType.get_type(value))
-    tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
+    if layers := getattr(getattr(whole, "vision_config", None), "deepstack_visual_indexes", None):
+        writer.add_uint32(f"{architecture}.n_deepstack_layers", len(layers))
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if len(token) > 1 and token[0] == "<" else 1 for token in tokens])
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(config.eos_token_id)
+        writer.add_chat_template(template)
+    tensors = _tensors_of(folder)
+    if whole is not config:
+        tensors = {name: value for name, value in tensors.items() if not re.search("visual|vision|multi_modal", name)}
+        outer = re.compile(r"^(model\.)?language_model(\.model)?\.")
+        tensors = {outer.sub("model.", name): value for name, value in tensors.items()}
     for name, tensor in _converted(config, architecture, tensors):
         array = tensor.float().contiguous().numpy()
         kind = fitting(stored, array.shape[-1]) if _may_be_codes(name, array) else Type.F32
@@ -72,6 +98,110 @@ def write_gguf(folder: Path, path: Path, stored: Type = Type.F32, *, split: int 
     writer.write_tensors_to_file()
     writer.close()
     return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0] if split else path
+
+
+def write_mmproj(
+    folder: Path, path: Path, stored: Type = Type.F32, *, fused: bool = False, swapped: bool = False, **metadata: Any
+) -> Path:
+    """Writes the tower and the projector of a checkpoint as llama.cpp's converters do.
+
+    stored: type of the matrices. fused: Qwen2.5-VL's queries, keys and values stay one tensor. swapped: the layers of
+    the MLP have each other's name, as in the first files of Gemma 3. metadata: more keys, or other values, with `__` in
+    place of a full stop; None leaves a key out.
+    """
+    whole = AutoConfig.from_pretrained(folder)
+    family, vision = whole.model_type, whole.vision_config
+    siglip = family == "gemma3"
+    depth = vision.num_hidden_layers
+    values: dict[str, Any] = {
+        "has_vision_encoder": True,
+        "projector_type": PROJECTORS[family],
+        "use_silu" if family == "qwen2_5_vl" else "use_gelu": True,
+        "vision.projection_dim": whole.get_text_config().hidden_size,
+        "vision.image_size": vision.image_size if siglip else 560,
+        "vision.patch_size": vision.patch_size,
+        "vision.embedding_length": vision.hidden_size,
+        "vision.feed_forward_length": vision.intermediate_size,
+        "vision.block_count": depth,
+        "vision.attention.head_count": vision.num_attention_heads,
+        "vision.attention.layer_norm_epsilon": getattr(vision, "layer_norm_eps", 1e-6),
+        "vision.image_mean": [0.5, 0.4, 0.3],
+        "vision.image_std": [0.5, 0.25, 0.2],
+    }
+    if siglip:
+        side = vision.image_size // vision.patch_size
+        values["vision.projector.scale_factor"] = side // int(whole.mm_tokens_per_image**0.5)
+    if family == "qwen2_5_vl":
+        values["vision.n_wa_pattern"] = vision.fullatt_block_indexes[0] + 1
+        values["vision.window_size"] = vision.window_size
+    layers = list(getattr(vision, "deepstack_visual_indexes", ()))
+    if PROJECTORS[family] == "qwen3vl_merger":
+        values["vision.spatial_merge_size"] = vision.spatial_merge_size
+        values["vision.is_deepstack_layers"] = [layer in layers for layer in range(depth)]
+    values |= {key.replace("__", "."): value for key, value in metadata.items()}
+    writer = gguf.GGUFWriter(path, "clip")
+    for key, value in values.items():
+        if value is not None:
+            element = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+            writer.add_key_value(f"clip.{key}", value, gguf.GGUFValueType.get_type(value), sub_type=element)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(depth, 3))  # mm.2 counts as a block
+    for name, value in _tensors_of(folder).items():
+        if not re.search("visual|vision_tower|multi_modal", name) or "vision_tower.head" in name.replace(
+            "vision_model.", ""
+        ):
+            continue
+        for converted, tensor in _converted_tower(name, value, names, layers, fused or family != "qwen2_5_vl"):
+            if swapped:
+                ends = ("ffn_up", "ffn_down") if "ffn_up" in converted else ("ffn_down", "ffn_up")
+                converted = converted.replace(*ends)
+            kind = stored if tensor.ndim > 1 and "position_embd" not in converted else Type.F32
+            kind = kind if converted.startswith("v.blk") or kind in (Type.F32, Type.F16) else Type.F16
+            writer.add_tensor(converted, quantised(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+PROJECTORS = {
+    "gemma3": "gemma3",
+    "qwen2_5_vl": "qwen2.5vl_merger",
+    "qwen3_vl": "qwen3vl_merger",
+    "qwen3_5": "qwen3vl_merger",
+}
+"""Types of projectors by transformers' family."""
+
+
+def _converted_tower(
+    name: str, tensor: torch.Tensor, names: gguf.TensorNameMap, layers: list[int], fused: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    name = re.sub(r"^model\.", "", name).replace("_projection_weight", "_projection.weight")
+    name = re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name)
+    module, _, kind = name.rpartition(".")
+    if name == "visual.patch_embed.proj.weight":
+        yield "v.patch_embd.weight", tensor[:, :, 0]
+        yield "v.patch_embd.weight.1", tensor[:, :, 1]
+    elif match := re.match(r"visual\.deepstack_merger_list\.(\d+)\.(?:linear_)?(\w+)$", module):
+        yield f"v.deepstack.{layers[int(match[1])]}.{match[2]}.{kind}", tensor
+    elif match := re.match(r"visual\.merger\.linear_fc([12])$", module):
+        yield f"mm.{2 * (int(match[1]) - 1)}.{kind}", tensor
+    elif module == "visual.merger.norm":
+        yield f"v.post_ln.{kind}", tensor
+    elif ".attn.qkv" in module and not fused:
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"{names.get_name(module.replace('qkv', letter))}.{kind}", part
+    else:
+        found = names.get_name(module)
+        assert found is not None, name
+        yield f"{found}.{kind}", tensor + 1 if "soft_emb_norm" in name else tensor
+
+
+def _tensors_of(folder: Path) -> Tensors:
+    tensors: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
 
 
 def _may_be_codes(name: str, array: np.ndarray) -> bool:
@@ -148,6 +278,7 @@ _FIELDS: dict[str, dict[str, str]] = {
     "deepseek2": {"attention.q_lora_rank": "q_lora_rank", "attention.kv_lora_rank": "kv_lora_rank"},
     "qwen3next": _DELTA_FIELDS,
     "qwen35moe": _DELTA_FIELDS | {"feed_forward_length": ""},
+    "qwen35": {key: name for key, name in _DELTA_FIELDS.items() if not key.startswith("expert")},
     "nemotron_h_moe": {
         "attention.sliding_window": "",
         "attention.head_count_kv": "",
@@ -184,6 +315,10 @@ def _delta(config: Any) -> dict[str, Any]:
     return {"ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads}
 
 
+def _sections(config: Any) -> dict[str, Any]:
+    return {"rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0]}
+
+
 def _heads_per_block(config: Any) -> list[int]:
     return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
 
@@ -199,7 +334,10 @@ _OTHERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "glm4moe": lambda config: {"expert_gating_func": 2},
     "minimax-m2": lambda config: {"expert_gating_func": 2},
     "qwen3next": lambda config: _delta(config) | {"full_attention_interval": 4},
-    "qwen35moe": lambda config: _delta(config) | {"rope.dimension_sections": [11, 11, 10, 0]},
+    "qwen2vl": lambda config: _sections(config),
+    "qwen3vl": lambda config: _sections(config),
+    "qwen35": lambda config: _delta(config) | _sections(config),
+    "qwen35moe": lambda config: _delta(config) | _sections(config),
     "nemotron_h_moe": lambda config: {
         "attention.head_count_kv": _heads_per_block(config),
         "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim,
@@ -249,9 +387,9 @@ def _changed(config: Any, name: str, tensor: torch.Tensor) -> Iterator[tuple[str
     if family in ("llama", "mixtral", "granitemoehybrid") and re.search(r"[qk]_proj\.(weight|bias)$", name):
         heads = config.num_key_value_heads if "k_proj" in name else config.num_attention_heads
         tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    if family in ("gemma3_text", "qwen3_next", "qwen3_5_moe_text") and name.endswith("norm.weight"):
+    if family in ("gemma3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text") and name.endswith("norm.weight"):
         tensor = tensor if "linear_attn" in name else tensor + 1
-    if family == "qwen3_5_moe_text" and "linear_attn" in name:
+    if family in ("qwen3_5_text", "qwen3_5_moe_text") and "linear_attn" in name:
         tensor = _values_in_turns(config, name, tensor)
     name = re.sub(r"^backbone(.+)\.mixer\.experts", r"model\1.mlp.experts", name)
     if name.endswith("in_proj_qkvz.weight"):

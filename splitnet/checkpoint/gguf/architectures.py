@@ -21,13 +21,13 @@ Make = Callable[..., torch.Tensor]  # makes a tensor from the config and tensors
 _SOFTMAX, _SIGMOID = 1, 2  # values of `expert_gating_func`
 
 
-def _names(text: str) -> dict[str, str]:
+def names_of(text: str) -> dict[str, str]:
     """`a=b c=` -> {"a": "b", "c": ""}."""
     return {key: name for key, _, name in (pair.partition("=") for pair in text.split())}
 
 
-_OUTSIDE = _names("token_embd=model.embed_tokens output_norm=model.norm output=lm_head")
-FURTHER_TOKENS = _names(
+_OUTSIDE = names_of("token_embd=model.embed_tokens output_norm=model.norm output=lm_head")
+FURTHER_TOKENS = names_of(
     "nextn.enorm=enorm nextn.hnorm=hnorm nextn.eh_proj=eh_proj nextn.shared_head_norm=shared_head.norm "
     "nextn.embed_tokens=embed_tokens nextn.shared_head_head=shared_head.head"
 )
@@ -60,6 +60,7 @@ class GgufArchitecture:
     values: Mapping[str, Any] = field(default_factory=Values)  # config values, unless the file has other values
     gating: int | None = None  # the family's value of `expert_gating_func`; None: its files lack this key
     outside: dict[str, str] = field(default_factory=lambda: _OUTSIDE)  # as `tensors`, for modules outside of blocks
+    outside_changes: tuple[Change, ...] = ()  # as `changes`
     container: str = "model.layers"  # the part of names before the number of a block in transformers
     partial_rope: bool = False  # whether heads may be rotated in part
     plain_rope: bool = True  # whether `rope_parameters` describes its rotary embedding
@@ -165,7 +166,7 @@ def _then(first: Make, second: Make) -> Make:
     return lambda config, *parts: second(config, first(config, *parts))
 
 
-def _joined(config: Any, *parts: torch.Tensor) -> torch.Tensor:
+def joined(config: Any, *parts: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
@@ -289,10 +290,25 @@ def _gated_delta(found: Values, metadata: Metadata) -> None:
     found["layer_types"] = _blocks_with(metadata, found["num_hidden_layers"], kinds)
 
 
+def _axes(found: Values, metadata: Metadata) -> None:
+    """Sets how many numbers of a head each axis of a rotary position rotates: time, height, width."""
+    found["rope_parameters"]["mrope_section"] = [size for size in metadata["rope.dimension_sections"] if size]
+
+
+def _interleaved_axes(found: Values, metadata: Metadata) -> None:
+    _axes(found, metadata)
+    found["rope_parameters"]["mrope_interleaved"] = True
+
+
+def _side_by_side_axes(found: Values, metadata: Metadata) -> None:
+    _axes(found, metadata)
+    if 2 * sum(sections := found["rope_parameters"]["mrope_section"]) != found["head_dim"]:
+        raise ValueError(f"rope.dimension_sections {sections} do not rotate {found['head_dim']} numbers of a head")
+
+
 def _qwen_3_5(found: Values, metadata: Metadata) -> None:
     _gated_delta(found, metadata)
-    sections = [size for size in metadata["rope.dimension_sections"] if size]
-    found["rope_parameters"] |= {"mrope_section": sections, "mrope_interleaved": True}
+    _interleaved_axes(found, metadata)
 
 
 def _mamba_blocks(found: Values, metadata: Metadata) -> None:
@@ -350,7 +366,7 @@ def _like(
     **others: Any,
 ) -> GgufArchitecture:
     """A row that extends `row`; `others` replace attributes of `row`."""
-    both = {"fields": row.fields | _names(fields), "tensors": row.tensors | _names(tensors)}
+    both = {"fields": row.fields | names_of(fields), "tensors": row.tensors | names_of(tensors)}
     return replace(row, model_type=model_type, changes=(*row.changes, *changes), **both, **others)
 
 
@@ -387,12 +403,12 @@ _BIASES = {"attention_bias": "attn_q.bias"}
 
 _DENSE = GgufArchitecture(
     "",
-    _names(
+    names_of(
         "context_length=max_position_embeddings embedding_length=hidden_size feed_forward_length=intermediate_size "
         "attention.head_count=num_attention_heads attention.head_count_kv=num_key_value_heads "
         "attention.key_length=head_dim attention.layer_norm_rms_epsilon=rms_norm_eps"
     ),
-    _names(_ATTENTION + "ffn_gate=mlp.gate_proj ffn_up=mlp.up_proj ffn_down=mlp.down_proj"),
+    names_of(_ATTENTION + "ffn_gate=mlp.gate_proj ffn_up=mlp.up_proj ffn_down=mlp.down_proj"),
 )
 _MOE = _like(
     _DENSE,
@@ -446,7 +462,7 @@ _LFM_2 = _like(
     settle=_lfm_2,
     has={"conv_bias": "shortconv.in_proj.bias"},
     values={"block_auto_adjust_ff_dim": False},
-    outside=_OUTSIDE | _names("token_embd_norm=model.embedding_norm output_norm=model.embedding_norm"),
+    outside=_OUTSIDE | names_of("token_embd_norm=model.embedding_norm output_norm=model.embedding_norm"),
 )
 _DEEPSEEK_3 = _like(
     _MOE,
@@ -508,8 +524,8 @@ _NEMOTRON_H = _like(
     "ffn_up_exps.weight=mixer.experts.up_proj ffn_down_exps.weight=mixer.experts.down_proj "
     "exp_probs_b.bias=mixer.gate.e_score_correction_bias",
     settle=_nemotron_h,
-    has=_names("use_conv_bias=ssm_conv1d.bias attention_bias=attn_q.bias mlp_bias=ffn_up.bias"),
-    outside=_names("token_embd=backbone.embeddings output_norm=backbone.norm_f output=lm_head"),
+    has=names_of("use_conv_bias=ssm_conv1d.bias attention_bias=attn_q.bias mlp_bias=ffn_up.bias"),
+    outside=names_of("token_embd=backbone.embeddings output_norm=backbone.norm_f output=lm_head"),
     container="backbone.layers",
     plain_rope=False,
 )
@@ -520,15 +536,15 @@ _GRANITE = _like(
     "logit_scale=logits_scaling",
 )
 _GRANITE_MOE = _like(
-    replace(_GRANITE, tensors=_names(_ATTENTION), has=_BIASES),
+    replace(_GRANITE, tensors=names_of(_ATTENTION), has=_BIASES),
     "granitemoe",
     _LOCAL_EXPERTS + "expert_shared_feed_forward_length=shared_intermediate_size",
     _experts("block_sparse_moe.experts", "block_sparse_moe.router")
     + "ffn_down_shexp.weight=shared_mlp.output_linear.weight ffn_down.weight=shared_mlp.output_linear.weight",
     (
         _stacked("block_sparse_moe.experts"),
-        Change("shared_mlp.input_linear.weight", "ffn_gate_shexp.weight ffn_up_shexp.weight", _joined),
-        Change("shared_mlp.input_linear.weight", "ffn_gate.weight ffn_up.weight", _joined),
+        Change("shared_mlp.input_linear.weight", "ffn_gate_shexp.weight ffn_up_shexp.weight", joined),
+        Change("shared_mlp.input_linear.weight", "ffn_gate.weight ffn_up.weight", joined),
     ),
 )
 
@@ -548,10 +564,11 @@ FAMILIES: Mapping[str, GgufArchitecture | Callable[[GgufFile], GgufArchitecture]
     "ernie4_5": _like(_DENSE, "ernie4_5"),
     "olmo2": _like(_DENSE, "olmo2", tensors=_FOUR_NORMS),
     "qwen2": _like(_DENSE, "qwen2"),
+    "qwen2vl": _like(_DENSE, "qwen2_5_vl_text", settle=_side_by_side_axes),
     "qwen2moe": _QWEN_2_MOE,
     "qwen3": _like(_DENSE, "qwen3", has=_BIASES),
     "qwen3moe": _QWEN_3_MOE,
-    "qwen3vl": _like(_DENSE, "qwen3", _QWEN_3_VL, has=_BIASES),
+    "qwen3vl": _like(_DENSE, "qwen3_vl_text", _QWEN_3_VL, has=_BIASES, settle=_interleaved_axes),
     "qwen3vlmoe": _like(_QWEN_3_MOE, "qwen3_moe", _QWEN_3_VL),
     "qwen3next": _like(
         _QWEN_2_MOE,
@@ -621,7 +638,7 @@ FAMILIES: Mapping[str, GgufArchitecture | Callable[[GgufFile], GgufArchitecture]
         (_stacked("experts"),),
         settle=_gemma_4,
         outside=_OUTSIDE
-        | _names(
+        | names_of(
             "per_layer_token_embd=model.embed_tokens_per_layer per_layer_model_proj=model.per_layer_model_projection "
             "per_layer_proj_norm=model.per_layer_projection_norm"
         ),

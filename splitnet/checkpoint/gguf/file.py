@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,8 @@ _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22
 _MOST_IN_A_ROW = 1 << 24
+_LONGEST_TOKEN = 64  # bytes of a name that is looked up in the vocabulary
+_VOCABULARY = "tokenizer.ggml.tokens"
 _SKIPPED: list[GGUFValueType] = []
 _AGAIN = "put the parts of one model, and no others, in a folder, or download them again"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -153,9 +155,11 @@ class GgufFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
+        self._vocabulary: tuple[Path, int] | None = None  # the file that has it, and the offset of its list there
         self.parts = parts = list(_parts(path))
         for number, part in enumerate(parts):
-            own, tensors = _read(part)
+            own, tensors, vocabulary = _read(part)
+            self._vocabulary = self._vocabulary or (vocabulary and (part, vocabulary))
             _check_part(part, own, number, len(parts))
             self.metadata = own | self.metadata
             for tensor in tensors:
@@ -180,6 +184,23 @@ class GgufFile:
     def architecture(self) -> str:
         """llama.cpp's name of the architecture."""
         return self.metadata["general.architecture"]
+
+    def token_ids(self, names: Iterable[str]) -> dict[str, int]:
+        """The numbers of tokens of the vocabulary, by name; without those that it lacks."""
+        wanted, found = {name.encode(): name for name in names}, dict[str, int]()
+        if self._vocabulary is not None:
+            path, at = self._vocabulary
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                kind, count = (
+                    int.from_bytes(data[at + start : at + end], "little") for start, end in ((0, 4), (4, 12))
+                )
+                at += 12
+                for token in range(count if kind == GGUFValueType.STRING else 0):  # `_Reader` has checked the sizes
+                    size = int.from_bytes(data[at : at + 8], "little")
+                    if size <= _LONGEST_TOKEN and (name := wanted.get(data[at + 8 : at + 8 + size])):
+                        found.setdefault(name, token)
+                    at += 8 + size
+        return found
 
     def free_pages(self) -> None:
         """Frees the memory of data that was read; later uses read it again."""
@@ -232,8 +253,8 @@ def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
-    """The metadata and the tensors of one file."""
+def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor], int]:
+    """The metadata and the tensors of one file, and the offset of the vocabulary; 0: it has none."""
     with replace_library_errors(
         lambda why: UnsupportedModel(
             f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
@@ -244,7 +265,10 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
             reader = _Reader(path)
         except OSError as error:
             raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
-        return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors
+        found, tokens = {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, 0
+        if (listed := reader.fields.get(_VOCABULARY)) is not None and listed.types == _SKIPPED:
+            tokens = listed.offset + 8 + len(_VOCABULARY) + 4  # behind the key and the type of its value
+        return found, reader.tensors, tokens
 
 
 # The types in which weights are stored. A row is a sequence of blocks; a block holds the scales and the codes of 32 or

@@ -16,9 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.checkpoint.families import check_values
-from splitnet.checkpoint.gguf.architectures import FURTHER_TOKENS, GgufArchitecture, config_values, family_of
+from splitnet.checkpoint.gguf.architectures import FURTHER_TOKENS, Change, GgufArchitecture, config_values, family_of
 from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
+from splitnet.checkpoint.gguf.towers import Tower, may_have_tower
 from splitnet.checkpoint.quant.format import MALFORMED
 from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts
 from splitnet.checkpoint.transfer.weight_pieces import TensorLocation, WeightFolder
@@ -28,7 +29,7 @@ from splitnet.quant.packed_tensor import PackedTensor
 _TOKEN = "tokenizer.ggml.{}_token_id"
 _ARCHITECTURE = "general.architecture"
 _MAX_ROPE_BYTES = 1 << 20  # bytes of factors of rotary embeddings, which are read with the config
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"(?:v\.)?blk\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class GgufStore:
         self.name = file.name
         self.source = str(file.path)
         self.folder: WeightFolder | None = None
+        self._tower: Tower | None = None
+
+    @property
+    def reads_images(self) -> bool:
+        return self._tower is not None or may_have_tower(self._file)
+
+    def with_towers(self) -> GgufStore:
+        if self._tower is not None:
+            return self
+        found = GgufStore(self._file.path)
+        found.folder, found._tower = self.folder, Tower.beside(self._file, self.config)
+        found.config = found._tower.whole_config  # in place of the config of the text model
+        return found
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -89,8 +103,11 @@ class GgufStore:
         return sum(part.data.nbytes for name in names for part in self._recipes[name].parts)
 
     def are_here(self, names: Iterable[str]) -> bool:
-        parts = (part.name for name in names for part in self._recipes[name].parts)
-        return self.folder is None or self.folder.holds(parts)
+        return self.folder is None or self.folder.holds(self._from_peers(self._recipes[name] for name in names))
+
+    def _from_peers(self, recipes: Iterable[_Recipe]) -> list[str]:
+        """The tensors of the model's own file; those of its tower come from no peer."""
+        return [part.name for recipe in recipes for part in recipe.parts if part.name in self._file.tensors]
 
     @contextmanager
     def load_tensors(
@@ -99,12 +116,13 @@ class GgufStore:
         read = ReadBytes(progress)
         recipes = {given: self._recipes[name] for given, name in names.items()}
         if self.folder is not None:
-            self.folder.supply([part.name for recipe in recipes.values() for part in recipe.parts])
+            self.folder.supply(self._from_peers(recipes.values()))
         read.total = sum(part.data.nbytes for recipe in recipes.values() for part in recipe.parts)
         try:
             yield {given: self._lazy(recipe, read) for given, recipe in recipes.items()}
         finally:
-            self._file.free_pages()
+            for file in (self._file, *([self._tower.file] if self._tower else [])):
+                file.free_pages()
 
     def _lazy(self, recipe: _Recipe, read: ReadBytes) -> LazyTensor:
         known = self._facts(recipe)
@@ -118,7 +136,7 @@ class GgufStore:
 
     def _made(self, recipe: _Recipe, parts: Iterable[torch.Tensor]) -> torch.Tensor:
         try:
-            return recipe.make(self.config, *parts)
+            return recipe.make(self.config.get_text_config(), *parts)
         except (RuntimeError, *MALFORMED) as error:
             first = recipe.parts[0]
             raise UnsupportedModel(
@@ -155,7 +173,11 @@ class GgufStore:
             raise ModelNotFound(f"{file} of {self.name} cannot be read: download it again") from error
 
     def processor(self) -> Any:
-        raise ModelNotFound(f"{self.name} is a GGUF file, which has no processor of images: give the original model")
+        if self._tower is None:
+            raise ModelNotFound(
+                f"{self.name} is a GGUF file, which has no processor of images: give the original model"
+            )
+        return self._tower.processor(self.tokenizer())
 
     def tokenizer(self, **options: Any) -> Any:
         says = self._file.metadata.get
@@ -191,43 +213,60 @@ class GgufStore:
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:
         """Recipes, by the names in transformers' checkpoints."""
-        file, family, blocks = self._file, self._family, self.config.num_hidden_layers
-        inside: dict[int, dict[str, GgufTensor]] = {}
-        recipes: dict[str, _Recipe] = {}
-        for name, tensor in file.tensors.items():
-            if match := _BLOCK.match(name):
-                inside.setdefault(int(match[1]), {})[match[2]] = tensor
-                if int(match[1]) >= (count := file.of_architecture["block_count"]):
-                    raise UnsupportedModel(
-                        f"{file.name} has the tensor {name}, and says that it has {count} blocks: download it again, "
-                        "or take another file of this model"
-                    )
-            elif name not in ROPE_TENSORS:
-                recipes[_renamed(file, name, name, family.outside)] = _copied(family, name, tensor)
-        further: dict[str, _Recipe] = {}
-        for block in range(file.of_architecture["block_count"]):
-            left = inside.get(block, {})
-            path = f"{family.container}.{block}"
-            found, modules = (recipes, family.tensors) if block < blocks else (further, family.tensors | FURTHER_TOKENS)
-            for change in family.changes:
-                names = change.parts.split()
-                if left.keys() >= set(names):
-                    parts = tuple(left.pop(part) for part in names)
-                    found[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
-            for name, tensor in left.items():
-                if name in ROPE_TENSORS:
-                    continue
-                with nullcontext() if block < blocks else suppress(UnsupportedModel):
-                    within = _renamed(file, tensor.name, name, modules)
-                    found[f"{path}.{within}"] = _copied(family, name, tensor)
-        for recipe in recipes.values():
+        count = self._file.of_architecture["block_count"]
+        found = _recipes_of(self._file, self._family, self.config.get_text_config().num_hidden_layers, count)
+        if self._tower is None:
+            return found
+        found = {re.sub(r"^model(?=\.)", self._tower.row.text, name): recipe for name, recipe in found.items()}
+        return found | _recipes_of(self._tower.file, self._tower.layout, self._tower.blocks, self._tower.blocks)
+
+
+def _recipes_of(file: GgufFile, family: GgufArchitecture, blocks: int, count: int) -> dict[str, _Recipe]:
+    """The recipes of a file with `count` blocks, of which those from number `blocks` on predict further tokens."""
+    inside: dict[int, dict[str, GgufTensor]] = {}
+    outside: dict[str, GgufTensor] = {}
+    for name, tensor in file.tensors.items():
+        if match := _BLOCK.match(name):
+            inside.setdefault(int(match[1]), {})[match[2]] = tensor
+            if int(match[1]) >= count:
+                raise UnsupportedModel(
+                    f"{file.name} has the tensor {name}, and says that it has {count} blocks: download it again, "
+                    "or take another file of this model"
+                )
+        elif name not in ROPE_TENSORS:
+            outside[name] = tensor
+    recipes = _changed(family.outside_changes, "", outside)
+    for name, tensor in outside.items():
+        recipes[_renamed(file, name, name, family.outside)] = _copied(family, name, tensor)
+    further: dict[str, _Recipe] = {}
+    for block in range(count):
+        left = inside.get(block, {})
+        path = f"{family.container}.{block}."
+        found, modules = (recipes, family.tensors) if block < blocks else (further, family.tensors | FURTHER_TOKENS)
+        found |= _changed(family.changes, path, left)
+        for name, tensor in left.items():
+            if name in ROPE_TENSORS:
+                continue
+            with nullcontext() if block < blocks else suppress(UnsupportedModel):
+                found[path + _renamed(file, tensor.name, name, modules)] = _copied(family, name, tensor)
+    for recipe in recipes.values():
+        _check_types(recipe)
+    # Errors in layers that predict further tokens are ignored, because few users load these layers.
+    for name, recipe in further.items():
+        with suppress(UnsupportedModel):
             _check_types(recipe)
-        # Errors in layers that predict further tokens are ignored, because few users load these layers.
-        for name, recipe in further.items():
-            with suppress(UnsupportedModel):
-                _check_types(recipe)
-                recipes[name] = recipe
-        return recipes
+            recipes[name] = recipe
+    return recipes
+
+
+def _changed(changes: Iterable[Change], path: str, left: dict[str, GgufTensor]) -> dict[str, _Recipe]:
+    """The recipes of tensors that are not only renamed; takes their parts out of `left`."""
+    found: dict[str, _Recipe] = {}
+    for change in changes:
+        names = change.parts.split()
+        if left.keys() >= set(names):
+            found[path + change.name] = _Recipe(tuple(map(left.pop, names)), change.make, change.keeps_codes)
+    return found
 
 
 def _check_types(recipe: _Recipe) -> None:

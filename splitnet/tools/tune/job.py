@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.families import image_text_class
 from splitnet.cli.arguments import has
 from splitnet.cli.connection import ModelConnection
 from splitnet.errors import NotFinite, SplitnetError
@@ -412,8 +411,7 @@ class Tuning:
                 f"{wanted:,} tokens and {virtual} virtual ones are more than the model's context of "
                 f"{checkpoint.max_positions:,}: lower {lower}"
             )
-        sees = self._has_images and image_text_class(checkpoint.store.config)
-        processor = checkpoint.store.processor() if sees else None
+        processor = checkpoint.with_towers.store.processor() if self._has_images else None
         tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
         how: dict[str, Any] = {"labels": self._labels, "head": self.head, "processor": processor}
         return Encoder(tokenizer, wanted, template=self.template, **how)
