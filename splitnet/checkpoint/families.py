@@ -432,7 +432,7 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
     """
     for part in _with_inner(values):
         for key, value in part.items():
-            counts = str(key).endswith(("layer", "layers", "experts")) and "per_layer" not in str(key)
+            counts = str(key).endswith(("layer", "layers", "experts", "depth")) and "per_layer" not in str(key)
             most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
             if key in _BASES and isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UnsupportedModel(

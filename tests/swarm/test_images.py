@@ -12,26 +12,30 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from transformers import CONFIG_MAPPING
 
 from peers.counters import SessionEnd
 from peers.running_peer import RunningPeer
 from splitnet.blocks.block_inputs import encode_step
+from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import causal_class, check_can_be_cut, image_text_class, text_config_of
 from splitnet.directory.dht_directory import DhtDirectory
-from splitnet.errors import SplitnetError, UnsupportedModel, UnsupportedParameter
+from splitnet.errors import ModelNotFound, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.image_text import _KeptFeatures
+from splitnet.quant.packed_tensor import PackedTensor
 from splitnet.security.identity import Identity
 from splitnet.session.events import Cause
 from splitnet.session.inference import Session
 from splitnet.wire.messages import BlockInput
 from splitnet.wire.sent_log import PAGE
-from tests.image_models import IMAGE, IMAGE_MODELS, Inputs
+from tests.image_models import GGUF_IMAGE_MODELS, IMAGE, IMAGE_MODELS, Inputs, vocabulary
 from tests.published import Tensors, bfloat16
 from tests.swarm.generation import After
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs, shared_swarm
 from tests.swarm.test_failover import kill_hops
 from tests.swarm.test_leaving import peer_at
+from tests.unit.gguf_writing import write_gguf, write_mmproj
 from tests.unit.quantized_checkpoints import SCHEMES
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -440,3 +444,56 @@ def test_features_are_kept_by_the_names_of_arguments_and_the_buffers_of_towers()
     assert kept(pixel_values=given) == "pixel_values2.0"
     tower.scale = torch.full((1,), 3.0)
     assert kept(pixel_values=given) == "pixel_values3.0"
+
+
+def gguf_files(family: str, folder: Path, stored: Type = Type.F32, tower: Type = Type.F32) -> tuple[Any, Path]:
+    """The whole model in transformers, and the folder of its GGUF file and its tower."""
+    (folder / "gguf").mkdir()
+    local = GGUF_IMAGE_MODELS[family].write(folder / "published")
+    write_gguf(folder / "published", folder / "gguf" / "model.gguf", stored, tokens=vocabulary(family))
+    write_mmproj(folder / "published", folder / "gguf" / "mmproj-model.gguf", tower)
+    return local, folder / "gguf"
+
+
+@pytest.mark.parametrize("family", GGUF_IMAGE_MODELS)
+def test_a_gguf_file_with_its_mmproj_gives_the_same_as_transformers(
+    family: str, node: DhtDirectory, tmp_path: Path
+) -> None:
+    local, folder = gguf_files(family, tmp_path)
+    tower = folder / "mmproj-model.gguf"
+    aside = tower.rename(tmp_path / tower.name)  # peers need no tower
+    with local_swarm(folder, UNEVEN, node=node, dtype="float32") as swarm:
+        with pytest.raises(ModelNotFound, match=r"put the model's mmproj\*\.gguf into"):
+            swarm.image_model(dtype="float32")
+        aside.rename(tower)
+        remote = swarm.image_model(dtype="float32")
+        for images in (0, 1, 2):
+            inputs = GGUF_IMAGE_MODELS[family].inputs(local, images)
+            with torch.no_grad():
+                torch.testing.assert_close(remote(**inputs).logits, local(**inputs).logits, atol=1e-4, rtol=1e-4)
+            assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.default_cases(family=("qwen3_vl",))
+@pytest.mark.parametrize("family", GGUF_IMAGE_MODELS)
+def test_codes_beside_an_mmproj_in_float16(family: str, node: DhtDirectory, tmp_path: Path) -> None:
+    local, folder = gguf_files(family, tmp_path, Type.Q8_0, Type.F16)
+    # The numbers of both files, in the names of transformers.
+    store = Checkpoint.open(folder).with_towers.store
+    with store.load_tensors({name: name for name in store.tensor_names}, torch.float32) as tensors:
+        numbers = {
+            name: each.to_floats() if isinstance(each := tensor[...], PackedTensor) else each.float()
+            for name, tensor in tensors.items()
+        }
+    local, report = type(local).from_pretrained(
+        None, config=local.config, state_dict=numbers, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    inputs = GGUF_IMAGE_MODELS[family].inputs(local.eval(), 2)
+    with local_swarm(folder, UNEVEN, node=node, dtype="float32") as swarm:
+        assert {peer.record().dtype for peer in swarm.peers} == {"stored/float32"}
+        remote = swarm.image_model(dtype="float32")
+        with torch.no_grad():
+            found, expected = remote(**inputs).logits, local(**inputs).logits
+    # Kernels round activations to 16 bits: 9e-5, and 2e-3 where recurrent states add up the errors (7e-4 in a text).
+    assert (found - expected).norm() / expected.norm() < (1e-2 if family == "qwen3_5" else 5e-4)
