@@ -118,6 +118,7 @@ class Zero(nn.Module):
 
 # Maximum numbers, in all tensors together, that a family may compute while its model is built, such as tables.
 _MOST_COMPUTED = 1 << 26
+_MOST_MISSING = 2  # times as many numbers as tensors have: tied weights are stored once, and new heads not at all
 _LONGEST_RANGE = 1 << 20  # maximum entries of one `torch.arange` at that time; only an absurd config needs more
 
 
@@ -243,6 +244,7 @@ def load_cut(
     def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         _made_on_meta(lambda: model_class.__init__(model, config))
         cut(model)
+        _check_sizes(model, tensors)
 
     members = {"__init__": build, "__module__": model_class.__module__}
     cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
@@ -288,6 +290,19 @@ def load_cut(
     model.__class__ = model_class
     hold_codes(model, codes_on)
     return model
+
+
+def _check_sizes(model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel: by its config, a model has many more numbers than the tensors of the checkpoint.
+    transformers would allocate them, to report later that they are missing or have another shape."""
+    given = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if sum(sizes.values()) > _MOST_MISSING * given + _MOST_COMPUTED:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UnsupportedModel(
+            f"the config says that {largest} and others have {sum(sizes.values()):,} numbers, and the checkpoint holds "
+            f"{given:,}: download it again, or correct its config"
+        )
 
 
 def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

@@ -375,6 +375,23 @@ def test_a_table_without_end_is_refused(family: str, key: str, tmp_path: Path) -
     assert largest.most <= 8 << 20
 
 
+def test_sizes_beyond_those_of_the_tensors_take_no_memory(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "it")
+    in_config(intermediate_size=2**20)(tmp_path / "it")
+    with Largest() as largest, pytest.raises(SplitnetError, match=r"the config says that .* correct its config"):
+        use(tmp_path / "it")
+    assert largest.most <= 8 << 20
+
+
+def test_a_tower_of_very_many_blocks_is_refused_before_it_is_built(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "it")
+    in_config(model_type="qwen3_vl", text_config={}, vision_config={"depth": 10**7})(tmp_path / "it")
+    begin = time.process_time()
+    with pytest.raises(SplitnetError, match=r"config\.json says depth: 10000000, and at most 4096"):
+        use(tmp_path / "it")
+    assert time.process_time() - begin < SOON_S
+
+
 def test_heads_without_number_in_a_gguf_file_are_an_error() -> None:
     family: Any = FAMILIES["qwen3next"]
     (change,) = (one for one in family.changes if one.name.endswith("in_proj_qkvz.weight"))
