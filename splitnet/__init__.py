@@ -14,6 +14,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoModelForSequenceClassification",
+    "AutoProcessor",
     "AutoTokenizer",
     "__version__",
 ]
@@ -21,7 +22,7 @@ __all__ = [
 if TYPE_CHECKING:
     from splitnet.hf.causal_lm import AutoModelForCausalLM, AutoTokenizer
     from splitnet.hf.classifier import AutoModelForSequenceClassification
-    from splitnet.hf.image_text import AutoModelForImageTextToText
+    from splitnet.hf.image_text import AutoModelForImageTextToText, AutoProcessor
 
 
 def foreign_modules() -> list[str]:
@@ -59,10 +60,10 @@ def __getattr__(name: str) -> Any:
         from splitnet.hf import causal_lm
 
         return getattr(causal_lm, name)
-    if name == "AutoModelForImageTextToText":
-        from splitnet.hf.image_text import AutoModelForImageTextToText
+    if name in ("AutoModelForImageTextToText", "AutoProcessor"):
+        from splitnet.hf import image_text
 
-        return AutoModelForImageTextToText
+        return getattr(image_text, name)
     if name == "AutoModelForSequenceClassification":
         from splitnet.hf.classifier import AutoModelForSequenceClassification
 

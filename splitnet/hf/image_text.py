@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from splitnet.blocks.block_inputs import PositionInputs
 from splitnet.blocks.client_part import backbone_of, load_image_text_part
 from splitnet.blocks.stand_ins import HandedStates
-from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.checkpoint.checkpoint import Checkpoint, open_store
 from splitnet.checkpoint.families import packs_sequences, per_layer_size, sliding_windows
 from splitnet.drafts.speculator import AUTO
 from splitnet.errors import UnsupportedModel
@@ -67,6 +67,18 @@ class AutoModelForImageTextToText:
         chosen = ConnectionOptions.of({"initial_peers": initial_peers, **options}, (*JOINING, *READING_IMAGES))
         with joined(model, chosen) as (checkpoint, swarm):
             return attached_with_images(checkpoint, swarm, chosen)
+
+
+class AutoProcessor:
+    """transformers' `AutoProcessor`, which takes a GGUF file with its projector as well."""
+
+    @staticmethod
+    def from_pretrained(model: str | Path) -> Any:
+        """Loads the processor of texts and images of a GGUF file, folder or Hugging Face id.
+
+        Raises ModelNotFound: it has none; UnsupportedModel: the model reads no images.
+        """
+        return open_store(model).with_towers().processor()
 
 
 def attached_with_images(

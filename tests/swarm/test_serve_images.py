@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
@@ -25,9 +27,10 @@ from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import ModelSpec, ServeOptions, _ModelLoader, make_app
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import GENERATING, JOINING, ConnectionOptions
-from tests.image_models import IMAGE, IMAGE_MODELS
+from tests.image_models import GGUF_IMAGE_MODELS, IMAGE, IMAGE_MODELS, vocabulary
 from tests.images import of_one_colour
 from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.gguf_writing import write_gguf, write_mmproj
 
 pytestmark = pytest.mark.swarm
 
@@ -157,3 +160,38 @@ def test_the_command_line_answers_about_images(
             client.encode_prompt("A bee?", chat=False, images=[BLUE])
     text = f"system: Brief.|user: <image>A bee?|assistant: {answer.text}|user: Why?|assistant:"
     assert again.text == answer_of(whole, text, [BLUE], 8)[1]
+
+
+GGUF_TEMPLATE = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_gguf_file_with_its_mmproj_answers_about_images(node: DhtDirectory, tmp_path: Path) -> None:
+    local = GGUF_IMAGE_MODELS["qwen3_vl"].write(tmp_path / "published")
+    (folder := tmp_path / "gguf").mkdir()
+    names = vocabulary("qwen3_vl")
+    write_gguf(tmp_path / "published", folder / "model.gguf", tokens=names, template=GGUF_TEMPLATE)
+    sizes: dict[str, Any] = {"vision__image_min_pixels": 64, "vision__image_max_pixels": 1024}
+    tower = write_mmproj(tmp_path / "published", folder / "mmproj.gguf", **sizes)
+    options = {"codec": "none", "dtype": "float32"}
+    with local_swarm(folder, [(0, 2), (2, 6)], node=node, dtype="float32") as swarm:
+        joining = ConnectionOptions.of({"initial_peers": swarm.addresses, **options}, (*JOINING, *GENERATING))
+        client = TextGenerator.connect(ModelConnection(str(folder), joining), sees_images=True)
+        with closing(client.model):
+            prompt = client.encode_prompt("ab", chat=None, images=[BLUE, RED])
+            assert [prompt.tokens.count(IMAGE)] == [prompt.pixels["image_grid_thw"].prod(dim=1).sum() // 4]
+            answer = client.print_answer(prompt, SamplingOptions(8, 0.0, 1.0, None))
+        ids = torch.tensor([prompt.tokens])
+        output = local.generate(ids, **prompt.pixels, max_new_tokens=8, do_sample=False)
+        assert answer.text == client.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        with loaded(swarm, warned := []) as served:
+            assert served.sees_images and not warned
+        tower.unlink()
+        with loaded(swarm, warned) as served:
+            assert not served.sees_images and not warned
+        shutil.copy(folder / "model.gguf", tower)
+        with loaded(swarm, warned) as served:
+            assert not served.sees_images and "mmproj.gguf holds a projector None" in warned[0]

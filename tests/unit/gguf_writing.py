@@ -134,7 +134,7 @@ def write_mmproj(
     if family == "qwen2_5_vl":
         values["vision.n_wa_pattern"] = vision.fullatt_block_indexes[0] + 1
         values["vision.window_size"] = vision.window_size
-    layers = list(getattr(vision, "deepstack_visual_indexes", ()))
+    layers: list[int] = list(getattr(vision, "deepstack_visual_indexes", ()))
     if PROJECTORS[family] == "qwen3vl_merger":
         values["vision.spatial_merge_size"] = vision.spatial_merge_size
         values["vision.is_deepstack_layers"] = [layer in layers for layer in range(depth)]

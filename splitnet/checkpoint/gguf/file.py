@@ -159,7 +159,8 @@ class GgufFile:
         self.parts = parts = list(_parts(path))
         for number, part in enumerate(parts):
             own, tensors, vocabulary = _read(part)
-            self._vocabulary = self._vocabulary or (vocabulary and (part, vocabulary))
+            if vocabulary and self._vocabulary is None:
+                self._vocabulary = part, vocabulary
             _check_part(part, own, number, len(parts))
             self.metadata = own | self.metadata
             for tensor in tensors:

@@ -19,9 +19,9 @@ from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.gguf.architectures import FURTHER_TOKENS, Change, GgufArchitecture, config_values, family_of
 from splitnet.checkpoint.gguf.config import ROPE_TENSORS, make_config, read_tokenizer
 from splitnet.checkpoint.gguf.file import GgufFile, GgufTensor
-from splitnet.checkpoint.gguf.towers import Tower, may_have_tower
+from splitnet.checkpoint.gguf.towers import WITH_TOWERS, Tower
 from splitnet.checkpoint.quant.format import MALFORMED
-from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts
+from splitnet.checkpoint.store import LazyTensor, Progress, ReadBytes, TensorFacts, projector_files
 from splitnet.checkpoint.transfer.weight_pieces import TensorLocation, WeightFolder
 from splitnet.errors import ModelNotFound, UnsupportedModel, replace_library_errors
 from splitnet.quant.packed_tensor import PackedTensor
@@ -58,10 +58,11 @@ class GgufStore:
 
     @property
     def reads_images(self) -> bool:
-        return self._tower is not None or may_have_tower(self._file)
+        return self._file.architecture in WITH_TOWERS and bool(projector_files(self._file.path.parent))
 
     def with_towers(self) -> GgufStore:
-        if self._tower is not None:
+        known = self._file.architecture in WITH_TOWERS or projector_files(self._file.path.parent)
+        if self._tower is not None or not known:
             return self
         found = GgufStore(self._file.path)
         found.folder, found._tower = self.folder, Tower.beside(self._file, self.config)

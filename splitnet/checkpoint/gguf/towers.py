@@ -13,8 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AddedToken, PreTrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto, processing_auto
 
 from splitnet.checkpoint.families import check_values
 from splitnet.checkpoint.gguf.architectures import Change, GgufArchitecture, Values, joined, names_of
@@ -99,7 +98,12 @@ class Tower:
                 f"{file.path} is the projector of another model: it makes {made[0]} values and {made[1]} added states, "
                 f"and {model.name} takes {taken[0]} and {taken[1]}: {own}"
             )
-        layout, blocks, vision, pixels = row.layout(file), metadata["vision.block_count"], dict(row.vision), {}
+        layout, blocks, vision, pixels = (
+            row.layout(file),
+            metadata["vision.block_count"],
+            {**row.vision},
+            {**row.pixels},
+        )
         vision |= {name: metadata[f"vision.{key}"] for key, name in layout.fields.items() if name}
         check_values({"layers": blocks}, file.path)
         _check(f"v.blk.{blocks - 1}.ln1.weight" in file.tensors, f"it has no block {blocks - 1}")
@@ -107,7 +111,7 @@ class Tower:
             _check(metadata.get(key, value) == value, f"clip.{key} is not {value}, which alone is known")
         patch = vision["patch_size"]
         _check(patch == file.tensors["v.patch_embd.weight"].shape[-1], f"its patches do not have {patch} rows")
-        pixels |= row.pixels | {name: metadata[f"vision.{name}"] for name in ("image_mean", "image_std")}
+        pixels |= {name: metadata[f"vision.{name}"] for name in ("image_mean", "image_std")}
         colours = len(pixels["image_mean"]), len(pixels["image_std"]), min(pixels["image_std"]) > 0
         _check(colours == (3, 3, True), "the mean or the deviation of pixels is none of three colours")
         ids = model.token_ids(row.tokens.values())
@@ -122,7 +126,7 @@ class Tower:
     def processor(self, tokenizer: Any) -> Any:
         """transformers' processor of texts and images, with the tokenizer of the model."""
         for field, token in self.row.tokens.items():
-            known, name = getattr(self.whole_config, field), field.rpartition("_")[0]
+            known, name = getattr(self.whole_config, field), field[: field.rindex("_")]
             if known >= len(tokenizer):
                 tokenizer.add_tokens([AddedToken(token, special=True)])
             if tokenizer.convert_tokens_to_ids(token) != known:
@@ -130,26 +134,23 @@ class Tower:
             setattr(tokenizer, name, token)
             setattr(tokenizer, f"{name}_id", known)
         family, count = self.layout.model_type, getattr(self.whole_config, "mm_tokens_per_image", None)
+        kinds: Any = image_processing_auto, processing_auto
         # The variant for Pillow needs no torchvision.
-        images = getattr(transformers, IMAGE_PROCESSOR_MAPPING_NAMES[family]["pil"])(**self.pixels)
-        kind: Any = getattr(transformers, PROCESSOR_MAPPING_NAMES[family])
+        images = getattr(transformers, kinds[0].IMAGE_PROCESSOR_MAPPING_NAMES[family]["pil"])(**self.pixels)
+        kind: Any = getattr(transformers, kinds[1].PROCESSOR_MAPPING_NAMES[family])
 
         def init(self: Any, image_processor: Any, tokenizer: Any, **options: Any) -> None:
             kind.__init__(self, image_processor, tokenizer, **options)
 
         # transformers reads from the signature that this class takes no videos.
         made = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
-        return made(images, tokenizer, **({"image_seq_length": count} if count else {}))
+        options = {"image_seq_length": count} if count else {}
+        return made(images, tokenizer, chat_template=tokenizer.chat_template, **options)
 
 
 def _check(holds: bool, otherwise: str) -> None:
     if not holds:
         raise ValueError(otherwise)
-
-
-def may_have_tower(model: GgufFile) -> bool:
-    """Whether a model is of an architecture with towers, and a file of one is beside it."""
-    return any(model.architecture == each for _, each in TOWERS) and bool(projector_files(model.path.parent))
 
 
 def _frames(config: Any, *kernels: torch.Tensor) -> torch.Tensor:
@@ -308,3 +309,4 @@ TOWERS: Mapping[tuple[Any, str], TowerFamily] = {
     ("qwen3vl_merger", "qwen35"): _qwen_3_family("qwen3_5"),
 }
 """By the type of the projector, and llama.cpp's name of the model's architecture."""
+WITH_TOWERS = frozenset(architecture for _, architecture in TOWERS)

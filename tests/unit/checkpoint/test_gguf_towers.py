@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from PIL import Image
 from transformers import Gemma3ImageProcessorPil, Qwen2VLImageProcessorPil
 
+import splitnet
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.images import process_prompt
@@ -23,6 +24,8 @@ from tests.image_models import GGUF_IMAGE_MODELS, IMAGE, START, vocabulary
 from tests.unit.gguf_writing import write_gguf, write_mmproj
 
 FAMILIES = list(GGUF_IMAGE_MODELS)
+MARKS = {"gemma3": "<start_of_image>", "": "<|vision_start|><|image_pad|><|vision_end|>"}
+"""What stands for an image in chat templates."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Any,
     for family, model in GGUF_IMAGE_MODELS.items():
         folder = tmp_path_factory.mktemp(family)
         found[family] = model.write(folder / "published"), folder
-        write_gguf(folder / "published", folder / "model.gguf", tokens=vocabulary(family), template="{{ 1 }}")
+        write_gguf(
+            folder / "published",
+            folder / "model.gguf",
+            tokens=vocabulary(family),
+            template=f"ab{MARKS.get(family, MARKS[''])}b",
+        )
         write_mmproj(folder / "published", folder / "mmproj.gguf")
     return found
 
@@ -74,8 +82,8 @@ def test_forms_of_other_converters(
     family: str, form: str, sources: Mapping[str, tuple[Any, Path]], tmp_path: Path
 ) -> None:
     local, source = sources[family]
-    old = {"has_text_encoder": False, "has_llava_projector": False}
-    tower = write_mmproj(source / "published", tmp_path / "old.gguf", **{form: True}, **old)
+    old: dict[str, Any] = {form: True, "has_text_encoder": False, "has_llava_projector": False}
+    tower = write_mmproj(source / "published", tmp_path / "old.gguf", **old)
     check_same(family, local, model_folder(tmp_path / "it", source, tower))
 
 
@@ -105,17 +113,22 @@ def test_the_processor_is_that_of_the_original(
     normal: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
     if family == "gemma3":
         original: Any = Gemma3ImageProcessorPil(size={"height": 16, "width": 16}, **normal)
-        mark = "<start_of_image>"
     else:
         pixels = {"qwen2_5_vl": (56 * 56, 12_845_056)}.get(family, (65_536, 16_777_216))
         original = Qwen2VLImageProcessorPil(
             min_pixels=pixels[0], max_pixels=pixels[1], patch_size=4, merge_size=2, **normal
         )
-        mark = "<|vision_start|><|image_pad|><|vision_end|>"
     image = picture(272, 264)
     file = io.BytesIO()
     image.save(file, "png")
-    prompt = process_prompt(checkpoint.store.processor(), f"ab{mark}b", "", [b64encode(file.getvalue()).decode()])
+    prompt = process_prompt(
+        checkpoint.store.processor(), checkpoint.tokenizer().chat_template, "", [b64encode(file.getvalue()).decode()]
+    )
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+    processor = splitnet.AutoProcessor.from_pretrained(tmp_path / "it")
+    said = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(said["pixel_values"], prompt.pixels["pixel_values"])
+    assert said["input_ids"][0].tolist().count(IMAGE) == prompt.tokens.count(IMAGE)
     expected = original(images=[image], return_tensors="pt")
     torch.testing.assert_close(prompt.pixels["pixel_values"], expected["pixel_values"])
     count = 4 if family == "gemma3" else int(expected["image_grid_thw"].prod()) // 4
@@ -158,7 +171,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no deviation": ("gemma3", {"vision__image_std": [0.5, 0.0, 0.5]}, "none of three colours"),
     "a text for a number": ("gemma3", {"vision__block_count": "two"}, "do not describe its tower"),
     "a list for a number": ("qwen2_5_vl", {"vision__n_wa_pattern": [2]}, "do not describe its tower"),
-    "a list for a type": ("gemma3", {"projector_type": ["gemma3"]}, "do not describe its tower"),
+    "a list for a type": ("gemma3", {"projector_type": [1]}, "do not describe its tower"),
     "a number of added states": ("qwen3_vl", {"vision__is_deepstack_layers": 2}, "do not describe its tower"),
     "every 0th block": ("qwen2_5_vl", {"vision__n_wa_pattern": 0}, "do not describe its tower"),
 }
@@ -186,14 +199,14 @@ def test_which_file_is_the_tower(sources: Mapping[str, tuple[Any, Path]], tmp_pa
     folder = model_folder(tmp_path / "it", source, sources["gemma3"][1] / "mmproj.gguf")
     with pytest.raises(UnsupportedModel, match=r"mmproj\.gguf holds a projector 'gemma3', .* put the mmproj"):
         assert Checkpoint.open(folder).with_towers
-    own = shutil.copy(source / "mmproj.gguf", folder / "Qwen-mmproj-F32.gguf")
+    shutil.copy(source / "mmproj.gguf", folder / "Qwen-mmproj-F32.gguf")
     assert Checkpoint.open(folder).with_towers.store.config.model_type == "qwen3_vl", "the one that fits is taken"
     write_mmproj(source / "published", folder / "mmproj-F16.gguf", Type.F16)
     with pytest.raises(UnsupportedModel, match=r"2 projectors that fit model \(Qwen-mmproj-F32\.gguf, mmproj-F"):
         assert Checkpoint.open(folder).with_towers
     for file in folder.glob("*mmproj*"):
         file.unlink()
-    assert not own.exists() and not Checkpoint.open(folder).store.reads_images
+    assert not Checkpoint.open(folder).store.reads_images
     with pytest.raises(ModelNotFound, match=r"model reads images only with its projector: put .*mmproj\*\.gguf into"):
         assert Checkpoint.open(folder).with_towers
     (folder / "mmproj.gguf").write_bytes(b"GGUF" + bytes(20))
