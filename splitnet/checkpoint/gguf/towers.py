@@ -98,12 +98,8 @@ class Tower:
                 f"{file.path} is the projector of another model: it makes {made[0]} values and {made[1]} added states, "
                 f"and {model.name} takes {taken[0]} and {taken[1]}: {own}"
             )
-        layout, blocks, vision, pixels = (
-            row.layout(file),
-            metadata["vision.block_count"],
-            {**row.vision},
-            {**row.pixels},
-        )
+        layout, blocks = row.layout(file), metadata["vision.block_count"]
+        vision, pixels = dict(row.vision), dict(row.pixels)
         vision |= {name: metadata[f"vision.{key}"] for key, name in layout.fields.items() if name}
         check_values({"layers": blocks}, file.path)
         _check(f"v.blk.{blocks - 1}.ln1.weight" in file.tensors, f"it has no block {blocks - 1}")
