@@ -25,7 +25,7 @@ from splitnet.blocks.model_sizes import ModelSizes
 from splitnet.blocks.passes import SpanPasses
 from splitnet.blocks.span import RowChunk, Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.checkpoint.store import Progress, TensorFacts
+from splitnet.checkpoint.store import Progress, TensorFacts, TensorStore
 from splitnet.checkpoint.transfer.weight_pieces import TensorLocation, WeightFolder
 from splitnet.errors import ModelNotFound
 from splitnet.quant.choose import choose_weights
@@ -61,6 +61,13 @@ class CodedStore:
     @cached_property
     def config(self) -> PreTrainedConfig:
         return self._plain.config
+
+    @property
+    def reads_images(self) -> bool:
+        return False
+
+    def with_towers(self) -> TensorStore:
+        raise NotImplementedError
 
     @property
     def quantized(self) -> bool:

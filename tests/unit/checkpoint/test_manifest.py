@@ -241,8 +241,8 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     """Its blocks can be read as soon as their pieces are present, and not before."""
     path = folder
     if kind != "safetensors":
-        split = {"split": 20} if kind == "split" else {}
-        path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0, **split)
+        split = 20 if kind == "split" else 0
+        path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0, split=split)
     whole = Checkpoint.open(path)
     manifest, source = whole.manifest(), whole.held_pieces()
     store = whole.store
