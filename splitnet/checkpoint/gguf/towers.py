@@ -163,7 +163,9 @@ def _gemma(whole: Values, vision: Values, pixels: Values, metadata: Metadata) ->
     side = vision["image_size"] // vision["patch_size"]
     positions = len(metadata.file.tensors["v.position_embd.weight"].data)
     _check(side**2 == positions, f"{side} x {side} patches do not fit {positions} positions")
-    whole["mm_tokens_per_image"] = (side // metadata.get("vision.projector.scale_factor", 4)) ** 2
+    scale = metadata.get("vision.projector.scale_factor", 4)
+    _check(side % scale == 0, f"{side} patches in a row are not groups of {scale}")
+    whole["mm_tokens_per_image"] = (side // scale) ** 2
     pixels["size"] = dict.fromkeys(("height", "width"), vision["image_size"])
 
 

@@ -164,6 +164,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a large merge": ("qwen2_5_vl", {"vision__spatial_merge_size": 10**6}, "does not join 1000000 x 1000000"),
     "many pixels": ("qwen3_vl", {"vision__image_min_pixels": 10**9}, "images of 1000000000 to "),
     "patches of no size": ("gemma3", {"vision__patch_size": 0}, "do not have 0 rows"),
+    "large groups": (
+        "gemma3",
+        {"vision__projector__scale_factor": 10**6},
+        "4 patches in a row are not groups of 1000000",
+    ),
+    "no groups": ("gemma3", {"vision__projector__scale_factor": 0}, "do not describe its tower"),
     "no heads": ("qwen3_vl", {"vision__attention__head_count": 0}, "transformers cannot build"),
     "a wide tower": ("qwen2_5_vl", {"vision__embedding_length": 10**6}, "does not join"),
     "many values inside": ("gemma3", {"vision__feed_forward_length": 2**24}, "the config says that .* numbers"),
