@@ -497,3 +497,14 @@ def test_codes_beside_an_mmproj_in_float16(family: str, node: DhtDirectory, tmp_
             found, expected = remote(**inputs).logits, local(**inputs).logits
     # Kernels round activations to 16 bits: 9e-5, and 2e-3 where recurrent states add up the errors (7e-4 in a text).
     assert (found - expected).norm() / expected.norm() < (1e-2 if family == "qwen3_5" else 5e-4)
+
+
+def test_an_mmproj_beside_a_vocabulary_without_a_token_of_images(node: DhtDirectory, tmp_path: Path) -> None:
+    local, folder = gguf_files("gemma3", tmp_path)
+    names = ["<unused250>" if name == "<image_soft_token>" else name for name in vocabulary("gemma3")]
+    write_gguf(tmp_path / "published", folder / "model.gguf", tokens=names)
+    inputs = GGUF_IMAGE_MODELS["gemma3"].inputs(local, 2)
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = local.config.image_token_index = len(names)
+    with local_swarm(folder, UNEVEN, node=node, dtype="float32") as swarm:
+        remote = swarm.image_model(dtype="float32")
+        assert torch.equal(remote.generate(**inputs, **OPTIONS), local.generate(**inputs, **OPTIONS))
