@@ -77,7 +77,7 @@ def pack_images(given: Mapping[str, Tensor], codec: str) -> tuple[tuple[ImageTen
 
 
 def split_images(given: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each image, or of all images if the family reads those of a text together."""
+    """The tensors of each image, or of all images if the family reads the images of a text together."""
     pixels, grids = given[PIXELS], given.get(GRID)
     if grids is None and pixels.ndim != 4:
         yield dict(given)
@@ -103,7 +103,7 @@ class VisionTower:
 
     Raises UnsupportedModel: the family's tower cannot run at a peer.
 
-    on_layer: called before each layer, so that a long image lets others compute. nbytes: of the weights.
+    on_layer: called before each layer, so that a long image lets others compute.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype | str | None) -> None:
@@ -115,7 +115,6 @@ class VisionTower:
         for module in self._holder.modules():
             for layer in module if isinstance(module, nn.ModuleList) else ():
                 layer.register_forward_pre_hook(lambda *_: self.on_layer())
-        self.nbytes = sum(one.nbytes for one in self._holder.parameters())
         names = inspect.signature(self._holder.get_image_features).parameters.keys() & {GRID, MASK}
         vision = self._holder.config.vision_config
         self._names = {PIXELS, *names}

@@ -43,7 +43,7 @@ from splitnet.swarm.swarm import ModelFacts, Swarm
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-MEMORY_SHARE = 0.5  # of the free memory, at most, for weights of local blocks: caches need memory, too
+MEMORY_SHARE = 0.5  # of the free memory, at most, for weights that "auto" loads here: caches need memory, too
 TIMED_STEPS = 5
 
 

@@ -30,6 +30,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, PeerFailed, PeerLost, SplitnetError
 from splitnet.hf.parameters import refuse
+from splitnet.hf.remote_model import MEMORY_SHARE
 from splitnet.quant.device import free_memory
 from splitnet.quant.packed_tensor import as_dtype
 from splitnet.session.blame import error_of
@@ -39,7 +40,6 @@ from splitnet.wire.codecs import EXACT, codec_by_name
 from splitnet.wire.endpoints import Endpoint
 from splitnet.wire.messages import MAX_PAYLOAD_BYTES, Failure, ImageFeatures, ImageTensor, Message, ReadImages
 
-MEMORY_SHARE: Final = 0.5  # of the free memory, at most, for a tower that "auto" loads here
 LOOK_S: Final = 5.0  # a peer that neither answers a ping nor receives bytes for this time is left
 ANSWER_S: Final = 600.0  # for one image
 FAILED_S: Final = 60.0  # for this time after a failure other peers are asked first

@@ -94,14 +94,17 @@ def test_a_record_may_lack_fields_that_have_defaults_and_no_others() -> None:
         return msgpack.packb([payload, IDENTITY.sign(b"splitnet peer record\0" + payload)]) or b""
 
     optional = [field for field in dataclasses.fields(PeerRecord) if field.default is not dataclasses.MISSING]
+    appended = len(dataclasses.fields(PeerRecord)) + 1 - len(values)  # fields that the old record lacks
     defaults = {field.name: field.default for field in optional}
     assert values[0] == RECORD_LAYOUT
-    assert PeerRecord.unpack(signed([*values, "a later field", 7])) == PeerRecord.unpack(OLD_RECORD)
+    later = [*list(defaults.values())[-appended:], "a later field", 7]
+    assert PeerRecord.unpack(signed([*values, *later])) == PeerRecord.unpack(OLD_RECORD)
     assert PeerRecord.unpack(signed(values[:-1])).kv == "auto"
     without = dataclasses.replace(PeerRecord.unpack(OLD_RECORD), **defaults)
-    assert PeerRecord.unpack(signed(values[: -len(defaults)])) == without
+    needed = len(values) - (len(defaults) - appended)
+    assert PeerRecord.unpack(signed(values[:needed])) == without
     with pytest.raises(ProtocolError, match="lacks the field issued_at"):
-        PeerRecord.unpack(signed(values[: -len(defaults) - 1]))
+        PeerRecord.unpack(signed(values[: needed - 1]))
 
 
 @old_messages
