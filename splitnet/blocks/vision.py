@@ -103,7 +103,7 @@ class VisionTower:
 
     Raises UnsupportedModel: the family's tower cannot run at a peer.
 
-    on_layer: called before each layer, so that a long image lets others compute.
+    on_layer: called before each layer, so that steps of other clients run between two layers.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype | str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -115,6 +116,40 @@ def test_a_grid_is_refused_or_read(towers: dict[str, VisionTower], values: list[
     except ProtocolError:
         return
     assert sum(tower.read(asked).lengths) == count == 2
+
+
+@given(
+    family=st.sampled_from(["qwen3_vl", "idefics3", "llava"]),
+    tensors=st.lists(
+        st.builds(
+            ImageTensor,
+            st.sampled_from([PIXELS, GRID, MASK, "other"]),
+            st.lists(st.integers(0, 4) | st.sampled_from([16, 48, MAX_PAYLOAD_BYTES]), min_size=1, max_size=5).map(
+                tuple
+            ),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    codecs=st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    spare=st.sampled_from([0, 0, 0, 1]),
+)
+def test_any_message_is_refused_or_has_its_bytes(
+    towers: dict[str, VisionTower],
+    family: str,
+    tensors: list[ImageTensor],
+    codecs: tuple[int, int],
+    spare: int,
+) -> None:
+    tower, sizes = towers[family], {PIXELS: 4 if codecs[0] == 0 else 2, GRID: 8}
+    size = sum(math.prod(shape) * sizes.get(name, 1) for name, shape in tensors) + spare
+    payload = bytes(size if size < 1 << 20 else 0)
+    asked = ReadImages(bytes(16), 0, 1, tower._model, *codecs, tuple(tensors), payload)
+    try:
+        count = tower.check(asked)
+    except (ProtocolError, CodecError):
+        return
+    assert count > 0 and not spare and 0 < size < 1 << 20
 
 
 @given(values=st.lists(st.booleans(), min_size=256, max_size=256))
