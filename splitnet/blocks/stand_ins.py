@@ -187,7 +187,8 @@ def _mask_handed(
 ) -> Tensor:
     """A `GroupMask`. Arguments as in `transformers.masking_utils.sdpa_mask`.
 
-    Raises UnsupportedModel: positions see later positions that are not in a group of neighbours.
+    Raises UnsupportedModel: positions see later positions that are not in a group of neighbours, or cached positions
+    see new ones.
     """
     found = torch.zeros(batch_size, kv_length, dtype=torch.int64, device=device)
     if attention_mask is not None:
@@ -204,6 +205,8 @@ def _mask_handed(
         seen = mask_function(rows[:, None, None], head, queries[:, None], columns[None])
         return seen.expand(batch_size, len(queries), len(columns))
 
+    if q_offset > 0 and bool(sees(new[:1] - 1, new[:1]).any()):
+        raise UnsupportedModel("a piece of the prompt ends within an image: leave out prefill_chunk_size")
     pieces = new.split(_CHECKED_ROWS)
     neighbours = (new + 1).clamp(max=int(new[-1])).split(_CHECKED_ROWS)
     each = [sees(*pair).diagonal(dim1=1, dim2=2) for pair in zip(pieces, neighbours, strict=True)]

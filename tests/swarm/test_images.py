@@ -263,6 +263,18 @@ def test_long_prompts_are_cut_between_images(both: tuple[Any, LocalSwarm], monke
         )
 
 
+def test_pieces_of_prompts_may_not_end_within_groups(both: tuple[Any, LocalSwarm]) -> None:
+    local, swarm = both
+    remote, inputs = swarm.image_model(dtype="float32"), inputs_of(local, 2)
+    image = int((inputs["input_ids"][0] == IMAGE).nonzero().min())
+    given = {**inputs, **OPTIONS, "prefill_chunk_size": image + 2}
+    if local.family == "qwen3_vl":
+        assert torch.equal(remote.generate(**given), local.generate(**given))
+    else:
+        with pytest.raises(UnsupportedModel, match="leave out prefill_chunk_size"):
+            remote.generate(**given)
+
+
 @pytest.mark.parametrize(("codec", "most"), [("bf16", 1e-4), ("int8", 1e-2)])
 def test_codecs_carry_images(codec: str, most: float, both: tuple[Any, LocalSwarm]) -> None:
     local, swarm = both
