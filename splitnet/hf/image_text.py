@@ -162,8 +162,8 @@ class RemoteImageTextToText(RemoteCausalLM):
         return super()._generate(given)
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
-        if (former := given.pop("past_key_values", None)) is not None:  # the former name of the argument
-            given["cache"] = former
+        if isinstance(given.get("past_key_values"), RemoteCache):  # the former name; PEFT gives a prefix by it
+            given["cache"] = given.pop("past_key_values")
         # Some families would make a cache of their own before they call the backbone.
         given["use_cache"] = bool(given.get("use_cache") or given.get("cache"))
         if self._has_images(given) and given.get("position_ids") is None:
