@@ -161,7 +161,7 @@ def _deepstack(metadata: Metadata) -> list[int]:
 
 def _gemma(whole: Values, vision: Values, pixels: Values, metadata: Metadata) -> None:
     side = vision["image_size"] // vision["patch_size"]
-    positions = len(metadata.file.tensors["v.position_embd.weight"].data)
+    positions = metadata.file.tensors["v.position_embd.weight"].shape[0]
     _check(side**2 == positions, f"{side} x {side} patches do not fit {positions} positions")
     scale = metadata.get("vision.projector.scale_factor", 4)
     _check(side % scale == 0, f"{side} patches in a row are not groups of {scale}")
@@ -188,14 +188,14 @@ def _qwen_2_5(whole: Values, vision: Values, pixels: Values, metadata: Metadata)
 
 def _qwen_3(whole: Values, vision: Values, pixels: Values, metadata: Metadata) -> None:
     _qwen(whole, vision, pixels, metadata)
-    vision["num_position_embeddings"] = len(metadata.file.tensors["v.position_embd.weight"].data)
+    vision["num_position_embeddings"] = metadata.file.tensors["v.position_embd.weight"].shape[0]
     vision["deepstack_visual_indexes"] = _deepstack(metadata)
 
 
 def _gemma_layout(file: GgufFile) -> GgufArchitecture:
-    hidden = len(file.tensors["v.blk.0.ln1.weight"].data)
+    hidden = file.tensors["v.blk.0.ln1.weight"].shape[0]
     # The first converters gave the two layers each other's name.
-    swapped = len(file.tensors["v.blk.0.ffn_down.weight"].data) != hidden
+    swapped = file.tensors["v.blk.0.ffn_down.weight"].shape[0] != hidden
     names = "ffn_down=mlp.fc1 ffn_up=mlp.fc2" if swapped else "ffn_up=mlp.fc1 ffn_down=mlp.fc2"
     return GgufArchitecture(
         "gemma3",
