@@ -1,6 +1,6 @@
 """The vision tower of a model at a peer: the tensors of images that it reads, and the features that it gives.
 
-The tower is all that the family's `get_image_features` runs: vision encoder and projector.
+The tower is the vision encoder and the projector, which the family's `get_image_features` runs.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class PeerFeatures:
         )
 
     def _peers(self, nbytes: int) -> list[PeerRecord]:
-        """The peers that read images, the fastest first, and behind them peers that have failed."""
+        """The peers that read images, the fastest first. Peers that have failed come last."""
         found = [one for one in self._swarm.peers() if one.reads_images]
         found = found or [one for one in self._swarm.peers(fresh=True, whole=True) if one.reads_images]
         now = time.monotonic()
