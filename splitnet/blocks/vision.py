@@ -53,7 +53,13 @@ class Features(ModelOutput):
 
 
 def check_family(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedModel: the tower needs tensors that `ReadImages` does not carry."""
+    """Raises UnsupportedModel: the tower needs tensors that `ReadImages` does not carry, or is in a file that the
+    fingerprint of the model does not cover."""
+    if checkpoint.source.endswith(".gguf"):
+        raise UnsupportedModel(
+            f"the tower of {checkpoint.name} is in a file of its own, of which peers may have another version: leave out "
+            "--vision, or give local"
+        )
     layout = ImageTextLayout.of(checkpoint)
     holder = layout.holder
     method = getattr(holder, "get_image_features", None)

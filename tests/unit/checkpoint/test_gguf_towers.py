@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Gemma3ImageProcessorPil, Qwen2VLImageProcessorPil
 
 import splitnet
+from splitnet.blocks.vision import VisionTower
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.images import process_prompt
@@ -229,3 +230,12 @@ def test_a_vocabulary_without_the_tokens_of_images_is_refused(
     write_gguf(source / "published", folder / "model.gguf", tokens=vocabulary("gemma3"))
     with pytest.raises(UnsupportedModel, match=r"image_pad"):
         assert Checkpoint.open(folder).with_towers
+
+
+def test_peers_do_not_read_images_for_gguf_files(sources: Mapping[str, tuple[Any, Path]], tmp_path: Path) -> None:
+    """The fingerprint of the model does not cover the file of the tower."""
+    _, source = sources["gemma3"]
+    opened = Checkpoint.open(model_folder(tmp_path / "it", source))
+    for checkpoint in (opened, opened.with_towers):
+        with pytest.raises(UnsupportedModel, match="may have another version: leave out --vision"):
+            VisionTower(checkpoint, "cpu", None)
