@@ -57,8 +57,8 @@ def check_family(checkpoint: Checkpoint) -> None:
     fingerprint of the model does not cover."""
     if checkpoint.source.endswith(".gguf"):
         raise UnsupportedModel(
-            f"the tower of {checkpoint.name} is in a file of its own, of which peers may have another version: leave out "
-            "--vision, or give local"
+            f"the tower of {checkpoint.name} is in a file of its own, of which peers may have another version: leave "
+            "out --vision, or give local"
         )
     layout = ImageTextLayout.of(checkpoint)
     holder = layout.holder
