@@ -86,6 +86,7 @@ def test_three_peers_write_the_bytes_of_one_process(model: Path, alone: dict[str
         torch.testing.assert_close(swarm.model()(ids).logits, opened(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.default_cases(at=(3,))
 @pytest.mark.parametrize("at", [2, 3])
 def test_another_peer_continues_with_the_same_bytes(
     model: Path, alone: dict[str, str], tmp_path: Path, at: int
@@ -103,6 +104,7 @@ def test_another_peer_continues_with_the_same_bytes(
     assert _digests(tmp_path / "few") == alone
 
 
+@pytest.mark.full
 def test_the_same_command_continues_after_the_client_has_ended(
     model: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def _short(wish: CompressionWish, part: bytes) -> bytes:
     return part[:-1]
 
 
+@pytest.mark.default_cases(lie=(_other_codes, _other_states))
 @pytest.mark.parametrize(
     ("lie", "text"),
     [
@@ -252,6 +255,7 @@ def test_parts_at_other_places_change_nothing(asker: Asker) -> None:
     assert asker.ask(states=states, payload=bytes(MAX_PART_BYTES), offset=4).received == 4
 
 
+@pytest.mark.full
 def test_states_with_nan_end_the_job_with_an_error(asker: Asker) -> None:
     states = torch.full((96, asker.hidden), torch.nan, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
     state = asker.ask(positions=96, length=96, states=hashlib.sha256(states).digest(), payload=states)

@@ -49,6 +49,7 @@ def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, count: int
     assert torch.equal(unpack_words(words, bits, count), codes)
 
 
+@pytest.mark.default_cases(family=("llama", "gemma2", "falcon_h1", "mixtral"))
 @pytest.mark.parametrize(
     ("family", "bits", "options"),
     [
