@@ -121,7 +121,8 @@ def _nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def _scales(weight: Tensor, diagonal: Tensor | None, bits: int, group: int) -> Tensor:
     """Scales, `[outputs, groups]`, bfloat16. The sign of a scale is such that the value with the largest magnitude has
-    the lowest code, because there is one more code below zero than above. With `diagonal`, `[inputs]`, the magnitude of
+    the lowest code, because there is one more code below zero than above. Raises NotFinite: a weight is NaN or so large
+    that its rounding errors are inf. With `diagonal`, `[inputs]`, the magnitude of
     a scale is the one whose rounding errors, weighted by these second moments, are smallest."""
     values = weight.unflatten(1, (-1, group))
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0] / -(1 << (bits - 1))
@@ -136,6 +137,8 @@ def _scales(weight: Tensor, diagonal: Tensor | None, bits: int, group: int) -> T
         found = errors.sum(-1)
         scales = torch.where(found < best, scale, scales)
         best = torch.minimum(best, found)
+    if not bool(torch.isfinite(best).all()):
+        raise NotFinite("a weight of this model is inf, NaN or too large: check the files")
     return scales
 
 

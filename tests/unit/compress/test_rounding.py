@@ -57,6 +57,16 @@ def test_inputs_that_never_occur_leave_no_trace() -> None:
     assert torch.isfinite(unseen.to_floats(how.layout)).all()
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e25])
+def test_weights_without_finite_errors_are_refused(value: float) -> None:
+    weight, moments = _weight_and_moments()
+    weight[3, 40] = value
+    how = Compression(4, 32, ())
+    for rounds in (round_to_nearest, Feedback(moments).round_weight):
+        with pytest.raises(NotFinite, match="check the files"):
+            rounds(weight, how)
+
+
 def test_a_weight_of_zeros_stays_zero() -> None:
     _, moments = _weight_and_moments()
     how = Compression(3, 32, ())
