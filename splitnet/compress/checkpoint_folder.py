@@ -58,7 +58,8 @@ def compress_checkpoint(
     compress(folder)
     files = [block_file(folder, block) for block in range(blocks)]
     write_checkpoint(checkpoint, files, folder, how)
-    for file in (*(states_file(folder, block) for block in range(blocks)), folder / INPUTS, folder / _SETTINGS):
+    states = (states_file(folder, block) for block in range(blocks))
+    for file in (*states, *folder.glob("*.part"), folder / INPUTS, folder / _SETTINGS):
         file.unlink(missing_ok=True)
 
 
