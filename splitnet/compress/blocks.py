@@ -111,7 +111,9 @@ def check_block(checkpoint: Checkpoint, block: int, file: Path, hidden: Tensor, 
     outputs = [span.sequences(hidden, lengths)]
     weights = {names[path]: layer.weight for path, layer in _layers(span, names, how).items()}
     weights |= BlockExperts(checkpoint, block, span, how).weights if has_experts(span, how.group) else {}
-    nearest = {name: round_to_nearest(weight, how) for name, weight in weights.items() if name in told}
+    if not told.keys() <= weights.keys():
+        raise WeightsError(f"block {block} has codes of weights that are not compressed, such as those of routers")
+    nearest = {name: round_to_nearest(weights[name], how) for name in told}
     for codes in (nearest, told):
         for name in nearest:
             weights[name].copy_(codes[name].to_floats(how.layout))
@@ -227,6 +229,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file that is complete, or absent."""
     partial = path.with_suffix(".part")
     write(partial)
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:  # Windows flushes only files that are open for writing
         os.fsync(file.fileno())
     partial.replace(path)

@@ -20,6 +20,7 @@ from torch import Tensor
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.rounding import Compression
 from splitnet.errors import ModelNotFound, WeightsError
+from splitnet.quant.linear import is_router
 from splitnet.quant.packed_tensor import Codes, pack_words, unpack_words
 
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
@@ -67,6 +68,8 @@ def check_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compre
         layer = name.removesuffix(".weight")
         if layer + _PACKED in told and len(fact.shape) == 2:
             outputs, inputs = fact.shape
+            if layer == name or is_router(layer) or inputs % how.group:
+                raise wrong
             wanted[layer + _PACKED] = torch.int32, (outputs, -(-inputs * how.bits // 32))
             wanted[layer + _SCALE] = torch.bfloat16, (outputs, inputs // how.group)
             wanted[layer + _SHAPE] = torch.int64, (2,)
