@@ -181,6 +181,11 @@ class _Job:
         if not LEAST_LENGTH <= message.length <= message.positions <= MOST_POSITIONS:
             text = f"this peer compresses by at most {MOST_POSITIONS} positions, in sequences of {LEAST_LENGTH} or more"
             raise _Refused(FailureCode.BAD_MESSAGE, text)
+        most = checkpoint.max_positions or message.length
+        if message.length > most:
+            raise _Refused(
+                FailureCode.BAD_MESSAGE, f"{checkpoint.name} was made for sequences of at most {most} positions"
+            )
         self._size = message.positions * checkpoint.hidden_size * 2
         self._start, self._end, self._states = message.start, message.end, message.states
         lengths = sequence_lengths(message.positions, message.length)
@@ -277,6 +282,8 @@ class _Job:
         facts = [list(checkpoint.store.tensor_facts(block).values()) for block in names]
         widest = max(one.shape[-1] for block in facts for one in block if len(one.shape) > 1)
         memory = max(sum(one.bytes_as(torch.float32) for one in block) for block in facts) + moments_bytes(widest)
+        if any("experts." in name for block in names for name in block):  # their inputs are kept, and then joined
+            memory += 2 * self._how.positions * checkpoint.hidden_size * torch.float32.itemsize
         free = int(free_memory("cpu") * MEMORY_SHARE)
         if memory > free:
             text = f"a block needs {memory >> 20} MiB of memory, and this peer gives {free >> 20} MiB"
