@@ -46,9 +46,11 @@ def start_program(
 def error_of(folder: Path) -> str:
     """Why the program in a folder has failed."""
     try:
-        return (folder / _ERROR).read_text(encoding="utf-8")
+        if error := (folder / _ERROR).read_text(encoding="utf-8"):  # empty: the disk was full
+            return error
     except OSError:
-        return "the program that compresses was killed, perhaps because memory was short"
+        pass
+    return "the program that compresses was killed, perhaps because memory or disk was short"
 
 
 def _compress(folder: Path) -> None:

@@ -63,6 +63,7 @@ def compress_over_peers(
     """As `compress_blocks` of all blocks, by peers. Raises CoverageError: no peer compresses a block; its text has what
     the peers answered."""
     refusals: dict[str, str] = {}  # by the key of a peer
+    passing: set[str] = set()  # keys of peers that are asked again: they were gone or busy
     stuck_since: float | None = None
     while (block := compressed_blocks(folder, 0, checkpoint.num_blocks)) < checkpoint.num_blocks:
         progress(block)
@@ -73,6 +74,8 @@ def compress_over_peers(
             if time.monotonic() > stuck_since + WAIT_S:
                 raise CoverageError(_explanation(block, refusals))
             time.sleep(LOOK_S)
+            refusals = {key: text for key, text in refusals.items() if key not in passing}
+            passing.clear()
             continue
         peer = max(untried, key=lambda one: (one.end, -one.block_ms[0]))
         try:
@@ -81,6 +84,8 @@ def compress_over_peers(
         except (PeerLost, PeerBusy, PeerFailed, WeightsError, NotFinite) as error:
             log.warning("%s does not compress blocks %d..%d: %s", peer.address, block, peer.end - 1, error)
             refusals[str(peer.key)] = f"{peer.address}: {error}"
+            if isinstance(error, PeerLost | PeerBusy):
+                passing.add(str(peer.key))
 
 
 def _explanation(block: int, refusals: dict[str, str]) -> str:
@@ -203,7 +208,8 @@ class _Sample:
         self._checkpoint, self._how = checkpoint, how
         blocks = checkpoint.block_tensors[start:end]
         self._is_here = checkpoint.store.are_here(tensor.name for block in blocks for tensor in block)
-        index = secrets.randbelow(len(how.lengths))
+        # The errors of a last sequence of few positions differ by chance.
+        index = secrets.randbelow(how.lengths.count(how.lengths[0]))
         begin = sum(how.lengths[:index])
         self._at = slice(begin, begin + how.lengths[index])
         self._outputs = read_states(inputs, how, checkpoint.hidden_size)[self._at].float()

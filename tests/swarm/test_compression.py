@@ -24,6 +24,7 @@ from splitnet.checkpoint.transfer.fetching import PeerQuestions
 from splitnet.compress import over_peers
 from splitnet.compress.blocks import compress_blocks
 from splitnet.compress.checkpoint_folder import compress_checkpoint
+from splitnet.compress.job import error_of
 from splitnet.compress.over_peers import compress_over_peers
 from splitnet.compress.rounding import Compression, sequence_lengths
 from splitnet.errors import CoverageError
@@ -104,6 +105,25 @@ def test_another_peer_continues_with_the_same_bytes(
     assert _digests(tmp_path / "few") == alone
 
 
+def test_a_restarted_peer_with_the_same_key_continues(
+    model: Path, alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(over_peers, "LOOK_S", 0.1)
+    options = _options(tmp_path, "anyone")
+    with local_swarm(model, [(0, 2)], **options) as swarm:
+        own = {**options, "identity": Identity.generate()}
+        swarm.add(2, 6, **own)
+
+        def restart(block: int) -> None:
+            if block == 3 and len(swarm.peers) == 2:
+                swarm.peers[1].close()
+                swarm.add(2, 6, **own)
+
+        _compress(swarm, model, tmp_path / "few", restart)
+        assert len(swarm.peers) == 3
+    assert _digests(tmp_path / "few") == alone
+
+
 @pytest.mark.full
 def test_the_same_command_continues_after_the_client_has_ended(
     model: Path, alone: dict[str, str], tmp_path: Path
@@ -162,6 +182,24 @@ def _other_norm(wish: CompressionWish, part: bytes) -> bytes:
     return safetensors.torch.save(tensors, {"format": "pt"})
 
 
+def _coded(name: str) -> Callable[[CompressionWish, bytes], bytes]:
+    """A lie: codes of a tensor that stays as it is."""
+
+    def lie(wish: CompressionWish, part: bytes) -> bytes:
+        if wish != CompressionWish.BLOCK:
+            return part
+        tensors = safetensors.torch.load(part)
+        block = next(iter(tensors)).split(".")[2]
+        layer = f"model.layers.{block}.{name}"
+        shape = tensors.pop(f"{layer}.weight").shape
+        tensors[f"{layer}.weight_packed"] = torch.zeros(shape[0], shape[1] * HOW.bits // 32, dtype=torch.int32)
+        tensors[f"{layer}.weight_scale"] = torch.ones(shape[0], shape[1] // HOW.group, dtype=torch.bfloat16)
+        tensors[f"{layer}.weight_shape"] = torch.tensor(shape)
+        return safetensors.torch.save(tensors, {"format": "pt"})
+
+    return lie
+
+
 def _more_tensors(wish: CompressionWish, part: bytes) -> bytes:
     if wish != CompressionWish.BLOCK:
         return part
@@ -213,6 +251,26 @@ def test_lies_of_a_peer_are_found(
     assert _digests(tmp_path / "few") == alone
 
 
+def test_codes_of_a_router_are_a_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(over_peers, "WAIT_S", 0.0)
+    model = random_checkpoint("mixtral", tmp_path / "floats", blocks=1)
+    honest, lie = compression._Job.read_part, _coded("block_sparse_moe.gate")
+
+    def lying(job: Any, message: AskCompression) -> tuple[int, bytes]:
+        changed = lie(CompressionWish(message.wish), honest(job, message)[1])
+        return len(changed), changed
+
+    monkeypatch.setattr(compression._Job, "read_part", lying)
+    options = _options(tmp_path, "anyone")
+    with local_swarm(model, [(0, 1)], **options) as swarm, pytest.raises(CoverageError, match="are not those of"):
+        _compress(swarm, model, tmp_path / "few")
+
+
+def test_a_program_that_cannot_write_its_error_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "error").write_bytes(b"")  # as a full disk leaves it
+    assert "memory or disk was short" in error_of(tmp_path)
+
+
 def test_one_client_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with local_swarm(model, [(0, 6)], **_options(tmp_path, "anyone")) as swarm:
         first, second = (Asker(swarm) for _ in range(2))
@@ -234,6 +292,7 @@ def test_one_client_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"bits": 1}, "2 to 8 bits"),
         ({"length": 15}, "sequences of 16"),
         ({"length": 32, "positions": 31}, "sequences of 16"),
+        ({"length": 257}, "sequences of at most 256 positions"),
         ({"positions": (1 << 20) + 1}, "at most 1048576 positions"),
         ({"wish": CompressionWish.BLOCK, "block": 2}, "not compressed yet"),
         ({"wish": CompressionWish.STATES}, "not compressed yet"),
