@@ -270,8 +270,11 @@ class _Job:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for other in folder.iterdir():
             if other.is_dir() and other.name != self.name:
-                with suppress(Timeout), FileLock(other.with_suffix(".lock"), blocking=False):
+                lock = other.with_suffix(".lock")
+                with suppress(Timeout), FileLock(lock, blocking=False):
                     shutil.rmtree(other, ignore_errors=True)
+                    with suppress(OSError):  # Windows keeps an open file; there `FileLock` removes it
+                        lock.unlink()
         checkpoint = self._checkpoint
         names = [[tensor.name for tensor in block] for block in checkpoint.block_tensors[self._start : self._end]]
         disk = 3 * self._size + sum(checkpoint.bytes_of(block, checkpoint.dtype) for block in names)

@@ -304,6 +304,7 @@ def test_one_client_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_hostile_requests_are_refused(fields: dict[str, Any], text: str, asker: Asker) -> None:
     assert re.search(text, asker.failure(**fields))
     assert asker.ask(states=b"n" * 32).received == 0
+    assert len(list(asker.jobs.iterdir())) == 2  # the folder and the lock of one job
 
 
 def test_parts_at_other_places_change_nothing(asker: Asker) -> None:
@@ -332,6 +333,7 @@ class Asker:
     def __init__(self, swarm: LocalSwarm) -> None:
         self._record = swarm.peers[0].record()
         self.hidden = swarm.peers[0].checkpoint.hidden_size
+        self.jobs: Path = swarm.peers[0]._options.compress_folder
         self._asking = PeerQuestions(Identity.generate())
 
     def __enter__(self) -> Asker:
