@@ -39,13 +39,15 @@ def compress_checkpoint(
 
     Raises:
         UnsupportedModel: the checkpoint is in few bits already, or its blocks have no layers that can be compressed.
-        SplitnetError: the folder has something else.
+        SplitnetError: the folder has something else, or cannot be made; the model does not know a token.
         NotFinite: the text makes inf or NaN in the model.
     """
     if checkpoint.store.quantized and any(
         facts.layout for facts in checkpoint.store.tensor_facts(checkpoint.store.tensor_names).values()
     ):
         raise UnsupportedModel(f"{checkpoint.name} is in few bits already: give the model in floats")
+    if max(ids) >= checkpoint.config.vocab_size:
+        raise SplitnetError(f"the text has tokens that {checkpoint.name} does not know: give the model's own tokenizer")
     settings = {
         "model": checkpoint.fingerprint,
         "text": sha256(repr(list(ids)).encode()).hexdigest(),
@@ -64,7 +66,10 @@ def compress_checkpoint(
 
 
 def _prepare_folder(folder: Path, settings: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise SplitnetError(f"the folder {folder} cannot be made ({error}): give another one") from None
     file = folder / _SETTINGS
     before = file.read_text(encoding="utf-8") if file.exists() else None
     if before != settings:

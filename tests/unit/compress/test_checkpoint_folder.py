@@ -128,6 +128,12 @@ def test_what_cannot_be_compressed_is_refused_by_name(tmp_path: Path) -> None:
         _compress(Checkpoint.open(tmp_path / "few"), tmp_path / "fewer")
     with pytest.raises(SplitnetError, match="has something else"):
         _compress(llama, tmp_path / "few")
+    (tmp_path / "file").touch()
+    with pytest.raises(SplitnetError, match="cannot be made"):
+        _compress(llama, tmp_path / "file")
+    small = Checkpoint.open(random_checkpoint("llama", tmp_path / "small", blocks=2, vocab=256))
+    with pytest.raises(SplitnetError, match="the model's own tokenizer"):
+        _compress(small, tmp_path / "small-few")
     for family in ("gpt_oss", "llama4_text"):
         experts = Checkpoint.open(random_checkpoint(family, tmp_path / family, blocks=2))
         with pytest.raises(UnsupportedModel, match=r"experts .* cannot be compressed"):
