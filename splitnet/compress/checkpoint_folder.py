@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -87,12 +87,10 @@ class _Seen(nn.Module):
 
 
 @torch.inference_mode()
-def _embedded(checkpoint: Checkpoint, ids: Sequence[int], how: Compression) -> list[Tensor]:
+def _embedded(checkpoint: Checkpoint, ids: Sequence[int], how: Compression) -> Iterator[Tensor]:
     """The hidden states before the first block, `[positions, hidden]` of each sequence."""
     seen = _Seen()
     model = load_client_part(checkpoint, seen, headless=True)
-    found: list[Tensor] = []
     for sequence in torch.tensor(ids).split(how.lengths):
         model.base_model(input_ids=sequence[None], use_cache=False)
-        found.append(seen.hidden[0].float())
-    return found
+        yield seen.hidden[0].float()

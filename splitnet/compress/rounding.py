@@ -96,7 +96,9 @@ class Feedback:
     def round_weight(self, weight: Tensor, how: Compression) -> Codes:
         """The codes of a weight `[outputs, inputs]` in `how.layout`."""
         bits, group = how.bits, how.group
-        scales = _scales(weight.float(), self._diagonal, bits, group)
+        # The scales of inputs that never occur are chosen, too.
+        weights_of_errors = self._diagonal.clamp(min=float(self._diagonal.mean()) * 1e-6 or 1.0)
+        scales = _scales(weight.float(), weights_of_errors, bits, group)
         left = weight.float().T[self._order]  # [inputs, outputs]
         codes = torch.empty_like(left, dtype=torch.uint8)
         groups = self._order // group
@@ -121,9 +123,9 @@ def _nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def _scales(weight: Tensor, diagonal: Tensor | None, bits: int, group: int) -> Tensor:
     """Scales, `[outputs, groups]`, bfloat16. The sign of a scale is such that the value with the largest magnitude has
-    the lowest code, because there is one more code below zero than above. Raises NotFinite: a weight is NaN or so large
-    that its rounding errors are inf. With `diagonal`, `[inputs]`, the magnitude of
-    a scale is the one whose rounding errors, weighted by these second moments, are smallest."""
+    the lowest code, because there is one more code below zero than above. With `diagonal`, `[inputs]`, the magnitude of
+    a scale is the one whose rounding errors, weighted by these second moments, are smallest. Raises NotFinite: a weight
+    is NaN, or so large that its rounding errors are inf."""
     values = weight.unflatten(1, (-1, group))
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0] / -(1 << (bits - 1))
     largest = torch.where(largest == 0, torch.finfo(_SCALE).tiny, largest)
