@@ -316,7 +316,7 @@ def _delta(config: Any) -> dict[str, Any]:
 
 
 def _sections(config: Any) -> dict[str, Any]:
-    return {"rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0]}
+    return {"rope.dimension_sections": [*config.rope_parameters.get("mrope_section", (11, 11, 10)), 0]}
 
 
 def _heads_per_block(config: Any) -> list[int]:
