@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Final
 
@@ -248,10 +248,8 @@ class _Job:
         inputs = self._inputs()
         if inputs.name != INPUTS:
             with inputs.open("rb") as file:
-                digest = sha256()
-                while some := file.read(MAX_PART_BYTES):
-                    digest.update(some)
-            if digest.digest() != self._states:
+                digest = file_digest(file, "sha256").digest()
+            if digest != self._states:
                 inputs.unlink()
                 self.received = 0
                 raise _Refused(FailureCode.BAD_MESSAGE, "the hidden states do not have their digest")

@@ -82,6 +82,8 @@ def compress(
             find = partial(swarm.peers, fresh=True)
             compress = partial(compress_over_peers, checkpoint, asking, find, how=how, progress=report)
         else:
+            if connecting.model_id:
+                connection.facts_of(checkpoint)  # raises if the files here are of another model
             blocks = checkpoint.num_blocks
             compress = partial(compress_blocks, checkpoint, 0, blocks, how=how, progress=report)
         compress_checkpoint(checkpoint, ids, output, how, compress)

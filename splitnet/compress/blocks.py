@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress.experts import BlockExperts, has_experts
-from splitnet.compress.published import read_codes, stored_tensors
+from splitnet.compress.published import stored_tensors
 from splitnet.compress.rounding import Compression, Feedback, SecondMoments, round_to_nearest
 from splitnet.errors import NotFinite, UnsupportedModel, WeightsError
 from splitnet.quant.linear import holdable_layers
@@ -75,16 +75,15 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     span = Span.load(checkpoint, block, block + 1, dtype="float32", weights="float32")
     text = _Text(span, read_states(given, how, span.hidden_size), how.lengths)
     experts = BlockExperts(checkpoint, block, span, how) if has_experts(span, how.group) else None
-    names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
-    layers = _layers(span, names, how)
+    layers = _layers(checkpoint, block, span, how)
     if not layers:
         raise UnsupportedModel(f"the blocks of {checkpoint.name} have no linear layers in groups of {how.group} inputs")
     codes: dict[str, Codes] = {}
-    for paths in text.layers_by_input(layers):
-        feedback = Feedback(text.moments_of(layers[paths[0]]).sum)
-        for path in paths:
-            made = codes[names[path]] = feedback.round_weight(layers[path].weight, how)
-            layers[path].weight.copy_(made.to_floats(how.layout))
+    for names in text.layers_by_input(layers):
+        feedback = Feedback(text.moments_of(layers[names[0]]).sum)
+        for name in names:
+            codes[name] = feedback.round_weight(layers[name].weight, how)
+            layers[name].weight.copy_(codes[name].to_floats(how.layout))
     if experts is not None:
         codes |= experts.round_weights(list(text.calls_of(experts.module)), how)
     tensors = stored_tensors(checkpoint, block, codes, how)
@@ -92,24 +91,26 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     write_states(states_file(folder, block), text.outputs())
 
 
-def _layers(span: Span, names: Mapping[str, str], how: Compression) -> dict[str, nn.Linear]:
-    """The layers of a block that are compressed, by their paths, of those with these paths."""
+def _layers(checkpoint: Checkpoint, block: int, span: Span, how: Compression) -> dict[str, nn.Linear]:
+    """The layers of a block that are compressed, by the names of their weights in the checkpoint."""
+    names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
     return {
-        path: layer
+        names[path]: layer
         for path, layer, _, inputs, _ in holdable_layers(span.block_modules[0], span.weights)
         if isinstance(layer, nn.Linear) and path in names and inputs % how.group == 0
     }
 
 
 @torch.inference_mode()
-def check_block(checkpoint: Checkpoint, block: int, file: Path, hidden: Tensor, how: Compression) -> Tensor:
-    """The outputs of a block that another machine has compressed, for one sequence `[positions, hidden]`. Raises
+def check_block(
+    checkpoint: Checkpoint, block: int, told: Mapping[str, Codes], hidden: Tensor, how: Compression
+) -> Tensor:
+    """The outputs of a block with the codes of another machine, for one sequence `[positions, hidden]`. Raises
     WeightsError: they differ more from the outputs of the block in floats than with weights rounded to nearest."""
     span = Span.load(checkpoint, block, block + 1, dtype="float32", weights="float32")
-    names = {tensor.rest.removesuffix(".weight"): tensor.name for tensor in checkpoint.block_tensors[block]}
-    lengths, told = [len(hidden)], read_codes(file, how)
+    lengths = [len(hidden)]
     outputs = [span.sequences(hidden, lengths)]
-    weights = {names[path]: layer.weight for path, layer in _layers(span, names, how).items()}
+    weights = {name: layer.weight for name, layer in _layers(checkpoint, block, span, how).items()}
     weights |= BlockExperts(checkpoint, block, span, how).weights if has_experts(span, how.group) else {}
     if not told.keys() <= weights.keys():
         raise WeightsError(f"block {block} has codes of weights that are not compressed, such as those of routers")
@@ -155,20 +156,20 @@ class _Text:
         self._span, self._hidden, self._lengths = span, hidden, lengths
 
     def layers_by_input(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
-        """The paths of layers that read the same tensor, in the order in which the block calls them."""
+        """The names of layers that read the same tensor, in the order in which the block calls them."""
         found: list[tuple[Tensor, list[str]]] = []
 
-        def called(path: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def called(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             (given, *_) = inputs
-            if any(path in others for _, others in found):
+            if any(name in others for _, others in found):
                 return
             same = next((others for read, others in found if read is given), None)
             if same is None:
-                found.append((given, [path]))
+                found.append((given, [name]))
             else:
-                same.append(path)
+                same.append(name)
 
-        hooks = [layer.register_forward_pre_hook(partial(called, path)) for path, layer in layers.items()]
+        hooks = [layer.register_forward_pre_hook(partial(called, name)) for name, layer in layers.items()]
         with _removed(hooks):
             next(self.outputs())
         return [others for _, others in found]

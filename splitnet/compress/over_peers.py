@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,7 @@ from splitnet.compress.blocks import (
     states_file,
     write_whole,
 )
-from splitnet.compress.published import check_block_file
+from splitnet.compress.published import codes_in, read_block_file
 from splitnet.compress.rounding import Compression
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, NotFinite, PeerBusy, PeerFailed, PeerLost, WeightsError
@@ -112,10 +112,7 @@ class _PeerJob:
         self._start, self._end, self._how, self._progress = start, peer.end, how, progress
         self._inputs = states_file(folder, start - 1) if start else folder / INPUTS
         with self._inputs.open("rb") as file:
-            digest = sha256()
-            while part := file.read(MAX_PART_BYTES):
-                digest.update(part)
-        self._digest = digest.digest()
+            self._digest = file_digest(file, "sha256").digest()
         self._sample = _Sample(checkpoint, start, peer.end, self._inputs, how)
 
     def run(self) -> None:
@@ -215,9 +212,10 @@ class _Sample:
         self._outputs = read_states(inputs, how, checkpoint.hidden_size)[self._at].float()
 
     def check_block(self, block: int, file: Path) -> None:
-        check_block_file(self._checkpoint, block, file, self._how)
+        tensors = read_block_file(self._checkpoint, block, file, self._how)
         if self._is_here:
-            self._outputs = check_block(self._checkpoint, block, file, self._outputs, self._how)
+            codes = codes_in(tensors, self._how)
+            self._outputs = check_block(self._checkpoint, block, codes, self._outputs, self._how)
 
     def check_states(self, file: Path) -> None:
         states = read_states(file, self._how, self._checkpoint.hidden_size)

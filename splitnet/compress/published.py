@@ -42,9 +42,8 @@ def stored_tensors(
     return found | _read(checkpoint, others)
 
 
-def read_codes(file: Path, how: Compression) -> dict[str, Codes]:
-    """The codes in a file that `check_block_file` accepts, by the names of their weights."""
-    tensors = load_file(file)
+def codes_in(tensors: Mapping[str, Tensor], how: Compression) -> dict[str, Codes]:
+    """The codes in what `read_block_file` returns, by the names of their weights."""
     found: dict[str, Codes] = {}
     for layer in (name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)):
         inputs = int(tensors[layer + _SHAPE][1])
@@ -53,9 +52,10 @@ def read_codes(file: Path, how: Compression) -> dict[str, Codes]:
     return found
 
 
-def check_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compression) -> None:
-    """Checks the tensors that another machine has made of a block. Raises WeightsError: a name, type or shape is not
-    one of this block, a scale is not finite, or a tensor that stays as it is differs from the one on this machine."""
+def read_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compression) -> dict[str, Tensor]:
+    """Reads and checks the tensors that another machine has made of a block. Raises WeightsError: a name, type or shape
+    is not one of this block, a scale is not finite, or a tensor that stays as it is differs from the one on this
+    machine."""
     wrong = WeightsError(f"the compressed tensors of block {block} are not those of {checkpoint.name}")
     try:
         told = load_file(file)
@@ -84,6 +84,7 @@ def check_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compre
         raise wrong
     if not all(bool(torch.isfinite(tensor).all()) for name, tensor in told.items() if name.endswith(_SCALE)):
         raise wrong
+    return told
 
 
 def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path, how: Compression) -> None:

@@ -114,12 +114,10 @@ class PeerFeatures:
             except SplitnetError as error:
                 told.append(str(error))
                 self._failed[record.key.text] = time.monotonic()
-        facts = self._swarm.facts
         why = f" ({'; '.join(told)})" if told else ""
-        start = f"`splitnet peer {facts.source or facts.name} --vision`"
         raise CoverageError(
-            f"no peer of this swarm reads images of {facts.name}{why}: start one with {start}, or give --vision local "
-            "at this client"
+            f"no peer of this swarm reads images of {self._swarm.facts.name}{why}: start one with "
+            f"`{self._swarm.start_peer(0, 1)} --vision`, or give --vision local at this client"
         )
 
     def _peers(self, nbytes: int) -> list[PeerRecord]:

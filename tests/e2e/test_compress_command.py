@@ -21,6 +21,9 @@ def test_peers_serve_a_compressed_model(small: Path, here: Here, tmp_path: Path)
     refused = here("compress", str(small), "--output", str(few), "--text", str(short))
     assert "too few to compress by: give at least 2048" in refused.error
 
+    other = here("compress", str(small), "--output", str(few), "--model-id", "ab" * 32)
+    assert f"the model must be {'ab' * 32}" in other.error
+
     command = ("compress", str(small), "--output", str(few), "--positions", "2048")
     done = here(*command)
     assert done.code == 0, done.errors
