@@ -15,6 +15,7 @@ from splitnet.wire.block_inputs import passed_on
 from splitnet.wire.codecs import select_kept_positions
 from splitnet.wire.endpoints import Connection, LinkState
 from splitnet.wire.messages import Forward, Payload, Replay, Result, Step, Tapped, Timing
+from splitnet.wire.receipts import records_of
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,10 @@ class HopOutputs:
                 route = session.route_state
                 route.last = max(route.last, 0 if step.replay_until else step.number)
                 self._send_output(work, payload)
-            if session.end != self.num_blocks:
+            is_tail = session.end == self.num_blocks
+            digests = records_of(step.parts, step.activations, payload, step.rope_length, all_sent=not is_tail)
+            session.digests.record_step(step.parts, step.forks, digests)
+            if not is_tail:
                 body, inputs = passed_on(step, payload, session.end)
                 session.log.record_step(step.parts, step.forks, body, step.rope_length, step.labels, inputs)
 

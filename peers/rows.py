@@ -30,6 +30,7 @@ from splitnet.quant.device import seconds_after_work
 from splitnet.security.identity import AuthorizedKeys
 from splitnet.wire.codecs import are_finite
 from splitnet.wire.messages import CopyPages, FetchKV, Open, Step
+from splitnet.wire.receipts import records_of_page
 from splitnet.wire.sent_log import PAGE, fork_rows, page_ends
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,16 @@ class Rows:
         """Logs the outputs of pages; without `hit` of the pages that no step has used, because the next hop may
         lack some pages. The caller holds the lock."""
         hit = hit or session.row_state.hit
-        if hit is not None and session.end != self.served.num_blocks:
-            pages = zip(hit.pages, hit.labels, strict=False)
+        if hit is None:
+            return
+        pages = list(zip(hit.pages, hit.labels, strict=False))
+        if session.end != self.served.num_blocks:
             session.log.restore_row(hit.row, [(page.output, page.rope_length, label) for page, label in pages])
+        size = PAGE * session.log.bytes_per_position
+        digests = [records_of_page(page.output[:size], page.rope_length) for page, _ in pages]
+        session.digests.restore_row(
+            hit.row, [(each, 0, label) for each, (_, label) in zip(digests, pages, strict=True)]
+        )
 
     def _take_hit(self, work: Work) -> PrefixHit | None:
         """The pages that were found for the row of a step, if the step continues them."""

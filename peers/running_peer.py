@@ -130,6 +130,7 @@ class SpanServer:
         counters: Counters,
         policy: KeyPolicy | None = None,
         tower: VisionTower | None = None,
+        sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         kv_memory, training_memory = options.kv_memory, options.training_memory
         if kv_memory is not None and kv_memory <= span.row_bytes != 0:
@@ -188,6 +189,7 @@ class SpanServer:
             counters=counters,
             policy=policy,
             tower=tower,
+            sign=sign,
         )
         self.engine = Engine(span, self.service, speed)
         self._measured_at = time.monotonic()
@@ -679,7 +681,7 @@ class RunningPeer:
 
     def _server_of(self, span: Span, speed: ObservedSpeed) -> SpanServer:
         links = self._outbox, self._next_hops
-        about = self._options, self.counters, self._policy, self._tower
+        about = self._options, self.counters, self._policy, self._tower, self.identity.sign
         return SpanServer(self.checkpoint, span, speed, *links, *about)
 
     def _go_on(self, *_: object) -> None:

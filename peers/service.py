@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from peers.next_hop import HopConnector
 from peers.peer_links import NextHops, Outbox
 from peers.prefixes import READ_S, Page
 from peers.queue import WorkQueue
+from peers.receipts import Question, Receipts
 from peers.rows import Rows
 from peers.served import ServedBlocks, next_hop_of
 from peers.sessions import (
@@ -37,18 +39,20 @@ from scheduler.batching import Load
 from scheduler.liveness import CLIENT_LOST_S
 from splitnet.blocks.vision import VisionTower
 from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
-from splitnet.security.identity import PublicKey
+from splitnet.security.identity import Identity, PublicKey
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.wire.messages import (
     MAX_PAYLOAD_BYTES,
     Adapter,
     AdapterGradient,
+    AskReceipt,
     Close,
     Failure,
     FailureCode,
     FetchedKV,
     FetchKV,
+    FetchSent,
     Forward,
     Gradient,
     LoadReport,
@@ -79,7 +83,7 @@ class SessionService:
     """The sessions of a peer. Thread-safe.
 
     training_memory: bytes of memory for clients that train. reach_s: see `HopConnector`. tower: reads images; None:
-    the peer reads none.
+    the peer reads none. sign: see `Receipts`; None: with a new key.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class SessionService:
         counters: Counters | None = None,
         policy: KeyPolicy | None = None,
         tower: VisionTower | None = None,
+        sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self.served = served
         self.tower = tower
@@ -111,6 +116,7 @@ class SessionService:
         self._lock = threading.RLock()
         self.rows = Rows(served, sessions, self._policy.keys, queue, self._lock)
         self.outputs = HopOutputs(outbox, self._lock, served.num_blocks)
+        self._receipts = Receipts(served, outbox, sign or Identity.generate().sign)
         self._hops = HopConnector(outbox, next_hops, reach_s, self.rows.held_positions)
         memory, facts = self.training_memory, (served.hidden_size, served.max_positions)
         self.training = Training(queue, outbox, self.outputs, memory, self._lock, self.counters, *facts)
@@ -141,6 +147,8 @@ class SessionService:
                     self._close_session(source, message)
                 case Replay():
                     self._replay(source, message, now)
+                case AskReceipt() | FetchSent():
+                    self._answer_audit(source, message, now)
                 case _:
                     self._fail(
                         source, b"", 0, 0, FailureCode.BAD_MESSAGE, f"a peer does not accept {type(message).__name__}"
@@ -450,6 +458,17 @@ class SessionService:
             return
         self.rows.log_hit(session)
         self.outputs.replay_log(source, session, message)
+
+    def _answer_audit(self, source: Connection, message: Question, now: float) -> None:
+        session = self.sessions.get(message.session)
+        if session is None or session.owner != source.curve:
+            self._refuse_message(source, message, FailureCode.UNKNOWN_SESSION, "no session")
+            return
+        session.used_at = now
+        try:
+            self._receipts.answer(source, session, message, now)
+        except (ProtocolError, PeerBusy) as error:
+            self._refuse_message(source, message, _code_of(error), str(error))
 
     def _refuse_message(self, destination: Connection, message: Message, code: FailureCode, text: str) -> None:
         """Answers a message of a session with a failure that has the number of the message's step or pass."""

@@ -24,6 +24,7 @@ from splitnet.wire.codecs import Codec
 from splitnet.wire.endpoints import Connection, Endpoint
 from splitnet.wire.messages import Adapter as AdapterMessage
 from splitnet.wire.messages import Chunk, FetchKV, Forward, Gradient, ReadImages, Step, Timing
+from splitnet.wire.receipts import RECORD
 from splitnet.wire.sent_log import PAGE, SentLog
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class HopSession:
     done: int = 0  # number of positions computed so far, of steps and passes
     adapter: AdapterTensors | None = None  # the client's parameters for these blocks
     namespace: PageNamespace = NOWHERE  # namespace of the pages that new rows leave
+    digests: SentLog = field(default_factory=lambda: SentLog(0, RECORD))  # see `splitnet.wire.receipts`
     closed: bool = False
     resent: float = 0.0  # number of replays and answers to `FetchKV`, less one for every `RESEND_S` that passed
     resent_at: float = 0.0
@@ -391,7 +393,7 @@ class SessionTable:
         # This class, not `Budget`, limits what a key may have.
         limits = (self.kv_bytes,) * 3
         self.memory = MemoryAccount(self.kv_bytes, "no KV memory for", "try with fewer positions", limits)
-        self._usual_bytes = (self.position_bytes + self.usual_log_bytes) * (1 + self.ahead)
+        self._usual_bytes = (self.position_bytes + self.usual_log_bytes + RECORD) * (1 + self.ahead)
         self._sessions: dict[bytes, HopSession] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
@@ -538,7 +540,7 @@ class SessionTable:
     def _cost_of(self, session: HopSession) -> float:
         """Bytes of one position of a session's reservation."""
         log = session.log.bytes_per_position if session.end < self.num_blocks else 0
-        return (self.position_bytes + log) * (1 + self.ahead)
+        return (self.position_bytes + log + RECORD) * (1 + self.ahead)
 
     def _take_reservation(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         try:

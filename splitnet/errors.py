@@ -120,6 +120,10 @@ class PeerLeaving(PeerLost):
     """A peer is about to end; it serves the session until it is replaced."""
 
 
+class PeerLied(SplitnetError):
+    """An audit shows that a peer has not computed its blocks; the peer is not used any more."""
+
+
 class PeerFailed(SplitnetError):
     """A peer answered with an error."""
 

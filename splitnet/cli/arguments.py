@@ -287,6 +287,16 @@ CONNECTING: dict[str, Any] = {
             "replaces a hop then computes only the missing positions.",
         ),
     ],
+    "audit": Annotated[
+        float | None,
+        in_route.shared(
+            "--audit",
+            metavar="PART",
+            help="Part of the peers' work that this machine computes again; a peer that lies is named and not used any "
+            "more. 0: no audits. Default: 0.01 for peers on other machines, if no list or swarm key says whom to trust "
+            "and the weights are here.",
+        ),
+    ],
     "energy_slowdown": Annotated[
         float | None,
         in_route.shared(

@@ -221,6 +221,13 @@ class RemoteLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds no row {index}: run the model with it first")
         return self.session.fetch_kv(self._rows[index], self.columns - self._padding[index])
 
+    def finish_audits(self) -> None:
+        """Waits until the hops that are new to the client were examined. Raises PeerLied."""
+        sessions = self.session.sessions if isinstance(self.session, MixedSession) else [self.session]
+        for session in sessions:
+            if session is not None and session.audit is not None:
+                session.audit.finish()
+
     def close(self) -> None:
         """Frees the peers' memory. Any thread may call this."""
         self.closed = True

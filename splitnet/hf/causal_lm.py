@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from splitnet.audit.auditor import auditor_for
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.blocks.client_part import ClientPart, backbone_of, client_part_of, load_client_part
 from splitnet.blocks.head import Head, loss_in_parts
@@ -23,7 +25,7 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.families import per_layer_size
 from splitnet.checkpoint.gguf.gguf_store import GgufStore
 from splitnet.drafts.speculator import AUTO, OFF, Drafts, Speculator
-from splitnet.errors import AdapterError, SplitnetError, UnsupportedModel, UnsupportedParameter
+from splitnet.errors import AdapterError, PeerLied, SplitnetError, UnsupportedModel, UnsupportedParameter
 from splitnet.hf.cache import CachedSession, ModelSession, RemoteCache
 from splitnet.hf.decoding import Decoding, FamilyLoop, GrowingText, Outputs
 from splitnet.hf.parameters import GenerateCall, refuse, too_long
@@ -44,6 +46,10 @@ PROMPT_FEATURES = 512  # largest number of last positions of a prompt whose stat
 PROMPT_FEATURE_VALUES = 2 << 20  # largest number of values of these hidden states
 
 _TRANSFORMERS: Any = GenerationMixin
+log = logging.getLogger(__name__)
+
+MOST_REPEATED = 3  # times that an answer is computed again because a peer has lied
+
 _POSITIONAL = [
     name
     for name, parameter in inspect.signature(_TRANSFORMERS.generate).parameters.items()
@@ -84,6 +90,9 @@ class AutoModelForCausalLM:
                 same key; "shared": also for keys that the owner of a peer has put in one group; "off": no storage.
             standby: bytes per second, or a text such as "8MiB", at which replicas copy the keys and values of sessions,
                 so that a replacement of a hop need not compute them; None: no copies.
+            audit: part of the peers' work that this process computes again, from 0 (no audits) to 1; peers that are new
+                to this client are examined once besides. A peer that lies is named and not used any more. None: 0.01
+                for peers on other machines, without `trusted_peers` and `swarm_key`, if the weights are here.
             energy_slowdown: with "energy", the largest allowed multiple of the fastest route's time; None: 1.5.
             gradient_codec: codec of gradients; "auto": exact if the activations are exact, else "bf16".
             local_blocks: blocks that this process runs, such as "0:10" or "0:2,28:30"; "auto": the number of first
@@ -141,8 +150,13 @@ def connected(
     """
     whole = (0, checkpoint.num_blocks)
 
+    auditor = auditor_for(checkpoint, swarm, options)
+
     def open_part(reservation: int, part: Blocks) -> Session:
-        return Session(swarm, options, reservation=reservation, blocks=part)
+        session = Session(swarm, options, reservation=reservation, blocks=part)
+        if auditor is not None:
+            auditor.watch(session)
+        return session
 
     def open_session(reservation: int) -> ModelSession:
         if blocks.stages == [whole]:
@@ -237,8 +251,16 @@ class RemoteCausalLM(RemoteModel):
             if own.remote.bound is None:
                 own.remote.reserve(length)
         with self._context.within(drafts=drafts, kept_session=None, resumed=kept_session, prefix=()):
-            own_cache = caches and given.get("cache") is None
-            return self._generate_with_own_cache(given, kept_session, length) if own_cache else self._generate(given)
+            if not caches or given.get("cache") is not None:
+                return self._generate(given)
+            for _ in range(MOST_REPEATED):
+                try:
+                    return self._generate_with_own_cache({**given}, kept_session, length)
+                except PeerLied as error:
+                    if kept_session is not None or given.get("streamer") is not None:
+                        raise
+                    log.warning("the answer is computed again: %s", error)
+            return self._generate_with_own_cache(given, kept_session, length)
 
     def _wanted_length(self, given: Mapping[str, Any]) -> int:
         """Length of the text with all new tokens; 0: unknown.
@@ -276,6 +298,8 @@ class RemoteCausalLM(RemoteModel):
         handed_out = False
         try:
             output = self._generate(given)
+            if not kept_session:
+                cache.remote.finish_audits()
             tokens = output if isinstance(output, torch.Tensor) else output.sequences
             handed_out = isinstance(output, Mapping) and any(value is cache for value in output.values())
             return output

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,16 +37,22 @@ from splitnet.wire.messages import (
     MAX_INPUTS,
     MAX_PAYLOAD_BYTES,
     MAX_TAPS,
+    AskReceipt,
     Chunk,
     CopiedPages,
+    Failure,
+    FetchedSent,
     FetchKV,
+    FetchSent,
     Fork,
     Message,
+    Receipt,
     Result,
     Step,
     Timing,
     encode,
 )
+from splitnet.wire.sent_log import ReplayStep
 
 ASK_S = 2.0  # between two questions to hops about the times of decode steps
 THROUGHPUT_STEPS = 8  # steps under way in a session that prefers throughput
@@ -62,6 +70,18 @@ class LinkUse:
     bytes_per_token: int
 
 
+class Audit(Protocol):
+    """Watches the steps of a session, see `splitnet.audit.session_audit`. Raises PeerLied: a hop was found to lie."""
+
+    def step_begins(self, parts: Sequence[Chunk]) -> None: ...
+
+    def step_done(self, request: StepRequest) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class UnderWay:
     """New positions under way on the route.
@@ -74,6 +94,23 @@ class UnderWay:
     began: float
     repairs: int
     alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SentRow:
+    """The first positions of a row as the client has sent them, for an audit.
+
+    hops: the route. repairs: repairs of the route so far. payload: the encoded positions. steps: the same with their
+    block inputs; the last step may be longer.
+    """
+
+    row: int
+    length: int
+    hops: tuple[RouteHop, ...]
+    repairs: int
+    codec: int
+    payload: bytes
+    steps: tuple[ReplayStep, ...]
 
 
 class Session(SessionDriver):
@@ -110,6 +147,8 @@ class Session(SessionDriver):
         self._standby_rate = options.standby_rate
         self.standby: Standby | None = None
         self.passed = 0  # positions with received outputs
+        self.audit: Audit | None = None
+        self._questions: dict[tuple[Endpoint, int], Future[Message]] = {}  # without an answer, by hop and number
 
     @property
     def timings(self) -> tuple[Timing, ...]:
@@ -180,6 +219,8 @@ class Session(SessionDriver):
             rope_length: see `splitnet.wire.messages.Step`.
             inputs: block inputs of each part; empty: none.
         """
+        if self.audit is not None:
+            self.audit.step_begins(parts)
         state = self.state
         begins_text = state.log is None or (forks is not None and not forks)
         inputs = [each.of_blocks(*state.blocks) for each in inputs]
@@ -243,6 +284,8 @@ class Session(SessionDriver):
                 self._wait_for([request])
                 output = self._decoded(request)
             outputs.append(output)
+            if self.audit is not None:
+                self.audit.step_done(request)
             self.passed += request.message.positions
             if request.message.labels or (self._standby_rate and self.standby is None):
                 self._note_stored(request.message)
@@ -276,14 +319,41 @@ class Session(SessionDriver):
                 return None
             return StandbyText(tuple(state.hops), state.log.labels(row), self.needs(), state.first_codec.name)
 
+    def ask(self, hop: RouteHop, kind: type[AskReceipt | FetchSent], row: int, length: int) -> Future[Message]:
+        """Asks a hop about the first `length` positions of a row; any thread may. The future stays undone without an
+        answer; the answer may be a `Failure`."""
+        with self._handling:
+            number, answer = self.state.next_number(), Future[Message]()
+            self._questions[hop.endpoint, number] = answer
+            self._swarm.links.send(hop.endpoint, kind(self.id, self.state.epoch, number, row, length))
+        return answer
+
+    def sent_row(self, row: int, length: int) -> SentRow | None:
+        """The first `length` positions of a row as the client has sent them; any thread may ask. None: the route is not
+        open, or the row is shorter."""
+        with self._handling:
+            state, log = self.state, self.state.log
+            if not state.is_open or log is None or log.length(row) < length:
+                return None
+            steps = [step for step in log.replay(only=row) if step.parts[0].start < length]
+            facts = tuple(state.hops), len(self.recoveries), log.codec, log.first(row, length)
+            return SentRow(row, length, *facts, tuple(steps))
+
     def deliver(self, source: Endpoint, message: Message) -> None:
         standby = self.standby
+        if isinstance(message, Receipt | FetchedSent | Failure):
+            answer = self._questions.pop((source, message.number), None)
+            if answer is not None:
+                answer.set_result(message)
+                return
         if not isinstance(message, CopiedPages) or standby is None or not standby.received(message):
             super().deliver(source, message)
 
     def close(self) -> None:
         if self.standby is not None:
             self.standby.close()
+        if self.audit is not None:
+            self.audit.close()
         super().close()
 
     def abandon(self, sent: UnderWay) -> None:

@@ -33,7 +33,7 @@ RUNNING = (
     *("gradient_codec", "local_blocks", "local_weights"),
 )
 """Keywords of every `from_pretrained` and `attach` for running the model."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby")  # keywords of a causal LM
+GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby", "audit")  # of a causal LM
 READING_IMAGES = (*GENERATING, "vision")  # keywords of a model that reads images
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,7 +55,8 @@ class ConnectionOptions:
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
-            energy_slowdown, kv_at_least, prefixes, standby: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            energy_slowdown, kv_at_least, prefixes, standby, audit: see
+            `splitnet.AutoModelForCausalLM.from_pretrained`.
         vision: see `splitnet.AutoModelForImageTextToText.from_pretrained`.
 
     Raises:
@@ -85,6 +86,7 @@ class ConnectionOptions:
     kv_at_least: KVForms = "int4"
     prefixes: Prefixes = "own"
     standby: str | float | None = None
+    audit: float | None = None
     vision: Vision = "auto"
 
     def __post_init__(self) -> None:
@@ -104,6 +106,8 @@ class ConnectionOptions:
                 "a standby copies stored prefixes that no other key shares: give bytes per second, such as 8MiB, and "
                 "prefixes own"
             )
+        if self.audit is not None and not 0 <= self.audit <= 1:
+            raise SplitnetError(f"the audited part of the work is a number from 0 to 1, not {self.audit!r}")
         if slowdown is None:
             return
         if self.prefer != "energy":

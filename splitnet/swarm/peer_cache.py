@@ -321,14 +321,16 @@ class Bans:
         self._bans: dict[str, _PeerBan] = {}
 
     def ban_peer(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
-        """Bans a failed peer. left: the record of a peer that has announced that it leaves."""
+        """Bans a failed peer. left: the record of a peer that has announced that it leaves. seconds: infinite: the ban
+        is never lifted."""
         ban = _PeerBan(self._clock() + seconds, left.placed_at if left else None)
         with self._lock:
             self._bans[key] = ban
 
     def lift(self, key: str) -> None:
         with self._lock:
-            self._bans.pop(key, None)
+            if key in self._bans and self._bans[key].until < math.inf:
+                self._bans.pop(key)
 
     def keys(self) -> set[str]:
         """The banned peers."""

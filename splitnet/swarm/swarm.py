@@ -49,11 +49,23 @@ SHORT_KEY = 9  # characters of a key that suffice for people to distinguish peer
 KEPT_EVENTS = 256
 
 Kind = Literal[
-    "lost", "leaving", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
+    "lost",
+    "leaving",
+    "repaired",
+    "rerouted",
+    "failed",
+    "refused",
+    "weights",
+    "lied",
+    "joined",
+    "gone",
+    "back",
+    "left",
+    "moved",
 ]
 """Of routes: a hop was lost, or is leaving; the route was repaired, or replaced by a better one; a repair failed; a
-peer refused a session; weights have another format. Of peers: they joined, stopped answering, answer again, left,
-serve other blocks.
+peer refused a session; weights have another format; an audit has found a lie. Of peers: they joined, stopped answering,
+answer again, left, serve other blocks.
 """
 
 
@@ -140,6 +152,7 @@ class Swarm(AbstractContextManager["Swarm"]):
         self.identity = identity or Identity.generate()
         self.measurements = Measurements()
         self.events = EventLog()
+        self._at_close: list[Callable[[], None]] = []
         self.was_covered = False  # all blocks were served at some time
         self.bans = Bans()
         self.prefix_index = PrefixIndex()
@@ -160,8 +173,14 @@ class Swarm(AbstractContextManager["Swarm"]):
         """The command that starts a peer of this swarm for the blocks `[start, end)`."""
         return peer_command(self.facts.source or self.facts.name, self.join_args, start, end)
 
+    def at_close(self, end: Callable[[], None]) -> None:
+        """Calls `end` when the swarm is closed."""
+        self._at_close.append(end)
+
     def close(self) -> None:
         """Closes all sessions and leaves the swarm."""
+        for end in self._at_close:
+            end()
         self.measurer.stop_measuring()
         self.links.close()
         self.directory.close()

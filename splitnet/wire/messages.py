@@ -63,6 +63,7 @@ FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")  # of a checkpoint
 SESSION_BYTES = 16
 KEY_BYTES = 32
 DIGEST_BYTES = 32
+SIGNATURE_BYTES = 64
 LABEL_BYTES = 16
 MAX_LABELS = 3072  # labels of pages in one message
 
@@ -73,6 +74,8 @@ MAX_TEXT_BYTES = 16 << 30  # bytes of the hidden states of a text, or of a file 
 
 MAX_IMAGES = 64  # images of one `ReadImages`
 MAX_LEVELS = 32  # blocks before which features of an image are added, and one more
+
+MAX_RECEIPT = 1 << 18  # positions of one receipt
 
 MAX_ROUNDS = 1 << 20  # rounds of a joint tuning
 MAX_OWNERS = 256  # owners of examples that take part in a joint tuning
@@ -146,7 +149,7 @@ EVERY_BLOCK = MAX_BLOCKS  # no block has this number
 MAX_INPUTS = 512  # block inputs of one step
 MAX_INPUT_BYTES = 1 << 20  # bytes of one position in one block input
 
-_ROW_ID = (1 << 48) - 1
+MAX_ROW_ID = (1 << 48) - 1  # number of a row
 _NUMBER = uint((1 << 48) - 1)
 _UNIX_S = number(0, 1e11)
 _SHARE = number(0, 1)
@@ -227,7 +230,7 @@ class Open(_OfSession):
     """The client's digest of everything besides the text on which keys and values depend: the hops before, their
     weights and codecs, the adapter. The hop stores pages of the session under this digest, see `Step.labels`; empty:
     the hop stores no pages."""
-    row: int = appended_field(uint(_ROW_ID), 0)  # the row to fill from stored pages
+    row: int = appended_field(uint(MAX_ROW_ID), 0)  # the row to fill from stored pages
     labels: tuple[bytes, ...] = appended_field(joined(LABEL_BYTES, most=MAX_LABELS), (), b"".join)
     """Labels of the first pages of `row`, in order."""
     # other keys of a group that the peer's owner has named may use the pages
@@ -261,7 +264,7 @@ _BLOCK_INPUTS = several(
         BlockInput,
         text(32),
         uint(EVERY_BLOCK),
-        uint(_ROW_ID),
+        uint(MAX_ROW_ID),
         *(uint(MAX_POSITIONS),) * 2,
         uint(MAX_INPUT_BYTES),
         uint(255),
@@ -305,8 +308,8 @@ class Step(_Numbered, _Activations):
     """
 
     TAG: ClassVar[int] = 6
-    parts: tuple[Chunk, ...] = wire_field(records(Chunk, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
-    forks: tuple[Fork, ...] | None = wire_field(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
+    parts: tuple[Chunk, ...] = wire_field(records(Chunk, (MAX_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    forks: tuple[Fork, ...] | None = wire_field(optional(records(Fork, (MAX_ROW_ID, MAX_ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that no fork names are dropped. None: all rows stay."""
     replay_until: int = wire_field(uint(MAX_BLOCKS))
     """0 for new positions. In a replay, hops whose span ends at this block or later log their output and do not send
@@ -449,7 +452,7 @@ class FetchKV(_Numbered):
     """Asks a hop for the keys and values of the first `length` positions of a row, as a prefix for later texts."""
 
     TAG: ClassVar[int] = 15
-    row: int = wire_field(uint(_ROW_ID))
+    row: int = wire_field(uint(MAX_ROW_ID))
     length: int = wire_field(uint(MAX_POSITIONS))
 
 
@@ -726,6 +729,48 @@ class ImageFeatures(_Numbered):
     payload: Payload = b""
 
 
+@dataclass(frozen=True, slots=True)
+class AskReceipt(_Numbered):
+    """Asks a hop for a `Receipt` of the first `length` positions of a row."""
+
+    TAG: ClassVar[int] = 34
+    row: int = wire_field(uint(MAX_ROW_ID))
+    length: int = wire_field(uint(MAX_RECEIPT))
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt(_Numbered):
+    """What a hop has received and sent for the first positions of a row, signed with its key
+    (`splitnet/wire/receipts.py`). The payload holds the digests of all received positions, then of all sent ones."""
+
+    TAG: ClassVar[int] = 35
+    row: int = wire_field(uint(MAX_ROW_ID))
+    length: int = wire_field(uint(MAX_RECEIPT))
+    codec: int = wire_field(uint(255))  # of what the hop sent
+    weights: str = wire_field(text(64))  # as in `Opened`
+    adapted: bool = wire_field(flag)  # whether the blocks run with an adapter of the client
+    signature: bytes = wire_field(blob(SIGNATURE_BYTES))
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSent(_Numbered):
+    """Asks a hop for what it has sent on for the first `length` positions of a row, as the hop has logged it."""
+
+    TAG: ClassVar[int] = 36
+    row: int = wire_field(uint(MAX_ROW_ID))
+    length: int = wire_field(uint(MAX_RECEIPT))
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedSent(_Numbered):
+    """Answers a `FetchSent`. The payload holds the encoded positions."""
+
+    TAG: ClassVar[int] = 37
+    codec: int = wire_field(uint(255))
+    payload: Payload = b""
+
+
 _Passing = Open | Opened | Close | Step | Result | Failure | Replay | Forward | Gradient
 _Tensors = Adapter | AdapterLoaded | AdapterGradient | FetchKV | FetchedKV
 _Asking = LookUp | Found | Announce | Announced | AskWeights | WeightsPart
@@ -733,7 +778,8 @@ _Compressing = AskCompression | CompressionState
 _Rounds = AskRound | RoundState | WantGradient | RoundNumbers
 _Pages = CopyPages | CopiedPages
 _Images = ReadImages | ImageFeatures
-Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages | _Compressing | _Images
+_Audits = AskReceipt | Receipt | FetchSent | FetchedSent
+Message = Ping | Pong | _Passing | _Tensors | _Asking | Tapped | _Rounds | _Pages | _Compressing | _Images | _Audits
 MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}

@@ -133,6 +133,12 @@ class SentLog:
             raise ValueError(f"row {row} has no complete page {index} with one rope length")
         return data + pack_inputs(*held.inputs.cut(index * PAGE, (index + 1) * PAGE), index * PAGE), rope_length
 
+    def first(self, row: int, length: int) -> bytes:
+        """The first `length` encoded positions of `row`. Raises ProtocolError: it has fewer."""
+        if length > self.length(row):
+            raise ProtocolError(f"row {row} has {self.length(row)} positions, not {length}")
+        return bytes(self._rows[row].data[: length * self.bytes_per_position])
+
     def crop(self, row: int, length: int) -> None:
         """Forgets the positions of `row` from `length` on."""
         held = self._rows[row]
@@ -207,11 +213,15 @@ class SentLog:
                     row.labels += own
         return tuple(made) if self._salt is not None else tuple(labels)
 
-    def replay(self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0) -> Iterator[ReplayStep]:
-        """Steps that rebuild every row from position `since` on, each of at most `positions_per_step` positions, or of
-        one whole group of positions that attend to each other."""
+    def replay(
+        self, positions_per_step: int = REPLAY_POSITIONS, since: int = 0, only: int | None = None
+    ) -> Iterator[ReplayStep]:
+        """Steps that rebuild every row, or the row `only`, from position `since` on, each of at most
+        `positions_per_step` positions, or of one whole group of positions that attend to each other."""
         size = self.bytes_per_position
         for number, row in self._rows.items():
+            if only not in (None, number):
+                continue
             step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // (size + row.inputs.position_bytes)))
             changes = [(0, 0), *row.rope_lengths, (len(row.data) // size, 0)]
             for (begin, rope_length), (end, _) in pairwise(changes):

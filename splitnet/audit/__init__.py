@@ -1,0 +1,1 @@
+"""Audits: what hops were given is computed again, and compared with what they gave."""

@@ -1,0 +1,167 @@
+"""The audits of a client: which peers are examined, what was found, and the files of evidence."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from ipaddress import ip_address
+from math import inf
+from pathlib import Path
+
+from splitnet.audit.comparison import Verdict
+from splitnet.audit.evidence import write_piece
+from splitnet.audit.piece import Piece
+from splitnet.audit.program import AuditProgram
+from splitnet.audit.session_audit import SessionAudit
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.errors import PeerLied, SplitnetError
+from splitnet.paths import cache_folder, keep_file
+from splitnet.session.failover import RouteHop
+from splitnet.session.inference import Session
+from splitnet.session.options import ConnectionOptions
+from splitnet.swarm.swarm import Swarm
+from splitnet.wire.endpoints import host_and_port
+
+log = logging.getLogger(__name__)
+
+STRANGERS_RATE = 0.01
+"""Part of the work of strangers that is computed again, if the caller gives no rate. VeriLLM (arXiv:2509.24257) costs
+about as much."""
+
+LINKS_OF_A_LIAR = 2  # A peer that disagrees with this many neighbours about what was sent is named
+
+SUFFIX = ".evidence"
+
+
+def auditor_for(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> Auditor | None:
+    """The auditor that the options ask for; None: no audits. Raises SplitnetError: they ask for audits, and the weights
+    are not on this machine."""
+    if options.audit == 0 or (not (has_weights := Path(checkpoint.source).exists()) and options.audit is None):
+        return None
+    if not has_weights:
+        raise SplitnetError(
+            f"audits compute blocks of {checkpoint.name} again, so its weights must be here: download the model and "
+            "give its folder, or give audit 0"
+        )
+    if options.audit is None and (options.swarm_key is not None or options.trusted_peers is not None):
+        return None
+    program = AuditProgram(checkpoint.source)
+    auditor = Auditor(swarm, options.audit, program.examine, evidence_folder(checkpoint.fingerprint), program.close)
+    swarm.at_close(auditor.close)
+    return auditor
+
+
+def evidence_folder(model: str) -> Path:
+    """The folder of files of evidence about peers of a model."""
+    return cache_folder() / "audits" / model[:16]
+
+
+class Auditor:
+    """Examines the work of peers for all sessions of a client. Thread-safe.
+
+    Args:
+        rate: part of the work that is computed again; 0: only peers that are new to the client are examined. None:
+            `STRANGERS_RATE`, for peers on other machines.
+        examine: computes a piece again, see `splitnet.audit.examine.examine`.
+        folder: of files of evidence. Peers with evidence here are not used.
+        close: frees what `examine` uses.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        rate: float | None,
+        examine: Callable[[Piece], Verdict],
+        folder: Path,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rate = STRANGERS_RATE if rate is None else rate
+        self.counts: Counter[str] = Counter()  # of `audits`, `positions`, `lies` and `disagreements`
+        self._swarm, self._examine, self._folder, self._close = swarm, examine, folder, close
+        self._here_too = rate is not None
+        self._lock = threading.Lock()
+        self._known: set[tuple[str, tuple[int, int], str]] = set()  # examined hops: name, blocks and weights
+        self._disagreed: dict[str, set[str]] = {}  # by name, the neighbours that disagree with a peer
+        self._worker: ThreadPoolExecutor | None = None
+        for file in folder.glob(f"*{SUFFIX}"):
+            swarm.ban(file.name.removesuffix(SUFFIX), seconds=inf)
+
+    def watch(self, session: Session) -> None:
+        """Examines hops of a session from now on."""
+        facts = self._swarm.facts
+        session.audit = SessionAudit(session, self, facts.fingerprint, facts.num_blocks, facts.hidden_size)
+
+    def audits(self, hop: RouteHop) -> bool:
+        """Whether a peer is examined at all."""
+        return self._here_too or not ip_address(host_and_port(hop.endpoint.address)[0]).is_loopback
+
+    def is_new(self, hop: RouteHop) -> bool:
+        """Whether a hop with its blocks and weights was not examined yet."""
+        return (hop.name, hop.blocks, hop.weights) not in self._known and self.audits(hop)
+
+    def enqueue(self, job: Callable[[], None]) -> Future[None]:
+        """Runs a job behind all others, in a thread of its own."""
+        with self._lock:
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="audits")
+            return self._worker.submit(job)
+
+    def judge(self, hop: RouteHop, piece: Piece) -> PeerLied | None:
+        """Computes a piece again. Returns the error that names the hop if it has lied. Raises SplitnetError: the piece
+        cannot be computed here."""
+        verdict = self._examine(piece)
+        self.counts["audits"] += 1
+        self.counts["positions"] += piece.length
+        if verdict.honest:
+            self._known.add((hop.name, hop.blocks, hop.weights))
+            return None
+        evidence = ""
+        if piece.can_be_proven:
+            file = self._folder / f"{hop.name}{SUFFIX}"
+            keep_file(file, write_piece(piece), "evidence against a peer")
+            evidence = f"; `splitnet audit {file}` shows it"
+        start, end = hop.blocks
+        return self._name(
+            hop.name,
+            f"the peer at {hop.endpoint.address} has not computed blocks {start}..{end - 1} with {hop.weights} "
+            f"weights: its outputs are {verdict.distance / verdict.limit:.1f} times as far from the right ones as "
+            f"honest outputs can be{evidence}",
+        )
+
+    def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied:
+        """Two neighbours have signed different things about what one sent the other; `before` is `hop` if the client
+        sent it. A peer that disagrees with several neighbours is named. Returns the error of the answer."""
+        self.counts["disagreements"] += 1
+        if before is hop:
+            return self._name(hop.name, f"the peer at {hop.endpoint.address} says that it was sent something else")
+        with self._lock:
+            for one, other in ((before, hop), (hop, before)):
+                self._disagreed.setdefault(one.name, set()).add(other.name)
+            liars = [each for each in (before, hop) if len(self._disagreed[each.name]) >= LINKS_OF_A_LIAR]
+        addresses = f"the peers at {before.endpoint.address} and {hop.endpoint.address}"
+        text = f"{addresses} disagree about what one sent the other, so one of them lies"
+        for each in liars:
+            self._name(each.name, f"the peer at {each.endpoint.address} disagrees with several neighbours")
+        for each in (before, hop):
+            if each not in liars:
+                self._swarm.ban(each.name)
+        return PeerLied(f"{text}: ask again")
+
+    def close(self) -> None:
+        """Ends all audits."""
+        with self._lock:
+            worker = self._worker
+        if worker is not None:
+            worker.shutdown(wait=False, cancel_futures=True)
+        self._close()
+
+    def _name(self, name: str, text: str) -> PeerLied:
+        self.counts["lies"] += 1
+        self._swarm.ban(name, seconds=inf)
+        self._swarm.prefix_index.distrust()  # hops may have stored pages of false outputs
+        self._swarm.events.note("lied", text)
+        log.warning("%s", text, extra={"peer": name})
+        return PeerLied(f"{text}; the peer is not used any more: ask again")
