@@ -38,7 +38,7 @@ class Receipts:
                 b"".join(records[at : at + DIGEST] for at in range(offset, len(records), RECORD))
                 for offset in (0, DIGEST)
             )
-            facts = message.row, message.length, session.codec.code, session.route_state.weights or self.served.weights
+            facts = message.row, message.length, session.codec.code, self.served.weights
             receipt = Receipt(*ids, *facts, session.adapter is not None, b"", b"".join(halves))
             said = signed_bytes(self.served.model, (session.start, session.end), receipt)
             self.outbox.send(source, replace(receipt, signature=self.sign(said)))

@@ -84,6 +84,7 @@ from splitnet.wire.messages import (
     Pong,
     decode,
 )
+from splitnet.wire.receipts import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class SpanServer:
             idle_s=options.idle_s,
             position_bytes=span.kv_bytes_per_position,
             row_bytes=span.row_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
+            digest_bytes=RECORD,
             usual_log_bytes=usual if span.end < checkpoint.num_blocks else 0,
             ahead=AHEAD,
             num_blocks=checkpoint.num_blocks,

@@ -383,6 +383,7 @@ class SessionTable:
     idle_s: float = 600.0  # a session ends after this long without a message
     position_bytes: float = 1.0  # bytes of the keys and values of a position
     row_bytes: int = 0  # bytes of a row in addition to its positions
+    digest_bytes: int = 0  # bytes of a position's digests
     usual_log_bytes: int = 0  # bytes of a position in the log, with the codec that most sessions have
     ahead: float = 0.0  # share of the reservation that rows and logs may allocate beyond it
     num_blocks: int = 0  # number of blocks of the model; a session whose span ends there has no log
@@ -393,7 +394,7 @@ class SessionTable:
         # This class, not `Budget`, limits what a key may have.
         limits = (self.kv_bytes,) * 3
         self.memory = MemoryAccount(self.kv_bytes, "no KV memory for", "try with fewer positions", limits)
-        self._usual_bytes = (self.position_bytes + self.usual_log_bytes + RECORD) * (1 + self.ahead)
+        self._usual_bytes = (self.position_bytes + self.usual_log_bytes + self.digest_bytes) * (1 + self.ahead)
         self._sessions: dict[bytes, HopSession] = {}
         self.get = self._sessions.get
         self._count: dict[bytes, int] = {}  # sessions by key
@@ -540,7 +541,7 @@ class SessionTable:
     def _cost_of(self, session: HopSession) -> float:
         """Bytes of one position of a session's reservation."""
         log = session.log.bytes_per_position if session.end < self.num_blocks else 0
-        return (self.position_bytes + log + RECORD) * (1 + self.ahead)
+        return (self.position_bytes + log + self.digest_bytes) * (1 + self.ahead)
 
     def _take_reservation(self, session: HopSession, purpose: MemoryPurpose, nbytes: int) -> None:
         try:

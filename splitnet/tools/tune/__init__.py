@@ -53,7 +53,7 @@ _NEEDS = {
 """Options that have an effect in some runs only, by parameter; a run needs one of the listed options for them."""
 
 
-@connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby", "vision"))
+@connects(without=("prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby", "audit", "vision"))
 def tune(
     context: typer.Context,
     model: ModelOrInvite = None,

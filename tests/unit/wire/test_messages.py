@@ -35,7 +35,9 @@ from splitnet.wire.messages import (
     MAX_PART_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_POSITIONS,
+    MAX_RECEIPT,
     MAX_ROUNDS,
+    MAX_ROW_ID,
     MAX_ROWS,
     MAX_TAPS,
     MAX_TEXT,
@@ -44,12 +46,14 @@ from splitnet.wire.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
     SESSION_BYTES,
+    SIGNATURE_BYTES,
     Adapter,
     AdapterGradient,
     AdapterLoaded,
     Announce,
     Announced,
     AskCompression,
+    AskReceipt,
     AskRound,
     AskWeights,
     Chunk,
@@ -59,7 +63,9 @@ from splitnet.wire.messages import (
     CopyPages,
     Failure,
     FetchedKV,
+    FetchedSent,
     FetchKV,
+    FetchSent,
     Fork,
     Forward,
     Found,
@@ -73,6 +79,7 @@ from splitnet.wire.messages import (
     Ping,
     Pong,
     ReadImages,
+    Receipt,
     Replay,
     Result,
     RoundNumbers,
@@ -246,6 +253,7 @@ READ_IMAGES = ReadImages(SESSION, 1, 7, "ab" * 32, 0, 2, (ImageTensor("pixel_val
 IMAGE_FEATURES = ImageFeatures(SESSION, 1, 7, 2, (6, 4), 3, False, b"features")
 COMPRESS = AskCompression(7, 0, "ab" * 32, 0, 4, 4, 32, 4096, 512, bytes(32), 2, 1024, b"states")
 COPY = CopyPages(SESSION, 1e6, False, 7, 0, 2, 0, LABEL, (LABEL,), bytes(KEY_BYTES), "tcp://127.0.0.1:1", ())
+RECEIPT = Receipt(SESSION, 1, 7, 1, 16, 0, "int8/float32", False, bytes(SIGNATURE_BYTES), b"digests")
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
     Pong(1, 2.5, 100),
@@ -280,6 +288,10 @@ EXAMPLES: list[Message] = [
     CompressionState(7, 1024, 3, 4096, "", b"file"),
     READ_IMAGES,
     IMAGE_FEATURES,
+    AskReceipt(SESSION, 1, 7, 1, 16),
+    RECEIPT,
+    FetchSent(SESSION, 1, 7, 1, 16),
+    FetchedSent(SESSION, 1, 7, 0, b"payload"),
 ]
 
 
@@ -374,6 +386,15 @@ ASK_ROUND = AskRound("birds", "ab" * 32, RoundWish.JOIN, 3, 100, 4096)
 ROUND_STATE = RoundState(3, 20, 5, 2, True, "")
 WANT = WantGradient(3, 7, 0.25, 1.0, 0.5, ())
 BOUNDS: list[tuple[Message, str, Any, Any]] = [
+    *((kind(SESSION, 1, 7, 1, 16), "row", MAX_ROW_ID, MAX_ROW_ID + 1) for kind in (AskReceipt, FetchSent)),
+    *((kind(SESSION, 1, 7, 1, 16), "length", MAX_RECEIPT, MAX_RECEIPT + 1) for kind in (AskReceipt, FetchSent)),
+    (RECEIPT, "row", MAX_ROW_ID, MAX_ROW_ID + 1),
+    (RECEIPT, "length", MAX_RECEIPT, MAX_RECEIPT + 1),
+    (RECEIPT, "codec", 255, 256),
+    (RECEIPT, "weights", "w" * 64, "w" * 65),
+    (RECEIPT, "adapted", True, 1),
+    (RECEIPT, "signature", bytes(SIGNATURE_BYTES), bytes(SIGNATURE_BYTES - 1)),
+    (FetchedSent(SESSION, 1, 7, 0), "codec", 255, 256),
     (ASK_ROUND, "name", "n" * 64, "n" * 65),
     (ASK_ROUND, "model", "ab" * 64, "ab" * 65),
     (ASK_ROUND, "wish", 255, 256),
