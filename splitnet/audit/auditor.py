@@ -127,8 +127,8 @@ class Auditor:
         return self._name(
             hop.name,
             f"the peer at {hop.endpoint.address} has not computed blocks {start}..{end - 1} with {hop.weights} "
-            f"weights: its outputs are {verdict.distance / verdict.limit:.1f} times as far from the right ones as "
-            f"honest outputs can be{evidence}",
+            f"weights: its outputs differ from the right ones {verdict.margin:.3g} times as much as honest outputs may "
+            f"(by {verdict.reason}){evidence}",
         )
 
     def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from splitnet.audit.comparison import Verdict, judge
+from splitnet.audit.comparison import MIN_POSITIONS, Verdict, coarse_type, judge
 from splitnet.audit.piece import Piece, WeightsUsed
 from splitnet.audit.recompute import compute_again
+from splitnet.blocks.model_sizes import expert_share
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.errors import ProtocolError, WrongSwarm
+from splitnet.errors import ProtocolError, SplitnetError, WrongSwarm
+from splitnet.quant.choose import name_of
+from splitnet.wire.codecs import codec_by_code
+
+STEP, PASS = 16, 512  # positions of a pass: of steps in compiled code, and of products of matrices
+CHEAPER = {"bfloat16": ("int8", "int4"), "float16": ("int8", "int4"), "float32": ("int8", "int4"), "int8": ("int4",)}
+"""Weights that a liar may hold in place of others, because they take fewer bytes."""
 
 
 def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:
-    """Checks the receipt of a piece, computes the piece again, and compares.
+    """Checks the receipt of a piece, computes the piece again, and compares; the verdict of the worst positions.
 
     Raises ProtocolError: the receipt does not belong to the piece, which then proves nothing; WrongSwarm: the piece is
-    of another model; SplitnetError: the blocks cannot be computed here.
+    of another model; SplitnetError: the blocks cannot be computed here, or there are too few positions to tell.
     """
     if checkpoint.fingerprint != piece.model:
         raise WrongSwarm(f"the piece is of the model {piece.model[:12]}, and {checkpoint.name} is another one")
@@ -23,10 +32,39 @@ def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:
     if end > checkpoint.num_blocks:
         raise ProtocolError(f"the model has {checkpoint.num_blocks} blocks, and the piece is of blocks {start}:{end}")
     piece.check()
+    count = len(piece.positions)
+    if count < MIN_POSITIONS:
+        raise SplitnetError(f"the outputs of {count} positions are too few to tell, {MIN_POSITIONS} are needed")
     given, sent = piece.hidden(checkpoint.hidden_size)
-    used = WeightsUsed.parse(piece.receipt.weights)
+    claimed = piece.receipt.weights
+    used = WeightsUsed.parse(claimed)
+    kind, exact = used.weights or "", used._replace(dtype="float32")
+    half = coarse_type(claimed.partition(" ")[0])
+    routed = expert_share(checkpoint.config) < 1
+    at = torch.tensor(piece.positions)
     with torch.inference_mode():
-        expected = compute_again(checkpoint, piece, given, used)
-        exact = compute_again(checkpoint, piece, given, used._replace(dtype="float32"))
-        at = torch.tensor(piece.positions)
-        return judge(given[at], sent, expected[at], exact[at])
+        expected = compute_again(checkpoint, piece, given, exact, STEP)[at]
+        coarse = None
+        if half is not None:
+            coarse = compute_again(checkpoint, piece, given, used._replace(dtype=name_of(half)), PASS)[at]
+        others = {
+            other: compute_again(checkpoint, piece, given, exact._replace(weights=other), STEP)[at]
+            for other in CHEAPER.get(kind, ())
+        }
+        codec = codec_by_code(piece.receipt.codec)
+        verdicts: list[Verdict] = []
+        for first in range(0, count, MIN_POSITIONS):
+            within = slice(min(first, count - MIN_POSITIONS), min(first, count - MIN_POSITIONS) + MIN_POSITIONS)
+            verdicts.append(
+                judge(
+                    given[at][within],
+                    sent[within],
+                    expected[within],
+                    None if coarse is None else coarse[within],
+                    {name: each[within] for name, each in others.items()},
+                    codec,
+                    routed=routed,
+                )
+            )
+    worst = max(verdicts, key=lambda verdict: verdict.margin)
+    return replace(worst, shares=dict(worst.shares))

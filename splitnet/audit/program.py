@@ -104,8 +104,8 @@ def main() -> None:
             return
         try:
             answer = asdict(examine(checkpoint, read_piece(data)))
-        except SplitnetError as error:
-            answer = {"error": str(error)}
+        except Exception as error:  # of the family's code, for example
+            answer = {"error": str(error) or type(error).__name__}
         told.write(json.dumps(answer).encode() + b"\n")
         told.flush()
 

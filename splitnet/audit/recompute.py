@@ -13,10 +13,8 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
 from splitnet.wire.messages import Chunk
 
-PASS_POSITIONS = 512  # positions of a pass
 
-
-def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: WeightsUsed) -> Tensor:
+def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: WeightsUsed, most: int) -> Tensor:
     """The outputs of a piece's blocks for all its positions, `[length, hidden]` float32.
 
     Reads one block at a time, so that the memory of one block is enough.
@@ -24,6 +22,7 @@ def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: We
     Args:
         hidden: what the hop was given, `[length, hidden]`.
         used: how the blocks hold their weights.
+        most: positions of a pass.
 
     Raises:
         SplitnetError: the blocks cannot be computed here.
@@ -33,12 +32,12 @@ def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: We
     adapter = AdapterTensors(tensors) if tensors else None
     try:
         for block in range(start, end):
-            hidden = _run(checkpoint, piece, hidden, used, (block, block + 1), adapter)
+            hidden = _run(checkpoint, piece, hidden, used, most, (block, block + 1), adapter)
         return hidden
     except UnsupportedModel:  # blocks that share keys and values must be in one span
         if end == start + 1:
             raise
-        return _run(checkpoint, piece, hidden, used, (start, end), adapter)
+        return _run(checkpoint, piece, hidden, used, most, (start, end), adapter)
 
 
 def _run(
@@ -46,6 +45,7 @@ def _run(
     piece: Piece,
     hidden: Tensor,
     used: WeightsUsed,
+    most: int,
     blocks: tuple[int, int],
     adapter: AdapterTensors | None,
 ) -> Tensor:
@@ -55,7 +55,7 @@ def _run(
         span.fit_adapter(own)
     row, found = span.new_row(piece.length, own), list[Tensor]()
     for index, each in enumerate(piece.ranges):
-        inputs, size = None, PASS_POSITIONS
+        inputs, size = None, most
         if piece.inputs:  # a group of positions runs in one pass
             given, data = piece.inputs[index]
             chunk, size = Chunk(piece.receipt.row, each.start, each.length, 0), each.length

@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from splitnet.audit.comparison import MIN_POSITIONS
 from splitnet.audit.piece import (
     Piece,
     StepRange,
@@ -35,11 +36,11 @@ from splitnet.wire.sent_log import PAGE
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # within which hops must answer questions of an audit
-FIRST_STEPS = 7  # most decode steps after which hops that are new to the client are examined
+COMPUTED = 4  # times that an examination computes a position: exactly, coarsely, and with fewer bits
 MOST_POSITIONS = 4096  # of a piece; later positions of a row are not examined
-KEPT_OUTPUTS = 4096  # positions whose outputs of the last hop a session keeps
+MOST_ROWS = 16  # rows whose outputs of the last hop a session keeps
 
-Kept = dict[tuple[int, int], bytes]  # encoded outputs, by row and position
+Kept = dict[int, bytes]  # encoded outputs of a row, by position in rising order
 
 
 class Judge(Protocol):
@@ -56,19 +57,13 @@ class Judge(Protocol):
     def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied | None: ...
 
 
-class SessionChanged(SplitnetError):
-    """The row or the route has changed during the audit, which then shows nothing."""
-
-
 class SessionAudit:
     """Watches the steps of a session. Methods are called by the thread that uses the session."""
 
     def __init__(self, session: Session, judge: Judge, model: str, num_blocks: int, hidden_size: int) -> None:
         self._session, self._judge = session, judge
         self._model, self._num_blocks, self._hidden_size = model, num_blocks, hidden_size
-        self._kept: Kept = {}
-        self._steps = 0
-        self._first_at = random.randint(1, FIRST_STEPS)
+        self._kept: dict[int, Kept] = {}  # by row
         self._examined = False  # new hops of the present route are being examined
         self._waiting: list[Future[None]] = []
         self._lie: PeerLied | None = None
@@ -79,19 +74,20 @@ class SessionAudit:
         self._raise_if_lied()
         with self._lock:
             for part in parts:
-                for key in [key for key in self._kept if key[0] == part.row and key[1] >= part.start]:
-                    del self._kept[key]
+                kept = self._kept.get(part.row, {})
+                while kept and next(reversed(kept)) >= part.start:
+                    kept.popitem()
         part = random.choice(parts)
         if not 0 < part.start <= MOST_POSITIONS:
             return
-        self._steps += 1
-        hops = self._session.hops
-        if self._steps >= self._first_at and not self._examined and any(map(self._judge.is_new, hops)):
+        hops, new = self._session.hops, sum(each.length for each in parts)
+        known = len(self._kept.get(part.row, ()))
+        if known >= MIN_POSITIONS and not self._examined and any(map(self._judge.is_new, hops)):
             self._examined = True
             self._begin(part.row, part.start, self._judge.is_new)
-        elif random.random() < self._judge.rate * len(hops) * sum(each.length for each in parts) / part.start:
-            chosen = random.random()
-            self._begin(part.row, part.start, lambda hop: hop is hops[int(chosen * len(hops))])
+        elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * part.start):
+            chosen = int(random.random() * len(hops))
+            self._begin(part.row, part.start, lambda hop: hop is hops[chosen])
 
     def step_done(self, request: StepRequest) -> None:
         """Keeps the outputs of the last hop. Raises PeerLied."""
@@ -103,20 +99,20 @@ class SessionAudit:
         at = iter(range(count))
         with self._lock:
             for row, start, length, keep in request.message.parts:
+                kept = self._kept.setdefault(row, {})
                 for position in range(start + length - keep, start + length):
                     index = next(at)
-                    self._kept[row, position] = bytes(result.payload[index * size : (index + 1) * size])
-            while len(self._kept) > KEPT_OUTPUTS:
+                    if position < MOST_POSITIONS:
+                        kept[position] = bytes(result.payload[index * size : (index + 1) * size])
+            while len(self._kept) > MOST_ROWS:
                 del self._kept[next(iter(self._kept))]
 
     def finish(self) -> None:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the
         session. Call it after the last step of an answer. Raises PeerLied."""
-        hops = self._session.hops
-        if self._kept and not self._examined and any(map(self._judge.is_new, hops)):
-            row, position = max(self._kept, key=lambda key: key[1])
-            if position < MOST_POSITIONS:
-                self._begin(row, position + 1, self._judge.is_new)
+        row = next(reversed(self._kept), None)
+        if row is not None and not self._examined and any(map(self._judge.is_new, self._session.hops)):
+            self._begin(row, max(self._kept[row], default=-1) + 1, self._judge.is_new)
         wait(self._waiting)
         self._waiting.clear()
         self._raise_if_lied()
@@ -131,15 +127,15 @@ class SessionAudit:
 
     def _begin(self, row: int, length: int, chosen: Callable[[RouteHop], bool]) -> None:
         sent = self._session.sent_row(row, length)
-        if sent is None:
+        if sent is None or not length:
             self._examined = False
             return
         with self._lock:
-            kept = {position: data for (own, position), data in self._kept.items() if own == row and position < length}
+            kept = {position: data for position, data in self._kept.get(row, {}).items() if position < length}
         self._waiting = [each for each in self._waiting if not each.done()]
         self._waiting.append(self._judge.enqueue(lambda: self._examine(sent, kept, chosen)))
 
-    def _examine(self, sent: SentRow, kept: dict[int, bytes], chosen: Callable[[RouteHop], bool]) -> None:
+    def _examine(self, sent: SentRow, kept: Kept, chosen: Callable[[RouteHop], bool]) -> None:
         """Examines the chosen hops; called by the thread of audits."""
         session = self._session
         fetched = _Fetched(session, sent)
@@ -162,8 +158,10 @@ class SessionAudit:
                 session.link_failed(missing.hop.endpoint, error)
         except SplitnetError as error:
             log.info("a piece of work could not be examined: %s", error, extra={"session": session.id.hex()})
+        except Exception:  # of the family's code, for example; the thread goes on with other pieces
+            log.exception("a piece of work could not be examined")
 
-    def _piece(self, fetched: _Fetched, index: int, kept: dict[int, bytes]) -> tuple[Piece | None, PeerLied | None]:
+    def _piece(self, fetched: _Fetched, index: int, kept: Kept) -> tuple[Piece | None, PeerLied | None]:
         """What a hop was given and gave. A lie: the hop, or the link before it, is found out without computing."""
         sent, hops = fetched.sent, fetched.sent.hops
         hop, receipt = hops[index], fetched.receipts[index]
@@ -178,11 +176,14 @@ class SessionAudit:
                     return None, None
                 return None, self._judge.disagree(hops[index - 1] if index else hop, hop)
         if hop.planned.end == self._num_blocks:
-            positions = tuple(sorted(kept))
+            signed = sent_digests(receipt)
+            positions = tuple(position for position in sorted(kept) if signed[position] != UNKNOWN)
+            if not sent.repairs and len(positions) < len(kept):
+                raise _NoAnswer(hop, "its receipt lacks outputs that it gave")
             outputs = b"".join(kept[position] for position in positions)
         else:
             positions, outputs = tuple(range(sent.length)), fetched.log(index)
-        if not positions:
+        if len(positions) < MIN_POSITIONS:
             return None, None
         adapter = self._session.state.adapter
         parts = write_groups(adapter.of_blocks(*hop.blocks)) if adapter is not None else []

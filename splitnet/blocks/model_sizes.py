@@ -123,7 +123,7 @@ class ModelSizes:
             block_bytes=size.held,
             expert_bytes=size.experts,
             saved_expert_bytes=size.plain_experts - size.experts,
-            expert_share=_expert_share(config) if size.experts else 1.0,
+            expert_share=expert_share(config) if size.experts else 1.0,
             kv_bytes=kv_bytes,
             state_bytes=state_bytes,
             client_part_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
@@ -176,7 +176,8 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
-def _expert_share(config: PreTrainedConfig) -> float:
+def expert_share(config: PreTrainedConfig) -> float:
+    """The part of its experts that a block uses for a token; 1: all, or the blocks have no experts."""
     used = getattr(config, "num_experts_per_tok", None)
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     of = next((value for name in names if (value := getattr(config, name, None))), None)
