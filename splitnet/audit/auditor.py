@@ -83,7 +83,8 @@ class Auditor:
         self._swarm, self._examine, self._folder, self._close = swarm, examine, folder, close
         self._here_too = rate is not None
         self._lock = threading.Lock()
-        self._known: set[tuple[str, tuple[int, int], str]] = set()  # examined hops: name, blocks and weights
+        # Examined hops: name, blocks, weights, and whether the row began with stored pages.
+        self._known: set[tuple[str, tuple[int, int], str, bool]] = set()
         self._disagreed: dict[str, set[str]] = {}  # by name, the neighbours that disagree with a peer
         self._worker: ThreadPoolExecutor | None = None
         for file in folder.glob(f"*{SUFFIX}"):
@@ -98,9 +99,9 @@ class Auditor:
         """Whether a peer is examined at all."""
         return self._here_too or not ip_address(host_and_port(hop.endpoint.address)[0]).is_loopback
 
-    def is_new(self, hop: RouteHop) -> bool:
-        """Whether a hop with its blocks and weights was not examined yet."""
-        return (hop.name, hop.blocks, hop.weights) not in self._known and self.audits(hop)
+    def is_new(self, hop: RouteHop, stored: bool) -> bool:
+        """Whether a hop with its blocks and weights was not examined yet; with `stored` behind stored pages."""
+        return (hop.name, hop.blocks, hop.weights, stored) not in self._known and self.audits(hop)
 
     def enqueue(self, job: Callable[[], None]) -> Future[None]:
         """Runs a job behind all others, in a thread of its own."""
@@ -109,14 +110,16 @@ class Auditor:
                 self._worker = ThreadPoolExecutor(1, thread_name_prefix="audits")
             return self._worker.submit(job)
 
-    def judge(self, hop: RouteHop, piece: Piece) -> PeerLied | None:
+    def judge(self, hop: RouteHop, stored: bool, piece: Piece) -> PeerLied | None:
         """Computes a piece again. Returns the error that names the hop if it has lied. Raises SplitnetError: the piece
         cannot be computed here."""
         verdict = self._examine(piece)
         self.counts["audits"] += 1
         self.counts["positions"] += piece.length
+        told = hop.endpoint.address, *hop.blocks, piece.length, verdict.margin
+        log.info("examined %s, blocks [%d, %d), %d positions: %.3g of what honest outputs may differ", *told)
         if verdict.honest:
-            self._known.add((hop.name, hop.blocks, hop.weights))
+            self._known.add((hop.name, hop.blocks, hop.weights, stored))
             return None
         evidence = ""
         if piece.can_be_proven:

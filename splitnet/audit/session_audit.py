@@ -48,11 +48,11 @@ class Judge(Protocol):
 
     rate: float
 
-    def is_new(self, hop: RouteHop) -> bool: ...
+    def is_new(self, hop: RouteHop, stored: bool) -> bool: ...
 
     def enqueue(self, job: Callable[[], None]) -> Future[None]: ...
 
-    def judge(self, hop: RouteHop, piece: Piece) -> PeerLied | None: ...
+    def judge(self, hop: RouteHop, stored: bool, piece: Piece) -> PeerLied | None: ...
 
     def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied | None: ...
 
@@ -82,9 +82,9 @@ class SessionAudit:
             return
         hops, new = self._session.hops, sum(each.length for each in parts)
         known = len(self._kept.get(part.row, ()))
-        if known >= MIN_POSITIONS and not self._examined and any(map(self._judge.is_new, hops)):
+        if known >= MIN_POSITIONS and not self._examined and any(map(self._is_new, hops)):
             self._examined = True
-            self._begin(part.row, part.start, self._judge.is_new)
+            self._begin(part.row, part.start, self._is_new)
         elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * part.start):
             chosen = int(random.random() * len(hops))
             self._begin(part.row, part.start, lambda hop: hop is hops[chosen])
@@ -111,14 +111,17 @@ class SessionAudit:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the
         session. Call it after the last step of an answer. Raises PeerLied."""
         row = next(reversed(self._kept), None)
-        if row is not None and not self._examined and any(map(self._judge.is_new, self._session.hops)):
-            self._begin(row, max(self._kept[row], default=-1) + 1, self._judge.is_new)
+        if row is not None and not self._examined and any(map(self._is_new, self._session.hops)):
+            self._begin(row, max(self._kept[row], default=-1) + 1, self._is_new)
         wait(self._waiting)
         self._waiting.clear()
         self._raise_if_lied()
 
     def close(self) -> None:
         self._kept = {}
+
+    def _is_new(self, hop: RouteHop) -> bool:
+        return self._judge.is_new(hop, self._session.prefix_hit > 0)
 
     def _raise_if_lied(self) -> None:
         if self._lie is not None:
@@ -148,7 +151,7 @@ class SessionAudit:
                 if fetched.is_outdated():
                     return
                 if lie is None and piece is not None:
-                    lie = self._judge.judge(hop, piece)
+                    lie = self._judge.judge(hop, session.prefix_hit > 0, piece)
                 if lie is not None:
                     self._lie = self._lie or lie
                     return
