@@ -1,0 +1,117 @@
+"""Whether the output of a span, computed by a peer, is that of the blocks and the weight format that the peer claims.
+
+The auditor computes the same positions with the claimed weights in float32 (`expected`). Honest peers differ from it by
+rounding: `coarse` shows how much, as it is the same computation in half precision, so the tolerance follows the model,
+the span and the text, and not a table of models. Three statistics are judged:
+
+- the distance, the median over positions of the difference in units of that rounding, so that no single position
+  decides;
+- the worst position, for changes of few positions;
+- the share of an alternative: where on the line from `expected` to the output of other weights the peer's output lies,
+  0 to 1. Rounding has no reason to point along that line, so that even weights whose effect is as small as the rounding
+  are found (docs/audits.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitnet.wire.codecs import Codec
+
+DISTANCE, WORST, SHARE = 3.0, 12.0, 0.5
+"""Limits of the three statistics, at least twice what any honest computation reached in `benchmarks/tolerance.py`."""
+
+SHARE_KNOWN = 0.25  # an alternative counts only if rounding alone, as `coarse` shows it, has a smaller share than this
+FLOOR = 2.0**-10
+"""Rounding relative to the change that a span makes, if blocks compute in float32: integer kernels round activations to
+2^-15 of their largest number, which was seen to grow to 2^-10.4 through ten blocks."""
+EPSILON = 2.0**-22  # rounding relative to the output itself, which may be much larger than the change
+MIN_POSITIONS = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a comparison.
+
+    Attributes:
+        distance: median distance over positions, in units of rounding.
+        worst: the largest distance of a position.
+        shares: the share of each alternative that can be told from the claimed weights.
+        reason: the statistic that is above its limit, "distance", "position" or the name of an alternative; empty if
+            none is.
+        margin: the largest statistic relative to its limit; above 1 for liars.
+    """
+
+    distance: float
+    worst: float
+    shares: Mapping[str, float]
+    reason: str
+    margin: float
+
+    @property
+    def honest(self) -> bool:
+        return not self.reason
+
+
+def coarse_type(claimed: str) -> torch.dtype | None:
+    """The type to compute `coarse` in for weights and a type such as `int8/float32`, or None: `FLOOR` is enough.
+
+    int8 in float32 needs it, because products of many rows with int8 are computed in bfloat16 where CPUs can.
+    """
+    kind, _, computes = claimed.partition("/")
+    if (computes or kind) == "float32":
+        return torch.bfloat16 if kind == "int8" else None
+    return torch.float16 if (computes or kind) == "float16" else torch.bfloat16
+
+
+def judge(
+    inputs: Tensor,
+    outputs: Tensor,
+    expected: Tensor,
+    coarse: Tensor | None,
+    alternatives: Mapping[str, Tensor],
+    codec: Codec,
+) -> Verdict:
+    """Compares a peer's output of one span with the auditor's.
+
+    Args:
+        inputs: what the peer received, decoded, `[positions, hidden]`, at least `MIN_POSITIONS` positions of one row.
+        outputs: what the peer sent, decoded.
+        expected: the claimed blocks and weights, computed from `inputs` in float32 by steps of few positions.
+        coarse: the same in the type that `coarse_type` gives, by one pass; None if it gives none.
+        alternatives: outputs of other weights, by name, computed as `expected`.
+        codec: encoded the outputs.
+
+    Raises ValueError if the shapes differ or there are too few positions.
+    """
+    tensors = [inputs, expected, *([] if coarse is None else [coarse]), *alternatives.values()]
+    if any(tensor.shape != outputs.shape for tensor in tensors) or len(outputs) < MIN_POSITIONS:
+        raise ValueError(f"an audit compares at least {MIN_POSITIONS} positions, all of the shape of the inputs")
+    if not bool(torch.isfinite(outputs).all()):
+        return Verdict(torch.inf, torch.inf, {}, "distance", torch.inf)
+    given, found, expected = inputs.double(), outputs.double(), expected.double()
+    change, error = (expected - given).norm(dim=1), found - expected
+    coded = codec.decode(codec.encode(expected.float()), *expected.shape).double() - expected
+    rounded = torch.zeros_like(expected) if coarse is None else coarse.double() - expected
+    squares = rounded.square().sum(1) + coded.square().sum(1)
+    noise = (squares + (FLOOR * change + EPSILON * expected.norm(dim=1)).square()).sqrt()
+    distances = error.norm(dim=1) / noise.maximum(noise.median() * 0)
+    distance, worst = float(distances.median()), float(distances.max())
+    values = {"distance": distance / DISTANCE, "position": worst / WORST}
+    shares: dict[str, float] = {}
+    for name, other in alternatives.items():
+        away = other.double() - expected
+        if abs(_share(rounded + coded, away)) < SHARE_KNOWN:
+            shares[name] = _share(error, away)
+            values[name] = shares[name] / SHARE
+    reason = max(values, key=lambda each: values[each])
+    return Verdict(distance, worst, shares, reason if values[reason] > 1 else "", values[reason])
+
+
+def _share(error: Tensor, away: Tensor) -> float:
+    """The median over positions of the part of `error` along `away`, in units of `away`."""
+    return float(((error * away).sum(1) / away.square().sum(1).clamp_min(1e-300)).median())
