@@ -22,10 +22,18 @@ from torch import Tensor
 
 from splitnet.wire.codecs import Codec
 
-DISTANCE, WORST, SHARE = 3.0, 12.0, 0.5
+DISTANCE, WORST, SHARE = 2.5, 12.0, 0.5
 """Limits of the three statistics, at least twice what any honest computation reached in `benchmarks/tolerance.py`."""
 
-SHARE_KNOWN = 0.25  # an alternative counts only if rounding alone, as `coarse` shows it, has a smaller share than this
+SIGMAS = 5.0
+"""An alternative counts if this many standard errors of its share, estimated from `coarse`, are less than `SHARE`. Five
+give one false alarm in three million comparisons with normal errors."""
+_DEVIATION = 1.4826 * 1.2533  # of a median of normal errors, times the root of their number, in median magnitudes
+
+QUANTILE, QUANTILE_ROUTED = 0.75, 1.0
+"""Positions have at least the relative rounding of this quantile of all positions, as single positions may come out
+nearly exact by chance. Where blocks choose experts, rounding changes the choice for some positions: the largest
+relative rounding counts."""
 FLOOR = 2.0**-10
 """Rounding relative to the change that a span makes, if blocks compute in float32: integer kernels round activations to
 2^-15 of their largest number, which was seen to grow to 2^-10.4 through ten blocks."""
@@ -75,6 +83,8 @@ def judge(
     coarse: Tensor | None,
     alternatives: Mapping[str, Tensor],
     codec: Codec,
+    *,
+    routed: bool = False,
 ) -> Verdict:
     """Compares a peer's output of one span with the auditor's.
 
@@ -85,6 +95,8 @@ def judge(
         coarse: the same in the type that `coarse_type` gives, by one pass; None if it gives none.
         alternatives: outputs of other weights, by name, computed as `expected`.
         codec: encoded the outputs.
+        routed: whether the blocks choose experts: rounding changes this choice for some positions, which then differ
+            as much as those of a liar, so that the worst position is not judged.
 
     Raises ValueError if the shapes differ or there are too few positions.
     """
@@ -99,19 +111,21 @@ def judge(
     rounded = torch.zeros_like(expected) if coarse is None else coarse.double() - expected
     squares = rounded.square().sum(1) + coded.square().sum(1)
     noise = (squares + (FLOOR * change + EPSILON * expected.norm(dim=1)).square()).sqrt()
-    distances = error.norm(dim=1) / noise.maximum(noise.median() * 0)
+    noise = noise.maximum((noise / change).quantile(QUANTILE_ROUTED if routed else QUANTILE) * change)
+    distances = error.norm(dim=1) / noise
     distance, worst = float(distances.median()), float(distances.max())
-    values = {"distance": distance / DISTANCE, "position": worst / WORST}
+    values = {"distance": distance / DISTANCE} | ({} if routed else {"position": worst / WORST})
     shares: dict[str, float] = {}
     for name, other in alternatives.items():
         away = other.double() - expected
-        if abs(_share(rounded + coded, away)) < SHARE_KNOWN:
-            shares[name] = _share(error, away)
+        spread = _shares(rounded + coded, away).abs().median() * _DEVIATION / len(outputs) ** 0.5
+        if SIGMAS * float(spread) < SHARE:
+            shares[name] = float(_shares(error, away).median())
             values[name] = shares[name] / SHARE
     reason = max(values, key=lambda each: values[each])
     return Verdict(distance, worst, shares, reason if values[reason] > 1 else "", values[reason])
 
 
-def _share(error: Tensor, away: Tensor) -> float:
-    """The median over positions of the part of `error` along `away`, in units of `away`."""
-    return float(((error * away).sum(1) / away.square().sum(1).clamp_min(1e-300)).median())
+def _shares(error: Tensor, away: Tensor) -> Tensor:
+    """The part of `error` along `away`, by position, in units of `away`."""
+    return (error * away).sum(1) / away.square().sum(1).clamp_min(1e-300)
