@@ -145,9 +145,9 @@ def low_rank(case: Case, seed: int, rank: int = 8, share: float = 0.03) -> Adapt
     """A random adapter of the layers of attention, of 3 % of the norm of their weights."""
     torch.manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for index, block in enumerate(case.span("float32").block_modules, case.start):
+    for index, block in enumerate(case.span("float32").block_modules.children(), case.start):
         for name, layer in block.named_modules():
-            if name.endswith(("q_proj", "v_proj", "o_proj", "down_proj")):
+            if isinstance(layer, torch.nn.Linear) and name.endswith(("q_proj", "v_proj", "o_proj", "down_proj")):
                 outputs, inputs = layer.weight.shape
                 tensors[f"{index}.{name}.lora_A"] = torch.randn(rank, inputs)
                 tensors[f"{index}.{name}.lora_B"] = torch.randn(outputs, rank) * layer.weight.std() * share / rank**0.5

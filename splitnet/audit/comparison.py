@@ -22,8 +22,9 @@ from torch import Tensor
 
 from splitnet.wire.codecs import Codec
 
-DISTANCE, WORST, SHARE = 2.5, 12.0, 0.5
-"""Limits of the three statistics, at least twice what any honest computation reached in `benchmarks/tolerance.py`."""
+DISTANCE, DISTANCE_ROUTED, WORST, SHARE = 2.5, 6.0, 12.0, 0.5
+"""Limits of the three statistics, at least twice what any honest computation reached in `benchmarks/tolerance.py`. The
+second is the limit of the distance where blocks choose experts."""
 
 SIGMAS = 5.0
 """An alternative counts if this many standard errors of its share, estimated from `coarse`, are less than `SHARE`. Five
@@ -39,6 +40,7 @@ FLOOR = 2.0**-10
 2^-15 of their largest number, which was seen to grow to 2^-10.4 through ten blocks."""
 EPSILON = 2.0**-22  # rounding relative to the output itself, which may be much larger than the change
 MIN_POSITIONS = 8
+_TINY = 1e-100  # for divisions of nothing by nothing
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,17 @@ def judge(
         routed: whether the blocks choose experts: rounding changes this choice for some positions, which then differ
             as much as those of a liar, so that the worst position is not judged.
 
-    Raises ValueError if the shapes differ or there are too few positions.
+    Raises ValueError if the shapes differ, there are too few positions, or the auditor's results are not finite.
     """
     tensors = [inputs, expected, *([] if coarse is None else [coarse]), *alternatives.values()]
     if any(tensor.shape != outputs.shape for tensor in tensors) or len(outputs) < MIN_POSITIONS:
         raise ValueError(f"an audit compares at least {MIN_POSITIONS} positions, all of the shape of the inputs")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError("the auditor's own results are not finite, so they prove nothing")
     if not bool(torch.isfinite(outputs).all()):
         return Verdict(torch.inf, torch.inf, {}, "distance", torch.inf)
     given, found, expected = inputs.double(), outputs.double(), expected.double()
-    change, error = (expected - given).norm(dim=1), found - expected
+    change, error = (expected - given).norm(dim=1).clamp_min(_TINY), found - expected
     coded = codec.decode(codec.encode(expected.float()), *expected.shape).double() - expected
     rounded = torch.zeros_like(expected) if coarse is None else coarse.double() - expected
     squares = rounded.square().sum(1) + coded.square().sum(1)
@@ -114,7 +118,9 @@ def judge(
     noise = noise.maximum((noise / change).quantile(QUANTILE_ROUTED if routed else QUANTILE) * change)
     distances = error.norm(dim=1) / noise
     distance, worst = float(distances.median()), float(distances.max())
-    values = {"distance": distance / DISTANCE} | ({} if routed else {"position": worst / WORST})
+    values = {"distance": distance / (DISTANCE_ROUTED if routed else DISTANCE)}
+    if not routed:
+        values["position"] = worst / WORST
     shares: dict[str, float] = {}
     for name, other in alternatives.items():
         away = other.double() - expected
@@ -123,9 +129,9 @@ def judge(
             shares[name] = float(_shares(error, away).median())
             values[name] = shares[name] / SHARE
     reason = max(values, key=lambda each: values[each])
-    return Verdict(distance, worst, shares, reason if values[reason] > 1 else "", values[reason])
+    return Verdict(distance, worst, shares, "" if values[reason] <= 1 else reason, values[reason])
 
 
 def _shares(error: Tensor, away: Tensor) -> Tensor:
     """The part of `error` along `away`, by position, in units of `away`."""
-    return (error * away).sum(1) / away.square().sum(1).clamp_min(1e-300)
+    return (error * away).sum(1) / away.square().sum(1).clamp_min(_TINY)
