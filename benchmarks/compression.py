@@ -2,7 +2,8 @@
 Python's documentation, or a model in floats.
 
     python -m benchmarks.compression --families llama,mixtral --bits 4,3
-    python -m benchmarks.compression --model FOLDER --bits 4,3,2 --positions 12288
+    python -m benchmarks.compression --families qwen3 --heads 10 --blocks 12 --steps 260
+    python -m benchmarks.compression --model FOLDER --bits 4,3.5,3,2 --positions 12288
 
 Each row: bits, KL in nats to the model in floats and share of the same first tokens, on text without calibration, for
 rounding to nearest and for `compress`, their ratio, and the seconds of `compress`. --beside: checkpoints of the model
@@ -24,7 +25,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.kv_forms import trained
+from benchmarks.kv_forms import STEPS, trained
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress import blocks, experts
 from splitnet.compress.blocks import compress_blocks
@@ -38,8 +39,8 @@ HELD_OUT = 4096  # tokens at the end of the text, which no model is trained or c
 class _Nearest(Feedback):
     def __init__(self, moments: torch.Tensor) -> None: ...
 
-    def round_weight(self, weight: torch.Tensor, how: Compression) -> Any:
-        return round_to_nearest(weight, how)
+    def round_weight(self, weight: torch.Tensor, bits: int, group: int) -> Any:
+        return round_to_nearest(weight, bits, group)
 
 
 @torch.inference_mode()
@@ -58,7 +59,13 @@ def compared(found: torch.Tensor, exact: torch.Tensor) -> list[str]:
 
 
 def measure(
-    name: str, model: Path, ids: torch.Tensor, bits: list[int], group: int, positions: int, others: Sequence[Path] = ()
+    name: str,
+    model: Path,
+    ids: torch.Tensor,
+    bits: list[float],
+    group: int,
+    positions: int,
+    others: Sequence[Path] = (),
 ) -> None:
     held, calibration = ids[-HELD_OUT:], ids[: min(positions, len(ids) - HELD_OUT)].tolist()
     exact = scores(model, held)
@@ -79,7 +86,7 @@ def measure(
                 found = scores(Path(folder), held)
             told += compared(found, exact)
         ratio = float(told[2]) / float(told[0])
-        print(f"| {name} | {few}, {group} | {' | '.join(told)} | {ratio:.2f} | {took:.0f} |", flush=True)
+        print(f"| {name} | {few:g}, {group} | {' | '.join(told)} | {ratio:.2f} | {took:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -90,16 +97,20 @@ def main() -> None:
     parser.add_argument("--bits", default="4,3")
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--positions", type=int, default=32768)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
     given = parser.parse_args()
+    sizes = {"heads": given.heads, "blocks": given.blocks, "steps_in_all": given.steps}
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    bits = [int(each) for each in given.bits.split(",")]
+    bits = [float(each) for each in given.bits.split(",")]
     if given.model is not None:
         ids = torch.tensor(AutoTokenizer.from_pretrained(given.model)(text, add_special_tokens=False).input_ids)
         measure(given.model.name, given.model, ids, bits, given.group, given.positions, given.beside)
     ids = torch.tensor(list(text.encode()))
     for family in filter(None, given.families.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            trained(family, Path(folder), ids[:-HELD_OUT], LENGTH)
+            trained(family, Path(folder), ids[:-HELD_OUT], LENGTH, **sizes)
             measure(family, Path(folder), ids, bits, given.group, given.positions)
 
 

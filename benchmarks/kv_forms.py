@@ -52,7 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Alternating windows, sinks, experts.
     "gpt_oss": {"sliding_window": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
 }
-TRAINED = ((600, 4, 256), (10, 1, 2048))  # steps, texts, positions
+STEPS = 610  # of training: 4 texts of 256 positions each, in the last 10 steps a text of 2048
 
 
 def with_form(span: Span, kv: str) -> Span:
@@ -62,18 +62,29 @@ def with_form(span: Span, kv: str) -> Span:
     return Span(backbone, span._container, span.start, span.end, **own, kv=kv)
 
 
-def trained(family: str, folder: Path, text: torch.Tensor, positions: int) -> None:
+def trained(
+    family: str,
+    folder: Path,
+    text: torch.Tensor,
+    positions: int,
+    *,
+    heads: int = 4,
+    blocks: int = 3,
+    steps_in_all: int = STEPS,
+) -> None:
     """Trains a small model of the family on `text`, for this many positions, and saves it in `folder`."""
     torch.manual_seed(0)
-    sizes = {"max_position_embeddings": positions, "num_key_value_heads": 2}
+    sizes = {"max_position_embeddings": positions, "num_attention_heads": heads, "num_key_value_heads": 2}
     own = {"head_dim": HEAD} if family in ("qwen3", "gemma2", "gpt_oss") else {}
-    config = random_config(family, blocks=3, hidden=4 * HEAD, vocab=256, **(sizes | own | FAMILIES.get(family, {})))
+    config = random_config(
+        family, blocks=blocks, hidden=heads * HEAD, vocab=256, **(sizes | own | FAMILIES.get(family, {}))
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    steps_in_all = sum(steps for steps, *_ in TRAINED)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps_in_all, pct_start=0.1)
+    rate = 8e-3 / heads
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps_in_all, pct_start=0.1)
     began = time.perf_counter()
-    for steps, texts, most in TRAINED:
+    for steps, texts, most in ((steps_in_all - 10, 4, 256), (10, 1, 2048)):
         length = min(most, positions)
         for step in range(steps):
             starts = torch.randint(len(text) - length, (texts,)).tolist()
