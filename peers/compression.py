@@ -282,7 +282,9 @@ class _Job:
             raise _Refused(FailureCode.TOO_LONG, text)
         facts = [list(checkpoint.store.tensor_facts(block).values()) for block in names]
         widest = max(one.shape[-1] for block in facts for one in block if len(one.shape) > 1)
-        memory = max(sum(one.bytes_as(torch.float32) for one in block) for block in facts) + moments_bytes(widest)
+        memory = max(sum(one.bytes_as(torch.float32) for one in block) for block in facts)
+        # While bits are chosen, some weights are kept in floats beside the rounded ones.
+        memory = moments_bytes(widest) + (memory if self._how.uniform else 2 * memory)
         if any("experts." in name for block in names for name in block):  # their inputs are kept, and then joined
             memory += 2 * self._how.positions * checkpoint.hidden_size * torch.float32.itemsize
         free = int(free_memory("cpu") * MEMORY_SHARE)

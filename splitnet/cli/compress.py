@@ -25,7 +25,12 @@ MIN_POSITIONS = 2048
 def compress(
     model: Model,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Write the checkpoint here.", show_default=False)],
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of a weight, besides its group's scale.")] = 4,
+    bits: Annotated[
+        float,
+        typer.Option(
+            min=2, max=8, help="Bits of a weight, besides its group's scale: a whole number, or the mean of each block."
+        ),
+    ] = 4,
     group: Annotated[int, typer.Option(help="Inputs that share a scale: 16, 32, 64 or 128.")] = 32,
     text: Annotated[
         Path | None,
@@ -86,7 +91,10 @@ def compress(
                 connection.facts_of(checkpoint)  # raises if the files here are of another model
             blocks = checkpoint.num_blocks
             compress = partial(compress_blocks, checkpoint, 0, blocks, how=how, progress=report)
-        compress_checkpoint(checkpoint, ids, output, how, compress)
+        left = compress_checkpoint(checkpoint, ids, output, how, compress)
+    if left:
+        told = f"{len(left)} matrices stay in floats because groups of {group} do not divide their inputs"
+        typer.echo(f"{told}, such as {left[0]}: a smaller --group may divide them")
     typer.echo(f"wrote {output}: start peers with `{shlex.join(['splitnet', 'peer', str(output)])}`")
 
 

@@ -19,12 +19,12 @@ from torch.utils.hooks import RemovableHandle
 
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.compress.bits import bits_of_weights
 from splitnet.compress.experts import BlockExperts, has_experts
 from splitnet.compress.published import stored_tensors
-from splitnet.compress.rounding import Compression, Feedback, SecondMoments, round_to_nearest
+from splitnet.compress.rounding import Compression, Feedback, Rounded, SecondMoments, round_to_nearest
 from splitnet.errors import NotFinite, UnsupportedModel, WeightsError
 from splitnet.quant.linear import holdable_layers
-from splitnet.quant.packed_tensor import Codes
 
 POSITIONS = 512  # positions of the text that run at once, unless a sequence is longer
 INPUTS = "inputs"  # hidden states before the first block
@@ -78,15 +78,19 @@ def compress_block(checkpoint: Checkpoint, block: int, given: Path, folder: Path
     layers = _layers(checkpoint, block, span, how)
     if not layers:
         raise UnsupportedModel(f"the blocks of {checkpoint.name} have no linear layers in groups of {how.group} inputs")
-    codes: dict[str, Codes] = {}
-    for names in text.layers_by_input(layers):
+    by_input = text.layers_by_input(layers)
+    parts = [{name: layers[name].weight for name in names} for names in by_input]
+    parts += experts.parts if experts is not None else []
+    bits = bits_of_weights(parts, how, lambda: next(text.outputs()))
+    rounded: dict[str, Rounded] = {}
+    for names in by_input:
         feedback = Feedback(text.moments_of(layers[names[0]]).sum)
         for name in names:
-            codes[name] = feedback.round_weight(layers[name].weight, how)
-            layers[name].weight.copy_(codes[name].to_floats(how.layout))
+            rounded[name] = feedback.round_weight(layers[name].weight, bits[name], how.group)
+            layers[name].weight.copy_(rounded[name].to_floats())
     if experts is not None:
-        codes |= experts.round_weights(list(text.calls_of(experts.module)), how)
-    tensors = stored_tensors(checkpoint, block, codes, how)
+        rounded |= experts.round_weights(list(text.calls_of(experts.module)), bits, how.group)
+    tensors = stored_tensors(checkpoint, block, rounded)
     write_whole(block_file(folder, block), lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write_states(states_file(folder, block), text.outputs())
 
@@ -97,13 +101,13 @@ def _layers(checkpoint: Checkpoint, block: int, span: Span, how: Compression) ->
     return {
         names[path]: layer
         for path, layer, _, inputs, _ in holdable_layers(span.block_modules[0], span.weights)
-        if isinstance(layer, nn.Linear) and path in names and inputs % how.group == 0
+        if isinstance(layer, nn.Linear) and path in names and how.divides(inputs)
     }
 
 
 @torch.inference_mode()
 def check_block(
-    checkpoint: Checkpoint, block: int, told: Mapping[str, Codes], hidden: Tensor, how: Compression
+    checkpoint: Checkpoint, block: int, told: Mapping[str, Rounded], hidden: Tensor, how: Compression
 ) -> Tensor:
     """The outputs of a block with the codes of another machine, for one sequence `[positions, hidden]`. Raises
     WeightsError: they differ more from the outputs of the block in floats than with weights rounded to nearest."""
@@ -114,10 +118,10 @@ def check_block(
     weights |= BlockExperts(checkpoint, block, span, how).weights if has_experts(span, how.group) else {}
     if not told.keys() <= weights.keys():
         raise WeightsError(f"block {block} has codes of weights that are not compressed, such as those of routers")
-    nearest = {name: round_to_nearest(weights[name], how) for name in told}
-    for codes in (nearest, told):
+    nearest = {name: round_to_nearest(weights[name], int(how.bits), how.group) for name in told}
+    for rounded in (nearest, told):
         for name in nearest:
-            weights[name].copy_(codes[name].to_floats(how.layout))
+            weights[name].copy_(rounded[name].to_floats())
         outputs.append(span.sequences(hidden, lengths))
     usual, error = (float((some - outputs[0]).norm()) for some in outputs[1:])
     if not error <= MOST_ERROR * usual:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from splitnet.blocks.client_part import load_client_part
@@ -19,6 +21,7 @@ from splitnet.compress.rounding import Compression
 from splitnet.errors import SplitnetError, UnsupportedModel
 
 _SETTINGS = "compression.json"
+_LOCK = "compression.lock"
 
 
 def compress_checkpoint(
@@ -27,8 +30,9 @@ def compress_checkpoint(
     folder: Path,
     how: Compression,
     compress: Callable[[Path], None],
-) -> None:
-    """Writes a checkpoint whose blocks have few bits, in the format of compressed-tensors.
+) -> list[str]:
+    """Writes a checkpoint whose blocks have few bits, in the format of compressed-tensors. Returns the names of the
+    blocks' matrices that stay in floats because groups do not divide their inputs.
 
     Args:
         ids: the tokens of the text, `how.positions` of them.
@@ -39,7 +43,8 @@ def compress_checkpoint(
 
     Raises:
         UnsupportedModel: the checkpoint is in few bits already, or its blocks have no layers that can be compressed.
-        SplitnetError: the folder has something else, or cannot be made; the model does not know a token.
+        SplitnetError: the folder has something else, cannot be made, or another command writes into it; the model does
+            not know a token.
         NotFinite: the text makes inf or NaN in the model.
     """
     if checkpoint.store.quantized and any(
@@ -53,29 +58,40 @@ def compress_checkpoint(
         "text": sha256(repr(list(ids)).encode()).hexdigest(),
         **asdict(how),
     }
-    _prepare_folder(folder, json.dumps(settings))
-    blocks = checkpoint.num_blocks
-    if not (folder / INPUTS).exists():
-        write_states(folder / INPUTS, _embedded(checkpoint, ids, how))
-    compress(folder)
-    files = [block_file(folder, block) for block in range(blocks)]
-    write_checkpoint(checkpoint, files, folder, how)
-    states = (states_file(folder, block) for block in range(blocks))
-    for file in (*states, *folder.glob("*.part"), folder / INPUTS, folder / _SETTINGS):
-        file.unlink(missing_ok=True)
+    with _prepared_folder(folder, json.dumps(settings)):
+        if not (folder / INPUTS).exists():
+            write_states(folder / INPUTS, _embedded(checkpoint, ids, how))
+        compress(folder)
+        files = [block_file(folder, block) for block in range(checkpoint.num_blocks)]
+        left = write_checkpoint(checkpoint, files, folder, how)
+        states = (states_file(folder, block) for block in range(checkpoint.num_blocks))
+        for file in (*states, *folder.glob("*.part"), folder / INPUTS, folder / _SETTINGS):
+            file.unlink(missing_ok=True)
+    return left
 
 
-def _prepare_folder(folder: Path, settings: str) -> None:
+@contextmanager
+def _prepared_folder(folder: Path, settings: str) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise SplitnetError(f"another command writes into {folder}: wait for it, or give another folder") from None
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise SplitnetError(f"the folder {folder} cannot be made ({error}): give another one") from None
-    file = folder / _SETTINGS
-    before = file.read_text(encoding="utf-8") if file.exists() else None
-    if before != settings:
-        if any(folder.iterdir()):
-            raise SplitnetError(f"the folder {folder} has something else: give an empty one")
-        file.write_text(settings, encoding="utf-8")
+    try:
+        file = folder / _SETTINGS
+        before = file.read_text(encoding="utf-8") if file.exists() else None
+        if before != settings:
+            if any(one.name != _LOCK for one in folder.iterdir()):
+                raise SplitnetError(f"the folder {folder} has something else: give an empty one")
+            file.write_text(settings, encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps an open file; there `FileLock` removes it
+            (folder / _LOCK).unlink()
+        lock.release()
 
 
 class _Seen(nn.Module):

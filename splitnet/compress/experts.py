@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.compress.rounding import Compression, Feedback, SecondMoments
+from splitnet.compress.rounding import Compression, Feedback, Rounded, SecondMoments
 from splitnet.errors import UnsupportedModel
 from splitnet.quant.experts import is_weight_of_experts
-from splitnet.quant.packed_tensor import Codes
 
 # Positions of all experts, as a share of the inputs, that count for each expert besides its own: the second moments of
 # an expert with few positions say little about most directions of its inputs.
@@ -53,7 +52,7 @@ class BlockExperts:
                 stored = tensors[name][...].float()
                 parts = [self._last[expert], *self._first[expert].split(len(stored))]
                 view = next((part for part in parts if torch.equal(part, stored)), None)
-                if view is None or stored.shape[1] % how.group:
+                if view is None or not how.divides(stored.shape[1]):
                     raise unknown
                 self.weights[name] = view
                 self._names[expert, view.data_ptr() == self._last[expert].data_ptr()].append(name)
@@ -61,7 +60,17 @@ class BlockExperts:
         if held != self._first.numel() + self._last.numel():
             raise unknown
 
-    def round_weights(self, calls: Sequence[tuple[Tensor, ...]], how: Compression) -> Iterator[tuple[str, Codes]]:
+    @property
+    def parts(self) -> list[dict[str, Tensor]]:
+        """The first weights of all experts, which read the same input, and the last ones, by their names."""
+        found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        for (_, last), names in self._names.items():
+            found[last].update((name, self.weights[name]) for name in names)
+        return list(found)
+
+    def round_weights(
+        self, calls: Sequence[tuple[Tensor, ...]], bits: Mapping[str, int], group: int
+    ) -> Iterator[tuple[str, Rounded]]:
         """Rounds all weights, and puts the rounded weights into the module.
 
         calls: the arguments of each call of the module: hidden states, `[positions, hidden]`, and the numbers of the
@@ -77,21 +86,23 @@ class BlockExperts:
             rows = hidden[(chosen == expert).any(dim=1)].float()
             moments = SecondMoments(hidden.shape[1])
             moments.add(rows)
-            yield from self._round(expert, False, moments.sum.add_(prior.sum, alpha=share), how)
+            yield from self._round(expert, False, moments.sum.add_(prior.sum, alpha=share), bits, group)
             inner = rows @ self._first[expert].T
             if own.has_bias:
                 inner += (own.gate_up_proj_bias if own.has_gate else own.up_proj_bias)[expert]
             inner = own._apply_gate(inner) if own.has_gate else own.act_fn(inner)
             moments = SecondMoments(inner.shape[1])
             moments.add(inner)
-            yield from self._round(expert, True, moments.sum, how)
+            yield from self._round(expert, True, moments.sum, bits, group)
 
-    def _round(self, expert: int, last: bool, moments: Tensor, how: Compression) -> Iterator[tuple[str, Codes]]:
+    def _round(
+        self, expert: int, last: bool, moments: Tensor, bits: Mapping[str, int], group: int
+    ) -> Iterator[tuple[str, Rounded]]:
         feedback = Feedback(moments)
         for name in self._names[expert, last]:
-            codes = feedback.round_weight(self.weights[name], how)
-            self.weights[name].copy_(codes.to_floats(how.layout))
-            yield name, codes
+            rounded = feedback.round_weight(self.weights[name], bits[name], group)
+            self.weights[name].copy_(rounded.to_floats())
+            yield name, rounded
 
 
 def has_experts(span: Span, group: int) -> bool:

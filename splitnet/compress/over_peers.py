@@ -15,6 +15,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.checkpoint.transfer.fetching import PeerQuestions
 from splitnet.compress.blocks import (
@@ -28,7 +30,7 @@ from splitnet.compress.blocks import (
     states_file,
     write_whole,
 )
-from splitnet.compress.published import codes_in, read_block_file
+from splitnet.compress.published import read_block_file, rounded_in
 from splitnet.compress.rounding import Compression
 from splitnet.directory.record import PeerRecord
 from splitnet.errors import CoverageError, NotFinite, PeerBusy, PeerFailed, PeerLost, WeightsError
@@ -48,6 +50,10 @@ ANSWER_S: Final = 30.0  # a peer that does not answer for this time is left
 POLL_S: Final = 0.5  # between questions for the state
 WAIT_S: Final = 60.0  # how long peers are looked for again while none has the next block
 LOOK_S: Final = 2.0
+# A peer is left when it has no new block for this time, or for the time of a device with so few operations per second.
+STALL_S: Final = 600.0
+LEAST_FLOPS: Final = 2e9
+_PASSES = 8  # of a text through a block while it is compressed, about
 # Largest difference of hidden states from a peer to outputs that are computed here, relative to these.
 MOST_DIFFERENCE: Final = 0.02
 
@@ -125,14 +131,16 @@ class _PeerJob:
                 state = self._ask(CompressionWish.COMPRESS, offset=before, payload=file.read(MAX_PART_BYTES))
                 if state.received <= before:
                     raise PeerFailed("the peer does not take the hidden states")
-        taken = self._start
+        taken, taken_at = self._start, time.monotonic()
         while taken < self._end:
             if taken < state.done <= self._end:
                 self._take(CompressionWish.BLOCK, taken, block_file(self._folder, taken))
-                taken += 1
+                taken, taken_at = taken + 1, time.monotonic()
                 self._progress(taken)
             elif state.error:
                 raise PeerFailed(state.error)
+            elif (waited := time.monotonic() - taken_at) > self._most_seconds(taken):
+                raise PeerFailed(f"the peer has not compressed block {taken} in {waited / 60:.0f} minutes")
             else:
                 time.sleep(POLL_S)
                 state = self._ask(CompressionWish.COMPRESS)
@@ -161,6 +169,12 @@ class _PeerJob:
                 self._sample.check_block(block, path)
 
         write_whole(file, write)
+
+    def _most_seconds(self, block: int) -> float:
+        """Seconds after which a peer without a new block is left."""
+        names = [tensor.name for tensor in self._checkpoint.block_tensors[block]]
+        numbers = self._checkpoint.bytes_of(names, torch.float32) // torch.float32.itemsize
+        return max(STALL_S, _PASSES * 2 * numbers * self._how.positions / LEAST_FLOPS)
 
     def _most_bytes(self, block: int) -> int:
         names = [tensor.name for tensor in self._checkpoint.block_tensors[block]]
@@ -214,8 +228,8 @@ class _Sample:
     def check_block(self, block: int, file: Path) -> None:
         tensors = read_block_file(self._checkpoint, block, file, self._how)
         if self._is_here:
-            codes = codes_in(tensors, self._how)
-            self._outputs = check_block(self._checkpoint, block, codes, self._outputs, self._how)
+            rounded = rounded_in(tensors, self._how)
+            self._outputs = check_block(self._checkpoint, block, rounded, self._outputs, self._how)
 
     def check_states(self, file: Path) -> None:
         states = read_states(file, self._how, self._checkpoint.hidden_size)

@@ -8,6 +8,7 @@ for the config.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.compress.rounding import Compression
+from splitnet.compress.rounding import Compression, Rounded
 from splitnet.errors import ModelNotFound, WeightsError
 from splitnet.quant.linear import is_router
 from splitnet.quant.packed_tensor import Codes, pack_words, unpack_words
@@ -27,29 +28,33 @@ _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
 _REST = "rest.safetensors"  # the tensors outside the blocks
 
 
-def stored_tensors(
-    checkpoint: Checkpoint, block: int, codes: Mapping[str, Codes], how: Compression
-) -> dict[str, Tensor]:
-    """The tensors of a block under their names in the published checkpoint. codes: by the name of the weight; other
+def stored_tensors(checkpoint: Checkpoint, block: int, rounded: Mapping[str, Rounded]) -> dict[str, Tensor]:
+    """The tensors of a block under their names in the published checkpoint. rounded: by the name of the weight; other
     tensors stay as they are."""
     found: dict[str, Tensor] = {}
-    for name, made in codes.items():
+    for name, (codes, bits, _) in rounded.items():
         layer = name.removesuffix(".weight")
-        found[layer + _PACKED] = pack_words(made.codes, how.bits)
-        found[layer + _SCALE] = made.scales
-        found[layer + _SHAPE] = torch.tensor(made.codes.shape)
-    others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in codes)
+        found[layer + _PACKED] = pack_words(codes.codes, bits)
+        found[layer + _SCALE] = codes.scales
+        found[layer + _SHAPE] = torch.tensor(codes.codes.shape)
+    others = (tensor.name for tensor in checkpoint.block_tensors[block] if tensor.name not in rounded)
     return found | _read(checkpoint, others)
 
 
-def codes_in(tensors: Mapping[str, Tensor], how: Compression) -> dict[str, Codes]:
-    """The codes in what `read_block_file` returns, by the names of their weights."""
-    found: dict[str, Codes] = {}
+def rounded_in(tensors: Mapping[str, Tensor], how: Compression) -> dict[str, Rounded]:
+    """The weights in few bits in what `read_block_file` returns, by their names."""
+    found: dict[str, Rounded] = {}
     for layer in (name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)):
-        inputs = int(tensors[layer + _SHAPE][1])
-        codes = unpack_words(tensors[layer + _PACKED], how.bits, inputs)
-        found[f"{layer}.weight"] = Codes(codes, tensors[layer + _SCALE])
+        inputs, packed = int(tensors[layer + _SHAPE][1]), tensors[layer + _PACKED]
+        bits = _bits(packed.shape[1], inputs, how)
+        codes = Codes(unpack_words(packed, bits, inputs), tensors[layer + _SCALE])
+        found[f"{layer}.weight"] = Rounded(codes, bits, how.group)
     return found
+
+
+def _bits(words: int, inputs: int, how: Compression) -> int:
+    """The bits of codes that are packed in this many words of 32 bits per output."""
+    return int(how.bits) if how.uniform else 32 * words // inputs
 
 
 def read_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compression) -> dict[str, Tensor]:
@@ -63,20 +68,24 @@ def read_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compres
         raise wrong from error
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     shapes: dict[str, Tensor] = {}
+    used = weights = 0
     facts = checkpoint.store.tensor_facts(tensor.name for tensor in checkpoint.block_tensors[block])
     for name, fact in facts.items():
         layer = name.removesuffix(".weight")
         if layer + _PACKED in told and len(fact.shape) == 2:
             outputs, inputs = fact.shape
-            if layer == name or is_router(layer) or inputs % how.group:
+            bits = _bits(told[layer + _PACKED].numel() // outputs, inputs, how)
+            if layer == name or is_router(layer) or not how.divides(inputs) or bits not in range(2, 9):
                 raise wrong
-            wanted[layer + _PACKED] = torch.int32, (outputs, -(-inputs * how.bits // 32))
+            used, weights = used + outputs * inputs * bits, weights + outputs * inputs
+            wanted[layer + _PACKED] = torch.int32, (outputs, -(-inputs * bits // 32))
             wanted[layer + _SCALE] = torch.bfloat16, (outputs, inputs // how.group)
             wanted[layer + _SHAPE] = torch.int64, (2,)
             shapes[layer + _SHAPE] = torch.tensor(fact.shape)
         else:
             wanted[name] = fact.dtype, fact.shape
-    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in told.items()} != wanted or not shapes:
+    given = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in told.items()}
+    if given != wanted or not shapes or used > how.bits * weights:
         raise wrong
     kept = [name for name in wanted.keys() & facts.keys() if checkpoint.store.are_here([name])]
     exact = shapes | _read(checkpoint, kept)
@@ -87,19 +96,24 @@ def read_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compres
     return told
 
 
-def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path, how: Compression) -> None:
+def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path, how: Compression) -> list[str]:
     """Writes all files of a checkpoint besides the files of its blocks, which are in `folder` already: the tensors
-    outside blocks, the index, config and tokenizer."""
+    outside blocks, the index, config and tokenizer. Returns the names of the blocks' matrices that stay in floats
+    because groups do not divide their inputs."""
     in_blocks = {tensor.name for block in checkpoint.block_tensors for tensor in block}
     others = (name for name in checkpoint.store.tensor_names if name not in in_blocks)
     save_file(_read(checkpoint, others), folder / _REST, metadata={"format": "pt"})
     index: dict[str, str] = {}
+    layers: defaultdict[int, list[str]] = defaultdict(list)  # by their bits
     for file in (*files, folder / _REST):
         with safe_open(file, framework="pt") as opened:
-            index |= dict.fromkeys(opened.keys(), file.name)
+            names = sorted(opened.keys())
+            index |= dict.fromkeys(names, file.name)
+            for layer in (name.removesuffix(_PACKED) for name in names if name.endswith(_PACKED)):
+                words, inputs = opened.get_slice(layer + _PACKED).get_shape()[1], opened.get_tensor(layer + _SHAPE)[1]
+                layers[_bits(words, int(inputs), how)].append(layer)
     size = sum(file.stat().st_size for file in {folder / name for name in index.values()})
-    layers = sorted(name.removesuffix(_PACKED) for name in index if name.endswith(_PACKED))
-    config = checkpoint.store.config.to_dict() | {"quantization_config": _quantization(layers, how)}
+    config = checkpoint.store.config.to_dict() | {"quantization_config": _quantization(layers, how.group)}
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": index})
     _write_json(folder / "config.json", config)
     for save in (checkpoint.tokenizer, checkpoint.store.generation_config, checkpoint.store.processor):
@@ -108,15 +122,19 @@ def write_checkpoint(checkpoint: Checkpoint, files: Iterable[Path], folder: Path
                 given.save_pretrained(folder)
         except ModelNotFound:
             pass
+    facts = checkpoint.store.tensor_facts(name for name in sorted(in_blocks & index.keys()) if name.endswith(".weight"))
+    matrices = {name: fact.shape for name, fact in facts.items() if len(fact.shape) == 2 and not is_router(name)}
+    return [name for name, (_, inputs) in matrices.items() if not how.divides(inputs)]
 
 
-def _quantization(layers: list[str], how: Compression) -> dict[str, Any]:
-    weights = {"num_bits": how.bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": how.group}
+def _quantization(layers: Mapping[int, list[str]], group: int) -> dict[str, Any]:
+    weights = {"type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    groups = [{"targets": sorted(layers[bits]), "weights": {"num_bits": bits} | weights} for bits in sorted(layers)]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": layers, "weights": weights}},
+        "config_groups": {f"group_{index}": each for index, each in enumerate(groups)},
         "ignore": [],
     }
 

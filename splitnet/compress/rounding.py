@@ -8,6 +8,7 @@ its error. Scales and zeros are chosen beforehand, so that groups are of consecu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ _FACTORS = tuple(1.15 - step / 20 for step in range(13))  # scales that are trie
 LEAST_LENGTH = 16  # positions of a sequence of the text
 MOST_POSITIONS = 1 << 20  # positions of the text
 GROUPS = (16, 32, 64, 128)  # sizes of groups that other programs read, too
+BITS: tuple[int, ...] = (
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+)  # of weights, if not all have the same bits; layers hold these without padding
 
 
 def sequence_lengths(positions: int, length: int) -> tuple[int, ...]:
@@ -39,9 +48,10 @@ def moments_bytes(inputs: int) -> int:
 
 @dataclass(frozen=True)
 class Compression:
-    """How weights are compressed. group: inputs that share a scale. lengths: of the sequences of the text."""
+    """How weights are compressed. bits: the mean of each block's weights. group: inputs that share a scale. lengths: of
+    the sequences of the text."""
 
-    bits: int
+    bits: float
     group: int
     lengths: tuple[int, ...]
 
@@ -50,8 +60,27 @@ class Compression:
         return sum(self.lengths)
 
     @property
-    def layout(self) -> CodeLayout:
-        return CodeLayout(layout_bits(self.bits), self.group, ScaleFormat.BFLOAT16, offset=1 << (self.bits - 1))
+    def uniform(self) -> bool:
+        """Whether all weights have the same bits."""
+        return self.bits == int(self.bits)
+
+    def divides(self, inputs: int) -> bool:
+        """Whether a weight with this number of inputs is compressed. If bits differ, one with fewer than 32 inputs is
+        not, because the number of its words of 32 bits does not tell its bits."""
+        return inputs % self.group == 0 and (self.uniform or inputs >= 32)
+
+
+class Rounded(NamedTuple):
+    """A weight in few bits. codes: in the layout of `bits` and `group`."""
+
+    codes: Codes
+    bits: int
+    group: int
+
+    def to_floats(self) -> Tensor:
+        """`[outputs, inputs]`, float32."""
+        offset = 1 << (self.bits - 1)
+        return self.codes.to_floats(CodeLayout(layout_bits(self.bits), self.group, ScaleFormat.BFLOAT16, offset=offset))
 
 
 class SecondMoments:
@@ -72,12 +101,11 @@ class SecondMoments:
         self.rows += len(rows)
 
 
-def round_to_nearest(weight: Tensor, how: Compression) -> Codes:
-    """The nearest codes of a weight `[outputs, inputs]` in `how.layout`."""
-    bits, group = how.bits, how.group
+def round_to_nearest(weight: Tensor, bits: int, group: int) -> Rounded:
+    """The nearest codes of a weight `[outputs, inputs]`."""
     scales = _scales(weight.float(), None, bits, group)
     codes = _nearest(weight.float(), spread(scales.float(), group, weight.shape[1]), bits)
-    return Codes((codes + (1 << (bits - 1))).to(torch.uint8), scales)
+    return Rounded(Codes((codes + (1 << (bits - 1))).to(torch.uint8), scales), bits, group)
 
 
 class Feedback:
@@ -93,9 +121,8 @@ class Feedback:
         self._order = self._diagonal.argsort(descending=True, stable=True)
         self._factor = _inverse_factor(moments[self._order][:, self._order])
 
-    def round_weight(self, weight: Tensor, how: Compression) -> Codes:
-        """The codes of a weight `[outputs, inputs]` in `how.layout`."""
-        bits, group = how.bits, how.group
+    def round_weight(self, weight: Tensor, bits: int, group: int) -> Rounded:
+        """The codes of a weight `[outputs, inputs]`."""
         # The scales of inputs that never occur are chosen, too.
         weights_of_errors = self._diagonal.clamp(min=float(self._diagonal.mean()) * 1e-6 or 1.0)
         scales = _scales(weight.float(), weights_of_errors, bits, group)
@@ -113,7 +140,7 @@ class Feedback:
                 errors[index] = (some[index] - code * scale) / own[index, at]
                 some[index + 1 :].addr_(own[index, at + 1 : end], errors[index], alpha=-1)
             left[end:].addmm_(own[:, end:].T, errors, alpha=-1)
-        return Codes(codes[self._order.argsort()].T.contiguous(), scales)
+        return Rounded(Codes(codes[self._order.argsort()].T.contiguous(), scales), bits, group)
 
 
 def _nearest(values: Tensor, scales: Tensor, bits: int) -> Tensor:

@@ -153,6 +153,7 @@ MAX_ROW_ID = (1 << 48) - 1  # number of a row
 _NUMBER = uint((1 << 48) - 1)
 _UNIX_S = number(0, 1e11)
 _SHARE = number(0, 1)
+_BITS = number(0, 8)
 _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
@@ -671,7 +672,7 @@ class AskCompression:
     model: str = wire_field(matching(FINGERPRINT))
     start: int = wire_field(uint(MAX_BLOCKS))
     end: int = wire_field(uint(MAX_BLOCKS))
-    bits: int = wire_field(uint(8))
+    bits: float = wire_field(_BITS)  # mean of the weights of each block
     group: int = wire_field(uint(128))
     positions: int = wire_field(uint(MAX_POSITIONS))
     length: int = wire_field(uint(MAX_POSITIONS))  # positions of each sequence; the last sequence may be shorter

@@ -59,20 +59,30 @@ def _options(tmp_path: Path, *keys: str) -> dict[str, Any]:
     return {"compress_for": clients, "compress_folder": tmp_path / "jobs"}
 
 
-def _compress(swarm: LocalSwarm, model: Path, folder: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+def _compress(
+    swarm: LocalSwarm,
+    model: Path,
+    folder: Path,
+    progress: Callable[[int], None] = lambda _: None,
+    how: Compression = HOW,
+) -> None:
     checkpoint = Checkpoint.open(model)
     with PeerQuestions(swarm.client.identity) as asking:
         find = partial(swarm.client.peers, fresh=True)
-        run = partial(compress_over_peers, checkpoint, asking, find, how=HOW, progress=progress)
-        compress_checkpoint(checkpoint, IDS, folder, HOW, run)
+        run = partial(compress_over_peers, checkpoint, asking, find, how=how, progress=progress)
+        compress_checkpoint(checkpoint, IDS, folder, how, run)
+
+
+def _alone(model: Path, folder: Path, how: Compression = HOW) -> dict[str, str]:
+    """The digests of the files that one process writes."""
+    checkpoint = Checkpoint.open(model)
+    compress_checkpoint(checkpoint, IDS, folder, how, partial(compress_blocks, checkpoint, 0, 6, how=how))
+    return _digests(folder)
 
 
 @pytest.fixture(scope="module")
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The digests of the files that one process writes."""
-    folder, checkpoint = tmp_path_factory.mktemp("alone"), Checkpoint.open(model)
-    compress_checkpoint(checkpoint, IDS, folder, HOW, partial(compress_blocks, checkpoint, 0, 6, how=HOW))
-    return _digests(folder)
+    return _alone(model, tmp_path_factory.mktemp("alone"))
 
 
 def test_three_peers_write_the_bytes_of_one_process(model: Path, alone: dict[str, str], tmp_path: Path) -> None:
@@ -85,6 +95,36 @@ def test_three_peers_write_the_bytes_of_one_process(model: Path, alone: dict[str
     with local_swarm(tmp_path / "few", [(0, 3), (3, 6)], dtype="float32") as swarm, torch.inference_mode():
         ids = torch.tensor([IDS[:40]])
         torch.testing.assert_close(swarm.model()(ids).logits, opened(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_peers_distribute_bits_as_one_process_does(model: Path, tmp_path: Path) -> None:
+    how = replace(HOW, bits=3.5)
+    with local_swarm(model, [(0, 3), (3, 6)], **_options(tmp_path, "anyone")) as swarm:
+        _compress(swarm, model, tmp_path / "few", how=how)
+    assert _digests(tmp_path / "few") == _alone(model, tmp_path / "alone", how)
+
+
+def test_a_peer_that_does_not_go_on_is_left(
+    model: Path, alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, stuck = compression._Job._begin, list[Any]()
+
+    def begins(job: Any) -> None:
+        if not stuck:
+            stuck.append(job)
+        if job is not stuck[0]:
+            begin(job)
+
+    monkeypatch.setattr(compression._Job, "_begin", begins)
+    monkeypatch.setattr(over_peers._PeerJob, "_most_seconds", lambda *_: 1e9 if left else 0.0)
+    left: list[str] = []
+    monkeypatch.setattr(over_peers.log, "warning", lambda _, *told: left.append(str(told[-1])))
+    options = _options(tmp_path, "anyone")
+    with local_swarm(model, [(0, 6)], **options) as swarm:
+        swarm.add(0, 6, **options | {"compress_folder": tmp_path / "other"})
+        _compress(swarm, model, tmp_path / "few")
+    assert len(left) == 1 and "has not compressed block 0" in left[0]
+    assert _digests(tmp_path / "few") == alone
 
 
 @pytest.mark.default_cases(at=(3,))
@@ -192,7 +232,7 @@ def _coded(name: str) -> Callable[[CompressionWish, bytes], bytes]:
         block = next(iter(tensors)).split(".")[2]
         layer = f"model.layers.{block}.{name}"
         shape = tensors.pop(f"{layer}.weight").shape
-        tensors[f"{layer}.weight_packed"] = torch.zeros(shape[0], shape[1] * HOW.bits // 32, dtype=torch.int32)
+        tensors[f"{layer}.weight_packed"] = torch.zeros(shape[0], shape[1] * int(HOW.bits) // 32, dtype=torch.int32)
         tensors[f"{layer}.weight_scale"] = torch.ones(shape[0], shape[1] // HOW.group, dtype=torch.bfloat16)
         tensors[f"{layer}.weight_shape"] = torch.tensor(shape)
         return safetensors.torch.save(tensors, {"format": "pt"})
@@ -289,7 +329,7 @@ def test_one_client_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"start": 1, "end": 7}, "serves blocks 0:6"),
         ({"start": 3, "end": 3}, "serves blocks 0:6"),
         ({"group": 24}, "in groups of"),
-        ({"bits": 1}, "2 to 8 bits"),
+        ({"bits": 1.9}, "2 to 8 bits"),
         ({"length": 15}, "sequences of 16"),
         ({"length": 32, "positions": 31}, "sequences of 16"),
         ({"length": 257}, "sequences of at most 256 positions"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from splitnet.blocks.span import Span
@@ -31,9 +34,9 @@ HOW = Compression(4, 32, (96,) * 10 + (64,))
 
 def _compress(
     checkpoint: Checkpoint, folder: Path, how: Compression = HOW, progress: Callable[[int], None] = lambda _: None
-) -> None:
+) -> list[str]:
     run = partial(compress_blocks, checkpoint, 0, checkpoint.num_blocks, how=how, progress=progress)
-    compress_checkpoint(checkpoint, IDS, folder, how, run)
+    return compress_checkpoint(checkpoint, IDS, folder, how, run)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -49,7 +52,7 @@ def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, count: int
     assert torch.equal(unpack_words(words, bits, count), codes)
 
 
-@pytest.mark.default_cases(family=("llama", "gemma2", "falcon_h1", "mixtral"))
+@pytest.mark.default_cases(family=("llama", "gemma2", "falcon_h1", "mixtral", "olmoe"))
 @pytest.mark.parametrize(
     ("family", "bits", "options"),
     [
@@ -63,18 +66,31 @@ def test_words_are_packed_as_compressed_tensors_packs_them(bits: int, count: int
         ("qwen3_moe", 4, {}),
         ("glm4_moe", 4, {}),
         ("deepseek_v3", 4, MLA),
+        ("stablelm", 3.5, {}),
+        ("olmoe", 3.5, {}),
+        ("qwen2", 2.5, {}),
+        ("falcon_h1", 4.5, {}),
     ],
 )
-def test_transformers_reads_what_the_span_computes(family: str, bits: int, options: Any, tmp_path: Path) -> None:
+def test_transformers_reads_what_the_span_computes(family: str, bits: float, options: Any, tmp_path: Path) -> None:
     source = random_checkpoint(family, tmp_path / "floats", blocks=3, **options)
     checkpoint = Checkpoint.open(source)
     told: list[int] = []
-    _compress(checkpoint, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
+    assert not _compress(checkpoint, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
     assert told == [0, 1, 2]
 
     few = Checkpoint.open(tmp_path / "few")
     assert all(any(few.store.tensor_facts([t.name])[t.name].layout for t in block) for block in few.block_tensors)
     assert few.fingerprint != checkpoint.fingerprint
+    settings = json.loads((tmp_path / "few" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert (len(settings) > 1) == (bits % 1 > 0)
+    for block in range(3):
+        used, weights = 0, 0
+        for group in settings.values():
+            for layer in (name for name in group["targets"] if f"layers.{block}." in name):
+                size = math.prod(checkpoint.store.tensor_facts([f"{layer}.weight"])[f"{layer}.weight"].shape)
+                used, weights = used + size * group["weights"]["num_bits"], weights + size
+        assert bits - 0.5 < used / weights <= bits
     span = Span.load(few, 0, 3, dtype="float32", weights="float32")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "few", dtype=torch.float32).eval()
     whole: Any = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -93,7 +109,7 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: int, optio
         before, after = (states.flatten(0, -2) for states in seen)
         torch.testing.assert_close(span.sequences(before, [50]), after, rtol=1e-4, atol=1e-4)
     difference = float((exact - found).norm() / exact.norm())
-    assert 0 < difference < {8: 0.02, 4: 0.5, 3: 0.6, 2: 1.0}[bits]
+    assert 0 < difference < {8: 0.02, 4: 0.5, 3: 0.6, 2: 1.0}[int(bits)]
 
 
 def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +137,21 @@ def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, mon
         assert _digests(folder) == _digests(tmp_path / "whole")
 
 
+def test_matrices_that_groups_do_not_divide_are_told(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "floats", blocks=2, intermediate_size=72)
+    left = _compress(Checkpoint.open(source), tmp_path / "few")
+    assert left == [f"model.layers.{block}.mlp.down_proj.weight" for block in range(2)]
+
+
 def test_what_cannot_be_compressed_is_refused_by_name(tmp_path: Path) -> None:
     llama = Checkpoint.open(random_checkpoint("llama", tmp_path / "llama", blocks=2))
     _compress(llama, tmp_path / "few")
     with pytest.raises(UnsupportedModel, match="in few bits already"):
         _compress(Checkpoint.open(tmp_path / "few"), tmp_path / "fewer")
     with pytest.raises(SplitnetError, match="has something else"):
+        _compress(llama, tmp_path / "few")
+    assert not (tmp_path / "few" / "compression.lock").exists()
+    with FileLock(tmp_path / "few" / "compression.lock"), pytest.raises(SplitnetError, match="another command writes"):
         _compress(llama, tmp_path / "few")
     (tmp_path / "file").touch()
     with pytest.raises(SplitnetError, match="cannot be made"):
