@@ -55,16 +55,12 @@ def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:
         verdicts: list[Verdict] = []
         for first in range(0, count, MIN_POSITIONS):
             within = slice(min(first, count - MIN_POSITIONS), min(first, count - MIN_POSITIONS) + MIN_POSITIONS)
-            verdicts.append(
-                judge(
-                    given[at][within],
-                    sent[within],
-                    expected[within],
-                    None if coarse is None else coarse[within],
-                    {name: each[within] for name, each in others.items()},
-                    codec,
-                    routed=routed,
-                )
-            )
+            rounded = None if coarse is None else coarse[within]
+            cheaper = {name: each[within] for name, each in others.items()}
+            facts = given[at][within], sent[within], expected[within], rounded, cheaper, codec
+            try:
+                verdicts.append(judge(*facts, routed=routed))
+            except ValueError as error:
+                raise SplitnetError(str(error)) from None
     worst = max(verdicts, key=lambda verdict: verdict.margin)
     return replace(worst, shares=dict(worst.shares))
