@@ -66,7 +66,7 @@ class SessionAudit:
         self._kept: dict[int, Kept] = {}  # by row
         self._examined = False  # new hops of the present route are being examined
         self._waiting: list[Future[None]] = []
-        self._lie: PeerLied | None = None
+        self.lie: PeerLied | None = None  # names a hop that has lied
         self._lock = threading.Lock()  # of `_kept`
 
     def step_begins(self, parts: Sequence[Chunk]) -> None:
@@ -124,9 +124,9 @@ class SessionAudit:
         return self._judge.is_new(hop, self._session.prefix_hit > 0)
 
     def _raise_if_lied(self) -> None:
-        if self._lie is not None:
+        if self.lie is not None:
             self._session.close()  # later hops have computed with false inputs
-            raise self._lie
+            raise self.lie
 
     def _begin(self, row: int, length: int, chosen: Callable[[RouteHop], bool]) -> None:
         sent = self._session.sent_row(row, length)
@@ -153,7 +153,7 @@ class SessionAudit:
                 if lie is None and piece is not None:
                     lie = self._judge.judge(hop, session.prefix_hit > 0, piece)
                 if lie is not None:
-                    self._lie = self._lie or lie
+                    self.lie = self.lie or lie
                     return
         except _NoAnswer as missing:
             if not fetched.is_outdated():

@@ -18,7 +18,7 @@ from splitnet.errors import AdapterError, PeerBusy
 from splitnet.hf.parameters import refuse
 from splitnet.hf.peft_adapters import LocalAdapters
 from splitnet.hf.side_network import Arrangement, SideCache
-from splitnet.session.inference import Session
+from splitnet.session.inference import Audit, Session
 from splitnet.session.local import MixedSession
 from splitnet.wire.messages import Chunk, Fork
 
@@ -86,10 +86,7 @@ class RemoteLayer(CacheLayerMixin):
         """
         if tuple(taps) != self.taps:
             self.taps = tuple(taps)
-            self.reset()
-            if self.session is not None:
-                self.session.close()
-                self.session = None
+            self.renew()
 
     def begin_step(
         self, mask: torch.Tensor, keep: int, adapter: AdapterTensors | None = None
@@ -221,12 +218,28 @@ class RemoteLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds no row {index}: run the model with it first")
         return self.session.fetch_kv(self._rows[index], self.columns - self._padding[index])
 
+    @property
+    def _audits(self) -> list[Audit]:
+        session = self.session
+        sessions = session.sessions if isinstance(session, MixedSession) else [session] if session is not None else []
+        return [session.audit for session in sessions if session.audit is not None]
+
+    @property
+    def lied(self) -> bool:
+        """Whether an audit shows that a hop has lied, so that cached positions may be wrong."""
+        return any(audit.lie is not None for audit in self._audits)
+
     def finish_audits(self) -> None:
         """Waits until the hops that are new to the client were examined. Raises PeerLied."""
-        sessions = self.session.sessions if isinstance(self.session, MixedSession) else [self.session]
-        for session in sessions:
-            if session is not None and session.audit is not None:
-                session.audit.finish()
+        for audit in self._audits:
+            audit.finish()
+
+    def renew(self) -> None:
+        """Empties the cache, and frees the peers' memory; the next step opens another session."""
+        self.reset()
+        if self.session is not None:
+            self.session.close()
+        self.session, self._reserved_columns, self._reserved_rows = None, 0, 0
 
     def close(self) -> None:
         """Frees the peers' memory. Any thread may call this."""
@@ -379,6 +392,8 @@ class CachedSession:
         follows: the rows of the cache will be the rows of the output, without other tokens.
         """
         layer, before = self.cache.remote, self._padding
+        if layer.lied:
+            layer.renew()
         held = self._tokens if layer.changes == self._changes else None
         padding = [0] * len(ids) if mask is None else [int(pad) for pad in (mask.cumsum(1) == 0).sum(1).tolist()]
         self._tokens, self._padding, self._follows = None, padding, follows

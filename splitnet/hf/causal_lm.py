@@ -257,7 +257,7 @@ class RemoteCausalLM(RemoteModel):
                 try:
                     return self._generate_with_own_cache({**given}, kept_session, length)
                 except PeerLied as error:
-                    if kept_session is not None or given.get("streamer") is not None:
+                    if given.get("streamer") is not None:
                         raise
                     log.warning("the answer is computed again: %s", error)
             return self._generate_with_own_cache(given, kept_session, length)

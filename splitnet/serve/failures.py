@@ -17,6 +17,7 @@ from splitnet.errors import (
     NotAuthorized,
     PeerBusy,
     PeerFailed,
+    PeerLied,
     PeerLost,
     SessionClosed,
     SplitnetError,
@@ -59,6 +60,7 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (DirectoryError, 503, "swarm_unreachable"),
     (PeerLost, 502, "peer_lost"),
     (PeerFailed, 502, "peer_failed"),
+    (PeerLied, 502, "peer_lied"),
     (NotAuthorized, 502, "peers_refuse_this_server"),
 ]
 

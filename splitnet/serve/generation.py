@@ -244,6 +244,9 @@ class Generation:
             # Equal tokens do not mean equal images, so a prompt with images gets a new session, which is not kept.
             needs_all = self._ask.score_prompt or not self._ask.max_tokens or bool(self._ask.pixels)
             taken = None if needs_all else kept.take_session(self._ask.owner, self._ask.prompt)
+            if taken is not None and taken[0].remote.lied:
+                taken[0].close()
+                taken = None
             rooms = [self._ask.max_tokens]
             if not self._ask.reserve_max_tokens:
                 rooms = sorted({min(most, self._ask.max_tokens) for most in (RESERVED_ANSWER, LEAST_ANSWER)})[::-1]

@@ -21,7 +21,7 @@ from scheduler.prefill_chunks import CHUNK_SIZES, best_chunk
 from scheduler.route import ENERGY_SLOWDOWN
 from splitnet.blocks.adapters import AdapterTensors, read_tensors
 from splitnet.blocks.block_inputs import PositionInputs, encode_step
-from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.errors import PeerLied, ProtocolError, SplitnetError
 from splitnet.session.driver import LinkCodecs, SessionDriver
 from splitnet.session.events import Abandon, Distrust, EncodedPositions, LookUpPrefix, Resize, Submit, UseAdapter
 from splitnet.session.failover import RouteHop
@@ -71,7 +71,10 @@ class LinkUse:
 
 
 class Audit(Protocol):
-    """Watches the steps of a session, see `splitnet.audit.session_audit`. Raises PeerLied: a hop was found to lie."""
+    """Watches the steps of a session, see `splitnet.audit.session_audit`. lie: names a hop that has lied; methods for
+    steps raise it."""
+
+    lie: PeerLied | None
 
     def step_begins(self, parts: Sequence[Chunk]) -> None: ...
 

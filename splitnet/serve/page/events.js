@@ -4,7 +4,7 @@ import { byId, element } from "./dom.js";
 import { clockTime } from "./format.js";
 
 const KEPT = 100;
-const BAD = new Set(["lost", "gone", "failed", "refused", "weights"]);
+const BAD = new Set(["lost", "gone", "failed", "refused", "weights", "lied"]);
 const GOOD = new Set(["repaired", "joined", "back"]);
 
 /** Adds events; `all`: they replace the shown ones. */
