@@ -94,7 +94,8 @@ def judge(
         inputs: what the peer received, decoded, `[positions, hidden]`, at least `MIN_POSITIONS` positions of one row.
         outputs: what the peer sent, decoded.
         expected: the claimed blocks and weights, computed from `inputs` in float32 by steps of few positions.
-        coarse: the same in the type that `coarse_type` gives, by one pass; None if it gives none.
+        coarse: the same in the type that `coarse_type` gives, by `Span.sequences`, as compiled steps round a third as
+            much as the family's own code; None if it gives none.
         alternatives: outputs of other weights, by name, computed as `expected`.
         codec: encoded the outputs.
         routed: whether the blocks choose experts: rounding changes this choice for some positions, which then differ
