@@ -13,8 +13,10 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.errors import UnsupportedModel
 from splitnet.wire.messages import Chunk
 
+PASS = 512  # positions of a pass of many positions
 
-def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: WeightsUsed, most: int) -> Tensor:
+
+def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: WeightsUsed, most: int | None) -> Tensor:
     """The outputs of a piece's blocks for all its positions, `[length, hidden]` float32.
 
     Reads one block at a time, so that the memory of one block is enough.
@@ -22,7 +24,7 @@ def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: We
     Args:
         hidden: what the hop was given, `[length, hidden]`.
         used: how the blocks hold their weights.
-        most: positions of a pass.
+        most: positions of a pass; None: one pass over all positions, by the family's own code where the blocks allow.
 
     Raises:
         SplitnetError: the blocks cannot be computed here.
@@ -45,7 +47,7 @@ def _run(
     piece: Piece,
     hidden: Tensor,
     used: WeightsUsed,
-    most: int,
+    most: int | None,
     blocks: tuple[int, int],
     adapter: AdapterTensors | None,
 ) -> Tensor:
@@ -53,9 +55,12 @@ def _run(
     own = AdapterTensors(adapter.of_blocks(*blocks)) if adapter is not None else None
     if own is not None:
         span.fit_adapter(own)
+    ropes = {each.rope_length for each in piece.ranges}
+    if most is None and len(ropes) == 1 and not piece.inputs and not span.per_layer_size:
+        return span.sequences(hidden.to(span.dtype), [piece.length], own, ropes.pop()).float()
     row, found = span.new_row(piece.length, own), list[Tensor]()
     for index, each in enumerate(piece.ranges):
-        inputs, size = None, most
+        inputs, size = None, most or PASS
         if piece.inputs:  # a group of positions runs in one pass
             given, data = piece.inputs[index]
             chunk, size = Chunk(piece.receipt.row, each.start, each.length, 0), each.length
