@@ -75,7 +75,7 @@ def read_block_file(checkpoint: Checkpoint, block: int, file: Path, how: Compres
         if layer + _PACKED in told and len(fact.shape) == 2:
             outputs, inputs = fact.shape
             bits = _bits(told[layer + _PACKED].numel() // outputs, inputs, how)
-            if layer == name or is_router(layer) or not how.divides(inputs) or bits not in range(2, 9):
+            if layer == name or is_router(layer) or not how.divides(inputs) or not int(how.bits) <= bits <= 8:
                 raise wrong
             used, weights = used + outputs * inputs * bits, weights + outputs * inputs
             wanted[layer + _PACKED] = torch.int32, (outputs, -(-inputs * bits // 32))

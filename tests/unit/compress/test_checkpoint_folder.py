@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.compress import blocks
-from splitnet.compress.blocks import compress_blocks
+from splitnet.compress.blocks import block_file, compress_blocks
 from splitnet.compress.checkpoint_folder import compress_checkpoint
+from splitnet.compress.published import read_block_file, rounded_in
 from splitnet.compress.rounding import Compression
-from splitnet.errors import SplitnetError, UnsupportedModel
+from splitnet.errors import SplitnetError, UnsupportedModel, WeightsError
 from splitnet.quant.packed_tensor import pack_words, unpack_words
 from tests.unit.mtp_checkpoints import LATENT
 from tests.unit.random_models import random_checkpoint
@@ -76,7 +77,8 @@ def test_transformers_reads_what_the_span_computes(family: str, bits: float, opt
     source = random_checkpoint(family, tmp_path / "floats", blocks=3, **options)
     checkpoint = Checkpoint.open(source)
     told: list[int] = []
-    assert not _compress(checkpoint, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
+    left = _compress(checkpoint, tmp_path / "few", Compression(bits, 32, HOW.lengths), told.append)
+    assert not [name for name in left if not name.endswith("shared_expert.down_proj.weight")]
     assert told == [0, 1, 2]
 
     few = Checkpoint.open(tmp_path / "few")
@@ -135,6 +137,18 @@ def test_an_interrupted_compression_ends_with_the_same_bytes(tmp_path: Path, mon
         (folder / "states-00009.part").write_bytes(b"a part that no later run writes again")
         _compress(checkpoint, folder)
         assert _digests(folder) == _digests(tmp_path / "whole")
+
+
+def test_tensors_with_other_bits_than_the_budget_are_refused(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path / "floats", blocks=1))
+    how = Compression(3.5, 32, HOW.lengths)
+    _compress(checkpoint, tmp_path / "few", how)
+    file = block_file(tmp_path / "few", 0)
+    rounded = rounded_in(read_block_file(checkpoint, 0, file, how), how)
+    assert {3} < {some.bits for some in rounded.values()}
+    for bits in (3.01, 3, 4, 4.5):
+        with pytest.raises(WeightsError, match="are not those of"):
+            read_block_file(checkpoint, 0, file, Compression(bits, 32, HOW.lengths))
 
 
 def test_matrices_that_groups_do_not_divide_are_told(tmp_path: Path) -> None:
