@@ -55,7 +55,7 @@ def scores(folder: Path, text: torch.Tensor) -> torch.Tensor:
 def compared(found: torch.Tensor, exact: torch.Tensor) -> list[str]:
     """KL in nats, and share of the same first tokens."""
     kl = float(kl_div(found, exact, reduction="batchmean", log_target=True))
-    return [f"{kl:.4f}", f"{float((found.argmax(-1) == exact.argmax(-1)).float().mean()):.1%}"]
+    return [f"{kl:.3g}", f"{float((found.argmax(-1) == exact.argmax(-1)).float().mean()):.1%}"]
 
 
 def measure(

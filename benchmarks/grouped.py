@@ -34,6 +34,7 @@ LAYOUTS = {
     "NF4": CodeLayout(4, 64, ScaleFormat.FLOAT32, table="nf4"),
     "FP8 128 x 128": CodeLayout(8, 128, ScaleFormat.FLOAT32, table="e4m3"),
     "int4 by 128, zeros": CodeLayout(4, 128, ScaleFormat.FLOAT16, ScaleFormat.CODES),
+    **{f"{bits} bits": CodeLayout(bits, 32, ScaleFormat.BFLOAT16, offset=1 << (bits - 1)) for bits in (2, 3, 4, 8)},
     "int4 (--weights)": INT4,
     "int8 (--weights)": INT8,
 }
