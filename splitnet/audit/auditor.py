@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class Auditor:
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.rate = STRANGERS_RATE if rate is None else rate
-        self.counts: Counter[str] = Counter()  # of `audits`, `positions`, `lies` and `disagreements`
+        self.counts: Counter[str] = Counter()  # of audits, audited_positions, lies and disagreements
         self._swarm, self._examine, self._folder, self._close = swarm, examine, folder, close
         self._here_too = rate is not None
         self._lock = threading.Lock()
@@ -115,7 +116,7 @@ class Auditor:
         cannot be computed here."""
         verdict = self._examine(piece)
         self.counts["audits"] += 1
-        self.counts["positions"] += piece.length
+        self.counts["audited_positions"] += piece.length
         told = hop.endpoint.address, *hop.blocks, piece.length, verdict.margin
         log.info("examined %s, blocks [%d, %d), %d positions: %.3g of what honest outputs may differ", *told)
         if verdict.honest:
@@ -125,7 +126,7 @@ class Auditor:
         if piece.can_be_proven:
             file = self._folder / f"{hop.name}{SUFFIX}"
             keep_file(file, write_piece(piece), "evidence against a peer")
-            evidence = f"; `splitnet audit {file}` shows it"
+            evidence = f"; {shlex.join(('splitnet', 'audit', self._swarm.facts.source, str(file)))} shows it"
         start, end = hop.blocks
         return self._name(
             hop.name,

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteria
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from splitnet.audit.auditor import auditor_for
+from splitnet.audit.auditor import Auditor, auditor_for
 from splitnet.blocks.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.blocks.client_part import ClientPart, backbone_of, client_part_of, load_client_part
 from splitnet.blocks.head import Head, loss_in_parts
@@ -164,6 +164,7 @@ def connected(
         return MixedSession(blocks.stages, open_part, reservation)
 
     model = made_remote(client_part, remote_class, checkpoint.source)
+    model.auditor = auditor
     model.open_sessions_with(open_session)
     model.ends = client_part_of(model)
     model.speculator = Speculator(model, checkpoint)
@@ -186,6 +187,7 @@ class RemoteCausalLM(RemoteModel):
     ends: ClientPart  # the layers before and after the blocks
     speculator: Speculator
     side: SideNetwork | None = None  # see `use_side`
+    auditor: Auditor | None = None  # examines the work of peers; None: no audits
 
     def __init_subclass__(cls) -> None:
         family: Any = getattr(cls, "transformers_class", None)

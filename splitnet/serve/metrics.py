@@ -181,8 +181,20 @@ class _PresentMetrics(Collector):
                 "Round trips through the blocks for tokens of answers with a source of drafts.",
                 counts.round_trips,
             ),
+            *_audits_of(model),
         ):
             yield CounterMetricFamily(f"splitnet_gateway_{name}", help, value)
+
+
+def _audits_of(model: RemoteCausalLM) -> Iterable[tuple[str, str, float]]:
+    counts = model.auditor.counts if model.auditor is not None else Counted[str]()
+    for name, help in (
+        ("audits", "Pieces of the work of peers that were computed again."),
+        ("audited_positions", "Positions that audits have computed again."),
+        ("lies", "Peers that audits have named."),
+        ("disagreements", "Links whose ends have signed different things."),
+    ):
+        yield name, help, counts[name]
 
 
 class _RequestWatch:

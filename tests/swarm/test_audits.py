@@ -21,6 +21,7 @@ from splitnet.audit.piece import Piece
 from splitnet.audit.program import AuditProgram
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.audit import audit as check_evidence
 from splitnet.errors import PeerLied
 from splitnet.swarm.swarm import Event
 from splitnet.wire.messages import FailureCode
@@ -208,7 +209,12 @@ LIES: dict[str, Lie] = {
 @pytest.mark.default_cases(lie=("noise", "int4", "another fine-tune", "first hop"))
 @pytest.mark.parametrize("lie", LIES)
 def test_a_liar_is_named_and_the_answer_is_right(
-    lie: str, honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    lie: str,
+    honest: LocalSwarm,
+    local: Any,
+    auditors: list[Auditor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with fresh(honest) as swarm:
         liar = LIES[lie](swarm, monkeypatch)
@@ -222,6 +228,11 @@ def test_a_liar_is_named_and_the_answer_is_right(
             checkpoint = Checkpoint.open(swarm.folder)
             file = evidence_folder(checkpoint.fingerprint) / f"{name}{SUFFIX}"
             assert not examine(checkpoint, read_piece(file.read_bytes())).honest
+            check_evidence(str(swarm.folder), file)
+            assert f"The peer {name}\nhas signed outputs" in capsys.readouterr().out
+            with swarm.newcomer() as later:  # of the same user
+                later.model(audit=ONCE)
+                assert is_banned(later, liar)
 
 
 def test_false_pages_are_found(
