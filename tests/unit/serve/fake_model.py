@@ -26,6 +26,7 @@ class FakeSession:
 
     timings = recoveries = hops = ()
     prefix_hit = reused = 0
+    audit = None
 
     def __init__(self, opened: list[FakeSession]) -> None:
         self.tokens: list[int] = []
@@ -44,6 +45,7 @@ class FakeModel:
     """
 
     headless = False
+    auditor = None
     speculator = SimpleNamespace(counts=SimpleNamespace(drafted=0, accepted=0, tokens=0, round_trips=0))
     local_spans = ((0, BLOCKS),)
     device = torch.device("cpu")
