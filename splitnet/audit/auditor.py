@@ -88,6 +88,7 @@ class Auditor:
         self._known: set[tuple[str, tuple[int, int], str, bool]] = set()
         self._disagreed: dict[str, set[str]] = {}  # by name, the neighbours that disagree with a peer
         self._worker: ThreadPoolExecutor | None = None
+        self._closed = False
         for file in folder.glob(f"*{SUFFIX}"):
             swarm.ban(file.name.removesuffix(SUFFIX), seconds=inf)
 
@@ -105,8 +106,11 @@ class Auditor:
         return (hop.name, hop.blocks, hop.weights, stored) not in self._known and self.audits(hop)
 
     def enqueue(self, job: Callable[[], None]) -> Future[None]:
-        """Runs a job behind all others, in a thread of its own."""
+        """Runs a job behind all others, in a thread of its own. A closed auditor cancels it."""
         with self._lock:
+            if self._closed:
+                (ended := Future[None]()).cancel()
+                return ended
             if self._worker is None:
                 self._worker = ThreadPoolExecutor(1, thread_name_prefix="audits")
             return self._worker.submit(job)
@@ -157,7 +161,7 @@ class Auditor:
     def close(self) -> None:
         """Ends all audits."""
         with self._lock:
-            worker = self._worker
+            worker, self._closed = self._worker, True
         if worker is not None:
             worker.shutdown(wait=False, cancel_futures=True)
         self._close()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -18,6 +20,7 @@ from splitnet.audit.comparison import MIN_POSITIONS
 from splitnet.audit.piece import (
     Piece,
     StepRange,
+    WeightsUsed,
     check_signature,
     received_digests,
     row_digests,
@@ -25,22 +28,39 @@ from splitnet.audit.piece import (
 )
 from splitnet.blocks.adapters import write_groups
 from splitnet.errors import PeerFailed, PeerLied, ProtocolError, SplitnetError
+from splitnet.limits import TokenBucket
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import SentRow, Session
 from splitnet.session.requests import StepRequest
 from splitnet.wire.codecs import codec_by_code
-from splitnet.wire.messages import MAX_PAYLOAD_BYTES, AskReceipt, Chunk, FetchedSent, FetchSent, Message, Receipt
-from splitnet.wire.receipts import UNKNOWN
+from splitnet.wire.messages import (
+    MAX_PAYLOAD_BYTES,
+    AskReceipt,
+    Chunk,
+    Failure,
+    FailureCode,
+    FetchedSent,
+    FetchSent,
+    Message,
+    Receipt,
+)
+from splitnet.wire.receipts import DIGEST, UNKNOWN, digests_of
 from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 10.0  # within which hops must answer questions of an audit
+ANSWER_S = 10.0  # within which hops must answer questions of an audit, in addition to the time of transfer
+SLOWEST = 1 << 17  # bytes per second that are transferred at least
+LOOK_S = 0.5  # between two looks whether a question has become pointless
+MOST_PER_MINUTE = 3
+"""Examinations that a session begins; as many may be saved up. Each asks a hop two questions, and hops answer no more
+than one in ten seconds (`HopSession.count_resent`)."""
 COMPUTED = 4  # times that an examination computes a position: exactly, coarsely, and with fewer bits
 MOST_POSITIONS = 4096  # of a piece; later positions of a row are not examined
 MOST_ROWS = 16  # rows whose outputs of the last hop a session keeps
 
 Kept = dict[int, bytes]  # encoded outputs of a row, by position in rising order
+Answer = TypeVar("Answer", Receipt, FetchedSent)
 
 
 class Judge(Protocol):
@@ -64,30 +84,29 @@ class SessionAudit:
         self._session, self._judge = session, judge
         self._model, self._num_blocks, self._hidden_size = model, num_blocks, hidden_size
         self._kept: dict[int, Kept] = {}  # by row
-        self._examined = False  # new hops of the present route are being examined
+        self._examined: tuple[RouteHop, ...] = ()  # the route whose new hops were examined, or are being examined
+        self._bucket = TokenBucket()  # of examinations
         self._waiting: list[Future[None]] = []
         self.lie: PeerLied | None = None  # names a hop that has lied
         self._lock = threading.Lock()  # of `_kept`
 
     def step_begins(self, parts: Sequence[Chunk]) -> None:
-        """All positions before the parts are final. Raises PeerLied."""
+        """Drops the outputs of positions that the parts replace, and may begin an examination. Raises PeerLied."""
         self._raise_if_lied()
         with self._lock:
             for part in parts:
                 kept = self._kept.get(part.row, {})
                 while kept and next(reversed(kept)) >= part.start:
                     kept.popitem()
-        part = random.choice(parts)
-        if not 0 < part.start <= MOST_POSITIONS:
+        row, hops, new = random.choice(parts).row, tuple(self._session.hops), sum(each.length for each in parts)
+        length, now = self._length(row), time.monotonic()
+        if not length or self._bucket.wait_s(MOST_PER_MINUTE, now):
             return
-        hops, new = self._session.hops, sum(each.length for each in parts)
-        known = len(self._kept.get(part.row, ()))
-        if known >= MIN_POSITIONS and not self._examined and any(map(self._is_new, hops)):
-            self._examined = True
-            self._begin(part.row, part.start, self._is_new)
-        elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * part.start):
+        if len(self._kept[row]) >= MIN_POSITIONS and self._has_new(hops):
+            self._begin(row, length, hops, self._is_new)
+        elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * length):
             chosen = int(random.random() * len(hops))
-            self._begin(part.row, part.start, lambda hop: hop is hops[chosen])
+            self._begin(row, length, hops, lambda hop: hop is hops[chosen])
 
     def step_done(self, request: StepRequest) -> None:
         """Keeps the outputs of the last hop. Raises PeerLied."""
@@ -110,12 +129,15 @@ class SessionAudit:
     def finish(self) -> None:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the
         session. Call it after the last step of an answer. Raises PeerLied."""
-        row = next(reversed(self._kept), None)
-        if row is not None and not self._examined and any(map(self._is_new, self._session.hops)):
-            self._begin(row, max(self._kept[row], default=-1) + 1, self._is_new)
-        wait(self._waiting)
-        self._waiting.clear()
-        self._raise_if_lied()
+        for _ in range(2):  # a lost hop may have ended the first examination
+            row, hops = next(reversed(self._kept), 0), tuple(self._session.hops)
+            if (length := self._length(row)) and self._has_new(hops):
+                self._begin(row, length, hops, self._is_new)
+            for each in self._waiting:
+                with suppress(CancelledError):  # the client is closed
+                    each.result()
+            self._waiting.clear()
+            self._raise_if_lied()
 
     def close(self) -> None:
         self._kept = {}
@@ -128,45 +150,64 @@ class SessionAudit:
             self._session.close()  # later hops have computed with false inputs
             raise self.lie
 
-    def _begin(self, row: int, length: int, chosen: Callable[[RouteHop], bool]) -> None:
-        sent = self._session.sent_row(row, length)
-        if sent is None or not length:
-            self._examined = False
-            return
-        with self._lock:
-            kept = {position: data for position, data in self._kept.get(row, {}).items() if position < length}
-        self._waiting = [each for each in self._waiting if not each.done()]
-        self._waiting.append(self._judge.enqueue(lambda: self._examine(sent, kept, chosen)))
+    def _length(self, row: int) -> int:
+        """Positions of a row that all hops have computed: up to the last one with an output."""
+        return next(reversed(self._kept.get(row, {})), -1) + 1
 
-    def _examine(self, sent: SentRow, kept: Kept, chosen: Callable[[RouteHop], bool]) -> None:
+    def _has_new(self, hops: tuple[RouteHop, ...]) -> bool:
+        return self._examined != hops and any(map(self._is_new, hops))
+
+    def _begin(self, row: int, length: int, hops: tuple[RouteHop, ...], chosen: Callable[[RouteHop], bool]) -> None:
+        sent = self._session.sent_row(row, length)
+        if sent is None or sent.hops != hops:
+            return
+        if chosen == self._is_new:
+            self._examined = hops
+        self._bucket.spend(1, MOST_PER_MINUTE, time.monotonic())
+        with self._lock:
+            fetched = _Fetched(self._session, sent, dict(self._kept[row]), lambda: self._kept.get(row, {}))
+        self._waiting = [each for each in self._waiting if not each.done()]
+        self._waiting.append(self._judge.enqueue(lambda: self._examine(fetched, chosen)))
+
+    def _examine(self, fetched: _Fetched, chosen: Callable[[RouteHop], bool]) -> None:
         """Examines the chosen hops; called by the thread of audits."""
-        session = self._session
-        fetched = _Fetched(session, sent)
+        session, missing = self._session, False
         try:
             fetched.ask_receipts(self._model)
-            for index, hop in enumerate(sent.hops):
+            for index, hop in enumerate(fetched.sent.hops):
                 if not chosen(hop):
                     continue
-                piece, lie = self._piece(fetched, index, kept)
+                piece = self._piece(fetched, index)
                 if fetched.is_outdated():
-                    return
-                if lie is None and piece is not None:
-                    lie = self._judge.judge(hop, session.prefix_hit > 0, piece)
-                if lie is not None:
+                    raise _Outdated
+                if piece is None:
+                    missing = True
+                elif (lie := self._judge.judge(hop, session.prefix_hit > 0, piece)) is not None:
                     self.lie = self.lie or lie
                     return
-        except _NoAnswer as missing:
-            if not fetched.is_outdated():
-                error = PeerFailed(f"the peer at {missing.hop.endpoint.address} answers no audit: {missing}")
-                session.link_failed(missing.hop.endpoint, error)
+            if missing:
+                self._examined = ()
+        except _Outdated:
+            self._examined = ()  # is examined with later positions
+        except _Disagreement as found:
+            if fetched.is_outdated():
+                self._examined = ()
+            else:
+                self.lie = self.lie or self._judge.disagree(found.before, found.hop)
+        except _NoAnswer as found:
+            if fetched.is_outdated():
+                self._examined = ()
+            else:
+                error = PeerFailed(f"the peer at {found.hop.endpoint.address} answers no audit: {found}")
+                session.link_failed(found.hop.endpoint, error)
         except SplitnetError as error:
             log.info("a piece of work could not be examined: %s", error, extra={"session": session.id.hex()})
         except Exception:  # of the family's code, for example; the thread goes on with other pieces
             log.exception("a piece of work could not be examined")
 
-    def _piece(self, fetched: _Fetched, index: int, kept: Kept) -> tuple[Piece | None, PeerLied | None]:
-        """What a hop was given and gave. A lie: the hop, or the link before it, is found out without computing."""
-        sent, hops = fetched.sent, fetched.sent.hops
+    def _piece(self, fetched: _Fetched, index: int) -> Piece | None:
+        """What a hop was given and gave; None: too little is known. Raises _Disagreement, _NoAnswer, _Outdated."""
+        sent, hops, kept = fetched.sent, fetched.sent.hops, fetched.kept
         hop, receipt = hops[index], fetched.receipts[index]
         codec, given = (sent.codec, sent.payload) if not index else (hops[index - 1].codec.code, fetched.log(index - 1))
         told, own = received_digests(receipt), row_digests(given, fetched.ranges)
@@ -176,24 +217,27 @@ class SessionAudit:
                 raise _NoAnswer(hop, "its receipt lacks positions that it was given")
             if one not in (other, UNKNOWN):
                 if sent.repairs:  # a replaced hop has sent other bytes
-                    return None, None
-                return None, self._judge.disagree(hops[index - 1] if index else hop, hop)
+                    return None
+                raise _Disagreement(hops[index - 1] if index else hop, hop)
         if hop.planned.end == self._num_blocks:
             signed = sent_digests(receipt)
             positions = tuple(position for position in sorted(kept) if signed[position] != UNKNOWN)
             if not sent.repairs and len(positions) < len(kept):
                 raise _NoAnswer(hop, "its receipt lacks outputs that it gave")
+            ropes = [each.rope_length for each in fetched.ranges for _ in range(each.length)]
+            if any([signed[position]] != digests_of(kept[position], 1, ropes[position]) for position in positions):
+                raise _NoAnswer(hop, "its receipt is of other outputs than it gave")
             outputs = b"".join(kept[position] for position in positions)
         else:
             positions, outputs = tuple(range(sent.length)), fetched.log(index)
         if len(positions) < MIN_POSITIONS:
-            return None, None
+            return None
         adapter = self._session.state.adapter
         parts = write_groups(adapter.of_blocks(*hop.blocks)) if adapter is not None else []
         size = codec_by_code(sent.codec).bytes_per_position(self._hidden_size)
         inputs = tuple((step.inputs, step.payload[size * step.parts[0].length :]) for step in sent.steps)
         known = positions, outputs, tuple(parts), inputs if any(given for given, _ in inputs) else ()
-        return Piece(self._model, hop.endpoint.key, hop.blocks, receipt, fetched.ranges, codec, given, *known), None
+        return Piece(self._model, hop.endpoint.key, hop.blocks, receipt, fetched.ranges, codec, given, *known)
 
 
 class _NoAnswer(SplitnetError):
@@ -202,12 +246,29 @@ class _NoAnswer(SplitnetError):
         self.hop = hop
 
 
+class _Disagreement(SplitnetError):
+    """`hop` was sent something else than `before` says; `before` is `hop`: something else than the client says."""
+
+    def __init__(self, before: RouteHop, hop: RouteHop) -> None:
+        super().__init__()
+        self.before, self.hop = before, hop
+
+
+class _Outdated(SplitnetError):
+    """The row or the route is another one by now."""
+
+
 @dataclass
 class _Fetched:
-    """What the hops of a route have said about a row."""
+    """What the hops of a route have said about a row.
+
+    kept: outputs of the last hop. now: all its outputs that the session keeps by now.
+    """
 
     session: Session
     sent: SentRow
+    kept: Kept
+    now: Callable[[], Kept]
     receipts: list[Receipt] = field(default_factory=list[Receipt])
     _logs: dict[int, bytes] = field(default_factory=dict[int, bytes])  # by index of the hop
 
@@ -218,15 +279,16 @@ class _Fetched:
         return (*steps[:-1], steps[-1]._replace(length=self.sent.length - steps[-1].start))
 
     def is_outdated(self) -> bool:
-        """Whether the row or the route is another one by now."""
-        now = self.session.sent_row(self.sent.row, self.sent.length)
-        return now is None or (now.hops, now.payload) != (self.sent.hops, self.sent.payload)
+        """Whether the row or the route is another one by now, or a position was sent again."""
+        now, sent = self.session.sent_row(self.sent.row, self.sent.length), self.sent
+        same = now is not None and (now.hops, now.repairs, now.payload) == (sent.hops, sent.repairs, sent.payload)
+        return not same or not self.kept.items() <= self.now().items()
 
     def ask_receipts(self, model: str) -> None:
-        """Asks all hops, before one is chosen. Raises _NoAnswer."""
+        """Asks all hops, before one is chosen. Raises _NoAnswer, _Outdated."""
         asked = [(hop, self.session.ask(hop, AskReceipt, self.sent.row, self.sent.length)) for hop in self.sent.hops]
         for hop, answer in asked:
-            receipt = _answer_of(hop, answer, Receipt)
+            receipt = self._answer_of(hop, answer, Receipt, 2 * DIGEST * self.sent.length)
             try:
                 check_signature(model, hop.endpoint.key, hop.blocks, receipt)
                 facts = receipt.session, receipt.row, receipt.length, receipt.codec
@@ -234,18 +296,20 @@ class _Fetched:
                     raise ProtocolError("the receipt is of something else")
                 if receipt.weights != hop.weights:
                     raise ProtocolError(f"the receipt says {receipt.weights} weights, and the hop said {hop.weights}")
+                WeightsUsed.parse(receipt.weights)
             except ProtocolError as error:
                 raise _NoAnswer(hop, str(error)) from None
             self.receipts.append(receipt)
 
     def log(self, index: int) -> bytes:
-        """What a hop has sent on, as it was committed to. Raises _NoAnswer."""
+        """What a hop has sent on, as it was committed to. Raises _NoAnswer, _Outdated."""
         if index not in self._logs:
             hop, length = self.sent.hops[index], self.sent.length
             size = hop.codec.bytes_per_position(self.session.state.hidden_size)
             if length * size > MAX_PAYLOAD_BYTES:
                 raise SplitnetError(f"{length} positions are too many for one message")
-            answer = _answer_of(hop, self.session.ask(hop, FetchSent, self.sent.row, length), FetchedSent)
+            asked = self.session.ask(hop, FetchSent, self.sent.row, length)
+            answer = self._answer_of(hop, asked, FetchedSent, length * size)
             if answer.codec != hop.codec.code or len(answer.payload) != length * size:
                 raise _NoAnswer(hop, "its log has another size than its outputs")
             self._logs[index] = bytes(answer.payload)
@@ -253,15 +317,18 @@ class _Fetched:
                 raise _NoAnswer(hop, "its log is not what its receipt says")
         return self._logs[index]
 
-
-Answer = TypeVar("Answer", Receipt, FetchedSent)
-
-
-def _answer_of(hop: RouteHop, answer: Future[Message], kind: type[Answer]) -> Answer:
-    try:
-        message = answer.result(ANSWER_S)
-    except TimeoutError:
-        raise _NoAnswer(hop, f"within {ANSWER_S:.0f} s") from None
-    if not isinstance(message, kind):
-        raise _NoAnswer(hop, getattr(message, "text", "another answer"))
-    return message
+    def _answer_of(self, hop: RouteHop, answer: Future[Message], kind: type[Answer], size: int) -> Answer:
+        until, message = time.monotonic() + ANSWER_S + size / SLOWEST, None
+        while message is None:
+            try:
+                message = answer.result(LOOK_S)
+            except TimeoutError:
+                if self.is_outdated():  # the hop was replaced, or the session was closed
+                    raise _Outdated from None
+                if time.monotonic() > until:
+                    raise _NoAnswer(hop, f"within {ANSWER_S + size / SLOWEST:.0f} s") from None
+        if isinstance(message, Failure) and message.code == FailureCode.BUSY:
+            raise _Outdated  # replays and other audits have used up what the hop answers
+        if not isinstance(message, kind):
+            raise _NoAnswer(hop, getattr(message, "text", "another answer"))
+        return message
