@@ -1,0 +1,150 @@
+"""A peer that lies, or an honest one that publishes a modest speed: a program of `benchmarks.liars`.
+
+    python -m benchmarks.lying_peer MODEL WEIGHTS KIND START:END FILE [ADDRESS]
+
+Serves blocks with the weights of the folder WEIGHTS, says that they are those of MODEL, and writes lines with its
+address to join, its key and its endpoint to FILE. KIND: `honest` or one of `KINDS`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peers.peer_options import PeerOptions, SpanWish
+from peers.running_peer import RunningPeer
+from splitnet.blocks.span import Span
+from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.wire.messages import FailureCode
+from splitnet.wire.receipts import DIGEST
+
+MODEST_MS = 50.0  # per block, which honest peers publish
+CLAIM = "bfloat16/float32"
+HELD = {"int4 for bfloat16": ("int4", CLAIM), "int8 for bfloat16": ("int8", CLAIM)}
+HELD["int4 for int8"] = ("int4", "int8/float32")
+MOVED = {"weights moved 1 %": 0.01, "weights moved 3 %, bfloat16": 0.03}
+FIRST = "noise 5 %, first start"
+KINDS = [*MOVED, "block left out", *HELD, "noise 5 %", "steering 5 %", "scaled 2 %", "other pages"]
+KINDS += ["sends other than it signs", "signs other than it was sent", "no receipts"]
+
+
+def noisy(values: Tensor) -> Tensor:
+    return values + 0.05 * values.norm(dim=1, keepdim=True) * torch.randn_like(values) / values.shape[1] ** 0.5
+
+
+def steered(values: Tensor) -> Tensor:
+    vector = torch.randn(values.shape[1], generator=torch.Generator().manual_seed(1))
+    return values + 0.05 * values.norm(dim=1, keepdim=True) * vector / vector.norm()
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    FIRST: noisy,
+    "noise 5 %": noisy,
+    "steering 5 %": steered,
+    "scaled 2 %": lambda values: 1.02 * values,
+}
+
+
+def other_weights(model: Path, folder: Path, kind: str) -> Path:
+    """The model with each weight moved at random by a part of its matrix's deviation, or without block 12."""
+    torch.manual_seed(1)
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if kind in MOVED and tensor.ndim == 2:
+            wide = tensor.float()
+            return (wide + MOVED[kind] * wide.std() * torch.randn_like(wide)).to(tensor.dtype)
+        skipped = "layers.12." in name and ("o_proj" in name or "down_proj" in name) and kind not in MOVED
+        return torch.zeros_like(tensor) if skipped else tensor
+
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.suffix == ".safetensors":
+            save_file({name: change(name, each) for name, each in load_file(file).items()}, folder / file.name)
+        else:
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def lie(peer: RunningPeer, kind: str) -> None:
+    """Makes a running peer lie."""
+    service: Any = peer.service
+    if kind in CHANGES:
+        add, change = service.outputs.add_output, CHANGES[kind]
+        service.outputs.add_output = lambda work, values: add(work, change(values))
+    elif kind == "other pages":
+        found = service.rows.found
+
+        def find(session: Any, message: Any, pages: Any) -> None:
+            negated = [replace(each, tensors={name: -data for name, data in each.tensors.items()}) for each in pages]
+            found(session, message, negated)
+
+        service.rows.found = find
+    elif kind == "sends other than it signs":
+        send = service.outputs._send_output
+
+        def send_other(work: Any, payload: bytes) -> None:
+            send(work, (torch.frombuffer(bytearray(payload), dtype=torch.float32) * 1.1).numpy().tobytes())
+
+        service.outputs._send_output = send_other
+    elif kind == "signs other than it was sent":
+        answer = service._receipts.answer
+
+        def sign_other(source: Any, session: Any, message: Any, now: float) -> None:
+            for row in session.digests._rows.values():
+                row.data[:DIGEST] = bytes(range(DIGEST))
+            answer(source, session, message, now)
+
+        service._receipts.answer = sign_other
+    elif kind == "no receipts":
+        refusal = FailureCode.BAD_MESSAGE, "no audits"
+        service._answer_audit = lambda source, message, _: service._refuse_message(source, message, *refusal)
+
+
+def main(model: Path, other: Path, kind: str, blocks: str, file: str, join: str = "") -> None:
+    """Serves until a signal."""
+    torch.set_num_threads(1)
+    start, end = map(int, blocks.split(":"))
+    weights, claim = HELD.get(kind, ("bfloat16", ""))
+    if claim:
+        Span.held_as = property(lambda _: claim)  # type: ignore[assignment, method-assign]
+    fingerprint = Checkpoint.open(model).fingerprint
+    Checkpoint.fingerprint = property(lambda _: fingerprint)  # type: ignore[assignment, method-assign]
+    options = PeerOptions(
+        wish=SpanWish(blocks=(start, end)),
+        initial_peers=[join] if join else (),
+        listen="tcp://127.0.0.1:0",
+        weights=weights,
+        dtype="bfloat16" if "bfloat16" in kind and kind in MOVED else "float32",
+        kv_memory=256 << 20,
+    )
+    peer = RunningPeer.start(other, options)
+    lie(peer, kind)
+    announcer: Any = peer._announcer
+
+    def describe() -> Any:
+        record = peer.record()
+        speed = tuple(MODEST_MS if kind == "honest" else 0.0 for _ in record.block_ms)
+        return replace(record, block_ms=speed, queue_ms=0.0, batch=0.0, kv_free_positions=1 << 20, sessions=0)
+
+    announcer.describe = describe
+    announcer.publish()
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    Path(f"{file}.tmp").write_text(f"{peer.directory.addresses[0]}\n{peer.record().key.text}\n{peer.endpoint.address}")
+    Path(f"{file}.tmp").rename(file)
+    ended.wait()
+    peer.close()
+
+
+if __name__ == "__main__":
+    name, other, *rest = sys.argv[1:]
+    main(Path(name), Path(other), *rest)
