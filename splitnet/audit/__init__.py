@@ -1,1 +1,1 @@
-"""Audits: what hops were given is computed again, and compared with what they gave."""
+"""Audits: blocks of hops are computed again from the inputs of the hops, and the outputs compared."""

@@ -1,4 +1,4 @@
-"""The audits of a client: which peers are examined, what was found, and the files of evidence."""
+"""The audits of a client: the choice of peers, findings, and files of evidence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STRANGERS_RATE = 0.01
 """Part of the work of strangers that is computed again, if the caller gives no rate. VeriLLM (arXiv:2509.24257) costs
 about as much."""
 
-LINKS_OF_A_LIAR = 2  # A peer that disagrees with this many neighbours about what was sent is named
+LINKS_OF_A_LIAR = 2  # A peer that disagrees about sent positions with this many neighbours is named
 
 SUFFIX = ".evidence"
 
@@ -106,7 +106,7 @@ class Auditor:
         return (hop.name, hop.blocks, hop.weights, stored) not in self._known and self.audits(hop)
 
     def enqueue(self, job: Callable[[], None]) -> Future[None]:
-        """Runs a job behind all others, in a thread of its own. A closed auditor cancels it."""
+        """Runs a job after all earlier jobs, in the thread of audits. A closed auditor cancels it."""
         with self._lock:
             if self._closed:
                 (ended := Future[None]()).cancel()

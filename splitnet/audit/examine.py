@@ -21,7 +21,7 @@ OTHERS = dict.fromkeys(("bfloat16", "float16", "float32"), _FEWER) | {
     "int8": ("bfloat16", "int4"),
     "int4": ("bfloat16",),
 }
-"""Weights that a liar may hold in place of others."""
+"""Cheaper or similar weights that a liar may hold, by the claimed weights."""
 
 
 def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:

@@ -1,4 +1,4 @@
-"""A piece of a hop's work: what it was given and gave for the first positions of a row, and its receipt."""
+"""A piece of a hop's work: inputs and outputs for the first positions of a row, and the receipt of both."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Piece:
 
     @property
     def can_be_proven(self) -> bool:
-        """Whether others can check the piece: the receipt covers all that the outputs depend on."""
+        """Whether others can check the piece: the receipt covers all inputs of the computation."""
         return not self.adapter and not self.inputs and UNKNOWN not in received_digests(self.receipt)
 
     def hidden(self, size: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class Piece:
         return given, codec_by_code(sent_codec).decode(self.sent, count, size)
 
     def check(self) -> None:
-        """Raises ProtocolError: the receipt is not signed by the hop, or does not cover what it was given and gave."""
+        """Raises ProtocolError: the receipt is not signed by the hop, or is not of these inputs and outputs."""
         check_signature(self.model, self.key, self.blocks, self.receipt)
         given = row_digests(self.received, self.ranges)
         told = received_digests(self.receipt)[: self.length]

@@ -302,7 +302,7 @@ class _Fetched:
             self.receipts.append(receipt)
 
     def log(self, index: int) -> bytes:
-        """What a hop has sent on, as it was committed to. Raises _NoAnswer, _Outdated."""
+        """The outputs of a hop from its log, checked against its receipt. Raises _NoAnswer, _Outdated."""
         if index not in self._logs:
             hop, length = self.sent.hops[index], self.sent.length
             size = hop.codec.bytes_per_position(self.session.state.hidden_size)

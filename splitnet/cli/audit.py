@@ -15,11 +15,11 @@ def audit(
     model: Model,
     evidence: Annotated[Path, typer.Argument(metavar="FILE", help="File of evidence.", show_default=False)],
 ) -> None:
-    """Check evidence that a peer has not computed its blocks. Nobody is asked, and whoever gave the file need not be
-    trusted.
+    """Check evidence that a peer has not computed its blocks. The check asks no other machine, and the giver of the
+    file need not be trusted.
 
-    A client that audits peers (--audit) keeps evidence against a peer that it has named. The file holds what the peer
-    was given, what it gave, and its signature of both. This command computes the blocks again from the files of the
+    A client that audits peers (--audit) keeps evidence against a peer that it has named. The file holds the peer's
+    inputs, its outputs, and its signature of both. This command computes the blocks again from the files of the
     model, so they must be on this machine. It ends with an error if the file shows no lie.
     """
     from splitnet.audit.evidence import MAX_BYTES, read_piece

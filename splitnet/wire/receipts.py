@@ -1,6 +1,6 @@
-"""Receipts: what a hop commits to.
+"""Receipts: signed lists of digests, by which a hop commits to its inputs and outputs.
 
-For each position of a row a hop keeps a digest of what it has received and one of what it has sent. A `Receipt` is the
+For each position of a row a hop keeps a digest of its input and a digest of its output. A `Receipt` is the
 signed list of them. A client that fetches the activations themselves checks them against the receipts of the hops on
 both sides of a link, and computes a hop's blocks again (`splitnet/audit/`). The hop signs before it learns which blocks
 and positions are computed again. The idea of commitments to activations is from TOPLOC (arXiv:2501.16007); these are
@@ -17,8 +17,8 @@ from splitnet.wire.messages import Chunk, Payload, Receipt
 from splitnet.wire.sent_log import PAGE
 
 DIGEST = 16  # bytes of a digest
-UNKNOWN = bytes(DIGEST)  # for what was not received (stored pages) or not sent (outputs that the client does not want)
-RECORD = 2 * DIGEST  # bytes of a position: the digest of what was received, and of what was sent
+UNKNOWN = bytes(DIGEST)  # for inputs of stored pages, and for outputs that the client does not want
+RECORD = 2 * DIGEST  # bytes of a position: the digests of input and output
 
 
 def digests_of(payload: Payload, positions: int, rope_length: int) -> list[bytes]:
