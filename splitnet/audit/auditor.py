@@ -159,12 +159,12 @@ class Auditor:
         return PeerLied(f"{text}: ask again")
 
     def close(self) -> None:
-        """Ends all audits."""
+        """Ends all audits, after all sessions were closed."""
         with self._lock:
             worker, self._closed = self._worker, True
+        self._close()  # an examination under way fails
         if worker is not None:
-            worker.shutdown(wait=False, cancel_futures=True)
-        self._close()
+            worker.shutdown(cancel_futures=True)
 
     def _name(self, name: str, text: str) -> PeerLied:
         self.counts["lies"] += 1

@@ -37,6 +37,8 @@ class AuditProgram:
     def __init__(self, source: str) -> None:
         self._source = source
         self._running: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._lock = threading.Lock()  # of both
 
     def examine(self, piece: Piece) -> Verdict:
         """As `splitnet.audit.examine.examine`. Raises SplitnetError: the piece cannot be computed here."""
@@ -47,25 +49,36 @@ class AuditProgram:
                 if "error" in answer:
                     raise SplitnetError(answer["error"])
                 return Verdict(**answer)
-            self.close()
+            self._stop()
         raise SplitnetError("the program that computes audits was killed, perhaps because memory was short")
 
     def close(self) -> None:
-        """Ends the program. Any thread may call this."""
+        """Ends the program for good. Any thread may call this."""
+        with self._lock:
+            self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
         running, self._running = self._running, None
         if running is not None:
             running.kill()
             with suppress(OSError), running:
                 pass
 
-    def _ask(self, data: bytes) -> dict[str, Any] | None:
-        running = self._running = self._running or subprocess.Popen(
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, self._source],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # an interrupt at the terminal reaches only the client, which ends the program
         )
+
+    def _ask(self, data: bytes) -> dict[str, Any] | None:
+        with self._lock:
+            if self._closed:
+                raise SplitnetError("the client is closed")
+            running = self._running = self._running or self._start()
         assert running.stdin is not None and running.stdout is not None
         timer = threading.Timer(ANSWER_S, running.kill)
         timer.daemon = True

@@ -68,6 +68,8 @@ class Judge(Protocol):
 
     rate: float
 
+    def audits(self, hop: RouteHop) -> bool: ...
+
     def is_new(self, hop: RouteHop, stored: bool) -> bool: ...
 
     def enqueue(self, job: Callable[[], None]) -> Future[None]: ...
@@ -105,8 +107,9 @@ class SessionAudit:
         if len(self._kept[row]) >= MIN_POSITIONS and self._has_new(hops):
             self._begin(row, length, hops, self._is_new)
         elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * length):
-            chosen = int(random.random() * len(hops))
-            self._begin(row, length, hops, lambda hop: hop is hops[chosen])
+            chosen = random.choice(hops)
+            if self._judge.audits(chosen):
+                self._begin(row, length, hops, lambda hop: hop is chosen)
 
     def step_done(self, request: StepRequest) -> None:
         """Keeps the outputs of the last hop. Raises PeerLied."""

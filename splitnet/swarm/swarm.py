@@ -174,15 +174,15 @@ class Swarm(AbstractContextManager["Swarm"]):
         return peer_command(self.facts.source or self.facts.name, self.join_args, start, end)
 
     def at_close(self, end: Callable[[], None]) -> None:
-        """Calls `end` when the swarm is closed."""
+        """Calls `end` when the swarm is closed, after its sessions."""
         self._at_close.append(end)
 
     def close(self) -> None:
         """Closes all sessions and leaves the swarm."""
-        for end in self._at_close:
-            end()
         self.measurer.stop_measuring()
         self.links.close()
+        for end in self._at_close:
+            end()
         self.directory.close()
         self._peers.close()
         self.measurer.close()

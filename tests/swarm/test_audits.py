@@ -297,7 +297,10 @@ def test_honest_peers_are_never_named(codec: str, honest: LocalSwarm, auditors: 
         assert auditor.counts["audits"] >= 3 and not auditor.counts["lies"] + auditor.counts["disagreements"]
 
 
-def test_audits_are_off_for_peers_of_this_machine_unless_asked_for(honest: LocalSwarm, auditors: list[Auditor]) -> None:
+def test_audits_are_off_for_peers_of_this_machine_unless_asked_for(
+    honest: LocalSwarm, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitnet.audit.auditor.STRANGERS_RATE", 1e9)
     with fresh(honest) as swarm:
         swarm.model().generate(IDS, **OPTIONS)
         swarm.model(audit=0).generate(IDS, **OPTIONS)

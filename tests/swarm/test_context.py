@@ -17,6 +17,7 @@ from splitnet.directory.dht_directory import DhtDirectory
 from splitnet.errors import ContextTooLong, PeerBusy, TooLongForPeers
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve import generation
+from splitnet.wire.receipts import RECORD
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm, wait_until
 from tests.unit.serve.serving import GREEDY, TEMPLATE, Server
@@ -34,7 +35,7 @@ def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, node:
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     with local_swarm(folder, [(0, 6)], node=node) as swarm:
         span = swarm.peers[0].span
-        memory = int(POSITIONS * 9 / 8 * span.kv_bytes_per_position) + 20_000
+        memory = int(POSITIONS * 9 / 8 * (span.kv_bytes_per_position + RECORD)) + 20_000
         swarm.peers.pop().close()
         swarm.add(0, 6, kv_memory=memory, prefixes=False)
         assert POSITIONS <= swarm.peers[0].service.sessions.capacity < POSITIONS + 60

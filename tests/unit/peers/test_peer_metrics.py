@@ -89,7 +89,9 @@ def gateway_metrics() -> GatewayMetrics:
     kept: SessionCache[None] = SessionCache(KeepLimits(1, 100, 60.0), lambda _: None)
     kept.keep_session("me", [1, 2, 3], 8, None)
     generations: Any = SimpleNamespace(
-        model=SimpleNamespace(speculator=SimpleNamespace(counts=Counts(9, 6, 20, 8))), kept=kept, observer=None
+        model=SimpleNamespace(speculator=SimpleNamespace(counts=Counts(9, 6, 20, 8)), auditor=None),
+        kept=kept,
+        observer=None,
     )
     instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
     metrics.count_request("/health", "200", 0.01)
