@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -103,7 +103,7 @@ class Watched(Swarm):
 def client(model: Path, join: str, cache: Path, **options: Any) -> Iterator[tuple[Watched, Any]]:
     os.environ["SPLITNET_CACHE"] = str(cache)
     checkpoint = Checkpoint.open(model)
-    with Watched(ModelFacts.of(checkpoint), [join]) as swarm:
+    with closing(Watched(ModelFacts.of(checkpoint), [join])) as swarm:
         yield swarm, attach(checkpoint, swarm, codec="none", **options)
 
 
