@@ -39,7 +39,8 @@ class Receipts:
                 for offset in (0, DIGEST)
             )
             facts = message.row, message.length, session.codec.code, self.served.weights
-            receipt = Receipt(*ids, *facts, session.adapter is not None, b"", b"".join(halves))
+            adapted = session.adapter is not None or session.reads_inputs
+            receipt = Receipt(*ids, *facts, adapted, b"", b"".join(halves))
             said = signed_bytes(self.served.model, (session.start, session.end), receipt)
             self.outbox.send(source, replace(receipt, signature=self.sign(said)))
         elif message.length * session.log.bytes_per_position > MAX_PAYLOAD_BYTES:

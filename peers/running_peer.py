@@ -131,7 +131,8 @@ class SpanServer:
         counters: Counters,
         policy: KeyPolicy | None = None,
         tower: VisionTower | None = None,
-        sign: Callable[[bytes], bytes] | None = None,
+        *,
+        sign: Callable[[bytes], bytes],
     ) -> None:
         kv_memory, training_memory = options.kv_memory, options.training_memory
         if kv_memory is not None and kv_memory <= span.row_bytes != 0:
@@ -683,8 +684,8 @@ class RunningPeer:
 
     def _server_of(self, span: Span, speed: ObservedSpeed) -> SpanServer:
         links = self._outbox, self._next_hops
-        about = self._options, self.counters, self._policy, self._tower, self.identity.sign
-        return SpanServer(self.checkpoint, span, speed, *links, *about)
+        about = self._options, self.counters, self._policy, self._tower
+        return SpanServer(self.checkpoint, span, speed, *links, *about, sign=self.identity.sign)
 
     def _go_on(self, *_: object) -> None:
         if self._leaving.is_set():

@@ -39,7 +39,7 @@ from scheduler.batching import Load
 from scheduler.liveness import CLIENT_LOST_S
 from splitnet.blocks.vision import VisionTower
 from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
-from splitnet.security.identity import Identity, PublicKey
+from splitnet.security.identity import PublicKey
 from splitnet.wire.codecs import codec_by_code
 from splitnet.wire.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.wire.messages import (
@@ -83,7 +83,7 @@ class SessionService:
     """The sessions of a peer. Thread-safe.
 
     training_memory: bytes of memory for clients that train. reach_s: see `HopConnector`. tower: reads images; None:
-    the peer reads none. sign: see `Receipts`; None: with a new key.
+    the peer reads none. sign: see `Receipts`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SessionService:
         counters: Counters | None = None,
         policy: KeyPolicy | None = None,
         tower: VisionTower | None = None,
-        sign: Callable[[bytes], bytes] | None = None,
+        sign: Callable[[bytes], bytes],
     ) -> None:
         self.served = served
         self.tower = tower
@@ -116,7 +116,7 @@ class SessionService:
         self._lock = threading.RLock()
         self.rows = Rows(served, sessions, self._policy.keys, queue, self._lock)
         self.outputs = HopOutputs(outbox, self._lock, served.num_blocks)
-        self._receipts = Receipts(served, outbox, sign or Identity.generate().sign)
+        self._receipts = Receipts(served, outbox, sign)
         self._hops = HopConnector(outbox, next_hops, reach_s, self.rows.held_positions)
         memory, facts = self.training_memory, (served.hidden_size, served.max_positions)
         self.training = Training(queue, outbox, self.outputs, memory, self._lock, self.counters, *facts)
@@ -369,6 +369,7 @@ class SessionService:
                     f"the step begins at block {message.boundary}, the session at block {session.start}"
                 )
             total = self.served.check_step(session, message)
+            session.reads_inputs |= bool(message.inputs)
             self._policy.spend_positions(session.owner, total, now)
             work = Work(session, message, total, now, namespace=session.namespace)
             if (taps := session.route_state.taps) is not None and not message.replay_until:

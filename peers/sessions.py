@@ -193,6 +193,7 @@ class HopSession:
     done: int = 0  # number of positions computed so far, of steps and passes
     adapter: AdapterTensors | None = None  # the client's parameters for these blocks
     namespace: PageNamespace = NOWHERE  # namespace of the pages that new rows leave
+    reads_inputs: bool = False  # a step had block inputs
     digests: SentLog = field(default_factory=lambda: SentLog(0, RECORD))  # see `splitnet.wire.receipts`
     closed: bool = False
     resent: float = 0.0  # number of replays and answers to `FetchKV`, less one for every `RESEND_S` that passed

@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from ipaddress import ip_address
 from math import inf
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from splitnet.session.failover import RouteHop
 from splitnet.session.inference import Session
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.swarm import Swarm
-from splitnet.wire.endpoints import host_and_port
+from splitnet.wire.endpoints import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,7 @@ class Auditor:
     """Examines the work of peers for all sessions of a client. Thread-safe.
 
     Args:
-        rate: part of the work that is computed again; 0: only peers that are new to the client are examined. None:
-            `STRANGERS_RATE`, for peers on other machines.
+        rate: part of the work that is computed again. None: `STRANGERS_RATE`, for peers on other machines.
         examine: computes a piece again, see `splitnet.audit.examine.examine`.
         folder: of files of evidence. Peers with evidence here are not used.
         close: frees what `examine` uses.
@@ -77,7 +75,7 @@ class Auditor:
         rate: float | None,
         examine: Callable[[Piece], Verdict],
         folder: Path,
-        close: Callable[[], None] = lambda: None,
+        close: Callable[[], None],
     ) -> None:
         self.rate = STRANGERS_RATE if rate is None else rate
         self.counts: Counter[str] = Counter()  # of audits, audited_positions, lies and disagreements
@@ -99,7 +97,7 @@ class Auditor:
 
     def audits(self, hop: RouteHop) -> bool:
         """Whether a peer is examined at all."""
-        return self._here_too or not ip_address(host_and_port(hop.endpoint.address)[0]).is_loopback
+        return self._here_too or not is_loopback(hop.endpoint.address)
 
     def is_new(self, hop: RouteHop, stored: bool) -> bool:
         """Whether a hop with its blocks and weights was not examined yet; with `stored` behind stored pages."""

@@ -79,8 +79,10 @@ class Piece:
 
     @property
     def can_be_proven(self) -> bool:
-        """Whether others can check the piece: the receipt covers all inputs of the computation."""
-        return not self.adapter and not self.inputs and UNKNOWN not in received_digests(self.receipt)
+        """Whether others can check the piece: the receipt covers all inputs of the computation, and nobody has picked
+        the outputs."""
+        covered = not self.receipt.adapted and UNKNOWN not in received_digests(self.receipt)
+        return covered and self.positions[-1] - self.positions[0] < len(self.positions)
 
     def hidden(self, size: int) -> tuple[Tensor, Tensor]:
         """What the hop was given, `[length, hidden]`, and its known outputs, `[positions, hidden]`, float32. Raises

@@ -44,7 +44,7 @@ from splitnet.wire.messages import (
     Message,
     Receipt,
 )
-from splitnet.wire.receipts import DIGEST, UNKNOWN, digests_of
+from splitnet.wire.receipts import DIGEST, UNKNOWN
 from splitnet.wire.sent_log import PAGE
 
 log = logging.getLogger(__name__)
@@ -227,9 +227,6 @@ class SessionAudit:
             positions = tuple(position for position in sorted(kept) if signed[position] != UNKNOWN)
             if not sent.repairs and len(positions) < len(kept):
                 raise _NoAnswer(hop, "its receipt lacks outputs that it gave")
-            ropes = [each.rope_length for each in fetched.ranges for _ in range(each.length)]
-            if any([signed[position]] != digests_of(kept[position], 1, ropes[position]) for position in positions):
-                raise _NoAnswer(hop, "its receipt is of other outputs than it gave")
             outputs = b"".join(kept[position] for position in positions)
         else:
             positions, outputs = tuple(range(sent.length)), fetched.log(index)
@@ -240,7 +237,12 @@ class SessionAudit:
         size = codec_by_code(sent.codec).bytes_per_position(self._hidden_size)
         inputs = tuple((step.inputs, step.payload[size * step.parts[0].length :]) for step in sent.steps)
         known = positions, outputs, tuple(parts), inputs if any(given for given, _ in inputs) else ()
-        return Piece(self._model, hop.endpoint.key, hop.blocks, receipt, fetched.ranges, codec, given, *known)
+        piece = Piece(self._model, hop.endpoint.key, hop.blocks, receipt, fetched.ranges, codec, given, *known)
+        try:
+            piece.check()
+        except ProtocolError as error:
+            raise _NoAnswer(hop, str(error)) from None
+        return piece
 
 
 class _NoAnswer(SplitnetError):

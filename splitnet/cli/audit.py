@@ -32,12 +32,12 @@ def audit(
     except OSError as error:
         raise SplitnetError(f"{evidence} cannot be read ({error.strerror}): give a file of evidence") from None
     piece = read_piece(data)
-    verdict = examine(Checkpoint.open(model), piece)
     if not piece.can_be_proven:
         raise SplitnetError(
-            "the receipt does not cover all that the outputs depend on (an adapter, images, or stored pages), so the "
-            "file proves nothing"
+            "the receipt does not cover all that the outputs depend on (an adapter, images, or stored pages), or "
+            "outputs were picked, so the file proves nothing"
         )
+    verdict = examine(Checkpoint.open(model), piece)
     (start, end), weights = piece.blocks, piece.receipt.weights
     what = f"blocks {start}..{end - 1} with {weights} weights at {len(piece.positions)} positions"
     if verdict.honest:

@@ -26,14 +26,7 @@ _FACTORS = tuple(1.15 - step / 20 for step in range(13))  # scales that are trie
 LEAST_LENGTH = 16  # positions of a sequence of the text
 MOST_POSITIONS = 1 << 20  # positions of the text
 GROUPS = (16, 32, 64, 128)  # sizes of groups that other programs read, too
-BITS: tuple[int, ...] = (
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-)  # of weights, if not all have the same bits; layers hold these without padding
+BITS = (2, 3, 4, 5, 6, 8)  # of weights, if not all have the same bits; layers hold these without padding
 
 
 def sequence_lengths(positions: int, length: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ side tries these ports.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,7 +22,7 @@ from typing import NamedTuple
 from splitnet.limits import Places
 from splitnet.nat.relay_messages import Joined
 from splitnet.nat.stream import STREAM_ERRORS, dial, end_all, listening
-from splitnet.wire.endpoints import address_of, host_and_port
+from splitnet.wire.endpoints import address_of, host_and_port, is_loopback
 
 PUNCH_S = 3.0  # how long both sides try
 GUESS_S = 0.5  # time after which guessed ports are tried, too; most routers need no guess
@@ -67,7 +66,7 @@ def attempts_of(own: str, joined: Joined) -> list[ConnectAttempt]:
     found = [joined.seen]
     if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
         found.insert(0, joined.here)
-    found = [each for each in dict.fromkeys(found) if each and each != own and _is_local(each) <= _is_local(own)]
+    found = [each for each in dict.fromkeys(found) if each and each != own and is_loopback(each) <= is_loopback(own)]
     tried = [ConnectAttempt((host, port), each) for each in found]
     if joined.seen not in found or joined.you == own or joined.seen == joined.here:  # one side has no router
         return tried
@@ -87,10 +86,6 @@ def attempts_of(own: str, joined: Joined) -> list[ConnectAttempt]:
 def _keeps(address: str, port: int) -> bool:
     """Whether a router has left a port unchanged, and two higher ports exist."""
     return bool(address) and host_and_port(address)[1] == port <= 65533
-
-
-def _is_local(address: str) -> bool:
-    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` refuses IPv4-mapped addresses
 
 
 async def punch(

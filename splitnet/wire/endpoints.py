@@ -38,6 +38,11 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def is_loopback(address: str) -> bool:
+    """Whether the IP of `tcp://IP:port` is of this machine alone."""
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` refuses IPv4-mapped addresses
+
+
 def address_of(name: tuple[str, int]) -> str:
     """`tcp://IP:port` for a name from `getsockname` or `getpeername`; an IPv4-mapped IPv6 address becomes IPv4."""
     host, port = name[0].partition("%")[0], name[1]

@@ -749,7 +749,7 @@ class Receipt(_Numbered):
     length: int = wire_field(uint(MAX_RECEIPT))
     codec: int = wire_field(uint(255))  # of what the hop sent
     weights: str = wire_field(text(64))  # as in `Opened`
-    adapted: bool = wire_field(flag)  # whether the blocks run with an adapter of the client
+    adapted: bool = wire_field(flag)  # whether outputs depend on an adapter or on block inputs, too
     signature: bytes = wire_field(blob(SIGNATURE_BYTES))
     payload: Payload = b""
 

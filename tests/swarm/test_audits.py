@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lying_peer import lie
 from peers.running_peer import RunningPeer
 from splitnet.audit.auditor import SUFFIX, Auditor, evidence_folder
 from splitnet.audit.evidence import read_piece
@@ -24,8 +24,6 @@ from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.audit import audit as check_evidence
 from splitnet.errors import PeerLied
 from splitnet.swarm.swarm import Event
-from splitnet.wire.messages import FailureCode
-from splitnet.wire.receipts import DIGEST
 from splitnet.wire.sent_log import PAGE
 from tests.swarm.generation import GREEDY, Collector
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -108,15 +106,6 @@ def changes(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
     return start
 
 
-def noise(values: torch.Tensor) -> torch.Tensor:
-    return values + 0.05 * values.norm(dim=1, keepdim=True) * torch.randn_like(values) / values.shape[1] ** 0.5
-
-
-def steered(values: torch.Tensor) -> torch.Tensor:
-    vector = torch.randn(values.shape[1], generator=torch.Generator().manual_seed(1))
-    return values + 0.1 * values.norm(dim=1, keepdim=True) * vector / vector.norm()
-
-
 def of_weights(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Lie:
     """A peer with other weights that says that they are those of the model."""
 
@@ -150,66 +139,34 @@ def in_few_bits(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> RunningPe
     return swarm.add(*SPANS[1], weights="int4", dtype="float32")
 
 
-def of_other_pages(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> RunningPeer:
-    """A peer that begins rows with the keys and values of another text."""
-    peer = swarm.add(*SPANS[1], dtype="float32")
-    rows: Any = peer.service.rows
-    found = rows.found
+def of_kind(kind: str, span: tuple[int, int]) -> Lie:
+    """A peer that lies as in `benchmarks.lying_peer`."""
 
-    def lie(session: Any, message: Any, pages: Any) -> None:
-        changed = [replace(each, tensors={n: -t for n, t in each.tensors.items()}) for each in pages]
-        found(session, message, changed)
+    def start(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> RunningPeer:
+        peer = swarm.add(*span, dtype="float32")
+        lie(peer, kind)
+        return peer
 
-    rows.found = lie
-    return peer
-
-
-def sends_other_than_it_signs(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> RunningPeer:
-    """A peer that would have its honest neighbour blamed: it sends on other activations than it logs and signs."""
-    peer = swarm.add(*SPANS[1], dtype="float32")
-    outputs: Any = peer.service.outputs
-    send = outputs._send_output
-
-    def lie(work: Any, payload: bytes) -> None:
-        values = torch.frombuffer(bytearray(payload), dtype=torch.float32)
-        send(work, (values * 1.1).numpy().tobytes())
-
-    outputs._send_output = lie
-    return peer
-
-
-def signs_other_than_it_was_sent(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> RunningPeer:
-    """The first hop, which says that the client has sent something else."""
-    peer = swarm.add(*SPANS[0], dtype="float32")
-    receipts: Any = peer.service._receipts
-    answer = receipts.answer
-
-    def lie(source: Any, session: Any, message: Any, now: float) -> None:
-        for row in session.digests._rows.values():
-            row.data[:DIGEST] = bytes(range(DIGEST))
-        answer(source, session, message, now)
-
-    receipts.answer = lie
-    return peer
+    return start
 
 
 LIES: dict[str, Lie] = {
-    "noise": changes(noise),
-    "steering": changes(steered),
-    "scaled": changes(lambda values: 1.02 * values),
+    "noise": of_kind("noise 5 %", SPANS[1]),
+    "steering": of_kind("steering 5 %", SPANS[1]),
+    "scaled": of_kind("scaled 2 %", SPANS[1]),
     "swapped": changes(lambda values: values.flip(0)),
     "zeros": changes(torch.zeros_like),
     "another fine-tune": of_weights(moved),
     "a block left out": of_weights(without_a_block),
     "int4": in_few_bits,
-    "first hop": signs_other_than_it_was_sent,
+    "first hop": of_kind("signs other than it was sent", SPANS[0]),
 }
 
 
-@pytest.mark.default_cases(lie=("noise", "int4", "another fine-tune", "first hop"))
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.default_cases(kind=("noise", "int4", "another fine-tune", "first hop"))
+@pytest.mark.parametrize("kind", LIES)
 def test_a_liar_is_named_and_the_answer_is_right(
-    lie: str,
+    kind: str,
     honest: LocalSwarm,
     local: Any,
     auditors: list[Auditor],
@@ -217,14 +174,14 @@ def test_a_liar_is_named_and_the_answer_is_right(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with fresh(honest) as swarm:
-        liar = LIES[lie](swarm, monkeypatch)
+        liar = LIES[kind](swarm, monkeypatch)
         claim(liar, 0.0)
         model = swarm.model(audit=ONCE)
         assert torch.equal(model.generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
         name = liar.record().key.text
         assert auditors[0].counts["lies"] == 1 and is_banned(swarm, liar)
         assert lied(swarm)
-        if lie != "first hop":
+        if kind != "first hop":
             checkpoint = Checkpoint.open(swarm.folder)
             file = evidence_folder(checkpoint.fingerprint) / f"{name}{SUFFIX}"
             assert not examine(checkpoint, read_piece(file.read_bytes())).honest
@@ -239,7 +196,7 @@ def test_false_pages_are_found(
     honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fresh(honest) as swarm:
-        liar = of_other_pages(swarm, monkeypatch)
+        liar = of_kind("other pages", SPANS[1])(swarm, monkeypatch)
         claim(liar, 0.0)
         model = swarm.model(audit=ONCE)
         expected = local.generate(IDS, **OPTIONS)
@@ -252,7 +209,7 @@ def test_a_false_link_is_left(
     honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fresh(honest) as swarm:
-        liar = sends_other_than_it_signs(swarm, monkeypatch)
+        liar = of_kind("sends other than it signs", SPANS[1])(swarm, monkeypatch)
         spare = swarm.add(*SPANS[2], dtype="float32")  # a second neighbour
         for peer in (liar, spare):
             claim(peer, 0.0)
@@ -265,11 +222,8 @@ def test_a_peer_without_receipts_is_replaced(
     honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fresh(honest) as swarm:
-        silent = swarm.add(*SPANS[1], dtype="float32")
+        silent = of_kind("no receipts", SPANS[1])(swarm, monkeypatch)
         claim(silent, 0.0)
-        service: Any = silent.service
-        refusal = FailureCode.BAD_MESSAGE, "no audits"
-        service._answer_audit = lambda source, message, _: service._refuse_message(source, message, *refusal)
         assert torch.equal(swarm.model(audit=ONCE).generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
         assert is_banned(swarm, silent) and not auditors[0].counts["lies"]
 

@@ -33,6 +33,7 @@ def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Pa
             NextHops(outbox),
             PeerOptions(kv_memory=kv_memory, training_memory=0),
             Counters(),
+            sign=bytes,
         )
 
     with pytest.raises(OutOfMemory, match=r"blocks 0:3 .*--kv-memory"):

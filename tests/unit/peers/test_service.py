@@ -175,6 +175,7 @@ class Peer:
             NextHops(self.outbox),  # pyright: ignore[reportArgumentType]
             reach_s=REACH_S,
             policy=self.policy,
+            sign=Identity.generate().sign,
         )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:

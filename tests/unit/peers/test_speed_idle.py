@@ -45,6 +45,7 @@ def server_of(checkpoint: Checkpoint, span: Span) -> SpanServer:
         NextHops(outbox),
         PeerOptions(kv_memory=1 << 20, training_memory=0),
         Counters(),
+        sign=bytes,
     )
 
 

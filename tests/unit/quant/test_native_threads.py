@@ -60,6 +60,7 @@ server = SpanServer(
     NextHops(outbox),
     PeerOptions(kv_memory=1 << 20, training_memory=0),
     Counters(),
+    sign=bytes,
 )
 server.engine.start()
 ran = threading.Event()
