@@ -116,7 +116,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         "splitnet compress Qwen/Qwen3-8B --output qwen3-8b-4-bits",
         "splitnet compress ./my-model --bits 3 --text chats.txt --output my-model-3-bits",
     ),
-    audit: ("splitnet audit Qwen/Qwen3-8B sn1....evidence",),
+    audit: (
+        "splitnet audit Qwen/Qwen3-8B sn1....evidence",
+        "splitnet audit ./llama.gguf ~/.cache/splitnet/audits/.../sn1....evidence",
+    ),
     demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
     simulate: ("splitnet simulate --peers 200 --clients 200", "splitnet simulate --scenario heavy --against all"),
 }

@@ -16,7 +16,9 @@ def test_the_best_bits_are_those_of_all_combinations(mean: float) -> None:
     torch.manual_seed(0)
     for _ in range(20):
         sizes = torch.randint(1, 50, (4,)).tolist()
-        errors = [dict(zip(BITS, sorted(torch.rand(len(BITS)).tolist(), reverse=True), strict=True)) for _ in sizes]
+        errors: list[dict[int, float]] = [
+            dict(zip(BITS, sorted(torch.rand(len(BITS)).tolist(), reverse=True), strict=True)) for _ in sizes
+        ]
 
         def error(bits: tuple[int, ...], errors: list[dict[int, float]] = errors) -> float:
             return sum(each[some] for each, some in zip(errors, bits, strict=True))
