@@ -891,8 +891,8 @@ class SessionState:
     @property
     def _opening(self) -> list[Endpoint]:
         """Hops that have not answered their `Open`. Unreachable peers are left out: the client may still be
-        looking for a way to them."""
-        return [each for each in self._asked if not each.hidden] if self.phase is Phase.OPENING else []
+        looking for a way to them. Any thread may ask, see `wake_at`."""
+        return [each for each in list(self._asked) if not each.hidden] if self.phase is Phase.OPENING else []
 
     @property
     def _silence_s(self) -> float:
