@@ -11,13 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 
-from splitnet.audit.comparison import Verdict
 from splitnet.audit.evidence import write_piece
+from splitnet.audit.other_peers import OtherPeers
 from splitnet.audit.piece import Piece
 from splitnet.audit.program import AuditProgram
 from splitnet.audit.session_audit import SessionAudit
+from splitnet.blocks.model_sizes import expert_share
 from splitnet.checkpoint.checkpoint import Checkpoint
-from splitnet.errors import PeerLied, SplitnetError
+from splitnet.errors import PeerLied
 from splitnet.paths import cache_folder, keep_file
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import Session
@@ -37,21 +38,22 @@ SUFFIX = ".evidence"
 
 
 def auditor_for(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions) -> Auditor | None:
-    """The auditor that the options ask for; None: no audits. Raises SplitnetError: they ask for audits, and the weights
-    are not on this machine."""
-    if options.audit == 0 or (not (has_weights := Path(checkpoint.source).exists()) and options.audit is None):
+    """The auditor that the options ask for; None: no audits. Raises KeyFileError: the list of auditors is unusable."""
+    known = options.swarm_key is not None or options.trusted_peers is not None
+    if options.audit == 0 or (options.audit is None and options.auditors is None and known):
         return None
-    if not has_weights:
-        raise SplitnetError(
-            f"audits compute blocks of {checkpoint.name} again, so its weights must be here: download the model and "
-            "give its folder, or give audit 0"
-        )
-    if options.audit is None and (options.swarm_key is not None or options.trusted_peers is not None):
-        return None
-    program = AuditProgram(checkpoint.source)
-    auditor = Auditor(swarm, options.audit, program.examine, evidence_folder(checkpoint.fingerprint), program.close)
+    examiner: AuditProgram | OtherPeers
+    if options.auditors is None and weights_are_here(checkpoint):
+        examiner = AuditProgram(checkpoint.source)
+    else:
+        examiner = OtherPeers(swarm, options, routed=expert_share(checkpoint.config) < 1)
+    auditor = Auditor(swarm, options.audit, examiner, evidence_folder(checkpoint.fingerprint))
     swarm.at_close(auditor.close)
     return auditor
+
+
+def weights_are_here(checkpoint: Checkpoint) -> bool:
+    return Path(checkpoint.source).exists()
 
 
 def evidence_folder(model: str) -> Path:
@@ -64,22 +66,21 @@ class Auditor:
 
     Args:
         rate: part of the work that is computed again. None: `STRANGERS_RATE`, for peers on other machines.
-        examine: computes a piece again, see `splitnet.audit.examine.examine`.
+        examiner: computes pieces again.
         folder: of files of evidence. Peers with evidence here are not used.
-        close: frees what `examine` uses.
     """
 
     def __init__(
         self,
         swarm: Swarm,
         rate: float | None,
-        examine: Callable[[Piece], Verdict],
+        examiner: AuditProgram | OtherPeers,
         folder: Path,
-        close: Callable[[], None],
     ) -> None:
         self.rate = STRANGERS_RATE if rate is None else rate
+        self.most_positions = examiner.MOST_POSITIONS
         self.counts: Counter[str] = Counter()  # of audits, audited_positions, lies and disagreements
-        self._swarm, self._examine, self._folder, self._close = swarm, examine, folder, close
+        self._swarm, self._examiner, self._folder = swarm, examiner, folder
         self._here_too = rate is not None
         self._lock = threading.Lock()
         # Examined hops: name, blocks, weights, and whether the row began with stored pages.
@@ -116,7 +117,7 @@ class Auditor:
     def judge(self, hop: RouteHop, stored: bool, piece: Piece) -> PeerLied | None:
         """Computes a piece again. Returns the error that names the hop if it has lied. Raises SplitnetError: the piece
         cannot be computed here."""
-        verdict = self._examine(piece)
+        verdict = self._examiner.examine(piece)
         self.counts["audits"] += 1
         self.counts["audited_positions"] += piece.length
         told = hop.endpoint.address, *hop.blocks, piece.length, verdict.margin
@@ -124,8 +125,10 @@ class Auditor:
         if verdict.honest:
             self._known.add((hop.name, hop.blocks, hop.weights, stored))
             return None
-        evidence = ""
-        if piece.can_be_proven:
+        evidence, right = "", "those of two other peers"
+        if isinstance(self._examiner, AuditProgram):
+            right = "the right ones"
+        if isinstance(self._examiner, AuditProgram) and piece.can_be_proven:
             file = self._folder / f"{hop.name}{SUFFIX}"
             keep_file(file, write_piece(piece), "evidence against a peer")
             evidence = f"; {shlex.join(('splitnet', 'audit', self._swarm.facts.source, str(file)))} shows it"
@@ -133,7 +136,7 @@ class Auditor:
         return self._name(
             hop.name,
             f"the peer at {hop.endpoint.address} has not computed blocks {start}..{end - 1} with {hop.weights} "
-            f"weights: its outputs differ from the right ones {verdict.margin:.3g} times as much as honest outputs may "
+            f"weights: its outputs differ from {right} {verdict.margin:.3g} times as much as honest outputs may "
             f"(by {verdict.reason}){evidence}",
         )
 
@@ -160,7 +163,7 @@ class Auditor:
         """Ends all audits, after all sessions were closed."""
         with self._lock:
             worker, self._closed = self._worker, True
-        self._close()  # an examination under way fails
+        self._examiner.close()  # an examination under way fails
         if worker is not None:
             worker.shutdown(cancel_futures=True)
 

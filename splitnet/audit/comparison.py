@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from splitnet.errors import SplitnetError
 from splitnet.wire.codecs import Codec
 
 DISTANCE, DISTANCE_ROUTED, WORST, SHARE = 2.5, 6.0, 12.0, 0.5
@@ -38,6 +39,9 @@ relative rounding counts."""
 FLOOR = 2.0**-10
 """Rounding relative to the change that a span makes, if blocks compute in float32: integer kernels round activations to
 2^-15 of their largest number, which was seen to grow to 2^-10.4 through ten blocks."""
+FLOOR_OF_HALF = 2.0**-6
+"""The same if blocks compute in half precision, and the auditor has no weights to measure it: 2^-6.6 was seen between
+two kernels after ten blocks (docs/audits.md)."""
 EPSILON = 2.0**-22  # rounding relative to the output itself, which may be much larger than the change
 MIN_POSITIONS = 8
 _TINY = 1e-100  # for divisions of nothing by nothing
@@ -67,6 +71,9 @@ class Verdict:
         return not self.reason
 
 
+EQUAL = Verdict(0.0, 0.0, {}, "", 0.0)  # of the same bytes
+
+
 def coarse_type(claimed: str) -> torch.dtype | None:
     """The type to compute `coarse` in for weights and a type such as `int8/float32`, or None: `FLOOR` is enough.
 
@@ -87,6 +94,7 @@ def judge(
     codec: Codec,
     *,
     routed: bool = False,
+    floor: float = FLOOR,
 ) -> Verdict:
     """Compares a peer's output of one span with the auditor's.
 
@@ -100,6 +108,7 @@ def judge(
         codec: encoded the outputs.
         routed: whether the blocks choose experts: rounding changes this choice for some positions, which then differ
             as much as those of a liar, so that the worst position is not judged.
+        floor: least rounding, relative to the change that the span makes.
 
     Raises ValueError if the shapes differ, there are too few positions, or the auditor's results are not finite.
     """
@@ -115,7 +124,7 @@ def judge(
     coded = codec.decode(codec.encode(expected.float()), *expected.shape).double() - expected
     rounded = torch.zeros_like(expected) if coarse is None else coarse.double() - expected
     squares = rounded.square().sum(1) + coded.square().sum(1)
-    noise = (squares + (FLOOR * change + EPSILON * expected.norm(dim=1)).square()).sqrt()
+    noise = (squares + (floor * change + EPSILON * expected.norm(dim=1)).square()).sqrt()
     noise = noise.maximum((noise / change).quantile(QUANTILE_ROUTED if routed else QUANTILE) * change)
     distances = error.norm(dim=1) / noise
     distance, worst = float(distances.median()), float(distances.max())
@@ -131,6 +140,32 @@ def judge(
             values[name] = shares[name] / SHARE
     reason = max(values, key=lambda each: values[each])
     return Verdict(distance, worst, shares, "" if values[reason] <= 1 else reason, values[reason])
+
+
+def judge_all(
+    inputs: Tensor,
+    outputs: Tensor,
+    expected: Tensor,
+    coarse: Tensor | None,
+    alternatives: Mapping[str, Tensor],
+    codec: Codec,
+    *,
+    routed: bool,
+    floor: float = FLOOR,
+) -> Verdict:
+    """As `judge`, for each `MIN_POSITIONS` positions; the verdict with the largest margin. Raises SplitnetError in
+    place of ValueError."""
+    verdicts: list[Verdict] = []
+    for first in range(0, max(1, len(outputs)), MIN_POSITIONS):
+        within = slice(max(0, min(first, len(outputs) - MIN_POSITIONS)), first + MIN_POSITIONS)
+        rounded = None if coarse is None else coarse[within]
+        others = {name: each[within] for name, each in alternatives.items()}
+        facts = inputs[within], outputs[within], expected[within], rounded, others, codec
+        try:
+            verdicts.append(judge(*facts, routed=routed, floor=floor))
+        except ValueError as error:
+            raise SplitnetError(str(error)) from None
+    return max(verdicts, key=lambda verdict: verdict.margin)
 
 
 def _shares(error: Tensor, away: Tensor) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from splitnet.audit.comparison import MIN_POSITIONS, Verdict, coarse_type, judge
+from splitnet.audit.comparison import EQUAL, MIN_POSITIONS, Verdict, coarse_type, judge_all
 from splitnet.audit.piece import Piece, WeightsUsed
 from splitnet.audit.recompute import compute_again
 from splitnet.blocks.model_sizes import expert_share
@@ -49,7 +47,7 @@ def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:
         codec = codec_by_code(piece.receipt.codec)
         claimed = compute_again(checkpoint, piece, given, used, STEP)[at]
         if codec.encode(claimed) == piece.sent:  # the usual case for steps on processors with the same kernels
-            return Verdict(0.0, 0.0, {}, "", 0.0)
+            return EQUAL
         expected = claimed if used == exact else compute_again(checkpoint, piece, given, exact, STEP)[at]
         coarse = None
         if half is not None:
@@ -58,15 +56,4 @@ def examine(checkpoint: Checkpoint, piece: Piece) -> Verdict:
             other: compute_again(checkpoint, piece, given, exact._replace(weights=other), STEP)[at]
             for other in OTHERS.get(kind, ())
         }
-        verdicts: list[Verdict] = []
-        for first in range(0, count, MIN_POSITIONS):
-            within = slice(min(first, count - MIN_POSITIONS), min(first, count - MIN_POSITIONS) + MIN_POSITIONS)
-            rounded = None if coarse is None else coarse[within]
-            cheaper = {name: each[within] for name, each in others.items()}
-            facts = given[at][within], sent[within], expected[within], rounded, cheaper, codec
-            try:
-                verdicts.append(judge(*facts, routed=routed))
-            except ValueError as error:
-                raise SplitnetError(str(error)) from None
-    worst = max(verdicts, key=lambda verdict: verdict.margin)
-    return replace(worst, shares=dict(worst.shares))
+        return judge_all(given[at], sent, expected, coarse, others, codec, routed=routed)

@@ -34,6 +34,8 @@ class AuditProgram:
     source: folder or file of the model.
     """
 
+    MOST_POSITIONS = 4096  # of a piece
+
     def __init__(self, source: str) -> None:
         self._source = source
         self._running: subprocess.Popen[bytes] | None = None

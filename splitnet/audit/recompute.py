@@ -30,8 +30,7 @@ def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: We
         SplitnetError: the blocks cannot be computed here.
     """
     start, end = piece.blocks
-    tensors = {name: tensor for part in piece.adapter for name, tensor in read_tensors(part).items()}
-    adapter = AdapterTensors(tensors) if tensors else None
+    adapter = adapter_of(piece)
     try:
         for block in range(start, end):
             hidden = _run(checkpoint, piece, hidden, used, most, (block, block + 1), adapter)
@@ -40,6 +39,12 @@ def compute_again(checkpoint: Checkpoint, piece: Piece, hidden: Tensor, used: We
         if end == start + 1:
             raise
         return _run(checkpoint, piece, hidden, used, most, (start, end), adapter)
+
+
+def adapter_of(piece: Piece) -> AdapterTensors | None:
+    """Raises ProtocolError: the tensors are malformed."""
+    tensors = {name: tensor for part in piece.adapter for name, tensor in read_tensors(part).items()}
+    return AdapterTensors(tensors) if tensors else None
 
 
 def _run(

@@ -56,7 +56,6 @@ MOST_PER_MINUTE = 3
 """Examinations that a session begins; as many may be saved up. Each asks a hop two questions, and hops answer no more
 than one in ten seconds (`HopSession.count_resent`)."""
 COMPUTED = 4  # times that an examination computes a position: exactly, coarsely, and with fewer bits
-MOST_POSITIONS = 4096  # of a piece; later positions of a row are not examined
 MOST_ROWS = 16  # rows whose outputs of the last hop a session keeps
 
 Kept = dict[int, bytes]  # encoded outputs of a row, by position in rising order
@@ -67,6 +66,7 @@ class Judge(Protocol):
     """What the audits of all sessions of a client share, see `Auditor`."""
 
     rate: float
+    most_positions: int  # of a piece; later positions of a row are not examined
 
     def audits(self, hop: RouteHop) -> bool: ...
 
@@ -86,6 +86,7 @@ class SessionAudit:
         self._session, self._judge = session, judge
         self._model, self._num_blocks, self._hidden_size = model, num_blocks, hidden_size
         self._kept: dict[int, Kept] = {}  # by row
+        self._lengths: dict[int, int] = {}  # positions that all hops have computed, by row
         self._examined: tuple[RouteHop, ...] = ()  # the route whose new hops were examined, or are being examined
         self._bucket = TokenBucket()  # of examinations
         self._waiting: list[Future[None]] = []
@@ -98,13 +99,15 @@ class SessionAudit:
         with self._lock:
             for part in parts:
                 kept = self._kept.get(part.row, {})
+                self._lengths[part.row] = min(self._lengths.get(part.row, 0), part.start)
                 while kept and next(reversed(kept)) >= part.start:
                     kept.popitem()
         row, hops, new = random.choice(parts).row, tuple(self._session.hops), sum(each.length for each in parts)
         length, now = self._length(row), time.monotonic()
         if not length or self._bucket.wait_s(MOST_PER_MINUTE, now):
             return
-        if len(self._kept[row]) >= MIN_POSITIONS and self._has_new(hops):
+        enough = len(self._kept.get(row, ())) >= MIN_POSITIONS or length == self._judge.most_positions
+        if enough and self._has_new(hops):
             self._begin(row, length, hops, self._is_new)
         elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * length):
             chosen = random.choice(hops)
@@ -124,10 +127,13 @@ class SessionAudit:
                 kept = self._kept.setdefault(row, {})
                 for position in range(start + length - keep, start + length):
                     index = next(at)
-                    if position < MOST_POSITIONS:
+                    if position < self._judge.most_positions:
                         kept[position] = bytes(result.payload[index * size : (index + 1) * size])
+                if keep:
+                    self._lengths[row] = start + length
             while len(self._kept) > MOST_ROWS:
-                del self._kept[next(iter(self._kept))]
+                oldest = next(iter(self._kept))
+                del self._kept[oldest], self._lengths[oldest]
 
     def finish(self) -> None:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the
@@ -154,8 +160,7 @@ class SessionAudit:
             raise self.lie
 
     def _length(self, row: int) -> int:
-        """Positions of a row that all hops have computed: up to the last one with an output."""
-        return next(reversed(self._kept.get(row, {})), -1) + 1
+        return min(self._lengths.get(row, 0), self._judge.most_positions)
 
     def _has_new(self, hops: tuple[RouteHop, ...]) -> bool:
         return self._examined != hops and any(map(self._is_new, hops))
@@ -168,7 +173,7 @@ class SessionAudit:
             self._examined = hops
         self._bucket.spend(1, MOST_PER_MINUTE, time.monotonic())
         with self._lock:
-            fetched = _Fetched(self._session, sent, dict(self._kept[row]), lambda: self._kept.get(row, {}))
+            fetched = _Fetched(self._session, sent, dict(self._kept.get(row, {})), lambda: self._kept.get(row, {}))
         self._waiting = [each for each in self._waiting if not each.done()]
         self._waiting.append(self._judge.enqueue(lambda: self._examine(fetched, chosen)))
 
@@ -188,7 +193,7 @@ class SessionAudit:
                 elif (lie := self._judge.judge(hop, session.prefix_hit > 0, piece)) is not None:
                     self.lie = self.lie or lie
                     return
-            if missing:
+            if missing and fetched.sent.length < self._judge.most_positions:
                 self._examined = ()
         except _Outdated:
             self._examined = ()  # is examined with later positions

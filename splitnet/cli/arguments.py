@@ -292,9 +292,18 @@ CONNECTING: dict[str, Any] = {
         in_route.shared(
             "--audit",
             metavar="PART",
-            help="Part of the peers' work that this machine computes again; a peer that lies is named and not used any "
-            "more. 0: no audits. Default: 0.01 for peers on other machines, if no list or swarm key says whom to trust "
-            "and the weights are here.",
+            help="Part of the peers' work that is computed again, on this machine or, without the weights, by other "
+            "peers; a peer that lies is named and not used any more. 0: no audits. Default: 0.01 for peers on other "
+            "machines, if no list or swarm key says whom to trust.",
+        ),
+    ],
+    "auditors": Annotated[
+        Path | None,
+        in_route.shared(
+            "--auditors",
+            metavar="FILE",
+            help="Keys of the peers that may compute the work of other peers again, one per line, even if the weights "
+            "are here; by default any peer.",
         ),
     ],
     "energy_slowdown": Annotated[

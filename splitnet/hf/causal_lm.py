@@ -90,9 +90,12 @@ class AutoModelForCausalLM:
                 same key; "shared": also for keys that the owner of a peer has put in one group; "off": no storage.
             standby: bytes per second, or a text such as "8MiB", at which replicas copy the keys and values of sessions,
                 so that a replacement of a hop need not compute them; None: no copies.
-            audit: part of the peers' work that this process computes again, from 0 (no audits) to 1; peers that are new
-                to this client are examined once besides. A peer that lies is named and not used any more. None: 0.01
-                for peers on other machines, without `trusted_peers` and `swarm_key`, if the weights are here.
+            audit: part of the peers' work that is computed again, from 0 (no audits) to 1, on this machine or, without
+                the weights, by other peers; peers that are new to this client are examined once besides. A peer that
+                lies is named and not used any more. None: 0.01 for peers on other machines, without `trusted_peers` and
+                `swarm_key`.
+            auditors: file with the keys of the peers that may compute the work of other peers again, even if the
+                weights are here; None: any.
             energy_slowdown: with "energy", the largest allowed multiple of the fastest route's time; None: 1.5.
             gradient_codec: codec of gradients; "auto": exact if the activations are exact, else "bf16".
             local_blocks: blocks that this process runs, such as "0:10" or "0:2,28:30"; "auto": the number of first

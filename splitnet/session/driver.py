@@ -266,6 +266,7 @@ class SessionDriver:
             any_weights=any_weights,
             answer_s=self._answer_s,
         )
+        self.avoid = frozenset[str]()  # names of peers that may not be used
         self.recoveries: list[Recovered] = self.state.recoveries  # repairs of the route so far
         self._swarm = swarm
         self._codecs = codecs
@@ -307,7 +308,9 @@ class SessionDriver:
         steps = positions, self._in_flight, self._energy_slowdown, prompt
         context = prompt + (state.log.positions if state.log is not None else 0)
         kv = self._kv_at_least
-        return Needs(state.reservation, encodings, state.blocks, *steps, state.held, context, kv_at_least=kv)
+        return Needs(
+            state.reservation, encodings, state.blocks, *steps, state.held, context, kv_at_least=kv, avoid=self.avoid
+        )
 
     def _needs_of_new(self) -> Needs:
         """Requirements of a new route, whose peers may have stored pages of the text."""

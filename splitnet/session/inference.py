@@ -122,7 +122,7 @@ class Session(SessionDriver):
     The session replaces dead hops and then gives the same tokens; see `splitnet.session.machine`.
 
     options: see `splitnet.AutoModelForCausalLM.from_pretrained`. reservation: positions over all rows; grows on demand.
-    blocks, progress_timeout_s: see `SessionDriver`.
+    blocks, progress_timeout_s: see `SessionDriver`. codecs: None: chosen by the options.
     """
 
     def __init__(
@@ -133,13 +133,14 @@ class Session(SessionDriver):
         reservation: int,
         blocks: tuple[int, int] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
+        codecs: LinkCodecs | None = None,
     ) -> None:
         slowdown = options.energy_slowdown or ENERGY_SLOWDOWN
         super().__init__(
             swarm,
             options,
             reservation=reservation,
-            codecs=LinkCodecs(swarm, options.codec),
+            codecs=codecs or LinkCodecs(swarm, options.codec),
             blocks=blocks,
             in_flight=THROUGHPUT_STEPS if options.prefer == "throughput" else 1,
             energy_slowdown=slowdown if options.prefer == "energy" else None,

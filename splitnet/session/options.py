@@ -33,7 +33,16 @@ RUNNING = (
     *("gradient_codec", "local_blocks", "local_weights"),
 )
 """Keywords of every `from_pretrained` and `attach` for running the model."""
-GENERATING = (*RUNNING, "prefer", "energy_slowdown", "kv_at_least", "prefixes", "standby", "audit")  # of a causal LM
+GENERATING = (
+    *RUNNING,
+    "prefer",
+    "energy_slowdown",
+    "kv_at_least",
+    "prefixes",
+    "standby",
+    "audit",
+    "auditors",
+)  # of a causal LM
 READING_IMAGES = (*GENERATING, "vision")  # keywords of a model that reads images
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -55,7 +64,7 @@ class ConnectionOptions:
         revision: of the model on the hub.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         codec, dtype, device, recovery_timeout_s, any_weights, gradient_codec, local_blocks, local_weights, prefer,
-            energy_slowdown, kv_at_least, prefixes, standby, audit: see
+            energy_slowdown, kv_at_least, prefixes, standby, audit, auditors: see
             `splitnet.AutoModelForCausalLM.from_pretrained`.
         vision: see `splitnet.AutoModelForImageTextToText.from_pretrained`.
 
@@ -87,6 +96,7 @@ class ConnectionOptions:
     prefixes: Prefixes = "own"
     standby: str | float | None = None
     audit: float | None = None
+    auditors: str | Path | None = None
     vision: Vision = "auto"
 
     def __post_init__(self) -> None:
@@ -108,6 +118,8 @@ class ConnectionOptions:
             )
         if self.audit is not None and not 0 <= self.audit <= 1:
             raise SplitnetError(f"the audited part of the work is a number from 0 to 1, not {self.audit!r}")
+        if self.audit == 0 and self.auditors is not None:
+            raise SplitnetError("a list of auditors is for audits: leave it out, or give another audited part than 0")
         if slowdown is None:
             return
         if self.prefer != "energy":

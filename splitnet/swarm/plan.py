@@ -107,7 +107,7 @@ class Needs:
     route's time; None: minimize time. prompt: positions before the first token. held: required formats of weights;
     other blocks may have any format. context: positions that the session will hold, with the prompt. stored: positions
     of the prompt that peers need not compute, by name. kv_at_least: a key of `KV_BITS`, the coarsest allowed format of
-    keys and values.
+    keys and values. avoid: names of peers that may not be used.
     """
 
     kv_positions: int
@@ -121,6 +121,7 @@ class Needs:
     context: int = 0
     stored: Mapping[str, int] = field(default_factory=dict[str, int])
     kv_at_least: str = "int4"
+    avoid: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,7 @@ class Swarm(AbstractContextManager["Swarm"]):
 
         Raises CoverageError, PeerBusy: as `Planner.plan_route`.
         """
-        part = blocks or needs.blocks
+        part, exclude = blocks or needs.blocks, {*exclude, *needs.avoid}
         since_s = self.measurements.now_s - LOST_S
         self.measurer.used()
         try:

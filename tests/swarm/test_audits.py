@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.audit import audit as check_evidence
 from splitnet.errors import PeerLied
+from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import Event
 from splitnet.wire.sent_log import PAGE
 from tests.swarm.generation import GREEDY, Collector
@@ -249,6 +251,75 @@ def test_honest_peers_are_never_named(codec: str, honest: LocalSwarm, auditors: 
             model.generate(ids[:1], **OPTIONS, num_beams=3)
         [auditor] = auditors
         assert auditor.counts["audits"] >= 3 and not auditor.counts["lies"] + auditor.counts["disagreements"]
+
+
+@pytest.fixture
+def without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients ask other peers to compute pieces again."""
+    monkeypatch.setattr("splitnet.audit.auditor.weights_are_here", lambda _: False)
+
+
+@pytest.fixture(scope="module")
+def crowd(honest: LocalSwarm) -> Iterator[LocalSwarm]:
+    """Two honest peers for each span."""
+    with fresh(honest) as swarm:
+        for span in SPANS:
+            claim(swarm.add(*span, dtype="float32"), MODEST_MS)
+        yield swarm
+
+
+@pytest.mark.usefixtures("without_weights")
+@pytest.mark.default_cases(kind=("noise", "int4"))
+@pytest.mark.parametrize("kind", LIES)
+def test_other_peers_name_a_liar(
+    kind: str, crowd: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh(crowd) as swarm:
+        liar = LIES[kind](swarm, monkeypatch)
+        claim(liar, 0.0)
+        model = swarm.model(audit=ONCE)
+        assert torch.equal(model.generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
+        assert auditors[0].counts["lies"] == 1 and is_banned(swarm, liar) and len(swarm.client.bans.keys()) == 1
+
+
+@pytest.mark.usefixtures("without_weights")
+def test_a_lying_auditor_is_left(
+    crowd: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh(crowd) as swarm:
+        liar = LIES["noise"](swarm, monkeypatch)
+        claim(liar, 4 * MODEST_MS)  # so that no route needs it
+        name, chosen = liar.record().key.text, random.choice
+        monkeypatch.setattr(random, "choice", lambda names: name if name in names else chosen(names))
+        assert torch.equal(swarm.model(audit=ONCE).generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
+        assert auditors[0].counts == {"audits": 1, "audited_positions": auditors[0].counts["audited_positions"]}
+        assert swarm.client.bans.keys() == {name}
+
+
+@pytest.mark.usefixtures("without_weights")
+@pytest.mark.parametrize("codec", ["none", "bf16", "int8"])
+def test_other_peers_agree_with_honest_ones(codec: str, crowd: LocalSwarm, auditors: list[Auditor]) -> None:
+    with fresh(crowd) as swarm:
+        model = swarm.model(codec=codec, audit=1.0)
+        for length in (3, 40, 70):
+            ids = IDS[:, :length].repeat(2, 1)
+            model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
+            model.generate(ids[:1], **OPTIONS, speculate="prompt-lookup")
+        counts = auditors[0].counts
+        assert counts["audits"] >= 3 and not counts["lies"] + counts["disagreements"] and not swarm.client.bans.keys()
+
+
+@pytest.mark.usefixtures("without_weights")
+@pytest.mark.parametrize("listed", [False, True])
+def test_only_listed_auditors_are_asked(
+    listed: bool, crowd: LocalSwarm, auditors: list[Auditor], tmp_path: Path
+) -> None:
+    file = tmp_path / "auditors.txt"
+    keys = [peer.record().key for peer in crowd.peers] if listed else [Identity.generate().public]
+    file.write_text("\n".join(key.text for key in keys))
+    with fresh(crowd) as swarm:
+        swarm.model(audit=ONCE, auditors=file).generate(IDS, **OPTIONS)
+        assert auditors[0].counts["audits"] == (len(SPANS) if listed else 0)
 
 
 def test_audits_are_off_for_peers_of_this_machine_unless_asked_for(
