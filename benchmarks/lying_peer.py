@@ -4,15 +4,23 @@
 
 Serves blocks with the weights of the folder WEIGHTS, says that they are those of MODEL, and writes lines with its
 address to join, its key and its endpoint to FILE. KIND: `honest` or one of `KINDS`.
+
+    python -m benchmarks.lying_peer changing SECONDS FILE peer MODEL ...
+
+The command `splitnet peer`, which begins a lie of `CHANGING`, or an honest time, every SECONDS (0.5 to 1.5 times as
+many), and appends lines with the time, its key and the lie to FILE.
 """
 
 from __future__ import annotations
 
+import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +32,7 @@ from peers.peer_options import PeerOptions, SpanWish
 from peers.running_peer import RunningPeer
 from splitnet.blocks.span import Span
 from splitnet.checkpoint.checkpoint import Checkpoint
+from splitnet.cli.main import main as splitnet
 from splitnet.wire.messages import FailureCode
 from splitnet.wire.receipts import DIGEST
 
@@ -35,6 +44,9 @@ MOVED = {"weights moved 1 %": 0.01, "weights moved 3 %, bfloat16": 0.03}
 FIRST = "noise 5 %, first start"
 KINDS = [*MOVED, "block left out", *HELD, "noise 5 %", "steering 5 %", "scaled 2 %", "other pages"]
 KINDS += ["sends other than it signs", "signs other than it was sent", "no receipts"]
+HONEST = "honest"
+CHANGING = KINDS[KINDS.index("noise 5 %") :]  # lies that need no other weights
+HONEST_SHARE = 0.3  # of the times of a changing peer
 
 
 def noisy(values: Tensor) -> Tensor:
@@ -74,39 +86,71 @@ def other_weights(model: Path, folder: Path, kind: str) -> Path:
     return folder
 
 
-def lie(peer: RunningPeer, kind: str) -> None:
-    """Makes a running peer lie."""
+def lie(peer: RunningPeer, kind: str) -> Callable[[], None]:
+    """Makes a running peer lie until the result is called."""
     service: Any = peer.service
-    if kind in CHANGES:
-        add, change = service.outputs.add_output, CHANGES[kind]
-        service.outputs.add_output = lambda work, values: add(work, change(values))
-    elif kind == "other pages":
-        found = service.rows.found
 
-        def find(session: Any, message: Any, pages: Any) -> None:
-            negated = [replace(each, tensors={name: -data for name, data in each.tensors.items()}) for each in pages]
-            found(session, message, negated)
+    def add_output(work: Any, values: Tensor) -> None:
+        honest(work, CHANGES[kind](values))
 
-        service.rows.found = find
-    elif kind == "sends other than it signs":
-        send = service.outputs._send_output
+    def find_pages(session: Any, message: Any, pages: Any) -> None:
+        negated = [replace(each, tensors={name: -data for name, data in each.tensors.items()}) for each in pages]
+        honest(session, message, negated)
 
-        def send_other(work: Any, payload: bytes) -> None:
-            send(work, (torch.frombuffer(bytearray(payload), dtype=torch.float32) * 1.1).numpy().tobytes())
+    def send_other(work: Any, payload: bytes) -> None:
+        honest(work, (torch.frombuffer(bytearray(payload), dtype=torch.float32) * 1.1).numpy().tobytes())
 
-        service.outputs._send_output = send_other
-    elif kind == "signs other than it was sent":
-        answer = service._receipts.answer
+    def sign_other(source: Any, session: Any, message: Any, now: float) -> None:
+        for row in session.digests._rows.values():
+            row.data[:DIGEST] = bytes(range(DIGEST))
+        honest(source, session, message, now)
 
-        def sign_other(source: Any, session: Any, message: Any, now: float) -> None:
-            for row in session.digests._rows.values():
-                row.data[:DIGEST] = bytes(range(DIGEST))
-            answer(source, session, message, now)
+    def refuse(source: Any, message: Any, _: float) -> None:
+        service._refuse_message(source, message, FailureCode.BAD_MESSAGE, "no audits")
 
-        service._receipts.answer = sign_other
-    elif kind == "no receipts":
-        refusal = FailureCode.BAD_MESSAGE, "no audits"
-        service._answer_audit = lambda source, message, _: service._refuse_message(source, message, *refusal)
+    replaced: dict[str, tuple[Any, str, Callable[..., None]]] = {
+        **dict.fromkeys(CHANGES, (service.outputs, "add_output", add_output)),
+        "other pages": (service.rows, "found", find_pages),
+        "sends other than it signs": (service.outputs, "_send_output", send_other),
+        "signs other than it was sent": (service._receipts, "answer", sign_other),
+        "no receipts": (service, "_answer_audit", refuse),
+    }
+    if kind not in replaced:  # it holds other weights, or is honest
+        return lambda: None
+    owner, name, lying = replaced[kind]
+    honest = getattr(owner, name)
+    setattr(owner, name, lying)
+    return partial(delattr, owner, name)
+
+
+def change_lies(peer: RunningPeer, seconds: float, file: Path) -> None:
+    choices, kind, until = random.Random(peer.record().key.text), HONEST, 0.0
+    service, end = peer.service, lie(peer, kind)
+    while True:
+        due = time.time() >= until
+        if due:
+            kind = HONEST if choices.random() < HONEST_SHARE else choices.choice(CHANGING)
+            until = time.time() + seconds * choices.uniform(0.5, 1.5)
+        if due or service is not peer.service:  # the peer has moved
+            end()
+            service, end = peer.service, lie(peer, kind)
+            with file.open("a") as log:
+                log.write(f"{time.time()} {peer.record().key.text} {kind}\n")
+        time.sleep(0.1)
+
+
+def change(seconds: float, file: Path, arguments: list[str]) -> None:
+    """`splitnet peer`, with changing lies."""
+    start: Any = RunningPeer.start
+
+    def start_lying(*given: Any, **named: Any) -> RunningPeer:
+        peer = start(*given, **named)
+        threading.Thread(target=change_lies, args=(peer, seconds, file), daemon=True).start()
+        return peer
+
+    RunningPeer.start = start_lying  # type: ignore[method-assign]
+    sys.argv = ["splitnet", *arguments]
+    splitnet()
 
 
 def main(model: Path, other: Path, kind: str, blocks: str, file: str, join: str = "") -> None:
@@ -146,5 +190,8 @@ def main(model: Path, other: Path, kind: str, blocks: str, file: str, join: str 
 
 
 if __name__ == "__main__":
-    name, other, *rest = sys.argv[1:]
-    main(Path(name), Path(other), *rest)
+    if sys.argv[1] == "changing":
+        change(float(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    else:
+        name, other, *rest = sys.argv[1:]
+        main(Path(name), Path(other), *rest)

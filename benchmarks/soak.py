@@ -9,6 +9,9 @@ on plain transformers. All prompts are such that each likeliest token stands out
 different sizes cannot change a token.
 
     sudo make soak [MINUTES=10] [MODEL=...]
+
+With `--audit RATE ...` the clients audit the daemons, and with `--liars N` the last N daemons tell changing lies (see
+`benchmarks.soak_audits`). Nobody trains then, as audits do not examine training.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import itertools
 import random
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.netlab import Lab, LabError
 from benchmarks.netlab.peers import LabPeers
+from benchmarks.soak_audits import Audits, Lies
 from scheduler.facts import missing_blocks
 from splitnet.blocks.backbone import load_whole
 from splitnet.blocks.span import block_bytes
@@ -151,23 +158,20 @@ class TokenClock:
 class Clients:
     """Threads that ask and compare until they are stopped."""
 
-    def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question], audits: Audits | None
+    ) -> None:
         self.tally = Tally()
         self.clock = TokenClock()
-        self._questions = questions
+        self._checkpoint, self._addresses, self._questions, self._audits = checkpoint, addresses, questions, audits
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._models: list[RemoteCausalLM] = []
-        for _ in range(CLIENTS):
-            swarm = Swarm(ModelFacts.of(checkpoint), addresses)
-            self._models.append(
-                attach(checkpoint, swarm, codec="none", local_weights="float32", recovery_timeout_s=WAIT_S)
-            )
-        self._threads = [threading.Thread(target=self._ask, args=(model,)) for model in self._models]
-        swarm = Swarm(ModelFacts.of(checkpoint), addresses)
-        self._trainer = attach(checkpoint, swarm, codec="none", local_weights="float32", recovery_timeout_s=WAIT_S)
-        self._tuned: Any = with_lora(self._trainer)
-        self._threads.append(threading.Thread(target=self._train))
+        self._models = [self._open(number) for number in range(CLIENTS)]
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+        if audits is None:
+            self._models.append(self._open(CLIENTS))
+            self._tuned: Any = with_lora(self._models[CLIENTS])
+            self._threads.append(threading.Thread(target=self._train))
 
     def start(self) -> None:
         self.clock.start()
@@ -180,8 +184,15 @@ class Clients:
         for thread in self._threads:
             thread.join()
         self.clock.stop()
-        for model in (*self._models, self._trainer):
+        for model in self._models:
             model.close()
+
+    def _open(self, number: int) -> RemoteCausalLM:
+        options: dict[str, Any] = {"codec": "none", "local_weights": "float32", "recovery_timeout_s": WAIT_S}
+        if self._audits is not None:
+            return self._audits.open(self._checkpoint, self._addresses, number, **options)
+        swarm = Swarm(ModelFacts.of(self._checkpoint), self._addresses)
+        return attach(self._checkpoint, swarm, **options)
 
     def _train(self) -> None:
         choices = random.Random(0)
@@ -200,36 +211,52 @@ class Clients:
                 if error > MAX_GRADIENT_ERROR:
                     self.tally.wrong.append(f"a gradient differed by {error:.1e} of the largest")
 
-    def _ask(self, model: RemoteCausalLM) -> None:
-        choices = random.Random(id(model))
+    def _ask(self, number: int) -> None:
+        choices = random.Random(number)
         for turn in itertools.count():
             if self._stop.is_set():
                 return
-            question = choices.choice(self._questions)
+            model, question = self._models[number], choices.choice(self._questions)
+            if self._audits is not None and self._audits.is_old(model):
+                self.clock.sessions.pop(id(model), None)
+                model.close()
+                model = self._models[number] = self._open(number)
+            ask = partial(self._is_right, model, question, turn)
             try:
-                with model.session() as cache:
-                    self.clock.sessions[id(model)] = cache
-                    got = model.generate(
-                        question.prompt,
-                        attention_mask=torch.ones_like(question.prompt),
-                        max_new_tokens=NEW_TOKENS,
-                        min_new_tokens=NEW_TOKENS,
-                        do_sample=False,
-                        streamer=self.clock,
-                        **({"speculate": "prompt-lookup"} if turn % 2 else {}),
-                    )
-                    repairs = cache.session.recoveries if cache.session is not None else []
+                ask() if self._audits is None else self._audits.ask(model, turn % 4 < 2, ask)
             except SplitnetError as error:
                 with self._lock:
                     self.tally.errors.append(str(error))
-                continue
-            with self._lock:
-                self.tally.answers += 1
-                self.tally.tokens += NEW_TOKENS
-                self.tally.repairs_ms += [repair.total_ms for repair in repairs]
-                self.tally.causes.update(kind_of(cause) for repair in repairs for cause in repair.lost)
-                if not torch.equal(got, question.answer):
-                    self.tally.wrong.append(f"{question.answer.tolist()} became {got.tolist()}")
+
+    def _is_right(
+        self, model: RemoteCausalLM, question: Question, turn: int, *, streamed: bool = True, **how: Any
+    ) -> bool:
+        """Asks a question and compares the answer. streamed: in a session that is kept. Raises SplitnetError."""
+        if streamed:
+            how["streamer"] = self.clock
+        if turn % 2:
+            how["speculate"] = "prompt-lookup"
+        with model.session() if streamed else nullcontext() as cache:
+            if cache is not None:
+                self.clock.sessions[id(model)] = cache
+            got = model.generate(
+                question.prompt,
+                attention_mask=torch.ones_like(question.prompt),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                **how,
+            )
+            repairs = cache.session.recoveries if cache is not None and cache.session is not None else []
+        right = torch.equal(got, question.answer)
+        with self._lock:
+            self.tally.answers += 1
+            self.tally.tokens += NEW_TOKENS
+            self.tally.repairs_ms += [repair.total_ms for repair in repairs]
+            self.tally.causes.update(kind_of(cause) for repair in repairs for cause in repair.lost)
+            if not right:
+                self.tally.wrong.append(f"{question.answer.tolist()} became {got.tolist()}")
+        return right
 
 
 class Trouble:
@@ -319,7 +346,11 @@ def main() -> int:
     parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id (default: the demo's model)")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--liars", type=int, default=0, help="daemons that lie")
+    parser.add_argument("--audit", type=float, nargs="+", default=[], help="rates of audits, for the clients in turn")
     arguments = parser.parse_args()
+    if arguments.liars and not arguments.audit:
+        parser.error("--liars needs --audit: without audits a liar is not found")
     torch.set_num_threads(1)
     folder = arguments.checkpoint or str(demo_checkpoint())
     checkpoint = Checkpoint.open(folder)
@@ -331,11 +362,18 @@ def main() -> int:
     options = (*EXACT, "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
     failures: list[str] = []
     try:
-        with Lab(["client", *hosts]) as lab, lab.inside("client"):
+        with (
+            tempfile.TemporaryDirectory(prefix="splitnet-soak-") as caches,
+            Lab(["client", *hosts]) as lab,
+            lab.inside("client"),
+        ):
+            lies = Lies(Path(caches), hosts[PEERS - arguments.liars :])
+            audits = Audits(lies, arguments.audit, Path(caches)) if arguments.audit else None
             directory = DhtDirectory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             say(f"starting {PEERS} daemons")
-            with LabPeers(lab, folder, dict.fromkeys(hosts), options, directory.addresses[0]) as peers:
-                failures = soak(lab, peers, checkpoint, directory, questions, arguments)
+            facts = lab, folder, dict.fromkeys(hosts), options, directory.addresses[0], lies.programs()
+            with LabPeers(*facts, own_caches=audits is not None) as peers:
+                failures = soak(lab, peers, checkpoint, directory, questions, audits, arguments)
             directory.close()
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -352,12 +390,13 @@ def soak(
     checkpoint: Checkpoint,
     directory: DhtDirectory,
     questions: Sequence[Question],
+    audits: Audits | None,
     arguments: argparse.Namespace,
 ) -> list[str]:
     """Runs the soak and returns the failures."""
     failures: list[str] = []
     lasting = list(lab.hosts[1 : 1 + LASTING])
-    clients = Clients(checkpoint, directory.addresses, questions)
+    clients = Clients(checkpoint, directory.addresses, questions, audits)
     trouble = Trouble(lab, peers, arguments.seed)
     choices = random.Random(arguments.seed)
     clients.start()
@@ -416,7 +455,7 @@ def soak(
             failures.append(f"{name} grew by {later.rss_mib - sample.rss_mib:.0f} MiB")
         if later.threads > sample.threads + 4 or later.descriptors > sample.descriptors + 16:
             failures.append(f"{name} has more threads or descriptors than before")
-    failures += tally.wrong + tally.errors
+    failures += tally.errors + (tally.wrong if audits is None else audits.report())
     failures += [f"{kv_left} sessions were never freed"] if kv_left else []
     failures += ["blocks that were lost were never served again"] if restored_s is None else []
     return failures

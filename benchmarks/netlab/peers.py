@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import statistics
 import subprocess
@@ -47,6 +48,8 @@ class LabPeers:
         spans: blocks `[start, end)` by host; None lets the daemon choose.
         options: additional options for each, as on the command line.
         join: multiaddr of a DHT node that outlives the peers; empty: the first peer begins the swarm.
+        programs: words of another program than `splitnet`, by host.
+        own_caches: whether each daemon has a cache folder of its own, as on another machine.
 
     Attributes:
         addresses: multiaddrs to join with, by host.
@@ -59,6 +62,8 @@ class LabPeers:
         spans: Mapping[str, tuple[int, int] | None],
         options: Sequence[str] = EXACT,
         join: str = "",
+        programs: Mapping[str, Sequence[str]] | None = None,
+        own_caches: bool = False,
     ) -> None:
         self.addresses: dict[str, str] = {}
         self._lab = lab
@@ -66,6 +71,7 @@ class LabPeers:
         self._spans = spans
         self._options = options
         self._join = join
+        self._programs, self._own_caches = programs or {}, own_caches
         self._processes: dict[str, subprocess.Popen[Any]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-lab-")
 
@@ -131,14 +137,16 @@ class LabPeers:
 
     def _launch(self, host: str) -> None:
         span = self._spans[host]
-        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint]
+        program = self._programs.get(host, (sys.executable, "-m", "splitnet"))
+        command = [*program, "peer", self._checkpoint]
+        env = os.environ | ({"SPLITNET_CACHE": str(self._file(host, "cache"))} if self._own_caches else {})
         command += ["--blocks", f"{span[0]}:{span[1]}"] if span else []
         command += ["--listen", f"tcp://{self._lab.address(host)}:0", "--no-lan"]
         command += ["--address-file", str(self._file(host, "address"))]
         command += ["--join", self._join] if self._join else []
         with self._file(host, "log").open("ab") as log:  # keeps the log from before a restart
             self._processes[host] = self._lab.run(
-                host, [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                host, [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
             )
 
     def _await_address(self, host: str) -> None:
