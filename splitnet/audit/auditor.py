@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 
+from scheduler.liveness import BAN_S
 from splitnet.audit.evidence import write_piece
 from splitnet.audit.other_peers import OtherPeers
 from splitnet.audit.piece import Piece
@@ -32,7 +33,7 @@ STRANGERS_RATE = 0.01
 """Part of the work of strangers that is computed again, if the caller gives no rate. VeriLLM (arXiv:2509.24257) costs
 about as much."""
 
-LINKS_OF_A_LIAR = 2  # A peer that disagrees about sent positions with this many neighbours is named
+MOST_DOUBLED = 12  # times that the time for which a peer is left is doubled, to 34 h
 
 SUFFIX = ".evidence"
 
@@ -85,7 +86,7 @@ class Auditor:
         self._lock = threading.Lock()
         # Examined hops: name, blocks, weights, and whether the row began with stored pages.
         self._known: set[tuple[str, tuple[int, int], str, bool]] = set()
-        self._disagreed: dict[str, set[str]] = {}  # by name, the neighbours that disagree with a peer
+        self._left: Counter[str] = Counter()  # by name, how often a peer was left
         self._worker: ThreadPoolExecutor | None = None
         self._closed = False
         for file in folder.glob(f"*{SUFFIX}"):
@@ -125,6 +126,9 @@ class Auditor:
         if verdict.honest:
             self._known.add((hop.name, hop.blocks, hop.weights, stored))
             return None
+        if piece.reads_pages:  # perhaps computed, in an earlier session, from false outputs of another peer
+            text = f"the peer at {hop.endpoint.address} has false stored pages: it lies, or a peer before it has lied"
+            return self.leave(text, hop)
         evidence, right = "", "those of two other peers"
         if isinstance(self._examiner, AuditProgram):
             right = "the right ones"
@@ -142,21 +146,21 @@ class Auditor:
 
     def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied:
         """Two neighbours have signed different things about what one sent the other; `before` is `hop` if the client
-        sent it. A peer that disagrees with several neighbours is named. Returns the error of the answer."""
+        sent it. Liars can disagree with any peer, so neither is named. Returns the error of the answer."""
         self.counts["disagreements"] += 1
         if before is hop:
             return self._name(hop.name, f"the peer at {hop.endpoint.address} says that it was sent something else")
-        with self._lock:
-            for one, other in ((before, hop), (hop, before)):
-                self._disagreed.setdefault(one.name, set()).add(other.name)
-            liars = [each for each in (before, hop) if len(self._disagreed[each.name]) >= LINKS_OF_A_LIAR]
         addresses = f"the peers at {before.endpoint.address} and {hop.endpoint.address}"
-        text = f"{addresses} disagree about what one sent the other, so one of them lies"
-        for each in liars:
-            self._name(each.name, f"the peer at {each.endpoint.address} disagrees with several neighbours")
-        for each in (before, hop):
-            if each not in liars:
-                self._swarm.ban(each.name)
+        return self.leave(f"{addresses} disagree about what one sent the other, so one of them lies", before, hop)
+
+    def leave(self, text: str, *hops: RouteHop) -> PeerLied:
+        """Leaves peers of which one may have lied, each time twice as long. Returns the error of the answer."""
+        for hop in hops:
+            with self._lock:
+                self._left[hop.name] += 1
+            self._swarm.ban(hop.name, seconds=BAN_S * 2 ** min(self._left[hop.name], MOST_DOUBLED))
+        self._swarm.prefix_index.distrust()  # hops may have stored pages of false outputs
+        log.warning("%s", text)
         return PeerLied(f"{text}: ask again")
 
     def close(self) -> None:

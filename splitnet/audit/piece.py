@@ -78,10 +78,15 @@ class Piece:
         return self.ranges[-1].start + self.ranges[-1].length
 
     @property
+    def reads_pages(self) -> bool:
+        """Whether the hop has read the keys and values of positions from stored pages."""
+        return UNKNOWN in received_digests(self.receipt)
+
+    @property
     def can_be_proven(self) -> bool:
         """Whether others can check the piece: the receipt covers all inputs of the computation, and nobody has picked
         the outputs."""
-        covered = not self.receipt.adapted and UNKNOWN not in received_digests(self.receipt)
+        covered = not self.receipt.adapted and not self.reads_pages
         return covered and self.positions[-1] - self.positions[0] < len(self.positions)
 
     def hidden(self, size: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from splitnet.audit.piece import (
     sent_digests,
 )
 from splitnet.blocks.adapters import write_groups
-from splitnet.errors import PeerFailed, PeerLied, ProtocolError, SplitnetError
+from splitnet.errors import PeerLied, ProtocolError, SplitnetError
 from splitnet.limits import TokenBucket
 from splitnet.session.failover import RouteHop
 from splitnet.session.inference import SentRow, Session
@@ -76,7 +76,9 @@ class Judge(Protocol):
 
     def judge(self, hop: RouteHop, stored: bool, piece: Piece) -> PeerLied | None: ...
 
-    def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied | None: ...
+    def disagree(self, before: RouteHop, hop: RouteHop) -> PeerLied: ...
+
+    def leave(self, text: str, *hops: RouteHop) -> PeerLied: ...
 
 
 class SessionAudit:
@@ -89,6 +91,7 @@ class SessionAudit:
         self._lengths: dict[int, int] = {}  # positions that all hops have computed, by row
         self._examined: tuple[RouteHop, ...] = ()  # the route whose new hops were examined, or are being examined
         self._bucket = TokenBucket()  # of examinations
+        self._undrawn = 0  # positions since an examination was last drawn by lot
         self._waiting: list[Future[None]] = []
         self.lie: PeerLied | None = None  # names a hop that has lied
         self._lock = threading.Lock()  # of `_kept`
@@ -102,16 +105,19 @@ class SessionAudit:
                 self._lengths[part.row] = min(self._lengths.get(part.row, 0), part.start)
                 while kept and next(reversed(kept)) >= part.start:
                     kept.popitem()
-        row, hops, new = random.choice(parts).row, tuple(self._session.hops), sum(each.length for each in parts)
+        row, hops = random.choice(parts).row, tuple(self._session.hops)
+        self._undrawn += sum(each.length for each in parts)
         length, now = self._length(row), time.monotonic()
         if not length or self._bucket.wait_s(MOST_PER_MINUTE, now):
             return
-        enough = len(self._kept.get(row, ())) >= MIN_POSITIONS or length == self._judge.most_positions
+        known = len(self._kept.get(row, ())) >= MIN_POSITIONS
+        enough = known or length == self._judge.most_positions
         if enough and self._has_new(hops):
             self._begin(row, length, hops, self._is_new)
-        elif random.random() < self._judge.rate * len(hops) * new / (COMPUTED * length):
-            chosen = random.choice(hops)
-            if self._judge.audits(chosen):
+        elif able := hops if known else hops[:-1]:  # outputs of the last hop are known from the end of the prompt on
+            chosen, part = random.choice(able), self._judge.rate * len(hops) * self._undrawn / (COMPUTED * length)
+            self._undrawn = 0
+            if random.random() < part and self._judge.audits(chosen):
                 self._begin(row, length, hops, lambda hop: hop is chosen)
 
     def step_done(self, request: StepRequest) -> None:
@@ -206,8 +212,8 @@ class SessionAudit:
             if fetched.is_outdated():
                 self._examined = ()
             else:
-                error = PeerFailed(f"the peer at {found.hop.endpoint.address} answers no audit: {found}")
-                session.link_failed(found.hop.endpoint, error)
+                text = f"the peer at {found.hop.endpoint.address} answers no audit: {found}"
+                self.lie = self.lie or self._judge.leave(text, found.hop)
         except SplitnetError as error:
             log.info("a piece of work could not be examined: %s", error, extra={"session": session.id.hex()})
         except Exception:  # of the family's code, for example; the thread goes on with other pieces

@@ -323,9 +323,10 @@ class Bans:
     def ban_peer(self, key: str, left: PeerRecord | None = None, *, seconds: float = BAN_S) -> None:
         """Bans a failed peer. left: the record of a peer that has announced that it leaves. seconds: infinite: the ban
         is never lifted."""
-        ban = _PeerBan(self._clock() + seconds, left.placed_at if left else None)
+        until, left_at = self._clock() + seconds, left.placed_at if left else None
         with self._lock:
-            self._bans[key] = ban
+            former = self._bans.get(key)
+            self._bans[key] = _PeerBan(max(until, former.until) if former else until, left_at)
 
     def lift(self, key: str) -> None:
         with self._lock:

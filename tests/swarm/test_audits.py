@@ -204,7 +204,24 @@ def test_false_pages_are_found(
         expected = local.generate(IDS, **OPTIONS)
         for _ in range(2):
             assert torch.equal(model.generate(IDS, **OPTIONS), expected)
-        assert auditors[0].counts["lies"] == 1 and is_banned(swarm, liar)
+        assert is_banned(swarm, liar) and not lied(swarm)
+
+
+def test_an_honest_peer_with_pages_of_false_inputs_is_not_named(
+    honest: LocalSwarm, local: Any, auditors: list[Auditor]
+) -> None:
+    with fresh(honest) as swarm:
+        liar = swarm.add(*SPANS[1], dtype="float32")
+        claim(liar, 0.0)
+        model, other = swarm.model(audit=ONCE), IDS.flip(1)
+        model.generate(IDS, **OPTIONS)
+        audits = auditors[0].counts["audits"]
+        end = lie(liar, "noise 5 %")
+        model.generate(other, **OPTIONS)  # all hops are known, so that none is examined
+        end()
+        assert auditors[0].counts["audits"] == audits == len(SPANS)
+        assert torch.equal(model.generate(other, **OPTIONS), local.generate(other, **OPTIONS))
+        assert auditors[0].counts["audits"] > audits and not auditors[0].counts["lies"]
 
 
 def test_a_false_link_is_left(
@@ -220,11 +237,12 @@ def test_a_false_link_is_left(
         assert not any(spare.record().endpoint.address in event.text for event in lied(swarm))
 
 
-def test_a_peer_without_receipts_is_replaced(
+def test_an_answer_is_computed_again_without_a_peer_that_signs_nothing(
     honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fresh(honest) as swarm:
-        silent = of_kind("no receipts", SPANS[1])(swarm, monkeypatch)
+        silent = LIES["zeros"](swarm, monkeypatch)
+        lie(silent, "no receipts")
         claim(silent, 0.0)
         assert torch.equal(swarm.model(audit=ONCE).generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
         assert is_banned(swarm, silent) and not auditors[0].counts["lies"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from scheduler.liveness import BAN_S
@@ -33,3 +34,13 @@ def test_a_peer_that_left_may_be_unbanned_only_when_it_serves_again() -> None:
     assert bans.may_be_unbanned([peer]) == []
     assert bans.may_be_unbanned([replace(peer, placed_at=2.0, serves=False)]) == []
     assert bans.may_be_unbanned([moved := replace(peer, placed_at=2.0)]) == [moved]
+
+
+def test_a_later_failure_does_not_shorten_a_ban() -> None:
+    clock = Clock()
+    bans = Bans(clock)
+    bans.ban_peer("a", seconds=math.inf)
+    bans.ban_peer("a")
+    clock.now += BAN_S
+    bans.lift("a")
+    assert bans.keys() == {"a"}

@@ -1,0 +1,50 @@
+"""How much of the work of a session is examined."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from splitnet.audit import session_audit
+from splitnet.audit.session_audit import COMPUTED, SessionAudit
+from splitnet.wire.messages import Chunk
+
+PROMPT, HOPS, RATE = 100, 3, 0.25
+
+
+class Judge:
+    """A client that knows all peers."""
+
+    rate, most_positions = RATE, 4096
+
+    def audits(self, hop: object) -> bool:
+        return True
+
+    def is_new(self, hop: object, stored: bool) -> bool:
+        return False
+
+
+def done(start: int, length: int) -> Any:
+    """A step whose last output the session keeps."""
+    parts = (Chunk(1, start, length, 1),)
+    return SimpleNamespace(result=SimpleNamespace(payload=bytes(4)), kept=1, message=SimpleNamespace(parts=parts))
+
+
+@pytest.mark.parametrize(("lot", "drawn"), [(0.99, 2), (1.01, 0)])
+def test_the_examined_part_of_the_work_includes_the_prompt(
+    lot: float, drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = SimpleNamespace(hops=[SimpleNamespace(name=str(number)) for number in range(HOPS)])
+    judge: Any = Judge()
+    audit = SessionAudit(session, judge, "", HOPS, 1)
+    begun: list[int] = []
+    chances = [RATE * HOPS * (PROMPT + 1) / (COMPUTED * PROMPT), RATE * HOPS / (COMPUTED * (PROMPT + 1))]
+    lots = iter([lot * chance for chance in chances])
+    monkeypatch.setattr(session_audit.random, "random", lambda: next(lots))
+    monkeypatch.setattr(audit, "_begin", lambda row, length, hops, chosen: begun.append(length))
+    for start, length in ((0, PROMPT), (PROMPT, 1), (PROMPT + 1, 1)):
+        audit.step_begins([Chunk(1, start, length, 1)])  # before the first output nothing can be examined
+        audit.step_done(done(start, length))
+    assert len(begun) == drawn and next(lots, None) is None
