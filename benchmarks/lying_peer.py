@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ MOVED = {"weights moved 1 %": 0.01, "weights moved 3 %, bfloat16": 0.03}
 FIRST = "noise 5 %, first start"
 KINDS = [*MOVED, "block left out", *HELD, "noise 5 %", "steering 5 %", "scaled 2 %", "other pages"]
 KINDS += ["sends other than it signs", "signs other than it was sent", "no receipts"]
+TWO = ("noise 5 %", "no receipts")  # at once
+KINDS += [" and ".join(TWO)]
 HONEST = "honest"
 CHANGING = KINDS[KINDS.index("noise 5 %") :]  # lies that need no other weights
 HONEST_SHARE = 0.3  # of the times of a changing peer
@@ -89,6 +92,11 @@ def other_weights(model: Path, folder: Path, kind: str) -> Path:
 def lie(peer: RunningPeer, kind: str) -> Callable[[], None]:
     """Makes a running peer lie until the result is called."""
     service: Any = peer.service
+    if kind == " and ".join(TWO):
+        ends = ExitStack()
+        for each in TWO:
+            ends.callback(lie(peer, each))
+        return ends.close
 
     def add_output(work: Any, values: Tensor) -> None:
         honest(work, CHANGES[kind](values))
