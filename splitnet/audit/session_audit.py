@@ -343,8 +343,8 @@ class _Fetched:
                     raise _Outdated from None
                 if time.monotonic() > until:
                     raise _NoAnswer(hop, f"within {ANSWER_S + size / SLOWEST:.0f} s") from None
-        if isinstance(message, Failure) and message.code == FailureCode.BUSY:
-            raise _Outdated  # replays and other audits have used up what the hop answers
+        if isinstance(message, Failure) and message.code == FailureCode.BUSY and self.sent.repairs:
+            raise _Outdated  # replays have used up what the hop answers; audits alone do not
         if not isinstance(message, kind):
             raise _NoAnswer(hop, getattr(message, "text", "another answer"))
         return message

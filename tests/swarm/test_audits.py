@@ -26,6 +26,7 @@ from splitnet.cli.audit import audit as check_evidence
 from splitnet.errors import PeerLied
 from splitnet.security.identity import Identity
 from splitnet.swarm.swarm import Event
+from splitnet.wire.messages import FailureCode
 from splitnet.wire.sent_log import PAGE
 from tests.swarm.generation import GREEDY, Collector
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -237,12 +238,14 @@ def test_a_false_link_is_left(
         assert not any(spare.record().endpoint.address in event.text for event in lied(swarm))
 
 
+@pytest.mark.parametrize("code", [FailureCode.BAD_MESSAGE, FailureCode.BUSY])
 def test_an_answer_is_computed_again_without_a_peer_that_signs_nothing(
-    honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
+    code: FailureCode, honest: LocalSwarm, local: Any, auditors: list[Auditor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fresh(honest) as swarm:
         silent = LIES["zeros"](swarm, monkeypatch)
-        lie(silent, "no receipts")
+        service: Any = silent.service
+        service._answer_audit = lambda source, message, _: service._refuse_message(source, message, code, "no")
         claim(silent, 0.0)
         assert torch.equal(swarm.model(audit=ONCE).generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
         assert is_banned(swarm, silent) and not auditors[0].counts["lies"]
