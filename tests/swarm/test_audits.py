@@ -313,7 +313,7 @@ def test_a_lying_auditor_is_left(
         name, chosen = liar.record().key.text, random.choice
         monkeypatch.setattr(random, "choice", lambda names: name if name in names else chosen(names))
         assert torch.equal(swarm.model(audit=ONCE).generate(IDS, **OPTIONS), local.generate(IDS, **OPTIONS))
-        assert auditors[0].counts == {"audits": 1, "audited_positions": auditors[0].counts["audited_positions"]}
+        assert auditors[0].counts["audits"] == len(SPANS) and not auditors[0].counts["lies"]
         assert swarm.client.bans.keys() == {name}
 
 
