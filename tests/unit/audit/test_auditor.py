@@ -13,6 +13,7 @@ from scheduler.liveness import BAN_S
 from splitnet.audit.auditor import SUFFIX, Auditor
 from splitnet.audit.comparison import Verdict
 from splitnet.audit.piece import Piece
+from splitnet.audit.program import AuditProgram
 from splitnet.swarm.peer_cache import Bans
 from splitnet.swarm.prefix_index import PrefixIndex
 from tests.unit.audit.test_evidence import piece_of, signed
@@ -45,7 +46,9 @@ class World:
 
 
 def auditor_of(swarm: Any, examine: Any, folder: Path) -> Auditor:
-    return Auditor(swarm, 1.0, examine, folder, lambda: None)
+    program = AuditProgram("model")
+    program.examine = examine  # type: ignore[method-assign]
+    return Auditor(swarm, 1.0, program, folder)
 
 
 def hop(name: str) -> Any:
