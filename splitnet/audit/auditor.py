@@ -48,7 +48,7 @@ def auditor_for(checkpoint: Checkpoint, swarm: Swarm, options: ConnectionOptions
         examiner = AuditProgram(checkpoint.source)
     else:
         examiner = OtherPeers(swarm, options, routed=expert_share(checkpoint.config) < 1)
-    auditor = Auditor(swarm, options.audit, examiner, evidence_folder(checkpoint.fingerprint))
+    auditor = Auditor(swarm, options.audit, examiner)
     swarm.at_close(auditor.close)
     return auditor
 
@@ -62,13 +62,17 @@ def evidence_folder(model: str) -> Path:
     return cache_folder() / "audits" / model[:16]
 
 
+def named_peers(model: str) -> dict[str, Path]:
+    """The files of evidence about peers of a model, by the peer's key."""
+    return {file.name.removesuffix(SUFFIX): file for file in sorted(evidence_folder(model).glob(f"*{SUFFIX}"))}
+
+
 class Auditor:
-    """Examines the work of peers for all sessions of a client. Thread-safe.
+    """Examines the work of peers for all sessions of a client. Peers with evidence are not used. Thread-safe.
 
     Args:
         rate: part of the work that is computed again. None: `STRANGERS_RATE`, for peers on other machines.
         examiner: computes pieces again.
-        folder: of files of evidence. Peers with evidence here are not used.
     """
 
     def __init__(
@@ -76,12 +80,11 @@ class Auditor:
         swarm: Swarm,
         rate: float | None,
         examiner: AuditProgram | OtherPeers,
-        folder: Path,
     ) -> None:
         self.rate = STRANGERS_RATE if rate is None else rate
         self.most_positions = examiner.MOST_POSITIONS
         self.counts: Counter[str] = Counter()  # of audits, audited_positions, lies and disagreements
-        self._swarm, self._examiner, self._folder = swarm, examiner, folder
+        self._swarm, self._examiner = swarm, examiner
         self._here_too = rate is not None
         self._lock = threading.Lock()
         # Examined hops: name, blocks, weights, and whether the row began with stored pages.
@@ -89,8 +92,8 @@ class Auditor:
         self._left: Counter[str] = Counter()  # by name, how often a peer was left
         self._worker: ThreadPoolExecutor | None = None
         self._closed = False
-        for file in folder.glob(f"*{SUFFIX}"):
-            swarm.ban(file.name.removesuffix(SUFFIX), seconds=inf)
+        for name in named_peers(swarm.facts.fingerprint):
+            swarm.ban(name, seconds=inf)
 
     def watch(self, session: Session) -> None:
         """Examines hops of a session from now on."""
@@ -133,7 +136,7 @@ class Auditor:
         if isinstance(self._examiner, AuditProgram):
             right = "the right ones"
         if isinstance(self._examiner, AuditProgram) and piece.can_be_proven:
-            file = self._folder / f"{hop.name}{SUFFIX}"
+            file = evidence_folder(self._swarm.facts.fingerprint) / f"{hop.name}{SUFFIX}"
             keep_file(file, write_piece(piece), "evidence against a peer")
             evidence = f"; {shlex.join(('splitnet', 'audit', self._swarm.facts.source, str(file)))} shows it"
         start, end = hop.blocks

@@ -28,16 +28,20 @@ def status(
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and the blocks without a peer."""
     connection = connection_to(model, connecting)
+    from splitnet.audit.auditor import named_peers
     from splitnet.checkpoint.checkpoint import Checkpoint
-    from splitnet.swarm.swarm import Overview
+    from splitnet.swarm.swarm import Overview, short_key
 
     facts = connection.facts_of(Checkpoint.open(connection.model))
     with connection.swarm_of(facts) as swarm:
         overview = Overview.of(swarm, swarm.peers(fresh=True))
+    lied = named_peers(facts.fingerprint)
     if as_json:
-        typer.echo(json.dumps(overview.as_json()))
-    else:
-        _print_table(overview)
+        typer.echo(json.dumps(overview.as_json() | {"lied": {key: str(file) for key, file in lied.items()}}))
+        return
+    _print_table(overview)
+    for key, file in lied.items():
+        typer.echo(f"{short_key(key)} has lied, and is not used by this user's clients: {file}")
 
 
 def _print_table(overview: Overview) -> None:

@@ -25,6 +25,7 @@ from typer.main import get_command
 import splitnet
 from peers.peer_options import PeerOptions, SpanWish
 from peers.running_peer import RunningPeer
+from splitnet.audit.auditor import evidence_folder
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.main import app
 from splitnet.directory.dht_directory import DhtDirectory
@@ -424,9 +425,15 @@ def test_a_peer_leaves_cleanly(
     copied = get_command(app).commands["peer"].make_context("peer", shlex.split(said[1])).params  # type: ignore[attr-defined]
     assert (copied["model"], copied["blocks"], copied["join"]) == (str(small), "4:6", [holed])
     monkeypatch.setenv("COLUMNS", "80")
-    (peer,) = json.loads(here("status", str(small), "--json", "--join", holed).output)["peers"]
+    told = json.loads(here("status", str(small), "--json", "--join", holed).output)
+    assert told["lied"] == {}
+    (peer,) = told["peers"]
     narrow = here("status", str(small), "--join", holed).output
     assert f"{peer['device']} {peer['dtype']}" in narrow and peer["key"][:9] in narrow
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
+    evidence_folder(fingerprint).mkdir(parents=True)
+    (evidence_folder(fingerprint) / f"{peer['key']}.evidence").touch()
+    assert "has lied, and is not used" in here("status", str(small), "--join", holed).output
     command = f"splitnet peer {small.name} --blocks 4:6 --join {holed}"
     listed = here("models", "--join", holed).output
     assert re.search(rf"^{small.name} +4 of 6 +1 +0 to 1 +- *$", listed, re.MULTILINE)
