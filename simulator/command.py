@@ -60,6 +60,9 @@ def simulate(
         Path | None,
         in_world(help="A file with a square table of round trips in ms between the nodes of a network."),
     ] = None,
+    liars: Annotated[
+        float, in_world(min=0, max=1, help="Part of the peers that lie: five times their speed, and no load.")
+    ] = 0.0,
     coordinates: Annotated[
         bool, typer.Option("--coordinates", help="Print errors of coordinates and costs of candidates, instead.")
     ] = False,
@@ -98,6 +101,7 @@ def simulate(
         hidden=hidden,
         uptime=uptime,
         latencies=latencies,
+        liars=liars,
         **chosen,
     )
     results = output / RESULTS if output else None

@@ -11,7 +11,7 @@ from scheduler.cost import Encoding
 from scheduler.facts import Coordinate, Link, NetworkPlace, Peer, Speed
 from scheduler.fairness import FairPasses
 from simulator.simulated_directory import Record
-from simulator.world import SimulatedDevice
+from simulator.world import LIE, SimulatedDevice
 from splitnet.wire.messages import FailureCode
 
 Hops = list[tuple["Node", int, int]]
@@ -339,8 +339,14 @@ class Node:
             self._delay.observe_pass(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def load_at(self, now_ms: float) -> tuple[float, float]:
-        """Ms that a step waits, and positions of others in its pass: see `scheduler/batching.py`."""
+        """Ms that a step waits, and positions of others in its pass, as told: see `scheduler/batching.py`."""
+        if self.device.lies:
+            return 0.0, 0.0
         return self._load.estimate_at(now_ms / 1000)
+
+    def told_ms(self, ms: float) -> float:
+        """What the peer says about a time of computing."""
+        return ms / LIE if self.device.lies else ms
 
     def record(self, now_ms: float) -> Record:
         """The record of the node, with the facts that real peers publish: see `peers/running_peer.py`."""
@@ -349,10 +355,10 @@ class Node:
             self.id,
             self.start,
             self.end,
-            Speed(tuple(ms * self.slower for ms in self.device.speed.block_ms)),
+            Speed(tuple(self.told_ms(ms * self.slower) for ms in self.device.speed.block_ms)),
             wait_ms,
             batch,
-            self.device.kv_positions - self.kv_used,
+            self.device.kv_positions - (0 if self.device.lies else self.kv_used),
             sending_ms=self.sending_ms,
         )
         return Record(

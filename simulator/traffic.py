@@ -187,7 +187,8 @@ class ParcelCarrier:
                 block_ms = node.block_ms(sum(count for _, count in taken))
                 for parcel, _ in taken:
                     if parcel.positions <= DECODE_POSITIONS and not parcel.follows:
-                        self._sessions[parcel.owner].observe_hop(node, block_ms, now - parcel.arrived_ms)
+                        wait_ms = 0.0 if node.device.lies else now - parcel.arrived_ms
+                        self._sessions[parcel.owner].observe_hop(node, node.told_ms(block_ms), wait_ms)
                 self._events.schedule(now + ms, self._end_pass, (node, node.generation, taken, ms))
             else:
                 self._events.schedule(now + ms, self._end_wait, (node, node.awaited))

@@ -34,7 +34,7 @@ class SimulationSettings:
     applies the errors of earlier predictions. burst: all clients arrive within a second. dark: half way through, all
     devices in Europe fall silent for good. probes: numbers of peers to which a client measures its links, first random
     ones, then the likeliest of its routes; None: as real clients do. latencies: a file of measured round trips, instead
-    of generated ones.
+    of generated ones. liars: part of the devices that say they are `LIE` times as fast as they are, and without load.
     """
 
     peers: int = 1000
@@ -61,6 +61,7 @@ class SimulationSettings:
     dark: bool = False
     probes: tuple[int, ...] | None = None
     latencies: Path | None = None
+    liars: float = 0.0
 
     @property
     def duration_s(self) -> float:
@@ -73,6 +74,8 @@ class SimulationSettings:
     def encodings(self) -> tuple[Encoding, ...]:
         return encodings_of({"none": 4.0 * self.hidden, "int8": 1.03 * self.hidden})
 
+
+LIE: Final = 5.0
 
 BURST_AT_S: Final = 60.0
 BURST_COUNTS_S: Final = 240.0
@@ -152,7 +155,7 @@ class SimulatedDevice:
     """A device that serves blocks.
 
     number: in the geography. crashes: it leaves without notice. resets: it crashes, but its machine runs on and ends
-    the connections. used_s: begin and end of each time in which its owner works with it.
+    the connections. used_s: begin and end of each time in which its owner works with it. lies: about speed and load.
     """
 
     number: int
@@ -166,6 +169,7 @@ class SimulatedDevice:
     crashes: bool
     used_s: Sequence[tuple[float, float]] = ()
     resets: bool = False
+    lies: bool = False
 
     @property
     def is_silent(self) -> bool:
@@ -220,6 +224,8 @@ class World:
                 else device
                 for device in self.devices
             ]
+        liars = np.random.default_rng([settings.seed, 7]).random(len(self.devices)) < settings.liars
+        self.devices = [replace(each, lies=bool(lies)) for each, lies in zip(self.devices, liars, strict=True)]
         self._know_devices(rng)
 
     @classmethod
