@@ -188,6 +188,7 @@ class SessionAudit:
         session, missing = self._session, False
         try:
             fetched.ask_receipts(self._model)
+            fetched.check_links()
             for index, hop in enumerate(fetched.sent.hops):
                 if not chosen(hop):
                     continue
@@ -316,6 +317,13 @@ class _Fetched:
             except ProtocolError as error:
                 raise _NoAnswer(hop, str(error)) from None
             self.receipts.append(receipt)
+
+    def check_links(self) -> None:
+        """Compares what all neighbours have signed, whichever hop is examined. Raises _Disagreement."""
+        for index, hop in enumerate(self.sent.hops[1:] if not self.sent.repairs else ()):  # a replaced hop sent others
+            pairs = zip(sent_digests(self.receipts[index]), received_digests(self.receipts[index + 1]), strict=True)
+            if any(one != other and UNKNOWN not in (one, other) for one, other in pairs):
+                raise _Disagreement(self.sent.hops[index], hop)
 
     def log(self, index: int) -> bytes:
         """The outputs of a hop from its log, checked against its receipt. Raises _NoAnswer, _Outdated."""

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from splitnet.audit import session_audit
-from splitnet.audit.session_audit import COMPUTED, SessionAudit
-from splitnet.wire.messages import Chunk
+from splitnet.audit.session_audit import COMPUTED, SessionAudit, _Disagreement, _Fetched
+from splitnet.wire.messages import Chunk, Receipt
+from splitnet.wire.receipts import DIGEST, UNKNOWN
 
 PROMPT, HOPS, RATE = 100, 3, 0.25
 
@@ -48,3 +49,27 @@ def test_the_examined_part_of_the_work_includes_the_prompt(
         audit.step_begins([Chunk(1, start, length, 1)])  # before the first output nothing can be examined
         audit.step_done(done(start, length))
     assert len(begun) == drawn and next(lots, None) is None
+
+
+def receipt(received: list[bytes], sent: list[bytes]) -> Receipt:
+    return Receipt(bytes(16), 0, 0, 1, len(sent), 0, "float32", False, bytes(64), b"".join((*received, *sent)))
+
+
+A, B, C, D = (bytes([number]) * DIGEST for number in range(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("received", "repairs", "found"),
+    [([A, B], 0, False), ([A, C], 0, True), ([UNKNOWN, B], 0, False), ([A, C], 1, False)],
+)
+def test_each_examination_compares_all_links(received: list[bytes], repairs: int, found: bool) -> None:
+    sent: Any = SimpleNamespace(hops=("first", "second", "third"), repairs=repairs)
+    session: Any = SimpleNamespace()
+    receipts = [receipt([D, D], [A, B]), receipt([A, B], [A, B]), receipt(received, [D, D])]
+    fetched = _Fetched(session, sent, {}, dict, receipts)
+    if not found:
+        fetched.check_links()
+        return
+    with pytest.raises(_Disagreement) as error:
+        fetched.check_links()
+    assert (error.value.before, error.value.hop) == ("second", "third")
