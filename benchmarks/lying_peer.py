@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,7 +107,7 @@ def lie(peer: RunningPeer, kind: str) -> Callable[[], None]:
         honest(session, message, negated)
 
     def send_other(work: Any, payload: bytes) -> None:
-        honest(work, (torch.frombuffer(bytearray(payload), dtype=torch.float32) * 1.1).numpy().tobytes())
+        honest(work, (np.frombuffer(payload, np.float32) * np.float32(1.1)).tobytes())
 
     def sign_other(source: Any, session: Any, message: Any, now: float) -> None:
         for row in session.digests._rows.values():
