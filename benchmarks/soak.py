@@ -217,12 +217,12 @@ class Clients:
             if self._stop.is_set():
                 return
             model, question = self._models[number], choices.choice(self._questions)
-            if self._audits is not None and self._audits.is_old(model):
-                self.clock.sessions.pop(id(model), None)
-                model.close()
-                model = self._models[number] = self._open(number)
-            ask = partial(self._is_right, model, question, turn)
             try:
+                if self._audits is not None and self._audits.is_old(model):
+                    self.clock.sessions.pop(id(model), None)
+                    model.close()
+                    model = self._models[number] = self._open(number)
+                ask = partial(self._is_right, model, question, turn)
                 ask() if self._audits is None else self._audits.ask(model, turn % 4 < 2, ask)
             except SplitnetError as error:
                 with self._lock:
