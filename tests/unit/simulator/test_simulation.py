@@ -28,6 +28,7 @@ from simulator.simulation import Simulation
 from simulator.traffic import Stream
 from simulator.world import (
     KINDS,
+    LIE,
     Events,
     SimulatedDevice,
     SimulatedRequest,
@@ -60,6 +61,18 @@ def ran(world: World, policy: str) -> Simulation:
     for _ in simulation.run():
         pass
     return simulation
+
+
+def test_liars_live_in_the_same_world_and_say_that_they_are_fast_and_idle() -> None:
+    honest, world = (World(replace(FEW, liars=part)) for part in (0.0, 0.5))
+    assert [replace(device, lies=False) for device in world.devices] == honest.devices
+    nodes = ran(world, "own").nodes.values()
+    assert {node.device.lies for node in nodes} == {False, True}
+    for node in nodes:
+        told = node.record(1e6).peer
+        usual_ms = node.slower * node.device.speed.block_ms[0]
+        assert told.speed.block_ms[0] == pytest.approx(usual_ms / LIE if node.device.lies else usual_ms)
+        assert not node.device.lies or (told.queue_ms, told.batch) == (0.0, 0.0)
 
 
 @pytest.mark.default_cases(policy=("own", "petals", "random", "stale"))
