@@ -139,7 +139,8 @@ class SessionAudit:
                     self._lengths[row] = start + length
             while len(self._kept) > MOST_ROWS:
                 oldest = next(iter(self._kept))
-                del self._kept[oldest], self._lengths[oldest]
+                del self._kept[oldest]
+                self._lengths.pop(oldest, None)
 
     def finish(self) -> None:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the

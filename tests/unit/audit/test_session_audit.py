@@ -51,6 +51,33 @@ def test_the_examined_part_of_the_work_includes_the_prompt(
     assert len(begun) == drawn and next(lots, None) is None
 
 
+class Strangers(Judge):
+    """A client that knows nobody, and examines short pieces."""
+
+    most_positions = 16
+
+    def is_new(self, hop: object, stored: bool) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_long_rows_are_examined_at_their_beginning(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    session: Any = SimpleNamespace(hops=["first", "second"], prefix_hit=0)
+    judge: Any = Strangers()
+    audit = SessionAudit(session, judge, "", HOPS, 1)
+    begun: list[int] = []
+    monkeypatch.setattr(audit, "_begin", lambda row, length, hops, chosen: begun.append(length))
+    monkeypatch.setattr(audit, "_bucket", SimpleNamespace(wait_s=lambda *_: 0.0))
+    for row in range(rows):
+        audit.step_begins([Chunk(row, 0, PROMPT, 1)])
+    for row in range(rows):
+        step = done(0, PROMPT)
+        step.message.parts = (Chunk(row, 0, PROMPT, 1),)
+        audit.step_done(step)
+    audit.step_begins([Chunk(rows - 1, PROMPT, 1, 1)])
+    assert begun == [16]
+
+
 def receipt(received: list[bytes], sent: list[bytes]) -> Receipt:
     return Receipt(bytes(16), 0, 0, 1, len(sent), 0, "float32", False, bytes(64), b"".join((*received, *sent)))
 
