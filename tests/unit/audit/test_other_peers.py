@@ -67,8 +67,9 @@ def test_an_auditor_that_two_others_contradict_is_left() -> None:
 
 
 def test_three_results_name_nobody() -> None:
+    world = World(RIGHT, off_by(0.04))
     with pytest.raises(SplitnetError, match="none of them is named"):
-        (world := World(RIGHT, off_by(0.04))).is_honest(off_by(0.05))
+        world.is_honest(off_by(0.05))
     assert not world.banned
 
 
