@@ -45,9 +45,12 @@ class StateLayer(LinearAttentionLayer):
         self.own(self.conv_states, state_idx)
         return super().update_conv_state(conv_states, state_idx, conv_kernel_size, **kwargs)
 
-    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+    def update_recurrent_state(
+        self, recurrent_states: Tensor | list[Tensor], state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
         before = self.recurrent_states[state_idx]
-        state = recurrent_states if before is None else recurrent_states.to(before.dtype)
+        last = recurrent_states if isinstance(recurrent_states, Tensor) else recurrent_states[-1]
+        state = last if before is None else last.to(before.dtype)
         if state.untyped_storage().nbytes() > state.nbytes:
             state = state.clone()  # a view would keep the whole tensor in memory
         self.recurrent_states[state_idx] = state
@@ -654,6 +657,9 @@ class OneSequence(Cache):
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
+
+    def increase_count(self, layer_idx: int, state_idx: int) -> None:
+        """Does nothing, because the row counts its positions itself."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._row.prefix_length + self._row.computed

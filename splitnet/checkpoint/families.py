@@ -468,16 +468,21 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if keeps_states(config):
         # After a rewind its positions run again, with the frequencies of another length.
         return "its rotary embedding depends on the length of a text" if RopeLengths(config).frequencies_vary else ""
-    if not has_attention(config):
-        return "its blocks keep a recurrent state instead of a KV cache"
     if per_layer_size(config) and not packs_sequences(config):
         return "its blocks have a second input for every token besides the hidden state"
     if getattr(config, "num_kv_shared_layers", 0) and not packs_sequences(config):
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):
         return "some of its blocks attend to the positions that the block before has chosen"
+    return unknown_states(config)
+
+
+def unknown_states(config: PreTrainedConfig) -> str:
+    """Why rows cannot hold the states of a family's blocks; empty if they can."""
+    if keeps_states(config):
+        return ""
+    if not has_attention(config):
+        return "its blocks keep a recurrent state instead of a KV cache"
     known = _ATTENTION_TYPES | {family_of(config).attention}
     others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
-    if others:
-        return f"it has blocks of the kind {others[0]!r}, whose states are not known here"
-    return ""
+    return f"it has blocks of the kind {others[0]!r}, whose states are not known here" if others else ""

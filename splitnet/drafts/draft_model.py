@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from splitnet.blocks.kv_cache import OneSequence, SequenceCache, SequenceStates
-from splitnet.checkpoint.families import family_of, keeps_states, states_per_block
+from splitnet.checkpoint.families import family_of, keeps_states, states_per_block, unknown_states
 from splitnet.drafts.drafter import Guess, shared
 from splitnet.errors import SplitnetError
 
@@ -31,10 +31,11 @@ class DraftModel:
                 "use a draft model with the same tokenizer"
             )
         has_states = keeps_states(config)
-        if not has_states and getattr(model, "_is_stateful", False):
+        reason = family_of(config).refused or unknown_states(config)
+        if reason:
             raise SplitnetError(
-                f"draft models of the family {config.model_type!r} keep states that cannot be rewound: use one of "
-                "another family, or prompt-lookup"
+                f"models of the family {config.model_type!r} cannot draft, because rows of drafts cannot be rewound: "
+                f"{reason}. Use one of another family, or prompt-lookup"
             )
         self._model = model
         self._text: list[int] = []

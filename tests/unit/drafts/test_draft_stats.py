@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from scheduler.speculation import (
     IN_FLIGHT,
@@ -212,6 +212,7 @@ class _Counting(torch.nn.Module):
     class config:
         vocab_size = 50
         model_type = "counting"
+        num_attention_heads = 1
 
         @staticmethod
         def get_text_config() -> type[_Counting.config]:
@@ -268,11 +269,12 @@ class TestDraftModel:
             )
             assert drafted(drafter, [], 5) == expected[0, len(text) :].tolist()
 
-    def test_a_draft_model_with_states_that_cannot_be_rewound_is_refused(self) -> None:
+    @pytest.mark.parametrize("family", ["rwkv", "recurrent_gemma", "deepseek_v4"])
+    def test_a_draft_model_with_states_that_cannot_be_rewound_is_refused(self, family: str) -> None:
         model: Any = _Counting()
-        model._is_stateful = True
-        with pytest.raises(SplitnetError, match="'counting' keep states"):
-            DraftModel(model, 50)
+        model.config = CONFIG_MAPPING[family]()
+        with pytest.raises(SplitnetError, match=f"'{family}' cannot draft"):
+            DraftModel(model, model.config.vocab_size)
 
 
 class CountingHead:
