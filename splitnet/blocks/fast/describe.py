@@ -623,6 +623,4 @@ def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[i
         return list(range(heads + 2 * stored))
     group, turns = heads // stored, range(stored)
     queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
-    # With this attribute, each query has a separate copy of the key.
-    times = group if getattr(attention, "new_decoder_architecture", False) else 1
-    return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]
+    return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns]

@@ -42,11 +42,11 @@ YARN = {
 }
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "a norm for the MLP beside that of attention, keys kept for every query": (
+    "a norm for the MLP beside that of attention, a key for a group of queries": (
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2},
     ),
-    "one norm, keys kept for every query": (
+    "one norm, a key for a group of queries": (
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
@@ -155,7 +155,7 @@ def test_a_family_gives_the_same(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.default_cases(
     case=(
-        "one norm, keys kept for every query",
+        "one norm, a key for a group of queries",
         "slopes of six heads",
         "norms of heads that differ",
         "a clip",
