@@ -38,9 +38,9 @@ def slow_down(patch: pytest.MonkeyPatch) -> None:
         time.sleep(PASS_S + POSITION_S * max(0, len(hidden) - 4))
         return forward(span, hidden, parts, taps)
 
-    def slow_sequences(span: Span, hidden: Any, lengths: Any, adapter: Any = None) -> Any:
+    def slow_sequences(span: Span, hidden: Any, *how: Any) -> Any:
         time.sleep(POSITION_S * len(hidden) / 6)
-        return sequences(span, hidden, lengths, adapter)
+        return sequences(span, hidden, *how)
 
     patch.setattr(Span, "forward", slow_forward)
     patch.setattr(Span, "sequences", slow_sequences)
@@ -69,7 +69,7 @@ def ms_per_token(peer: RunningPeer, facts: ModelFacts, load: Callable[..., int],
         assert isinstance(answer, Opened), answer
         client.decode(session, steps=2)
         took = client.decode(session, seconds=0.8 * SECONDS, steps=190)
-        running.result()
+        assert running.result(), "the peer answered none of the load"
     return statistics.fmean(took)
 
 
@@ -82,11 +82,9 @@ def equal_ms(peer: RunningPeer, facts: ModelFacts) -> float:
     ("load", "options"),
     [
         (fairness.decodes, {"sessions": 64, "reservation": 200}),
-        (fairness.prefills, {"sessions": 8, "length": 200}),
-        (fairness.trains, {"lengths": (256,) * 16, "waiting": 2}),
-        pytest.param(
-            fairness.trains, {"lengths": (256,) * 16, "waiting": 6, "backward": False}, marks=pytest.mark.full
-        ),
+        (fairness.prefills, {"sessions": 16, "length": 50}),
+        (fairness.trains, {"lengths": (256,), "waiting": 32}),
+        pytest.param(fairness.trains, {"lengths": (256,), "waiting": 24, "backward": False}, marks=pytest.mark.full),
     ],
     ids=["64 sessions", "prompts", "training", "passes"],
 )
