@@ -176,7 +176,7 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
     times: dict[str, list[float]] = {}
     with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
         swarm.wait()
-        peer, node = re.findall(r'--join "?([^\s"]+)', swarm.log(0))
+        peer, node = re.findall(r'--join "?([^\s"]+)', swarm.daemons[0].log())
         for number in range(rounds + 1):
             for name, python, address in (
                 ("hivemind, `/ip4/...`", sys.executable, node),

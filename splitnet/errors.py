@@ -79,6 +79,10 @@ class DirectoryError(SplitnetError):
     """The directory cannot be joined or does not answer."""
 
 
+class NoSwarm(DirectoryError):
+    """No swarm is given, and none is found on the local network."""
+
+
 class LanError(SplitnetError):
     """This machine cannot find peers on its local network, or cannot be found there."""
 

@@ -30,7 +30,6 @@ CONFIG_VARIABLE = "SPLITNET_CONFIG"
 _PREFIX = "SPLITNET"
 _GIVEN = "splitnet.given"
 SIMILAR_COMMANDS = {
-    "run": "'generate', 'chat', 'serve' or 'demo'",
     "list": "'models'",
     "ps": "'status'",
     "train": "'tune'",

@@ -18,7 +18,7 @@ from splitnet.directory.hivemind_node import have_hivemind
 from splitnet.directory.interface import SwarmDirectory
 from splitnet.directory.joining import join
 from splitnet.directory.mdns import LanNode, LocalNetwork, what_was_found
-from splitnet.errors import DirectoryError, LanError, WrongSwarm
+from splitnet.errors import DirectoryError, LanError, NoSwarm, WrongSwarm
 from splitnet.hf.remote_model import learn_manifest
 from splitnet.logs import write_user_message
 from splitnet.security.identity import AuthorizedKeys, Identity
@@ -34,12 +34,13 @@ _FIX = "give --join with the address that a peer of the swarm prints"
 def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
     """Addresses to join a model's swarm, as peers on this network announce them. Prints what it finds to stderr.
 
-    Raises DirectoryError if there are no such addresses, or if `lan` is False and forbids the search.
+    Raises NoSwarm if there are no such addresses, or if `lan` is False and forbids the search; DirectoryError if the
+    peers of this network speak another protocol.
     """
     if not lan:
-        raise DirectoryError(f"no swarm is given: {_FIX}, or search this network with --lan")
+        raise NoSwarm(f"no swarm is given: {_FIX}, or search this network with --lan")
     if not have_hivemind():
-        raise DirectoryError(
+        raise NoSwarm(
             "no swarm is given, and joining one on this network needs hivemind, which is not installed: "
             "give --join tcp://HOST:PORT?key=..., as a peer prints"
         )
@@ -47,7 +48,7 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
         with LocalNetwork(facts.fingerprint) as network:
             nodes = network.search()
     except LanError as error:
-        raise DirectoryError(f"no swarm is given, and this network cannot be searched: {error}; {_FIX}") from error
+        raise NoSwarm(f"no swarm is given, and this network cannot be searched: {error}; {_FIX}") from error
     if not nodes:
         if network.foreign_protocols:
             spoken = max(network.foreign_protocols)
@@ -57,20 +58,20 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
                 f"{PROTOCOL_VERSION}: upgrade {older}"
             )
         command = shlex.join(["splitnet", "peer", facts.source or facts.name])
-        raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `{command}`, or {_FIX}")
+        raise NoSwarm(f"no swarm for {facts.name} on this network: start a peer with `{command}`, or {_FIX}")
     print(f"{what_was_found(nodes)}: joining ...", file=sys.stderr, flush=True)
     return [address for node in nodes for address in node.addresses]
 
 
 def ask_network(model: str, *, lan: bool) -> list[str]:
-    """Addresses of peers of any model on this network; `model` may be empty. Raises DirectoryError as `find_swarm`."""
+    """Addresses of peers of any model on this network; `model` may be empty. Raises NoSwarm."""
     nodes: list[LanNode] = []
     if lan:
         with suppress(LanError), LocalNetwork("") as network:
             nodes = network.search()
     if not nodes:
         lacks = f"parts of {model} are not on this machine, and no swarm" if model else "no swarm"
-        raise DirectoryError(f"{lacks} is given or found on this network: {_FIX}")
+        raise NoSwarm(f"{lacks} is given or found on this network: {_FIX}")
     return [address for node in nodes for address in node.addresses]
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
-import sys
 import tempfile
-import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
@@ -17,9 +14,8 @@ import typer
 
 from splitnet.checkpoint.demo import DEMO_NAME
 from splitnet.cli.arguments import CodecName, Device, require, resolve_model
-from splitnet.cli.configuration import without_options
+from splitnet.cli.peer_process import PeerProcess
 from splitnet.cli.serve import serve as run_server
-from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
 from splitnet.transport.addresses import listen_at
@@ -29,7 +25,6 @@ EXACT = (*ONE_THREAD, "--weights", "float32", "--device", "cpu")
 """Options with which daemons compute the same results as plain transformers with float32."""
 
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 15.0
 
 
 class LocalSwarm:
@@ -46,61 +41,38 @@ class LocalSwarm:
         count = min(count, blocks)
         edges = [round(index * blocks / count) for index in range(count + 1)]
         self.spans = list(itertools.pairwise(edges))
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.daemons: list[PeerProcess] = []
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
 
     def __enter__(self) -> LocalSwarm:
-        self.processes += [self._start(index) for index in range(len(self.spans))]
+        for index in range(len(self.spans)):
+            self.daemons.append(self._start(index))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for daemon in self.daemons:
+            daemon.terminate()
+        for daemon in self.daemons:
+            daemon.close()
         self._folder.cleanup()
 
     def wait(self) -> str:
         """Waits until all daemons serve, and returns the address to join with."""
-        first, *_ = [self._await_address(index) for index in range(len(self.spans))]
+        first, *_ = [daemon.await_address(START_TIMEOUT_S) for daemon in self.daemons]
         return first
 
-    def log(self, index: int) -> str:
-        return self._file("log", index).read_text(encoding="utf-8", errors="replace")
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        return [daemon.process for daemon in self.daemons]
 
-    def _start(self, index: int) -> subprocess.Popen[bytes]:
+    def _start(self, index: int) -> PeerProcess:
         start, end = self.spans[index]
-        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
-        command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._file("address", index))]
+        arguments = [self._checkpoint, "--blocks", f"{start}:{end}", "--listen", "tcp://127.0.0.1:0"]
         if self._join:
-            command += ["--join", self._join]
+            arguments += ["--join", self._join]
         elif index:
-            command += ["--join-file", str(self._file("address", 0))]
-        with self._file("log", index).open("wb") as log:
-            command += self._options
-            environment = without_options(os.environ)
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-
-    def _await_address(self, index: int) -> str:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        file = self._file("address", index)
-        while not file.exists():
-            if self.processes[index].poll() is not None:
-                said = self.log(index).strip().splitlines()
-                raise SplitnetError(f"daemon {index + 1} ended: {said[-1] if said else 'it said nothing'}")
-            if time.monotonic() > deadline:
-                raise SplitnetError(
-                    f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?"
-                )
-            time.sleep(0.05)
-        return file.read_text(encoding="utf-8").strip()
-
-    def _file(self, kind: str, index: int) -> Path:
-        return Path(self._folder.name) / f"{kind}-{index}"
+            arguments += ["--join-file", str(self.daemons[0].address_file)]
+        return PeerProcess(f"daemon {index + 1}", [*arguments, *self._options], Path(self._folder.name))
 
 
 def _count_blocks(checkpoint: str) -> int:

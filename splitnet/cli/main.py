@@ -25,6 +25,7 @@ from splitnet.cli.generate import chat, generate
 from splitnet.cli.invite import invite, key
 from splitnet.cli.models import models
 from splitnet.cli.peer import peer
+from splitnet.cli.run import run
 from splitnet.cli.serve import serve
 from splitnet.cli.status import status
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
@@ -82,6 +83,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
+    run: ("splitnet run Qwen/Qwen3-8B", 'splitnet run demo "Why is the sky blue?" --serve --memory 4GiB'),
     peer: ("splitnet peer Qwen/Qwen3-8B --memory 8GiB", "splitnet peer ./llama.gguf --blocks 0:16 --join /ip4/..."),
     generate: (
         'splitnet generate Qwen/Qwen3-8B "Why is the sky blue?"',

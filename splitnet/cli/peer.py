@@ -49,6 +49,7 @@ from splitnet.wire.kv_forms import KV_BITS
 
 if TYPE_CHECKING:
     from peers.running_peer import RunningPeer
+    from splitnet.checkpoint.checkpoint import Checkpoint
 
 
 in_memory = option_group("Blocks and memory")
@@ -350,6 +351,26 @@ def peer(
         serving.close()
         if metrics is not None:
             metrics.close()
+
+
+def what_fits(checkpoint: Checkpoint, memory: str | None, device: str) -> str:
+    """A sentence about the blocks that a peer with this memory would serve here, and their speed.
+
+    Raises OutOfMemory: no block fits; SplitnetError: `memory` is no amount.
+    """
+    from peers.peer_options import SpanWish
+    from peers.relocation import expected_block_ms, fitting_blocks
+    from splitnet.blocks.block_sizes import block_bytes
+
+    weights = str(WeightKind.auto)
+    wish = SpanWish(None, parse_bytes(memory) if memory else None)
+    fitting = fitting_blocks(checkpoint, wish, device, None, weights)
+    gib = fitting * block_bytes(checkpoint, None, weights, device) / 2**30
+    token_s = checkpoint.num_blocks * expected_block_ms(checkpoint, device, None, weights) / 1000
+    return (
+        f"this machine can serve {fitting} of {checkpoint.num_blocks} blocks in {gib:.1f} GiB of memory; machines like "
+        f"this one generate at most {1 / token_s:.0f} tokens/s"
+    )
 
 
 def read_models(file: Path) -> list[str]:

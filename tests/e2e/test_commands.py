@@ -40,6 +40,7 @@ from tests.swarm.harness import local_swarm
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 COMMANDS = [
+    "run",
     "peer",
     "generate",
     "chat",
@@ -350,8 +351,8 @@ def test_an_unreachable_join_address_is_reported_without_library_messages(words:
 
 
 def test_a_command_of_another_program_is_answered_with_equivalent_commands(here: Here) -> None:
-    told = " ".join(here("run", "demo").errors.split())
-    assert "Did you mean 'generate', 'chat', 'serve' or 'demo'?" in told and "round" not in told
+    told = " ".join(here("train", "demo").errors.split())
+    assert "Did you mean 'tune'?" in told and "trusted" not in told
 
 
 def test_every_command_that_takes_a_model_takes_a_gguf_file(here: Here) -> None:
