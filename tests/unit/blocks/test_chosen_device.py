@@ -113,7 +113,7 @@ def test_all_commands_that_compute_take_a_device() -> None:
         for parameter in command.params
         if parameter.name == "device"
     }
-    assert set(offered) == {"peer", "generate", "chat", "serve", "tune", "bench", "demo", "doctor"}
+    assert set(offered) == {"peer", "generate", "chat", "serve", "tune", "bench", "demo", "doctor", "run"}
     for parameter in offered.values():
         assert parameter.opts == ["--device"] and parameter.default == "auto"
         assert "CUDA" in parameter.help and "SPLITNET_DEVICE" in parameter.envvar
