@@ -45,16 +45,21 @@ class TokenBucket:
     def wait_s(self, per_minute: int, now: float) -> int:
         """Seconds until tokens are available; 0: some tokens are available. At most `per_minute` tokens are saved
         up."""
-        owed = self._still_spent(per_minute, now) - per_minute
+        owed = self.still_spent(per_minute, now) - per_minute
         return math.floor(owed * MINUTE_S / per_minute) + 1 if owed >= 0 else 0
 
     def spend(self, tokens: float, per_minute: float, now: float) -> float:
         """Spends tokens, even more than are available; returns all spent tokens that have not come back."""
-        self._spent = self._still_spent(per_minute, now) + tokens
-        self.at = now
+        self.correct(self.still_spent(per_minute, now) + tokens, now)
         return self._spent
 
-    def _still_spent(self, per_minute: float, now: float) -> float:
+    def correct(self, spent: float, now: float) -> None:
+        """Sets the spent tokens that have not come back."""
+        self._spent = spent
+        self.at = now
+
+    def still_spent(self, per_minute: float, now: float) -> float:
+        """Spent tokens that have not come back."""
         return max(0.0, self._spent - (now - self.at) * per_minute / MINUTE_S)
 
 

@@ -381,7 +381,12 @@ def command_arguments(options: ConnectionOptions) -> list[str]:
     return arguments
 
 
-EXTRAS = {"plot": ("matplotlib",), "serve": ("fastapi", "h11", "llguidance", "PIL", "uvicorn"), "tune": ("peft",)}
+EXTRAS = {
+    "plot": ("matplotlib",),
+    "serve": ("fastapi", "h11", "llguidance", "PIL", "uvicorn"),
+    "state": ("redis",),
+    "tune": ("peft",),
+}
 """The packages of each extra in pyproject.toml, which `pip install splitnet` does not install."""
 
 

@@ -60,6 +60,14 @@ def _checked_names(names: list[str] | None) -> list[str] | None:
     return names
 
 
+def _checked_state(url: str | None) -> str | None:
+    if url is not None:
+        require("state", "--state")
+        if not re.fullmatch(r"(redis|rediss|valkey|valkeys|unix)://.+", url):
+            raise SplitnetError("--state is not a URL of Valkey or Redis: write redis://HOST:PORT/0")
+    return url
+
+
 @connects()
 def serve(
     models: Annotated[
@@ -152,6 +160,15 @@ def serve(
         Path | None,
         typer.Option(metavar="DIR", help="Folder of a run of `splitnet tune`, which the page at / shows, too."),
     ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            callback=_checked_state,
+            help="Valkey or Redis that several gateways share, as redis://HOST:PORT/0: these gateways count quotas "
+            "together, find each other's responses, and continue each other's answers.",
+        ),
+    ] = None,
     speculate: Speculate = "auto",
 ) -> None:
     """Serve models over HTTP as OpenAI's, Anthropic's and Ollama's APIs do, until interrupted (SIGINT or SIGTERM).
@@ -187,6 +204,7 @@ def serve(
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
         keep_models=keep_models,
         image_hosts=image_hosts.split(",") if image_hosts else (),
+        state=state,
     )
 
     def through(spec: ModelConnection, names: list[str] | None = None) -> ModelSpec:

@@ -26,6 +26,18 @@ class QuotaExceeded(SplitnetError):
         self.retry_after_s = retry_after_s
 
 
+class ClientBucket(TokenBucket):
+    """The tokens that a client has spent. unshared: the part that other gateways have not been told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unshared = 0.0
+
+    def spend(self, tokens: float, per_minute: float, now: float) -> float:
+        self.unshared += tokens
+        return super().spend(tokens, per_minute, now)
+
+
 @dataclass(frozen=True)
 class ApiClient:
     """The holder of an API key; if the server has no keys, an IP address."""
@@ -36,17 +48,23 @@ class ApiClient:
     # bound. A running answer may exceed the bound; then the client must wait longer before its next request.
     tokens_per_minute: int | None = None
     clock: Callable[[], float] = field(default=time.monotonic, compare=False)
-    _spent: TokenBucket = field(default_factory=TokenBucket, compare=False, repr=False)
+    key_digest: str = field(default="", compare=False)  # of the API key; empty: there are no keys
+    bucket: ClientBucket = field(default_factory=lambda: ClientBucket(), compare=False, repr=False)
+
+    @property
+    def shared_name(self) -> str:
+        """Names the client at all gateways with the same API keys, without the key itself."""
+        return self.key_digest or self.name
 
     def check_quota(self) -> None:
         """Raises QuotaExceeded if the client has no tokens left."""
         per_minute = self.tokens_per_minute
-        if per_minute is not None and (seconds := self._spent.wait_s(per_minute, self.clock())):
+        if per_minute is not None and (seconds := self.bucket.wait_s(per_minute, self.clock())):
             raise QuotaExceeded(per_minute, seconds)
 
     def spend_tokens(self, tokens: int) -> None:
         if self.tokens_per_minute is not None:
-            self._spent.spend(tokens, self.tokens_per_minute, self.clock())
+            self.bucket.spend(tokens, self.tokens_per_minute, self.clock())
 
 
 ANYONE = ApiClient("")

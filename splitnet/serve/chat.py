@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from splitnet.images import KEPT_PIXELS, MOST_BYTES, ImageError, Prompt, images_of, without_images
 from splitnet.serve.admission import ApiClient
+from splitnet.serve.answer_records import random_seed
 from splitnet.serve.answers.call_forms import PLAIN, Forms
 from splitnet.serve.answers.grammars import AnswerConstraints, Function
 from splitnet.serve.answers.parser import AnswerParser, ParsedParts, ToolCall
@@ -92,7 +92,7 @@ def sampling_of(served: ServedModel, given: Mapping[str, Any]) -> Sampling:
     chosen: dict[str, Any] = {**asdict(served.defaults), **given}
     chosen["top_k"] = max(chosen["top_k"], 0)
     seed = given.get("seed")
-    chosen["seed"] = secrets.randbits(64) if seed is None else seed % 2**64
+    chosen["seed"] = random_seed() if seed is None else seed % 2**64
     return Sampling(**chosen)
 
 

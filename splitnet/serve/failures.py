@@ -70,7 +70,11 @@ def api_error_of(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, SessionClosed):
-        return ApiError(503, "the server is ending: use another server, or try again later", code="server_ending")
+        return ApiError(
+            503,
+            "the server is ending: send the request again, with the same Idempotency-Key if it had one",
+            code="server_ending",
+        )
     for kind, status, code in _STATUS_OF:
         if isinstance(error, kind):
             headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, QuotaExceeded) else None

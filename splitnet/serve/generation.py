@@ -131,8 +131,21 @@ class GenerationRequest:
     # ends when memory runs out.
     reserve_max_tokens: bool = True
     reading: ReadTask | None = None  # with `max_tokens` 0: the prompt is read, not scored
+    # The first tokens of the answer, from an earlier attempt; not with several answers, images, scores or readings.
+    given: Sequence[int] = ()
     # Arguments of the model for the images of the prompt; then, there is one answer, and the prompt is not scored.
     pixels: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to compute before the next token of the answer is chosen."""
+        return [*self.prompt, *self.given]
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether `given` can be set."""
+        is_plain = self.choices == 1 and self.top_logprobs is None and not self.score_prompt
+        return is_plain and self.max_tokens > 0 and not self.pixels
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,7 @@ class Generations:
         # Takes a cache; returns a function that records the new measurements of the cache's session at each call.
         self.watch_session: Callable[[RemoteCache], Callable[[], None]] = lambda cache: lambda: None
         self.vocabulary: int = self.model.config.get_text_config().vocab_size
+        self.ropes_vary: bool = RopeLengths(self.model.config.get_text_config()).frequencies_vary
         self.progress = ProgressLog()
         self.kept: SessionCache[RemoteCache] = SessionCache(self.limits, RemoteCache.close)
         ends = self.model.generation_config.eos_token_id
@@ -243,7 +257,7 @@ class Generation:
                 return
             # Equal tokens do not mean equal images, so a prompt with images gets a new session, which is not kept.
             needs_all = self._ask.score_prompt or not self._ask.max_tokens or bool(self._ask.pixels)
-            taken = None if needs_all else kept.take_session(self._ask.owner, self._ask.prompt)
+            taken = None if needs_all else kept.take_session(self._ask.owner, self._ask.tokens)
             if taken is not None and taken[0].remote.lied:
                 taken[0].close()
                 taken = None
@@ -282,12 +296,13 @@ class Generation:
         held: list[int] | None = None
         look = self._use_cache(cache)
         try:
-            prompt = torch.tensor([ask.prompt])
+            prompt = torch.tensor([ask.tokens])
+            length, most = prompt.shape[1], len(ask.prompt) + ask.max_tokens
             # At least the last token must be computed: its logits choose the first token of the answer.
-            cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
+            cached = min(shared, length - 1, self._own.model.fitting(cache, length))
             self._progress.cached = cached
             cache.remote.crop(cached - cache.remote.columns)
-            cache.remote.reserve(len(ask.prompt) + room, ask.choices, bounded=room < ask.max_tokens)
+            cache.remote.reserve(min(length + room, most), ask.choices, bounded=length + room < most)
             if ask.score_prompt:
                 self._score(prompt, cache)
             answer_tokens = 0
@@ -323,8 +338,7 @@ class Generation:
         """Reads texts of similar lengths in batches; halves a batch if the peers lack memory for the whole batch."""
         texts = torch.tensor(self._ask.prompt).split(list(reading.lengths))
         # A batch uses the rotary frequencies of its longest text. If these depend on length, texts are read alone.
-        alone = RopeLengths(self._own.model.config.get_text_config()).frequencies_vary
-        groups = group_by_length(reading.lengths, 0 if alone else READ_POSITIONS)
+        groups = group_by_length(reading.lengths, 0 if self._own.ropes_vary else READ_POSITIONS)
         while groups:
             group = groups.pop()
             try:
@@ -379,13 +393,19 @@ class Generation:
             prompt = prompt.expand(ask.choices, -1)
         allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
         ends = {*ask.stop_tokens, *(() if ask.ignores_ends else own.end_tokens)}
-        chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed, ends)
+        chooser = TokenChooser(ask.sampling, ask.top_logprobs, len(ask.prompt), allowed, ends)
         before = ask.prompt if ask.continues_prompt else ()
         choices = [
             TokenCollector(index, own.decode, ask.max_tokens, ends, ask.stop_strings, before, ask.unstopped_parts)
             for index in range(ask.choices)
         ]
         seen = prompt.shape[1]
+        for token in ask.given:
+            own.progress.token(self._progress)
+            self._begun = True
+            self._listener(choices[0].push_token(token, None))
+            if choices[0].finished:
+                return choices[0].tokens, ask.tokens
 
         def stepped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             """Passes the text of newly chosen tokens to the listener; returns which answers have ended, `[batch]`."""
@@ -404,13 +424,13 @@ class Generation:
             self._grow_reservation(cache.remote, choices)
             return torch.tensor([choice.finished for choice in choices], device=input_ids.device)
 
-        drafts = ask.choices == 1 and own.model.can_draft(prompt.shape[1], ask.max_tokens)
+        drafts = ask.choices == 1 and own.model.can_draft(seen, ask.max_tokens)
         output = own.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             cache=cache,
             speculate=own.speculate if drafts else None,
-            max_new_tokens=ask.max_tokens,
+            max_new_tokens=ask.max_tokens - len(ask.given),
             do_sample=False,
             logits_processor=[chooser],
             stopping_criteria=[stepped],

@@ -7,7 +7,7 @@ import time
 from collections import Counter as Counted
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -22,8 +22,10 @@ from splitnet.errors import SplitnetError
 from splitnet.hf.cache import RemoteCache
 from splitnet.hf.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
+from splitnet.serve.answer_records import AnswerRecords
 from splitnet.serve.failures import api_error_of
 from splitnet.serve.generation import Ended, GenerationRequest, Generations, Numbered, TextDelta
+from splitnet.serve.shared_state import SharedState
 from splitnet.session.events import Cause
 from splitnet.version import __version__
 from splitnet.wire.messages import Timing
@@ -151,25 +153,41 @@ class GatewayMetrics:
         return Histogram(f"splitnet_gateway_{name}", help, labels, buckets=buckets, registry=self.registry)
 
 
+class MeasuredModel(Protocol):
+    """What metrics read of a `splitnet.serve.responses.ServedModel`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def generations(self) -> Generations: ...
+    @property
+    def admission(self) -> Admission: ...
+    @property
+    def metrics(self) -> GatewayMetrics: ...
+    @property
+    def state(self) -> SharedState | None: ...
+
+
 class _PresentMetrics(Collector):
     """Metrics whose values are read when Prometheus scrapes: present states, and counters of other modules."""
 
-    def __init__(self, name: str, generations: Generations, admission: Admission) -> None:
-        self._name = name
-        self._generations = generations
-        self._admission = admission
+    def __init__(self, served: MeasuredModel, records: AnswerRecords) -> None:
+        self._served = served
+        self._records = records
 
     def collect(self) -> Iterable[Metric]:
-        model: RemoteCausalLM = self._generations.model
+        served, generations = self._served, self._served.generations
+        model: RemoteCausalLM = generations.model
         counts = model.speculator.counts
-        kept = self._generations.kept
-        info = {"model": self._name, "version": __version__}
+        kept = generations.kept
+        info = {"model": served.name, "version": __version__}
         yield InfoMetricFamily("splitnet_gateway", "What the gateway serves.", info)
         for metric, help, value in (
-            ("requests_running", "Requests that the model is answering.", self._admission.running),
-            ("requests_waiting", "Requests that wait for their turn.", self._admission.waiting),
+            ("requests_running", "Requests that the model is answering.", served.admission.running),
+            ("requests_waiting", "Requests that wait for their turn.", served.admission.waiting),
             ("kept_sessions", "Sessions that are kept for the next turns of chats.", len(kept)),
             ("kept_tokens", "Tokens whose keys and values the peers hold for kept sessions.", kept.tokens),
+            *((("state_up", "Whether the shared state answers.", int(served.state.is_up)),) if served.state else ()),
         ):
             yield GaugeMetricFamily(f"splitnet_gateway_{metric}", help, value)
         for name, help, value in (
@@ -181,6 +199,7 @@ class _PresentMetrics(Collector):
                 "Round trips through the blocks for tokens of answers with a source of drafts.",
                 counts.round_trips,
             ),
+            ("resumed_answers", "Answers that have gone on after a lost connection.", self._records.resumed),
             *_audits_of(model),
         ):
             yield CounterMetricFamily(f"splitnet_gateway_{name}", help, value)
@@ -238,12 +257,11 @@ class _RequestWatch:
         return routed.path if isinstance(routed, Route) else OTHER_PATH
 
 
-def instrument(
-    app: FastAPI, metrics: GatewayMetrics, name: str, generations: Generations, admission: Admission
-) -> None:
-    """Adds `/metrics` to an app, and counts its requests and the work of the model of this name."""
-    metrics.registry.register(_PresentMetrics(name, generations, admission))
-    generations.watch_session = metrics.watch_session
+def instrument(app: FastAPI, served: MeasuredModel, records: AnswerRecords) -> None:
+    """Adds `/metrics` to an app, and counts its requests and the work of this model."""
+    metrics = served.metrics
+    metrics.registry.register(_PresentMetrics(served, records))
+    served.generations.watch_session = metrics.watch_session
 
     @app.get("/metrics", include_in_schema=False)
     def tell(request: Request) -> Response:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,9 @@ from splitnet.limits import FairAccount, Holding
 from splitnet.paths import lines_of
 from splitnet.security.identity import KeyOptions, is_options, parse_options
 from splitnet.serve.admission import Admission, ApiClient, client_at
+from splitnet.serve.answer_records import AnswerRecords
 from splitnet.serve.failures import ApiError, api_error_of, validation_error
+from splitnet.serve.shared_state import digest_of
 
 
 class ApiKeys:
@@ -38,7 +40,12 @@ class ApiKeys:
 
     def __init__(self, keys: Mapping[str, KeyOptions]) -> None:
         self._clients = [
-            (key.encode(), ApiClient(f"key {number}", options.weight, options.tokens_per_minute))
+            (
+                key.encode(),
+                ApiClient(
+                    f"key {number}", options.weight, options.tokens_per_minute, key_digest=digest_of("API key", key)
+                ),
+            )
             for number, (key, options) in enumerate(keys.items(), start=1)
         ]
 
@@ -70,6 +77,10 @@ class ApiKeys:
 
     def __len__(self) -> int:
         return len(self._clients)
+
+    @property
+    def clients(self) -> list[ApiClient]:
+        return [client for _, client in self._clients]
 
     def client_of(self, given: bytes) -> ApiClient | None:
         """The client of a key; None: the key is not accepted. The duration of a call reveals nothing about the keys."""
@@ -112,8 +123,8 @@ class Body:
         self._timer.reschedule(0)
 
     @asynccontextmanager
-    async def read_whole(self) -> AsyncIterator[Receive]:
-        """Waits for the whole body. Within the `with`, the yielded function receives it in one message.
+    async def read_whole(self) -> AsyncIterator[tuple[bytes, Receive]]:
+        """Waits for the whole body. Yields it, and a function that within the `with` receives it in one message.
 
         Raises ApiError if the body is too long, has too many values, arrives too slowly, or memory is lacking.
         """
@@ -124,7 +135,7 @@ class Body:
             async def received() -> Message:
                 return messages.pop() if messages else await self._receive()
 
-            yield received
+            yield messages[0].get("body", b""), received
         finally:
             self._holding.release()
 
@@ -292,6 +303,7 @@ class Gate:
     keys: ApiKeys
     hosts: Collection[str] = ()
     origins: Collection[str] = ()
+    records: AnswerRecords = field(default_factory=AnswerRecords)
 
     def __post_init__(self) -> None:
         self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
@@ -327,7 +339,10 @@ class Gate:
             scope.setdefault("state", {})["client"] = client
             with ExitStack() as ends:
                 ends.callback(REQUEST_CALLBACKS.reset, REQUEST_CALLBACKS.set(ends))
-                async with Body(self._parsed, client, receive).read_whole() as received:
+                async with (
+                    Body(self._parsed, client, receive).read_whole() as (body, received),
+                    self.records.recorded(client, headers, scope["path"], body),
+                ):
                     await self.app(scope, received, noting_send)
         except Exception as error:
             failure = api_error_of(error)

@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from splitnet.limits import Budget, FairAccount
 from splitnet.serve.admission import ANYONE, Admission, ApiClient
+from splitnet.serve.answer_records import RECORD, AnswerRecord
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import SamplingDefaults
 from splitnet.serve.failures import ApiError, api_error_of
@@ -26,6 +27,7 @@ from splitnet.serve.metrics import GatewayMetrics
 from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
+from splitnet.serve.shared_state import SharedState
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 MAX_PIXEL_BYTES = 2 * 2**30  # Maximum number of bytes of the fetched and processed images of unanswered requests
@@ -77,6 +79,7 @@ class ServedModel:
     unread: FairAccount = field(default_factory=lambda: FairAccount(MAX_UNREAD_BYTES))
     pixels: Budget = field(default_factory=lambda: Budget(MAX_PIXEL_BYTES))  # by client
     image_hosts: ImageHosts = field(default_factory=ImageHosts)
+    state: SharedState | None = None  # what other gateways share
     # Called with the number of tokens of each prompt and its answers, which is demand for the model.
     note_demand: Callable[[int], None] = lambda tokens: None
     leave: Callable[[], None] = lambda: None  # leaves the model's swarm
@@ -127,7 +130,7 @@ class ServedModel:
         except BaseException:
             await resumed.aclose()
             raise
-        chunks, evicted = stream_parts(answer, resumed), partial(answer.error_event, UNREAD)
+        chunks, evicted = stream_parts(answer, resumed, RECORD.get()), partial(answer.error_event, UNREAD)
         client: ApiClient = request.state.client
         reply = EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
         reply.headers["X-Answer-Id"] = answer.id  # also before the first event, for the dashboard
@@ -139,14 +142,20 @@ class ServedModel:
         """Runs the prompts of a request in one place, one after the other; closing the generator ends the prompts."""
         if self.generations.model.headless and any(ask.reading is None for ask in asks):
             raise ApiError(400, f"{self.name!r} has no head to answer with: ask it for embeddings", param="model")
+        record = RECORD.get()
+        if record is not None and len(asks) == 1 and asks[0].can_continue and not self.generations.ropes_vary:
+            asks = [replace(asks[0], given=tuple(record.tokens))]
+        if self.state is not None:
+            await self.state.share_spending(client)
         async with self.admission.admitted(client):
             for number, ask in enumerate(asks):
-                client.spend_tokens(len(ask.prompt))
+                client.spend_tokens(0 if ask.given else len(ask.prompt))
                 self.note_demand(len(ask.prompt) + ask.max_tokens)
                 async with aclosing(self._events_of(ask, answer)) as of_one:
                     async for event in of_one:
                         if isinstance(event, TextDelta) and ask.max_tokens:
-                            client.spend_tokens(1)
+                            is_new = record is None or await record.pass_tokens(event.tokens)
+                            client.spend_tokens(int(is_new))
                         yield number, event
 
     async def _events_of(self, ask: GenerationRequest, answer: str) -> AsyncGenerator[ScoredPrompt | TextDelta | Ended]:
@@ -166,13 +175,21 @@ class ServedModel:
             generation.cancel()
 
 
-async def stream_parts(answer: AnswerWriter[Told], events: AsyncIterator[Told]) -> AsyncGenerator[str]:
-    """The parts of a stream; an error becomes the last part."""
+async def stream_parts(
+    answer: AnswerWriter[Told], events: AsyncIterator[Told], record: AnswerRecord | None = None
+) -> AsyncGenerator[str]:
+    """The parts of a stream; an error becomes the last part. With a record, parts of server-sent events have ids, and
+    those that the client has are left out."""
+    number = 0
     try:
         async with aclosing(answer.event_stream(events)) as chunks:
             async for chunk in chunks:
                 chunk.encode()  # raises if the text cannot be sent, and the error is sent instead
-                yield chunk
+                number += 1
+                if record is None or answer.media_type != EVENTS:
+                    yield chunk
+                elif number > record.skips:
+                    yield f"id: {record.event_prefix}{number}\n{chunk}"
     except Exception as error:
         yield answer.error_event(api_error_of(error))
 

@@ -33,6 +33,7 @@ from splitnet.hf.peft_adapters import check_served, load_adapter
 from splitnet.limits import FairAccount
 from splitnet.process import Watchdog
 from splitnet.serve.admission import Admission
+from splitnet.serve.answer_records import AnswerRecords
 from splitnet.serve.answers.grammars import Grammars
 from splitnet.serve.answers.sampling import choose_defaults
 from splitnet.serve.apis import anthropic, embeddings, ollama, openai, openai_responses, tokens
@@ -47,6 +48,7 @@ from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, ApiKeys, BoundedHttp, Gate, api_of
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.session_cache import KeepLimits
+from splitnet.serve.shared_state import SharedState
 from splitnet.session.options import ConnectionOptions
 from splitnet.swarm.plan import blocks_text
 from splitnet.swarm.swarm import Overview, Swarm
@@ -56,6 +58,7 @@ from splitnet.wire.endpoints import LinkState
 # The protocols that are served; the first protocol also writes the errors of paths that belong to no protocol.
 APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API, tokens.API)
 ERRORS = (400, 401, 404, 413, 429, 500, 502, 503)  # Statuses that each path may answer
+SHARE_S = 0.5  # Time between two reports of spent tokens to other gateways
 EXPIRY_S = 5.0  # Time between two checks for expired sessions
 
 
@@ -68,6 +71,8 @@ def make_app(
 ) -> FastAPI:
     """Makes the app. hosts, origins: see `Gate`; `*` allows any. tuned: see `Dashboard`."""
     served = gateway.served
+    state = served.state
+    records = AnswerRecords(state)
 
     async def expire_regularly() -> None:
         while True:
@@ -76,17 +81,32 @@ def make_app(
                 each.generations.kept.expire()
             await gateway.refresh()
 
+    async def share_regularly(state: SharedState) -> None:
+        while True:
+            await asyncio.sleep(SHARE_S)
+            await state.check()
+            for client in keys.clients:
+                if client.bucket.unshared:
+                    await state.share_spending(client)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        expiring = asyncio.create_task(expire_regularly())
+        tasks = [asyncio.create_task(expire_regularly())]
+        if state is not None:
+            tasks.append(asyncio.create_task(share_regularly(state)))
         yield
-        expiring.cancel()
-        await asyncio.gather(expiring, return_exceptions=True)
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # Again, because `asyncio.wait_for` of Python 3.11 loses a cancellation at the end of its wait.
+            tasks = list((await asyncio.wait(tasks, timeout=0.1))[1])
+        if state is not None:
+            await state.close()
 
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_errors(APIS[0]))
     app.state.preparing = served.preparing
-    app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins)
-    instrument(app, served.metrics, served.name, served.generations, served.admission)
+    app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins, records=records)
+    instrument(app, served, records)
     # Added outside of the gate, because browsers send no key with a CORS preflight request.
     app.add_middleware(
         CORSMiddleware,
@@ -103,7 +123,7 @@ def make_app(
 
     @app.get("/health")
     def health() -> dict[str, str]:
-        """Says whether peers serve every block of the model; needs no API key."""
+        """Says whether peers serve every block of the model, and whether the shared state answers; needs no API key."""
         model = served.generations.model
         # The record of a killed peer stays for some time, so peers to which the connection is down are not counted.
         present = (
@@ -112,7 +132,7 @@ def make_app(
         if holes := Overview.of(model.swarm, present, model.local_spans).missing:
             missing = ", ".join(blocks_text(*hole) for hole in holes)
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
-        return {"status": "ok"}
+        return {"status": "ok"} | ({} if state is None else {"state": "ok" if state.is_up else "unreachable"})
 
     @app.get("/docs", include_in_schema=False)
     def docs() -> Response:
@@ -163,6 +183,7 @@ class ServeOptions:
     tuned: Path | None = None
     keep_models: int = KEPT_MODELS
     image_hosts: Sequence[str] = ()
+    state: str | None = None  # URL, see `SharedState`
 
 
 @dataclass(frozen=True)
@@ -228,7 +249,10 @@ class _ModelLoader:
         self._warn = warn
         # If there are several keys, no client can take all places, so that another client soon gets a place.
         self._spare = options.max_requests // 4 if keys > 1 else 0
-        self._shared: dict[str, Any] = {"image_hosts": ImageHosts(options.image_hosts)}
+        self._shared: dict[str, Any] = {
+            "image_hosts": ImageHosts(options.image_hosts),
+            "state": SharedState(options.state) if options.state else None,
+        }
         self._demand: DemandPublisher | None = None
         self.said: list[str] = []  # sentences about options of the first checkpoint, for the user
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from splitnet.serve.answer_records import random_hex
 from splitnet.serve.answers.call_forms import Forms
 from splitnet.serve.answers.calls import JsonCalls, NoCall, Schema, Syntax, fits_schema
 from splitnet.serve.answers.text import held_back
@@ -20,7 +20,7 @@ class ToolCall:
 
     name: str
     arguments: str
-    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+    id: str = field(default_factory=lambda: f"call_{random_hex(12)}")
 
 
 @dataclass

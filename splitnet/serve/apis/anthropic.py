@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from splitnet.images import Prompt, image
+from splitnet.serve.answer_records import random_hex
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.strict import MESSAGES, TOOLS, Share, StopStrings, Strict, Temperature, TokenCount
 from splitnet.serve.chat import Chat, Delta, answer_chat, prompt_of, with_thinking
@@ -353,7 +353,7 @@ class AnthropicWriter:
     alive = _framed({"type": "ping"})
 
     def __post_init__(self) -> None:
-        self.id = f"msg_{secrets.token_hex(12)}"
+        self.id = f"msg_{random_hex(12)}"
         self._content: list[dict[str, Any]] = []
         self._last = Delta(0)
         self._ended = Ended(self.prompt_tokens, 0, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from splitnet.images import image
+from splitnet.serve.answer_records import random_hex
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.embeddings import JSON, listed, written
 from splitnet.serve.apis.openai_requests import Batch, Tool
@@ -378,7 +378,7 @@ class OllamaWriter:
     media_type = LINES
 
     def __post_init__(self) -> None:
-        self.id = f"ollama-{secrets.token_hex(12)}"
+        self.id = f"ollama-{random_hex(12)}"
         self.alive = _line(self.part())  # an empty part, because clients read each line as a part of the answer
         self._finish: str | None = None
         self._ended = Ended(0, 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from splitnet.serve.answer_records import created_at, random_hex
 from splitnet.serve.answers.grammars import AnswerConstraints
 from splitnet.serve.answers.parser import ToolCall
 from splitnet.serve.answers.sampling import ScoredToken
@@ -211,8 +211,8 @@ class OpenAIWriter:
     alive = KEEP_ALIVE
 
     def __post_init__(self) -> None:
-        self.id = f"{self.kind.id_prefix}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
+        self.id = f"{self.kind.id_prefix}-{random_hex(12)}"
+        self._created = created_at()
         self._ended: list[Ended] = []
         self._began, self._first_at, self._tokens = time.perf_counter(), 0.0, 0
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -14,6 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
+from splitnet.serve.answer_records import created_at, random_hex
 from splitnet.serve.apis import openai
 from splitnet.serve.apis.openai_requests import (
     FunctionDefinition,
@@ -30,7 +29,9 @@ from splitnet.serve.generation import Ended
 from splitnet.serve.message_parts import content_of, image_at
 from splitnet.serve.request_gate import ParsingRoute
 from splitnet.serve.responses import EVENTS, KEEP_ALIVE, ServedModel, framed
+from splitnet.serve.shared_state import SharedState, digest_of
 
+DELETED = b"-"  # The value in the shared state of a response that one gateway has deleted, and others may still hold
 KEPT_BYTES = 64 * 2**20  # Maximum number of bytes of stored responses; one client can use half of these
 
 
@@ -241,26 +242,36 @@ def for_template(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 class KeptResponses:
     """Stored responses as JSON; each is only for the client that asked for it. If space runs out, the oldest response
-    of the client with the most bytes is dropped."""
+    of the client with the most bytes is dropped. state: where other gateways find the responses of this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: SharedState | None = None) -> None:
+        self._state = state
         self._kept: dict[str, tuple[str, bytes]] = {}  # by id: owner, JSON of response and messages
         self._held: Counter[str] = Counter()
 
-    def keep_response(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
-        """Stores a response with all messages of the conversation, including its own, without instructions."""
-        self._kept[response["id"]] = owner, (text := to_json([response, messages]))
+    async def keep_response(self, owner: str, response: dict[str, Any], messages: Sequence[dict[str, Any]]) -> None:
+        """Stores a response with all messages of the conversation, including its own, without instructions.
+
+        owner: see `ApiClient.shared_name`.
+        """
+        id, text = response["id"], to_json([response, messages])
+        self._kept[id] = owner, text
         self._held[owner] += len(text)
+        if self._state is not None:
+            await self._state.store(_name_of(owner, id), text)
         while self._held[owner] > KEPT_BYTES // 2 or self._held.total() > KEPT_BYTES:
             full = owner if self._held[owner] > KEPT_BYTES // 2 else max(self._held, key=self._held.__getitem__)
-            self.drop(full, next(id for id, (holder, _) in self._kept.items() if holder == full))
+            await self.drop(full, next(id for id, (holder, _) in self._kept.items() if holder == full))
 
-    def find_response(
+    async def find_response(
         self, owner: str, id: str, param: str | None = None
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A response and its messages. Raises ApiError if the client has no response with this id."""
+        shared = None if self._state is None else await self._state.stored(_name_of(owner, id))
         holder, text = self._kept.get(id, ("", b""))
-        if holder != owner or not text:
+        if shared:
+            holder, text = owner, shared
+        if holder != owner or not text or text == DELETED:
             gone = (
                 f"there is no response {id!r}: it was not stored, or was dropped for newer ones; send all items again"
             )
@@ -268,23 +279,29 @@ class KeptResponses:
         response, messages = from_json(text)
         return response, messages
 
-    def drop(self, owner: str, id: str) -> None:
+    async def drop(self, owner: str, id: str) -> None:
         """Deletes a response. Raises ApiError as `find_response` does."""
-        self.find_response(owner, id)
-        self._held[owner] -= len(self._kept.pop(id)[1])
+        await self.find_response(owner, id)
+        self._held[owner] -= len(self._kept.pop(id, ("", b""))[1])
         self._held += Counter()  # removes clients without bytes
+        if self._state is not None:
+            await self._state.store(_name_of(owner, id), DELETED)
+
+
+def _name_of(owner: str, id: str) -> str:
+    return f"response:{digest_of(owner, id)}"
 
 
 def router(gateway: Gateway) -> APIRouter:
     """The paths of the API."""
-    paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses()
+    paths, kept = APIRouter(route_class=ParsingRoute), KeptResponses(gateway.served.state)
 
     async def wanted(body: ResponseRequest, request: Request) -> tuple[ServedModel, list[dict[str, Any]], Chat]:
         """The model, the messages of the conversation without instructions, and the chat."""
-        owner = request.state.client.name
+        owner = request.state.client.shared_name
         served, before = await gateway.find_model(body.model), list[dict[str, Any]]()
         if body.previous_response_id is not None:
-            _, before = kept.find_response(owner, body.previous_response_id, "previous_response_id")
+            _, before = await kept.find_response(owner, body.previous_response_id, "previous_response_id")
         messages = [*before, *await served.prepare(request, lambda: for_template(body.input))]
         said = [*([{"role": "system", "content": body.instructions}] if body.instructions else []), *messages]
         # Many templates accept only one system message.
@@ -300,12 +317,12 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.post("/v1/responses", response_model=None, responses=openai.STREAMED)
     async def respond(body: ResponseRequest, request: Request) -> Response:
         """Generates the next items of a conversation."""
-        owner = request.state.client.name
+        owner = request.state.client.shared_name
         served, messages, chat = await wanted(body, request)
 
-        def keep(response: dict[str, Any]) -> None:
+        async def keep(response: dict[str, Any]) -> None:
             if body.store:
-                kept.keep_response(
+                await kept.keep_response(
                     owner, response, [*messages, *for_template(OUTPUT.validate_python(response["output"]))]
                 )
 
@@ -322,12 +339,12 @@ def router(gateway: Gateway) -> APIRouter:
     @paths.get("/v1/responses/{id}")
     async def stored(id: str, request: Request) -> dict[str, Any]:
         """Gives a stored response."""
-        return kept.find_response(request.state.client.name, id)[0]
+        return (await kept.find_response(request.state.client.shared_name, id))[0]
 
     @paths.delete("/v1/responses/{id}")
     async def forget(id: str, request: Request) -> dict[str, Any]:
         """Deletes a stored response."""
-        kept.drop(request.state.client.name, id)
+        await kept.drop(request.state.client.shared_name, id)
         return {"id": id, "object": "response", "deleted": True}
 
     return paths
@@ -351,14 +368,14 @@ class ResponsesWriter:
 
     model: str
     body: ResponseRequest
-    keep: Callable[[dict[str, Any]], None]
+    keep: Callable[[dict[str, Any]], Awaitable[None]]
 
     media_type = EVENTS
     alive = KEEP_ALIVE
 
     def __post_init__(self) -> None:
-        self.id = f"resp_{secrets.token_hex(12)}"
-        self._created = int(time.time())
+        self.id = f"resp_{random_hex(12)}"
+        self._created = created_at()
         self._output: list[dict[str, Any]] = []
         self._finish = ""
         self._usage: dict[str, Any] | None = None
@@ -368,7 +385,7 @@ class ResponsesWriter:
         async for event in events:
             for _ in self._take_event(event):
                 pass
-        return self._last()
+        return await self._last()
 
     async def event_stream(self, events: AsyncIterator[Delta | Ended]) -> AsyncGenerator[str]:
         for kind in ("created", "in_progress"):
@@ -376,7 +393,7 @@ class ResponsesWriter:
         async for event in events:
             for told in self._take_event(event):
                 yield self._framed(**told)
-        last = self._last()
+        last = await self._last()
         yield self._framed(last["status"], {"response": last})
 
     def error_event(self, failure: ApiError) -> str:
@@ -435,7 +452,7 @@ class ResponsesWriter:
             yield self._of_text(part, "delta", text)
 
     def _begin_item(self, prefix: str, item: dict[str, Any]) -> Told:
-        self._output.append({"id": f"{prefix}_{secrets.token_hex(12)}", **item, "status": "in_progress"})
+        self._output.append({"id": f"{prefix}_{random_hex(12)}", **item, "status": "in_progress"})
         yield self._of_item("output_item.added", item=self._output[-1])
 
     def _end_item(self, status: str) -> Told:
@@ -461,10 +478,10 @@ class ResponsesWriter:
     def _status(self) -> str:
         return "incomplete" if self._finish == "length" else "completed"
 
-    def _last(self) -> dict[str, Any]:
+    async def _last(self) -> dict[str, Any]:
         """Makes the complete response and passes it to `keep`."""
         response = self._response(self._status)
-        self.keep(response)
+        await self.keep(response)
         return response
 
     def _response(self, status: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from splitnet.drafts.draft_stats import Counts
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.security.identity import Identity
 from splitnet.serve.admission import Admission
+from splitnet.serve.answer_records import AnswerRecords
 from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.session_cache import KeepLimits, SessionCache
 from splitnet.session.events import Cause, Recovered
@@ -93,7 +94,11 @@ def gateway_metrics() -> GatewayMetrics:
         kept=kept,
         observer=None,
     )
-    instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
+    state: Any = SimpleNamespace(is_up=True)
+    served: Any = SimpleNamespace(
+        name="model", generations=generations, admission=Admission(1, 1), metrics=metrics, state=state
+    )
+    instrument(FastAPI(), served, AnswerRecords())
     metrics.count_request("/health", "200", 0.01)
     cache: Any = SimpleNamespace(session=None)
     look = metrics.watch_session(cache)

@@ -41,7 +41,8 @@ class FakeSession:
 class FakeModel:
     """A model whose scores of the next token and hidden states are functions of all tokens before it.
 
-    sessions: the open sessions. may_step: while this event is cleared, no step ends.
+    sessions: the open sessions. may_step: while this event is cleared, no step ends
+    but the next `free_steps`.
     """
 
     headless = False
@@ -61,6 +62,7 @@ class FakeModel:
         self.sessions: list[FakeSession] = []
         self.may_step = threading.Event()
         self.may_step.set()
+        self.free_steps = 0
         self.ends = SimpleNamespace(head=lambda states: states @ self._head.T)
         self._scores = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
 
@@ -136,6 +138,9 @@ class FakeModel:
         session.passed += sum(chunk.length for chunk in chunks)
         session.traffic.bytes_sent += 2 * session.passed
         session.traffic.bytes_received += session.passed
+        if not self.may_step.is_set() and self.free_steps:
+            self.free_steps -= 1
+            return
         while not self.may_step.wait(0.005):
             if cache.remote.closed:
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from splitnet.serve.request_gate import ApiKeys
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.server import make_app
 from splitnet.serve.session_cache import KeepLimits
+from splitnet.serve.shared_state import SharedState
 from tests.unit.serve.fake_model import VOCABULARY
 
 MODEL = "small"
@@ -57,12 +58,13 @@ class Server:
         waiting: int = 4,
         keep: int = 4,
         speculate: str | None = None,
-        keys: Sequence[str] = (),
+        keys: Sequence[str] | Mapping[str, KeyOptions] = (),
         defaults: SamplingDefaults | None = None,
         names: Sequence[str] = (),
         origins: Sequence[str] = (),
         pooling: Pooling | None = None,
         prompts: Prompts | None = None,
+        state: SharedState | None = None,
     ) -> None:
         prompts = prompts or Prompts(tokenizer, VOCABULARY, positions)
         self.prompt = partial(prompts.tokens_of_chat, tools=[])
@@ -77,8 +79,10 @@ class Server:
             defaults or SamplingDefaults(),
             names,
             pooling or Pooling(),
+            state=state,
         )
-        self.app = make_app(Gateway(served, created=0), ApiKeys({key: KeyOptions() for key in keys}), origins=origins)
+        options = keys if isinstance(keys, Mapping) else {key: KeyOptions() for key in keys}
+        self.app = make_app(Gateway(served, created=0), ApiKeys(options), origins=origins)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:

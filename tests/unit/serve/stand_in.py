@@ -41,6 +41,7 @@ class Writer(Generations):
         facts = SimpleNamespace(max_positions=POSITIONS, hidden_size=8, num_blocks=2)
         self.model: Any = SimpleNamespace(headless=False, config=config, swarm=SimpleNamespace(facts=facts))
         self.decode, self.progress, self.draining = prompts.decode, ProgressLog(), False
+        self.ropes_vary = False
         self.end_tokens = {tokenizer.eos_token_id}
         self.asked: list[GenerationRequest] = []
         self._tokenizer, self._prompts, self._writes = tokenizer, prompts, writes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -46,10 +46,17 @@ async def told(events: Sequence[Any]) -> AsyncIterator[Any]:
         yield event
 
 
+def keeping(kept: list[dict[str, Any]]) -> Callable[[dict[str, Any]], Awaitable[None]]:
+    async def keep(response: dict[str, Any]) -> None:
+        kept.append(response)
+
+    return keep
+
+
 def streamed(events: Sequence[Any], **given: Any) -> tuple[list[Any], list[dict[str, Any]]]:
     """The events of a stream in OpenAI's types, and the stored responses."""
     kept: list[dict[str, Any]] = []
-    answer = ResponsesWriter("m", body(**given), kept.append)
+    answer = ResponsesWriter("m", body(**given), keeping(kept))
 
     async def read() -> list[str]:
         return [chunk async for chunk in streamed_by(answer, told(events))]
@@ -92,7 +99,7 @@ def test_events_in_their_order() -> None:
 
 def test_a_whole_response_says_the_same() -> None:
     kept: list[dict[str, Any]] = []
-    whole = asyncio.run(ResponsesWriter("m", body(), kept.append).whole_body(told(TURN)))
+    whole = asyncio.run(ResponsesWriter("m", body(), keeping(kept)).whole_body(told(TURN)))
     response = Response.model_validate(whole)
     assert kept == [whole] and response.output_text == "It is Paris." and len(response.output) == 4
 
@@ -114,9 +121,8 @@ def test_a_stream_that_fails() -> None:
     events, kept = streamed([Delta(0, "It"), PeerLost("a peer was lost")])
     assert events[-1].type == "response.failed" and not kept
     assert events[-1].response.error.message == "a peer was lost"
-    limited = json.loads(
-        ResponsesWriter("m", body(), kept.append).error_event(ApiError(429, "busy")).partition("data: ")[2]
-    )
+    answer = ResponsesWriter("m", body(), keeping(kept))
+    limited = json.loads(answer.error_event(ApiError(429, "busy")).partition("data: ")[2])
     assert limited["response"]["error"] == {"code": "rate_limit_exceeded", "message": "busy"}
 
 
@@ -208,27 +214,30 @@ def test_stored_responses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = KeptResponses()
     text = "x" * 50
 
-    def holds(owner: str, *ids: str) -> list[bool]:
-        def there(id: str) -> bool:
+    async def holds(owner: str, *ids: str) -> list[bool]:
+        async def there(id: str) -> bool:
             try:
-                return kept.find_response(owner, id) == ({"id": id}, [{"content": text}])
+                return await kept.find_response(owner, id) == ({"id": id}, [{"content": text}])
             except ApiError as error:
                 assert (error.status, error.code) == (404, "response_not_found")
                 return False
 
-        return [there(id) for id in ids]
+        return [await there(id) for id in ids]
 
-    for number in range(3):
-        kept.keep_response("a", {"id": f"a{number}"}, [{"content": text}])
-    assert holds("a", "a0", "a1", "a2") == [False, True, True]  # half of the bytes is for one client
-    kept.keep_response("b", {"id": "b0"}, [{"content": text}])
-    kept.keep_response("b", {"id": "b1"}, [{"content": text}])
-    kept.keep_response("c", {"id": "c0"}, [{"content": text}])
-    assert holds("a", "a1", "a2") == [False, True] and holds("b", "b0", "b1") == [True, True]
-    assert holds("c", "c0", "b0") == [True, False]  # b0 belongs to another client
-    with pytest.raises(ApiError):
-        kept.drop("c", "b0")
-    kept.drop("b", "b0")
-    assert holds("b", "b0", "b1") == [False, True]
-    kept.keep_response("b", {"id": "large"}, [{"content": text * 9}])
-    assert holds("b", "b1", "large") == [False, False]
+    async def come() -> None:
+        for number in range(3):
+            await kept.keep_response("a", {"id": f"a{number}"}, [{"content": text}])
+        assert await holds("a", "a0", "a1", "a2") == [False, True, True]  # half of the bytes is for one client
+        await kept.keep_response("b", {"id": "b0"}, [{"content": text}])
+        await kept.keep_response("b", {"id": "b1"}, [{"content": text}])
+        await kept.keep_response("c", {"id": "c0"}, [{"content": text}])
+        assert await holds("a", "a1", "a2") == [False, True] and await holds("b", "b0", "b1") == [True, True]
+        assert await holds("c", "c0", "b0") == [True, False]  # b0 belongs to another client
+        with pytest.raises(ApiError):
+            await kept.drop("c", "b0")
+        await kept.drop("b", "b0")
+        assert await holds("b", "b0", "b1") == [False, True]
+        await kept.keep_response("b", {"id": "large"}, [{"content": text * 9}])
+        assert await holds("b", "b1", "large") == [False, False]
+
+    asyncio.run(come())
