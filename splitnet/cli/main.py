@@ -27,6 +27,7 @@ from splitnet.cli.models import models
 from splitnet.cli.peer import peer
 from splitnet.cli.run import run
 from splitnet.cli.serve import serve
+from splitnet.cli.service import service
 from splitnet.cli.status import status
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.import_shims import claim_process
@@ -90,6 +91,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         'splitnet generate demo "Write a haiku." --join /ip4/... --temperature 0.8 --stats',
     ),
     chat: ("splitnet chat Qwen/Qwen3-8B", 'splitnet chat demo --join /ip4/... --system "Answer in one sentence."'),
+    service: ("splitnet service install Qwen/Qwen3-8B --memory 8GiB --join /ip4/...", "splitnet service status"),
     serve: ("splitnet serve Qwen/Qwen3-8B", "splitnet serve demo --join /ip4/... --host 0.0.0.0 --api-key-file keys"),
     tune: (
         "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter",
@@ -130,7 +132,7 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
 for command, shown in EXAMPLES.items():
     app.command(
         epilog="\n\n".join(("[bold]Examples[/bold]", *shown)),
-        context_settings={"ignore_unknown_options": command.__doc__ == _ABSENT},
+        context_settings={"ignore_unknown_options": command is service or command.__doc__ == _ABSENT},
     )(command)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
-import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 
 from tests.e2e.daemons import Background, background
 from tests.e2e.test_serve_command import ready
+from tests.nginx import NEEDS_NGINX, nginx
 from tests.swarm.harness import wait_until
 from tests.valkey import NEEDS_VALKEY, Valkey
 
@@ -69,31 +67,7 @@ def test_a_stream_goes_on_at_another_gateway_after_the_first_was_killed(small: P
         assert second.stop(signal.SIGTERM).code == 0
 
 
-@contextmanager
-def nginx(folder: Path, ports: list[str]) -> Iterator[str]:
-    """The path of the socket of nginx, which runs with the example of `deploy`, before gateways at these ports."""
-    socket = folder / "nginx"
-    example = (Path(__file__).parents[2] / "deploy" / "nginx.conf").read_text()
-    first, *others = re.findall(r"server 127.0.0.1:\d+ (.*);", example)
-    assert all(other == first for other in others)
-    servers = "\n".join(f"server 127.0.0.1:{port} {first};" for port in ports)
-    example, count = re.subn(r"(    server 127.0.0.1:\d+ .*;\n)+", servers, example)
-    assert count == 1 and "listen 127.0.0.1:8000;" in example
-    (folder / "gateways.conf").write_text(example.replace("listen 127.0.0.1:8000;", f"listen unix:{socket};"))
-    (folder / "nginx.conf").write_text(
-        f"user {getpass.getuser()}; daemon off; pid pid; error_log stderr;\nevents {{}}\n"
-        "http { access_log off; client_body_temp_path body; proxy_temp_path proxy; include gateways.conf; }\n"
-    )
-    command = [str(shutil.which("nginx")), "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
-    with subprocess.Popen(command) as process:
-        try:
-            wait_until(socket.exists)
-            yield str(socket)
-        finally:
-            process.terminate()
-
-
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
+@NEEDS_NGINX
 def test_no_request_is_lost_while_gateways_are_replaced(small: Path, duo: str, tmp_path: Path) -> None:
     with ExitStack() as ends:
         valkey = ends.enter_context(closing(Valkey(tmp_path)))
