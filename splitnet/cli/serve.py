@@ -107,6 +107,13 @@ def serve(
             "machine; * allows all sites, with API keys only. Can be given several times.",
         ),
     ] = None,
+    route_header: Annotated[
+        bool,
+        in_http(
+            "--route-header/--no-route-header",
+            help="Whether the header X-Splitnet-Route of answers names the peers of the route.",
+        ),
+    ] = True,
     image_hosts: Annotated[
         str | None,
         in_http(
@@ -205,6 +212,7 @@ def serve(
         keep_models=keep_models,
         image_hosts=image_hosts.split(",") if image_hosts else (),
         state=state,
+        names_route=route_header,
     )
 
     def through(spec: ModelConnection, names: list[str] | None = None) -> ModelSpec:

@@ -228,7 +228,7 @@ class Generations:
 
 
 class Generation:
-    """One running request."""
+    """One running request, with its progress."""
 
     def __init__(
         self, generations: Generations, ask: GenerationRequest, listener: Listener, progress: AnswerProgress
@@ -236,7 +236,7 @@ class Generation:
         self._own = generations
         self._ask = ask
         self._listener = listener
-        self._progress = progress
+        self.progress = progress
         self._lock = threading.Lock()
         self._cache: RemoteCache | None = None
         self._cancelled = False
@@ -282,7 +282,7 @@ class Generation:
         except BaseException as error:
             self._listener(error)
         finally:
-            self._own.progress.end_answer(self._progress)
+            self._own.progress.end_answer(self.progress)
             end_threads()  # another thread may run the next request
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None, room: int) -> Ended:
@@ -300,7 +300,7 @@ class Generation:
             length, most = prompt.shape[1], len(ask.prompt) + ask.max_tokens
             # At least the last token must be computed: its logits choose the first token of the answer.
             cached = min(shared, length - 1, self._own.model.fitting(cache, length))
-            self._progress.cached = cached
+            self.progress.cached = cached
             cache.remote.crop(cached - cache.remote.columns)
             cache.remote.reserve(min(length + room, most), ask.choices, bounded=length + room < most)
             if ask.score_prompt:
@@ -324,7 +324,7 @@ class Generation:
         """Begins to use a cache, until `_release_cache`; returns a function that records its session's new
         measurements."""
         before = _passed_positions(cache)
-        self._progress.follow(
+        self.progress.follow(
             lambda: routes_of(self._own.model.swarm, cache.session), lambda: _passed_positions(cache) - before
         )
         with self._lock:
@@ -401,7 +401,7 @@ class Generation:
         ]
         seen = prompt.shape[1]
         for token in ask.given:
-            own.progress.token(self._progress)
+            own.progress.token(self.progress)
             self._begun = True
             self._listener(choices[0].push_token(token, None))
             if choices[0].finished:
@@ -416,7 +416,7 @@ class Generation:
             for position in range(seen, input_ids.shape[1]):
                 for row, choice in enumerate(choices):
                     if not choice.finished:
-                        own.progress.token(self._progress)
+                        own.progress.token(self.progress)
                         self._begun = True
                         scored = chooser.scored.pop((row, position), None)
                         self._listener(choice.push_token(int(input_ids[row, position]), scored))
@@ -458,7 +458,7 @@ class Generation:
 
     def _release_cache(self, cache: RemoteCache, held: list[int] | None) -> None:
         """Keeps the session of a cache for the next turn of a chat if its tokens `held` are known, else closes it."""
-        self._progress.follow(None)
+        self.progress.follow(None)
         with self._lock:
             self._cache = None
             keeps = not self._cancelled

@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from splitnet.serve.admission import Admission, ApiClient, client_at
 from splitnet.serve.answer_records import AnswerRecords
 from splitnet.serve.failures import ApiError, api_error_of, validation_error
 from splitnet.serve.shared_state import digest_of
+from splitnet.serve.trace import ROUTE_HEADER, TIMING_HEADER, TRACE, Trace
 
 
 class ApiKeys:
@@ -304,6 +305,7 @@ class Gate:
     hosts: Collection[str] = ()
     origins: Collection[str] = ()
     records: AnswerRecords = field(default_factory=AnswerRecords)
+    names_route: bool = True  # whether answers name the peers that have served them
 
     def __post_init__(self) -> None:
         self._hosts = {"localhost", *(host.lower() for host in self.hosts)}
@@ -321,13 +323,15 @@ class Gate:
         api = api_of(scope["path"], headers, self.apis)
         given = headers.get("x-request-id", "")
         own_id = given if re.fullmatch(REQUEST_ID, given) else f"req_{secrets.token_hex(12)}"
-        begun = False
+        begun, trace = False, Trace()
+        TRACE.set(trace)  # for this task and the tasks that it starts
 
         async def noting_send(message: Message) -> None:
             nonlocal begun
             begun = True
             if message["type"] == "http.response.start":
-                told = ((name, own_id.encode()) for name in REQUEST_ID_HEADERS)
+                told = [(name, own_id.encode()) for name in REQUEST_ID_HEADERS]
+                told += [(name.encode(), value.encode()) for name, value in self._traced(trace, headers)]
                 message = {**message, "headers": [*message["headers"], *told]}
             await send(message)
 
@@ -350,6 +354,14 @@ class Gate:
                 response = JSONResponse(api.error_body(failure), failure.status, failure.headers)
                 await response(scope, receive, noting_send)
 
+    def _traced(self, trace: Trace, headers: Headers) -> Iterator[tuple[str, str]]:
+        """The headers of an answer that tell its times and its route."""
+        yield TIMING_HEADER, trace.timing()
+        if self.names_route and (route := trace.route()):
+            yield ROUTE_HEADER, route
+        if (origin := headers.get("origin")) is not None and self._is_allowed(origin):
+            yield "Timing-Allow-Origin", origin
+
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
         if given is None:  # the request is not from a browser: browsers always send this header
@@ -365,12 +377,15 @@ class Gate:
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin")
-        if origin is None or origin in self.origins or re.fullmatch(ON_THIS_MACHINE, origin):
+        if origin is None or self._is_allowed(origin):
             return
         # A proxy may change the header Host. Over TLS, browsers also send Sec-Fetch-Site, which scripts cannot set.
         if origin.partition("://")[2] != headers.get("host") and headers.get("sec-fetch-site") != "same-origin":
             unknown = "pages of this site may not use the server: start it with --allow-origin ORIGIN"
             raise ApiError(403, unknown, code="unknown_origin")
+
+    def _is_allowed(self, origin: str) -> bool:
+        return not {origin, "*"}.isdisjoint(self.origins) or re.fullmatch(ON_THIS_MACHINE, origin) is not None
 
     def _client_of(self, scope: Scope, api: Api, headers: Headers) -> ApiClient:
         if not self.keys or not scope["path"].startswith(self._protected):

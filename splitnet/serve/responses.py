@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from splitnet.errors import SplitnetError
 from splitnet.limits import Budget, FairAccount
 from splitnet.serve.admission import ANYONE, Admission, ApiClient
 from splitnet.serve.answer_records import RECORD, AnswerRecord
@@ -28,12 +30,16 @@ from splitnet.serve.pooling import Pooling
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.request_gate import PreparationQueue, cancel_on_disconnect
 from splitnet.serve.shared_state import SharedState
+from splitnet.serve.trace import TRACE
+from splitnet.swarm.plan import blocks_text
+from splitnet.swarm.swarm import Overview
+from splitnet.wire.endpoints import LinkState
 
 UNREAD = ApiError(429, "too much of this answer was not read: read faster")
 MAX_PIXEL_BYTES = 2 * 2**30  # Maximum number of bytes of the fetched and processed images of unanswered requests
 MAX_UNREAD_BYTES = 64 * 2**20  # Maximum number of bytes of all streams together that clients have not read yet
 EVENTS, KEEP_ALIVE = "text/event-stream", ": still at work\n\n"  # clients ignore `KEEP_ALIVE`, which is a comment
-FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent
+FIRST_EVENT_S = 5.0  # How long a stream waits for its first event before the status 200 is sent, if no block is missing
 KEEP_ALIVE_S = 5.0  # Time without an event after which the part `alive` is sent to a client
 
 Result = TypeVar("Result")
@@ -105,6 +111,15 @@ class ServedModel:
         """
         return self.metrics.watch_answer(self._events(client, asks, answer), asks)
 
+    def missing_blocks(self) -> str:
+        """The blocks that no connected peer serves, for people; empty: peers serve all blocks. May take seconds."""
+        model = self.generations.model
+        # The record of a killed peer stays for some time, so peers to which the connection is down are not counted.
+        present = (
+            each for each in model.swarm.peers() if model.swarm.links.link_state(each.endpoint) is not LinkState.DOWN
+        )
+        return ", ".join(blocks_text(*hole) for hole in Overview.of(model.swarm, present, model.local_spans).missing)
+
     async def prepare(self, request: Request, work: Callable[[], Result], size: int | None = None) -> Result:
         """Runs `work` in another thread and returns its result. size: bytes of its input; None: the body's."""
         return await self.preparing.run_in_turn(request, len(await request.body()) if size is None else size, work)
@@ -120,11 +135,11 @@ class ServedModel:
                 return JSONResponse(whole)
             except ValueError:
                 raise ApiError(502, "the answer has numbers or characters that JSON cannot have: ask again") from None
-        # An error before the first event, and within `FIRST_EVENT_S`, still gets its own HTTP status.
+        # An error before `_wait_for_event` returns still gets its own HTTP status.
         first = asyncio.ensure_future(anext(events))
         resumed = _PeekedEvents(first, events)
         try:
-            await cancel_on_disconnect(request, asyncio.wait((first,), timeout=FIRST_EVENT_S))
+            await cancel_on_disconnect(request, self._wait_for_event(first))
             if first.done():
                 first.result()
         except BaseException:
@@ -135,6 +150,15 @@ class ServedModel:
         reply = EventStream(chunks, resumed, self.unread, client, evicted, answer.alive, answer.media_type)
         reply.headers["X-Answer-Id"] = answer.id  # also before the first event, for the dashboard
         return reply
+
+    async def _wait_for_event(self, first: asyncio.Future[Any]) -> None:
+        """Waits for `FIRST_EVENT_S`, and longer while blocks are missing, because that may end with an error."""
+        while not (await asyncio.wait((first,), timeout=FIRST_EVENT_S))[0]:
+            try:
+                if not await to_thread.run_sync(self.missing_blocks):
+                    return
+            except SplitnetError:  # the directory does not answer, but the peers of the route may
+                return
 
     async def _events(
         self, client: ApiClient, asks: Sequence[GenerationRequest], answer: str
@@ -147,12 +171,16 @@ class ServedModel:
             asks = [replace(asks[0], given=tuple(record.tokens))]
         if self.state is not None:
             await self.state.share_spending(client)
+        trace = TRACE.get()
+        trace.end_part("prepare")
         async with self.admission.admitted(client):
+            trace.end_part("queue")
             for number, ask in enumerate(asks):
                 client.spend_tokens(0 if ask.given else len(ask.prompt))
                 self.note_demand(len(ask.prompt) + ask.max_tokens)
                 async with aclosing(self._events_of(ask, answer)) as of_one:
                     async for event in of_one:
+                        trace.note_event()
                         if isinstance(event, TextDelta) and ask.max_tokens:
                             is_new = record is None or await record.pass_tokens(event.tokens)
                             client.spend_tokens(int(is_new))
@@ -163,6 +191,7 @@ class ServedModel:
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         tell = loop.call_soon_threadsafe
         generation = self.generations.start(ask, lambda event: tell(inbox.put_nowait, event), answer)
+        TRACE.get().routes = generation.progress.routes
         try:
             while True:
                 event = await inbox.get()

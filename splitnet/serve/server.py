@@ -49,11 +49,10 @@ from splitnet.serve.request_gate import IDLE_CONNECTIONS, ON_THIS_MACHINE, Api, 
 from splitnet.serve.responses import ServedModel
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.serve.shared_state import SharedState
+from splitnet.serve.trace import ROUTE_HEADER, TIMING_HEADER
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.plan import blocks_text
-from splitnet.swarm.swarm import Overview, Swarm
+from splitnet.swarm.swarm import Swarm
 from splitnet.transport.addresses import listen_at
-from splitnet.wire.endpoints import LinkState
 
 # The protocols that are served; the first protocol also writes the errors of paths that belong to no protocol.
 APIS = (openai.API, openai_responses.API, embeddings.API, anthropic.API, ollama.API, tokens.API)
@@ -68,8 +67,10 @@ def make_app(
     hosts: Collection[str] = (),
     origins: Collection[str] = (),
     tuned: Path | None = None,
+    *,
+    names_route: bool = True,
 ) -> FastAPI:
-    """Makes the app. hosts, origins: see `Gate`; `*` allows any. tuned: see `Dashboard`."""
+    """Makes the app. hosts, origins, names_route: see `Gate`; `*` allows any. tuned: see `Dashboard`."""
     served = gateway.served
     state = served.state
     records = AnswerRecords(state)
@@ -105,7 +106,9 @@ def make_app(
 
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_errors(APIS[0]))
     app.state.preparing = served.preparing
-    app.add_middleware(Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins, records=records)
+    app.add_middleware(
+        Gate, apis=APIS, keys=keys, hosts=hosts, origins=origins, records=records, names_route=names_route
+    )
     instrument(app, served, records)
     # Added outside of the gate, because browsers send no key with a CORS preflight request.
     app.add_middleware(
@@ -114,7 +117,7 @@ def make_app(
         allow_origin_regex=ON_THIS_MACHINE,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["Retry-After", "X-Request-Id", "Request-Id"],
+        expose_headers=["Retry-After", "X-Request-Id", "Request-Id", TIMING_HEADER, ROUTE_HEADER],
     )
     app.include_router(dashboard_router(Dashboard(gateway, tuned)))
     app.state.gateway = gateway
@@ -124,14 +127,11 @@ def make_app(
     @app.get("/health")
     def health() -> dict[str, str]:
         """Says whether peers serve every block of the model, and whether the shared state answers; needs no API key."""
-        model = served.generations.model
-        # The record of a killed peer stays for some time, so peers to which the connection is down are not counted.
-        present = (
-            each for each in model.swarm.peers() if model.swarm.links.link_state(each.endpoint) is not LinkState.DOWN
-        )
-        if holes := Overview.of(model.swarm, present, model.local_spans).missing:
-            missing = ", ".join(blocks_text(*hole) for hole in holes)
-            raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
+        if missing := served.missing_blocks():
+            total = served.generations.model.swarm.facts.num_blocks
+            raise CoverageError(
+                f"blocks {missing} of {total} are served by nobody: start peers for them, or wait while peers load them"
+            )
         return {"status": "ok"} | ({} if state is None else {"state": "ok" if state.is_up else "unreachable"})
 
     @app.get("/docs", include_in_schema=False)
@@ -184,6 +184,7 @@ class ServeOptions:
     keep_models: int = KEPT_MODELS
     image_hosts: Sequence[str] = ()
     state: str | None = None  # URL, see `SharedState`
+    names_route: bool = True
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def serve(
         )
         try:
             hosts = options.host, *options.hosts
-            app = make_app(gateway, keys, hosts, options.origins, options.tuned)
+            app = make_app(gateway, keys, hosts, options.origins, options.tuned, names_route=options.names_route)
             server = _Server(app, gateway, options.drain_s)
             # uvicorn raises a received signal again when it ends; the default handler would then end the process.
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from splitnet.serve.answers.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ModelSpec, ServeOptions, serve
 from splitnet.serve.session_cache import KeepLimits
 from splitnet.session.options import ConnectionOptions
-from splitnet.swarm.swarm import ModelFacts, Swarm
+from splitnet.swarm.swarm import ModelFacts, Swarm, short_key
 from splitnet.wire.endpoints import Endpoint
 from tests.e2e.daemons import Background, background
 from tests.e2e.test_commands import NOBODY
@@ -143,6 +144,33 @@ def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None
     assert second.choices[0].message.content == expected(local, tokenizer, messages, 12)
     assert first.usage and second.usage and second.usage.prompt_tokens_details
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens  # pyright: ignore
+
+
+def test_answers_tell_their_times_and_their_route(client: OpenAI, served: Path, address: str, tmp_path: Path) -> None:
+    def headers(asked: OpenAI, stream: bool) -> Any:
+        answers = asked.completions.with_raw_response
+        return answers.create(model=MODEL, prompt="Bees", max_tokens=2, stream=stream).headers
+
+    with Swarm(ModelFacts.of(Checkpoint.open(served)), [address]) as swarm:
+        records = sorted(swarm.peers(), key=lambda record: record.start)
+    route = ", ".join(f"{record.start}:{record.end} {short_key(record.key.text)}" for record in records)
+    for stream in (False, True):
+        told = headers(client, stream)
+        assert told["x-splitnet-route"] == route
+        found = re.fullmatch(
+            r"prepare;dur=.*, queue;dur=.*, prefill;dur=([\d.]+)(, decode;dur=[\d.]+)?, total;.*", told["server-timing"]
+        )
+        assert found is not None and float(found[1]) > 0 and (found[2] is None) == stream
+    options = ("--codec", "none", "--port", "0", "--no-route-header")
+    with (
+        background(
+            tmp_path, "serve", str(served), "--tokenizer", str(served.parent), "--join", address, *options
+        ) as server,
+        OpenAI(base_url=ready(server), api_key="any", max_retries=0) as asked,
+    ):
+        for stream in (False, True):
+            told = headers(asked, stream)
+            assert "server-timing" in told and "x-splitnet-route" not in told
 
 
 def test_embeddings(client: OpenAI, local: Any, tokenizer: Any) -> None:

@@ -352,6 +352,7 @@ def test_missing_blocks_are_reported(small: Path, serve: Serve) -> None:
                 await server.http.get("/health"),
             ):
                 assert reply.status_code == 503
+                assert int(reply.headers["retry-after"]) > 0
                 assert "blocks 4..5" in reply.json()["error"]["message"]
 
         serve(does, on=model)

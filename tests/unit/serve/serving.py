@@ -65,6 +65,7 @@ class Server:
         pooling: Pooling | None = None,
         prompts: Prompts | None = None,
         state: SharedState | None = None,
+        names_route: bool = True,
     ) -> None:
         prompts = prompts or Prompts(tokenizer, VOCABULARY, positions)
         self.prompt = partial(prompts.tokens_of_chat, tools=[])
@@ -82,7 +83,8 @@ class Server:
             state=state,
         )
         options = keys if isinstance(keys, Mapping) else {key: KeyOptions() for key in keys}
-        self.app = make_app(Gateway(served, created=0), ApiKeys(options), origins=origins)
+        gateway = Gateway(served, created=0)
+        self.app = make_app(gateway, ApiKeys(options), origins=origins, names_route=names_route)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:

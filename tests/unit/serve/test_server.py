@@ -28,6 +28,18 @@ def test_models_and_health(serve: Serve) -> None:
     serve(does)
 
 
+def test_health_names_the_missing_blocks(serve: Serve, model: FakeModel) -> None:
+    model.local_spans = ((0, 2), (3, 4))  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def does(server: Server) -> None:
+        reply = await server.http.get("/health")
+        assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
+        error = reply.json()["error"]
+        assert error["code"] == "blocks_not_served" and "blocks 2, 4..5 of 6 are served by nobody" in error["message"]
+
+    serve(does)
+
+
 def test_a_model_has_several_names(serve: Serve) -> None:
     async def does(server: Server) -> None:
         entries = (await server.http.get("/v1/models")).json()["data"]
