@@ -148,6 +148,21 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
     return path
 
 
+def given_options(context: typer.Context, environment: Mapping[str, str]) -> Iterator[tuple[str, Setting, Any]]:
+    """All options that the environment, the file or the command line of `context` set: name, option, value."""
+    group: Any = context.find_root().command
+    for setting in group.settings:
+        for variable in setting.variables:
+            if variable in environment:
+                yield variable, setting, environment[variable]
+        name = setting.parameter.name
+        source = getattr(context.get_parameter_source(name), "name", "") if setting.command == context.info_name else ""
+        if source == "COMMANDLINE":
+            yield f"--{setting.key}", setting, context.params[name]
+    for setting, value, place in context.meta.get(_GIVEN, ()):
+        yield f"{setting.key} in {place.rpartition(' in ')[2]}", setting, value
+
+
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a `splitnet peer` whose options are all on its command line: without option variables."""
     taken = (*(f"{_PREFIX}_{name}" for name in ("JOIN", "LAN", "DEVICE", "SWARM_KEY", "INVITE")), f"{_PREFIX}_PEER_")

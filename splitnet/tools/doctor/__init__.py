@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from splitnet.cli.arguments import (
     SwarmKeyFile,
     resolve_model,
 )
+from splitnet.cli.configuration import given_options
 from splitnet.cli.invite import model_name, with_invitation
 from splitnet.errors import SplitnetError
 from splitnet.import_shims import import_models
@@ -33,6 +36,7 @@ _CHECK_WIDTH = 10
 
 
 def doctor(
+    command: typer.Context,
     model: ModelOrInvite = None,
     join: JoinToExamine = None,
     lan: Lan = True,
@@ -57,6 +61,14 @@ def doctor(
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a report for developers, or print it with -: versions, hardware, results of checks, names of "
+            "options, without addresses, keys, prompts, and names of folders, users and machines.",
+        ),
+    ] = None,
 ) -> None:
     """Check this machine, a MODEL and the connection to a swarm; report problems and their fixes.
 
@@ -75,12 +87,25 @@ def doctor(
 
     setup = Setup(model=source, options=options, listen=listen, public_host=public_host, context=context)
     findings: list[CheckResult] = []
+    is_printed = report == Path("-")
     for finding in examine(setup):
         findings.append(finding)
-        if not as_json:
+        if not as_json and not is_printed:
             typer.secho(f"{finding.status:<5}", fg=_COLORS[finding.status], nl=False)
             typer.echo(f"{finding.check:<{_CHECK_WIDTH}} {finding.text}")
-    typer.echo(json.dumps(document(findings)) if as_json else summary(findings))
+    if report is not None:
+        from splitnet.tools.doctor.report import report as facts
+
+        text = json.dumps(facts(findings, given_options(command, os.environ)), indent=2)
+        if is_printed:
+            typer.echo(text)
+        else:
+            try:
+                report.write_text(f"{text}\n", encoding="utf-8")
+            except OSError as error:
+                raise SplitnetError(f"{report} cannot be written ({error.strerror}): give another --report") from None
+    if not is_printed:
+        typer.echo(json.dumps(document(findings)) if as_json else summary(findings))
     if has_failed(findings):
         raise typer.Exit(1)
 

@@ -60,7 +60,7 @@ def software() -> Iterator[CheckResult]:
         yield warned("python", "splitnet is not installed, so its requirements are unknown: run `pip install .` there")
         return
     yield python_version(package.metadata["Requires-Python"], platform.python_version())
-    yield from libraries(package.requires or (), _installed_version)
+    yield from libraries(package.requires or (), installed_version)
 
 
 def python_version(required: str, version: str) -> CheckResult:
@@ -179,7 +179,8 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _installed_version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of an installed library, else None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
