@@ -7,7 +7,7 @@ of the blocks, a second one the last third; each is a process with one thread th
 lie, a liar beside them publishes the best speed. Each run has a new client, with an empty cache folder, that audits
 only peers that are new to it. The program that computes audits runs on from run to run, as that of a client that has
 examined other peers before; the first row has a program that starts with each run. Answers are greedy, and must equal
-those of transformers.
+those of the honest peers alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from benchmarks.codec_quality import VARIED_TEXT
 from benchmarks.lying_peer import FIRST, KINDS, MOVED, other_weights
@@ -196,13 +195,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="splitnet-liars-") as name, ExitStack() as stack:
         folder = Path(name)
         texts, model = prompts(arguments.checkpoint), as_folder(arguments.checkpoint, folder / "model")
-        local: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        how = {**GREEDY, "max_new_tokens": arguments.tokens}
-        del how["speculate"]
-        cases: list[tuple[Tensor, Tensor]] = []
-        for ids in texts[: arguments.runs].split(1):
-            cases.append((ids, local.generate(ids, attention_mask=torch.ones_like(ids), **how)))
         honest = stack.enter_context(honest_daemons(folder, model))
+        with client(model, honest[0].address, folder / "honest", audit=0.0) as each:
+            cases = [(ids, generate(*each, ids, arguments.tokens)) for ids in texts[: arguments.runs].split(1)]
         program = AuditProgram(str(model))
         stack.callback(stop, program)
         print(f"{processor()}, {os.cpu_count()} cores; {len(cases)} runs of each kind, {arguments.tokens} tokens\n")
