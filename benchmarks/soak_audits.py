@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,11 +94,12 @@ class Answer:
 
 @dataclass
 class Client:
-    """What a client has seen."""
+    """What a client has seen, also after it was replaced. counts: of its audits."""
 
     rate: float
     lasting: bool
-    model: RemoteCausalLM
+    model: weakref.ref[RemoteCausalLM]
+    counts: dict[str, int]
     swarm: NamingSwarm
     answers: list[Answer] = field(default_factory=list)
     examined: set[tuple[bytes, str]] = field(default_factory=set)
@@ -137,9 +139,9 @@ class Audits:
             finally:
                 del os.environ["SPLITNET_CACHE"]
                 os.environ.update({} if before is None else {"SPLITNET_CACHE": before})
-            client = Client(rate, number < LASTING, model, swarm)
+            auditor: Any = model.auditor
+            client = Client(rate, number < LASTING, weakref.ref(model), auditor.counts, swarm)
             self._clients.append(client)
-        auditor: Any = model.auditor
         watch, judge, disagree = auditor.watch, auditor.judge, auditor.disagree
 
         def watched(session: Any) -> None:
@@ -160,7 +162,7 @@ class Audits:
         return model
 
     def client(self, model: RemoteCausalLM) -> Client:
-        return next(each for each in self._clients if each.model is model)
+        return next(each for each in self._clients if each.model() is model)
 
     def is_old(self, model: RemoteCausalLM) -> bool:
         """Whether another client should follow."""
@@ -233,7 +235,7 @@ class Audits:
                     end="",
                 )
                 print(f"| {total - lost} | {outcomes['wrong True']} | {outcomes['wrong False']} ", end="")
-                audits = sum(client.model.auditor.counts["audits"] for client in group if client.model.auditor)
+                audits = sum(client.counts["audits"] for client in group)
                 print(f"| {audits} | {met} | {named} | {middle(answers)} | {middle(seconds)} |")
         print("\n| lies in the route | answers | right | wrong | ended by an error |\n|---|---|---|---|---|")
         for label, counts in sorted(kinds.items(), key=lambda each: -each[1].total()):
