@@ -56,7 +56,7 @@ class Writer(Generations):
         if not ask.max_tokens:
             listener(TextDelta(0, "", (), "length"))
         listener(Ended(len(ask.prompt), 0, choice.tokens, ask.prompt))
-        return SimpleNamespace(cancel=lambda: None)
+        return SimpleNamespace(cancel=lambda: None, progress=SimpleNamespace(routes=lambda: ()))
 
     def decode_prompt(self, number: int) -> str:
         """The prompt of a request, with its special tokens."""
