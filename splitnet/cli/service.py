@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shlex
 import shutil
@@ -62,8 +63,8 @@ def service(
 ) -> None:
     """Keep a peer running on this machine: systemd starts it with the machine, and again when it fails.
 
-    `install` writes a unit of this user, checks it, and starts the peer with the variables `SPLITNET_...` and in the
-    folder of the shell. Another `install` replaces it. `status` shows the unit and its last lines; `remove` stops the
+    `install` writes a unit of this user, checks it, and starts the peer in the folder of the shell, with its variables
+    `SPLITNET_...` and `HF_...`. Another `install` replaces it. `status` shows the unit and its last lines; `remove` stops the
     peer and deletes the unit. docs/deploy.md has units with a user of their own.
     """
     given = arguments or []
@@ -126,7 +127,8 @@ def _install(context: typer.Context, file: Path, given: list[str]) -> None:
         _run("loginctl", "enable-linger")
     except SplitnetError as error:
         typer.echo(
-            f"it runs only while you are logged in ({error}): as root, run `loginctl enable-linger USER`", err=True
+            f"it runs only while you are logged in ({error}): as root, run `loginctl enable-linger {getpass.getuser()}`",
+            err=True,
         )
 
 
