@@ -64,8 +64,8 @@ def service(
     """Keep a peer running on this machine: systemd starts it with the machine, and again when it fails.
 
     `install` writes a unit of this user, checks it, and starts the peer in the folder of the shell, with its variables
-    `SPLITNET_...` and `HF_...`. Another `install` replaces it. `status` shows the unit and its last lines; `remove` stops the
-    peer and deletes the unit. docs/deploy.md has units with a user of their own.
+    `SPLITNET_...` and `HF_...`. Another `install` replaces it. `status` shows the unit and its last lines; `remove`
+    stops the peer and deletes the unit. docs/deploy.md has units with a user of their own.
     """
     given = arguments or []
     file = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user" / NAME
@@ -126,10 +126,8 @@ def _install(context: typer.Context, file: Path, given: list[str]) -> None:
     try:
         _run("loginctl", "enable-linger")
     except SplitnetError as error:
-        typer.echo(
-            f"it runs only while you are logged in ({error}): as root, run `loginctl enable-linger {getpass.getuser()}`",
-            err=True,
-        )
+        command = f"loginctl enable-linger {getpass.getuser()}"
+        typer.echo(f"it runs only while you are logged in ({error}): as root, run `{command}`", err=True)
 
 
 def _quoted(word: str) -> str:
