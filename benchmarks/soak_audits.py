@@ -102,8 +102,8 @@ class Client:
     counts: dict[str, int]
     swarm: NamingSwarm
     answers: list[Answer] = field(default_factory=list)
-    examined: set[tuple[bytes, str]] = field(default_factory=set)
-    """Sessions and hops whose work was found right."""
+    examined: dict[tuple[bytes, str], float] = field(default_factory=dict)
+    """When the work of a hop in a session was found right."""
     disagreed: list[tuple[str, str]] = field(default_factory=list)
     hops: set[str] = field(default_factory=set)
     session: Any = None
@@ -151,7 +151,7 @@ class Audits:
         def judged(hop: Any, stored: bool, piece: Any) -> PeerLied | None:
             lie = judge(hop, stored, piece)
             if lie is None:
-                client.examined.add((piece.receipt.session, hop.name))
+                client.examined[piece.receipt.session, hop.name] = time.time()
             return lie
 
         def disagreed(before: Any, hop: Any) -> PeerLied:
@@ -255,6 +255,9 @@ def judged(client: Client, answer: Answer, lies: dict[str, list[tuple[float, str
         return label, ""
     if not lying and not answer.prefix:
         return label, "an answer without liars or stored pages is wrong"
+    known = {key for (session, key), at in client.examined.items() if session != answer.session and at < answer.ended}
+    if not answer.streamed and not answer.prefix and not known & lying.keys():
+        return label, f"an answer that waited for audits is wrong, and no liar in it was known before: {label}"
     found = [key for key in lying if (answer.session, key) in client.examined]
     if len(found) == len(lying) == 1 and len(told(lies[found[0]], answer.began, answer.ended)) == 1:
         spells = lies[found[0]]

@@ -125,7 +125,8 @@ class PeerLeaving(PeerLost):
 
 
 class PeerLied(SplitnetError):
-    """An audit shows that a peer has not computed its blocks; the peer is not used any more."""
+    """An audit shows that a peer has not computed its blocks, so that the peer is not used any more; or a new peer was
+    lost before its work was examined."""
 
 
 class PeerFailed(SplitnetError):

@@ -90,6 +90,7 @@ class SessionAudit:
         self._kept: dict[int, Kept] = {}  # by row
         self._lengths: dict[int, int] = {}  # positions that all hops have computed, by row
         self._examined: tuple[RouteHop, ...] = ()  # the route whose new hops were examined, or are being examined
+        self._used: dict[RouteHop, None] = {}  # all hops of the session, also replaced ones
         self._bucket = TokenBucket()  # of examinations
         self._undrawn = 0  # positions since an examination was last drawn by lot
         self._waiting: list[Future[None]] = []
@@ -106,6 +107,7 @@ class SessionAudit:
                 while kept and next(reversed(kept)) >= part.start:
                     kept.popitem()
         row, hops = random.choice(parts).row, tuple(self._session.hops)
+        self._used.update(dict.fromkeys(hops))
         self._undrawn += sum(each.length for each in parts)
         length, now = self._length(row), time.monotonic()
         if not length or self._bucket.wait_s(MOST_PER_MINUTE, now):
@@ -123,6 +125,7 @@ class SessionAudit:
     def step_done(self, request: StepRequest) -> None:
         """Keeps the outputs of the last hop. Raises PeerLied."""
         self._raise_if_lied()
+        self._used.update(dict.fromkeys(self._session.hops))
         result, count = request.result, request.kept
         if result is None or not count:
             return
@@ -144,7 +147,9 @@ class SessionAudit:
 
     def finish(self) -> None:
         """Examines hops that are new to the client, if that was not begun, and waits for all examinations of the
-        session. Call it after the last step of an answer. Raises PeerLied."""
+        session. Call it after the last step of an answer. Raises PeerLied, also if the route was repaired before the
+        work of a new hop was examined."""
+        length = 0
         for _ in range(2):  # a lost hop may have ended the first examination
             row, hops = next(reversed(self._kept), 0), tuple(self._session.hops)
             if (length := self._length(row)) and self._has_new(hops):
@@ -154,6 +159,12 @@ class SessionAudit:
                     each.result()
             self._waiting.clear()
             self._raise_if_lied()
+        if length >= MIN_POSITIONS and not self._used.keys() <= set(self._session.hops):
+            for hop in filter(self._is_new, self._used):
+                raise PeerLied(
+                    f"the work of the peer at {hop.endpoint.address} was not examined before the route was repaired: "
+                    "ask again"
+                )
 
     def close(self) -> None:
         self._kept = {}

@@ -9,6 +9,7 @@ import pytest
 
 from splitnet.audit import session_audit
 from splitnet.audit.session_audit import COMPUTED, SessionAudit, _Disagreement, _Fetched
+from splitnet.errors import PeerLied
 from splitnet.wire.messages import Chunk, Receipt
 from splitnet.wire.receipts import DIGEST, UNKNOWN
 
@@ -27,6 +28,11 @@ class Judge:
         return False
 
 
+class Hop:
+    def __init__(self, name: str) -> None:
+        self.name, self.endpoint = name, SimpleNamespace(address=f"{name}:1")
+
+
 def done(start: int, length: int) -> Any:
     """A step whose last output the session keeps."""
     parts = (Chunk(1, start, length, 1),)
@@ -37,7 +43,7 @@ def done(start: int, length: int) -> Any:
 def test_the_examined_part_of_the_work_includes_the_prompt(
     lot: float, drawn: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session: Any = SimpleNamespace(hops=[SimpleNamespace(name=str(number)) for number in range(HOPS)])
+    session: Any = SimpleNamespace(hops=[Hop(str(number)) for number in range(HOPS)])
     judge: Any = Judge()
     audit = SessionAudit(session, judge, "", HOPS, 1)
     begun: list[int] = []
@@ -76,6 +82,28 @@ def test_long_rows_are_examined_at_their_beginning(rows: int, monkeypatch: pytes
         audit.step_done(step)
     audit.step_begins([Chunk(rows - 1, PROMPT, 1, 1)])
     assert begun == [16]
+
+
+@pytest.mark.parametrize(
+    ("length", "repaired", "raised"), [(PROMPT, True, True), (PROMPT, False, False), (4, True, False)]
+)
+def test_an_answer_of_a_lost_hop_that_was_not_examined_is_not_trusted(
+    length: int, repaired: bool, raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, other = map(Hop, "abc")
+    session: Any = SimpleNamespace(hops=[first, second], prefix_hit=0)
+    judge: Any = Strangers()
+    monkeypatch.setattr(judge, "is_new", lambda hop, stored: hop is second)
+    audit = SessionAudit(session, judge, "", HOPS, 1)
+    monkeypatch.setattr(audit, "_begin", lambda *_: None)
+    audit.step_begins([Chunk(1, 0, length, 1)])
+    audit.step_done(done(0, length))
+    session.hops = [first, other] if repaired else session.hops
+    if not raised:
+        audit.finish()
+        return
+    with pytest.raises(PeerLied, match=r"b:1 was not examined before the route was repaired: ask again"):
+        audit.finish()
 
 
 def receipt(received: list[bytes], sent: list[bytes]) -> Receipt:
