@@ -256,7 +256,8 @@ def judged(client: Client, answer: Answer, lies: dict[str, list[tuple[float, str
     if not lying and not answer.prefix:
         return label, "an answer without liars or stored pages is wrong"
     known = {key for (session, key), at in client.examined.items() if session != answer.session and at < answer.ended}
-    if not answer.streamed and not answer.prefix and not known & lying.keys():
+    changed = any(answer.began < at < answer.ended for key in lying for at, _ in lies[key])  # perhaps after its audit
+    if not (answer.streamed or answer.prefix or changed or known & lying.keys()):
         return label, f"an answer that waited for audits is wrong, and no liar in it was known before: {label}"
     found = [key for key in lying if (answer.session, key) in client.examined]
     if len(found) == len(lying) == 1 and len(told(lies[found[0]], answer.began, answer.ended)) == 1:
