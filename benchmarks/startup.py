@@ -2,6 +2,7 @@
 
     python -m benchmarks.startup [CHECKPOINT] [--blocks 0:10] [--rounds 3]
     python -m benchmarks.startup [CHECKPOINT] --lean PYTHON [--rounds 5]
+    sudo python -m benchmarks.startup [CHECKPOINT] --machines 2 60MiB [--rounds 3]
 
 Reports the smallest value of several rounds, because other users of the machine can only increase the values. All times
 count from the start of the Python process. The first table shows one process that does the same as `splitnet peer`: the
@@ -13,6 +14,10 @@ second round on. Linux only.
 With `--lean` the benchmark prints only another table: the time of `generate`, through three peers, until its first
 word, for each kind of address to join with, and for the Python of an environment without hivemind. The values are
 medians of rounds in turns, after a warm-up round.
+
+With `--machines COUNT MEMORY` it prints only the times of `splitnet run --serve --memory MEMORY`, which is started on
+one machine of an emulated home network after the other, as soon as the one before waits for other peers: until each one
+waits, and from the start of the last one until the first word of each answer. All share the processor of this machine.
 """
 
 from __future__ import annotations
@@ -26,11 +31,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 import psutil
 
+from benchmarks.netlab import NAMED, Lab
 from splitnet.blocks.span import block_bytes
 from splitnet.checkpoint.checkpoint import Checkpoint
 from splitnet.cli.arguments import resolve_model
@@ -89,8 +96,20 @@ def main() -> None:
     parser.add_argument("--blocks", default="0:10")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lean", metavar="PYTHON", help="the Python of an environment without hivemind")
+    parser.add_argument("--machines", nargs=2, metavar=("COUNT", "MEMORY"))
     options = parser.parse_args()
     checkpoint = resolve_model(options.checkpoint)
+    if options.machines:
+        count, size = options.machines
+        rounds = [first_words_of_run(checkpoint, int(count), size) for _ in range(options.rounds)]
+        print("| `run` on machine | waits after, s (median; all) | first word after, s |\n|---|---|---|")
+        for number, times in enumerate(zip(*rounds, strict=True), 1):
+            waits, words = (
+                "" if None in each else f"{median(each):.1f}; {', '.join(f'{one:.1f}' for one in sorted(each))}"
+                for each in zip(*times, strict=True)
+            )
+            print(f"| {number} | {waits} | {words} |")
+        return
     if options.lean:
         print("| `generate`, first word | median, s | all, s |\n|---|---:|---|")
         for name, times in ways_to_join(checkpoint, options.lean, options.rounds).items():
@@ -193,6 +212,49 @@ def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[floa
 def first_word_of_demo(checkpoint: str) -> float:
     """Seconds until `splitnet demo` prints the first word of the answer, which follows the question."""
     return first_output(["demo", checkpoint, "--prompt", "What do bees eat?", "--device", "cpu"], r"eat\?\s+")
+
+
+def first_words_of_run(checkpoint: str, count: int, memory: str) -> list[tuple[float | None, float]]:
+    """Seconds of `splitnet run` on each machine until it waits for others, and from the start of the last machine
+    until the first word of the answer. The last machine completes the model, and waits for nobody."""
+    hosts = [str(number) for number in range(count)]
+    home = {"home": NAMED["port-restricted"]}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        lab = stack.enter_context(Lab([*hosts, "outside"], routers=home, behind=dict.fromkeys(hosts, "home")))
+        command = [*SPLITNET, "run", checkpoint, "--serve", "--memory", memory, "--max-new-tokens", "8"]
+        processes: list[subprocess.Popen[bytes]] = []
+        waits: list[float | None] = []
+        words: dict[str, float] = {}
+        began = 0.0
+        for host in hosts:
+            began = time.monotonic()
+            own = {
+                "SPLITNET_CACHE": str(folder / f"{host}.cache"),
+                "SPLITNET_KEY_FILE": str(folder / f"{host}.key"),
+                "PYTHONUNBUFFERED": "1",
+            }
+            with (folder / f"{host}.out").open("w") as out, (folder / f"{host}.err").open("w") as errors:
+                process = lab.run(host, command, stdin=subprocess.PIPE, stdout=out, stderr=errors, env=os.environ | own)
+            processes.append(process)
+            stack.callback(process.wait, 60)
+            stack.callback(process.terminate)
+            assert process.stdin is not None
+            process.stdin.write(b"What do bees eat?\n")
+            process.stdin.flush()
+            while host != hosts[-1] and "waiting for peers" not in (folder / f"{host}.err").read_text():
+                if process.poll() is not None or re.search(r"\w", (folder / f"{host}.out").read_text()):
+                    raise SystemExit(f"{memory} are too much or too little: {(folder / f'{host}.err').read_text()}")
+                time.sleep(0.02)
+            waits.append(time.monotonic() - began if host != hosts[-1] else None)
+        while len(words) < count:
+            for host, process in zip(hosts, processes, strict=True):
+                if host not in words and re.search(r"\w", (folder / f"{host}.out").read_text()):
+                    words[host] = time.monotonic() - began
+                if process.poll() is not None:
+                    raise SystemExit((folder / f"{host}.err").read_text())
+            time.sleep(0.02)
+        return [(wait, words[host]) for host, wait in zip(hosts, waits, strict=True)]
 
 
 def first_output(arguments: list[str], after: str, python: str = sys.executable) -> float:
