@@ -10,12 +10,13 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from splitnet.cli.arguments import CONNECTING, ModelOrInvite, command_arguments, connects
 from splitnet.cli.generate import MaxNewTokens, Stats, Temperature, chat, connection_to, generate
+from splitnet.cli.model_list import model_list
 from splitnet.cli.peer import in_memory, what_fits
 from splitnet.cli.peer_process import PeerProcess
 from splitnet.errors import NoSwarm, SplitnetError
@@ -55,11 +56,16 @@ def run(
     temperature: Temperature = 0.0,
     stats: Stats = False,
 ) -> None:
-    """Chat with MODEL over the machines of this network; the same command on each machine adds its memory."""
+    """Chat with MODEL over the machines of this network; the same command on each machine adds its memory.
+
+    Without MODEL, list models that are here or at the hub, with the number of machines that they need.
+    """
     if memory is not None:
         parse_bytes(memory)
         if serve is False:
             raise typer.BadParameter("--memory is for blocks that are served here: leave out --no-serve")
+    if model is None and connecting.invite is None:
+        _list_models(memory)
     connection = connection_to(model, connecting)
     checkpoint = connection.checkpoint()
     missing = missing_blocks(connection, checkpoint)
@@ -72,6 +78,16 @@ def run(
                 _answer(connection.model, joined, prompt, max_new_tokens, temperature, stats)
         else:
             _answer(connection.model, connecting, prompt, max_new_tokens, temperature, stats)
+
+
+def _list_models(memory: str | None) -> NoReturn:
+    from scheduler.placement import BLOCKS_SHARE
+    from splitnet.quant.device import free_memory
+
+    here = parse_bytes(memory) if memory else int(free_memory("cpu") * BLOCKS_SHARE)
+    typer.echo(model_list(here))
+    typer.echo(f"machines: how many such as this one, with {here / 2**30:.1f} GiB for blocks, hold all blocks together")
+    raise SplitnetError("name a model: splitnet run MODEL, on as many machines")
 
 
 def missing_blocks(connection: ModelConnection, checkpoint: Checkpoint) -> list[Hole]:

@@ -71,6 +71,21 @@ def test_a_peer_that_ends_tells_why(small: Path, here: Here) -> None:
     assert here("run", str(small), "bees", "--no-serve", "--memory", "1GiB").code == 2
 
 
+def test_without_a_model_it_lists_models(
+    small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / small.name).symlink_to(small)
+    (tmp_path / "one.gguf").write_bytes(bytes(2**20))
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    listed = here("run", "--memory", "0.5MiB")
+    assert listed.code == 1 and listed.error == "name a model: splitnet run MODEL, on as many machines"
+    rows = [re.split(" {2,}", line.strip()) for line in listed.output.splitlines()]
+    assert ["./one.gguf", "0.0", "2", "this folder"] in rows
+    assert [f"./{small.name}"] == [name for name, *_ in rows if name.startswith("./") and "one" not in name]
+    assert any(name == "Qwen/Qwen3-8B" and size == "8.1" for name, size, *_ in rows)
+
+
 def test_options_of_its_peer_are_options_of_connections() -> None:
     assert all(hasattr(ConnectionOptions, name) for name in FOR_PEER)
 
