@@ -1,4 +1,4 @@
-"""The files of `deploy/` fit the command line, systemd and Compose."""
+"""The files of `deploy/` fit the command line, systemd, Compose and Kubernetes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from typer.main import get_command
 from splitnet.cli.main import app
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+MANIFESTS = DEPLOY / "kubernetes"
+KUBERNETES = "1.30"  # the oldest version that the manifests are checked for, besides the newest
 UNITS = sorted(path.name for path in DEPLOY.glob("*.service"))
 ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 BINARY = "/opt/splitnet/bin/splitnet"
@@ -146,11 +148,15 @@ def test_the_entrypoint_of_peers_joins_through_the_address_in_the_file(compose: 
 
 def test_services_refer_to_known_keys_services_and_volumes(compose: dict[str, Any]) -> None:
     known = {"build", "cap_drop", "command", "depends_on", "entrypoint", "image", "ports", "restart", "security_opt"}
-    known |= {"stop_grace_period", "volumes"}
+    known |= {"read_only", "stop_grace_period", "tmpfs", "volumes"}
     for name, service in compose["services"].items():
         assert set(service) <= known, f"{name} has keys that Compose may not know"
         for other, condition in service.get("depends_on", {}).items():
             assert other in compose["services"] and condition == {"condition": "service_healthy"}
+        # Podman refuses two mounts at one place.
+        targets = [mount.split(":")[0] for mount in service["tmpfs"]]
+        targets += [volume.rsplit(":/", 1)[1].split(":")[0] for volume in service["volumes"]]
+        assert service["read_only"] and "/tmp" in targets and len(set(targets)) == len(targets)
         for volume in service["volumes"]:
             source = volume.rsplit(":/", 1)[0]
             assert source.startswith("${MODELS:?") or source in compose["volumes"]
@@ -159,6 +165,104 @@ def test_services_refer_to_known_keys_services_and_volumes(compose: dict[str, An
     build = compose["services"]["dht"]["build"]
     root = (DEPLOY / build["context"]).resolve()
     assert (root / build["dockerfile"]) == DEPLOY / "Dockerfile"
+
+
+def manifests() -> list[dict[str, Any]]:
+    """All objects of the manifests."""
+    listed = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["resources"]
+    assert sorted(["kustomization.yaml", *listed]) == sorted(path.name for path in MANIFESTS.iterdir())
+    return [one for file in listed for one in yaml.safe_load_all((MANIFESTS / file).read_text())]
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """The pod of each workload, by the name of the workload."""
+    return {one["metadata"]["name"]: one["spec"]["template"] for one in manifests() if "template" in one["spec"]}
+
+
+POD_NAMES = ("splitnet-dht", "splitnet-peer", "splitnet-gateway")
+
+
+def test_manifests_are_valid_in_the_oldest_and_newest_version_of_kubernetes() -> None:
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for one in manifests():
+        for version in (KUBERNETES, schemas.latest_version()):
+            schemas.validate(one, version, strict=True)
+
+
+def test_selectors_ports_and_claims_of_manifests_fit_together() -> None:
+    found = pods()
+    assert tuple(found) == POD_NAMES
+    for one in manifests():
+        spec = one["spec"]
+        labels = spec["selector"] if one["kind"] == "Service" else spec["selector"]["matchLabels"]
+        pod = found[labels["app"]]
+        assert pod["metadata"]["labels"] == labels
+        (container,) = pod["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        if one["kind"] == "Service":
+            assert {port["targetPort"]: port["port"] for port in spec["ports"]} == ports
+        if one["kind"] == "StatefulSet":
+            assert spec["serviceName"] == one["metadata"]["name"]
+        if "template" in spec:
+            mounted = {mount["name"] for mount in container["volumeMounts"]}
+            claims = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", ())}
+            assert mounted == claims | {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize("name", POD_NAMES)
+def test_a_pod_runs_an_existing_command_and_waits_for_the_address(name: str) -> None:
+    (container,) = pods()[name]["spec"]["containers"]
+    (generated,) = yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text())["configMapGenerator"]
+    variables = dict(literal.split("=", 1) for literal in generated["literals"])
+    command = [re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word) for word in container["args"]]
+    joins = name != "splitnet-dht"
+    options = parsed([*command, *(["--join", ADDRESS] if joins else [])])
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    if not joins:
+        assert options["public_host"] == name
+        assert f"/tcp/{ports['dht']}" in options["listen"]
+        return
+    assert container["envFrom"] == [{"configMapRef": {"name": generated["name"]}}]
+    (variable,) = container["env"]
+    assert variable["name"] == "SPLITNET_JOIN" and "optional" not in variable["valueFrom"]["configMapKeyRef"]
+    if name == "splitnet-peer":
+        assert options["listen"].endswith(f":{ports['activations']}")
+        assert options["metrics_port"].endswith(f":{ports['metrics']}")
+    else:
+        assert (options["port"], options["allow_host"]) == (ports["http"], [name])
+
+
+@pytest.mark.parametrize("name", POD_NAMES)
+def test_a_pod_is_restricted_and_can_write_where_the_image_writes(name: str) -> None:
+    pod = pods()[name]["spec"]
+    (container,) = pod["containers"]
+    image = (DEPLOY / "Dockerfile").read_text()
+    (user,) = re.findall(r"useradd .*--uid (\d+)", image)
+    security = pod["securityContext"]
+    assert security["runAsNonRoot"] and security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert {str(security[key]) for key in ("runAsUser", "runAsGroup", "fsGroup")} == {user}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    # Kubernetes would set SPLITNET_DHT_PORT and others, which are options.
+    assert pod["enableServiceLinks"] is False
+    writable = tuple(f"{mount['mountPath']}/" for mount in container["volumeMounts"])
+    files = assignments(image, pattern=r"(?:^ENV |^ +)")
+    assert all(f"{files[key]}/".startswith(writable) for key in files if key != "PATH")
+    assert "/tmp/" in writable
+
+
+@pytest.mark.parametrize("name", POD_NAMES[1:])
+def test_a_pod_has_time_to_hand_over_its_work_and_is_not_drained_with_others(name: str) -> None:
+    pod = pods()[name]["spec"]
+    (container,) = pod["containers"]
+    options = parsed([container["args"][0], "model", "--join", ADDRESS])
+    slept = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+    assert pod["terminationGracePeriodSeconds"] >= options.get("drain_s", options.get("drain")) + int(slept[1]) + 5
+    budgets = [one["spec"] for one in manifests() if one["kind"] == "PodDisruptionBudget"]
+    assert {"maxUnavailable": 1, "selector": {"matchLabels": {"app": name}}} in budgets
 
 
 def test_the_image_is_built_from_existing_files_and_runs_without_root() -> None:

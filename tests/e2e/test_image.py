@@ -1,0 +1,123 @@
+"""The image of `deploy/Dockerfile` is built, and `deploy/compose.yaml` runs with it: a node of the DHT, three peers of
+the demo model, and a gateway."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.containers import BASE, BUILD_TIMEOUT_S, NEEDS_PODMAN, ROOT, Podman, make_base, make_wheels, run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(900), NEEDS_PODMAN]
+
+SERVICES = ("dht", "peer-1", "peer-2", "peer-3", "gateway")
+HEALTHY_TIMEOUT_S = 120.0
+
+
+class Swarm:
+    """The services of `deploy/compose.yaml`, which are started one by one."""
+
+    def __init__(self, podman: Podman, model: Path, port: int) -> None:
+        self._podman = podman
+        self._env = {"MODELS": str(model.parent), "MODEL": model.name, "PEER_MEMORY": "150MiB", "PORT": str(port)}
+
+    def compose(self, *arguments: str) -> None:
+        file = ROOT / "deploy" / "compose.yaml"
+        command = ["podman-compose", "--podman-path", self._podman.program, "--file", file, *arguments]
+        run(command, timeout=HEALTHY_TIMEOUT_S, env=self._env)
+
+    def container(self, service: str) -> str:
+        """The id of the container of a service."""
+        label = f"label=com.docker.compose.service={service}"
+        (found,) = self._podman("ps", "--all", "--quiet", "--filter", label).split()
+        return found
+
+    def wait_until_healthy(self, service: str) -> None:
+        """Waits for the check of the image: without systemd, podman itself does not repeat the check."""
+        container = self.container(service)
+        deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+        while self.inspect(service, "{{.State.Health.Status}}") != "healthy":
+            assert time.monotonic() < deadline, self.log(service)
+            try:
+                self._podman("healthcheck", "run", container)
+            except AssertionError:
+                time.sleep(0.2)
+
+    def inspect(self, service: str, template: str) -> str:
+        return self._podman("inspect", "--format", template, self.container(service)).strip()
+
+    def read(self, service: str, *files: str) -> str:
+        """The texts of files in a container."""
+        return self._podman("exec", self.container(service), "cat", *files)
+
+    def log(self, service: str) -> str:
+        return self._podman("logs", self.container(service))
+
+
+@pytest.fixture(scope="module")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    """Podman with the image `splitnet`."""
+    folder = tmp_path_factory.mktemp("containers")
+    for part in ("base", "wheels"):
+        (folder / part).mkdir()
+    with closing(Podman(folder)) as podman:
+        make_base(podman, folder / "base")
+        make_wheels(folder / "wheels")
+        (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+        # HEALTHCHECK is not part of the default format.
+        options = ["--format=docker", "--layers=false", f"--build-arg=BASE={BASE}", "--tag=splitnet"]
+        options += [f"--volume={folder}/wheels:/wheels:ro", f"--volume={folder}/pip.conf:/etc/pip.conf:ro"]
+        podman("build", *options, f"--file={ROOT}/deploy/Dockerfile", ROOT, timeout=BUILD_TIMEOUT_S)
+        yield podman
+    shutil.rmtree(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_the_image_serves_as_the_compose_file_says(podman: Podman, demo_checkpoint: Path, tmp_path: Path) -> None:
+    model = tmp_path / demo_checkpoint.name
+    shutil.copyfile(demo_checkpoint, model)
+    model.chmod(0o644)
+    tmp_path.chmod(0o755)
+    port = free_port()
+    swarm = Swarm(podman, model, port)
+    for service in SERVICES:
+        swarm.compose("up", "--detach", "--no-build", "--no-deps", service)
+        swarm.wait_until_healthy(service)
+
+    asked = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 10}
+    reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["content"].strip()
+
+    for service in SERVICES:
+        status = swarm.read(service, "/proc/1/status", "/proc/1/mounts")
+        assert re.search(r"^Uid:\t10001\t10001\t10001\t10001$", status, re.MULTILINE)
+        assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE) and re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
+        assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
+        assert re.search(r"^\S+ / \S+ ro,", status, re.MULTILINE), status
+
+    address = swarm.read("dht", "/run/splitnet/address")
+    swarm.compose("stop")
+    assert {service: swarm.inspect(service, "{{.State.ExitCode}}") for service in SERVICES} == dict.fromkeys(
+        SERVICES, "0"
+    ), "\n".join(map(swarm.log, SERVICES))
+
+    for service in ("dht", "peer-1"):
+        swarm.compose("start", service)
+        swarm.wait_until_healthy(service)
+    assert swarm.read("dht", "/run/splitnet/address") == address
+    first, second = re.findall(r"\?key=(sn1\w+)", swarm.log("peer-1"))
+    assert first == second
