@@ -260,7 +260,7 @@ def test_a_pod_has_time_to_hand_over_its_work_and_is_not_drained_with_others(nam
     (container,) = pod["containers"]
     options = parsed([container["args"][0], "model", "--join", ADDRESS])
     slept = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
-    assert pod["terminationGracePeriodSeconds"] >= options.get("drain_s", options.get("drain")) + int(slept[1]) + 5
+    assert pod["terminationGracePeriodSeconds"] >= options["drain_s"] + int(slept[1]) + 5
     budgets = [one["spec"] for one in manifests() if one["kind"] == "PodDisruptionBudget"]
     assert {"maxUnavailable": 1, "selector": {"matchLabels": {"app": name}}} in budgets
 
