@@ -32,6 +32,8 @@ NEEDS_PODMAN = pytest.mark.skipif(
 BASE = "localhost/base"
 BUILD_TIMEOUT_S = 400.0
 
+# By default podman asks for higher limits than a process in a container may have.
+LIMITS: Mapping[str, int] = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
 # Debian packages of the base: the libraries that a Python needs, and the programs that `deploy/Dockerfile` uses.
 PACKAGES = ("libpython3-stdlib", "libstdc++6", "passwd")
 # Some systems mount both versions of cgroups, which crun does not support.
@@ -42,11 +44,10 @@ class Podman:
     """Podman as root, whose images, containers, locks and networks are in one folder, and whose mounts are in a mount
     namespace. Close it before the folder is removed.
 
-    Skips the test if the system allows no mount namespace.
+    Skips the test if the system allows no mount namespace, or podman does not run.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         self._namespace = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", MOUNTS],
             stdin=subprocess.PIPE,
@@ -59,8 +60,7 @@ class Podman:
         if line != "ready\n":
             self._end_namespace()
             pytest.skip(f"this system allows no mount namespace: {line}")
-        # By default podman asks for higher limits than a process in a container may have.
-        limits = [f'"{name}={resource.getrlimit(number)[1]}"' for name, number in _LIMITS.items()]
+        limits = [f'"{name}={resource.getrlimit(number)[1]}"' for name, number in LIMITS.items()]
         (folder / "containers.conf").write_text(
             f'[containers]\ndefault_ulimits = [{", ".join(limits)}]\n[engine]\nlock_type = "file"\n'
         )
@@ -74,6 +74,11 @@ class Podman:
             f'exec nsenter --target {self._namespace.pid} --mount --wdns="$PWD" -- podman {options} "$@"\n'
         )
         self.program.chmod(0o755)
+        try:
+            self("info")
+        except AssertionError as error:
+            self._end_namespace()
+            pytest.skip(f"podman does not run here: {str(error).splitlines()[-1]}")
 
     def __call__(self, *arguments: str | Path, timeout: float = 60.0) -> str:
         """Runs podman; returns its output.
@@ -91,9 +96,6 @@ class Podman:
 
     def _end_namespace(self) -> None:
         self._namespace.communicate("end\n")
-
-
-_LIMITS: Mapping[str, int] = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
 
 
 def run(command: list[str | Path], *, timeout: float, env: Mapping[str, str] | None = None) -> str:
@@ -126,7 +128,7 @@ def make_base(podman: Podman, folder: Path) -> None:
     include = f"--include={','.join(PACKAGES)}"
     try:
         run(["mmdebstrap", "--variant=minbase", include, release, folder / "base.tar"], timeout=BUILD_TIMEOUT_S)
-    except AssertionError as error:
+    except (AssertionError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"mmdebstrap makes no base of {release or 'this system'}: {str(error).splitlines()[-1]}")
     ignored = shutil.ignore_patterns("site-packages", "test", "config-*", "share")
     shutil.copytree(sys.base_prefix, folder / "python", symlinks=True, ignore=ignored)

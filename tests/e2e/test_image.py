@@ -63,7 +63,8 @@ class Swarm:
         return self._podman("exec", self.container(service), "cat", *files)
 
     def log(self, service: str) -> str:
-        return self._podman("logs", self.container(service))
+        both = 'exec "$0" logs "$1" 2>&1'
+        return run(["sh", "-c", both, self._podman.program, self.container(service)], timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +73,18 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     folder = tmp_path_factory.mktemp("containers")
     for part in ("base", "wheels"):
         (folder / part).mkdir()
-    with closing(Podman(folder)) as podman:
-        make_base(podman, folder / "base")
-        make_wheels(folder / "wheels")
-        (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
-        # HEALTHCHECK is not part of the default format.
-        options = ["--format=docker", "--layers=false", f"--build-arg=BASE={BASE}", "--tag=splitnet"]
-        options += [f"--volume={folder}/wheels:/wheels:ro", f"--volume={folder}/pip.conf:/etc/pip.conf:ro"]
-        podman("build", *options, f"--file={ROOT}/deploy/Dockerfile", ROOT, timeout=BUILD_TIMEOUT_S)
-        yield podman
-    shutil.rmtree(folder)
+    try:
+        with closing(Podman(folder)) as podman:
+            make_base(podman, folder / "base")
+            make_wheels(folder / "wheels")
+            (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+            # HEALTHCHECK is not part of the default format.
+            options = ["--format=docker", "--layers=false", f"--build-arg=BASE={BASE}", "--tag=splitnet"]
+            options += [f"--volume={folder}/wheels:/wheels:ro", f"--volume={folder}/pip.conf:/etc/pip.conf:ro"]
+            podman("build", *options, f"--file={ROOT}/deploy/Dockerfile", ROOT, timeout=BUILD_TIMEOUT_S)
+            yield podman
+    finally:
+        shutil.rmtree(folder)
 
 
 def free_port() -> int:
