@@ -36,8 +36,11 @@ BUILD_TIMEOUT_S = 400.0
 LIMITS: Mapping[str, int] = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
 # Debian packages of the base: the libraries that a Python needs, and the programs that `deploy/Dockerfile` uses.
 PACKAGES = ("libpython3-stdlib", "libstdc++6", "passwd")
-# Some systems mount both versions of cgroups, which crun does not support.
-MOUNTS = "! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified; echo ready; read end"
+# Some systems mount both versions of cgroups, which crun does not support. The state of networks has a fixed folder.
+MOUNTS = """
+! mountpoint -q /sys/fs/cgroup/unified || umount /sys/fs/cgroup/unified
+mkdir -p /run/containers && mount -t tmpfs tmpfs /run/containers && echo ready && read end
+"""
 
 
 class Podman:
@@ -90,6 +93,9 @@ class Podman:
 
     def close(self) -> None:
         """Ends and removes all containers and networks."""
+        self(
+            "stop", "--all", "--time", "0"
+        )  # `rm` alone ends containers that then start again, by their restart policy.
         self("rm", "--all", "--force", "--time", "0")
         self("network", "prune", "--force")
         self._end_namespace()
