@@ -1,5 +1,6 @@
-"""Podman with a storage of its own, and a base image with the Python and the packages of this environment, so that
-`deploy/Dockerfile` is built without a registry or a package index."""
+"""Podman with separate storage, and a base image with this Python.
+
+`deploy/Dockerfile` is built without a registry or a package index: wheels come from the installed packages."""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ class Podman:
 
 
 def run(command: list[str | Path], *, timeout: float, env: Mapping[str, str] | None = None) -> str:
-    """Runs a command from the root of the repository; returns its output. env: variables besides those of this process.
+    """Runs a command from the root of the repository; returns its output. env: additional variables.
 
     Raises:
         AssertionError: the command has failed.
