@@ -31,7 +31,7 @@ NEEDS_PODMAN = pytest.mark.skipif(
     bool(MISSING) or os.geteuid() != 0, reason=f"needs root and {', '.join(MISSING or PROGRAMS)}"
 )
 BASE = "localhost/base"
-BUILD_TIMEOUT_S = 400.0
+BUILD_TIMEOUT_S = 1000.0
 
 # By default podman asks for higher limits than a process in a container may have.
 LIMITS: Mapping[str, int] = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
@@ -84,7 +84,7 @@ class Podman:
             self._end_namespace()
             pytest.skip(f"podman does not run here: {str(error).splitlines()[-1]}")
 
-    def __call__(self, *arguments: str | Path, timeout: float = 60.0) -> str:
+    def __call__(self, *arguments: str | Path, timeout: float = 300.0) -> str:
         """Runs podman; returns its output.
 
         Raises:

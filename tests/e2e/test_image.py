@@ -17,11 +17,11 @@ import pytest
 
 from tests.containers import BASE, BUILD_TIMEOUT_S, NEEDS_PODMAN, ROOT, Podman, make_base, make_wheels, run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(1200), NEEDS_PODMAN]
+pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(2400), NEEDS_PODMAN]
 
 PEERS = ("peer-1", "peer-2", "peer-3")
 SERVICES = ("dht", *PEERS, "gateway")
-HEALTHY_TIMEOUT_S = 300.0
+HEALTHY_TIMEOUT_S = 400.0
 
 
 class Swarm:
