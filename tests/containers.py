@@ -94,9 +94,8 @@ class Podman:
 
     def close(self) -> None:
         """Ends and removes all containers and networks."""
-        self(
-            "stop", "--all", "--time", "0"
-        )  # `rm` alone ends containers that then start again, by their restart policy.
+        # `rm` alone would race with the restart policy of the containers.
+        self("stop", "--all", "--time", "0")
         self("rm", "--all", "--force", "--time", "0")
         self("network", "prune", "--force")
         self._end_namespace()
