@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+import sys
 import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 
 from splitnet.checkpoint.demo import DEMO_NAME
 from splitnet.cli.arguments import CodecName, Device, require, resolve_model
-from splitnet.cli.peer_process import PeerProcess
+from splitnet.cli.peer_process import ForkedCommand, PeerProcess
 from splitnet.cli.serve import serve as run_server
 from splitnet.import_shims import import_models
 from splitnet.session.options import ConnectionOptions
@@ -31,10 +32,20 @@ class LocalSwarm:
     """Runs `count` daemons that share the blocks of a checkpoint (hub id or folder) evenly, until the `with` ends.
 
     options: command line options for each daemon. join: address of a swarm; empty: the daemons start a new swarm.
+    forked: see `ForkedCommand`.
     """
 
-    def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
+    def __init__(
+        self,
+        checkpoint: str,
+        count: int,
+        options: tuple[str, ...] = ONE_THREAD,
+        join: str = "",
+        *,
+        forked: bool = False,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._forked = forked
         self._options = options
         self._join = join
         blocks = _count_blocks(checkpoint)
@@ -62,7 +73,7 @@ class LocalSwarm:
         return first
 
     @property
-    def processes(self) -> list[subprocess.Popen[bytes]]:
+    def processes(self) -> list[subprocess.Popen[bytes] | ForkedCommand]:
         return [daemon.process for daemon in self.daemons]
 
     def _start(self, index: int) -> PeerProcess:
@@ -72,7 +83,9 @@ class LocalSwarm:
             arguments += ["--join", self._join]
         elif index:
             arguments += ["--join-file", str(self.daemons[0].address_file)]
-        return PeerProcess(f"daemon {index + 1}", [*arguments, *self._options], Path(self._folder.name))
+        return PeerProcess(
+            f"daemon {index + 1}", [*arguments, *self._options], Path(self._folder.name), forked=self._forked
+        )
 
 
 def _count_blocks(checkpoint: str) -> int:
@@ -110,8 +123,10 @@ def demo(
     if serve:
         require("serve", "--serve")
         listen_at("127.0.0.1", port).close()  # fails at once if the port is taken
+    if forked := sys.platform == "linux":
+        ForkedCommand.prepare()  # at the same time as the imports of this process
     checkpoint = resolve_model(model)
-    local = LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device))
+    local = LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device), forked=forked)
     typer.secho(f"starting {len(local.spans)} peers, which load and measure their blocks ...", err=True)
 
     with local as swarm:
